@@ -1,0 +1,1 @@
+"""Decisions and values. Pure: no trio, no IO, no clock (time comes in as a parameter)."""

@@ -1,0 +1,119 @@
+"""The pinned truth about what a pipeline holds: which files, how long, proven by what, fetched from where.
+
+A Manifest is made once, when a generation is resolved, and never changes. File indices are positions in
+``Manifest.files`` and are stable for the life of the generation: presence bitmaps, nodeids and index records use them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Algorithm = Literal["sha256", "sha1", "md5", "crc32", "crc32c", "crc64nvme", "git-sha1"]
+
+
+class Digest(msgspec.Struct, frozen=True):
+    """What proves a file. ``value`` is lowercase hex.
+
+    ``git-sha1`` is the sha1 of ``b"blob <size>\\0"`` and the bytes. ``part_size`` > 0 means a composite, as S3 makes
+    for multipart uploads: the digest of the concatenated raw digests of consecutive parts of ``part_size`` bytes (the
+    last may be shorter).
+    """
+
+    algorithm: Algorithm
+    value: str
+    part_size: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.value}" + (f":parts-of-{self.part_size}" if self.part_size else "")
+
+
+class ManifestFile(msgspec.Struct, frozen=True):
+    """One file of a model. ``path`` is relative to the model; ``size`` in bytes; ``mtime_ns`` the origin's time.
+
+    ``address`` and ``version`` mean something to the origin alone: where to fetch it, and which object it must be
+    (an S3 ETag or VersionId, say). ``digest`` is None where the origin offers nothing to prove the bytes by.
+    """
+
+    path: str
+    size: int
+    address: str
+    version: str = ""
+    digest: Digest | None = None
+    mtime_ns: int = 0
+
+
+class ModelManifest(msgspec.Struct, frozen=True):
+    """One model: ``name`` ("" = the pipeline's root), ``source`` as the user wrote it, ``revision`` as it was pinned.
+
+    ``files`` is sorted by path and already filtered by the model's include/exclude globs.
+    """
+
+    name: str
+    source: str
+    revision: str
+    files: tuple[ManifestFile, ...]
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """A file in its pipeline: ``index`` in the manifest, ``model`` (position), ``path`` within the pipeline."""
+
+    index: int
+    model: int
+    path: str
+    file: ManifestFile
+
+
+class Manifest(msgspec.Struct, frozen=True, dict=True):
+    """All models of one generation of one pipeline. ``chunk_size`` in bytes, fixed for the generation's life."""
+
+    pipeline: str
+    generation: int
+    chunk_size: int
+    models: tuple[ModelManifest, ...]
+    resolved_at_ns: int
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """Every file of every model, in model order then path order; position = file index. Computed once."""
+        cached: tuple[FileEntry, ...] | None = self.__dict__.get("_files")
+        if cached is None:
+            entries: list[FileEntry] = []
+            for position, model in enumerate(self.models):
+                prefix = f"{model.name}/" if model.name else ""
+                for file in model.files:
+                    entries.append(FileEntry(len(entries), position, prefix + file.path, file))
+            cached = tuple(entries)
+            self.__dict__["_files"] = cached
+        return cached
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for model in self.models for file in model.files)
+
+
+class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a user asked for: a source and globs (fnmatch over the path within the model)."""
+
+    source: str
+    name: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+class PipelineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A pipeline as configured. Holds where credentials lie, never the credentials themselves.
+
+    ``mode`` is the mode of its directories (files have it without the x bits); uid/gid own what the mount shows.
+    """
+
+    id: str
+    models: tuple[ModelSpec, ...]
+    uid: int = 0
+    gid: int = 0
+    mode: int = 0o555
+    token_file: str | None = None
+    aws_profile: str | None = None
+    endpoint_url: str | None = None
+    pinned: bool = False

@@ -1,0 +1,201 @@
+"""Every error that this project raises on purpose, under one base.
+
+    InstantStartError
+    ├── UsageError                 the caller asked for something malformed (exit 2 on the command line)
+    │   ├── ConfigError            a configuration file, key or value
+    │   ├── InvalidName            a pipeline id, model name or origin path that may not touch a filesystem
+    │   └── InvalidSource          a source address that cannot be parsed, or an unknown scheme
+    ├── PipelineNotFound           no such pipeline
+    ├── PipelineExists             the id is taken
+    ├── PipelineBusy               an operation that excludes this one is under way, or the pipeline is in use
+    ├── OriginError                where bytes are born
+    │   ├── OriginUnavailable      could not be reached, timed out, 5xx: worth trying again
+    │   │   ├── OriginThrottled    429/503 with or without Retry-After
+    │   │   ├── OriginMisbehaved   a body cut short, a wrong Content-Range: not what was asked for
+    │   │   └── LocationExpired    a signed address ran out: resolve it again
+    │   ├── OriginBroken           the breaker is open: nothing is sent until the next probe
+    │   ├── AccessRefused          401/403: no, bad or insufficient credentials
+    │   ├── OriginNotFound         repository, revision, bucket or key is not there
+    │   ├── OriginChanged          the pinned object was replaced at the origin: `update` is needed
+    │   └── OriginUnsupported      what the origin holds cannot be served (a manifest with hostile names, say)
+    ├── StoreError                 the NVMe side
+    │   ├── StoreFull              no space, or no quota
+    │   ├── StoreReadOnly          the filesystem refuses writes
+    │   ├── StoreLocked            another daemon has this store
+    │   ├── StoreUnsupported       overlayfs, FUSE, a newer format
+    │   ├── StoreDamaged           an I/O error, or a record that cannot be read
+    │   └── IndexFull              the LMDB map has no room left
+    ├── DigestMismatch             bytes came whole and are not those of the manifest
+    ├── ReadDeadline               no progress within the read deadline
+    ├── FillCancelled              the pipeline was removed or evicted while somebody waited
+    ├── MountFailed                the mount could not be made, or is held by somebody else
+    └── ControlError               between the command line and the daemon
+        ├── DaemonUnreachable      no daemon answers on the socket
+        ├── ControlProtocolError   a message that cannot be understood
+        └── PermissionRefused      the caller may not do this
+
+``code`` is stable and appears in `--json` (``error.code``) and in logs; the message is one line, says what happened
+and, where somebody can do something, what to do. Messages never hold credentials or signed query strings.
+Foreign exceptions (OSError, botocore, huggingface_hub, lmdb, urllib3) are translated at the seam where they enter.
+"""
+
+from __future__ import annotations
+
+
+class InstantStartError(Exception):
+    """Base of all errors raised on purpose. ``retry_after`` is in seconds, where the other side named one."""
+
+    code = "error"
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+
+
+class UsageError(InstantStartError):
+    code = "usage"
+
+
+class ConfigError(UsageError):
+    code = "config"
+
+
+class InvalidName(UsageError):
+    code = "invalid-name"
+
+
+class InvalidSource(UsageError):
+    code = "invalid-source"
+
+
+class PipelineNotFound(InstantStartError):
+    code = "pipeline-not-found"
+
+
+class PipelineExists(InstantStartError):
+    code = "pipeline-exists"
+
+
+class PipelineBusy(InstantStartError):
+    code = "pipeline-busy"
+
+
+class OriginError(InstantStartError):
+    code = "origin"
+
+
+class OriginUnavailable(OriginError):
+    code = "origin-unavailable"
+
+
+class OriginThrottled(OriginUnavailable):
+    code = "origin-throttled"
+
+
+class OriginMisbehaved(OriginUnavailable):
+    code = "origin-misbehaved"
+
+
+class LocationExpired(OriginUnavailable):
+    code = "location-expired"
+
+
+class OriginBroken(OriginError):
+    code = "origin-broken"
+
+
+class AccessRefused(OriginError):
+    code = "access-refused"
+
+
+class OriginNotFound(OriginError):
+    code = "origin-not-found"
+
+
+class OriginChanged(OriginError):
+    code = "origin-changed"
+
+
+class OriginUnsupported(OriginError):
+    code = "origin-unsupported"
+
+
+class StoreError(InstantStartError):
+    code = "store"
+
+
+class StoreFull(StoreError):
+    code = "store-full"
+
+
+class StoreReadOnly(StoreError):
+    code = "store-read-only"
+
+
+class StoreLocked(StoreError):
+    code = "store-locked"
+
+
+class StoreUnsupported(StoreError):
+    code = "store-unsupported"
+
+
+class StoreDamaged(StoreError):
+    code = "store-damaged"
+
+
+class IndexFull(StoreError):
+    code = "index-full"
+
+
+class DigestMismatch(InstantStartError):
+    code = "digest-mismatch"
+
+
+class ReadDeadline(InstantStartError):
+    code = "read-deadline"
+
+
+class FillCancelled(InstantStartError):
+    code = "fill-cancelled"
+
+
+class MountFailed(InstantStartError):
+    code = "mount-failed"
+
+
+class ControlError(InstantStartError):
+    code = "control"
+
+
+class DaemonUnreachable(ControlError):
+    code = "daemon-unreachable"
+
+
+class ControlProtocolError(ControlError):
+    code = "control-protocol"
+
+
+class PermissionRefused(ControlError):
+    code = "permission-refused"
+
+
+def _tree(base: type[InstantStartError]) -> list[type[InstantStartError]]:
+    found = [base]
+    for child in base.__subclasses__():
+        found.extend(_tree(child))
+    return found
+
+
+def all_errors() -> tuple[type[InstantStartError], ...]:
+    """Every class of the tree, so that tables over it (errno, exit status) can be tested for completeness."""
+    return tuple(_tree(InstantStartError))
+
+
+def from_code(code: str, message: str, *, retry_after: float | None = None) -> InstantStartError:
+    """The error of that ``code``, for messages that crossed a process boundary; an unknown code gives the base."""
+    for cls in all_errors():
+        if cls.code == code:
+            return cls(message, retry_after=retry_after)
+    return InstantStartError(message, retry_after=retry_after)
