@@ -5,6 +5,7 @@
     │   ├── ConfigError            a configuration file, key or value
     │   ├── InvalidName            a pipeline id, model name or origin path that may not touch a filesystem
     │   └── InvalidSource          a source address that cannot be parsed, or an unknown scheme
+    ├── NoSuchEntry                no file of that name, or a node that is gone (ENOENT, ESTALE)
     ├── PipelineNotFound           no such pipeline
     ├── PipelineExists             the id is taken
     ├── PipelineBusy               an operation that excludes this one is under way, or the pipeline is in use
@@ -67,6 +68,10 @@ class InvalidName(UsageError):
 
 class InvalidSource(UsageError):
     code = "invalid-source"
+
+
+class NoSuchEntry(InstantStartError):
+    code = "no-such-entry"
 
 
 class PipelineNotFound(InstantStartError):

@@ -1,0 +1,51 @@
+"""What `status --json` and `ls --json` print: stable, documented in docs/CONFIGURATION.md. Times are RFC 3339 or null."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PipelineState = Literal["cold", "filling", "partial", "warm", "unverified", "error"]
+
+
+class FillStatus(msgspec.Struct, frozen=True):
+    bytes_per_second: int
+    eta_seconds: int | None
+
+
+class ErrorStatus(msgspec.Struct, frozen=True):
+    code: str
+    message: str
+    since: str
+
+
+class FileStatus(msgspec.Struct, frozen=True):
+    path: str
+    state: str
+    size: int
+    cached_bytes: int
+    digest: str | None
+
+
+class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
+    """``cached_bytes``/``total_bytes`` speak of the load set plus whatever else is cached; see docs/SEMANTICS.md.
+
+    ``files`` is None in `ls`; ``uncached`` is null unless a miss is served without being kept.
+    """
+
+    pipeline: str
+    state: PipelineState
+    cached_bytes: int
+    total_bytes: int
+    source: tuple[str, ...]
+    generation: int
+    revision: tuple[str, ...] | str
+    last_request: str | None
+    hot_until: str | None
+    pinned: bool
+    leases: int
+    fill: FillStatus | None
+    error: ErrorStatus | None
+    uncached: str | None = None
+    files: tuple[FileStatus, ...] | None = None

@@ -1,0 +1,98 @@
+"""What the mount sees of the library: the one seam between them.
+
+All plain methods answer from memory, at once, whatever the origins do (design rule 3). Only ``open`` and ``read_into``
+are async, and only a read of an absent chunk waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import msgspec
+import trio
+
+ROOT = 1
+"""The nodeid of the mountpoint itself, fixed by the FUSE protocol."""
+
+
+class Attributes(msgspec.Struct, frozen=True):
+    """What stat shows. ``mode`` is the full st_mode; ``blocks`` counts 512-byte units that are cached.
+
+    ``stable``: pinned and complete, so that the kernel may keep it long; False while it can change by itself.
+    """
+
+    nodeid: int
+    kind: Literal["dir", "file", "symlink"]
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    blocks: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    nlink: int
+    stable: bool
+
+
+class Invalidation(msgspec.Struct, frozen=True):
+    """Something that the kernel may have cached has changed: the entry ``name`` in ``parent``, or, with ``name`` None,
+    the attributes of ``nodeid``."""
+
+    parent: int
+    name: str | None
+    nodeid: int | None = None
+
+
+class Filesystem(msgspec.Struct, frozen=True):
+    """Capacity of the store, for statfs. Bytes; ``files`` is how many files the mount shows."""
+
+    total_bytes: int
+    available_bytes: int
+    files: int
+
+
+class OpenFile(Protocol):
+    """An open file, owned by the library."""
+
+    @property
+    def nodeid(self) -> int: ...
+
+    @property
+    def sealed(self) -> bool:
+        """Whether its bytes are all there and proven, so that no read of it can wait."""
+        ...
+
+
+class View(Protocol):
+    """Raises NoSuchEntry for names and nodeids that are not there; other InstantStartErrors as each method says."""
+
+    @property
+    def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]: ...
+
+    def lookup(self, parent: int, name: str) -> Attributes: ...
+
+    def attributes(self, nodeid: int) -> Attributes: ...
+
+    def list_directory(self, nodeid: int) -> Sequence[tuple[str, Attributes]]: ...
+
+    def readlink(self, nodeid: int) -> str: ...
+
+    def xattrs(self, nodeid: int) -> dict[str, bytes]: ...
+
+    def filesystem(self) -> Filesystem: ...
+
+    async def open(self, nodeid: int) -> OpenFile:
+        """Counts as a request when the file is a weight file. Raises OriginBroken for an unsealed weight file while
+        its origin's breaker is open, and what made a file fail for good."""
+        ...
+
+    async def read_into(self, file: OpenFile, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer`` from ``offset``; the number of bytes, short only at the end of the file.
+
+        Waits for absent chunks, at most ``read_deadline`` without progress. Raises InstantStartError.
+        """
+        ...
+
+    def release(self, file: OpenFile) -> None: ...

@@ -1,0 +1,66 @@
+"""The one protocol of all origins: where bytes are born.
+
+An Origin lists and pins (``resolve``) and says where a pinned file's bytes can be fetched by ranged GETs (``locate``).
+It never moves weight bytes itself: the fetch workers do that, one way for all origins. Its methods block and are called
+in threads by the library and the filler; they must be thread-safe, honour their own network time-outs (``timeout``
+seconds without an answer), and translate every foreign exception into ``errors.OriginError``'s family.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from instantstart_fs.core.manifest import ManifestFile, ModelManifest
+
+
+class OriginKey(msgspec.Struct, frozen=True):
+    """Identity for connection pools and circuit breakers: which service, asked with which credentials.
+
+    ``credentials`` is a short fingerprint (never a secret; "" for anonymous).
+    """
+
+    scheme: str
+    endpoint: str
+    credentials: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.endpoint}" + (f" as {self.credentials}" if self.credentials else "")
+
+
+class Location(msgspec.Struct, frozen=True):
+    """Where a file's bytes can be had for a while, by ranged GETs.
+
+    ``url``: http, https or file. ``headers``: what every GET must carry (If-Match, an Authorization for that host only).
+    ``etag``: what each response's ETag must equal, None where the origin does not bind it. ``expires_at``: seconds of
+    the wall clock after which to locate again, None = does not expire. ``identity`` (file URLs): what ``fstat`` must
+    say, as ``directory.identity_of`` writes it, checked around every read.
+    ``trusted``: whether the way there protects the bytes (TLS, loopback, a local file).
+    """
+
+    url: str
+    headers: tuple[tuple[str, str], ...] = ()
+    etag: str | None = None
+    expires_at: float | None = None
+    identity: str | None = None
+    trusted: bool = True
+
+
+class Origin(Protocol):
+    """One model's source with one pipeline's credentials."""
+
+    @property
+    def key(self) -> OriginKey: ...
+
+    def resolve(self) -> ModelManifest:
+        """List and pin all files (include/exclude applied). Names are validated. Raises OriginError, InvalidName."""
+        ...
+
+    def locate(self, file: ManifestFile) -> Location:
+        """Where to fetch a pinned file now. Called once per file and signature lifetime. Raises OriginError."""
+        ...
+
+    def check(self) -> None:
+        """Prove that the source may be fetched with these credentials, cheaply. Raises OriginError."""
+        ...
