@@ -1,0 +1,226 @@
+"""BlobFile: one sparse file of the store, and its seal record.
+
+Owns one descriptor and nothing else. It keeps no state about presence (the index does) and takes no locks: reads and
+writes are positional, so threads may share it, but whoever closes it must know that nobody is inside a call, since a
+closed descriptor's number is soon another file's.
+
+What a crash leaves: bytes are durable after ``datasync``, which also makes the file's directory entry durable the
+first time; a seal record exists only if every byte before it was fsynced, because the record is an xattr of the very
+inode and is set after the first fsync (fsync file, setxattr, fsync file, fsync directory).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal, Self
+
+import msgspec
+
+from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.errors import StoreDamaged, StoreUnsupported
+from instantstart_fs.store.layout import FORMAT, SEAL_XATTR
+from instantstart_fs.store.translate import translate, translated
+
+_FALLOC_FL_KEEP_SIZE = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class SealRecord(msgspec.Struct, frozen=True):
+    """What says, on the file itself, that it is whole.
+
+    ``digest``: ``str(Digest)`` that was computed over the stored bytes, None where the origin offers none. ``state``:
+    "sealed" (proven) or "unverified". ``sealed_at_ns``: wall clock. ``size`` in bytes.
+    """
+
+    size: int
+    state: Literal["sealed", "unverified"]
+    digest: str | None = None
+    sealed_at_ns: int = 0
+    v: int = FORMAT
+
+
+_SEAL_DECODER = msgspec.json.Decoder(SealRecord)
+
+
+class BlobFile:
+    """An open file of the store. Made by BlobStore; a context manager.
+
+    ``size``: bytes. ``created``: this open made it (or found it without any byte of its length), so whatever the index
+    says about its presence is wrong and must be dropped. ``writable``: opened by ``BlobStore.blob``.
+    """
+
+    __slots__ = ("_entry_durable", "_sync_entry", "created", "fd", "name", "size", "writable")
+
+    def __init__(
+        self, fd: int, size: int, name: str, *, writable: bool, created: bool, sync_entry: Callable[[], None]
+    ) -> None:
+        self.fd = fd
+        self.size = size
+        self.name = name
+        self.writable = writable
+        self.created = created
+        self._sync_entry = sync_entry
+        self._entry_durable = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<BlobFile {self.name!r} fd={self.fd} size={self.size}>"
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """The bytes from ``offset``, fewer than ``length`` only at the end of the file. Holes read as zeros: ask the
+        index first. Raises StoreDamaged."""
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        buffer = bytearray(length)
+        self.pread_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> int:
+        """Like ``pread``, into ``buffer``; the number of bytes, short only at the end of the file."""
+        wanted = min(len(buffer), self.size - offset)
+        done = 0
+        while done < wanted:
+            try:
+                count = os.preadv(self.fd, [buffer[done:wanted]], offset + done)
+            except OSError as error:
+                raise translate(error, f"read {self.name}") from error
+            if count == 0:
+                raise StoreDamaged(f"{self.name} ends at byte {offset + done} of {self.size}: it was cut short")
+            done += count
+        return max(done, 0)
+
+    def read_cached(self, offset: int, length: int) -> bytes | None:
+        """What ``pread`` would return if the page cache holds all of it; None if it would wait for the disk."""
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        buffer = bytearray(length)
+        return bytes(buffer) if self.read_cached_into(offset, memoryview(buffer)) else None
+
+    def read_cached_into(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` (clipped at the file's end) from the page cache; False if that would have to wait."""
+        wanted = min(len(buffer), self.size - offset)
+        if wanted <= 0:
+            return True
+        try:
+            return os.preadv(self.fd, [buffer[:wanted]], offset, os.RWF_NOWAIT) == wanted
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return False
+            raise translate(error, f"read {self.name}") from error
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of ``data`` at ``offset``. Raises StoreFull, StoreReadOnly, StoreDamaged."""
+        view = memoryview(data)
+        if offset < 0 or offset + len(view) > self.size:
+            raise ValueError(f"{self.name}: bytes {offset}+{len(view)} lie outside its {self.size} bytes")
+        with translated(f"write {self.name}"):
+            while view:
+                count = os.pwrite(self.fd, view, offset)
+                view = view[count:]
+                offset += count
+
+    def reserve(self, byte_range: ByteRange) -> None:
+        """Allocate blocks for ``byte_range``, so that writing there cannot meet a full disk. Raises StoreFull.
+
+        By fallocate(2) itself: glibc's posix_fallocate writes to every block where the filesystem cannot (ZFS), racing
+        with the bytes that arrive. There it does nothing, and a full disk is met by pwrite.
+        """
+        if byte_range.length <= 0:
+            return
+        while _LIBC.fallocate64(self.fd, _FALLOC_FL_KEEP_SIZE, byte_range.start, byte_range.length) != 0:
+            number = ctypes.get_errno()
+            if number == errno.EOPNOTSUPP:
+                return
+            if number != errno.EINTR:
+                raise translate(
+                    OSError(number, os.strerror(number)), f"reserve {byte_range.length} bytes of {self.name}"
+                )
+
+    def datasync(self) -> None:
+        """Make what was written durable: the data, the file's length and, the first time, its directory entry (also
+        when somebody else made it: a killed daemon may not have come to that)."""
+        with translated(f"sync {self.name}"):
+            os.fdatasync(self.fd)
+            if not self._entry_durable:
+                self._sync_entry()
+                self._entry_durable = True
+
+    def seal(self, record: SealRecord, *, atime_ns: int | None = None, mtime_ns: int | None = None) -> None:
+        """Make the whole file durable, then say so on it. ``atime_ns``, ``mtime_ns``: set these times as well.
+
+        Only for a file whose every byte is written and, unless ``record.state`` is "unverified", proven.
+        """
+        if record.size != self.size:
+            raise ValueError(f"{self.name}: a record of {record.size} bytes cannot seal {self.size}")
+        with translated(f"seal {self.name}"):
+            os.fsync(self.fd)
+            os.setxattr(self.fd, SEAL_XATTR, msgspec.json.encode(record))
+            if atime_ns is not None or mtime_ns is not None:
+                status = os.fstat(self.fd)
+                times = (
+                    status.st_atime_ns if atime_ns is None else atime_ns,
+                    status.st_mtime_ns if mtime_ns is None else mtime_ns,
+                )
+                os.utime(self.fd, ns=times)
+            os.fsync(self.fd)
+            self._sync_entry()
+        self._entry_durable = True
+
+    def seal_record(self) -> SealRecord | None:
+        """The record on the file; None if it has none. Raises StoreDamaged if it cannot be understood."""
+        raw = read_seal(self.fd, self.name)
+        if raw is None:
+            return None
+        try:
+            record = _SEAL_DECODER.decode(raw)
+        except msgspec.MsgspecError as error:
+            raise StoreDamaged(f"the seal record of {self.name} cannot be read: {error}") from error
+        if record.v > FORMAT:
+            raise StoreUnsupported(f"the seal record of {self.name} was written by a newer version ({record.v})")
+        return record
+
+    def unseal(self) -> None:
+        """Take the record away, durably: what follows may change the bytes. No effect without a record."""
+        with translated(f"unseal {self.name}"):
+            try:
+                os.removexattr(self.fd, SEAL_XATTR)
+            except OSError as error:
+                if error.errno == errno.ENODATA:
+                    return
+                raise
+            os.fsync(self.fd)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of disk that it takes (512 × st_blocks)."""
+        with translated(f"stat {self.name}"):
+            return os.fstat(self.fd).st_blocks * 512
+
+
+def read_seal(fd: int, name: str) -> bytes | None:
+    """The raw seal record; None if there is none."""
+    try:
+        return os.getxattr(fd, SEAL_XATTR)
+    except OSError as error:
+        if error.errno == errno.ENODATA:
+            return None
+        raise translate(error, f"read the seal record of {name}") from error

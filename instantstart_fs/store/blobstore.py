@@ -1,0 +1,449 @@
+"""BlobStore: the slots of all pipelines on one local filesystem.
+
+Owns everything below its root but ``index/`` and ``nodeids``. It knows names, manifests and files, and nothing about
+presence or requests. Synchronous and blocking: callers choose the threads, and see to it that nobody writes into a
+generation while it is deleted.
+
+What a crash can leave, at any syscall:
+- writes: a file in trash/ (written and fsynced there, then renamed into place), which the next open removes;
+- deletions: a tree in trash/ (renamed there whole, then removed), which the next open removes;
+- directories: an entry that is not durable yet, made durable by the next process that walks over it, before anything
+  that relies on it is.
+
+The order towards the index is the caller's: **index first, then delete**. A crash in between then leaves bytes that
+nobody speaks of (refilled over, or found by fsck), never an index that speaks of bytes that are gone. Against that
+case, too: ``blob`` says ``created``.
+
+Never follows a symbolic link below its root and never opens a file with a second name: what lies under a slot is that
+slot's alone, or StoreDamaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+import msgspec
+
+from instantstart_fs.core.manifest import Manifest, PipelineSpec
+from instantstart_fs.core.names import validate_origin_path, validate_pipeline_id
+from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreUnsupported
+from instantstart_fs.store import filesystem, locks
+from instantstart_fs.store.blobfile import BlobFile, read_seal
+from instantstart_fs.store.filesystem import StoreUsage
+from instantstart_fs.store.layout import (
+    DIRECTORY_MODE,
+    FILE_MODE,
+    FILES,
+    FORMAT,
+    MANIFEST_FILE,
+    PIPELINE_FILE,
+    SLOTS,
+    TRASH,
+    Layout,
+    generation_number,
+)
+from instantstart_fs.store.translate import translated
+
+T = TypeVar("T")
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _PipelineFile(msgspec.Struct, frozen=True):
+    """pipeline.json"""
+
+    format: int
+    created_at_ns: int
+    pipeline: PipelineSpec
+
+
+class _ManifestFile(msgspec.Struct, frozen=True):
+    """manifest.json"""
+
+    format: int
+    manifest: Manifest
+
+
+class _Format(msgspec.Struct, frozen=True):
+    format: int
+
+
+class BlobStore:
+    """Made by ``open``; a context manager. Thread-safe, but for deletion against use of the same generation."""
+
+    def __init__(self, layout: Layout, lock_fd: int, slots_fd: int, trash_fd: int, warnings: tuple[str, ...]) -> None:
+        self.layout = layout
+        self.root = layout.root
+        self.warnings = warnings
+        self._lock_fd = lock_fd
+        self._slots_fd = slots_fd
+        self._trash_fd = trash_fd
+        self._unique = itertools.count()
+        self._mutex = threading.Lock()
+        self._durable: set[tuple[str, ...]] = set()
+        """Directories (components below slots/) whose entries this process has made durable."""
+
+    @classmethod
+    def open(cls, root: str, *, lock_deadline: float = 10.0) -> BlobStore:
+        """Open the store at ``root`` and take it for this process; makes it if it is not there.
+
+        Waits up to ``lock_deadline`` seconds for the orphaned workers of an earlier daemon. Raises StoreLocked,
+        StoreUnsupported (the filesystem cannot do), StoreReadOnly, StoreDamaged, StoreError.
+        """
+        root = os.path.abspath(root)
+        layout = Layout(root)
+        with contextlib.ExitStack() as undo:
+            with translated(f"open the store {root}"):
+                os.makedirs(root, DIRECTORY_MODE, exist_ok=True)
+                root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                undo.callback(os.close, root_fd)
+            warning = filesystem.judge(filesystem.filesystem_type(root_fd), root)
+            lock_fd = locks.lock_store(layout.lock, root)
+            undo.callback(os.close, lock_fd)
+            filesystem.probe_xattrs(lock_fd, root)
+            locks.wait_for_workers(layout.workers_lock, root, lock_deadline)
+            with translated(f"open the store {root}"):
+                for name in (SLOTS, TRASH):
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, DIRECTORY_MODE, dir_fd=root_fd)
+                os.fsync(root_fd)
+                slots_fd = os.open(SLOTS, _DIRECTORY, dir_fd=root_fd)
+                undo.callback(os.close, slots_fd)
+                trash_fd = os.open(TRASH, _DIRECTORY, dir_fd=root_fd)
+                undo.callback(os.close, trash_fd)
+            store = cls(layout, os.dup(lock_fd), os.dup(slots_fd), os.dup(trash_fd), (warning,) if warning else ())
+        try:
+            store._empty_trash()
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Give the store up. Idempotent. Open BlobFiles stay usable but must not be written any more."""
+        for name in ("_trash_fd", "_slots_fd", "_lock_fd"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                setattr(self, name, -1)
+                os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def worker_lock_fd(self) -> int:
+        """A fresh descriptor that holds ``workers.lock`` shared: pass it to one worker, then close this copy."""
+        return locks.share_with_worker(self.layout.workers_lock)
+
+    def usage(self) -> StoreUsage:
+        """Capacity, and what the slots take. Walks every file (seconds for a million): call it rarely."""
+        return filesystem.usage_of(self.root, self.layout.slots)
+
+    # -- pipelines and manifests ---------------------------------------------------------------------------------
+
+    def write_pipeline(self, spec: PipelineSpec, *, created_at_ns: int | None = None) -> None:
+        """Store ``spec``, atomically and durably. Without ``created_at_ns`` an earlier one's stays, else it is now."""
+        validate_pipeline_id(spec.id)
+        if created_at_ns is None:
+            try:
+                created_at_ns = self.pipeline_created_at(spec.id)
+            except (NoSuchEntry, StoreDamaged):
+                created_at_ns = time.time_ns()
+        self._write((spec.id,), PIPELINE_FILE, msgspec.json.encode(_PipelineFile(FORMAT, created_at_ns, spec)))
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Store ``manifest`` under its pipeline and generation, atomically and durably. Names were validated before."""
+        validate_pipeline_id(manifest.pipeline)
+        where = (manifest.pipeline, str(manifest.generation))
+        self._write(where, MANIFEST_FILE, msgspec.json.encode(_ManifestFile(FORMAT, manifest)))
+
+    def load_manifest(self, pipeline: str, generation: int) -> Manifest:
+        """Raises NoSuchEntry if there is none, StoreDamaged if it cannot be read or is another generation's."""
+        validate_pipeline_id(pipeline)
+        raw = self._read((pipeline, str(generation)), MANIFEST_FILE)
+        manifest = _decode(raw, _ManifestFile, f"{pipeline}/{generation}/{MANIFEST_FILE}").manifest
+        if (manifest.pipeline, manifest.generation) != (pipeline, generation):
+            raise StoreDamaged(
+                f"{pipeline}/{generation}/{MANIFEST_FILE} is that of {manifest.pipeline}/{manifest.generation}"
+            )
+        return manifest
+
+    def load_pipeline(self, pipeline: str) -> PipelineSpec:
+        """Raises NoSuchEntry if there is none, StoreDamaged if it cannot be read or is another pipeline's."""
+        return self._load_pipeline(pipeline).pipeline
+
+    def pipeline_created_at(self, pipeline: str) -> int:
+        """Nanoseconds of the wall clock. Raises like ``load_pipeline``."""
+        return self._load_pipeline(pipeline).created_at_ns
+
+    def _load_pipeline(self, pipeline: str) -> _PipelineFile:
+        validate_pipeline_id(pipeline)
+        stored = _decode(self._read((pipeline,), PIPELINE_FILE), _PipelineFile, f"{pipeline}/{PIPELINE_FILE}")
+        if stored.pipeline.id != pipeline:
+            raise StoreDamaged(f"{pipeline}/{PIPELINE_FILE} is that of {stored.pipeline.id}")
+        return stored
+
+    def pipelines(self) -> list[str]:
+        """The ids that have a pipeline.json, sorted."""
+        return [name for name in self.list_directory() if PIPELINE_FILE in self.list_directory(name)]
+
+    def generations(self, pipeline: str) -> list[int]:
+        """The generations of ``pipeline`` that have a manifest, ascending."""
+        validate_pipeline_id(pipeline)
+        numbers = (generation_number(name) for name in self.list_directory(pipeline))
+        found = (number for number in numbers if number is not None)
+        return sorted(number for number in found if MANIFEST_FILE in self.list_directory(pipeline, str(number)))
+
+    def list_directory(self, *components: str) -> list[str]:
+        """The names below slots/``components``, sorted; none if it is no directory or not there."""
+        try:
+            with translated(f"list {_shown(components)}"):
+                fd = self._walk(components)
+                try:
+                    return sorted(os.listdir(fd))
+                finally:
+                    os.close(fd)
+        except (NoSuchEntry, StoreDamaged):
+            return []
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def blob(self, pipeline: str, generation: int, path: str, size: int) -> BlobFile:
+        """Open a file of ``size`` bytes for filling; makes it, sparse, if it is not there.
+
+        ``BlobFile.created`` says whether it did: then no byte of it is present, whatever the index says. A seal record
+        on it is taken away, since its bytes may now change: read sealed files by ``existing_blob``. Raises StoreDamaged
+        for what the daemon did not make (a link, a directory, another size), StoreFull, StoreReadOnly.
+        """
+        directory, name = self._blob_place(pipeline, generation, path)
+        shown = f"{pipeline}/{generation}/{path}"
+        with translated(f"open {shown}"):
+            parent = self._walk(directory, create=True)
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                fd = os.open(name, flags, FILE_MODE, dir_fd=parent)
+            finally:
+                os.close(parent)
+            try:
+                status = os.fstat(fd)
+                _check_ours(status, shown)
+                created = status.st_size == 0 and size > 0
+                if created:
+                    os.ftruncate(fd, size)
+                elif status.st_size != size:
+                    raise StoreDamaged(f"{shown} has {status.st_size} bytes in the store and should have {size}")
+                blob = self._blob_file(fd, size, directory, shown, writable=True, created=created)
+                if read_seal(fd, shown) is not None:
+                    blob.unseal()
+            except BaseException:
+                os.close(fd)
+                raise
+        return blob
+
+    def existing_blob(self, pipeline: str, generation: int, path: str) -> BlobFile | None:
+        """Open a file for reading; None if it is not there. Raises StoreDamaged as ``blob`` does."""
+        directory, name = self._blob_place(pipeline, generation, path)
+        shown = f"{pipeline}/{generation}/{path}"
+        with translated(f"open {shown}"):
+            try:
+                parent = self._walk(directory)
+            except NoSuchEntry:
+                return None
+            try:
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+            except FileNotFoundError:
+                return None
+            finally:
+                os.close(parent)
+            try:
+                status = os.fstat(fd)
+                _check_ours(status, shown)
+            except BaseException:
+                os.close(fd)
+                raise
+        return self._blob_file(fd, status.st_size, directory, shown, writable=False, created=False)
+
+    def _blob_file(
+        self, fd: int, size: int, directory: tuple[str, ...], shown: str, *, writable: bool, created: bool
+    ) -> BlobFile:
+        def sync_entry() -> None:
+            parent = self._walk(directory, create=True)
+            try:
+                os.fsync(parent)
+            finally:
+                os.close(parent)
+
+        return BlobFile(fd, size, shown, writable=writable, created=created, sync_entry=sync_entry)
+
+    # -- deletion --------------------------------------------------------------------------------------------------
+
+    def delete_blob(self, pipeline: str, generation: int, path: str) -> None:
+        """Unlink a file, durably; those who hold it open keep it. No effect if it is not there."""
+        directory, name = self._blob_place(pipeline, generation, path)
+        with translated(f"delete {pipeline}/{generation}/{path}"):
+            try:
+                parent = self._walk(directory)
+            except NoSuchEntry:
+                return
+            try:
+                os.unlink(name, dir_fd=parent)
+                os.fsync(parent)
+            except FileNotFoundError:
+                pass
+            finally:
+                os.close(parent)
+
+    def delete_generation(self, pipeline: str, generation: int) -> None:
+        """Remove a generation with all that it holds. No effect if it is not there."""
+        self._delete((validate_pipeline_id(pipeline), str(generation)))
+
+    def empty_generation(self, pipeline: str, generation: int) -> None:
+        """Remove a generation's files and keep its manifest (eviction). No effect if there are none."""
+        self._delete((validate_pipeline_id(pipeline), str(generation), FILES))
+
+    def delete_pipeline(self, pipeline: str) -> None:
+        """Remove a pipeline's slot with all that it holds. No effect if it is not there."""
+        self._delete((validate_pipeline_id(pipeline),))
+
+    def delete_entry(self, *components: str) -> None:
+        """Remove whatever lies at slots/``components`` (for fsck: what no pipeline speaks of)."""
+        self._delete(components)
+
+    def _delete(self, components: tuple[str, ...]) -> None:
+        trashed = self._unique_name()
+        with translated(f"delete {_shown(components)}"):
+            try:
+                parent = self._walk(components[:-1])
+            except NoSuchEntry:
+                return
+            try:
+                os.rename(components[-1], trashed, src_dir_fd=parent, dst_dir_fd=self._trash_fd)
+                os.fsync(parent)
+                os.fsync(self._trash_fd)
+            except FileNotFoundError:
+                return
+            finally:
+                os.close(parent)
+            with self._mutex:
+                length = len(components)
+                self._durable = {known for known in self._durable if known[:length] != components}
+            self._remove_trashed(trashed)
+
+    def _empty_trash(self) -> None:
+        with translated(f"empty {self.layout.trash}"):
+            for name in os.listdir(self._trash_fd):
+                self._remove_trashed(name)
+
+    def _remove_trashed(self, name: str) -> None:
+        try:
+            os.unlink(name, dir_fd=self._trash_fd)
+        except IsADirectoryError:
+            shutil.rmtree(name, dir_fd=self._trash_fd)
+
+    # -- the walk --------------------------------------------------------------------------------------------------
+
+    def _blob_place(self, pipeline: str, generation: int, path: str) -> tuple[tuple[str, ...], str]:
+        validate_pipeline_id(pipeline)
+        *directories, name = validate_origin_path(path).split("/")
+        return (pipeline, str(generation), FILES, *directories), name
+
+    def _walk(self, components: Sequence[str], *, create: bool = False) -> int:
+        """A descriptor of the directory slots/``components``. No component may be a symbolic link (ENOTDIR).
+
+        ``create``: makes what is missing and makes each entry durable in its parent, once per process. Raises
+        NoSuchEntry if it is not there (without ``create``), OSError.
+        """
+        fd = os.dup(self._slots_fd)
+        try:
+            for depth, name in enumerate(components, 1):
+                if create and (walked := tuple(components[:depth])) not in self._durable:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, DIRECTORY_MODE, dir_fd=fd)
+                    os.fsync(fd)
+                    with self._mutex:
+                        self._durable.add(walked)
+                below = os.open(name, _DIRECTORY, dir_fd=fd)
+                os.close(fd)
+                fd = below
+        except FileNotFoundError as error:
+            os.close(fd)
+            raise NoSuchEntry(f"{_shown(components)} is not in the store") from error
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _unique_name(self) -> str:
+        return f"{time.time_ns()}-{os.getpid()}-{next(self._unique)}"
+
+    def _write(self, directory: tuple[str, ...], name: str, data: bytes) -> None:
+        temporary = self._unique_name()
+        with translated(f"write {_shown((*directory, name))}"):
+            parent = self._walk(directory, create=True)
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                with open(os.open(temporary, flags, FILE_MODE, dir_fd=self._trash_fd), "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(temporary, name, src_dir_fd=self._trash_fd, dst_dir_fd=parent)
+                os.fsync(parent)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=self._trash_fd)
+                raise
+            finally:
+                os.close(parent)
+
+    def _read(self, directory: tuple[str, ...], name: str) -> bytes:
+        shown = _shown((*directory, name))
+        with translated(f"read {shown}"):
+            parent = self._walk(directory)
+            try:
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+            except FileNotFoundError as error:
+                raise NoSuchEntry(f"{shown} is not in the store") from error
+            finally:
+                os.close(parent)
+            with open(fd, "rb") as file:
+                _check_ours(os.fstat(fd), shown)
+                return file.read()
+
+
+def _shown(components: Sequence[str]) -> str:
+    return "/".join((SLOTS, *components))
+
+
+def _check_ours(status: os.stat_result, shown: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise StoreDamaged(f"{shown} is not a regular file: the daemon did not put it there; remove it")
+    if status.st_nlink > 1:
+        raise StoreDamaged(f"{shown} has {status.st_nlink} names: somebody linked a file into or out of the store")
+    if status.st_nlink == 0:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown)
+
+
+def _decode(raw: bytes, kind: type[T], shown: str) -> T:
+    try:
+        version = msgspec.json.decode(raw, type=_Format).format
+        if version > FORMAT:
+            raise StoreUnsupported(
+                f"{shown} has format {version}, this version reads up to {FORMAT}: it was written by a newer version"
+            )
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise StoreDamaged(f"{shown} cannot be read: {error}") from error

@@ -1,0 +1,105 @@
+"""What the store lies on: which filesystems are fit, and how full they are."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+import msgspec
+
+from instantstart_fs.errors import StoreUnsupported
+from instantstart_fs.store.translate import translate, translated
+
+_ADVICE = "give the store a directory on ext4 or xfs (in a container: a volume, not the image's own filesystem)"
+
+# f_type of statfs(2), from linux/magic.h and the filesystems' own headers.
+_REFUSED = {
+    0x794C7630: ("overlayfs", "it copies whole files up and keeps no stable inodes"),
+    0x65735546: ("a FUSE filesystem", "a page fault could wait for itself, and user xattrs and fallocate are not sure"),
+    0x6969: ("NFS", "LMDB and file locks are not safe on it"),
+    0xFE534D42: ("SMB", "LMDB and file locks are not safe on it"),
+    0xFF534D42: ("CIFS", "LMDB and file locks are not safe on it"),
+    0x00C36400: ("CephFS", "it is shared between hosts, and one store belongs to one daemon"),
+    0x01021997: ("9p", "LMDB needs coherent memory maps"),
+    0x9FA0: ("proc", "it holds no files"),
+    0x62656572: ("sysfs", "it holds no files"),
+    0x858458F6: ("ramfs", "it has no size and no user xattrs"),
+    0x4D44: ("FAT", "it has neither sparse files nor xattrs"),
+    0x2011BAB0: ("exFAT", "it has neither sparse files nor xattrs"),
+}
+_WARNED = {
+    0x9123683E: "btrfs: copy-on-write makes filling slower, and space set aside by fallocate may still run out",
+    0x2FC12FC1: "ZFS: it cannot set space aside, and its ARC keeps a second copy of every page",
+    0x01021994: "tmpfs: the store takes memory and is gone at the next boot",
+    0xCA451A4E: "bcachefs: not tested",
+}
+_FIT = {0xEF53, 0x58465342, 0xF2F52010}
+"""ext2/3/4, xfs, f2fs."""
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PROBE_XATTR = "user.instantstart.probe"
+
+
+class StoreUsage(msgspec.Struct, frozen=True):
+    """Bytes. ``total`` and ``available`` (to the daemon) are the filesystem's; ``used`` is what the slots take."""
+
+    total: int
+    available: int
+    used: int
+
+
+def filesystem_type(fd: int) -> int:
+    """f_type of the filesystem that ``fd`` lies on."""
+    buffer = (ctypes.c_long * 64)()  # struct statfs is 120 bytes; f_type comes first
+    if _LIBC.fstatfs(fd, buffer) != 0:
+        number = ctypes.get_errno()
+        raise translate(OSError(number, os.strerror(number)), "look at the store's filesystem")
+    return buffer[0] & 0xFFFFFFFF
+
+
+def judge(f_type: int, root: str) -> str | None:
+    """None for a fit filesystem, a warning for a doubtful one. Raises StoreUnsupported for one that cannot do."""
+    if f_type in _FIT:
+        return None
+    if f_type in _REFUSED:
+        name, why = _REFUSED[f_type]
+        raise StoreUnsupported(f"the store {root} lies on {name}: {why}; {_ADVICE}")
+    return f"the store {root} lies on " + _WARNED.get(f_type, f"a filesystem not known here ({f_type:#x}): not tested")
+
+
+def probe_xattrs(fd: int, root: str) -> None:
+    """Prove on ``fd`` that user xattrs can be written. Raises StoreUnsupported."""
+    try:
+        os.setxattr(fd, _PROBE_XATTR, b"1")
+        os.removexattr(fd, _PROBE_XATTR)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EPERM):
+            raise StoreUnsupported(
+                f"the filesystem of the store {root} takes no user xattrs (tmpfs does from Linux 6.6 on); {_ADVICE}"
+            ) from error
+        raise translate(error, f"write an xattr in {root}") from error
+
+
+def usage_of(root: str, slots: str) -> StoreUsage:
+    """Walks every file of the slots: seconds for a million files. What disappears meanwhile is not counted."""
+    with translated(f"look at {root}"):
+        status = os.statvfs(root)
+    used = 0
+    pending = [slots]
+    while pending:
+        directory = pending.pop()
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    try:
+                        used += entry.stat(follow_symlinks=False).st_blocks * 512
+                    except FileNotFoundError:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise translate(error, f"look at {directory}") from error
+    return StoreUsage(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize, used)

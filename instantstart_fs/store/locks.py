@@ -1,0 +1,79 @@
+"""Who has the store: one daemon (``lock``), and the fetch workers that may outlive it for a moment (``workers.lock``).
+
+flock(2) locks: they end with the last descriptor of their open file, so a killed holder can never leave one behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+
+from instantstart_fs.errors import StoreLocked
+from instantstart_fs.store.layout import FILE_MODE
+from instantstart_fs.store.translate import translated
+
+_POLL = 0.02
+"""Seconds between two tries: flock has no deadline of its own."""
+
+
+def _open(path: str) -> int:
+    with translated(f"open {path}"):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+
+
+def _try(fd: int, operation: int) -> bool:
+    try:
+        fcntl.flock(fd, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def lock_store(path: str, root: str) -> int:
+    """Take the store for this process; the descriptor that holds it. Raises StoreLocked at once if it is taken."""
+    fd = _open(path)
+    try:
+        with translated(f"lock {path}"):
+            if not _try(fd, fcntl.LOCK_EX):
+                holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+                who = f"pid {holder}" if holder.isdigit() else "another process"
+                raise StoreLocked(
+                    f"the store {root} is in use by {who}: one daemon per store; "
+                    "stop that one, or give this one another store"
+                )
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def wait_for_workers(path: str, root: str, deadline: float) -> None:
+    """Return once no worker of an earlier daemon is left. Raises StoreLocked after ``deadline`` seconds."""
+    fd = _open(path)
+    try:
+        limit = time.monotonic() + deadline
+        with translated(f"lock {path}"):
+            while not _try(fd, fcntl.LOCK_EX):
+                if time.monotonic() >= limit:
+                    raise StoreLocked(
+                        f"fetch workers of an earlier daemon still hold the store {root} after {deadline:g} s; "
+                        f"see who they are with `fuser -v {path}` and kill them"
+                    )
+                time.sleep(_POLL)
+    finally:
+        os.close(fd)
+
+
+def share_with_worker(path: str) -> int:
+    """A fresh descriptor that holds ``workers.lock`` shared, for one worker to inherit."""
+    fd = _open(path)
+    try:
+        with translated(f"lock {path}"):
+            fcntl.flock(fd, fcntl.LOCK_SH)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

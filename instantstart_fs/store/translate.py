@@ -1,0 +1,42 @@
+"""OSError → StoreError: the seam where the filesystem's errors enter."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from instantstart_fs.errors import StoreDamaged, StoreError, StoreFull, StoreReadOnly
+
+
+def translate(error: OSError, what: str) -> StoreError:
+    """The StoreError for ``error``, met while doing ``what`` ("write models/a.bin", say)."""
+    reason = error.strerror or str(error)
+    match error.errno:
+        case errno.ENOSPC:
+            return StoreFull(f"{what}: no space is left on the store's filesystem")
+        case errno.EDQUOT:
+            return StoreFull(f"{what}: the disk quota of the store is used up")
+        case errno.EFBIG:
+            return StoreFull(f"{what}: the file is larger than the store's filesystem or a limit (ulimit -f) allows")
+        case errno.EROFS:
+            return StoreReadOnly(f"{what}: the store's filesystem is mounted read-only")
+        case errno.EIO:
+            return StoreDamaged(f"{what}: the disk reported an I/O error; look into the kernel's log")
+        case errno.EUCLEAN:
+            return StoreDamaged(f"{what}: the store's filesystem is corrupted; check it with its fsck")
+        case errno.ELOOP | errno.ENOTDIR | errno.EISDIR:
+            return StoreDamaged(f"{what}: something that the daemon did not put there lies in the store ({reason})")
+        case errno.EACCES | errno.EPERM:
+            return StoreError(f"{what}: {reason}; the daemon needs to own the store")
+        case _:
+            return StoreError(f"{what}: {reason}")
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn an OSError of the block into a StoreError that says ``what`` was being done."""
+    try:
+        yield
+    except OSError as error:
+        raise translate(error, what) from error
