@@ -1,0 +1,256 @@
+"""TOML in, a Config out, or a ConfigError that names the file, the key and the reason.
+
+Owns every default. Never touches the network, never creates anything. The documented contract is
+docs/CONFIGURATION.md.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from instantstart_fs.config.located import At, Table, convert
+from instantstart_fs.config.pipelines import PipelineTable, read_pipeline
+from instantstart_fs.config.places import SYSTEM_CONFIG, default_mount, default_store
+from instantstart_fs.config.sections import (
+    Config,
+    EvictionConfig,
+    FillConfig,
+    HuggingFaceConfig,
+    MountConfig,
+    OriginsConfig,
+    S3Config,
+    ServeUnsealed,
+    StagingConfig,
+    StoreConfig,
+)
+from instantstart_fs.config.units import parse_capacity, parse_duration, parse_size
+from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
+from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.errors import ConfigError
+
+PAGE = 4096
+MAX_CHUNK_SIZE = 1 << 30
+
+
+class _Mount(Table):
+    path: str | None = None
+    transport: str = "auto"
+
+
+class _Store(Table):
+    path: str | None = None
+    capacity: str | int = "80%"
+    low_watermark: float = 0.85
+    high_watermark: float = 0.95
+
+
+class _Fill(Table):
+    workers: str | int = "auto"
+    connections: int = 16
+    chunk_size: str | int = DEFAULT_CHUNK_SIZE
+    read_deadline: str | int | float = 60
+    serve_unsealed: ServeUnsealed = "auto"
+
+
+class _Eviction(Table):
+    keep_hot: str | int | float = "48h"
+
+
+class _Staging(Table):
+    enabled: bool = True
+    threads: int = 4
+    max_memory: str | int = "50%"
+
+
+class _HuggingFace(Table):
+    endpoint: str | None = None
+    token_file: str | None = None
+
+
+class _S3(Table):
+    endpoint_url: str | None = None
+    region_name: str | None = None
+    profile: str | None = None
+
+
+class _Origins(Table):
+    huggingface: _HuggingFace = msgspec.field(default_factory=_HuggingFace)
+    s3: _S3 = msgspec.field(default_factory=_S3)
+
+
+class _File(Table):
+    region: str = "local"
+    mount: _Mount = msgspec.field(default_factory=_Mount)
+    store: _Store = msgspec.field(default_factory=_Store)
+    fill: _Fill = msgspec.field(default_factory=_Fill)
+    eviction: _Eviction = msgspec.field(default_factory=_Eviction)
+    staging: _Staging = msgspec.field(default_factory=_Staging)
+    origins: _Origins = msgspec.field(default_factory=_Origins)
+    pipelines: dict[str, PipelineTable] = msgspec.field(default_factory=dict)
+
+
+def load_config(file: str | None = None, *, mount: str | None = None, store: str | None = None) -> Config:
+    """Read and check the configuration. Raises ConfigError (file, key, reason).
+
+    ``file``, else $INSTANTSTART_CONFIG, else /etc/instantstart/config.toml if there is one, else defaults alone;
+    ``pipelines.d/*.toml`` beside the file are read too, one pipeline each. ``mount`` and ``store`` win over the file.
+    """
+    named = file or os.environ.get("INSTANTSTART_CONFIG") or None
+    if named is None and os.path.exists(SYSTEM_CONFIG):
+        named = SYSTEM_CONFIG
+    if named is None:
+        return _build(_File(), None, {}, mount, store)
+    path = os.path.abspath(os.path.expanduser(named))
+    raw = convert(_read_toml(path), _File, path)
+    return _build(raw, path, _drop_ins(path), mount, store)
+
+
+def load_pipelines(file: str | None) -> tuple[PipelineSpec, ...]:
+    """The pipelines of the configuration at ``file`` (``Config.file``) alone, for SIGHUP. Raises ConfigError."""
+    return () if file is None else load_config(file).pipelines
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def _drop_ins(path: str) -> dict[str, tuple[str, PipelineTable]]:
+    """The pipelines of ``pipelines.d`` beside ``path``: id → (file, table)."""
+    directory = os.path.join(os.path.dirname(path), "pipelines.d")
+    try:
+        names = sorted(os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror or error}") from error
+    found: dict[str, tuple[str, PipelineTable]] = {}
+    for name in names:
+        if name.endswith(".toml") and not name.startswith("."):
+            file = os.path.join(directory, name)
+            found[name.removesuffix(".toml")] = (file, convert(_read_toml(file), PipelineTable, file))
+    return found
+
+
+def _build(
+    raw: _File,
+    file: str | None,
+    drop_ins: Mapping[str, tuple[str, PipelineTable]],
+    mount: str | None,
+    store: str | None,
+) -> Config:
+    at = At(file)
+    # Relative --mount/--store are relative to where the person stands; those of a file must be absolute.
+    mount_path = os.path.abspath(mount) if mount else at.path("mount.path", raw.mount.path or default_mount())
+    store_path = os.path.abspath(store) if store else at.path("store.path", raw.store.path or default_store())
+    at.require(
+        raw.mount.transport in ("auto", "pyfuse3", "passthrough", "bind"),
+        "mount.transport",
+        f"{raw.mount.transport!r} is none of auto, passthrough, bind, pyfuse3",
+    )
+    at.require(
+        raw.mount.transport in ("auto", "pyfuse3"),
+        "mount.transport",
+        f'{raw.mount.transport!r} is not in this version; use "auto" or "pyfuse3"',
+    )
+    for key, here, other in (("mount.path", mount_path, store_path), ("store.path", store_path, mount_path)):
+        at.require(
+            here != other and not other.startswith(here.rstrip("/") + "/"),
+            key,
+            f"the mount ({mount_path}) and the store ({store_path}) may not lie in one another",
+        )
+    for key, value in (
+        ("store.low_watermark", raw.store.low_watermark),
+        ("store.high_watermark", raw.store.high_watermark),
+    ):
+        at.require(0 < value <= 1, key, f"{value} is not between 0 and 1")
+    at.require(
+        raw.store.low_watermark <= raw.store.high_watermark,
+        "store.low_watermark",
+        f"{raw.store.low_watermark} is above high_watermark ({raw.store.high_watermark})",
+    )
+    for key, path in (("mount.path", mount_path), ("store.path", store_path)):
+        problem = _path_problem(path)
+        at.require(problem is None, key, problem or "")
+    hub = raw.origins.huggingface
+    for key, url in (
+        ("origins.huggingface.endpoint", hub.endpoint),
+        ("origins.s3.endpoint_url", raw.origins.s3.endpoint_url),
+    ):
+        at.url(key, url)
+    specs: dict[str, PipelineSpec] = {}
+    for name, table in raw.pipelines.items():
+        specs[name] = read_pipeline(name, table, file or "configuration", f"pipelines.{name}")
+    for name, (drop_in, table) in drop_ins.items():
+        if name in specs:
+            raise ConfigError(f"{drop_in}: the pipeline {name!r} is already in {file}")
+        specs[name] = read_pipeline(name, table, drop_in, "")
+    return Config(
+        mount=MountConfig(mount_path),
+        store=StoreConfig(
+            store_path,
+            at.parsed("store.capacity", parse_capacity, raw.store.capacity),
+            raw.store.low_watermark,
+            raw.store.high_watermark,
+        ),
+        fill=_fill(at, raw.fill),
+        eviction=EvictionConfig(at.parsed("eviction.keep_hot", parse_duration, raw.eviction.keep_hot)),
+        staging=_staging(at, raw.staging),
+        origins=OriginsConfig(
+            HuggingFaceConfig(hub.endpoint, at.secret_file("origins.huggingface.token_file", hub.token_file)),
+            S3Config(raw.origins.s3.endpoint_url, raw.origins.s3.region_name, raw.origins.s3.profile),
+        ),
+        pipelines=tuple(specs.values()),
+        region=raw.region,
+        file=file,
+    )
+
+
+def _fill(at: At, raw: _Fill) -> FillConfig:
+    workers: int | Literal["auto"] = "auto"
+    if raw.workers != "auto":
+        if not isinstance(raw.workers, int) or not 1 <= raw.workers <= 256:
+            raise at.fail("fill.workers", f'{raw.workers!r} is neither "auto" nor a number from 1 to 256')
+        workers = raw.workers
+    at.require(1 <= raw.connections <= 1024, "fill.connections", f"{raw.connections} is not from 1 to 1024")
+    chunk_size = at.parsed("fill.chunk_size", parse_size, raw.chunk_size)
+    at.require(
+        PAGE <= chunk_size <= MAX_CHUNK_SIZE and chunk_size % PAGE == 0,
+        "fill.chunk_size",
+        f"{raw.chunk_size!r} is not a multiple of 4 KiB from 4 KiB to 1 GiB",
+    )
+    deadline = at.parsed("fill.read_deadline", parse_duration, raw.read_deadline)
+    at.require(deadline > 0, "fill.read_deadline", "must be more than 0")
+    return FillConfig(workers, raw.connections, chunk_size, deadline, raw.serve_unsealed)
+
+
+def _staging(at: At, raw: _Staging) -> StagingConfig:
+    at.require(1 <= raw.threads <= 64, "staging.threads", f"{raw.threads} is not from 1 to 64")
+    return StagingConfig(raw.enabled, raw.threads, at.parsed("staging.max_memory", parse_capacity, raw.max_memory))
+
+
+def _path_problem(path: str) -> str | None:
+    """Why ``path`` can be neither used nor made, or None. A stale mount (ENOTCONN) is for the daemon to clear."""
+    probe = path
+    while not os.path.lexists(probe):
+        probe = os.path.dirname(probe)
+    try:
+        if not os.path.isdir(probe):
+            if probe == path and not os.path.islink(probe) and not os.path.exists(probe):
+                return None
+            return f"{probe} is not a directory"
+    except OSError:
+        return None
+    if not os.access(probe, os.X_OK | (os.W_OK if probe != path else 0)):
+        return f"this user may not use {path}" if probe == path else f"this user may not create {path} in {probe}"
+    return None

@@ -1,0 +1,80 @@
+"""Problems of a configuration, told with the place: FILE: KEY: reason. Nothing here knows what the keys mean."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from instantstart_fs.errors import ConfigError, UsageError
+
+_V = TypeVar("_V")
+_R = TypeVar("_R")
+_T = TypeVar("_T")
+
+
+class Table(msgspec.Struct, forbid_unknown_fields=True):
+    """A TOML table; unknown keys are errors."""
+
+
+_VALIDATION = re.compile(r"(?P<reason>.*?)(?: - at `(?:key in )?\$(?P<key>.*)`)?\Z", re.S)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>.*)`\Z", re.S)
+
+
+def convert(data: Any, kind: type[_T], path: str, prefix: str = "") -> _T:
+    """``data`` as ``kind``; msgspec's messages become "FILE: KEY: reason"."""
+    try:
+        return msgspec.convert(data, kind, strict=True)
+    except msgspec.ValidationError as error:
+        match = _VALIDATION.match(str(error))
+        reason, key = (match["reason"], (match["key"] or "").lstrip(".")) if match else (str(error), "")
+        unknown = _UNKNOWN.match(reason)
+        if unknown:
+            key, reason = f"{key}.{unknown['field']}".lstrip("."), "unknown key"
+        key = f"{prefix}{key}".rstrip(".")
+        raise ConfigError(f"{path}: {key}: {reason}" if key else f"{path}: {reason}") from error
+
+
+class At:
+    """Raises ConfigErrors that say where: in ``file`` (None: in no file, but an option or a default), at a key."""
+
+    def __init__(self, file: str | None) -> None:
+        self.where = file or "configuration"
+
+    def fail(self, key: str, reason: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {key}: {reason}" if key else f"{self.where}: {reason}")
+
+    def require(self, holds: bool, key: str, reason: str) -> None:
+        if not holds:
+            raise self.fail(key, reason)
+
+    def path(self, key: str, value: str) -> str:
+        expanded = os.path.expanduser(value)
+        self.require("\0" not in value, key, "a path cannot hold a NUL")
+        self.require(os.path.isabs(expanded), key, f"{value!r} is not an absolute path")
+        return os.path.normpath(expanded)
+
+    def secret_file(self, key: str, value: str | None) -> str | None:
+        if value is None:
+            return None
+        path = self.path(key, value)
+        self.require(os.path.isfile(path), key, f"there is no file {path}")
+        self.require(os.access(path, os.R_OK), key, f"{path} cannot be read by this user")
+        return path
+
+    def url(self, key: str, value: str | None) -> None:
+        self.require(
+            value is None or re.match(r"https?://[^/\s]", value) is not None,
+            key,
+            f"{value!r} is not an http:// or https:// address",
+        )
+
+    def parsed(self, key: str, parse: Callable[[_V], _R], value: _V) -> _R:
+        """``parse(value)``; its UsageError is told with the place."""
+        try:
+            return parse(value)
+        except UsageError as error:
+            raise self.fail(key, error.message) from error

@@ -1,0 +1,41 @@
+"""Where things lie when nobody says: by user, so that it works on any machine without configuration."""
+
+from __future__ import annotations
+
+import os
+
+SYSTEM_CONFIG = "/etc/instantstart/config.toml"
+SYSTEM_RUN_DIRECTORY = "/run/instantstart"
+SOCKET_NAME = "control.sock"
+
+
+def _home(variable: str, fallback: str) -> str:
+    given = os.environ.get(variable, "")
+    return given if os.path.isabs(given) else os.path.expanduser(fallback)
+
+
+def default_mount() -> str:
+    """/models for root, ~/models for anybody else."""
+    return "/models" if os.geteuid() == 0 else os.path.expanduser("~/models")
+
+
+def default_store() -> str:
+    """/var/lib/instantstart for root, $XDG_DATA_HOME/instantstart (~/.local/share/instantstart) for anybody else."""
+    if os.geteuid() == 0:
+        return "/var/lib/instantstart"
+    return os.path.join(_home("XDG_DATA_HOME", "~/.local/share"), "instantstart")
+
+
+def run_directory() -> str:
+    """/run/instantstart for root; $XDG_RUNTIME_DIR/instantstart, else $XDG_CACHE_HOME/instantstart, for others."""
+    if os.geteuid() == 0:
+        return SYSTEM_RUN_DIRECTORY
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime) and os.path.isdir(runtime):
+        return os.path.join(runtime, "instantstart")
+    return os.path.join(_home("XDG_CACHE_HOME", "~/.cache"), "instantstart")
+
+
+def default_socket() -> str:
+    """Where `serve` listens when nothing else is said."""
+    return os.environ.get("INSTANTSTART_SOCKET") or os.path.join(run_directory(), SOCKET_NAME)

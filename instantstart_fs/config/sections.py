@@ -1,0 +1,108 @@
+"""The configuration's frozen values. Sizes are bytes and durations seconds from here on; paths are absolute.
+
+Everybody below the command line gets a ``Config`` or one of its sections; nobody below reads TOML or the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import msgspec
+
+from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
+from instantstart_fs.core.manifest import PipelineSpec
+
+ServeUnsealed = Literal["auto", "always", "never"]
+MAX_AUTO_WORKERS = 4
+"""Four fetch processes saturate 16 connections of a 10 Gbit/s line with hashing; more only cost memory."""
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """An amount given either in bytes or as a fraction (0 < fraction ≤ 1) of some whole; one of the two is set."""
+
+    bytes: int | None = None
+    fraction: float | None = None
+
+    def of(self, total: int) -> int:
+        """In bytes, given the whole."""
+        return self.bytes if self.bytes is not None else int(total * (self.fraction or 0.0))
+
+
+class MountConfig(msgspec.Struct, frozen=True):
+    path: str
+    transport: Literal["pyfuse3"] = "pyfuse3"
+
+
+class StoreConfig(msgspec.Struct, frozen=True):
+    """``capacity``: how much of the filesystem the store may use. Watermarks are fractions of the capacity."""
+
+    path: str
+    capacity: Capacity = Capacity(fraction=0.8)
+    low_watermark: float = 0.85
+    high_watermark: float = 0.95
+
+
+class FillConfig(msgspec.Struct, frozen=True):
+    """``connections`` in total over all workers; ``chunk_size`` in bytes; ``read_deadline`` in seconds."""
+
+    workers: int | Literal["auto"] = "auto"
+    connections: int = 16
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    read_deadline: float = 60.0
+    serve_unsealed: ServeUnsealed = "auto"
+
+    @property
+    def worker_count(self) -> int:
+        """How many fetch processes: as configured, or one per core, at least 2 and at most MAX_AUTO_WORKERS."""
+        if self.workers == "auto":
+            return min(MAX_AUTO_WORKERS, max(2, len(os.sched_getaffinity(0))))
+        return self.workers
+
+
+class EvictionConfig(msgspec.Struct, frozen=True):
+    """``keep_hot`` in seconds: a pipeline requested within it is never evicted."""
+
+    keep_hot: float = 48 * 3600.0
+
+
+class StagingConfig(msgspec.Struct, frozen=True):
+    """Page-cache staging. Read and checked, without effect in this version."""
+
+    enabled: bool = True
+    threads: int = 4
+    max_memory: Capacity = Capacity(fraction=0.5)
+
+
+class HuggingFaceConfig(msgspec.Struct, frozen=True):
+    """None leaves it to HF_ENDPOINT, HF_TOKEN and huggingface_hub's own files."""
+
+    endpoint: str | None = None
+    token_file: str | None = None
+
+
+class S3Config(msgspec.Struct, frozen=True):
+    """None leaves it to boto3: AWS_* and ~/.aws."""
+
+    endpoint_url: str | None = None
+    region_name: str | None = None
+    profile: str | None = None
+
+
+class OriginsConfig(msgspec.Struct, frozen=True):
+    huggingface: HuggingFaceConfig = HuggingFaceConfig()
+    s3: S3Config = S3Config()
+
+
+class Config(msgspec.Struct, frozen=True):
+    """The whole. ``file``: where it was read from, None for defaults. ``pipelines``: those of the file(s), by id."""
+
+    mount: MountConfig
+    store: StoreConfig
+    fill: FillConfig = FillConfig()
+    eviction: EvictionConfig = EvictionConfig()
+    staging: StagingConfig = StagingConfig()
+    origins: OriginsConfig = OriginsConfig()
+    pipelines: tuple[PipelineSpec, ...] = ()
+    region: str = "local"
+    file: str | None = None

@@ -1,0 +1,106 @@
+"""What people write for sizes, durations, modes and owners. Pure but for the user database. Raises ConfigError."""
+
+from __future__ import annotations
+
+import re
+
+from instantstart_fs.config.sections import Capacity
+from instantstart_fs.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4, "P": 1024**5} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGTP", 1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)\Z")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)\Z")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_size(value: str | int) -> int:
+    """Bytes from 8388608, "8MiB" (1024s), "8MB" (1000s) or "8M" (1024s, as in GNU tools). Raises ConfigError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 0:
+            raise ConfigError(f"{value} is not a size")
+        return value
+    match = _SIZE.match(value.strip()) if isinstance(value, str) else None
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f'{value!r} is not a size such as "8MiB" or "500GB"')
+    return int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+
+
+def parse_capacity(value: str | int) -> Capacity:
+    """A size, or a share such as "80%". Raises ConfigError."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            percent = float(value.strip()[:-1])
+        except ValueError:
+            percent = 0.0
+        if not 0 < percent <= 100:
+            raise ConfigError(f"{value!r} is not a share between 0% and 100%")
+        return Capacity(fraction=percent / 100)
+    try:
+        size = parse_size(value)
+    except ConfigError:
+        raise ConfigError(f'{value!r} is neither a size such as "500GiB" nor a share such as "80%"') from None
+    if size == 0:
+        raise ConfigError("must be more than 0")
+    return Capacity(bytes=size)
+
+
+def parse_duration(value: str | float) -> float:
+    """Seconds from 60, "60s", "500ms", "15m", "48h" or "7d". Raises ConfigError."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not 0 <= value < 1e10:
+            raise ConfigError(f"{value} is not a duration")
+        return float(value)
+    match = _DURATION.match(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ConfigError(f'{value!r} is not a duration such as "60s", "15m", "48h" or "7d"')
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def parse_mode(value: str | int) -> int:
+    """Permission bits of a pipeline's directories from "0555" or 0o555; write bits are refused. Raises ConfigError."""
+    try:
+        mode = int(value, 8) if isinstance(value, str) else value
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise ConfigError(f'{value!r} is not a mode such as "0555"')
+    if mode & 0o222:
+        raise ConfigError(f"mode {mode:04o} holds write bits; the mount is read-only: use 0555, 0550 or 0500")
+    return mode
+
+
+def parse_owner(value: str) -> tuple[int, int]:
+    """(uid, gid) from "1000:1000", "alice:ml" or "alice" (her own group). Raises ConfigError."""
+    import grp
+    import pwd
+
+    user, colon, group = value.partition(":")
+    if not user or (colon and not group):
+        raise ConfigError(f"{value!r} is not UID:GID")
+    try:
+        if user.isdecimal():
+            uid = int(user)
+            gid = uid if colon else _group_of(uid)
+        else:
+            entry = pwd.getpwnam(user)
+            uid, gid = entry.pw_uid, entry.pw_gid
+        if group:
+            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(f"{value!r} names a user or group that this machine does not know") from None
+    if uid >= 2**32 - 1 or gid >= 2**32 - 1:
+        raise ConfigError(f"{value!r} is out of range")
+    return uid, gid
+
+
+def _group_of(uid: int) -> int:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_gid
+    except KeyError:
+        raise ConfigError(f"uid {uid} has no entry in the user database: write UID:GID") from None
