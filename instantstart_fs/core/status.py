@@ -31,7 +31,7 @@ class FileStatus(msgspec.Struct, frozen=True):
 class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     """``cached_bytes``/``total_bytes`` speak of the load set plus whatever else is cached; see docs/SEMANTICS.md.
 
-    ``files`` is None in `ls`; ``uncached`` is null unless a miss is served without being kept.
+    ``revision``: what each model was pinned to, joined by spaces. ``files`` is None in `ls`; ``uncached`` is null unless a miss is served without being kept.
     """
 
     pipeline: str
@@ -40,7 +40,7 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     total_bytes: int
     source: tuple[str, ...]
     generation: int
-    revision: tuple[str, ...] | str
+    revision: str
     last_request: str | None
     hot_until: str | None
     pinned: bool

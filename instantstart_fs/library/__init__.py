@@ -1,0 +1,224 @@
+"""The library: what pipelines there are, what of them is here, and how to get the rest.
+
+The facade that the mount (view.View) and the control server talk to. It composes
+
+    shelf     all state in memory, nodeids, news for the kernel
+    browsing  ls, stat, getfattr
+    reading   open, read, the filler's listener
+    admin     add, update, remove, evict, verify
+    present   how state looks from outside
+    fsck      rebuilding the index from the slots
+
+and runs the background tasks beneath them. All methods belong on the trio thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+
+import trio
+
+from instantstart_fs.config import Config
+from instantstart_fs.core.eviction import Candidate
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.status import PipelineState, PipelineStatus
+from instantstart_fs.errors import InstantStartError
+from instantstart_fs.filler.evictor import Evictor
+from instantstart_fs.filler.scheduler import Filler, FillSettings
+from instantstart_fs.index.access_log import AccessLog
+from instantstart_fs.index.environment import Index
+from instantstart_fs.library import present
+from instantstart_fs.library.admin import Admin, VerifyReport
+from instantstart_fs.library.browsing import Browsing
+from instantstart_fs.library.reading import Handle, Reading
+from instantstart_fs.library.shelf import Shelf
+from instantstart_fs.library.state import Pipeline
+from instantstart_fs.library.view import Attributes, Filesystem, Invalidation, OpenFile
+from instantstart_fs.origins.base import Origin
+from instantstart_fs.origins.registry import OriginSettings, open_origin
+from instantstart_fs.store.blobstore import BlobStore
+
+__all__ = ["Library", "VerifyReport"]
+
+
+class Library:
+    """See the module. Implements view.View."""
+
+    def __init__(self, config: Config, store: BlobStore, index: Index) -> None:
+        self._config = config
+        self._store = store
+        self._index = index
+        origin_settings = _origin_settings(config)
+
+        def opener(spec: PipelineSpec, model: ModelSpec) -> Origin:
+            return open_origin(spec, model, origin_settings)
+
+        self._shelf = Shelf(store, index, opener)
+        self._access = AccessLog(index)
+        self._reading = Reading(self._shelf, self._access, config.fill.read_deadline)
+        self._filler = Filler(store, index, _fill_settings(config), self._reading)
+        self._reading.attach(self._filler)
+        self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
+        self._browsing = Browsing(self._shelf, self._access, self._state_of, config.eviction.keep_hot)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Load what the store holds, run the background tasks; on leaving, flush what must not be lost."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._access.run)
+            await trio.to_thread.run_sync(self._shelf.load)
+            await trio.to_thread.run_sync(self._remove_superseded)
+            await nursery.start(self._filler.run)
+            nursery.start_soon(self._reading.run_restarts)
+            nursery.start_soon(self._drop_drained)
+            try:
+                yield
+            finally:
+                with trio.CancelScope(shield=True), trio.move_on_after(10):
+                    await self._access.flush()
+                nursery.cancel_scope.cancel()
+
+    async def _drop_drained(self) -> None:
+        async for generation in self._reading.drained_generations:
+            await self._admin.drop_generation(generation)
+
+    def _remove_superseded(self) -> None:
+        """Generations that an update left behind when the daemon died; in a thread."""
+        for pipeline in self._shelf.pipelines.values():
+            if pipeline.current is None:
+                continue
+            for number in self._store.generations(pipeline.id):
+                if number != pipeline.current.number:
+                    self._store.delete_generation(pipeline.id, number)
+
+    # -- view.View -------------------------------------------------------------------------------------------------
+
+    @property
+    def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]:
+        return self._shelf.invalidations
+
+    def lookup(self, parent: int, name: str) -> Attributes:
+        return self._browsing.lookup(parent, name)
+
+    def attributes(self, nodeid: int) -> Attributes:
+        return self._browsing.attributes(nodeid)
+
+    def list_directory(self, nodeid: int) -> Sequence[tuple[str, Attributes]]:
+        return self._browsing.list_directory(nodeid)
+
+    def readlink(self, nodeid: int) -> str:
+        return self._browsing.readlink(nodeid)
+
+    def xattrs(self, nodeid: int) -> dict[str, bytes]:
+        return self._browsing.xattrs(nodeid)
+
+    def filesystem(self) -> Filesystem:
+        total, available = self._store.capacity()
+        files = sum(len(pipeline.current.files) for pipeline in self._shelf.pipelines.values() if pipeline.current)
+        return Filesystem(total_bytes=total, available_bytes=available, files=files)
+
+    async def open(self, nodeid: int) -> Handle:
+        return await self._reading.open(nodeid)
+
+    async def read_into(self, file: OpenFile, offset: int, buffer: memoryview) -> int:
+        assert isinstance(file, Handle)
+        return await self._reading.read_into(file, offset, buffer)
+
+    def release(self, file: OpenFile) -> None:
+        assert isinstance(file, Handle)
+        self._reading.release(file)
+
+    # -- administration --------------------------------------------------------------------------------------------
+
+    async def add(self, spec: PipelineSpec) -> PipelineStatus:
+        """Resolve, pin and show a new pipeline. Raises PipelineExists, UsageError, OriginError, StoreError."""
+        return self._status(await self._admin.add(spec), with_files=False)
+
+    async def update(self, pipeline: str) -> PipelineStatus:
+        """Resolve again and switch to a new generation if anything changed. Raises like add, and PipelineNotFound."""
+        await self._admin.update(pipeline)
+        return self.status(pipeline)
+
+    async def remove(self, pipeline: str) -> None:
+        """Raises PipelineNotFound, PipelineBusy (leased)."""
+        await self._admin.remove(pipeline)
+
+    async def evict(self, pipeline: str) -> None:
+        """Raises PipelineNotFound, PipelineBusy (pinned, leased or open)."""
+        await self._admin.evict(pipeline)
+
+    async def set_pinned(self, pipeline: str, pinned: bool) -> None:
+        await self._admin.set_pinned(pipeline, pinned)
+
+    def touch(self, pipeline: str) -> None:
+        """Count a request now."""
+        self._access.record_request(self._shelf.pipeline(pipeline).id, self._shelf.now_ns())
+
+    async def warm(self, pipeline: str, *, everything: bool = False) -> None:
+        """Start filling the load set (``everything``: all files) in the background. Raises what forbids it now."""
+        found = self._shelf.pipeline(pipeline)
+        generation = found.current
+        if generation is None:
+            raise found.trouble.error if found.trouble else InstantStartError(f"{pipeline}: cannot be served")
+        self._reading.reset_failures(generation.files)
+        found.trouble = None
+        await self._reading.start_fill(generation, everything=everything)
+
+    def status(self, pipeline: str) -> PipelineStatus:
+        return self._status(self._shelf.pipeline(pipeline), with_files=True)
+
+    def list(self) -> list[PipelineStatus]:
+        return [
+            self._status(self._shelf.pipelines[pipeline], with_files=False)
+            for pipeline in sorted(self._shelf.pipelines)
+        ]
+
+    def spec(self, pipeline: str) -> PipelineSpec:
+        """What the pipeline was configured with. Raises PipelineNotFound."""
+        return self._shelf.pipeline(pipeline).spec
+
+    async def wait_changed(self, pipeline: str, timeout: float) -> None:
+        """Return at the next progress or change of state, at the latest after ``timeout`` seconds."""
+        await self._shelf.pipeline(pipeline).wait_changed(timeout)
+
+    async def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> VerifyReport:
+        return await self._admin.verify(pipeline, progress)
+
+    @contextmanager
+    def lease(self, pipeline: str) -> Iterator[None]:
+        """While held the pipeline counts as requested and in use."""
+        found = self._shelf.pipeline(pipeline)
+        found.leases += 1
+        self._access.record_request(found.id, self._shelf.now_ns())
+        found.changed()
+        try:
+            yield
+        finally:
+            found.leases -= 1
+            if not found.removed:
+                self._access.record_request(found.id, self._shelf.now_ns())
+            found.changed()
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _state_of(self, pipeline: Pipeline) -> PipelineState:
+        return present.pipeline_state(pipeline, filling=self._filler.is_filling(pipeline.id))
+
+    def _status(self, pipeline: Pipeline, *, with_files: bool) -> PipelineStatus:
+        return present.pipeline_status(
+            pipeline,
+            self._access,
+            filling=self._filler.is_filling(pipeline.id),
+            rate=self._filler.rate(pipeline.id),
+            keep_hot=self._config.eviction.keep_hot,
+            with_files=with_files,
+        )
+
+
+def _origin_settings(config: Config) -> OriginSettings:
+    raise NotImplementedError
+
+
+def _fill_settings(config: Config) -> FillSettings:
+    raise NotImplementedError

@@ -1,0 +1,376 @@
+"""What changes pipelines: add, update, remove, evict, verify.
+
+Each holds the pipeline's lock, so one of them runs at a time. Orders that a crash may cut at any point:
+
+    add      slot's pipeline.json and manifest.json, then the index record      a slot without a record is an orphan:
+                                                                                removed by the next add of that id
+    update   manifest.json of n+1, then the record says n+1, then n is deleted  generations other than the record's are
+                                                                                removed at start
+    evict    index forgets the files (new nodeids), then the bytes go           files without a record are removed when
+                                                                                they are filled again
+    remove   index forgets the pipeline, then the slot goes                     like add's orphan
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import msgspec
+import trio
+
+from instantstart_fs.core.digests import new_hasher
+from instantstart_fs.core.manifest import Manifest, ModelManifest, PipelineSpec
+from instantstart_fs.core.names import validate_model_name, validate_origin_paths, validate_pipeline_id
+from instantstart_fs.errors import (
+    DigestMismatch,
+    FillCancelled,
+    InstantStartError,
+    InvalidName,
+    OriginUnavailable,
+    PipelineBusy,
+    PipelineExists,
+    StoreDamaged,
+)
+from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
+from instantstart_fs.library.reading import Reading
+from instantstart_fs.library.shelf import Shelf
+from instantstart_fs.library.state import CachedFile, Generation, Pipeline
+
+log = logging.getLogger(__name__)
+
+RESOLVE_DEADLINE = 300.0
+"""Seconds for listing and pinning one source: a million keys are a thousand S3 listing pages."""
+
+VERIFY_BLOCK = 4 * 1024 * 1024
+
+
+class VerifyReport(msgspec.Struct, frozen=True):
+    """``files`` and ``bytes`` read; ``healed``: wrong, dropped and being fetched again; ``unproven``: without a digest."""
+
+    files: int
+    bytes: int
+    healed: tuple[str, ...]
+    unproven: tuple[str, ...]
+
+
+class Admin:
+    """Owned by the Library. ``chunk_size`` in bytes, for new generations."""
+
+    def __init__(self, shelf: Shelf, reading: Reading, chunk_size: int) -> None:
+        self._shelf = shelf
+        self._reading = reading
+        self._chunk_size = chunk_size
+        self._adding: set[str] = set()
+
+    async def add(self, spec: PipelineSpec) -> Pipeline:
+        """Resolve and pin every model, store the manifest, show the pipeline. Raises PipelineExists, OriginError, …"""
+        _validate(spec)
+        shelf = self._shelf
+        if spec.id in shelf.pipelines or spec.id in self._adding:
+            raise PipelineExists(
+                f"there is a pipeline {spec.id!r} already; `instantstart update {spec.id}` looks for a newer revision, "
+                f"`instantstart remove {spec.id}` makes room for another source"
+            )
+        self._adding.add(spec.id)
+        try:
+            models = await self._resolve(spec)
+            manifest = Manifest(
+                pipeline=spec.id,
+                generation=1,
+                chunk_size=self._chunk_size,
+                models=models,
+                resolved_at_ns=shelf.now_ns(),
+            )
+            names = ["", *(model.name for model in models if model.name)]
+            first = await shelf.reserve_nodeids(2 * len(names))
+            directory_nodeids = {name: first + 2 * position for position, name in enumerate(names)}
+            pipeline = Pipeline(spec, directory_nodeids, pinned=spec.pinned, created_at_ns=shelf.now_ns())
+            probe = Generation(pipeline, manifest, 0, shelf.open_origin)
+            base = await shelf.reserve_nodeids(probe.nodeid_count)
+            await trio.to_thread.run_sync(self._write_slot, spec, manifest, True)
+            await self._record(pipeline, manifest, base)
+            shelf.switch_generation(pipeline, manifest, base)
+            shelf.publish(pipeline)
+        finally:
+            self._adding.discard(spec.id)
+        log.info("added: %d files, %d bytes", len(manifest.files), manifest.total_bytes, extra={"pipeline": spec.id})
+        return pipeline
+
+    async def update(self, pipeline_id: str) -> bool:
+        """Resolve again; True if a new generation is shown now, False if nothing has changed."""
+        shelf = self._shelf
+        pipeline = shelf.pipeline(pipeline_id)
+        async with pipeline.lock:
+            self._still_there(pipeline)
+            models = await self._resolve(pipeline.spec)
+            old = pipeline.current
+            if old is not None and old.manifest.models == models:
+                pipeline.trouble = None
+                return False
+            numbers = await trio.to_thread.run_sync(shelf.store.generations, pipeline_id)
+            manifest = Manifest(
+                pipeline=pipeline_id,
+                generation=max([*numbers, old.number if old else 0]) + 1,
+                chunk_size=self._chunk_size,
+                models=models,
+                resolved_at_ns=shelf.now_ns(),
+            )
+            probe = Generation(pipeline, manifest, 0, shelf.open_origin)
+            base = await shelf.reserve_nodeids(probe.nodeid_count)
+            await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
+            await self._record(pipeline, manifest, base)
+            shelf.switch_generation(pipeline, manifest, base)
+            pipeline.trouble = None
+            if old is not None:
+                # No more background filling of the old one; those who hold its files open still get their reads.
+                self._reading.filler.fill(pipeline_id, [])
+                pipeline.draining.append(old)
+                if not old.handles:
+                    await self.drop_generation(old)
+        return True
+
+    async def drop_generation(self, generation: Generation) -> None:
+        """Delete a superseded generation that nobody holds open any more."""
+        pipeline = generation.pipeline
+        if generation.handles or generation not in pipeline.draining:
+            return
+        pipeline.draining.remove(generation)
+        self._shelf.forget_generation(generation)
+        if pipeline.removed:
+            return
+        for file in generation.files:
+            if file.target is not None:
+                self._reading.filler.cancel_target(
+                    file.target, FillCancelled(f"{pipeline.id}: a newer generation has taken this one's place")
+                )
+        await self._shelf.index.write(lambda txn: txn.delete_generation(pipeline.id, generation.number))
+        await trio.to_thread.run_sync(self._shelf.store.delete_generation, pipeline.id, generation.number)
+
+    async def remove(self, pipeline_id: str) -> None:
+        """Forget the pipeline and its bytes. Open sealed files stay readable for those who hold them."""
+        pipeline = self._shelf.pipeline(pipeline_id)
+        async with pipeline.lock:
+            self._still_there(pipeline)
+            if pipeline.leases:
+                raise PipelineBusy(f"{pipeline_id}: {pipeline.leases} lease(s) hold it; end them first")
+            self._shelf.withdraw(pipeline)
+            self._adding.add(pipeline_id)
+            try:
+                cancelled = FillCancelled(f"{pipeline_id}: the pipeline was removed")
+                self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
+                await self._reading.filler.wait_quiet(pipeline_id)
+                await self._shelf.index.write(lambda txn: txn.delete_pipeline(pipeline_id))
+                await trio.to_thread.run_sync(self._shelf.store.delete_pipeline, pipeline_id)
+            finally:
+                self._adding.discard(pipeline_id)
+        log.info("removed", extra={"pipeline": pipeline_id})
+
+    async def evict(self, pipeline_id: str) -> int:
+        """Drop the pipeline's bytes, keep its manifest; the number of bytes dropped.
+
+        Raises PipelineBusy while it is pinned, leased or open.
+        """
+        shelf = self._shelf
+        pipeline = shelf.pipeline(pipeline_id)
+        async with pipeline.lock:
+            self._still_there(pipeline)
+            self._refuse_in_use(pipeline)
+            old = pipeline.current
+            if old is None:
+                return 0
+            base = await shelf.reserve_nodeids(old.nodeid_count)
+            # From here to the switch nothing awaits: nobody can open the old generation in between.
+            self._refuse_in_use(pipeline)
+            dropped = sum(file.cached_bytes for file in old.files)
+            cancelled = FillCancelled(f"{pipeline_id}: the pipeline was evicted")
+            self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
+            shelf.switch_generation(pipeline, old.manifest, base)
+            shelf.forget_generation(old)
+            new = pipeline.current
+            assert new is not None
+            new.ready = trio.Event()
+            try:
+                await self._reading.filler.wait_quiet(pipeline_id)
+                await shelf.index.write(
+                    lambda txn: (
+                        txn.delete_generation(pipeline_id, old.number),
+                        txn.put_generation(_generation_record(new)),
+                    )
+                )
+                await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
+            finally:
+                new.ready.set()
+                new.ready = None
+            pipeline.trouble = None
+            pipeline.changed()
+        log.info("evicted: %d bytes", dropped, extra={"pipeline": pipeline_id})
+        return dropped
+
+    async def set_pinned(self, pipeline_id: str, pinned: bool) -> None:
+        pipeline = self._shelf.pipeline(pipeline_id)
+        async with pipeline.lock:
+            self._still_there(pipeline)
+            pipeline.spec = msgspec.structs.replace(pipeline.spec, pinned=pinned)
+            record = self._pipeline_record(pipeline, pipeline.current.number if pipeline.current else 0, pinned)
+            await trio.to_thread.run_sync(self._shelf.store.write_pipeline, pipeline.spec)
+            await self._shelf.index.write(lambda txn: txn.put_pipeline(record))
+            pipeline.pinned = pinned
+            pipeline.changed()
+
+    async def verify(self, pipeline_id: str, progress: Callable[[int, int], None]) -> VerifyReport:
+        """Read every complete file again and compare its digest; what is wrong is dropped and fetched again.
+
+        ``progress(bytes done, bytes in all)`` is called on the trio thread.
+        """
+        pipeline = self._shelf.pipeline(pipeline_id)
+        generation = pipeline.current
+        if generation is None:
+            raise pipeline.trouble.error if pipeline.trouble else StoreDamaged(f"{pipeline_id}: has no manifest")
+        files = [file for file in generation.files if file.complete]
+        total, done, healed, unproven = sum(file.size for file in files), 0, [], []
+        for file in files:
+            if file.entry.file.digest is None:
+                unproven.append(file.entry.path)
+            problem = await trio.to_thread.run_sync(self._rehash, file)
+            done += file.size
+            progress(done, total)
+            if problem is not None and file.gone is None and not pipeline.removed:
+                healed.append(file.entry.path)
+                await self._discard_wrong(file, problem)
+        return VerifyReport(files=len(files), bytes=total, healed=tuple(healed), unproven=tuple(unproven))
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _rehash(self, file: CachedFile) -> InstantStartError | None:
+        """In a thread. None when the bytes are right."""
+        digest, generation = file.entry.file.digest, file.generation
+        try:
+            blob = self._shelf.store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
+            if blob is None:
+                return StoreDamaged(f"{file.entry.path}: missing from the store")
+            with blob:
+                hasher = new_hasher(digest, file.size) if digest is not None else None
+                offset = 0
+                while offset < file.size:
+                    data = blob.pread(offset, min(VERIFY_BLOCK, file.size - offset))
+                    if hasher is not None:
+                        hasher.update(data)
+                    offset += len(data)
+                if hasher is not None and digest is not None and hasher.hexdigest() != digest.value:
+                    return DigestMismatch(f"{file.entry.path}: the store's bytes are not those that were sealed")
+        except StoreDamaged as error:
+            return error
+        return None
+
+    async def _discard_wrong(self, file: CachedFile, problem: InstantStartError) -> None:
+        generation, index = file.generation, file.entry.index
+        log.error("verify: %s", problem.message, extra={"pipeline": generation.pipeline.id})
+        await self._shelf.index.write(
+            lambda txn: txn.put_file(
+                generation.pipeline.id, generation.number, index, FileRecord("absent", file.incarnation + 1, 0, b"")
+            )
+        )
+        await trio.to_thread.run_sync(
+            self._shelf.store.delete_blob, generation.pipeline.id, generation.number, file.entry.path
+        )
+        file.handles += 1  # somebody wants it: this verification
+        try:
+            self._reading.poison(file, problem)
+        finally:
+            file.handles -= 1
+
+    async def _resolve(self, spec: PipelineSpec) -> tuple[ModelManifest, ...]:
+        resolved: list[ModelManifest | None] = [None] * len(spec.models)
+        failures: list[InstantStartError] = []
+
+        async def one(position: int) -> None:
+            model = spec.models[position]
+
+            def resolve() -> ModelManifest:
+                return self._shelf.open_origin(spec, model).resolve()
+
+            try:
+                with trio.move_on_after(RESOLVE_DEADLINE) as scope:
+                    resolved[position] = await trio.to_thread.run_sync(resolve, abandon_on_cancel=True)
+                if scope.cancelled_caught:
+                    raise OriginUnavailable(f"{model.source}: no answer within {RESOLVE_DEADLINE:g} s")
+            except InstantStartError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for position in range(len(spec.models)):
+                nursery.start_soon(one, position)
+        if failures:
+            raise failures[0]
+        models = tuple(model for model in resolved if model is not None)
+        # The origins have validated their own names; together with the models' names they must not collide either.
+        validate_origin_paths(
+            f"{model.name}/{file.path}" if model.name else file.path for model in models for file in model.files
+        )
+        return models
+
+    def _write_slot(self, spec: PipelineSpec, manifest: Manifest, fresh: bool) -> None:
+        store = self._shelf.store
+        if fresh and spec.id in store.pipelines():
+            store.delete_pipeline(spec.id)
+        store.write_pipeline(spec)
+        store.write_manifest(manifest)
+
+    async def _record(self, pipeline: Pipeline, manifest: Manifest, base: int) -> None:
+        record = self._pipeline_record(pipeline, manifest.generation, pipeline.pinned)
+        generation = GenerationRecord(
+            pipeline=pipeline.id,
+            number=manifest.generation,
+            nodeid_base=base,
+            file_count=len(manifest.files),
+            chunk_size=manifest.chunk_size,
+        )
+        await self._shelf.index.write(lambda txn: (txn.put_generation(generation), txn.put_pipeline(record)))
+
+    @staticmethod
+    def _pipeline_record(pipeline: Pipeline, generation: int, pinned: bool) -> PipelineRecord:
+        return PipelineRecord(
+            spec=pipeline.spec,
+            generation=generation,
+            pinned=pinned,
+            created_at_ns=pipeline.created_at_ns,
+            directory_nodeids=pipeline.directory_nodeids,
+        )
+
+    @staticmethod
+    def _refuse_in_use(pipeline: Pipeline) -> None:
+        if pipeline.pinned:
+            raise PipelineBusy(f"{pipeline.id}: it is pinned; `instantstart unpin {pipeline.id}` first")
+        if pipeline.leases:
+            raise PipelineBusy(f"{pipeline.id}: {pipeline.leases} lease(s) hold it")
+        if pipeline.in_use:
+            raise PipelineBusy(f"{pipeline.id}: somebody has files of it open")
+
+    def _still_there(self, pipeline: Pipeline) -> None:
+        if pipeline.removed:
+            self._shelf.pipeline(pipeline.id)
+            raise PipelineBusy(f"{pipeline.id}: it was removed and added again meanwhile")
+
+
+def _generation_record(generation: Generation) -> GenerationRecord:
+    return GenerationRecord(
+        pipeline=generation.pipeline.id,
+        number=generation.number,
+        nodeid_base=generation.base,
+        file_count=len(generation.files),
+        chunk_size=generation.manifest.chunk_size,
+    )
+
+
+def _validate(spec: PipelineSpec) -> None:
+    validate_pipeline_id(spec.id)
+    names: Sequence[str] = [validate_model_name(model.name) for model in spec.models]
+    if not names:
+        raise InvalidName(f"{spec.id}: a pipeline needs at least one source")
+    if len(set(names)) != len(names):
+        raise InvalidName(f"{spec.id}: two models have the same name")
+    if "" in names and len(names) > 1:
+        raise InvalidName(f"{spec.id}: with several models, each needs a name (--model NAME=SOURCE)")
+    if spec.mode & ~0o777:
+        raise InvalidName(f"{spec.id}: mode {spec.mode:o} is not a permission mode")

@@ -1,0 +1,157 @@
+"""What ls, stat and getfattr see: the namespace of the mount, answered from memory.
+
+/                      ROOT
+/.warm /.filling /.cold   symlinks to the pipelines of that state
+/<pipeline>/…          the current generation's tree
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from instantstart_fs.core.status import PipelineState
+from instantstart_fs.errors import NoSuchEntry
+from instantstart_fs.library import present
+from instantstart_fs.library.shelf import Shelf
+from instantstart_fs.library.state import CachedFile, Generation, Pipeline
+from instantstart_fs.library.view import ROOT, Attributes
+
+STATE_DIRECTORIES = {".warm": 2, ".filling": 3, ".cold": 4}
+"""Name → nodeid; below the first nodeid that the index hands out."""
+
+_STATE_NAMES = {nodeid: name for name, nodeid in STATE_DIRECTORIES.items()}
+
+XATTR_PREFIX = "user.instantstart."
+
+
+class Browsing:
+    """Owned by the Library. ``state_of`` computes a pipeline's state; ``keep_hot`` in seconds."""
+
+    def __init__(
+        self, shelf: Shelf, clocks: present.Clocks, state_of: Callable[[Pipeline], PipelineState], keep_hot: float
+    ) -> None:
+        self._shelf = shelf
+        self._clocks = clocks
+        self._state_of = state_of
+        self._keep_hot = keep_hot
+        self._started_ns = shelf.now_ns()
+
+    def lookup(self, parent: int, name: str) -> Attributes:
+        """See view.View.lookup."""
+        if parent == ROOT:
+            if name in STATE_DIRECTORIES:
+                return self._state_directory(STATE_DIRECTORIES[name])
+            pipeline = self._shelf.pipelines.get(name)
+            if pipeline is not None:
+                return self._pipeline_root(pipeline, pipeline.root_nodeid)
+            raise NoSuchEntry(f"no pipeline {name!r}")
+        if parent in _STATE_NAMES:
+            pipeline = self._shelf.pipelines.get(name)
+            if pipeline is not None and present.state_directory(self._state_of(pipeline)) == _STATE_NAMES[parent]:
+                return present.link_attributes(pipeline)
+            raise NoSuchEntry(f"no pipeline {name!r} in {_STATE_NAMES[parent]}")
+        generation, node = self._directory(parent)
+        child = generation.tree.child(node, name)
+        if child is None:
+            raise NoSuchEntry(f"no file {name!r}")
+        return self._node(generation, child)
+
+    def attributes(self, nodeid: int) -> Attributes:
+        """See view.View.attributes."""
+        if nodeid == ROOT:
+            return present.directory_attributes(
+                ROOT,
+                mode=0o755,
+                uid=0,
+                gid=0,
+                time_ns=self._started_ns,
+                children=len(self._shelf.pipelines) + len(STATE_DIRECTORIES),
+                stable=False,
+            )
+        if nodeid in _STATE_NAMES:
+            return self._state_directory(nodeid)
+        found = self._shelf.nodes.find(nodeid)
+        if isinstance(found, CachedFile):
+            return present.file_attributes(found, self._clocks)
+        if isinstance(found, Pipeline):
+            if nodeid == found.link_nodeid:
+                return present.link_attributes(found)
+            return self._pipeline_root(found, nodeid)
+        if found is not None:
+            return self._node(*found)
+        raise NoSuchEntry(f"node {nodeid} is gone")
+
+    def list_directory(self, nodeid: int) -> Sequence[tuple[str, Attributes]]:
+        """See view.View.list_directory."""
+        if nodeid == ROOT:
+            entries = [(name, self._state_directory(number)) for name, number in STATE_DIRECTORIES.items()]
+            entries += [
+                (name, self._pipeline_root(pipeline, pipeline.root_nodeid))
+                for name, pipeline in sorted(self._shelf.pipelines.items())
+            ]
+            return entries
+        if nodeid in _STATE_NAMES:
+            return [
+                (name, present.link_attributes(pipeline))
+                for name, pipeline in sorted(self._shelf.pipelines.items())
+                if present.state_directory(self._state_of(pipeline)) == _STATE_NAMES[nodeid]
+            ]
+        generation, node = self._directory(nodeid)
+        children = generation.tree.nodes[node].children or {}
+        return [(name, self._node(generation, child)) for name, child in children.items()]
+
+    def readlink(self, nodeid: int) -> str:
+        """See view.View.readlink."""
+        found = self._shelf.nodes.find(nodeid)
+        if isinstance(found, Pipeline) and nodeid == found.link_nodeid:
+            return present.link_target(found)
+        raise NoSuchEntry(f"node {nodeid} is no symlink")
+
+    def xattrs(self, nodeid: int) -> dict[str, bytes]:
+        """See view.View.xattrs."""
+        found = self._shelf.nodes.find(nodeid)
+        if isinstance(found, CachedFile):
+            state = self._state_of(found.generation.pipeline)
+            values = present.file_xattrs(found, state, self._clocks, self._keep_hot)
+        elif isinstance(found, Pipeline) and nodeid == found.root_nodeid:
+            values = present.pipeline_xattrs(found, self._state_of(found), self._clocks, self._keep_hot)
+        else:
+            return {}
+        return {XATTR_PREFIX + name: value.encode() for name, value in values.items()}
+
+    def _state_directory(self, nodeid: int) -> Attributes:
+        return present.directory_attributes(
+            nodeid, mode=0o555, uid=0, gid=0, time_ns=self._started_ns, children=0, stable=False
+        )
+
+    def _pipeline_root(self, pipeline: Pipeline, nodeid: int) -> Attributes:
+        generation = pipeline.current
+        node = generation.node_of_root(nodeid) if generation is not None else None
+        if generation is not None and node is not None:
+            return present.tree_directory_attributes(generation, node)
+        spec = pipeline.spec
+        return present.directory_attributes(
+            nodeid,
+            mode=spec.mode & 0o555,
+            uid=spec.uid,
+            gid=spec.gid,
+            time_ns=pipeline.created_at_ns,
+            children=0,
+            stable=False,
+        )
+
+    def _directory(self, nodeid: int) -> tuple[Generation, int]:
+        found = self._shelf.nodes.find(nodeid)
+        if isinstance(found, Pipeline) and found.current is not None:
+            node = found.current.node_of_root(nodeid)
+            if node is not None:
+                return found.current, node
+        if isinstance(found, tuple):
+            return found
+        raise NoSuchEntry(f"node {nodeid} is no directory, or is gone")
+
+    def _node(self, generation: Generation, node: int) -> Attributes:
+        file = generation.tree.nodes[node].file
+        if file < 0:
+            return present.tree_directory_attributes(generation, node)
+        return present.file_attributes(generation.files[file], self._clocks)

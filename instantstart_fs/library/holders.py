@@ -1,0 +1,39 @@
+"""Which processes hold a file of the mount open or mapped: for the log, when wrong bytes were served."""
+
+from __future__ import annotations
+
+import os
+
+
+def processes_holding(suffix: str) -> list[str]:
+    """ "pid (name)" of every process that has a file whose path ends in ``suffix`` open or mapped.
+
+    Reads /proc; what may not be read, or ends meanwhile, is left out.
+    """
+    found = []
+    for pid in os.listdir("/proc"):
+        if pid.isdigit() and _holds(pid, suffix):
+            found.append(f"{pid} ({_name(pid)})")
+    return found
+
+
+def _holds(pid: str, suffix: str) -> bool:
+    try:
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                if os.readlink(f"/proc/{pid}/fd/{descriptor}").endswith(suffix):
+                    return True
+            except OSError:
+                continue
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+            return any(line.rstrip("\n").endswith(suffix) for line in maps)
+    except OSError:
+        return False
+
+
+def _name(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+            return comm.read().strip()
+    except OSError:
+        return "?"

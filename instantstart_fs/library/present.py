@@ -1,0 +1,232 @@
+"""How pipelines and files look from outside: attributes, xattrs, states and status. Decides nothing, changes nothing.
+
+docs/SEMANTICS.md states what is computed here; nothing here counts as a request or starts a fill.
+"""
+
+from __future__ import annotations
+
+import datetime
+import stat
+from typing import Protocol
+
+from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineState, PipelineStatus
+from instantstart_fs.filler.target import FileState
+from instantstart_fs.library.state import CachedFile, Generation, Pipeline
+from instantstart_fs.library.view import Attributes
+
+BLOCK = 512
+
+
+class Clocks(Protocol):
+    """What is known of accesses, and now. Nanoseconds of the wall clock."""
+
+    def last_request(self, pipeline: str) -> int | None: ...
+
+    def last_access(self, pipeline: str, generation: int, index: int) -> int | None: ...
+
+
+def rfc3339(ns: int | None) -> str | None:
+    """A wall-clock time in nanoseconds as RFC 3339 in UTC, to the second; None stays None."""
+    if ns is None:
+        return None
+    return datetime.datetime.fromtimestamp(ns // 1_000_000_000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def pipeline_state(pipeline: Pipeline, *, filling: bool) -> PipelineState:
+    """cold | filling | partial | warm | unverified | error, as docs/SEMANTICS.md defines them."""
+    generation = pipeline.current
+    if generation is None:
+        return "error"
+    if generation.load_set_complete:
+        return "unverified" if generation.counts.unverified else "warm"
+    if pipeline.trouble is not None and pipeline.trouble.final:
+        return "error"
+    if filling:
+        return "filling"
+    return "partial" if generation.counts.everything else "cold"
+
+
+def state_directory(state: PipelineState) -> str:
+    """Which of .warm, .filling and .cold lists a pipeline of this state."""
+    if state in ("warm", "unverified"):
+        return ".warm"
+    return ".filling" if state == "filling" else ".cold"
+
+
+def blocks(size: int, cached: int) -> int:
+    """st_blocks in units of 512 bytes: what is cached; never 0 for a file that has bytes, since GNU tar -S and cp take
+    0 blocks for one great hole."""
+    if size == 0:
+        return 0
+    return max(1, -(-cached // BLOCK))
+
+
+def file_attributes(file: CachedFile, clocks: Clocks) -> Attributes:
+    spec = file.generation.pipeline.spec
+    key = file.key
+    mtime = file.entry.file.mtime_ns
+    accessed = clocks.last_access(key.pipeline, key.generation, key.index)
+    return Attributes(
+        nodeid=file.nodeid,
+        kind="file",
+        mode=stat.S_IFREG | (spec.mode & 0o444),
+        uid=spec.uid,
+        gid=spec.gid,
+        size=file.size,
+        blocks=blocks(file.size, file.cached_bytes),
+        atime_ns=accessed if accessed is not None else mtime,
+        mtime_ns=mtime,
+        ctime_ns=mtime,
+        nlink=1,
+        stable=file.complete,
+    )
+
+
+def directory_attributes(
+    nodeid: int, *, mode: int, uid: int, gid: int, time_ns: int, children: int, stable: bool
+) -> Attributes:
+    return Attributes(
+        nodeid=nodeid,
+        kind="dir",
+        mode=stat.S_IFDIR | mode,
+        uid=uid,
+        gid=gid,
+        size=4096,
+        blocks=8,
+        atime_ns=time_ns,
+        mtime_ns=time_ns,
+        ctime_ns=time_ns,
+        nlink=2 + children,
+        stable=stable,
+    )
+
+
+def link_attributes(pipeline: Pipeline) -> Attributes:
+    """The symlink ``.warm/<id>`` and its like: its target is ``../<id>``."""
+    return Attributes(
+        nodeid=pipeline.link_nodeid,
+        kind="symlink",
+        mode=stat.S_IFLNK | 0o777,
+        uid=0,
+        gid=0,
+        size=len(link_target(pipeline)),
+        blocks=0,
+        atime_ns=pipeline.created_at_ns,
+        mtime_ns=pipeline.created_at_ns,
+        ctime_ns=pipeline.created_at_ns,
+        nlink=1,
+        stable=False,
+    )
+
+
+def link_target(pipeline: Pipeline) -> str:
+    return f"../{pipeline.id}"
+
+
+def tree_directory_attributes(generation: Generation, node: int) -> Attributes:
+    """A directory of a generation (also the pipeline's root)."""
+    spec = generation.pipeline.spec
+    tree = generation.tree
+    children = tree.nodes[node].children or {}
+    return directory_attributes(
+        generation.nodeid(node),
+        mode=spec.mode & 0o555,
+        uid=spec.uid,
+        gid=spec.gid,
+        time_ns=generation.manifest.resolved_at_ns,
+        children=sum(tree.nodes[child].children is not None for child in children.values()),
+        stable=True,
+    )
+
+
+def file_xattrs(file: CachedFile, state: PipelineState, clocks: Clocks, keep_hot: float) -> dict[str, str]:
+    """user.instantstart.* of a file (without the prefix)."""
+    key = file.key
+    model = file.generation.manifest.models[file.entry.model]
+    values = {
+        "state": file.state.value,
+        "cached_bytes": str(file.cached_bytes),
+        "total_bytes": str(file.size),
+        "source": model.source,
+        "revision": model.revision,
+    }
+    if file.entry.file.digest is not None:
+        values["digest"] = str(file.entry.file.digest)
+    accessed = rfc3339(clocks.last_access(key.pipeline, key.generation, key.index))
+    if accessed:
+        values["last_access"] = accessed
+    hot_until = hot_until_ns(clocks.last_request(key.pipeline), keep_hot)
+    if hot_until:
+        values["hot_until"] = rfc3339(hot_until) or ""
+    error = file.gone or (file.target.error if file.target is not None else None)
+    if error is not None:
+        values["error"] = f"{error.code}: {error.message}"
+    return values
+
+
+def pipeline_xattrs(pipeline: Pipeline, state: PipelineState, clocks: Clocks, keep_hot: float) -> dict[str, str]:
+    """user.instantstart.* of a pipeline's directory (without the prefix)."""
+    values = {"state": state, "source": " ".join(model.source for model in pipeline.spec.models)}
+    generation = pipeline.current
+    if generation is not None:
+        values["cached_bytes"] = str(generation.counts.cached)
+        values["total_bytes"] = str(generation.load_bytes)
+        values["revision"] = " ".join(model.revision for model in generation.manifest.models)
+    requested = clocks.last_request(pipeline.id)
+    if requested is not None:
+        values["last_access"] = rfc3339(requested) or ""
+        values["hot_until"] = rfc3339(hot_until_ns(requested, keep_hot)) or ""
+    if pipeline.trouble is not None:
+        values["error"] = f"{pipeline.trouble.error.code}: {pipeline.trouble.error.message}"
+    return values
+
+
+def hot_until_ns(last_request_ns: int | None, keep_hot: float) -> int | None:
+    return None if last_request_ns is None else last_request_ns + int(keep_hot * 1e9)
+
+
+def pipeline_status(
+    pipeline: Pipeline, clocks: Clocks, *, filling: bool, rate: float, keep_hot: float, with_files: bool
+) -> PipelineStatus:
+    """``rate`` in bytes per second."""
+    generation = pipeline.current
+    cached = generation.counts.cached if generation else 0
+    total = generation.load_bytes if generation else 0
+    requested = clocks.last_request(pipeline.id)
+    fill = None
+    if filling:
+        eta = round((total - cached) / rate) if rate > 0 else None
+        fill = FillStatus(bytes_per_second=round(rate), eta_seconds=eta)
+    trouble = pipeline.trouble
+    return PipelineStatus(
+        pipeline=pipeline.id,
+        state=pipeline_state(pipeline, filling=filling),
+        cached_bytes=cached,
+        total_bytes=total,
+        source=tuple(model.source for model in pipeline.spec.models),
+        generation=generation.number if generation else 0,
+        revision=" ".join(model.revision for model in generation.manifest.models) if generation else "",
+        last_request=rfc3339(requested),
+        hot_until=rfc3339(hot_until_ns(requested, keep_hot)),
+        pinned=pipeline.pinned,
+        leases=pipeline.leases,
+        fill=fill,
+        error=None
+        if trouble is None
+        else ErrorStatus(code=trouble.error.code, message=trouble.error.message, since=rfc3339(trouble.since_ns) or ""),
+        files=tuple(_file_status(file) for file in generation.files) if with_files and generation else None,
+    )
+
+
+def _file_status(file: CachedFile) -> FileStatus:
+    digest = file.entry.file.digest
+    state = file.state
+    if file.target is not None and state is not FileState.POISONED:
+        state = file.target.state
+    return FileStatus(
+        path=file.entry.path,
+        state=state.value,
+        size=file.size,
+        cached_bytes=file.cached_bytes,
+        digest=str(digest) if digest else None,
+    )

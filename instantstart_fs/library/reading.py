@@ -1,0 +1,384 @@
+"""Opening and reading: where the mount's demand meets the filler.
+
+A read of present bytes touches neither the network nor another thread, where the page cache has them. A read of absent
+bytes asks the filler (ahead of all background work) and waits for the chunk. The first READ beyond a weight file's
+header starts the background fill of the pipeline's load set, from that file on.
+
+Also the filler's listener (FillEvents): what it reports changes the files' states here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Iterable
+
+import trio
+
+from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, is_weight_file, safetensors_header_length
+from instantstart_fs.errors import (
+    DigestMismatch,
+    FillCancelled,
+    InstantStartError,
+    NoSuchEntry,
+    StoreDamaged,
+)
+from instantstart_fs.filler.scheduler import Filler
+from instantstart_fs.filler.target import FileState, FillTarget
+from instantstart_fs.index.access_log import AccessLog
+from instantstart_fs.library.holders import processes_holding
+from instantstart_fs.library.shelf import Shelf
+from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble, counts_as_request
+
+log = logging.getLogger(__name__)
+
+RETRY_FAILED_AFTER = 5.0
+"""Seconds for which a file's final failure is answered from memory; a read after that tries anew."""
+
+MAX_INCARNATIONS_IN_A_ROW = 3
+"""A file poisoned that often since the daemon started is not refetched by itself any more."""
+
+
+class Handle:
+    """One open of one file incarnation."""
+
+    __slots__ = ("file", "released")
+
+    def __init__(self, file: CachedFile) -> None:
+        self.file = file
+        self.released = False
+
+    @property
+    def nodeid(self) -> int:
+        return self.file.nodeid
+
+    @property
+    def sealed(self) -> bool:
+        return self.file.complete
+
+
+class Reading:
+    """Owned by the Library. ``read_deadline``: seconds without progress after which a waiting read fails."""
+
+    def __init__(self, shelf: Shelf, access: AccessLog, read_deadline: float) -> None:
+        self._shelf = shelf
+        self._access = access
+        self._read_deadline = read_deadline
+        self._filler: Filler | None = None
+        self._drained = trio.open_memory_channel[Generation](math.inf)
+        self._poisonings: dict[tuple[str, int, int], int] = {}
+        self._restarts = trio.open_memory_channel[CachedFile](math.inf)
+
+    def attach(self, filler: Filler) -> None:
+        """The filler and this object know each other; the filler comes second."""
+        self._filler = filler
+
+    @property
+    def filler(self) -> Filler:
+        assert self._filler is not None, "attach() comes first"
+        return self._filler
+
+    @property
+    def drained_generations(self) -> trio.MemoryReceiveChannel[Generation]:
+        """Superseded generations whose last handle has just been released."""
+        return self._drained[1]
+
+    # -- the mount's side ----------------------------------------------------------------------------------------
+
+    async def open(self, nodeid: int) -> Handle:
+        """See view.View.open."""
+        file = self._shelf.nodes.find(nodeid)
+        if not isinstance(file, CachedFile):
+            raise NoSuchEntry(f"node {nodeid} is no file, or is gone")
+        weight = counts_as_request(file)
+        if weight and not file.complete:
+            self._refuse_hopeless(file)
+        if weight:
+            self._access.record_request(file.generation.pipeline.id, self._shelf.now_ns())
+        file.handles += 1
+        file.generation.handles += 1
+        return Handle(file)
+
+    def _refuse_hopeless(self, file: CachedFile) -> None:
+        """An error at open is a traceback in the engine; one at a page fault is a SIGBUS. So refuse early."""
+        if file.target is not None and file.target.failed and not self._may_retry(file) and file.target.error:
+            raise file.target.error
+        origin = file.generation.opened_origin(file.entry.model)
+        if origin is not None:
+            broken = self.filler.breaker_open(origin.key)
+            if broken is not None:
+                raise broken
+
+    async def read_into(self, handle: Handle, offset: int, buffer: memoryview) -> int:
+        """See view.View.read_into."""
+        file = handle.file
+        length = min(len(buffer), file.size - offset)
+        if length <= 0:
+            return 0
+        self._access.record_read(file.key.pipeline, file.key.generation, file.key.index, self._shelf.now_ns())
+        if not file.complete:
+            await self._wait_readable(file, ByteRange(offset, offset + length))
+        if file.gone is not None:
+            raise file.gone
+        view = buffer[:length]
+        done = self._read_cached(file, offset, view)
+        if done < length:
+            await trio.to_thread.run_sync(self._read_blocking, file, offset + done, view[done:])
+        # Poisoned while the bytes were copied: nobody may see them.
+        if file.gone is not None:
+            raise file.gone
+        return length
+
+    def release(self, handle: Handle) -> None:
+        """See view.View.release."""
+        if handle.released:
+            return
+        handle.released = True
+        file, generation = handle.file, handle.file.generation
+        file.handles -= 1
+        generation.handles -= 1
+        if file.handles == 0 and file.reader is not None:
+            file.reader.close()
+            file.reader = None
+        if generation.handles == 0 and generation is not generation.pipeline.current:
+            self._drained[0].send_nowait(generation)
+
+    def _read_cached(self, file: CachedFile, offset: int, view: memoryview) -> int:
+        """As many bytes as the page cache has at once; 0 when it would block."""
+        try:
+            return os.preadv(self._reader(file), [view], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise StoreDamaged(f"{file.entry.path}: cannot be read from the store: {error.strerror}") from error
+
+    def _read_blocking(self, file: CachedFile, offset: int, view: memoryview) -> None:
+        done = 0
+        try:
+            while done < len(view):
+                count = os.preadv(self._reader(file), [view[done:]], offset + done)
+                if count == 0:
+                    raise StoreDamaged(f"{file.entry.path}: the store's file is shorter than the manifest says")
+                done += count
+        except OSError as error:
+            raise StoreDamaged(f"{file.entry.path}: cannot be read from the store: {error.strerror}") from error
+
+    def _reader(self, file: CachedFile) -> int:
+        if file.reader is None:
+            generation = file.generation
+            blob = self._shelf.store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
+            if blob is None:
+                raise StoreDamaged(f"{file.entry.path}: missing from the store; run `instantstart verify`")
+            file.reader = blob
+        return file.reader.fd
+
+    # -- asking the filler ---------------------------------------------------------------------------------------
+
+    async def _wait_readable(self, file: CachedFile, wanted: ByteRange) -> None:
+        if file.gone is not None:
+            raise file.gone
+        target = await self.target(file)
+        if target is None:
+            return
+        if self._wants_weights(file, target, wanted.start):
+            await self.start_fill(file.generation, first=file)
+        if not target.readable(wanted):
+            self.filler.demand(target, wanted)
+            await target.wait_readable(wanted, self._read_deadline)
+
+    def _wants_weights(self, file: CachedFile, target: FillTarget, offset: int) -> bool:
+        path, chunk_size = file.entry.file.path, target.present.chunk_size
+        if file.generation.filling_load_set and file.generation.in_load_set(file.entry.index):
+            return False
+        if not is_weight_file(path):
+            # A large file of another kind, read on and on: fetch ahead of its reader, but nothing else.
+            return offset >= chunk_size and file.size > chunk_size
+        if offset < min(READAHEAD_ALLOWANCE, file.size // 2):
+            return False
+        header = None
+        if path.endswith(".safetensors") and target.present.chunks and 0 in target.present and file.size >= 8:
+            prefix = bytearray(8)
+            if self._read_cached(file, 0, memoryview(prefix)) == 8:
+                header = safetensors_header_length(bytes(prefix))
+        return offset >= fill_threshold(path, file.size, header)
+
+    async def start_fill(
+        self, generation: Generation, first: CachedFile | None = None, *, everything: bool = False
+    ) -> None:
+        """Fill the load set in the background (or ``everything``), from ``first`` on.
+
+        A ``first`` outside the load set is filled alone.
+        """
+        alone = first is not None and (
+            generation is not generation.pipeline.current or not generation.in_load_set(first.entry.index)
+        )
+        if alone:
+            assert first is not None
+            wanted = [first.entry.index]
+        else:
+            generation.filling_load_set = True
+            wanted = list(generation.load_set)
+            if everything:
+                wanted += [index for index in range(len(generation.files)) if not generation.in_load_set(index)]
+            if first is not None:
+                position = wanted.index(first.entry.index)
+                wanted = wanted[position:] + wanted[:position]
+        targets = []
+        for index in wanted:
+            if not generation.files[index].complete:
+                target = await self.target(generation.files[index])
+                if target is not None:
+                    targets.append(target)
+        if not generation.pipeline.removed:
+            self.filler.fill(generation.pipeline.id, targets)
+            generation.pipeline.changed()
+
+    async def target(self, file: CachedFile) -> FillTarget | None:
+        """The fill of this incarnation, made when it is first wanted; None when the file is complete.
+
+        Raises what keeps it from being filled.
+        """
+        generation = file.generation
+        if generation.ready is not None:
+            await generation.ready.wait()
+        if file.target is not None and file.target.failed and self._may_retry(file):
+            file.bitmap = file.target.durable.to_bytes()
+            file.target = None
+        if file.target is None:
+            origin = generation.opened_origin(file.entry.model)
+            if origin is None:
+                origin = await trio.to_thread.run_sync(generation.origin, file.entry.model)
+        if file.gone is not None:
+            raise file.gone
+        if generation.pipeline.removed:
+            raise FillCancelled(f"{generation.pipeline.id}: the pipeline was removed")
+        if file.target is None and not file.complete:
+            assert origin is not None
+            store = self._shelf.store
+            opener = functools.partial(
+                store.blob, generation.pipeline.id, generation.number, file.entry.path, file.entry.file.size
+            )
+            file.target = FillTarget(file.key, file.entry, file.incarnation, file.chunk_map(), origin, opener)
+        return file.target
+
+    def _may_retry(self, file: CachedFile) -> bool:
+        return trio.current_time() - file.failed_at >= RETRY_FAILED_AFTER
+
+    # -- FillEvents: what the filler reports ---------------------------------------------------------------------
+
+    def chunk_present(self, target: FillTarget, chunk: int) -> None:
+        file = self._file_of(target)
+        if file is not None:
+            file.state = FileState.FILLING
+            file.generation.counts_changed()
+            file.generation.pipeline.changed()
+
+    def target_sealed(self, target: FillTarget) -> None:
+        file = self._file_of(target)
+        if file is None:
+            return
+        file.state = target.state
+        file.target = None
+        file.bitmap = b""
+        generation = file.generation
+        generation.counts_changed()
+        self._poisonings.pop((target.key.pipeline, target.key.generation, target.key.index), None)
+        if generation is generation.pipeline.current and generation.load_set_complete:
+            generation.filling_load_set = False
+            generation.pipeline.trouble = None
+            log.info("warm: %d bytes", generation.load_bytes, extra={"pipeline": generation.pipeline.id})
+        generation.pipeline.changed()
+
+    def target_poisoned(self, target: FillTarget, error: InstantStartError) -> None:
+        file = self._file_of(target)
+        if file is not None:
+            self.poison(file, error)
+
+    def poison(self, file: CachedFile, error: InstantStartError) -> None:
+        """Put a fresh incarnation in the place of one whose bytes are wrong, and fetch it again if it was wanted.
+
+        The store's file must have been unlinked and the index told (incarnation + 1) by whoever found out.
+        """
+        pipeline, wanted = file.generation.pipeline, file.target is not None or file.handles > 0
+        file.state = FileState.POISONED
+        file.target = None
+        self._log_holders(file, error)
+        new = self._shelf.replace_file(file, error)
+        self._set_trouble(pipeline, error, final=False)
+        key = (pipeline.id, file.generation.number, file.entry.index)
+        self._poisonings[key] = self._poisonings.get(key, 0) + 1
+        if self._poisonings[key] >= MAX_INCARNATIONS_IN_A_ROW:
+            final = DigestMismatch(
+                f"{file.entry.path}: its bytes were wrong {self._poisonings[key]} times in a row; the origin or the way "
+                f"to it is damaged. `instantstart warm {pipeline.id}` tries again"
+            )
+            self._set_trouble(pipeline, final, final=True)
+            file.generation.filling_load_set = False
+        elif wanted:
+            self._restarts[0].send_nowait(new)
+
+    def target_failed(self, target: FillTarget, error: InstantStartError) -> None:
+        file = self._file_of(target)
+        if file is None:
+            return
+        file.failed_at = trio.current_time()
+        file.generation.filling_load_set = False
+        file.generation.counts_changed()
+        if not isinstance(error, FillCancelled):
+            self._set_trouble(file.generation.pipeline, error, final=True)
+        file.generation.pipeline.changed()
+
+    def trouble(self, target: FillTarget, error: InstantStartError | None) -> None:
+        file = self._file_of(target)
+        if file is None:
+            return
+        pipeline = file.generation.pipeline
+        if error is not None:
+            self._set_trouble(pipeline, error, final=False)
+        elif pipeline.trouble is not None and not pipeline.trouble.final:
+            pipeline.trouble = None
+            pipeline.changed()
+
+    def _set_trouble(self, pipeline: Pipeline, error: InstantStartError, *, final: bool) -> None:
+        log.warning("%s: %s", error.code, error.message, extra={"pipeline": pipeline.id})
+        pipeline.trouble = Trouble(error, self._shelf.now_ns(), final=final)
+        pipeline.changed()
+
+    def _file_of(self, target: FillTarget) -> CachedFile | None:
+        """The file that this target fills; None when another incarnation has taken its place."""
+        file = self._shelf.file(target.key)
+        return file if file is not None and file.target is target else None
+
+    def _log_holders(self, file: CachedFile, error: InstantStartError) -> None:
+        if not file.handles:
+            return
+        path = f"/{file.generation.pipeline.id}/{file.entry.path}"
+        log.error(
+            "%s: wrong bytes were served before the digest proved it (%s); %d opens hold it, processes: %s",
+            file.entry.path,
+            error.message,
+            file.handles,
+            ", ".join(processes_holding(path)) or "unknown",
+            extra={"pipeline": file.generation.pipeline.id},
+        )
+
+    # -- background tasks ----------------------------------------------------------------------------------------
+
+    async def run_restarts(self) -> None:
+        """Fetch poisoned files again, and what else of the load set is missing."""
+        async for file in self._restarts[1]:
+            generation = file.generation
+            try:
+                await self.start_fill(generation, first=file)
+            except InstantStartError as error:
+                self._set_trouble(generation.pipeline, error, final=True)
+
+    def reset_failures(self, files: Iterable[CachedFile]) -> None:
+        """Let these be tried again at once: somebody asked for it by name."""
+        for file in files:
+            file.failed_at = -math.inf
+            key = file.key
+            self._poisonings.pop((key.pipeline, key.generation, key.index), None)

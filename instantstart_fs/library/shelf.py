@@ -1,0 +1,187 @@
+"""The shelf: all pipelines in memory, the nodeids that name them, and the news for the kernel.
+
+Loads what store and index hold at start, hands out nodeids, publishes and withdraws pipelines and generations. Every
+change that the kernel may have cached goes out as an Invalidation.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+import trio
+
+from instantstart_fs.core.manifest import Manifest
+from instantstart_fs.errors import InstantStartError, PipelineNotFound
+from instantstart_fs.filler.target import FileKey, FileState
+from instantstart_fs.index.environment import Index
+from instantstart_fs.library.state import CachedFile, Generation, NodeTable, OpenOrigin, Pipeline, Trouble
+from instantstart_fs.library.view import Invalidation
+from instantstart_fs.store.blobstore import BlobStore
+
+log = logging.getLogger(__name__)
+
+SPARE_NODEIDS = 4096
+"""Reserved ahead, so that a poisoned file gets its new nodeid without waiting for the disk."""
+
+
+class Shelf:
+    """Owned by the Library. ``now_ns``: the wall clock in nanoseconds."""
+
+    def __init__(
+        self, store: BlobStore, index: Index, open_origin: OpenOrigin, now_ns: Callable[[], int] = time.time_ns
+    ) -> None:
+        self.store = store
+        self.index = index
+        self.open_origin = open_origin
+        self.now_ns = now_ns
+        self.pipelines: dict[str, Pipeline] = {}
+        self.nodes = NodeTable()
+        self._spare = range(0)
+        self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Fill the shelf from the index and the slots' manifests. Blocks; before the loop serves anybody.
+
+        A pipeline whose manifest cannot be read is shown in the state ``error``; the others are not touched by it.
+        """
+        with self.index.reading() as txn:
+            records = list(txn.pipelines())
+        for record in records:
+            pipeline = Pipeline(
+                record.spec, dict(record.directory_nodeids), pinned=record.pinned, created_at_ns=record.created_at_ns
+            )
+            try:
+                self._load_generation(pipeline, record.generation)
+            except InstantStartError as error:
+                log.error("%s: cannot be served: %s", pipeline.id, error.message, extra={"pipeline": pipeline.id})
+                pipeline.trouble = Trouble(error, self.now_ns(), final=True)
+            self.pipelines[pipeline.id] = pipeline
+            self.nodes.add_pipeline(pipeline)
+
+    def _load_generation(self, pipeline: Pipeline, number: int) -> None:
+        manifest = self.store.load_manifest(pipeline.id, number)
+        with self.index.reading() as txn:
+            record = txn.generation(pipeline.id, number)
+            base = record.nodeid_base if record is not None else 0
+            files = dict(txn.files(pipeline.id, number)) if record is not None else {}
+        generation = Generation(pipeline, manifest, base, self.open_origin)
+        if record is None:
+            # The index lost this generation: its names get new nodeids, its files count as absent until fsck.
+            generation.base = self._reserve_now(generation.nodeid_count)
+        generation.set_absent()
+        for index, state in files.items():
+            file = generation.files[index]
+            file.state = FileState(state.state)
+            file.incarnation = state.incarnation
+            file.bitmap = state.bitmap
+            if state.incarnation and not state.nodeid:
+                # Died between the poisoning and the record of its new nodeid: never fall back to the old one.
+                file.nodeid = self.spare_nodeid()
+            elif state.nodeid:
+                file.nodeid = state.nodeid
+            if file.nodeid != generation.default_file_nodeid(index):
+                self.nodes.add_file(file)
+        self.nodes.add_block(generation)
+        pipeline.current = generation
+
+    # -- nodeids -------------------------------------------------------------------------------------------------
+
+    def _reserve_now(self, count: int) -> int:
+        return self.index.write_sync(lambda txn: txn.reserve_nodeids(count))
+
+    async def reserve_nodeids(self, count: int) -> int:
+        """The first of ``count`` consecutive nodeids that were never used before and never will be again."""
+        return await self.index.write(lambda txn: txn.reserve_nodeids(count))
+
+    def spare_nodeid(self) -> int:
+        """One fresh nodeid, at once. Even, so that its odd neighbour is free for the file's other I/O mode."""
+        if len(self._spare) == 0:
+            first = self._reserve_now(SPARE_NODEIDS)
+            self._spare = range(first + first % 2, first + SPARE_NODEIDS - 1, 2)
+        nodeid, self._spare = self._spare[0], self._spare[1:]
+        return nodeid
+
+    # -- finding -------------------------------------------------------------------------------------------------
+
+    def pipeline(self, pipeline_id: str) -> Pipeline:
+        """Raises PipelineNotFound."""
+        found = self.pipelines.get(pipeline_id)
+        if found is None:
+            raise PipelineNotFound(
+                f"there is no pipeline {pipeline_id!r}; `instantstart ls` lists them, `instantstart add` makes one"
+            )
+        return found
+
+    def file(self, key: FileKey) -> CachedFile | None:
+        """The present incarnation of that file, also of a generation that is draining; None when it is gone."""
+        pipeline = self.pipelines.get(key.pipeline)
+        for generation in pipeline.generations() if pipeline is not None else ():
+            if generation.number == key.generation:
+                return generation.files[key.index]
+        return None
+
+    # -- publishing ----------------------------------------------------------------------------------------------
+
+    def publish(self, pipeline: Pipeline) -> None:
+        """Show a new pipeline in the mount."""
+        self.pipelines[pipeline.id] = pipeline
+        self.nodes.add_pipeline(pipeline)
+        self.invalidate(1, pipeline.id)
+
+    def withdraw(self, pipeline: Pipeline) -> None:
+        """Take a pipeline out of view; its handles stay with whoever holds them."""
+        pipeline.removed = True
+        self.pipelines.pop(pipeline.id, None)
+        self.nodes.drop_pipeline(pipeline)
+        for generation in pipeline.generations():
+            self.nodes.drop_generation(generation)
+        self.invalidate(1, pipeline.id)
+        pipeline.changed()
+
+    def switch_generation(self, pipeline: Pipeline, manifest: Manifest, base: int) -> Generation | None:
+        """Show another generation (or the same one emptied, under new nodeids) from now on; the superseded one.
+
+        The superseded generation keeps its nodeids while somebody holds it open: drop it with ``forget_generation``.
+        """
+        old = pipeline.current
+        new = Generation(pipeline, manifest, base, self.open_origin)
+        new.set_absent()
+        self.nodes.add_block(new)
+        pipeline.current = new
+        names: set[tuple[int, str]] = set()
+        for generation in (old, new):
+            if generation is None:
+                continue
+            for nodeid in pipeline.directory_nodeids.values():
+                node = generation.node_of_root(nodeid)
+                if node is not None:
+                    names.update((nodeid, name) for name in generation.tree.nodes[node].children or ())
+        for parent, name in sorted(names):
+            self.invalidate(parent, name)
+        pipeline.changed()
+        return old
+
+    def forget_generation(self, generation: Generation) -> None:
+        self.nodes.drop_generation(generation)
+
+    def replace_file(self, old: CachedFile, reason: InstantStartError) -> CachedFile:
+        """A new, absent incarnation in the place of ``old``, under a nodeid of its own. Handles keep the old one."""
+        generation = old.generation
+        old.gone = reason
+        self.nodes.drop_file(old.nodeid)
+        new = CachedFile(generation, old.entry, FileState.ABSENT, old.incarnation + 1, self.spare_nodeid(), b"")
+        generation.files[old.entry.index] = new
+        generation.counts_changed()
+        self.nodes.add_file(new)
+        node = generation.tree.node_of_file(old.entry.index)
+        self.invalidate(generation.nodeid(generation.tree.nodes[node].parent), generation.tree.nodes[node].name)
+        generation.pipeline.changed()
+        return new
+
+    def invalidate(self, parent: int, name: str | None, nodeid: int | None = None) -> None:
+        self._send.send_nowait(Invalidation(parent, name, nodeid))

@@ -1,0 +1,324 @@
+"""The live state of pipelines, generations and files. Values and bookkeeping; no IO of its own, no waiting.
+
+Ownership: the Library owns these objects; they live on the trio thread. A ``CachedFile`` is one incarnation of one file:
+poisoning, eviction and update never change one but put another, with another nodeid, in its place, so a handle that holds
+the old one can never see the new bytes, nor the other way round.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from instantstart_fs.core.chunks import ChunkMap
+from instantstart_fs.core.loadset import is_weight_file, load_set
+from instantstart_fs.core.manifest import FileEntry, Manifest, ModelSpec, PipelineSpec
+from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
+from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
+
+if TYPE_CHECKING:
+    from instantstart_fs.errors import InstantStartError
+    from instantstart_fs.origins.base import Origin
+    from instantstart_fs.store.blobfile import BlobFile
+
+OpenOrigin = Callable[["PipelineSpec", "ModelSpec"], "Origin"]
+"""Opens a model's source with its pipeline's credentials. May block."""
+
+
+class CachedFile:
+    """One incarnation of one file. ``bitmap``: durable presence while neither sealed nor filling (then the target
+    knows). ``failed_at``: trio time at which its last
+    target failed for good. ``handles``: how many opens hold it; ``reader`` is their shared descriptor. ``gone``: replaced."""
+
+    __slots__ = (
+        "bitmap",
+        "entry",
+        "failed_at",
+        "generation",
+        "gone",
+        "handles",
+        "incarnation",
+        "nodeid",
+        "reader",
+        "state",
+        "target",
+    )
+
+    def __init__(
+        self, generation: Generation, entry: FileEntry, state: FileState, incarnation: int, nodeid: int, bitmap: bytes
+    ) -> None:
+        self.generation = generation
+        self.entry = entry
+        self.state = state
+        self.incarnation = incarnation
+        self.nodeid = nodeid
+        self.bitmap = bitmap
+        self.target: FillTarget | None = None
+        self.reader: BlobFile | None = None
+        self.failed_at = -math.inf
+        self.handles = 0
+        self.gone: InstantStartError | None = None
+
+    @property
+    def key(self) -> FileKey:
+        generation = self.generation
+        return FileKey(generation.pipeline.id, generation.number, self.entry.index)
+
+    @property
+    def size(self) -> int:
+        return self.entry.file.size
+
+    @property
+    def complete(self) -> bool:
+        return self.state in COMPLETE
+
+    def chunk_map(self) -> ChunkMap:
+        """A fresh map of what was durable when this incarnation was loaded."""
+        return ChunkMap(self.size, self.generation.manifest.chunk_size, self.bitmap or None)
+
+    @property
+    def cached_bytes(self) -> int:
+        if self.complete:
+            return self.size
+        if self.target is not None:
+            return self.target.present.present_bytes
+        return self.chunk_map().present_bytes if self.bitmap else 0
+
+
+class Counts(NamedTuple):
+    """Of the load set: ``cached`` bytes, ``complete`` files, ``unverified`` ones among these; ``everything``: the
+    cached bytes of all files."""
+
+    cached: int
+    complete: int
+    unverified: int
+    everything: int
+
+
+class Generation:
+    """One resolved generation of a pipeline and the state of its files, by manifest index.
+
+    Directory nodes have the nodeid ``base + 2·node``, but the pipeline's and the models' roots keep theirs for the
+    pipeline's life (containers hold them bound).
+    """
+
+    def __init__(self, pipeline: Pipeline, manifest: Manifest, base: int, open_origin: OpenOrigin) -> None:
+        self.pipeline = pipeline
+        self.manifest = manifest
+        self.number = manifest.generation
+        self.base = base
+        self._open_origin = open_origin
+        self._origins: dict[int, Origin] = {}
+        self.tree = Tree(manifest.files, [model.name for model in manifest.models])
+        self.load_set = load_set(manifest.files)
+        self._in_load_set = frozenset(self.load_set)
+        self.load_bytes = sum(manifest.files[index].file.size for index in self.load_set)
+        self.files: list[CachedFile] = []
+        self.handles = 0
+        self.filling_load_set = False
+        self._counts: Counts | None = None
+        self.ready: trio.Event | None = None
+        """Set while the store's files are being taken away (eviction): fills wait for it."""
+        self._root_nodeids = {
+            self.tree.child(0, name) if name else 0: nodeid for name, nodeid in pipeline.directory_nodeids.items()
+        }
+        self._root_nodes = {nodeid: node for node, nodeid in self._root_nodeids.items() if node is not None}
+
+    def origin(self, model: int) -> Origin:
+        """The origin of the model at that position, opened on first use. Blocks: call it in a thread.
+
+        Opened late so that a warm pipeline starts with no credentials at hand. Raises OriginError, UsageError.
+        """
+        found = self._origins.get(model)
+        if found is None:
+            spec = self.pipeline.spec
+            name = self.manifest.models[model].name
+            wanted = next(candidate for candidate in spec.models if candidate.name == name)
+            found = self._origins.setdefault(model, self._open_origin(spec, wanted))
+        return found
+
+    def opened_origin(self, model: int) -> Origin | None:
+        """The same if it was opened before, else None; never blocks."""
+        return self._origins.get(model)
+
+    @property
+    def nodeid_count(self) -> int:
+        return NODEIDS_PER_NODE * len(self.tree)
+
+    def in_load_set(self, index: int) -> bool:
+        return index in self._in_load_set
+
+    def default_file_nodeid(self, index: int) -> int:
+        return self.base + NODEIDS_PER_NODE * self.tree.node_of_file(index)
+
+    def nodeid(self, node: int) -> int:
+        """The nodeid of a tree node: of its current incarnation, for a file."""
+        file = self.tree.nodes[node].file
+        if file >= 0:
+            return self.files[file].nodeid
+        return self._root_nodeids.get(node, self.base + NODEIDS_PER_NODE * node)
+
+    def node_of_root(self, nodeid: int) -> int | None:
+        """The tree node of one of the constant directory nodeids."""
+        return self._root_nodes.get(nodeid)
+
+    def set_absent(self) -> None:
+        """All files absent, incarnation 0, with the default nodeids of this generation's block."""
+        self.files = [
+            CachedFile(self, entry, FileState.ABSENT, 0, self.default_file_nodeid(entry.index), b"")
+            for entry in self.manifest.files
+        ]
+
+    def counts_changed(self) -> None:
+        """Call after any file's state or presence changed."""
+        self._counts = None
+
+    @property
+    def counts(self) -> Counts:
+        """Kept until ``counts_changed``, so that listing 10,000 pipelines costs nothing per file."""
+        if self._counts is None:
+            cached = complete = unverified = everything = 0
+            for file in self.files:
+                here = file.cached_bytes
+                everything += here
+                if file.entry.index in self._in_load_set:
+                    cached += here
+                    complete += file.complete
+                    unverified += file.state is FileState.UNVERIFIED
+            self._counts = Counts(cached, complete, unverified, everything)
+        return self._counts
+
+    @property
+    def load_set_complete(self) -> bool:
+        return self.counts.complete == len(self.load_set)
+
+
+class Trouble:
+    """What went wrong last with a pipeline. ``final``: filling has stopped because of it."""
+
+    __slots__ = ("error", "final", "since_ns")
+
+    def __init__(self, error: InstantStartError, since_ns: int, *, final: bool) -> None:
+        self.error = error
+        self.since_ns = since_ns
+        self.final = final
+
+
+class Pipeline:
+    """A pipeline as the daemon knows it. ``directory_nodeids``: "" and each model's name → constant nodeid."""
+
+    def __init__(
+        self, spec: PipelineSpec, directory_nodeids: dict[str, int], *, pinned: bool, created_at_ns: int
+    ) -> None:
+        self.spec = spec
+        self.directory_nodeids = directory_nodeids
+        self.pinned = pinned
+        self.created_at_ns = created_at_ns
+        self.current: Generation | None = None
+        self.draining: list[Generation] = []
+        """Superseded generations that somebody still holds open."""
+        self.leases = 0
+        self.trouble: Trouble | None = None
+        self.lock = trio.Lock()
+        """Held by add, update, evict and remove: one of them at a time."""
+        self.removed = False
+        self.requested_load_set = False
+        self._changed = trio.Event()
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @property
+    def root_nodeid(self) -> int:
+        return self.directory_nodeids[""]
+
+    @property
+    def link_nodeid(self) -> int:
+        """The nodeid of the symlink to it in .warm, .filling or .cold: the unused odd one beside its directory's."""
+        return self.root_nodeid + 1
+
+    @property
+    def in_use(self) -> bool:
+        return self.leases > 0 or any(generation.handles for generation in self.generations())
+
+    def generations(self) -> Iterator[Generation]:
+        if self.current is not None:
+            yield self.current
+        yield from self.draining
+
+    def changed(self) -> None:
+        """Wake everyone in ``wait_changed``."""
+        event, self._changed = self._changed, trio.Event()
+        event.set()
+
+    async def wait_changed(self, timeout: float) -> None:
+        """Return at the next change of state or progress, at the latest after ``timeout`` seconds."""
+        with trio.move_on_after(timeout):
+            await self._changed.wait()
+
+
+class NodeTable:
+    """nodeid → what it names. Blocks of consecutive nodeids belong to generations; re-incarnated files and constant
+    directories are kept one by one."""
+
+    def __init__(self) -> None:
+        self._bases: list[int] = []
+        self._blocks: list[tuple[int, int, Generation]] = []
+        self._single: dict[int, CachedFile | Pipeline] = {}
+
+    def add_block(self, generation: Generation) -> None:
+        position = bisect.bisect(self._bases, generation.base)
+        self._bases.insert(position, generation.base)
+        self._blocks.insert(position, (generation.base, generation.nodeid_count, generation))
+
+    def drop_generation(self, generation: Generation) -> None:
+        """Forget its block and the nodeids of its re-incarnated files."""
+        position = bisect.bisect_left(self._bases, generation.base)
+        if position < len(self._bases) and self._blocks[position][2] is generation:
+            del self._bases[position], self._blocks[position]
+        for file in generation.files:
+            self._single.pop(file.nodeid, None)
+
+    def add_pipeline(self, pipeline: Pipeline) -> None:
+        for nodeid in pipeline.directory_nodeids.values():
+            self._single[nodeid] = pipeline
+        self._single[pipeline.link_nodeid] = pipeline
+
+    def drop_pipeline(self, pipeline: Pipeline) -> None:
+        for nodeid in pipeline.directory_nodeids.values():
+            self._single.pop(nodeid, None)
+        self._single.pop(pipeline.link_nodeid, None)
+
+    def add_file(self, file: CachedFile) -> None:
+        self._single[file.nodeid] = file
+
+    def drop_file(self, nodeid: int) -> None:
+        self._single.pop(nodeid, None)
+
+    def find(self, nodeid: int) -> CachedFile | Pipeline | tuple[Generation, int] | None:
+        """A file, a pipeline (constant directory or symlink), a (generation, directory node), or None (stale)."""
+        single = self._single.get(nodeid)
+        if single is not None:
+            return single
+        position = bisect.bisect(self._bases, nodeid) - 1
+        if position < 0:
+            return None
+        base, count, generation = self._blocks[position]
+        if nodeid - base >= count:
+            return None
+        node, mode = divmod(nodeid - base, NODEIDS_PER_NODE)
+        file = generation.tree.nodes[node].file
+        if file < 0:
+            return (generation, node) if mode == 0 else None
+        found = generation.files[file]
+        return found if found.nodeid == nodeid else None
+
+
+def counts_as_request(file: CachedFile) -> bool:
+    """Whether opening this file is a request for its pipeline."""
+    return is_weight_file(file.entry.file.path)

@@ -1,0 +1,95 @@
+"""Which files an engine loads, on the listings of repositories as they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from instantstart_fs.core.loadset import fill_threshold, is_weight_file, load_set, safetensors_header_length
+from instantstart_fs.core.manifest import FileEntry, Manifest, ManifestFile, ModelManifest
+
+MIB = 1024 * 1024
+
+
+def entries(*paths: str, model: str = "") -> tuple[FileEntry, ...]:
+    files = tuple(ManifestFile(path, 1, path) for path in sorted(paths))
+    return Manifest("p", 1, 8 * MIB, (ModelManifest(model, "hf://a/b", "r", files),), 0).files
+
+
+def chosen(*paths: str) -> list[str]:
+    listing = entries(*paths)
+    return [listing[index].file.path for index in load_set(listing)]
+
+
+def test_safetensors_win_over_everything_else() -> None:
+    assert chosen(
+        ".gitattributes",
+        "1_Pooling/config.json",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "onnx/model.onnx",
+        "openvino/openvino_model.bin",
+        "pytorch_model.bin",
+        "rust_model.ot",
+        "tf_model.h5",
+        "tokenizer.json",
+        "vocab.txt",
+    ) == ["1_Pooling/config.json", "config.json", "tokenizer.json", "vocab.txt", "model.safetensors"]
+
+
+def test_shards_come_in_natural_order_after_their_index() -> None:
+    assert chosen(
+        "model-10-of-11.safetensors",
+        "model-2-of-11.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+        "original/consolidated.00.pth",
+        "consolidated.safetensors",
+    ) == ["model.safetensors.index.json", "model-2-of-11.safetensors", "model-10-of-11.safetensors"]
+
+
+def test_pytorch_weights_where_there_is_nothing_better() -> None:
+    assert chosen("config.json", "pytorch_model.bin", "training_args.bin", "flax_model.msgpack") == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
+
+
+@pytest.mark.parametrize("path", ["llama.Q4_K_M.gguf", "rank0.engine"])
+def test_gguf_and_engines(path: str) -> None:
+    assert chosen("README.md", path) == [path]
+
+
+def test_a_repository_of_unknown_formats_counts_whole() -> None:
+    assert chosen("weights.xyz", "notes.md") == ["notes.md", "weights.xyz"]
+
+
+def test_models_follow_one_another() -> None:
+    one = ModelManifest("asr", "hf://a/b", "r", (ManifestFile("model.safetensors", 1, "a"),))
+    two = ModelManifest("llm", "hf://a/c", "r", (ManifestFile("config.json", 1, "b"), ManifestFile("m.gguf", 1, "c")))
+    files = Manifest("p", 1, 8 * MIB, (one, two), 0).files
+    assert [files[index].path for index in load_set(files)] == [
+        "asr/model.safetensors",
+        "llm/config.json",
+        "llm/m.gguf",
+    ]
+
+
+def test_requests_are_opens_of_weight_files() -> None:
+    assert is_weight_file("a/model.safetensors")
+    assert not is_weight_file("config.json")
+    assert not is_weight_file("training_args.bin")
+
+
+def test_the_threshold_lies_beyond_header_and_readahead() -> None:
+    assert fill_threshold("m.safetensors", 100 * MIB, 5 * MIB) == 5 * MIB
+    assert fill_threshold("m.safetensors", 100 * MIB, 100) == MIB
+    assert fill_threshold("m.gguf", 100 * MIB, None) == MIB
+    assert fill_threshold("tiny.safetensors", 1000, 100) == 500
+    assert fill_threshold("config.json", 1000, None) == 1000
+
+
+def test_the_header_length_is_believed_only_where_it_can_be_one() -> None:
+    assert safetensors_header_length((1000).to_bytes(8, "little") + b"{}") == 1008
+    assert safetensors_header_length(b"\xff" * 8) is None
+    assert safetensors_header_length(b"short") is None
