@@ -1,0 +1,48 @@
+"""From a source address to the Origin that speaks its protocol. The only place that knows all of them.
+
+Opening an origin does no IO, reads no credentials and cannot fail on either: a warm pipeline must start with its
+origin unreachable and no credentials at hand. huggingface_hub and boto3 are imported when first used.
+"""
+
+from __future__ import annotations
+
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.source import DirectorySource, HubSource, S3Source, parse_source
+from instantstart_fs.origins.base import Origin
+from instantstart_fs.origins.settings import OriginSettings
+
+__all__ = ["OriginSettings", "open_origin"]
+
+
+def open_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) -> Origin:
+    """The origin of one model, with the credentials of its pipeline and of no other. Raises InvalidSource.
+
+    ``spec.endpoint_url`` is S3's; a hub's endpoint is a setting of the machine (or HF_ENDPOINT).
+    """
+    source = parse_source(model.source)
+    match source:
+        case HubSource():
+            from instantstart_fs.origins.huggingface import HuggingFaceOrigin
+
+            return HuggingFaceOrigin(
+                source,
+                model,
+                endpoint=settings.huggingface.endpoint,
+                token_file=spec.token_file or settings.huggingface.token_file,
+                timeout=settings.timeout,
+            )
+        case S3Source():
+            from instantstart_fs.origins.s3 import S3Origin
+
+            return S3Origin(
+                source,
+                model,
+                endpoint_url=spec.endpoint_url or settings.s3.endpoint_url,
+                region_name=settings.s3.region_name,
+                profile=spec.aws_profile or settings.s3.profile,
+                timeout=settings.timeout,
+            )
+        case DirectorySource():
+            from instantstart_fs.origins.directory import DirectoryOrigin
+
+            return DirectoryOrigin(source, model)

@@ -1,0 +1,15 @@
+"""What all origins of a daemon share; a pipeline's own token_file, aws_profile and endpoint_url win over it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from instantstart_fs.config import HuggingFaceConfig, S3Config
+
+
+class OriginSettings(msgspec.Struct, frozen=True):
+    """``timeout``: seconds without an answer (connecting, or between two bytes) after which a request is given up."""
+
+    huggingface: HuggingFaceConfig = HuggingFaceConfig()
+    s3: S3Config = S3Config()
+    timeout: float = 20.0
