@@ -1,0 +1,240 @@
+"""The control protocol, version 1: what goes over the socket. Pure: bytes in, values out; no IO, no clock.
+
+Each message is one JSON object on one line, at most MAX_MESSAGE bytes. The client sends one request at a time:
+
+    {"v": 1, "request": {"op": "status", "pipeline": "my-llm"}}
+
+and the server answers with any number of progress messages, then exactly one ``done`` or ``failed``:
+
+    {"type": "progress", "status": {…} | null, "done_bytes": 0, "total_bytes": 0}
+    {"type": "done", "result": …}
+    {"type": "failed", "code": "pipeline-not-found", "message": "…", "retry_after": null}
+
+After ``done`` of a ``lease`` the lease lasts until the connection ends. Closing the connection ends a wait, not what
+is waited for. Garbage raises ControlProtocolError, whatever it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.errors import ControlProtocolError, InstantStartError, from_code
+
+VERSION = 1
+MAX_MESSAGE = 16 * 1024 * 1024
+"""Bytes of one line, which neither side buffers more of. The status of 100,000 files stays below it."""
+MAX_REQUEST = 1024 * 1024
+"""Bytes of one request: a specification with thousands of globs fits."""
+
+
+class _Request(msgspec.Struct, frozen=True, tag_field="op", forbid_unknown_fields=True):
+    pass
+
+
+class Ping(_Request, frozen=True, tag="ping"):
+    """→ DaemonInfo."""
+
+
+class Add(_Request, frozen=True, tag="add"):
+    """→ PipelineStatus, once resolved and pinned. ``warm``: start filling the load set then."""
+
+    spec: PipelineSpec
+    warm: bool = False
+
+
+class Update(_Request, frozen=True, tag="update"):
+    """→ PipelineStatus of the generation that is now shown."""
+
+    pipeline: str
+
+
+class Remove(_Request, frozen=True, tag="remove"):
+    """→ null."""
+
+    pipeline: str
+
+
+class Evict(_Request, frozen=True, tag="evict"):
+    """→ null."""
+
+    pipeline: str
+
+
+class Pin(_Request, frozen=True, tag="pin"):
+    """→ null. Pins, or with ``pinned`` false unpins."""
+
+    pipeline: str
+    pinned: bool = True
+
+
+class Touch(_Request, frozen=True, tag="touch"):
+    """→ null. Counts as a request."""
+
+    pipeline: str
+
+
+class Warm(_Request, frozen=True, tag="warm"):
+    """→ PipelineStatus: at once, or with ``wait`` when all is there, with ``progress`` (status) on the way."""
+
+    pipeline: str
+    everything: bool = False
+    wait: bool = False
+
+
+class Verify(_Request, frozen=True, tag="verify"):
+    """→ VerifyResult, with ``progress`` (done_bytes, total_bytes) on the way."""
+
+    pipeline: str
+
+
+class Lease(_Request, frozen=True, tag="lease"):
+    """→ null; holds until the connection ends."""
+
+    pipeline: str
+
+
+class Ls(_Request, frozen=True, tag="ls"):
+    """→ list of PipelineStatus without files."""
+
+
+class Status(_Request, frozen=True, tag="status"):
+    """→ PipelineStatus with files."""
+
+    pipeline: str
+
+
+Request = Ping | Add | Update | Remove | Evict | Pin | Touch | Warm | Verify | Lease | Ls | Status
+
+
+class DaemonInfo(msgspec.Struct, frozen=True):
+    """What a daemon says about itself. ``uptime`` in seconds; ``ready``: the mount answers."""
+
+    version: str
+    pid: int
+    mount: str
+    store: str
+    uptime: float
+    pipelines: int
+    ready: bool
+
+
+class VerifyResult(msgspec.Struct, frozen=True):
+    """``healed``: files whose bytes were wrong, dropped, and are fetched again. ``unproven``: no digest to compare."""
+
+    files: int
+    bytes: int
+    healed: tuple[str, ...]
+    unproven: tuple[str, ...]
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """``status`` for a wait; bytes for a verification."""
+
+    status: Any = None
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    result: Any = None
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    code: str
+    message: str
+    retry_after: float | None = None
+
+    def error(self) -> InstantStartError:
+        """The error as it was raised on the other side."""
+        return from_code(self.code, self.message, retry_after=self.retry_after)
+
+
+Response = Progress | Done | Failed
+
+
+class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    v: int
+    request: Request
+
+
+class _Version(msgspec.Struct, frozen=True):
+    v: int
+
+
+_encoder = msgspec.json.Encoder()
+_envelopes = msgspec.json.Decoder(_Envelope)
+_versions = msgspec.json.Decoder(_Version)
+_responses = msgspec.json.Decoder(Progress | Done | Failed)
+
+
+def encode_request(request: Request) -> bytes:
+    """One line. Raises ControlProtocolError when it is longer than MAX_REQUEST."""
+    return _line(_encoder.encode(_Envelope(VERSION, request)), MAX_REQUEST)
+
+
+def encode_response(response: Response) -> bytes:
+    """One line. Raises ControlProtocolError when it is longer than MAX_MESSAGE."""
+    return _line(_encoder.encode(response), MAX_MESSAGE)
+
+
+def _line(message: bytes, limit: int) -> bytes:
+    if len(message) >= limit:
+        raise ControlProtocolError(f"a message of {len(message)} bytes is longer than the protocol allows ({limit})")
+    return message + b"\n"
+
+
+def decode_request(line: bytes) -> Request:
+    """Raises ControlProtocolError."""
+    try:
+        version = _versions.decode(line).v
+        if version != VERSION:
+            raise ControlProtocolError(
+                f"the client speaks version {version} of the control protocol and this daemon version {VERSION}: "
+                "use the same release of both"
+            )
+        return _envelopes.decode(line).request
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ControlProtocolError(f"not a request: {error}") from error
+
+
+def decode_response(line: bytes) -> Response:
+    """Raises ControlProtocolError."""
+    try:
+        response: Response = _responses.decode(line)
+        return response
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ControlProtocolError(f"not an answer of an instantstart daemon: {error}") from error
+
+
+class LineBuffer:
+    """Cuts a stream into lines and refuses to hold more than ``limit`` bytes of an unfinished one."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._pending = bytearray()
+        self._scanned = 0
+
+    def feed(self, data: bytes) -> None:
+        self._pending += data
+
+    def lines(self) -> Iterator[bytes]:
+        """The whole lines so far, without their ends. Raises ControlProtocolError for one beyond the limit."""
+        while True:
+            end = self._pending.find(b"\n", self._scanned)
+            if end < 0:
+                self._scanned = len(self._pending)
+            if (end if end >= 0 else len(self._pending)) > self._limit:
+                raise ControlProtocolError(f"a message longer than {self._limit} bytes")
+            if end < 0:
+                return
+            line = bytes(self._pending[:end])
+            del self._pending[: end + 1]
+            self._scanned = 0
+            yield line
+
+    def __len__(self) -> int:
+        return len(self._pending)

@@ -1,0 +1,515 @@
+"""The daemon's side of the control socket: accepts, checks who asks, and calls the library. Lives on the trio thread.
+
+Owns the socket file. One task per connection; what a connection waits for ends with it, but an operation that changes
+something (remove, evict, update, …) runs to its end in the server's own nursery, since half of one helps nobody.
+Nothing that a client sends, or does not send, may hurt another: messages are bounded, connections are counted, and an
+exception of any kind becomes an answer and a logged traceback.
+
+Who may what: root, the daemon's own user and, where one is given, members of a group administer; the owner of a
+pipeline (its uid) may see, touch, lease and warm that pipeline. Others are turned away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import trio
+
+from instantstart_fs.control.protocol import (
+    MAX_REQUEST,
+    Add,
+    DaemonInfo,
+    Done,
+    Evict,
+    Failed,
+    Lease,
+    LineBuffer,
+    Ls,
+    Pin,
+    Ping,
+    Progress,
+    Remove,
+    Request,
+    Response,
+    Status,
+    Touch,
+    Update,
+    Verify,
+    VerifyResult,
+    Warm,
+    decode_request,
+    encode_response,
+)
+from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.errors import (
+    ControlError,
+    ControlProtocolError,
+    InstantStartError,
+    PermissionRefused,
+    PipelineBusy,
+    from_code,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 256
+"""Leases and waits are few; beyond this a client is told to come again rather than the daemon to run out of files."""
+MAX_CONNECTIONS_PER_OWNER = 32
+"""For users who do not administer: none of them can use the others' share up."""
+REQUEST_DEADLINE = 30.0
+"""Seconds for a whole request to arrive once it has begun, and for an answer to be taken."""
+CHANGE_DEADLINE = 600.0
+"""Seconds that a client is kept waiting for a change; the change itself goes on."""
+PROGRESS_INTERVAL = 0.25
+"""Seconds between two progress messages, at least; at most 1 s passes without one."""
+IDLE_LIMIT = 15.0
+"""Seconds without any filling after which a wait is given up: nothing would ever end it."""
+SO_PEERGROUPS = 59
+
+
+class Report(Protocol):
+    """What ``verify`` found; see ``protocol.VerifyResult``."""
+
+    @property
+    def files(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def healed(self) -> tuple[str, ...]: ...
+    @property
+    def unproven(self) -> tuple[str, ...]: ...
+
+
+class Administration(Protocol):
+    """What the server needs of ``library.Library``."""
+
+    async def add(self, spec: PipelineSpec) -> PipelineStatus: ...
+    async def update(self, pipeline: str) -> PipelineStatus: ...
+    async def remove(self, pipeline: str) -> None: ...
+    async def evict(self, pipeline: str) -> None: ...
+    async def set_pinned(self, pipeline: str, pinned: bool) -> None: ...
+    def touch(self, pipeline: str) -> None: ...
+    async def warm(self, pipeline: str, *, everything: bool = False) -> None: ...
+    def status(self, pipeline: str) -> PipelineStatus: ...
+    def list(self) -> list[PipelineStatus]: ...
+    def spec(self, pipeline: str) -> PipelineSpec: ...
+    async def wait_changed(self, pipeline: str, timeout: float) -> None: ...
+    async def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> Report: ...
+    def lease(self, pipeline: str) -> AbstractContextManager[None]: ...
+
+
+class Peer(NamedTuple):
+    """Who connected, as the kernel says."""
+
+    pid: int
+    uid: int
+    groups: frozenset[int]
+
+
+def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
+    """Credentials of the other end at the time it connected."""
+    pid, uid, gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    groups = {gid}
+    with contextlib.suppress(OSError):  # a user in more than 256 groups: the primary one has to do
+        raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
+        groups.update(struct.unpack(f"{len(raw) // 4}I", raw))
+    return Peer(pid, uid, frozenset(groups))
+
+
+class ControlServer:
+    """Serves ``library`` on the socket at ``path``. ``info`` is asked at each ping; members of ``group`` administer."""
+
+    def __init__(
+        self,
+        library: Administration,
+        info: Callable[[], DaemonInfo],
+        path: str,
+        *,
+        group: int | None = None,
+        peer: Callable[[trio.socket.SocketType], Peer] = peer_of,
+    ) -> None:
+        self.path = path
+        self._library = library
+        self._info = info
+        self._peer = peer
+        self._nursery: trio.Nursery | None = None
+        self._connections: dict[int, int] = {}
+        self._group = group
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen until cancelled. Raises ControlError when the socket cannot be made, or a daemon answers on it."""
+        listener = listen(self.path)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                while True:
+                    try:
+                        connection, _ = await listener.accept()
+                    except OSError as error:
+                        # Out of descriptors or memory: what runs goes on, and those who wait are accepted later.
+                        log.warning("control socket: accept: %s", error.strerror or error)
+                        await trio.sleep(0.1)
+                        continue
+                    nursery.start_soon(self._serve, trio.SocketStream(connection))
+        finally:
+            self._nursery = None
+            listener.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+
+    # -- one connection --------------------------------------------------------------------------------------------
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        try:
+            async with stream:
+                peer = self._peer(stream.socket)
+                with self._counted(peer):
+                    await _Connection(self, stream, peer).run()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        except* Exception:
+            log.exception("control connection failed")
+
+    @contextlib.contextmanager
+    def _counted(self, peer: Peer) -> Any:
+        self._connections[peer.uid] = self._connections.get(peer.uid, 0) + 1
+        try:
+            yield
+        finally:
+            self._connections[peer.uid] -= 1
+            if not self._connections[peer.uid]:
+                del self._connections[peer.uid]
+
+    def refusal(self, peer: Peer) -> InstantStartError | None:
+        """Why this peer is turned away before it says anything; None for most."""
+        limit = MAX_CONNECTIONS if self.administers(peer) else MAX_CONNECTIONS_PER_OWNER
+        if self._connections[peer.uid] > limit:
+            return PipelineBusy(f"uid {peer.uid} has {limit} control connections open already")
+        return None
+
+    def administers(self, peer: Peer) -> bool:
+        return peer.uid in (0, os.geteuid()) or (self._group is not None and self._group in peer.groups)
+
+    def authorize(self, peer: Peer, request: Request) -> None:
+        """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
+        if self.administers(peer) or isinstance(request, Ping | Ls):
+            return
+        if isinstance(request, Status | Touch | Lease | Warm) and self._library.spec(request.pipeline).uid == peer.uid:
+            return
+        raise PermissionRefused(
+            f"uid {peer.uid} may not {type(request).__name__.lower()} here; ask as root, as the daemon's user, "
+            "or, for status, touch, lease and warm, as the pipeline's owner"
+        )
+
+    def visible(self, peer: Peer) -> list[PipelineStatus]:
+        """What ``ls`` shows this peer: all, or what it owns."""
+        found = self._library.list()
+        if self.administers(peer):
+            return found
+        return [status for status in found if self._library.spec(status.pipeline).uid == peer.uid]
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def start_change(self, operation: Callable[[], Awaitable[Any]]) -> _Change:
+        """Run it to its end whatever becomes of the connection."""
+        assert self._nursery is not None
+        change = _Change(operation)
+        self._nursery.start_soon(change.run)
+        return change
+
+    async def change(self, operation: Callable[[], Awaitable[Any]]) -> Any:
+        """The same, and wait for it at most CHANGE_DEADLINE; raises what it raised, else PipelineBusy."""
+        change = self.start_change(operation)
+        with trio.move_on_after(CHANGE_DEADLINE):
+            await change.finished.wait()
+            return change.result()
+        raise PipelineBusy(f"still under way after {CHANGE_DEADLINE:g} s; it goes on, `instantstart status` shows it")
+
+    @property
+    def library(self) -> Administration:
+        return self._library
+
+    def info(self) -> DaemonInfo:
+        return self._info()
+
+
+class _Change:
+    """An operation that no client's departure stops."""
+
+    def __init__(self, operation: Callable[[], Awaitable[Any]]) -> None:
+        self._operation = operation
+        self._value: Any = None
+        self._error: Exception | None = None
+        self.finished = trio.Event()
+
+    async def run(self) -> None:
+        try:
+            self._value = await self._operation()
+        except Exception as error:
+            self._error = error
+        finally:
+            self.finished.set()
+
+    def result(self) -> Any:
+        """What it returned, or raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class _Connection:
+    """One client: its requests in turn, each ended when the client goes."""
+
+    def __init__(self, server: ControlServer, stream: trio.SocketStream, peer: Peer) -> None:
+        self._server = server
+        self._library = server.library
+        self._stream = stream
+        self._peer = peer
+        self._buffer = LineBuffer(MAX_REQUEST)
+
+    async def run(self) -> None:
+        refusal = self._server.refusal(self._peer)
+        if refusal is not None:
+            await self._send(_failed(refusal))
+            return
+        while True:
+            try:
+                line = await self._read_line()
+                if line is None:
+                    return
+                request = decode_request(line)
+            except ControlProtocolError as error:
+                await self._send(_failed(error))
+                return
+            if not await self._answer(request):
+                return
+
+    async def _read_line(self) -> bytes | None:
+        """The next request; None at the end. A client may be silent between requests, not within one."""
+        while True:
+            for line in self._buffer.lines():
+                return line
+            limit = REQUEST_DEADLINE if len(self._buffer) else float("inf")
+            with trio.move_on_after(limit) as scope:
+                data = await self._stream.receive_some(65536)
+            if scope.cancelled_caught:
+                raise ControlProtocolError(f"half a request, then nothing for {limit:g} s")
+            if not data:
+                return None
+            self._buffer.feed(data)
+
+    async def _answer(self, request: Request) -> bool:
+        """False when the connection is over."""
+        gone = False
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                # Only an end or a broken line is of interest while a request runs; what else comes is for afterwards.
+                nonlocal gone
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    while len(self._buffer) <= MAX_REQUEST:
+                        data = await self._stream.receive_some(65536)
+                        if not data:
+                            break
+                        self._buffer.feed(data)
+                gone = True
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            try:
+                await self._send(await self._response(request))
+            except* (trio.BrokenResourceError, trio.ClosedResourceError):
+                gone = True
+            nursery.cancel_scope.cancel()
+        return not gone
+
+    async def _response(self, request: Request) -> Response:
+        """What is to be answered; a lease never returns, it is ended by the connection's end."""
+        try:
+            self._server.authorize(self._peer, request)
+            if isinstance(request, Lease):
+                with self._library.lease(request.pipeline):
+                    await self._send(Done())
+                    await trio.sleep_forever()
+            return Done(await self._perform(request))
+        except InstantStartError as error:
+            return _failed(error)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise
+        except Exception as error:
+            log.exception("control request %s failed", type(request).__name__.lower())
+            return Failed(InstantStartError.code, f"{type(error).__name__} in the daemon; its log has the traceback")
+
+    async def _perform(self, request: Request) -> Any:
+        library, change = self._library, self._server.change
+        match request:
+            case Ping():
+                return self._server.info()
+            case Ls():
+                return self._server.visible(self._peer)
+            case Status(pipeline):
+                return library.status(pipeline)
+            case Touch(pipeline):
+                return library.touch(pipeline)
+            case Add(spec, warm):
+                return await change(lambda: self._add(spec, warm))
+            case Update(pipeline):
+                return await change(lambda: library.update(pipeline))
+            case Remove(pipeline):
+                return await change(lambda: library.remove(pipeline))
+            case Evict(pipeline):
+                return await change(lambda: library.evict(pipeline))
+            case Pin(pipeline, pinned):
+                return await change(lambda: library.set_pinned(pipeline, pinned))
+            case Warm(pipeline, everything, wait):
+                await change(lambda: library.warm(pipeline, everything=everything))
+                if wait:
+                    return await self._wait_warm(pipeline, everything)
+                return library.status(pipeline)
+            case Verify(pipeline):
+                return await self._verify(pipeline)
+            case Lease():
+                raise AssertionError("handled by the caller")
+
+    async def _add(self, spec: PipelineSpec, warm: bool) -> PipelineStatus:
+        status = await self._library.add(spec)
+        if warm:
+            await self._library.warm(spec.id)
+            status = self._library.status(spec.id)
+        return status
+
+    async def _wait_warm(self, pipeline: str, everything: bool) -> PipelineStatus:
+        """Until the wanted files are all there. Raises what made the fill stop."""
+        busy_at = trio.current_time()
+        while True:
+            status = self._library.status(pipeline)
+            brief = msgspec.structs.replace(status, files=None)
+            if _is_warm(status, everything):
+                return brief
+            if status.state == "error":
+                error = status.error
+                raise from_code(
+                    error.code if error else InstantStartError.code,
+                    f"{pipeline}: {error.message}" if error else f"{pipeline}: the fill failed",
+                )
+            if status.fill is not None:
+                busy_at = trio.current_time()
+            elif status.uncached:
+                raise InstantStartError(f"{pipeline}: {status.uncached}")
+            elif trio.current_time() > busy_at + IDLE_LIMIT:
+                reason = status.error.message if status.error else "`instantstart status` shows what is missing"
+                raise InstantStartError(f"{pipeline}: the fill has stopped: {reason}")
+            await self._send(Progress(status=brief))
+            await trio.sleep(PROGRESS_INTERVAL)
+            await self._library.wait_changed(pipeline, 1.0 - PROGRESS_INTERVAL)
+
+    async def _verify(self, pipeline: str) -> VerifyResult:
+        latest = (0, 0)
+
+        def progress(done: int, total: int) -> None:
+            nonlocal latest
+            latest = (done, total)
+
+        change = self._server.start_change(lambda: self._library.verify(pipeline, progress))
+        while not change.finished.is_set():
+            await self._send(Progress(done_bytes=latest[0], total_bytes=latest[1]))
+            with trio.move_on_after(1.0):
+                await change.finished.wait()
+        found: Report = change.result()
+        return VerifyResult(found.files, found.bytes, tuple(found.healed), tuple(found.unproven))
+
+    async def _send(self, response: Response) -> None:
+        """Raises BrokenResourceError when the client does not take it in time."""
+        try:
+            line = encode_response(response)
+        except ControlProtocolError as error:
+            line = encode_response(_failed(error))
+        with trio.move_on_after(REQUEST_DEADLINE) as scope:
+            await self._stream.send_all(line)
+        if scope.cancelled_caught:
+            raise trio.BrokenResourceError("the client does not read its answers")
+
+
+def _is_warm(status: PipelineStatus, everything: bool) -> bool:
+    if everything and status.files is not None:
+        return all(file.state in ("sealed", "unverified") for file in status.files)
+    return status.state in ("warm", "unverified")
+
+
+def _failed(error: InstantStartError) -> Failed:
+    return Failed(error.code, error.message, error.retry_after)
+
+
+def listen(path: str) -> trio.socket.SocketType:
+    """A listening socket at ``path``, made with its directory. A dead daemon's file is replaced; of a living one
+    ControlError is raised. Blocks for a moment only: everything is local."""
+    encoded = os.fsencode(path)
+    if len(encoded) > 107:
+        raise ControlError(f"{path}: a socket's path may have 107 bytes at most; choose a shorter one with --socket")
+    try:
+        _make_directory(os.path.dirname(path))
+        _remove_dead(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            listener.bind(path)
+            # Everybody may connect: who asks is checked per request by what the kernel says about the peer.
+            os.chmod(path, 0o666)
+            listener.listen(128)
+            listener.setblocking(False)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ControlError(f"{path}: cannot listen there: {error.strerror or error}") from error
+    return trio.socket.from_stdlib_socket(listener)
+
+
+def _make_directory(directory: str) -> None:
+    if not os.path.isdir(directory):
+        os.makedirs(directory, 0o755)
+        os.chmod(directory, 0o755)  # the daemon's umask is 077, and owners of pipelines must get through
+
+
+def _remove_dead(path: str) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ControlError(f"{path}: there is something that is no socket; it is left alone")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except OSError as error:  # a full backlog is a living daemon too
+            log.debug("probing %s: %s", path, error)
+    raise ControlError(f"{path}: another daemon answers there; stop it, or choose another socket with --socket")
+
+
+@asynccontextmanager
+async def serving(
+    library: Administration, info: Callable[[], DaemonInfo], path: str, **options: Any
+) -> AsyncIterator[ControlServer]:
+    """The server running inside the ``async with``."""
+    server = ControlServer(library, info, path, **options)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        try:
+            yield server
+        finally:
+            nursery.cancel_scope.cancel()
