@@ -1,0 +1,146 @@
+"""Records and keys of the index. Pure: no LMDB here.
+
+Values are msgpack arrays (a field can be added at the end with a default). Keys sort so that everything of a pipeline,
+and everything of a generation in manifest order, is one range:
+
+    pipelines      <pipeline>                                     PipelineRecord
+    generations    <pipeline> NUL <generation:u32>                GenerationRecord
+    files          <pipeline> NUL <generation:u32> <index:u32>    FileRecord; none = absent, never filled
+    requests       <pipeline>                                     u64, ns: last request
+    atimes         <pipeline> NUL <generation:u32> <index:u32>    u64, ns: last access of that file
+    meta           format, nodeids                                u64
+
+Integers are big-endian; a pipeline id is ASCII without NUL, so that no id's range runs into another's.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.errors import StoreDamaged
+
+FORMAT = 1
+"""Of the whole index; a newer one is refused, an older one migrated at open (there is none yet)."""
+
+DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes")
+META_FORMAT = b"format"
+META_NODEIDS = b"nodeids"
+FIRST_NODEID = 1024
+"""Below it are the mount's own (the root is 1; .warm, .filling, .cold)."""
+
+_GENERATION = struct.Struct(">I")
+_FILE = struct.Struct(">II")
+_U64 = struct.Struct(">Q")
+
+
+class PipelineRecord(msgspec.Struct, frozen=True, array_like=True):
+    """``generation``: the current one, 0 = none yet. ``next_generation``: the number that the next resolve takes.
+
+    ``created_at_ns``: wall clock. ``directory_nodeids``: "" and each model's name → the nodeid of its directory,
+    constant for the pipeline's life.
+    """
+
+    spec: PipelineSpec
+    generation: int = 0
+    next_generation: int = 1
+    pinned: bool = False
+    created_at_ns: int = 0
+    directory_nodeids: dict[str, int] = {}
+
+
+class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
+    """``nodeid_base``: the first of the block of nodeids reserved for this generation's tree. ``chunk_size``: bytes."""
+
+    pipeline: str
+    number: int
+    nodeid_base: int
+    file_count: int
+    chunk_size: int
+
+
+class FileRecord(msgspec.Struct, frozen=True, array_like=True):
+    """``state``: a ``FileState`` value. ``incarnation`` counts up with every poisoning and eviction. ``nodeid``: 0 =
+    what the generation's block gives it. ``bitmap``: durable presence (``ChunkMap.to_bytes``), empty when sealed or
+    absent.
+    """
+
+    state: str
+    incarnation: int = 0
+    nodeid: int = 0
+    bitmap: bytes = b""
+
+
+_pipeline_decoder = msgspec.msgpack.Decoder(PipelineRecord)
+_generation_decoder = msgspec.msgpack.Decoder(GenerationRecord)
+_file_decoder = msgspec.msgpack.Decoder(FileRecord)
+encode = msgspec.msgpack.Encoder().encode
+"""Any of the records → its value."""
+
+
+def _damaged(what: str, error: Exception) -> StoreDamaged:
+    return StoreDamaged(f"{what} in the index cannot be read ({error}); run `instantstart fsck`")
+
+
+def decode_pipeline(value: bytes) -> PipelineRecord:
+    """Raises StoreDamaged, as all decoders here."""
+    try:
+        return _pipeline_decoder.decode(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _damaged("a pipeline", error) from error
+
+
+def decode_generation(value: bytes) -> GenerationRecord:
+    try:
+        return _generation_decoder.decode(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _damaged("a generation", error) from error
+
+
+def decode_file(value: bytes) -> FileRecord:
+    try:
+        return _file_decoder.decode(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _damaged("a file", error) from error
+
+
+def encode_u64(value: int) -> bytes:
+    return _U64.pack(value)
+
+
+def decode_u64(value: bytes) -> int:
+    try:
+        result: int = _U64.unpack(value)[0]
+    except struct.error as error:
+        raise _damaged("a number", error) from error
+    return result
+
+
+def pipeline_key(pipeline: str) -> bytes:
+    return pipeline.encode("ascii")
+
+
+def pipeline_prefix(pipeline: str) -> bytes:
+    """What the keys of all its generations and files begin with."""
+    return pipeline.encode("ascii") + b"\0"
+
+
+def generation_key(pipeline: str, generation: int) -> bytes:
+    """Also the prefix of the generation's files."""
+    return pipeline_prefix(pipeline) + _GENERATION.pack(generation)
+
+
+def file_key(pipeline: str, generation: int, index: int) -> bytes:
+    return pipeline_prefix(pipeline) + _FILE.pack(generation, index)
+
+
+def parse_file_key(key: bytes) -> tuple[str, int, int]:
+    """(pipeline, generation, index). Raises StoreDamaged."""
+    try:
+        pipeline, _, rest = key.partition(b"\0")
+        generation, index = _FILE.unpack(rest)
+        return pipeline.decode("ascii"), generation, index
+    except (struct.error, UnicodeDecodeError) as error:
+        raise _damaged("a key", error) from error

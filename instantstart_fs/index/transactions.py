@@ -1,0 +1,189 @@
+"""ReadTxn and WriteTxn: the typed verbs on the index. Valid only inside the op that they were given to.
+
+Every method raises StoreDamaged for what cannot be read. A WriteTxn's puts raise IndexFull (the map has no room) or
+StoreFull (the disk has none) **before** the last room is used, so that deletes, and puts that do not grow a record,
+always find the pages that LMDB's copy-on-write needs: a full index can be emptied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import lmdb
+
+from instantstart_fs.errors import StoreError
+from instantstart_fs.index import schema
+from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
+
+if TYPE_CHECKING:
+    Transaction = lmdb.Transaction[bytes]
+    Databases = Mapping[str, lmdb._Database]
+
+_CHECK_EVERY = 64
+"""Puts between two looks at the room left: 64 records of at most some KiB stay far below the reserve."""
+
+
+class ReadTxn:
+    """A consistent view. ``environment.Index.read`` makes one."""
+
+    def __init__(self, transaction: Transaction, databases: Databases) -> None:
+        self._transaction = transaction
+        self._databases = databases
+
+    def _get(self, database: str, key: bytes) -> bytes | None:
+        return self._transaction.get(key, db=self._databases[database])
+
+    def _scan(self, database: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        with self._transaction.cursor(self._databases[database]) as cursor:
+            if not cursor.set_range(prefix):
+                return
+            for key, value in cursor:
+                if not key.startswith(prefix):
+                    return
+                yield key, value
+
+    def get_pipeline(self, pipeline: str) -> PipelineRecord | None:
+        value = self._get("pipelines", schema.pipeline_key(pipeline))
+        return None if value is None else schema.decode_pipeline(value)
+
+    def pipelines(self) -> Iterator[PipelineRecord]:
+        """All of them, by id."""
+        for _, value in self._scan("pipelines"):
+            yield schema.decode_pipeline(value)
+
+    def get_generation(self, pipeline: str, generation: int) -> GenerationRecord | None:
+        value = self._get("generations", schema.generation_key(pipeline, generation))
+        return None if value is None else schema.decode_generation(value)
+
+    def generations(self, pipeline: str) -> Iterator[GenerationRecord]:
+        """Those of ``pipeline``, ascending."""
+        for _, value in self._scan("generations", schema.pipeline_prefix(pipeline)):
+            yield schema.decode_generation(value)
+
+    def get_file(self, pipeline: str, generation: int, index: int) -> FileRecord | None:
+        """None: absent, never filled."""
+        value = self._get("files", schema.file_key(pipeline, generation, index))
+        return None if value is None else schema.decode_file(value)
+
+    def files(self, pipeline: str, generation: int) -> Iterator[tuple[int, FileRecord]]:
+        """(index, record) of each file that has one, ascending: one range scan."""
+        for key, value in self._scan("files", schema.generation_key(pipeline, generation)):
+            yield schema.parse_file_key(key)[2], schema.decode_file(value)
+
+    def last_request(self, pipeline: str) -> int | None:
+        """Wall clock, ns; as it was recorded (it may lie in the future)."""
+        value = self._get("requests", schema.pipeline_key(pipeline))
+        return None if value is None else schema.decode_u64(value)
+
+    def last_requests(self) -> dict[str, int]:
+        return {key.decode("ascii"): schema.decode_u64(value) for key, value in self._scan("requests")}
+
+    def last_access(self, pipeline: str, generation: int, index: int) -> int | None:
+        """Wall clock, ns; as it was recorded."""
+        value = self._get("atimes", schema.file_key(pipeline, generation, index))
+        return None if value is None else schema.decode_u64(value)
+
+    def accesses(self, pipeline: str, generation: int) -> Iterator[tuple[int, int]]:
+        """(index, ns) of each file that was ever read."""
+        for key, value in self._scan("atimes", schema.generation_key(pipeline, generation)):
+            yield schema.parse_file_key(key)[2], schema.decode_u64(value)
+
+    def dump(self) -> dict[str, dict[bytes, bytes]]:
+        """Everything, raw: for tests and for probing a suspect index."""
+        return {database: dict(self._scan(database)) for database in schema.DATABASES}
+
+
+class WriteTxn(ReadTxn):
+    """What one op may do. All of it happens, or (the op raises) none."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        databases: Databases,
+        room: Callable[[Transaction], StoreError | None],
+        take_nodeids: Callable[[int | None, int], int],
+    ) -> None:
+        super().__init__(transaction, databases)
+        self._room = room
+        self._take_nodeids = take_nodeids
+        self._puts = 0
+        self._full: StoreError | None = None
+
+    def _put(self, database: str, key: bytes, value: bytes) -> None:
+        if self._full is not None or self._puts % _CHECK_EVERY == 0:
+            self._full = self._room(self._transaction)
+        self._puts += 1
+        if self._full is not None:
+            old = self._get(database, key)
+            if old is None or len(old) < len(value):
+                raise self._full
+        self._transaction.put(key, value, db=self._databases[database])
+
+    def _delete(self, database: str, key: bytes) -> bool:
+        return self._transaction.delete(key, db=self._databases[database])
+
+    def _delete_range(self, database: str, prefix: bytes) -> int:
+        count = 0
+        with self._transaction.cursor(self._databases[database]) as cursor:
+            found = cursor.set_range(prefix)
+            while found and cursor.key().startswith(prefix):
+                found = cursor.delete()
+                count += 1
+        return count
+
+    def put_pipeline(self, record: PipelineRecord) -> None:
+        self._put("pipelines", schema.pipeline_key(record.spec.id), schema.encode(record))
+
+    def delete_pipeline(self, pipeline: str) -> None:
+        """With its generations, files and times. No effect if it is not there."""
+        self._delete("pipelines", schema.pipeline_key(pipeline))
+        self._delete("requests", schema.pipeline_key(pipeline))
+        for database in ("generations", "files", "atimes"):
+            self._delete_range(database, schema.pipeline_prefix(pipeline))
+
+    def put_generation(self, record: GenerationRecord) -> None:
+        self._put("generations", schema.generation_key(record.pipeline, record.number), schema.encode(record))
+
+    def delete_generation(self, pipeline: str, generation: int) -> None:
+        """With its files and their times. No effect if it is not there."""
+        key = schema.generation_key(pipeline, generation)
+        self._delete("generations", key)
+        for database in ("files", "atimes"):
+            self._delete_range(database, key)
+
+    def put_file(self, pipeline: str, generation: int, index: int, record: FileRecord) -> None:
+        self._put("files", schema.file_key(pipeline, generation, index), schema.encode(record))
+
+    def delete_file(self, pipeline: str, generation: int, index: int) -> bool:
+        """Forget a file's state (not its times); whether it had one."""
+        return self._delete("files", schema.file_key(pipeline, generation, index))
+
+    def delete_files(self, pipeline: str, generation: int) -> int:
+        """Forget the state of all files of a generation (not their times); how many had one."""
+        return self._delete_range("files", schema.generation_key(pipeline, generation))
+
+    def put_last_request(self, pipeline: str, at_ns: int) -> None:
+        self._put("requests", schema.pipeline_key(pipeline), schema.encode_u64(at_ns))
+
+    def put_last_access(self, pipeline: str, generation: int, index: int, at_ns: int) -> None:
+        self._put("atimes", schema.file_key(pipeline, generation, index), schema.encode_u64(at_ns))
+
+    def reserve_nodeids(self, count: int) -> int:
+        """The first of ``count`` consecutive nodeids that nobody ever had, across restarts and lost indexes.
+
+        If the op fails they are not handed out. Raises StoreFull or StoreReadOnly if the high-water mark cannot be
+        written.
+        """
+        if count < 1:
+            raise ValueError(f"cannot reserve {count} nodeids")
+        value = self._get("meta", schema.META_NODEIDS)
+        first = self._take_nodeids(None if value is None else schema.decode_u64(value), count)
+        self._put("meta", schema.META_NODEIDS, schema.encode_u64(first + count))
+        return first
+
+    def clear(self) -> None:
+        """Forget everything but the format and the nodeid counter (fsck)."""
+        for database in schema.DATABASES:
+            if database != "meta":
+                self._transaction.drop(self._databases[database], delete=False)
