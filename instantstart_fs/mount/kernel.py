@@ -1,0 +1,207 @@
+"""What the kernel says about mounts, and the few knobs that it offers: mountinfo, umount, bdi readahead, fusectl.
+
+Nothing here touches a mountpoint with stat: /proc/self/mountinfo answers even while a mount's daemon does not. All
+functions are synchronous; those that may block say so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from instantstart_fs.errors import MountFailed
+
+MNT_DETACH: Final = 2
+UMOUNT_NOFOLLOW: Final = 8
+CAP_SYS_ADMIN_BIT: Final = 21
+FUSERMOUNT_DEADLINE: Final = 10.0
+
+FUSECTL: Final = "/sys/fs/fuse/connections"
+
+
+class Mount(msgspec.Struct, frozen=True):
+    """A line of mountinfo. ``device`` is "major:minor", ``options`` the mount's and the superblock's, with commas."""
+
+    mount_id: int
+    device: str
+    path: str
+    filesystem: str
+    source: str
+    options: str
+
+
+def parse_mountinfo(text: str) -> tuple[Mount, ...]:
+    """Lines as proc(5) describes them; later lines are mounted over earlier ones of the same path."""
+    found = []
+    for line in text.splitlines():
+        before, separator, after = line.partition(" - ")
+        if not separator:
+            continue
+        fields = before.split(" ")
+        filesystem, source, super_options = [*after.split(" "), "", ""][:3]
+        found.append(
+            Mount(
+                mount_id=int(fields[0]),
+                device=fields[2],
+                path=_unescape(fields[4]),
+                filesystem=filesystem,
+                source=_unescape(source),
+                options=f"{fields[5]},{super_options}",
+            )
+        )
+    return tuple(found)
+
+
+def _unescape(field: str) -> str:
+    """mountinfo writes space, tab, newline and backslash as octal."""
+    raw = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field.encode("utf-8", "surrogateescape"))
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def mounts() -> tuple[Mount, ...]:
+    """All mounts of this process's namespace, in the kernel's order."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        return parse_mountinfo(lines.read())
+
+
+def find_mount(path: str) -> Mount | None:
+    """The topmost mount whose mountpoint is exactly ``path`` (absolute, without symlinks)."""
+    return next((mount for mount in reversed(mounts()) if mount.path == path), None)
+
+
+def filesystem_of(path: str) -> Mount | None:
+    """The mount that ``path`` (absolute, without symlinks) lies on."""
+    best: Mount | None = None
+    for mount in mounts():
+        inside = path == mount.path or path.startswith(mount.path.rstrip("/") + "/")
+        if inside and (best is None or len(mount.path) >= len(best.path)):
+            best = mount
+    return best
+
+
+def umount_lazily(path: str) -> None:
+    """Detach what is mounted at ``path``, whoever uses it. As root by umount2, else by fusermount3.
+
+    Nothing mounted there is no error. Raises MountFailed. May block for as long as fusermount3 runs (10 s at most).
+    """
+    number = _umount2(path, MNT_DETACH | UMOUNT_NOFOLLOW)
+    if number in (0, errno.EINVAL, errno.ENOENT):
+        return
+    helper = shutil.which("fusermount3") or shutil.which("fusermount")
+    if number != errno.EPERM or helper is None:
+        raise MountFailed(f"cannot unmount {path}: {os.strerror(number)}")
+    try:
+        done = subprocess.run(
+            [helper, "-u", "-z", "--", path], capture_output=True, text=True, timeout=FUSERMOUNT_DEADLINE, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MountFailed(f"cannot unmount {path}: {error}") from error
+    if done.returncode != 0 and find_mount(path) is not None:
+        raise MountFailed(f"cannot unmount {path}: {done.stderr.strip() or f'{helper} failed'}")
+
+
+def _umount2(path: str, flags: int) -> int:
+    """The errno, 0 when done."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(path), flags) == 0:
+        return 0
+    return ctypes.get_errno()
+
+
+def set_readahead(mount: Mount, kilobytes: int) -> None:
+    """Raise the mount's readahead (the kernel offers 128 KiB when a FUSE connection begins). Raises OSError."""
+    _write(f"/sys/class/bdi/{mount.device}/read_ahead_kb", str(kilobytes))
+
+
+def set_background_limits(mount: Mount, requests: int) -> None:
+    """How many background requests (readahead, and so most faults) a FUSE mount may have out. Raises OSError.
+
+    With the default of 12, two dozen stuck faults hold up every other file's.
+    """
+    directory = _connection(mount)
+    _write(f"{directory}/max_background", str(requests))
+    _write(f"{directory}/congestion_threshold", str(requests))
+
+
+def abort_connection(mount: Mount) -> None:
+    """Fail all requests of a FUSE mount, those in flight too, at once and for good. Raises OSError."""
+    _write(f"{_connection(mount)}/abort", "1")
+
+
+def _connection(mount: Mount) -> str:
+    """The fusectl directory of the connection, named by the device number; as root, mounts fusectl where nobody has."""
+    if find_mount(FUSECTL) is None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mount(b"fusectl", FUSECTL.encode(), b"fusectl", 0, None) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), FUSECTL)
+    major, minor = (int(part) for part in mount.device.split(":"))
+    return f"{FUSECTL}/{(major << 20) | minor}"
+
+
+def _write(path: str, value: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def kernel_release() -> tuple[int, int]:
+    """(major, minor) of the running kernel."""
+    match = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def has_sys_admin() -> bool:
+    """Whether this process has CAP_SYS_ADMIN in effect: mount(2) without fusermount3, bind mounts, passthrough."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) >> CAP_SYS_ADMIN_BIT & 1)
+    return False
+
+
+def user_allow_other(text: str | None = None) -> bool:
+    """Whether /etc/fuse.conf lets ordinary users share their mounts. ``text``: its content, for tests."""
+    if text is None:
+        try:
+            with open("/etc/fuse.conf", encoding="utf-8", errors="replace") as lines:
+                text = lines.read()
+        except OSError:
+            return False
+    return any(line.strip() == "user_allow_other" for line in text.splitlines())
+
+
+def libfuse_version() -> str | None:
+    """As libfuse says it, "3.14.0"; None when the library cannot be loaded."""
+    for name in ("libfuse3.so.3", "libfuse3.so.4", "libfuse3.so"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        library.fuse_pkgversion.restype = ctypes.c_char_p
+        version = library.fuse_pkgversion()
+        return version.decode() if isinstance(version, bytes) else None
+    return None
+
+
+def fuse_descriptors() -> frozenset[int]:
+    """This process's descriptors of /dev/fuse."""
+    found = set()
+    names: Sequence[str] = os.listdir("/proc/self/fd")
+    for name in names:
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                found.add(int(name))
+        except OSError:
+            continue  # closed since it was listed
+    return frozenset(found)

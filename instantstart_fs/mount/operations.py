@@ -1,0 +1,286 @@
+"""The FUSE request handlers: they translate between the kernel's requests and the View, and decide nothing.
+
+Any session that speaks the kernel's protocol may drive this class (pyfuse3.main, or our own), under these rules:
+
+* all handlers run on one trio thread;
+* what ``read`` returns is a view of a buffer that the next ``read`` may take: the session copies it out before its next
+  checkpoint. pyfuse3 does: between the handler's return and fuse_reply_buf there is no await;
+* one guard stands around every handler: FUSEError and cancellation pass, an InstantStartError becomes its errno,
+  anything else EIO and a logged traceback. The mount never dies of one request.
+
+The kernel's lookup counts are not kept: the library's nodeids are durable and never reused, so FORGET has nothing to
+free. Every write is EROFS, also where the ``ro`` mount option has not refused it before.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import logging
+import mmap
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
+
+from instantstart_fs.errors import InstantStartError, NoSuchEntry
+from instantstart_fs.library.view import ROOT, Attributes, OpenFile, View
+from instantstart_fs.mount.errno_map import errno_of
+
+log = logging.getLogger(__name__)
+
+STABLE_TIMEOUT: Final = 86_400.0
+"""Seconds for which the kernel may keep what is pinned and complete; changes are sent as invalidations."""
+CHANGING_TIMEOUT: Final = 1.0
+"""Seconds for what may change by itself: a filling file's blocks, the names at the root."""
+STABLE_NEGATIVE_TIMEOUT: Final = 10.0
+"""Seconds for an absent name in a pinned directory: engines probe for optional files many times in one start."""
+
+NAME_MAX: Final = 255
+BLOCK_SIZE: Final = 4096
+PREFERRED_IO: Final = 128 * 1024
+"""st_blksize. Python's open() takes it as its buffer's size, coreutils as their least."""
+
+READ_BUFFER: Final = 1024 * 1024
+"""The largest READ of a kernel that was offered 256 pages; larger ones get a buffer of their own."""
+IDLE_BUFFERS: Final = 16
+"""Kept between reads, 16 MiB when all were used. More live only while as many reads wait."""
+
+_UNREADABLE_FLAGS: Final = os.O_TRUNC | os.O_APPEND | os.O_CREAT
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Handler = Callable[Concatenate["Operations", _P], Coroutine[Any, Any, _T]]
+
+
+def _guarded(handler: _Handler[_P, _T]) -> _Handler[_P, _T]:
+    """The one place where exceptions become errnos: pyfuse3.main() ends on anything but a FUSEError."""
+
+    @functools.wraps(handler)
+    async def guard(self: Operations, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except InstantStartError as error:
+            number = errno_of(error, gone=errno.ESTALE)
+            if not isinstance(error, NoSuchEntry):
+                log.warning("%s: %s: %s", handler.__name__, error.code, error.message)
+            raise FUSEError(number) from error
+        except Exception as error:
+            log.exception("%s failed in a way nobody foresaw; its caller sees EIO", handler.__name__)
+            raise FUSEError(errno.EIO) from error
+
+    return guard
+
+
+def entry_attributes(attributes: Attributes) -> EntryAttributes:
+    """As lookup, getattr and readdir all show it."""
+    timeout = STABLE_TIMEOUT if attributes.stable else CHANGING_TIMEOUT
+    entry = EntryAttributes()
+    entry.st_ino = attributes.nodeid
+    entry.entry_timeout = timeout
+    entry.attr_timeout = timeout
+    entry.st_mode = attributes.mode
+    entry.st_nlink = attributes.nlink
+    entry.st_uid = attributes.uid
+    entry.st_gid = attributes.gid
+    entry.st_size = attributes.size
+    entry.st_blksize = PREFERRED_IO
+    entry.st_blocks = attributes.blocks
+    entry.st_atime_ns = attributes.atime_ns
+    entry.st_mtime_ns = attributes.mtime_ns
+    entry.st_ctime_ns = attributes.ctime_ns
+    return entry
+
+
+class _Buffers:
+    """Reused read buffers. Anonymous maps and not bytearrays: those are zeroed when made, and a thousand reads waiting
+    for a dead origin would cost a gigabyte; an untouched map costs nothing."""
+
+    def __init__(self) -> None:
+        self._idle: list[mmap.mmap] = []
+
+    def take(self, size: int) -> mmap.mmap:
+        if size <= READ_BUFFER and self._idle:
+            return self._idle.pop()
+        return mmap.mmap(-1, max(size, READ_BUFFER), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def give_back(self, buffer: mmap.mmap) -> None:
+        if len(buffer) == READ_BUFFER and len(self._idle) < IDLE_BUFFERS:
+            self._idle.append(buffer)
+
+
+class _Directory:
+    """An open directory: the names as they were when its listing began."""
+
+    __slots__ = ("names", "nodeid")
+
+    def __init__(self, nodeid: int) -> None:
+        self.nodeid = nodeid
+        self.names: list[str] | None = None
+
+
+class Operations(pyfuse3.Operations):
+    """One mount's handlers. Owns the file handles' numbers and the read buffers, nothing else."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, view: View) -> None:
+        super().__init__()
+        self._view = view
+        self._files: dict[int, OpenFile] = {}
+        self._directories: dict[int, _Directory] = {}
+        self._handles = itertools.count(1)
+        self._buffers = _Buffers()
+
+    @property
+    def open_handles(self) -> int:
+        """Files and directories that the kernel holds open."""
+        return len(self._files) + len(self._directories)
+
+    # Names and attributes
+
+    @_guarded
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        if len(name) > NAME_MAX:
+            raise FUSEError(errno.ENAMETOOLONG)
+        try:
+            return entry_attributes(self._view.lookup(parent_inode, _text(name)))
+        except NoSuchEntry:
+            return self._absent(parent_inode)
+
+    def _absent(self, parent: int) -> EntryAttributes:
+        """An entry with no inode, which makes the kernel remember that the name is not there."""
+        stable = parent != ROOT and self._view.attributes(parent).stable
+        entry = EntryAttributes()
+        entry.st_ino = 0
+        entry.entry_timeout = STABLE_NEGATIVE_TIMEOUT if stable else CHANGING_TIMEOUT
+        return entry
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Nothing to free, and nothing that could fail: pyfuse3 catches no error here, not even FUSEError."""
+
+    @_guarded
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return entry_attributes(self._view.attributes(inode))
+
+    @_guarded
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return _bytes(self._view.readlink(inode))
+
+    @_guarded
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        filesystem = self._view.filesystem()
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = BLOCK_SIZE
+        data.f_blocks = filesystem.total_bytes // BLOCK_SIZE
+        data.f_bfree = data.f_bavail = filesystem.available_bytes // BLOCK_SIZE
+        data.f_files = filesystem.files
+        data.f_ffree = data.f_favail = 0
+        data.f_namemax = NAME_MAX
+        return data
+
+    @_guarded
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if not name.startswith(b"user."):
+            # Not ENODATA: ls asks for security and ACL attributes of every file, and stops on a device that has none.
+            raise FUSEError(errno.ENOTSUP)
+        value = self._view.xattrs(inode).get(_text(name))
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value
+
+    @_guarded
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return [_bytes(name) for name in self._view.xattrs(inode)]
+
+    # Directories
+
+    @_guarded
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        self._view.attributes(inode)
+        handle = next(self._handles)
+        self._directories[handle] = _Directory(inode)
+        return handle
+
+    @_guarded
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        """The names are those of the moment the listing began (rewinddir begins anew), so a cursor is an index and
+        nothing is shown twice or skipped. The attributes are looked up as they are sent: the kernel keeps them for
+        long, and those of an older moment would outlive their own invalidation."""
+        directory = self._directories[fh]
+        if start_id == 0 or directory.names is None:
+            directory.names = [name for name, _ in self._view.list_directory(directory.nodeid)]
+        for position in range(start_id, len(directory.names)):
+            name = directory.names[position]
+            try:
+                attributes = self._view.lookup(directory.nodeid, name)
+            except NoSuchEntry:
+                continue
+            if not pyfuse3.readdir_reply(token, _bytes(name), entry_attributes(attributes), position + 1):
+                return
+
+    @_guarded
+    async def releasedir(self, fh: int) -> None:
+        del self._directories[fh]
+
+    # Files
+
+    @_guarded
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & _UNREADABLE_FLAGS:
+            raise FUSEError(errno.EROFS)
+        file = await self._view.open(inode)
+        handle = next(self._handles)
+        self._files[handle] = file
+        # The bytes under one nodeid never change, so the page cache of earlier opens stays good.
+        return FileInfo(fh=handle, keep_cache=True, direct_io=False, nonseekable=False)
+
+    @_guarded
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        file = self._files[fh]
+        buffer = self._buffers.take(size)
+        # On an error or a cancellation the buffer is dropped: a thread may still be writing into it.
+        view = memoryview(buffer)[:size]
+        count = await self._view.read_into(file, off, view)
+        # Back into the pool before it is used: nobody can take it until the session's next checkpoint.
+        self._buffers.give_back(buffer)
+        return view[:count]  # type: ignore[return-value]  # pyfuse3 takes any buffer; its stub says bytes
+
+    @_guarded
+    async def release(self, fh: int) -> None:
+        self._view.release(self._files.pop(fh))
+
+    # flush, fsync, access and poll stay the base class's ENOSYS: the kernel remembers it and never asks again.
+
+    # Writes
+
+    async def _refuse(self, /, *args: object, **kwargs: object) -> NoReturn:
+        raise FUSEError(errno.EROFS)
+
+    setattr = _refuse
+    mknod = _refuse
+    mkdir = _refuse
+    unlink = _refuse
+    rmdir = _refuse
+    symlink = _refuse
+    rename = _refuse
+    link = _refuse
+    create = _refuse
+    write = _refuse
+    setxattr = _refuse
+    removexattr = _refuse
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")

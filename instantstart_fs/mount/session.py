@@ -1,0 +1,341 @@
+"""The life of one mount served by pyfuse3: made, tuned, ready, invalidating, taken down.
+
+``serve`` owns the mountpoint while it runs, and leaves no mount behind. It never stats its own mountpoint on the trio
+thread, which would wait for itself: probes run in threads that are given up at a deadline.
+
+pyfuse3 keeps its session in module globals: one mount per process at a time.
+
+It also takes pyfuse3's own edges off (``_steadied_loop``): a request that is withdrawn between poll and read must not
+block the whole event loop, and no exception from inside pyfuse3 may end the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import Any, Final
+
+import msgspec
+import pyfuse3
+import trio
+
+from instantstart_fs.errors import MountFailed
+from instantstart_fs.library.view import Invalidation, View
+from instantstart_fs.mount import kernel
+from instantstart_fs.mount.operations import Operations
+
+log = logging.getLogger(__name__)
+
+PROBE_DEADLINE: Final = 5.0
+"""Seconds that somebody else's mount gets to prove that it is alive."""
+TEARDOWN_DEADLINE: Final = 10.0
+INVALIDATIONS_AT_ONCE: Final = 1000
+
+_mounted = False
+
+
+class MountSettings(msgspec.Struct, frozen=True):
+    """``path`` is the mountpoint, made where it is absent; ``store`` the store's root: neither may hold the other.
+
+    ``allow_other`` is given up with a note where the kernel does not let this user have it. ``max_tasks`` bounds the
+    requests served at once; it must stay above ``max_background``, or stuck faults would take every task and a stat
+    would wait behind them (a task costs about 10 KiB, only while it is needed).
+    """
+
+    path: str
+    store: str | None = None
+    allow_other: bool = True
+    fsname: str = "instantstart"
+    subtype: str = "instantstart"
+    max_tasks: int = 4096
+    idle_tasks: int = 8
+    max_background: int = 1024
+    readahead_kb: int = 1024
+    ready_deadline: float = 10.0
+
+
+class Mounted(msgspec.Struct, frozen=True):
+    """What was made. ``notes`` say which tunings were not permitted."""
+
+    path: str
+    mount: kernel.Mount
+    notes: tuple[str, ...]
+
+
+async def serve(
+    view: View, settings: MountSettings, *, task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Mount ``view`` and answer for it until cancelled, or until somebody unmounts it, which is logged.
+
+    Started when the mount answers. Raises MountFailed when the mountpoint is held by a live daemon or by something
+    else, is no empty directory, or cannot be mounted.
+    """
+    global _mounted
+    if _mounted:
+        raise MountFailed("this process serves a mount already")
+    _mounted = True
+    try:
+        path = await _in_thread(
+            prepare_mountpoint, settings, deadline=3 * PROBE_DEADLINE, what=f"the mountpoint {settings.path}"
+        )
+        operations = Operations(view)
+        invalidator = _Invalidator(view)
+        _mount(operations, path, settings)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_main, settings, nursery.cancel_scope)
+                mounted = await _wait_ready(path, settings)
+                for note in mounted.notes:
+                    log.warning("%s", note)
+                nursery.start_soon(invalidator.run)
+                log.info("mounted at %s", path)
+                task_status.started(mounted)
+        except* MountFailed as group:
+            raise _first(group) from None
+        finally:
+            with trio.CancelScope(shield=True):
+                await _take_down(path, invalidator)
+    finally:
+        _mounted = False
+
+
+def _first(group: BaseExceptionGroup[MountFailed]) -> MountFailed:
+    inner: BaseException = group
+    while isinstance(inner, BaseExceptionGroup):
+        inner = inner.exceptions[0]
+    assert isinstance(inner, MountFailed)
+    return inner
+
+
+async def _in_thread(work: Any, *args: Any, deadline: float, what: str) -> Any:
+    """Run ``work`` in a thread of its own and give it up at the deadline: it may hang in somebody's dead mount."""
+    with trio.move_on_after(deadline):
+        return await trio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+    raise MountFailed(f"{what} did not answer within {deadline:.0f} s")
+
+
+# The mountpoint
+
+
+def prepare_mountpoint(settings: MountSettings) -> str:
+    """The real path of a mountpoint that is free to use; blocking.
+
+    Clears the mount that a killed daemon left. Raises MountFailed.
+    """
+    path = os.path.abspath(settings.path)
+    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    _clear_stale_mounts(path, settings)
+    path = os.path.realpath(path)
+    _clear_stale_mounts(path, settings)
+    if settings.store is not None:
+        store = os.path.realpath(settings.store)
+        if os.path.commonpath([path, store]) in (path, store):
+            raise MountFailed(f"the mountpoint {path} and the store {store} may not lie in one another")
+    try:
+        os.makedirs(path, mode=0o755, exist_ok=True)
+        names = os.listdir(path)
+    except FileExistsError as error:
+        raise MountFailed(f"the mountpoint {path} is not a directory") from error
+    except OSError as error:
+        raise MountFailed(f"the mountpoint {path} cannot be used: {error.strerror}") from error
+    if names:
+        raise MountFailed(f"the mountpoint {path} is not empty ({sorted(names)[0]!r} lies there)")
+    return path
+
+
+def _clear_stale_mounts(path: str, settings: MountSettings) -> None:
+    ours = f"fuse.{settings.subtype}"
+    while (mount := kernel.find_mount(path)) is not None:
+        if mount.filesystem != ours:
+            raise MountFailed(f"{path} already has a {mount.filesystem} filesystem mounted on it")
+        if not _is_dead(path):
+            raise MountFailed(f"{path} is served by another instantstart daemon")
+        log.warning("clearing the mount that a killed daemon left at %s", path)
+        kernel.umount_lazily(path)
+
+
+def _is_dead(path: str) -> bool:
+    """statvfs always asks the daemon, where stat may be answered from the kernel's cache."""
+    try:
+        os.statvfs(path)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
+# Mounting
+
+
+def mount_options(settings: MountSettings) -> tuple[frozenset[str], str | None]:
+    """The options for libfuse, and a note where allow_other had to be left out."""
+    options = {
+        "ro",
+        "nosuid",
+        "nodev",
+        "default_permissions",
+        f"fsname={settings.fsname}",
+        f"subtype={settings.subtype}",
+    }
+    note = None
+    if settings.allow_other:
+        if os.geteuid() == 0 or kernel.user_allow_other():
+            options.add("allow_other")
+        else:
+            note = "only this user will see the mount: /etc/fuse.conf lacks user_allow_other"
+    return frozenset(options), note
+
+
+def _mount(operations: Operations, path: str, settings: MountSettings) -> None:
+    options, note = mount_options(settings)
+    if note is not None:
+        log.warning("%s", note)
+    before = kernel.fuse_descriptors()
+    try:
+        pyfuse3.init(operations, path, set(options))
+    except RuntimeError as error:
+        if "fuse_session_mount" in str(error):
+            pyfuse3.close(unmount=False)  # libfuse holds a session; there is no mount
+        reason = "is /dev/fuse there, and may this user mount?"
+        raise MountFailed(f"cannot mount at {path}: {error} ({reason})") from error
+    for descriptor in kernel.fuse_descriptors() - before:
+        # See _steadied_loop.
+        os.set_blocking(descriptor, False)
+
+
+async def _main(settings: MountSettings, outside: trio.CancelScope) -> None:
+    _steady_pyfuse3()
+    await pyfuse3.main(min_tasks=settings.idle_tasks, max_tasks=settings.max_tasks)
+    log.warning("%s was unmounted by somebody else", settings.path)
+    outside.cancel()
+
+
+_session_loop = pyfuse3._session_loop  # type: ignore[attr-defined]  # private: see _steadied_loop
+
+
+async def _steadied_loop(nursery: trio.Nursery, min_tasks: int, max_tasks: int) -> None:
+    """pyfuse3's loop of one task, so that nothing but the end of the mount ends it.
+
+    pyfuse3 polls /dev/fuse, then reads it. When the reader that made the request is killed in between, the request is
+    gone and a blocking read would stop the whole event loop until the next one comes. So the descriptor does not block,
+    and the EAGAIN that pyfuse3 would die of sends the task back to its poll. Such a turn loses libfuse's receive buffer
+    (1 MiB of address space, of which one request's pages were touched); it is rarer than a killed process.
+    """
+    while True:
+        try:
+            await _session_loop(nursery, min_tasks, max_tasks)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ENOMEM):
+                raise
+            log.debug("a request was withdrawn before it was read")
+        except trio.Cancelled:
+            raise
+        except Exception:
+            log.exception("a request ended in an exception outside its handler")
+        await trio.lowlevel.checkpoint()
+
+
+def _steady_pyfuse3() -> None:
+    pyfuse3._session_loop = _steadied_loop  # type: ignore[attr-defined]  # main() and the loop itself look it up here
+
+
+class _Interrupted(logging.Filter):
+    """Drops pyfuse3's error line for each reply to a reader that was killed meanwhile: that is no error."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not ("fuse_reply_" in str(record.msg) and os.strerror(errno.ENOENT) in record.getMessage())
+
+
+logging.getLogger("pyfuse3").addFilter(_Interrupted())
+
+
+async def _wait_ready(path: str, settings: MountSettings) -> Mounted:
+    """Until the mount answers; then tune it, since the kernel sets its own figures when the connection begins."""
+    await _in_thread(os.statvfs, path, deadline=settings.ready_deadline, what=f"the new mount at {path}")
+    mount = kernel.find_mount(path)
+    if mount is None:
+        raise MountFailed(f"{path} was unmounted while it was being mounted")
+    notes: list[str] = []
+    for what, tune, value in (
+        ("readahead", kernel.set_readahead, settings.readahead_kb),
+        ("the background queue", kernel.set_background_limits, settings.max_background),
+    ):
+        try:
+            tune(mount, value)
+        except OSError as error:
+            notes.append(f"{what} of the mount stays at the kernel's default: {error.strerror} (it needs root)")
+    return Mounted(path=path, mount=mount, notes=tuple(notes))
+
+
+# Invalidation
+
+
+class _Invalidator:
+    """Sends what the library says has changed to the kernel, in order, from a thread: the kernel may make it wait for a
+    directory that has a request in flight. Never pages: only entries and attributes."""
+
+    def __init__(self, view: View) -> None:
+        self._channel = view.invalidations
+        self._idle = trio.Event()
+        self._idle.set()
+
+    async def run(self) -> None:
+        async for first in self._channel:
+            batch = [first]
+            while len(batch) < INVALIDATIONS_AT_ONCE:
+                try:
+                    batch.append(self._channel.receive_nowait())
+                except (trio.WouldBlock, trio.EndOfChannel):
+                    break
+            self._idle = trio.Event()
+            # The thread tells when it is done even after it was abandoned: until then the session may not be freed.
+            token = trio.lowlevel.current_trio_token()
+            await trio.to_thread.run_sync(self._send, tuple(dict.fromkeys(batch)), token, abandon_on_cancel=True)
+
+    async def wait_idle(self) -> None:
+        await self._idle.wait()
+
+    def _send(self, batch: tuple[Invalidation, ...], token: trio.lowlevel.TrioToken) -> None:
+        try:
+            for invalidation in batch:
+                send_invalidation(invalidation)
+        finally:
+            token.run_sync_soon(self._idle.set)
+
+
+def send_invalidation(invalidation: Invalidation) -> None:
+    """Blocking. What the kernel does not hold (ENOENT) needs no forgetting."""
+    try:
+        if invalidation.name is not None:
+            pyfuse3.invalidate_entry(invalidation.parent, invalidation.name.encode("utf-8", "surrogateescape"))
+        if invalidation.nodeid is not None:
+            pyfuse3.invalidate_inode(invalidation.nodeid, attr_only=True)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("the kernel refused an invalidation (%s): %s", invalidation, error)
+
+
+# The end
+
+
+async def _take_down(path: str, invalidator: _Invalidator) -> None:
+    """Detach, abort, free: in this order, so that nobody new comes in, and nobody who is in can hold the end up."""
+    mount = kernel.find_mount(path)
+    if mount is not None:
+        try:
+            await _in_thread(kernel.umount_lazily, path, deadline=TEARDOWN_DEADLINE, what="unmounting")
+        except MountFailed as error:
+            log.error("%s", error)
+        try:
+            kernel.abort_connection(mount)
+        except OSError as error:
+            # Gone already when nobody had a file open; else closing the descriptor below ends it.
+            log.debug("the connection was not aborted: %s", error)
+    with trio.move_on_after(TEARDOWN_DEADLINE) as waiting:
+        await invalidator.wait_idle()
+    if waiting.cancelled_caught:
+        log.error("an invalidation is still with the kernel; the session is left to the end of the process")
+        return
+    pyfuse3.close(unmount=True)
