@@ -47,9 +47,9 @@ class AccessLog:
         self._dirty_requests.add(pipeline)
         self._wake.set()
 
-    def record_read(self, file: FileTriple, now_ns: int) -> None:
+    def record_read(self, pipeline: str, generation: int, index: int, now_ns: int) -> None:
         """The file was read. Cheap: for every read."""
-        self._reads[file] = now_ns
+        self._reads[pipeline, generation, index] = now_ns
         if not self._wake.is_set():
             self._wake.set()
 

@@ -16,7 +16,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
@@ -163,11 +163,17 @@ class Index:
 
         Keep it short: pages that it can see are not reused while it lasts. Raises StoreDamaged, StoreError.
         """
+        with self.reading() as txn:
+            return op(txn)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[ReadTxn]:
+        """``read`` as a context manager. No ``await`` inside."""
         if self._closed:
             raise StoreError(f"the index {self.path} is closed")
         try:
             with self._environment.begin() as transaction:
-                return op(ReadTxn(transaction, self._databases))
+                yield ReadTxn(transaction, self._databases)
         except lmdb.Error as error:
             raise _translate(error, f"read the index {self.path}") from error
 

@@ -1,8 +1,8 @@
 """ReadTxn and WriteTxn: the typed verbs on the index. Valid only inside the op that they were given to.
 
 Every method raises StoreDamaged for what cannot be read. A WriteTxn's puts raise IndexFull (the map has no room) or
-StoreFull (the disk has none) **before** the last room is used, so that deletes, and puts that do not grow a record,
-always find the pages that LMDB's copy-on-write needs: a full index can be emptied.
+StoreFull (the disk has none) **before** the last room is used, so that deletes, and puts of no more than the op has
+deleted, always find the pages that LMDB's copy-on-write needs: a full index can be emptied.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class WriteTxn(ReadTxn):
         self._room = room
         self._take_nodeids = take_nodeids
         self._puts = 0
+        self._freed = 0
         self._full: StoreError | None = None
 
     def _put(self, database: str, key: bytes, value: bytes) -> None:
@@ -116,18 +117,25 @@ class WriteTxn(ReadTxn):
         self._puts += 1
         if self._full is not None:
             old = self._get(database, key)
-            if old is None or len(old) < len(value):
+            grows = len(value) - len(old) if old is not None else len(key) + len(value)
+            if grows > self._freed:
                 raise self._full
+            self._freed -= max(grows, 0)
         self._transaction.put(key, value, db=self._databases[database])
 
     def _delete(self, database: str, key: bytes) -> bool:
-        return self._transaction.delete(key, db=self._databases[database])
+        old = self._transaction.pop(key, db=self._databases[database])
+        if old is None:
+            return False
+        self._freed += len(key) + len(old)
+        return True
 
     def _delete_range(self, database: str, prefix: bytes) -> int:
         count = 0
         with self._transaction.cursor(self._databases[database]) as cursor:
             found = cursor.set_range(prefix)
             while found and cursor.key().startswith(prefix):
+                self._freed += len(cursor.key()) + len(cursor.value())
                 found = cursor.delete()
                 count += 1
         return count
