@@ -408,7 +408,11 @@ def _translate(error: lmdb.Error | OSError, what: str) -> StoreError:
             return StoreError(f"{what}: {error}")
 
 
-def probe(path: str) -> None:
-    """Read every page that the index refers to; raises, or dies of a signal, if it is damaged. For a child process."""
-    with Index.open(path) as index:
-        index.read(lambda txn: [len(list(txn._scan(name))) for name in schema.DATABASES])
+def probe(path: str, map_size: int = DEFAULT_MAP_SIZE) -> None:
+    """Read and decode every record; raises, or dies of a signal, if the index is damaged. For a child process."""
+    with Index.open(path, map_size=map_size) as index, index.reading() as txn:
+        txn.dump()
+        for pipeline in txn.pipelines():
+            for generation in txn.generations(pipeline.spec.id):
+                for _ in txn.files(pipeline.spec.id, generation.number):
+                    pass
