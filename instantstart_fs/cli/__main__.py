@@ -1,0 +1,5 @@
+"""``python -m instantstart_fs.cli``."""
+
+from instantstart_fs.cli import main
+
+main()

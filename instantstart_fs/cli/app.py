@@ -1,0 +1,344 @@
+"""The commands. Each reads its arguments, asks the daemon (or becomes it), and shows the answer; no policy here."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from instantstart_fs.cli import show
+from instantstart_fs.control.client import Client
+from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.errors import InstantStartError, UsageError
+
+app = typer.Typer(
+    name="instantstart",
+    help="Model weights on NVMe, read through a mount: add a pipeline, point the engine at its directory.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Pipeline = Annotated[str, typer.Argument(help="The pipeline's id.", show_default=False)]
+Socket = Annotated[
+    str | None,
+    typer.Option("--socket", metavar="PATH", help="The daemon's socket (else $INSTANTSTART_SOCKET, else the default)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON (see docs/CONFIGURATION.md).")]
+ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help="Configuration file.")]
+MountOption = Annotated[str | None, typer.Option("--mount", metavar="DIR", help="Where to mount; wins over the file.")]
+StoreOption = Annotated[
+    str | None, typer.Option("--store", metavar="DIR", help="Where cached bytes lie; wins over the file.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from instantstart_fs import __version__
+
+        print(f"instantstart {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Model weights on NVMe, read through a mount: add a pipeline, point the engine at its directory."""
+
+
+# ---------------------------------------------------------------- the daemon
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    mount: MountOption = None,
+    store: StoreOption = None,
+    socket: Socket = None,
+    log_level: Annotated[
+        str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Run the daemon in the foreground; ready when the mount answers."""
+    from instantstart_fs.config import load_config
+    from instantstart_fs.daemon import run
+
+    if log_level.lower() not in ("debug", "info", "warning", "error"):
+        raise UsageError(f"--log-level: {log_level!r} is none of debug, info, warning, error")
+    run(load_config(config, mount=mount, store=store), socket_path=socket, log_level=log_level)
+
+
+@app.command()
+def fsck(
+    config: ConfigFile = None,
+    store: StoreOption = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Hash every sealed file again.")] = False,
+    json: Json = False,
+) -> None:
+    """Rebuild the index from the store (daemon stopped)."""
+    from instantstart_fs.config import load_config
+    from instantstart_fs.daemon import check_store
+
+    report = check_store(load_config(config, store=store), deep=deep, report=_nothing if json else print)
+    print(show.as_json(report)) if json else None
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = None,
+    mount: MountOption = None,
+    store: StoreOption = None,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Check machine, store and origins; say what to do."""
+    from instantstart_fs.doctor import diagnose, diagnose_configuration
+
+    loaded, checks = diagnose_configuration(config, mount, store)
+    if not json:
+        _show_checks(checks)
+    if loaded is not None:
+        for check in diagnose(loaded, socket):
+            checks.append(check)
+            if not json:
+                _show_checks([check])
+    if json:
+        print(show.as_json(checks))
+    if any(check.outcome == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+def _show_checks(checks: list[Any]) -> None:
+    for check in checks:
+        print(f"{show.coloured(check.outcome, f'{check.outcome:<4}')}  {check.name:<12}  {check.found}", flush=True)
+        if check.advice:
+            print(f"      {'':<12}  → {check.advice}", flush=True)
+
+
+# ---------------------------------------------------------------- pipelines
+
+
+@app.command()
+def add(
+    pipeline: Pipeline,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="hf://org/repo[@revision], s3://bucket/prefix or file:///directory.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="NAME=SOURCE", help="Instead of SOURCE: a named model; may be repeated."),
+    ] = None,
+    owner: Annotated[
+        str | None, typer.Option("--owner", metavar="UID:GID", help="Who owns its files (default: you).")
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", metavar="MODE", help="Mode of its directories.")] = "0555",
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these files; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these files; may be repeated.")
+    ] = None,
+    token_file: Annotated[
+        str | None, typer.Option("--token-file", metavar="FILE", help="The hub token of this pipeline.")
+    ] = None,
+    aws_profile: Annotated[
+        str | None, typer.Option("--aws-profile", metavar="PROFILE", help="The AWS profile of this pipeline.")
+    ] = None,
+    endpoint_url: Annotated[
+        str | None, typer.Option("--endpoint-url", metavar="URL", help="The S3 endpoint of this pipeline.")
+    ] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Start filling at once.")] = False,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Resolve and pin a source, and show it under the mount."""
+    from instantstart_fs.cli.specification import specification
+
+    spec = specification(
+        pipeline,
+        source,
+        tuple(model or ()),
+        owner=owner,
+        mode=mode,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        token_file=token_file,
+        aws_profile=aws_profile,
+        endpoint_url=endpoint_url,
+    )
+    with Client(socket) as client:
+        status = client.add(spec, warm=warm)
+        _show_pinned(client, status, json, "filling has begun" if warm else "")
+
+
+@app.command()
+def update(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
+    """Resolve the source again; switch if it changed."""
+    with Client(socket) as client:
+        before = client.status(pipeline).generation
+        status = client.update(pipeline)
+        _show_pinned(client, status, json, "nothing has changed" if status.generation == before else "switched")
+
+
+def _show_pinned(client: Client, status: PipelineStatus, json: bool, note: str) -> None:
+    if json:
+        print(show.as_json(status))
+        return
+    files = (status if status.files is not None else client.status(status.pipeline)).files or ()
+    mounted = os.path.join(client.ping().mount, status.pipeline)
+    print(f"{status.pipeline}: pinned generation {status.generation}{f' ({note})' if note else ''}")
+    print(f"  source    {' '.join(status.source)}")
+    print(f"  revision  {status.revision or '-'}")
+    print(
+        f"  files     {len(files)}, {show.human_bytes(sum(file.size for file in files))} "
+        f"(an engine loads {show.human_bytes(status.total_bytes)})"
+    )
+    print(f"  path      {mounted}")
+
+
+@app.command()
+def remove(pipeline: Pipeline, socket: Socket = None) -> None:
+    """Forget the pipeline and its bytes."""
+    with Client(socket) as client:
+        client.remove(pipeline)
+    print(f"{pipeline}: removed")
+
+
+@app.command()
+def evict(pipeline: Pipeline, socket: Socket = None) -> None:
+    """Drop the pipeline's bytes; it stays, cold."""
+    with Client(socket) as client:
+        client.evict(pipeline)
+    print(f"{pipeline}: evicted, cold now")
+
+
+@app.command()
+def pin(pipeline: Pipeline, socket: Socket = None) -> None:
+    """Never evict it."""
+    with Client(socket) as client:
+        client.set_pinned(pipeline, True)
+    print(f"{pipeline}: pinned")
+
+
+@app.command()
+def unpin(pipeline: Pipeline, socket: Socket = None) -> None:
+    """Let it be evicted again when space is needed."""
+    with Client(socket) as client:
+        client.set_pinned(pipeline, False)
+    print(f"{pipeline}: no longer pinned")
+
+
+@app.command()
+def touch(pipeline: Pipeline, socket: Socket = None) -> None:
+    """Count a request now: it stays hot."""
+    with Client(socket) as client:
+        client.touch(pipeline)
+
+
+@app.command()
+def warm(
+    pipeline: Pipeline,
+    wait: Annotated[bool, typer.Option("--wait", help="Until all is there; shows progress.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every file, not only what an engine loads.")] = False,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Fetch a pipeline's weights now."""
+    from instantstart_fs.cli.waiting import wait_warm
+
+    with Client(socket) as client:
+        if wait:
+            status = wait_warm(client, pipeline, everything, quiet=json)
+        else:
+            status = client.warm(pipeline, everything=everything)
+            if not json:
+                print(
+                    f"{pipeline}: {status.state}, {show.human_bytes(status.cached_bytes)} of "
+                    f"{show.human_bytes(status.total_bytes)}"
+                )
+    if json:
+        print(show.as_json(_without_files(status)))
+
+
+@app.command()
+def verify(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
+    """Hash what is cached again; heal what is wrong."""
+    from instantstart_fs.cli.waiting import verify_progress
+
+    with Client(socket) as client, verify_progress(pipeline, quiet=json) as progress:
+        found = client.verify(pipeline, progress)
+    if json:
+        print(show.as_json(found))
+    else:
+        print(f"{pipeline}: {found.files} complete files, {show.human_bytes(found.bytes)} read again")
+        for path in found.unproven:
+            print(f"  unproven  {path} (its origin offers nothing to prove it by)")
+        for path in found.healed:
+            print(f"  wrong     {path} (dropped; it is fetched again)")
+    if found.healed:
+        raise InstantStartError(f"{pipeline}: {len(found.healed)} files did not hold the bytes that were sealed")
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def lease(
+    pipeline: Pipeline,
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND", show_default=False)],
+    socket: Socket = None,
+) -> None:
+    """Run a command that keeps the pipeline in use."""
+    from instantstart_fs.cli.waiting import run_leased
+
+    wanted = command[1:] if command[0] == "--" else command
+    if not wanted:
+        raise UsageError("lease needs a command: instantstart lease PIPELINE -- COMMAND…")
+    with Client(socket) as client:
+        status = run_leased(client, pipeline, wanted)
+    raise typer.Exit(status)
+
+
+# ---------------------------------------------------------------- looking
+
+
+@app.command()
+def ls(socket: Socket = None, json: Json = False) -> None:
+    """List the pipelines and what of them is cached."""
+    with Client(socket) as client:
+        found = client.list()
+    print(show.as_json([_without_files(status) for status in found]) if json else show.pipelines(found))
+
+
+@app.command()
+def status(
+    pipeline: Annotated[
+        str | None, typer.Argument(metavar="PIPELINE", help="All of them if left out.", show_default=False)
+    ] = None,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Show state, rate and last error of one, or of all."""
+    if pipeline is None:
+        ls(socket, json)
+        return
+    with Client(socket) as client:
+        found = client.status(pipeline)
+    print(show.as_json(found) if json else show.pipeline(found))
+
+
+def _without_files(found: PipelineStatus) -> PipelineStatus:
+    import msgspec
+
+    return msgspec.structs.replace(found, files=None)
+
+
+def _nothing(*_: object) -> None:
+    pass

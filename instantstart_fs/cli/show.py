@@ -1,0 +1,186 @@
+"""What people read: sizes, times, tables; and what programs read: ``--json``. Pure but for the terminal's colours."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from instantstart_fs.core.status import PipelineStatus
+
+_COLOURS = {
+    "warm": "32",
+    "sealed": "32",
+    "unverified": "36",
+    "filling": "33",
+    "partial": "33",
+    "cold": "34",
+    "absent": "34",
+    "error": "31",
+    "poisoned": "31",
+    "ok": "32",
+    "warn": "33",
+    "fail": "31",
+}
+MAX_FILES = 40
+"""Lines of files that `status` shows; --json has them all."""
+
+
+def coloured(word: str, text: str | None = None) -> str:
+    """``text`` (default: the word) in the colour of a state, on terminals that want colours."""
+    shown = word if text is None else text
+    if word not in _COLOURS or not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return shown
+    return f"\x1b[{_COLOURS[word]}m{shown}\x1b[0m"
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as disks and networks are sold: 90.9 MB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB", "PB"):
+        count /= 1000
+        if count < 999.5 or unit == "PB":
+            break
+    return f"{count:.2f} {unit}" if count < 10 else f"{count:.1f} {unit}" if count < 100 else f"{count:.0f} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+    return f"{seconds // 86400:.0f} days"
+
+
+def human_time(value: str | None, now: datetime | None = None) -> str:
+    """An RFC 3339 time with how long ago, or ahead, it is."""
+    if value is None:
+        return "never"
+    try:
+        moment = datetime.fromisoformat(value)
+    except ValueError:
+        return value
+    distance = ((now or datetime.now(UTC)) - moment).total_seconds()
+    local = moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return f"{local} ({human_seconds(distance)} ago)" if distance >= 0 else f"{local} (in {human_seconds(-distance)})"
+
+
+def percent(status: PipelineStatus) -> int:
+    """Of the bytes; 100 only when all are there."""
+    if status.total_bytes <= 0:
+        return 100 if status.state in ("warm", "unverified") else 0
+    return min(100, status.cached_bytes * 100 // status.total_bytes)
+
+
+def bar(share: int, width: int = 30) -> str:
+    filled = width * share // 100
+    return "█" * filled + "░" * (width - filled)
+
+
+def rate_line(status: PipelineStatus) -> str:
+    """Rate and ETA of a fill, "" when nothing runs."""
+    if status.fill is None:
+        return ""
+    rate = f"{human_bytes(status.fill.bytes_per_second)}/s"
+    return rate if status.fill.eta_seconds is None else f"{rate}, {human_seconds(status.fill.eta_seconds)} left"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column: int | None = None) -> str:
+    """Columns two spaces apart; no trailing blanks."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str], colour: bool) -> str:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[-1] = padded[-1].rstrip()
+        if colour and state_column is not None:
+            padded[state_column] = coloured(cells[state_column], padded[state_column])
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header, False), *(line(row, True) for row in rows)])
+
+
+def pipelines(statuses: Sequence[PipelineStatus]) -> str:
+    """The table of `ls` and `status`."""
+    if not statuses:
+        return "no pipelines yet: `instantstart add my-model hf://org/repo` makes one"
+    rows = [
+        (
+            status.pipeline,
+            status.state,
+            f"{human_bytes(status.cached_bytes)} of {human_bytes(status.total_bytes)}",
+            f"{percent(status)} %",
+            rate_line(status) or "-",
+            (human_time(status.last_request).partition(" (")[2].rstrip(")") or "never"),
+            " ".join(status.source),
+            _note(status),
+        )
+        for status in statuses
+    ]
+    header = ("PIPELINE", "STATE", "CACHED", "%", "FILL", "LAST REQUEST", "SOURCE", "")
+    return table(header, rows, state_column=1)
+
+
+def _note(status: PipelineStatus) -> str:
+    notes = ["pinned"] if status.pinned else []
+    if status.leases:
+        notes.append(f"{status.leases} lease{'s' if status.leases > 1 else ''}")
+    if status.uncached:
+        notes.append(f"uncached: {status.uncached}")
+    if status.error:
+        notes.append(status.error.message)
+    return "; ".join(notes)
+
+
+def pipeline(status: PipelineStatus) -> str:
+    """`status PIPELINE`."""
+    share = percent(status)
+    rows = [
+        ("state", coloured(status.state)),
+        ("cached", f"{bar(share)} {share} %  {human_bytes(status.cached_bytes)} of {human_bytes(status.total_bytes)}"),
+    ]
+    if status.fill is not None:
+        rows.append(("filling", rate_line(status)))
+    rows += [("source" if not position else "", source) for position, source in enumerate(status.source)]
+    rows += [
+        ("revision", status.revision or "-"),
+        ("generation", str(status.generation)),
+        ("last request", human_time(status.last_request)),
+    ]
+    if status.hot_until is not None:
+        rows.append(("hot until", human_time(status.hot_until)))
+    rows += [("pinned", "yes" if status.pinned else "no"), ("leases", str(status.leases))]
+    if status.uncached:
+        rows.append(("uncached", status.uncached))
+    if status.error is not None:
+        rows.append(("last error", f"{status.error.message} ({status.error.code}, {human_time(status.error.since)})"))
+    lines = [status.pipeline, *(f"  {name:<12}  {value}" for name, value in rows)]
+    if status.files is not None:
+        lines.append(f"  {len(status.files)} files")
+        for file in status.files[:MAX_FILES]:
+            partly = f" ({human_bytes(file.cached_bytes)} here)" if 0 < file.cached_bytes < file.size else ""
+            state = coloured(file.state, f"{file.state:<10}")
+            lines.append(f"    {state}  {human_bytes(file.size):>8}  {file.path}{partly}")
+        if len(status.files) > MAX_FILES:
+            lines.append(f"    … and {len(status.files) - MAX_FILES} more (--json lists them all)")
+    return "\n".join(lines)
+
+
+def as_json(value: Any) -> str:
+    """Two spaces of indent. A PipelineStatus shows ``files`` and ``uncached`` only where there are any."""
+    return msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2).decode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PipelineStatus):
+        plain = msgspec.to_builtins(value)
+        return {key: found for key, found in plain.items() if key not in ("files", "uncached") or found is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,55 @@
+"""From `add`'s arguments to a PipelineSpec, by the same rules as a configuration file."""
+
+from __future__ import annotations
+
+import os
+
+from instantstart_fs.config.units import parse_mode, parse_owner
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
+from instantstart_fs.core.source import parse_source
+from instantstart_fs.errors import UsageError
+
+
+def specification(
+    pipeline: str,
+    source: str | None,
+    named: tuple[str, ...] = (),
+    *,
+    owner: str | None = None,
+    mode: str = "0555",
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    token_file: str | None = None,
+    aws_profile: str | None = None,
+    endpoint_url: str | None = None,
+) -> PipelineSpec:
+    """``named``: NAME=SOURCE each. Raises UsageError, InvalidName, InvalidSource, ConfigError."""
+    validate_pipeline_id(pipeline)
+    if (source is None) == (not named):
+        raise UsageError("give either SOURCE or --model NAME=SOURCE, not both" if source else "what is its SOURCE?")
+    models = [ModelSpec(source, "", include, exclude)] if source is not None else []
+    for text in named:
+        name, equals, address = text.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--model {text!r}: write NAME=SOURCE")
+        models.append(ModelSpec(address, validate_model_name(name), include, exclude))
+    if len({model.name for model in models}) != len(models):
+        raise UsageError("--model: two models have the same name")
+    for model in models:
+        parse_source(model.source)
+    if token_file is not None:
+        token_file = os.path.abspath(os.path.expanduser(token_file))
+        if not os.path.isfile(token_file):
+            raise UsageError(f"--token-file: there is no file {token_file}")
+    uid, gid = parse_owner(owner) if owner is not None else (os.geteuid(), os.getegid())
+    return PipelineSpec(
+        id=pipeline,
+        models=tuple(models),
+        uid=uid,
+        gid=gid,
+        mode=parse_mode(mode),
+        token_file=token_file,
+        aws_profile=aws_profile,
+        endpoint_url=endpoint_url,
+    )

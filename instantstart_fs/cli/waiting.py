@@ -1,0 +1,156 @@
+"""Commands that last: `warm --wait` and `verify` with their progress, `lease` with its command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from instantstart_fs.cli.show import human_bytes, percent, rate_line
+from instantstart_fs.control.client import Client
+from instantstart_fs.core.status import PipelineStatus
+
+LINE_SECONDS = 5.0
+"""Where no terminal is: a line at each tenth, and at the latest after this long."""
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def wait_warm(client: Client, pipeline: str, everything: bool, *, quiet: bool) -> PipelineStatus:
+    """Wait with a bar on a terminal and lines elsewhere (``quiet``: neither). Ctrl-C ends waiting, not the fill."""
+    started = time.monotonic()
+    first: list[PipelineStatus] = []
+
+    def seen(status: PipelineStatus) -> None:
+        if not first:
+            first.append(status)
+
+    try:
+        with _reporter(pipeline, quiet) as report:
+
+            def progress(status: PipelineStatus) -> None:
+                seen(status)
+                report(status.cached_bytes, status.total_bytes, status)
+
+            status = client.wait_warm(pipeline, everything=everything, progress=progress)
+    except KeyboardInterrupt:
+        print(
+            f"instantstart: no longer waiting; the fill of {pipeline} goes on (`instantstart status {pipeline}`)",
+            file=sys.stderr,
+        )
+        raise
+    if not quiet:
+        print(_summary(status, first[0] if first else None, time.monotonic() - started))
+    return status
+
+
+def _summary(status: PipelineStatus, first: PipelineStatus | None, seconds: float) -> str:
+    if first is None:
+        return f"{status.pipeline}: {status.state} already, {human_bytes(status.cached_bytes)}"
+    fetched = max(0, status.cached_bytes - first.cached_bytes)
+    rate = f"{human_bytes(fetched / max(seconds, 0.001))}/s"
+    return (
+        f"{status.pipeline}: {status.state}, {human_bytes(status.cached_bytes)}; "
+        f"fetched {human_bytes(fetched)} in {seconds:.1f} s ({rate})"
+    )
+
+
+@contextmanager
+def verify_progress(pipeline: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    with _reporter(pipeline, quiet) as report:
+        yield lambda done, total: report(done, total, None)
+
+
+Report = Callable[[int, int, PipelineStatus | None], None]
+
+
+@contextmanager
+def _reporter(pipeline: str, quiet: bool) -> Iterator[Report]:
+    if quiet:
+        yield lambda done, total, status: None
+    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        with _bar(pipeline) as report:
+            yield report
+    else:
+        yield _Lines(pipeline).report
+
+
+@contextmanager
+def _bar(pipeline: str) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        DownloadColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(pipeline, total=None, rate="")
+
+        def report(done: int, total: int, status: PipelineStatus | None) -> None:
+            rate = rate_line(status) if status else ""
+            if status is not None and status.error is not None:
+                rate = f"[red]{status.error.message}"
+            progress.update(task, completed=done, total=total or None, rate=rate)
+
+        yield report
+
+
+class _Lines:
+    """Progress for logs: plain lines on stderr."""
+
+    def __init__(self, pipeline: str) -> None:
+        self._pipeline = pipeline
+        self._tenth = -1
+        self._at = -LINE_SECONDS
+
+    def report(self, done: int, total: int, status: PipelineStatus | None) -> None:
+        share = percent(status) if status is not None else (done * 100 // total if total else 0)
+        now = time.monotonic()
+        if share // 10 <= self._tenth and now < self._at + LINE_SECONDS:
+            return
+        self._tenth, self._at = max(self._tenth, share // 10), now
+        line = f"{self._pipeline}: {share} %, {human_bytes(done)} of {human_bytes(total)}"
+        if status is not None:
+            rate = rate_line(status)
+            line += f", {rate}" if rate else ""
+            line += f"; {status.error.message}" if status.error is not None else ""
+        print(line, file=sys.stderr, flush=True)
+
+
+def run_leased(client: Client, pipeline: str, command: list[str]) -> int:
+    """Run the command under a lease; its exit status, 128 + N when signal N ended it, 127 when there is no such."""
+    client.lease(pipeline)
+    before = {number: signal.getsignal(number) for number in FORWARDED}
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        if child is None:
+            early.append(number)
+        elif number != signal.SIGINT or not sys.stdin.isatty():
+            # At a terminal, Ctrl-C reaches the whole foreground group by itself: the command must not get it twice.
+            child.send_signal(number)
+
+    try:
+        for number in FORWARDED:
+            signal.signal(number, forward)
+        try:
+            child = subprocess.Popen(command)
+        except OSError as error:
+            print(f"instantstart: {command[0]}: {error.strerror or error}", file=sys.stderr)
+            return 127 if isinstance(error, FileNotFoundError) else 126
+        for missed in early:
+            child.send_signal(missed)
+        status = child.wait()
+        return status if status >= 0 else 128 - status
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
