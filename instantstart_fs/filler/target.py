@@ -15,7 +15,7 @@ import trio
 
 from instantstart_fs.core.chunks import ByteRange, ChunkMap
 from instantstart_fs.core.manifest import FileEntry
-from instantstart_fs.errors import InstantStartError, ReadDeadline
+from instantstart_fs.errors import InstantStartError, OriginBroken, ReadDeadline
 
 if TYPE_CHECKING:
     from instantstart_fs.origins.base import Origin
@@ -47,17 +47,21 @@ class FillTarget:
     ``present``: what readers may be served (in memory). ``durable``: what a crash cannot take (already committed).
     ``state``: absent | filling | sealed | unverified | poisoned. ``error``: the last failure, None while all is well;
     ``failed`` says that it is final for this incarnation (origin changed, refused, cancelled …) and readers must stop
-    waiting. ``deadline_extended_to``: trio.current_time() until which a Retry-After excuses the lack of progress.
+    waiting. ``failed_at``: trio.current_time() of that; a later demand may try again (``Filler.demand``).
+    ``broken``: set while the origin's breaker is open; readers that would wait fail at once, though the file has not
+    failed. ``deadline_extended_to``: trio.current_time() until which a Retry-After excuses the lack of progress.
     """
 
     __slots__ = (
         "_waiters",
         "blob",
+        "broken",
         "deadline_extended_to",
         "durable",
         "entry",
         "error",
         "failed",
+        "failed_at",
         "incarnation",
         "key",
         "last_progress",
@@ -88,6 +92,8 @@ class FillTarget:
         self.state = FileState.FILLING if present.count else FileState.ABSENT
         self.error: InstantStartError | None = None
         self.failed = False
+        self.failed_at = 0.0
+        self.broken: OriginBroken | None = None
         self.last_progress = trio.current_time()
         self.deadline_extended_to = 0.0
         self.serve_unsealed = True
@@ -106,13 +112,16 @@ class FillTarget:
     async def wait_readable(self, wanted: ByteRange, no_progress: float) -> None:
         """Return once ``readable(wanted)``.
 
-        Raises the target's error when it has failed for good, and ReadDeadline after ``no_progress`` seconds in which
+        Raises the target's error when it has failed for good, OriginBroken at once while the origin's breaker is open
+        (the file has not failed: a later read may succeed), and ReadDeadline after ``no_progress`` seconds in which
         no chunk of this file arrived (a Retry-After extends that, as the filler decides). Cancellation is safe.
         """
         started = trio.current_time()
         while not self.readable(wanted):
             if self.failed:
                 raise self.error or ReadDeadline(f"{self.entry.path}: the fill failed")
+            if self.broken is not None:
+                raise self.broken
             limit = max(max(started, self.last_progress) + no_progress, self.deadline_extended_to)
             if trio.current_time() >= limit:
                 reason = f" ({self.error.message})" if self.error else ""

@@ -1,0 +1,446 @@
+"""What to fetch next: the filler's pure state machine.
+
+Demand, arrivals, failures and time go in; ``next_requests`` says which chunk of which file to ask of which origin. No
+IO, no clock, no trio. The filler (filler/scheduler.py) alone drives it, and carries out every request that it is given.
+
+Words: an **entry** is a file that is not complete; a **pool** is one origin key, with its limit of requests in flight;
+a **lane** is one pipeline within one pool.
+
+Invariants (tests/model/test_fillplan_model.py checks them against generated histories):
+- a chunk is in flight at most once, and never when it is present;
+- background requests of a pool never exceed ``connections``, demands never ``connections + headroom``;
+- no background request of a pool is given out while a demand of that pool that may be sent waits;
+- within a lane, background goes in the given order, from the demanded chunk of the demanded file onward, and round;
+- between lanes: the one with the fewest requests in flight, then the one served longest ago.
+
+Cost: a decision is O(lanes with work) and finding a file's next chunk is one memchr over a byte per chunk (125 KB for
+1 TB); requests are never materialized ahead.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import msgspec
+
+from instantstart_fs.core.chunks import ChunkMap
+
+K = TypeVar("K", bound=Hashable)
+"""What names a file (FileKey)."""
+
+
+class Request(msgspec.Struct, Generic[K], frozen=True):
+    """Fetch this chunk now. ``demand``: a reader waits for it."""
+
+    key: K
+    chunk: int
+    demand: bool
+
+
+class PoolState(msgspec.Struct, frozen=True):
+    """``queued``: files with something to ask for, held ones included."""
+
+    in_flight: int
+    demands_in_flight: int
+    queued: int
+
+
+class _Lane(Generic[K]):
+    __slots__ = ("background", "demanded", "in_flight", "served")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.served = 0
+        self.demanded: dict[K, _Entry[K]] = {}
+        """Entries with demands that may be sent now, in order of arrival."""
+        self.background: list[tuple[int, int, int, _Entry[K]]] = []
+        """A heap of (rank, version, tie-breaker, entry); stale when the entry's version moved on."""
+
+
+class _Pool(Generic[K]):
+    __slots__ = ("demands", "held_until", "in_flight", "lanes", "limit")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.demands = 0
+        self.limit: int | None = None
+        self.held_until = 0.0
+        self.lanes: dict[str, _Lane[K]] = {}
+
+
+class _Entry(Generic[K]):
+    __slots__ = (
+        "background",
+        "cursor",
+        "demands",
+        "heaped",
+        "held_until",
+        "in_flight",
+        "key",
+        "lane",
+        "last_demand",
+        "pipeline",
+        "pool",
+        "present",
+        "rank",
+        "todo",
+        "version",
+    )
+
+    def __init__(self, key: K, pipeline: str, pool: _Pool[K], lane: _Lane[K], present: ChunkMap) -> None:
+        self.key = key
+        self.pipeline = pipeline
+        self.pool = pool
+        self.lane = lane
+        self.present = present
+        self.todo = bytearray(b"\1") * present.chunks
+        if present.count:
+            self.todo = bytearray(0 if chunk in present else 1 for chunk in range(present.chunks))
+        self.in_flight: dict[int, tuple[_Pool[K], _Lane[K], bool]] = {}
+        self.demands: dict[int, None] = {}
+        self.background = False
+        self.rank = 0
+        self.version = 0
+        self.heaped = -1
+        """The version under which it lies in its lane's heap."""
+        self.cursor = 0
+        self.held_until = 0.0
+        self.last_demand: int | None = None
+
+    def next_background(self) -> int:
+        """The next chunk to ask for from the cursor on, round the end; -1 if none is left."""
+        found = self.todo.find(1, self.cursor)
+        return found if found >= 0 else self.todo.find(1, 0, self.cursor)
+
+
+class FillPlan(Generic[K]):
+    """``connections``: requests in flight per origin key; ``headroom``: how many more demands may have."""
+
+    def __init__(self, connections: int, headroom: int = 4) -> None:
+        self._connections = connections
+        self._headroom = headroom
+        self._pools: dict[Hashable, _Pool[K]] = {}
+        self._entries: dict[K, _Entry[K]] = {}
+        self._pipelines: dict[str, dict[K, _Entry[K]]] = {}
+        self._held: list[tuple[float, int, _Entry[K]]] = []
+        self._sequence = itertools.count(1)
+        self._latest_demand: dict[str, K] = {}
+
+    # -- what is known -------------------------------------------------------------------------------------------
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._entries
+
+    def add(self, key: K, pipeline: str, origin: Hashable, present: ChunkMap) -> None:
+        """Know a file. No effect if it is known. ``present`` is watched, not copied: call ``arrived`` when it grows."""
+        if key in self._entries:
+            return
+        pool, lane = self._lane(origin, pipeline)
+        entry = _Entry(key, pipeline, pool, lane, present)
+        self._entries[key] = entry
+        self._pipelines.setdefault(pipeline, {})[key] = entry
+
+    def remove(self, key: K) -> None:
+        """Forget a file: its requests in flight no longer count. No effect if it is unknown."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return
+        for chunk in list(entry.in_flight):
+            self._landed(entry, chunk)
+        entry.version += 1
+        entry.background = False
+        entry.demands.clear()
+        entry.lane.demanded.pop(key, None)
+        siblings = self._pipelines[entry.pipeline]
+        del siblings[key]
+        if not siblings:
+            del self._pipelines[entry.pipeline]
+            self._latest_demand.pop(entry.pipeline, None)
+
+    def move(self, key: K, origin: Hashable) -> None:
+        """From now on ask another origin for this file (the next link of its chain of sources)."""
+        entry = self._entries[key]
+        entry.lane.demanded.pop(key, None)
+        entry.version += 1
+        entry.pool, entry.lane = self._lane(origin, entry.pipeline)
+        self._ready(entry)
+
+    def refill(self, key: K) -> None:
+        """``present`` lost chunks (a failed fdatasync): look at it again."""
+        entry = self._entries[key]
+        for chunk in range(entry.present.chunks):
+            entry.todo[chunk] = 0 if chunk in entry.present or chunk in entry.in_flight else 1
+        self._ready(entry)
+
+    # -- what is wanted ------------------------------------------------------------------------------------------
+
+    def demand(self, key: K, chunks: Iterable[int]) -> bool:
+        """Readers wait for these chunks. True if any of them must still be asked for (or was, just before)."""
+        entry = self._entries[key]
+        fresh = False
+        for chunk in chunks:
+            if chunk in entry.present:
+                continue
+            entry.last_demand = chunk
+            if chunk in entry.in_flight:
+                continue
+            if chunk not in entry.demands:
+                entry.demands[chunk] = None
+                fresh = True
+                entry.cursor = (chunk + 1) % entry.present.chunks
+        if entry.last_demand is not None:
+            self._latest_demand[entry.pipeline] = key
+        if fresh:
+            if entry.background:
+                first = min(other.rank for other in self._pipelines[entry.pipeline].values() if other.background)
+                if entry.rank != first:
+                    entry.rank = first - 1
+                    entry.version += 1
+            self._ready(entry)
+        return fresh
+
+    def set_background(self, pipeline: str, keys: Sequence[K]) -> None:
+        """Fill these files of the pipeline in this order; others of it only on demand. Replaces the last order.
+
+        The file demanded last, if it is among them, goes first, from behind the demanded chunk onward.
+        """
+        wanted = {key: rank for rank, key in enumerate(keys) if key in self._entries}
+        latest = self._latest_demand.get(pipeline)
+        for entry in self._pipelines.get(pipeline, {}).values():
+            rank = wanted.get(entry.key)
+            entry.version += 1
+            entry.background = rank is not None
+            if rank is None:
+                continue
+            entry.rank = rank
+            if entry.key == latest and entry.last_demand is not None:
+                entry.rank = -1
+                entry.cursor = (entry.last_demand + 1) % max(entry.present.chunks, 1)
+            self._ready(entry)
+
+    def add_background(self, key: K) -> None:
+        """Fill the whole of this file, before the rest of its pipeline. No effect if it is filled in its turn."""
+        entry = self._entries[key]
+        if entry.background:
+            return
+        ranks = [other.rank for other in self._pipelines[entry.pipeline].values() if other.background]
+        entry.background = True
+        entry.rank = min(ranks, default=0) - 1
+        entry.version += 1
+        self._ready(entry)
+
+    def is_background(self, key: K) -> bool:
+        entry = self._entries.get(key)
+        return entry is not None and entry.background
+
+    # -- what happened -------------------------------------------------------------------------------------------
+
+    def arrived(self, key: K, chunk: int) -> None:
+        """The chunk is present. Chunks that nobody asked for are taken as well."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        self._landed(entry, chunk)
+        entry.todo[chunk] = 0
+        entry.demands.pop(chunk, None)
+        if not entry.demands:
+            entry.lane.demanded.pop(key, None)
+
+    def failed(self, key: K, chunk: int, *, held_until: float = 0.0) -> None:
+        """The request came to nothing: it is asked for again, not before ``held_until`` (for the whole file)."""
+        entry = self._entries.get(key)
+        if entry is None or chunk not in entry.in_flight:
+            return
+        demand = entry.in_flight[chunk][2] or chunk == entry.last_demand
+        self._landed(entry, chunk)
+        if chunk in entry.present:
+            return
+        entry.todo[chunk] = 1
+        if demand:
+            entry.demands[chunk] = None
+        if chunk < entry.cursor:
+            entry.cursor = chunk
+        self.hold(key, held_until)
+        self._ready(entry)
+
+    def hold(self, key: K, until: float) -> None:
+        """Ask nothing for this file before ``until``. Holding never shortens an earlier hold: ``release`` ends it."""
+        entry = self._entries.get(key)
+        if entry is None or until <= entry.held_until:
+            return
+        entry.held_until = until
+        entry.version += 1
+        entry.lane.demanded.pop(key, None)
+        heapq.heappush(self._held, (until, next(self._sequence), entry))
+
+    def release(self, key: K) -> None:
+        entry = self._entries.get(key)
+        if entry is not None and entry.held_until:
+            entry.held_until = 0.0
+            self._ready(entry)
+
+    def hold_origin(self, origin: Hashable, until: float) -> None:
+        """Ask nothing of this origin before ``until`` (a Retry-After)."""
+        pool = self._pool(origin)
+        pool.held_until = max(pool.held_until, until)
+
+    def set_limit(self, origin: Hashable, limit: int | None) -> None:
+        """What the origin's breaker allows: None = the whole pool, 0 = nothing, 1 = a probe."""
+        self._pool(origin).limit = limit
+
+    # -- deciding ------------------------------------------------------------------------------------------------
+
+    def next_requests(self, now: float, *, background: bool = True) -> list[Request[K]]:
+        """Everything that should be sent now; it counts as in flight from here on.
+
+        ``background``: False = demands only.
+        """
+        while self._held and self._held[0][0] <= now:
+            until, _, entry = heapq.heappop(self._held)
+            if self._entries.get(entry.key) is entry and entry.held_until == until:
+                entry.held_until = 0.0
+                self._ready(entry)
+        requests: list[Request[K]] = []
+        for pool in self._pools.values():
+            if pool.held_until > now:
+                continue
+            ceiling = self._connections + self._headroom
+            if pool.limit is not None:
+                ceiling = min(ceiling, pool.limit)
+            while pool.in_flight < ceiling:
+                request = self._take_demand(pool)
+                if request is None:
+                    break
+                requests.append(request)
+            ceiling = min(ceiling, self._connections) if background else 0
+            while pool.in_flight < ceiling:
+                request = self._take_background(pool)
+                if request is None:
+                    break
+                requests.append(request)
+        return requests
+
+    def next_time(self, now: float) -> float | None:
+        """When ``next_requests`` may have more to say although nothing happened; None = not by time alone."""
+        while self._held:
+            until, _, entry = self._held[0]
+            if self._entries.get(entry.key) is entry and entry.held_until == until:
+                break
+            heapq.heappop(self._held)
+        times = [self._held[0][0]] if self._held else []
+        times += [pool.held_until for pool in self._pools.values() if pool.held_until > now and self._has_work(pool)]
+        return min(times, default=None)
+
+    def in_flight(self, origin: Hashable) -> int:
+        pool = self._pools.get(origin)
+        return pool.in_flight if pool is not None else 0
+
+    def keys_of(self, origin: Hashable) -> list[K]:
+        """The files that are asked of this origin. O(files): for rare events only."""
+        pool = self._pools.get(origin)
+        return [entry.key for entry in self._entries.values() if entry.pool is pool]
+
+    def has_work(self, origin: Hashable) -> bool:
+        """Whether some file of this origin that is not held has something to ask for."""
+        pool = self._pools.get(origin)
+        return pool is not None and self._has_work(pool)
+
+    def queued(self) -> int:
+        """How many chunks are wanted and not in flight. O(files)."""
+        return sum(entry.todo.count(1) if entry.background else len(entry.demands) for entry in self._entries.values())
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _pool(self, origin: Hashable) -> _Pool[K]:
+        pool = self._pools.get(origin)
+        if pool is None:
+            pool = self._pools[origin] = _Pool()
+        return pool
+
+    def _lane(self, origin: Hashable, pipeline: str) -> tuple[_Pool[K], _Lane[K]]:
+        pool = self._pool(origin)
+        lane = pool.lanes.get(pipeline)
+        if lane is None:
+            lane = pool.lanes[pipeline] = _Lane()
+        return pool, lane
+
+    def _ready(self, entry: _Entry[K]) -> None:
+        """Put the entry where ``_take_…`` looks, if it may be asked for."""
+        if entry.held_until:
+            return
+        if entry.demands:
+            entry.lane.demanded[entry.key] = entry
+        if entry.background and entry.heaped != entry.version and entry.next_background() >= 0:
+            entry.heaped = entry.version
+            heapq.heappush(entry.lane.background, (entry.rank, entry.version, next(self._sequence), entry))
+
+    def _top(self, lane: _Lane[K]) -> _Entry[K] | None:
+        while lane.background:
+            _, version, _, entry = lane.background[0]
+            if version == entry.version and entry.background and entry.next_background() >= 0:
+                return entry
+            heapq.heappop(lane.background)
+            if version == entry.heaped:
+                entry.heaped = -1
+        return None
+
+    def _has_work(self, pool: _Pool[K]) -> bool:
+        return any(lane.demanded or self._top(lane) is not None for lane in pool.lanes.values())
+
+    def _take_demand(self, pool: _Pool[K]) -> Request[K] | None:
+        lane = min(
+            (lane for lane in pool.lanes.values() if lane.demanded),
+            key=lambda lane: (lane.in_flight, lane.served),
+            default=None,
+        )
+        if lane is None:
+            return None
+        key, entry = next(iter(lane.demanded.items()))
+        chunk = next(iter(entry.demands))
+        del entry.demands[chunk]
+        del lane.demanded[key]
+        if entry.demands:
+            lane.demanded[key] = entry  # to the back: readers of several files take turns
+        return self._sent(entry, chunk, demand=True)
+
+    def _take_background(self, pool: _Pool[K]) -> Request[K] | None:
+        best: tuple[int, int] | None = None
+        chosen: _Entry[K] | None = None
+        for lane in pool.lanes.values():
+            place = (lane.in_flight, lane.served)
+            if lane.background and (best is None or place < best):
+                top = self._top(lane)
+                if top is not None:
+                    best, chosen = place, top
+        if chosen is None:
+            return None
+        chunk = chosen.next_background()
+        chosen.cursor = chunk + 1
+        return self._sent(chosen, chunk, demand=False)
+
+    def _sent(self, entry: _Entry[K], chunk: int, *, demand: bool) -> Request[K]:
+        pool, lane = entry.pool, entry.lane
+        entry.todo[chunk] = 0
+        entry.in_flight[chunk] = (pool, lane, demand)
+        pool.in_flight += 1
+        pool.demands += demand
+        lane.in_flight += 1
+        lane.served = next(self._sequence)
+        return Request(entry.key, chunk, demand)
+
+    def _landed(self, entry: _Entry[K], chunk: int) -> None:
+        sent = entry.in_flight.pop(chunk, None)
+        if sent is not None:
+            pool, lane, demand = sent
+            pool.in_flight -= 1
+            pool.demands -= demand
+            lane.in_flight -= 1
+
+    def state(self, origin: Hashable) -> PoolState:
+        pool = self._pool(origin)
+        mine = (entry for entry in self._entries.values() if entry.pool is pool)
+        queued = sum(1 for entry in mine if entry.demands or entry.background)
+        return PoolState(pool.in_flight, pool.demands, queued)

@@ -1,0 +1,300 @@
+"""Group commit and sealing: how what is present becomes durable (design rules 1 and 2).
+
+Every ``commit_bytes`` of new chunks, or ``commit_seconds`` after the first, and at once when a file awaits its seal:
+1. take what is dirty now; chunks that arrive from here on wait for the next commit;
+2. fdatasync each file that has some; BlobFile.seal each file that is complete (in a few threads, so that thousands of
+   small files share the journal's commits);
+3. ONE index transaction with all bitmaps and all seals;
+4. only then: ``durable`` grows, ``state`` becomes sealed.
+
+| a crash after | leaves                                            | repaired by                              |
+|---------------|---------------------------------------------------|------------------------------------------|
+| 1, 2          | bytes the index does not speak of                 | fetched again                            |
+| 2 (seal)      | a seal record, an index that says filling         | opening the file takes the record away   |
+| poison: index | bytes of the old incarnation, spoken of by nobody | fetched over                             |
+
+A failed fdatasync or seal proves nothing about what was written before it: all chunks of that file that were not yet
+durable are dropped and fetched again (``on_lost``). A full index loses nothing: what was to be committed waits, is
+tried again every few seconds, and ``stuck`` says so meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Literal, Protocol
+
+import trio
+
+from instantstart_fs.errors import IndexFull, InstantStartError, StoreError
+from instantstart_fs.filler.target import FileKey, FileState, FillTarget
+from instantstart_fs.index.environment import Index
+from instantstart_fs.index.schema import FileRecord
+from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.store.blobfile import SealRecord
+from instantstart_fs.store.blobstore import BlobStore
+
+log = logging.getLogger(__name__)
+
+SYNC_THREADS = 8
+RETRY_SECONDS = 5.0
+FLUSH_SECONDS = 10.0
+
+
+class CommitEvents(Protocol):
+    """What the committer tells its owner, on the trio thread."""
+
+    def on_sealed(self, target: FillTarget) -> None: ...
+
+    def on_poisoned(self, target: FillTarget) -> None: ...
+
+    def on_lost(self, target: FillTarget, error: InstantStartError) -> None: ...
+
+    def on_stuck(self, targets: list[FillTarget], error: InstantStartError | None) -> None: ...
+
+
+class Committer:
+    """``commit_bytes``, ``commit_seconds``: the size and age at which a group is committed."""
+
+    def __init__(
+        self, store: BlobStore, index: Index, commit_bytes: int, commit_seconds: float, events: CommitEvents
+    ) -> None:
+        self._store = store
+        self._index = index
+        self._commit_bytes = commit_bytes
+        self._commit_seconds = commit_seconds
+        self._events = events
+        self._dirty: dict[FillTarget, set[int]] = {}
+        self._dirty_bytes = 0
+        self._seals: dict[FillTarget, Literal["sealed", "unverified"]] = {}
+        self._poisoned: dict[FillTarget, None] = {}
+        self._busy: set[FileKey] = set()
+        self._forgotten: set[FillTarget] = set()
+        self._limiter = trio.CapacityLimiter(SYNC_THREADS)
+        self._wakeup = trio.Event()
+        self._idle = trio.Event()
+        self.commits = 0
+        self.stuck: InstantStartError | None = None
+
+    # -- what is to be done --------------------------------------------------------------------------------------
+
+    def dirty(self, target: FillTarget, chunk: int) -> None:
+        """This chunk is present now."""
+        self._dirty.setdefault(target, set()).add(chunk)
+        self._dirty_bytes += target.present.chunk_size
+        if len(self._dirty) == 1 or self._dirty_bytes >= self._commit_bytes:
+            self._wakeup.set()
+
+    def seal(self, target: FillTarget, state: Literal["sealed", "unverified"]) -> None:
+        """Every chunk is present, and proven unless ``state`` is "unverified"."""
+        self._seals[target] = state
+        self._wakeup.set()
+
+    def poison(self, target: FillTarget) -> None:
+        """Its bytes are wrong: drop its record, then unlink its blob."""
+        self._dirty.pop(target, None)
+        self._poisoned[target] = None
+        self._wakeup.set()
+
+    def discard_dirty(self, target: FillTarget) -> None:
+        """Its chunks that are not durable are not present any more."""
+        self._dirty.pop(target, None)
+        self._seals.pop(target, None)
+
+    def forget(self, target: FillTarget) -> None:
+        """Commit nothing more of it (its pipeline goes away)."""
+        self._dirty.pop(target, None)
+        self._seals.pop(target, None)
+        self._poisoned.pop(target, None)
+        if target.key in self._busy:
+            self._forgotten.add(target)
+
+    async def wait_quiet(self, pipeline: str) -> None:
+        """No commit that is under way touches this pipeline's files."""
+        while any(key.pipeline == pipeline for key in self._busy):
+            await self._idle.wait()
+
+    # -- doing it ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Commit until cancelled; then once more, so that a stop costs no refetch."""
+        try:
+            while True:
+                await self._wakeup.wait()
+                if not self._urgent():
+                    with trio.move_on_after(self._commit_seconds):
+                        while not self._urgent():
+                            self._wakeup = trio.Event()
+                            await self._wakeup.wait()
+                self._wakeup = trio.Event()
+                # A group that has begun is finished, else what it holds would be fetched again.
+                with trio.CancelScope(shield=True):
+                    await self.commit()
+                if self.stuck is not None:
+                    await trio.sleep(RETRY_SECONDS)
+                    self._wakeup.set()
+        finally:
+            with trio.move_on_after(FLUSH_SECONDS, shield=True):
+                await self.commit()
+
+    def _urgent(self) -> bool:
+        return bool(self._seals or self._poisoned) or self._dirty_bytes >= self._commit_bytes
+
+    async def commit(self) -> None:
+        """One group, everything that is pending now."""
+        seals, self._seals = self._seals, {}
+        poisoned, self._poisoned = self._poisoned, {}
+        dirty, self._dirty = self._dirty, {}
+        self._dirty_bytes = 0
+        if not (seals or poisoned or dirty):
+            return
+        for target in seals:
+            dirty.pop(target, None)
+        self._busy = {target.key for group in (seals, poisoned, dirty) for target in group}
+        self._forgotten = set()
+        try:
+            failed: dict[FillTarget, InstantStartError] = {}
+            async with trio.open_nursery() as nursery:
+                for target in dirty:
+                    nursery.start_soon(self._sync, target, failed)
+                for target, state in seals.items():
+                    nursery.start_soon(self._seal, target, state, failed)
+            gone = self._forgotten | failed.keys()
+            synced = {target: chunks for target, chunks in dirty.items() if target not in gone}
+            sealed = {target: state for target, state in seals.items() if target not in gone}
+            condemned = [target for target in poisoned if target not in gone]
+            committed = await self._record(synced, sealed, condemned)
+            if committed:
+                for target in condemned:
+                    await self._unlink(target)
+            forgotten = self._forgotten
+            if not committed:
+                self._put_back(synced, sealed, condemned, forgotten)
+        finally:
+            self._busy = set()
+            self._forgotten = set()
+            idle, self._idle = self._idle, trio.Event()
+            idle.set()
+        self.commits += committed
+        for target, error in failed.items():
+            self._events.on_lost(target, error)
+        if not committed:
+            return
+        for target, chunks in synced.items():
+            for chunk in chunks:
+                target.durable.add(chunk)
+        for target, state in sealed.items():
+            if target not in forgotten:
+                target.state = FileState(state)
+                self._events.on_sealed(target)
+        for target in condemned:
+            if target not in forgotten:
+                self._events.on_poisoned(target)
+
+    async def _sync(self, target: FillTarget, failed: dict[FillTarget, InstantStartError]) -> None:
+        blob = target.blob
+        assert blob is not None
+        try:
+            await trio.to_thread.run_sync(blob.datasync, limiter=self._limiter)
+        except InstantStartError as error:
+            failed[target] = error
+
+    async def _seal(
+        self,
+        target: FillTarget,
+        state: Literal["sealed", "unverified"],
+        failed: dict[FillTarget, InstantStartError],
+    ) -> None:
+        blob = target.blob
+        assert blob is not None
+        file = target.entry.file
+        digest = str(file.digest) if file.digest is not None and state == "sealed" else None
+        record = SealRecord(size=file.size, state=state, digest=digest, sealed_at_ns=time.time_ns())
+
+        def seal() -> None:
+            blob.seal(record, mtime_ns=file.mtime_ns or None)
+
+        try:
+            await trio.to_thread.run_sync(seal, limiter=self._limiter)
+        except InstantStartError as error:
+            failed[target] = error
+
+    async def _record(
+        self,
+        synced: dict[FillTarget, set[int]],
+        sealed: dict[FillTarget, Literal["sealed", "unverified"]],
+        condemned: list[FillTarget],
+    ) -> bool:
+        if not (synced or sealed or condemned):
+            return True
+        # The op runs on the index's thread: it gets values.
+        puts: list[tuple[FileKey, int, str, bytes]] = []
+        for target, chunks in synced.items():
+            bits = bytearray(target.durable.to_bytes())
+            for chunk in chunks:
+                bits[chunk >> 3] |= 1 << (chunk & 7)
+            puts.append((target.key, target.incarnation, FileState.FILLING.value, bytes(bits)))
+        puts += [(target.key, target.incarnation, state, b"") for target, state in sealed.items()]
+        gone = [(target.key, target.incarnation) for target in condemned]
+
+        def write(txn: WriteTxn) -> None:
+            for key, incarnation, state, bitmap in puts:
+                _put(txn, key, incarnation, state, bitmap)
+            for key, incarnation in gone:
+                _condemn(txn, key, incarnation)
+
+        try:
+            await self._index.write(write)
+        except StoreError as error:
+            kind = "the index is full" if isinstance(error, IndexFull) else "the index cannot be written"
+            log.error("%s: %s; filling pauses and tries again", kind, error.message)
+            self.stuck = error
+            self._events.on_stuck([*synced, *sealed, *condemned], error)
+            return False
+        if self.stuck is not None:
+            self.stuck = None
+            self._events.on_stuck([*synced, *sealed, *condemned], None)
+        return True
+
+    async def _unlink(self, target: FillTarget) -> None:
+        key = target.key
+        try:
+            await trio.to_thread.run_sync(
+                self._store.delete_blob, key.pipeline, key.generation, target.entry.path, limiter=self._limiter
+            )
+        except InstantStartError as error:
+            # The index no longer speaks of these bytes: they are fetched over.
+            log.error("%s: the poisoned bytes cannot be unlinked: %s", target.entry.path, error.message)
+
+    def _put_back(
+        self,
+        synced: dict[FillTarget, set[int]],
+        sealed: dict[FillTarget, Literal["sealed", "unverified"]],
+        condemned: list[FillTarget],
+        forgotten: set[FillTarget],
+    ) -> None:
+        for target, chunks in synced.items():
+            if target not in forgotten:
+                self._dirty.setdefault(target, set()).update(chunks)
+        for target, state in sealed.items():
+            if target not in forgotten:
+                self._seals.setdefault(target, state)
+        for target in condemned:
+            if target not in forgotten:
+                self._poisoned[target] = None
+
+
+def _put(txn: WriteTxn, key: FileKey, incarnation: int, state: str, bitmap: bytes) -> None:
+    old = txn.get_file(key.pipeline, key.generation, key.index)
+    if old is not None and old.incarnation != incarnation:
+        return  # somebody put another incarnation in its place: this one's bytes are nobody's
+    nodeid = old.nodeid if old is not None else 0
+    txn.put_file(key.pipeline, key.generation, key.index, FileRecord(state, incarnation, nodeid, bitmap))
+
+
+def _condemn(txn: WriteTxn, key: FileKey, incarnation: int) -> None:
+    old = txn.get_file(key.pipeline, key.generation, key.index)
+    if old is not None and old.incarnation != incarnation:
+        return
+    # nodeid 0 with an incarnation above 0: the library gives it a fresh one.
+    txn.put_file(key.pipeline, key.generation, key.index, FileRecord(FileState.ABSENT.value, incarnation + 1, 0, b""))

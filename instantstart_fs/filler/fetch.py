@@ -1,0 +1,337 @@
+"""Fetching one chunk: ranged GET → reused buffer → pwrite. Runs in threads of the fetch workers; blocks.
+
+A chunk counts as arrived only if the answer was exactly what was asked for: 206 with this Content-Range and length (or
+200 where the whole file was asked for), the pinned ETag where the origin binds it, no content encoding, no byte more or
+less. Redirects are not followed (a Location already is the last hop). Foreign exceptions become OriginErrors here, and
+no message holds a query string, since signatures live there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import http.client
+import os
+import re
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+import urllib3
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    LocationParseError,
+    NewConnectionError,
+    ReadTimeoutError,
+    SSLError,
+)
+
+from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.errors import (
+    AccessRefused,
+    InstantStartError,
+    LocationExpired,
+    OriginChanged,
+    OriginError,
+    OriginMisbehaved,
+    OriginNotFound,
+    OriginThrottled,
+    OriginUnavailable,
+    OriginUnsupported,
+)
+from instantstart_fs.filler.messages import WorkerSettings
+from instantstart_fs.origins.base import Location
+
+BUFFER_BYTES = 1024 * 1024
+"""One per fetching thread. Measured in docs/decisions/http-client.md."""
+SLOW_WINDOW = 60.0
+SLOW_BYTES = 64 * 1024
+"""A body that brings less than this in a window is given up: it would hold a connection for hours."""
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\Z")
+_CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+class Abandoned(Exception):
+    """The file was closed meanwhile: write nothing more, report nothing."""
+
+
+class Sink(Protocol):
+    """Where a chunk's bytes go."""
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """All of it. Raises StoreError, and Abandoned when the file was closed."""
+        ...
+
+    def before_read(self) -> None:
+        """Called before each piece is read from the origin: may wait (a pause), may raise Abandoned."""
+        ...
+
+    def progress(self, count: int) -> None: ...
+
+
+def shown(url: str) -> str:
+    """The address without user, query or fragment: those hold secrets."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.port:
+        host += f":{parts.port}"
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+def parse_retry_after(value: str | None, now: float) -> float | None:
+    """Seconds from a Retry-After (seconds or an HTTP date; ``now``: the wall clock); None if absent or unreadable."""
+    if value is None:
+        return None
+    value = value.strip()
+    if re.fullmatch(r"\d{1,9}", value):
+        return float(value)
+    try:
+        moment = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(moment.timestamp() - now, 0.0)
+
+
+class Fetcher:
+    """The connections of one worker. Thread-safe."""
+
+    def __init__(self, settings: WorkerSettings, identity_of: Callable[[os.stat_result], str] | None = None) -> None:
+        self._settings = settings
+        self._identity_of = identity_of
+        self._lock = threading.Lock()
+        self._managers: dict[str, urllib3.PoolManager] = {}
+        self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.stall_timeout)
+        # Kept off the class: reading the environment once is what requests does per session as well.
+        self._proxies = urllib.request.getproxies()
+
+    def fetch(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> None:
+        """Bring ``wanted`` of a file of ``size`` bytes into ``sink``. Raises InstantStartError, Abandoned."""
+        if location.url.startswith("file:"):
+            self._copy(location, wanted, size, buffer, sink)
+        else:
+            self._get(location, wanted, size, buffer, sink)
+
+    # -- http ----------------------------------------------------------------------------------------------------
+
+    def _manager(self, url: str) -> urllib3.PoolManager:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        if parts.scheme not in ("http", "https") or not host:
+            raise OriginUnsupported(f"{shown(url)} is no http, https or file address")
+        proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
+        if proxy and urllib.request.proxy_bypass(host):
+            proxy = None
+        key = proxy or ""
+        with self._lock:
+            manager = self._managers.get(key)
+            if manager is None:
+                bundle = next((os.environ[name] for name in _CA_VARIABLES if os.environ.get(name)), None)
+                if proxy:
+                    manager = urllib3.ProxyManager(
+                        proxy if "//" in proxy else f"http://{proxy}", num_pools=64, maxsize=32, ca_certs=bundle
+                    )
+                else:
+                    manager = urllib3.PoolManager(num_pools=64, maxsize=32, ca_certs=bundle)
+                self._managers[key] = manager
+            return manager
+
+    def _get(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> None:
+        headers = {
+            "User-Agent": "instantstart-fs",
+            **dict(location.headers),
+            "Accept-Encoding": "identity",
+            "Range": f"bytes={wanted.start}-{wanted.stop - 1}",
+        }
+        sink.before_read()
+        where = shown(location.url)
+        try:
+            response = self._manager(location.url).urlopen(
+                "GET",
+                location.url,
+                headers=headers,
+                redirect=False,
+                retries=False,
+                preload_content=False,
+                decode_content=False,
+                timeout=self._timeout,
+            )
+        except LocationParseError as error:
+            raise OriginUnsupported(f"{where} cannot be parsed as an address") from error
+        except (HTTPError, OSError, http.client.HTTPException) as error:
+            raise _unreachable(error, where) from error
+        whole = False
+        try:
+            _check_answer(response, location, wanted, size, where)
+            self._receive(response, wanted, buffer, sink, where)
+            whole = True
+        finally:
+            # Only a connection that was read to its body's end may be used again.
+            if whole:
+                response.release_conn()
+            else:
+                with contextlib.suppress(Exception):
+                    response.close()
+
+    def _receive(
+        self, response: urllib3.BaseHTTPResponse, wanted: ByteRange, buffer: memoryview, sink: Sink, where: str
+    ) -> None:
+        # urllib3's own readinto reads into a fresh bytes object and copies; http.client's reads into the buffer.
+        body = getattr(response, "_fp", None)
+        source = body if isinstance(body, http.client.HTTPResponse) else response
+        readinto = getattr(source, "readinto")  # noqa: B009 (typed by neither)
+        offset = wanted.start
+        window_start, window_bytes = time.monotonic(), 0
+        try:
+            while offset < wanted.stop:
+                sink.before_read()
+                filled = 0
+                limit = min(len(buffer), wanted.stop - offset)
+                while filled < limit:
+                    count = readinto(buffer[filled:limit])
+                    if not count:
+                        raise OriginMisbehaved(
+                            f"{where}: the body ended after {offset + filled - wanted.start} of {wanted.length} bytes"
+                        )
+                    filled += count
+                    window_bytes += count
+                    now = time.monotonic()
+                    if now - window_start > SLOW_WINDOW:
+                        if window_bytes < SLOW_BYTES:
+                            raise OriginUnavailable(f"{where}: only {window_bytes} bytes came in {SLOW_WINDOW:g} s")
+                        window_start, window_bytes = now, 0
+                    sink.progress(count)
+                sink.write(buffer[:filled], offset)
+                offset += filled
+            if readinto(buffer[:1]):
+                raise OriginMisbehaved(f"{where}: the body is longer than the {wanted.length} bytes asked for")
+        except (HTTPError, OSError, http.client.HTTPException) as error:
+            raise _unreachable(error, where) from error
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def _copy(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> None:
+        path = unquote(urlsplit(location.url).path)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise OriginNotFound(f"{path} is not there any more") from error
+        except PermissionError as error:
+            raise AccessRefused(f"{path} may not be read: {error.strerror}") from error
+        except OSError as error:
+            raise OriginUnavailable(f"{path} cannot be opened: {error.strerror}") from error
+        try:
+            self._check_identity(fd, location, size, path)
+            offset = wanted.start
+            while offset < wanted.stop:
+                sink.before_read()
+                limit = min(len(buffer), wanted.stop - offset)
+                try:
+                    count = os.preadv(fd, [buffer[:limit]], offset)
+                except OSError as error:
+                    raise OriginUnavailable(f"{path} cannot be read: {error.strerror}") from error
+                if count == 0:
+                    raise OriginChanged(f"{path} was cut to {offset} bytes; `update` pins what is there now")
+                sink.progress(count)
+                sink.write(buffer[:count], offset)
+                offset += count
+            self._check_identity(fd, location, size, path)
+        finally:
+            os.close(fd)
+
+    def _check_identity(self, fd: int, location: Location, size: int, path: str) -> None:
+        status = os.fstat(fd)
+        same = status.st_size == size
+        if same and location.identity is not None:
+            if self._identity_of is None:
+                from instantstart_fs.origins.directory import identity_of
+
+                self._identity_of = identity_of
+            same = self._identity_of(status) == location.identity
+        if not same:
+            raise OriginChanged(f"{path} is not the file that was pinned; `update` pins what is there now")
+
+
+def _check_answer(
+    response: urllib3.BaseHTTPResponse, location: Location, wanted: ByteRange, size: int, where: str
+) -> None:
+    status = response.status
+    if status not in (200, 206):
+        raise _refused(status, response, where)
+    length = response.headers.get("Content-Length")
+    if length is not None and length.strip() != str(wanted.length) and status == 206:
+        raise OriginMisbehaved(f"{where}: {length} bytes came where {wanted.length} were asked for")
+    if status == 206:
+        given = response.headers.get("Content-Range", "")
+        match = _CONTENT_RANGE.match(given.strip())
+        if match is None or (int(match[1]), int(match[2])) != (wanted.start, wanted.stop - 1):
+            raise OriginMisbehaved(f"{where}: Content-Range is {given!r}, asked was {wanted.start}-{wanted.stop - 1}")
+        if match[3] != "*" and int(match[3]) != size:
+            raise OriginChanged(f"{where}: the object now has {match[3]} bytes, {size} are pinned")
+    elif length is not None and length.strip() != str(size):
+        raise OriginChanged(f"{where}: the object now has {length} bytes, {size} are pinned")
+    elif wanted.length != size:
+        raise OriginMisbehaved(f"{where}: the server ignores ranges (200 where 206 was asked for)")
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity", "aws-chunked"):
+        raise OriginMisbehaved(f"{where}: the body is encoded ({encoding})")
+    if location.etag is not None:
+        etag = response.headers.get("ETag")
+        if etag is None or _bare(etag) != _bare(location.etag):
+            raise OriginChanged(
+                f"{where}: the ETag is {etag}, {location.etag} is pinned; `update` pins what is there now"
+            )
+
+
+def _bare(etag: str) -> str:
+    return etag.strip().removeprefix("W/").strip('"')
+
+
+def _refused(status: int, response: urllib3.BaseHTTPResponse, where: str) -> InstantStartError:
+    retry_after = parse_retry_after(response.headers.get("Retry-After"), time.time())
+    if status in (401, 403):
+        return LocationExpired(f"{where} answers {status}: refused, or the signed address ran out")
+    if status in (404, 410):
+        return OriginNotFound(f"{where} answers {status}: it is not there")
+    if status in (412, 416):
+        return OriginChanged(f"{where} answers {status}: the pinned object was replaced; `update` pins the new one")
+    if status in (429, 503):
+        return OriginThrottled(f"{where} answers {status}: asked to slow down", retry_after=retry_after)
+    if 300 <= status < 400:
+        return OriginMisbehaved(f"{where} answers {status}: redirects of a location are not followed")
+    if status >= 500:
+        return OriginUnavailable(f"{where} answers {status}", retry_after=retry_after)
+    return OriginMisbehaved(f"{where} answers {status}")
+
+
+def _unreachable(error: BaseException, where: str) -> OriginError:
+    cause: BaseException | None = error
+    for _ in range(6):
+        inner = getattr(cause, "reason", None)
+        if isinstance(cause, ConnectTimeoutError):
+            return OriginUnavailable(f"{where}: no connection within the time-out")
+        if isinstance(cause, ReadTimeoutError | TimeoutError):
+            return OriginUnavailable(f"{where}: no byte came within the time-out")
+        if isinstance(cause, ssl.SSLError):
+            return OriginUnavailable(f"{where}: TLS failed ({cause.reason or type(cause).__name__})")
+        if isinstance(cause, NewConnectionError | SSLError | HTTPError) and isinstance(inner, BaseException):
+            cause = inner
+            continue
+        break
+    if isinstance(cause, http.client.IncompleteRead):
+        return OriginMisbehaved(f"{where}: the body was cut short")
+    if isinstance(cause, ConnectionRefusedError) or "refused" in str(cause):
+        return OriginUnavailable(f"{where}: connection refused")
+    if isinstance(cause, OSError) and cause.strerror:
+        return OriginUnavailable(f"{where}: {cause.strerror}")
+    return OriginUnavailable(f"{where}: {type(cause).__name__}")
+
+
+def new_buffer() -> memoryview:
+    """A thread's buffer."""
+    return memoryview(bytearray(BUFFER_BYTES))

@@ -1,0 +1,130 @@
+"""What daemon and fetch workers say to each other, over one AF_UNIX SOCK_SEQPACKET socket per worker.
+
+Each message is one packet: msgpack with a tag. A file's descriptor travels with OpenFile (SCM_RIGHTS). Errors cross as
+(code, message, retry_after) and become exceptions again by ``errors.from_code``. ``file`` and ``request`` are numbers
+that the daemon gives out, never twice in its life.
+
+Beside the socket lies one shared page (``PAUSE``): the CLOCK_MONOTONIC time, a little-endian double, until which
+background fetches leave their sockets unread, so that a demanded chunk has the bandwidth to itself.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from instantstart_fs.core.manifest import Digest
+from instantstart_fs.origins.base import Location
+
+MAX_MESSAGE = 4 * 1024 * 1024
+"""Room to receive any message: the largest is OpenFile, one bit per chunk."""
+
+PAUSE = struct.Struct("<d")
+PAUSE_SIZE = 4096
+
+
+class OpenFile(msgspec.Struct, frozen=True, tag="open"):
+    """A file to fill; its descriptor comes along. ``present``: the ChunkMap's bytes; they are hashed from the store."""
+
+    file: int
+    name: str
+    size: int
+    chunk_size: int
+    digest: Digest | None
+    present: bytes
+
+
+class SetLocation(msgspec.Struct, frozen=True, tag="location"):
+    """Where to fetch the file from now on."""
+
+    file: int
+    location: Location
+
+
+class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
+    request: int
+    file: int
+    chunk: int
+    demand: bool
+
+
+class CloseFile(msgspec.Struct, frozen=True, tag="close"):
+    """Write nothing more into the file, forget it, answer Closed."""
+
+    file: int
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    number: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    pid: int
+
+
+class Arrived(msgspec.Struct, frozen=True, tag="arrived"):
+    """The chunk is whole and written."""
+
+    request: int
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Bytes of this request came since it last said so; at most one a second."""
+
+    request: int
+    bytes: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """``silent``: seconds without a byte when it was given up."""
+
+    request: int
+    code: str
+    message: str
+    retry_after: float | None = None
+    silent: float = 0.0
+
+
+class Hashed(msgspec.Struct, frozen=True, tag="hashed"):
+    """The whole file was read back from the store; ``digest`` is the lowercase hex."""
+
+    file: int
+    digest: str
+
+
+class HashFailed(msgspec.Struct, frozen=True, tag="hash-failed"):
+    file: int
+    code: str
+    message: str
+
+
+class Closed(msgspec.Struct, frozen=True, tag="closed"):
+    """No thread of this worker writes to the file any more."""
+
+    file: int
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    number: int
+
+
+Order = OpenFile | SetLocation | Fetch | CloseFile | Ping
+Report = Ready | Arrived | Progress | Failed | Hashed | HashFailed | Closed | Pong
+
+
+class WorkerSettings(msgspec.Struct, frozen=True):
+    """Given on the worker's command line as JSON. Seconds."""
+
+    connect_timeout: float = 10.0
+    stall_timeout: float = 15.0
+    pause_limit: float = 2.0
+    hash_threads: int = 2
+
+
+def encode(message: Order | Report) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+decode_order = msgspec.msgpack.Decoder(Order).decode
+decode_report = msgspec.msgpack.Decoder(Report).decode

@@ -1,0 +1,265 @@
+"""The fetch processes: spawned, talked to, watched, replaced.
+
+Owns the sockets, the lock descriptors given to workers and the shared pause page. It knows nothing of files or chunks:
+reports go to ``on_report``, a death to ``on_death``, both on the trio thread, and whoever holds work of a dead worker
+gives it to another.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import logging
+import math
+import mmap
+import os
+import socket as stdlib_socket
+import subprocess
+import sys
+from collections.abc import Callable
+
+import msgspec
+import trio
+
+from instantstart_fs.core.retry import Backoff
+from instantstart_fs.errors import InstantStartError
+from instantstart_fs.filler.messages import (
+    PAUSE,
+    PAUSE_SIZE,
+    Order,
+    Ping,
+    Ready,
+    Report,
+    WorkerSettings,
+    decode_report,
+    encode,
+)
+from instantstart_fs.store.blobstore import BlobStore
+
+log = logging.getLogger(__name__)
+
+PING_SECONDS = 5.0
+SILENCE_SECONDS = 60.0
+"""A worker that answers no ping for so long is killed. Long, since a disk may make pwrite wait for tens of seconds."""
+READY_SECONDS = 30.0
+GOODBYE_SECONDS = 3.0
+MAX_REPORT = 64 * 1024
+_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+class Worker:
+    """One running fetch process. ``files``: the file numbers it has open; ``in_flight``: its running fetches."""
+
+    def __init__(self, process: subprocess.Popen[bytes], connection: trio.socket.SocketType) -> None:
+        self.process = process
+        self.connection = connection
+        self.files: set[int] = set()
+        self.in_flight = 0
+        self.alive = False
+        self.last_heard = trio.current_time()
+        self._outbox_send, self.outbox = trio.open_memory_channel[tuple[bytes, int]](math.inf)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def send(self, order: Order, fd: int | None = None) -> None:
+        """Queue an order, with a copy of ``fd``. Never waits; lost when the worker dies."""
+        self._outbox_send.send_nowait((encode(order), os.dup(fd) if fd is not None else -1))
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+    def drop_outbox(self) -> None:
+        while True:
+            try:
+                _, fd = self.outbox.receive_nowait()
+            except (trio.WouldBlock, trio.EndOfChannel):
+                return
+            if fd >= 0:
+                os.close(fd)
+
+
+class WorkerPool:
+    def __init__(
+        self,
+        store: BlobStore,
+        count: int,
+        settings: WorkerSettings,
+        on_report: Callable[[Worker, Report], None],
+        on_death: Callable[[Worker], None],
+    ) -> None:
+        self._store = store
+        self._count = max(count, 1)
+        self._settings = settings
+        self._on_report = on_report
+        self._on_death = on_death
+        self._backoff = Backoff(base=0.1, cap=10.0)
+        self.workers: list[Worker] = []
+        self.deaths = 0
+        self._arrival = trio.Event()
+        self._pause_fd = os.memfd_create("instantstart-pause", os.MFD_CLOEXEC)
+        os.ftruncate(self._pause_fd, PAUSE_SIZE)
+        self._pause = mmap.mmap(self._pause_fd, PAUSE_SIZE)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the workers running until cancelled; then end them. ``started`` when the first one is ready."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(self._count):
+                    nursery.start_soon(self._keep)
+                await self.wait_worker()
+                task_status.started()
+        finally:
+            self._pause.close()
+            os.close(self._pause_fd)
+
+    def choose(self) -> Worker | None:
+        """The least loaded worker; None while none is ready."""
+        return min(self.workers, key=lambda worker: (worker.in_flight, len(worker.files)), default=None)
+
+    async def wait_worker(self) -> Worker:
+        """``choose``, when there is one. Waits for as long as none can be started: cancel it with a deadline."""
+        while True:
+            worker = self.choose()
+            if worker is not None:
+                return worker
+            await self._arrival.wait()
+
+    def pause_background_until(self, moment: float) -> None:
+        """Background fetches leave their sockets unread until that time.monotonic()."""
+        PAUSE.pack_into(self._pause, 0, moment)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        failures = 0
+        while True:
+            started = trio.current_time()
+            try:
+                await self._serve_one()
+            except (OSError, InstantStartError) as error:
+                log.error("a fetch worker cannot be started: %s", error)
+            self.deaths += 1
+            failures = failures + 1 if trio.current_time() - started < 10.0 else 1
+            await trio.sleep(self._backoff.delay(failures, 0.5))
+
+    async def _serve_one(self) -> None:
+        worker = await self._spawn()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write, worker)
+                nursery.start_soon(self._watch, worker)
+                await self._read(worker)
+                nursery.cancel_scope.cancel()
+        finally:
+            known = worker.alive
+            worker.alive = False
+            if worker in self.workers:
+                self.workers.remove(worker)
+            worker.connection.close()  # the worker leaves on EOF
+            worker.drop_outbox()
+            with trio.CancelScope(shield=True):
+                await self._reap(worker)
+            if known:
+                self._on_death(worker)
+        log.warning(
+            "the fetch worker %d ended (status %s); another one takes over", worker.pid, worker.process.returncode
+        )
+
+    async def _reap(self, worker: Worker) -> None:
+        for last in (False, True):
+            try:
+                await trio.to_thread.run_sync(worker.process.wait, GOODBYE_SECONDS)
+            except subprocess.TimeoutExpired:
+                if last:
+                    log.error("the fetch worker %d cannot be killed (a stuck disk?)", worker.pid)
+                worker.kill()
+            else:
+                return
+
+    async def _spawn(self) -> Worker:
+        ours, theirs = stdlib_socket.socketpair(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_SEQPACKET)
+        try:
+            # Room for a bitmap of any file, and for many small orders at once.
+            ours.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_SNDBUF, 4 * 1024 * 1024)
+            with theirs:
+                lock_fd = await trio.to_thread.run_sync(self._store.worker_lock_fd)
+                try:
+                    with trio.CancelScope(shield=True):
+                        process = await trio.to_thread.run_sync(self._popen, theirs.fileno(), lock_fd)
+                finally:
+                    os.close(lock_fd)
+            return Worker(process, trio.socket.from_stdlib_socket(ours))
+        except BaseException:
+            ours.close()
+            raise
+
+    def _popen(self, socket_fd: int, lock_fd: int) -> subprocess.Popen[bytes]:
+        environment = dict(os.environ)
+        paths = [_PACKAGE_ROOT, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment.setdefault("MALLOC_ARENA_MAX", "2")
+        settings = msgspec.json.encode(self._settings).decode()
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "instantstart_fs.filler.worker",
+                str(socket_fd),
+                str(lock_fd),
+                str(self._pause_fd),
+                settings,
+            ],
+            pass_fds=(socket_fd, lock_fd, self._pause_fd),
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            process_group=0,
+        )
+
+    async def _read(self, worker: Worker) -> None:
+        while True:
+            try:
+                packet = await worker.connection.recv(MAX_REPORT)
+            except OSError:
+                return
+            if not packet:
+                return
+            worker.last_heard = trio.current_time()
+            report = decode_report(packet)
+            if isinstance(report, Ready):
+                worker.alive = True
+                self.workers.append(worker)
+                arrival, self._arrival = self._arrival, trio.Event()
+                arrival.set()
+            else:
+                self._on_report(worker, report)
+
+    async def _write(self, worker: Worker) -> None:
+        async for packet, fd in worker.outbox:
+            try:
+                if fd < 0:
+                    await worker.connection.send(packet)
+                else:
+                    rights = array.array("i", [fd]).tobytes()
+                    await worker.connection.sendmsg(
+                        [packet], [(stdlib_socket.SOL_SOCKET, stdlib_socket.SCM_RIGHTS, rights)]
+                    )
+            except OSError:
+                return  # it is dying: the reader sees the end
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+
+    async def _watch(self, worker: Worker) -> None:
+        number = 0
+        while True:
+            await trio.sleep(PING_SECONDS)
+            limit = SILENCE_SECONDS if worker.alive else READY_SECONDS
+            if trio.current_time() - worker.last_heard > limit:
+                log.error("the fetch worker %d does not answer; it is killed", worker.pid)
+                worker.kill()
+                return
+            number += 1
+            worker.send(Ping(number))

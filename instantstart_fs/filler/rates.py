@@ -1,0 +1,33 @@
+"""Bytes per second of each pipeline, over the last few seconds. Time is a parameter."""
+
+from __future__ import annotations
+
+from collections import deque
+
+WINDOW = 5.0
+STEP = 0.25
+
+
+class Rates:
+    def __init__(self) -> None:
+        self._samples: dict[str, deque[list[float]]] = {}
+
+    def add(self, pipeline: str, count: int, now: float) -> None:
+        """``count`` bytes came now."""
+        samples = self._samples.setdefault(pipeline, deque())
+        if samples and now - samples[-1][0] < STEP:
+            samples[-1][1] += count
+        else:
+            samples.append([now, count])
+        while samples and now - samples[0][0] > WINDOW:
+            samples.popleft()
+
+    def rate(self, pipeline: str, now: float) -> float:
+        """0 when nothing came within the window."""
+        samples = self._samples.get(pipeline)
+        while samples and now - samples[0][0] > WINDOW:
+            samples.popleft()
+        if not samples:
+            self._samples.pop(pipeline, None)
+            return 0.0
+        return sum(count for _, count in samples) / max(now - samples[0][0], 1.0)

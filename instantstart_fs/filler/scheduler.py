@@ -1,0 +1,926 @@
+"""Filler: drives core/fillplan and carries out what it says. The library's only door to filling.
+
+    demand, fill ─► FillPlan ─► requests ─► (blob open? located? worker?) ─► worker ─► Arrived ─► present, readers wake
+                        ▲                                                        │          └► Committer ─► sealed
+                        └──────────────── backoff, breaker, next source ◄── Failed
+
+Owns the state of every FillTarget that is not complete, on the trio thread: it alone changes ``present``, ``durable``,
+``state``, ``error``. It never closes ``target.blob`` (readers may be inside a call): that is the library's, once the
+target is sealed, poisoned or failed and ``wait_quiet`` has returned.
+
+What ends a target for good: the pinned object changed, is gone, or is refused twice in a row; a digest mismatch; a full
+or broken store; cancellation. All but change, mismatch and cancellation are tried again by a demand that comes
+REVIVE_SECONDS later. Everything else is retried with backoff, and readers wait up to their own deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import msgspec
+import trio
+
+from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.fillplan import FillPlan, Request
+from instantstart_fs.core.retry import Backoff, Breaker, believed_retry_after
+from instantstart_fs.core.serving import ServeUnsealed, endpoint_trusted, may_serve_unsealed
+from instantstart_fs.errors import (
+    AccessRefused,
+    DigestMismatch,
+    FillCancelled,
+    InstantStartError,
+    LocationExpired,
+    OriginBroken,
+    OriginChanged,
+    OriginMisbehaved,
+    OriginNotFound,
+    OriginThrottled,
+    OriginUnavailable,
+    StoreError,
+    StoreFull,
+    from_code,
+)
+from instantstart_fs.filler.committer import CommitEvents, Committer
+from instantstart_fs.filler.messages import (
+    Arrived,
+    Closed,
+    CloseFile,
+    Failed,
+    Fetch,
+    Hashed,
+    HashFailed,
+    OpenFile,
+    Progress,
+    Report,
+    SetLocation,
+    WorkerSettings,
+)
+from instantstart_fs.filler.pool import Worker, WorkerPool
+from instantstart_fs.filler.rates import Rates
+from instantstart_fs.filler.sources import Locator, Source, Tier, chain_for, expired
+from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
+from instantstart_fs.index.environment import Index
+from instantstart_fs.origins.base import Location, OriginKey
+from instantstart_fs.store.blobfile import BlobFile
+from instantstart_fs.store.blobstore import BlobStore
+
+log = logging.getLogger(__name__)
+
+REVIVE_SECONDS = 5.0
+MISMATCHES = 3
+QUARANTINE_SECONDS = 60.0
+MAX_QUARANTINE_SECONDS = 3600.0
+ROOM_SECONDS = 60.0
+"""How long the evictor may take to make room before the fill gives up."""
+QUIET_SECONDS = 10.0
+"""How long ``wait_quiet`` waits for a worker's word before that worker is killed."""
+OPEN_THREADS = 8
+
+
+class FillSettings(msgspec.Struct, frozen=True):
+    """``connections``: fetches at once per origin and credentials, over all workers. Sizes in bytes, times in seconds.
+
+    ``demand_headroom``: how many more fetches demands may have. ``demand_pause``: how long background fetches leave
+    their sockets unread for a demand, at most.
+    """
+
+    workers: int = 2
+    connections: int = 16
+    read_deadline: float = 60.0
+    serve_unsealed: ServeUnsealed = "auto"
+    commit_bytes: int = 256 * 1024 * 1024
+    commit_seconds: float = 1.0
+    connect_timeout: float = 10.0
+    stall_timeout: float = 15.0
+    locate_timeout: float = 30.0
+    demand_headroom: int = 4
+    demand_pause: float = 2.0
+    backoff: Backoff = Backoff()
+
+
+class FillEvents(Protocol):
+    """What the library is told; sync, on the trio thread. Must not raise."""
+
+    def chunk_present(self, target: FillTarget, chunk: int) -> None: ...
+
+    def target_sealed(self, target: FillTarget) -> None:
+        """Sealed or unverified: the blob has its seal record and the index says so."""
+        ...
+
+    def target_poisoned(self, target: FillTarget, error: InstantStartError) -> None:
+        """A digest mismatch: the target has failed, its record is the next incarnation's, its blob is unlinked. Put a
+        fresh FillTarget in its place; call ``demand`` or ``fill`` for it to be fetched again."""
+        ...
+
+    def target_failed(self, target: FillTarget, error: InstantStartError) -> None:
+        """For good, but for what ``demand`` revives."""
+        ...
+
+    def trouble(self, target: FillTarget, error: InstantStartError | None) -> None:
+        """Transient; None = over."""
+        ...
+
+
+class BreakerState(msgspec.Struct, frozen=True):
+    origin: str
+    state: str
+    in_flight: int
+
+
+class FillStatistics(msgspec.Struct, frozen=True):
+    """``queued`` chunks are wanted and not in flight."""
+
+    workers: int
+    worker_deaths: int
+    files: int
+    in_flight: int
+    queued: int
+    retries: int
+    fetched_bytes: int
+    commits: int
+    poisoned: int
+    index_stuck: bool
+    origins: tuple[BreakerState, ...]
+
+
+class _Sent:
+    """A request on its way. ``worker`` is None until it was given to one; ``counted`` bytes are in the rate already."""
+
+    __slots__ = ("chunk", "counted", "demand", "filling", "generation", "number", "worker")
+
+    def __init__(self, number: int, filling: _Filling, chunk: int, demand: bool) -> None:
+        self.number = number
+        self.filling = filling
+        self.chunk = chunk
+        self.demand = demand
+        self.worker: Worker | None = None
+        self.counted = 0
+        self.generation = 0
+
+
+class _Filling:
+    """The filler's side of one target. ``file``: its number at ``worker``, 0 = not open there."""
+
+    def __init__(self, target: FillTarget, links: tuple[Source, ...]) -> None:
+        self.target = target
+        self.links = links
+        self.link = 0
+        self.location: Location | None = None
+        self.generation = 0
+        """Counts the locations, so that a late failure of an old one does not spend the new one."""
+        self.worker: Worker | None = None
+        self.file = 0
+        self.preparing = False
+        self.waiting: list[_Sent] = []
+        self.sent: set[_Sent] = set()
+        self.failures = 0
+        self.held_until = 0.0
+        self.refused = 0
+        self.missing = 0
+        self.hash_failures = 0
+        self.hashed: str | None = None
+        self.sealing = False
+        self.done = False
+
+    @property
+    def source(self) -> Source:
+        return self.links[self.link]
+
+
+class Filler(CommitEvents):
+    """Everything but ``run`` and ``wait_quiet`` answers at once. ``tiers``: links asked before the origin.
+
+    ``make_room``: asked when the store is full; frees space if it can and says whether it did (filler/evictor.py).
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        index: Index,
+        settings: FillSettings,
+        events: FillEvents,
+        *,
+        tiers: Sequence[Tier] = (),
+        make_room: Callable[[str], Awaitable[bool]] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._events = events
+        self._tiers = tuple(tiers)
+        self.make_room = make_room
+        self._plan: FillPlan[FileKey] = FillPlan(settings.connections, settings.demand_headroom)
+        self._committer = Committer(store, index, settings.commit_bytes, settings.commit_seconds, self)
+        self._pool = WorkerPool(
+            store,
+            settings.workers,
+            WorkerSettings(
+                connect_timeout=settings.connect_timeout,
+                stall_timeout=settings.stall_timeout,
+                pause_limit=settings.demand_pause,
+            ),
+            self._on_report,
+            self._on_death,
+        )
+        self._locator = Locator(settings.locate_timeout)
+        self._rates = Rates()
+        self._fillings: dict[FileKey, _Filling] = {}
+        self._background: dict[str, set[FileKey]] = {}
+        self._breakers: dict[OriginKey, Breaker] = {}
+        self._last_failure: dict[OriginKey, str] = {}
+        self._sent: dict[int, _Sent] = {}
+        self._files: dict[int, _Filling] = {}
+        self._closing: dict[int, tuple[str, Worker]] = {}
+        self._opening: dict[str, int] = {}
+        self._mismatches: dict[FileKey, int] = {}
+        self._quarantine: dict[FileKey, float] = {}
+        self._making_room: set[str] = set()
+        self._numbers = 0
+        self._wakeup = trio.Event()
+        self._quiet = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._open_limiter = trio.CapacityLimiter(OPEN_THREADS)
+        self._random = random.Random()
+        self._retries = 0
+        self._fetched = 0
+        self._poisonings = 0
+
+    # -- the library's side --------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Fill until cancelled; then end the workers and commit what is present. ``started`` when a worker is ready."""
+        async with trio.open_nursery() as committing:
+            # Outside the workers' nursery: its last commit comes after they have ended.
+            committing.start_soon(self._committer.run)
+            try:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    await nursery.start(self._pool.run)
+                    nursery.start_soon(self._pump)
+                    task_status.started()
+            finally:
+                self._nursery = None
+                committing.cancel_scope.cancel()
+
+    def demand(self, target: FillTarget, wanted: ByteRange) -> None:
+        """A reader waits for these bytes: they go ahead of all background work. Idempotent and cheap."""
+        if target.state in COMPLETE:
+            return
+        if target.failed and not self._revive(target):
+            return
+        filling = self._enter(target)
+        if filling is None:
+            return
+        self._plan.demand(target.key, target.present.chunks_of(wanted))
+        if not target.serve_unsealed:
+            self._plan.add_background(target.key)  # the reader waits for the seal, and that for every chunk
+        self._show_breaker(filling)
+        self._check_complete(filling)
+        self._wakeup.set()
+
+    def fill(self, pipeline: str, targets: Sequence[FillTarget]) -> None:
+        """Fill these in the background, in this order; it replaces the pipeline's last order. Complete ones are
+        skipped."""
+        entered: list[_Filling] = []
+        for target in targets:
+            if target.state in COMPLETE or (target.failed and not self._revive(target)):
+                continue
+            filling = self._enter(target)
+            if filling is not None:
+                entered.append(filling)
+        keys = [filling.target.key for filling in entered]
+        self._background[pipeline] = set(keys)
+        self._plan.set_background(pipeline, keys)
+        for filling in entered:
+            self._check_complete(filling)
+        self._wakeup.set()
+
+    def cancel_target(self, target: FillTarget, error: InstantStartError) -> None:
+        """Fail it with ``error``, wake its readers, write nothing more (``wait_quiet`` says when that is so)."""
+        filling = self._fillings.get(target.key)
+        if filling is not None and filling.target is target:
+            self._committer.forget(target)
+            self._end(filling, error)
+        elif target.state not in COMPLETE and not target.failed:
+            target.error, target.failed, target.failed_at = error, True, trio.current_time()
+            target.wake()
+
+    def cancel_pipeline(self, pipeline: str, error: InstantStartError) -> None:
+        """``cancel_target`` for all of the pipeline's targets."""
+        for filling in [filling for key, filling in self._fillings.items() if key.pipeline == pipeline]:
+            self.cancel_target(filling.target, error)
+        self._background.pop(pipeline, None)
+
+    async def wait_quiet(self, pipeline: str) -> None:
+        """Return when no cancelled file of the pipeline is written any more, by workers or by a commit.
+
+        A worker that does not say so within QUIET_SECONDS is killed: then it is so.
+        """
+        with trio.move_on_after(QUIET_SECONDS) as scope:
+            await self._wait_closed(pipeline)
+        if scope.cancelled_caught:
+            for name, worker in list(self._closing.values()):
+                if name == pipeline:
+                    log.error("the fetch worker %d does not close a file of %s; it is killed", worker.pid, pipeline)
+                    worker.kill()
+            await self._wait_closed(pipeline)
+        await self._committer.wait_quiet(pipeline)
+
+    async def _wait_closed(self, pipeline: str) -> None:
+        while self._opening.get(pipeline) or any(name == pipeline for name, _ in self._closing.values()):
+            await self._quiet.wait()
+
+    def is_filling(self, pipeline: str) -> bool:
+        """Whether background work of it is under way, waiting for its seal included."""
+        return bool(self._background.get(pipeline))
+
+    def rate(self, pipeline: str) -> float:
+        """Bytes per second that came for it over the last few seconds."""
+        return self._rates.rate(pipeline, trio.current_time())
+
+    def breaker_open(self, key: OriginKey) -> OriginBroken | None:
+        """What to refuse opens with while this origin is known to be down; None while it is not."""
+        breaker = self._breakers.get(key)
+        return None if breaker is None or breaker.closed else self._broken(key, breaker)
+
+    def forgive(self, pipeline: str) -> None:
+        """Somebody asked for it again on purpose (`warm`): quarantined and failed files of it may be tried at once."""
+        for key in [key for key in (*self._quarantine, *self._mismatches) if key.pipeline == pipeline]:
+            self._quarantine.pop(key, None)
+            self._mismatches.pop(key, None)
+
+    def statistics(self) -> FillStatistics:
+        now = trio.current_time()
+        return FillStatistics(
+            workers=len(self._pool.workers),
+            worker_deaths=self._pool.deaths,
+            files=len(self._fillings),
+            in_flight=len(self._sent),
+            queued=self._plan.queued(),
+            retries=self._retries,
+            fetched_bytes=self._fetched,
+            commits=self._committer.commits,
+            poisoned=self._poisonings,
+            index_stuck=self._committer.stuck is not None,
+            origins=tuple(
+                BreakerState(str(key), breaker.state(now), self._plan.in_flight(key))
+                for key, breaker in self._breakers.items()
+            ),
+        )
+
+    def worker_pids(self) -> tuple[int, ...]:
+        return tuple(worker.pid for worker in self._pool.workers)
+
+    # -- entering and leaving ------------------------------------------------------------------------------------
+
+    def _revive(self, target: FillTarget) -> bool:
+        if isinstance(target.error, OriginChanged | DigestMismatch | FillCancelled):
+            return False
+        if trio.current_time() < target.failed_at + REVIVE_SECONDS:
+            return False
+        target.failed, target.error = False, None
+        return True
+
+    def _enter(self, target: FillTarget) -> _Filling | None:
+        key = target.key
+        filling = self._fillings.get(key)
+        if filling is not None and filling.target is target:
+            return filling
+        now = trio.current_time()
+        if self._quarantine.get(key, 0.0) > now:
+            error = DigestMismatch(
+                f"{target.entry.path}: the origin's bytes did not match the manifest {self._mismatches.get(key, 0)} "
+                "times in a row; `warm` tries again, `update` pins what is there now"
+            )
+            target.failed, target.failed_at, target.error = True, now, error
+            target.wake()
+            self._events.target_failed(target, error)
+            return None
+        if filling is not None:
+            self._committer.forget(filling.target)
+            self._end(filling, FillCancelled(f"{target.entry.path}: a new incarnation takes its place"))
+        filling = _Filling(target, chain_for(target, self._tiers))
+        self._fillings[key] = filling
+        self._plan.add(key, key.pipeline, filling.source.key, target.present)
+        origin = target.origin.key
+        trusted = endpoint_trusted(origin.scheme, origin.endpoint)
+        target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, trusted)
+        mismatches = self._mismatches.get(key, 0)
+        if mismatches:
+            self._plan.hold(key, now + self._settings.backoff.delay(mismatches + 1, self._random.random()))
+        return filling
+
+    def _leave(self, filling: _Filling) -> None:
+        """Forget a filling: its requests come to nothing, its worker closes the file."""
+        if filling.done:
+            return
+        filling.done = True
+        key = filling.target.key
+        del self._fillings[key]
+        self._plan.remove(key)
+        pending = self._background.get(key.pipeline)
+        if pending is not None:
+            pending.discard(key)
+            if not pending:
+                del self._background[key.pipeline]
+        for sent in list(filling.sent):
+            self._unsend(sent)
+        filling.waiting.clear()
+        self._close_at_worker(filling)
+        self._wakeup.set()
+
+    def _close_at_worker(self, filling: _Filling) -> None:
+        worker, filling.worker = filling.worker, None
+        if worker is not None:
+            self._files.pop(filling.file, None)
+            self._closing[filling.file] = (filling.target.key.pipeline, worker)
+            worker.send(CloseFile(filling.file))
+        filling.file = 0
+        filling.hashed = None
+
+    def _end(self, filling: _Filling, error: InstantStartError) -> None:
+        """The target has failed for good."""
+        target = filling.target
+        self._leave(filling)
+        target.error, target.failed, target.failed_at = error, True, trio.current_time()
+        target.wake()
+        self._events.target_failed(target, error)
+
+    # -- sending -------------------------------------------------------------------------------------------------
+
+    async def _pump(self) -> None:
+        """Carry out the plan, whenever something changed or time has come."""
+        while True:
+            self._wakeup = trio.Event()
+            now = trio.current_time()
+            times = [math.inf]
+            for key, breaker in self._breakers.items():
+                self._plan.set_limit(key, breaker.limit(now))
+                if breaker.probe_at is not None and breaker.probe_at > now:
+                    times.append(breaker.probe_at)
+            for request in self._plan.next_requests(now, background=self._committer.stuck is None):
+                self._dispatch(request)
+            times.append(self._plan.next_time(now) or math.inf)
+            with trio.move_on_at(min(times)):
+                await self._wakeup.wait()
+
+    def _dispatch(self, request: Request[FileKey]) -> None:
+        filling = self._fillings[request.key]
+        self._numbers += 1
+        sent = _Sent(self._numbers, filling, request.chunk, request.demand)
+        self._sent[sent.number] = sent
+        filling.sent.add(sent)
+        if filling.worker is not None and filling.location is not None and not expired(filling.location):
+            self._send(sent)
+        else:
+            filling.waiting.append(sent)
+            self._prepare_soon(filling)
+
+    def _send(self, sent: _Sent) -> None:
+        filling = sent.filling
+        worker = filling.worker
+        assert worker is not None
+        sent.worker = worker
+        sent.generation = filling.generation
+        worker.in_flight += 1
+        worker.send(Fetch(sent.number, filling.file, sent.chunk, sent.demand))
+        if sent.demand and len(self._sent) > 1:
+            self._pool.pause_background_until(time.monotonic() + self._settings.demand_pause)
+
+    def _unsend(self, sent: _Sent) -> None:
+        """It is over, whichever way."""
+        if self._sent.pop(sent.number, None) is None:
+            return
+        sent.filling.sent.discard(sent)
+        if sent.worker is not None:
+            sent.worker.in_flight -= 1
+            if sent.demand and not any(other.demand and other.worker is not None for other in self._sent.values()):
+                self._pool.pause_background_until(0.0)
+
+    def _prepare_soon(self, filling: _Filling) -> None:
+        if not filling.preparing and self._nursery is not None:
+            filling.preparing = True
+            self._nursery.start_soon(self._prepare, filling)
+
+    async def _prepare(self, filling: _Filling) -> None:
+        """Open the blob, locate the file, give it to a worker, send what waits."""
+        target = filling.target
+        pipeline = target.key.pipeline
+        self._opening[pipeline] = self._opening.get(pipeline, 0) + 1
+        try:
+            await self._open_blob(filling)
+            while not filling.done:
+                if filling.waiting and (filling.location is None or expired(filling.location)):
+                    location = await self._locator.locate(filling.source, target)
+                    filling.location = location
+                    filling.generation += 1
+                    target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, location.trusted)
+                    if filling.worker is not None:
+                        filling.worker.send(SetLocation(filling.file, location))
+                    continue
+                if filling.worker is None:
+                    worker = await self._pool.wait_worker()
+                    if not filling.done:
+                        self._open_at(filling, worker)
+                    continue
+                break
+            if not filling.done:
+                waiting, filling.waiting = filling.waiting, []
+                for sent in waiting:
+                    self._send(sent)
+        except InstantStartError as error:
+            if not filling.done:
+                if not filling.waiting:  # opened for its hash alone
+                    self._end(filling, error)
+                waiting, filling.waiting = filling.waiting, []
+                for position, sent in enumerate(waiting):
+                    sent.generation = filling.generation
+                    self._failed(sent, error, 0.0, counts=position == 0)
+        finally:
+            filling.preparing = False
+            self._opening[pipeline] -= 1
+            if not self._opening[pipeline]:
+                del self._opening[pipeline]
+            self._set_quiet()
+
+    async def _open_blob(self, filling: _Filling) -> None:
+        target = filling.target
+        if target.blob is not None:
+            return
+        blob: BlobFile = await trio.to_thread.run_sync(target.open_blob, limiter=self._open_limiter)
+        if filling.done and target.failed:
+            blob.close()
+            return
+        target.blob = blob
+        if blob.created and target.present.count:
+            # The store lost the file that the index speaks of: nothing of it is present.
+            for chunk in range(target.present.chunks):
+                target.present.discard(chunk)
+                target.durable.discard(chunk)
+            if not filling.done:
+                self._plan.refill(target.key)
+                self._wakeup.set()
+
+    def _open_at(self, filling: _Filling, worker: Worker) -> None:
+        target = filling.target
+        assert target.blob is not None
+        self._numbers += 1
+        filling.file = self._numbers
+        filling.worker = worker
+        filling.hashed = None
+        self._files[filling.file] = filling
+        worker.files.add(filling.file)
+        present = target.present
+        file = target.entry.file
+        worker.send(
+            OpenFile(filling.file, target.entry.path, file.size, present.chunk_size, file.digest, present.to_bytes()),
+            target.blob.fd,
+        )
+        if filling.location is not None:
+            worker.send(SetLocation(filling.file, filling.location))
+
+    # -- what workers say ----------------------------------------------------------------------------------------
+
+    def _on_report(self, worker: Worker, report: Report) -> None:
+        match report:
+            case Arrived(request=number):
+                sent = self._sent.get(number)
+                if sent is not None:
+                    self._arrived(sent)
+            case Progress(request=number, bytes=count):
+                sent = self._sent.get(number)
+                if sent is not None:
+                    sent.counted += count
+                    sent.filling.target.last_progress = trio.current_time()
+                    self._rates.add(sent.filling.target.key.pipeline, count, trio.current_time())
+            case Failed():
+                sent = self._sent.get(report.request)
+                if sent is not None:
+                    error = from_code(report.code, report.message, retry_after=report.retry_after)
+                    self._failed(sent, error, report.silent)
+            case Hashed(file=number, digest=digest):
+                filling = self._files.get(number)
+                if filling is not None:
+                    filling.hashed = digest
+                    self._check_complete(filling)
+            case HashFailed(file=number):
+                filling = self._files.get(number)
+                if filling is not None:
+                    self._hash_failed(filling, from_code(report.code, report.message))
+            case Closed(file=number):
+                worker.files.discard(number)
+                self._closing.pop(number, None)
+                self._set_quiet()
+
+    def _on_death(self, worker: Worker) -> None:
+        for number in [number for number, (_, holder) in self._closing.items() if holder is worker]:
+            del self._closing[number]
+        for filling in [filling for filling in self._files.values() if filling.worker is worker]:
+            self._files.pop(filling.file, None)
+            filling.worker, filling.file, filling.hashed = None, 0, None
+            for sent in [sent for sent in filling.sent if sent.worker is worker]:
+                self._retries += 1
+                self._unsend(sent)
+                self._plan.failed(filling.target.key, sent.chunk)
+            self._check_complete(filling)
+        self._set_quiet()
+        self._wakeup.set()
+
+    def _set_quiet(self) -> None:
+        quiet, self._quiet = self._quiet, trio.Event()
+        quiet.set()
+
+    def _arrived(self, sent: _Sent) -> None:
+        filling, chunk = sent.filling, sent.chunk
+        target = filling.target
+        key, now = target.key, trio.current_time()
+        self._unsend(sent)
+        length = target.present.byte_range(chunk).length
+        self._fetched += length
+        self._rates.add(key.pipeline, max(length - sent.counted, 0), now)
+        target.present.add(chunk)
+        self._plan.arrived(key, chunk)
+        if target.state is FileState.ABSENT:
+            target.state = FileState.FILLING
+        target.last_progress = now
+        filling.failures = filling.refused = filling.missing = 0
+        if filling.held_until:
+            filling.held_until = 0.0
+            self._plan.release(key)
+        self._origin_answers(filling.source.key)
+        if target.error is not None and self._committer.stuck is None:
+            target.error = None
+            self._events.trouble(target, None)
+        self._committer.dirty(target, chunk)
+        target.wake()
+        self._events.chunk_present(target, chunk)
+        self._check_complete(filling)
+        self._wakeup.set()
+
+    # -- completion ----------------------------------------------------------------------------------------------
+
+    def _check_complete(self, filling: _Filling) -> None:
+        """Seal it if all is there and proven; have it hashed if only that is missing."""
+        target = filling.target
+        if filling.done or filling.sealing or not target.present.complete:
+            return
+        digest = target.entry.file.digest
+        if digest is None:
+            if target.blob is None:
+                self._prepare_soon(filling)
+                return
+            filling.sealing = True
+            self._close_at_worker(filling)
+            self._committer.seal(target, "unverified")
+        elif filling.hashed is None:
+            if filling.worker is None:
+                self._prepare_soon(filling)
+        elif filling.hashed == digest.value:
+            filling.sealing = True
+            self._close_at_worker(filling)
+            self._committer.seal(target, "sealed")
+        else:
+            self._poison(filling, filling.hashed)
+
+    def _poison(self, filling: _Filling, found: str) -> None:
+        target = filling.target
+        key = target.key
+        digest = target.entry.file.digest
+        assert digest is not None
+        error = DigestMismatch(
+            f"{target.entry.path}: the bytes that came have {digest.algorithm} {found}, the manifest says "
+            f"{digest.value}"
+        )
+        log.error("%s: %s", key.pipeline, error.message)
+        self._poisonings += 1
+        count = self._mismatches[key] = self._mismatches.get(key, 0) + 1
+        if count >= MISMATCHES:
+            delay = min(QUARANTINE_SECONDS * 2 ** min(count - MISMATCHES, 16), MAX_QUARANTINE_SECONDS)
+            self._quarantine[key] = trio.current_time() + delay
+        self._leave(filling)
+        target.state = FileState.POISONED
+        target.error, target.failed, target.failed_at = error, True, trio.current_time()
+        target.wake()
+        self._committer.poison(target)
+
+    def _hash_failed(self, filling: _Filling, error: InstantStartError) -> None:
+        """The store's bytes cannot be read back: fetch again what is not durable, once; then give up."""
+        filling.hash_failures += 1
+        if filling.hash_failures > 1:
+            self._end(filling, error)
+        else:
+            self.on_lost(filling.target, error)
+
+    # -- what the committer says ---------------------------------------------------------------------------------
+
+    def on_sealed(self, target: FillTarget) -> None:
+        filling = self._fillings.get(target.key)
+        if filling is not None and filling.target is target:
+            self._leave(filling)
+        for chunk in target.present.missing():
+            target.present.add(chunk)
+        target.error = None
+        self._mismatches.pop(target.key, None)
+        self._quarantine.pop(target.key, None)
+        target.wake()
+        self._events.target_sealed(target)
+
+    def on_poisoned(self, target: FillTarget) -> None:
+        assert target.error is not None
+        self._events.target_poisoned(target, target.error)
+
+    def on_lost(self, target: FillTarget, error: InstantStartError) -> None:
+        log.error("%s: what was written may be lost, and is fetched again: %s", target.entry.path, error.message)
+        for chunk in range(target.present.chunks):
+            if chunk in target.present and chunk not in target.durable:
+                target.present.discard(chunk)
+        filling = self._fillings.get(target.key)
+        if filling is None or filling.target is not target:
+            return
+        self._committer.discard_dirty(target)
+        filling.sealing = False
+        for sent in list(filling.sent):
+            self._unsend(sent)
+            self._plan.failed(target.key, sent.chunk)
+        filling.waiting.clear()
+        self._close_at_worker(filling)  # what it hashed is not what will lie there
+        self._plan.refill(target.key)
+        target.error = error
+        self._events.trouble(target, error)
+        self._hold(filling)
+        if isinstance(error, StoreFull):
+            self._store_full(filling, error)
+        self._check_complete(filling)
+        self._wakeup.set()
+
+    def on_stuck(self, targets: list[FillTarget], error: InstantStartError | None) -> None:
+        for target in targets:
+            target.error = error
+            self._events.trouble(target, error)
+        self._wakeup.set()
+
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def _failed(self, sent: _Sent, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
+        """``counts``: False for the others of a batch that failed for one and the same reason."""
+        filling = sent.filling
+        self._unsend(sent)
+        if filling.done:
+            return None
+        target = filling.target
+        key, now = target.key, trio.current_time()
+        current = sent.generation == filling.generation
+        self._retries += 1
+        if current:
+            target.error = error
+            self._events.trouble(target, error)
+        final: InstantStartError | None = None
+        match error:
+            case LocationExpired():
+                if current:
+                    filling.location = None
+                    filling.refused += 1
+                    filling.generation += 1
+                if filling.refused > 1:
+                    final = AccessRefused(error.message + ", also at a fresh address: check the credentials")
+            case OriginNotFound():
+                if current:
+                    filling.location = None
+                    filling.missing += 1
+                    filling.generation += 1
+                if filling.missing > 1:
+                    final = error
+            case OriginThrottled():
+                self._throttled(filling, error, now)
+            case OriginMisbehaved():
+                filling.location = None
+                self._hold(filling)
+            case OriginUnavailable():
+                if self._next_link(filling):
+                    return self._requeue(sent)
+                if counts:
+                    self._origin_fails(filling.source.key, now, silent, error)
+                self._hold(filling)
+            case StoreFull():
+                self._plan.failed(key, sent.chunk)
+                self._store_full(filling, error)
+                return None
+            case _:
+                final = error
+        if final is not None and not isinstance(final, StoreError) and self._next_link(filling):
+            final = None
+        if final is not None:
+            self._end(filling, final)
+        else:
+            self._requeue(sent)
+        return None
+
+    def _requeue(self, sent: _Sent) -> None:
+        filling = sent.filling
+        self._plan.failed(filling.target.key, sent.chunk, held_until=filling.held_until)
+        if not filling.done:
+            self._show_breaker(filling)
+        self._wakeup.set()
+
+    def _next_link(self, filling: _Filling) -> bool:
+        """Ask the next source of the chain from now on; False at its end."""
+        if filling.link + 1 >= len(filling.links):
+            return False
+        filling.link += 1
+        filling.location = None
+        filling.generation += 1
+        filling.refused = filling.missing = 0
+        self._plan.move(filling.target.key, filling.source.key)
+        return True
+
+    def _hold(self, filling: _Filling) -> None:
+        """Back off. Failures that come while it is held already are of the same burst and do not count."""
+        now = trio.current_time()
+        if now >= filling.held_until:
+            filling.failures += 1
+            filling.held_until = now + self._settings.backoff.delay(filling.failures, self._random.random())
+            self._plan.hold(filling.target.key, filling.held_until)
+
+    def _throttled(self, filling: _Filling, error: InstantStartError, now: float) -> None:
+        origin = filling.source.key
+        retry_after = believed_retry_after(error.retry_after)
+        if retry_after is None:
+            self._hold(filling)
+            until = filling.held_until
+        else:
+            until = now + retry_after + self._random.random() * min(1.0, 0.1 + retry_after / 10)
+        self._plan.hold_origin(origin, until)
+        if retry_after is None or filling.target.deadline_extended_to >= until:
+            return
+        for key in self._plan.keys_of(origin):
+            other = self._fillings[key].target
+            # After the pause the usual deadline begins anew.
+            other.deadline_extended_to = max(other.deadline_extended_to, until + self._settings.read_deadline)
+            other.error = error
+
+    def _origin_answers(self, origin: OriginKey) -> None:
+        breaker = self._breakers.get(origin)
+        if breaker is not None and breaker.succeeded():
+            log.info("%s answers again", origin)
+            for key in self._plan.keys_of(origin):
+                target = self._fillings[key].target
+                target.broken = None
+                if isinstance(target.error, OriginBroken):
+                    target.error = None
+
+    def _origin_fails(self, origin: OriginKey, now: float, silent: float, error: InstantStartError) -> None:
+        breaker = self._breakers.setdefault(origin, Breaker())
+        was_closed = breaker.closed
+        self._last_failure[origin] = error.message
+        if not breaker.failed(now, silent):
+            return
+        if was_closed:
+            log.warning("%s is down: %s", origin, error.message)
+        for key in self._plan.keys_of(origin):
+            filling = self._fillings[key]
+            self._show_breaker(filling)
+            # The breaker paces the probes: a file's own backoff must not hold up the one that closes it.
+            filling.held_until = 0.0
+            self._plan.release(key)
+            filling.target.wake()
+
+    def _show_breaker(self, filling: _Filling) -> None:
+        origin = filling.source.key
+        breaker = self._breakers.get(origin)
+        if breaker is None or breaker.closed:
+            filling.target.broken = None
+        else:
+            filling.target.broken = self._broken(origin, breaker)
+
+    def _broken(self, origin: OriginKey, breaker: Breaker) -> OriginBroken:
+        wait = max((breaker.probe_at or 0.0) - trio.current_time(), 0.0)
+        reason = self._last_failure.get(origin, "it does not answer")
+        return OriginBroken(f"{origin} is down ({reason}); tried again in {wait:.0f} s")
+
+    # -- a full store --------------------------------------------------------------------------------------------
+
+    def _store_full(self, filling: _Filling, error: InstantStartError) -> None:
+        pipeline = filling.target.key.pipeline
+        self._plan.hold(filling.target.key, trio.current_time() + 2 * ROOM_SECONDS)
+        if pipeline not in self._making_room and self._nursery is not None:
+            self._making_room.add(pipeline)
+            self._nursery.start_soon(self._make_room, pipeline, error)
+
+    async def _make_room(self, pipeline: str, error: InstantStartError) -> None:
+        freed = False
+        try:
+            if self.make_room is not None:
+                with trio.move_on_after(ROOM_SECONDS):
+                    freed = await self.make_room(pipeline)
+        finally:
+            self._making_room.discard(pipeline)
+        mine = [filling for key, filling in self._fillings.items() if key.pipeline == pipeline]
+        for filling in mine:
+            if freed:
+                self._plan.release(filling.target.key)
+            elif not filling.sealing:
+                self._end(filling, StoreFull(error.message))
+        self._wakeup.set()

@@ -1,0 +1,369 @@
+"""The fetch process: ``python -m instantstart_fs.filler.worker SOCKET_FD LOCK_FD PAUSE_FD SETTINGS``.
+
+Spawned by filler/pool.py, never forked from the daemon's threads; it holds the store's workers lock (``LOCK_FD``) for
+as long as it lives, and ends with its socket: on EOF it leaves by ``os._exit`` at once, whatever its threads wait for
+(there is no PDEATHSIG: that follows a thread). SIGINT is the daemon's affair.
+
+One thread reads orders; a thread per running fetch, reused, each with one buffer; a few hashing threads follow the
+contiguous prefix of each file behind its write head, out of the page cache. It decides nothing: a failed fetch is
+reported and forgotten. Nothing here imports trio, and awscrt only where a digest needs it (a worker stays under
+120 MiB).
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import mmap
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+
+import msgspec
+
+from instantstart_fs.core.chunks import ByteRange, ChunkMap
+from instantstart_fs.core.digests import new_hasher
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved
+from instantstart_fs.filler.fetch import Abandoned, Fetcher, new_buffer
+from instantstart_fs.filler.messages import (
+    MAX_MESSAGE,
+    PAUSE,
+    PAUSE_SIZE,
+    Arrived,
+    Closed,
+    CloseFile,
+    Failed,
+    Fetch,
+    Hashed,
+    HashFailed,
+    OpenFile,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    Report,
+    SetLocation,
+    WorkerSettings,
+    decode_order,
+    encode,
+)
+from instantstart_fs.origins.base import Location
+from instantstart_fs.store.blobfile import BlobFile
+
+IDLE_THREAD_SECONDS = 20.0
+"""An idle fetching thread gives its buffer back after this."""
+PROGRESS_SECONDS = 1.0
+PAUSE_STEP = 0.002
+HASH_TURN_BYTES = 64 * 1024 * 1024
+"""After so much, a file goes to the back of the queue, so that small files are not held up behind a large one."""
+
+
+class _File:
+    """A file being filled. ``lock`` guards every field below it; ``idle`` is set while no thread writes into it."""
+
+    def __init__(self, order: OpenFile, fd: int) -> None:
+        self.number = order.file
+        self.digest = order.digest
+        self.size = order.size
+        self.blob = BlobFile(fd, order.size, order.name, writable=True, created=False, sync_entry=_nothing)
+        self.present = ChunkMap(order.size, order.chunk_size, order.present)
+        self.location: Location | None = None
+        self.lock = threading.Condition()
+        self.closed = False
+        self.users = 0
+        """Threads that use the descriptor: fetches and a hashing pass."""
+        self.writers = 0
+        self.hashing = False
+        self.hashed = 0
+        self.hasher = new_hasher(order.digest, order.size) if order.digest is not None else None
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.closed:
+                raise Abandoned
+            self.users += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.closed and not self.users:
+                self.blob.close()
+
+    def write(self, data: memoryview, offset: int) -> None:
+        with self.lock:
+            if self.closed:
+                raise Abandoned
+            self.writers += 1
+        try:
+            self.blob.pwrite(offset, data)
+        finally:
+            with self.lock:
+                self.writers -= 1
+                self.lock.notify_all()
+
+    def close(self) -> None:
+        """Returns when nobody writes any more."""
+        with self.lock:
+            self.closed = True
+            while self.writers:
+                self.lock.wait()
+            if not self.users:
+                self.blob.close()
+
+
+class _Work:
+    """One fetch: the Sink that its bytes go through."""
+
+    def __init__(self, worker: Worker, file: _File, order: Fetch) -> None:
+        self._worker = worker
+        self._file = file
+        self._order = order
+        self.last_byte = time.monotonic()
+        self._reported = self.last_byte
+        self._count = 0
+
+    def before_read(self) -> None:
+        if self._file.closed:
+            raise Abandoned
+        if not self._order.demand:
+            self._worker.wait_pause(self._file)
+            self.last_byte = time.monotonic()
+
+    def write(self, data: memoryview, offset: int) -> None:
+        self._file.write(data, offset)
+
+    def progress(self, count: int) -> None:
+        self.last_byte = now = time.monotonic()
+        self._count += count
+        if now - self._reported >= PROGRESS_SECONDS:
+            self._worker.report(Progress(self._order.request, self._count))
+            self._reported, self._count = now, 0
+
+
+class Worker:
+    def __init__(self, connection: socket.socket, pause: mmap.mmap, settings: WorkerSettings) -> None:
+        self._connection = connection
+        self._pause = pause
+        self._settings = settings
+        self._fetcher = Fetcher(settings)
+        self._files: dict[int, _File] = {}
+        self._sending = threading.Lock()
+        self._fetches: queue.SimpleQueue[tuple[_File, Fetch]] = queue.SimpleQueue()
+        self._idle = 0
+        self._idle_lock = threading.Lock()
+        self._to_hash: queue.SimpleQueue[_File] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Read orders until the daemon is gone."""
+        for _ in range(self._settings.hash_threads):
+            threading.Thread(target=self._hash_forever, daemon=True).start()
+        self.report(Ready(os.getpid()))
+        descriptor_space = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+        while True:
+            packet, ancillary, flags, _ = self._connection.recvmsg(
+                MAX_MESSAGE, descriptor_space, socket.MSG_CMSG_CLOEXEC
+            )
+            if not packet:
+                return
+            descriptors = array.array("i")
+            for level, kind, data in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise RuntimeError("an order was cut short")
+            self._obey(packet, list(descriptors))
+
+    def _obey(self, packet: bytes, descriptors: list[int]) -> None:
+        match decode_order(packet):
+            case OpenFile() as order:
+                file = self._files[order.file] = _File(order, descriptors.pop())
+                self._schedule_hash(file)
+            case SetLocation(file=number, location=location):
+                if number in self._files:
+                    self._files[number].location = location
+            case Fetch() as order:
+                if order.file in self._files:
+                    self._start(self._files[order.file], order)
+            case CloseFile(file=number):
+                closing = self._files.pop(number, None)
+                if closing is not None:
+                    closing.close()
+                self.report(Closed(number))
+            case Ping(number=number):
+                self.report(Pong(number))
+
+    def report(self, message: Report) -> None:
+        with self._sending:
+            try:
+                self._connection.send(encode(message))
+            except OSError:
+                os._exit(0)  # the daemon is gone
+
+    def wait_pause(self, file: _File) -> None:
+        """Leave the socket unread while a demand has the line, at most ``pause_limit`` seconds at a time."""
+        started = time.monotonic()
+        until = min(PAUSE.unpack_from(self._pause)[0], started + self._settings.pause_limit)
+        while time.monotonic() < until:
+            if file.closed:
+                raise Abandoned
+            time.sleep(PAUSE_STEP)
+            until = min(PAUSE.unpack_from(self._pause)[0], started + self._settings.pause_limit)
+
+    # -- fetching ------------------------------------------------------------------------------------------------
+
+    def _start(self, file: _File, order: Fetch) -> None:
+        with self._idle_lock:
+            if self._idle:
+                self._idle -= 1
+                spawn = False
+            else:
+                spawn = True
+        self._fetches.put((file, order))
+        if spawn:
+            threading.Thread(target=self._fetch_forever, daemon=True).start()
+
+    def _fetch_forever(self) -> None:
+        buffer = new_buffer()
+        file, order = self._fetches.get()
+        while True:
+            self._fetch(file, order, buffer)
+            del file, order
+            with self._idle_lock:
+                self._idle += 1
+            try:
+                file, order = self._fetches.get(timeout=IDLE_THREAD_SECONDS)
+            except queue.Empty:
+                with self._idle_lock:
+                    if self._idle:
+                        self._idle -= 1
+                        return
+                file, order = self._fetches.get()  # just promised to somebody
+
+    def _fetch(self, file: _File, order: Fetch, buffer: memoryview) -> None:
+        work = _Work(self, file, order)
+        try:
+            file.enter()
+        except Abandoned:
+            return
+        try:
+            location = file.location
+            if location is None:
+                raise OriginMisbehaved("no location is known")
+            wanted = file.present.byte_range(order.chunk)
+            file.blob.reserve(wanted)
+            self._fetcher.fetch(location, wanted, file.size, buffer, work)
+            with file.lock:
+                if file.closed:
+                    raise Abandoned
+                file.present.add(order.chunk)
+            self.report(Arrived(order.request))
+            self._schedule_hash(file)
+        except Abandoned:
+            pass
+        except InstantStartError as error:
+            silent = time.monotonic() - work.last_byte
+            self.report(Failed(order.request, error.code, error.message, error.retry_after, silent))
+        except Exception as error:  # a fault of ours in one fetch must not end the others
+            self.report(
+                Failed(order.request, OriginMisbehaved.code, f"the fetch failed: {type(error).__name__}: {error}")
+            )
+        finally:
+            file.leave()
+
+    # -- hashing -------------------------------------------------------------------------------------------------
+
+    def _schedule_hash(self, file: _File) -> None:
+        """Hash on, if there is something in order and nobody is at it."""
+        with file.lock:
+            if file.hasher is None or file.closed or file.hashing:
+                return
+            if file.present.prefix_bytes <= file.hashed and file.size > 0:
+                return
+            file.hashing = True
+            file.users += 1
+        self._to_hash.put(file)
+
+    def _hash_forever(self) -> None:
+        buffer = new_buffer()
+        while True:
+            file = self._to_hash.get()
+            try:
+                finished = self._hash_on(file, buffer)
+            except InstantStartError as error:
+                self.report(HashFailed(file.number, error.code, error.message))
+                finished = False
+                with file.lock:
+                    file.hasher = None
+            except Exception as error:
+                self.report(HashFailed(file.number, InstantStartError.code, f"{type(error).__name__}: {error}"))
+                finished = False
+                with file.lock:
+                    file.hasher = None
+            if finished and file.hasher is not None:
+                self.report(Hashed(file.number, file.hasher.hexdigest()))
+                with file.lock:
+                    file.hasher = None
+            with file.lock:
+                file.hashing = False
+            file.leave()
+            self._schedule_hash(file)
+
+    def _hash_on(self, file: _File, buffer: memoryview) -> bool:
+        """Hash what lies in order; True if that was the file's end. Only one thread at a time per file."""
+        hasher = file.hasher
+        assert hasher is not None
+        stop = file.hashed + HASH_TURN_BYTES
+        while True:
+            with file.lock:
+                if file.closed:
+                    return False
+                available = file.present.prefix_bytes
+            if available <= file.hashed:
+                return file.hashed == file.size
+            if file.hashed >= stop:
+                return False
+            while file.hashed < min(available, stop) and not file.closed:
+                piece = ByteRange(file.hashed, min(file.hashed + len(buffer), available))
+                part = buffer[: piece.length]
+                file.blob.pread_into(piece.start, part)
+                hasher.update(part)
+                file.hashed = piece.stop
+
+
+def _nothing() -> None:
+    """Directory entries are the daemon's to make durable."""
+
+
+def main(arguments: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    socket_fd, lock_fd, pause_fd = (int(argument) for argument in arguments[:3])
+    settings = msgspec.json.decode(arguments[3], type=WorkerSettings)
+    for fd in (socket_fd, lock_fd, pause_fd):
+        os.set_inheritable(fd, False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    connection = socket.socket(fileno=socket_fd)
+    pause = mmap.mmap(pause_fd, PAUSE_SIZE, prot=mmap.PROT_READ)
+    try:
+        Worker(connection, pause, settings).run()
+    except ConnectionError:
+        pass
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    # Not sys.exit: that would wait for threads that are stuck in recv.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
