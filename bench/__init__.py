@@ -1,1 +1,1 @@
-"""Benches: each one measures the other side in the same run. `scripts/bench` lists them; docs/BENCHMARKS.md explains."""
+"""Benches: each measures the other side in the same run. `scripts/bench` lists them; docs/BENCHMARKS.md explains."""

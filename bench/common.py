@@ -189,6 +189,20 @@ def workspace(root: str | None) -> Iterator[Path]:
         yield Path(name)
 
 
+def cpu_times() -> tuple[float, list[int]]:
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    return time.monotonic(), [int(field) for field in fields]
+
+
+def cpu_busy(before: tuple[float, list[int]]) -> float:
+    """How many cores the whole machine kept busy since ``before``, what a hypervisor stole included."""
+    started, old = before
+    now, new = cpu_times()
+    spent = [after - earlier for after, earlier in zip(new, old, strict=True)]
+    busy = sum(spent[:3]) + sum(spent[5:8])  # user nice system | idle iowait | irq softirq steal
+    return busy / os.sysconf("SC_CLK_TCK") / max(now - started, 1e-9)
+
+
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +234,9 @@ class Rounds:
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
                 settle()
+                before = cpu_times()
                 sample = self.contenders[name]()
+                sample.setdefault("cores_busy", cpu_busy(before))
                 self.samples[name].append(sample)
                 shown = ", ".join(f"{key} {value:.3f}" for key, value in sample.items())
                 print(f"  round {number + 1}/{self.rounds}  {name:<34} {shown}", flush=True)
