@@ -376,10 +376,16 @@ class Filler(CommitEvents):
 
     # -- entering and leaving ------------------------------------------------------------------------------------
 
-    def _revive(self, target: FillTarget) -> bool:
+    def refusal(self, target: FillTarget) -> InstantStartError | None:
+        """What a demand made now would meet at once: the failure that ended this target; None if it would be tried."""
+        if not target.failed:
+            return None
         if isinstance(target.error, OriginChanged | DigestMismatch | FillCancelled):
-            return False
-        if trio.current_time() < target.failed_at + REVIVE_SECONDS:
+            return target.error
+        return target.error if trio.current_time() < target.failed_at + REVIVE_SECONDS else None
+
+    def _revive(self, target: FillTarget) -> bool:
+        if self.refusal(target) is not None:
             return False
         target.failed, target.error = False, None
         return True

@@ -14,17 +14,16 @@ and runs the background tasks beneath them. All methods belong on the trio threa
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
 from instantstart_fs.config import Config
-from instantstart_fs.core.eviction import Candidate
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.errors import InstantStartError
-from instantstart_fs.filler.evictor import Evictor
 from instantstart_fs.filler.scheduler import Filler, FillSettings
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.environment import Index
@@ -49,7 +48,7 @@ class Library:
         self._config = config
         self._store = store
         self._index = index
-        origin_settings = _origin_settings(config)
+        origin_settings = OriginSettings(huggingface=config.origins.huggingface, s3=config.origins.s3)
 
         def opener(spec: PipelineSpec, model: ModelSpec) -> Origin:
             return open_origin(spec, model, origin_settings)
@@ -57,7 +56,13 @@ class Library:
         self._shelf = Shelf(store, index, opener)
         self._access = AccessLog(index)
         self._reading = Reading(self._shelf, self._access, config.fill.read_deadline)
-        self._filler = Filler(store, index, _fill_settings(config), self._reading)
+        settings = FillSettings(
+            workers=config.fill.worker_count,
+            connections=config.fill.connections,
+            read_deadline=config.fill.read_deadline,
+            serve_unsealed=config.fill.serve_unsealed,
+        )
+        self._filler = Filler(store, index, settings, self._reading)
         self._reading.attach(self._filler)
         self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
         self._browsing = Browsing(self._shelf, self._access, self._state_of, config.eviction.keep_hot)
@@ -70,7 +75,7 @@ class Library:
             await trio.to_thread.run_sync(self._shelf.load)
             await trio.to_thread.run_sync(self._remove_superseded)
             await nursery.start(self._filler.run)
-            nursery.start_soon(self._reading.run_restarts)
+            nursery.start_soon(self._reading.run_replacements)
             nursery.start_soon(self._drop_drained)
             try:
                 yield
@@ -84,13 +89,16 @@ class Library:
             await self._admin.drop_generation(generation)
 
     def _remove_superseded(self) -> None:
-        """Generations that an update left behind when the daemon died; in a thread."""
+        """What an update or an eviction left behind when the daemon died; in a thread, before anything is filled."""
         for pipeline in self._shelf.pipelines.values():
-            if pipeline.current is None:
+            current = pipeline.current
+            if current is None:
                 continue
             for number in self._store.generations(pipeline.id):
-                if number != pipeline.current.number:
+                if number != current.number:
                     self._store.delete_generation(pipeline.id, number)
+            if not current.counts.everything and current.load_bytes:
+                self._store.empty_generation(pipeline.id, current.number)
 
     # -- view.View -------------------------------------------------------------------------------------------------
 
@@ -114,9 +122,11 @@ class Library:
         return self._browsing.xattrs(nodeid)
 
     def filesystem(self) -> Filesystem:
-        total, available = self._store.capacity()
+        space = os.statvfs(self._store.root)
         files = sum(len(pipeline.current.files) for pipeline in self._shelf.pipelines.values() if pipeline.current)
-        return Filesystem(total_bytes=total, available_bytes=available, files=files)
+        return Filesystem(
+            total_bytes=space.f_blocks * space.f_frsize, available_bytes=space.f_bavail * space.f_frsize, files=files
+        )
 
     async def open(self, nodeid: int) -> Handle:
         return await self._reading.open(nodeid)
@@ -161,8 +171,7 @@ class Library:
         generation = found.current
         if generation is None:
             raise found.trouble.error if found.trouble else InstantStartError(f"{pipeline}: cannot be served")
-        self._reading.reset_failures(generation.files)
-        found.trouble = None
+        await self._reading.forgive(generation)
         await self._reading.start_fill(generation, everything=everything)
 
     def status(self, pipeline: str) -> PipelineStatus:
@@ -214,11 +223,3 @@ class Library:
             keep_hot=self._config.eviction.keep_hot,
             with_files=with_files,
         )
-
-
-def _origin_settings(config: Config) -> OriginSettings:
-    raise NotImplementedError
-
-
-def _fill_settings(config: Config) -> FillSettings:
-    raise NotImplementedError

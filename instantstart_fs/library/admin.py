@@ -33,7 +33,8 @@ from instantstart_fs.errors import (
     StoreDamaged,
 )
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
-from instantstart_fs.library.reading import Reading
+from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.library.reading import Reading, drop_target
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, Pipeline
 
@@ -46,7 +47,7 @@ VERIFY_BLOCK = 4 * 1024 * 1024
 
 
 class VerifyReport(msgspec.Struct, frozen=True):
-    """``files`` and ``bytes`` read; ``healed``: wrong, dropped and being fetched again; ``unproven``: without a digest."""
+    """``files`` and ``bytes`` read; ``healed``: were wrong, are being fetched again; ``unproven``: have no digest."""
 
     files: int
     bytes: int
@@ -137,13 +138,15 @@ class Admin:
             return
         pipeline.draining.remove(generation)
         self._shelf.forget_generation(generation)
-        if pipeline.removed:
-            return
         for file in generation.files:
             if file.target is not None:
                 self._reading.filler.cancel_target(
                     file.target, FillCancelled(f"{pipeline.id}: a newer generation has taken this one's place")
                 )
+        await self._reading.filler.wait_quiet(pipeline.id)
+        drop_targets(generation)
+        if pipeline.removed:
+            return
         await self._shelf.index.write(lambda txn: txn.delete_generation(pipeline.id, generation.number))
         await trio.to_thread.run_sync(self._shelf.store.delete_generation, pipeline.id, generation.number)
 
@@ -160,6 +163,8 @@ class Admin:
                 cancelled = FillCancelled(f"{pipeline_id}: the pipeline was removed")
                 self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
                 await self._reading.filler.wait_quiet(pipeline_id)
+                for generation in pipeline.generations():
+                    drop_targets(generation)
                 await self._shelf.index.write(lambda txn: txn.delete_pipeline(pipeline_id))
                 await trio.to_thread.run_sync(self._shelf.store.delete_pipeline, pipeline_id)
             finally:
@@ -192,12 +197,13 @@ class Admin:
             new.ready = trio.Event()
             try:
                 await self._reading.filler.wait_quiet(pipeline_id)
-                await shelf.index.write(
-                    lambda txn: (
-                        txn.delete_generation(pipeline_id, old.number),
-                        txn.put_generation(_generation_record(new)),
-                    )
-                )
+
+                def forget_files(txn: WriteTxn) -> None:
+                    txn.delete_files(pipeline_id, old.number)
+                    txn.put_generation(_generation_record(new))
+
+                await shelf.index.write(forget_files)
+                drop_targets(old)
                 await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
             finally:
                 new.ready.set()
@@ -326,13 +332,19 @@ class Admin:
             file_count=len(manifest.files),
             chunk_size=manifest.chunk_size,
         )
-        await self._shelf.index.write(lambda txn: (txn.put_generation(generation), txn.put_pipeline(record)))
+
+        def write(txn: WriteTxn) -> None:
+            txn.put_generation(generation)
+            txn.put_pipeline(record)
+
+        await self._shelf.index.write(write)
 
     @staticmethod
     def _pipeline_record(pipeline: Pipeline, generation: int, pinned: bool) -> PipelineRecord:
         return PipelineRecord(
             spec=pipeline.spec,
             generation=generation,
+            next_generation=generation + 1,
             pinned=pinned,
             created_at_ns=pipeline.created_at_ns,
             directory_nodeids=pipeline.directory_nodeids,
@@ -351,6 +363,12 @@ class Admin:
         if pipeline.removed:
             self._shelf.pipeline(pipeline.id)
             raise PipelineBusy(f"{pipeline.id}: it was removed and added again meanwhile")
+
+
+def drop_targets(generation: Generation) -> None:
+    """After ``wait_quiet``: let go of what was filling."""
+    for file in generation.files:
+        drop_target(file)
 
 
 def _generation_record(generation: Generation) -> GenerationRecord:

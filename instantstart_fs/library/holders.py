@@ -10,11 +10,7 @@ def processes_holding(suffix: str) -> list[str]:
 
     Reads /proc; what may not be read, or ends meanwhile, is left out.
     """
-    found = []
-    for pid in os.listdir("/proc"):
-        if pid.isdigit() and _holds(pid, suffix):
-            found.append(f"{pid} ({_name(pid)})")
-    return found
+    return [f"{pid} ({_name(pid)})" for pid in os.listdir("/proc") if pid.isdigit() and _holds(pid, suffix)]
 
 
 def _holds(pid: str, suffix: str) -> bool:

@@ -63,9 +63,8 @@ def blocks(size: int, cached: int) -> int:
 
 def file_attributes(file: CachedFile, clocks: Clocks) -> Attributes:
     spec = file.generation.pipeline.spec
-    key = file.key
     mtime = file.entry.file.mtime_ns
-    accessed = clocks.last_access(key.pipeline, key.generation, key.index)
+    accessed = clocks.last_access(*file.triple)
     return Attributes(
         nodeid=file.nodeid,
         kind="file",
@@ -141,7 +140,6 @@ def tree_directory_attributes(generation: Generation, node: int) -> Attributes:
 
 def file_xattrs(file: CachedFile, state: PipelineState, clocks: Clocks, keep_hot: float) -> dict[str, str]:
     """user.instantstart.* of a file (without the prefix)."""
-    key = file.key
     model = file.generation.manifest.models[file.entry.model]
     values = {
         "state": file.state.value,
@@ -152,10 +150,10 @@ def file_xattrs(file: CachedFile, state: PipelineState, clocks: Clocks, keep_hot
     }
     if file.entry.file.digest is not None:
         values["digest"] = str(file.entry.file.digest)
-    accessed = rfc3339(clocks.last_access(key.pipeline, key.generation, key.index))
+    accessed = rfc3339(clocks.last_access(*file.triple))
     if accessed:
         values["last_access"] = accessed
-    hot_until = hot_until_ns(clocks.last_request(key.pipeline), keep_hot)
+    hot_until = hot_until_ns(clocks.last_request(file.generation.pipeline.id), keep_hot)
     if hot_until:
         values["hot_until"] = rfc3339(hot_until) or ""
     error = file.gone or (file.target.error if file.target is not None else None)

@@ -13,14 +13,13 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterable
 
+import msgspec
 import trio
 
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, is_weight_file, safetensors_header_length
 from instantstart_fs.errors import (
-    DigestMismatch,
     FillCancelled,
     InstantStartError,
     NoSuchEntry,
@@ -29,17 +28,13 @@ from instantstart_fs.errors import (
 from instantstart_fs.filler.scheduler import Filler
 from instantstart_fs.filler.target import FileState, FillTarget
 from instantstart_fs.index.access_log import AccessLog
+from instantstart_fs.index.schema import FileRecord
+from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.holders import processes_holding
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble, counts_as_request
 
 log = logging.getLogger(__name__)
-
-RETRY_FAILED_AFTER = 5.0
-"""Seconds for which a file's final failure is answered from memory; a read after that tries anew."""
-
-MAX_INCARNATIONS_IN_A_ROW = 3
-"""A file poisoned that often since the daemon started is not refetched by itself any more."""
 
 
 class Handle:
@@ -69,8 +64,7 @@ class Reading:
         self._read_deadline = read_deadline
         self._filler: Filler | None = None
         self._drained = trio.open_memory_channel[Generation](math.inf)
-        self._poisonings: dict[tuple[str, int, int], int] = {}
-        self._restarts = trio.open_memory_channel[CachedFile](math.inf)
+        self._replaced = trio.open_memory_channel[tuple[CachedFile, bool]](math.inf)
 
     def attach(self, filler: Filler) -> None:
         """The filler and this object know each other; the filler comes second."""
@@ -104,8 +98,9 @@ class Reading:
 
     def _refuse_hopeless(self, file: CachedFile) -> None:
         """An error at open is a traceback in the engine; one at a page fault is a SIGBUS. So refuse early."""
-        if file.target is not None and file.target.failed and not self._may_retry(file) and file.target.error:
-            raise file.target.error
+        refusal = self.filler.refusal(file.target) if file.target is not None else None
+        if refusal is not None:
+            raise refusal
         origin = file.generation.opened_origin(file.entry.model)
         if origin is not None:
             broken = self.filler.breaker_open(origin.key)
@@ -118,7 +113,7 @@ class Reading:
         length = min(len(buffer), file.size - offset)
         if length <= 0:
             return 0
-        self._access.record_read(file.key.pipeline, file.key.generation, file.key.index, self._shelf.now_ns())
+        self._access.record_read(*file.triple, self._shelf.now_ns())
         if not file.complete:
             await self._wait_readable(file, ByteRange(offset, offset + length))
         if file.gone is not None:
@@ -244,9 +239,6 @@ class Reading:
         generation = file.generation
         if generation.ready is not None:
             await generation.ready.wait()
-        if file.target is not None and file.target.failed and self._may_retry(file):
-            file.bitmap = file.target.durable.to_bytes()
-            file.target = None
         if file.target is None:
             origin = generation.opened_origin(file.entry.model)
             if origin is None:
@@ -264,28 +256,28 @@ class Reading:
             file.target = FillTarget(file.key, file.entry, file.incarnation, file.chunk_map(), origin, opener)
         return file.target
 
-    def _may_retry(self, file: CachedFile) -> bool:
-        return trio.current_time() - file.failed_at >= RETRY_FAILED_AFTER
-
     # -- FillEvents: what the filler reports ---------------------------------------------------------------------
 
     def chunk_present(self, target: FillTarget, chunk: int) -> None:
         file = self._file_of(target)
-        if file is not None:
-            file.state = FileState.FILLING
-            file.generation.counts_changed()
-            file.generation.pipeline.changed()
+        if file is None:
+            return
+        file.state = FileState.FILLING
+        file.generation.counts_changed()
+        pipeline = file.generation.pipeline
+        if pipeline.trouble is not None and pipeline.trouble.final:
+            pipeline.trouble = None
+        pipeline.changed()
 
     def target_sealed(self, target: FillTarget) -> None:
         file = self._file_of(target)
         if file is None:
             return
         file.state = target.state
-        file.target = None
         file.bitmap = b""
+        drop_target(file)
         generation = file.generation
         generation.counts_changed()
-        self._poisonings.pop((target.key.pipeline, target.key.generation, target.key.index), None)
         if generation is generation.pipeline.current and generation.load_set_complete:
             generation.filling_load_set = False
             generation.pipeline.trouble = None
@@ -304,27 +296,16 @@ class Reading:
         """
         pipeline, wanted = file.generation.pipeline, file.target is not None or file.handles > 0
         file.state = FileState.POISONED
-        file.target = None
+        drop_target(file)
         self._log_holders(file, error)
         new = self._shelf.replace_file(file, error)
         self._set_trouble(pipeline, error, final=False)
-        key = (pipeline.id, file.generation.number, file.entry.index)
-        self._poisonings[key] = self._poisonings.get(key, 0) + 1
-        if self._poisonings[key] >= MAX_INCARNATIONS_IN_A_ROW:
-            final = DigestMismatch(
-                f"{file.entry.path}: its bytes were wrong {self._poisonings[key]} times in a row; the origin or the way "
-                f"to it is damaged. `instantstart warm {pipeline.id}` tries again"
-            )
-            self._set_trouble(pipeline, final, final=True)
-            file.generation.filling_load_set = False
-        elif wanted:
-            self._restarts[0].send_nowait(new)
+        self._replaced[0].send_nowait((new, wanted))
 
     def target_failed(self, target: FillTarget, error: InstantStartError) -> None:
         file = self._file_of(target)
         if file is None:
             return
-        file.failed_at = trio.current_time()
         file.generation.filling_load_set = False
         file.generation.counts_changed()
         if not isinstance(error, FillCancelled):
@@ -367,18 +348,42 @@ class Reading:
 
     # -- background tasks ----------------------------------------------------------------------------------------
 
-    async def run_restarts(self) -> None:
-        """Fetch poisoned files again, and what else of the load set is missing."""
-        async for file in self._restarts[1]:
+    async def run_replacements(self) -> None:
+        """Record the nodeids of new incarnations, then fetch those files again that somebody wanted."""
+        async for file, wanted in self._replaced[1]:
             generation = file.generation
             try:
-                await self.start_fill(generation, first=file)
+                await self._shelf.index.write(functools.partial(_record_nodeid, file))
+                if wanted:
+                    await self.start_fill(generation, first=file)
             except InstantStartError as error:
                 self._set_trouble(generation.pipeline, error, final=True)
 
-    def reset_failures(self, files: Iterable[CachedFile]) -> None:
-        """Let these be tried again at once: somebody asked for it by name."""
-        for file in files:
-            file.failed_at = -math.inf
-            key = file.key
-            self._poisonings.pop((key.pipeline, key.generation, key.index), None)
+    async def forgive(self, generation: Generation) -> None:
+        """Somebody asks again on purpose: what failed for good may be tried anew at once."""
+        pipeline = generation.pipeline
+        self.filler.forgive(pipeline.id)
+        failed = [file for file in generation.files if file.target is not None and file.target.failed]
+        if failed:
+            await self.filler.wait_quiet(pipeline.id)
+        for file in failed:
+            if file.target is not None and file.target.failed:
+                file.bitmap = file.target.durable.to_bytes()
+                drop_target(file)
+        pipeline.trouble = None
+
+
+def drop_target(file: CachedFile) -> None:
+    """Let go of a target that the filler has done with, and of its descriptor."""
+    if file.target is not None and file.target.blob is not None:
+        file.target.blob.close()
+    file.target = None
+
+
+def _record_nodeid(file: CachedFile, txn: WriteTxn) -> None:
+    """Keep what the record says of the file's presence; it may be filling already."""
+    key = file.key
+    if file.generation.pipeline.removed or file.gone is not None:
+        return
+    record = txn.get_file(key.pipeline, key.generation, key.index) or FileRecord("absent", file.incarnation)
+    txn.put_file(key.pipeline, key.generation, key.index, msgspec.structs.replace(record, nodeid=file.nodeid))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import trio
 
 from instantstart_fs.core.manifest import Manifest
-from instantstart_fs.errors import InstantStartError, PipelineNotFound
+from instantstart_fs.errors import InstantStartError, PipelineNotFound, StoreDamaged
 from instantstart_fs.filler.target import FileKey, FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library.state import CachedFile, Generation, NodeTable, OpenOrigin, Pipeline, Trouble
@@ -49,9 +49,7 @@ class Shelf:
 
         A pipeline whose manifest cannot be read is shown in the state ``error``; the others are not touched by it.
         """
-        with self.index.reading() as txn:
-            records = list(txn.pipelines())
-        for record in records:
+        for record in self.index.read(lambda txn: list(txn.pipelines())):
             pipeline = Pipeline(
                 record.spec, dict(record.directory_nodeids), pinned=record.pinned, created_at_ns=record.created_at_ns
             )
@@ -65,14 +63,13 @@ class Shelf:
 
     def _load_generation(self, pipeline: Pipeline, number: int) -> None:
         manifest = self.store.load_manifest(pipeline.id, number)
-        with self.index.reading() as txn:
-            record = txn.generation(pipeline.id, number)
-            base = record.nodeid_base if record is not None else 0
-            files = dict(txn.files(pipeline.id, number)) if record is not None else {}
-        generation = Generation(pipeline, manifest, base, self.open_origin)
+        record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
         if record is None:
-            # The index lost this generation: its names get new nodeids, its files count as absent until fsck.
-            generation.base = self._reserve_now(generation.nodeid_count)
+            raise StoreDamaged(
+                f"{pipeline.id}: the index has no record of generation {number}; run `instantstart fsck`"
+            )
+        files = self.index.read(lambda txn: dict(txn.files(pipeline.id, number)))
+        generation = Generation(pipeline, manifest, record.nodeid_base, self.open_origin)
         generation.set_absent()
         for index, state in files.items():
             file = generation.files[index]

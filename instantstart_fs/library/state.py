@@ -1,14 +1,13 @@
 """The live state of pipelines, generations and files. Values and bookkeeping; no IO of its own, no waiting.
 
-Ownership: the Library owns these objects; they live on the trio thread. A ``CachedFile`` is one incarnation of one file:
-poisoning, eviction and update never change one but put another, with another nodeid, in its place, so a handle that holds
-the old one can never see the new bytes, nor the other way round.
+The Library owns these objects; they live on the trio thread. A ``CachedFile`` is one incarnation of one file:
+poisoning, eviction and update never change one but put another, with another nodeid, in its place, so a handle that
+holds the old one can never see the new bytes, nor the other way round.
 """
 
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,14 +29,15 @@ OpenOrigin = Callable[["PipelineSpec", "ModelSpec"], "Origin"]
 
 
 class CachedFile:
-    """One incarnation of one file. ``bitmap``: durable presence while neither sealed nor filling (then the target
-    knows). ``failed_at``: trio time at which its last
-    target failed for good. ``handles``: how many opens hold it; ``reader`` is their shared descriptor. ``gone``: replaced."""
+    """One incarnation of one file.
+
+    ``bitmap``: durable presence while neither sealed nor filling (then the target knows). ``handles``: how many opens
+    hold it; ``reader`` is their shared descriptor. ``gone``: why another incarnation has taken its place.
+    """
 
     __slots__ = (
         "bitmap",
         "entry",
-        "failed_at",
         "generation",
         "gone",
         "handles",
@@ -46,6 +46,7 @@ class CachedFile:
         "reader",
         "state",
         "target",
+        "triple",
     )
 
     def __init__(
@@ -53,20 +54,19 @@ class CachedFile:
     ) -> None:
         self.generation = generation
         self.entry = entry
+        self.triple = (generation.pipeline.id, generation.number, entry.index)
         self.state = state
         self.incarnation = incarnation
         self.nodeid = nodeid
         self.bitmap = bitmap
         self.target: FillTarget | None = None
         self.reader: BlobFile | None = None
-        self.failed_at = -math.inf
         self.handles = 0
         self.gone: InstantStartError | None = None
 
     @property
     def key(self) -> FileKey:
-        generation = self.generation
-        return FileKey(generation.pipeline.id, generation.number, self.entry.index)
+        return FileKey(*self.triple)
 
     @property
     def size(self) -> int:
