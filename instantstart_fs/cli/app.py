@@ -81,11 +81,24 @@ def fsck(
     json: Json = False,
 ) -> None:
     """Rebuild the index from the store (daemon stopped)."""
+    from instantstart_fs.cli.waiting import fsck_progress
     from instantstart_fs.config import load_config
-    from instantstart_fs.daemon import check_store
+    from instantstart_fs.library.fsck import repair
 
-    report = check_store(load_config(config, store=store), deep=deep, report=_nothing if json else print)
-    print(show.as_json(report)) if json else None
+    root = load_config(config, store=store).store.path
+    if not os.path.isdir(root):
+        raise InstantStartError(f"there is no store at {root}")
+    with fsck_progress(quiet=json) as progress:
+        found = repair(root, deep, progress)
+    if json:
+        print(show.as_json(found))
+        return
+    for problem in found.problems:
+        print(f"  {problem}")
+    print(
+        f"{root}: {found.pipelines} pipelines, {found.sealed + found.unverified} complete files "
+        f"({show.human_bytes(found.bytes)}) restored, {found.dropped} partial ones dropped, {found.orphans} orphans"
+    )
 
 
 @app.command()
@@ -338,7 +351,3 @@ def _without_files(found: PipelineStatus) -> PipelineStatus:
     import msgspec
 
     return msgspec.structs.replace(found, files=None)
-
-
-def _nothing(*_: object) -> None:
-    pass

@@ -10,10 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from instantstart_fs.cli.show import human_bytes, percent, rate_line
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
+
+if TYPE_CHECKING:
+    from instantstart_fs.library.fsck import FsckProgress
 
 LINE_SECONDS = 5.0
 """Where no terminal is: a line at each tenth, and at the latest after this long."""
@@ -63,6 +67,22 @@ def _summary(status: PipelineStatus, first: PipelineStatus | None, seconds: floa
 def verify_progress(pipeline: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     with _reporter(pipeline, quiet) as report:
         yield lambda done, total: report(done, total, None)
+
+
+@contextmanager
+def fsck_progress(*, quiet: bool) -> Iterator[Callable[[FsckProgress], None]]:
+    """A line on stderr per pipeline and every LINE_SECONDS."""
+    shown = [("", -LINE_SECONDS)]
+
+    def report(progress: FsckProgress) -> None:
+        pipeline, at = shown[-1]
+        now = time.monotonic()
+        if not quiet and (pipeline != progress.pipeline or now >= at + LINE_SECONDS):
+            shown[-1] = (progress.pipeline, now)
+            hashed = f", {human_bytes(progress.bytes)} hashed" if progress.bytes else ""
+            print(f"{progress.pipeline}: {progress.files} of {progress.total_files} files{hashed}", file=sys.stderr)
+
+    yield report
 
 
 Report = Callable[[int, int, PipelineStatus | None], None]

@@ -17,7 +17,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +57,7 @@ from instantstart_fs.errors import (
     InstantStartError,
     PermissionRefused,
     PipelineBusy,
+    PipelineNotFound,
     from_code,
 )
 
@@ -127,7 +128,10 @@ def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
 
 
 class ControlServer:
-    """Serves ``library`` on the socket at ``path``. ``info`` is asked at each ping; members of ``group`` administer."""
+    """Serves ``library`` on the socket at ``path``. ``info`` is asked at each ping; members of ``group`` administer.
+
+    ``pending``: pipelines that are configured and could not be added yet, shown beside those of the library.
+    """
 
     def __init__(
         self,
@@ -136,12 +140,14 @@ class ControlServer:
         path: str,
         *,
         group: int | None = None,
+        pending: Callable[[], Mapping[str, PipelineStatus]] = dict,
         peer: Callable[[trio.socket.SocketType], Peer] = peer_of,
     ) -> None:
         self.path = path
         self._library = library
         self._info = info
         self._peer = peer
+        self._pending = pending
         self._nursery: trio.Nursery | None = None
         self._connections: dict[int, int] = {}
         self._group = group
@@ -216,7 +222,9 @@ class ControlServer:
         """What ``ls`` shows this peer: all, or what it owns."""
         found = self._library.list()
         if self.administers(peer):
-            return found
+            known = {status.pipeline for status in found}
+            waiting = [status for name, status in self._pending().items() if name not in known]
+            return sorted([*found, *waiting], key=lambda status: status.pipeline)
         return [status for status in found if self._library.spec(status.pipeline).uid == peer.uid]
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -235,6 +243,15 @@ class ControlServer:
             await change.finished.wait()
             return change.result()
         raise PipelineBusy(f"still under way after {CHANGE_DEADLINE:g} s; it goes on, `instantstart status` shows it")
+
+    def status(self, pipeline: str) -> PipelineStatus:
+        try:
+            return self._library.status(pipeline)
+        except PipelineNotFound:
+            waiting = self._pending().get(pipeline)
+            if waiting is None:
+                raise
+            return waiting
 
     @property
     def library(self) -> Administration:
@@ -359,7 +376,7 @@ class _Connection:
             case Ls():
                 return self._server.visible(self._peer)
             case Status(pipeline):
-                return library.status(pipeline)
+                return self._server.status(pipeline)
             case Touch(pipeline):
                 return library.touch(pipeline)
             case Add(spec, warm):

@@ -1,0 +1,290 @@
+"""The daemon's life: opens the store, runs library, mount and control socket, stops cleanly within a bounded time.
+
+Owns the process: signals, limits, umask, logging, systemd's notifications, and the order in which things start (store,
+index, library, mount, socket, then the configuration's pipelines) and stop (mount and socket, library, index, store).
+Decides nothing about bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import NoReturn
+
+import msgspec
+import trio
+
+from instantstart_fs import __version__
+from instantstart_fs.config import Config, default_socket
+from instantstart_fs.config.loading import load_pipelines
+from instantstart_fs.control.protocol import DaemonInfo
+from instantstart_fs.control.server import ControlServer
+from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.core.status import ErrorStatus, PipelineStatus
+from instantstart_fs.errors import InstantStartError, MountFailed, PipelineExists, PipelineNotFound
+from instantstart_fs.index.environment import Index
+from instantstart_fs.library import Library
+from instantstart_fs.mount import session
+from instantstart_fs.store.blobstore import BlobStore
+
+log = logging.getLogger(__name__)
+
+STOP_DEADLINE = 25.0
+"""Seconds from the signal to the end, whatever hangs; below systemd's TimeoutStopSec (30 s in our unit)."""
+FIRST_RETRY = 5.0
+LAST_RETRY = 300.0
+"""Seconds between attempts to add a configured pipeline whose origin is down, doubling."""
+
+
+def run(config: Config, *, socket_path: str | None = None, log_level: str = "info") -> None:
+    """Serve until SIGTERM or SIGINT, in the main thread. Raises what kept it from starting, or ended it."""
+    configure_logging(log_level)
+    _raise_file_limit()
+    with contextlib.suppress(OSError):
+        # Before the umask: what lies above the mountpoint is for everybody to pass.
+        os.makedirs(config.mount.path, 0o755, exist_ok=True)
+    os.umask(0o077)
+    try:
+        trio.run(serve, config, socket_path or default_socket())
+    except BaseExceptionGroup as group:
+        _raise_first(group)
+
+
+def _raise_first(group: BaseExceptionGroup[BaseException]) -> NoReturn:
+    """The one error that explains the end, where all are ours; else the group as it is: that is a bug to be seen."""
+    ours, others = group.split(InstantStartError)
+    if others is not None or ours is None:
+        raise group
+    first: BaseException = ours
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    raise first from group
+
+
+async def serve(
+    config: Config, socket_path: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The whole daemon; started when the mount answers. Returns after a stop signal; raises InstantStartError, possibly
+    in a group, for what kept it from starting or ended it."""
+    notifier = Notifier()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        store = await trio.to_thread.run_sync(BlobStore.open, config.store.path)
+        with contextlib.closing(store):
+            for warning in store.warnings:
+                log.warning("%s", warning)
+            index = await trio.to_thread.run_sync(Index.open, store.layout.index)
+            with contextlib.closing(index):
+                async with trio.open_nursery() as watch:
+                    await watch.start(index.run)
+                    library = Library(config, store, index)
+                    async with library.running(), trio.open_nursery() as nursery:
+                        daemon = Daemon(config, library, socket_path)
+                        nursery.start_soon(daemon.handle_signals, signals, nursery.cancel_scope)
+                        await nursery.start(daemon.keep_mounted)
+                        server = ControlServer(library, daemon.info, socket_path, pending=daemon.pending)
+                        await nursery.start(server.run)
+                        nursery.start_soon(daemon.keep_pipelines)
+                        daemon.ready = True
+                        task_status.started()
+                        line = f"ready: {len(library.list())} pipelines at {config.mount.path}, socket {socket_path}"
+                        notifier.send(f"READY=1\nSTATUS={line}")
+                        print(line, flush=True)
+                    # The mount is gone and the library has flushed when this is reached.
+                    watch.cancel_scope.cancel()
+    log.info("stopped")
+
+
+class Daemon:
+    """What the tasks of one daemon share."""
+
+    def __init__(self, config: Config, library: Library, socket_path: str) -> None:
+        self._config = config
+        self._library = library
+        self._socket = socket_path
+        self._started = time.monotonic()
+        self._specs: tuple[PipelineSpec, ...] = config.pipelines
+        self._reread = trio.Event()
+        self._failed: dict[str, tuple[PipelineSpec, ErrorStatus]] = {}
+        self.ready = False
+
+    def info(self) -> DaemonInfo:
+        return DaemonInfo(
+            version=__version__,
+            pid=os.getpid(),
+            mount=self._config.mount.path,
+            store=self._config.store.path,
+            uptime=round(time.monotonic() - self._started, 3),
+            pipelines=len(self._library.list()),
+            ready=self.ready,
+        )
+
+    async def keep_mounted(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
+        """Raises MountFailed when it cannot be mounted, or somebody else unmounts it."""
+        settings = session.MountSettings(path=self._config.mount.path, store=self._config.store.path)
+        await session.serve(self._library, settings, task_status=task_status)
+        raise MountFailed(f"{self._config.mount.path} was unmounted by somebody else")
+
+    async def handle_signals(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        """SIGHUP: pipelines again. SIGTERM, SIGINT: stop, within STOP_DEADLINE."""
+        async for number in signals:
+            if number == signal.SIGHUP:
+                await self._read_again()
+                continue
+            log.info("stopping (%s)", signal.Signals(number).name)
+            Notifier().send("STOPPING=1")
+            _end_at_deadline(self._config.mount.path)
+            scope.cancel()
+            return
+
+    async def _read_again(self) -> None:
+        try:
+            self._specs = await trio.to_thread.run_sync(load_pipelines, self._config.file)
+        except InstantStartError as error:
+            log.error("SIGHUP: the configuration stays as it was: %s", error.message)
+            return
+        log.info("SIGHUP: %d pipelines configured", len(self._specs))
+        self._reread.set()
+
+    # -- the configuration's pipelines -----------------------------------------------------------------------------
+
+    def pending(self) -> dict[str, PipelineStatus]:
+        """Configured pipelines that could not be added yet, as `status` shows them."""
+        return {
+            name: PipelineStatus(
+                pipeline=name,
+                state="error",
+                cached_bytes=0,
+                total_bytes=0,
+                source=tuple(model.source for model in spec.models),
+                generation=0,
+                revision="",
+                last_request=None,
+                hot_until=None,
+                pinned=spec.pinned,
+                leases=0,
+                fill=None,
+                error=error,
+            )
+            for name, (spec, error) in self._failed.items()
+        }
+
+    async def keep_pipelines(self) -> None:
+        """Add what the configuration names and is not there; what fails is tried again, later and later."""
+        while True:
+            self._reread = trio.Event()
+            self._failed.clear()
+            async with trio.open_nursery() as nursery:
+                for spec in self._specs:
+                    nursery.start_soon(self._add, spec)
+                await self._reread.wait()
+                nursery.cancel_scope.cancel()
+
+    async def _add(self, spec: PipelineSpec) -> None:
+        delay = FIRST_RETRY
+        while True:
+            try:
+                with contextlib.suppress(PipelineNotFound):
+                    self._compare(spec, self._library.spec(spec.id))
+                    if self._library.spec(spec.id).pinned != spec.pinned and spec.pinned:
+                        await self._library.set_pinned(spec.id, True)
+                    return
+                await self._library.add(spec)
+                self._failed.pop(spec.id, None)
+                return
+            except PipelineExists:
+                return
+            except InstantStartError as error:
+                before = self._failed.get(spec.id)
+                since = before[1].since if before else datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+                self._failed[spec.id] = (spec, ErrorStatus(error.code, error.message, since))
+                log.error("cannot be added, next try in %.0f s: %s", delay, error.message, extra={"pipeline": spec.id})
+            except Exception:
+                log.exception("cannot be added", extra={"pipeline": spec.id})
+                return
+            await trio.sleep(delay)
+            delay = min(2 * delay, LAST_RETRY)
+
+    @staticmethod
+    def _compare(wanted: PipelineSpec, found: PipelineSpec) -> None:
+        if msgspec.structs.replace(wanted, pinned=found.pinned) != found:
+            log.warning(
+                "differs from its configuration; `instantstart remove %s` and SIGHUP make it anew",
+                wanted.id,
+                extra={"pipeline": wanted.id},
+            )
+
+
+# ---------------------------------------------------------------- the process
+
+
+def _end_at_deadline(mount: str) -> None:
+    """A thread that ends the process when stopping hangs. The mount is detached by the kernel when the process ends."""
+
+    def end() -> None:
+        time.sleep(STOP_DEADLINE)
+        log.error("stopping took longer than %.0f s: ending at once; %s may have to be unmounted", STOP_DEADLINE, mount)
+        logging.shutdown()
+        os._exit(1)
+
+    threading.Thread(target=end, name="stop-deadline", daemon=True).start()
+
+
+def _raise_file_limit() -> None:
+    """One descriptor per open file and chunk in flight: the usual soft limit of 1024 is too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Notifier:
+    """systemd's sd_notify; silent where NOTIFY_SOCKET is not set."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.get("NOTIFY_SOCKET", "")
+
+    def send(self, state: str) -> None:
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+                channel.settimeout(1.0)
+                channel.sendto(state.encode(), address)
+        except OSError as error:
+            log.warning("systemd was not told %r: %s", state.partition("\n")[0], error)
+
+
+class _Formatter(logging.Formatter):
+    """One line: time (not under systemd, whose journal has it), level, pipeline, message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._timed = "JOURNAL_STREAM" not in os.environ
+
+    def format(self, record: logging.LogRecord) -> str:
+        pipeline = getattr(record, "pipeline", None)
+        message = record.getMessage().replace("\n", " ")
+        line = f"{record.levelname.lower():<7} {f'[{pipeline}] ' if pipeline else ''}{message}"
+        if self._timed:
+            line = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')} {line}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def configure_logging(level: str) -> None:
+    """To stderr, for our own modules at ``level``; others' at warning."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("instantstart_fs").setLevel(level.upper())
