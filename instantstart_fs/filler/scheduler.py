@@ -518,7 +518,9 @@ class Filler(CommitEvents):
         self._opening[pipeline] = self._opening.get(pipeline, 0) + 1
         try:
             await self._open_blob(filling)
-            while not filling.done:
+            if target.entry.file.digest is None:
+                self._check_complete(filling)  # an empty file waited for nothing but its blob
+            while not (filling.done or filling.sealing):
                 if filling.waiting and (filling.location is None or expired(filling.location)):
                     location = await self._locator.locate(filling.source, target)
                     filling.location = location
