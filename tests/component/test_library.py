@@ -1,0 +1,256 @@
+"""The library over a real store, index and filler, with a directory as origin; no mount."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from instantstart_fs.config import Config, EvictionConfig, FillConfig, MountConfig, StoreConfig
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.errors import (
+    InvalidName,
+    NoSuchEntry,
+    OriginNotFound,
+    PipelineBusy,
+    PipelineExists,
+    PipelineNotFound,
+)
+from instantstart_fs.index.environment import Index
+from instantstart_fs.library import Library
+from instantstart_fs.library.view import ROOT
+from instantstart_fs.store.blobstore import BlobStore
+
+MIB = 1024 * 1024
+pytestmark = pytest.mark.timeout(60)
+
+
+def make_source(root: Path, *, salt: bytes = b"") -> Path:
+    """A small model: two shards, configuration, and weights in a format that nobody loads."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "config.json").write_bytes(b'{"a": 1}' + salt)
+    (root / "model-1-of-2.safetensors").write_bytes(os.urandom(5 * MIB + 17))
+    (root / "model-2-of-2.safetensors").write_bytes(os.urandom(3 * MIB))
+    (root / "pytorch_model.bin").write_bytes(os.urandom(2 * MIB))
+    (root / "empty.txt").write_bytes(b"")
+    (root / "sub").mkdir(exist_ok=True)
+    (root / "sub" / "ünï code.json").write_bytes(b"{}")
+    return root
+
+
+@asynccontextmanager
+async def running(root: Path) -> AsyncIterator[Library]:
+    config = Config(
+        mount=MountConfig(path=str(root / "mnt")),
+        store=StoreConfig(path=str(root / "store")),
+        fill=FillConfig(workers=1, connections=4, chunk_size=MIB, read_deadline=10.0),
+        eviction=EvictionConfig(),
+    )
+    with BlobStore.open(config.store.path) as store, Index.open(str(root / "store" / "index")) as index:
+        library = Library(config, store, index)
+        async with library.running():
+            yield library
+
+
+def spec(pipeline: str, source: Path) -> PipelineSpec:
+    return PipelineSpec(id=pipeline, models=(ModelSpec(source=f"file://{source}"),))
+
+
+def find(library: Library, *names: str) -> int:
+    nodeid = ROOT
+    for name in names:
+        nodeid = library.lookup(nodeid, name).nodeid
+    return nodeid
+
+
+async def read_all(library: Library, *names: str) -> bytes:
+    handle = await library.open(find(library, *names))
+    try:
+        size = library.attributes(handle.nodeid).size
+        found = bytearray()
+        while len(found) < size:
+            buffer = bytearray(min(MIB, size - len(found)))
+            count = await library.read_into(handle, len(found), memoryview(buffer))
+            assert count > 0
+            found += buffer[:count]
+        assert await library.read_into(handle, size, memoryview(bytearray(10))) == 0
+        return bytes(found)
+    finally:
+        library.release(handle)
+
+
+async def wait_state(library: Library, pipeline: str, *states: str) -> None:
+    with trio.fail_after(20):
+        while library.status(pipeline).state not in states:
+            await library.wait_changed(pipeline, 1.0)
+
+
+async def test_reads_through_and_survives_a_restart_without_its_origin(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    expected = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
+    async with running(tmp_path) as library:
+        status = await library.add(spec("p", source))
+        assert (status.state, status.cached_bytes, status.generation) == ("cold", 0, 1)
+        for name, data in expected.items():
+            assert await read_all(library, "p", name) == data
+        await wait_state(library, "p", "unverified")
+        before = {name: library.lookup(find(library, "p"), name).nodeid for name in expected}
+    for path in source.iterdir():
+        if path.is_file():
+            path.unlink()
+    async with running(tmp_path) as library:
+        assert library.status("p").state == "unverified"
+        for name, data in expected.items():
+            assert await read_all(library, "p", name) == data
+            assert library.lookup(find(library, "p"), name).nodeid == before[name]
+
+
+async def test_looking_is_no_request_and_starts_nothing(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        root = find(library, "p")
+        for _, attributes in library.list_directory(root):
+            library.attributes(attributes.nodeid)
+            library.xattrs(attributes.nodeid)
+        assert await read_all(library, "p", "config.json")
+        weights = await library.open(find(library, "p", "model-1-of-2.safetensors"))
+        assert await library.read_into(weights, 0, memoryview(bytearray(4096))) == 4096
+        library.release(weights)
+        status = library.status("p")
+        assert status.last_request is not None  # the open of the weight file
+        assert status.state == "partial"
+        assert status.fill is None
+        cold = library.lookup(root, "model-2-of-2.safetensors")
+        assert cold.blocks == 1
+        assert [name for name, _ in library.list_directory(find(library, ".cold"))] == ["p"]
+        assert library.list_directory(find(library, ".warm")) == []
+
+
+async def test_reading_beyond_the_header_fills_the_load_set_and_nothing_else(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        handle = await library.open(find(library, "p", "model-1-of-2.safetensors"))
+        await library.read_into(handle, 3 * MIB, memoryview(bytearray(100)))
+        library.release(handle)
+        await wait_state(library, "p", "unverified")
+        files = {file.path: file.state for file in library.status("p").files or ()}
+        assert files["pytorch_model.bin"] == "absent"
+        assert files["model-2-of-2.safetensors"] == "unverified"
+        assert files["sub/ünï code.json"] == "unverified"
+        assert [name for name, _ in library.list_directory(find(library, ".warm"))] == ["p"]
+
+
+async def test_update_shows_a_new_generation_while_open_files_keep_the_old(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        old = await read_all(library, "p", "config.json")
+        held = await library.open(find(library, "p", "config.json"))
+        root = find(library, "p")
+        assert (await library.update("p")).generation == 1  # nothing has changed
+        os.unlink(source / "config.json")
+        (source / "config.json").write_bytes(b"new and different")
+        assert (await library.update("p")).generation == 2
+        assert find(library, "p") == root
+        assert library.lookup(root, "config.json").nodeid != held.nodeid
+        buffer = bytearray(100)
+        assert await library.read_into(held, 0, memoryview(buffer)) == len(old)
+        assert bytes(buffer[: len(old)]) == old
+        assert await read_all(library, "p", "config.json") == b"new and different"
+        library.release(held)
+        with trio.fail_after(5):
+            while os.path.exists(tmp_path / "store/slots/p/1"):
+                await trio.sleep(0.01)
+        with pytest.raises(NoSuchEntry):
+            library.attributes(held.nodeid)
+
+
+async def test_evict_refuses_what_is_in_use_and_frees_the_rest(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p", everything=True)
+        await wait_state(library, "p", "unverified")
+        node = find(library, "p", "model-1-of-2.safetensors")
+        held = await library.open(node)
+        with pytest.raises(PipelineBusy):
+            await library.evict("p")
+        library.release(held)
+        with library.lease("p"), pytest.raises(PipelineBusy):
+            await library.evict("p")
+        await library.set_pinned("p", True)
+        with pytest.raises(PipelineBusy, match="unpin"):
+            await library.evict("p")
+        await library.set_pinned("p", False)
+        await library.evict("p")
+        assert library.status("p").state == "cold"
+        assert not os.path.exists(tmp_path / "store/slots/p/1/files")
+        assert find(library, "p", "model-1-of-2.safetensors") != node
+        data = (source / "model-1-of-2.safetensors").read_bytes()
+        assert await read_all(library, "p", "model-1-of-2.safetensors") == data
+
+
+async def test_verify_heals_what_rotted(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        await wait_state(library, "p", "unverified")
+        os.unlink(tmp_path / "store/slots/p/1/files/model-2-of-2.safetensors")
+        before = find(library, "p", "model-2-of-2.safetensors")
+        seen: list[tuple[int, int]] = []
+        report = await library.verify("p", lambda done, total: seen.append((done, total)))
+        assert report.healed == ("model-2-of-2.safetensors",)
+        assert seen[-1][0] == seen[-1][1] == report.bytes
+        await wait_state(library, "p", "unverified")
+        assert find(library, "p", "model-2-of-2.safetensors") != before
+        data = (source / "model-2-of-2.safetensors").read_bytes()
+        assert await read_all(library, "p", "model-2-of-2.safetensors") == data
+
+
+async def test_remove_forgets_everything(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        await library.remove("p")
+        with pytest.raises(PipelineNotFound):
+            library.status("p")
+        with pytest.raises(NoSuchEntry):
+            library.lookup(ROOT, "p")
+        assert not os.path.exists(tmp_path / "store/slots/p")
+        await library.add(spec("p", source))
+        assert await read_all(library, "p", "config.json") == (source / "config.json").read_bytes()
+
+
+async def test_bad_requests_change_nothing(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        with pytest.raises(PipelineExists):
+            await library.add(spec("p", source))
+        with pytest.raises(OriginNotFound):
+            await library.add(spec("q", tmp_path / "nowhere"))
+        with pytest.raises(InvalidName):
+            await library.add(PipelineSpec(id="../x", models=(ModelSpec(source=f"file://{source}"),)))
+        two = (ModelSpec(source=f"file://{source}"), ModelSpec(source=f"file://{source}", name="a"))
+        with pytest.raises(InvalidName):
+            await library.add(PipelineSpec(id="q", models=two))
+        assert [status.pipeline for status in library.list()] == ["p"]
+
+
+async def test_several_models_under_one_pipeline(tmp_path: Path) -> None:
+    one, two = make_source(tmp_path / "one"), make_source(tmp_path / "two")
+    async with running(tmp_path) as library:
+        models = (ModelSpec(source=f"file://{one}", name="asr"), ModelSpec(source=f"file://{two}", name="llm"))
+        await library.add(PipelineSpec(id="agent", models=models))
+        assert [name for name, _ in library.list_directory(find(library, "agent"))] == ["asr", "llm"]
+        for name, source in (("asr", one), ("llm", two)):
+            data = (source / "model-1-of-2.safetensors").read_bytes()
+            assert await read_all(library, "agent", name, "model-1-of-2.safetensors") == data
