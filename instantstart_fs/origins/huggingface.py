@@ -74,8 +74,8 @@ class HuggingFaceOrigin:
         self._token_file = token_file
         self._timeout = timeout
         self._api = HfApi(endpoint=self._endpoint, token=False, library_name="instantstart-fs")
-        whose = "" if token_file is None else f"token-file {token_file}"
-        self._key = OriginKey("hf", self._endpoint, whose or "machine token")
+        whose = "machine token" if token_file is None else f"token-file {token_file}"
+        self._key = OriginKey("hf", urlsplit(self._endpoint).netloc.rpartition("@")[2], whose)
 
     @property
     def key(self) -> OriginKey:

@@ -14,12 +14,14 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import os
 import re
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions
@@ -38,7 +40,7 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.origins.common import finish_manifest, is_trusted, retry_after, selected, without_query
+from instantstart_fs.origins.common import finish_manifest, is_trusted, retry_after, selected
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -96,9 +98,9 @@ class S3Origin:
         self._lock = threading.Lock()
         self._session: boto3.Session | None = None
         self._cached_client: S3Client | None = None
-        self._key = OriginKey(
-            "s3", without_query(endpoint_url) if endpoint_url else "aws", f"profile {profile}" if profile else "machine"
-        )
+        endpoint = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        host = urlsplit(endpoint).netloc.rpartition("@")[2]
+        self._key = OriginKey("s3", host or "aws", f"profile {profile}" if profile else "machine credentials")
 
     @property
     def key(self) -> OriginKey:
@@ -135,8 +137,9 @@ class S3Origin:
             for prefix in self._prefixes():
                 page = client.list_objects_v2(Bucket=self._source.bucket, Prefix=prefix, MaxKeys=20)
                 for entry in page.get("Contents", []):
-                    if not entry["Key"].endswith("/") and (prefix != self._source.prefix or entry["Key"] == prefix):
-                        client.head_object(Bucket=self._source.bucket, Key=entry["Key"])
+                    key = entry["Key"]
+                    if not key.endswith("/") and (prefix.endswith("/") or key == prefix or not prefix):
+                        client.head_object(Bucket=self._source.bucket, Key=key)
                         return
         finish_manifest(self._model, "", [], 0)
 
@@ -312,7 +315,7 @@ class S3Origin:
             ) from None
         except (botocore.exceptions.ReadTimeoutError, botocore.exceptions.ConnectTimeoutError):
             raise OriginUnavailable(f"{what}: {where} did not answer within {self._timeout:g} s") from None
-        except botocore.exceptions.HTTPClientError as error:
+        except (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError) as error:
             raise OriginUnavailable(f"{what}: {where} cannot be reached ({type(error).__name__})") from None
         except botocore.exceptions.ParamValidationError:
             raise OriginNotFound(f"{what}: not a valid bucket or key name") from None

@@ -58,7 +58,7 @@ class SeaweedServer:
                 f"-filer.port={filer}",
                 "-s3",
                 f"-s3.port={self.port}",
-                "-volume.max=100",
+                "-volume.max=2000",  # a bucket takes 7 volumes at its first object
                 "-master.volumeSizeLimitMB=1024",
             ],
             env={"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key},
