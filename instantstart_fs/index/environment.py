@@ -288,6 +288,8 @@ class Index:
 
     def _run_group(self, group: list[_Job[object]]) -> None:
         """One transaction for all. If it fails as a whole, one for each, so that no op fails for another's sake."""
+        if self._no_disk is not None:
+            self._keep_headroom()
         try:
             with self._environment.begin(write=True) as parent:
                 for job in group:
