@@ -326,7 +326,7 @@ def lease(
 def ls(socket: Socket = None, json: Json = False) -> None:
     """List the pipelines and what of them is cached."""
     with Client(socket) as client:
-        found = client.list()
+        found = client.pipelines()
     print(show.as_json([_without_files(status) for status in found]) if json else show.pipelines(found))
 
 

@@ -30,6 +30,7 @@ from instantstart_fs.control.protocol import (
     Progress,
     Remove,
     Request,
+    Specs,
     Status,
     Touch,
     Update,
@@ -126,8 +127,11 @@ class Client:
     def touch(self, pipeline: str) -> None:
         self._ask(Touch(pipeline), type(None))
 
-    def list(self) -> list[PipelineStatus]:
+    def pipelines(self) -> list[PipelineStatus]:
         return self._ask(Ls(), list[PipelineStatus])
+
+    def specs(self) -> list[PipelineSpec]:
+        return self._ask(Specs(), list[PipelineSpec])
 
     def status(self, pipeline: str) -> PipelineStatus:
         return self._ask(Status(pipeline), PipelineStatus)

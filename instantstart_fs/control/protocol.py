@@ -101,13 +101,17 @@ class Ls(_Request, frozen=True, tag="ls"):
     """→ list of PipelineStatus without files."""
 
 
+class Specs(_Request, frozen=True, tag="specs"):
+    """→ list of PipelineSpec: how they were asked for. For those who administer."""
+
+
 class Status(_Request, frozen=True, tag="status"):
     """→ PipelineStatus with files."""
 
     pipeline: str
 
 
-Request = Ping | Add | Update | Remove | Evict | Pin | Touch | Warm | Verify | Lease | Ls | Status
+Request = Ping | Add | Update | Remove | Evict | Pin | Touch | Warm | Verify | Lease | Ls | Specs | Status
 
 
 class DaemonInfo(msgspec.Struct, frozen=True):

@@ -40,6 +40,7 @@ from instantstart_fs.control.protocol import (
     Remove,
     Request,
     Response,
+    Specs,
     Status,
     Touch,
     Update,
@@ -375,6 +376,8 @@ class _Connection:
                 return self._server.info()
             case Ls():
                 return self._server.visible(self._peer)
+            case Specs():
+                return [library.spec(status.pipeline) for status in library.list()]
             case Status(pipeline):
                 return self._server.status(pipeline)
             case Touch(pipeline):

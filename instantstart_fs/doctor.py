@@ -1,0 +1,309 @@
+"""`instantstart doctor`: looks at everything that a daemon needs, and says what to do about what is not right.
+
+Changes nothing but a probe of xattrs where the store will lie. Every check has a deadline and none raises: what goes
+wrong inside one is its finding. It works with and without a running daemon.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import shutil
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeVar
+
+import msgspec
+
+from instantstart_fs.config import Config, load_config
+from instantstart_fs.control.client import Client, find_socket
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.errors import AccessRefused, ConfigError, DaemonUnreachable, InstantStartError
+from instantstart_fs.mount import kernel
+from instantstart_fs.origins.registry import OriginSettings, open_origin
+from instantstart_fs.store import filesystem
+
+Outcome = Literal["ok", "warn", "fail"]
+ORIGIN_DEADLINE = 20.0
+HUB = "https://huggingface.co"
+SKEW_LIMIT = 300.0
+"""Seconds; S3 refuses signatures that are 15 minutes off."""
+LOW_SPACE = 20 * 10**9
+MINIMUM_KERNEL = (5, 4)
+PASSTHROUGH_KERNEL = (6, 9)
+
+_T = TypeVar("_T")
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One finding. ``advice`` is "" where nothing is to be done."""
+
+    name: str
+    outcome: Outcome
+    found: str
+    advice: str = ""
+
+
+def diagnose_configuration(file: str | None, mount: str | None, store: str | None) -> tuple[Config | None, list[Check]]:
+    """The configuration, and whether it can be read; None where it cannot."""
+    try:
+        config = load_config(file, mount=mount, store=store)
+    except ConfigError as error:
+        return None, [Check("config", "fail", error.message, "correct it; docs/CONFIGURATION.md has every key")]
+    source = config.file or "no file: defaults"
+    return config, [Check("config", "ok", f"{source}; {len(config.pipelines)} pipelines configured")]
+
+
+def diagnose(config: Config, socket: str | None = None) -> Iterator[Check]:
+    """All checks, one after the other, as they are done."""
+    yield check_kernel(kernel.kernel_release())
+    yield check_fuse_device("/dev/fuse")
+    yield check_privileges()
+    yield check_libfuse(kernel.libfuse_version())
+    running, specs = check_daemon(config, socket)
+    yield running
+    yield from check_store(config)
+    yield check_mountpoint(config, running.outcome == "ok")
+    known = {spec.id for spec in specs}
+    wanted = [*specs, *(spec for spec in config.pipelines if spec.id not in known)]
+    skew: list[float] = []
+    if not any(model.source.startswith("hf://") for spec in wanted for model in spec.models):
+        yield check_hub(config.origins.huggingface.endpoint or os.environ.get("HF_ENDPOINT") or HUB, skew)
+    settings = OriginSettings(config.origins.huggingface, config.origins.s3, timeout=ORIGIN_DEADLINE / 2)
+    for spec in wanted:
+        for model in spec.models:
+            yield check_origin(spec, model, settings)
+    yield check_clock(skew[0] if skew else None)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def check_kernel(release: tuple[int, int]) -> Check:
+    found = f"Linux {release[0]}.{release[1]}"
+    if release < MINIMUM_KERNEL:
+        return Check("kernel", "warn", f"{found}: older than anything this was tried on", "use Linux 5.4 or newer")
+    note = "" if release >= PASSTHROUGH_KERNEL else " (FUSE passthrough, planned, will need 6.9)"
+    return Check("kernel", "ok", found + note)
+
+
+def check_fuse_device(path: str) -> Check:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        advice = "`modprobe fuse`; in a container: --device /dev/fuse (Kubernetes: a device plugin or privileged)"
+        return Check("fuse", "fail", f"there is no {path}", advice)
+    except PermissionError:
+        advice = f"run as root, or allow this user: chmod 0666 {path} (a container also needs the device cgroup)"
+        return Check("fuse", "fail", f"this user may not open {path}", advice)
+    except OSError as error:
+        return Check("fuse", "fail", f"{path}: {error.strerror}", "load the kernel module: `modprobe fuse`")
+    return Check("fuse", "ok", f"{path} can be opened")
+
+
+def check_privileges(
+    *, root: bool | None = None, sys_admin: bool | None = None, allow_other: bool | None = None
+) -> Check:
+    """``None``: as this process has it."""
+    is_root = os.geteuid() == 0 if root is None else root
+    if kernel.has_sys_admin() if sys_admin is None else sys_admin:
+        return Check("privileges", "ok", "CAP_SYS_ADMIN: can mount, and raise readahead and queue limits")
+    if is_root:
+        advice = "in a container: --cap-add SYS_ADMIN (and --security-opt apparmor=unconfined where AppArmor runs)"
+        return Check("privileges", "fail", "root without CAP_SYS_ADMIN cannot mount", advice)
+    if shutil.which("fusermount3") is None:
+        return Check("privileges", "fail", "an ordinary user needs fusermount3 to mount", "as root: apt install fuse3")
+    if kernel.user_allow_other() if allow_other is None else allow_other:
+        return Check("privileges", "ok", "an ordinary user; /etc/fuse.conf has user_allow_other")
+    return Check(
+        "privileges",
+        "warn",
+        "an ordinary user, and /etc/fuse.conf lacks user_allow_other: only you will see the mount",
+        "as root: echo user_allow_other >> /etc/fuse.conf",
+    )
+
+
+def check_libfuse(version: str | None) -> Check:
+    if version is None:
+        return Check(
+            "libfuse", "fail", "libfuse3 was not found", "apt install fuse3 (Debian, Ubuntu), or your system's"
+        )
+    return Check("libfuse", "ok", f"libfuse {version}")
+
+
+def check_clock(skew: float | None) -> Check:
+    """``skew``: seconds that this clock is ahead of a server's, None where none was asked."""
+    if skew is not None and abs(skew) > SKEW_LIMIT:
+        return Check("clock", "fail", f"{abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}", "run an NTP client")
+    if time.time() < 1_735_689_600:
+        return Check("clock", "fail", "it says a year before 2025", "set it; signatures and certificates need it")
+    return Check("clock", "ok", "plausible" if skew is None else f"within {abs(skew) + 1:.0f} s of the hub's")
+
+
+# ---------------------------------------------------------------- daemon, store, mount
+
+
+def check_daemon(config: Config, socket: str | None) -> tuple[Check, list[PipelineSpec]]:
+    """Also the pipelines that the daemon has."""
+    path = find_socket(socket)
+    try:
+        with Client(path) as client:
+            info = client.ping()
+        with Client(path) as client:
+            specs = client.specs()
+    except DaemonUnreachable as error:
+        return Check(
+            "daemon", "warn", f"none runs ({error.message.partition(';')[0]})", "start it: instantstart serve"
+        ), []
+    except InstantStartError as error:
+        return Check("daemon", "warn", error.message, "ask as the user that runs it"), []
+    found = f"pid {info.pid}, version {info.version}, {info.pipelines} pipelines, up {info.uptime:.0f} s"
+    if info.store != config.store.path or info.mount != config.mount.path:
+        found += f"; its store is {info.store}, its mount {info.mount}"
+        advice = "this configuration names others: name the daemon's file with --config, or restart it"
+        return Check("daemon", "warn", found, advice), specs
+    return Check("daemon", "ok", found), specs
+
+
+def check_store(config: Config) -> Iterator[Check]:
+    path = config.store.path
+    directory = path
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
+    made = "" if directory == path else f"{path} will be made in {directory}; "
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            warning = filesystem.judge(filesystem.filesystem_type(fd), path)
+        finally:
+            os.close(fd)
+        yield Check("store", "warn" if warning else "ok", made + (warning or f"{directory}: a filesystem that fits"))
+        yield _check_xattrs(directory, path)
+        yield _check_space(directory)
+    except InstantStartError as error:
+        yield Check("store", "fail", made + error.message, "another [store] path, or --store")
+    except OSError as error:
+        advice = "give the store to the daemon's user, or choose another [store] path"
+        yield Check("store", "fail", f"{made}{directory}: {error.strerror}", advice)
+
+
+def _check_xattrs(directory: str, store: str) -> Check:
+    with tempfile.TemporaryFile(dir=directory) as probe:
+        filesystem.probe_xattrs(probe.fileno(), store)
+    return Check("xattrs", "ok", "user xattrs can be written")
+
+
+def _check_space(directory: str) -> Check:
+    status = os.statvfs(directory)
+    free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+    found = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB free"
+    if status.f_favail < 1000 and status.f_files:
+        return Check("space", "fail", f"{found}, {status.f_favail} inodes left", "delete small files there")
+    if free < LOW_SPACE:
+        return Check("space", "warn", found, "little for model weights: a larger disk, or evict pipelines")
+    return Check("space", "ok", found)
+
+
+def check_mountpoint(config: Config, running: bool) -> Check:
+    path = os.path.realpath(config.mount.path)
+    mount = kernel.find_mount(path)
+    if mount is None:
+        if running:
+            return Check("mount", "fail", f"a daemon runs, but nothing is mounted at {path} here", _NAMESPACE)
+        try:
+            names = os.listdir(path)
+        except FileNotFoundError:
+            return Check("mount", "ok", f"{path} will be made")
+        except OSError as error:
+            return Check("mount", "fail", f"{path}: {error.strerror}", "choose another [mount] path")
+        if names:
+            return Check("mount", "fail", f"{path} is not empty", "empty it, or choose another [mount] path")
+        return Check("mount", "ok", f"{path} is free")
+    if mount.filesystem != "fuse.instantstart":
+        return Check("mount", "fail", f"{path} holds a {mount.filesystem} mount", "unmount it, or choose another path")
+    try:
+        _within(5.0, lambda: os.statvfs(path))
+    except TimeoutError:
+        return Check("mount", "fail", f"{path} does not answer", f"restart the daemon; then umount -l {path}")
+    except OSError as error:
+        if running:
+            return Check("mount", "fail", f"{path}: {error.strerror}", "restart the daemon")
+        return Check("mount", "warn", f"{path}: left by a killed daemon", "the next `serve` clears it")
+    return Check("mount", "ok", f"{path} answers")
+
+
+_NAMESPACE = "it may run in another mount namespace (container): look from there, or share the mount (rshared)"
+
+
+# ---------------------------------------------------------------- origins
+
+
+def check_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) -> Check:
+    name = f"{spec.id}/{model.name}" if model.name else spec.id
+    label = "origin"
+    try:
+        _within(ORIGIN_DEADLINE, lambda: open_origin(spec, model, settings).check())
+    except AccessRefused as error:
+        advice = "give the pipeline a token file or an AWS profile that may read it (--token-file, --aws-profile)"
+        return Check(label, "fail", f"{name}: {error.message}", advice)
+    except TimeoutError:
+        advice = "is the network there? cached pipelines work without it"
+        return Check(label, "fail", f"{name}: {model.source}: no answer within {ORIGIN_DEADLINE:g} s", advice)
+    except InstantStartError as error:
+        return Check(label, "fail", f"{name}: {error.message}", "correct the source, or mend the way to it")
+    except Exception as error:
+        return Check(label, "fail", f"{name}: {type(error).__name__}: {error}", "this is a defect: please report it")
+    return Check(label, "ok", f"{name}: {model.source} can be read")
+
+
+def check_hub(endpoint: str, skew: list[float]) -> Check:
+    """Whether the hub answers at all; appends how far the clock is ahead of its."""
+
+    def ask() -> str | None:
+        request = urllib.request.Request(f"{endpoint.rstrip('/')}/api/models?limit=1", method="GET")
+        try:
+            with urllib.request.urlopen(request, timeout=ORIGIN_DEADLINE / 2) as response:
+                date: str | None = response.headers.get("Date")
+                return date
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.headers.get("Date")
+
+    advice = (
+        "fine where no pipeline uses hf://; else a proxy (HTTPS_PROXY) or a mirror ([origins.huggingface] endpoint)"
+    )
+    try:
+        date = _within(ORIGIN_DEADLINE, ask)
+    except TimeoutError:
+        return Check("hub", "warn", f"{endpoint}: no answer within {ORIGIN_DEADLINE:g} s", advice)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return Check("hub", "warn", f"{endpoint}: {reason}", advice)
+    if date is not None:
+        skew.append(time.time() - email.utils.parsedate_to_datetime(date).timestamp())
+    return Check("hub", "ok", f"{endpoint} answers")
+
+
+def _within(seconds: float, work: Callable[[], _T]) -> _T:
+    """``work()`` in a thread that is given up after ``seconds``. Raises TimeoutError, or what it raised."""
+    values: list[_T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            values.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not values:
+        raise TimeoutError
+    return values[0]
