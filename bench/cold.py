@@ -3,11 +3,11 @@
     scripts/bench cold [--size 2GiB] [--shards 4] [--rounds 5] [--origins hub,s3] [--only NAME,NAME] [--name cold]
 
 Against nginx behind the test hub (``hub``): `dd` on the mount, `instantstart warm --wait`, the bare client that
-fetches, hashes and fsyncs (bench/bare_client.py), the same without hashing and fsync, curl,
-`hf download`, `rclone mount --vfs-cache-mode full` on the same nginx. Against SeaweedFS (``s3``): ours again, the bare client with presigned
-addresses, rclone, s3fs. Every contender runs once a round, in a turning order; a time is that of whole processes
-(`add`, `rclone mount` and `s3fs` mounting are left out for all alike). Nothing of the file is at the destination
-before; the origin's files are in its page cache.
+fetches, hashes and fsyncs (bench/bare_client.py), the same without hashing and fsync, curl, `hf download`, and
+`rclone mount --vfs-cache-mode full` on the same nginx. Against SeaweedFS (``s3``): ours again, the bare client with
+presigned addresses, rclone, s3fs. Every contender runs once a round, in a turning order; a time is that of whole
+processes (`add`, `rclone mount` and `s3fs` mounting are left out for all alike). Nothing of the file is at the
+destination before; the origin's files are in its page cache.
 """
 
 from __future__ import annotations
