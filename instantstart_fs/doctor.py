@@ -21,6 +21,7 @@ import msgspec
 
 from instantstart_fs.config import Config, load_config
 from instantstart_fs.control.client import Client, find_socket
+from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import AccessRefused, ConfigError, DaemonUnreachable, InstantStartError
 from instantstart_fs.mount import kernel
@@ -58,14 +59,19 @@ def diagnose_configuration(file: str | None, mount: str | None, store: str | Non
     return config, [Check("config", "ok", f"{source}; {len(config.pipelines)} pipelines configured")]
 
 
-def diagnose(config: Config, socket: str | None = None) -> Iterator[Check]:
-    """All checks, one after the other, as they are done."""
+def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) -> Iterator[Check]:
+    """All checks, one after the other, as they are done. ``adopt``: nobody named a store or a mount, so those of a
+    running daemon are looked at."""
     yield check_kernel(kernel.kernel_release())
     yield check_fuse_device("/dev/fuse")
     yield check_privileges()
     yield check_libfuse(kernel.libfuse_version())
-    running, specs = check_daemon(config, socket)
+    running, specs, info = check_daemon(config, socket, adopt=adopt)
     yield running
+    if adopt and info is not None:
+        store = msgspec.structs.replace(config.store, path=info.store)
+        mount = msgspec.structs.replace(config.mount, path=info.mount)
+        config = msgspec.structs.replace(config, store=store, mount=mount)
     yield from check_store(config)
     yield check_mountpoint(config, running.outcome == "ok")
     known = {spec.id for spec in specs}
@@ -147,26 +153,26 @@ def check_clock(skew: float | None) -> Check:
 # ---------------------------------------------------------------- daemon, store, mount
 
 
-def check_daemon(config: Config, socket: str | None) -> tuple[Check, list[PipelineSpec]]:
-    """Also the pipelines that the daemon has."""
+def check_daemon(
+    config: Config, socket: str | None, *, adopt: bool = False
+) -> tuple[Check, list[PipelineSpec], DaemonInfo | None]:
+    """Also the pipelines that the daemon has, and what it says of itself."""
     path = find_socket(socket)
     try:
         with Client(path) as client:
-            info = client.ping()
-        with Client(path) as client:
-            specs = client.specs()
+            info, specs = client.ping(), client.specs()
     except DaemonUnreachable as error:
-        return Check(
-            "daemon", "warn", f"none runs ({error.message.partition(';')[0]})", "start it: instantstart serve"
-        ), []
+        found = f"none runs ({error.message.partition(';')[0]})"
+        advice = "start it: `systemctl start instantstart` or `instantstart serve`"
+        return Check("daemon", "warn", found, advice), [], None
     except InstantStartError as error:
-        return Check("daemon", "warn", error.message, "ask as the user that runs it"), []
+        return Check("daemon", "warn", error.message, "ask as the user that runs it"), [], None
     found = f"pid {info.pid}, version {info.version}, {info.pipelines} pipelines, up {info.uptime:.0f} s"
-    if info.store != config.store.path or info.mount != config.mount.path:
+    if not adopt and (info.store, info.mount) != (config.store.path, config.mount.path):
         found += f"; its store is {info.store}, its mount {info.mount}"
         advice = "this configuration names others: name the daemon's file with --config, or restart it"
-        return Check("daemon", "warn", found, advice), specs
-    return Check("daemon", "ok", found), specs
+        return Check("daemon", "warn", found, advice), specs, info
+    return Check("daemon", "ok", found), specs, info
 
 
 def check_store(config: Config) -> Iterator[Check]:

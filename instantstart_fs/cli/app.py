@@ -116,7 +116,7 @@ def doctor(
     if not json:
         _show_checks(checks)
     if loaded is not None:
-        for check in diagnose(loaded, socket):
+        for check in diagnose(loaded, socket, adopt=not (config or mount or store)):
             checks.append(check)
             if not json:
                 _show_checks([check])
@@ -294,8 +294,8 @@ def verify(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> Non
         print(show.as_json(found))
     else:
         print(f"{pipeline}: {found.files} complete files, {show.human_bytes(found.bytes)} read again")
-        for path in found.unproven:
-            print(f"  unproven  {path} (its origin offers nothing to prove it by)")
+        if found.unproven:
+            print(f"  unproven  {len(found.unproven)} of them: their origin offers nothing to prove them by")
         for path in found.healed:
             print(f"  wrong     {path} (dropped; it is fetched again)")
     if found.healed:

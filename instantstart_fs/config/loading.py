@@ -240,17 +240,12 @@ def _staging(at: At, raw: _Staging) -> StagingConfig:
 
 
 def _path_problem(path: str) -> str | None:
-    """Why ``path`` can be neither used nor made, or None. A stale mount (ENOTCONN) is for the daemon to clear."""
+    """Why ``path`` can be neither used nor made, or None. A stale mount counts as not there: the daemon clears it."""
     probe = path
     while not os.path.lexists(probe):
         probe = os.path.dirname(probe)
-    try:
-        if not os.path.isdir(probe):
-            if probe == path and not os.path.islink(probe) and not os.path.exists(probe):
-                return None
-            return f"{probe} is not a directory"
-    except OSError:
-        return None
+    if not os.path.isdir(probe):
+        return f"{probe} is not a directory"
     if not os.access(probe, os.X_OK | (os.W_OK if probe != path else 0)):
         return f"this user may not use {path}" if probe == path else f"this user may not create {path} in {probe}"
     return None

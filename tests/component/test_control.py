@@ -1,0 +1,494 @@
+"""The control server and its client over a real socket, with a library that is scripted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+import trio
+
+from instantstart_fs.control import server as server_module
+from instantstart_fs.control.client import Client
+from instantstart_fs.control.protocol import MAX_REQUEST, DaemonInfo
+from instantstart_fs.control.server import ControlServer, Peer, listen, peer_of, serving
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineStatus
+from instantstart_fs.errors import (
+    AccessRefused,
+    ControlError,
+    ControlProtocolError,
+    DaemonUnreachable,
+    PermissionRefused,
+    PipelineBusy,
+    PipelineExists,
+    PipelineNotFound,
+)
+
+INFO = DaemonInfo("0", os.getpid(), "/models", "/store", 1.0, 1, True)
+COLD = PipelineStatus(
+    pipeline="x",
+    state="cold",
+    cached_bytes=0,
+    total_bytes=100,
+    source=("hf://o/r",),
+    generation=1,
+    revision="abc",
+    last_request=None,
+    hot_until=None,
+    pinned=False,
+    leases=0,
+    fill=None,
+    error=None,
+    files=(FileStatus("a", "absent", 100, 0, None),),
+)
+
+
+class Report(NamedTuple):
+    files: int
+    bytes: int
+    healed: tuple[str, ...]
+    unproven: tuple[str, ...]
+
+
+class FakeLibrary:
+    """Pipelines by id; each call is noted; ``hold`` keeps changes waiting."""
+
+    def __init__(self) -> None:
+        self.specs = {"x": PipelineSpec("x", (ModelSpec("hf://o/r"),), uid=1234)}
+        self.statuses = {"x": COLD}
+        self.calls: list[str] = []
+        self.hold: trio.Event | None = None
+        self.entered = trio.Event()
+        self.done = trio.Event()
+        self.leases = 0
+        self.lease_changed = trio.Event()
+        self.changed = trio.Event()
+
+    def change(self, **changes: object) -> None:
+        self.statuses["x"] = msgspec.structs.replace(self.statuses["x"], **changes)
+        self.changed.set()
+        self.changed = trio.Event()
+
+    async def _held(self, call: str) -> None:
+        self.entered.set()
+        if self.hold is not None:
+            await self.hold.wait()
+        self.calls.append(call)
+        self.done.set()
+
+    async def add(self, spec: PipelineSpec) -> PipelineStatus:
+        await self._held("add")
+        if spec.id in self.specs:
+            raise PipelineExists("taken")
+        self.specs[spec.id] = spec
+        self.statuses[spec.id] = msgspec.structs.replace(COLD, pipeline=spec.id)
+        return self.statuses[spec.id]
+
+    async def update(self, pipeline: str) -> PipelineStatus:
+        await self._held("update")
+        return self.status(pipeline)
+
+    async def remove(self, pipeline: str) -> None:
+        await self._held("remove")
+        self.spec(pipeline)
+
+    async def evict(self, pipeline: str) -> None:
+        raise ZeroDivisionError("a defect")
+
+    async def set_pinned(self, pipeline: str, pinned: bool) -> None:
+        self.calls.append(f"pin {pinned}")
+
+    def touch(self, pipeline: str) -> None:
+        self.spec(pipeline)
+        self.calls.append("touch")
+
+    async def warm(self, pipeline: str, *, everything: bool = False) -> None:
+        self.spec(pipeline)
+        self.calls.append(f"warm {everything}")
+        self.entered.set()
+
+    def status(self, pipeline: str) -> PipelineStatus:
+        self.spec(pipeline)
+        return self.statuses[pipeline]
+
+    def list(self) -> list[PipelineStatus]:
+        return [msgspec.structs.replace(status, files=None) for status in self.statuses.values()]
+
+    def spec(self, pipeline: str) -> PipelineSpec:
+        if pipeline not in self.specs:
+            raise PipelineNotFound(f"no {pipeline}")
+        return self.specs[pipeline]
+
+    async def wait_changed(self, pipeline: str, timeout: float) -> None:
+        with trio.move_on_after(timeout):
+            await self.changed.wait()
+
+    async def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> Report:
+        progress(50, 100)
+        await self._held("verify")
+        return Report(1, 100, ("a",), ())
+
+    @contextmanager
+    def lease(self, pipeline: str) -> Iterator[None]:
+        self.spec(pipeline)
+        self._leased(1)
+        try:
+            yield
+        finally:
+            self._leased(-1)
+
+    def _leased(self, change: int) -> None:
+        self.leases += change
+        self.lease_changed.set()
+        self.lease_changed = trio.Event()
+
+    async def wait_leases(self, count: int) -> None:
+        with trio.fail_after(10):
+            while self.leases != count:
+                await self.lease_changed.wait()
+
+
+@pytest.fixture
+def library() -> FakeLibrary:
+    return FakeLibrary()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "run" / "control.sock")
+
+
+def run(library: FakeLibrary, path: str, **options: object):
+    return serving(library, lambda: INFO, path, **options)
+
+
+async def ask(path: str, work: Callable[[Client], object]) -> object:
+    """``work`` with a fresh client, in a thread."""
+
+    def call() -> object:
+        with Client(path) as client:
+            return work(client)
+
+    with trio.fail_after(20):
+        return await trio.to_thread.run_sync(call)
+
+
+async def test_every_request_reaches_the_library(library: FakeLibrary, path: str) -> None:
+    async with run(library, path):
+        assert await ask(path, lambda client: client.ping()) == INFO
+        assert await ask(path, lambda client: client.status("x")) == COLD
+        (listed,) = await ask(path, lambda client: client.pipelines())
+        assert (listed.pipeline, listed.files) == ("x", None)
+        assert await ask(path, lambda client: client.specs()) == [library.specs["x"]]
+        spec = PipelineSpec("y", (ModelSpec("s3://bucket"),))
+        added = await ask(path, lambda client: client.add(spec, warm=True))
+        assert added.pipeline == "y"
+        assert library.specs["y"] == spec
+
+        def several(client: Client) -> None:
+            client.update("x")
+            client.set_pinned("x", True)
+            client.set_pinned("x", False)
+            client.touch("x")
+            client.warm("x", everything=True)
+            client.remove("x")
+
+        await ask(path, several)
+    wanted = ["add", "warm False", "update", "pin True", "pin False", "touch", "warm True", "remove"]
+    assert library.calls == wanted
+
+
+async def test_errors_arrive_as_what_they_were(library: FakeLibrary, path: str) -> None:
+    async with run(library, path):
+        with pytest.raises(PipelineNotFound, match="no z"):
+            await ask(path, lambda client: client.status("z"))
+        with pytest.raises(PipelineExists):
+            await ask(path, lambda client: client.add(library.specs["x"]))
+
+
+async def test_a_defect_is_an_answer_and_a_logged_traceback(
+    library: FakeLibrary, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with run(library, path):
+        with pytest.raises(Exception, match="ZeroDivisionError in the daemon"):
+            await ask(path, lambda client: client.evict("x"))
+        assert "a defect" in caplog.text
+        assert await ask(path, lambda client: client.ping()) == INFO
+
+
+async def test_warm_waits_with_progress_until_all_is_there(library: FakeLibrary, path: str) -> None:
+    seen: list[int] = []
+    library.change(state="filling", fill=FillStatus(10, 9))
+
+    def advance(cached: int) -> None:
+        seen.append(cached)
+        if cached == 0:
+            library.change(cached_bytes=60)
+        else:
+            library.change(state="warm", cached_bytes=100, fill=None)
+
+    def progress(status: PipelineStatus) -> None:
+        trio.from_thread.run_sync(advance, status.cached_bytes)
+
+    async with run(library, path):
+        status = await ask(path, lambda client: client.wait_warm("x", progress=progress))
+    assert (status.state, status.cached_bytes, status.files) == ("warm", 100, None)
+    assert seen == sorted(seen)
+    assert {0, 60} <= set(seen)
+
+
+async def test_waiting_for_all_files_looks_at_the_files(library: FakeLibrary, path: str) -> None:
+    library.change(state="warm", fill=FillStatus(1, None))
+    async with run(library, path), trio.open_nursery() as nursery:
+
+        async def finish(_: PipelineStatus | None = None) -> None:
+            await library.entered.wait()
+            library.change(files=(FileStatus("a", "sealed", 100, 100, None),), cached_bytes=100)
+
+        nursery.start_soon(finish)
+        status = await ask(path, lambda client: client.wait_warm("x", everything=True))
+    assert status.cached_bytes == 100
+
+
+async def test_a_failed_fill_ends_the_wait_with_its_reason(library: FakeLibrary, path: str) -> None:
+    library.change(state="error", error=ErrorStatus("access-refused", "401 from the hub", "2026-01-01T00:00:00Z"))
+    async with run(library, path):
+        with pytest.raises(AccessRefused, match="401 from the hub"):
+            await ask(path, lambda client: client.wait_warm("x"))
+
+
+async def test_a_wait_that_nothing_would_end_is_given_up(
+    library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "IDLE_LIMIT", 0.2)
+    library.change(state="partial")
+    async with run(library, path):
+        with pytest.raises(Exception, match="the fill has stopped"):
+            await ask(path, lambda client: client.wait_warm("x"))
+        library.change(uncached="store full")
+        with pytest.raises(Exception, match="store full"):
+            await ask(path, lambda client: client.wait_warm("x"))
+
+
+async def test_verify_reports_progress(library: FakeLibrary, path: str) -> None:
+    library.hold = trio.Event()
+
+    def progress(done: int, total: int) -> None:
+        if (done, total) == (50, 100):
+            trio.from_thread.run_sync(library.hold.set)
+
+    async with run(library, path):
+        found = await ask(path, lambda client: client.verify("x", progress))
+    assert (found.files, found.healed) == (1, ("a",))
+
+
+async def test_a_lease_ends_with_its_connection(library: FakeLibrary, path: str) -> None:
+    async with run(library, path):
+        with await trio.to_thread.run_sync(Client, path) as client:
+            await trio.to_thread.run_sync(client.lease, "x")
+            assert library.leases == 1
+        await library.wait_leases(0)
+        with pytest.raises(PipelineNotFound):
+            await ask(path, lambda client: client.lease("z"))
+
+
+async def test_a_change_outlives_its_client(library: FakeLibrary, path: str) -> None:
+    library.hold = trio.Event()
+    async with run(library, path):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            client.sendall(b'{"v":1,"request":{"op":"remove","pipeline":"x"}}\n')
+            with trio.fail_after(10):
+                await library.entered.wait()
+        library.hold.set()
+        with trio.fail_after(10):
+            await library.done.wait()
+    assert library.calls == ["remove"]
+
+
+async def test_a_client_is_not_kept_waiting_for_ever(
+    library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "CHANGE_DEADLINE", 0.1)
+    library.hold = trio.Event()
+    async with run(library, path):
+        with pytest.raises(PipelineBusy, match="still under way"):
+            await ask(path, lambda client: client.update("x"))
+        library.hold.set()
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100 + b"\n", b"x" * (MAX_REQUEST + 70_000)])
+async def test_garbage_is_answered_and_hurts_nobody(library: FakeLibrary, path: str, garbage: bytes) -> None:
+    def shout() -> bytes:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(10)
+            client.connect(path)
+            client.sendall(garbage)
+            received = b""
+            with contextlib.suppress(ConnectionResetError):  # it closed with the rest of the garbage unread
+                while chunk := client.recv(65536):
+                    received += chunk
+            return received
+
+    async with run(library, path):
+        with trio.fail_after(20):
+            answer = await trio.to_thread.run_sync(shout)
+        assert b'"code":"control-protocol"' in answer
+        assert await ask(path, lambda client: client.ping()) == INFO
+
+
+async def test_half_a_request_has_a_deadline(library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "REQUEST_DEADLINE", 0.1)
+
+    def half() -> bytes:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(10)
+            client.connect(path)
+            client.sendall(b'{"v":1,')
+            return client.recv(65536)
+
+    async with run(library, path):
+        with trio.fail_after(10):
+            assert b"half a request" in await trio.to_thread.run_sync(half)
+
+
+async def test_owners_see_and_warm_their_own_and_nothing_else(library: FakeLibrary, path: str) -> None:
+    library.specs["other"] = PipelineSpec("other", (ModelSpec("hf://o/r"),), uid=99)
+    library.statuses["other"] = msgspec.structs.replace(COLD, pipeline="other")
+    async with run(library, path, peer=lambda _: Peer(1, 1234, frozenset({1234}))):
+        assert [status.pipeline for status in await ask(path, lambda client: client.pipelines())] == ["x"]
+        await ask(path, lambda client: client.touch("x"))
+        await ask(path, lambda client: client.warm("x"))
+        await ask(path, lambda client: client.lease("x"))
+        assert (await ask(path, lambda client: client.status("x"))).pipeline == "x"
+        for forbidden in (
+            lambda client: client.status("other"),
+            lambda client: client.lease("other"),
+            lambda client: client.remove("x"),
+            lambda client: client.evict("x"),
+            lambda client: client.set_pinned("x", True),
+            lambda client: client.update("x"),
+            lambda client: client.verify("x"),
+            lambda client: client.specs(),
+            lambda client: client.add(library.specs["x"]),
+        ):
+            with pytest.raises(PermissionRefused):
+                await ask(path, forbidden)
+
+
+async def test_members_of_the_group_administer(library: FakeLibrary, path: str) -> None:
+    async with run(library, path, group=77, peer=lambda _: Peer(1, 1234, frozenset({5, 77}))):
+        await ask(path, lambda client: client.set_pinned("x", True))
+
+
+async def test_one_user_cannot_use_up_all_connections(
+    library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS_PER_OWNER", 2)
+    async with run(library, path, peer=lambda _: Peer(1, 1234, frozenset())):
+        clients = [await trio.to_thread.run_sync(Client, path) for _ in range(2)]
+        for client in clients:
+            await trio.to_thread.run_sync(client.lease, "x")
+        with pytest.raises(PipelineBusy, match="2 control connections"):
+            await ask(path, lambda client: client.touch("x"))
+        for client in clients:
+            client.close()
+        await library.wait_leases(0)
+        await ask(path, lambda client: client.touch("x"))
+
+
+async def test_configured_pipelines_that_could_not_be_added_are_shown(library: FakeLibrary, path: str) -> None:
+    waiting = msgspec.structs.replace(COLD, pipeline="w", state="error", files=None)
+    async with run(library, path, pending=lambda: {"w": waiting}):
+        assert [status.pipeline for status in await ask(path, lambda client: client.pipelines())] == ["w", "x"]
+        assert await ask(path, lambda client: client.status("w")) == waiting
+
+
+async def test_the_socket_is_for_all_and_its_directory_passable(library: FakeLibrary, path: str) -> None:
+    before = os.umask(0o077)
+    try:
+        async with run(library, path):
+            assert stat.S_IMODE(os.stat(path).st_mode) == 0o666
+            assert stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == 0o755
+    finally:
+        os.umask(before)
+    with pytest.raises(FileNotFoundError):
+        os.stat(path)
+
+
+async def test_the_kernel_says_who_connects(path: str) -> None:
+    listener = listen(path)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        accepted, _ = await listener.accept()
+        peer = peer_of(accepted)
+        accepted.close()
+    listener.close()
+    assert (peer.pid, peer.uid) == (os.getpid(), os.geteuid())
+    assert os.getegid() in peer.groups
+
+
+async def test_a_dead_daemons_socket_is_replaced_and_a_living_ones_is_not(library: FakeLibrary, path: str) -> None:
+    os.makedirs(os.path.dirname(path))
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    async with run(library, path):
+        assert await ask(path, lambda client: client.ping()) == INFO
+        with pytest.raises(ControlError, match="another daemon answers"):
+            await ControlServer(library, lambda: INFO, path).run()
+        assert await ask(path, lambda client: client.ping()) == INFO
+
+
+def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "control.sock"
+    file.write_text("mine")
+    with pytest.raises(ControlError, match="left alone"):
+        listen(str(file))
+    assert file.read_text() == "mine"
+    with pytest.raises(ControlError, match="107 bytes"):
+        listen(str(tmp_path / ("x" * 120)))
+
+
+def test_no_daemon_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DaemonUnreachable, match=r"no daemon listens there.*instantstart serve"):
+        Client(str(tmp_path / "none.sock"))
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "dead.sock"))
+    with pytest.raises(DaemonUnreachable, match="is gone"):
+        Client(str(tmp_path / "dead.sock"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"", DaemonUnreachable),
+        (b"hello\n", ControlProtocolError),
+        (b'{"type":"done","result":7}\n', ControlProtocolError),
+    ],
+)
+def test_a_stranger_on_the_socket(tmp_path: Path, answer: bytes, error: type[Exception]) -> None:
+    path = str(tmp_path / "strange.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def reply() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        with Client(path) as client, pytest.raises(error):
+            client.status("x")
+        thread.join(10)

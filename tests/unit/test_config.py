@@ -1,0 +1,226 @@
+"""Configuration: what the documented file means, and that every mistake is told with file, key and reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from instantstart_fs.config import Capacity, load_config
+from instantstart_fs.config.units import parse_capacity, parse_duration, parse_mode, parse_owner, parse_size
+from instantstart_fs.core.manifest import ModelSpec
+from instantstart_fs.errors import ConfigError
+
+FULL = """
+region = "eu"
+[mount]
+path = "{root}/models"
+transport = "auto"
+[store]
+path = "{root}/store"
+capacity = "500GiB"
+low_watermark = 0.5
+high_watermark = 0.9
+[fill]
+workers = 3
+connections = 8
+chunk_size = "4MiB"
+read_deadline = "2m"
+serve_unsealed = "never"
+[eviction]
+keep_hot = "7d"
+[staging]
+enabled = false
+threads = 2
+max_memory = "25%"
+[origins.huggingface]
+endpoint = "https://hub.example"
+token_file = "{root}/token"
+[origins.s3]
+endpoint_url = "http://127.0.0.1:8333"
+region_name = "eu-central-1"
+profile = "ml"
+[pipelines.my-llm]
+source = "hf://org/repo@main"
+owner = "1000:1001"
+mode = "0550"
+include = ["*.safetensors"]
+pinned = true
+[pipelines.voice.models]
+asr = "s3://bucket/asr"
+tts = {{ source = "file:///data/tts", exclude = ["*.bin"] }}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("INSTANTSTART_CONFIG", raising=False)
+    (tmp_path / "token").write_text("secret")
+
+    def write(text: str, name: str = "config.toml") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_the_documented_file(write, tmp_path: Path) -> None:
+    config = load_config(write(FULL.format(root=tmp_path)))
+    assert (config.region, config.file) == ("eu", str(tmp_path / "config.toml"))
+    assert (config.mount.path, config.mount.transport) == (f"{tmp_path}/models", "pyfuse3")
+    assert config.store.capacity == Capacity(bytes=500 * 2**30)
+    assert (config.store.low_watermark, config.store.high_watermark) == (0.5, 0.9)
+    assert (config.fill.worker_count, config.fill.connections, config.fill.chunk_size) == (3, 8, 4 * 2**20)
+    assert (config.fill.read_deadline, config.fill.serve_unsealed) == (120.0, "never")
+    assert config.eviction.keep_hot == 7 * 86400
+    assert config.staging.max_memory.of(1000) == 250
+    assert config.origins.huggingface.token_file == str(tmp_path / "token")
+    assert config.origins.s3.profile == "ml"
+    llm, voice = config.pipelines
+    assert (llm.id, llm.uid, llm.gid, llm.mode, llm.pinned) == ("my-llm", 1000, 1001, 0o550, True)
+    assert llm.models == (ModelSpec("hf://org/repo@main", "", ("*.safetensors",)),)
+    assert voice.models == (
+        ModelSpec("s3://bucket/asr", "asr"),
+        ModelSpec("file:///data/tts", "tts", (), ("*.bin",)),
+    )
+
+
+def test_defaults_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instantstart_fs.config.loading.SYSTEM_CONFIG", str(tmp_path / "absent.toml"))
+    monkeypatch.delenv("INSTANTSTART_CONFIG", raising=False)
+    config = load_config(mount=str(tmp_path / "m"), store=str(tmp_path / "s"))
+    assert config.file is None
+    assert config.pipelines == ()
+    assert (config.fill.chunk_size, config.fill.read_deadline, config.eviction.keep_hot) == (8 << 20, 60.0, 172800.0)
+    assert config.store.capacity.of(1000) == 800
+    assert 2 <= config.fill.worker_count <= 4
+
+
+def test_an_ordinary_user_gets_places_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from instantstart_fs.config import places
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("HOME", "/home/alice")
+    for name in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "INSTANTSTART_SOCKET"):
+        monkeypatch.delenv(name, raising=False)
+    assert places.default_mount() == "/home/alice/models"
+    assert places.default_store() == "/home/alice/.local/share/instantstart"
+    assert places.default_socket() == "/home/alice/.cache/instantstart/control.sock"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert places.default_socket() == f"{tmp_path}/instantstart/control.sock"
+
+
+def test_the_environment_names_the_file_and_options_win(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INSTANTSTART_CONFIG", write(FULL.format(root=tmp_path)))
+    config = load_config(store=str(tmp_path / "other"))
+    assert config.store.path == str(tmp_path / "other")
+    assert config.mount.path == f"{tmp_path}/models"
+
+
+def test_pipelines_d_holds_one_pipeline_per_file(write, tmp_path: Path) -> None:
+    file = write('[pipelines.a]\nsource = "hf://o/a"\n')
+    write('source = "hf://o/b"\npinned = true\n', "pipelines.d/b.toml")
+    write("not toml at all", "pipelines.d/b.toml.bak")
+    config = load_config(file)
+    assert [spec.id for spec in config.pipelines] == ["a", "b"]
+    assert config.pipelines[1].pinned
+    write('source = "hf://o/a"\n', "pipelines.d/a.toml")
+    with pytest.raises(ConfigError, match=r"pipelines\.d/a\.toml: the pipeline 'a' is already in .*config\.toml"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "reason"),
+    [
+        ("[fill]\nconections = 3", "fill.conections", "unknown key"),
+        ("colour = 1", "colour", "unknown key"),
+        ('[pipelines.x]\nsource = "hf://o/r"\nnope = 1', "nope", "unknown key"),
+        ('[fill]\nconnections = "many"', "fill.connections", "Expected `int`"),
+        ("[fill]\nconnections = 0", "fill.connections", "not from 1 to 1024"),
+        ('[fill]\nchunk_size = "8 Mega"', "fill.chunk_size", "not a size"),
+        ('[fill]\nchunk_size = "5000"', "fill.chunk_size", "multiple of 4 KiB"),
+        ('[fill]\nread_deadline = "soon"', "fill.read_deadline", "not a duration"),
+        ("[fill]\nread_deadline = 0", "fill.read_deadline", "more than 0"),
+        ('[fill]\nserve_unsealed = "maybe"', "fill.serve_unsealed", "Invalid enum value"),
+        ('[fill]\nworkers = "lots"', "fill.workers", "neither"),
+        ('[store]\ncapacity = "120%"', "store.capacity", "between 0% and 100%"),
+        ('[store]\ncapacity = "0"', "store.capacity", "more than 0"),
+        ("[store]\nlow_watermark = 0.99", "store.low_watermark", "above high_watermark"),
+        ("[store]\nhigh_watermark = 95.0", "store.high_watermark", "between 0 and 1"),
+        ('[store]\npath = "relative/store"', "store.path", "not an absolute path"),
+        ('[store]\npath = "/proc/version/store"', "store.path", "/proc/version is not a directory"),
+        ('[mount]\npath = "/dev/null"', "mount.path", "not a directory"),
+        ('[mount]\npath = "/x"\n[store]\npath = "/x/store"', "mount.path", "may not lie in one another"),
+        ('[mount]\ntransport = "bind"', "mount.transport", "not in this version"),
+        ('[mount]\ntransport = "nfs"', "mount.transport", "none of auto"),
+        ('[eviction]\nkeep_hot = "-1h"', "eviction.keep_hot", "not a duration"),
+        ('[staging]\nmax_memory = "half"', "staging.max_memory", "neither a size"),
+        ('[origins.huggingface]\nendpoint = "hub"', "origins.huggingface.endpoint", "http"),
+        ('[origins.huggingface]\ntoken_file = "/no/such"', "origins.huggingface.token_file", "there is no file"),
+        ('[pipelines.x]\nsource = "ftp://o/r"', "pipelines.x", "unknown scheme"),
+        ("[pipelines.x]\npinned = true", "pipelines.x", "either `source` or"),
+        ('[pipelines.".x"]\nsource = "hf://o/r"', "pipelines..x", "cannot be a pipeline id"),
+        ('[pipelines.x]\nsource = "hf://o/r"\nmode = "0777"', "pipelines.x", "write bits"),
+        ('[pipelines.x]\nsource = "hf://o/r"\nowner = "no-such-user-here"', "pipelines.x", "does not know"),
+        ('[pipelines.x]\nsource = "hf://o/r"\ntoken_file = "/no/such"', "pipelines.x.token_file", "there is no file"),
+        ("[mount", "", "not valid TOML"),
+    ],
+)
+def test_mistakes_are_told_with_file_key_and_reason(write, text: str, key: str, reason: str) -> None:
+    file = write(text)
+    with pytest.raises(ConfigError) as raised:
+        load_config(file)
+    assert raised.value.message.startswith(f"{file}: ")
+    assert key in raised.value.message
+    assert reason in raised.value.message
+    assert "\n" not in raised.value.message
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (8, 8),
+        ("8", 8),
+        ("8MiB", 8 << 20),
+        ("8M", 8 << 20),
+        ("8MB", 8_000_000),
+        ("1.5GiB", 3 << 29),
+        ("2 TB", 2 * 10**12),
+    ],
+)
+def test_sizes(value: str | int, size: int) -> None:
+    assert parse_size(value) == size
+
+
+@pytest.mark.parametrize("value", ["", "MiB", "-1", "8mib", "1e9", "8 MiB extra", -1, True])
+def test_bad_sizes(value: str | int) -> None:
+    with pytest.raises(ConfigError):
+        parse_size(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(60, 60), (0.5, 0.5), ("60s", 60), ("500ms", 0.5), ("48h", 172800), ("7d", 604800)]
+)
+def test_durations(value: str | float, seconds: float) -> None:
+    assert parse_duration(value) == seconds
+
+
+def test_capacity_modes_and_owners() -> None:
+    assert parse_capacity("80%") == Capacity(fraction=0.8)
+    assert (parse_mode("0555"), parse_mode(0o500)) == (0o555, 0o500)
+    assert parse_owner("12:34") == (12, 34)
+    assert parse_owner("root") == (0, 0)
+    for bad in ("", ":", "1:", "5000000000:1"):
+        with pytest.raises(ConfigError):
+            parse_owner(bad)
+    for bad_mode in ("999", 0o1555, "0755", -1):
+        with pytest.raises(ConfigError):
+            parse_mode(bad_mode)
