@@ -325,7 +325,7 @@ class Daemon:
         return self.mount.joinpath(pipeline, *names)
 
 
-# -- fixtures: import them in a conftest.py -----------------------------------------------------------------------------
+# -- fixtures: import them in a conftest.py ----------------------------------------------------------------------------
 
 
 @pytest.fixture
