@@ -1,0 +1,201 @@
+"""FillPlan against generated histories: its invariants after every step, and that everything asked for comes."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from instantstart_fs.core.chunks import ChunkMap
+from instantstart_fs.core.fillplan import FillPlan
+
+# Small alphabets, so that things collide.
+FILES = ("a", "b", "c", "d")
+PIPELINE = {"a": "p", "b": "p", "c": "q", "d": "q"}
+ORIGINS = ("o", "x")
+CHUNKS = 5
+CONNECTIONS = 3
+HEADROOM = 1
+
+
+class PlanMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plan: FillPlan[str] = FillPlan(CONNECTIONS, HEADROOM)
+        self.now = 0.0
+        self.present: dict[str, ChunkMap] = {}
+        self.origin: dict[str, str] = {}
+        self.flying: dict[tuple[str, int], str] = {}
+        self.wanted: set[tuple[str, int]] = set()
+        self.background: dict[str, list[str]] = {"p": [], "q": []}
+        self.held: dict[str, float] = {}
+        self.origin_held = dict.fromkeys(ORIGINS, 0.0)
+        self.limit: dict[str, int | None] = dict.fromkeys(ORIGINS)
+
+    @initialize()
+    def first(self) -> None:
+        self.add("a", "o")
+
+    @rule(file=st.sampled_from(FILES), origin=st.sampled_from(ORIGINS))
+    def add(self, file: str, origin: str) -> None:
+        if file not in self.present:
+            self.present[file] = ChunkMap(CHUNKS, 1)
+            self.origin[file] = origin
+        self.plan.add(file, PIPELINE[file], origin, self.present[file])
+
+    @rule(file=st.sampled_from(FILES), chunk=st.integers(0, CHUNKS - 1))
+    def demand(self, file: str, chunk: int) -> None:
+        if file in self.present:
+            self.plan.demand(file, [chunk])
+            if chunk not in self.present[file]:
+                self.wanted.add((file, chunk))
+
+    @rule(pipeline=st.sampled_from(("p", "q")), files=st.permutations(FILES), count=st.integers(0, 4))
+    def fill(self, pipeline: str, files: list[str], count: int) -> None:
+        chosen = [file for file in files[:count] if PIPELINE[file] == pipeline and file in self.present]
+        self.background[pipeline] = chosen
+        self.plan.set_background(pipeline, chosen)
+
+    @rule(file=st.sampled_from(FILES))
+    def fill_one(self, file: str) -> None:
+        if file in self.present:
+            self.plan.add_background(file)
+            if file not in self.background[PIPELINE[file]]:
+                self.background[PIPELINE[file]].append(file)
+
+    @rule(file=st.sampled_from(FILES), origin=st.sampled_from(ORIGINS))
+    def move(self, file: str, origin: str) -> None:
+        if file in self.present:
+            self.origin[file] = origin
+            self.plan.move(file, origin)
+
+    @rule(file=st.sampled_from(FILES))
+    def remove(self, file: str) -> None:
+        self.plan.remove(file)
+        self.present.pop(file, None)
+        self.held.pop(file, None)
+        self.wanted = {item for item in self.wanted if item[0] != file}
+        self.flying = {item: origin for item, origin in self.flying.items() if item[0] != file}
+        for files in self.background.values():
+            if file in files:
+                files.remove(file)
+
+    @rule(origin=st.sampled_from(ORIGINS), limit=st.sampled_from((None, 0, 1)))
+    def breaker(self, origin: str, limit: int | None) -> None:
+        self.limit[origin] = limit
+        self.plan.set_limit(origin, limit)
+
+    @rule(origin=st.sampled_from(ORIGINS), seconds=st.integers(0, 3))
+    def throttle(self, origin: str, seconds: int) -> None:
+        self.origin_held[origin] = max(self.origin_held[origin], self.now + seconds)
+        self.plan.hold_origin(origin, self.now + seconds)
+
+    @rule(seconds=st.integers(0, 4))
+    def pass_time(self, seconds: int) -> None:
+        self.now += seconds
+
+    @rule(background=st.booleans())
+    def step(self, background: bool) -> None:
+        requests = self.plan.next_requests(self.now, background=background)
+        for request in requests:
+            item = (request.key, request.chunk)
+            origin = self.origin[request.key]
+            assert item not in self.flying, "single-flight"
+            assert request.chunk not in self.present[request.key], "never what is present"
+            assert self.held.get(request.key, 0.0) <= self.now, "never while held"
+            assert self.origin_held[origin] <= self.now
+            in_use = sum(1 for other in self.flying.values() if other == origin)
+            if request.demand:
+                assert item in self.wanted, "only what somebody asked for"
+                assert in_use < CONNECTIONS + HEADROOM
+            else:
+                assert background and request.key in self.background[PIPELINE[request.key]]
+                assert in_use < CONNECTIONS
+                waiting = [
+                    other
+                    for other in self.wanted - self.flying.keys()
+                    if self.origin[other[0]] == origin and self.held.get(other[0], 0.0) <= self.now
+                ]
+                assert not waiting, "demand goes ahead"
+            limit = self.limit[origin]
+            assert limit is None or in_use < limit
+            self.flying[item] = origin
+        self.check_nothing_left(background)
+
+    def check_nothing_left(self, background: bool) -> None:
+        """Whatever may be sent was sent: no lost wakeup."""
+        for origin in ORIGINS:
+            if self.origin_held[origin] > self.now:
+                continue
+            in_use = sum(1 for other in self.flying.values() if other == origin)
+            limit = self.limit[origin]
+            room = limit is None or in_use < limit
+            free = [
+                file for file in self.present if self.origin[file] == origin and self.held.get(file, 0.0) <= self.now
+            ]
+            if room and in_use < CONNECTIONS + HEADROOM:
+                assert not [item for item in self.wanted - self.flying.keys() if item[0] in free]
+            if room and background and in_use < CONNECTIONS:
+                for file in free:
+                    if file in self.background[PIPELINE[file]]:
+                        for chunk in self.present[file].missing():
+                            assert (file, chunk) in self.flying
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data())
+    def arrive(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(sorted(self.flying)))
+        del self.flying[item]
+        self.wanted.discard(item)
+        self.present[item[0]].add(item[1])
+        self.plan.arrived(*item)
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data(), seconds=st.integers(0, 3))
+    def fail(self, data: st.DataObject, seconds: int) -> None:
+        item = data.draw(st.sampled_from(sorted(self.flying)))
+        del self.flying[item]
+        until = self.now + seconds if seconds else 0.0
+        self.plan.failed(*item, held_until=until)
+        self.held[item[0]] = max(self.held.get(item[0], 0.0), until)
+
+    @rule(file=st.sampled_from(FILES))
+    def release(self, file: str) -> None:
+        self.plan.release(file)
+        self.held.pop(file, None)
+
+    @rule(file=st.sampled_from(FILES), chunk=st.integers(0, CHUNKS - 1))
+    def lose(self, file: str, chunk: int) -> None:
+        if file in self.present:
+            self.present[file].discard(chunk)
+            self.plan.refill(file)
+
+    @invariant()
+    def counts_agree(self) -> None:
+        for origin in ORIGINS:
+            assert self.plan.in_flight(origin) == sum(1 for other in self.flying.values() if other == origin)
+
+    def teardown(self) -> None:
+        """With nothing in the way, everything wanted comes in the end."""
+        for origin in ORIGINS:
+            self.plan.set_limit(origin, None)
+        for item in list(self.flying):
+            self.plan.failed(*item)
+        self.flying.clear()
+        self.now += 1000.0
+        for _ in range(200):
+            requests = self.plan.next_requests(self.now)
+            if not requests:
+                break
+            for request in requests:
+                self.present[request.key].add(request.chunk)
+                self.plan.arrived(request.key, request.chunk)
+                self.wanted.discard((request.key, request.chunk))
+        assert not self.wanted
+        for files in self.background.values():
+            assert all(self.present[file].complete for file in files)
+        assert self.plan.next_time(self.now) is None
+
+
+TestFillPlan = PlanMachine.TestCase
+TestFillPlan.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)

@@ -1,0 +1,235 @@
+"""The fill plan's decisions, one by one. Generated histories are in tests/model."""
+
+from __future__ import annotations
+
+import time
+
+from instantstart_fs.core.chunks import ChunkMap
+from instantstart_fs.core.fillplan import FillPlan, Request
+
+
+def chunk_map(chunks: int) -> ChunkMap:
+    return ChunkMap(chunks, 1)
+
+
+def started(plan: FillPlan[str], now: float = 0.0) -> list[tuple[str, int, bool]]:
+    return [(request.key, request.chunk, request.demand) for request in plan.next_requests(now)]
+
+
+def land(plan: FillPlan[str], key: str, present: ChunkMap, *chunks: int) -> None:
+    for chunk in chunks:
+        present.add(chunk)
+        plan.arrived(key, chunk)
+
+
+def test_background_fills_in_the_given_order_up_to_the_pool() -> None:
+    plan: FillPlan[str] = FillPlan(3)
+    maps = {name: chunk_map(2) for name in "ab"}
+    for name in "ab":
+        plan.add(name, "p", "o", maps[name])
+    plan.set_background("p", ["b", "a"])
+    assert started(plan) == [("b", 0, False), ("b", 1, False), ("a", 0, False)]
+    assert started(plan) == []
+    land(plan, "b", maps["b"], 0)
+    assert started(plan) == [("a", 1, False)]
+    land(plan, "b", maps["b"], 1)
+    land(plan, "a", maps["a"], 0, 1)
+    assert started(plan) == [] and plan.in_flight("o") == 0 and plan.queued() == 0
+
+
+def test_demand_goes_ahead_of_background_and_may_exceed_the_pool() -> None:
+    plan: FillPlan[str] = FillPlan(2, headroom=1)
+    present = chunk_map(100)
+    plan.add("a", "p", "o", present)
+    plan.set_background("p", ["a"])
+    assert started(plan) == [("a", 0, False), ("a", 1, False)]
+    assert plan.demand("a", [99])
+    assert started(plan) == [("a", 99, True)]
+    plan.demand("a", [50])
+    assert started(plan) == [], "the headroom is used up"
+    land(plan, "a", present, 0)
+    assert started(plan) == [("a", 50, True)], "a free place goes to demand"
+    land(plan, "a", present, 1)
+    assert started(plan) == [], "and background waits until the pool has room again"
+
+
+def test_background_goes_on_behind_the_demanded_chunk_and_round_the_end() -> None:
+    plan: FillPlan[str] = FillPlan(1, headroom=0)
+    present = chunk_map(4)
+    plan.add("a", "p", "o", present)
+    plan.demand("a", [2])
+    plan.set_background("p", ["a"])
+    seen = []
+    while requests := started(plan):
+        ((_, chunk, _),) = requests
+        seen.append(chunk)
+        land(plan, "a", present, chunk)
+    assert seen == [2, 3, 0, 1]
+
+
+def test_the_demanded_file_goes_first_whatever_the_order_says() -> None:
+    plan: FillPlan[str] = FillPlan(1, headroom=0)
+    maps = {name: chunk_map(2) for name in "abc"}
+    for name in "abc":
+        plan.add(name, "p", "o", maps[name])
+    plan.demand("c", [0])
+    plan.set_background("p", ["a", "b", "c"])
+    seen = []
+    while requests := started(plan):
+        ((key, chunk, _),) = requests
+        seen.append((key, chunk))
+        land(plan, key, maps[key], chunk)
+    assert seen == [("c", 0), ("c", 1), ("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
+def test_a_demand_while_it_fills_moves_its_file_to_the_front() -> None:
+    plan: FillPlan[str] = FillPlan(1, headroom=0)
+    maps = {name: chunk_map(3) for name in "ab"}
+    for name in "ab":
+        plan.add(name, "p", "o", maps[name])
+    plan.set_background("p", ["a", "b"])
+    assert started(plan) == [("a", 0, False)]
+    plan.demand("b", [1])
+    land(plan, "a", maps["a"], 0)
+    assert started(plan) == [("b", 1, True)]
+    land(plan, "b", maps["b"], 1)
+    assert started(plan) == [("b", 2, False)]
+
+
+def test_single_flight() -> None:
+    plan: FillPlan[str] = FillPlan(4)
+    present = chunk_map(4)
+    plan.add("a", "p", "o", present)
+    plan.demand("a", [1, 1])
+    plan.demand("a", [1])
+    assert started(plan) == [("a", 1, True)]
+    assert not plan.demand("a", [1])
+    assert started(plan) == []
+    land(plan, "a", present, 1)
+    assert not plan.demand("a", [1])
+    assert started(plan) == []
+
+
+def test_fair_share_between_pipelines() -> None:
+    plan: FillPlan[str] = FillPlan(4)
+    maps = {name: chunk_map(100) for name in "ab"}
+    plan.add("a", "p", "o", maps["a"])
+    plan.set_background("p", ["a"])
+    assert [key for key, _, _ in started(plan)] == ["a"] * 4
+    plan.add("b", "q", "o", maps["b"])
+    plan.set_background("q", ["b"])
+    for chunk in range(4):
+        land(plan, "a", maps["a"], chunk)
+    assert sorted(key for key, _, _ in started(plan)) == ["a", "a", "b", "b"]
+
+
+def test_pools_are_apart() -> None:
+    plan: FillPlan[str] = FillPlan(2)
+    plan.add("a", "p", "dead", chunk_map(100))
+    plan.add("b", "q", "well", chunk_map(100))
+    plan.set_background("p", ["a"])
+    plan.set_background("q", ["b"])
+    assert sorted(key for key, _, _ in started(plan)) == ["a", "a", "b", "b"]
+    plan.set_limit("dead", 0)
+    plan.failed("a", 0)
+    plan.failed("a", 1)
+    assert started(plan) == []
+    plan.set_limit("dead", 1)
+    assert started(plan) == [("a", 0, False)], "one probe"
+
+
+def test_a_failure_holds_the_file_and_its_chunk_comes_first_again() -> None:
+    plan: FillPlan[str] = FillPlan(1, headroom=0)
+    maps = {name: chunk_map(3) for name in "ab"}
+    for name in "ab":
+        plan.add(name, "p", "o", maps[name])
+    plan.set_background("p", ["a", "b"])
+    assert started(plan) == [("a", 0, False)]
+    plan.failed("a", 0, held_until=10.0)
+    assert plan.next_time(0.0) == 10.0
+    assert started(plan) == [("b", 0, False)], "the others of the pipeline go on"
+    land(plan, "b", maps["b"], 0)
+    assert started(plan, 10.0) == [("a", 0, False)]
+
+
+def test_a_failed_demand_stays_a_demand() -> None:
+    plan: FillPlan[str] = FillPlan(1, headroom=0)
+    plan.add("a", "p", "o", chunk_map(9))
+    plan.set_background("p", ["a"])
+    assert started(plan) == [("a", 0, False)]
+    plan.demand("a", [0])
+    plan.failed("a", 0)
+    assert started(plan) == [("a", 0, True)]
+
+
+def test_retry_after_holds_the_origin() -> None:
+    plan: FillPlan[str] = FillPlan(1)
+    plan.add("a", "p", "o", chunk_map(9))
+    plan.demand("a", [3])
+    plan.hold_origin("o", 7.0)
+    assert started(plan, 6.9) == []
+    assert plan.next_time(6.9) == 7.0
+    assert started(plan, 7.0) == [("a", 3, True)]
+
+
+def test_removal_gives_places_back_and_late_news_is_ignored() -> None:
+    plan: FillPlan[str] = FillPlan(1, headroom=0)
+    plan.add("a", "p", "o", chunk_map(9))
+    plan.set_background("p", ["a"])
+    assert len(started(plan)) == 1
+    plan.remove("a")
+    plan.remove("a")
+    plan.arrived("a", 0)
+    plan.failed("a", 0)
+    assert plan.in_flight("o") == 0 and "a" not in plan and plan.next_time(0.0) is None
+
+
+def test_moving_to_the_next_source() -> None:
+    plan: FillPlan[str] = FillPlan(2)
+    present = chunk_map(3)
+    plan.add("a", "p", "tier", present)
+    plan.demand("a", [0, 1])
+    assert len(started(plan)) == 2
+    plan.move("a", "origin")
+    plan.failed("a", 0)
+    assert started(plan) == [("a", 0, True)]
+    assert (plan.in_flight("tier"), plan.in_flight("origin")) == (1, 1)
+    land(plan, "a", present, 1)
+    assert plan.in_flight("tier") == 0
+
+
+def test_lost_chunks_are_asked_for_again() -> None:
+    plan: FillPlan[str] = FillPlan(8)
+    present = chunk_map(3)
+    plan.add("a", "p", "o", present)
+    plan.set_background("p", ["a"])
+    started(plan)
+    land(plan, "a", present, 0, 1, 2)
+    present.discard(1)
+    plan.refill("a")
+    assert started(plan) == [("a", 1, False)]
+
+
+def test_without_background() -> None:
+    plan: FillPlan[str] = FillPlan(8)
+    plan.add("a", "p", "o", chunk_map(3))
+    plan.set_background("p", ["a"])
+    plan.demand("a", [2])
+    assert plan.next_requests(0.0, background=False) == [Request("a", 2, True)]
+
+
+def test_a_terabyte_costs_next_to_nothing() -> None:
+    plan: FillPlan[str] = FillPlan(16)
+    chunks = 125_000
+    present = ChunkMap(chunks * 8, 8)
+    plan.add("a", "p", "o", present)
+    plan.set_background("p", ["a"])
+    begun = time.perf_counter()
+    fetched = 0
+    while requests := plan.next_requests(0.0):
+        for request in requests:
+            present.add(request.chunk)
+            plan.arrived(request.key, request.chunk)
+            fetched += 1
+    assert fetched == chunks
+    assert time.perf_counter() - begun < 20, "a decision takes about 10 µs; quadratic would take minutes"
