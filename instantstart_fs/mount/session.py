@@ -91,8 +91,11 @@ async def serve(
                 nursery.start_soon(invalidator.run)
                 log.info("mounted at %s", path)
                 task_status.started(mounted)
-        except* MountFailed as group:
-            raise _first(group) from None
+        except BaseExceptionGroup as group:
+            failed, others = group.split(MountFailed)
+            if failed is None or others is not None:
+                raise
+            raise _first(failed) from None
         finally:
             with trio.CancelScope(shield=True):
                 await _take_down(path, invalidator)
@@ -321,18 +324,18 @@ def send_invalidation(invalidation: Invalidation) -> None:
 
 
 async def _take_down(path: str, invalidator: _Invalidator) -> None:
-    """Detach, abort, free: in this order, so that nobody new comes in, and nobody who is in can hold the end up."""
+    """Abort, detach, free. Aborting comes first: it ends every wait in the mount, so that nothing after it can hang,
+    and the connection is known by a device number that is surely ours only while the mount is there."""
     mount = kernel.find_mount(path)
     if mount is not None:
+        try:
+            kernel.abort_connection(mount)
+        except OSError as error:
+            log.debug("the connection was not aborted: %s; closing its descriptor will end it", error)
         try:
             await _in_thread(kernel.umount_lazily, path, deadline=TEARDOWN_DEADLINE, what="unmounting")
         except MountFailed as error:
             log.error("%s", error)
-        try:
-            kernel.abort_connection(mount)
-        except OSError as error:
-            # Gone already when nobody had a file open; else closing the descriptor below ends it.
-            log.debug("the connection was not aborted: %s", error)
     with trio.move_on_after(TEARDOWN_DEADLINE) as waiting:
         await invalidator.wait_idle()
     if waiting.cancelled_caught:

@@ -1,8 +1,9 @@
 """A View made of plain dictionaries, and a daemon that serves it: the mount's tests need no library, store or network.
 
-As a program, ``fake_view.py MOUNTPOINT [WARM_BYTES]`` mounts the tree of ``standard_tree``, prints "ready" and serves it
-until SIGTERM. It obeys lines on stdin: "add NAME", "remove NAME", "grow NAME" (in /live, with invalidations), and
-answers each with "ok"; "stuck" is answered with the number of reads that wait.
+As a program, ``fake_view.py MOUNTPOINT [WARM_BYTES]`` mounts the tree of ``standard_tree``, prints "ready" and serves
+it until SIGTERM. It obeys lines on stdin: "add NAME", "remove NAME", "grow NAME" (in /live, with invalidations), and
+answers each with "ok"; "stuck" is answered with the number of reads that wait and of the 4 MiB regions that they touch,
+"unstick" lets them go on, "open" tells how many files are open.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class FakeView:
         self.children: dict[int, dict[str, int]] = {}
         self.links: dict[int, str] = {}
         self.names: dict[int, str] = {}
-        self.stuck = 0
+        self.stuck: dict[tuple[int, int], int] = {}
+        self.unstuck = trio.Event()
         self.open_files: list[Handle] = []
         self.calls: list[str] = []
         self._next = 1024
@@ -126,11 +128,12 @@ class FakeView:
         if name in failure:
             raise failure[name]("as asked")
         if name.startswith("stuck"):
-            self.stuck += 1
+            key = (file.nodeid, offset)
+            self.stuck[key] = self.stuck.get(key, 0) + 1
             try:
-                await trio.sleep_forever()
+                await self.unstuck.wait()
             finally:
-                self.stuck -= 1
+                self.stuck[key] -= 1
         if name.startswith("slow"):
             await trio.lowlevel.checkpoint()
         length = max(0, min(len(buffer), self.nodes[file.nodeid].size - offset))
@@ -190,7 +193,11 @@ def _do(view: FakeView, live: int, words: list[str]) -> str:
             view.invalidate(Invalidation(parent=live, name=None, nodeid=view.children[live][name]))
             return "ok"
         case ["stuck"]:
-            return str(view.stuck)
+            waiting = [key for key, count in view.stuck.items() if count]
+            return f"{len(waiting)} {len({(nodeid, offset // (4 * MIB)) for nodeid, offset in waiting})}"
+        case ["unstick"]:
+            view.unstuck.set()
+            return "ok"
         case ["open"]:
             return str(len(view.open_files))
         case _:
@@ -215,6 +222,5 @@ async def _serve(path: str, warm_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
     logging.basicConfig(level=os.environ.get("FAKE_LOG", "INFO"))
     trio.run(_serve, sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8 * MIB + 4321)
