@@ -21,9 +21,11 @@ from contextlib import asynccontextmanager, contextmanager
 import trio
 
 from instantstart_fs.config import Config
+from instantstart_fs.core import eviction
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.errors import InstantStartError
+from instantstart_fs.filler.evictor import Evictor
 from instantstart_fs.filler.scheduler import Filler, FillSettings
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.environment import Index
@@ -62,8 +64,9 @@ class Library:
             read_deadline=config.fill.read_deadline,
             serve_unsealed=config.fill.serve_unsealed,
         )
-        self._filler = Filler(store, index, settings, self._reading)
-        self._reading.attach(self._filler)
+        self._evictor = Evictor(self, lambda: self._shelf.now_ns() / 1e9)
+        self._filler = Filler(store, index, settings, self._reading, make_room=self._evictor.make_room)
+        self._reading.attach(self._filler, self._evictor.nudge)
         self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
         self._browsing = Browsing(self._shelf, self._access, self._state_of, config.eviction.keep_hot)
 
@@ -77,6 +80,8 @@ class Library:
             await nursery.start(self._filler.run)
             nursery.start_soon(self._reading.run_replacements)
             nursery.start_soon(self._drop_drained)
+            nursery.start_soon(self._evictor.run)
+            self._evictor.nudge()
             try:
                 yield
             finally:
@@ -208,6 +213,36 @@ class Library:
             if not found.removed:
                 self._access.record_request(found.id, self._shelf.now_ns())
             found.changed()
+
+    # -- evictor.Shelves -------------------------------------------------------------------------------------------
+
+    def budget(self) -> eviction.Budget:
+        """The store's capacity and watermarks."""
+        space = os.statvfs(self._store.root)
+        store = self._config.store
+        capacity = store.capacity.of(space.f_blocks * space.f_frsize)
+        return eviction.Budget(capacity=capacity, low=store.low_watermark, high=store.high_watermark)
+
+    def candidates(self) -> Sequence[eviction.Candidate]:
+        """Every pipeline with cached bytes."""
+        now, keep_hot = self._shelf.now_ns() / 1e9, self._config.eviction.keep_hot
+        found = []
+        for pipeline in self._shelf.pipelines.values():
+            used = sum(generation.counts.everything for generation in pipeline.generations())
+            requested = (self._access.last_request(pipeline.id) or 0) / 1e9
+            if used:
+                found.append(
+                    eviction.Candidate(
+                        pipeline=pipeline.id,
+                        bytes=used,
+                        last_request=requested,
+                        hot=eviction.is_hot(requested, keep_hot, now),
+                        pinned=pipeline.pinned,
+                        open=pipeline.in_use,
+                        leased=pipeline.leases > 0,
+                    )
+                )
+        return found
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from instantstart_fs.errors import (
     PipelineExists,
     StoreDamaged,
 )
-from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
+from instantstart_fs.index.schema import GenerationRecord, PipelineRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.reading import Reading, drop_target
 from instantstart_fs.library.shelf import Shelf
@@ -160,13 +160,14 @@ class Admin:
             self._shelf.withdraw(pipeline)
             self._adding.add(pipeline_id)
             try:
-                cancelled = FillCancelled(f"{pipeline_id}: the pipeline was removed")
-                self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
-                await self._reading.filler.wait_quiet(pipeline_id)
-                for generation in pipeline.generations():
-                    drop_targets(generation)
-                await self._shelf.index.write(lambda txn: txn.delete_pipeline(pipeline_id))
-                await trio.to_thread.run_sync(self._shelf.store.delete_pipeline, pipeline_id)
+                with trio.CancelScope(shield=True):
+                    cancelled = FillCancelled(f"{pipeline_id}: the pipeline was removed")
+                    self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
+                    await self._reading.filler.wait_quiet(pipeline_id)
+                    for generation in pipeline.generations():
+                        drop_targets(generation)
+                    await self._shelf.index.write(lambda txn: txn.delete_pipeline(pipeline_id))
+                    await trio.to_thread.run_sync(self._shelf.store.delete_pipeline, pipeline_id)
             finally:
                 self._adding.discard(pipeline_id)
         log.info("removed", extra={"pipeline": pipeline_id})
@@ -195,19 +196,24 @@ class Admin:
             new = pipeline.current
             assert new is not None
             new.ready = trio.Event()
-            try:
-                await self._reading.filler.wait_quiet(pipeline_id)
+            # Half an eviction would leave bytes that the index calls sealed under a fill that writes over them.
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._reading.filler.wait_quiet(pipeline_id)
 
-                def forget_files(txn: WriteTxn) -> None:
-                    txn.delete_files(pipeline_id, old.number)
-                    txn.put_generation(_generation_record(new))
+                    def forget_files(txn: WriteTxn) -> None:
+                        txn.delete_files(pipeline_id, old.number)
+                        txn.put_generation(_generation_record(new))
 
-                await shelf.index.write(forget_files)
-                drop_targets(old)
-                await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
-            finally:
-                new.ready.set()
-                new.ready = None
+                    drop_targets(old)
+                    try:
+                        await shelf.index.write(forget_files)
+                    finally:
+                        # Also when the index could not be told: missing bytes heal, overwritten ones would lie.
+                        await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
+                finally:
+                    new.ready.set()
+                    new.ready = None
             pipeline.trouble = None
             pipeline.changed()
         log.info("evicted: %d bytes", dropped, extra={"pipeline": pipeline_id})
@@ -243,7 +249,7 @@ class Admin:
             progress(done, total)
             if problem is not None and file.gone is None and not pipeline.removed:
                 healed.append(file.entry.path)
-                await self._discard_wrong(file, problem)
+                await self._reading.discard(file, problem, wanted=True)
         return VerifyReport(files=len(files), bytes=total, healed=tuple(healed), unproven=tuple(unproven))
 
     # -- steps -----------------------------------------------------------------------------------------------------
@@ -268,23 +274,6 @@ class Admin:
         except StoreDamaged as error:
             return error
         return None
-
-    async def _discard_wrong(self, file: CachedFile, problem: InstantStartError) -> None:
-        generation, index = file.generation, file.entry.index
-        log.error("verify: %s", problem.message, extra={"pipeline": generation.pipeline.id})
-        await self._shelf.index.write(
-            lambda txn: txn.put_file(
-                generation.pipeline.id, generation.number, index, FileRecord("absent", file.incarnation + 1, 0, b"")
-            )
-        )
-        await trio.to_thread.run_sync(
-            self._shelf.store.delete_blob, generation.pipeline.id, generation.number, file.entry.path
-        )
-        file.handles += 1  # somebody wants it: this verification
-        try:
-            self._reading.poison(file, problem)
-        finally:
-            file.handles -= 1
 
     async def _resolve(self, spec: PipelineSpec) -> tuple[ModelManifest, ...]:
         resolved: list[ModelManifest | None] = [None] * len(spec.models)

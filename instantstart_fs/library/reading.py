@@ -13,6 +13,7 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 
 import msgspec
 import trio
@@ -63,12 +64,14 @@ class Reading:
         self._access = access
         self._read_deadline = read_deadline
         self._filler: Filler | None = None
+        self._on_growth: Callable[[], None] = lambda: None
         self._drained = trio.open_memory_channel[Generation](math.inf)
         self._replaced = trio.open_memory_channel[tuple[CachedFile, bool]](math.inf)
 
-    def attach(self, filler: Filler) -> None:
-        """The filler and this object know each other; the filler comes second."""
+    def attach(self, filler: Filler, on_growth: Callable[[], None]) -> None:
+        """The filler and this object know each other; the filler comes second. ``on_growth``: new bytes have come."""
         self._filler = filler
+        self._on_growth = on_growth
 
     @property
     def filler(self) -> Filler:
@@ -119,9 +122,13 @@ class Reading:
         if file.gone is not None:
             raise file.gone
         view = buffer[:length]
-        done = self._read_cached(file, offset, view)
-        if done < length:
-            await trio.to_thread.run_sync(self._read_blocking, file, offset + done, view[done:])
+        try:
+            done = self._read_cached(file, offset, view)
+            if done < length:
+                await trio.to_thread.run_sync(self._read_blocking, file, offset + done, view[done:])
+        except StoreDamaged as error:
+            await self.discard(file, error, wanted=True)
+            raise
         # Poisoned while the bytes were copied: nobody may see them.
         if file.gone is not None:
             raise file.gone
@@ -267,6 +274,7 @@ class Reading:
         pipeline = file.generation.pipeline
         if pipeline.trouble is not None and pipeline.trouble.final:
             pipeline.trouble = None
+        self._on_growth()
         pipeline.changed()
 
     def target_sealed(self, target: FillTarget) -> None:
@@ -287,14 +295,34 @@ class Reading:
     def target_poisoned(self, target: FillTarget, error: InstantStartError) -> None:
         file = self._file_of(target)
         if file is not None:
-            self.poison(file, error)
+            self._poison(file, error, wanted=True)
 
-    def poison(self, file: CachedFile, error: InstantStartError) -> None:
-        """Put a fresh incarnation in the place of one whose bytes are wrong, and fetch it again if it was wanted.
+    async def discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:
+        """Drop a complete file whose bytes are lost, unreadable or wrong; fetch it again if it is ``wanted``.
 
-        The store's file must have been unlinked and the index told (incarnation + 1) by whoever found out.
+        Later opens get the new incarnation; handles of this one get ``problem``. Raises StoreError if the index cannot
+        be told: then nothing has changed.
         """
-        pipeline, wanted = file.generation.pipeline, file.target is not None or file.handles > 0
+        if file.gone is not None or not file.complete or file.generation.pipeline.removed:
+            return
+        generation, index = file.generation, file.entry.index
+        record = FileRecord(FileState.ABSENT.value, file.incarnation + 1)
+        log.error("%s: dropped: %s", file.entry.path, problem.message, extra={"pipeline": generation.pipeline.id})
+        await self._shelf.index.write(
+            lambda txn: txn.put_file(generation.pipeline.id, generation.number, index, record)
+        )
+        await trio.to_thread.run_sync(
+            self._shelf.store.delete_blob, generation.pipeline.id, generation.number, file.entry.path
+        )
+        if file.gone is None and not generation.pipeline.removed:
+            self._poison(file, problem, wanted=wanted)
+
+    def _poison(self, file: CachedFile, error: InstantStartError, *, wanted: bool) -> None:
+        """Put a fresh incarnation in the place of one whose bytes are wrong, and fetch it again if it is wanted.
+
+        The store's file was unlinked and the index told (incarnation + 1) by whoever found out.
+        """
+        pipeline = file.generation.pipeline
         file.state = FileState.POISONED
         drop_target(file)
         self._log_holders(file, error)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from instantstart_fs.config import Config, EvictionConfig, FillConfig, MountConfig, StoreConfig
+from instantstart_fs.config import Capacity, Config, EvictionConfig, FillConfig, MountConfig, StoreConfig
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import (
     InvalidName,
@@ -43,12 +43,12 @@ def make_source(root: Path, *, salt: bytes = b"") -> Path:
 
 
 @asynccontextmanager
-async def running(root: Path) -> AsyncIterator[Library]:
+async def running(root: Path, *, capacity: int = 1 << 40, keep_hot: float = 0.0) -> AsyncIterator[Library]:
     config = Config(
         mount=MountConfig(path=str(root / "mnt")),
-        store=StoreConfig(path=str(root / "store")),
+        store=StoreConfig(path=str(root / "store"), capacity=Capacity(bytes=capacity)),
         fill=FillConfig(workers=1, connections=4, chunk_size=MIB, read_deadline=10.0),
-        eviction=EvictionConfig(),
+        eviction=EvictionConfig(keep_hot=keep_hot),
     )
     with BlobStore.open(config.store.path) as store, Index.open(str(root / "store" / "index")) as index:
         library = Library(config, store, index)
@@ -254,3 +254,32 @@ async def test_several_models_under_one_pipeline(tmp_path: Path) -> None:
         for name, source in (("asr", one), ("llm", two)):
             data = (source / "model-1-of-2.safetensors").read_bytes()
             assert await read_all(library, "agent", name, "model-1-of-2.safetensors") == data
+
+
+async def test_least_recently_requested_pipelines_go_when_the_high_watermark_is_passed(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path, capacity=25 * MIB) as library:
+        for pipeline in ("oldest", "pinned", "recent"):
+            await library.add(spec(pipeline, source))
+        await library.set_pinned("pinned", True)
+        for pipeline in ("oldest", "pinned"):
+            await library.warm(pipeline)
+            await wait_state(library, pipeline, "unverified")
+        library.touch("pinned")
+        await library.warm("recent")
+        await wait_state(library, "recent", "unverified")
+        await wait_state(library, "oldest", "cold")
+        assert library.status("pinned").state == "unverified"
+        assert not os.path.exists(tmp_path / "store/slots/oldest/1/files")
+
+
+async def test_hot_pipelines_stay_whatever_the_watermark_says(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0) as library:
+        for pipeline in ("a", "b"):
+            await library.add(spec(pipeline, source))
+            library.touch(pipeline)
+            await library.warm(pipeline)
+            await wait_state(library, pipeline, "unverified")
+        assert await library._evictor.make_room("b") is False
+        assert library.status("a").state == "unverified"
