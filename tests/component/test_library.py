@@ -89,6 +89,12 @@ async def wait_state(library: Library, pipeline: str, *states: str) -> None:
             await library.wait_changed(pipeline, 1.0)
 
 
+async def wait_gone(path: Path) -> None:
+    with trio.fail_after(10):
+        while os.path.exists(path):
+            await trio.sleep(0.01)
+
+
 async def test_reads_through_and_survives_a_restart_without_its_origin(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     expected = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
@@ -164,9 +170,7 @@ async def test_update_shows_a_new_generation_while_open_files_keep_the_old(tmp_p
         assert bytes(buffer[: len(old)]) == old
         assert await read_all(library, "p", "config.json") == b"new and different"
         library.release(held)
-        with trio.fail_after(5):
-            while os.path.exists(tmp_path / "store/slots/p/1"):
-                await trio.sleep(0.01)
+        await wait_gone(tmp_path / "store/slots/p/1")
         with pytest.raises(NoSuchEntry):
             library.attributes(held.nodeid)
 
@@ -270,7 +274,7 @@ async def test_least_recently_requested_pipelines_go_when_the_high_watermark_is_
         await wait_state(library, "recent", "unverified")
         await wait_state(library, "oldest", "cold")
         assert library.status("pinned").state == "unverified"
-        assert not os.path.exists(tmp_path / "store/slots/oldest/1/files")
+        await wait_gone(tmp_path / "store/slots/oldest/1/files")
 
 
 async def test_hot_pipelines_stay_whatever_the_watermark_says(tmp_path: Path) -> None:
