@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from instantstart_fs.core.digests import new_hasher
-from instantstart_fs.errors import InvalidName, OriginChanged, OriginNotFound, OriginUnavailable
+from instantstart_fs.errors import OriginChanged, OriginNotFound, OriginUnavailable
 from tests.contract.worlds import DirectoryWorld, HubWorld, S3World, World, fetch
 from tests.servers.blackhole import BlackHole
 from tests.servers.ports import free_port
@@ -21,6 +21,10 @@ FILES = {
     "with space/ünïcode ☃ 100%+?#&.bin": random.Random(2).randbytes(70_000),
     "deep/er/tokenizer.json": b"{}",
 }
+
+
+servers = pytest.mark.parametrize("world", ["hf", "s3"], indirect=True)
+"""For promises about servers, which a directory has none of."""
 
 
 @pytest.fixture(params=["hf", "s3", "s3-versioned", "file"])
@@ -154,31 +158,15 @@ def test_keys_tell_services_and_credentials_apart(world: World) -> None:
         assert world.origin(profile="other").key != world.origin().key
 
 
-def test_a_hostile_name_is_refused(world: World, tmp_path: Path) -> None:
-    name = "../../etc/cron.d/evil"
-    if isinstance(world, HubWorld):
-        real = tmp_path / "payload"
-        real.write_bytes(b"x")
-        world.hub.publish_names(world.repo, ["config.json", name], real)
-    elif isinstance(world, S3World):
-        pytest.skip("SeaweedFS itself refuses such keys: test_s3.py asks with a listing of its own")
-    else:
-        pytest.skip("a local filesystem cannot hold such a name")
-    with pytest.raises(InvalidName, match="refused"):
-        world.origin().resolve()
-
-
+@servers
 def test_a_server_that_never_answers_is_unavailable(world: World, black_hole: BlackHole) -> None:
-    if isinstance(world, DirectoryWorld):
-        pytest.skip("no server")
     world.put(FILES)
     with pytest.raises(OriginUnavailable, match="did not answer"):
         world.origin(endpoint=black_hole.url).resolve()
     assert black_hole.connections
 
 
+@servers
 def test_a_server_that_is_not_there_is_unavailable(world: World) -> None:
-    if isinstance(world, DirectoryWorld):
-        pytest.skip("no server")
     with pytest.raises(OriginUnavailable, match="cannot be reached"):
         world.origin(endpoint=f"http://127.0.0.1:{free_port()}").resolve()

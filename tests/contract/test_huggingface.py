@@ -1,0 +1,250 @@
+"""What is the hub's own: commits, gates, tokens, signatures, throttling."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+from pathlib import Path
+
+import pytest
+
+from instantstart_fs.core.manifest import Digest, ManifestFile
+from instantstart_fs.errors import (
+    AccessRefused,
+    InvalidName,
+    OriginChanged,
+    OriginMisbehaved,
+    OriginNotFound,
+    OriginThrottled,
+    OriginUnavailable,
+)
+from tests.contract.worlds import HubWorld, fetch, write_files
+from tests.servers.hub import HubServer
+
+FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 64}
+
+
+@pytest.fixture
+def world(hub: HubServer, tmp_path: Path) -> HubWorld:
+    return HubWorld(hub, tmp_path)
+
+
+def file_of(world: HubWorld, path: str, **options: str) -> ManifestFile:
+    return next(file for file in world.origin(**options).resolve().files if file.path == path)
+
+
+def token_file(directory: Path, token: str) -> str:
+    path = directory / f"credential-{len(list(directory.iterdir()))}"
+    path.write_text(token + "\n")
+    return str(path)
+
+
+def test_a_branch_is_pinned_to_its_commit(world: HubWorld, tmp_path: Path) -> None:
+    first = world.hub.publish(world.repo, write_files(tmp_path / "a", FILES), revision="refs/pr/1")
+    origin = world.origin(f"{world.source}@refs/pr/1")
+    manifest = origin.resolve()
+    assert manifest.revision == first
+    world.hub.publish(world.repo, write_files(tmp_path / "b", {"config.json": b"new"}), revision="refs/pr/1")
+    small, big = manifest.files
+    assert fetch(origin.locate(small), 0, 2) == b"{}"
+    assert fetch(origin.locate(big), 5, 9) == bytes([5, 6, 7, 8])
+    assert world.origin(f"{world.source}@{first}").resolve().files == manifest.files
+
+
+def test_a_repository_without_an_organisation(hub: HubServer, world: HubWorld, tmp_path: Path) -> None:
+    hub.publish("gpt2", write_files(tmp_path / "gpt2", FILES))
+    assert len(world.origin("hf://gpt2").resolve().files) == 2
+
+
+def test_big_files_are_proven_by_sha256_and_small_ones_by_git(world: HubWorld) -> None:
+    world.put(FILES)
+    digests = {file.path: file.digest for file in world.origin().resolve().files}
+    assert digests["config.json"] == Digest("git-sha1", "9e26dfeeb6e641a33dae4961196235bdb965b21b")  # git hash-object
+    assert digests["model.safetensors"] is not None
+    assert digests["model.safetensors"].algorithm == "sha256"
+
+
+def test_a_gated_repository_asks_for_its_own_token(world: HubWorld, tmp_path: Path) -> None:
+    directory = write_files(tmp_path / "gated", FILES)
+    world.hub.publish(world.repo, directory, gated=True, tokens=["hf_allowed"])
+    world.hub.publish("org/other", directory, tokens=["hf_other"])
+    for wrong in (None, token_file(tmp_path, "hf_other")):
+        for call in ("resolve", "check"):
+            with pytest.raises(AccessRefused, match="request access") as refused:
+                getattr(world.origin(token_file=wrong), call)()
+            assert "hf_other" not in refused.value.message
+    world.origin(token_file=token_file(tmp_path, "hf_allowed")).check()
+    assert len(world.origin(token_file=token_file(tmp_path, "hf_allowed")).resolve().files) == 2
+
+
+def test_the_token_goes_to_the_hub_and_never_to_the_cdn(world: HubWorld, tmp_path: Path) -> None:
+    world.hub.publish(world.repo, write_files(tmp_path / "gated", FILES), gated=True, tokens=["hf_allowed"])
+    origin = world.origin(token_file=token_file(tmp_path, "hf_allowed"))
+    for file in origin.resolve().files:
+        location = origin.locate(file)
+        assert fetch(location, 0, 2) == FILES[file.path][:2]
+        assert bool(location.headers) == location.url.startswith(world.hub.endpoint + "/")
+    assert {request.token for request in world.hub.requests("hub")} == {"hf_allowed"}
+    at_cdn = world.hub.requests("cdn")
+    assert at_cdn
+    assert all(request.token is None for request in at_cdn)
+
+
+def test_a_pipelines_token_file_never_falls_back_to_the_machines_token(
+    world: HubWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.hub.publish(world.repo, write_files(tmp_path / "gated", FILES), gated=True, tokens=["hf_machine"])
+    monkeypatch.setenv("HF_TOKEN", "hf_machine")
+    assert len(world.origin().resolve().files) == 2
+    for bad, message in ((tmp_path / "missing", "cannot be read"), (Path(token_file(tmp_path, "")), "does not hold")):
+        world.hub.forget_requests()
+        with pytest.raises(AccessRefused, match=message):
+            world.origin(token_file=str(bad)).resolve()
+        assert world.hub.requests() == []
+
+
+def test_a_rotated_token_is_read_anew(world: HubWorld, tmp_path: Path) -> None:
+    path = token_file(tmp_path, "hf_stale")
+    world.hub.publish(world.repo, write_files(tmp_path / "gated", FILES), gated=True, tokens=["hf_fresh"])
+    origin = world.origin(token_file=path)
+    with pytest.raises(AccessRefused):
+        origin.resolve()
+    Path(path).write_text("hf_fresh")
+    assert len(origin.resolve().files) == 2
+
+
+def test_an_invalid_token_is_refused(world: HubWorld, tmp_path: Path) -> None:
+    world.put(FILES)
+    with pytest.raises(AccessRefused, match="valid"):
+        world.origin(token_file=token_file(tmp_path, "hf_unknown")).resolve()
+
+
+def test_a_private_repository_looks_missing_without_its_token(world: HubWorld, tmp_path: Path) -> None:
+    world.hub.publish(world.repo, write_files(tmp_path / "x", FILES), private=True, tokens=["hf_mine"])
+    with pytest.raises(OriginNotFound, match="--token-file"):
+        world.origin().resolve()
+    assert world.origin(token_file=token_file(tmp_path, "hf_mine")).resolve().files
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "wait"),
+    [
+        (429, {"Retry-After": "7"}, 7.0),
+        (429, {"ratelimit": '"resolvers";r=0;t=11'}, 11.0),
+        (503, {"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"}, None),
+        (503, {}, None),
+    ],
+)
+def test_throttling_is_told_at_once_with_its_wait(
+    world: HubWorld, status: int, headers: dict[str, str], wait: float | None
+) -> None:
+    world.put(FILES)
+    file = file_of(world, "model.safetensors")
+    for call in (world.origin().resolve, world.origin().check, lambda: world.origin().locate(file)):
+        world.hub.clear()
+        world.hub.fault("status", port="hub", status=status, headers=headers)
+        started = time.monotonic()
+        with pytest.raises(OriginThrottled) as throttled:
+            call()
+        assert time.monotonic() - started < 1.5
+        if wait is not None:
+            assert throttled.value.retry_after == wait
+        elif headers:
+            assert throttled.value.retry_after is not None
+            assert throttled.value.retry_after > 10**9  # an HTTP date, as seconds from now
+        else:
+            assert throttled.value.retry_after is None
+
+
+def test_server_errors_are_worth_another_try(world: HubWorld) -> None:
+    world.put(FILES)
+    world.hub.fault("status", port="hub", status=500)
+    with pytest.raises(OriginUnavailable, match="500"):
+        world.origin().resolve()
+
+
+def test_signatures_say_when_they_end_and_can_be_had_again(world: HubWorld) -> None:
+    world.put(FILES)
+    world.hub.configure(lifetime=120)
+    origin = world.origin()
+    file = file_of(world, "model.safetensors")
+    before = time.time()
+    location = origin.locate(file)
+    assert location.expires_at is not None
+    assert before + 115 < location.expires_at <= time.time() + 120
+    world.hub.expire_signatures()
+    with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+        fetch(location, 0, 10)
+    refused.value.close()
+    assert fetch(origin.locate(file), 0, 10) == FILES["model.safetensors"][:10]
+
+
+def test_other_content_under_the_pinned_commit_is_noticed(world: HubWorld) -> None:
+    world.put(FILES)
+    file = file_of(world, "model.safetensors")
+    origin = world.origin()
+    changed = ManifestFile(file.path, file.size, file.address, file.version, Digest("sha256", "0" * 64))
+    with pytest.raises(OriginChanged, match="other content"):
+        origin.locate(changed)
+    longer = ManifestFile(file.path, file.size + 1, file.address, file.version, file.digest)
+    with pytest.raises(OriginChanged, match="bytes"):
+        origin.locate(longer)
+
+
+def test_a_hostile_name_is_refused_unless_excluded(world: HubWorld, tmp_path: Path) -> None:
+    real = tmp_path / "payload"
+    real.write_bytes(b"x")
+    for name in ("../../etc/cron.d/evil", "/etc/passwd", "a//b", "./x", "nul\0byte", "x" * 300):
+        world.hub.publish_names(world.repo, ["config.json", name], real)
+        with pytest.raises(InvalidName, match="refused"):
+            world.origin().resolve()
+        assert len(world.origin(include=("config.json",)).resolve().files) == 1
+    world.hub.publish_names(world.repo, ["config.json", "config.json/x"], real)
+    with pytest.raises(InvalidName, match="both as a file and as a directory"):
+        world.origin().resolve()
+
+
+def test_a_file_that_is_gone_is_not_found(world: HubWorld) -> None:
+    world.put(FILES)
+    file = file_of(world, "config.json")
+    with pytest.raises(OriginNotFound):
+        world.origin().locate(ManifestFile("x.bin", 1, "x.bin", file.version))
+
+
+def test_a_proxys_error_page_is_no_answer(world: HubWorld, nginx: object, tmp_path: Path) -> None:
+    page = tmp_path / "api/models" / world.repo / "revision/main"
+    page.parent.mkdir(parents=True)
+    page.write_text("<html>please log in</html>")
+    with pytest.raises(OriginMisbehaved, match="cannot be understood"):
+        world.origin(endpoint=nginx.url).resolve()  # type: ignore[attr-defined]
+
+
+def test_a_paused_hub_does_not_hang_the_caller(world: HubWorld) -> None:
+    world.put(FILES)
+    file = file_of(world, "model.safetensors")
+    world.hub.pause()
+    try:
+        with pytest.raises(OriginUnavailable, match="did not answer within 2 s"):
+            world.origin().locate(file)
+    finally:
+        world.hub.resume()
+
+
+def test_the_real_client_downloads_from_the_test_hub(world: HubWorld, tmp_path: Path) -> None:
+    """The hub is a fair stand-in: huggingface_hub's own snapshot_download works on it, with pages and all."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    files = FILES | {f"many/{number:03}.json": b"{}" for number in range(30)}
+    world.put(files)
+    world.hub.configure(page=7)
+    found = snapshot_download(world.repo, endpoint=world.hub.endpoint, cache_dir=tmp_path / "cache", token=False)
+    for path, content in files.items():
+        assert (Path(found) / path).read_bytes() == content
+    # and such a cache, links into ../../blobs and all, is a directory that can be served
+    from tests.contract.worlds import DirectoryWorld
+
+    local = DirectoryWorld(tmp_path).origin(f"file://{found}")
+    assert [file.path for file in local.resolve().files] == sorted(files)
+    assert fetch(local.locate(local.resolve().files[-1]), 0, 4) == FILES["model.safetensors"][:4]
