@@ -104,9 +104,9 @@ def test_a_killed_hub_is_gone_and_comes_back_with_its_repositories(tmp_path: Pat
 def test_nginx_and_a_corrupting_proxy(nginx: NginxServer, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(CONTENT)
     assert is_right(Answer(f"{nginx.url}/x"))
-    with FaultyProxy(nginx.port, "--delay-down", "5") as proxy:
-        with urllib.request.urlopen(f"{proxy.url}/x", timeout=10) as response:
-            assert response.read() == CONTENT
+    proxied = FaultyProxy(nginx.port, "--delay-down", "5")
+    with proxied as proxy, urllib.request.urlopen(f"{proxy.url}/x", timeout=10) as response:
+        assert response.read() == CONTENT
     assert not answers(proxy.port)
 
 
