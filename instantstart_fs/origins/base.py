@@ -32,7 +32,8 @@ class OriginKey(msgspec.Struct, frozen=True):
 class Location(msgspec.Struct, frozen=True):
     """Where a file's bytes can be had for a while, by ranged GETs.
 
-    ``url``: http, https or file. ``headers``: what every GET must carry (If-Match, an Authorization for that host only).
+    ``url``: http, https or file. ``headers``: what every GET must carry (If-Match, an Authorization for
+    that host only: never carried across a redirect).
     ``etag``: what each response's ETag must equal, None where the origin does not bind it. ``expires_at``: seconds of
     the wall clock after which to locate again, None = does not expire. ``identity`` (file URLs): what ``fstat`` must
     say, as ``directory.identity_of`` writes it, checked around every read.
