@@ -37,6 +37,9 @@ from instantstart_fs.store.blobstore import BlobStore
 log = logging.getLogger(__name__)
 
 SYNC_THREADS = 8
+SEAL_SECONDS = 0.05
+SEAL_GROUP = 256
+"""A seal waits so long for others, or until they are so many: thousands of small files share their commits."""
 RETRY_SECONDS = 5.0
 FLUSH_SECONDS = 10.0
 
@@ -68,7 +71,7 @@ class Committer:
         self._dirty_bytes = 0
         self._seals: dict[FillTarget, Literal["sealed", "unverified"]] = {}
         self._poisoned: dict[FillTarget, None] = {}
-        self._busy: set[FileKey] = set()
+        self._busy: set[FillTarget] = set()
         self._forgotten: set[FillTarget] = set()
         self._limiter = trio.CapacityLimiter(SYNC_THREADS)
         self._wakeup = trio.Event()
@@ -101,17 +104,23 @@ class Committer:
         self._dirty.pop(target, None)
         self._seals.pop(target, None)
 
+    def forget_pipeline(self, pipeline: str) -> None:
+        """Commit nothing more of it: it goes away. ``wait_quiet`` says when that is so."""
+        for group in (self._dirty, self._seals, self._poisoned, self._busy):
+            for target in [target for target in group if target.key.pipeline == pipeline]:
+                self.forget(target)
+
     def forget(self, target: FillTarget) -> None:
-        """Commit nothing more of it (its pipeline goes away)."""
+        """Commit nothing more of it."""
         self._dirty.pop(target, None)
         self._seals.pop(target, None)
         self._poisoned.pop(target, None)
-        if target.key in self._busy:
+        if target in self._busy:
             self._forgotten.add(target)
 
     async def wait_quiet(self, pipeline: str) -> None:
         """No commit that is under way touches this pipeline's files."""
-        while any(key.pipeline == pipeline for key in self._busy):
+        while any(target.key.pipeline == pipeline for target in self._busy):
             await self._idle.wait()
 
     # -- doing it ------------------------------------------------------------------------------------------------
@@ -121,11 +130,7 @@ class Committer:
         try:
             while True:
                 await self._wakeup.wait()
-                if not self._urgent():
-                    with trio.move_on_after(self._commit_seconds):
-                        while not self._urgent():
-                            self._wakeup = trio.Event()
-                            await self._wakeup.wait()
+                await self._gather()
                 self._wakeup = trio.Event()
                 # A group that has begun is finished, else what it holds would be fetched again.
                 with trio.CancelScope(shield=True):
@@ -137,8 +142,14 @@ class Committer:
             with trio.move_on_after(FLUSH_SECONDS, shield=True):
                 await self.commit()
 
-    def _urgent(self) -> bool:
-        return bool(self._seals or self._poisoned) or self._dirty_bytes >= self._commit_bytes
+    async def _gather(self) -> None:
+        """Let a group come together: until it is large or old enough, a moment only where somebody awaits a seal."""
+        with trio.move_on_after(self._commit_seconds) as scope:
+            while self._dirty_bytes < self._commit_bytes and len(self._seals) < SEAL_GROUP:
+                if self._seals or self._poisoned:
+                    scope.deadline = min(scope.deadline, trio.current_time() + SEAL_SECONDS)
+                self._wakeup = trio.Event()
+                await self._wakeup.wait()
 
     async def commit(self) -> None:
         """One group, everything that is pending now."""
@@ -150,7 +161,7 @@ class Committer:
             return
         for target in seals:
             dirty.pop(target, None)
-        self._busy = {target.key for group in (seals, poisoned, dirty) for target in group}
+        self._busy = {target for group in (seals, poisoned, dirty) for target in group}
         self._forgotten = set()
         try:
             failed: dict[FillTarget, InstantStartError] = {}
@@ -193,7 +204,9 @@ class Committer:
 
     async def _sync(self, target: FillTarget, failed: dict[FillTarget, InstantStartError]) -> None:
         blob = target.blob
-        assert blob is not None
+        if blob is None or blob.fd < 0:
+            self._forgotten.add(target)  # its owner has given it up
+            return
         try:
             await trio.to_thread.run_sync(blob.datasync, limiter=self._limiter)
         except InstantStartError as error:

@@ -301,8 +301,8 @@ class Filler(CommitEvents):
     def cancel_target(self, target: FillTarget, error: InstantStartError) -> None:
         """Fail it with ``error``, wake its readers, write nothing more (``wait_quiet`` says when that is so)."""
         filling = self._fillings.get(target.key)
+        self._committer.forget(target)
         if filling is not None and filling.target is target:
-            self._committer.forget(target)
             self._end(filling, error)
         elif target.state not in COMPLETE and not target.failed:
             target.error, target.failed, target.failed_at = error, True, trio.current_time()
@@ -312,6 +312,7 @@ class Filler(CommitEvents):
         """``cancel_target`` for all of the pipeline's targets."""
         for filling in [filling for key, filling in self._fillings.items() if key.pipeline == pipeline]:
             self.cancel_target(filling.target, error)
+        self._committer.forget_pipeline(pipeline)
         self._background.pop(pipeline, None)
 
     async def wait_quiet(self, pipeline: str) -> None:
@@ -526,6 +527,9 @@ class Filler(CommitEvents):
                     filling.location = location
                     filling.generation += 1
                     target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, location.trusted)
+                    if not target.serve_unsealed:
+                        self._plan.add_background(target.key)  # readers wait for the seal, and that for every chunk
+                        self._wakeup.set()
                     if filling.worker is not None:
                         filling.worker.send(SetLocation(filling.file, location))
                     continue

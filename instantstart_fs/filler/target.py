@@ -100,8 +100,10 @@ class FillTarget:
         self._waiters: set[trio.Event] = set()
 
     def readable(self, wanted: ByteRange) -> bool:
-        """Whether these bytes may be served now: sealed, or present and allowed to be served unsealed."""
-        return self.state in COMPLETE or (self.serve_unsealed and self.present.holds(wanted))
+        """Whether these bytes may be served now: sealed, or present, not poisoned and allowed to be served unsealed."""
+        if self.state in COMPLETE:
+            return True
+        return self.serve_unsealed and self.state is not FileState.POISONED and self.present.holds(wanted)
 
     def wake(self) -> None:
         """Wake every waiter to look again. Called by the filler after each change."""

@@ -24,7 +24,10 @@ Fault = Callable[["Handler", str, int, int], bool]
 
 
 class ByteServer(ThreadingHTTPServer):
-    """``files``: path → bytes. ``log``: (path, start, stop) of each GET, in order. ``bytes_per_second``: shared by all."""
+    """``files``: path → bytes. ``log``: (path, start, stop) of each GET, in order.
+
+    ``bytes_per_second``: shared by all connections.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -70,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         server = self.server
         path = self.path.partition("?")[0].lstrip("/")
         body = server.files.get(path)
