@@ -77,7 +77,7 @@ async def serve(
     _mounted = True
     try:
         path = await _in_thread(
-            prepare_mountpoint, settings, deadline=3 * PROBE_DEADLINE, what=f"the mountpoint {settings.path}"
+            prepare_mountpoint, settings, deadline=PROBE_DEADLINE, what=f"the mountpoint {settings.path}"
         )
         operations = Operations(view)
         invalidator = _Invalidator(view)

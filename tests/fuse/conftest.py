@@ -152,8 +152,10 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
     """Start a fake daemon at a mountpoint of this test's own; ready unless ``ready=False``."""
     daemons: list[FakeDaemon] = []
 
-    def start(*args: str, ready: bool = True, name: str = "mnt", prefix: tuple[str, ...] = ()) -> FakeDaemon:
-        daemon = FakeDaemon(tmp_path / name, tmp_path / "daemon.log", *args, prefix=prefix)
+    def start(
+        *args: str, ready: bool = True, path: Path = tmp_path / "mnt", prefix: tuple[str, ...] = ()
+    ) -> FakeDaemon:
+        daemon = FakeDaemon(path, tmp_path / "daemon.log", *args, prefix=prefix)
         daemons.append(daemon)
         if ready:
             daemon.wait_ready()

@@ -3,7 +3,7 @@
 As a program, ``fake_view.py MOUNTPOINT [WARM_BYTES]`` mounts the tree of ``standard_tree``, prints "ready" and serves
 it until SIGTERM. It obeys lines on stdin: "add NAME", "remove NAME", "grow NAME" (in /live, with invalidations), and
 answers each with "ok"; "stuck" is answered with the number of reads that wait and of the 4 MiB regions that they touch,
-"unstick" lets them go on, "open" tells how many files are open.
+"unstick" lets them go on, "open" tells how many files are open; "false-alarm" see _raise_false_alarm.
 """
 
 from __future__ import annotations
@@ -198,11 +198,36 @@ def _do(view: FakeView, live: int, words: list[str]) -> str:
         case ["unstick"]:
             view.unstuck.set()
             return "ok"
+        case ["false-alarm"]:
+            return _raise_false_alarm()
+        case ["false-alarms"]:
+            return str(len(FALSE_ALARMS))
         case ["open"]:
             return str(len(view.open_files))
         case _:
             return "what?"
     view.invalidate(Invalidation(parent=live, name=words[1]))
+    return "ok"
+
+
+FALSE_ALARMS: list[None] = []
+
+
+def _raise_false_alarm() -> str:
+    """The next time that a task of pyfuse3 is about to poll, it believes that a request is there."""
+    import pyfuse3
+
+    original = getattr(pyfuse3, "_true_wait", pyfuse3._wait_fuse_readable)  # type: ignore[attr-defined]
+    pyfuse3._true_wait = original  # type: ignore[attr-defined]
+
+    async def wait_fuse_readable() -> bool:
+        if FALSE_ALARMS:
+            FALSE_ALARMS.pop()
+            return True
+        return bool(await original())
+
+    FALSE_ALARMS.append(None)
+    pyfuse3._wait_fuse_readable = wait_fuse_readable  # type: ignore[attr-defined]
     return "ok"
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import trio
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.library.view import ROOT, Invalidation
 from instantstart_fs.mount import kernel
+from instantstart_fs.mount.operations import STABLE_NEGATIVE_TIMEOUT
 from instantstart_fs.mount.session import Mounted, MountSettings, mount_options, prepare_mountpoint, serve
 from tests.fuse.conftest import Readers, StartDaemon, command, python, wait_for
 from tests.fuse.fake_view import FakeView
@@ -170,8 +172,9 @@ async def _mount_once(path: Path) -> None:
         for name in ("later", "never-known"):
             view.invalidate(Invalidation(parent=directory, name=name))
         view.invalidate(Invalidation(parent=ROOT, name=None, nodeid=987_654))
-        while await _exists(path / "d" / "later") == "False":  # a cached absence would last 10 s
-            pass
+        with trio.fail_after(STABLE_NEGATIVE_TIMEOUT - 2):
+            while await _exists(path / "d" / "later") == "False":
+                pass
         nursery.cancel_scope.cancel()
 
 
@@ -197,49 +200,37 @@ async def test_a_mount_that_fails_says_so_and_leaves_the_process_able_to(
         await _mount_once(tmp_path / "mnt")
 
 
-def test_a_withdrawn_request_does_not_block_the_daemon(start_daemon: StartDaemon, readers: Readers) -> None:
-    """Readers killed while the daemon is stopped leave requests that vanish between its poll and its read."""
+def test_a_withdrawn_request_does_not_block_the_daemon(start_daemon: StartDaemon) -> None:
+    """A reader killed between pyfuse3's poll and its read leaves a descriptor that is readable no more."""
     daemon = start_daemon()
-    for round_number in range(5):
-        daemon.process.send_signal(signal.SIGSTOP)
-        asking = [
-            readers.start("import os, sys; os.stat(sys.argv[1])", str(daemon.path / f"many/file-{round_number:04}{i}"))
-            for i in range(4)
-        ]
-        wait_for(lambda asking=asking: all(_waits_for_fuse(reader.pid) for reader in asking), 10)
-        for reader in asking:
-            reader.kill()
-            reader.wait(10)
-        daemon.process.send_signal(signal.SIGCONT)
-        # Without touching the mount: a blocked loop would be woken by any request.
-        assert daemon.ask("open") == "0"
+    for round_number in range(3):
+        assert daemon.ask("false-alarm") == "ok"
+        assert command("stat", str(daemon.path / f"many/file-{round_number:05}"), timeout=5).returncode == 0
+        wait_for(lambda: daemon.ask("false-alarms") == "0", 5)  # it came, and the loop still turns
     assert command("ls", str(daemon.path), timeout=5).returncode == 0
+    assert daemon.terminate() == 0
 
 
-def _waits_for_fuse(pid: int) -> bool:
-    return "request_wait_answer" in Path(f"/proc/{pid}/wchan").read_text()
-
-
-def test_an_ordinary_user_may_mount(start_daemon: StartDaemon, tmp_path: Path) -> None:
-    """By fusermount3: untuned and for that user alone, which is noted."""
+def test_an_ordinary_user_may_mount(start_daemon: StartDaemon) -> None:
+    """By fusermount3: untuned and for that user alone, which is noted. A killed one's stale mount is cleared too."""
     setpriv = shutil.which("setpriv")
     if setpriv is None or shutil.which("fusermount3") is None:
         pytest.skip("needs setpriv and fusermount3")
+    if os.stat("/dev/fuse").st_mode & 0o006 != 0o006:
+        pytest.skip("ordinary users may not open /dev/fuse here")
     prefix = (setpriv, "--reuid=65534", "--regid=65534", "--clear-groups")
     if command(*prefix, sys.executable, "-c", "import pyfuse3").returncode != 0:
         pytest.skip("an ordinary user cannot run this interpreter (it lies in a private directory)")
-    home = tmp_path / "user"
-    home.mkdir()
-    for parent in (home, *home.parents):
-        if parent.stat().st_mode & 0o001 == 0 and parent.is_relative_to("/tmp"):
-            pytest.skip("the tests' directory is private")
-    os.chown(home, 65534, 65534)
-    daemon = start_daemon(name="user/mnt", prefix=prefix)
-    log = daemon.log()
-    assert "readahead of the mount stays at the kernel's default" in log
-    assert command(*prefix, "ls", str(daemon.path)).stdout.split() == ["live", "many", "model"]
-    assert daemon.terminate() == 0
-    assert kernel.find_mount(str(daemon.path)) is None
+    with tempfile.TemporaryDirectory() as home:  # pytest's own directories are private to root
+        os.chown(home, 65534, 65534)
+        daemon = start_daemon(path=Path(home) / "mnt", prefix=prefix)
+        assert "readahead of the mount stays at the kernel's default" in daemon.log()
+        assert command(*prefix, "ls", str(daemon.path)).stdout.split() == ["live", "many", "model"]
+        daemon.kill()
+        second = start_daemon(path=Path(home) / "mnt", prefix=prefix)
+        assert "clearing the mount that a killed daemon left" in second.log()
+        assert second.terminate() == 0
+        assert kernel.find_mount(str(daemon.path)) is None
 
 
 def test_allow_other_is_given_up_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
