@@ -1,4 +1,4 @@
-"""What `status --json` and `ls --json` print: stable, documented in docs/CONFIGURATION.md. Times are RFC 3339 or null."""
+"""What `status --json` and `ls --json` print: stable, documented in docs/CONFIGURATION.md. Times: RFC 3339 or null."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class FileStatus(msgspec.Struct, frozen=True):
 
 
 class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
-    """``cached_bytes``/``total_bytes`` speak of the load set plus whatever else is cached; see docs/SEMANTICS.md.
-
-    ``revision``: what each model was pinned to, joined by spaces. ``files`` is None in `ls`; ``uncached`` is null unless a miss is served without being kept.
+    """``cached_bytes``/``total_bytes`` speak of the load set (docs/SEMANTICS.md). ``revision``: what each model was
+    pinned to, joined by spaces. ``files`` is None in `ls`. ``uncached`` is null unless a miss is served without being
+    kept.
     """
 
     pipeline: str

@@ -564,7 +564,7 @@ async def test_cancelling_stops_the_writing(server: ByteServer, store: BlobStore
     data = server.files["a"] = content(100 * CHUNK, 18)
     server.bytes_per_second = 4 << 20
     target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
-    async with filling(store, index) as (filler, events):
+    async with filling(store, index) as (filler, _):
         filler.fill("p", [target])
         await until(lambda: target.present.count >= 5)
         filler.cancel_pipeline("p", FillCancelled("p was removed"))
