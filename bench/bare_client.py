@@ -16,6 +16,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -145,6 +146,8 @@ def main() -> int:
     parser.add_argument("--no-hash", action="store_true")
     parser.add_argument("--no-fsync", action="store_true")
     options = parser.parse_args()
+    # A terminated parent must end its processes, which happens on the way out of Python only.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     started = time.monotonic()
     with open(options.job) as file:
         jobs: list[dict[str, Any]] = json.load(file)
@@ -160,6 +163,7 @@ def main() -> int:
                 not options.no_hash,
                 not options.no_fsync,
             ),
+            daemon=True,
         )
         for number in range(workers)
     ]

@@ -35,9 +35,11 @@ def parse_rate(text: str) -> float:
 
 
 def limit(rate: str) -> None:
+    # Packets as on Ethernet: loopback's of 64 KiB would fill the queue with a few connections' first windows.
+    run(["ip", "link", "set", "lo", "mtu", "1500", "gso_max_segs", "1"])
     run(["ip", "link", "set", "lo", "up"])
-    # A queue of 20 ms, as a router has: what is already under way delays whoever comes next.
-    run(["tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", rate, "burst", "1mb", "latency", "20ms"])
+    # A queue of 50 ms, as a router has: what is already under way delays whoever comes next.
+    run(["tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms"])
 
 
 def measure(work: Path, size: int, rounds: int) -> dict[str, list[float]]:
