@@ -77,6 +77,7 @@ QUARANTINE_SECONDS = 60.0
 MAX_QUARANTINE_SECONDS = 3600.0
 ROOM_SECONDS = 60.0
 """How long the evictor may take to make room before the fill gives up."""
+ROOM_PACE = 1.0
 QUIET_SECONDS = 10.0
 """How long ``wait_quiet`` waits for a worker's word before that worker is killed."""
 OPEN_THREADS = 8
@@ -238,6 +239,7 @@ class Filler(CommitEvents):
         self._mismatches: dict[FileKey, int] = {}
         self._quarantine: dict[FileKey, float] = {}
         self._making_room: set[str] = set()
+        self._room_at: dict[str, float] = {}
         self._numbers = 0
         self._wakeup = trio.Event()
         self._quiet = trio.Event()
@@ -924,6 +926,9 @@ class Filler(CommitEvents):
     async def _make_room(self, pipeline: str, error: InstantStartError) -> None:
         freed = False
         try:
+            # Where room is made and taken by others at once, it is asked for at a pace.
+            await trio.sleep_until(self._room_at.get(pipeline, -math.inf))
+            self._room_at[pipeline] = trio.current_time() + ROOM_PACE
             if self.make_room is not None:
                 with trio.move_on_after(ROOM_SECONDS):
                     freed = await self.make_room(pipeline)

@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import msgspec
 
@@ -94,26 +95,33 @@ class _File:
             if self.closed and not self.users:
                 self.blob.close()
 
-    def write(self, data: memoryview, offset: int) -> None:
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[BlobFile]:
+        """Nobody is told that the file is closed meanwhile. Raises Abandoned when it is."""
         with self.lock:
             if self.closed:
                 raise Abandoned
             self.writers += 1
         try:
-            self.blob.pwrite(offset, data)
+            yield self.blob
         finally:
             with self.lock:
                 self.writers -= 1
                 self.lock.notify_all()
 
     def close(self) -> None:
-        """Returns when nobody writes any more."""
+        """Returns when nobody writes any more and the file is let go, so that unlinking it frees its space."""
         with self.lock:
             self.closed = True
             while self.writers:
                 self.lock.wait()
             if not self.users:
                 self.blob.close()
+            else:
+                # A thread may be stuck in recv for the whole time-out: it keeps a number, not the file.
+                nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+                os.dup2(nothing, self.blob.fd, inheritable=False)
+                os.close(nothing)
 
 
 class _Work:
@@ -135,7 +143,8 @@ class _Work:
             self.last_byte = time.monotonic()
 
     def write(self, data: memoryview, offset: int) -> None:
-        self._file.write(data, offset)
+        with self._file.writing() as blob:
+            blob.pwrite(offset, data)
 
     def progress(self, count: int) -> None:
         self.last_byte = now = time.monotonic()
@@ -255,7 +264,8 @@ class Worker:
             if location is None:
                 raise OriginMisbehaved("no location is known")
             wanted = file.present.byte_range(order.chunk)
-            file.blob.reserve(wanted)
+            with file.writing() as blob:
+                blob.reserve(wanted)
             self._fetcher.fetch(location, wanted, file.size, buffer, work)
             with file.lock:
                 if file.closed:

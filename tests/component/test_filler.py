@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -618,37 +617,36 @@ def small_filesystem(tmp_path: Path) -> Iterator[Path]:
 async def test_a_full_store_fails_that_pipeline_or_waits_for_room(
     server: ByteServer, tmp_path: Path, small_filesystem: Path
 ) -> None:
-    with contextlib.nullcontext(small_filesystem) as mountpoint:
-        data = server.files["a"] = content(40 << 20, 20)
-        small = server.files["b"] = content(CHUNK, 21)
-        with (
-            BlobStore.open(str(mountpoint / "store")) as store,
-            Index.open(str(tmp_path / "index"), map_size=16 << 20) as index,
-        ):
-            origin = FakeOrigin(server.url)
-            target = make_target(store, origin, "a", len(data), digest=sha256(data), chunk_size=1 << 20)
-            async with filling(store, index) as (filler, _):
-                filler.fill("p", [target])
-                with pytest.raises(StoreFull):
-                    await target.wait_readable(ByteRange(39 << 20, 40 << 20), 20)
-                asked: list[str] = []
+    data = server.files["a"] = content(40 << 20, 20)
+    small = server.files["b"] = content(4 << 20, 21)
+    with (
+        BlobStore.open(str(small_filesystem / "store")) as store,
+        Index.open(str(tmp_path / "index"), map_size=16 << 20) as index,
+    ):
+        origin = FakeOrigin(server.url)
+        target = make_target(store, origin, "a", len(data), digest=sha256(data), chunk_size=1 << 20)
+        async with filling(store, index) as (filler, _):
+            filler.fill("p", [target])
+            with pytest.raises(StoreFull):
+                await target.wait_readable(ByteRange(39 << 20, 40 << 20), 20)
+            asked: list[str] = []
 
-                async def make_room(pipeline: str) -> bool:
-                    asked.append(pipeline)
-                    filler.cancel_pipeline("p", FillCancelled("evicted"))
-                    await filler.wait_quiet("p")
-                    assert target.blob is not None
-                    target.blob.close()
-                    await trio.to_thread.run_sync(store.delete_blob, "p", 1, "a")
-                    return True
+            async def make_room(pipeline: str) -> bool:
+                asked.append(pipeline)
+                filler.cancel_pipeline("p", FillCancelled("evicted"))
+                await filler.wait_quiet("p")
+                assert target.blob is not None
+                target.blob.close()
+                await trio.to_thread.run_sync(store.delete_blob, "p", 1, "a")
+                return True
 
-                filler.make_room = make_room
-                other = make_target(store, origin, "b", len(small), digest=sha256(small), pipeline="q")
-                filler.fill("q", [other])
-                await wait_state([other], FileState.SEALED)
-                assert asked == ["q"]
-            assert other.blob is not None
-            other.blob.close()
+            filler.make_room = make_room
+            other = make_target(store, origin, "b", len(small), digest=sha256(small), pipeline="q", chunk_size=1 << 20)
+            filler.fill("q", [other])
+            await wait_state([other], FileState.SEALED)
+            assert asked == ["q"]
+        assert other.blob is not None
+        other.blob.close()
 
 
 async def test_a_full_index_loses_nothing(
