@@ -246,6 +246,8 @@ def _path_problem(path: str) -> str | None:
         probe = os.path.dirname(probe)
     if not os.path.isdir(probe):
         return f"{probe} is not a directory"
+    if probe != path and os.statvfs(probe).f_flag & os.ST_RDONLY:
+        return f"{path} cannot be made: the filesystem of {probe} is read-only"
     if not os.access(probe, os.X_OK | (os.W_OK if probe != path else 0)):
         return f"this user may not use {path}" if probe == path else f"this user may not create {path} in {probe}"
     return None

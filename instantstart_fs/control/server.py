@@ -450,9 +450,10 @@ class _Connection:
 
         change = self._server.start_change(lambda: self._library.verify(pipeline, progress))
         while not change.finished.is_set():
-            await self._send(Progress(done_bytes=latest[0], total_bytes=latest[1]))
-            with trio.move_on_after(1.0):
+            with trio.move_on_after(1.0) as waiting:
                 await change.finished.wait()
+            if waiting.cancelled_caught and latest[1]:
+                await self._send(Progress(done_bytes=latest[0], total_bytes=latest[1]))
         found: Report = change.result()
         return VerifyResult(found.files, found.bytes, tuple(found.healed), tuple(found.unproven))
 

@@ -28,6 +28,7 @@ from instantstart_fs.errors import (
     InstantStartError,
     InvalidName,
     OriginUnavailable,
+    OriginUnsupported,
     PipelineBusy,
     PipelineExists,
     StoreDamaged,
@@ -290,6 +291,9 @@ class Admin:
                     resolved[position] = await trio.to_thread.run_sync(resolve, abandon_on_cancel=True)
                 if scope.cancelled_caught:
                     raise OriginUnavailable(f"{model.source}: no answer within {RESOLVE_DEADLINE:g} s")
+            except InvalidName as error:
+                # The caller's own names were looked at before: this is one of the origin's.
+                failures.append(OriginUnsupported(f"{model.source}: {error.message}"))
             except InstantStartError as error:
                 failures.append(error)
 
