@@ -58,7 +58,8 @@ class SeaweedServer:
                 f"-filer.port={filer}",
                 "-s3",
                 f"-s3.port={self.port}",
-                "-s3.port.iceberg=0",  # its fixed default port would allow one server per machine
+                "-s3.port.iceberg=0",  # their fixed default ports would allow one server per machine
+                "-s3.port.lance=0",
                 "-volume.max=2000",  # a bucket takes 7 volumes at its first object
                 "-master.volumeSizeLimitMB=1024",
             ],
