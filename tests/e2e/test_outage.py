@@ -1,0 +1,130 @@
+"""An origin that is gone, or silent, touches only cold bytes, and only its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.harness import MIB, REPOSITORY, Daemon, must, probe, run, safetensors_file, wait_for
+from tests.servers.hub import HubServer
+
+FIRST = "model-00001-of-00002.safetensors"
+pytestmark = pytest.mark.timeout(180)
+
+
+def config(endpoint: str, **fill: object) -> dict[str, object]:
+    return {"fill": {"chunk_size": "1MiB", **fill}, "origins": {"huggingface": {"endpoint": endpoint}}}
+
+
+class Stuck:
+    """A process with ``count`` threads in page faults of one file each waits for; killed in the end."""
+
+    def __init__(self, count: int, path: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.probe", "stuck", str(count), str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        assert self.process.stdout is not None
+        assert json.loads(self.process.stdout.readline()) == "ready"
+
+    def kill(self) -> float:
+        """Seconds until it was gone."""
+        before = time.monotonic()
+        self.process.kill()
+        self.process.wait(20)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return time.monotonic() - before
+
+
+def waiting_requests(mount: Path) -> int:
+    """Requests of this mount that the kernel waits for."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[4] == str(mount):
+            return int(Path(f"/sys/fs/fuse/connections/{fields[2].split(':')[1]}/waiting").read_text())
+    return 0
+
+
+def test_a_warm_pipeline_needs_neither_origin_nor_credentials(
+    make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("hf_secret\n")
+    with HubServer() as hub:
+        hub.publish("org/gated", model, gated=True, tokens=["hf_secret"])
+        daemon = make_daemon("d", config=config(hub.endpoint))
+        daemon.ok("add", "p", "hf://org/gated", "--token-file", token)
+        daemon.warm("p", "--all")
+        hub.kill()
+    token.unlink()
+    daemon.restart()
+    assert daemon.status("p")["state"] == "warm"
+    assert probe("tree", model, daemon.path("p"), timeout=60)["files"] > 5
+    assert "p" in must("ls", daemon.mount / ".warm", timeout=5)
+
+
+def test_metadata_never_waits_for_a_dead_origin(make_daemon: Callable[..., Daemon], model: Path) -> None:
+    with HubServer() as hub:
+        hub.publish("org/model", model)
+        daemon = make_daemon("d", config=config(hub.endpoint, read_deadline="5s"))
+        daemon.ok("add", "p", "hf://org/model")
+        hub.kill()
+        must("ls", "-lR", daemon.mount, timeout=5)
+        must("getfattr", "-d", "-m-", daemon.path("p", FIRST), timeout=5)
+        assert daemon.status("p")["state"] == "cold"
+        assert probe("read-error", daemon.path("p", "config.json"), 0, timeout=30)["errno"] == "EIO"
+        # Now the origin is known to be down: readers are told at once, and engines at open.
+        wait_for(
+            lambda: probe("read-error", daemon.path("p", FIRST), 0, timeout=30)["seconds"] < 1.0, "the breaker", 40
+        )
+        must("ls", "-lR", daemon.mount, timeout=5)
+
+
+def test_64_stuck_faults_of_a_black_hole_starve_nobody(
+    make_daemon: Callable[..., Daemon], model: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    big = tmp_path / "big"
+    safetensors_file(big / "model.safetensors", 128 * MIB, 77)
+    with HubServer() as hole:
+        hole.publish("org/big", big)
+        daemon = make_daemon("d", config=config(hole.endpoint, read_deadline="120s"))
+        daemon.ok("add", "dead", "hf://org/big")
+        hub.publish("org/model", model)
+        source = tmp_path / "healthy"
+        safetensors_file(source / "model.safetensors", 8 * MIB, 78)
+        daemon.ok("add", "healthy", f"file://{source}")
+        hole.fault("blackhole")
+        stuck = Stuck(64, daemon.path("dead", "model.safetensors"))
+        try:
+            wait_for(lambda: waiting_requests(daemon.mount) >= 32, "the faults", 20)
+            seconds = probe("first-byte", daemon.path("healthy", "model.safetensors"), 5 * MIB, timeout=30)
+            stat = probe("timed-stat", 2, daemon.path("healthy", "model.safetensors"), daemon.mount, timeout=30)
+            print(f"healthy cold fault: {seconds * 1000:.0f} ms; stat: {stat}")
+            assert seconds <= 1.0
+            assert stat["median"] <= 50
+            assert stat["max"] <= 500  # on two shared cores; the aim is 50
+        finally:
+            gone = stuck.kill()
+        assert gone <= 2.0
+        hole.clear()
+    assert run("cmp", daemon.path("healthy", "model.safetensors"), source / "model.safetensors").returncode == 0
+
+
+def test_a_stuck_read_ends_with_its_deadline(make_daemon: Callable[..., Daemon], model: Path, hub: HubServer) -> None:
+    hub.publish("org/model", model)
+    daemon = make_daemon("d", config=config(hub.endpoint, read_deadline="2s"))
+    daemon.ok("add", "p", "hf://org/model")
+    hub.fault("blackhole")
+    found = probe("read-error", daemon.path("p", FIRST), 20 * MIB, timeout=30)
+    assert found["errno"] == "EIO"
+    assert 1.5 <= found["seconds"] <= 8
+    hub.clear()
