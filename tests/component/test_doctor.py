@@ -1,0 +1,157 @@
+"""The doctor's findings: what is fine is ok, what is not is told with what to do, and nothing raises or hangs."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from instantstart_fs import doctor
+from instantstart_fs.cli import run
+from instantstart_fs.config import Config, MountConfig, StoreConfig
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.doctor import Check
+from instantstart_fs.origins.registry import OriginSettings
+from tests.servers.blackhole import BlackHole
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config(MountConfig(str(tmp_path / "models")), StoreConfig(str(tmp_path / "deep" / "store")))
+
+
+@pytest.fixture(autouse=True)
+def no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INSTANTSTART_SOCKET", str(tmp_path / "none.sock"))
+    monkeypatch.delenv("INSTANTSTART_CONFIG", raising=False)
+
+
+def spec(source: str) -> PipelineSpec:
+    return PipelineSpec("x", (ModelSpec(source),))
+
+
+def origin(source: str, **settings: float) -> Check:
+    found = spec(source)
+    return doctor.check_origin(found, found.models[0], OriginSettings(**settings))
+
+
+def test_kernels() -> None:
+    assert doctor.check_kernel((6, 1)).outcome == "ok"
+    assert doctor.check_kernel((4, 19)).outcome == "warn"
+
+
+def test_the_fuse_device(tmp_path: Path) -> None:
+    assert doctor.check_fuse_device("/dev/null").outcome == "ok"
+    missing = doctor.check_fuse_device(str(tmp_path / "fuse"))
+    assert (missing.outcome, "modprobe fuse" in missing.advice) == ("fail", True)
+
+
+def test_privileges() -> None:
+    assert doctor.check_privileges(root=True, sys_admin=True).outcome == "ok"
+    capless = doctor.check_privileges(root=True, sys_admin=False)
+    assert (capless.outcome, "--cap-add SYS_ADMIN" in capless.advice) == ("fail", True)
+
+
+def test_privileges_of_ordinary_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/fusermount3")
+    assert doctor.check_privileges(root=False, sys_admin=False, allow_other=True).outcome == "ok"
+    alone = doctor.check_privileges(root=False, sys_admin=False, allow_other=False)
+    assert (alone.outcome, "user_allow_other" in alone.advice) == ("warn", True)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert doctor.check_privileges(root=False, sys_admin=False, allow_other=True).outcome == "fail"
+
+
+def test_libfuse_and_clock() -> None:
+    assert doctor.check_libfuse("3.14.0").outcome == "ok"
+    assert doctor.check_libfuse(None).outcome == "fail"
+    assert doctor.check_clock(None).outcome == "ok"
+    assert doctor.check_clock(-1.0).outcome == "ok"
+    behind = doctor.check_clock(-901.0)
+    assert (behind.outcome, behind.found) == ("fail", "901 s behind")
+
+
+def test_the_store_is_looked_at_where_it_will_be_made(config: Config, tmp_path: Path) -> None:
+    found = list(doctor.check_store(config))
+    assert [check.name for check in found] == ["store", "xattrs", "space"]
+    assert all(check.outcome in ("ok", "warn") for check in found)
+    assert f"will be made in {tmp_path}" in found[0].found
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_store_that_cannot_be() -> None:
+    (found,) = doctor.check_store(Config(MountConfig("/x"), StoreConfig("/proc/store")))
+    assert (found.outcome, "ext4 or xfs" in found.found) == ("fail", True)
+
+
+def test_mountpoints(config: Config, tmp_path: Path) -> None:
+    assert doctor.check_mountpoint(config, False).outcome == "ok"
+    (tmp_path / "models").mkdir()
+    assert doctor.check_mountpoint(config, False).outcome == "ok"
+    assert doctor.check_mountpoint(config, True).outcome == "fail"
+    (tmp_path / "models" / "file").touch()
+    full = doctor.check_mountpoint(config, False)
+    assert (full.outcome, "not empty" in full.found) == ("fail", True)
+    other = Config(MountConfig("/proc"), config.store)
+    assert "proc mount" in doctor.check_mountpoint(other, False).found
+
+
+def test_no_daemon_is_a_warning(config: Config) -> None:
+    check, specs, info = doctor.check_daemon(config, None)
+    assert (check.outcome, specs, info) == ("warn", [], None)
+    assert "instantstart serve" in check.advice
+
+
+def test_origins_that_answer_and_that_do_not(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert origin(f"file://{tmp_path}/model").outcome == "ok"
+    missing = origin(f"file://{tmp_path}/none")
+    assert (missing.outcome, "x: " in missing.found, missing.advice != "") == ("fail", True, True)
+
+
+def test_an_origin_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ORIGIN_DEADLINE", 0.3)
+    forever = threading.Event()
+
+    class Silent:
+        def check(self) -> None:
+            forever.wait(30)
+
+    monkeypatch.setattr(doctor, "open_origin", lambda *_: Silent())
+    silent = origin("hf://o/r")
+    forever.set()
+    assert (silent.outcome, "no answer within 0.3 s" in silent.found) == ("fail", True)
+
+
+def test_a_defect_in_an_origin_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(doctor, "open_origin", broken)
+    assert "ZeroDivisionError" in origin("hf://o/r").found
+
+
+def test_a_hub_that_is_away_or_silent_is_a_warning(monkeypatch: pytest.MonkeyPatch, black_hole: BlackHole) -> None:
+    monkeypatch.setattr(doctor, "ORIGIN_DEADLINE", 0.5)
+    for endpoint in ("http://127.0.0.1:1", black_hole.url, "nonsense"):
+        skew: list[float] = []
+        assert doctor.check_hub(endpoint, skew).outcome == "warn"
+        assert skew == []
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    config = tmp_path / "config.toml"
+    config.write_text(f'[pipelines.x]\nsource = "file://{tmp_path}/none"\n')
+    arguments = ["doctor", "--config", str(config), "--store", str(tmp_path / "s"), "--mount", str(tmp_path / "m")]
+    assert run([*arguments, "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)
+    assert {check["name"] for check in checks} >= {"config", "kernel", "fuse", "store", "space", "mount", "origin"}
+    assert {tuple(check) for check in checks} == {("name", "outcome", "found", "advice")}
+    assert run(arguments) == 1
+    assert f"x: {tmp_path}/none" in capsys.readouterr().out
+    config.write_text("[fill]\nnope = 1\n")
+    assert run(arguments) == 1
+    assert "fill.nope: unknown key" in capsys.readouterr().out

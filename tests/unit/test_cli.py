@@ -1,0 +1,352 @@
+"""The command line against a scripted daemon: exit statuses, what goes to stdout and to stderr, and what it imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import msgspec
+import pytest
+
+from instantstart_fs.cli import run, show
+from instantstart_fs.cli.specification import specification
+from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineStatus
+from instantstart_fs.errors import InvalidName, InvalidSource, OriginUnavailable, PipelineNotFound, UsageError
+
+FILES = (FileStatus("a.json", "sealed", 1000, 1000, "sha256:ab"), FileStatus("b.safetensors", "absent", 9000, 0, None))
+STATUS = PipelineStatus(
+    pipeline="x",
+    state="filling",
+    cached_bytes=1000,
+    total_bytes=10_000,
+    source=("hf://o/r",),
+    generation=2,
+    revision="c0ffee",
+    last_request="2026-01-01T00:00:00Z",
+    hot_until=None,
+    pinned=True,
+    leases=1,
+    fill=FillStatus(3000, 3),
+    error=ErrorStatus("origin-unavailable", "no route", "2026-01-01T00:00:00Z"),
+    files=FILES,
+)
+
+
+class FakeClient:
+    """Answers from attributes of the class; notes what it was asked."""
+
+    calls: ClassVar[list[tuple[Any, ...]]]
+    raises: Exception | None
+    verified: VerifyResult
+
+    def __init__(self, socket: str | None = None) -> None:
+        self.calls.append(("connect", socket))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def _call(self, *call: Any) -> None:
+        self.calls.append(call)
+        if self.raises is not None:
+            raise self.raises
+
+    def ping(self) -> DaemonInfo:
+        return DaemonInfo("0", 1, "/models", "/store", 1.0, 1, True)
+
+    def add(self, spec: PipelineSpec, *, warm: bool = False) -> PipelineStatus:
+        self._call("add", spec, warm)
+        return STATUS
+
+    def update(self, pipeline: str) -> PipelineStatus:
+        self._call("update", pipeline)
+        return STATUS
+
+    def status(self, pipeline: str) -> PipelineStatus:
+        self._call("status", pipeline)
+        return STATUS
+
+    def pipelines(self) -> list[PipelineStatus]:
+        self._call("ls")
+        return [msgspec.structs.replace(STATUS, files=None)]
+
+    def remove(self, pipeline: str) -> None:
+        self._call("remove", pipeline)
+
+    def evict(self, pipeline: str) -> None:
+        self._call("evict", pipeline)
+
+    def touch(self, pipeline: str) -> None:
+        self._call("touch", pipeline)
+
+    def set_pinned(self, pipeline: str, pinned: bool) -> None:
+        self._call("pin", pipeline, pinned)
+
+    def warm(self, pipeline: str, *, everything: bool = False) -> PipelineStatus:
+        self._call("warm", pipeline, everything)
+        return STATUS
+
+    def wait_warm(
+        self, pipeline: str, *, everything: bool = False, progress: Callable[[PipelineStatus], None]
+    ) -> PipelineStatus:
+        self._call("wait", pipeline, everything)
+        for cached in (0, 500, 1200, 1300, 9000):
+            progress(msgspec.structs.replace(STATUS, cached_bytes=cached, error=None))
+        return msgspec.structs.replace(STATUS, state="warm", cached_bytes=10_000, files=None)
+
+    def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> VerifyResult:
+        self._call("verify", pipeline)
+        progress(50, 100)
+        return self.verified
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    class Fresh(FakeClient):
+        calls: ClassVar[list[tuple[Any, ...]]] = []
+        raises = None
+        verified = VerifyResult(2, 10_000, (), ())
+
+    monkeypatch.setattr("instantstart_fs.cli.app.Client", Fresh)
+    return Fresh
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (["remove", "x"], ("remove", "x")),
+        (["evict", "x"], ("evict", "x")),
+        (["pin", "x"], ("pin", "x", True)),
+        (["unpin", "x"], ("pin", "x", False)),
+        (["touch", "x"], ("touch", "x")),
+        (["update", "x"], ("update", "x")),
+        (["warm", "x", "--all"], ("warm", "x", True)),
+        (["warm", "x", "--wait"], ("wait", "x", False)),
+        (["verify", "x"], ("verify", "x")),
+        (["status", "x"], ("status", "x")),
+        (["status"], ("ls",)),
+        (["ls"], ("ls",)),
+    ],
+)
+def test_each_command_asks_for_what_it_says(
+    client: type[FakeClient], arguments: list[str], call: tuple[Any, ...]
+) -> None:
+    assert run([*arguments, "--socket", "/run/elsewhere"]) == 0
+    assert client.calls[0] == ("connect", "/run/elsewhere")
+    assert call in client.calls
+
+
+def test_add_sends_the_whole_specification(client: type[FakeClient], tmp_path: Path, capsys: Any) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret")
+    arguments = ["add", "x", "--model", "asr=hf://o/r@v1", "--model", "tts=s3://bucket/tts", "--owner", "7:8"]
+    arguments += ["--mode", "0550", "--include", "*.json", "--exclude", "*.bin", "--token-file", str(token)]
+    assert run([*arguments, "--aws-profile", "ml", "--endpoint-url", "http://s3", "--warm"]) == 0
+    globs = (("*.json",), ("*.bin",))
+    models = (ModelSpec("hf://o/r@v1", "asr", *globs), ModelSpec("s3://bucket/tts", "tts", *globs))
+    wanted = PipelineSpec("x", models, 7, 8, 0o550, str(token), "ml", "http://s3")
+    assert ("add", wanted, True) in client.calls
+    shown = capsys.readouterr().out
+    for part in ("c0ffee", "hf://o/r", "2, 10.0 kB", "/models/x", "filling has begun"):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["ls", "--nonsense"],
+        ["remove"],
+        ["add", "x"],
+        ["add", "x", "hf://o/r", "--model", "a=hf://o/r"],
+        ["add", "x", "--model", "hf://o/r"],
+        ["add", "x", "--model", "a=hf://o/r", "--model", "a=hf://o/q"],
+        ["add", "x", "ftp://o/r"],
+        ["add", "../x", "hf://o/r"],
+        ["add", "x", "hf://o/r", "--mode", "0777"],
+        ["add", "x", "hf://o/r", "--owner", "nobody-of-that-name"],
+        ["add", "x", "hf://o/r", "--token-file", "/no/such/file"],
+        ["lease", "x"],
+        ["lease", "x", "--"],
+        ["serve", "--log-level", "loud"],
+        ["serve", "--config", "/no/such/file"],
+    ],
+)
+def test_usage_errors_exit_2_and_ask_nobody(client: type[FakeClient], arguments: list[str], capsys: Any) -> None:
+    assert run(arguments) == 2
+    assert client.calls == []
+    captured = capsys.readouterr()
+    assert captured.err or arguments == []
+
+
+def test_failures_exit_1_with_one_line(client: type[FakeClient], capsys: Any) -> None:
+    client.raises = PipelineNotFound("there is no pipeline 'x'")
+    assert run(["status", "x"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "instantstart: there is no pipeline 'x'\n"
+
+
+def test_failures_are_objects_with_json(client: type[FakeClient], capsys: Any) -> None:
+    client.raises = OriginUnavailable("the hub is away")
+    assert run(["add", "x", "hf://o/r", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"error": {"code": "origin-unavailable", "message": "the hub is away"}}
+    assert captured.err == "instantstart: the hub is away\n"
+
+
+def test_no_daemon_is_one_line_that_says_what_to_do(tmp_path: Path, capsys: Any) -> None:
+    assert run(["ls", "--socket", str(tmp_path / "none")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "instantstart serve" in error
+
+
+def test_status_json_is_the_documented_object(client: type[FakeClient], capsys: Any) -> None:
+    assert run(["status", "x", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == [
+        "pipeline",
+        "state",
+        "cached_bytes",
+        "total_bytes",
+        "source",
+        "generation",
+        "revision",
+        "last_request",
+        "hot_until",
+        "pinned",
+        "leases",
+        "fill",
+        "error",
+        "files",
+    ]
+    assert found["fill"] == {"bytes_per_second": 3000, "eta_seconds": 3}
+    assert found["error"] == {"code": "origin-unavailable", "message": "no route", "since": "2026-01-01T00:00:00Z"}
+    assert list(found["files"][0]) == ["path", "state", "size", "cached_bytes", "digest"]
+
+
+def test_ls_json_is_a_list_without_files(client: type[FakeClient], capsys: Any) -> None:
+    for arguments in (["ls", "--json"], ["status", "--json"]):
+        assert run(arguments) == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert found["pipeline"] == "x"
+        assert "files" not in found
+        assert "uncached" not in found
+
+
+def test_uncached_appears_only_where_it_applies() -> None:
+    found = json.loads(show.as_json(msgspec.structs.replace(STATUS, uncached="store full")))
+    assert found["uncached"] == "store full"
+
+
+def test_status_shows_all_that_a_person_asks_for(client: type[FakeClient], capsys: Any) -> None:
+    assert run(["status", "x"]) == 0
+    shown = capsys.readouterr().out
+    parts = ["filling", "10 %", "1.00 kB of 10.0 kB", "3.00 kB/s, 3 s left", "hf://o/r", "c0ffee", "ago)", "no route"]
+    for part in [*parts, "b.safetensors"]:
+        assert part in shown
+    assert "\x1b" not in shown
+
+
+def test_waiting_prints_plain_lines_where_no_terminal_is(client: type[FakeClient], capsys: Any) -> None:
+    assert run(["warm", "x", "--wait"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["x: 0 %", "x: 12 %", "x: 90 %"]
+    assert captured.out.startswith("x: warm, 10.0 kB; fetched 10.0 kB in ")
+
+
+def test_waiting_with_json_prints_the_object_alone(client: type[FakeClient], capsys: Any) -> None:
+    assert run(["warm", "x", "--wait", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["state"] == "warm"
+    assert captured.err == ""
+
+
+def test_verify_fails_when_something_had_to_be_healed(client: type[FakeClient], capsys: Any) -> None:
+    client.verified = VerifyResult(2, 10_000, ("b.safetensors",), ("a.json",))
+    assert run(["verify", "x"]) == 1
+    captured = capsys.readouterr()
+    assert "b.safetensors" in captured.out
+    assert "1 files did not hold" in captured.err
+
+
+def test_version_and_help(capsys: Any) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("instantstart 0.")
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    commands = "serve add update remove evict pin unpin touch warm verify lease ls status fsck doctor"
+    for command in commands.split():
+        assert f"  {command} " in shown
+    assert "..." not in shown.partition("Commands:")[2]
+
+
+def test_client_commands_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from instantstart_fs.cli import run; run(['ls', '--socket', '/nonexistent']);"
+        "print([m for m in ('trio', 'boto3', 'huggingface_hub', 'pyfuse3', 'lmdb', 'urllib3', 'rich.progress')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path) -> None:
+    code = "from instantstart_fs.cli import main; main(['--help'])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    process.wait(60)
+    assert b"Traceback" not in errors
+
+
+def test_specifications_follow_the_rules_of_the_configuration() -> None:
+    assert specification("x", "hf://o/r").mode == 0o555
+    with pytest.raises(InvalidName):
+        specification("x y", "hf://o/r")
+    with pytest.raises(InvalidSource):
+        specification("x", "nothing")
+    with pytest.raises(UsageError):
+        specification("x", None)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (90_868_376, "90.9 MB"),
+        (999_900_000, "1.00 GB"),
+        (5e17, "500 PB"),
+    ],
+)
+def test_sizes_for_people(count: float, text: str) -> None:
+    assert show.human_bytes(count) == text
+
+
+def test_times_for_people() -> None:
+    now = datetime(2026, 1, 1, 0, 1, tzinfo=UTC)
+    assert show.human_time("2026-01-01T00:00:00Z", now).endswith("(1 min 0 s ago)")
+    assert show.human_time("2026-01-01T02:01:00Z", now).endswith("(in 2 h 0 min)")
+    assert show.human_time(None) == "never"
+
+
+def test_percent_reaches_100_only_when_all_is_there() -> None:
+    assert show.percent(msgspec.structs.replace(STATUS, cached_bytes=9999)) == 99
+    assert show.percent(msgspec.structs.replace(STATUS, cached_bytes=10_000)) == 100
+    assert show.percent(msgspec.structs.replace(STATUS, cached_bytes=0, total_bytes=0)) == 0
