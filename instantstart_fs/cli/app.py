@@ -205,7 +205,7 @@ def update(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> Non
 
 def _show_pinned(client: Client, status: PipelineStatus, json: bool, note: str) -> None:
     if json:
-        print(show.as_json(status))
+        print(show.as_json(_without_files(status)))
         return
     files = (status if status.files is not None else client.status(status.pipeline)).files or ()
     mounted = os.path.join(client.ping().mount, status.pipeline)
