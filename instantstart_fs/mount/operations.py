@@ -46,8 +46,9 @@ PREFERRED_IO: Final = 128 * 1024
 
 READ_BUFFER: Final = 1024 * 1024
 """The largest READ of a kernel that was offered 256 pages; larger ones get a buffer of their own."""
-IDLE_BUFFERS: Final = 16
-"""Kept between reads, 16 MiB when all were used. More live only while as many reads wait."""
+IDLE_BUFFERS: Final = 32
+"""Kept between reads, 32 MiB when all were used. More live only while as many reads wait; those cost page faults
+(0.75 ms of CPU for 1 MiB, against 0.05 for a buffer that was used before)."""
 
 _UNREADABLE_FLAGS: Final = os.O_TRUNC | os.O_APPEND | os.O_CREAT
 
