@@ -1,5 +1,5 @@
-"""A real engine and a real model: transformers loads all-MiniLM-L6-v2 through a cold mount, and its embeddings are those
-from a plain directory; again with every origin process stopped, the daemon restarted and no credentials at hand."""
+"""A real engine and a real model: transformers loads all-MiniLM-L6-v2 through a cold mount, and its embeddings are
+those from a plain directory; again with every origin stopped, the daemon restarted and no credentials at hand."""
 
 from __future__ import annotations
 
