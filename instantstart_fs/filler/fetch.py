@@ -49,6 +49,8 @@ from instantstart_fs.origins.base import Location
 
 BUFFER_BYTES = 1024 * 1024
 """One per fetching thread. Measured in docs/decisions/http-client.md."""
+READ_BYTES = 256 * 1024
+"""One read of the socket: it returns when full, and only between reads can a demand have the line for itself."""
 SLOW_WINDOW = 60.0
 SLOW_BYTES = 64 * 1024
 """A body that brings less than this in a window is given up: it would hold a connection for hours."""
@@ -189,11 +191,11 @@ class Fetcher:
         window_start, window_bytes = time.monotonic(), 0
         try:
             while offset < wanted.stop:
-                sink.before_read()
                 filled = 0
                 limit = min(len(buffer), wanted.stop - offset)
                 while filled < limit:
-                    count = readinto(buffer[filled:limit])
+                    sink.before_read()
+                    count = readinto(buffer[filled : min(filled + READ_BYTES, limit)])
                     if not count:
                         raise OriginMisbehaved(
                             f"{where}: the body ended after {offset + filled - wanted.start} of {wanted.length} bytes"
@@ -313,7 +315,9 @@ def _unreachable(error: BaseException, where: str) -> OriginError:
     cause: BaseException | None = error
     for _ in range(6):
         inner = getattr(cause, "reason", None)
-        if isinstance(cause, ConnectTimeoutError):
+        if not isinstance(inner, BaseException):
+            inner = getattr(cause, "__cause__", None)
+        if isinstance(cause, ConnectTimeoutError) and not isinstance(cause, NewConnectionError):
             return OriginUnavailable(f"{where}: no connection within the time-out")
         if isinstance(cause, ReadTimeoutError | TimeoutError):
             return OriginUnavailable(f"{where}: no byte came within the time-out")

@@ -70,6 +70,12 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: ByteServer
 
+    def setup(self) -> None:
+        super().setup()
+        if self.server.bytes_per_second is not None:
+            # The made-up link lies before the kernel's buffers: large ones would hold what a real link does not.
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 

@@ -1,0 +1,376 @@
+"""The fetch process by itself: a real process on a socket pair, no scheduler."""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from instantstart_fs.core.manifest import Algorithm, Digest
+from instantstart_fs.filler.fetch import parse_retry_after, shown
+from instantstart_fs.filler.messages import (
+    PAUSE,
+    PAUSE_SIZE,
+    Arrived,
+    Closed,
+    CloseFile,
+    Failed,
+    Fetch,
+    Hashed,
+    OpenFile,
+    Order,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    Report,
+    SetLocation,
+    WorkerSettings,
+    decode_report,
+    encode,
+)
+from instantstart_fs.origins.base import Location
+from tests.component.byteserver import ByteServer, black_hole, byte_server, content
+
+CHUNK = 64 * 1024
+ROOT = Path(__file__).parents[2]
+
+
+class RunningWorker:
+    def __init__(self, settings: WorkerSettings, environment: dict[str, str]) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(20)
+        self.pause_fd = os.memfd_create("pause")
+        os.ftruncate(self.pause_fd, PAUSE_SIZE)
+        self.pause = mmap.mmap(self.pause_fd, PAUSE_SIZE)
+        self.lock = tempfile.TemporaryFile()  # noqa: SIM115 (closed by ``close``)
+        fds = (theirs.fileno(), self.lock.fileno(), self.pause_fd)
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "instantstart_fs.filler.worker",
+                *map(str, fds),
+                msgspec.json.encode(settings).decode(),
+            ],
+            pass_fds=fds,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+        )
+        theirs.close()
+        assert isinstance(self.hear(), Ready)
+
+    def tell(self, order: Order, fd: int | None = None) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else []
+        self.socket.sendmsg([encode(order)], rights)
+
+    def hear(self) -> Report:
+        packet = self.socket.recv(1 << 20)
+        assert packet, "the worker is gone"
+        return decode_report(packet)
+
+    def hear_all(self, count: int) -> list[Report]:
+        return [self.hear() for _ in range(count)]
+
+    def close(self) -> None:
+        self.socket.close()
+        try:
+            assert self.process.wait(5) == 0
+        finally:
+            self.process.kill()
+            self.process.wait(5)
+            self.lock.close()
+            self.pause.close()
+            os.close(self.pause_fd)
+
+
+@pytest.fixture
+def worker() -> Iterator[RunningWorker]:
+    running = RunningWorker(WorkerSettings(connect_timeout=2, stall_timeout=0.5), {})
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def server() -> Iterator[ByteServer]:
+    with byte_server() as running:
+        yield running
+
+
+@pytest.fixture
+def blob(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path / "blob", os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+def open_order(data: bytes, digest: Digest | None, present: int = 0) -> OpenFile:
+    chunks = -(-len(data) // CHUNK)
+    return OpenFile(1, "blob", len(data), CHUNK, digest, present.to_bytes(-(-chunks // 8), "little"))
+
+
+def answer_of(worker: RunningWorker, url: str, data: bytes, blob: int, **location: object) -> Report:
+    os.ftruncate(blob, len(data))
+    worker.tell(open_order(data, None), blob)
+    worker.tell(SetLocation(1, Location(url, **location)))  # type: ignore[arg-type]
+    worker.tell(Fetch(7, 1, 0, True))
+    return worker.hear()
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha1", "md5", "git-sha1", "crc32", "crc32c"])
+def test_chunks_in_any_order_are_written_and_hashed(
+    worker: RunningWorker, server: ByteServer, blob: int, algorithm: Algorithm
+) -> None:
+    data = server.files["a"] = content(5 * CHUNK + 77, 1)
+    os.ftruncate(blob, len(data))
+    worker.tell(open_order(data, Digest(algorithm, "00")), blob)
+    worker.tell(SetLocation(1, Location(server.url + "/a")))
+    for number, chunk in enumerate((5, 0, 3, 1, 4, 2)):
+        worker.tell(Fetch(number, 1, chunk, False))
+    reports = worker.hear_all(7)
+    assert sorted(report.request for report in reports if isinstance(report, Arrived)) == list(range(6))
+    (hashed,) = [report for report in reports if isinstance(report, Hashed)]
+    expected = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha1": hashlib.sha1(data).hexdigest(),
+        "md5": hashlib.md5(data).hexdigest(),
+        "git-sha1": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
+        "crc32": f"{zlib.crc32(data):08x}",
+    }
+    if algorithm == "crc32c":
+        from awscrt import checksums
+
+        expected["crc32c"] = f"{checksums.crc32c(data):08x}"
+    assert hashed.digest == expected[algorithm]
+    assert os.pread(blob, len(data), 0) == data
+
+
+def test_what_is_present_already_is_hashed_from_the_store(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    data = server.files["a"] = content(3 * CHUNK, 2)
+    os.pwrite(blob, data[: 2 * CHUNK], 0)
+    os.ftruncate(blob, len(data))
+    worker.tell(open_order(data, Digest("sha256", ""), present=0b011), blob)
+    worker.tell(SetLocation(1, Location(server.url + "/a")))
+    worker.tell(Fetch(1, 1, 2, False))
+    reports = worker.hear_all(2)
+    assert Hashed(1, hashlib.sha256(data).hexdigest()) in reports
+    assert server.log == [("a", 2 * CHUNK, 3 * CHUNK)]
+
+
+def test_an_empty_file_is_hashed_at_once(worker: RunningWorker, blob: int) -> None:
+    worker.tell(open_order(b"", Digest("sha256", "")), blob)
+    assert worker.hear() == Hashed(1, hashlib.sha256(b"").hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "code"),
+    [
+        (401, {}, "location-expired"),
+        (403, {}, "location-expired"),
+        (404, {}, "origin-not-found"),
+        (412, {}, "origin-changed"),
+        (416, {}, "origin-changed"),
+        (429, {"Retry_After": "3"}, "origin-throttled"),
+        (503, {}, "origin-throttled"),
+        (500, {}, "origin-unavailable"),
+        (302, {"Location": "http://elsewhere.invalid/"}, "origin-misbehaved"),
+        (418, {}, "origin-misbehaved"),
+    ],
+)
+def test_statuses(
+    worker: RunningWorker, server: ByteServer, blob: int, status: int, headers: dict[str, str], code: str
+) -> None:
+    def refuse(handler: object, path: str, start: int, stop: int) -> bool:
+        handler.answer(status, **headers)  # type: ignore[attr-defined]
+        return True
+
+    server.fault = refuse
+    report = answer_of(worker, server.url + "/a?X-Signature=secret", b"x" * CHUNK, blob)
+    assert isinstance(report, Failed)
+    assert (report.request, report.code) == (7, code)
+    assert report.retry_after == (3.0 if headers.get("Retry_After") else None)
+    assert "secret" not in report.message and str(status) in report.message
+
+
+def test_the_etag_must_be_the_pinned_one(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    data = server.files["a"] = content(CHUNK, 3)
+    server.etags["a"] = '"two"'
+    report = answer_of(worker, server.url + "/a", data, blob, etag='"one"', headers=(("If-Match", '"one"'),))
+    assert isinstance(report, Failed) and report.code == "origin-changed"
+    assert server.headers[0]["If-Match"] == '"one"'
+    assert server.headers[0]["Accept-Encoding"] == "identity"
+
+
+def test_another_size_at_the_origin_is_a_change(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    server.files["a"] = content(2 * CHUNK, 4)
+    report = answer_of(worker, server.url + "/a", content(CHUNK, 4), blob)
+    assert isinstance(report, Failed) and report.code == "origin-changed"
+
+
+def test_a_whole_file_may_come_as_200_a_part_may_not(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    data = content(2 * CHUNK, 5)
+
+    def whole(handler: object, path: str, start: int, stop: int) -> bool:
+        body = data[: len(data) // 2] if path == "small" else data
+        handler.send_response(200)  # type: ignore[attr-defined]
+        handler.send_header("Content-Length", str(len(body)))  # type: ignore[attr-defined]
+        handler.end_headers()  # type: ignore[attr-defined]
+        handler.wfile.write(body)  # type: ignore[attr-defined]
+        return True
+
+    server.fault = whole
+    assert answer_of(worker, server.url + "/small", data[:CHUNK], blob) == Arrived(7)
+    assert os.pread(blob, CHUNK, 0) == data[:CHUNK]
+    worker.tell(CloseFile(1))
+    assert worker.hear() == Closed(1)
+    report = answer_of(worker, server.url + "/large", data, blob)
+    assert isinstance(report, Failed) and report.code == "origin-misbehaved"
+
+
+def test_a_refused_connection_and_a_black_hole(worker: RunningWorker, blob: int) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        report = answer_of(worker, f"http://127.0.0.1:{unused.getsockname()[1]}/a?s=secret", b"x", blob)
+    assert isinstance(report, Failed) and report.code == "origin-unavailable"
+    assert "refused" in report.message and "secret" not in report.message
+    with black_hole() as url:
+        worker.tell(SetLocation(1, Location(url + "/a")))
+        worker.tell(Fetch(8, 1, 0, True))
+        report = worker.hear()
+    assert isinstance(report, Failed) and report.code == "origin-unavailable"
+    assert report.silent >= 0.45, "the silence is told, so that a breaker knows a black hole"
+
+
+def test_a_file_origin_checks_who_it_reads(worker: RunningWorker, blob: int, tmp_path: Path) -> None:
+    from instantstart_fs.origins.directory import file_url, identity_of
+
+    data = content(CHUNK, 6)
+    source = tmp_path / "ünï code%20?#.bin"
+    source.write_bytes(data)
+    url = file_url(str(source))
+    assert answer_of(worker, url, data, blob, identity=identity_of(source.stat())) == Arrived(7)
+    assert os.pread(blob, CHUNK, 0) == data
+    identity = identity_of(source.stat())
+    os.utime(source, ns=(1, 1))
+    worker.tell(SetLocation(1, Location(url, identity=identity)))
+    worker.tell(Fetch(8, 1, 0, True))
+    report = worker.hear()
+    assert isinstance(report, Failed) and report.code == "origin-changed"
+    source.unlink()
+    worker.tell(Fetch(9, 1, 0, True))
+    report = worker.hear()
+    assert isinstance(report, Failed) and report.code == "origin-not-found"
+
+
+def test_background_leaves_its_sockets_unread_while_a_demand_has_the_line(
+    worker: RunningWorker, server: ByteServer, blob: int
+) -> None:
+    data = server.files["a"] = content(2 * CHUNK, 7)
+    os.ftruncate(blob, len(data))
+    worker.tell(open_order(data, None), blob)
+    worker.tell(SetLocation(1, Location(server.url + "/a")))
+    PAUSE.pack_into(worker.pause, 0, time.monotonic() + 60)
+    begun = time.monotonic()
+    worker.tell(Fetch(1, 1, 0, False))
+    worker.tell(Fetch(2, 1, 1, True))
+    assert worker.hear() == Arrived(2)
+    assert time.monotonic() - begun < 1.0
+    PAUSE.pack_into(worker.pause, 0, 0.0)
+    assert worker.hear() == Arrived(1)
+    assert time.monotonic() - begun < 1.9, "it ends with the demand, before its own limit"
+
+
+def test_after_closed_nothing_is_written(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    data = server.files["a"] = content(CHUNK, 8)
+    os.ftruncate(blob, len(data))
+    server.gate.clear()
+    worker.tell(open_order(data, None), blob)
+    worker.tell(SetLocation(1, Location(server.url + "/a")))
+    worker.tell(Fetch(1, 1, 0, False))
+    worker.tell(CloseFile(1))
+    assert worker.hear() == Closed(1)
+    server.gate.set()
+    worker.tell(Ping(5))
+    assert worker.hear() == Pong(5)
+    assert os.pread(blob, CHUNK, 0) == bytes(CHUNK)
+
+
+def test_progress_of_a_slow_body_is_told(server: ByteServer, blob: int) -> None:
+    data = server.files["a"] = content(CHUNK, 9)
+    server.bytes_per_second = 32 * 1024
+    running = RunningWorker(WorkerSettings(stall_timeout=5), {})
+    try:
+        report = answer_of(running, server.url + "/a", data, blob)
+        told = 0
+        while isinstance(report, Progress):
+            told += report.bytes
+            report = running.hear()
+        assert report == Arrived(7)
+        assert 0 < told <= CHUNK
+    finally:
+        running.close()
+
+
+def test_it_ends_with_its_parent_whatever_its_threads_do(blob: int) -> None:
+    running = RunningWorker(WorkerSettings(stall_timeout=60), {})
+    with black_hole() as url:
+        os.ftruncate(blob, CHUNK)
+        running.tell(open_order(b"x" * CHUNK, None), blob)
+        running.tell(SetLocation(1, Location(url)))
+        running.tell(Fetch(1, 1, 0, True))
+        running.tell(Ping(1))
+        assert running.hear() == Pong(1)
+        begun = time.monotonic()
+        running.close()
+        assert time.monotonic() - begun < 1.0
+
+
+def test_sigint_is_the_daemons_affair(worker: RunningWorker) -> None:
+    os.kill(worker.process.pid, signal.SIGINT)
+    worker.tell(Ping(1))
+    assert worker.hear() == Pong(1)
+
+
+def test_a_proxy_of_the_environment_is_used(server: ByteServer, blob: int) -> None:
+    data = content(CHUNK, 10)
+    # Seen from the proxy, a request names the whole address.
+    server.files["/origin.invalid/a".removeprefix("/")] = data
+    seen: list[str] = []
+
+    def proxy(handler: object, path: str, start: int, stop: int) -> bool:
+        seen.append(handler.path)  # type: ignore[attr-defined]
+        handler.serve("a", data, start, stop)  # type: ignore[attr-defined]
+        return True
+
+    server.fault = proxy
+    running = RunningWorker(WorkerSettings(), {"http_proxy": server.url, "no_proxy": "127.0.0.1"})
+    try:
+        assert answer_of(running, "http://origin.invalid/a", data, blob) == Arrived(7)
+        assert seen == ["http://origin.invalid/a"]
+    finally:
+        running.close()
+
+
+def test_shown_addresses_hold_no_secret() -> None:
+    assert shown("https://user:pass@host.example:8443/a/b?X-Amz-Signature=s#f") == "https://host.example:8443/a/b"
+
+
+def test_retry_after() -> None:
+    assert parse_retry_after("17", 0.0) == 17.0
+    assert parse_retry_after("Thu, 01 Jan 1970 00:02:00 GMT", 60.0) == 60.0
+    assert parse_retry_after("Thu, 01 Jan 1970 00:00:10 GMT", 60.0) == 0.0
+    assert parse_retry_after("soon", 0.0) is None
+    assert parse_retry_after(None, 0.0) is None
