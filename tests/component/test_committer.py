@@ -1,0 +1,295 @@
+"""Group commit and sealing against a real store and index."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from instantstart_fs.errors import IndexFull, InstantStartError, StoreDamaged
+from instantstart_fs.filler import committer as committer_module
+from instantstart_fs.filler.committer import Committer
+from instantstart_fs.filler.target import FileState, FillTarget
+from instantstart_fs.index.environment import Index
+from instantstart_fs.index.schema import FileRecord
+from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.store.blobfile import BlobFile
+from instantstart_fs.store.blobstore import BlobStore
+from tests.component.byteserver import FakeOrigin, content, make_target, sha256
+
+CHUNK = 4096
+
+
+class Told:
+    def __init__(self) -> None:
+        self.sealed: list[FillTarget] = []
+        self.poisoned: list[FillTarget] = []
+        self.lost: list[tuple[FillTarget, InstantStartError]] = []
+        self.stuck: list[InstantStartError | None] = []
+
+    def on_sealed(self, target: FillTarget) -> None:
+        self.sealed.append(target)
+
+    def on_poisoned(self, target: FillTarget) -> None:
+        self.poisoned.append(target)
+
+    def on_lost(self, target: FillTarget, error: InstantStartError) -> None:
+        self.lost.append((target, error))
+
+    def on_stuck(self, targets: list[FillTarget], error: InstantStartError | None) -> None:
+        self.stuck.append(error)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[BlobStore]:
+    with BlobStore.open(str(tmp_path / "store")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def index(store: BlobStore) -> Iterator[Index]:
+    with Index.open(store.root + "/index", map_size=16 << 20) as opened:
+        yield opened
+
+
+def written(store: BlobStore, name: str, chunks: int = 3, pipeline: str = "p", number: int = 0) -> FillTarget:
+    """A target whose blob holds all its bytes, of which nothing is present yet."""
+    data = content(chunks * CHUNK, number)
+    origin = FakeOrigin("http://unused.invalid")
+    target = make_target(
+        store, origin, name, len(data), digest=sha256(data), pipeline=pipeline, index=number, chunk_size=CHUNK
+    )
+    target.blob = target.open_blob()
+    target.blob.pwrite(0, data)
+    return target
+
+
+def arrive(committer: Committer, target: FillTarget, *chunks: int) -> None:
+    for chunk in chunks:
+        target.present.add(chunk)
+        committer.dirty(target, chunk)
+
+
+def record(index: Index, target: FillTarget) -> FileRecord | None:
+    key = target.key
+    return index.read(lambda txn: txn.get_file(key.pipeline, key.generation, key.index))
+
+
+@asynccontextmanager
+async def running(
+    store: BlobStore, index: Index, *, size: int = 1 << 30, seconds: float = 1.0
+) -> AsyncIterator[tuple[Committer, Told]]:
+    told = Told()
+    committer = Committer(store, index, size, seconds, told)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(committer.run)
+            await trio.testing.wait_all_tasks_blocked()
+            yield committer, told
+            nursery.cancel_scope.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(10):
+        while not condition():
+            await trio.sleep(0.002)
+
+
+async def test_one_commit_for_many_files_by_age(store: BlobStore, index: Index) -> None:
+    targets = [written(store, f"f{number}", number=number) for number in range(20)]
+    async with running(store, index, seconds=0.1) as (committer, _):
+        for target in targets:
+            arrive(committer, target, 0, 2)
+        await until(lambda: all(target.durable.count == 2 for target in targets))
+        assert committer.commits == 1
+    for target in targets:
+        assert record(index, target) == FileRecord("filling", 0, 0, b"\x05")
+
+
+async def test_a_large_group_does_not_wait_for_its_age(store: BlobStore, index: Index) -> None:
+    target = written(store, "f")
+    async with running(store, index, size=2 * CHUNK, seconds=3600) as (committer, _):
+        arrive(committer, target, 0)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert committer.commits == 0
+        arrive(committer, target, 1)
+        await until(lambda: target.durable.count == 2)
+
+
+async def test_what_arrives_during_a_sync_waits_for_the_next(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = written(store, "f")
+    syncing, go_on = trio.Event(), trio.Event()
+    real = BlobFile.datasync
+
+    def datasync(blob: BlobFile) -> None:
+        trio.from_thread.run_sync(syncing.set)
+        trio.from_thread.run(go_on.wait)
+        real(blob)
+
+    monkeypatch.setattr(BlobFile, "datasync", datasync)
+    async with running(store, index, seconds=0.05) as (committer, _):
+        arrive(committer, target, 0)
+        await syncing.wait()
+        arrive(committer, target, 1)
+        go_on.set()
+        await until(lambda: target.durable.count > 0)
+        assert 1 not in target.durable, "its bytes may have come after the fdatasync"
+        await until(lambda: target.durable.count == 2)
+
+
+async def test_a_stop_commits_what_is_present(store: BlobStore, index: Index) -> None:
+    target = written(store, "f")
+    async with running(store, index, seconds=3600) as (committer, _):
+        arrive(committer, target, 1)
+    assert record(index, target) == FileRecord("filling", 0, 0, b"\x02")
+
+
+async def test_sealing(store: BlobStore, index: Index) -> None:
+    target = written(store, "f")
+    async with running(store, index, seconds=3600) as (committer, told):
+        arrive(committer, target, 0, 1, 2)
+        committer.seal(target, "sealed")
+        await until(lambda: told.sealed == [target])
+        assert target.state is FileState.SEALED
+        assert target.blob is not None
+        seal = target.blob.seal_record()
+        assert seal is not None and (seal.state, seal.digest) == ("sealed", str(target.entry.file.digest))
+        assert record(index, target) == FileRecord("sealed", 0, 0, b"")
+
+
+async def test_a_failed_sync_is_told_and_not_recorded(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = written(store, "good"), written(store, "bad", number=1)
+    real = BlobFile.datasync
+
+    def datasync(blob: BlobFile) -> None:
+        if blob is bad.blob:
+            raise StoreDamaged("sync bad: input/output error")
+        real(blob)
+
+    monkeypatch.setattr(BlobFile, "datasync", datasync)
+    async with running(store, index, seconds=0.01) as (committer, told):
+        arrive(committer, good, 0)
+        arrive(committer, bad, 0)
+        await until(lambda: good.durable.count == 1)
+        await until(lambda: len(told.lost) == 1)
+        assert told.lost[0][0] is bad
+        assert bad.durable.count == 0
+    assert record(index, bad) is None
+
+
+async def test_a_failed_seal_is_told_and_not_recorded(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = written(store, "f")
+
+    def seal(blob: BlobFile, *_: object, **__: object) -> None:
+        raise StoreDamaged("seal f: input/output error")
+
+    monkeypatch.setattr(BlobFile, "seal", seal)
+    async with running(store, index) as (committer, told):
+        arrive(committer, target, 0, 1, 2)
+        committer.seal(target, "sealed")
+        await until(lambda: len(told.lost) == 1)
+        assert target.state is not FileState.SEALED and not told.sealed
+    assert record(index, target) is None
+
+
+async def test_a_full_index_is_tried_again_with_nothing_lost(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(committer_module, "RETRY_SECONDS", 0.02)
+    real = index.write
+    full = True
+
+    async def write(op: Callable[[WriteTxn], object]) -> object:
+        if full:
+            raise IndexFull("the index is full")
+        return await real(op)
+
+    monkeypatch.setattr(index, "write", write)
+    partial, whole = written(store, "partial"), written(store, "whole", number=1)
+    wrong = written(store, "wrong", number=2)
+    async with running(store, index, seconds=0.01) as (committer, told):
+        arrive(committer, partial, 0)
+        arrive(committer, whole, 0, 1, 2)
+        committer.seal(whole, "sealed")
+        arrive(committer, wrong, 0, 1, 2)
+        committer.poison(wrong)
+        await until(lambda: len(told.stuck) > 2)
+        assert committer.stuck is not None and partial.durable.count == 0 and not told.sealed
+        assert store.existing_blob("p", 1, "wrong") is not None, "the index still speaks of it"
+        full = False
+        await until(lambda: committer.stuck is None and bool(told.poisoned))
+        assert told.stuck[-1] is None
+    assert record(index, partial) == FileRecord("filling", 0, 0, b"\x01")
+    assert record(index, whole) == FileRecord("sealed", 0, 0, b"")
+    assert record(index, wrong) == FileRecord("absent", 1, 0, b"")
+
+
+async def test_poison_drops_the_record_before_the_bytes(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = written(store, "f")
+    seen: list[FileRecord | None] = []
+    real = store.delete_blob
+
+    def delete_blob(*arguments: str | int) -> None:
+        seen.append(record(index, target))
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "delete_blob", delete_blob)
+    async with running(store, index, seconds=0.01) as (committer, told):
+        arrive(committer, target, 0)
+        await until(lambda: target.durable.count == 1)
+        committer.poison(target)
+        await until(lambda: told.poisoned == [target])
+    assert seen == [FileRecord("absent", 1, 0, b"")]
+    assert store.existing_blob("p", 1, "f") is None
+
+
+async def test_another_incarnation_is_never_overwritten(store: BlobStore, index: Index) -> None:
+    target = written(store, "f")
+    newer = FileRecord("absent", 5, 4242, b"")
+    await index.write(lambda txn: txn.put_file("p", 1, 0, newer))
+    async with running(store, index, seconds=0.01) as (committer, _):
+        arrive(committer, target, 0)
+        await until(lambda: committer.commits == 1)
+    assert record(index, target) == newer
+
+
+async def test_a_forgotten_pipeline_is_not_recorded_and_quiet_says_when(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, other = written(store, "f"), written(store, "f", pipeline="q", number=1)
+    later = written(store, "g", number=2)
+    syncing, go_on = trio.Event(), trio.Event()
+    real = BlobFile.datasync
+
+    def datasync(blob: BlobFile) -> None:
+        trio.from_thread.run_sync(syncing.set)
+        trio.from_thread.run(go_on.wait)
+        real(blob)
+
+    monkeypatch.setattr(BlobFile, "datasync", datasync)
+    async with running(store, index, seconds=0.01) as (committer, _):
+        arrive(committer, target, 0)
+        arrive(committer, other, 0)
+        await syncing.wait()
+        arrive(committer, later, 0)
+        committer.forget_pipeline("p")
+        with trio.move_on_after(0.05) as scope:
+            await committer.wait_quiet("p")
+        assert scope.cancelled_caught, "a commit is inside its files"
+        go_on.set()
+        await committer.wait_quiet("p")
+        await until(lambda: other.durable.count == 1)
+    assert record(index, target) is None and record(index, later) is None
+    assert record(index, other) == FileRecord("filling", 0, 0, b"\x01")
