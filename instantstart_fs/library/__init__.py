@@ -230,15 +230,17 @@ class Library:
         for pipeline in self._shelf.pipelines.values():
             used = sum(generation.counts.everything for generation in pipeline.generations())
             requested = (self._access.last_request(pipeline.id) or 0) / 1e9
+            # What was never requested counts from when it came here: warming one must not make it the next to go.
+            used_at = max(requested, pipeline.grown_at_ns / 1e9)
             if used:
                 found.append(
                     eviction.Candidate(
                         pipeline=pipeline.id,
                         bytes=used,
-                        last_request=requested,
+                        last_request=used_at,
                         hot=eviction.is_hot(requested, keep_hot, now),
                         pinned=pipeline.pinned,
-                        open=pipeline.in_use,
+                        open=pipeline.in_use or self._filler.is_filling(pipeline.id),
                         leased=pipeline.leases > 0,
                     )
                 )

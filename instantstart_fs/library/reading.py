@@ -274,6 +274,7 @@ class Reading:
         pipeline = file.generation.pipeline
         if pipeline.trouble is not None and pipeline.trouble.final:
             pipeline.trouble = None
+        pipeline.grown_at_ns = self._shelf.now_ns()
         self._on_growth()
         pipeline.changed()
 

@@ -218,6 +218,8 @@ class Pipeline:
         self.directory_nodeids = directory_nodeids
         self.pinned = pinned
         self.created_at_ns = created_at_ns
+        self.grown_at_ns = created_at_ns
+        """When the last byte came, as far as this daemon saw it."""
         self.current: Generation | None = None
         self.draining: list[Generation] = []
         """Superseded generations that somebody still holds open."""
