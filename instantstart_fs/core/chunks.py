@@ -74,7 +74,7 @@ class ChunkMap:
 
     @property
     def prefix_bytes(self) -> int:
-        """How many bytes from the file's beginning are present without a gap. Amortized O(1) while chunks only arrive."""
+        """The bytes from the beginning that are present without a gap. Amortized O(1) while chunks only arrive."""
         while self._prefix < self.chunks and self._prefix in self:
             self._prefix += 1
         return min(self._prefix * self.chunk_size, self.size)
