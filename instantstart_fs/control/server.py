@@ -14,17 +14,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
-import stat
-import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager
-from typing import Any, NamedTuple, Protocol
+from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import trio
 
+from instantstart_fs.control.administration import Administration, Report
+from instantstart_fs.control.listening import Peer, listen, peer_of
 from instantstart_fs.control.protocol import (
     MAX_REQUEST,
     Add,
@@ -54,7 +53,6 @@ from instantstart_fs.control.protocol import (
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.errors import (
-    ControlError,
     ControlProtocolError,
     InstantStartError,
     PermissionRefused,
@@ -77,56 +75,6 @@ PROGRESS_INTERVAL = 0.25
 """Seconds between two progress messages, at least; about twice that at most."""
 IDLE_LIMIT = 15.0
 """Seconds without any filling after which a wait is given up: nothing would ever end it."""
-SO_PEERGROUPS = 59
-
-
-class Report(Protocol):
-    """What ``verify`` found; see ``protocol.VerifyResult``."""
-
-    @property
-    def files(self) -> int: ...
-    @property
-    def bytes(self) -> int: ...
-    @property
-    def healed(self) -> tuple[str, ...]: ...
-    @property
-    def unproven(self) -> tuple[str, ...]: ...
-
-
-class Administration(Protocol):
-    """What the server needs of ``library.Library``."""
-
-    async def add(self, spec: PipelineSpec) -> PipelineStatus: ...
-    async def update(self, pipeline: str) -> PipelineStatus: ...
-    async def remove(self, pipeline: str) -> None: ...
-    async def evict(self, pipeline: str) -> None: ...
-    async def set_pinned(self, pipeline: str, pinned: bool) -> None: ...
-    def touch(self, pipeline: str) -> None: ...
-    async def warm(self, pipeline: str, *, everything: bool = False) -> None: ...
-    def status(self, pipeline: str) -> PipelineStatus: ...
-    def list(self) -> list[PipelineStatus]: ...
-    def spec(self, pipeline: str) -> PipelineSpec: ...
-    async def wait_changed(self, pipeline: str, timeout: float) -> None: ...
-    async def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> Report: ...
-    def lease(self, pipeline: str) -> AbstractContextManager[None]: ...
-
-
-class Peer(NamedTuple):
-    """Who connected, as the kernel says."""
-
-    pid: int
-    uid: int
-    groups: frozenset[int]
-
-
-def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
-    """Credentials of the other end at the time it connected."""
-    pid, uid, gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    groups = {gid}
-    with contextlib.suppress(OSError):  # a user in more than 256 groups: the primary one has to do
-        raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
-        groups.update(struct.unpack(f"{len(raw) // 4}I", raw))
-    return Peer(pid, uid, frozenset(groups))
 
 
 class ControlServer:
@@ -477,56 +425,6 @@ def _is_warm(status: PipelineStatus, everything: bool) -> bool:
 
 def _failed(error: InstantStartError) -> Failed:
     return Failed(error.code, error.message, error.retry_after)
-
-
-def listen(path: str) -> trio.socket.SocketType:
-    """A listening socket at ``path``, made with its directory. A dead daemon's file is replaced; of a living one
-    ControlError is raised. Blocks for a moment only: everything is local."""
-    encoded = os.fsencode(path)
-    if len(encoded) > 107:
-        raise ControlError(f"{path}: a socket's path may have 107 bytes at most; choose a shorter one with --socket")
-    try:
-        _make_directory(os.path.dirname(path))
-        _remove_dead(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            listener.bind(path)
-            # Everybody may connect: who asks is checked per request by what the kernel says about the peer.
-            os.chmod(path, 0o666)
-            listener.listen(128)
-            listener.setblocking(False)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ControlError(f"{path}: cannot listen there: {error.strerror or error}") from error
-    return trio.socket.from_stdlib_socket(listener)
-
-
-def _make_directory(directory: str) -> None:
-    if not os.path.isdir(directory):
-        os.makedirs(directory, 0o755)
-        os.chmod(directory, 0o755)  # the daemon's umask is 077, and owners of pipelines must get through
-
-
-def _remove_dead(path: str) -> None:
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ControlError(f"{path}: there is something that is no socket; it is left alone")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            return
-        except OSError as error:  # a full backlog is a living daemon too
-            log.debug("probing %s: %s", path, error)
-    raise ControlError(f"{path}: another daemon answers there; stop it, or choose another socket with --socket")
 
 
 @asynccontextmanager

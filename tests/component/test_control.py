@@ -18,8 +18,9 @@ import trio
 
 from instantstart_fs.control import server as server_module
 from instantstart_fs.control.client import Client
+from instantstart_fs.control.listening import Peer, listen, peer_of
 from instantstart_fs.control.protocol import MAX_REQUEST, DaemonInfo
-from instantstart_fs.control.server import ControlServer, Peer, listen, peer_of, serving
+from instantstart_fs.control.server import ControlServer, serving
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineStatus
 from instantstart_fs.errors import (
