@@ -139,15 +139,6 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def cpu_nanoseconds(pid: int) -> int:
-    """The same to the nanosecond, for idle times; threads that ended meanwhile are missed."""
-    total = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):
-            total += int((task / "schedstat").read_text().split()[0])
-    return total
-
-
 class Clock:
     """CPU seconds of several processes since it was made."""
 

@@ -91,10 +91,11 @@ def fill_and_idle(work: Path, size: int, idle: float, parts: set[str]) -> dict[s
             time.sleep(5)  # what ended must have ended: the access log, the last commit
             pids = [main, *served.workers()]
             start = time.monotonic()
-            spent = {pid: daemon.cpu_nanoseconds(pid) for pid in pids}
+            # From /proc/PID/stat: a sum over the threads' schedstat would lose those that end meanwhile.
+            spent = {pid: daemon.cpu_seconds(pid) for pid in pids}
             time.sleep(idle)
             window = time.monotonic() - start
-            share = {pid: (daemon.cpu_nanoseconds(pid) - was) / window / 1e7 for pid, was in spent.items()}
+            share = {pid: (daemon.cpu_seconds(pid) - was) / window * 100 for pid, was in spent.items()}
             total = sum(share.values())
             result["idle"] = {
                 "seconds": window,
