@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import os
 from typing import Annotated, Any
 
@@ -299,7 +300,12 @@ def verify(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> Non
         for path in found.healed:
             print(f"  wrong     {path} (dropped; it is fetched again)")
     if found.healed:
-        raise InstantStartError(f"{pipeline}: {len(found.healed)} files did not hold the bytes that were sealed")
+        wrong = f"{pipeline}: {len(found.healed)} files did not hold the bytes that were sealed"
+        if json:
+            # stdout holds the report already: one JSON document, not two
+            print(f"instantstart: {wrong}", file=sys.stderr)
+            raise typer.Exit(1)
+        raise InstantStartError(wrong)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})

@@ -77,7 +77,7 @@ def test_verify_heals_what_has_rotted(daemon: Daemon, hub_model: Path) -> None:
     daemon.allow.append(r"\[rot\]")
     done = daemon.cli("verify", "rot", "--json")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, "wrong bytes were found: no success"
-    assert json.JSONDecoder().raw_decode(done.stdout)[0]["healed"] == [name]
+    assert json.loads(done.stdout)["healed"] == [name]
     daemon.warm("rot")
     assert daemon.path("rot", name).read_bytes() == (hub_model / name).read_bytes()
     assert json.loads(daemon.ok("verify", "rot", "--json"))["healed"] == []

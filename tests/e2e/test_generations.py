@@ -110,7 +110,7 @@ def test_remove_in_the_middle_of_a_fill(make_daemon: Callable[..., Daemon], hub:
     hub.publish("org/model", model)
     daemon = make_daemon("d", config=config(hub))
     daemon.ok("add", "p", "hf://org/model")
-    hub.fault("bandwidth", port="cdn", rate=2 * MIB)
+    hub.fault("bandwidth", port="cdn", rate=MIB // 4)
     daemon.ok("warm", "p")
     wait_for(lambda: daemon.status("p")["cached_bytes"] > 0, "the first chunk")
     assert daemon.status("p")["state"] == "filling"
