@@ -159,13 +159,13 @@ def test_pipelines_d_holds_one_pipeline_per_file(write, tmp_path: Path) -> None:
         ('[eviction]\nkeep_hot = "-1h"', "eviction.keep_hot", "not a duration"),
         ('[staging]\nmax_memory = "half"', "staging.max_memory", "neither a size"),
         ('[origins.huggingface]\nendpoint = "hub"', "origins.huggingface.endpoint", "http"),
-        ('[origins.huggingface]\ntoken_file = "/no/such"', "origins.huggingface.token_file", "there is no file"),
+        ('[origins.huggingface]\ntoken_file = "no/such"', "origins.huggingface.token_file", "not an absolute path"),
         ('[pipelines.x]\nsource = "ftp://o/r"', "pipelines.x", "unknown scheme"),
         ("[pipelines.x]\npinned = true", "pipelines.x", "either `source` or"),
         ('[pipelines.".x"]\nsource = "hf://o/r"', "pipelines..x", "cannot be a pipeline id"),
         ('[pipelines.x]\nsource = "hf://o/r"\nmode = "0777"', "pipelines.x", "write bits"),
         ('[pipelines.x]\nsource = "hf://o/r"\nowner = "no-such-user-here"', "pipelines.x", "does not know"),
-        ('[pipelines.x]\nsource = "hf://o/r"\ntoken_file = "/no/such"', "pipelines.x.token_file", "there is no file"),
+        ('[pipelines.x]\nsource = "hf://o/r"\ntoken_file = "such"', "pipelines.x.token_file", "not an absolute path"),
         ("[mount", "", "not valid TOML"),
     ],
 )
@@ -177,6 +177,11 @@ def test_mistakes_are_told_with_file_key_and_reason(write, text: str, key: str, 
     assert key in raised.value.message
     assert reason in raised.value.message
     assert "\n" not in raised.value.message
+
+
+def test_credentials_that_are_not_at_hand_keep_no_daemon_from_starting(write) -> None:
+    config = load_config(write('[pipelines.x]\nsource = "hf://o/r"\ntoken_file = "/no/such"'))
+    assert [spec.token_file for spec in config.pipelines] == ["/no/such"]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
