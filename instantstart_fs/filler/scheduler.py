@@ -20,15 +20,13 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
 
-import msgspec
 import trio
 
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.fillplan import FillPlan, Request
-from instantstart_fs.core.retry import Backoff, Breaker, believed_retry_after
-from instantstart_fs.core.serving import ServeUnsealed, endpoint_trusted, may_serve_unsealed
+from instantstart_fs.core.retry import Breaker, believed_retry_after
+from instantstart_fs.core.serving import endpoint_trusted, may_serve_unsealed
 from instantstart_fs.errors import (
     AccessRefused,
     DigestMismatch,
@@ -62,12 +60,15 @@ from instantstart_fs.filler.messages import (
 )
 from instantstart_fs.filler.pool import Worker, WorkerPool
 from instantstart_fs.filler.rates import Rates
-from instantstart_fs.filler.sources import Locator, Source, Tier, chain_for, expired
+from instantstart_fs.filler.sources import Locator, Tier, chain_for, expired
+from instantstart_fs.filler.state import BreakerState, FillEvents, Filling, FillSettings, FillStatistics, Sent
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
-from instantstart_fs.origins.base import Location, OriginKey
+from instantstart_fs.origins.base import OriginKey
 from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.blobstore import BlobStore
+
+__all__ = ["FillEvents", "FillSettings", "FillStatistics", "Filler"]
 
 log = logging.getLogger(__name__)
 
@@ -81,116 +82,6 @@ ROOM_PACE = 1.0
 QUIET_SECONDS = 10.0
 """How long ``wait_quiet`` waits for a worker's word before that worker is killed."""
 OPEN_THREADS = 8
-
-
-class FillSettings(msgspec.Struct, frozen=True):
-    """``connections``: fetches at once per origin and credentials, over all workers. Sizes in bytes, times in seconds.
-
-    ``demand_headroom``: how many more fetches demands may have. ``demand_pause``: how long background fetches leave
-    their sockets unread for a demand, at most.
-    """
-
-    workers: int = 2
-    connections: int = 16
-    read_deadline: float = 60.0
-    serve_unsealed: ServeUnsealed = "auto"
-    commit_bytes: int = 256 * 1024 * 1024
-    commit_seconds: float = 1.0
-    connect_timeout: float = 10.0
-    stall_timeout: float = 15.0
-    locate_timeout: float = 30.0
-    demand_headroom: int = 4
-    demand_pause: float = 2.0
-    backoff: Backoff = Backoff()
-
-
-class FillEvents(Protocol):
-    """What the library is told; sync, on the trio thread. Must not raise."""
-
-    def chunk_present(self, target: FillTarget, chunk: int) -> None: ...
-
-    def target_sealed(self, target: FillTarget) -> None:
-        """Sealed or unverified: the blob has its seal record and the index says so."""
-        ...
-
-    def target_poisoned(self, target: FillTarget, error: InstantStartError) -> None:
-        """A digest mismatch: the target has failed, its record is the next incarnation's, its blob is unlinked. Put a
-        fresh FillTarget in its place; call ``demand`` or ``fill`` for it to be fetched again."""
-        ...
-
-    def target_failed(self, target: FillTarget, error: InstantStartError) -> None:
-        """For good, but for what ``demand`` revives."""
-        ...
-
-    def trouble(self, target: FillTarget, error: InstantStartError | None) -> None:
-        """Transient; None = over."""
-        ...
-
-
-class BreakerState(msgspec.Struct, frozen=True):
-    origin: str
-    state: str
-    in_flight: int
-
-
-class FillStatistics(msgspec.Struct, frozen=True):
-    """``queued`` chunks are wanted and not in flight."""
-
-    workers: int
-    worker_deaths: int
-    files: int
-    in_flight: int
-    queued: int
-    retries: int
-    fetched_bytes: int
-    commits: int
-    poisoned: int
-    index_stuck: bool
-    origins: tuple[BreakerState, ...]
-
-
-class _Sent:
-    """A request on its way. ``worker`` is None until it was given to one; ``counted`` bytes are in the rate already."""
-
-    __slots__ = ("chunk", "counted", "demand", "filling", "generation", "number", "worker")
-
-    def __init__(self, number: int, filling: _Filling, chunk: int, demand: bool) -> None:
-        self.number = number
-        self.filling = filling
-        self.chunk = chunk
-        self.demand = demand
-        self.worker: Worker | None = None
-        self.counted = 0
-        self.generation = 0
-
-
-class _Filling:
-    """The filler's side of one target. ``file``: its number at ``worker``, 0 = not open there."""
-
-    def __init__(self, target: FillTarget, links: tuple[Source, ...]) -> None:
-        self.target = target
-        self.links = links
-        self.link = 0
-        self.location: Location | None = None
-        self.generation = 0
-        """Counts the locations, so that a late failure of an old one does not spend the new one."""
-        self.worker: Worker | None = None
-        self.file = 0
-        self.preparing = False
-        self.waiting: list[_Sent] = []
-        self.sent: set[_Sent] = set()
-        self.failures = 0
-        self.held_until = 0.0
-        self.refused = 0
-        self.missing = 0
-        self.hash_failures = 0
-        self.hashed: str | None = None
-        self.sealing = False
-        self.done = False
-
-    @property
-    def source(self) -> Source:
-        return self.links[self.link]
 
 
 class Filler(CommitEvents):
@@ -228,12 +119,12 @@ class Filler(CommitEvents):
         )
         self._locator = Locator(settings.locate_timeout)
         self._rates = Rates()
-        self._fillings: dict[FileKey, _Filling] = {}
+        self._fillings: dict[FileKey, Filling] = {}
         self._background: dict[str, set[FileKey]] = {}
         self._breakers: dict[OriginKey, Breaker] = {}
         self._last_failure: dict[OriginKey, str] = {}
-        self._sent: dict[int, _Sent] = {}
-        self._files: dict[int, _Filling] = {}
+        self._sent: dict[int, Sent] = {}
+        self._files: dict[int, Filling] = {}
         self._closing: dict[int, tuple[str, Worker]] = {}
         self._opening: dict[str, int] = {}
         self._mismatches: dict[FileKey, int] = {}
@@ -286,7 +177,7 @@ class Filler(CommitEvents):
     def fill(self, pipeline: str, targets: Sequence[FillTarget]) -> None:
         """Fill these in the background, in this order; it replaces the pipeline's last order. Complete ones are
         skipped."""
-        entered: list[_Filling] = []
+        entered: list[Filling] = []
         for target in targets:
             if target.state in COMPLETE or (target.failed and not self._revive(target)):
                 continue
@@ -393,7 +284,7 @@ class Filler(CommitEvents):
         target.failed, target.error = False, None
         return True
 
-    def _enter(self, target: FillTarget) -> _Filling | None:
+    def _enter(self, target: FillTarget) -> Filling | None:
         key = target.key
         filling = self._fillings.get(key)
         if filling is not None and filling.target is target:
@@ -411,7 +302,7 @@ class Filler(CommitEvents):
         if filling is not None:
             self._committer.forget(filling.target)
             self._end(filling, FillCancelled(f"{target.entry.path}: a new incarnation takes its place"))
-        filling = _Filling(target, chain_for(target, self._tiers))
+        filling = Filling(target, chain_for(target, self._tiers))
         self._fillings[key] = filling
         self._plan.add(key, key.pipeline, filling.source.key, target.present)
         origin = target.origin.key
@@ -422,7 +313,7 @@ class Filler(CommitEvents):
             self._plan.hold(key, now + self._settings.backoff.delay(mismatches + 1, self._random.random()))
         return filling
 
-    def _leave(self, filling: _Filling) -> None:
+    def _leave(self, filling: Filling) -> None:
         """Forget a filling: its requests come to nothing, its worker closes the file."""
         if filling.done:
             return
@@ -441,7 +332,7 @@ class Filler(CommitEvents):
         self._close_at_worker(filling)
         self._wakeup.set()
 
-    def _close_at_worker(self, filling: _Filling) -> None:
+    def _close_at_worker(self, filling: Filling) -> None:
         worker, filling.worker = filling.worker, None
         if worker is not None:
             self._files.pop(filling.file, None)
@@ -450,7 +341,7 @@ class Filler(CommitEvents):
         filling.file = 0
         filling.hashed = None
 
-    def _end(self, filling: _Filling, error: InstantStartError) -> None:
+    def _end(self, filling: Filling, error: InstantStartError) -> None:
         """The target has failed for good."""
         target = filling.target
         self._leave(filling)
@@ -479,7 +370,7 @@ class Filler(CommitEvents):
     def _dispatch(self, request: Request[FileKey]) -> None:
         filling = self._fillings[request.key]
         self._numbers += 1
-        sent = _Sent(self._numbers, filling, request.chunk, request.demand)
+        sent = Sent(self._numbers, filling, request.chunk, request.demand)
         self._sent[sent.number] = sent
         filling.sent.add(sent)
         if filling.worker is not None and filling.location is not None and not expired(filling.location):
@@ -488,7 +379,7 @@ class Filler(CommitEvents):
             filling.waiting.append(sent)
             self._prepare_soon(filling)
 
-    def _send(self, sent: _Sent) -> None:
+    def _send(self, sent: Sent) -> None:
         filling = sent.filling
         worker = filling.worker
         assert worker is not None
@@ -499,7 +390,7 @@ class Filler(CommitEvents):
         if sent.demand and len(self._sent) > 1:
             self._pool.pause_background_until(time.monotonic() + self._settings.demand_pause)
 
-    def _unsend(self, sent: _Sent) -> None:
+    def _unsend(self, sent: Sent) -> None:
         """It is over, whichever way."""
         if self._sent.pop(sent.number, None) is None:
             return
@@ -509,18 +400,21 @@ class Filler(CommitEvents):
             if sent.demand and not any(other.demand and other.worker is not None for other in self._sent.values()):
                 self._pool.pause_background_until(0.0)
 
-    def _prepare_soon(self, filling: _Filling) -> None:
+    def _prepare_soon(self, filling: Filling) -> None:
         if not filling.preparing and self._nursery is not None:
             filling.preparing = True
+            # Counted from here on: ``wait_quiet`` must not miss a task that has not run yet.
+            pipeline = filling.target.key.pipeline
+            self._opening[pipeline] = self._opening.get(pipeline, 0) + 1
             self._nursery.start_soon(self._prepare, filling)
 
-    async def _prepare(self, filling: _Filling) -> None:
+    async def _prepare(self, filling: Filling) -> None:
         """Open the blob, locate the file, give it to a worker, send what waits."""
         target = filling.target
         pipeline = target.key.pipeline
-        self._opening[pipeline] = self._opening.get(pipeline, 0) + 1
         try:
-            await self._open_blob(filling)
+            if not filling.done:
+                await self._open_blob(filling)
             if target.entry.file.digest is None:
                 self._check_complete(filling)  # an empty file waited for nothing but its blob
             while not (filling.done or filling.sealing):
@@ -560,7 +454,7 @@ class Filler(CommitEvents):
                 del self._opening[pipeline]
             self._set_quiet()
 
-    async def _open_blob(self, filling: _Filling) -> None:
+    async def _open_blob(self, filling: Filling) -> None:
         target = filling.target
         if target.blob is not None:
             return
@@ -578,7 +472,7 @@ class Filler(CommitEvents):
                 self._plan.refill(target.key)
                 self._wakeup.set()
 
-    def _open_at(self, filling: _Filling, worker: Worker) -> None:
+    def _open_at(self, filling: Filling, worker: Worker) -> None:
         target = filling.target
         assert target.blob is not None
         self._numbers += 1
@@ -647,7 +541,7 @@ class Filler(CommitEvents):
         quiet, self._quiet = self._quiet, trio.Event()
         quiet.set()
 
-    def _arrived(self, sent: _Sent) -> None:
+    def _arrived(self, sent: Sent) -> None:
         filling, chunk = sent.filling, sent.chunk
         target = filling.target
         key, now = target.key, trio.current_time()
@@ -676,7 +570,7 @@ class Filler(CommitEvents):
 
     # -- completion ----------------------------------------------------------------------------------------------
 
-    def _check_complete(self, filling: _Filling) -> None:
+    def _check_complete(self, filling: Filling) -> None:
         """Seal it if all is there and proven; have it hashed if only that is missing."""
         target = filling.target
         if filling.done or filling.sealing or not target.present.complete:
@@ -699,7 +593,7 @@ class Filler(CommitEvents):
         else:
             self._poison(filling, filling.hashed)
 
-    def _poison(self, filling: _Filling, found: str) -> None:
+    def _poison(self, filling: Filling, found: str) -> None:
         target = filling.target
         key = target.key
         digest = target.entry.file.digest
@@ -720,7 +614,7 @@ class Filler(CommitEvents):
         target.wake()
         self._committer.poison(target)
 
-    def _hash_failed(self, filling: _Filling, error: InstantStartError) -> None:
+    def _hash_failed(self, filling: Filling, error: InstantStartError) -> None:
         """The store's bytes cannot be read back: fetch again what is not durable, once; then give up."""
         filling.hash_failures += 1
         if filling.hash_failures > 1:
@@ -778,7 +672,7 @@ class Filler(CommitEvents):
 
     # -- failures ------------------------------------------------------------------------------------------------
 
-    def _failed(self, sent: _Sent, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
+    def _failed(self, sent: Sent, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
         """``counts``: False for the others of a batch that failed for one and the same reason."""
         filling = sent.filling
         self._unsend(sent)
@@ -832,14 +726,14 @@ class Filler(CommitEvents):
             self._requeue(sent)
         return None
 
-    def _requeue(self, sent: _Sent) -> None:
+    def _requeue(self, sent: Sent) -> None:
         filling = sent.filling
         self._plan.failed(filling.target.key, sent.chunk, held_until=filling.held_until)
         if not filling.done:
             self._show_breaker(filling)
         self._wakeup.set()
 
-    def _next_link(self, filling: _Filling) -> bool:
+    def _next_link(self, filling: Filling) -> bool:
         """Ask the next source of the chain from now on; False at its end."""
         if filling.link + 1 >= len(filling.links):
             return False
@@ -850,7 +744,7 @@ class Filler(CommitEvents):
         self._plan.move(filling.target.key, filling.source.key)
         return True
 
-    def _hold(self, filling: _Filling) -> None:
+    def _hold(self, filling: Filling) -> None:
         """Back off. Failures that come while it is held already are of the same burst and do not count."""
         now = trio.current_time()
         if now >= filling.held_until:
@@ -858,7 +752,7 @@ class Filler(CommitEvents):
             filling.held_until = now + self._settings.backoff.delay(filling.failures, self._random.random())
             self._plan.hold(filling.target.key, filling.held_until)
 
-    def _throttled(self, filling: _Filling, error: InstantStartError, now: float) -> None:
+    def _throttled(self, filling: Filling, error: InstantStartError, now: float) -> None:
         origin = filling.source.key
         retry_after = believed_retry_after(error.retry_after)
         if retry_after is None:
@@ -901,7 +795,7 @@ class Filler(CommitEvents):
             self._plan.release(key)
             filling.target.wake()
 
-    def _show_breaker(self, filling: _Filling) -> None:
+    def _show_breaker(self, filling: Filling) -> None:
         origin = filling.source.key
         breaker = self._breakers.get(origin)
         if breaker is None or breaker.closed:
@@ -916,7 +810,7 @@ class Filler(CommitEvents):
 
     # -- a full store --------------------------------------------------------------------------------------------
 
-    def _store_full(self, filling: _Filling, error: InstantStartError) -> None:
+    def _store_full(self, filling: Filling, error: InstantStartError) -> None:
         pipeline = filling.target.key.pipeline
         self._plan.hold(filling.target.key, trio.current_time() + 2 * ROOM_SECONDS)
         if pipeline not in self._making_room and self._nursery is not None:

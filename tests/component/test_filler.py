@@ -735,3 +735,20 @@ async def test_workers_end_with_the_filler(server: ByteServer, store: BlobStore,
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+async def test_a_cancelled_file_is_not_made_afterwards(server: ByteServer, store: BlobStore, index: Index) -> None:
+    data = server.files["a"] = content(3 * CHUNK, 25)
+    async with filling(store, index) as (filler, _):
+        for number in range(20):
+            target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data), index=number)
+            filler.fill("p", [target])
+            for _ in range(number % 5):
+                await trio.lowlevel.checkpoint()
+            filler.cancel_pipeline("p", FillCancelled("removed"))
+            await filler.wait_quiet("p")
+            await trio.to_thread.run_sync(store.delete_generation, "p", 1)
+            await trio.sleep(0.01)
+            assert store.existing_blob("p", 1, "a") is None
+            if target.blob is not None:
+                target.blob.close()
