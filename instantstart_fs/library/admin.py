@@ -204,7 +204,7 @@ class Admin:
 
                     def forget_files(txn: WriteTxn) -> None:
                         txn.delete_files(pipeline_id, old.number)
-                        txn.put_generation(_generation_record(new))
+                        txn.put_generation(_generation_record(new.manifest, new.base))
 
                     drop_targets(old)
                     try:
@@ -318,13 +318,7 @@ class Admin:
 
     async def _record(self, pipeline: Pipeline, manifest: Manifest, base: int) -> None:
         record = self._pipeline_record(pipeline, manifest.generation, pipeline.pinned)
-        generation = GenerationRecord(
-            pipeline=pipeline.id,
-            number=manifest.generation,
-            nodeid_base=base,
-            file_count=len(manifest.files),
-            chunk_size=manifest.chunk_size,
-        )
+        generation = _generation_record(manifest, base)
 
         def write(txn: WriteTxn) -> None:
             txn.put_generation(generation)
@@ -364,13 +358,13 @@ def drop_targets(generation: Generation) -> None:
         drop_target(file)
 
 
-def _generation_record(generation: Generation) -> GenerationRecord:
+def _generation_record(manifest: Manifest, base: int) -> GenerationRecord:
     return GenerationRecord(
-        pipeline=generation.pipeline.id,
-        number=generation.number,
-        nodeid_base=generation.base,
-        file_count=len(generation.files),
-        chunk_size=generation.manifest.chunk_size,
+        pipeline=manifest.pipeline,
+        number=manifest.generation,
+        nodeid_base=base,
+        file_count=len(manifest.files),
+        chunk_size=manifest.chunk_size,
     )
 
 
