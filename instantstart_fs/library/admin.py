@@ -242,15 +242,16 @@ class Admin:
             raise pipeline.trouble.error if pipeline.trouble else StoreDamaged(f"{pipeline_id}: has no manifest")
         files = [file for file in generation.files if file.complete]
         total, done, healed, unproven = sum(file.size for file in files), 0, [], []
-        for file in files:
-            if file.entry.file.digest is None:
-                unproven.append(file.entry.path)
-            problem = await trio.to_thread.run_sync(self._rehash, file)
-            done += file.size
-            progress(done, total)
-            if problem is not None and file.gone is None and not pipeline.removed:
-                healed.append(file.entry.path)
-                await self._reading.discard(file, problem, wanted=True)
+        with self._reading.using(generation):
+            for file in files:
+                if file.entry.file.digest is None:
+                    unproven.append(file.entry.path)
+                problem = await trio.to_thread.run_sync(self._rehash, file)
+                done += file.size
+                progress(done, total)
+                if problem is not None and file.gone is None and not pipeline.removed:
+                    healed.append(file.entry.path)
+                    await self._reading.discard(file, problem, wanted=True)
         return VerifyReport(files=len(files), bytes=total, healed=tuple(healed), unproven=tuple(unproven))
 
     # -- steps -----------------------------------------------------------------------------------------------------

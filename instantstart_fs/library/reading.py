@@ -9,11 +9,12 @@ Also the filler's listener (FillEvents): what it reports changes the files' stat
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 import trio
@@ -67,6 +68,7 @@ class Reading:
         self._on_growth: Callable[[], None] = lambda: None
         self._drained = trio.open_memory_channel[Generation](math.inf)
         self._replaced = trio.open_memory_channel[tuple[CachedFile, bool]](math.inf)
+        self._discarding: set[CachedFile] = set()
 
     def attach(self, filler: Filler, on_growth: Callable[[], None]) -> None:
         """The filler and this object know each other; the filler comes second. ``on_growth``: new bytes have come."""
@@ -139,12 +141,24 @@ class Reading:
         if handle.released:
             return
         handle.released = True
-        file, generation = handle.file, handle.file.generation
+        file = handle.file
         file.handles -= 1
-        generation.handles -= 1
         if file.handles == 0 and file.reader is not None:
             file.reader.close()
             file.reader = None
+        self._let_go(file.generation)
+
+    @contextlib.contextmanager
+    def using(self, generation: Generation) -> Iterator[None]:
+        """Meanwhile nothing of the generation is evicted or deleted, as if a file of it were open."""
+        generation.handles += 1
+        try:
+            yield
+        finally:
+            self._let_go(generation)
+
+    def _let_go(self, generation: Generation) -> None:
+        generation.handles -= 1
         if generation.handles == 0 and generation is not generation.pipeline.current:
             self._drained[0].send_nowait(generation)
 
@@ -174,6 +188,13 @@ class Reading:
             blob = self._shelf.store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
             if blob is None:
                 raise StoreDamaged(f"{file.entry.path}: missing from the store; run `instantstart verify`")
+            try:
+                if file.complete and blob.seal_record() is None:
+                    # The index is wrong about it: what was never written reads as zeros.
+                    raise StoreDamaged(f"{file.entry.path}: the store's file is not the one that was sealed")
+            except BaseException:
+                blob.close()
+                raise
             file.reader = blob
         return file.reader.fd
 
@@ -254,6 +275,8 @@ class Reading:
             raise file.gone
         if generation.pipeline.removed:
             raise FillCancelled(f"{generation.pipeline.id}: the pipeline was removed")
+        if self._shelf.file(file.key) is not file:
+            raise FillCancelled(f"{generation.pipeline.id}: the pipeline was evicted or updated meanwhile")
         if file.target is None and not file.complete:
             assert origin is not None
             store = self._shelf.store
@@ -306,6 +329,16 @@ class Reading:
         """
         if file.gone is not None or not file.complete or file.generation.pipeline.removed:
             return
+        if file in self._discarding or self._shelf.file(file.key) is not file:
+            return
+        self._discarding.add(file)
+        try:
+            with self.using(file.generation):
+                await self._discard(file, problem, wanted=wanted)
+        finally:
+            self._discarding.discard(file)
+
+    async def _discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:
         generation, index = file.generation, file.entry.index
         record = FileRecord(FileState.ABSENT.value, file.incarnation + 1)
         log.error("%s: dropped: %s", file.entry.path, problem.message, extra={"pipeline": generation.pipeline.id})

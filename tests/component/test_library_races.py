@@ -1,0 +1,159 @@
+"""What happens to a pipeline in the middle of something else: at each await the world may have changed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from instantstart_fs.errors import FillCancelled, PipelineBusy, StoreDamaged
+from instantstart_fs.library import admin as admin_module
+from instantstart_fs.library.state import Generation
+from instantstart_fs.store.blobstore import BlobStore
+from tests.component.test_library import MIB, find, make_source, read_all, running, spec, wait_state
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Gate:
+    """Holds a blocking call until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        self.entered, self.go = threading.Event(), threading.Event()
+        original: Callable[..., Any] = getattr(owner, name)
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            self.entered.set()
+            assert self.go.wait(20)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, held)
+
+    async def reached(self) -> None:
+        with trio.fail_after(10):
+            while not self.entered.is_set():
+                await trio.sleep(0.002)
+
+
+async def test_a_warm_that_an_eviction_overtakes_fills_nothing_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+    async with running(tmp_path) as library, trio.open_nursery() as nursery:
+        gate = Gate(monkeypatch, Generation, "origin")
+
+        async def warm() -> None:
+            with pytest.raises(FillCancelled):
+                await library.warm("p")
+
+        nursery.start_soon(warm)
+        await gate.reached()
+        await library.evict("p")
+        gate.go.set()
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert library.status("p").fill is None
+        await library.warm("p")
+        await wait_state(library, "p", "unverified")
+
+
+async def test_what_is_being_verified_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library, trio.open_nursery() as nursery:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        await wait_state(library, "p", "unverified")
+        gate = Gate(monkeypatch, admin_module.Admin, "_rehash")
+        healed: list[tuple[str, ...]] = []
+
+        async def verify() -> None:
+            healed.append((await library.verify("p", lambda done, total: None)).healed)
+
+        nursery.start_soon(verify)
+        await gate.reached()
+        with pytest.raises(PipelineBusy):
+            await library.evict("p")
+        gate.go.set()
+        with trio.fail_after(10):
+            while not healed:
+                await trio.sleep(0.01)
+        assert healed == [()]
+        await library.evict("p")
+
+
+async def test_an_update_during_verify_drops_the_old_generation_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library, trio.open_nursery() as nursery:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        await wait_state(library, "p", "unverified")
+        gate = Gate(monkeypatch, admin_module.Admin, "_rehash")
+        nursery.start_soon(library.verify, "p", lambda done, total: None)
+        await gate.reached()
+        (source / "config.json").write_bytes(b'{"a": 2}')
+        assert (await library.update("p")).generation == 2
+        assert (tmp_path / "store/slots/p/1").exists()
+        gate.go.set()
+        with trio.fail_after(10):
+            while (tmp_path / "store/slots/p/1").exists():
+                await trio.sleep(0.01)
+
+
+async def test_many_readers_of_a_lost_file_have_it_dropped_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    name = "model-2-of-2.safetensors"
+    deleted: list[str] = []
+    original = BlobStore.delete_blob
+
+    def counted(store: BlobStore, pipeline: str, generation: int, path: str) -> None:
+        deleted.append(path)
+        original(store, pipeline, generation, path)
+
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        await wait_state(library, "p", "unverified")
+        (tmp_path / "store/slots/p/1/files" / name).unlink()
+        monkeypatch.setattr(BlobStore, "delete_blob", counted)
+        handle = await library.open(find(library, "p", name))
+
+        async def read() -> None:
+            with pytest.raises(StoreDamaged):
+                await library.read_into(handle, 0, memoryview(bytearray(4096)))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(read)
+        library.release(handle)
+        assert deleted == [name]
+        await wait_state(library, "p", "unverified")
+        assert await read_all(library, "p", name) == (source / name).read_bytes()
+
+
+async def test_a_complete_file_without_its_seal_is_not_believed(tmp_path: Path) -> None:
+    """An index that says sealed over a file that was not: a sparse file in its place would read as zeros."""
+    source = make_source(tmp_path / "source")
+    name = "model-2-of-2.safetensors"
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        await wait_state(library, "p", "unverified")
+    stored = tmp_path / "store/slots/p/1/files" / name
+    stored.unlink()
+    with stored.open("wb") as file:
+        file.truncate(3 * MIB)
+    async with running(tmp_path) as library:
+        with pytest.raises(StoreDamaged):
+            await read_all(library, "p", name)
+        await wait_state(library, "p", "unverified")
+        assert await read_all(library, "p", name) == (source / name).read_bytes()
