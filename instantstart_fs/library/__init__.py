@@ -14,6 +14,7 @@ and runs the background tasks beneath them. All methods belong on the trio threa
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -41,6 +42,8 @@ from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store.blobstore import BlobStore
 
 __all__ = ["Library", "VerifyReport"]
+
+log = logging.getLogger(__name__)
 
 
 class Library:
@@ -99,11 +102,15 @@ class Library:
             current = pipeline.current
             if current is None:
                 continue
-            for number in self._store.generations(pipeline.id):
-                if number != current.number:
-                    self._store.delete_generation(pipeline.id, number)
-            if not current.counts.everything and current.load_bytes:
-                self._store.empty_generation(pipeline.id, current.number)
+            try:
+                for number in self._store.generations(pipeline.id):
+                    if number != current.number:
+                        self._store.delete_generation(pipeline.id, number)
+                if not current.counts.everything and current.load_bytes:
+                    self._store.empty_generation(pipeline.id, current.number)
+            except InstantStartError as error:
+                # One slot that cannot be cleaned must not keep the others from being served.
+                log.error("what it left behind stays: %s", error.message, extra={"pipeline": pipeline.id})
 
     # -- view.View -------------------------------------------------------------------------------------------------
 

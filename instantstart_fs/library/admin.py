@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 RESOLVE_DEADLINE = 300.0
 """Seconds for listing and pinning one source: a million keys are a thousand S3 listing pages."""
 
+RESOLVE_AT_ONCE = 32
+"""Sources that are listed at the same time; the others wait, and their deadline with them."""
+
 VERIFY_BLOCK = 4 * 1024 * 1024
 
 
@@ -64,6 +67,7 @@ class Admin:
         self._reading = reading
         self._chunk_size = chunk_size
         self._adding: set[str] = set()
+        self._resolving = trio.Semaphore(RESOLVE_AT_ONCE)
 
     async def add(self, spec: PipelineSpec) -> Pipeline:
         """Resolve and pin every model, store the manifest, show the pipeline. Raises PipelineExists, OriginError, …"""
@@ -148,8 +152,14 @@ class Admin:
         drop_targets(generation)
         if pipeline.removed:
             return
-        await self._shelf.index.write(lambda txn: txn.delete_generation(pipeline.id, generation.number))
-        await trio.to_thread.run_sync(self._shelf.store.delete_generation, pipeline.id, generation.number)
+        try:
+            await self._shelf.index.write(lambda txn: txn.delete_generation(pipeline.id, generation.number))
+            await trio.to_thread.run_sync(self._shelf.store.delete_generation, pipeline.id, generation.number)
+        except InstantStartError as error:
+            # Nobody sees it any more; the next start tries again.
+            log.error(
+                "generation %d is not deleted: %s", generation.number, error.message, extra={"pipeline": pipeline.id}
+            )
 
     async def remove(self, pipeline_id: str) -> None:
         """Forget the pipeline and its bytes. Open sealed files stay readable for those who hold them."""
@@ -288,8 +298,12 @@ class Admin:
                 return self._shelf.open_origin(spec, model).resolve()
 
             try:
-                with trio.move_on_after(RESOLVE_DEADLINE) as scope:
-                    resolved[position] = await trio.to_thread.run_sync(resolve, abandon_on_cancel=True)
+                # Threads of their own: an origin that hangs must not use up those that read the store.
+                async with self._resolving:
+                    with trio.move_on_after(RESOLVE_DEADLINE) as scope:
+                        resolved[position] = await trio.to_thread.run_sync(
+                            resolve, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+                        )
                 if scope.cancelled_caught:
                     raise OriginUnavailable(f"{model.source}: no answer within {RESOLVE_DEADLINE:g} s")
             except InvalidName as error:
