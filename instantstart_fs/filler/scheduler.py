@@ -19,7 +19,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 
 import trio
 
@@ -64,7 +64,7 @@ from instantstart_fs.filler.sources import Locator, Tier, chain_for, expired
 from instantstart_fs.filler.state import BreakerState, FillEvents, Filling, FillSettings, FillStatistics, Sent
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
-from instantstart_fs.origins.base import OriginKey
+from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.blobstore import BlobStore
 
@@ -126,7 +126,8 @@ class Filler(CommitEvents):
         self._sent: dict[int, Sent] = {}
         self._files: dict[int, Filling] = {}
         self._closing: dict[int, tuple[str, Worker]] = {}
-        self._opening: dict[str, int] = {}
+        self._opening: set[Filling] = set()
+        """Those whose blob is being made."""
         self._mismatches: dict[FileKey, int] = {}
         self._quarantine: dict[FileKey, float] = {}
         self._making_room: set[str] = set()
@@ -191,6 +192,18 @@ class Filler(CommitEvents):
             self._check_complete(filling)
         self._wakeup.set()
 
+    def fill_also(self, target: FillTarget) -> None:
+        """Fill this one in the background too, before what the pipeline's order still holds, which stays."""
+        if target.state in COMPLETE or (target.failed and not self._revive(target)):
+            return
+        filling = self._enter(target)
+        if filling is None:
+            return
+        self._background.setdefault(target.key.pipeline, set()).add(target.key)
+        self._plan.add_background(target.key)
+        self._check_complete(filling)
+        self._wakeup.set()
+
     def cancel_target(self, target: FillTarget, error: InstantStartError) -> None:
         """Fail it with ``error``, wake its readers, write nothing more (``wait_quiet`` says when that is so)."""
         filling = self._fillings.get(target.key)
@@ -213,23 +226,29 @@ class Filler(CommitEvents):
 
         A worker that does not say so within QUIET_SECONDS is killed: then it is so.
         """
+        # Only what is cancelled by now: other files of the pipeline may be filled, opened and closed all the time.
+        opening = {filling for filling in self._opening if filling.done and filling.target.key.pipeline == pipeline}
+        closing = {number for number, (name, _) in self._closing.items() if name == pipeline}
         with trio.move_on_after(QUIET_SECONDS) as scope:
-            await self._wait_closed(pipeline)
+            await self._wait_closed(opening, closing)
         if scope.cancelled_caught:
-            for name, worker in list(self._closing.values()):
-                if name == pipeline:
-                    log.error("the fetch worker %d does not close a file of %s; it is killed", worker.pid, pipeline)
-                    worker.kill()
-            await self._wait_closed(pipeline)
+            for worker in {self._closing[number][1] for number in closing & self._closing.keys()}:
+                log.error("the fetch worker %d does not close a file of %s; it is killed", worker.pid, pipeline)
+                worker.kill()
+            await self._wait_closed(opening, closing)
         await self._committer.wait_quiet(pipeline)
 
-    async def _wait_closed(self, pipeline: str) -> None:
-        while self._opening.get(pipeline) or any(name == pipeline for name, _ in self._closing.values()):
+    async def _wait_closed(self, opening: Set[Filling], closing: Set[int]) -> None:
+        while opening & self._opening or closing & self._closing.keys():
             await self._quiet.wait()
 
     def is_filling(self, pipeline: str) -> bool:
         """Whether background work of it is under way, waiting for its seal included."""
         return bool(self._background.get(pipeline))
+
+    def in_background(self, target: FillTarget) -> bool:
+        """Whether all of it is being filled already."""
+        return target.key in self._background.get(target.key.pipeline, ())
 
     def rate(self, pipeline: str) -> float:
         """Bytes per second that came for it over the last few seconds."""
@@ -403,31 +422,25 @@ class Filler(CommitEvents):
     def _prepare_soon(self, filling: Filling) -> None:
         if not filling.preparing and self._nursery is not None:
             filling.preparing = True
-            # Counted from here on: ``wait_quiet`` must not miss a task that has not run yet.
-            pipeline = filling.target.key.pipeline
-            self._opening[pipeline] = self._opening.get(pipeline, 0) + 1
+            # From here on: ``wait_quiet`` must not miss a task that has not run yet.
+            self._opening.add(filling)
             self._nursery.start_soon(self._prepare, filling)
 
     async def _prepare(self, filling: Filling) -> None:
         """Open the blob, locate the file, give it to a worker, send what waits."""
         target = filling.target
-        pipeline = target.key.pipeline
         try:
-            if not filling.done:
-                await self._open_blob(filling)
+            try:
+                if not filling.done:
+                    await self._open_blob(filling)
+            finally:
+                self._opening.discard(filling)
+                self._set_quiet()
             if target.entry.file.digest is None:
                 self._check_complete(filling)  # an empty file waited for nothing but its blob
             while not (filling.done or filling.sealing):
                 if filling.waiting and (filling.location is None or expired(filling.location)):
-                    location = await self._locator.locate(filling.source, target)
-                    filling.location = location
-                    filling.generation += 1
-                    target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, location.trusted)
-                    if not target.serve_unsealed:
-                        self._plan.add_background(target.key)  # readers wait for the seal, and that for every chunk
-                        self._wakeup.set()
-                    if filling.worker is not None:
-                        filling.worker.send(SetLocation(filling.file, location))
+                    self._located(filling, await self._locator.locate(filling.source, target))
                     continue
                 if filling.worker is None:
                     worker = await self._pool.wait_worker()
@@ -449,10 +462,19 @@ class Filler(CommitEvents):
                     self._failed(sent, error, 0.0, counts=position == 0)
         finally:
             filling.preparing = False
-            self._opening[pipeline] -= 1
-            if not self._opening[pipeline]:
-                del self._opening[pipeline]
-            self._set_quiet()
+
+    def _located(self, filling: Filling, location: Location) -> None:
+        if filling.done:
+            return  # cancelled meanwhile: the plan does not know it any more
+        target = filling.target
+        filling.location = location
+        filling.generation += 1
+        target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, location.trusted)
+        if not target.serve_unsealed:
+            self._plan.add_background(target.key)  # readers wait for the seal, and that for every chunk
+            self._wakeup.set()
+        if filling.worker is not None:
+            filling.worker.send(SetLocation(filling.file, location))
 
     async def _open_blob(self, filling: Filling) -> None:
         target = filling.target

@@ -233,22 +233,25 @@ class Reading:
     ) -> None:
         """Fill the load set in the background (or ``everything``), from ``first`` on.
 
-        A ``first`` outside the load set is filled alone.
+        A ``first`` outside the load set, or of a superseded generation, is filled beside what is being filled; so is
+        one that is to be fetched again while the load set is being filled.
         """
-        alone = first is not None and (
-            generation is not generation.pipeline.current or not generation.in_load_set(first.entry.index)
-        )
-        if alone:
-            assert first is not None
-            wanted = [first.entry.index]
-        else:
-            generation.filling_load_set = True
-            wanted = list(generation.load_set)
-            if everything:
-                wanted += [index for index in range(len(generation.files)) if not generation.in_load_set(index)]
-            if first is not None:
-                position = wanted.index(first.entry.index)
-                wanted = wanted[position:] + wanted[:position]
+        under_way = generation.filling_load_set and self.filler.is_filling(generation.pipeline.id)
+        if first is not None and (
+            under_way or generation is not generation.pipeline.current or not generation.in_load_set(first.entry.index)
+        ):
+            target = await self.target(first)
+            if target is not None and not self.filler.in_background(target):
+                self.filler.fill_also(target)
+                generation.pipeline.changed()
+            return
+        generation.filling_load_set = True
+        wanted = list(generation.load_set)
+        if everything:
+            wanted += [index for index in range(len(generation.files)) if not generation.in_load_set(index)]
+        if first is not None:
+            position = wanted.index(first.entry.index)
+            wanted = wanted[position:] + wanted[:position]
         targets = []
         for index in wanted:
             if not generation.files[index].complete:

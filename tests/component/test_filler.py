@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from instantstart_fs.errors import (
     StoreDamaged,
     StoreFull,
 )
-from instantstart_fs.filler import committer
+from instantstart_fs.filler import committer, scheduler
 from instantstart_fs.filler.scheduler import Filler, FillSettings
 from instantstart_fs.filler.target import FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
@@ -577,6 +578,77 @@ async def test_cancelling_stops_the_writing(server: ByteServer, store: BlobStore
         assert not filler.is_filling("p") and filler.statistics().in_flight == 0
         filler.demand(target, ByteRange(0, 1))
         assert filler.statistics().files == 0, "cancelled for good"
+
+
+async def test_cancelled_while_it_is_located(server: ByteServer, store: BlobStore, index: Index) -> None:
+    """Its address comes when nobody wants it any more; nor does anybody wait for that."""
+    data = server.files["b"] = content(CHUNK, 17)
+    release = threading.Event()
+    origin = FakeOrigin(server.url)
+
+    def stick(file: ManifestFile) -> Location | None:
+        if file.path == "a":
+            release.wait(30)
+        return None
+
+    origin.on_locate = stick
+    late = make_target(store, origin, "a", CHUNK)
+    other = make_target(store, origin, "b", len(data), digest=sha256(data), index=1)
+    settings = msgspec.structs.replace(QUICK, serve_unsealed="never", locate_timeout=20.0)
+    try:
+        async with filling(store, index, settings) as (filler, _):
+            filler.demand(late, ByteRange(0, 1))
+            await until(lambda: "a" in origin.located)
+            filler.cancel_target(late, FillCancelled("evicted"))
+            with trio.fail_after(2):
+                await filler.wait_quiet("p")
+            release.set()
+            filler.fill("p", [other])
+            await wait_state([other], FileState.SEALED)
+    finally:
+        release.set()
+
+
+async def test_quiet_waits_for_what_is_cancelled_and_kills_nobody_else(
+    server: ByteServer, store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other files of the pipeline may be opened and closed without a pause meanwhile."""
+    monkeypatch.setattr(scheduler, "QUIET_SECONDS", 0.2)
+    origin = FakeOrigin(server.url)
+
+    def slow(file: ManifestFile) -> Location | None:
+        time.sleep(0.02)
+        return None
+
+    origin.on_locate = slow
+    targets = []
+    for number in range(100):
+        data = server.files[f"f{number}"] = content(100, number)
+        targets.append(make_target(store, origin, f"f{number}", len(data), digest=sha256(data), index=number))
+    async with filling(store, index) as (filler, _):
+        filler.fill("p", targets)
+        await until(lambda: bool(origin.located))
+        cancelled = targets.pop()
+        filler.cancel_target(cancelled, FillCancelled("a newer generation"))
+        await filler.wait_quiet("p")
+        assert any(target.state is not FileState.SEALED for target in targets), "it waited for the whole fill"
+        await wait_state(targets, FileState.SEALED)
+        assert filler.statistics().worker_deaths == 0
+
+
+async def test_one_more_file_is_filled_beside_the_others(server: ByteServer, store: BlobStore, index: Index) -> None:
+    targets = []
+    for number in range(3):
+        data = server.files[f"f{number}"] = content(4 * CHUNK, number)
+        targets.append(
+            make_target(store, FakeOrigin(server.url), f"f{number}", len(data), digest=sha256(data), index=number)
+        )
+    async with filling(store, index) as (filler, _):
+        filler.fill("p", targets[:2])
+        filler.fill_also(targets[2])
+        assert filler.in_background(targets[2])
+        await wait_state(targets, FileState.SEALED)
+        assert not filler.is_filling("p")
 
 
 @pytest.mark.parametrize(("setting", "trusted"), [("never", True), ("auto", False)])

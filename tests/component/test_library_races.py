@@ -11,9 +11,12 @@ import pytest
 import trio
 import trio.testing
 
-from instantstart_fs.errors import FillCancelled, PipelineBusy, StoreDamaged
+from instantstart_fs.core.manifest import ModelSpec
+from instantstart_fs.errors import FillCancelled, PipelineBusy, StoreDamaged, StoreError
+from instantstart_fs.library import Library
 from instantstart_fs.library import admin as admin_module
 from instantstart_fs.library.state import Generation
+from instantstart_fs.origins.base import Origin
 from instantstart_fs.store.blobstore import BlobStore
 from tests.component.test_library import MIB, find, make_source, read_all, running, spec, wait_state
 
@@ -38,6 +41,17 @@ class Gate:
         with trio.fail_after(10):
             while not self.entered.is_set():
                 await trio.sleep(0.002)
+
+
+async def test_reading_another_file_does_not_stop_the_load_set(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        handle = await library.open(find(library, "p", "pytorch_model.bin"))
+        assert await library.read_into(handle, MIB, memoryview(bytearray(4096))) == 4096
+        library.release(handle)
+        await wait_state(library, "p", "unverified")
 
 
 async def test_a_warm_that_an_eviction_overtakes_fills_nothing_unseen(
@@ -157,3 +171,61 @@ async def test_a_complete_file_without_its_seal_is_not_believed(tmp_path: Path) 
             await read_all(library, "p", name)
         await wait_state(library, "p", "unverified")
         assert await read_all(library, "p", name) == (source / name).read_bytes()
+
+
+async def test_an_old_generation_that_cannot_be_deleted_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+
+    def refuse(store: BlobStore, pipeline: str, generation: int) -> None:
+        raise StoreError("the disk does not let go")
+
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        handle = await library.open(find(library, "p", "config.json"))
+        (source / "config.json").write_bytes(b'{"a": 2}')
+        await library.update("p")
+        monkeypatch.setattr(BlobStore, "delete_generation", refuse)
+        library.release(handle)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert await read_all(library, "p", "config.json") == b'{"a": 2}'
+        await library.update("p")
+        (source / "config.json").write_bytes(b'{"a": 3}')
+        assert (await library.update("p")).generation == 3
+    async with running(tmp_path) as library:  # nor does it keep the daemon from starting
+        assert await read_all(library, "p", "config.json") == b'{"a": 3}'
+
+
+async def test_origins_that_hang_hold_up_no_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    name = "model-2-of-2.safetensors"
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        expected = await read_all(library, "p", name)
+        release = threading.Event()
+
+        class Hanging:
+            def resolve(self) -> None:
+                release.wait(20)
+
+        def hang(spec: object, model: ModelSpec) -> Origin:
+            return Hanging()  # type: ignore[return-value]
+
+        monkeypatch.setattr(library._shelf, "open_origin", hang)
+        monkeypatch.setattr(type(library._reading), "_read_cached", lambda *_: 0)  # the page cache is empty
+        async with trio.open_nursery() as nursery:
+            for number in range(60):
+                nursery.start_soon(_add_in_vain, library, f"q{number}", source)
+            await trio.testing.wait_all_tasks_blocked(0.2)
+            try:
+                with trio.fail_after(5):
+                    assert await read_all(library, "p", name) == expected
+            finally:
+                release.set()
+                nursery.cancel_scope.cancel()
+
+
+async def _add_in_vain(library: Library, pipeline: str, source: Path) -> None:
+    with trio.move_on_after(15):
+        await library.add(spec(pipeline, source))
