@@ -22,7 +22,7 @@ import msgspec
 import trio
 
 from instantstart_fs.core.retry import Backoff
-from instantstart_fs.errors import InstantStartError
+from instantstart_fs.errors import InstantStartError, StoreError
 from instantstart_fs.filler.messages import (
     PAUSE,
     PAUSE_SIZE,
@@ -64,8 +64,13 @@ class Worker:
         return self.process.pid
 
     def send(self, order: Order, fd: int | None = None) -> None:
-        """Queue an order, with a copy of ``fd``. Never waits; lost when the worker dies."""
-        self._outbox_send.send_nowait((encode(order), os.dup(fd) if fd is not None else -1))
+        """Queue an order, with a copy of ``fd``. Never waits; lost when the worker dies. Raises StoreError when the
+        daemon is out of descriptors."""
+        try:
+            copy = os.dup(fd) if fd is not None else -1
+        except OSError as error:
+            raise StoreError(f"no descriptor for a file to fill: {error.strerror}; raise LimitNOFILE") from error
+        self._outbox_send.send_nowait((encode(order), copy))
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -14,6 +14,7 @@ and runs the background tasks beneath them. All methods belong on the trio threa
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from instantstart_fs.filler.evictor import Evictor
 from instantstart_fs.filler.scheduler import Filler, FillSettings
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.environment import Index
+from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library import present
 from instantstart_fs.library.admin import Admin, VerifyReport
 from instantstart_fs.library.browsing import Browsing
@@ -106,6 +108,7 @@ class Library:
                 for number in self._store.generations(pipeline.id):
                     if number != current.number:
                         self._store.delete_generation(pipeline.id, number)
+                        self._index.write_sync(functools.partial(_forget_generation, pipeline.id, number))
                 if not current.counts.everything and current.load_bytes:
                     self._store.empty_generation(pipeline.id, current.number)
             except InstantStartError as error:
@@ -247,7 +250,8 @@ class Library:
                         last_request=used_at,
                         hot=eviction.is_hot(requested, keep_hot, now),
                         pinned=pipeline.pinned,
-                        open=pipeline.in_use or self._filler.is_filling(pipeline.id),
+                        # One that is being updated (its origin may take minutes) must not hold up the others' eviction.
+                        open=pipeline.in_use or self._filler.is_filling(pipeline.id) or pipeline.lock.locked(),
                         leased=pipeline.leases > 0,
                     )
                 )
@@ -267,3 +271,7 @@ class Library:
             keep_hot=self._config.eviction.keep_hot,
             with_files=with_files,
         )
+
+
+def _forget_generation(pipeline: str, number: int, txn: WriteTxn) -> None:
+    txn.delete_generation(pipeline, number)

@@ -166,10 +166,10 @@ class Reading:
         """As many bytes as the page cache has at once; 0 when it would block."""
         try:
             return os.preadv(self._reader(file), [view], offset, os.RWF_NOWAIT)
-        except BlockingIOError:
+        except OSError:
+            # EAGAIN: not cached. EOPNOTSUPP: this filesystem knows no RWF_NOWAIT. What is really wrong, the blocking
+            # read meets again.
             return 0
-        except OSError as error:
-            raise StoreDamaged(f"{file.entry.path}: cannot be read from the store: {error.strerror}") from error
 
     def _read_blocking(self, file: CachedFile, offset: int, view: memoryview) -> None:
         done = 0
@@ -296,10 +296,10 @@ class Reading:
         if file is None:
             return
         file.state = FileState.FILLING
-        file.generation.counts_changed()
+        file.generation.grew(file, target.present.byte_range(chunk).length)
         pipeline = file.generation.pipeline
-        if pipeline.trouble is not None and pipeline.trouble.final:
-            pipeline.trouble = None
+        if pipeline.trouble is not None and pipeline.trouble.final and pipeline.trouble.file is file:
+            pipeline.trouble = None  # it goes on after all; the trouble of another file stays
         pipeline.grown_at_ns = self._shelf.now_ns()
         self._on_growth()
         pipeline.changed()
@@ -312,7 +312,7 @@ class Reading:
         file.bitmap = b""
         drop_target(file)
         generation = file.generation
-        generation.counts_changed()
+        generation.completed(file)
         if generation is generation.pipeline.current and generation.load_set_complete:
             generation.filling_load_set = False
             generation.pipeline.trouble = None
@@ -374,7 +374,7 @@ class Reading:
         file.generation.filling_load_set = False
         file.generation.counts_changed()
         if not isinstance(error, FillCancelled):
-            self._set_trouble(file.generation.pipeline, error, final=True)
+            self._set_trouble(file.generation.pipeline, error, final=True, file=file)
         file.generation.pipeline.changed()
 
     def trouble(self, target: FillTarget, error: InstantStartError | None) -> None:
@@ -383,14 +383,17 @@ class Reading:
             return
         pipeline = file.generation.pipeline
         if error is not None:
+            file.generation.counts_changed()  # what could not be made durable is not present any more
             self._set_trouble(pipeline, error, final=False)
         elif pipeline.trouble is not None and not pipeline.trouble.final:
             pipeline.trouble = None
             pipeline.changed()
 
-    def _set_trouble(self, pipeline: Pipeline, error: InstantStartError, *, final: bool) -> None:
+    def _set_trouble(
+        self, pipeline: Pipeline, error: InstantStartError, *, final: bool, file: CachedFile | None = None
+    ) -> None:
         log.warning("%s: %s", error.code, error.message, extra={"pipeline": pipeline.id})
-        pipeline.trouble = Trouble(error, self._shelf.now_ns(), final=final)
+        pipeline.trouble = Trouble(error, self._shelf.now_ns(), final=final, file=file)
         pipeline.changed()
 
     def _file_of(self, target: FillTarget) -> CachedFile | None:
