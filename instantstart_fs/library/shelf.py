@@ -60,6 +60,14 @@ class Shelf:
                 pipeline.trouble = Trouble(error, self.now_ns(), final=True)
             self.pipelines[pipeline.id] = pipeline
             self.nodes.add_pipeline(pipeline)
+        unknown = sorted(set(self.store.pipelines()) - self.pipelines.keys())
+        if unknown:
+            log.warning(
+                "%d pipeline(s) lie in the store and not in the index (%s): stop the daemon and run `instantstart fsck` "
+                "to have them back",
+                len(unknown),
+                ", ".join(unknown[:5]),
+            )
 
     def _load_generation(self, pipeline: Pipeline, number: int) -> None:
         manifest = self.store.load_manifest(pipeline.id, number)

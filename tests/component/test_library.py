@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -287,3 +288,13 @@ async def test_hot_pipelines_stay_whatever_the_watermark_says(tmp_path: Path) ->
             await wait_state(library, pipeline, "unverified")
         assert await library._evictor.make_room("b") is False
         assert library.status("a").state == "unverified"
+
+
+async def test_a_store_whose_index_was_lost_says_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+    shutil.rmtree(tmp_path / "store" / "index")
+    async with running(tmp_path) as library:
+        assert library.list() == []
+    assert "fsck" in caplog.text
