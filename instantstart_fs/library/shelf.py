@@ -63,8 +63,8 @@ class Shelf:
         unknown = sorted(set(self.store.pipelines()) - self.pipelines.keys())
         if unknown:
             log.warning(
-                "%d pipeline(s) lie in the store and not in the index (%s): stop the daemon and run `instantstart fsck` "
-                "to have them back",
+                "%d pipeline(s) lie in the store and not in the index (%s): stop the daemon, `instantstart fsck` "
+                "brings them back",
                 len(unknown),
                 ", ".join(unknown[:5]),
             )
