@@ -159,9 +159,9 @@ def _build(
         f"{raw.mount.transport!r} is none of auto, passthrough, bind, pyfuse3",
     )
     at.require(
-        raw.mount.transport in ("auto", "pyfuse3"),
+        raw.mount.transport != "bind",
         "mount.transport",
-        f'{raw.mount.transport!r} is not in this version; use "auto" or "pyfuse3"',
+        f'{raw.mount.transport!r} is not in this version; use "auto", "passthrough" or "pyfuse3"',
     )
     for key, here, other in (("mount.path", mount_path, store_path), ("store.path", store_path, mount_path)):
         at.require(
