@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -27,6 +27,7 @@ from instantstart_fs.config.sections import (
     ServeUnsealed,
     StagingConfig,
     StoreConfig,
+    Transport,
 )
 from instantstart_fs.config.units import parse_capacity, parse_duration, parse_size
 from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
@@ -196,7 +197,7 @@ def _build(
             raise ConfigError(f"{drop_in}: the pipeline {name!r} is already in {file}")
         specs[name] = read_pipeline(name, table, drop_in, "")
     return Config(
-        mount=MountConfig(mount_path),
+        mount=MountConfig(mount_path, cast(Transport, raw.mount.transport)),
         store=StoreConfig(
             store_path,
             at.parsed("store.capacity", parse_capacity, raw.store.capacity),
