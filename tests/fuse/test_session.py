@@ -192,6 +192,32 @@ async def test_one_process_may_mount_again(tmp_path: Path, transport: str) -> No
         assert kernel.find_mount(str(tmp_path / "mnt")) is None
 
 
+async def test_where_the_store_cannot_be_passed_through_auto_serves_with_pyfuse3(tmp_path: Path) -> None:
+    """Found out on a mount of its own, which is taken down again. /proc takes neither a file nor passthrough."""
+    if kernel.why_no_passthrough() is not None:
+        pytest.skip("no FUSE passthrough here")
+    path = tmp_path / "mnt"
+    with trio.fail_after(20), pytest.raises(MountFailed, match="FUSE passthrough to /proc"):
+        await serve(FakeView(), MountSettings(path=str(path), store="/proc", transport="passthrough"))
+    assert kernel.find_mount(str(path)) is None
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            mounted: Mounted = await nursery.start(serve, FakeView(), MountSettings(path=str(path), store="/proc"))
+            assert mounted.transport == "pyfuse3"
+            assert "FUSE passthrough to /proc" in mounted.reason
+            nursery.cancel_scope.cancel()
+    assert kernel.find_mount(str(path)) is None
+
+
+async def test_where_kernel_or_capability_lack_auto_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "why_no_passthrough", lambda: "Linux 6.1 is older than 6.9")
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            mounted: Mounted = await nursery.start(serve, FakeView(), MountSettings(path=str(tmp_path / "mnt")))
+            assert (mounted.transport, "6.1" in mounted.reason) == ("pyfuse3", True)
+            nursery.cancel_scope.cancel()
+
+
 async def test_a_mount_that_fails_says_so_and_leaves_the_process_able_to(tmp_path: Path, transport: Any) -> None:
     settings = MountSettings(path=str(tmp_path / "mnt"), subtype="with,comma=1", transport=transport)
     with trio.fail_after(20), pytest.raises(MountFailed, match="cannot mount at"):
