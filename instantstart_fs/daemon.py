@@ -89,13 +89,15 @@ async def serve(
                     async with library.running(), trio.open_nursery() as nursery:
                         daemon = Daemon(config, library, socket_path)
                         nursery.start_soon(daemon.handle_signals, signals, nursery.cancel_scope)
-                        await nursery.start(daemon.keep_mounted)
+                        mounted = await nursery.start(daemon.keep_mounted)
+                        daemon.transport = mounted.transport + (f" ({mounted.reason})" if mounted.reason else "")
                         server = ControlServer(library, daemon.info, socket_path, pending=daemon.pending)
                         await nursery.start(server.run)
                         nursery.start_soon(daemon.keep_pipelines)
                         daemon.ready = True
                         task_status.started()
                         line = f"ready: {len(library.list())} pipelines at {config.mount.path}, socket {socket_path}"
+                        line += f", transport {daemon.transport}"
                         notifier.send(f"READY=1\nSTATUS={line}")
                         print(line, flush=True)
                     # The mount is gone and the library has flushed when this is reached.
@@ -115,6 +117,8 @@ class Daemon:
         self._reread = trio.Event()
         self._failed: dict[str, tuple[PipelineSpec, ErrorStatus]] = {}
         self.ready = False
+        self.transport = ""
+        """Who serves the mount, and why nobody faster does; "" until it is mounted."""
 
     def info(self) -> DaemonInfo:
         return DaemonInfo(
@@ -125,11 +129,13 @@ class Daemon:
             uptime=round(time.monotonic() - self._started, 3),
             pipelines=len(self._library.list()),
             ready=self.ready,
+            transport=self.transport,
         )
 
     async def keep_mounted(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
         """Raises MountFailed when it cannot be mounted, or somebody else unmounts it."""
-        settings = session.MountSettings(path=self._config.mount.path, store=self._config.store.path)
+        mount = self._config.mount
+        settings = session.MountSettings(path=mount.path, store=self._config.store.path, transport=mount.transport)
         await session.serve(self._library, settings, task_status=task_status)
         raise MountFailed(f"{self._config.mount.path} was unmounted by somebody else")
 

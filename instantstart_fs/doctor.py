@@ -35,7 +35,6 @@ SKEW_LIMIT = 300.0
 """Seconds; S3 refuses signatures that are 15 minutes off."""
 LOW_SPACE = 20 * 10**9
 MINIMUM_KERNEL = (5, 4)
-PASSTHROUGH_KERNEL = (6, 9)
 
 _T = TypeVar("_T")
 
@@ -68,6 +67,8 @@ def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) 
     yield check_libfuse(kernel.libfuse_version())
     running, specs, info = check_daemon(config, socket, adopt=adopt)
     yield running
+    transport = info.transport if info is not None else ""
+    yield check_transport(config.mount.transport, transport, kernel.why_no_passthrough())
     if adopt and info is not None:
         store = msgspec.structs.replace(config.store, path=info.store)
         mount = msgspec.structs.replace(config.mount, path=info.mount)
@@ -93,8 +94,26 @@ def check_kernel(release: tuple[int, int]) -> Check:
     found = f"Linux {release[0]}.{release[1]}"
     if release < MINIMUM_KERNEL:
         return Check("kernel", "warn", f"{found}: older than anything this was tried on", "use Linux 5.4 or newer")
-    note = "" if release >= PASSTHROUGH_KERNEL else " (FUSE passthrough, planned, will need 6.9)"
+    note = "" if release >= kernel.PASSTHROUGH_RELEASE else " (FUSE passthrough needs 6.9)"
     return Check("kernel", "ok", found + note)
+
+
+def check_transport(wanted: str, running: str, refusal: str | None) -> Check:
+    """``wanted``: as configured; ``running``: what the daemon says, "" where none does; ``refusal``: what is known to
+    keep passthrough from working here."""
+    if running:
+        slow = running.startswith("pyfuse3 (")
+        advice = "warm reads go through FUSE, at a fraction of the disk's speed" if slow else ""
+        return Check("transport", "warn" if slow else "ok", running, advice)
+    if wanted == "pyfuse3":
+        return Check("transport", "ok", "pyfuse3, as configured")
+    if refusal is None:
+        return Check("transport", "ok", "passthrough, if the store's filesystem takes it (tried at the start)")
+    outcome: Outcome = "fail" if wanted == "passthrough" else "warn"
+    found = f"no passthrough: {refusal}"
+    return Check(
+        "transport", outcome, found, "warm reads go through FUSE; Linux 6.9 and CAP_SYS_ADMIN make them native"
+    )
 
 
 def check_fuse_device(path: str) -> Check:

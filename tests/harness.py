@@ -29,6 +29,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
 START_DEADLINE = 30.0
 STOP_DEADLINE = 30.0
+TRANSPORT = os.environ.get("INSTANTSTART_TEST_TRANSPORT", "auto")
+"""Of every daemon whose test does not choose: run the suite once with "pyfuse3" and once with "auto"."""
 
 
 def why_no_mount() -> str | None:
@@ -167,7 +169,9 @@ class Daemon:
         self._workers: set[int] = set()
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        self.config.write_text(to_toml(config))
+        """``TRANSPORT`` is the transport unless ``config`` names one."""
+        mount = {"transport": TRANSPORT, **config.get("mount", {})}
+        self.config.write_text(to_toml({**config, "mount": mount}))
 
     # -- its life --------------------------------------------------------------------------------------------------
 

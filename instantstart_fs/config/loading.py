@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -27,6 +27,7 @@ from instantstart_fs.config.sections import (
     ServeUnsealed,
     StagingConfig,
     StoreConfig,
+    Transport,
 )
 from instantstart_fs.config.units import parse_capacity, parse_duration, parse_size
 from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
@@ -159,9 +160,9 @@ def _build(
         f"{raw.mount.transport!r} is none of auto, passthrough, bind, pyfuse3",
     )
     at.require(
-        raw.mount.transport in ("auto", "pyfuse3"),
+        raw.mount.transport != "bind",
         "mount.transport",
-        f'{raw.mount.transport!r} is not in this version; use "auto" or "pyfuse3"',
+        f'{raw.mount.transport!r} is not in this version; use "auto", "passthrough" or "pyfuse3"',
     )
     for key, here, other in (("mount.path", mount_path, store_path), ("store.path", store_path, mount_path)):
         at.require(
@@ -196,7 +197,7 @@ def _build(
             raise ConfigError(f"{drop_in}: the pipeline {name!r} is already in {file}")
         specs[name] = read_pipeline(name, table, drop_in, "")
     return Config(
-        mount=MountConfig(mount_path),
+        mount=MountConfig(mount_path, cast(Transport, raw.mount.transport)),
         store=StoreConfig(
             store_path,
             at.parsed("store.capacity", parse_capacity, raw.store.capacity),

@@ -115,7 +115,8 @@ Request = Ping | Add | Update | Remove | Evict | Pin | Touch | Warm | Verify | L
 
 
 class DaemonInfo(msgspec.Struct, frozen=True):
-    """What a daemon says about itself. ``uptime`` in seconds; ``ready``: the mount answers."""
+    """What a daemon says about itself. ``uptime`` in seconds; ``ready``: the mount answers; ``transport``: who
+    serves it ("passthrough" or "pyfuse3"), and why not passthrough, in brackets."""
 
     version: str
     pid: int
@@ -124,6 +125,7 @@ class DaemonInfo(msgspec.Struct, frozen=True):
     uptime: float
     pipelines: int
     ready: bool
+    transport: str = ""
 
 
 class VerifyResult(msgspec.Struct, frozen=True):

@@ -121,6 +121,9 @@ class Library:
     def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]:
         return self._shelf.invalidations
 
+    def use_passthrough(self, on: bool) -> None:
+        self._shelf.passthrough = on
+
     def lookup(self, parent: int, name: str) -> Attributes:
         return self._browsing.lookup(parent, name)
 

@@ -72,7 +72,7 @@ class Browsing:
             return self._state_directory(nodeid)
         found = self._shelf.nodes.find(nodeid)
         if isinstance(found, CachedFile):
-            return present.file_attributes(found, self._clocks)
+            return present.file_attributes(found, self._clocks, nodeid)
         if isinstance(found, Pipeline):
             if nodeid == found.link_nodeid:
                 return present.link_attributes(found)
@@ -154,4 +154,6 @@ class Browsing:
         file = generation.tree.nodes[node].file
         if file < 0:
             return present.tree_directory_attributes(generation, node)
-        return present.file_attributes(generation.files[file], self._clocks)
+        found = generation.files[file]
+        passed = self._shelf.passthrough and found.passable
+        return present.file_attributes(found, self._clocks, found.passthrough_nodeid if passed else found.nodeid)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+_UNHASHED = " (deleted)"
+"""What the kernel adds to the path of an open file whose name has been invalidated."""
+
 
 def processes_holding(suffix: str) -> list[str]:
     """ "pid (name)" of every process that has a file whose path ends in ``suffix`` open or mapped.
@@ -17,12 +20,12 @@ def _holds(pid: str, suffix: str) -> bool:
     try:
         for descriptor in os.listdir(f"/proc/{pid}/fd"):
             try:
-                if os.readlink(f"/proc/{pid}/fd/{descriptor}").endswith(suffix):
+                if os.readlink(f"/proc/{pid}/fd/{descriptor}").removesuffix(_UNHASHED).endswith(suffix):
                     return True
             except OSError:
                 continue
         with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
-            return any(line.rstrip("\n").endswith(suffix) for line in maps)
+            return any(line.rstrip("\n").removesuffix(_UNHASHED).endswith(suffix) for line in maps)
     except OSError:
         return False
 

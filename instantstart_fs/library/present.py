@@ -61,12 +61,13 @@ def blocks(size: int, cached: int) -> int:
     return max(1, -(-cached // BLOCK))
 
 
-def file_attributes(file: CachedFile, clocks: Clocks) -> Attributes:
+def file_attributes(file: CachedFile, clocks: Clocks, nodeid: int) -> Attributes:
+    """``nodeid``: the one of the file's two that is asked about; both look the same."""
     spec = file.generation.pipeline.spec
     mtime = file.entry.file.mtime_ns
     accessed = clocks.last_access(*file.triple)
     return Attributes(
-        nodeid=file.nodeid,
+        nodeid=nodeid,
         kind="file",
         mode=stat.S_IFREG | (spec.mode & 0o444),
         uid=spec.uid,
@@ -78,6 +79,7 @@ def file_attributes(file: CachedFile, clocks: Clocks) -> Attributes:
         ctime_ns=mtime,
         nlink=1,
         stable=file.complete,
+        shown_inode=file.nodeid,
     )
 
 

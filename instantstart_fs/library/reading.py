@@ -40,17 +40,15 @@ log = logging.getLogger(__name__)
 
 
 class Handle:
-    """One open of one file incarnation."""
+    """One open of one file incarnation, by one of its two nodeids; ``backing``: see view.OpenFile."""
 
-    __slots__ = ("file", "released")
+    __slots__ = ("backing", "file", "nodeid", "released")
 
-    def __init__(self, file: CachedFile) -> None:
+    def __init__(self, file: CachedFile, nodeid: int, backing: int | None) -> None:
         self.file = file
+        self.nodeid = nodeid
+        self.backing = backing
         self.released = False
-
-    @property
-    def nodeid(self) -> int:
-        return self.file.nodeid
 
     @property
     def sealed(self) -> bool:
@@ -97,9 +95,32 @@ class Reading:
             self._refuse_hopeless(file)
         if weight:
             self._access.record_request(file.generation.pipeline.id, self._shelf.now_ns())
+        backing = None
+        if nodeid == file.passthrough_nodeid:
+            backing = await self._backing(file)
+            # Nobody will tell of its reads.
+            self._access.record_read(*file.triple, self._shelf.now_ns())
         file.handles += 1
         file.generation.handles += 1
-        return Handle(file)
+        return Handle(file, nodeid, backing)
+
+    async def _backing(self, file: CachedFile) -> int:
+        """The descriptor that the kernel is to read. Raises NoSuchEntry (the kernel then looks the name up again and
+        finds another nodeid) where the file is not, or no longer, what its record says."""
+        if not file.passable:
+            raise NoSuchEntry(f"{file.entry.path}: is not complete any more")
+        try:
+            fd = self._reader(file)
+            found = os.fstat(fd).st_size
+            if found != file.size:
+                raise StoreDamaged(f"{file.entry.path}: the store's file has {found} bytes of {file.size}")
+        except StoreDamaged as error:
+            if not file.handles and file.reader is not None:
+                file.reader.close()
+                file.reader = None
+            await self.discard(file, error, wanted=True)
+            raise NoSuchEntry(f"{file.entry.path}: was dropped: {error.message}") from error
+        return fd
 
     def _refuse_hopeless(self, file: CachedFile) -> None:
         """An error at open is a traceback in the engine; one at a page fault is a SIGBUS. So refuse early."""
@@ -313,6 +334,8 @@ class Reading:
         drop_target(file)
         generation = file.generation
         generation.completed(file)
+        if self._shelf.passthrough and generation is generation.pipeline.current:
+            self._shelf.invalidate_file(file)
         if generation is generation.pipeline.current and generation.load_set_complete:
             generation.filling_load_set = False
             generation.pipeline.trouble = None

@@ -39,6 +39,8 @@ class Shelf:
         self.now_ns = now_ns
         self.pipelines: dict[str, Pipeline] = {}
         self.nodes = NodeTable()
+        self.passthrough = False
+        """Whether the mount lets the kernel read complete files itself (view.View.use_passthrough)."""
         self._spare = range(0)
         self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
 
@@ -183,10 +185,15 @@ class Shelf:
         generation.files[old.entry.index] = new
         generation.counts_changed()
         self.nodes.add_file(new)
-        node = generation.tree.node_of_file(old.entry.index)
-        self.invalidate(generation.nodeid(generation.tree.nodes[node].parent), generation.tree.nodes[node].name)
+        self.invalidate_file(new)
         generation.pipeline.changed()
         return new
+
+    def invalidate_file(self, file: CachedFile) -> None:
+        """The name leads to another nodeid from now on."""
+        tree = file.generation.tree
+        node = tree.nodes[tree.node_of_file(file.entry.index)]
+        self.invalidate(file.generation.nodeid(node.parent), node.name)
 
     def invalidate(self, parent: int, name: str | None, nodeid: int | None = None) -> None:
         self._send.send_nowait(Invalidation(parent, name, nodeid))

@@ -76,6 +76,16 @@ class CachedFile:
     def complete(self) -> bool:
         return self.state in COMPLETE
 
+    @property
+    def passthrough_nodeid(self) -> int:
+        """The odd one beside ``nodeid``: opens of it are passed through to the store's file, and only of it."""
+        return self.nodeid + 1
+
+    @property
+    def passable(self) -> bool:
+        """Whether the kernel may read the store's file itself from now on: all of it is there, for good."""
+        return self.complete and self.gone is None and self.size > 0
+
     def chunk_map(self) -> ChunkMap:
         """A fresh map of what was durable when this incarnation was loaded."""
         return ChunkMap(self.size, self.generation.manifest.chunk_size, self.bitmap or None)
@@ -318,9 +328,13 @@ class NodeTable:
         self._single.pop(nodeid, None)
 
     def find(self, nodeid: int) -> CachedFile | Pipeline | tuple[Generation, int] | None:
-        """A file, a pipeline (constant directory or symlink), a (generation, directory node), or None (stale)."""
+        """A file (by either of its nodeids), a pipeline (constant directory or symlink), a (generation, directory
+        node), or None (stale)."""
         single = self._single.get(nodeid)
         if single is not None:
+            return single
+        single = self._single.get(nodeid - 1)
+        if isinstance(single, CachedFile):
             return single
         position = bisect.bisect(self._bases, nodeid) - 1
         if position < 0:
@@ -333,7 +347,7 @@ class NodeTable:
         if file < 0:
             return (generation, node) if mode == 0 else None
         found = generation.files[file]
-        return found if found.nodeid == nodeid else None
+        return found if found.nodeid == nodeid - mode else None
 
 
 def counts_as_request(file: CachedFile) -> bool:

@@ -20,6 +20,7 @@ class Attributes(msgspec.Struct, frozen=True):
     """What stat shows. ``mode`` is the full st_mode; ``blocks`` counts 512-byte units that are cached.
 
     ``stable``: pinned and complete, so that the kernel may keep it long; False while it can change by itself.
+    ``shown_inode``: st_ino where it is not the nodeid: a file has a nodeid for each I/O mode and shows one number.
     """
 
     nodeid: int
@@ -34,6 +35,7 @@ class Attributes(msgspec.Struct, frozen=True):
     ctime_ns: int
     nlink: int
     stable: bool
+    shown_inode: int = 0
 
 
 class Invalidation(msgspec.Struct, frozen=True):
@@ -64,12 +66,22 @@ class OpenFile(Protocol):
         """Whether its bytes are all there and proven, so that no read of it can wait."""
         ...
 
+    @property
+    def backing(self) -> int | None:
+        """The store's file, to be read by the kernel itself: a descriptor that lives until ``release``. None: reads
+        come to ``read_into``. It depends on the nodeid alone, since the kernel allows a nodeid one I/O mode."""
+        ...
+
 
 class View(Protocol):
     """Raises NoSuchEntry for names and nodeids that are not there; other InstantStartErrors as each method says."""
 
     @property
     def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]: ...
+
+    def use_passthrough(self, on: bool) -> None:
+        """Whether complete files are shown under the nodeid whose opens have a ``backing``; off at first."""
+        ...
 
     def lookup(self, parent: int, name: str) -> Attributes: ...
 

@@ -19,6 +19,9 @@ import msgspec
 
 from instantstart_fs.errors import MountFailed
 
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 CAP_SYS_ADMIN_BIT: Final = 21
@@ -85,6 +88,20 @@ def filesystem_of(path: str) -> Mount | None:
         if inside and (best is None or len(mount.path) >= len(best.path)):
             best = mount
     return best
+
+
+def mount_fuse(path: str, fd: int, *, fsname: str, subtype: str, allow_other: bool) -> None:
+    """Mount the connection ``fd`` of /dev/fuse at ``path`` by mount(2), read-only. Raises OSError."""
+    if "," in subtype:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    options = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
+    if allow_other:
+        options += ",allow_other"
+    libc = ctypes.CDLL(None, use_errno=True)
+    kind = f"fuse.{subtype}".encode()
+    if libc.mount(fsname.encode(), os.fsencode(path), kind, MS_RDONLY | MS_NOSUID | MS_NODEV, options.encode()) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
 
 
 def umount_lazily(path: str) -> None:
@@ -168,6 +185,19 @@ def has_sys_admin() -> bool:
             if line.startswith("CapEff:"):
                 return bool(int(line.split()[1], 16) >> CAP_SYS_ADMIN_BIT & 1)
     return False
+
+
+PASSTHROUGH_RELEASE: Final = (6, 9)
+
+
+def why_no_passthrough(release: tuple[int, int] | None = None, sys_admin: bool | None = None) -> str | None:
+    """What is known to keep FUSE passthrough from working before it is tried; None if nothing is. ``None``: as here."""
+    major, minor = kernel_release() if release is None else release
+    if (major, minor) < PASSTHROUGH_RELEASE:
+        return f"Linux {major}.{minor} is older than 6.9"
+    if not (has_sys_admin() if sys_admin is None else sys_admin):
+        return "it needs CAP_SYS_ADMIN"
+    return None
 
 
 def user_allow_other(text: str | None = None) -> bool:

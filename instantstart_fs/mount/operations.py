@@ -24,7 +24,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
 from instantstart_fs.errors import InstantStartError, NoSuchEntry
 from instantstart_fs.library.view import ROOT, Attributes, OpenFile, View
@@ -52,6 +52,9 @@ IDLE_BUFFERS: Final = 32
 
 _UNREADABLE_FLAGS: Final = os.O_TRUNC | os.O_APPEND | os.O_CREAT
 
+ReaddirReply = Callable[[Any, bytes, "Entry", int], bool]
+"""(token, name, entry, cursor behind it) → whether it fitted."""
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Handler = Callable[Concatenate["Operations", _P], Coroutine[Any, Any, _T]]
@@ -78,11 +81,18 @@ def _guarded(handler: _Handler[_P, _T]) -> _Handler[_P, _T]:
     return guard
 
 
-def entry_attributes(attributes: Attributes) -> EntryAttributes:
+class Entry(EntryAttributes):
+    """``nodeid``: pyfuse3 takes st_ino for it, and is only given nodes where they are the same."""
+
+    nodeid: int = 0
+
+
+def entry_attributes(attributes: Attributes) -> Entry:
     """As lookup, getattr and readdir all show it."""
     timeout = STABLE_TIMEOUT if attributes.stable else CHANGING_TIMEOUT
-    entry = EntryAttributes()
-    entry.st_ino = attributes.nodeid
+    entry = Entry()
+    entry.nodeid = attributes.nodeid
+    entry.st_ino = attributes.shown_inode or attributes.nodeid
     entry.entry_timeout = timeout
     entry.attr_timeout = timeout
     entry.st_mode = attributes.mode
@@ -132,9 +142,11 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, reply: ReaddirReply | None = None) -> None:
+        """``reply`` takes what readdir lists, for the token that readdir was given; None: pyfuse3's."""
         super().__init__()
         self._view = view
+        self._reply = reply
         self._files: dict[int, OpenFile] = {}
         self._directories: dict[int, _Directory] = {}
         self._handles = itertools.count(1)
@@ -148,7 +160,7 @@ class Operations(pyfuse3.Operations):
     # Names and attributes
 
     @_guarded
-    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> Entry:
         if len(name) > NAME_MAX:
             raise FUSEError(errno.ENAMETOOLONG)
         try:
@@ -156,10 +168,10 @@ class Operations(pyfuse3.Operations):
         except NoSuchEntry:
             return self._absent(parent_inode)
 
-    def _absent(self, parent: int) -> EntryAttributes:
+    def _absent(self, parent: int) -> Entry:
         """An entry with no inode, which makes the kernel remember that the name is not there."""
         stable = parent != ROOT and self._view.attributes(parent).stable
-        entry = EntryAttributes()
+        entry = Entry()
         entry.st_ino = 0
         entry.entry_timeout = STABLE_NEGATIVE_TIMEOUT if stable else CHANGING_TIMEOUT
         return entry
@@ -168,7 +180,7 @@ class Operations(pyfuse3.Operations):
         """Nothing to free, and nothing that could fail: pyfuse3 catches no error here, not even FUSEError."""
 
     @_guarded
-    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+    async def getattr(self, inode: int, ctx: RequestContext) -> Entry:
         return entry_attributes(self._view.attributes(inode))
 
     @_guarded
@@ -211,11 +223,12 @@ class Operations(pyfuse3.Operations):
         return handle
 
     @_guarded
-    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+    async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         """The names are those of the moment the listing began (rewinddir begins anew), so a cursor is an index and
         nothing is shown twice or skipped. The attributes are looked up as they are sent: the kernel keeps them for
         long, and those of an older moment would outlive their own invalidation."""
         directory = self._directories[fh]
+        reply: ReaddirReply = self._reply or pyfuse3.readdir_reply
         if start_id == 0 or directory.names is None:
             directory.names = [name for name, _ in self._view.list_directory(directory.nodeid)]
         for position in range(start_id, len(directory.names)):
@@ -224,7 +237,7 @@ class Operations(pyfuse3.Operations):
                 attributes = self._view.lookup(directory.nodeid, name)
             except NoSuchEntry:
                 continue
-            if not pyfuse3.readdir_reply(token, _bytes(name), entry_attributes(attributes), position + 1):
+            if not reply(token, _bytes(name), entry_attributes(attributes), position + 1):
                 return
 
     @_guarded
@@ -240,8 +253,9 @@ class Operations(pyfuse3.Operations):
         file = await self._view.open(inode)
         handle = next(self._handles)
         self._files[handle] = file
-        # The bytes under one nodeid never change, so the page cache of earlier opens stays good.
-        return FileInfo(fh=handle, keep_cache=True, direct_io=False, nonseekable=False)
+        # The bytes under one nodeid never change, so the page cache of earlier opens stays good. What the kernel reads
+        # itself has no page cache here, and may not be asked to keep one.
+        return FileInfo(fh=handle, keep_cache=file.backing is None, direct_io=False, nonseekable=False)
 
     @_guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -257,6 +271,11 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def release(self, fh: int) -> None:
         self._view.release(self._files.pop(fh))
+
+    def backing(self, fh: int) -> tuple[int, int] | None:
+        """(nodeid, descriptor of the store's file) where the kernel is to read an open file itself. No handler."""
+        file = self._files[fh]
+        return None if file.backing is None else (file.nodeid, file.backing)
 
     # flush, fsync, access and poll stay the base class's ENOSYS: the kernel remembers it and never asks again.
 

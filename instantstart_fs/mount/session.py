@@ -1,4 +1,5 @@
-"""The life of one mount served by pyfuse3: made, tuned, ready, invalidating, taken down.
+"""The life of one mount: made, tuned, ready, invalidating, taken down. Served by pyfuse3, or by devfuse with
+passthrough where the machine allows it.
 
 ``serve`` owns the mountpoint while it runs, and leaves no mount behind. It never stats its own mountpoint on the trio
 thread, which would wait for itself: probes run in threads that are given up at a deadline.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from typing import Any, Final
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 import pyfuse3
@@ -23,6 +24,7 @@ import trio
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.library.view import Invalidation, View
 from instantstart_fs.mount import kernel
+from instantstart_fs.mount.devfuse import DevFuse, PassthroughRefused
 from instantstart_fs.mount.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class MountSettings(msgspec.Struct, frozen=True):
 
     path: str
     store: str | None = None
+    transport: Literal["auto", "passthrough", "pyfuse3"] = "auto"
     allow_other: bool = True
     fsname: str = "instantstart"
     subtype: str = "instantstart"
@@ -56,11 +59,37 @@ class MountSettings(msgspec.Struct, frozen=True):
 
 
 class Mounted(msgspec.Struct, frozen=True):
-    """What was made. ``notes`` say which tunings were not permitted."""
+    """What was made. ``notes`` say which tunings were not permitted; ``reason`` why reads are not passed through, ""
+    where they are or nobody asked."""
 
     path: str
     mount: kernel.Mount
     notes: tuple[str, ...]
+    transport: str = "pyfuse3"
+    reason: str = ""
+
+
+class Transport(Protocol):
+    """Who speaks the kernel's protocol."""
+
+    @property
+    def name(self) -> str: ...
+
+    def mount(self, path: str, *, fsname: str, subtype: str, allow_other: bool) -> None:
+        """Raises MountFailed."""
+        ...
+
+    async def main(self) -> None:
+        """Serve until the mount is gone."""
+        ...
+
+    def send(self, invalidation: Invalidation) -> None:
+        """Blocking. Raises OSError."""
+        ...
+
+    def close(self) -> None:
+        """After the mount was taken down, and never while ``send`` runs."""
+        ...
 
 
 async def serve(
@@ -79,28 +108,73 @@ async def serve(
         path = await _in_thread(
             prepare_mountpoint, settings, deadline=PROBE_DEADLINE, what=f"the mountpoint {settings.path}"
         )
-        operations = Operations(view)
-        invalidator = _Invalidator(view)
-        _mount(operations, path, settings)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_main, settings, nursery.cancel_scope)
-                mounted = await _wait_ready(path, settings)
-                for note in mounted.notes:
-                    log.warning("%s", note)
-                nursery.start_soon(invalidator.run)
-                log.info("mounted at %s", path)
-                task_status.started(mounted)
-        except BaseExceptionGroup as group:
-            failed, others = group.split(MountFailed)
-            if failed is None or others is not None:
-                raise
-            raise _first(failed) from None
-        finally:
-            with trio.CancelScope(shield=True):
-                await _take_down(path, invalidator)
+        reason = ""
+        if settings.transport != "pyfuse3":
+            try:
+                await _serve_passthrough(view, path, settings, task_status)
+                return
+            except PassthroughRefused as error:
+                if settings.transport == "passthrough":
+                    raise
+                reason = error.message
+                log.info("reads are not passed through: %s", reason)
+        await _serve_on(_Pyfuse3(view, settings), view, path, settings, reason, task_status)
     finally:
         _mounted = False
+
+
+async def _serve_passthrough(
+    view: View, path: str, settings: MountSettings, task_status: trio.TaskStatus[Mounted]
+) -> None:
+    reason = kernel.why_no_passthrough()
+    if reason is not None:
+        raise PassthroughRefused(f"no FUSE passthrough: {reason}")
+    transport = DevFuse(
+        view,
+        store=settings.store,
+        max_tasks=settings.max_tasks,
+        max_background=settings.max_background,
+        readahead=settings.readahead_kb * 1024,
+    )
+    try:
+        await _serve_on(transport, view, path, settings, "", task_status)
+    finally:
+        view.use_passthrough(False)
+
+
+async def _serve_on(
+    transport: Transport,
+    view: View,
+    path: str,
+    settings: MountSettings,
+    reason: str,
+    task_status: trio.TaskStatus[Mounted],
+) -> None:
+    invalidator = _Invalidator(view, transport)
+    allow_other = may_allow_other(settings)
+    try:
+        transport.mount(path, fsname=settings.fsname, subtype=settings.subtype, allow_other=allow_other)
+    except MountFailed:
+        transport.close()
+        raise
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_main, transport, settings, nursery.cancel_scope)
+            mounted = await _wait_ready(path, settings)
+            mounted = msgspec.structs.replace(mounted, transport=transport.name, reason=reason)
+            for note in mounted.notes:
+                log.warning("%s", note)
+            nursery.start_soon(invalidator.run)
+            log.info("mounted at %s by %s", path, transport.name)
+            task_status.started(mounted)
+    except BaseExceptionGroup as group:
+        failed, others = group.split(MountFailed)
+        if failed is None or others is not None:
+            raise
+        raise _first(failed) from None
+    finally:
+        with trio.CancelScope(shield=True):
+            await _take_down(path, transport, invalidator)
 
 
 def _first(group: BaseExceptionGroup[MountFailed]) -> MountFailed:
@@ -170,47 +244,59 @@ def _is_dead(path: str) -> bool:
 # Mounting
 
 
-def mount_options(settings: MountSettings) -> tuple[frozenset[str], str | None]:
-    """The options for libfuse, and a note where allow_other had to be left out."""
-    options = {
-        "ro",
-        "nosuid",
-        "nodev",
-        "default_permissions",
-        f"fsname={settings.fsname}",
-        f"subtype={settings.subtype}",
-    }
-    note = None
-    if settings.allow_other:
-        if os.geteuid() == 0 or kernel.user_allow_other():
-            options.add("allow_other")
-        else:
-            note = "only this user will see the mount: /etc/fuse.conf lacks user_allow_other"
-    return frozenset(options), note
+def may_allow_other(settings: MountSettings) -> bool:
+    """With a line in the log where it has to be given up."""
+    if not settings.allow_other or os.geteuid() == 0 or kernel.user_allow_other():
+        return settings.allow_other
+    log.warning("only this user will see the mount: /etc/fuse.conf lacks user_allow_other")
+    return False
 
 
-def _mount(operations: Operations, path: str, settings: MountSettings) -> None:
-    options, note = mount_options(settings)
-    if note is not None:
-        log.warning("%s", note)
-    before = kernel.fuse_descriptors()
-    try:
-        pyfuse3.init(operations, path, set(options))
-    except RuntimeError as error:
-        if "fuse_session_mount" in str(error):
-            pyfuse3.close(unmount=False)  # libfuse holds a session; there is no mount
-        reason = "is /dev/fuse there, and may this user mount?"
-        raise MountFailed(f"cannot mount at {path}: {error} ({reason})") from error
-    for descriptor in kernel.fuse_descriptors() - before:
-        # See _steadied_loop.
-        os.set_blocking(descriptor, False)
-
-
-async def _main(settings: MountSettings, outside: trio.CancelScope) -> None:
-    _steady_pyfuse3()
-    await pyfuse3.main(min_tasks=settings.idle_tasks, max_tasks=settings.max_tasks)
+async def _main(transport: Transport, settings: MountSettings, outside: trio.CancelScope) -> None:
+    await transport.main()
     log.warning("%s was unmounted by somebody else", settings.path)
     outside.cancel()
+
+
+class _Pyfuse3:
+    name = "pyfuse3"
+
+    def __init__(self, view: View, settings: MountSettings) -> None:
+        self._operations = Operations(view)
+        self._settings = settings
+        self._open = False
+
+    def mount(self, path: str, *, fsname: str, subtype: str, allow_other: bool) -> None:
+        options = {"ro", "nosuid", "nodev", "default_permissions", f"fsname={fsname}", f"subtype={subtype}"}
+        if allow_other:
+            options.add("allow_other")
+        before = kernel.fuse_descriptors()
+        try:
+            pyfuse3.init(self._operations, path, options)
+        except RuntimeError as error:
+            if "fuse_session_mount" in str(error):
+                pyfuse3.close(unmount=False)  # libfuse holds a session; there is no mount
+            reason = "is /dev/fuse there, and may this user mount?"
+            raise MountFailed(f"cannot mount at {path}: {error} ({reason})") from error
+        self._open = True
+        for descriptor in kernel.fuse_descriptors() - before:
+            # See _steadied_loop.
+            os.set_blocking(descriptor, False)
+
+    async def main(self) -> None:
+        _steady_pyfuse3()
+        await pyfuse3.main(min_tasks=self._settings.idle_tasks, max_tasks=self._settings.max_tasks)
+
+    def send(self, invalidation: Invalidation) -> None:
+        if invalidation.name is not None:
+            pyfuse3.invalidate_entry(invalidation.parent, invalidation.name.encode("utf-8", "surrogateescape"))
+        if invalidation.nodeid is not None:
+            pyfuse3.invalidate_inode(invalidation.nodeid, attr_only=True)
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            pyfuse3.close(unmount=True)
 
 
 _session_loop = pyfuse3._session_loop  # type: ignore[attr-defined]  # private: see _steadied_loop
@@ -278,8 +364,9 @@ class _Invalidator:
     """Sends what the library says has changed to the kernel, in order, from a thread: the kernel may make it wait for a
     directory that has a request in flight. Never pages: only entries and attributes."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, transport: Transport) -> None:
         self._channel = view.invalidations
+        self._transport = transport
         self._idle = trio.Event()
         self._idle.set()
 
@@ -302,18 +389,15 @@ class _Invalidator:
     def _send(self, batch: tuple[Invalidation, ...], token: trio.lowlevel.TrioToken) -> None:
         try:
             for invalidation in batch:
-                send_invalidation(invalidation)
+                _send_invalidation(self._transport, invalidation)
         finally:
             token.run_sync_soon(self._idle.set)
 
 
-def send_invalidation(invalidation: Invalidation) -> None:
+def _send_invalidation(transport: Transport, invalidation: Invalidation) -> None:
     """Blocking. What the kernel does not hold (ENOENT) needs no forgetting."""
     try:
-        if invalidation.name is not None:
-            pyfuse3.invalidate_entry(invalidation.parent, invalidation.name.encode("utf-8", "surrogateescape"))
-        if invalidation.nodeid is not None:
-            pyfuse3.invalidate_inode(invalidation.nodeid, attr_only=True)
+        transport.send(invalidation)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -323,7 +407,7 @@ def send_invalidation(invalidation: Invalidation) -> None:
 # The end
 
 
-async def _take_down(path: str, invalidator: _Invalidator) -> None:
+async def _take_down(path: str, transport: Transport, invalidator: _Invalidator) -> None:
     """Abort, detach, free. Aborting comes first: it ends every wait in the mount, so that nothing after it can hang,
     and the connection is known by a device number that is surely ours only while the mount is there."""
     mount = kernel.find_mount(path)
@@ -341,4 +425,4 @@ async def _take_down(path: str, invalidator: _Invalidator) -> None:
     if waiting.cancelled_caught:
         log.error("an invalidation is still with the kernel; the session is left to the end of the process")
         return
-    pyfuse3.close(unmount=True)
+    transport.close()

@@ -42,6 +42,15 @@ def test_kernels() -> None:
     assert doctor.check_kernel((4, 19)).outcome == "warn"
 
 
+def test_transports() -> None:
+    assert doctor.check_transport("auto", "", None).outcome == "ok"
+    assert doctor.check_transport("auto", "", "Linux 6.1 is older than 6.9").outcome == "warn"
+    assert doctor.check_transport("passthrough", "", "it needs CAP_SYS_ADMIN").outcome == "fail"
+    assert doctor.check_transport("pyfuse3", "", "it needs CAP_SYS_ADMIN").outcome == "ok"
+    assert doctor.check_transport("auto", "passthrough", None).outcome == "ok"
+    assert doctor.check_transport("auto", "pyfuse3 (it needs CAP_SYS_ADMIN)", None).outcome == "warn"
+
+
 def test_the_fuse_device(tmp_path: Path) -> None:
     assert doctor.check_fuse_device("/dev/null").outcome == "ok"
     missing = doctor.check_fuse_device(str(tmp_path / "fuse"))

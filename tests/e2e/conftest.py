@@ -6,9 +6,29 @@ from pathlib import Path
 
 import pytest
 
+from instantstart_fs.mount import kernel
+from tests import harness
 from tests.harness import make_daemon, model, why_no_mount
 
 __all__ = ["make_daemon", "model"]
+
+ON_BOTH = {"test_bytes", "test_generations", "test_state"}
+"""Modules whose tests run on each transport; the others on what `auto` gives."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in ON_BOTH and "make_daemon" in metafunc.fixturenames:
+        metafunc.parametrize("transport", ["pyfuse3", "passthrough"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = getattr(request, "param", None)
+    if chosen is None:
+        return
+    if chosen == "passthrough" and (reason := kernel.why_no_passthrough()) is not None:
+        pytest.skip(f"no FUSE passthrough: {reason}")
+    monkeypatch.setattr(harness, "TRANSPORT", chosen)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -85,14 +85,15 @@ def read_line(process: subprocess.Popen[bytes], timeout: float) -> str:
 class FakeDaemon:
     """``path`` is the mountpoint."""
 
-    def __init__(self, path: Path, log: Path, *args: str, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, log: Path, transport: str, *args: str, prefix: tuple[str, ...] = ()) -> None:
         self.path = path
         self._log = log
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, str(FAKE_DAEMON), str(path), *args],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join((PACKAGE_ROOT, str(FAKE_DAEMON.parents[2])))},
+                env={**os.environ, "FAKE_TRANSPORT": transport,
+                     "PYTHONPATH": os.pathsep.join((PACKAGE_ROOT, str(FAKE_DAEMON.parents[2])))},
             )  # fmt: skip
 
     def wait_ready(self, timeout: float = 20.0) -> None:
@@ -147,15 +148,24 @@ def wait_for(condition: Callable[[], bool], timeout: float) -> None:
 StartDaemon = Callable[..., FakeDaemon]
 
 
+@pytest.fixture(scope="module", params=["pyfuse3", "passthrough"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Every test with a daemon runs on both; what only one of them can do says so."""
+    chosen = str(request.param)
+    if chosen == "passthrough" and (reason := kernel.why_no_passthrough()) is not None:
+        pytest.skip(f"no FUSE passthrough: {reason}")
+    return chosen
+
+
 @pytest.fixture
-def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
+def start_daemon(tmp_path: Path, transport: str) -> Iterator[StartDaemon]:
     """Start a fake daemon at a mountpoint of this test's own; ready unless ``ready=False``."""
     daemons: list[FakeDaemon] = []
 
     def start(
         *args: str, ready: bool = True, path: Path = tmp_path / "mnt", prefix: tuple[str, ...] = ()
     ) -> FakeDaemon:
-        daemon = FakeDaemon(path, tmp_path / "daemon.log", *args, prefix=prefix)
+        daemon = FakeDaemon(path, tmp_path / "daemon.log", transport, *args, prefix=prefix)
         daemons.append(daemon)
         if ready:
             daemon.wait_ready()
@@ -172,10 +182,10 @@ def daemon(start_daemon: StartDaemon) -> FakeDaemon:
 
 
 @pytest.fixture(scope="module")
-def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeDaemon]:
+def shared_daemon(tmp_path_factory: pytest.TempPathFactory, transport: str) -> Iterator[FakeDaemon]:
     """One daemon for the tests of a module that leave nothing behind."""
     directory = tmp_path_factory.mktemp("shared")
-    daemon = FakeDaemon(directory / "mnt", directory / "daemon.log")
+    daemon = FakeDaemon(directory / "mnt", directory / "daemon.log", transport)
     try:
         daemon.wait_ready()
         yield daemon

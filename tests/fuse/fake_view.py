@@ -15,6 +15,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import trio
 
@@ -35,6 +36,7 @@ class Handle:
     def __init__(self, nodeid: int) -> None:
         self.nodeid = nodeid
         self.sealed = False
+        self.backing: int | None = None
 
 
 class FakeView:
@@ -82,6 +84,9 @@ class FakeView:
         self._send.send_nowait(invalidation)
 
     # The View
+
+    def use_passthrough(self, on: bool) -> None:
+        """Fake files have no bytes on a disk: on every transport they are read through the View."""
 
     def lookup(self, parent: int, name: str) -> Attributes:
         self.calls.append(f"lookup {name}")
@@ -231,14 +236,14 @@ def _raise_false_alarm() -> str:
     return "ok"
 
 
-async def _serve(path: str, warm_bytes: int) -> None:
+async def _serve(path: str, warm_bytes: int, transport: Any) -> None:
     from instantstart_fs.mount.session import MountSettings, serve
 
     view = FakeView()
     standard_tree(view, warm_bytes)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve, view, MountSettings(path=path))
+            await nursery.start(serve, view, MountSettings(path=path, transport=transport))
             nursery.start_soon(_obey, view)
             sys.stdout.write("ready\n")
             sys.stdout.flush()
@@ -248,4 +253,5 @@ async def _serve(path: str, warm_bytes: int) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=os.environ.get("FAKE_LOG", "INFO"))
-    trio.run(_serve, sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 8 * MIB + 4321)
+    size = int(sys.argv[2]) if len(sys.argv) > 2 else 8 * MIB + 4321
+    trio.run(_serve, sys.argv[1], size, os.environ.get("FAKE_TRANSPORT", "auto"))

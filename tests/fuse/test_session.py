@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -17,7 +18,7 @@ from instantstart_fs.errors import MountFailed
 from instantstart_fs.library.view import ROOT, Invalidation
 from instantstart_fs.mount import kernel
 from instantstart_fs.mount.operations import STABLE_NEGATIVE_TIMEOUT
-from instantstart_fs.mount.session import Mounted, MountSettings, mount_options, prepare_mountpoint, serve
+from instantstart_fs.mount.session import Mounted, MountSettings, may_allow_other, prepare_mountpoint, serve
 from tests.fuse.conftest import Readers, StartDaemon, command, python, wait_for
 from tests.fuse.fake_view import FakeView
 
@@ -159,11 +160,12 @@ def test_a_mountpoint_is_made_and_its_real_path_is_used(tmp_path: Path) -> None:
     assert _prepare(tmp_path / "last") == str(tmp_path / "empty")
 
 
-async def _mount_once(path: Path) -> None:
+async def _mount_once(path: Path, transport: Any) -> None:
     view = FakeView()
     directory = view.add(ROOT, "d", "dir")
     async with trio.open_nursery() as nursery:
-        mounted: Mounted = await nursery.start(serve, view, MountSettings(path=str(path)))
+        mounted: Mounted = await nursery.start(serve, view, MountSettings(path=str(path), transport=transport))
+        assert mounted.transport == transport
         assert mounted.path == str(path)
         assert await _exists(path / "d" / "later") == "False"
         with pytest.raises(MountFailed, match="serves a mount already"):
@@ -183,23 +185,48 @@ async def _exists(path: Path) -> str:
     return await trio.to_thread.run_sync(python, code, str(path), abandon_on_cancel=True)
 
 
-async def test_one_process_may_mount_again(tmp_path: Path) -> None:
+async def test_one_process_may_mount_again(tmp_path: Path, transport: str) -> None:
     for _ in range(3):
         with trio.fail_after(20):
-            await _mount_once(tmp_path / "mnt")
+            await _mount_once(tmp_path / "mnt", transport)
         assert kernel.find_mount(str(tmp_path / "mnt")) is None
 
 
-async def test_a_mount_that_fails_says_so_and_leaves_the_process_able_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = MountSettings(path=str(tmp_path / "mnt"), subtype="with,comma=1")
+async def test_where_the_store_cannot_be_passed_through_auto_serves_with_pyfuse3(tmp_path: Path) -> None:
+    """Found out on a mount of its own, which is taken down again. /proc takes neither a file nor passthrough."""
+    if kernel.why_no_passthrough() is not None:
+        pytest.skip("no FUSE passthrough here")
+    path = tmp_path / "mnt"
+    with trio.fail_after(20), pytest.raises(MountFailed, match="FUSE passthrough to /proc"):
+        await serve(FakeView(), MountSettings(path=str(path), store="/proc", transport="passthrough"))
+    assert kernel.find_mount(str(path)) is None
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            mounted: Mounted = await nursery.start(serve, FakeView(), MountSettings(path=str(path), store="/proc"))
+            assert mounted.transport == "pyfuse3"
+            assert "FUSE passthrough to /proc" in mounted.reason
+            nursery.cancel_scope.cancel()
+    assert kernel.find_mount(str(path)) is None
+
+
+async def test_where_kernel_or_capability_lack_auto_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "why_no_passthrough", lambda: "Linux 6.1 is older than 6.9")
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            mounted: Mounted = await nursery.start(serve, FakeView(), MountSettings(path=str(tmp_path / "mnt")))
+            assert (mounted.transport, "6.1" in mounted.reason) == ("pyfuse3", True)
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_mount_that_fails_says_so_and_leaves_the_process_able_to(tmp_path: Path, transport: Any) -> None:
+    settings = MountSettings(path=str(tmp_path / "mnt"), subtype="with,comma=1", transport=transport)
     with trio.fail_after(20), pytest.raises(MountFailed, match="cannot mount at"):
         await serve(FakeView(), settings)
     with trio.fail_after(20):
-        await _mount_once(tmp_path / "mnt")
+        await _mount_once(tmp_path / "mnt", transport)
 
 
+@pytest.mark.parametrize("transport", ["pyfuse3"], indirect=True)
 def test_a_withdrawn_request_does_not_block_the_daemon(start_daemon: StartDaemon) -> None:
     """A reader killed between pyfuse3's poll and its read leaves a descriptor that is readable no more."""
     daemon = start_daemon()
@@ -211,6 +238,7 @@ def test_a_withdrawn_request_does_not_block_the_daemon(start_daemon: StartDaemon
     assert daemon.terminate() == 0
 
 
+@pytest.mark.parametrize("transport", ["pyfuse3"], indirect=True)
 def test_an_ordinary_user_may_mount(start_daemon: StartDaemon) -> None:
     """By fusermount3: untuned and for that user alone, which is noted. A killed one's stale mount is cleared too."""
     setpriv = shutil.which("setpriv")
@@ -233,15 +261,13 @@ def test_an_ordinary_user_may_mount(start_daemon: StartDaemon) -> None:
         assert kernel.find_mount(str(daemon.path)) is None
 
 
-def test_allow_other_is_given_up_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allow_other_is_given_up_with_a_note(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(kernel, "user_allow_other", lambda: False)
-    options, note = mount_options(MountSettings(path="/x"))
-    assert "allow_other" not in options
-    assert note is not None
-    assert "user_allow_other" in note
+    assert not may_allow_other(MountSettings(path="/x"))
+    assert "user_allow_other" in caplog.text
     monkeypatch.setattr(kernel, "user_allow_other", lambda: True)
-    assert mount_options(MountSettings(path="/x"))[1] is None
+    assert may_allow_other(MountSettings(path="/x"))
 
 
 def test_mountinfo_with_spaces_and_stacked_mounts() -> None:

@@ -70,7 +70,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_the_documented_file(write, tmp_path: Path) -> None:
     config = load_config(write(FULL.format(root=tmp_path)))
     assert (config.region, config.file) == ("eu", str(tmp_path / "config.toml"))
-    assert (config.mount.path, config.mount.transport) == (f"{tmp_path}/models", "pyfuse3")
+    assert (config.mount.path, config.mount.transport) == (f"{tmp_path}/models", "auto")
     assert config.store.capacity == Capacity(bytes=500 * 2**30)
     assert (config.store.low_watermark, config.store.high_watermark) == (0.5, 0.9)
     assert (config.fill.worker_count, config.fill.connections, config.fill.chunk_size) == (3, 8, 4 * 2**20)

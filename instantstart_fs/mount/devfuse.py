@@ -1,0 +1,412 @@
+"""The kernel's FUSE protocol over /dev/fuse, for the same Operations that pyfuse3 serves, with passthrough.
+
+pyfuse3 cannot negotiate FUSE_PASSTHROUGH; the day it can, this module and ``wire`` may go. It makes the mount, answers
+INIT, translates each request into a call of Operations and the result into a reply, and keeps the backing ids.
+
+* Handlers that answer from memory are awaited where requests are received; READ and OPEN get a task each.
+* The I/O mode follows from the nodeid (view.OpenFile.backing), since the kernel refuses to mix modes on one; all opens
+  of a nodeid share one backing id, which is closed with the last of them.
+* A reader's signal cancels its READ only where the signal kills it: EINTR in a page fault would be a SIGBUS.
+* FORGET needs no bookkeeping: nodeids are durable (see operations).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import trio
+from pyfuse3 import FUSEError
+
+from instantstart_fs.errors import MountFailed
+from instantstart_fs.library.view import Invalidation, View
+from instantstart_fs.mount import kernel, wire
+from instantstart_fs.mount.operations import Entry, Operations
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BUFFER: Final = 128 * 1024
+"""The kernel sends no write to a read-only mount, so nothing is longer than a BATCH_FORGET, which it cuts to fit."""
+AT_ONCE: Final = 64
+"""Requests received in a row before other tasks have a turn."""
+MAX_PAGES: Final = 256
+LARGEST_READ: Final = 16 * 1024 * 1024
+DYING_POLL: Final = 0.2
+SIGKILL_BIT: Final = 1 << 8
+CTX: Final[Any] = None
+"""Operations asks for nobody's uid: the kernel checks permissions itself."""
+
+_Inline = Callable[["DevFuse", wire.Request], Coroutine[Any, Any, "tuple[bytes, ...]"]]
+
+
+class PassthroughRefused(MountFailed):
+    """This machine cannot pass reads through; the message says why. Nothing was served."""
+
+
+class Backings:
+    """One backing id for each nodeid that is open, on the connection ``fd``."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._ids: dict[int, tuple[int, int]] = {}
+
+    def take(self, nodeid: int, backing: int) -> int:
+        """The nodeid's backing id, one use more of it. Raises OSError."""
+        identifier, uses = self._ids.get(nodeid, (0, 0))
+        if not uses:
+            identifier = self.register(backing)
+        self._ids[nodeid] = (identifier, uses + 1)
+        return identifier
+
+    def give_back(self, nodeid: int) -> None:
+        identifier, uses = self._ids[nodeid]
+        if uses > 1:
+            self._ids[nodeid] = (identifier, uses - 1)
+            return
+        del self._ids[nodeid]
+        try:
+            self.unregister(identifier)
+        except OSError as error:
+            log.warning("the kernel would not let go of a backing file: %s", error)
+
+    def register(self, backing: int) -> int:
+        """Raises OSError."""
+        message = bytearray(wire.BACKING_MAP.pack(backing, 0, 0))
+        identifier: int = fcntl.ioctl(self._fd, wire.BACKING_OPEN, message, True)
+        return identifier
+
+    def unregister(self, identifier: int) -> None:
+        """Raises OSError."""
+        fcntl.ioctl(self._fd, wire.BACKING_CLOSE, struct.pack("=I", identifier))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+class DevFuse:
+    """One connection. ``store``: a directory of the filesystem whose files are to be passed through, for the probe."""
+
+    name = "passthrough"
+
+    def __init__(self, view: View, *, store: str | None, max_tasks: int, max_background: int, readahead: int) -> None:
+        """``readahead`` in bytes."""
+        self._view = view
+        self._store = store
+        self._max_tasks = max_tasks
+        self._max_background = max_background
+        self._readahead = readahead
+        self._operations = Operations(view, _reply_directory)
+        self._buffer = memoryview(bytearray(RECEIVE_BUFFER))
+        self._in_flight: dict[int, tuple[trio.CancelScope, int]] = {}
+        """unique → its task's scope, and the thread that waits for it."""
+        self._room = trio.Event()
+        self._passed: dict[int, int] = {}
+        self._fd = -1
+        self._backings = Backings(-1)
+
+    # -- its life --------------------------------------------------------------------------------------------------
+
+    def mount(self, path: str, *, fsname: str, subtype: str, allow_other: bool) -> None:
+        """Raises MountFailed."""
+        try:
+            self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._backings = Backings(self._fd)
+            kernel.mount_fuse(path, self._fd, fsname=fsname, subtype=subtype, allow_other=allow_other)
+        except OSError as error:
+            raise MountFailed(f"cannot mount at {path}: {error.strerror}") from error
+
+    async def main(self) -> None:
+        """Serve until the mount is gone. Raises PassthroughRefused before anything was served."""
+        async with trio.open_nursery() as nursery:
+            while await self._receive(nursery):
+                if len(self._in_flight) >= self._max_tasks:
+                    self._room = trio.Event()
+                    await self._room.wait()
+            nursery.cancel_scope.cancel()
+
+    def send(self, invalidation: Invalidation) -> None:
+        """Blocking: the kernel may wait for a directory that has a request in flight. Raises OSError."""
+        if invalidation.name is not None:
+            name = invalidation.name.encode("utf-8", "surrogateescape")
+            os.write(self._fd, wire.inval_entry(invalidation.parent, name))
+        if invalidation.nodeid is not None:
+            os.write(self._fd, wire.inval_attributes(invalidation.nodeid))
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    # -- receiving -------------------------------------------------------------------------------------------------
+
+    async def _receive(self, nursery: trio.Nursery) -> bool:
+        """Wait for requests and take up what is there; False when the connection has ended."""
+        await trio.lowlevel.wait_readable(self._fd)
+        for _ in range(AT_ONCE):
+            try:
+                count = os.readv(self._fd, [self._buffer])
+            except OSError as error:
+                if error.errno in (errno.ENODEV, errno.ECONNABORTED, errno.EBADF):
+                    return False
+                if error.errno in (errno.EAGAIN, errno.EINTR, errno.ENOENT):
+                    break  # withdrawn before it was read, or no more of them
+                log.error("/dev/fuse cannot be read: %s", error)
+                await trio.sleep(0.01)
+                break
+            try:
+                request = wire.parse(self._buffer[:count])
+            except wire.BadMessage as error:
+                log.error("a message that is no request: %s", error)
+                continue
+            await self.handle(request, nursery)
+            if len(self._in_flight) >= self._max_tasks:
+                break
+        return True
+
+    async def handle(self, request: wire.Request, nursery: trio.Nursery) -> None:
+        """Answer it, or start the task that will. Raises PassthroughRefused for an INIT, nothing else."""
+        try:
+            await self._take_up(request, nursery)
+        except PassthroughRefused:
+            raise
+        except Exception as error:
+            self._fail(request, error)
+
+    async def _take_up(self, request: wire.Request, nursery: trio.Nursery) -> None:
+        opcode, unique, body = request.opcode, request.unique, request.body
+        if opcode == wire.READ:
+            fh, offset, size, *_ = wire.fields(wire.READ_IN, body)
+            if size > LARGEST_READ or offset >= 1 << 63:
+                raise wire.BadMessage(f"a read of {size} bytes at {offset}")
+            self._start(nursery, request, lambda: self._read(unique, fh, offset, size))
+        elif opcode == wire.OPEN:
+            flags, _ = wire.fields(wire.OPEN_IN, body)
+            self._start(nursery, request, lambda: self._open(unique, request.nodeid, flags))
+        elif opcode == wire.INTERRUPT:
+            (interrupted,) = wire.fields(wire.INTERRUPT_IN, body)
+            if interrupted in self._in_flight:
+                nursery.start_soon(self._end_if_dying, interrupted)
+        elif opcode == wire.INIT:
+            self._initialise(unique, wire.init_in(body))
+        elif opcode in wire.SILENT:
+            pass
+        elif opcode in INLINE:
+            self._reply(unique, *await INLINE[opcode](self, request))
+        else:
+            raise FUSEError(errno.EROFS if opcode in wire.WRITES else errno.ENOSYS)
+
+    def _start(
+        self, nursery: trio.Nursery, request: wire.Request, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        # The body is not kept: the next message overwrites it.
+        request = request._replace(body=memoryview(b""))
+        scope = trio.CancelScope()
+        self._in_flight[request.unique] = scope, request.pid
+        nursery.start_soon(self._run, request, scope, work)
+
+    async def _run(
+        self, request: wire.Request, scope: trio.CancelScope, work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        try:
+            with scope:
+                try:
+                    await work()
+                except Exception as error:
+                    self._fail(request, error)
+            if scope.cancelled_caught:
+                self._reply(request.unique, error=errno.EINTR)
+        finally:
+            del self._in_flight[request.unique]
+            self._room.set()
+
+    async def _end_if_dying(self, unique: int) -> None:
+        """The kernel tells of a reader's first signal only; a later one may be the one that kills it."""
+        waiting = self._in_flight[unique]
+        scope, pid = waiting
+        while self._in_flight.get(unique) is waiting:
+            if _is_dying(pid):
+                scope.cancel()
+                return
+            await trio.sleep(DYING_POLL)
+
+    # -- replying --------------------------------------------------------------------------------------------------
+
+    def _reply(self, unique: int, *parts: bytes | memoryview, error: int = 0) -> bool:
+        """False when nobody waits for it any more."""
+        try:
+            os.writev(self._fd, [wire.out(unique, sum(map(len, parts)), error), *parts])
+        except OSError as problem:
+            if problem.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED, errno.EBADF):
+                log.error("the kernel refused a reply: %s", problem)
+                if not error:
+                    return self._reply(unique, error=errno.EIO) and False
+            return False
+        return True
+
+    def _fail(self, request: wire.Request, error: Exception) -> None:
+        if isinstance(error, FUSEError):
+            number = error.errno
+        elif isinstance(error, wire.BadMessage):
+            log.error("request %d of the kernel: %s", request.opcode, error)
+            number = errno.EINVAL
+        else:
+            log.error("request %d failed in a way nobody foresaw; its caller sees EIO", request.opcode, exc_info=error)
+            number = errno.EIO
+        if request.opcode not in wire.SILENT:
+            self._reply(request.unique, error=number)
+
+    # -- the connection --------------------------------------------------------------------------------------------
+
+    def _initialise(self, unique: int, offer: wire.Init) -> None:
+        if (offer.major, offer.minor) < (wire.MAJOR, wire.MINOR) or not offer.flags & wire.PASSTHROUGH:
+            self._reply(unique, error=errno.EPROTO)
+            raise PassthroughRefused("this kernel was built without FUSE passthrough (CONFIG_FUSE_PASSTHROUGH)")
+        reply = wire.init_out(
+            offer, readahead=self._readahead, background=self._max_background, max_pages=MAX_PAGES
+        )  # fmt: skip
+        if not self._reply(unique, reply):
+            raise PassthroughRefused("the kernel took no answer to INIT")
+        if self._store is not None:
+            self._probe(self._store)
+        self._view.use_passthrough(True)
+
+    def _probe(self, store: str) -> None:
+        try:
+            with tempfile.TemporaryFile(dir=store) as file:
+                self._backings.unregister(self._backings.register(file.fileno()))
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                reason = "the kernel wants CAP_SYS_ADMIN of the first user namespace for FUSE passthrough"
+            elif error.errno in (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL):
+                reason = f"the filesystem of {store} does not take FUSE passthrough (a stacked filesystem?)"
+            else:
+                reason = f"FUSE passthrough to {store}: {error.strerror}"
+            raise PassthroughRefused(reason) from error
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    async def _open(self, unique: int, nodeid: int, flags: int) -> None:
+        info = await self._operations.open(nodeid, flags, CTX)
+        open_flags, identifier = wire.FOPEN_KEEP_CACHE, 0
+        backing = self._operations.backing(info.fh)
+        if backing is not None:
+            try:
+                identifier = self._backings.take(*backing)
+            except OSError as error:
+                # Never another mode instead: somebody may hold this nodeid in the one it has.
+                log.error("the kernel refused to pass a file through: %s", error)
+                await self._operations.release(info.fh)
+                raise FUSEError(errno.EIO) from error
+            self._passed[info.fh] = nodeid
+            open_flags = wire.FOPEN_PASSTHROUGH
+        if not self._reply(unique, wire.OPEN_OUT.pack(info.fh, open_flags, identifier)):
+            await self._close(info.fh)
+
+    async def _close(self, fh: int) -> None:
+        nodeid = self._passed.pop(fh, None)
+        if nodeid is not None:
+            self._backings.give_back(nodeid)
+        await self._operations.release(fh)
+
+    async def _read(self, unique: int, fh: int, offset: int, size: int) -> None:
+        self._reply(unique, await self._operations.read(fh, offset, size))
+
+    async def _release(self, request: wire.Request) -> tuple[bytes, ...]:
+        fh, *_ = wire.fields(wire.RELEASE_IN, request.body)
+        await self._close(fh)
+        return ()
+
+    async def _statfs(self, request: wire.Request) -> tuple[bytes, ...]:
+        return (wire.statfs_out(await self._operations.statfs(CTX)),)
+
+    # -- names and attributes --------------------------------------------------------------------------------------
+
+    async def _lookup(self, request: wire.Request) -> tuple[bytes, ...]:
+        entry = await self._operations.lookup(request.nodeid, wire.name(request.body), CTX)
+        return (wire.entry_out(entry.nodeid, entry),)
+
+    async def _getattr(self, request: wire.Request) -> tuple[bytes, ...]:
+        return (wire.attr_out(await self._operations.getattr(request.nodeid, CTX)),)
+
+    async def _readlink(self, request: wire.Request) -> tuple[bytes, ...]:
+        return (await self._operations.readlink(request.nodeid, CTX),)
+
+    async def _getxattr(self, request: wire.Request) -> tuple[bytes, ...]:
+        size, _ = wire.fields(wire.XATTR_SIZE, request.body)
+        name = wire.name(request.body, wire.XATTR_SIZE.size)
+        return _sized(await self._operations.getxattr(request.nodeid, name, CTX), size)
+
+    async def _listxattr(self, request: wire.Request) -> tuple[bytes, ...]:
+        size, _ = wire.fields(wire.XATTR_SIZE, request.body)
+        names = await self._operations.listxattr(request.nodeid, CTX)
+        return _sized(b"".join(name + b"\0" for name in names), size)
+
+    # -- directories -----------------------------------------------------------------------------------------------
+
+    async def _opendir(self, request: wire.Request) -> tuple[bytes, ...]:
+        fh = await self._operations.opendir(request.nodeid, CTX)
+        return (wire.OPEN_OUT.pack(fh, 0, 0),)
+
+    async def _readdir(self, request: wire.Request) -> tuple[bytes, ...]:
+        fh, offset, size, *_ = wire.fields(wire.READ_IN, request.body)
+        listing = wire.Listing(min(size, LARGEST_READ), plus=request.opcode == wire.READDIRPLUS)
+        await self._operations.readdir(fh, offset, listing)
+        return (b"".join(listing.parts),)
+
+    async def _releasedir(self, request: wire.Request) -> tuple[bytes, ...]:
+        fh, *_ = wire.fields(wire.RELEASE_IN, request.body)
+        await self._operations.releasedir(fh)
+        return ()
+
+    async def _destroy(self, request: wire.Request) -> tuple[bytes, ...]:
+        return ()
+
+
+INLINE: Final[dict[int, _Inline]] = {
+    wire.LOOKUP: DevFuse._lookup,
+    wire.GETATTR: DevFuse._getattr,
+    wire.READLINK: DevFuse._readlink,
+    wire.STATFS: DevFuse._statfs,
+    wire.RELEASE: DevFuse._release,
+    wire.GETXATTR: DevFuse._getxattr,
+    wire.LISTXATTR: DevFuse._listxattr,
+    wire.OPENDIR: DevFuse._opendir,
+    wire.READDIR: DevFuse._readdir,
+    wire.READDIRPLUS: DevFuse._readdir,
+    wire.RELEASEDIR: DevFuse._releasedir,
+    wire.DESTROY: DevFuse._destroy,
+}
+
+
+def _reply_directory(listing: wire.Listing, name: bytes, entry: Entry, next_id: int) -> bool:
+    return listing.add(name, entry.nodeid, entry, next_id)
+
+
+def _sized(value: bytes, size: int) -> tuple[bytes, ...]:
+    """Size 0 asks how much there is. Raises FUSEError."""
+    if size == 0:
+        return (wire.XATTR_SIZE.pack(len(value), 0),)
+    if len(value) > size:
+        raise FUSEError(errno.ERANGE)
+    return (value,)
+
+
+def _is_dying(pid: int) -> bool:
+    """Whether a thread has a SIGKILL to take (every fatal signal ends as one). ``pid`` 0: it lives in a namespace that
+    is not seen from here, and nobody can tell."""
+    if pid == 0:
+        return False
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                if line.startswith(("SigPnd:", "ShdPnd:")) and int(line.split()[1], 16) & SIGKILL_BIT:
+                    return True
+    except OSError:
+        return True
+    return False

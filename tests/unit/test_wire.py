@@ -1,0 +1,208 @@
+"""The kernel protocol's layouts, and what becomes of messages that no kernel would send."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import struct
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from instantstart_fs.library.view import ROOT
+from instantstart_fs.mount import wire
+from instantstart_fs.mount.devfuse import DevFuse
+from instantstart_fs.mount.operations import entry_attributes
+from tests.fuse.fake_view import FakeView, content, standard_tree
+
+SIZES = {
+    "IN_HEADER": 40, "OUT_HEADER": 16, "INIT_IN": 16, "INIT_OUT": 64, "ATTR": 88, "ENTRY": 40, "ATTR_OUT": 16,
+    "OPEN_IN": 8, "OPEN_OUT": 16, "RELEASE_IN": 24, "READ_IN": 40, "KSTATFS": 80, "XATTR_SIZE": 8, "DIRENT": 24,
+    "FORGET_ONE": 16, "INVAL_ENTRY": 16, "INVAL_INODE": 24, "BACKING_MAP": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES.items())
+def test_the_sizes_are_those_of_the_kernels_header(name: str, size: int) -> None:
+    assert getattr(wire, name).size == size
+
+
+def message(opcode: int, body: bytes = b"", *, unique: int = 7, nodeid: int = 1, extra: int = 0) -> bytes:
+    return wire.IN_HEADER.pack(40 + len(body) + extra, opcode, unique, nodeid, 0, 0, 0, 0, 0) + body
+
+
+def test_a_request_is_its_header_and_its_body() -> None:
+    request = wire.parse(memoryview(message(wire.LOOKUP, b"name\0", nodeid=5)))
+    assert (request.opcode, request.unique, request.nodeid, bytes(request.body)) == (wire.LOOKUP, 7, 5, b"name\0")
+    assert wire.name(request.body) == b"name"
+
+
+@pytest.mark.parametrize("raw", [b"", bytes(39), message(1, extra=1), message(1, b"abc", extra=-1)])
+def test_lengths_that_lie_are_refused(raw: bytes) -> None:
+    with pytest.raises(wire.BadMessage):
+        wire.parse(memoryview(raw))
+
+
+@pytest.mark.parametrize("raw", [b"", b"no end", b"\0"])
+def test_names_that_are_none_are_refused(raw: bytes) -> None:
+    with pytest.raises(wire.BadMessage):
+        wire.name(memoryview(raw))
+
+
+def test_batches_of_forgets_are_counted() -> None:
+    body = wire.COUNT_IN.pack(2, 0) + wire.FORGET_ONE.pack(5, 1) + wire.FORGET_ONE.pack(6, 3)
+    assert list(wire.forgotten(memoryview(body))) == [(5, 1), (6, 3)]
+    with pytest.raises(wire.BadMessage):
+        list(wire.forgotten(memoryview(wire.COUNT_IN.pack(1 << 31, 0) + bytes(16))))
+
+
+def test_init_takes_what_is_offered_and_wanted() -> None:
+    offered = wire.INIT_IN.pack(7, 45, 131072, wire.INIT_EXT | wire.ASYNC_READ | 1 << 3) + struct.pack("=I", 1 << 5)
+    offer = wire.init_in(memoryview(offered + bytes(44)))
+    assert offer.flags & wire.PASSTHROUGH
+    reply = wire.INIT_OUT.unpack(wire.init_out(offer, readahead=1 << 20, background=1024, max_pages=256))
+    assert reply[:4] == (7, 40, 1 << 20, wire.INIT_EXT | wire.ASYNC_READ)
+    assert (reply[8], reply[10], reply[11]) == (256, 1 << 5, 1)
+
+
+def test_an_entry_shows_one_inode_under_another_nodeid() -> None:
+    view = FakeView()
+    entry = entry_attributes(view.nodes[view.add(ROOT, "f", size=1000)])
+    raw = wire.entry_out(4711, entry)
+    assert wire.ENTRY.unpack_from(raw)[0] == 4711
+    fields = wire.ATTR.unpack_from(raw, 40)
+    assert fields[:6] == (entry.st_ino, 1000, 2, 1_700_000_000, 1_600_000_000, 1_650_000_000)
+    assert fields[6:10] == (1, 123_456_789, 0, entry.st_mode)
+
+
+def test_a_listing_stops_where_the_kernels_buffer_ends() -> None:
+    view = FakeView()
+    entry = entry_attributes(view.nodes[view.add(ROOT, "f")])
+    listing = wire.Listing(70, plus=False)
+    assert listing.add(b"12345678", 9, entry, 1)
+    assert listing.add(b"123456789", 9, entry, 2) is False
+    (record,) = listing.parts
+    assert len(record) == 32
+    assert wire.DIRENT.unpack_from(record) == (entry.st_ino, 1, 8, 8)
+    assert not wire.Listing(150, plus=True).add(b"1", 9, entry, 1)
+    assert wire.Listing(160, plus=True).add(b"1", 9, entry, 1)
+
+
+class Kernel:
+    """The other end of a connection: a socket pair in the place of /dev/fuse. ``ask`` gives (errno, payload) of the
+    reply, None where none came."""
+
+    def __init__(self) -> None:
+        self.view = FakeView()
+        standard_tree(self.view)
+        self.served = DevFuse(self.view, store=None, max_tasks=64, max_background=64, readahead=1 << 20)
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours.setblocking(False)
+        self._ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+        self.served._fd = theirs.detach()
+
+    async def ask(self, raw: bytes) -> tuple[int, bytes] | None:
+        async with trio.open_nursery() as nursery:
+            await self.served.handle(wire.parse(memoryview(bytearray(raw))), nursery)
+            with trio.move_on_after(1):
+                while self.served._in_flight:
+                    await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        try:
+            reply = self._ours.recv(1 << 22)
+        except BlockingIOError:
+            return None
+        length, error, unique = wire.OUT_HEADER.unpack_from(reply)
+        assert (length, unique) == (len(reply), 7)
+        with contextlib.suppress(BlockingIOError):
+            raise AssertionError(f"two replies: {self._ours.recv(1 << 22)!r}")
+        return -error, reply[16:]
+
+    def close(self) -> None:
+        self._ours.close()
+        self.served.close()
+
+
+async def test_a_file_is_found_opened_read_and_released() -> None:
+    kernel = Kernel()
+    found = await kernel.ask(message(wire.LOOKUP, b"model\0"))
+    assert found is not None
+    directory = wire.ENTRY.unpack_from(found[1])[0]
+    found = await kernel.ask(message(wire.LOOKUP, b"weights.safetensors\0", nodeid=directory))
+    assert found is not None
+    nodeid = wire.ENTRY.unpack_from(found[1])[0]
+    opened = await kernel.ask(message(wire.OPEN, wire.OPEN_IN.pack(os.O_RDONLY, 0), nodeid=nodeid))
+    assert opened is not None
+    fh, flags, backing = wire.OPEN_OUT.unpack(opened[1])
+    assert (flags, backing) == (wire.FOPEN_KEEP_CACHE, 0)
+    read = wire.READ_IN.pack(fh, 4096, 8192, 0, 0, 0, 0)
+    assert await kernel.ask(message(wire.READ, read, nodeid=nodeid)) == (0, content(4096, 8192))
+    assert await kernel.ask(message(wire.RELEASE, wire.RELEASE_IN.pack(fh, 0, 0, 0))) == (0, b"")
+    assert kernel.view.open_files == []
+    kernel.close()
+
+
+async def test_xattrs_tell_their_size_and_refuse_too_small_a_buffer() -> None:
+    kernel = Kernel()
+    nodeid = kernel.view.children[ROOT]["model"]
+    for size, answer in ((0, (0, wire.XATTR_SIZE.pack(4, 0))), (3, (errno.ERANGE, b"")), (4, (0, b"warm"))):
+        body = wire.XATTR_SIZE.pack(size, 0) + b"user.instantstart.state\0"
+        assert await kernel.ask(message(wire.GETXATTR, body, nodeid=nodeid)) == answer
+    names = b"user.instantstart.state\0user.instantstart.error\0"
+    assert await kernel.ask(message(wire.LISTXATTR, wire.XATTR_SIZE.pack(100, 0), nodeid=nodeid)) == (0, names)
+    kernel.close()
+
+
+@pytest.mark.parametrize("opcode", sorted(wire.WRITES))
+async def test_writes_are_erofs(opcode: int) -> None:
+    kernel = Kernel()
+    assert await kernel.ask(message(opcode, bytes(100))) == (errno.EROFS, b"")
+    kernel.close()
+
+
+@pytest.mark.parametrize("opcode", [20, 25, 30, 34, 40, 46, 52, 60, 4096])
+async def test_what_is_not_served_is_enosys(opcode: int) -> None:
+    kernel = Kernel()
+    assert await kernel.ask(message(opcode, bytes(100))) == (errno.ENOSYS, b"")
+    kernel.close()
+
+
+OPCODES = st.one_of(st.integers(1, 53).filter(lambda code: code != wire.INIT), st.integers(0, 2**32 - 1))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(opcode=OPCODES, nodeid=st.one_of(st.integers(0, 1200), st.integers(0, 2**64 - 1)), body=st.binary(max_size=120))
+def test_garbage_gets_one_reply_and_harms_nobody(opcode: int, nodeid: int, body: bytes) -> None:
+    async def ask() -> Any:
+        kernel = Kernel()
+        try:
+            return await kernel.ask(message(opcode, body, nodeid=nodeid))
+        finally:
+            kernel.close()
+
+    logging.disable(logging.CRITICAL)
+    try:
+        reply = trio.run(ask)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert (reply is None) == (opcode in wire.SILENT)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_garbage_is_a_bad_message_or_a_request(raw: bytes) -> None:
+    with contextlib.suppress(wire.BadMessage):
+        request = wire.parse(memoryview(raw))
+        assert len(request.body) <= len(raw) - 40
+        wire.name(request.body)
+    with contextlib.suppress(wire.BadMessage):
+        wire.init_in(memoryview(raw))
+    with contextlib.suppress(wire.BadMessage):
+        list(wire.forgotten(memoryview(raw)))
