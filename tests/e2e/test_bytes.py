@@ -65,7 +65,14 @@ def fio_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file in which every block carries fio's own checksum of itself and its offset."""
     directory = tmp_path_factory.mktemp("fio")
     must(
-        *("fio", "--name=write", f"--filename={directory}/model.safetensors", "--rw=write", "--bs=64k"),
+        *(
+            "fio",
+            "--name=write",
+            "--verify_state_save=0",
+            f"--filename={directory}/model.safetensors",
+            "--rw=write",
+            "--bs=64k",
+        ),
         *("--size=64m", "--verify=crc32c", "--do_verify=0", "--ioengine=psync", "--randseed=42"),
         timeout=60,
     )
@@ -75,7 +82,16 @@ def fio_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fio_verify(path: Path, engine: str) -> subprocess.CompletedProcess[str]:
     depth = ("--iodepth=16",) if engine == "io_uring" else ()
     return run(
-        *("fio", "--name=verify", f"--filename={path}", "--rw=read", "--bs=64k", "--size=64m", "--readonly"),
+        *(
+            "fio",
+            "--name=verify",
+            "--verify_state_save=0",
+            f"--filename={path}",
+            "--rw=read",
+            "--bs=64k",
+            "--size=64m",
+            "--readonly",
+        ),
         *("--verify=crc32c", "--verify_fatal=1", f"--ioengine={engine}", "--randseed=42", *depth),
         timeout=90,
     )
