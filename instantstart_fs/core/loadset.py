@@ -71,8 +71,8 @@ def natural_key(path: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def _wanted(path: str, has_safetensors: bool) -> bool:
-    directories, _, name = path.rpartition("/")
-    if any(part in _SKIPPED_DIRECTORIES for part in directories.split("/")):
+    name = path.rpartition("/")[2]
+    if _in_skipped_directory(path):
         return False
     if name in _SKIPPED_NAMES or name in _NOT_WEIGHTS or name.lower().endswith(_SKIPPED_SUFFIXES):
         return False

@@ -253,7 +253,6 @@ class Pipeline:
         self.lock = trio.Lock()
         """Held by add, update, evict and remove: one of them at a time."""
         self.removed = False
-        self.requested_load_set = False
         self._changed = trio.Event()
 
     @property
