@@ -232,10 +232,6 @@ class FillPlan(Generic[K]):
         entry.version += 1
         self._ready(entry)
 
-    def is_background(self, key: K) -> bool:
-        entry = self._entries.get(key)
-        return entry is not None and entry.background
-
     # -- what happened -------------------------------------------------------------------------------------------
 
     def arrived(self, key: K, chunk: int) -> None:
@@ -342,11 +338,6 @@ class FillPlan(Generic[K]):
         """The files that are asked of this origin. O(files): for rare events only."""
         pool = self._pools.get(origin)
         return [entry.key for entry in self._entries.values() if entry.pool is pool]
-
-    def has_work(self, origin: Hashable) -> bool:
-        """Whether some file of this origin that is not held has something to ask for."""
-        pool = self._pools.get(origin)
-        return pool is not None and self._has_work(pool)
 
     def queued(self) -> int:
         """How many chunks are wanted and not in flight. O(files)."""
