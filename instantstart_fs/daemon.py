@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from typing import NoReturn
 
@@ -91,6 +91,7 @@ async def serve(
                         nursery.start_soon(daemon.handle_signals, signals, nursery.cancel_scope)
                         mounted = await nursery.start(daemon.keep_mounted)
                         daemon.transport = mounted.transport + (f" ({mounted.reason})" if mounted.reason else "")
+                        daemon.requests = mounted.requests
                         server = ControlServer(library, daemon.info, socket_path, pending=daemon.pending)
                         await nursery.start(server.run)
                         nursery.start_soon(daemon.keep_pipelines)
@@ -119,6 +120,8 @@ class Daemon:
         self.ready = False
         self.transport = ""
         """Who serves the mount, and why nobody faster does; "" until it is mounted."""
+        self.requests: Mapping[str, int] = {}
+        """How often each handler of the mount was called."""
 
     def info(self) -> DaemonInfo:
         return DaemonInfo(
@@ -130,6 +133,7 @@ class Daemon:
             pipelines=len(self._library.list()),
             ready=self.ready,
             transport=self.transport,
+            requests=dict(self.requests),
         )
 
     async def keep_mounted(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:

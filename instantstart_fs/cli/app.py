@@ -347,6 +347,9 @@ def status(
     """Show state, rate and last error of one, or of all."""
     if pipeline is None:
         ls(socket, json)
+        if not json:
+            with Client(socket) as client:
+                print(f"\n{show.mounted(client.ping())}")
         return
     with Client(socket) as client:
         found = client.status(pipeline)

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.status import PipelineStatus
 
 _COLOURS = {
@@ -125,6 +126,11 @@ def pipelines(statuses: Sequence[PipelineStatus]) -> str:
     ]
     header = ("PIPELINE", "STATE", "CACHED", "%", "FILL", "LAST REQUEST", "SOURCE", "")
     return table(header, rows, state_column=1)
+
+
+def mounted(info: DaemonInfo) -> str:
+    """Where the mount is, who serves it, and why nobody faster does."""
+    return f"{info.mount}: {info.transport or 'not mounted yet'}"
 
 
 def _note(status: PipelineStatus) -> str:

@@ -116,7 +116,8 @@ Request = Ping | Add | Update | Remove | Evict | Pin | Touch | Warm | Verify | L
 
 class DaemonInfo(msgspec.Struct, frozen=True):
     """What a daemon says about itself. ``uptime`` in seconds; ``ready``: the mount answers; ``transport``: who
-    serves it ("passthrough" or "pyfuse3"), and why not passthrough, in brackets."""
+    serves it ("passthrough" or "pyfuse3"), and why not passthrough, in brackets; ``requests``: how many of each kind
+    the kernel has sent since the mount ("read": warm files that the kernel reads itself send none)."""
 
     version: str
     pid: int
@@ -126,6 +127,7 @@ class DaemonInfo(msgspec.Struct, frozen=True):
     pipelines: int
     ready: bool
     transport: str = ""
+    requests: dict[str, int] = {}
 
 
 class VerifyResult(msgspec.Struct, frozen=True):

@@ -121,8 +121,9 @@ class Library:
     def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]:
         return self._shelf.invalidations
 
-    def use_passthrough(self, on: bool) -> None:
+    def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
         self._shelf.passthrough = on
+        self._reading.closing = closing
 
     def lookup(self, parent: int, name: str) -> Attributes:
         return self._browsing.lookup(parent, name)
@@ -132,6 +133,9 @@ class Library:
 
     def list_directory(self, nodeid: int) -> Sequence[tuple[str, Attributes]]:
         return self._browsing.list_directory(nodeid)
+
+    def keeps_listing(self, nodeid: int) -> bool:
+        return self._browsing.keeps_listing(nodeid)
 
     def readlink(self, nodeid: int) -> str:
         return self._browsing.readlink(nodeid)
@@ -145,6 +149,9 @@ class Library:
         return Filesystem(
             total_bytes=space.f_blocks * space.f_frsize, available_bytes=space.f_bavail * space.f_frsize, files=files
         )
+
+    def open_nowait(self, nodeid: int) -> Handle | None:
+        return self._reading.open_nowait(nodeid)
 
     async def open(self, nodeid: int) -> Handle:
         return await self._reading.open(nodeid)

@@ -100,6 +100,16 @@ class Browsing:
         children = generation.tree.nodes[node].children or {}
         return [(name, self._node(generation, child)) for name, child in children.items()]
 
+    def keeps_listing(self, nodeid: int) -> bool:
+        """See view.View.keeps_listing."""
+        if nodeid == ROOT or nodeid in _STATE_NAMES:
+            return False
+        try:
+            generation, node = self._directory(nodeid)
+        except NoSuchEntry:
+            return False
+        return generation.mostly_complete(node)
+
     def readlink(self, nodeid: int) -> str:
         """See view.View.readlink."""
         found = self._shelf.nodes.find(nodeid)

@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -37,6 +38,10 @@ from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble, counts_as_request
 
 log = logging.getLogger(__name__)
+
+IDLE_READERS = 256
+"""Descriptors of files that were open a while ago: the shards of some pipelines, and a quarter of the least limit of
+open files (1024) that a daemon may be given."""
 
 
 class Handle:
@@ -67,6 +72,12 @@ class Reading:
         self._drained = trio.open_memory_channel[Generation](math.inf)
         self._replaced = trio.open_memory_channel[tuple[CachedFile, bool]](math.inf)
         self._discarding: set[CachedFile] = set()
+        self._idle: OrderedDict[CachedFile, None] = OrderedDict()
+        """Complete files that nobody has open, whose descriptor is kept: opening and registering it anew was half of
+        the time of an open. The least recently used comes first."""
+        self.closing: Callable[[int], None] | None = None
+        """See view.View.use_passthrough."""
+        shelf.retire = self._retire
 
     def attach(self, filler: Filler, on_growth: Callable[[], None]) -> None:
         """The filler and this object know each other; the filler comes second. ``on_growth``: new bytes have come."""
@@ -86,7 +97,27 @@ class Reading:
     # -- the mount's side ----------------------------------------------------------------------------------------
 
     async def open(self, nodeid: int) -> Handle:
-        """See view.View.open."""
+        """See view.View.open. Raises NoSuchEntry (the kernel then looks the name up again and finds another nodeid)
+        where a file that was complete is not, or no longer, what its record says."""
+        try:
+            return self._open(nodeid)
+        except StoreDamaged as error:
+            file = self._shelf.nodes.find(nodeid)
+            if not isinstance(file, CachedFile) or nodeid != file.passthrough_nodeid:
+                raise
+            if not file.handles:
+                self._close_reader(file)
+            await self.discard(file, error, wanted=True)
+            raise NoSuchEntry(f"{file.entry.path}: was dropped: {error.message}") from error
+
+    def open_nowait(self, nodeid: int) -> Handle | None:
+        """See view.View.open_nowait."""
+        try:
+            return self._open(nodeid)
+        except StoreDamaged:
+            return None
+
+    def _open(self, nodeid: int) -> Handle:
         file = self._shelf.nodes.find(nodeid)
         if not isinstance(file, CachedFile):
             raise NoSuchEntry(f"node {nodeid} is no file, or is gone")
@@ -97,29 +128,24 @@ class Reading:
             self._access.record_request(file.generation.pipeline.id, self._shelf.now_ns())
         backing = None
         if nodeid == file.passthrough_nodeid:
-            backing = await self._backing(file)
+            backing = self._backing(file)
             # Nobody will tell of its reads.
             self._access.record_read(*file.triple, self._shelf.now_ns())
+        self._idle.pop(file, None)
         file.handles += 1
         file.generation.handles += 1
         return Handle(file, nodeid, backing)
 
-    async def _backing(self, file: CachedFile) -> int:
-        """The descriptor that the kernel is to read. Raises NoSuchEntry (the kernel then looks the name up again and
-        finds another nodeid) where the file is not, or no longer, what its record says."""
+    def _backing(self, file: CachedFile) -> int:
+        """The descriptor that the kernel is to read. Raises NoSuchEntry, StoreDamaged."""
         if not file.passable:
             raise NoSuchEntry(f"{file.entry.path}: is not complete any more")
-        try:
-            fd = self._reader(file)
-            found = os.fstat(fd).st_size
-            if found != file.size:
-                raise StoreDamaged(f"{file.entry.path}: the store's file has {found} bytes of {file.size}")
-        except StoreDamaged as error:
-            if not file.handles and file.reader is not None:
-                file.reader.close()
-                file.reader = None
-            await self.discard(file, error, wanted=True)
-            raise NoSuchEntry(f"{file.entry.path}: was dropped: {error.message}") from error
+        fd = self._reader(file)
+        found = os.fstat(fd)
+        if found.st_size != file.size or not found.st_nlink:
+            raise StoreDamaged(
+                f"{file.entry.path}: the store's file has {found.st_size} bytes of {file.size}, {found.st_nlink} names"
+            )
         return fd
 
     def _refuse_hopeless(self, file: CachedFile) -> None:
@@ -165,9 +191,33 @@ class Reading:
         file = handle.file
         file.handles -= 1
         if file.handles == 0 and file.reader is not None:
+            generation = file.generation
+            current = generation is generation.pipeline.current and not generation.pipeline.removed
+            if file.passable and current:
+                self._keep_idle(file)
+            else:
+                self._close_reader(file)
+        self._let_go(file.generation)
+
+    def _keep_idle(self, file: CachedFile) -> None:
+        self._idle[file] = None
+        self._idle.move_to_end(file)
+        if len(self._idle) > IDLE_READERS:
+            oldest, _ = self._idle.popitem(last=False)
+            self._close_reader(oldest)
+
+    def _retire(self, file: CachedFile) -> None:
+        """Nobody will open it again: an idle descriptor would keep its deleted bytes on the disk."""
+        if not file.handles:
+            self._close_reader(file)
+
+    def _close_reader(self, file: CachedFile) -> None:
+        self._idle.pop(file, None)
+        if file.reader is not None:
+            if self.closing is not None:
+                self.closing(file.passthrough_nodeid)
             file.reader.close()
             file.reader = None
-        self._let_go(file.generation)
 
     @contextlib.contextmanager
     def using(self, generation: Generation) -> Iterator[None]:

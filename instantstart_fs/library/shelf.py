@@ -41,6 +41,8 @@ class Shelf:
         self.nodes = NodeTable()
         self.passthrough = False
         """Whether the mount lets the kernel read complete files itself (view.View.use_passthrough)."""
+        self.retire: Callable[[CachedFile], None] = lambda file: None
+        """Told of every incarnation that no new open will find."""
         self._spare = range(0)
         self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
 
@@ -147,6 +149,7 @@ class Shelf:
         self.nodes.drop_pipeline(pipeline)
         for generation in pipeline.generations():
             self.nodes.drop_generation(generation)
+            self._retire_files(generation)
         self.invalidate(1, pipeline.id)
         pipeline.changed()
 
@@ -170,8 +173,16 @@ class Shelf:
                     names.update((nodeid, name) for name in generation.tree.nodes[node].children or ())
         for parent, name in sorted(names):
             self.invalidate(parent, name)
+        for nodeid in sorted(pipeline.directory_nodeids.values()):
+            self._invalidate_listing(nodeid)
+        if old is not None:
+            self._retire_files(old)
         pipeline.changed()
         return old
+
+    def _retire_files(self, generation: Generation) -> None:
+        for file in generation.files:
+            self.retire(file)
 
     def forget_generation(self, generation: Generation) -> None:
         self.nodes.drop_generation(generation)
@@ -186,14 +197,22 @@ class Shelf:
         generation.counts_changed()
         self.nodes.add_file(new)
         self.invalidate_file(new)
+        self._invalidate_listing(self._parent(new))  # it tells inode numbers, too
+        self.retire(old)
         generation.pipeline.changed()
         return new
 
     def invalidate_file(self, file: CachedFile) -> None:
         """The name leads to another nodeid from now on."""
         tree = file.generation.tree
-        node = tree.nodes[tree.node_of_file(file.entry.index)]
-        self.invalidate(file.generation.nodeid(node.parent), node.name)
+        self.invalidate(self._parent(file), tree.nodes[tree.node_of_file(file.entry.index)].name)
 
-    def invalidate(self, parent: int, name: str | None, nodeid: int | None = None) -> None:
-        self._send.send_nowait(Invalidation(parent, name, nodeid))
+    def _parent(self, file: CachedFile) -> int:
+        tree = file.generation.tree
+        return file.generation.nodeid(tree.nodes[tree.node_of_file(file.entry.index)].parent)
+
+    def invalidate(self, parent: int, name: str) -> None:
+        self._send.send_nowait(Invalidation(parent, name))
+
+    def _invalidate_listing(self, directory: int) -> None:
+        self._send.send_nowait(Invalidation(directory, None, directory, listing=True))

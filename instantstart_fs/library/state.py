@@ -131,6 +131,7 @@ class Generation:
         self.handles = 0
         self.filling_load_set = False
         self._counts: Counts | None = None
+        self._mostly_complete: dict[int, bool] = {}
         self.ready: trio.Event | None = None
         """Set while the store's files are being taken away (eviction): fills wait for it."""
         self._root_nodeids = {
@@ -186,6 +187,7 @@ class Generation:
     def counts_changed(self) -> None:
         """Call after a file's state or presence changed in a way that neither ``grew`` nor ``completed`` says."""
         self._counts = None
+        self._mostly_complete.clear()
 
     def grew(self, file: CachedFile, count: int) -> None:
         """``count`` more bytes of ``file`` are here. Constant time: it is called for each chunk."""
@@ -196,6 +198,7 @@ class Generation:
 
     def completed(self, file: CachedFile) -> None:
         """``file``, all of whose bytes were counted, became sealed or unverified. Constant time."""
+        self._mostly_complete.clear()
         if self._counts is not None and self.in_load_set(file.entry.index):
             cached, complete, unverified, everything = self._counts
             unverified += file.state is FileState.UNVERIFIED
@@ -215,6 +218,18 @@ class Generation:
                     unverified += file.state is FileState.UNVERIFIED
             self._counts = Counts(cached, complete, unverified, everything)
         return self._counts
+
+    def mostly_complete(self, node: int) -> bool:
+        """Of a directory: whether at least three in four entries are complete files or directories."""
+        found = self._mostly_complete.get(node)
+        if found is None:
+            nodes = self.tree.nodes
+            children = (nodes[node].children or {}).values()
+            incomplete = sum(
+                nodes[child].file >= 0 and not self.files[nodes[child].file].complete for child in children
+            )
+            found = self._mostly_complete[node] = incomplete * 4 <= len(children)
+        return found
 
     @property
     def load_set_complete(self) -> bool:

@@ -6,7 +6,7 @@ are async, and only a read of an absent chunk waits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -40,11 +40,12 @@ class Attributes(msgspec.Struct, frozen=True):
 
 class Invalidation(msgspec.Struct, frozen=True):
     """Something that the kernel may have cached has changed: the entry ``name`` in ``parent``, or, with ``name`` None,
-    the attributes of ``nodeid``."""
+    the attributes of ``nodeid``; ``listing``: it is a directory, and what it lists has changed too."""
 
     parent: int
     name: str | None
     nodeid: int | None = None
+    listing: bool = False
 
 
 class Filesystem(msgspec.Struct, frozen=True):
@@ -79,8 +80,11 @@ class View(Protocol):
     @property
     def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]: ...
 
-    def use_passthrough(self, on: bool) -> None:
-        """Whether complete files are shown under the nodeid whose opens have a ``backing``; off at first."""
+    def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
+        """Whether complete files are shown under the nodeid whose opens have a ``backing``; off at first.
+
+        The View may keep a backing descriptor after the last release; it calls ``closing`` with the nodeid before it
+        closes one, and never while the nodeid is open."""
         ...
 
     def lookup(self, parent: int, name: str) -> Attributes: ...
@@ -89,11 +93,21 @@ class View(Protocol):
 
     def list_directory(self, nodeid: int) -> Sequence[tuple[str, Attributes]]: ...
 
+    def keeps_listing(self, nodeid: int) -> bool:
+        """Whether the kernel may keep what the directory lists until an Invalidation with ``listing`` says otherwise:
+        its names are pinned, and few of its entries are not ``stable`` (of a kept listing, it asks for each of those
+        singly)."""
+        ...
+
     def readlink(self, nodeid: int) -> str: ...
 
     def xattrs(self, nodeid: int) -> dict[str, bytes]: ...
 
     def filesystem(self) -> Filesystem: ...
+
+    def open_nowait(self, nodeid: int) -> OpenFile | None:
+        """``open`` where it need not wait for anything; None: it must. Raises what ``open`` raises."""
+        ...
 
     async def open(self, nodeid: int) -> OpenFile:
         """Counts as a request when the file is a weight file. Raises OriginBroken for an unsealed weight file while

@@ -3,9 +3,10 @@
 pyfuse3 cannot negotiate FUSE_PASSTHROUGH; the day it can, this module and ``wire`` may go. It makes the mount, answers
 INIT, translates each request into a call of Operations and the result into a reply, and keeps the backing ids.
 
-* Handlers that answer from memory are awaited where requests are received; READ and OPEN get a task each.
+* Handlers that answer from memory are awaited where requests are received; a READ gets a task, and so does an OPEN that
+  has to wait.
 * The I/O mode follows from the nodeid (view.OpenFile.backing), since the kernel refuses to mix modes on one; all opens
-  of a nodeid share one backing id, which is closed with the last of them.
+  of a nodeid share one backing id, which is kept as long as the View keeps the descriptor.
 * A reader's signal cancels its READ only where the signal kills it: EINTR in a page fault would be a SIGBUS.
 * FORGET needs no bookkeeping: nodeids are durable (see operations).
 """
@@ -18,7 +19,7 @@ import logging
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
 import trio
@@ -50,7 +51,7 @@ class PassthroughRefused(MountFailed):
 
 
 class Backings:
-    """One backing id for each nodeid that is open, on the connection ``fd``."""
+    """One backing id for each nodeid that is open, or was and may soon be again, on the connection ``fd``."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -58,16 +59,23 @@ class Backings:
 
     def take(self, nodeid: int, backing: int) -> int:
         """The nodeid's backing id, one use more of it. Raises OSError."""
-        identifier, uses = self._ids.get(nodeid, (0, 0))
-        if not uses:
-            identifier = self.register(backing)
+        identifier, uses = self._ids.get(nodeid) or (self.register(backing), 0)
         self._ids[nodeid] = (identifier, uses + 1)
         return identifier
 
     def give_back(self, nodeid: int) -> None:
+        """One use less. The id stays until ``forget``."""
         identifier, uses = self._ids[nodeid]
-        if uses > 1:
-            self._ids[nodeid] = (identifier, uses - 1)
+        self._ids[nodeid] = (identifier, uses - 1)
+
+    def forget(self, nodeid: int) -> None:
+        """Its descriptor is about to be closed, and nobody has it open."""
+        found = self._ids.get(nodeid)
+        if found is None:
+            return
+        identifier, uses = found
+        if uses:
+            log.error("a backing file is being closed that the kernel has open %d times", uses)
             return
         del self._ids[nodeid]
         try:
@@ -110,6 +118,10 @@ class DevFuse:
         self._fd = -1
         self._backings = Backings(-1)
 
+    @property
+    def requests(self) -> Mapping[str, int]:
+        return self._operations.requests
+
     # -- its life --------------------------------------------------------------------------------------------------
 
     def mount(self, path: str, *, fsname: str, subtype: str, allow_other: bool) -> None:
@@ -136,7 +148,7 @@ class DevFuse:
             name = invalidation.name.encode("utf-8", "surrogateescape")
             os.write(self._fd, wire.inval_entry(invalidation.parent, name))
         if invalidation.nodeid is not None:
-            os.write(self._fd, wire.inval_attributes(invalidation.nodeid))
+            os.write(self._fd, wire.inval_inode(invalidation.nodeid, listing=invalidation.listing))
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -187,7 +199,11 @@ class DevFuse:
             self._start(nursery, request, lambda: self._read(unique, fh, offset, size))
         elif opcode == wire.OPEN:
             flags, _ = wire.fields(wire.OPEN_IN, body)
-            self._start(nursery, request, lambda: self._open(unique, request.nodeid, flags))
+            handle = self._operations.open_nowait(request.nodeid, flags)
+            if handle is not None:
+                await self._opened(unique, handle)
+            else:
+                self._start(nursery, request, lambda: self._open(unique, request.nodeid, flags))
         elif opcode == wire.INTERRUPT:
             (interrupted,) = wire.fields(wire.INTERRUPT_IN, body)
             if interrupted in self._in_flight:
@@ -274,7 +290,7 @@ class DevFuse:
             raise PassthroughRefused("the kernel took no answer to INIT")
         if self._store is not None:
             self._probe(self._store)
-        self._view.use_passthrough(True)
+        self._view.use_passthrough(True, self._backings.forget)
 
     def _probe(self, store: str) -> None:
         try:
@@ -293,20 +309,24 @@ class DevFuse:
 
     async def _open(self, unique: int, nodeid: int, flags: int) -> None:
         info = await self._operations.open(nodeid, flags, CTX)
+        await self._opened(unique, info.fh)
+
+    async def _opened(self, unique: int, fh: int) -> None:
+        """Does not wait."""
         open_flags, identifier = wire.FOPEN_KEEP_CACHE, 0
-        backing = self._operations.backing(info.fh)
+        backing = self._operations.backing(fh)
         if backing is not None:
             try:
                 identifier = self._backings.take(*backing)
             except OSError as error:
                 # Never another mode instead: somebody may hold this nodeid in the one it has.
                 log.error("the kernel refused to pass a file through: %s", error)
-                await self._operations.release(info.fh)
+                await self._operations.release(fh)
                 raise FUSEError(errno.EIO) from error
-            self._passed[info.fh] = nodeid
+            self._passed[fh] = backing[0]
             open_flags = wire.FOPEN_PASSTHROUGH
-        if not self._reply(unique, wire.OPEN_OUT.pack(info.fh, open_flags, identifier)):
-            await self._close(info.fh)
+        if not self._reply(unique, wire.OPEN_OUT.pack(fh, open_flags, identifier)):
+            await self._close(fh)
 
     async def _close(self, fh: int) -> None:
         nodeid = self._passed.pop(fh, None)
@@ -351,7 +371,8 @@ class DevFuse:
 
     async def _opendir(self, request: wire.Request) -> tuple[bytes, ...]:
         fh = await self._operations.opendir(request.nodeid, CTX)
-        return (wire.OPEN_OUT.pack(fh, 0, 0),)
+        flags = wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE if self._operations.keeps_listing(fh) else 0
+        return (wire.OPEN_OUT.pack(fh, flags, 0),)
 
     async def _readdir(self, request: wire.Request) -> tuple[bytes, ...]:
         fh, offset, size, *_ = wire.fields(wire.READ_IN, request.body)

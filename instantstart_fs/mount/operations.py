@@ -20,6 +20,7 @@ import itertools
 import logging
 import mmap
 import os
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
 
@@ -63,22 +64,28 @@ _Handler = Callable[Concatenate["Operations", _P], Coroutine[Any, Any, _T]]
 def _guarded(handler: _Handler[_P, _T]) -> _Handler[_P, _T]:
     """The one place where exceptions become errnos: pyfuse3.main() ends on anything but a FUSEError."""
 
+    name = handler.__name__
+
     @functools.wraps(handler)
     async def guard(self: Operations, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        self.requests[name] += 1
         try:
             return await handler(self, *args, **kwargs)
         except FUSEError:
             raise
-        except InstantStartError as error:
-            number = errno_of(error, gone=errno.ESTALE)
-            if not isinstance(error, NoSuchEntry):
-                log.warning("%s: %s: %s", handler.__name__, error.code, error.message)
-            raise FUSEError(number) from error
         except Exception as error:
-            log.exception("%s failed in a way nobody foresaw; its caller sees EIO", handler.__name__)
-            raise FUSEError(errno.EIO) from error
+            raise _as_fuse_error(name, error) from error
 
     return guard
+
+
+def _as_fuse_error(handler: str, error: Exception) -> FUSEError:
+    if isinstance(error, InstantStartError):
+        if not isinstance(error, NoSuchEntry):
+            log.warning("%s: %s: %s", handler, error.code, error.message)
+        return FUSEError(errno_of(error, gone=errno.ESTALE))
+    log.error("%s failed in a way nobody foresaw; its caller sees EIO", handler, exc_info=error)
+    return FUSEError(errno.EIO)
 
 
 class Entry(EntryAttributes):
@@ -128,15 +135,16 @@ class _Buffers:
 class _Directory:
     """An open directory: the names as they were when its listing began."""
 
-    __slots__ = ("names", "nodeid")
+    __slots__ = ("kept", "names", "nodeid")
 
-    def __init__(self, nodeid: int) -> None:
+    def __init__(self, nodeid: int, *, kept: bool) -> None:
         self.nodeid = nodeid
+        self.kept = kept
         self.names: list[str] | None = None
 
 
 class Operations(pyfuse3.Operations):
-    """One mount's handlers. Owns the file handles' numbers and the read buffers, nothing else."""
+    """One mount's handlers. Owns the file handles' numbers, the read buffers and the counters, nothing else."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -151,6 +159,8 @@ class Operations(pyfuse3.Operations):
         self._directories: dict[int, _Directory] = {}
         self._handles = itertools.count(1)
         self._buffers = _Buffers()
+        self.requests: Counter[str] = Counter()
+        """How often each handler was called since the mount."""
 
     @property
     def open_handles(self) -> int:
@@ -219,8 +229,12 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
         self._view.attributes(inode)
         handle = next(self._handles)
-        self._directories[handle] = _Directory(inode)
+        self._directories[handle] = _Directory(inode, kept=self._view.keeps_listing(inode))
         return handle
+
+    def keeps_listing(self, fh: int) -> bool:
+        """Whether the kernel may keep what an open directory lists (view.View.keeps_listing). No handler."""
+        return self._directories[fh].kept
 
     @_guarded
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
@@ -248,14 +262,32 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        if flags & os.O_ACCMODE != os.O_RDONLY or flags & _UNREADABLE_FLAGS:
-            raise FUSEError(errno.EROFS)
+        _refuse_writing(flags)
         file = await self._view.open(inode)
         handle = next(self._handles)
         self._files[handle] = file
         # The bytes under one nodeid never change, so the page cache of earlier opens stays good. What the kernel reads
         # itself has no page cache here, and may not be asked to keep one.
         return FileInfo(fh=handle, keep_cache=file.backing is None, direct_io=False, nonseekable=False)
+
+    def open_nowait(self, inode: int, flags: int) -> int | None:
+        """``open`` without a task of its own: the handle, or None where it has to wait and ``open`` is to be called.
+        Raises FUSEError."""
+        try:
+            _refuse_writing(flags)
+            file = self._view.open_nowait(inode)
+        except FUSEError:
+            self.requests["open"] += 1
+            raise
+        except Exception as error:
+            self.requests["open"] += 1
+            raise _as_fuse_error("open", error) from error
+        if file is None:
+            return None
+        self.requests["open"] += 1
+        handle = next(self._handles)
+        self._files[handle] = file
+        return handle
 
     @_guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -296,6 +328,11 @@ class Operations(pyfuse3.Operations):
     write = _refuse
     setxattr = _refuse
     removexattr = _refuse
+
+
+def _refuse_writing(flags: int) -> None:
+    if flags & os.O_ACCMODE != os.O_RDONLY or flags & _UNREADABLE_FLAGS:
+        raise FUSEError(errno.EROFS)
 
 
 def _text(name: bytes) -> str:

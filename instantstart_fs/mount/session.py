@@ -15,6 +15,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol
 
 import msgspec
@@ -60,13 +62,14 @@ class MountSettings(msgspec.Struct, frozen=True):
 
 class Mounted(msgspec.Struct, frozen=True):
     """What was made. ``notes`` say which tunings were not permitted; ``reason`` why reads are not passed through, ""
-    where they are or nobody asked."""
+    where they are or nobody asked; ``requests``: how often each handler of Operations was called, as it goes on."""
 
     path: str
     mount: kernel.Mount
     notes: tuple[str, ...]
     transport: str = "pyfuse3"
     reason: str = ""
+    requests: Mapping[str, int] = MappingProxyType({})
 
 
 class Transport(Protocol):
@@ -74,6 +77,11 @@ class Transport(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def requests(self) -> Mapping[str, int]:
+        """How often each handler of Operations was called; it goes on counting."""
+        ...
 
     def mount(self, path: str, *, fsname: str, subtype: str, allow_other: bool) -> None:
         """Raises MountFailed."""
@@ -161,7 +169,9 @@ async def _serve_on(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_main, transport, settings, nursery.cancel_scope)
             mounted = await _wait_ready(path, settings)
-            mounted = msgspec.structs.replace(mounted, transport=transport.name, reason=reason)
+            mounted = msgspec.structs.replace(
+                mounted, transport=transport.name, reason=reason, requests=transport.requests
+            )
             for note in mounted.notes:
                 log.warning("%s", note)
             nursery.start_soon(invalidator.run)
@@ -266,6 +276,10 @@ class _Pyfuse3:
         self._settings = settings
         self._open = False
 
+    @property
+    def requests(self) -> Mapping[str, int]:
+        return self._operations.requests
+
     def mount(self, path: str, *, fsname: str, subtype: str, allow_other: bool) -> None:
         options = {"ro", "nosuid", "nodev", "default_permissions", f"fsname={fsname}", f"subtype={subtype}"}
         if allow_other:
@@ -291,7 +305,7 @@ class _Pyfuse3:
         if invalidation.name is not None:
             pyfuse3.invalidate_entry(invalidation.parent, invalidation.name.encode("utf-8", "surrogateescape"))
         if invalidation.nodeid is not None:
-            pyfuse3.invalidate_inode(invalidation.nodeid, attr_only=True)
+            pyfuse3.invalidate_inode(invalidation.nodeid, attr_only=not invalidation.listing)
 
     def close(self) -> None:
         if self._open:
@@ -362,7 +376,7 @@ async def _wait_ready(path: str, settings: MountSettings) -> Mounted:
 
 class _Invalidator:
     """Sends what the library says has changed to the kernel, in order, from a thread: the kernel may make it wait for a
-    directory that has a request in flight. Never pages: only entries and attributes."""
+    directory that has a request in flight. Never a file's pages: only entries, attributes and listings."""
 
     def __init__(self, view: View, transport: Transport) -> None:
         self._channel = view.invalidations

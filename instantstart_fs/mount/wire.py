@@ -78,6 +78,9 @@ SILENT: Final = frozenset({FORGET, BATCH_FORGET, INTERRUPT})
 ASYNC_READ: Final = 1 << 0
 DO_READDIRPLUS: Final = 1 << 13
 READDIRPLUS_AUTO: Final = 1 << 14
+AUTO_INVAL_DATA: Final = 1 << 12
+"""Only for directories: with it the kernel compares a cached listing's mtime with the directory's before using it,
+which catches a reply that crossed an invalidation. Files' mtimes never change under one nodeid."""
 ASYNC_DIO: Final = 1 << 15
 PARALLEL_DIROPS: Final = 1 << 18
 MAX_PAGES: Final = 1 << 22
@@ -89,6 +92,7 @@ PASSTHROUGH: Final = 1 << 37
 
 WANTED: Final = (
     ASYNC_READ
+    | AUTO_INVAL_DATA
     | DO_READDIRPLUS
     | READDIRPLUS_AUTO
     | ASYNC_DIO
@@ -100,6 +104,7 @@ WANTED: Final = (
 )
 
 FOPEN_KEEP_CACHE: Final = 1 << 1
+FOPEN_CACHE_DIR: Final = 1 << 3
 FOPEN_PASSTHROUGH: Final = 1 << 7
 
 NOTIFY_INVAL_INODE: Final = 2
@@ -317,6 +322,7 @@ def inval_entry(parent: int, name: bytes) -> bytes:
     )
 
 
-def inval_attributes(nodeid: int) -> bytes:
-    """The whole notification: attributes alone, never pages."""
-    return out(0, INVAL_INODE.size, -NOTIFY_INVAL_INODE) + INVAL_INODE.pack(nodeid, -1, 0)
+def inval_inode(nodeid: int, *, listing: bool = False) -> bytes:
+    """The whole notification: attributes, and a directory's cached ``listing``. Never a file's pages: that would wait
+    for its reads in flight."""
+    return out(0, INVAL_INODE.size, -NOTIFY_INVAL_INODE) + INVAL_INODE.pack(nodeid, 0 if listing else -1, 0)

@@ -85,7 +85,7 @@ class FakeView:
 
     # The View
 
-    def use_passthrough(self, on: bool) -> None:
+    def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
         """Fake files have no bytes on a disk: on every transport they are read through the View."""
 
     def lookup(self, parent: int, name: str) -> Attributes:
@@ -108,6 +108,9 @@ class FakeView:
         self.attributes(nodeid)
         return [(name, self.nodes[child]) for name, child in self.children[nodeid].items()]
 
+    def keeps_listing(self, nodeid: int) -> bool:
+        return nodeid != ROOT and all(self.nodes[child].stable for child in self.children[nodeid].values())
+
     def readlink(self, nodeid: int) -> str:
         return self.links[nodeid]
 
@@ -117,7 +120,17 @@ class FakeView:
     def filesystem(self) -> Filesystem:
         return Filesystem(total_bytes=1 << 40, available_bytes=1 << 39, files=len(self.nodes))
 
+    def open_nowait(self, nodeid: int) -> OpenFile | None:
+        """Some opens wait, so that both ways are walked."""
+        if self.names.get(nodeid, "").startswith(("slow", "stuck")):
+            return None
+        return self._open(nodeid)
+
     async def open(self, nodeid: int) -> OpenFile:
+        await trio.lowlevel.checkpoint()
+        return self._open(nodeid)
+
+    def _open(self, nodeid: int) -> OpenFile:
         self.attributes(nodeid)
         if self.names[nodeid] == "fails-open":
             raise OriginBroken("the breaker is open")
