@@ -30,6 +30,9 @@
     ├── ReadDeadline               no progress within the read deadline
     ├── FillCancelled              the pipeline was removed or evicted while somebody waited
     ├── MountFailed                the mount could not be made, or is held by somebody else
+    ├── PrefetchError              weights could not be staged to a device
+    │   ├── BadWeights             a file is not what its header says
+    │   └── OutOfBudget            the device, or the machine, has no memory for them
     └── ControlError               between the command line and the daemon
         ├── DaemonUnreachable      no daemon answers on the socket
         ├── ControlProtocolError   a message that cannot be understood
@@ -168,6 +171,18 @@ class FillCancelled(InstantStartError):
 
 class MountFailed(InstantStartError):
     code = "mount-failed"
+
+
+class PrefetchError(InstantStartError):
+    code = "prefetch"
+
+
+class BadWeights(PrefetchError):
+    code = "bad-weights"
+
+
+class OutOfBudget(PrefetchError):
+    code = "out-of-budget"
 
 
 class ControlError(InstantStartError):

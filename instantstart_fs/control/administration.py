@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Protocol
 
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.weights import WeightSet
 
 
 class Report(Protocol):
@@ -21,6 +22,16 @@ class Report(Protocol):
     def healed(self) -> tuple[str, ...]: ...
     @property
     def unproven(self) -> tuple[str, ...]: ...
+
+
+class FileHandover(Protocol):
+    """See ``library.handover.Handover``."""
+
+    @property
+    def weights(self) -> WeightSet: ...
+    @property
+    def finished(self) -> bool: ...
+    async def next_files(self, limit: int, timeout: float) -> list[tuple[str, list[int]]]: ...
 
 
 class Administration(Protocol):
@@ -39,3 +50,4 @@ class Administration(Protocol):
     async def wait_changed(self, pipeline: str, timeout: float) -> None: ...
     async def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> Report: ...
     def lease(self, pipeline: str) -> AbstractContextManager[None]: ...
+    def opening(self, pipeline: str) -> AbstractAsyncContextManager[FileHandover]: ...

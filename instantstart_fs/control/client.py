@@ -6,30 +6,36 @@ are raised as what they were over there; a daemon that is not there is DaemonUnr
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self, TypeVar
 
 import msgspec
 
 from instantstart_fs.config.places import SOCKET_NAME, SYSTEM_RUN_DIRECTORY, default_socket
 from instantstart_fs.control.protocol import (
+    MAX_HANDED_FILES,
     MAX_MESSAGE,
     Add,
     DaemonInfo,
     Done,
     Evict,
     Failed,
+    Handed,
     Lease,
     LineBuffer,
     Ls,
+    Open,
+    Opening,
     Pin,
     Ping,
     Progress,
     Remove,
     Request,
+    Response,
     Specs,
     Status,
     Touch,
@@ -42,6 +48,7 @@ from instantstart_fs.control.protocol import (
 )
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, PermissionRefused
 
 _T = TypeVar("_T")
@@ -73,6 +80,7 @@ class Client:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.settimeout(CONNECT_DEADLINE)
         self._buffer = LineBuffer(MAX_MESSAGE)
+        self._descriptors: collections.deque[int] = collections.deque()
         try:
             self._socket.connect(self.path)
         except OSError as error:
@@ -96,7 +104,12 @@ class Client:
         )
 
     def close(self) -> None:
+        """From any thread: one that waits for an answer gets DaemonUnreachable."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
 
     def __enter__(self) -> Self:
         return self
@@ -165,6 +178,44 @@ class Client:
         """Hold a lease until this client is closed (or its process ends)."""
         self._ask(Lease(pipeline), type(None))
 
+    def open(self, pipeline: str) -> WeightSet:
+        """Ask for the pipeline's weight files, under a lease until this client is closed (or its process ends); what
+        there will be. ``opened_files`` has to follow."""
+        self._send(Open(pipeline), ANSWER_DEADLINE)
+        message = self._receive(ANSWER_DEADLINE)
+        if isinstance(message, Opening):
+            return message.weights
+        raise message.error() if isinstance(message, Failed) else ControlProtocolError("the daemon opened nothing")
+
+    def opened_files(self) -> Iterator[tuple[str, list[int]]]:
+        """(path, descriptors) of each file, as it is complete: open for reading, and, where its filesystem can, the
+        same opened O_DIRECT. They are the caller's to close. Raises what keeps a file from coming."""
+        while True:
+            match self._receive(ANSWER_DEADLINE):
+                case Handed(files):
+                    for file in files:
+                        if len(self._descriptors) < file.descriptors or not file.descriptors:
+                            raise ControlProtocolError(
+                                "a file came without its descriptor: this process may not open more (ulimit -n)"
+                            )
+                        yield file.path, [self._descriptors.popleft() for _ in range(file.descriptors)]
+                case Failed() as failed:
+                    raise failed.error()
+                case Done():
+                    return
+                case _:
+                    pass
+
+    def wait_ended(self, timeout: float) -> bool:
+        """Whether the daemon ended the connection, and with it the lease, within ``timeout`` seconds."""
+        self._socket.settimeout(timeout)
+        try:
+            return not self._socket.recv(4096)
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
     # -- the exchange ----------------------------------------------------------------------------------------------
 
     def _ask(
@@ -176,13 +227,9 @@ class Client:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> _T:
         """``deadline``: seconds of silence after which the daemon counts as gone."""
-        self._socket.settimeout(deadline)
-        line = encode_request(request)
-        # A daemon that refuses the connection may have closed it before the request was out: its reason is to be read.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._socket.sendall(line)
+        self._send(request, deadline)
         while True:
-            match decode_response(self._read_line(deadline)):
+            match self._receive(deadline):
                 case Progress() as message:
                     if on_progress is not None:
                         on_progress(message)
@@ -190,13 +237,29 @@ class Client:
                     return _as(result, kind)
                 case Failed() as failed:
                     raise failed.error()
+                case _:
+                    raise ControlProtocolError("the daemon answered something else")
+
+    def _send(self, request: Request, deadline: float) -> None:
+        self._socket.settimeout(deadline)
+        line = encode_request(request)
+        # A daemon that refuses the connection may have closed it before the request was out: its reason is to be read.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.sendall(line)
+
+    def _receive(self, deadline: float) -> Response:
+        return decode_response(self._read_line(deadline))
 
     def _read_line(self, deadline: float) -> bytes:
         while True:
             for line in self._buffer.lines():
                 return line
             try:
-                data = self._socket.recv(256 * 1024)
+                # The kernel never joins bytes across descriptors: those that came belong to the lines that follow.
+                data, descriptors, _, _ = socket.recv_fds(
+                    self._socket, 256 * 1024, 2 * MAX_HANDED_FILES, socket.MSG_CMSG_CLOEXEC
+                )
+                self._descriptors.extend(descriptors)
             except TimeoutError as error:
                 raise DaemonUnreachable(f"{self.path}: the daemon said nothing for {deadline:g} s") from error
             except OSError as error:

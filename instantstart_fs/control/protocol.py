@@ -10,8 +10,11 @@ and the server answers with any number of progress messages, then exactly one ``
     {"type": "done", "result": …}
     {"type": "failed", "code": "pipeline-not-found", "message": "…", "retry_after": null}
 
-After ``done`` of a ``lease`` the lease lasts until the connection ends. Closing the connection ends a wait, not what
-is waited for. Garbage raises ControlProtocolError, whatever it is.
+``open`` answers with ``opening`` (what there is), then ``handed`` messages, whose descriptors come beside them
+(SCM_RIGHTS, in the files' order, at most MAX_HANDED_FILES × 2 of them), and ``progress`` in between.
+
+After ``done`` of a ``lease`` or an ``open`` the lease lasts until the connection ends. Closing the connection ends a
+wait, not what is waited for. Garbage raises ControlProtocolError, whatever it is.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ from typing import Any
 import msgspec
 
 from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import ControlProtocolError, InstantStartError, from_code
 
 VERSION = 1
 MAX_MESSAGE = 16 * 1024 * 1024
 """Bytes of one line, which neither side buffers more of. The status of 100,000 files stays below it."""
+MAX_HANDED_FILES = 32
+"""Files of one ``handed`` message: two descriptors each, and the kernel takes 253 at once."""
 MAX_REQUEST = 1024 * 1024
 """Bytes of one request: a specification with thousands of globs fits."""
 
@@ -97,6 +103,13 @@ class Lease(_Request, frozen=True, tag="lease"):
     pipeline: str
 
 
+class Open(_Request, frozen=True, tag="open"):
+    """→ ``opening``, ``handed``…, null: read-only descriptors of the weight files as each is complete, for whoever may
+    read the pipeline's files in the mount. A lease until the connection ends; a cold pipeline is filled."""
+
+    pipeline: str
+
+
 class Ls(_Request, frozen=True, tag="ls"):
     """→ list of PipelineStatus without files."""
 
@@ -111,7 +124,7 @@ class Status(_Request, frozen=True, tag="status"):
     pipeline: str
 
 
-Request = Ping | Add | Update | Remove | Evict | Pin | Touch | Warm | Verify | Lease | Ls | Specs | Status
+Request = Ping | Add | Update | Remove | Evict | Pin | Touch | Warm | Verify | Lease | Open | Ls | Specs | Status
 
 
 class DaemonInfo(msgspec.Struct, frozen=True):
@@ -147,6 +160,21 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     total_bytes: int = 0
 
 
+class Opening(msgspec.Struct, frozen=True, tag="opening"):
+    weights: WeightSet
+
+
+class HandedFile(msgspec.Struct, frozen=True):
+    """``descriptors``: 1, or 2 with the same file opened O_DIRECT."""
+
+    path: str
+    descriptors: int
+
+
+class Handed(msgspec.Struct, frozen=True, tag="handed"):
+    files: tuple[HandedFile, ...]
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     result: Any = None
 
@@ -161,7 +189,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
         return from_code(self.code, self.message, retry_after=self.retry_after)
 
 
-Response = Progress | Done | Failed
+Response = Progress | Opening | Handed | Done | Failed
 
 
 class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -176,7 +204,7 @@ class _Version(msgspec.Struct, frozen=True):
 _encoder = msgspec.json.Encoder()
 _envelopes = msgspec.json.Decoder(_Envelope)
 _versions = msgspec.json.Decoder(_Version)
-_responses = msgspec.json.Decoder(Progress | Done | Failed)
+_responses = msgspec.json.Decoder(Progress | Opening | Handed | Done | Failed)
 
 
 def encode_request(request: Request) -> bytes:

@@ -6,16 +6,19 @@ Nothing that a client sends, or does not send, may hurt another: messages are bo
 exception of any kind becomes an answer and a logged traceback.
 
 Who may what: root, the daemon's own user and, where one is given, members of a group administer; the owner of a
-pipeline (its uid) may see, touch, lease and warm that pipeline. Others are turned away.
+pipeline (its uid) may see, touch, lease and warm that pipeline; who may read its files in the mount, by owner, group
+and mode, may open it. Others are turned away.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
 import logging
 import os
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,15 +28,20 @@ import trio
 from instantstart_fs.control.administration import Administration, Report
 from instantstart_fs.control.listening import Peer, listen, peer_of
 from instantstart_fs.control.protocol import (
+    MAX_HANDED_FILES,
     MAX_REQUEST,
     Add,
     DaemonInfo,
     Done,
     Evict,
     Failed,
+    Handed,
+    HandedFile,
     Lease,
     LineBuffer,
     Ls,
+    Open,
+    Opening,
     Pin,
     Ping,
     Progress,
@@ -52,6 +60,7 @@ from instantstart_fs.control.protocol import (
 )
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.weights import may_read
 from instantstart_fs.errors import (
     ControlProtocolError,
     InstantStartError,
@@ -163,6 +172,14 @@ class ControlServer:
             return
         if isinstance(request, Status | Touch | Lease | Warm) and self._library.spec(request.pipeline).uid == peer.uid:
             return
+        if isinstance(request, Open):
+            spec = self._library.spec(request.pipeline)
+            if may_read(peer.uid, peer.groups, owner=spec.uid, group=spec.gid, mode=spec.mode):
+                return
+            raise PermissionRefused(
+                f"uid {peer.uid} may not open {request.pipeline}, whose files belong to {spec.uid}:{spec.gid} "
+                f"with mode {spec.mode:04o}"
+            )
         raise PermissionRefused(
             f"uid {peer.uid} may not {type(request).__name__.lower()} here; ask as root, as the daemon's user, "
             "or, for status, touch, lease and warm, as the pipeline's owner"
@@ -309,6 +326,8 @@ class _Connection:
                 with self._library.lease(request.pipeline):
                     await self._send(Done())
                     await trio.sleep_forever()
+            if isinstance(request, Open):
+                await self._hand_over(request.pipeline)
             return Done(await self._perform(request))
         except InstantStartError as error:
             return _failed(error)
@@ -348,8 +367,29 @@ class _Connection:
                 return library.status(pipeline)
             case Verify(pipeline):
                 return await self._verify(pipeline)
-            case Lease():
+            case Lease() | Open():
                 raise AssertionError("handled by the caller")
+
+    async def _hand_over(self, pipeline: str) -> None:
+        """Returns only by an exception: the lease lasts as long as the connection."""
+        async with self._library.opening(pipeline) as handover:
+            await self._send(Opening(handover.weights))
+            while not handover.finished:
+                handed = await handover.next_files(MAX_HANDED_FILES, 1.0)
+                try:
+                    if handed:
+                        message = Handed(tuple(HandedFile(path, len(fds)) for path, fds in handed))
+                        await self._send(message, [fd for _, fds in handed for fd in fds])
+                    else:
+                        await self._send(
+                            Progress(status=msgspec.structs.replace(self._library.status(pipeline), files=None))
+                        )
+                finally:
+                    for _, fds in handed:
+                        for fd in fds:
+                            os.close(fd)
+            await self._send(Done())
+            await trio.sleep_forever()
 
     async def _add(self, spec: PipelineSpec, warm: bool) -> PipelineStatus:
         status = await self._library.add(spec)
@@ -405,14 +445,23 @@ class _Connection:
         found: Report = change.result()
         return VerifyResult(found.files, found.bytes, tuple(found.healed), tuple(found.unproven))
 
-    async def _send(self, response: Response) -> None:
-        """Raises BrokenResourceError when the client does not take it in time."""
+    async def _send(self, response: Response, descriptors: Sequence[int] = ()) -> None:
+        """``descriptors`` go with its first byte. Raises BrokenResourceError when the client does not take it in
+        time."""
         try:
             line = encode_response(response)
         except ControlProtocolError as error:
             line = encode_response(_failed(error))
         with trio.move_on_after(REQUEST_DEADLINE) as scope:
-            await self._stream.send_all(line)
+            if descriptors:
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+                try:
+                    sent = await self._stream.socket.sendmsg([line], [rights])
+                except OSError as error:
+                    raise trio.BrokenResourceError(str(error)) from error
+                line = line[sent:]
+            if line:
+                await self._stream.send_all(line)
         if scope.cancelled_caught:
             raise trio.BrokenResourceError("the client does not read its answers")
 

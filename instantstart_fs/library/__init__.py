@@ -35,6 +35,7 @@ from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library import present
 from instantstart_fs.library.admin import Admin, VerifyReport
 from instantstart_fs.library.browsing import Browsing
+from instantstart_fs.library.handover import Handover
 from instantstart_fs.library.reading import Handle, Reading
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import Pipeline
@@ -233,6 +234,20 @@ class Library:
             if not found.removed:
                 self._access.record_request(found.id, self._shelf.now_ns())
             found.changed()
+
+    @asynccontextmanager
+    async def opening(self, pipeline: str) -> AsyncIterator[Handover]:
+        """Under a lease: its weight files, to be handed to a process that reads them itself. A pipeline that is not
+        warm is filled. Raises PipelineNotFound, and what forbids filling it."""
+        with self.lease(pipeline):
+            found = self._shelf.pipeline(pipeline)
+            generation = found.current
+            if generation is None or not generation.load_set_complete:
+                await self.warm(pipeline)
+                generation = found.current
+            assert generation is not None
+            with self._reading.using(generation):
+                yield Handover(self._reading, self._store, generation, self._config.fill.read_deadline)
 
     # -- evictor.Shelves -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,79 @@
+"""What of a pipeline is weights, as the daemon tells the prefetch helper. Pure values, part of the control protocol."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import msgspec
+
+from instantstart_fs.core.loadset import is_weight_file, load_set
+from instantstart_fs.core.manifest import FileEntry, Manifest
+
+_SHARDED_STATE = re.compile(r"model-rank-(\d{1,5})-part-(\d{1,7})\.safetensors")
+
+
+class WeightFile(msgspec.Struct, frozen=True):
+    """``path`` within the pipeline; ``model``: its name ("" = unnamed); ``size`` in bytes."""
+
+    path: str
+    model: str
+    size: int
+
+    @property
+    def is_safetensors(self) -> bool:
+        return self.path.endswith(".safetensors")
+
+    @property
+    def rank(self) -> int | None:
+        """The tensor-parallel rank that this file belongs to; None where every rank needs a part of it."""
+        match = _SHARDED_STATE.fullmatch(self.path.rpartition("/")[2])
+        return int(match[1]) if match else None
+
+
+class WeightSet(msgspec.Struct, frozen=True):
+    """The weight files of a generation's load set, in load order."""
+
+    pipeline: str
+    generation: int
+    files: tuple[WeightFile, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models' names in load order."""
+        return tuple(dict.fromkeys(file.model for file in self.files))
+
+
+def weight_entries(manifest: Manifest) -> tuple[FileEntry, ...]:
+    """The manifest's weight files that an engine loads, in load order."""
+    return _weights(manifest.files)
+
+
+def _weights(files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+    return tuple(files[index] for index in load_set(files) if is_weight_file(files[index].file.path))
+
+
+def weight_set(manifest: Manifest) -> WeightSet:
+    return WeightSet(manifest.pipeline, manifest.generation, _described(manifest, weight_entries(manifest)))
+
+
+def _described(manifest: Manifest, entries: Iterable[FileEntry]) -> tuple[WeightFile, ...]:
+    return tuple(WeightFile(entry.path, manifest.models[entry.model].name, entry.file.size) for entry in entries)
+
+
+def may_read(uid: int, groups: Iterable[int], *, owner: int, group: int, mode: int) -> bool:
+    """Whether the kernel would let this user read files below a directory of that owner and mode (rwx bits; files have
+    the same without x), as open(2) decides: the first class that matches counts, and root may."""
+    if uid == 0:
+        return True
+    if uid == owner:
+        bits = mode >> 6
+    elif group in frozenset(groups):
+        bits = mode >> 3
+    else:
+        bits = mode
+    return bits & 0o5 == 0o5

@@ -1,0 +1,109 @@
+"""Handing a pipeline's weight files over to a process that reads them itself: read-only descriptors of complete files.
+
+The receiver never has the store's permissions: what it gets are descriptors that this process opened. A cold pipeline
+is filled, and each file goes over as it is sealed; the next one wanted is demanded, which puts it ahead of background
+work. Meanwhile the generation counts as open, and the caller holds a lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import trio
+
+from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.weights import WeightSet, weight_entries, weight_set
+from instantstart_fs.errors import InstantStartError, StoreDamaged
+from instantstart_fs.library.reading import Reading
+from instantstart_fs.library.state import CachedFile, Generation
+from instantstart_fs.store.blobstore import BlobStore
+
+
+class Handover:
+    """Of one generation to one receiver. ``weights``: what will be handed over, in load order."""
+
+    def __init__(self, reading: Reading, store: BlobStore, generation: Generation, read_deadline: float) -> None:
+        self.weights: WeightSet = weight_set(generation.manifest)
+        self._reading = reading
+        self._store = store
+        self._generation = generation
+        self._read_deadline = read_deadline
+        self._pending = [entry.index for entry in weight_entries(generation.manifest)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every file has been handed over."""
+        return not self._pending
+
+    async def next_files(self, limit: int, timeout: float) -> list[tuple[str, list[int]]]:
+        """(path, descriptors) of at most ``limit`` more complete files; empty when none became complete within
+        ``timeout`` seconds. The descriptors are the caller's to close: the file, and, where its filesystem allows it,
+        the same opened O_DIRECT.
+
+        Raises what keeps a file from ever being complete, ReadDeadline without progress of the file that is fetched.
+        """
+        files = self._generation.files
+        ready = [index for index in self._pending if files[index].complete][:limit]
+        if not ready and self._pending:
+            await self._wait(files[self._pending[0]], timeout)
+            return []
+        handed = []
+        try:
+            for index in ready:
+                file = files[index]
+                try:
+                    descriptors = await trio.to_thread.run_sync(self._open, file)
+                except StoreDamaged as error:
+                    # As a read would: drop it, fetch it again; it comes when it is complete once more.
+                    await self._reading.discard(file, error, wanted=True)
+                    continue
+                handed.append((file.entry.path, descriptors))
+                self._pending.remove(index)
+        except BaseException:
+            close_all(handed)
+            raise
+        return handed
+
+    async def _wait(self, file: CachedFile, timeout: float) -> None:
+        pipeline = self._generation.pipeline
+        target = await self._reading.target(file)
+        if target is None:
+            return
+        whole = ByteRange(0, file.size)
+        self._reading.filler.demand(target, whole)
+        with trio.move_on_after(timeout):
+            await target.wait_readable(whole, self._read_deadline)
+            # All is there; what is left is the proof.
+            if not file.complete and file.gone is None:
+                await pipeline.wait_changed(timeout)
+        trouble = pipeline.trouble
+        if trouble is not None and trouble.final:
+            raise trouble.error
+
+    def _open(self, file: CachedFile) -> list[int]:
+        """Blocks. Raises StoreDamaged when the file is not what its record says."""
+        generation = self._generation
+        blob = self._store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
+        if blob is None:
+            raise StoreDamaged(f"{file.entry.path}: missing from the store")
+        with blob:
+            if blob.size != file.size:
+                raise StoreDamaged(f"{file.entry.path}: the store's file has {blob.size} bytes of {file.size}")
+            if blob.seal_record() is None:
+                raise StoreDamaged(f"{file.entry.path}: the store's file is not the one that was sealed")
+            # Descriptions of their own: the receiver may change flags and readahead of what it gets.
+            place = f"/proc/self/fd/{blob.fd}"
+            try:
+                descriptors = [os.open(place, os.O_RDONLY | os.O_CLOEXEC)]
+            except OSError as error:
+                raise InstantStartError(f"{file.entry.path}: cannot be opened: {error.strerror}") from error
+            with contextlib.suppress(OSError):  # this filesystem has no direct reads: the receiver does without
+                descriptors.append(os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+            return descriptors
+
+
+def close_all(handed: list[tuple[str, list[int]]]) -> None:
+    for _, descriptors in handed:
+        for descriptor in descriptors:
+            os.close(descriptor)

@@ -1,0 +1,142 @@
+"""The protocol of backends, and what they share: a file to bring in, a queue of extents, a rate limit."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from instantstart_fs.prefetch.plan import EXTENT
+
+Settled = tuple[tuple[str, str], ...]
+"""(backend, reason) of the refusals."""
+
+
+class Item:
+    """One file on its way. ``target``: a writable memoryview with room for whole blocks (CPU), or a uint8 tensor of
+    ``size`` elements on the device. ``on_moved(item, cached, disk)`` and ``on_end(item, error | None)`` are called from
+    the backend's threads; ``on_end`` once, and nothing after it."""
+
+    def __init__(
+        self,
+        number: int,
+        path: str,
+        size: int,
+        order: int,
+        fds: tuple[int, int | None],
+        target: Any,
+        on_moved: Callable[[Item, int, int], None],
+        on_end: Callable[[Item, Exception | None], None],
+    ) -> None:
+        self.number = number
+        self.path = path
+        self.size = size
+        self.order = order
+        self.plain, self.direct = fds
+        self.target = target
+        self.failed = False
+        self._left = size
+        self._on_moved = on_moved
+        self._on_end = on_end
+        self._lock = threading.Lock()
+
+    def moved(self, cached: int, disk: int) -> None:
+        with self._lock:
+            if self.failed:
+                return
+            self._left -= cached + disk
+            done = self._left == 0
+        self._on_moved(self, cached, disk)
+        if done:
+            self._on_end(self, None)
+
+    def fail(self, error: Exception) -> None:
+        with self._lock:
+            if self.failed or self._left == 0:
+                return
+            self.failed = True
+        self._on_end(self, error)
+
+
+class Backend(Protocol):
+    """One for each worker. ``name`` is what the table shows."""
+
+    name: str
+
+    def refusal(self) -> str | None:
+        """Why it cannot serve here; None when it can. Asked first, once; it may set up what it needs."""
+        ...
+
+    def submit(self, item: Item) -> None:
+        """Bring it in; lower ``order`` first. Returns at once. A file without bytes is not submitted."""
+        ...
+
+    def close(self) -> None:
+        """Give up whatever is under way; when it returns, no thread touches a target any more."""
+        ...
+
+
+class Extents:
+    """What is to be read, the lowest ``order`` first; waits for more until closed."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._heap: list[tuple[int, int, Item]] = []
+        self._offsets: dict[int, int] = {}
+        self._serial = itertools.count()
+        self._closed = False
+
+    def put(self, item: Item) -> None:
+        with self._condition:
+            heapq.heappush(self._heap, (item.order, next(self._serial), item))
+            self._condition.notify_all()
+
+    def get(self, *, wait: bool = True) -> tuple[Item, int, int] | None:
+        """The next (item, start, end); None when closed, or, without ``wait``, when there is none now."""
+        with self._condition:
+            while not self._heap and not self._closed:
+                if not wait:
+                    return None
+                self._condition.wait()
+            if self._closed:
+                return None
+            item = self._heap[0][2]
+            start = self._offsets.get(item.number, 0)
+            end = min(start + EXTENT, item.size)
+            if end == item.size or item.failed:
+                heapq.heappop(self._heap)
+                self._offsets.pop(item.number, None)
+            else:
+                self._offsets[item.number] = end
+            return item, start, end
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        with self._condition:
+            self._closed = True
+            self._heap.clear()
+            self._condition.notify_all()
+
+
+class Throttle:
+    """At most ``rate`` bytes a second over all threads; 0: no limit."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def wait_for_room(self, count: int) -> None:
+        if self._rate <= 0:
+            return
+        with self._lock:
+            now = time.monotonic()
+            begin = max(now, self._free_at)
+            self._free_at = begin + count / self._rate
+        time.sleep(max(0.0, self._free_at - now))

@@ -1,0 +1,115 @@
+"""GPUDirect Storage by way of torch.cuda.gds. Opt-in, after a probe.
+
+cuFile falls back to a compatibility mode (bounce buffers, slower than the built-in backend) without a word when its
+kernel side is missing, so the probe looks for what says which way bytes would go, and such a place is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import threading
+from typing import Any, NamedTuple
+
+from instantstart_fs.prefetch.backends.base import Item
+from instantstart_fs.prefetch.libtorch import load_torch
+
+CUFILE_JSON = "/etc/cufile.json"
+NVIDIA_FS = "/proc/driver/nvidia-fs"
+
+
+class GdsProbe(NamedTuple):
+    """``usable``: cuFile can be called. ``native``: the device reads the disk by itself. ``reason``: one line."""
+
+    usable: bool
+    native: bool
+    reason: str
+
+
+def probe() -> GdsProbe:
+    """What cuFile would do here, by its library, its configuration and its driver. Opens no CUDA context."""
+    torch = load_torch()
+    if not torch.cuda.is_available():
+        return GdsProbe(False, False, "there is no CUDA device")
+    if not hasattr(torch._C, "_gds_register_handle") or "_dummy" in repr(torch._C._gds_register_handle):
+        return GdsProbe(False, False, f"torch {torch.__version__} was built without cuFile")
+    compat, p2p = _configuration()
+    if os.path.exists(NVIDIA_FS):
+        return GdsProbe(True, True, f"{NVIDIA_FS} is there")
+    if p2p:
+        return GdsProbe(True, True, f"no {NVIDIA_FS}; {CUFILE_JSON} turns PCI peer-to-peer on")
+    if compat:
+        return GdsProbe(
+            True, False, f"no {NVIDIA_FS}, so cuFile would silently use its compatibility mode (through host memory)"
+        )
+    return GdsProbe(False, False, f"no {NVIDIA_FS}, and {CUFILE_JSON} forbids the compatibility mode")
+
+
+def _configuration() -> tuple[bool, bool]:
+    """(compatibility mode allowed, peer-to-peer DMA on), by cufile.json, whose comments JSON does not know."""
+    place = os.environ.get("CUFILE_ENV_PATH_JSON", CUFILE_JSON)
+    try:
+        with open(place, encoding="utf-8") as file:
+            text = re.sub(r"^\s*//.*$|(?<=[\s,{])//[^\"\n]*$", "", file.read(), flags=re.MULTILINE)
+        found: Any = json.loads(re.sub(r",(\s*[}\]])", r"\1", text)).get("properties", {})
+        return bool(found.get("allow_compat_mode", True)), bool(found.get("use_pci_p2pdma", False))
+    except (OSError, ValueError, AttributeError):
+        return True, False
+
+
+class Gds:
+    """Whole files, one after another: cuFile splits and overlaps by itself."""
+
+    name = "gds"
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._queue: queue.PriorityQueue[tuple[float, int, Item | None]] = queue.PriorityQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def refusal(self) -> str | None:
+        if not self._device.startswith("cuda"):
+            return "only for CUDA devices"
+        found = probe()
+        return None if found.usable and found.native else found.reason
+
+    def submit(self, item: Item) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="gds", daemon=True)
+            self._thread.start()
+        self._queue.put((item.order, item.number, item))
+
+    def close(self) -> None:
+        self._closed = True
+        self._queue.put((-1.0, -1, None))
+        if self._thread is not None:
+            self._thread.join(30.0)
+
+    def _run(self) -> None:
+        torch = load_torch()
+        torch.cuda.set_device(self._device)
+        while True:
+            item = self._queue.get()[2]
+            if item is None or self._closed:
+                return
+            try:
+                if item.direct is None:
+                    raise RuntimeError("its filesystem knows no O_DIRECT")
+                load(torch, item.direct, item.target)
+                torch.cuda.synchronize()
+            except Exception as error:
+                item.fail(error)
+                continue
+            item.moved(0, item.size)
+
+
+def load(torch: Any, direct: int, target: Any) -> None:
+    """Fill ``target`` from the start of the file. torch's own GdsFile opens by name, which a tenant may not."""
+    handle = torch._C._gds_register_handle(direct)
+    try:
+        torch._C._gds_load_storage(handle, target.untyped_storage(), 0)
+    finally:
+        torch._C._gds_deregister_handle(handle)

@@ -1,0 +1,61 @@
+"""The plain way: map the file, copy it. One thread; the page cache and its readahead do the reading."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+
+from instantstart_fs.errors import StoreDamaged
+from instantstart_fs.prefetch.backends.base import Extents, Item, Throttle
+from instantstart_fs.prefetch.libtorch import load_torch
+
+
+class Mapped:
+    name = "mmap"
+
+    def __init__(self, device: str, rate: float) -> None:
+        self._device = device
+        self._extents = Extents()
+        self._throttle = Throttle(rate)
+        self._thread: threading.Thread | None = None
+
+    def refusal(self) -> str | None:
+        return None
+
+    def submit(self, item: Item) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="mapper", daemon=True)
+            self._thread.start()
+        self._extents.put(item)
+
+    def close(self) -> None:
+        self._extents.close()
+        if self._thread is not None:
+            self._thread.join(10.0)
+
+    def _run(self) -> None:
+        memory: mmap.mmap | None = None
+        owner = -1
+        while (taken := self._extents.get()) is not None:
+            item, start, end = taken
+            if item.failed:
+                continue
+            self._throttle.wait_for_room(end - start)
+            try:
+                if memory is None or owner != item.number:
+                    memory, owner = mmap.mmap(item.plain, item.size, prot=mmap.PROT_READ), item.number
+                    memory.madvise(mmap.MADV_SEQUENTIAL)
+                self._copy(memory, item, start, end)
+            except Exception as error:
+                item.fail(error if not isinstance(error, ValueError) else StoreDamaged(f"{item.path}: {error}"))
+                continue
+            item.moved(0, end - start)
+
+    def _copy(self, memory: mmap.mmap, item: Item, start: int, end: int) -> None:
+        if isinstance(item.target, memoryview):
+            item.target[start:end] = memoryview(memory)[start:end]
+            return
+        torch = load_torch()
+        # A copy of the extent: torch wants writable memory, and the map must not be pinned by a tensor.
+        piece = torch.frombuffer(bytearray(memory[start:end]), dtype=torch.uint8)
+        item.target[start:end].copy_(piece)

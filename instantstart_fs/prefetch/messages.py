@@ -1,0 +1,108 @@
+"""What a Stage and its workers say to each other: one JSON object in each packet of a SOCK_SEQPACKET pair, descriptors
+beside it (SCM_RIGHTS). Only these two, of one release, ever speak it."""
+
+from __future__ import annotations
+
+import msgspec
+
+MAX_PACKET = 64 * 1024
+MAX_FDS = 3
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Load(_Message, frozen=True):
+    """Bring this file in; its descriptors are beside it: the file, with ``direct`` the same opened O_DIRECT, and with
+    ``memory`` the memfd that takes it (CPU). ``order``: lower ones first."""
+
+    number: int
+    path: str
+    size: int
+    order: int
+    direct: bool
+    memory: bool
+
+
+class Export(_Message, frozen=True):
+    """Make a handle that another process can open once (CUDA). Answered by Exported."""
+
+    number: int
+    token: int
+
+
+class Release(_Message, frozen=True):
+    """Free this file's memory."""
+
+    number: int
+
+
+class Ready(_Message, frozen=True):
+    """The worker works. ``refusals``: (backend, why not) of those tried before. ``free``: bytes of device memory, None
+    for the CPU, whose memory is the Stage's."""
+
+    backend: str
+    refusals: tuple[tuple[str, str], ...]
+    free: int | None = None
+
+
+class Moved(_Message, frozen=True):
+    """So many bytes more of the file are in place: out of the page cache, and from the disk."""
+
+    number: int
+    cached: int
+    disk: int
+
+
+class Loaded(_Message, frozen=True):
+    """All of the file is in place."""
+
+    number: int
+
+
+class IpcHandle(msgspec.Struct, frozen=True):
+    """What torch needs to open a storage of another process. Byte strings in hexadecimal."""
+
+    device: int
+    handle: str
+    size: int
+    offset: int
+    reference_handle: str
+    reference_offset: int
+    event_handle: str
+    event_sync: bool
+
+
+class Exported(_Message, frozen=True):
+    number: int
+    token: int
+    handle: IpcHandle | None
+    error: str = ""
+
+
+class Failed(_Message, frozen=True):
+    """``number``: the file, or -1 for the worker. ``code``: of the error class."""
+
+    number: int
+    code: str
+    message: str
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """A worker's orders, on its command line. ``readers``: threads, 0 for the backend's own choice. ``rate``: bytes a
+    second at most, 0 for no limit."""
+
+    device: str
+    backends: tuple[str, ...]
+    readers: int = 0
+    rate: float = 0.0
+
+
+ToWorker = Load | Export | Release
+FromWorker = Ready | Moved | Loaded | Exported | Failed
+
+encode = msgspec.json.Encoder().encode
+to_worker = msgspec.json.Decoder(ToWorker)
+from_worker = msgspec.json.Decoder(Ready | Moved | Loaded | Exported | Failed)
+settings = msgspec.json.Decoder(Settings)

@@ -1,0 +1,75 @@
+"""Reading one extent of a file into memory: from the page cache what is there, the rest by O_DIRECT. No state.
+
+Measured (docs/decisions/prefetch-reading.md): several threads of O_DIRECT reach the disk's ceiling, where page-cache
+reads pay for a second copy and for the pages' allocation. What another process has just read is in the cache
+though, and taking it from there is several times faster than the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from instantstart_fs.errors import StoreDamaged
+from instantstart_fs.prefetch.plan import BLOCK
+
+
+def read_extent(
+    plain: int, direct: int | None, start: int, end: int, memory: memoryview, path: str = "file"
+) -> tuple[int, int]:
+    """Fill ``memory`` with the bytes ``start`` to ``end``; (from the page cache, from the disk).
+
+    ``start`` is a multiple of BLOCK, ``memory`` begins at a multiple of BLOCK and has room for whole blocks (what lies
+    beyond ``end`` is undefined afterwards). ``direct`` None: all of it by way of the page cache, counted as disk.
+    Raises StoreDamaged when the file ends early or cannot be read.
+    """
+    length = end - start
+    try:
+        cached = _from_cache(plain, start, memory[:length]) if direct is not None else 0
+        if cached >= length:
+            return length, 0
+        done = cached - cached % BLOCK
+        if direct is not None:
+            done = _by_direct(direct, start, length, done, memory)
+        while done < length:
+            count = os.preadv(plain, [memory[done:length]], start + done)
+            if count == 0:
+                raise StoreDamaged(f"{path}: ends at byte {start + done}, before its size: it was cut short")
+            done += count
+    except OSError as error:
+        raise StoreDamaged(f"{path}: cannot be read at byte {start}: {error.strerror or error}") from error
+    kept = min(cached - cached % BLOCK, length)
+    return kept, length - kept
+
+
+def _from_cache(plain: int, start: int, memory: memoryview) -> int:
+    """As many bytes as the page cache has from ``start`` on. The first page alone is asked for first: a miss may start
+    readahead of what was asked, which the direct read would then pay for a second time."""
+    done = 0
+    wanted = min(BLOCK, len(memory))
+    while done < len(memory):
+        try:
+            count = os.preadv(plain, [memory[done:wanted]], start + done, os.RWF_NOWAIT)
+        except OSError:
+            return done  # EAGAIN: not there. Anything else: no such feature here.
+        if count == 0:
+            return done
+        done += count
+        wanted = len(memory)
+    return done
+
+
+def _by_direct(direct: int, start: int, length: int, done: int, memory: memoryview) -> int:
+    """``done`` and the result: bytes in place from ``start``; it stops early where O_DIRECT does not work."""
+    room = -(-length // BLOCK) * BLOCK
+    while done < length:
+        try:
+            count = os.preadv(direct, [memory[done:room]], start + done)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return done  # a filesystem, or a device, with another idea of alignment
+            raise
+        done += count
+        if done < length and (count < BLOCK or done % BLOCK):
+            return done - done % BLOCK
+    return min(done, length)

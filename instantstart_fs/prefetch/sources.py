@@ -1,0 +1,140 @@
+"""Where the files come from: descriptors, as each file is whole.
+
+``LeaseSource``: from a daemon, over its control socket, with a lease on the pipeline that lasts until the source is
+closed. ``DirectorySource``: the files of a plain directory. A Stage closes its source when it ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest
+from instantstart_fs.core.weights import WeightSet, weight_set
+from instantstart_fs.errors import BadWeights, PrefetchError
+
+if TYPE_CHECKING:
+    from instantstart_fs.control.client import Client
+
+
+class OpenedFile(NamedTuple):
+    """``fd``: open for reading; ``direct``: the same file opened O_DIRECT, None where its filesystem cannot. Whoever
+    gets it closes both."""
+
+    path: str
+    size: int
+    fd: int
+    direct: int | None
+
+    def close(self) -> None:
+        os.close(self.fd)
+        if self.direct is not None:
+            os.close(self.direct)
+
+
+class Source(Protocol):
+    @property
+    def weights(self) -> WeightSet: ...
+
+    def files(self) -> Iterator[OpenedFile]:
+        """Each weight file once, as soon as it is whole; called once, in a thread of its own. Blocks in between.
+        Raises InstantStartError for a file that will never come, and when the source is closed."""
+        ...
+
+    def close(self) -> None:
+        """End it, and ``files`` with it, from any thread. Idempotent."""
+        ...
+
+
+class DirectorySource:
+    """Every weight file that an engine would load from ``directory``, its models being the names of its directories
+    when ``models`` is true. Raises PrefetchError when it cannot be listed."""
+
+    def __init__(self, directory: str, *, name: str | None = None, models: bool = False) -> None:
+        self._root = os.path.realpath(directory)
+        self._weights = _weights_below(self._root, name or os.path.basename(self._root), models)
+
+    @property
+    def weights(self) -> WeightSet:
+        return self._weights
+
+    def files(self) -> Iterator[OpenedFile]:
+        for file in self._weights.files:
+            yield open_file(os.path.join(self._root, file.path), file.path, file.size)
+
+    def close(self) -> None:
+        pass
+
+
+def open_file(location: str, path: str, size: int) -> OpenedFile:
+    """Raises PrefetchError when it cannot be opened, BadWeights when its size is another."""
+    try:
+        fd = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise PrefetchError(f"{path}: cannot be opened: {error.strerror}") from error
+    found = os.fstat(fd).st_size
+    if found != size:
+        os.close(fd)
+        raise BadWeights(f"{path}: has {found} bytes and should have {size}")
+    try:
+        direct = os.open(location, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        direct = None
+    return OpenedFile(path, size, fd, direct)
+
+
+def _weights_below(root: str, name: str, models: bool) -> WeightSet:
+    found: dict[str, list[ManifestFile]] = {}
+    try:
+        for directory, _, names in os.walk(root):
+            for file in names:
+                location = os.path.join(directory, file)
+                path = os.path.relpath(location, root)
+                model, _, rest = path.partition(os.sep) if models and os.sep in path else ("", "", path)
+                found.setdefault(model, []).append(ManifestFile(rest, os.stat(location).st_size, address=""))
+    except OSError as error:
+        raise PrefetchError(f"{root}: cannot be listed: {error.strerror}") from error
+    manifests = tuple(
+        ModelManifest(model, root, "", tuple(sorted(files, key=lambda file: file.path)))
+        for model, files in sorted(found.items())
+    )
+    return weight_set(Manifest(name, 0, 1, manifests, 0))
+
+
+class LeaseSource:
+    """A pipeline of a daemon, leased; a cold one is filled, its files coming as each is sealed.
+
+    Raises DaemonUnreachable, PermissionRefused, PipelineNotFound. ``path``: the daemon's socket.
+    """
+
+    def __init__(self, pipeline: str, path: str | None = None) -> None:
+        from instantstart_fs.control.client import Client
+
+        self._client: Client = Client(path)
+        try:
+            self._weights = self._client.open(pipeline)
+        except BaseException:
+            self._client.close()
+            raise
+
+    @property
+    def weights(self) -> WeightSet:
+        return self._weights
+
+    def files(self) -> Iterator[OpenedFile]:
+        sizes = {file.path: file.size for file in self._weights.files}
+        for path, fds in self._client.opened_files():
+            opened = OpenedFile(path, sizes.get(path, -1), fds[0], fds[1] if len(fds) > 1 else None)
+            found = os.fstat(opened.fd).st_size
+            if found != opened.size:
+                opened.close()
+                raise BadWeights(f"{path}: has {found} bytes in the store and should have {opened.size}")
+            yield opened
+
+    def wait_ended(self, timeout: float) -> bool:
+        """Whether the lease ended (the daemon did) within ``timeout`` seconds; asked after ``files`` has ended."""
+        return self._client.wait_ended(timeout)
+
+    def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,649 @@
+"""Stager and Stage: start a worker for each device, give it files as they come, keep account, take it all down again.
+
+    with Stager(source).start(plan) as stage:
+        stage.wait()
+        state_dict = stage.tensors("cuda:0")
+
+One thread feeds (it waits for the source), one thread for each worker listens; all state is under one lock. Whatever
+goes wrong, anywhere, fails the whole Stage: its workers end, their memory is free, and every waiter gets the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import msgspec
+
+from instantstart_fs.core.weights import WeightSet
+from instantstart_fs.errors import BadWeights, InstantStartError, OutOfBudget, PrefetchError, from_code
+from instantstart_fs.prefetch import backends, messages
+from instantstart_fs.prefetch.layout import FileLayout, read_layout
+from instantstart_fs.prefetch.memory import allocate, available, mapped, rounded
+from instantstart_fs.prefetch.messages import MAX_PACKET, Export, IpcHandle, Load, Release, Settings, ToWorker
+from instantstart_fs.prefetch.plan import DevicePlan, Plan, PlannedFile, admit
+from instantstart_fs.prefetch.sources import OpenedFile, Source
+from instantstart_fs.prefetch.tensors import from_ipc, from_memory, views
+
+START_DEADLINE = 120.0
+"""Seconds for a worker to be ready: importing torch and making a CUDA context, on a machine that is busy."""
+STOP_DEADLINE = 5.0
+"""Seconds for a worker to end by itself before it is killed."""
+DEVICE_RESERVE = 256 * 1024 * 1024
+"""Bytes of a GPU's free memory that are left alone: engines start their own contexts at the same time."""
+
+
+class DeviceReport(NamedTuple):
+    """``bytes`` of ``total`` are in place: ``cached`` out of the page cache, ``disk`` from the disk. ``seconds``: from
+    the Stage's start to its last byte, or to now. ``loading``: the part of them since its
+    first file was given to it, which leaves out starting the worker. ``refusals``: (backend, why not)."""
+
+    device: str
+    backend: str
+    refusals: tuple[tuple[str, str], ...]
+    bytes: int
+    total: int
+    cached: int
+    disk: int
+    seconds: float
+    loading: float
+    done: bool
+
+
+class Exported(NamedTuple):
+    """A staged file, for another process. CPU: ``fd``, a memfd that the caller closes. CUDA: ``handle``, to be opened
+    once (tensors.from_ipc). ``layout`` None: not safetensors, a whole byte buffer."""
+
+    path: str
+    size: int
+    layout: FileLayout | None
+    fd: int | None
+    handle: IpcHandle | None
+
+
+class _File:
+    def __init__(self, number: int, planned: PlannedFile, worker: _Worker) -> None:
+        self.number = number
+        self.planned = planned
+        self.worker = worker
+        self.layout: FileLayout | None = planned.layout
+        self.memory: int | None = None
+        self.mapping: mmap.mmap | None = None
+        self.base: Any = None
+        self.given_at: float | None = None
+        self.ready_at: float | None = None
+        self.released = False
+
+
+class _Worker:
+    """The process of one device and what is known of it."""
+
+    def __init__(self, plan: DevicePlan) -> None:
+        self.plan = plan
+        self.process: subprocess.Popen[bytes] | None = None
+        self.socket: socket.socket | None = None
+        self.ready: messages.Ready | None = None
+        self.cached = 0
+        self.disk = 0
+        self.first_given_at: float | None = None
+        self.finished_at: float | None = None
+        self.heard_at = time.monotonic()
+        self.send_lock = threading.Lock()
+
+    @property
+    def cuda(self) -> bool:
+        return self.plan.device.startswith("cuda")
+
+    def start(self, settings: Settings) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        with theirs:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "instantstart_fs.prefetch.worker",
+                    str(theirs.fileno()),
+                    messages.encode(settings).decode(),
+                ],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        self.socket = ours
+
+    def send(self, message: ToWorker, fds: list[int]) -> None:
+        """Raises OSError when it is gone."""
+        assert self.socket is not None
+        with self.send_lock:
+            socket.send_fds(self.socket, [messages.encode(message)], fds)
+
+    def end(self) -> None:
+        """Close, wait, kill. The socket itself is closed by its listener."""
+        if self.socket is not None:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+        if self.process is None:
+            return
+        try:
+            self.process.wait(STOP_DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def how_it_ended(self) -> str:
+        assert self.process is not None
+        try:
+            status = self.process.wait(STOP_DEADLINE)
+        except subprocess.TimeoutExpired:
+            return "closed its socket"
+        if status < 0:
+            return f"was killed by {signal.Signals(-status).name}"
+        return f"ended with {status}; what it said is on stderr"
+
+
+class Stager:
+    """``source``: who opens the files; the Stage closes it. ``backend``: "auto" or a name of backends.NAMES.
+
+    ``readers``: threads of each worker (0: the backend's choice). ``rate``: bytes a second of each worker at most
+    (0: no limit). ``budget``: device → bytes, instead of what is free. ``what_fits``: leave out models that do not fit
+    rather than refuse all. ``timeout``: seconds without a byte after which a worker that has work counts as stuck.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        backend: str = "auto",
+        readers: int = 0,
+        rate: float = 0.0,
+        budget: Mapping[str, int] | None = None,
+        what_fits: bool = False,
+        timeout: float = 120.0,
+    ) -> None:
+        self.source = source
+        self.backends = backends.order(backend)
+        self.readers = readers
+        self.rate = rate
+        self.budget = dict(budget or {})
+        self.what_fits = what_fits
+        self.timeout = timeout
+
+    def start(self, plan: Plan) -> Stage:
+        """Workers started, the budget checked, nothing allocated before that; bytes are on their way when it returns.
+
+        Raises OutOfBudget, PrefetchError (a device that is not there, no torch for CUDA). Closes the source if so."""
+        stage = Stage(self, plan)
+        try:
+            stage._start()
+        except BaseException:
+            stage.close()
+            raise
+        return stage
+
+
+class Stage:
+    """Weights on their way to, or in, device memory. Made by Stager.start; a context manager; usable by any thread.
+
+    Every wait has a deadline. After ``close``, or leaving the ``with``, device memory is free (on the CPU: once the
+    caller's own tensors are gone too)."""
+
+    def __init__(self, stager: Stager, plan: Plan) -> None:
+        self._stager = stager
+        self.plan = plan
+        self.refused_models: tuple[str, ...] = ()
+        self._changed = threading.Condition()
+        self._workers = [_Worker(device) for device in plan.devices]
+        self._files: dict[str, _File] = {}
+        self._numbers: dict[int, _File] = {}
+        self._exports: dict[int, messages.Exported | None] = {}
+        self._tokens = itertools.count()
+        self._error: InstantStartError | None = None
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        self._started_at = time.monotonic()
+        self._fed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._check_cpu_budget()
+        numbers = itertools.count()
+        for worker in self._workers:
+            for planned in worker.plan.files:
+                if planned.model in self.refused_models:
+                    continue
+                file = _File(next(numbers), planned, worker)
+                self._files[planned.path] = self._numbers[file.number] = file
+        for worker in self._workers:
+            # All at once: importing torch and making a context takes seconds, in each of them.
+            worker.start(Settings(worker.plan.device, self._stager.backends, self._stager.readers, self._stager.rate))
+        for worker in self._workers:
+            self._spawn(self._listen, worker)
+        self._wait_for(lambda: all(worker.ready for worker in self._workers), START_DEADLINE, "the workers' start")
+        self._check_device_budget()
+        self._spawn(self._feed)
+
+    def _spawn(self, target: Callable[..., None], *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, name=f"stage-{target.__name__}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _check_cpu_budget(self) -> None:
+        devices = [worker.plan.device for worker in self._workers if not worker.cuda]
+        limits = {device: self._stager.budget[device] for device in devices if device in self._stager.budget}
+        self._refuse_what_does_not_fit(limits)
+        if not devices:
+            return
+        wanted = sum(
+            rounded(file.size)
+            for worker in self._workers
+            if not worker.cuda
+            for file in worker.plan.files
+            if file.model not in self.refused_models
+        )
+        free = available()
+        if wanted > free:
+            if self._stager.what_fits and len(devices) == 1:
+                self._refuse_what_does_not_fit({devices[0]: free})
+                return
+            raise OutOfBudget(
+                f"{self.plan.pipeline}: needs {wanted} bytes of memory and {free} may be taken (90 % of what is free)"
+            )
+
+    def _check_device_budget(self) -> None:
+        limits = {}
+        for worker in self._workers:
+            if worker.cuda and worker.ready is not None and worker.ready.free is not None:
+                free = max(0, worker.ready.free - DEVICE_RESERVE)
+                limits[worker.plan.device] = min(free, self._stager.budget.get(worker.plan.device, free))
+        self._refuse_what_does_not_fit(limits)
+
+    def _refuse_what_does_not_fit(self, limits: Mapping[str, int]) -> None:
+        """Raises OutOfBudget unless what fits is wanted and something does."""
+        refused = admit(self.plan.without(self.refused_models), limits)
+        if not refused:
+            return
+        needed = {worker.plan.device: worker.plan.bytes for worker in self._workers}
+        described = ", ".join(
+            f"{device}: {needed[device]} bytes needed, {limit} may be taken" for device, limit in limits.items()
+        )
+        self.refused_models += refused
+        if not self._stager.what_fits or not self.plan.without(self.refused_models).total_bytes:
+            raise OutOfBudget(f"{self.plan.pipeline}: does not fit: {described}")
+        for path in [path for path, file in self._files.items() if file.planned.model in refused]:
+            del self._numbers[self._files.pop(path).number]
+
+    # -- feeding ---------------------------------------------------------------------------------------------------
+
+    def _feed(self) -> None:
+        try:
+            for opened in self._stager.source.files():
+                file = self._files.get(opened.path)
+                if file is None or self._closed:
+                    opened.close()
+                    if self._closed:
+                        return
+                    continue
+                self._give(file, opened)
+            with self._changed:
+                self._fed = True
+                missing = [path for path, file in self._files.items() if file.given_at is None]
+                if missing:
+                    raise PrefetchError(f"{missing[0]}: never came")
+                self._changed.notify_all()
+        except InstantStartError as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(PrefetchError(f"{self.plan.pipeline}: {type(error).__name__}: {error}"))
+
+    def _give(self, file: _File, opened: OpenedFile) -> None:
+        planned, worker = file.planned, file.worker
+        try:
+            if opened.size != planned.size:
+                raise BadWeights(f"{planned.path}: has {opened.size} bytes and {planned.size} were planned for")
+            if planned.path.endswith(".safetensors"):
+                # Before anything is allocated: a file that lies is refused for the price of its header.
+                file.layout = read_layout(opened.fd, planned.path)
+            fds = [opened.fd]
+            if opened.direct is not None:
+                fds.append(opened.direct)
+            if not worker.cuda:
+                file.memory = allocate(os.path.basename(planned.path), planned.size)
+                fds.append(file.memory)
+            with self._changed:
+                if self._closed or self._error is not None:
+                    return
+                file.given_at = worker.heard_at = time.monotonic()
+                worker.first_given_at = worker.first_given_at or file.given_at
+            worker.send(
+                Load(
+                    file.number,
+                    planned.path,
+                    planned.size,
+                    planned.order,
+                    opened.direct is not None,
+                    file.memory is not None,
+                ),
+                fds,
+            )
+        except OSError as error:
+            # The listener knows better why a worker is gone.
+            if not self._wait_quietly(lambda: self._error is not None, STOP_DEADLINE):
+                raise PrefetchError(f"{planned.path}: {error.strerror or error}") from error
+        finally:
+            opened.close()
+
+    # -- listening -------------------------------------------------------------------------------------------------
+
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.socket is not None
+        connection = worker.socket
+        # The socket stays blocking (the feeder writes to it); poll has the deadline.
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        try:
+            while True:
+                if not poll.poll(1000):
+                    if self._is_stuck(worker):
+                        assert worker.process is not None
+                        worker.process.kill()
+                        raise PrefetchError(
+                            f"the worker of {worker.plan.device} brought no byte for {self._stager.timeout:g} s "
+                            "and was killed"
+                        )
+                    continue
+                packet = connection.recv(MAX_PACKET)
+                if not packet:
+                    if self._closed:
+                        return
+                    raise PrefetchError(f"the worker of {worker.plan.device} {worker.how_it_ended()}")
+                self._heard(worker, messages.from_worker.decode(packet))
+        except InstantStartError as error:
+            self._fail(error)
+        except (OSError, msgspec.DecodeError) as error:
+            if not self._closed:
+                self._fail(PrefetchError(f"the worker of {worker.plan.device}: {error}"))
+        finally:
+            with worker.send_lock:
+                connection.close()
+
+    def _is_stuck(self, worker: _Worker) -> bool:
+        with self._changed:
+            busy = any(
+                file.worker is worker and file.given_at is not None and file.ready_at is None and not file.released
+                for file in self._files.values()
+            )
+            return busy and time.monotonic() > worker.heard_at + self._stager.timeout
+
+    def _heard(self, worker: _Worker, message: messages.FromWorker) -> None:
+        with self._changed:
+            worker.heard_at = time.monotonic()
+            match message:
+                case messages.Ready():
+                    worker.ready = message
+                case messages.Moved(_, cached, disk):
+                    worker.cached += cached
+                    worker.disk += disk
+                case messages.Loaded(number):
+                    self._numbers[number].ready_at = time.monotonic()
+                    if all(file.ready_at for file in self._files.values() if file.worker is worker):
+                        worker.finished_at = time.monotonic()
+                case messages.Exported():
+                    if message.token in self._exports:
+                        self._exports[message.token] = message
+                case messages.Failed(number, code, text):
+                    file = self._numbers.get(number)
+                    prefix = f"{file.planned.path}: " if file is not None and file.planned.path not in text else ""
+                    raise from_code(code, f"{worker.plan.device}: {prefix}{text}")
+            self._changed.notify_all()
+
+    def _fail(self, error: InstantStartError) -> None:
+        with self._changed:
+            if self._error is not None or self._closed:
+                return
+            self._error = error
+            self._changed.notify_all()
+        self._take_down()
+
+    # -- waiting ---------------------------------------------------------------------------------------------------
+
+    def _wait_for(self, condition: Callable[[], bool], timeout: float | None, what: str) -> None:
+        if not self._wait_quietly(lambda: condition() or self._error is not None or self._closed, timeout):
+            raise PrefetchError(f"{self.plan.pipeline}: {what}: not within {timeout:g} s")
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise PrefetchError(f"{self.plan.pipeline}: the stage was closed")
+
+    def _wait_quietly(self, condition: Callable[[], bool], timeout: float | None) -> bool:
+        with self._changed:
+            return self._changed.wait_for(condition, timeout)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until every file is in place. ``timeout``: seconds in all; without one the wait still ends, since a stuck
+        worker and a source without progress each fail the stage. Raises what made it fail, PrefetchError."""
+        self._wait_for(lambda: self.done, timeout, "not all is staged")
+
+    def wait_file(self, path: str, timeout: float | None = None) -> None:
+        """Until this file is in place. Raises as ``wait``, and PrefetchError for a path that is not in the plan."""
+        file = self._file(path)
+        self._wait_for(lambda: file.ready_at is not None, timeout, f"{path}: is not staged")
+
+    def wait_changed(self, timeout: float) -> None:
+        """Return at the next progress, at the latest after ``timeout`` seconds. Raises what made the stage fail."""
+        with self._changed:
+            self._changed.wait(timeout)
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def done(self) -> bool:
+        return self._fed and all(file.ready_at is not None for file in self._files.values())
+
+    @property
+    def error(self) -> InstantStartError | None:
+        return self._error
+
+    @property
+    def weights(self) -> WeightSet:
+        return self._stager.source.weights
+
+    # -- account ---------------------------------------------------------------------------------------------------
+
+    def progress(self) -> tuple[DeviceReport, ...]:
+        """One report for each device, in the plan's order."""
+        now = time.monotonic()
+        with self._changed:
+            return tuple(
+                DeviceReport(
+                    worker.plan.device,
+                    worker.ready.backend if worker.ready else "",
+                    worker.ready.refusals if worker.ready else (),
+                    worker.cached + worker.disk,
+                    sum(file.planned.size for file in self._files.values() if file.worker is worker),
+                    worker.cached,
+                    worker.disk,
+                    (worker.finished_at or now) - self._started_at,
+                    (worker.finished_at or now) - (worker.first_given_at or now),
+                    worker.finished_at is not None,
+                )
+                for worker in self._workers
+            )
+
+    def ready_seconds(self) -> dict[str, float]:
+        """Model → seconds from the start until all of it was in place; models that are not, are left out."""
+        with self._changed:
+            found: dict[str, float] = {}
+            late = {file.planned.model for file in self._files.values() if file.ready_at is None}
+            for file in self._files.values():
+                if file.planned.model not in late and file.ready_at is not None:
+                    seconds = file.ready_at - self._started_at
+                    found[file.planned.model] = max(seconds, found.get(file.planned.model, 0.0))
+            return found
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the files that are staged, or will be, and not released."""
+        return tuple(path for path, file in self._files.items() if not file.released)
+
+    def worker_pids(self) -> tuple[int, ...]:
+        return tuple(worker.process.pid for worker in self._workers if worker.process is not None)
+
+    # -- what came of it -------------------------------------------------------------------------------------------
+
+    def tensors(self, device: str, *, model: str | None = None) -> dict[str, Any]:
+        """name → torch.Tensor of every safetensors file on that device (``model``: of that one alone): views into the
+        files' buffers, zero copy. For CUDA the worker's memory is opened in this process.
+
+        Raises PrefetchError when something is not in place yet, was released, or two files have one name in common
+        (pass ``model``, or use ``file_tensors``).
+        """
+        found: dict[str, Any] = {}
+        for path in self._paths_of(device, model):
+            if self._files[path].layout is None:
+                continue
+            for name, tensor in self.file_tensors(path).items():
+                if name in found:
+                    raise PrefetchError(f"{name}: is in more than one file on {device}; name the model, or the file")
+                found[name] = tensor
+        return found
+
+    def file_tensors(self, path: str) -> dict[str, Any]:
+        """The same for one safetensors file."""
+        file = self._ready(path)
+        if file.layout is None:
+            raise PrefetchError(f"{path}: is no safetensors file; take its bytes")
+        return views(self._base(file), file.layout, path)
+
+    def bytes_of(self, path: str) -> Any:
+        """The whole file as one uint8 tensor on its device: for *.engine, *.gguf, *.bin. Raises as ``tensors``."""
+        return self._base(self._ready(path))
+
+    def layout(self, path: str) -> FileLayout | None:
+        """None: not safetensors. Known once the file has come. Raises PrefetchError for an unknown path."""
+        return self._file(path).layout
+
+    def export(self, path: str, timeout: float = 30.0) -> Exported:
+        """A handle to the file's memory for another process. Raises as ``tensors``."""
+        file = self._ready(path)
+        if file.memory is not None:
+            return Exported(path, file.planned.size, file.layout, os.dup(file.memory), None)
+        with self._changed:
+            token = next(self._tokens)
+            self._exports[token] = None
+        try:
+            file.worker.send(Export(file.number, token), [])
+            self._wait_for(lambda: self._exports[token] is not None, timeout, f"{path}: no handle")
+            answer = self._exports[token]
+        except OSError as error:
+            raise PrefetchError(f"{path}: the worker of {file.worker.plan.device} is gone") from error
+        finally:
+            with self._changed:
+                self._exports.pop(token, None)
+        if answer is None or answer.handle is None:
+            raise PrefetchError(f"{path}: cannot be handed over: {answer.error if answer else 'no answer'}")
+        return Exported(path, file.planned.size, file.layout, None, answer.handle)
+
+    def release(self, path: str) -> None:
+        """Free this file's memory; tensors that somebody still holds keep theirs. Idempotent."""
+        file = self._file(path)
+        with self._changed:
+            if file.released:
+                return
+            file.released = True
+            memory, file.memory, file.mapping, file.base = file.memory, None, None, None
+            self._changed.notify_all()
+        if memory is not None:
+            os.close(memory)
+        with contextlib.suppress(OSError):
+            file.worker.send(Release(file.number), [])
+
+    def cancel(self) -> None:
+        """The same as ``close``: nothing is kept of a half-staged pipeline."""
+        self.close()
+
+    def close(self) -> None:
+        """End everything and free its memory. Idempotent."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        self._take_down()
+        current = threading.current_thread()
+        for thread in self._threads:
+            if thread is not current:
+                thread.join(STOP_DEADLINE)
+
+    def _take_down(self) -> None:
+        self._stager.source.close()
+        for worker in self._workers:
+            if worker.socket is not None:
+                with contextlib.suppress(OSError):
+                    worker.socket.shutdown(socket.SHUT_RDWR)
+        for worker in self._workers:
+            worker.end()
+        with self._changed:
+            for file in self._files.values():
+                memory, file.memory, file.mapping, file.base = file.memory, None, None, None
+                file.released = True
+                if memory is not None:
+                    os.close(memory)
+
+    def _paths_of(self, device: str, model: str | None) -> list[str]:
+        if device not in [worker.plan.device for worker in self._workers]:
+            raise PrefetchError(f"{device}: nothing is staged there")
+        return [
+            path
+            for path, file in self._files.items()
+            if file.worker.plan.device == device and model in (None, file.planned.model)
+        ]
+
+    def _file(self, path: str) -> _File:
+        file = self._files.get(path)
+        if file is None:
+            raise PrefetchError(f"{path}: is not among what is staged")
+        return file
+
+    def _ready(self, path: str) -> _File:
+        if self._error is not None:
+            raise self._error
+        file = self._file(path)
+        if file.released or self._closed:
+            raise PrefetchError(f"{path}: was released")
+        if file.ready_at is None:
+            raise PrefetchError(f"{path}: is not in place yet; wait() first")
+        return file
+
+    def _base(self, file: _File) -> Any:
+        if file.base is None:
+            if file.memory is not None:
+                file.mapping = mapped(file.memory)
+                file.base = from_memory(file.mapping, file.planned.size)
+            else:
+                handle = self.export(file.planned.path).handle
+                assert handle is not None
+                file.base = from_ipc(handle, file.planned.size)
+        return file.base

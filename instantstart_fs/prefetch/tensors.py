@@ -1,0 +1,65 @@
+"""Tensors as views into a staged file: no byte is copied, but for one that does not lie on a multiple of its element.
+
+For this process and for whoever takes the memory over: all it needs is the file's bytes and its layout.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+from instantstart_fs.errors import BadWeights
+from instantstart_fs.prefetch.layout import BITS, FileLayout, torch_dtypes
+from instantstart_fs.prefetch.libtorch import load_torch
+from instantstart_fs.prefetch.messages import IpcHandle
+
+
+def from_memory(memory: mmap.mmap, size: int) -> Any:
+    """The ``size`` first bytes of a mapping as a uint8 tensor that keeps it alive."""
+    torch = load_torch()
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size)
+
+
+def from_ipc(handle: IpcHandle, size: int) -> Any:
+    """The ``size`` first bytes of another process's device memory as a uint8 tensor. A handle can be opened once."""
+    torch = load_torch()
+    torch.cuda.init()
+    storage = torch.UntypedStorage._new_shared_cuda(
+        handle.device,
+        bytes.fromhex(handle.handle),
+        handle.size,
+        handle.offset,
+        bytes.fromhex(handle.reference_handle),
+        handle.reference_offset,
+        bytes.fromhex(handle.event_handle),
+        handle.event_sync,
+    )
+    return torch.empty(0, dtype=torch.uint8, device=f"cuda:{handle.device}").set_(storage)[:size]
+
+
+def views(base: Any, layout: FileLayout, path: str = "file") -> dict[str, Any]:
+    """name → tensor of the file whose bytes are ``base`` (uint8, 1-D), as safetensors.torch.load_file would give them.
+    Raises BadWeights for a dtype that this torch does not have."""
+    torch = load_torch()
+    dtypes = torch_dtypes(torch)
+    found = {}
+    for tensor in layout.tensors:
+        dtype = dtypes.get(tensor.dtype)
+        if dtype is None:
+            raise BadWeights(f"{path}: {tensor.name}: torch {torch.__version__} has no dtype for {tensor.dtype}")
+        shape = list(tensor.shape)
+        if tensor.dtype == "F4":  # torch counts pairs
+            if not shape or shape[-1] % 2:
+                raise BadWeights(f"{path}: {tensor.name}: torch cannot hold an odd number of F4 in a row")
+            shape[-1] //= 2
+        if tensor.start == tensor.end:
+            found[tensor.name] = torch.empty(shape, dtype=dtype, device=base.device)
+            continue
+        raw = base[tensor.start : tensor.end]
+        width = max(1, BITS[tensor.dtype] // 8)
+        if (base.storage_offset() + tensor.start) % width or base.data_ptr() % width:
+            raw = raw.clone()
+        found[tensor.name] = raw.view(dtype).view(shape)
+    return found

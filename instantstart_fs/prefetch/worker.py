@@ -1,0 +1,198 @@
+"""The process of one device: takes files over a socket, brings their bytes into the device's memory.
+
+    python -m instantstart_fs.prefetch.worker FD '{"device": …}'
+
+For CUDA it owns the memory and lives until the Stage lets go; for the CPU the memory is the Stage's own memfds. It
+ends, and its memory with it, when the socket does: nobody has to be alive to clean up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from instantstart_fs.errors import InstantStartError, OutOfBudget, PrefetchError
+from instantstart_fs.prefetch import messages
+from instantstart_fs.prefetch.backends import choose
+from instantstart_fs.prefetch.backends.base import Backend, Item
+from instantstart_fs.prefetch.libtorch import load_torch
+from instantstart_fs.prefetch.memory import mapped
+from instantstart_fs.prefetch.messages import (
+    MAX_FDS,
+    MAX_PACKET,
+    Export,
+    Exported,
+    Failed,
+    FromWorker,
+    IpcHandle,
+    Load,
+    Loaded,
+    Moved,
+    Ready,
+    Release,
+    Settings,
+)
+
+REPORT_INTERVAL = 0.05
+"""Seconds between two reports of one file's progress, at least."""
+
+
+class Worker:
+    def __init__(self, connection: socket.socket, settings: Settings) -> None:
+        self._socket = connection
+        self._settings = settings
+        self._cuda = settings.device.startswith("cuda")
+        self._torch: Any = load_torch() if self._cuda else None
+        self._items: dict[int, Item] = {}
+        self._send_lock = threading.Lock()
+        self._progress: dict[int, list[float]] = {}
+        self._progress_lock = threading.Lock()
+        self._backend: Backend | None = None
+
+    def run(self) -> None:
+        """Until the other end closes."""
+        try:
+            self._begin()
+        except Exception as error:
+            self._send(failure(-1, error))
+            return
+        assert self._backend is not None
+        try:
+            while True:
+                packet, fds, _, _ = socket.recv_fds(self._socket, MAX_PACKET, MAX_FDS)
+                if not packet:
+                    return
+                match messages.to_worker.decode(packet):
+                    case Load() as load:
+                        self._load(load, fds)
+                    case Export(number, token):
+                        self._export(number, token)
+                    case Release(number):
+                        self._release(number)
+        except OSError:
+            return
+        finally:
+            self._backend.close()
+
+    def _begin(self) -> None:
+        settings = self._settings
+        free = None
+        if self._cuda:
+            self._check_device()
+        self._backend, refusals = choose(settings.backends, settings.device, settings.readers, settings.rate)
+        if self._cuda:
+            free = int(self._torch.cuda.mem_get_info(settings.device)[0])
+        self._send(Ready(self._backend.name, refusals, free))
+
+    def _check_device(self) -> None:
+        torch, device = self._torch, self._settings.device
+        if not torch.cuda.is_available():
+            raise PrefetchError(f"{device}: torch {torch.__version__} finds no CUDA device here")
+        if int(device.partition(":")[2]) >= torch.cuda.device_count():
+            raise PrefetchError(f"{device}: there are {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+        torch.cuda.init()
+
+    def _load(self, load: Load, fds: list[int]) -> None:
+        plain = fds.pop(0)
+        direct = fds.pop(0) if load.direct else None
+        try:
+            target: Any
+            if load.memory:
+                memory = fds.pop(0)
+                target = memoryview(mapped(memory))
+                os.close(memory)
+            else:
+                target = self._torch.empty(load.size, dtype=self._torch.uint8, device=self._settings.device)
+        except Exception as error:
+            os.close(plain)
+            if direct is not None:
+                os.close(direct)
+            self._send(failure(load.number, error))
+            return
+        item = Item(load.number, load.path, load.size, load.order, (plain, direct), target, self._moved, self._ended)
+        self._items[load.number] = item
+        assert self._backend is not None
+        if load.size == 0:
+            self._ended(item, None)
+        else:
+            self._backend.submit(item)
+
+    def _moved(self, item: Item, cached: int, disk: int) -> None:
+        with self._progress_lock:
+            state = self._progress.setdefault(item.number, [0, 0, time.monotonic()])
+            state[0] += cached
+            state[1] += disk
+            if time.monotonic() < state[2] + REPORT_INTERVAL:
+                return
+            del self._progress[item.number]
+        self._send(Moved(item.number, int(state[0]), int(state[1])))
+
+    def _ended(self, item: Item, error: Exception | None) -> None:
+        if error is None:  # otherwise another reader may be inside a call; the Stage ends this process anyway
+            os.close(item.plain)
+            if item.direct is not None:
+                os.close(item.direct)
+        with self._progress_lock:
+            state = self._progress.pop(item.number, None)
+        if state is not None:
+            self._send(Moved(item.number, int(state[0]), int(state[1])))
+        if isinstance(item.target, memoryview):
+            item.target = None  # the Stage has a mapping of its own
+        self._send(Loaded(item.number) if error is None else failure(item.number, error))
+
+    def _export(self, number: int, token: int) -> None:
+        item = self._items.get(number)
+        try:
+            if item is None or item.target is None:
+                raise PrefetchError("was released")
+            device, handle, size, offset, reference, at, event, sync = item.target.untyped_storage()._share_cuda_()
+        except Exception as error:
+            self._send(Exported(number, token, None, str(error).splitlines()[0]))
+            return
+        self._send(
+            Exported(
+                number,
+                token,
+                IpcHandle(device, handle.hex(), size, offset, reference.hex(), at, event.hex(), bool(sync)),
+            )
+        )
+
+    def _release(self, number: int) -> None:
+        item = self._items.pop(number, None)
+        if item is None:
+            return
+        item.target = None
+        if self._cuda:
+            del item
+            self._torch.cuda.empty_cache()
+            self._torch.cuda.ipc_collect()
+
+    def _send(self, message: FromWorker) -> None:
+        with self._send_lock, contextlib.suppress(OSError):  # the Stage is gone: run() sees it too
+            self._socket.send(messages.encode(message))
+
+
+def failure(number: int, error: Exception) -> Failed:
+    if isinstance(error, InstantStartError):
+        return Failed(number, error.code, error.message)
+    lines = str(error).splitlines() or [""]
+    if type(error).__name__ == "OutOfMemoryError":
+        return Failed(number, OutOfBudget.code, f"the device has no memory left: {lines[0]}"[:2000])
+    return Failed(number, PrefetchError.code, f"{type(error).__name__}: {lines[0]}"[:2000])
+
+
+def main() -> None:
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    Worker(connection, messages.settings.decode(sys.argv[2].encode())).run()
+    # A thread may sit in a read that no longer ends; the memory goes with the process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
