@@ -9,6 +9,14 @@ stuck COUNT FILE…                    COUNT threads fault in COUNT pages each o
 timed-stat SECONDS PATH…             stat them round and round; milliseconds: median, max, count
 first-byte FILE OFFSET               read one page at OFFSET through a fresh mmap; seconds
 read-error FILE OFFSET               {"errno": …, "seconds": …} of a pread
+forked HOW COUNT (SOURCE MOUNTED)…   COUNT forked processes compare every block of the files, each in an order of its
+                                     own; HOW: one-map (mapped before the fork), each-maps. COUNT when all were right
+advise SOURCE MOUNTED                readahead(2) and WILLNEED on a descriptor, then compare by it; the bytes
+listing DIRECTORY                    {name: [inode of the entry, inode by stat]}
+patient FILE ABSENT                  opens FILE twice, probes ABSENT, closes once, says "ready"; after a line on stdin
+                                     it probes and closes again; milliseconds
+bound DIRECTORY TARGET               (in a mount namespace of its own) binds DIRECTORY on TARGET as a slave, says
+                                     "ready"; for each line NAME the sha256 of that file there, for "." the names
 """
 
 from __future__ import annotations
@@ -22,6 +30,7 @@ import os
 import random
 import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -262,6 +271,92 @@ def read_error(path: str, offset: str) -> dict[str, Any]:
     return {"errno": errno.errorcode.get(number, ""), "seconds": time.perf_counter() - before}
 
 
+def forked(how: str, count: str, *pairs: str) -> int:
+    files = list(zip(pairs[::2], pairs[1::2], strict=True))
+    maps = [_map(mounted) for _, mounted in files] if how == "one-map" else None
+    pids = []
+    for number in range(int(count)):
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        status = 1
+        try:
+            mine = maps if maps is not None else [_map(mounted) for _, mounted in files]
+            generator = random.Random(number)
+            for (source, _), mapped in zip(files, mine, strict=True):
+                offsets = list(range(0, len(mapped), BLOCK))
+                generator.shuffle(offsets)
+                with open(source, "rb") as want:
+                    for offset in offsets:
+                        piece = os.pread(want.fileno(), BLOCK, offset)
+                        _same(f"process {number}", piece, mapped[offset : offset + BLOCK], offset)
+            status = 0
+        finally:
+            os._exit(status)
+    return sum(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 for pid in pids)
+
+
+def _map(path: str) -> mmap.mmap:
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+
+
+def advise(source: str, mounted: str) -> int:
+    size = os.stat(source).st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(source, "rb") as want, open(mounted, "rb", buffering=0) as got:
+        for offset in range(0, size, BLOCK):
+            length = min(BLOCK, size - offset)
+            if offset // BLOCK % 2:
+                os.posix_fadvise(got.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+            elif libc.readahead(got.fileno(), ctypes.c_int64(offset), ctypes.c_size_t(length)) != 0:
+                _fail(f"readahead: {os.strerror(ctypes.get_errno())}")
+            _same("advise", os.pread(want.fileno(), length, offset), os.pread(got.fileno(), length, offset), offset)
+        with mmap.mmap(got.fileno(), size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as mapped:
+            mapped.madvise(mmap.MADV_WILLNEED)
+            for offset in range(0, size, BLOCK):
+                _same("mmap", os.pread(want.fileno(), BLOCK, offset), mapped[offset : offset + BLOCK], offset)
+    return size
+
+
+def listing(directory: str) -> dict[str, list[int]]:
+    with os.scandir(directory) as entries:
+        return {entry.name: [entry.inode(), entry.stat().st_ino] for entry in entries}
+
+
+def patient(path: str, absent: str) -> float:
+    first, second = os.open(path, os.O_RDONLY), os.open(path, os.O_RDONLY)
+    _probe_absent(absent)
+    os.close(first)
+    print(json.dumps("ready"), flush=True)
+    sys.stdin.readline()
+    before = time.perf_counter()
+    _probe_absent(absent)
+    os.close(second)
+    return (time.perf_counter() - before) * 1000
+
+
+def _probe_absent(path: str) -> None:
+    if os.path.exists(path):
+        _fail(f"{path} exists")
+
+
+def bound(directory: str, target: str) -> None:
+    for options in (["--bind", directory, target], ["--make-rslave", target]):
+        subprocess.run(["mount", *options], check=True, timeout=20)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        name = line.rstrip("\n")
+        answer: Any
+        if name == ".":
+            answer = sorted(os.listdir(target))
+        else:
+            with open(os.path.join(target, name), "rb") as file:
+                answer = hashlib.file_digest(file, "sha256").hexdigest()
+        print(json.dumps(answer), flush=True)
+
+
 def main() -> None:
     what, *arguments = sys.argv[1:]
     found = {
@@ -273,8 +368,13 @@ def main() -> None:
         "timed-stat": timed_stat,
         "first-byte": first_byte,
         "read-error": read_error,
+        "forked": forked,
+        "advise": advise,
+        "listing": listing,
+        "patient": patient,
+        "bound": bound,
     }[what](*arguments)
-    if what not in ("hold", "stuck"):
+    if what not in ("hold", "stuck", "bound"):
         print(json.dumps(found))
 
 

@@ -298,3 +298,33 @@ async def test_a_store_whose_index_was_lost_says_what_to_do(tmp_path: Path, capl
     async with running(tmp_path) as library:
         assert library.list() == []
     assert "fsck" in caplog.text
+
+
+async def test_descriptors_of_closed_files_are_kept_for_their_next_open_but_not_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instantstart_fs.library.reading.IDLE_READERS", 1)
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        closing: list[int] = []
+        library.use_passthrough(True, closing.append)
+        await library.add(spec("p", source))
+        await library.warm("p", everything=True)
+        await wait_state(library, "p", "unverified")
+        names = ["model-1-of-2.safetensors", "pytorch_model.bin"]
+        nodeids = [find(library, "p", name) for name in names]
+        first = library.open_nowait(nodeids[0])
+        assert first is not None
+        backing = first.backing
+        library.release(first)
+        again = library.open_nowait(nodeids[0])
+        assert again is not None
+        assert (again.backing, closing) == (backing, [])
+        library.release(again)
+        other = library.open_nowait(nodeids[1])
+        assert other is not None
+        assert closing == []
+        library.release(other)
+        assert closing == [nodeids[0]]  # the least recently used
+        await library.evict("p")
+        assert closing == nodeids

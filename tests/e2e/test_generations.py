@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,8 +28,15 @@ def config(hub: HubServer, **more: object) -> dict[str, object]:
 @contextmanager
 def holding(path: Path) -> Iterator[Callable[[str], str]]:
     """A process that holds ``path`` open and mapped and answers commands (tests/probe.py: hold)."""
+    with asking([sys.executable, "-m", "tests.probe", "hold", str(path)]) as ask:
+        yield ask
+
+
+@contextmanager
+def asking(command: list[str]) -> Iterator[Callable[[str], Any]]:
+    """A process that says "ready" and then answers each line with one of JSON; killed in the end."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.probe", "hold", str(path)],
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -37,10 +46,10 @@ def holding(path: Path) -> Iterator[Callable[[str], str]]:
     assert process.stdout is not None
     stdin, stdout = process.stdin, process.stdout
 
-    def ask(word: str) -> str:
+    def ask(word: str) -> Any:
         stdin.write(word + "\n")
         stdin.flush()
-        return str(json.loads(stdout.readline()))
+        return json.loads(stdout.readline())
 
     try:
         assert json.loads(stdout.readline()) == "ready"
@@ -78,6 +87,32 @@ def test_update_under_open_files(make_daemon: Callable[..., Daemon], hub: HubSer
     assert must("stat", "-c", "%i", daemon.path("p"), timeout=10) == inode
     wait_for(lambda: not (daemon.store / "slots/p/1").exists(), "the old generation's end")
     assert probe("tree", new, daemon.path("p"), timeout=60)["files"] > 5
+
+
+def test_a_container_that_bound_the_pipeline_sees_the_new_generation(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path
+) -> None:
+    """A mount namespace of its own, and a slave bind of /models/<id> made before the update, as containers have."""
+    old, new = model_directory(tmp_path / "old", seed=25), model_directory(tmp_path / "new", seed=26)
+    (new / "extra.json").write_text("{}")
+    hub.publish("org/model", old)
+    daemon = make_daemon("d", config=config(hub))
+    daemon.ok("add", "p", "hf://org/model")
+    daemon.warm("p")
+    target = tmp_path / "in-the-container"
+    target.mkdir()
+    enter = ["unshare", "-m", "--propagation", "slave", sys.executable, "-m", "tests.probe", "bound"]
+    with asking([*enter, str(daemon.path("p")), str(target)]) as ask:
+        assert ask(".") == sorted(os.listdir(old))
+        assert ask(FIRST) == sha256(old / FIRST)
+        hub.publish("org/model", new)
+        daemon.ok("update", "p")
+        assert ask(".") == sorted(os.listdir(new))
+        assert ask(FIRST) == sha256(new / FIRST)
+        daemon.warm("p")
+        assert ask(FIRST) == sha256(new / FIRST)
+        wait_for(lambda: daemon.cli("evict", "p").returncode == 0, "the kernel's release of the files")
+        assert ask(FIRST) == sha256(new / FIRST)
 
 
 def test_an_update_of_what_has_not_changed_changes_nothing(

@@ -141,3 +141,28 @@ def test_killing_the_daemon_leaves_open_warm_files(
         assert ask("hash-new") == "ENOTCONN"
     daemon.start()
     assert probe("compare", "read", model / FIRST, daemon.path("p", FIRST), timeout=60) > 0
+
+
+def deleted_files(daemon: Daemon) -> list[str]:
+    """What the daemon holds open though it was deleted: its bytes are still on the disk."""
+    links = (os.readlink(path) for path in Path(f"/proc/{daemon.pid}/fd").iterdir())
+    return [link for link in links if link.endswith("(deleted)") and str(daemon.store) in link]
+
+
+@pytest.mark.parametrize("how", ["evict", "update", "remove"])
+def test_a_file_that_was_open_leaves_nothing_on_the_disk(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path, how: str
+) -> None:
+    """The descriptor of a file that was open is kept for its next open, but not beyond the file's end."""
+    old, new = model_directory(tmp_path / "old", seed=63), model_directory(tmp_path / "new", seed=64)
+    hub.publish("org/model", old)
+    daemon = make_daemon("d", config=passing(hub))
+    daemon.ok("add", "p", "hf://org/model")
+    daemon.warm("p")
+    assert probe("compare", "read", old / FIRST, daemon.path("p", FIRST), timeout=60) > 0
+    (stored,) = daemon.store.glob(f"slots/p/*/files/{FIRST}")
+    assert any(os.readlink(path) == str(stored) for path in Path(f"/proc/{daemon.pid}/fd").iterdir())
+    hub.publish("org/model", new)
+    wait_for(lambda: daemon.cli(how, "p").returncode == 0, "the kernel's release of the file")
+    wait_for(lambda: not stored.exists(), "the file's deletion")
+    assert deleted_files(daemon) == []

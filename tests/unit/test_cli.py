@@ -350,3 +350,12 @@ def test_percent_reaches_100_only_when_all_is_there() -> None:
     assert show.percent(msgspec.structs.replace(STATUS, cached_bytes=9999)) == 99
     assert show.percent(msgspec.structs.replace(STATUS, cached_bytes=10_000)) == 100
     assert show.percent(msgspec.structs.replace(STATUS, cached_bytes=0, total_bytes=0)) == 0
+
+
+def test_status_of_all_ends_with_the_transport_and_why_no_faster_one(
+    client: type[FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = DaemonInfo("0", 1, "/models", "/store", 1.0, 1, True, "pyfuse3 (Linux 6.1 is older than 6.9)")
+    assert show.mounted(info) == "/models: pyfuse3 (Linux 6.1 is older than 6.9)"
+    assert run(["status"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "/models: not mounted yet"

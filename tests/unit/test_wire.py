@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from instantstart_fs.library.view import ROOT
 from instantstart_fs.mount import wire
-from instantstart_fs.mount.devfuse import DevFuse
+from instantstart_fs.mount.devfuse import Backings, DevFuse
 from instantstart_fs.mount.operations import entry_attributes
 from tests.fuse.fake_view import FakeView, content, standard_tree
 
@@ -206,3 +206,77 @@ def test_garbage_is_a_bad_message_or_a_request(raw: bytes) -> None:
         wire.init_in(memoryview(raw))
     with contextlib.suppress(wire.BadMessage):
         list(wire.forgotten(memoryview(raw)))
+
+
+class CountingBackings(Backings):
+    """Backing ids without a kernel; ``open`` are those that are registered."""
+
+    def __init__(self) -> None:
+        super().__init__(-1)
+        self.open: set[int] = set()
+        self.registered = 0
+
+    def register(self, backing: int) -> int:
+        self.registered += 1
+        self.open.add(self.registered)
+        return self.registered
+
+    def unregister(self, identifier: int) -> None:
+        self.open.remove(identifier)
+
+
+def test_a_backing_id_is_kept_until_its_descriptor_is_closed() -> None:
+    backings = CountingBackings()
+    first = backings.take(7, 3)
+    assert backings.take(7, 3) == first
+    backings.give_back(7)
+    backings.give_back(7)
+    assert backings.take(7, 3) == first
+    assert (backings.registered, backings.open) == (1, {first})
+    backings.give_back(7)
+    backings.forget(7)
+    assert (len(backings), backings.open) == (0, set())
+    backings.forget(7)
+    assert backings.take(7, 4) != first
+
+
+def test_a_backing_id_in_use_is_never_closed(caplog: pytest.LogCaptureFixture) -> None:
+    backings = CountingBackings()
+    first = backings.take(7, 3)
+    backings.forget(7)
+    assert "has open 1 times" in caplog.text
+    assert backings.open == {first}
+
+
+async def test_an_open_that_has_to_wait_gets_a_task_and_both_are_counted() -> None:
+    kernel = Kernel()
+    children = kernel.view.children[kernel.view.children[ROOT]["model"]]
+    for name in ("weights.safetensors", "slow.safetensors"):
+        opened = await kernel.ask(message(wire.OPEN, wire.OPEN_IN.pack(os.O_RDONLY, 0), nodeid=children[name]))
+        assert opened is not None
+        assert opened[0] == 0
+    assert kernel.served.requests["open"] == 2
+    for number, nodeid, flags in (
+        (errno.EROFS, children["slow.safetensors"], os.O_RDWR),
+        (errno.EIO, children["fails-open"], 0),
+    ):
+        assert await kernel.ask(message(wire.OPEN, wire.OPEN_IN.pack(flags, 0), nodeid=nodeid)) == (number, b"")
+    kernel.close()
+
+
+async def test_only_settled_directories_may_be_kept_by_the_kernel() -> None:
+    kernel = Kernel()
+    for nodeid, kept in (
+        (ROOT, 0),
+        (kernel.view.children[ROOT]["model"], wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE),
+    ):
+        opened = await kernel.ask(message(wire.OPENDIR, wire.OPEN_IN.pack(0, 0), nodeid=nodeid))
+        assert opened is not None
+        assert wire.OPEN_OUT.unpack(opened[1])[1:] == (kept, 0)
+    kernel.close()
+
+
+def test_a_listing_is_dropped_whole_and_a_files_pages_never() -> None:
+    at = wire.OUT_HEADER.size
+    assert wire.INVAL_INODE.unpack_from(wire.inval_inode(9, listing=True), at) == (9, 0, 0)
+    assert wire.INVAL_INODE.unpack_from(wire.inval_inode(9), at) == (9, -1, 0)
