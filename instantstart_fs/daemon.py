@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -33,6 +32,7 @@ from instantstart_fs.core.status import ErrorStatus, PipelineStatus
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineExists, PipelineNotFound
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
+from instantstart_fs.logs import LogFormat, configure_logging
 from instantstart_fs.mount import session
 from instantstart_fs.store.blobstore import BlobStore
 
@@ -45,9 +45,11 @@ LAST_RETRY = 300.0
 """Seconds between attempts to add a configured pipeline whose origin is down, doubling."""
 
 
-def run(config: Config, *, socket_path: str | None = None, log_level: str = "info") -> None:
+def run(
+    config: Config, *, socket_path: str | None = None, log_level: str = "info", log_format: LogFormat = "console"
+) -> None:
     """Serve until SIGTERM or SIGINT, in the main thread. Raises what kept it from starting, or ended it."""
-    configure_logging(log_level)
+    configure_logging(log_level, log_format)
     _raise_file_limit()
     with contextlib.suppress(OSError):
         # Before the umask: what lies above the mountpoint is for everybody to pass.
@@ -272,29 +274,3 @@ class Notifier:
                 channel.sendto(state.encode(), address)
         except OSError as error:
             log.warning("systemd was not told %r: %s", state.partition("\n")[0], error)
-
-
-class _Formatter(logging.Formatter):
-    """One line: time (not under systemd, whose journal has it), level, pipeline, message."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._timed = "JOURNAL_STREAM" not in os.environ
-
-    def format(self, record: logging.LogRecord) -> str:
-        pipeline = getattr(record, "pipeline", None)
-        message = record.getMessage().replace("\n", " ")
-        line = f"{record.levelname.lower():<7} {f'[{pipeline}] ' if pipeline else ''}{message}"
-        if self._timed:
-            line = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')} {line}"
-        if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
-        return line
-
-
-def configure_logging(level: str) -> None:
-    """To stderr, for our own modules at ``level``; others' at warning."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("instantstart_fs").setLevel(level.upper())

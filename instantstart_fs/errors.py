@@ -9,6 +9,7 @@
     ├── PipelineNotFound           no such pipeline
     ├── PipelineExists             the id is taken
     ├── PipelineBusy               an operation that excludes this one is under way, or the pipeline is in use
+    ├── NoColdStart                a mark for a cold start that nobody has seen
     ├── OriginError                where bytes are born
     │   ├── OriginUnavailable      could not be reached, timed out, 5xx: worth trying again
     │   │   ├── OriginThrottled    429/503 with or without Retry-After
@@ -87,6 +88,10 @@ class PipelineExists(InstantStartError):
 
 class PipelineBusy(InstantStartError):
     code = "pipeline-busy"
+
+
+class NoColdStart(InstantStartError):
+    code = "no-cold-start"
 
 
 class OriginError(InstantStartError):

@@ -64,6 +64,10 @@ def serve(
     log_level: Annotated[
         str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
     ] = "info",
+    log_format: Annotated[
+        str,
+        typer.Option("--log-format", metavar="FORMAT", envvar="INSTANTSTART_LOG_FORMAT", help="console or json."),
+    ] = "console",
 ) -> None:
     """Run the daemon in the foreground; ready when the mount answers."""
     from instantstart_fs.config import load_config
@@ -71,7 +75,14 @@ def serve(
 
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level: {log_level!r} is none of debug, info, warning, error")
-    run(load_config(config, mount=mount, store=store), socket_path=socket, log_level=log_level)
+    if log_format not in ("console", "json"):
+        raise UsageError(f"--log-format: {log_format!r} is neither console nor json")
+    run(
+        load_config(config, mount=mount, store=store),
+        socket_path=socket,
+        log_level=log_level,
+        log_format="json" if log_format == "json" else "console",
+    )
 
 
 @app.command()
@@ -325,7 +336,43 @@ def lease(
     raise typer.Exit(status)
 
 
+@app.command()
+def mark(
+    pipeline: Pipeline,
+    moment: Annotated[str, typer.Argument(metavar="MOMENT", help="requested, ready or first-token.")],
+    at: Annotated[
+        str | None, typer.Option("--at", metavar="TIME", help="When it was: RFC 3339, or seconds since 1970 (now).")
+    ] = None,
+    socket: Socket = None,
+) -> None:
+    """Add a moment to a cold start's record that the filesystem cannot see."""
+    from instantstart_fs.cli.timeline import parse_moment, parse_time
+
+    found = parse_moment(moment)
+    at_ns = None if at is None else parse_time(at)
+    with Client(socket) as client:
+        client.mark(pipeline, found, at_ns)
+
+
 # ---------------------------------------------------------------- looking
+
+
+@app.command()
+def explain(
+    pipeline: Pipeline,
+    count: Annotated[int, typer.Option("--last", "-n", metavar="N", min=1, help="How many cold starts.")] = 5,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Show the last cold starts as timelines: where the time went."""
+    from instantstart_fs.cli import timeline
+
+    with Client(socket) as client:
+        found = client.cold_starts(pipeline)[:count]
+    if json:
+        print(show.as_json([timeline.as_plain(record) for record in found]))
+    else:
+        timeline.draw(pipeline, found)
 
 
 @app.command()

@@ -6,6 +6,7 @@ docs/CONFIGURATION.md.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from instantstart_fs.config.sections import (
     Config,
     EvictionConfig,
     FillConfig,
+    HttpConfig,
     HuggingFaceConfig,
     MountConfig,
     OriginsConfig,
@@ -68,6 +70,14 @@ class _Staging(Table):
     max_memory: str | int = "50%"
 
 
+class _Http(Table):
+    listen: str = "127.0.0.1:9847"
+    allow_remote: bool = False
+    details: bool = False
+    hosts: tuple[str, ...] = ()
+    metrics_pipelines: int = 200
+
+
 class _HuggingFace(Table):
     endpoint: str | None = None
     token_file: str | None = None
@@ -91,6 +101,7 @@ class _File(Table):
     fill: _Fill = msgspec.field(default_factory=_Fill)
     eviction: _Eviction = msgspec.field(default_factory=_Eviction)
     staging: _Staging = msgspec.field(default_factory=_Staging)
+    http: _Http = msgspec.field(default_factory=_Http)
     origins: _Origins = msgspec.field(default_factory=_Origins)
     pipelines: dict[str, PipelineTable] = msgspec.field(default_factory=dict)
 
@@ -207,6 +218,7 @@ def _build(
         fill=_fill(at, raw.fill),
         eviction=EvictionConfig(at.parsed("eviction.keep_hot", parse_duration, raw.eviction.keep_hot)),
         staging=_staging(at, raw.staging),
+        http=_http(at, raw.http),
         origins=OriginsConfig(
             HuggingFaceConfig(hub.endpoint, at.secret_file("origins.huggingface.token_file", hub.token_file)),
             S3Config(raw.origins.s3.endpoint_url, raw.origins.s3.region_name, raw.origins.s3.profile),
@@ -238,6 +250,32 @@ def _fill(at: At, raw: _Fill) -> FillConfig:
 def _staging(at: At, raw: _Staging) -> StagingConfig:
     at.require(1 <= raw.threads <= 64, "staging.threads", f"{raw.threads} is not from 1 to 64")
     return StagingConfig(raw.enabled, raw.threads, at.parsed("staging.max_memory", parse_capacity, raw.max_memory))
+
+
+def _http(at: At, raw: _Http) -> HttpConfig:
+    at.require(
+        0 <= raw.metrics_pipelines <= 10_000,
+        "http.metrics_pipelines",
+        f"{raw.metrics_pipelines} is not from 0 to 10000",
+    )
+    if raw.listen == "off":
+        return HttpConfig(port=None)
+    host, _, port = raw.listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    try:
+        address = ipaddress.ip_address(host)
+        number = int(port)
+    except ValueError:
+        raise at.fail("http.listen", f'{raw.listen!r} is neither "off" nor an IP address and a port') from None
+    at.require(0 <= number <= 65535, "http.listen", f"{number} is no port")
+    at.require(
+        address.is_loopback or raw.allow_remote,
+        "http.listen",
+        f"{host} can be reached from other machines, and whoever reaches it sees every pipeline's id and state; "
+        "set http.allow_remote = true if that is wanted",
+    )
+    hosts = raw.hosts or (() if address.is_loopback else ("*",))
+    return HttpConfig(str(address), number, raw.details, hosts, raw.metrics_pipelines)
 
 
 def _path_problem(path: str) -> str | None:

@@ -75,6 +75,20 @@ class StagingConfig(msgspec.Struct, frozen=True):
     max_memory: Capacity = Capacity(fraction=0.5)
 
 
+class HttpConfig(msgspec.Struct, frozen=True):
+    """Page, metrics and health. ``host`` and ``port``: where; port 0 takes a free one, None serves nothing.
+
+    ``details``: show sources, revisions and error messages too. ``hosts``: names by which browsers may call it, beside
+    the loopback ones; ("*",) = any. ``metrics_pipelines``: how many pipelines get metrics of their own.
+    """
+
+    host: str = "127.0.0.1"
+    port: int | None = 9847
+    details: bool = False
+    hosts: tuple[str, ...] = ()
+    metrics_pipelines: int = 200
+
+
 class HuggingFaceConfig(msgspec.Struct, frozen=True):
     """None leaves it to HF_ENDPOINT, HF_TOKEN and huggingface_hub's own files."""
 
@@ -103,6 +117,7 @@ class Config(msgspec.Struct, frozen=True):
     fill: FillConfig = FillConfig()
     eviction: EvictionConfig = EvictionConfig()
     staging: StagingConfig = StagingConfig()
+    http: HttpConfig = HttpConfig()
     origins: OriginsConfig = OriginsConfig()
     pipelines: tuple[PipelineSpec, ...] = ()
     region: str = "local"

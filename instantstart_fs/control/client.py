@@ -20,6 +20,7 @@ from instantstart_fs.control.protocol import (
     MAX_HANDED_FILES,
     MAX_MESSAGE,
     Add,
+    ColdStarts,
     DaemonInfo,
     Done,
     Evict,
@@ -28,6 +29,7 @@ from instantstart_fs.control.protocol import (
     Lease,
     LineBuffer,
     Ls,
+    Mark,
     Open,
     Opening,
     Pin,
@@ -46,6 +48,7 @@ from instantstart_fs.control.protocol import (
     decode_response,
     encode_request,
 )
+from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.weights import WeightSet
@@ -139,6 +142,14 @@ class Client:
 
     def touch(self, pipeline: str) -> None:
         self._ask(Touch(pipeline), type(None))
+
+    def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
+        """``at_ns``: wall clock, None for the moment when the daemon gets it."""
+        self._ask(Mark(pipeline, moment, at_ns), type(None))
+
+    def cold_starts(self, pipeline: str) -> list[ColdStart]:
+        """Newest first."""
+        return self._ask(ColdStarts(pipeline), list[ColdStart])
 
     def pipelines(self) -> list[PipelineStatus]:
         return self._ask(Ls(), list[PipelineStatus])

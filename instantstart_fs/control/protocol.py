@@ -24,6 +24,7 @@ from typing import Any
 
 import msgspec
 
+from instantstart_fs.core.coldstart import Moment
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import ControlProtocolError, InstantStartError, from_code
@@ -124,13 +125,44 @@ class Status(_Request, frozen=True, tag="status"):
     pipeline: str
 
 
-Request = Ping | Add | Update | Remove | Evict | Pin | Touch | Warm | Verify | Lease | Open | Ls | Specs | Status
+class Mark(_Request, frozen=True, tag="mark"):
+    """→ null. A moment of a cold start that the filesystem cannot see; ``at_ns``: wall clock, null for now."""
+
+    pipeline: str
+    moment: Moment
+    at_ns: int | None = None
+
+
+class ColdStarts(_Request, frozen=True, tag="cold-starts"):
+    """→ list of core.coldstart.ColdStart, newest first."""
+
+    pipeline: str
+
+
+Request = (
+    Mark
+    | ColdStarts
+    | Ping
+    | Add
+    | Update
+    | Remove
+    | Evict
+    | Pin
+    | Touch
+    | Warm
+    | Verify
+    | Lease
+    | Open
+    | Ls
+    | Specs
+    | Status
+)
 
 
 class DaemonInfo(msgspec.Struct, frozen=True):
     """What a daemon says about itself. ``uptime`` in seconds; ``ready``: the mount answers; ``transport``: who
     serves it ("passthrough" or "pyfuse3"), and why not passthrough, in brackets; ``requests``: how many of each kind
-    the kernel has sent since the mount ("read": warm files that the kernel reads itself send none)."""
+    the kernel has sent since the mount ("read": warm files that the kernel reads itself send none); ``http``: where the page is, "" nowhere."""
 
     version: str
     pid: int
@@ -141,6 +173,7 @@ class DaemonInfo(msgspec.Struct, frozen=True):
     ready: bool
     transport: str = ""
     requests: dict[str, int] = {}
+    http: str = ""
 
 
 class VerifyResult(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ Nothing that a client sends, or does not send, may hurt another: messages are bo
 exception of any kind becomes an answer and a logged traceback.
 
 Who may what: root, the daemon's own user and, where one is given, members of a group administer; the owner of a
-pipeline (its uid) may see, touch, lease and warm that pipeline; who may read its files in the mount, by owner, group
+pipeline (its uid) may see, touch, lease, warm and mark that pipeline; who may read its files in the mount, by owner, group
 and mode, may open it. Others are turned away.
 """
 
@@ -31,6 +31,7 @@ from instantstart_fs.control.protocol import (
     MAX_HANDED_FILES,
     MAX_REQUEST,
     Add,
+    ColdStarts,
     DaemonInfo,
     Done,
     Evict,
@@ -40,6 +41,7 @@ from instantstart_fs.control.protocol import (
     Lease,
     LineBuffer,
     Ls,
+    Mark,
     Open,
     Opening,
     Pin,
@@ -170,7 +172,10 @@ class ControlServer:
         """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
         if self.administers(peer) or isinstance(request, Ping | Ls):
             return
-        if isinstance(request, Status | Touch | Lease | Warm) and self._library.spec(request.pipeline).uid == peer.uid:
+        if (
+            isinstance(request, Status | Touch | Lease | Warm | Mark | ColdStarts)
+            and self._library.spec(request.pipeline).uid == peer.uid
+        ):
             return
         if isinstance(request, Open):
             spec = self._library.spec(request.pipeline)
@@ -182,7 +187,7 @@ class ControlServer:
             )
         raise PermissionRefused(
             f"uid {peer.uid} may not {type(request).__name__.lower()} here; ask as root, as the daemon's user, "
-            "or, for status, touch, lease and warm, as the pipeline's owner"
+            "or, for status, touch, lease, warm, mark and explain, as the pipeline's owner"
         )
 
     def visible(self, peer: Peer) -> list[PipelineStatus]:
@@ -350,6 +355,10 @@ class _Connection:
                 return self._server.status(pipeline)
             case Touch(pipeline):
                 return library.touch(pipeline)
+            case Mark(pipeline, moment, at_ns):
+                return library.mark(pipeline, moment, at_ns)
+            case ColdStarts(pipeline):
+                return library.cold_starts(pipeline)
             case Add(spec, warm):
                 return await change(lambda: self._add(spec, warm))
             case Update(pipeline):

@@ -140,6 +140,7 @@ class Filler(CommitEvents):
         self._random = random.Random()
         self._retries = 0
         self._fetched = 0
+        self._fetched_from: dict[str, int] = {}
         self._poisonings = 0
 
     # -- the library's side --------------------------------------------------------------------------------------
@@ -233,7 +234,9 @@ class Filler(CommitEvents):
             await self._wait_closed(opening, closing)
         if scope.cancelled_caught:
             for worker in {self._closing[number][1] for number in closing & self._closing.keys()}:
-                log.error("the fetch worker %d does not close a file of %s; it is killed", worker.pid, pipeline)
+                log.error(
+                    "the fetch worker %d does not close a file; it is killed", worker.pid, extra={"pipeline": pipeline}
+                )
                 worker.kill()
             await self._wait_closed(opening, closing)
         await self._committer.wait_quiet(pipeline)
@@ -278,6 +281,7 @@ class Filler(CommitEvents):
             commits=self._committer.commits,
             poisoned=self._poisonings,
             index_stuck=self._committer.stuck is not None,
+            fetched_from=tuple(sorted(self._fetched_from.items())),
             origins=tuple(
                 BreakerState(str(key), breaker.state(now), self._plan.in_flight(key))
                 for key, breaker in self._breakers.items()
@@ -570,6 +574,9 @@ class Filler(CommitEvents):
         self._unsend(sent)
         length = target.present.byte_range(chunk).length
         self._fetched += length
+        origin = filling.source.key
+        label = f"{origin.scheme}://{origin.endpoint}"
+        self._fetched_from[label] = self._fetched_from.get(label, 0) + length
         self._rates.add(key.pipeline, max(length - sent.counted, 0), now)
         target.present.add(chunk)
         self._plan.arrived(key, chunk)
@@ -624,7 +631,7 @@ class Filler(CommitEvents):
             f"{target.entry.path}: the bytes that came have {digest.algorithm} {found}, the manifest says "
             f"{digest.value}"
         )
-        log.error("%s: %s", key.pipeline, error.message)
+        log.error("%s", error.message, extra={"pipeline": key.pipeline})
         self._poisonings += 1
         count = self._mismatches[key] = self._mismatches.get(key, 0) + 1
         if count >= MISMATCHES:
@@ -663,7 +670,12 @@ class Filler(CommitEvents):
         self._events.target_poisoned(target, target.error)
 
     def on_lost(self, target: FillTarget, error: InstantStartError) -> None:
-        log.error("%s: what was written may be lost, and is fetched again: %s", target.entry.path, error.message)
+        log.error(
+            "%s: what was written may be lost, and is fetched again: %s",
+            target.entry.path,
+            error.message,
+            extra={"pipeline": target.key.pipeline},
+        )
         for chunk in range(target.present.chunks):
             if chunk in target.present and chunk not in target.durable:
                 target.present.discard(chunk)

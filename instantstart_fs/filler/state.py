@@ -68,7 +68,7 @@ class BreakerState(msgspec.Struct, frozen=True):
 
 
 class FillStatistics(msgspec.Struct, frozen=True):
-    """``queued`` chunks are wanted and not in flight."""
+    """``queued`` chunks are wanted and not in flight. ``fetched_from``: bytes by scheme and endpoint."""
 
     workers: int
     worker_deaths: int
@@ -80,6 +80,7 @@ class FillStatistics(msgspec.Struct, frozen=True):
     commits: int
     poisoned: int
     index_stuck: bool
+    fetched_from: tuple[tuple[str, int], ...]
     origins: tuple[BreakerState, ...]
 
 

@@ -8,7 +8,8 @@ and everything of a generation in manifest order, is one range:
     files          <pipeline> NUL <generation:u32> <index:u32>    FileRecord; none = absent, never filled
     requests       <pipeline>                                     u64, ns: last request
     atimes         <pipeline> NUL <generation:u32> <index:u32>    u64, ns: last access of that file
-    meta           format, nodeids                                u64
+    coldstarts     <pipeline> NUL <first open:u64, ns>            core.coldstart.ColdStart (a map)
+    meta           format, nodeids, health                        u64
 
 Integers are big-endian; a pipeline id is ASCII without NUL, so that no id's range runs into another's.
 """
@@ -19,15 +20,17 @@ import struct
 
 import msgspec
 
+from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.errors import StoreDamaged
 
 FORMAT = 1
 """Of the whole index; a newer one is refused, an older one migrated at open (there is none yet)."""
 
-DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes")
+DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes", "coldstarts")
 META_FORMAT = b"format"
 META_NODEIDS = b"nodeids"
+META_HEALTH = b"health"
 FIRST_NODEID = 1024
 """Below it are the mount's own (the root is 1; .warm, .filling, .cold)."""
 
@@ -76,6 +79,7 @@ class FileRecord(msgspec.Struct, frozen=True, array_like=True):
 _pipeline_decoder = msgspec.msgpack.Decoder(PipelineRecord)
 _generation_decoder = msgspec.msgpack.Decoder(GenerationRecord)
 _file_decoder = msgspec.msgpack.Decoder(FileRecord)
+_cold_start_decoder = msgspec.msgpack.Decoder(ColdStart)
 encode = msgspec.msgpack.Encoder().encode
 """Any of the records → its value."""
 
@@ -106,6 +110,13 @@ def decode_file(value: bytes) -> FileRecord:
         raise _damaged("a file", error) from error
 
 
+def decode_cold_start(value: bytes) -> ColdStart:
+    try:
+        return _cold_start_decoder.decode(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _damaged("a cold start", error) from error
+
+
 def encode_u64(value: int) -> bytes:
     return _U64.pack(value)
 
@@ -134,6 +145,10 @@ def generation_key(pipeline: str, generation: int) -> bytes:
 
 def file_key(pipeline: str, generation: int, index: int) -> bytes:
     return pipeline_prefix(pipeline) + _FILE.pack(generation, index)
+
+
+def cold_start_key(pipeline: str, started_ns: int) -> bytes:
+    return pipeline_prefix(pipeline) + _U64.pack(started_ns)
 
 
 def parse_file_key(key: bytes) -> tuple[str, int, int]:

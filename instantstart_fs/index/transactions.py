@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import lmdb
 
+from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.errors import StoreError
 from instantstart_fs.index import schema
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
@@ -89,6 +90,11 @@ class ReadTxn:
         for key, value in self._scan("atimes", schema.generation_key(pipeline, generation)):
             yield schema.parse_file_key(key)[2], schema.decode_u64(value)
 
+    def cold_starts(self) -> Iterator[ColdStart]:
+        """All of them, by pipeline and time."""
+        for _, value in self._scan("coldstarts"):
+            yield schema.decode_cold_start(value)
+
     def dump(self) -> dict[str, dict[bytes, bytes]]:
         """Everything, raw: for tests and for probing a suspect index."""
         return {database: dict(self._scan(database)) for database in schema.DATABASES}
@@ -144,10 +150,10 @@ class WriteTxn(ReadTxn):
         self._put("pipelines", schema.pipeline_key(record.spec.id), schema.encode(record))
 
     def delete_pipeline(self, pipeline: str) -> None:
-        """With its generations, files and times. No effect if it is not there."""
+        """With its generations, files, times and cold starts. No effect if it is not there."""
         self._delete("pipelines", schema.pipeline_key(pipeline))
         self._delete("requests", schema.pipeline_key(pipeline))
-        for database in ("generations", "files", "atimes"):
+        for database in ("generations", "files", "atimes", "coldstarts"):
             self._delete_range(database, schema.pipeline_prefix(pipeline))
 
     def put_generation(self, record: GenerationRecord) -> None:
@@ -176,6 +182,16 @@ class WriteTxn(ReadTxn):
 
     def put_last_access(self, pipeline: str, generation: int, index: int, at_ns: int) -> None:
         self._put("atimes", schema.file_key(pipeline, generation, index), schema.encode_u64(at_ns))
+
+    def put_cold_start(self, record: ColdStart) -> None:
+        self._put("coldstarts", schema.cold_start_key(record.pipeline, record.started_ns), schema.encode(record))
+
+    def delete_cold_start(self, pipeline: str, started_ns: int) -> bool:
+        return self._delete("coldstarts", schema.cold_start_key(pipeline, started_ns))
+
+    def prove_writable(self, at_ns: int) -> None:
+        """Write something small; raises what a real write would."""
+        self._put("meta", schema.META_HEALTH, schema.encode_u64(at_ns))
 
     def reserve_nodeids(self, count: int) -> int:
         """The first of ``count`` consecutive nodeids that nobody ever had, across restarts and lost indexes.

@@ -6,6 +6,7 @@ The facade that the mount (view.View) and the control server talk to. It compose
     browsing  ls, stat, getfattr
     reading   open, read, the filler's listener
     admin     add, update, remove, evict, verify
+    observing what happens, counted; cold starts
     present   how state looks from outside
     fsck      rebuilding the index from the slots
 
@@ -24,11 +25,13 @@ import trio
 
 from instantstart_fs.config import Config
 from instantstart_fs.core import eviction
+from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
+from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.filler.evictor import Evictor
-from instantstart_fs.filler.scheduler import Filler, FillSettings
+from instantstart_fs.filler.scheduler import Filler, FillSettings, FillStatistics
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.transactions import WriteTxn
@@ -36,6 +39,8 @@ from instantstart_fs.library import present
 from instantstart_fs.library.admin import Admin, VerifyReport
 from instantstart_fs.library.browsing import Browsing
 from instantstart_fs.library.handover import Handover
+from instantstart_fs.library.observing import Observer
+from instantstart_fs.library.overview import Overview, OverviewBuilder
 from instantstart_fs.library.reading import Handle, Reading
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import Pipeline
@@ -63,7 +68,8 @@ class Library:
 
         self._shelf = Shelf(store, index, opener)
         self._access = AccessLog(index)
-        self._reading = Reading(self._shelf, self._access, config.fill.read_deadline)
+        self.observer = Observer(index, self._shelf.now_ns, self._facts)
+        self._reading = Reading(self._shelf, self._access, config.fill.read_deadline, self.observer)
         settings = FillSettings(
             workers=config.fill.worker_count,
             connections=config.fill.connections,
@@ -83,6 +89,8 @@ class Library:
             await nursery.start(self._access.run)
             await trio.to_thread.run_sync(self._shelf.load)
             await trio.to_thread.run_sync(self._remove_superseded)
+            await trio.to_thread.run_sync(self.observer.load)
+            nursery.start_soon(self.observer.run)
             await nursery.start(self._filler.run)
             nursery.start_soon(self._reading.run_replacements)
             nursery.start_soon(self._drop_drained)
@@ -179,10 +187,11 @@ class Library:
     async def remove(self, pipeline: str) -> None:
         """Raises PipelineNotFound, PipelineBusy (leased)."""
         await self._admin.remove(pipeline)
+        self.observer.forget(pipeline)
 
     async def evict(self, pipeline: str) -> None:
         """Raises PipelineNotFound, PipelineBusy (pinned, leased or open)."""
-        await self._admin.evict(pipeline)
+        self.observer.evicted(await self._admin.evict(pipeline))
 
     async def set_pinned(self, pipeline: str, pinned: bool) -> None:
         await self._admin.set_pinned(pipeline, pinned)
@@ -202,6 +211,41 @@ class Library:
 
     def status(self, pipeline: str) -> PipelineStatus:
         return self._status(self._shelf.pipeline(pipeline), with_files=True)
+
+    def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
+        """A moment of a cold start that a filesystem cannot see; wall clock, None for now. Raises PipelineNotFound,
+        NoColdStart."""
+        self.observer.mark(self._shelf.pipeline(pipeline).id, moment, at_ns)
+
+    def cold_starts(self, pipeline: str) -> list[ColdStart]:
+        """The last ones, newest first. Raises PipelineNotFound."""
+        return self.observer.cold_starts(self._shelf.pipeline(pipeline).id)
+
+    def fill_statistics(self) -> FillStatistics:
+        return self._filler.statistics()
+
+    async def overview(self) -> Overview:
+        """Everything at a glance, for the page and the metrics; lets others run while it looks."""
+        builder = OverviewBuilder(self.budget(), self._shelf.now_ns())
+        for pipeline in list(self._shelf.pipelines.values()):
+            if not pipeline.removed:
+                candidate = self._candidate(pipeline)
+                builder.add(self._status(pipeline, with_files=False), candidate)
+            if builder.wants_a_pause:
+                await trio.lowlevel.checkpoint()
+        return builder.build(self.observer.latest(builder.COLD_STARTS))
+
+    async def prove_index_writable(self) -> None:
+        """Raises StoreError."""
+        await self._index.write(lambda txn: txn.prove_writable(self._shelf.now_ns()))
+
+    def pipeline_of(self, nodeid: int) -> str | None:
+        """Whose file or directory that is; None for the mount's own, and for what is gone."""
+        found = self._shelf.nodes.find(nodeid)
+        if isinstance(found, Pipeline):
+            return found.id
+        generation = found[0] if isinstance(found, tuple) else found.generation if found is not None else None
+        return generation.pipeline.id if generation is not None else None
 
     def list(self) -> list[PipelineStatus]:
         return [
@@ -260,29 +304,33 @@ class Library:
 
     def candidates(self) -> Sequence[eviction.Candidate]:
         """Every pipeline with cached bytes."""
-        now, keep_hot = self._shelf.now_ns() / 1e9, self._config.eviction.keep_hot
-        found = []
-        for pipeline in self._shelf.pipelines.values():
-            used = sum(generation.counts.everything for generation in pipeline.generations())
-            requested = (self._access.last_request(pipeline.id) or 0) / 1e9
+        found = (self._candidate(pipeline) for pipeline in self._shelf.pipelines.values())
+        return [candidate for candidate in found if candidate.bytes]
+
+    def _candidate(self, pipeline: Pipeline) -> eviction.Candidate:
+        requested = (self._access.last_request(pipeline.id) or 0) / 1e9
+        return eviction.Candidate(
+            pipeline=pipeline.id,
+            bytes=sum(generation.counts.everything for generation in pipeline.generations()),
             # What was never requested counts from when it came here: warming one must not make it the next to go.
-            used_at = max(requested, pipeline.grown_at_ns / 1e9)
-            if used:
-                found.append(
-                    eviction.Candidate(
-                        pipeline=pipeline.id,
-                        bytes=used,
-                        last_request=used_at,
-                        hot=eviction.is_hot(requested, keep_hot, now),
-                        pinned=pipeline.pinned,
-                        # One that is being updated (its origin may take minutes) must not hold up the others' eviction.
-                        open=pipeline.in_use or self._filler.is_filling(pipeline.id) or pipeline.lock.locked(),
-                        leased=pipeline.leases > 0,
-                    )
-                )
-        return found
+            last_request=max(requested, pipeline.grown_at_ns / 1e9),
+            hot=eviction.is_hot(requested, self._config.eviction.keep_hot, self._shelf.now_ns() / 1e9),
+            pinned=pipeline.pinned,
+            # One that is being updated (its origin may take minutes) must not hold up the others' eviction.
+            open=pipeline.in_use or self._filler.is_filling(pipeline.id) or pipeline.lock.locked(),
+            leased=pipeline.leases > 0,
+        )
 
     # -- state -----------------------------------------------------------------------------------------------------
+
+    def _facts(self, pipeline_id: str) -> Facts:
+        pipeline = self._shelf.pipeline(pipeline_id)
+        generation = pipeline.current
+        if generation is None:
+            return Facts(self._state_of(pipeline), 0, 0, 0)
+        files = generation.manifest.files
+        weights = sum(is_weight_file(files[index].file.path) for index in generation.load_set)
+        return Facts(self._state_of(pipeline), generation.counts.cached, generation.load_bytes, weights)
 
     def _state_of(self, pipeline: Pipeline) -> PipelineState:
         return present.pipeline_state(pipeline, filling=self._filler.is_filling(pipeline.id))

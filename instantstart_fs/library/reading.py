@@ -34,6 +34,7 @@ from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.holders import processes_holding
+from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble, counts_as_request
 
@@ -63,10 +64,11 @@ class Handle:
 class Reading:
     """Owned by the Library. ``read_deadline``: seconds without progress after which a waiting read fails."""
 
-    def __init__(self, shelf: Shelf, access: AccessLog, read_deadline: float) -> None:
+    def __init__(self, shelf: Shelf, access: AccessLog, read_deadline: float, observer: Observer) -> None:
         self._shelf = shelf
         self._access = access
         self._read_deadline = read_deadline
+        self._observer = observer
         self._filler: Filler | None = None
         self._on_growth: Callable[[], None] = lambda: None
         self._drained = trio.open_memory_channel[Generation](math.inf)
@@ -104,6 +106,7 @@ class Reading:
         except StoreDamaged as error:
             file = self._shelf.nodes.find(nodeid)
             if not isinstance(file, CachedFile) or nodeid != file.passthrough_nodeid:
+                self._observer.failed("open", error)
                 raise
             if not file.handles:
                 self._close_reader(file)
@@ -118,6 +121,17 @@ class Reading:
             return None
 
     def _open(self, nodeid: int) -> Handle:
+        try:
+            handle = self._take(nodeid)
+        except (NoSuchEntry, StoreDamaged):
+            raise  # it is looked up, or opened, once more
+        except InstantStartError as error:
+            self._observer.failed("open", error)
+            raise
+        self._observer.opened(handle.file, passthrough=handle.backing is not None)
+        return handle
+
+    def _take(self, nodeid: int) -> Handle:
         file = self._shelf.nodes.find(nodeid)
         if not isinstance(file, CachedFile):
             raise NoSuchEntry(f"node {nodeid} is no file, or is gone")
@@ -161,6 +175,15 @@ class Reading:
 
     async def read_into(self, handle: Handle, offset: int, buffer: memoryview) -> int:
         """See view.View.read_into."""
+        try:
+            count = await self._read_into(handle, offset, buffer)
+        except InstantStartError as error:
+            self._observer.failed("read", error)
+            raise
+        self._observer.read(handle.file, count)
+        return count
+
+    async def _read_into(self, handle: Handle, offset: int, buffer: memoryview) -> int:
         file = handle.file
         length = min(len(buffer), file.size - offset)
         if length <= 0:
@@ -189,6 +212,7 @@ class Reading:
             return
         handle.released = True
         file = handle.file
+        self._observer.closed(file)
         file.handles -= 1
         if file.handles == 0 and file.reader is not None:
             generation = file.generation
@@ -281,7 +305,12 @@ class Reading:
             await self.start_fill(file.generation, first=file)
         if not target.readable(wanted):
             self.filler.demand(target, wanted)
-            await target.wait_readable(wanted, self._read_deadline)
+            since, failed = trio.current_time(), True
+            try:
+                await target.wait_readable(wanted, self._read_deadline)
+                failed = False
+            finally:
+                self._observer.waited(file, trio.current_time() - since, failed=failed)
 
     def _wants_weights(self, file: CachedFile, target: FillTarget, offset: int) -> bool:
         path, chunk_size = file.entry.file.path, target.present.chunk_size
@@ -367,7 +396,9 @@ class Reading:
         if file is None:
             return
         file.state = FileState.FILLING
-        file.generation.grew(file, target.present.byte_range(chunk).length)
+        length = target.present.byte_range(chunk).length
+        file.generation.grew(file, length)
+        self._observer.fetched(file, length)
         pipeline = file.generation.pipeline
         if pipeline.trouble is not None and pipeline.trouble.final and pipeline.trouble.file is file:
             pipeline.trouble = None  # it goes on after all; the trouble of another file stays
@@ -386,7 +417,9 @@ class Reading:
         generation.completed(file)
         if self._shelf.passthrough and generation is generation.pipeline.current:
             self._shelf.invalidate_file(file)
-        if generation is generation.pipeline.current and generation.load_set_complete:
+        warm = generation is generation.pipeline.current and generation.load_set_complete
+        self._observer.completed(file, warm=warm)
+        if warm:
             generation.filling_load_set = False
             generation.pipeline.trouble = None
             log.info("warm: %d bytes", generation.load_bytes, extra={"pipeline": generation.pipeline.id})
@@ -434,6 +467,7 @@ class Reading:
         """
         pipeline = file.generation.pipeline
         file.state = FileState.POISONED
+        self._observer.poisoned(file)
         drop_target(file)
         self._log_holders(file, error)
         new = self._shelf.replace_file(file, error)
@@ -447,6 +481,7 @@ class Reading:
         file.generation.filling_load_set = False
         file.generation.counts_changed()
         if not isinstance(error, FillCancelled):
+            self._observer.fill_failed(error)
             self._set_trouble(file.generation.pipeline, error, final=True, file=file)
         file.generation.pipeline.changed()
 

@@ -60,7 +60,7 @@ class Shelf:
             try:
                 self._load_generation(pipeline, record.generation)
             except InstantStartError as error:
-                log.error("%s: cannot be served: %s", pipeline.id, error.message, extra={"pipeline": pipeline.id})
+                log.error("cannot be served: %s", error.message, extra={"pipeline": pipeline.id})
                 pipeline.trouble = Trouble(error, self.now_ns(), final=True)
             self.pipelines[pipeline.id] = pipeline
             self.nodes.add_pipeline(pipeline)

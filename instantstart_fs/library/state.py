@@ -32,7 +32,8 @@ class CachedFile:
     """One incarnation of one file.
 
     ``bitmap``: durable presence while neither sealed nor filling (then the target knows). ``handles``: how many opens
-    hold it; ``reader`` is their shared descriptor. ``gone``: why another incarnation has taken its place.
+    hold it; ``reader`` is their shared descriptor; ``served_bytes`` were given to readers by the daemon. ``gone``: why
+    another incarnation has taken its place.
     """
 
     __slots__ = (
@@ -44,6 +45,7 @@ class CachedFile:
         "incarnation",
         "nodeid",
         "reader",
+        "served_bytes",
         "state",
         "target",
         "triple",
@@ -62,6 +64,7 @@ class CachedFile:
         self.target: FillTarget | None = None
         self.reader: BlobFile | None = None
         self.handles = 0
+        self.served_bytes = 0
         self.gone: InstantStartError | None = None
 
     @property

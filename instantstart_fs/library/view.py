@@ -105,6 +105,10 @@ class View(Protocol):
 
     def filesystem(self) -> Filesystem: ...
 
+    def pipeline_of(self, nodeid: int) -> str | None:
+        """For the log: whose file or directory that is. None for the mount's own and for what is gone."""
+        ...
+
     def open_nowait(self, nodeid: int) -> OpenFile | None:
         """``open`` where it need not wait for anything; None: it must. Raises what ``open`` raises."""
         ...

@@ -23,6 +23,7 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
     errors.PipelineNotFound: errno.ENOENT,
     errors.PipelineExists: errno.EEXIST,
     errors.PipelineBusy: errno.EBUSY,
+    errors.NoColdStart: errno.ENOENT,
     errors.OriginError: errno.EIO,
     errors.OriginUnavailable: errno.EIO,
     errors.OriginThrottled: errno.EIO,

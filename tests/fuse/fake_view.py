@@ -120,6 +120,9 @@ class FakeView:
     def filesystem(self) -> Filesystem:
         return Filesystem(total_bytes=1 << 40, available_bytes=1 << 39, files=len(self.nodes))
 
+    def pipeline_of(self, nodeid: int) -> str | None:
+        return "fake" if nodeid != ROOT else None
+
     def open_nowait(self, nodeid: int) -> OpenFile | None:
         """Some opens wait, so that both ways are walked."""
         if self.names.get(nodeid, "").startswith(("slow", "stuck")):

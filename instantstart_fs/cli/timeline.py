@@ -1,0 +1,142 @@
+"""Cold starts for people: `explain` draws phases as bars on one scale, in colour on a terminal, plain elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from instantstart_fs.cli.show import human_bytes, human_time
+from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, phases
+from instantstart_fs.errors import UsageError
+
+WIDTH = 44
+"""Characters that the longest bar takes; with the labels it fits 100 columns."""
+_LOOKS = {
+    "scheduling": ("░", "bright_black"),
+    "fetching": ("▒", "yellow"),
+    "loading": ("█", "green"),
+    "engine": ("▓", "blue"),
+    "first-token": ("■", "magenta"),
+}
+MEANINGS = {
+    "scheduling": "requested → first open",
+    "fetching": "→ last weight file sealed",
+    "loading": "→ last weight file opened, staged or read",
+    "engine": "→ ready",
+    "first-token": "→ first token",
+}
+
+
+def parse_moment(word: str) -> Moment:
+    """Raises UsageError."""
+    for moment in MOMENTS:
+        if word == moment:
+            return moment
+    raise UsageError(f"{word!r} is none of {', '.join(MOMENTS)}")
+
+
+def parse_time(text: str) -> int:
+    """RFC 3339, or seconds since 1970, as nanoseconds. Raises UsageError."""
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        pass
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is neither an RFC 3339 time nor seconds since 1970") from None
+    return int((moment if moment.tzinfo else moment.astimezone()).timestamp() * 1e9)
+
+
+def seconds(value: float) -> str:
+    """As precise as it matters: 840 ms, 4.21 s, 93 s."""
+    if abs(value) < 1:
+        return f"{value * 1000:.0f} ms"
+    return f"{value:.2f} s" if abs(value) < 10 else f"{value:.1f} s" if abs(value) < 60 else f"{value:.0f} s"
+
+
+def as_plain(record: ColdStart) -> dict[str, Any]:
+    """What `explain --json` prints for one: the record with RFC 3339 times, and its phases."""
+    found: dict[str, Any] = msgspec.to_builtins(record)
+    for name in ("started", "requested", "ready", "first_token"):
+        at = found.pop(f"{name}_ns")
+        found[name] = None if at is None else datetime.fromtimestamp(at / 1e9, UTC).isoformat(timespec="milliseconds")
+    found["phases"] = [
+        {"name": phase.name, "start": round(phase.start, 6), "end": round(phase.end, 6)} for phase in phases(record)
+    ]
+    return found
+
+
+def draw(pipeline: str, records: Sequence[ColdStart]) -> None:
+    """On stdout, newest first."""
+    if not records:
+        print(f"{pipeline}: no cold start seen yet; one begins with the first open of a weight file after a quiet time")
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    # Plain text off a terminal, as wide as it is: rich would cut lines at 80 columns there.
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    console = Console(
+        width=None if sys.stdout.isatty() else 200, highlight=False, no_color=not coloured, soft_wrap=True
+    )
+    longest = max((phases(record)[-1].end - phases(record)[0].start for record in records if phases(record)), default=0)
+    used = set()
+    for record in records:
+        console.print(Text(_title(record), style="bold"))
+        for phase in (found := phases(record)):
+            used.add(phase.name)
+            sign, colour = _LOOKS[phase.name]
+            offset = round((phase.start - found[0].start) / longest * WIDTH) if longest else 0
+            length = max(1, round(phase.seconds / longest * WIDTH)) if longest else 1
+            bar = Text(f"  {phase.name:<12}{' ' * offset}")
+            bar.append(sign * length, style=colour)
+            bar.append(f" {seconds(phase.seconds)}")
+            console.print(bar)
+        for line in details(record):
+            console.print(Text(f"  {line}"))
+        console.print()
+    for name, meaning in MEANINGS.items():
+        if name in used:
+            console.print(Text(f"{_LOOKS[name][0]} {name:<12} {meaning}", style="dim"))
+
+
+def _title(record: ColdStart) -> str:
+    started = datetime.fromtimestamp(record.started_ns / 1e9, UTC).isoformat()
+    found = phases(record)
+    whole = f", {seconds(found[-1].end - found[0].start)}" if found else ""
+    ended = " (running)" if record.live else " (the daemon ended meanwhile)" if record.interrupted else ""
+    return f"{human_time(started)}: from {record.state}{whole}{ended}"
+
+
+def details(record: ColdStart) -> list[str]:
+    """The figures under a bar."""
+    had = f"had {human_bytes(record.cached_bytes)} of {human_bytes(record.total_bytes)}"
+    moved = [f"fetched {human_bytes(record.fetched_bytes)}"] if record.fetched_bytes else ["fetched nothing"]
+    for name, count in (
+        ("staged", record.staged_bytes),
+        ("read by the kernel itself, up to", record.passthrough_bytes),
+        ("read through the daemon", record.daemon_bytes),
+    ):
+        if count:
+            moved.append(f"{name} {human_bytes(count)}")
+    lines = [f"{had}; {', '.join(moved)}"]
+    times = [f"{record.opened_files} of {record.weight_files} weight files opened"]
+    for name, after in (
+        ("last sealed", record.sealed_after),
+        ("last staged", record.staged_after),
+        ("last opened", record.opened_after),
+    ):
+        if after is not None:
+            times.append(f"{name} at {seconds(after)}")
+    lines.append(", ".join(times))
+    if record.waits:
+        slowest = f"slowest {seconds(record.slowest_wait)} ({record.slowest_file})"
+        failed = f", {record.errors} failed" if record.errors else ""
+        lines.append(f"{record.waits} reads waited for bytes, {slowest}{failed}")
+    return lines

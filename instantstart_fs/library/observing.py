@@ -1,0 +1,273 @@
+"""What happens, counted: totals for the metrics, cold-start records for `explain`. Lives on the trio thread.
+
+Whoever does something tells it here with one call that costs about a microsecond and cannot fail; it changes nothing
+about what is served. Totals count from the daemon's start. Records go to the index in batches; an index that takes none
+loses history, never a read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import msgspec
+import trio
+
+from instantstart_fs.core import coldstart
+from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
+from instantstart_fs.errors import InstantStartError, NoColdStart
+from instantstart_fs.index.environment import Index
+from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.library.state import CachedFile, counts_as_request
+
+log = logging.getLogger(__name__)
+
+WAIT_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0)
+LOAD_BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+"""Upper bounds in seconds, of reads that waited and of cold starts."""
+WRITE_SECONDS = 1.0
+
+
+class Histogram:
+    """Counts by upper bound, as Prometheus wants them; ``total`` in the unit of what is observed."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """(upper bound as text, count of what was at most that)."""
+        found, so_far = [], 0
+        for bound, count in zip([*(f"{bound:g}" for bound in self.bounds), "+Inf"], self.counts, strict=True):
+            so_far += count
+            found.append((bound, float(so_far)))
+        return found
+
+
+class Totals:
+    """Since the daemon's start. Bytes, but where a name says otherwise."""
+
+    def __init__(self) -> None:
+        self.opens: Counter[str] = Counter()
+        """By mode: passthrough (the kernel reads the store's file itself) or daemon."""
+        self.reads = 0
+        self.read_bytes = 0
+        self.waits = Histogram(WAIT_BUCKETS)
+        self.errors: Counter[tuple[str, str]] = Counter()
+        """By (open | read, error code)."""
+        self.files_completed: Counter[str] = Counter()
+        """By state: sealed or unverified."""
+        self.warmed = 0
+        self.fill_failures: Counter[str] = Counter()
+        self.evictions = 0
+        self.evicted_bytes = 0
+        self.poisoned_served_bytes = 0
+        self.staged_bytes = 0
+        self.cold_starts: Counter[str] = Counter()
+        """By the pipeline's state at the first open."""
+        self.cold_start_seconds = Histogram(LOAD_BUCKETS)
+
+
+class Observer:
+    """Owned by the Library. ``facts``: a pipeline's load set as it is now."""
+
+    def __init__(
+        self,
+        index: Index,
+        now_ns: Callable[[], int],
+        facts: Callable[[str], Facts],
+        clock: Callable[[], float] = trio.current_time,
+    ) -> None:
+        self._index = index
+        self._now_ns = now_ns
+        self._facts = facts
+        self._clock = clock
+        self._tracker = coldstart.Tracker()
+        self._history: dict[str, dict[int, ColdStart]] = {}
+        self._count = 0
+        self._wake = trio.Event()
+        self.totals = Totals()
+
+    # -- what happens ------------------------------------------------------------------------------------------------
+
+    def opened(self, file: CachedFile, *, passthrough: bool) -> None:
+        self.totals.opens["passthrough" if passthrough else "daemon"] += 1
+        if not counts_as_request(file):
+            return
+        pipeline, tracker = file.generation.pipeline.id, self._tracker
+        facts = None
+        if tracker.begins(pipeline):
+            facts = self._facts(pipeline)
+            self.totals.cold_starts[facts.state] += 1
+        tracker.opened(
+            pipeline,
+            file.entry.path,
+            size=file.size,
+            passthrough=passthrough,
+            now=self._clock(),
+            wall_ns=self._now_ns(),
+            facts=facts,
+        )
+        if tracker.changed:
+            self._wake.set()
+
+    def closed(self, file: CachedFile) -> None:
+        if counts_as_request(file):
+            self._tracker.closed(file.generation.pipeline.id, self._clock())
+
+    def read(self, file: CachedFile, count: int) -> None:
+        """A READ was answered by the daemon."""
+        self.totals.reads += 1
+        self.totals.read_bytes += count
+        file.served_bytes += count
+        self._tracker.read(file.generation.pipeline.id, count, self._clock())
+
+    def waited(self, file: CachedFile, seconds: float, *, failed: bool) -> None:
+        """A read waited for bytes that were not here."""
+        self.totals.waits.observe(seconds)
+        self._tracker.waited(file.generation.pipeline.id, file.entry.path, seconds, self._clock(), failed=failed)
+
+    def failed(self, operation: str, error: InstantStartError) -> None:
+        """``operation``: open or read."""
+        self.totals.errors[operation, error.code] += 1
+
+    def fetched(self, file: CachedFile, count: int) -> None:
+        self._tracker.fetched(file.generation.pipeline.id, count, self._clock())
+
+    def completed(self, file: CachedFile, *, warm: bool) -> None:
+        """``warm``: it was the last one of its load set."""
+        self.totals.files_completed[file.state.value] += 1
+        self.totals.warmed += warm
+        if counts_as_request(file):
+            self._tracker.sealed(file.generation.pipeline.id, self._clock())
+
+    def fill_failed(self, error: InstantStartError) -> None:
+        self.totals.fill_failures[error.code] += 1
+
+    def poisoned(self, file: CachedFile) -> None:
+        """Its bytes were wrong, or are now."""
+        self.totals.poisoned_served_bytes += file.served_bytes
+
+    def evicted(self, count: int) -> None:
+        self.totals.evictions += 1
+        self.totals.evicted_bytes += count
+
+    def staged(self, pipeline: str, count: int, *, file_done: bool) -> None:
+        """``count`` bytes of a weight file were brought into the page cache; ``file_done``: it is whole there now."""
+        self.totals.staged_bytes += count
+        self._tracker.staged(pipeline, count, self._clock(), file_done=file_done)
+
+    def forget(self, pipeline: str) -> None:
+        """The pipeline was removed."""
+        self._tracker.forget(pipeline)
+        self._count -= len(self._history.pop(pipeline, ()))
+
+    # -- cold starts -------------------------------------------------------------------------------------------------
+
+    def mark(self, pipeline: str, moment: Moment, at_ns: int | None) -> None:
+        """``at_ns``: wall clock, None for now. Raises NoColdStart when there is none that it could be about."""
+        latest = next(iter(self.cold_starts(pipeline)), None)
+        if self._tracker.mark(pipeline, moment, self._now_ns() if at_ns is None else at_ns, latest) is None:
+            if moment != "requested":
+                raise NoColdStart(
+                    f"{pipeline}: no cold start began in the hour before that moment; "
+                    f"`instantstart explain {pipeline}` lists those that are known"
+                )
+            return
+        self._wake.set()
+
+    def cold_starts(self, pipeline: str) -> list[ColdStart]:
+        """Newest first, the live one included."""
+        known = dict(self._history.get(pipeline, {}))
+        live = self._tracker.starting(pipeline)
+        if live is not None:
+            known[live.started_ns] = live
+        return [known[at] for at in sorted(known, reverse=True)]
+
+    def latest(self, count: int) -> list[ColdStart]:
+        """Of all pipelines, newest first. What is live is as it was when last written down, at most seconds ago."""
+        records = (record for records in self._history.values() for record in records.values())
+        found = heapq.nlargest(count, records, key=lambda record: record.started_ns)
+        return [self._current(record) for record in found]
+
+    def _current(self, record: ColdStart) -> ColdStart:
+        live = self._tracker.starting(record.pipeline)
+        return live if live is not None and live.started_ns == record.started_ns else record
+
+    # -- keeping them ------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read what the index has. Blocks; before anything is observed."""
+        for record in self._index.read(lambda txn: list(txn.cold_starts())):
+            known = record if not record.live else msgspec.structs.replace(record, interrupted=True)
+            self._history.setdefault(record.pipeline, {})[record.started_ns] = known
+            self._count += 1
+
+    async def run(self) -> None:
+        """Write down what changes, end what has become quiet, until cancelled; then write a last time."""
+        try:
+            while True:
+                deadline = self._tracker.tick(self._clock())
+                if self._tracker.changed:
+                    await self._write()
+                with trio.move_on_at(deadline) if deadline < math.inf else trio.CancelScope():
+                    await self._wake.wait()
+                self._wake = trio.Event()
+                # Sixteen shards opened in a row are one write.
+                await trio.sleep(WRITE_SECONDS)
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(5):
+                await self._write()
+
+    async def _write(self) -> None:
+        changed = self._tracker.take_changed()
+        if not changed:
+            return
+        for record in changed:
+            kept = self._history.setdefault(record.pipeline, {})
+            self._count += record.started_ns not in kept
+            if not record.live:
+                before = kept.get(record.started_ns)
+                if before is None or before.live:
+                    self.totals.cold_start_seconds.observe(record.loaded_after)
+            kept[record.started_ns] = record
+        gone = self._surplus(changed)
+
+        def write(txn: WriteTxn) -> None:
+            for record in changed:
+                if txn.get_pipeline(record.pipeline) is not None:
+                    txn.put_cold_start(record)
+            for record in gone:
+                txn.delete_cold_start(record.pipeline, record.started_ns)
+
+        try:
+            await self._index.write(write)
+        except InstantStartError as error:
+            log.warning("%d cold-start records are kept in memory only: %s", len(changed), error.message)
+
+    def _surplus(self, changed: Sequence[ColdStart]) -> list[ColdStart]:
+        crowded = [
+            record
+            for pipeline in {record.pipeline for record in changed}
+            if len(self._history[pipeline]) > coldstart.PER_PIPELINE
+            for record in self._history[pipeline].values()
+        ]
+        gone = coldstart.surplus(crowded)
+        if self._count - len(gone) > coldstart.OVERALL:
+            gone = coldstart.surplus(record for records in self._history.values() for record in records.values())
+        for record in gone:
+            kept = self._history[record.pipeline]
+            del kept[record.started_ns]
+            self._count -= 1
+            if not kept:
+                del self._history[record.pipeline]
+        return gone

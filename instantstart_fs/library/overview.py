@@ -1,0 +1,69 @@
+"""Everything at a glance: what the page and the metrics show, taken in one walk that lets others run in between."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import ClassVar
+
+import msgspec
+
+from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.eviction import Budget, Candidate
+from instantstart_fs.core.status import PipelineStatus
+
+
+class Overview(msgspec.Struct, frozen=True):
+    """``used_bytes``, ``evictable_bytes``: of the store, all pipelines together. ``states``: pipelines by state.
+    ``silent``: pipelines that are being filled and got no byte for some seconds. ``pipelines`` by id."""
+
+    at_ns: int
+    budget: Budget
+    used_bytes: int
+    evictable_bytes: int
+    states: dict[str, int]
+    silent: int
+    pipelines: tuple[PipelineStatus, ...]
+    cold_starts: tuple[ColdStart, ...]
+
+
+class OverviewBuilder:
+    """Takes pipelines one by one. Not a snapshot of one instant: those first asked are a few milliseconds older."""
+
+    COLD_STARTS: ClassVar = 20
+    BATCH: ClassVar = 64
+    """Pipelines between two pauses: about a millisecond."""
+
+    def __init__(self, budget: Budget, at_ns: int) -> None:
+        self._budget = budget
+        self._at_ns = at_ns
+        self._found: list[PipelineStatus] = []
+        self._states: Counter[str] = Counter()
+        self._used = 0
+        self._evictable = 0
+        self._silent = 0
+
+    def add(self, status: PipelineStatus, candidate: Candidate) -> None:
+        self._found.append(status)
+        self._states[status.state] += 1
+        self._used += candidate.bytes
+        if candidate.evictable:
+            self._evictable += candidate.bytes
+        if status.fill is not None and status.fill.bytes_per_second == 0:
+            self._silent += 1
+
+    @property
+    def wants_a_pause(self) -> bool:
+        return len(self._found) % self.BATCH == 0
+
+    def build(self, cold_starts: Sequence[ColdStart]) -> Overview:
+        return Overview(
+            at_ns=self._at_ns,
+            budget=self._budget,
+            used_bytes=self._used,
+            evictable_bytes=self._evictable,
+            states=dict(self._states),
+            silent=self._silent,
+            pipelines=tuple(sorted(self._found, key=lambda status: status.pipeline)),
+            cold_starts=tuple(cold_starts),
+        )

@@ -1,0 +1,213 @@
+"""Every metric: its name, unit, help text and labels are here and nowhere else; docs/METRICS.md says the same.
+
+``render`` turns what the library counted into Prometheus's text. It reads, and keeps nothing: what is counted is
+counted where it happens (library.observing.Totals, filler.state.FillStatistics, library.overview.Overview).
+
+Labels are bounded. ``pipeline`` is given to at most ``http.metrics_pipelines`` pipelines, those requested last;
+``origin`` to ORIGINS addresses, the rest count as "other"; all others have a handful of values fixed by the code.
+
+    python -m instantstart_fs.metrics      prints the table of docs/METRICS.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.status import PipelineState, PipelineStatus
+from instantstart_fs.filler.state import FillStatistics
+from instantstart_fs.library.observing import Histogram, Totals
+from instantstart_fs.library.overview import Overview
+
+ORIGINS = 32
+STATES: tuple[PipelineState, ...] = ("cold", "filling", "partial", "warm", "unverified", "error")
+BREAKER = {"closed": 0, "half-open": 1, "open": 2}
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Source(msgspec.Struct, frozen=True):
+    """All that a scrape looks at. ``healthy``: what /healthz says, None where it was not asked. ``requests``: of the
+    kernel, by kind, since the mount."""
+
+    version: str
+    uptime: float
+    totals: Totals
+    fills: FillStatistics
+    overview: Overview
+    healthy: bool | None
+    per_pipeline: int
+    requests: Mapping[str, int] = {}
+
+
+Value = float | Histogram
+Samples = Iterable[tuple[tuple[str, ...], Value]]
+
+
+class Definition(msgspec.Struct, frozen=True):
+    """``samples`` gives (label values, value). A counter's name ends in _total."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    help: str
+    samples: Callable[[Source], Samples]
+    labels: tuple[str, ...] = ()
+
+
+def _one(value: Callable[[Source], float]) -> Callable[[Source], Samples]:
+    return lambda source: [((), value(source))]
+
+
+def _counted(counts: Callable[[Source], Mapping[str, int]]) -> Callable[[Source], Samples]:
+    return lambda source: [((name,), count) for name, count in sorted(counts(source).items())]
+
+
+def _bounded(found: Sequence[tuple[str, int]]) -> dict[str, int]:
+    kept = dict(found[:ORIGINS])
+    for _, count in found[ORIGINS:]:
+        kept["other"] = kept.get("other", 0) + count
+    return kept
+
+
+def _breakers(source: Source) -> Samples:
+    worst: dict[str, int] = {}
+    for state in source.fills.origins:
+        # The fingerprint of the credentials is nobody's business; of several, the worst is shown.
+        origin = state.origin.partition(" as ")[0]
+        worst[origin] = max(worst.get(origin, 0), BREAKER.get(state.state, 0))
+    return [((origin,), float(value)) for origin, value in sorted(worst.items())[:ORIGINS]]
+
+
+def _shown(source: Source) -> list[PipelineStatus]:
+    latest = sorted(source.overview.pipelines, key=lambda status: status.last_request or "", reverse=True)
+    return latest[: source.per_pipeline]
+
+
+def _each(value: Callable[[PipelineStatus], float | None]) -> Callable[[Source], Samples]:
+    def samples(source: Source) -> Iterator[tuple[tuple[str, ...], float]]:
+        for status in _shown(source):
+            found = value(status)
+            if found is not None:
+                yield (status.pipeline,), float(found)
+
+    return samples
+
+
+def _last_request(status: PipelineStatus) -> float | None:
+    return datetime.fromisoformat(status.last_request).timestamp() if status.last_request else None
+
+
+def _last_cold_starts(source: Source) -> Samples:
+    shown = {status.pipeline for status in _shown(source)}
+    latest: dict[str, ColdStart] = {}
+    for record in source.overview.cold_starts:
+        if record.pipeline in shown and not record.live:
+            latest.setdefault(record.pipeline, record)
+    return [((pipeline,), record.loaded_after) for pipeline, record in sorted(latest.items())]
+
+
+DEFINITIONS: tuple[Definition, ...] = (
+    Definition("instantstart_info", "gauge", "", "1, with the daemon's version.", lambda s: [((s.version,), 1.0)], ("version",)),
+    Definition("instantstart_uptime_seconds", "gauge", "seconds", "Since the daemon started.", _one(lambda s: s.uptime)),
+    Definition(
+        "instantstart_healthy", "gauge", "", "1 while /healthz says 200: the mount answers, the index takes writes, fetch workers live.",
+        lambda s: [] if s.healthy is None else [((), float(s.healthy))],
+    ),
+    Definition("instantstart_fuse_requests_total", "counter", "", "Requests of the kernel since the mount, by kind. pyfuse3 counts none.", _counted(lambda s: s.requests), ("kind",)),
+    Definition("instantstart_opens_total", "counter", "", "Opens of files, by who answers the reads: passthrough (the kernel itself) or daemon.", _counted(lambda s: s.totals.opens), ("mode",)),
+    Definition("instantstart_reads_total", "counter", "", "READ requests that the daemon answered. Reads in passthrough, and of pages that the kernel has, are none.", _one(lambda s: s.totals.reads)),
+    Definition("instantstart_read_bytes_total", "counter", "bytes", "Bytes served through the daemon.", _one(lambda s: s.totals.read_bytes)),
+    Definition("instantstart_read_wait_seconds", "histogram", "seconds", "How long reads of bytes that were not here waited for them.", lambda s: [((), s.totals.waits)]),
+    Definition("instantstart_errors_total", "counter", "", "Opens and reads that failed, by the error's code.", lambda s: [(key, count) for key, count in sorted(s.totals.errors.items())], ("operation", "code")),
+    Definition("instantstart_fetched_bytes_total", "counter", "bytes", "Bytes that came from origins, in whole chunks.", _counted(lambda s: _bounded(s.fills.fetched_from)), ("origin",)),
+    Definition("instantstart_fetch_retries_total", "counter", "", "Fetches of a chunk that failed and were tried again.", _one(lambda s: s.fills.retries)),
+    Definition("instantstart_fetches_in_flight", "gauge", "", "Chunks that are being fetched.", _one(lambda s: s.fills.in_flight)),
+    Definition("instantstart_fetches_queued", "gauge", "", "Chunks that are wanted and not being fetched yet.", _one(lambda s: s.fills.queued)),
+    Definition("instantstart_files_filling", "gauge", "", "Files that are being filled.", _one(lambda s: s.fills.files)),
+    Definition("instantstart_fill_workers", "gauge", "", "Fetch processes that are ready.", _one(lambda s: s.fills.workers)),
+    Definition("instantstart_fill_worker_deaths_total", "counter", "", "Fetch processes that ended and were replaced.", _one(lambda s: s.fills.worker_deaths)),
+    Definition("instantstart_files_completed_total", "counter", "", "Files that became complete: sealed (proven by their digest) or unverified.", _counted(lambda s: s.totals.files_completed), ("state",)),
+    Definition("instantstart_fills_total", "counter", "", "Load sets that became complete.", _one(lambda s: s.totals.warmed)),
+    Definition("instantstart_fill_failures_total", "counter", "", "Files whose filling ended for good, by the error's code.", _counted(lambda s: s.totals.fill_failures), ("code",)),
+    Definition("instantstart_digest_mismatches_total", "counter", "", "Files whose bytes were not those of the manifest. They were dropped and fetched again.", _one(lambda s: s.fills.poisoned)),
+    Definition("instantstart_poisoned_served_bytes_total", "counter", "bytes", "Bytes that the daemon had served from files whose bytes then proved wrong.", _one(lambda s: s.totals.poisoned_served_bytes)),
+    Definition("instantstart_origin_breaker_state", "gauge", "", "0 closed (all is well), 1 half-open (probing), 2 open (the origin counts as down). Only origins that have failed.", _breakers, ("origin",)),
+    Definition("instantstart_commits_total", "counter", "", "Group commits: fdatasync, then one index transaction.", _one(lambda s: s.fills.commits)),
+    Definition("instantstart_index_stuck", "gauge", "", "1 while the index takes no commit; background filling waits.", _one(lambda s: float(s.fills.index_stuck))),
+    Definition("instantstart_staged_bytes_total", "counter", "bytes", "Bytes of weight files brought into the page cache ahead of their readers.", _one(lambda s: s.totals.staged_bytes)),
+    Definition("instantstart_store_used_bytes", "gauge", "bytes", "Cached bytes of all pipelines.", _one(lambda s: s.overview.used_bytes)),
+    Definition("instantstart_store_capacity_bytes", "gauge", "bytes", "What the store may use.", _one(lambda s: s.overview.budget.capacity)),
+    Definition("instantstart_store_low_watermark_bytes", "gauge", "bytes", "Eviction goes down to this.", _one(lambda s: s.overview.budget.low * s.overview.budget.capacity)),
+    Definition("instantstart_store_high_watermark_bytes", "gauge", "bytes", "Eviction begins above this.", _one(lambda s: s.overview.budget.high * s.overview.budget.capacity)),
+    Definition("instantstart_store_evictable_bytes", "gauge", "bytes", "Cached bytes of pipelines that are not hot, pinned, open, leased or being filled.", _one(lambda s: s.overview.evictable_bytes)),
+    Definition("instantstart_evictions_total", "counter", "", "Pipelines whose bytes were dropped, by the evictor or by hand.", _one(lambda s: s.totals.evictions)),
+    Definition("instantstart_evicted_bytes_total", "counter", "bytes", "Bytes dropped that way.", _one(lambda s: s.totals.evicted_bytes)),
+    Definition("instantstart_pipelines", "gauge", "", "Pipelines by state.", lambda s: [((state,), float(s.overview.states.get(state, 0))) for state in STATES], ("state",)),
+    Definition("instantstart_pipelines_filling_without_bytes", "gauge", "", "Pipelines that are being filled and got no byte for the last 5 s.", _one(lambda s: s.overview.silent)),
+    Definition("instantstart_cold_starts_total", "counter", "", "Cold starts, by the pipeline's state at the first open.", _counted(lambda s: s.totals.cold_starts), ("state",)),
+    Definition("instantstart_cold_start_seconds", "histogram", "seconds", "Cold starts that have ended: from the first open to the last sign of loading.", lambda s: [((), s.totals.cold_start_seconds)]),
+    Definition("instantstart_pipeline_state", "gauge", "", "1 for the state that the pipeline is in.", lambda s: [((status.pipeline, status.state), 1.0) for status in _shown(s)], ("pipeline", "state")),
+    Definition("instantstart_pipeline_cached_bytes", "gauge", "bytes", "Of the pipeline's load set.", _each(lambda status: status.cached_bytes), ("pipeline",)),
+    Definition("instantstart_pipeline_total_bytes", "gauge", "bytes", "Of the pipeline's load set.", _each(lambda status: status.total_bytes), ("pipeline",)),
+    Definition("instantstart_pipeline_fill_bytes_per_second", "gauge", "bytes per second", "While it is being filled: what came over the last 5 s.", _each(lambda status: status.fill.bytes_per_second if status.fill else None), ("pipeline",)),
+    Definition("instantstart_pipeline_last_request_timestamp_seconds", "gauge", "seconds since 1970", "When it was last requested.", _each(_last_request), ("pipeline",)),
+    Definition("instantstart_pipeline_last_cold_start_seconds", "gauge", "seconds", "Its last cold start: from the first open to the last sign of loading. Only while it is among the newest of all.", _last_cold_starts, ("pipeline",)),
+)  # fmt: skip
+
+
+def _family(definition: Definition, source: Source) -> Metric:
+    name, text, labels = definition.name, definition.help, definition.labels
+    samples = list(definition.samples(source))
+    if definition.kind == "histogram":
+        histogram = HistogramMetricFamily(name, text, labels=labels)
+        for values, value in samples:
+            assert isinstance(value, Histogram)
+            histogram.add_metric(values, value.cumulative(), value.total)
+        return histogram
+    kind = CounterMetricFamily if definition.kind == "counter" else GaugeMetricFamily
+    family = kind(name.removesuffix("_total"), text, labels=labels)
+    for values, value in samples:
+        assert not isinstance(value, Histogram)
+        family.add_metric(values, value)
+    return family
+
+
+class _Once(Collector):
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        for definition in DEFINITIONS:
+            yield _family(definition, self._source)
+
+
+def render(source: Source) -> bytes:
+    """Prometheus's text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Once(source))
+    return generate_latest(registry)
+
+
+def table() -> str:
+    """The table of docs/METRICS.md."""
+    lines = ["| metric | kind | unit | labels | |", "|---|---|---|---|---|"]
+    for definition in DEFINITIONS:
+        labels = ", ".join(f"`{label}`" for label in definition.labels)
+        lines.append(f"| `{definition.name}` | {definition.kind} | {definition.unit} | {labels} | {definition.help} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
