@@ -15,9 +15,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import trio
@@ -32,9 +32,16 @@ from instantstart_fs.core.status import ErrorStatus, PipelineStatus
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineExists, PipelineNotFound
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
-from instantstart_fs.logs import LogFormat, configure_logging
+from instantstart_fs.logs import LogFormat, announce, configure_logging
 from instantstart_fs.mount import session
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.web.binding import address, bind
+from instantstart_fs.web.health import HealthProbe
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from instantstart_fs.web.app import Site
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +104,14 @@ async def serve(
                         server = ControlServer(library, daemon.info, socket_path, pending=daemon.pending)
                         await nursery.start(server.run)
                         nursery.start_soon(daemon.keep_pipelines)
+                        if (listener := daemon.bind_page()) is not None:
+                            nursery.start_soon(daemon.keep_page, listener)
                         daemon.ready = True
                         task_status.started()
                         line = f"ready: {len(library.list())} pipelines at {config.mount.path}, socket {socket_path}"
-                        line += f", transport {daemon.transport}"
+                        line += f", transport {daemon.transport}" + (f", page {daemon.http}" if daemon.http else "")
                         notifier.send(f"READY=1\nSTATUS={line}")
-                        print(line, flush=True)
+                        announce(line)
                     # The mount is gone and the library has flushed when this is reached.
                     watch.cancel_scope.cancel()
     log.info("stopped")
@@ -122,6 +131,8 @@ class Daemon:
         self.ready = False
         self.transport = ""
         """Who serves the mount, and why nobody faster does; "" until it is mounted."""
+        self.http = ""
+        """Where the page is."""
         self.requests: Mapping[str, int] = {}
         """How often each handler of the mount was called."""
 
@@ -136,6 +147,7 @@ class Daemon:
             ready=self.ready,
             transport=self.transport,
             requests=dict(self.requests),
+            http=self.http,
         )
 
     async def keep_mounted(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
@@ -144,6 +156,35 @@ class Daemon:
         settings = session.MountSettings(path=mount.path, store=self._config.store.path, transport=mount.transport)
         await session.serve(self._library, settings, task_status=task_status)
         raise MountFailed(f"{self._config.mount.path} was unmounted by somebody else")
+
+    # -- the page --------------------------------------------------------------------------------------------------
+
+    def bind_page(self) -> socket.socket | None:
+        """The page's listening socket; None where there is to be none, or none can be had (with a line in the log)."""
+        http = self._config.http
+        if http.port is None:
+            return None
+        try:
+            listener = bind(http.host, http.port)
+        except OSError as error:
+            log.warning("no page and no metrics: %s port %d: %s", http.host, http.port, error.strerror or error)
+            return None
+        self.http = address(listener)
+        return listener
+
+    async def keep_page(self, listener: socket.socket) -> None:
+        """Serve page, metrics and health. What fails here is logged, and ends nothing else."""
+        try:
+            # Its libraries take a good part of a second to import, which the mount must not wait for.
+            serve_page, site = await trio.to_thread.run_sync(_import_web)
+            health = HealthProbe(
+                self._config.mount.path, self._library.prove_index_writable, self._library.fill_statistics
+            )
+            made = site(self._library, self.info, self._config.http, health, pending=self.pending)
+            await serve_page(made.app(), listener)
+        except Exception:
+            log.exception("the page and the metrics have ended; the mount goes on")
+            self.http = ""
 
     async def handle_signals(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         """SIGHUP: pipelines again. SIGTERM, SIGINT: stop, within STOP_DEADLINE."""
@@ -233,6 +274,13 @@ class Daemon:
                 wanted.id,
                 extra={"pipeline": wanted.id},
             )
+
+
+def _import_web() -> tuple[Callable[[ASGIApp, socket.socket], Awaitable[None]], type[Site]]:
+    from instantstart_fs.web.app import Site
+    from instantstart_fs.web.server import serve
+
+    return serve, Site
 
 
 # ---------------------------------------------------------------- the process

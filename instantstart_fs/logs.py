@@ -12,6 +12,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Literal
 
+log = logging.getLogger(__name__)
+
 LogFormat = Literal["console", "json"]
 
 
@@ -57,3 +59,11 @@ def configure_logging(level: str, form: LogFormat = "console") -> None:
     handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("instantstart_fs").setLevel(level.upper())
+
+
+def announce(line: str) -> None:
+    """The daemon's one line on stdout: that it serves. With JSON logs it is one of them."""
+    if any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers):
+        log.info("%s", line)
+    else:
+        print(line, flush=True)

@@ -86,6 +86,7 @@ def _breakers(source: Source) -> Samples:
     for state in source.fills.origins:
         # The fingerprint of the credentials is nobody's business; of several, the worst is shown.
         origin = state.origin.partition(" as ")[0]
+        origin = "file" if origin.startswith("file:") else origin
         worst[origin] = max(worst.get(origin, 0), BREAKER.get(state.state, 0))
     return [((origin,), float(value)) for origin, value in sorted(worst.items())[:ORIGINS]]
 
@@ -125,7 +126,7 @@ DEFINITIONS: tuple[Definition, ...] = (
         "instantstart_healthy", "gauge", "", "1 while /healthz says 200: the mount answers, the index takes writes, fetch workers live.",
         lambda s: [] if s.healthy is None else [((), float(s.healthy))],
     ),
-    Definition("instantstart_fuse_requests_total", "counter", "", "Requests of the kernel since the mount, by kind. pyfuse3 counts none.", _counted(lambda s: s.requests), ("kind",)),
+    Definition("instantstart_fuse_requests_total", "counter", "", "Requests of the kernel since the mount, by kind. What is read in passthrough sends none.", _counted(lambda s: s.requests), ("kind",)),
     Definition("instantstart_opens_total", "counter", "", "Opens of files, by who answers the reads: passthrough (the kernel itself) or daemon.", _counted(lambda s: s.totals.opens), ("mode",)),
     Definition("instantstart_reads_total", "counter", "", "READ requests that the daemon answered. Reads in passthrough, and of pages that the kernel has, are none.", _one(lambda s: s.totals.reads)),
     Definition("instantstart_read_bytes_total", "counter", "bytes", "Bytes served through the daemon.", _one(lambda s: s.totals.read_bytes)),

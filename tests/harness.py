@@ -169,9 +169,10 @@ class Daemon:
         self._workers: set[int] = set()
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """``TRANSPORT`` is the transport unless ``config`` names one."""
+        """``TRANSPORT`` is the transport unless ``config`` names one; no page unless it asks for one."""
         mount = {"transport": TRANSPORT, **config.get("mount", {})}
-        self.config.write_text(to_toml({**config, "mount": mount}))
+        http = {"listen": "off", **config.get("http", {})}
+        self.config.write_text(to_toml({**config, "mount": mount, "http": http}))
 
     # -- its life --------------------------------------------------------------------------------------------------
 

@@ -345,7 +345,7 @@ def mark(
     ] = None,
     socket: Socket = None,
 ) -> None:
-    """Add a moment to a cold start's record that the filesystem cannot see."""
+    """Add an outside moment to a cold start."""
     from instantstart_fs.cli.timeline import parse_moment, parse_time
 
     found = parse_moment(moment)
@@ -366,11 +366,12 @@ def explain(
 ) -> None:
     """Show the last cold starts as timelines: where the time went."""
     from instantstart_fs.cli import timeline
+    from instantstart_fs.core.coldstart import as_plain
 
     with Client(socket) as client:
         found = client.cold_starts(pipeline)[:count]
     if json:
-        print(show.as_json([timeline.as_plain(record) for record in found]))
+        print(show.as_json([as_plain(record) for record in found]))
     else:
         timeline.draw(pipeline, found)
 

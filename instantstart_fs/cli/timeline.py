@@ -6,9 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
-
-import msgspec
 
 from instantstart_fs.cli.show import human_bytes, human_time
 from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, phases
@@ -58,18 +55,6 @@ def seconds(value: float) -> str:
     if abs(value) < 1:
         return f"{value * 1000:.0f} ms"
     return f"{value:.2f} s" if abs(value) < 10 else f"{value:.1f} s" if abs(value) < 60 else f"{value:.0f} s"
-
-
-def as_plain(record: ColdStart) -> dict[str, Any]:
-    """What `explain --json` prints for one: the record with RFC 3339 times, and its phases."""
-    found: dict[str, Any] = msgspec.to_builtins(record)
-    for name in ("started", "requested", "ready", "first_token"):
-        at = found.pop(f"{name}_ns")
-        found[name] = None if at is None else datetime.fromtimestamp(at / 1e9, UTC).isoformat(timespec="milliseconds")
-    found["phases"] = [
-        {"name": phase.name, "start": round(phase.start, 6), "end": round(phase.end, 6)} for phase in phases(record)
-    ]
-    return found
 
 
 def draw(pipeline: str, records: Sequence[ColdStart]) -> None:

@@ -162,7 +162,8 @@ Request = (
 class DaemonInfo(msgspec.Struct, frozen=True):
     """What a daemon says about itself. ``uptime`` in seconds; ``ready``: the mount answers; ``transport``: who
     serves it ("passthrough" or "pyfuse3"), and why not passthrough, in brackets; ``requests``: how many of each kind
-    the kernel has sent since the mount ("read": warm files that the kernel reads itself send none); ``http``: where the page is, "" nowhere."""
+    the kernel has sent since the mount ("read": warm files that the kernel reads itself send none); ``http``: the
+    page's address, "" without one."""
 
     version: str
     pid: int

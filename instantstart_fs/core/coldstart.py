@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -117,6 +118,18 @@ def phases(record: ColdStart) -> tuple[Phase, ...]:
             found.append(Phase(name, at, end))
             at = end
     return tuple(found)
+
+
+def as_plain(record: ColdStart) -> dict[str, Any]:
+    """For `--json`: the record with RFC 3339 times, and its phases."""
+    found: dict[str, Any] = msgspec.to_builtins(record)
+    for name in ("started", "requested", "ready", "first_token"):
+        at = found.pop(f"{name}_ns")
+        found[name] = None if at is None else datetime.fromtimestamp(at / 1e9, UTC).isoformat(timespec="milliseconds")
+    found["phases"] = [
+        {"name": phase.name, "start": round(phase.start, 6), "end": round(phase.end, 6)} for phase in phases(record)
+    ]
+    return found
 
 
 def with_mark(record: ColdStart, moment: Moment, at_ns: int) -> ColdStart:
@@ -294,6 +307,7 @@ class Tracker:
         if live is not None:
             live.last = now
             live.set(sealed_after=round(now - live.began, 6))
+            self._note(live)
 
     def staged(self, pipeline: str, count: int, now: float, *, file_done: bool) -> None:
         """``count`` bytes of a weight file came into the page cache; with ``file_done`` it is whole there."""
@@ -347,6 +361,11 @@ class Tracker:
     def _note(self, live: _Live) -> None:
         record = live.seen()
         self._changed[record.pipeline, record.started_ns] = record
+
+    def note_live(self) -> None:
+        """Have every live record written down as it stands: the daemon ends."""
+        for live in self._live.values():
+            self._note(live)
 
     def take_changed(self) -> Sequence[ColdStart]:
         """What has begun, ended or been marked since the last call, and every live record that was noted before."""

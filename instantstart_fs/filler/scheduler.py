@@ -575,7 +575,8 @@ class Filler(CommitEvents):
         length = target.present.byte_range(chunk).length
         self._fetched += length
         origin = filling.source.key
-        label = f"{origin.scheme}://{origin.endpoint}"
+        # Of a directory the endpoint is its path, which is nobody's business and would be a label each.
+        label = origin.scheme if origin.scheme == "file" else f"{origin.scheme}://{origin.endpoint}"
         self._fetched_from[label] = self._fetched_from.get(label, 0) + length
         self._rates.add(key.pipeline, max(length - sent.counted, 0), now)
         target.present.add(chunk)

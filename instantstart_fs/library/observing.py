@@ -149,6 +149,8 @@ class Observer:
         self.totals.warmed += warm
         if counts_as_request(file):
             self._tracker.sealed(file.generation.pipeline.id, self._clock())
+            if self._tracker.changed:
+                self._wake.set()
 
     def fill_failed(self, error: InstantStartError) -> None:
         self.totals.fill_failures[error.code] += 1
@@ -225,6 +227,7 @@ class Observer:
                 # Sixteen shards opened in a row are one write.
                 await trio.sleep(WRITE_SECONDS)
         finally:
+            self._tracker.note_live()
             with trio.CancelScope(shield=True), trio.move_on_after(5):
                 await self._write()
 

@@ -14,6 +14,7 @@ free. Every write is EROFS, also where the ``ro`` mount option has not refused i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -74,17 +75,18 @@ def _guarded(handler: _Handler[_P, _T]) -> _Handler[_P, _T]:
         except FUSEError:
             raise
         except Exception as error:
-            raise _as_fuse_error(name, error) from error
+            raise _as_fuse_error(name, error, self.pipeline_of(name, args)) from error
 
     return guard
 
 
-def _as_fuse_error(handler: str, error: Exception) -> FUSEError:
+def _as_fuse_error(handler: str, error: Exception, pipeline: str | None) -> FUSEError:
+    about = {"pipeline": pipeline}
     if isinstance(error, InstantStartError):
         if not isinstance(error, NoSuchEntry):
-            log.warning("%s: %s: %s", handler, error.code, error.message)
+            log.warning("%s: %s: %s", handler, error.code, error.message, extra=about)
         return FUSEError(errno_of(error, gone=errno.ESTALE))
-    log.error("%s failed in a way nobody foresaw; its caller sees EIO", handler, exc_info=error)
+    log.error("%s failed in a way nobody foresaw; its caller sees EIO", handler, exc_info=error, extra=about)
     return FUSEError(errno.EIO)
 
 
@@ -166,6 +168,16 @@ class Operations(pyfuse3.Operations):
     def open_handles(self) -> int:
         """Files and directories that the kernel holds open."""
         return len(self._files) + len(self._directories)
+
+    def pipeline_of(self, handler: str, arguments: Sequence[object]) -> str | None:
+        """For the log: whose node or open file a handler was called with."""
+        first = arguments[0] if arguments else None
+        if handler in ("read", "release"):
+            file = self._files.get(first) if isinstance(first, int) else None
+            first = file.nodeid if file is not None else None
+        with contextlib.suppress(Exception):
+            return self._view.pipeline_of(first) if isinstance(first, int) else None
+        return None
 
     # Names and attributes
 
@@ -281,7 +293,7 @@ class Operations(pyfuse3.Operations):
             raise
         except Exception as error:
             self.requests["open"] += 1
-            raise _as_fuse_error("open", error) from error
+            raise _as_fuse_error("open", error, self.pipeline_of("open", (inode,))) from error
         if file is None:
             return None
         self.requests["open"] += 1

@@ -287,7 +287,7 @@ def test_version_and_help(capsys: Any) -> None:
     assert capsys.readouterr().out.startswith("instantstart 0.")
     assert run(["--help"]) == 0
     shown = capsys.readouterr().out
-    commands = "serve add update remove evict pin unpin touch warm verify lease ls status fsck doctor"
+    commands = "serve add update remove evict pin unpin touch warm verify lease mark ls status explain fsck doctor"
     for command in commands.split():
         assert f"  {command} " in shown
     assert "..." not in shown.partition("Commands:")[2]

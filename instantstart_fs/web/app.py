@@ -1,0 +1,307 @@
+"""The routes: / page, /api/pipelines, /api/cold-starts/ID, /api/events, /badge/ID.svg, /metrics, /healthz.
+
+All GET; nothing here changes anything. One overview at a time is taken, kept for a second (longer where taking it is
+dear) and shared by everybody who asks; without anybody asking none is taken at all. Requests and event streams are
+counted and bounded. Pages hold no inline script or style, so that the Content-Security-Policy can forbid all of it, and
+every name is escaped by the templates besides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.resources
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+import jinja2
+import msgspec
+import trio
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from instantstart_fs import metrics
+from instantstart_fs.config import HttpConfig
+from instantstart_fs.control.protocol import DaemonInfo
+from instantstart_fs.core.coldstart import as_plain
+from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.library import Library
+from instantstart_fs.library.overview import Overview
+from instantstart_fs.web import showing
+from instantstart_fs.web.health import HealthProbe
+
+MAX_REQUESTS = 64
+MAX_STREAMS = 32
+STREAM_SECONDS = 900.0
+"""Then the browser connects anew: what forgot its stream does not keep it for ever."""
+TICK_SECONDS = 1.0
+HEARTBEAT_SECONDS = 15.0
+KEEP_SECONDS = 1.0
+SHARE = 20
+"""An overview is kept SHARE times as long as it took: watching costs at most a twentieth of the daemon's time."""
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+
+
+class Overviews:
+    """The overview that everybody shares. ``pending``: pipelines that are configured and not there yet."""
+
+    def __init__(self, library: Library, pending: Callable[[], Mapping[str, PipelineStatus]]) -> None:
+        self._library = library
+        self._pending = pending
+        self._lock = trio.Lock()
+        self._kept: Overview | None = None
+        self._good_until = -1.0
+
+    async def get(self) -> Overview:
+        """At most KEEP_SECONDS old, or SHARE times as old as it took to make."""
+        async with self._lock:
+            if self._kept is None or trio.current_time() >= self._good_until:
+                began = time.thread_time()
+                self._kept = self._with_pending(await self._library.overview())
+                took = time.thread_time() - began
+                self._good_until = trio.current_time() + max(KEEP_SECONDS, SHARE * took)
+            return self._kept
+
+    def _with_pending(self, overview: Overview) -> Overview:
+        known = {status.pipeline for status in overview.pipelines}
+        missing = [status for name, status in self._pending().items() if name not in known]
+        if not missing:
+            return overview
+        states = dict(overview.states)
+        states["error"] = states.get("error", 0) + len(missing)
+        found = sorted([*overview.pipelines, *missing], key=lambda status: status.pipeline)
+        return msgspec.structs.replace(overview, pipelines=tuple(found), states=states)
+
+
+class Site:
+    """The handlers and what they share. ``info`` is the daemon's."""
+
+    def __init__(
+        self,
+        library: Library,
+        info: Callable[[], DaemonInfo],
+        config: HttpConfig,
+        health: HealthProbe,
+        pending: Callable[[], Mapping[str, PipelineStatus]] = dict,
+    ) -> None:
+        self._library = library
+        self._info = info
+        self._config = config
+        self._health = health
+        self._overviews = Overviews(library, pending)
+        self._streams = 0
+        files = importlib.resources.files("instantstart_fs.web")
+        self._static = {name: files.joinpath("static", name).read_bytes() for name in STATIC}
+        sources = {
+            entry.name: entry.read_text()
+            for entry in files.joinpath("templates").iterdir()
+            if entry.name.endswith((".html", ".svg"))
+        }
+        self._templates = jinja2.Environment(
+            loader=jinja2.DictLoader(sources), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )  # fmt: skip
+        self._version = hashlib.sha256(b"".join(self._static.values())).hexdigest()[:12]
+
+    def app(self) -> ASGIApp:
+        routes = [
+            Route("/", self.page),
+            Route("/api/pipelines", self.pipelines),
+            Route("/api/cold-starts/{pipeline}", self.cold_starts),
+            Route("/api/events", self.events),
+            Route("/badge/{pipeline}.svg", self.badge),
+            Route("/metrics", self.metrics),
+            Route("/healthz", self.healthz),
+            Route("/static/{name}", self.static),
+        ]
+        hosts = [*LOCAL_NAMES, self._config.host, *self._config.hosts]
+        # A page elsewhere may point its own name at 127.0.0.1 and read what it finds: only known names are answered.
+        trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+        return _Bounded(Starlette(routes=routes, middleware=[trusted]))
+
+    # -- pages -----------------------------------------------------------------------------------------------------
+
+    async def page(self, request: Request) -> Response:
+        query = query_of(request.query_params)
+        shown = showing.view(await self._overviews.get(), query, details=self._config.details)
+        text = self._render("page.html", shown, link=request.url.query)
+        return Response(text, media_type="text/html; charset=utf-8")
+
+    def _render(self, template: str, shown: showing.View, **more: str) -> str:
+        info = self._info()
+        return self._templates.get_template(template).render(
+            view=shown, version=info.version, assets=self._version, link_to=link_to, orders=list(showing.ORDER), **more
+        )
+
+    async def static(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._static:
+            return Response("no such file\n", 404, media_type="text/plain")
+        kept = {"Cache-Control": "public, max-age=31536000, immutable"} if request.query_params.get("v") else {}
+        return Response(self._static[name], media_type=STATIC[name], headers=kept)
+
+    async def badge(self, request: Request) -> Response:
+        """For a deployment card: an SVG that says ``cache: warm``."""
+        pipeline = request.path_params["pipeline"]
+        found = next((it for it in (await self._overviews.get()).pipelines if it.pipeline == pipeline), None)
+        words = showing.chip(found) if found is not None else "unknown"
+        state = found.state if found is not None else "unknown"
+        # 6.1 px a character is what 11 px Verdana and its like take; textLength makes every font take just that.
+        left, right = round(5 * 6.1) + 12, round(len(words) * 6.1) + 12
+        text = self._templates.get_template("badge.svg").render(words=words, state=state, left=left, right=right)
+        return Response(text, 200 if found is not None else 404, media_type="image/svg+xml")
+
+    # -- values ----------------------------------------------------------------------------------------------------
+
+    async def pipelines(self, request: Request) -> Response:
+        shown = showing.view(await self._overviews.get(), query_of(request.query_params), details=self._config.details)
+        return JSONResponse(showing.as_json(shown))
+
+    async def cold_starts(self, request: Request) -> Response:
+        """The last ones of a pipeline, as `explain --json` prints them; file names need details."""
+        pipeline = request.path_params["pipeline"]
+        known = {status.pipeline for status in (await self._overviews.get()).pipelines}
+        if pipeline not in known:
+            return JSONResponse({"error": "pipeline-not-found"}, 404)
+        records = [as_plain(record) for record in self._library.observer.cold_starts(pipeline)]
+        if not self._config.details:
+            for record in records:
+                record.pop("slowest_file")
+        return JSONResponse(records)
+
+    async def metrics(self, request: Request) -> Response:
+        overview = await self._overviews.get()
+        info = self._info()
+        health = self._health.last
+        source = metrics.Source(
+            version=info.version,
+            uptime=info.uptime,
+            totals=self._library.observer.totals,
+            fills=self._library.fill_statistics(),
+            overview=overview,
+            healthy=health.ok if health is not None else None,
+            per_pipeline=self._config.metrics_pipelines,
+            requests=info.requests,
+        )
+        return Response(metrics.render(source), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    async def healthz(self, request: Request) -> Response:
+        health = await self._health.ask()
+        checks = {check.name: check.problem or "ok" for check in health.checks}
+        return JSONResponse({"ok": health.ok, "checks": checks}, 200 if health.ok else 503)
+
+    # -- live ------------------------------------------------------------------------------------------------------
+
+    async def events(self, request: Request) -> Response:
+        """Server-sent events: the page's live part, drawn anew, whenever it is not what was sent last."""
+        if self._streams >= MAX_STREAMS:
+            return Response("too many pages are open\n", 503, headers={"Retry-After": "30"}, media_type="text/plain")
+        query = query_of(request.query_params)
+        return StreamingResponse(self._follow(query), media_type="text/event-stream")
+
+    async def _follow(self, query: showing.Query) -> AsyncIterator[bytes]:
+        self._streams += 1
+        try:
+            last: showing.View | None = None
+            sent_at = trio.current_time()
+            end = sent_at + STREAM_SECONDS
+            yield b"retry: 3000\n\n"
+            while trio.current_time() < end:
+                shown = showing.view(await self._overviews.get(), query, details=self._config.details)
+                if shown != last:
+                    last = shown
+                    sent_at = trio.current_time()
+                    yield event(self._render("live.html", shown))
+                elif trio.current_time() - sent_at >= HEARTBEAT_SECONDS:
+                    sent_at = trio.current_time()
+                    yield b": still here\n\n"
+                await trio.sleep(TICK_SECONDS)
+        finally:
+            self._streams -= 1
+
+
+def event(text: str) -> bytes:
+    """One server-sent event with that text."""
+    return "".join(f"data: {line}\n" for line in text.splitlines()).encode() + b"\n"
+
+
+def query_of(given: Mapping[str, str]) -> showing.Query:
+    """From a query string; what makes no sense in it counts as not given."""
+
+    def number(name: str, default: int, most: int) -> int:
+        with contextlib.suppress(ValueError):
+            return max(0, min(int(given.get(name, "")), most))
+        return default
+
+    state = given.get("state", "")
+    return showing.Query(
+        text=given.get("q", "")[:200],
+        state=state if state in showing.ORDER else "",
+        offset=number("offset", 0, 10_000_000),
+        limit=max(1, number("limit", showing.PAGE_SIZE, showing.MAX_PAGE_SIZE)),
+    )
+
+
+def link_to(query: showing.Query, **changes: object) -> str:
+    """The page's address for that query with changes."""
+    from urllib.parse import urlencode
+
+    wanted = msgspec.structs.replace(query, **changes)
+    pairs: Sequence[tuple[str, object]] = [
+        ("q", wanted.text),
+        ("state", wanted.state),
+        ("offset", wanted.offset or ""),
+        ("limit", wanted.limit if wanted.limit != showing.PAGE_SIZE else ""),
+    ]
+    return "/?" + urlencode([(name, str(value)) for name, value in pairs if value])
+
+
+class _Bounded:
+    """Refuses what is not GET or HEAD, or too much at once; adds the headers that every answer has."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = {name.lower() for name, _ in message.get("headers", ())}
+                message["headers"] = [*message.get("headers", ())] + [
+                    (name.lower().encode(), value.encode())
+                    for name, value in HEADERS.items()
+                    if name.lower().encode() not in given
+                ]
+            await send(message)
+
+        if scope["method"] not in ("GET", "HEAD"):
+            await Response("read-only\n", 405, media_type="text/plain")(scope, receive, with_headers)
+            return
+        if self._running >= MAX_REQUESTS:
+            busy = Response("busy\n", 503, headers={"Retry-After": "1"}, media_type="text/plain")
+            await busy(scope, receive, with_headers)
+            return
+        self._running += 1
+        try:
+            await self._app(scope, receive, with_headers)
+        finally:
+            self._running -= 1

@@ -1,0 +1,37 @@
+"""The page's address. Apart from the server, so that a daemon can bind it before that is imported."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 64
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket there, or, where the port is taken, at a free one. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for wanted in (port, 0):
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, wanted))
+            listener.listen(BACKLOG)
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRINUSE or wanted == 0:
+                raise
+        else:
+            if wanted != port:
+                log.warning("port %d of %s is taken: the page is at %s", port, host, address(listener))
+            return listener
+    raise AssertionError("the kernel has no free port, and said so")
+
+
+def address(listener: socket.socket) -> str:
+    """http://127.0.0.1:9847/"""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"

@@ -1,0 +1,107 @@
+"""Is the daemon well? The mount answers, the index takes writes, the fetch workers live.
+
+An answer is kept for a moment, so that a probe every second costs one durable write in five; a probe that hangs is
+reported, and not started again while it hangs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import trio
+
+from instantstart_fs.errors import InstantStartError
+from instantstart_fs.filler.state import FillStatistics
+
+PROBE_DEADLINE = 3.0
+KEEP_SECONDS = 5.0
+
+
+class Check(msgspec.Struct, frozen=True):
+    """``problem``: None while all is well."""
+
+    name: str
+    problem: str | None
+
+
+class Health(msgspec.Struct, frozen=True):
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.problem is None for check in self.checks)
+
+
+class HealthProbe:
+    """``prove_index`` writes to the index; ``statistics`` are the filler's."""
+
+    def __init__(
+        self, mount: str, prove_index: Callable[[], Awaitable[None]], statistics: Callable[[], FillStatistics]
+    ) -> None:
+        self._mount = mount
+        self._prove_index = prove_index
+        self._statistics = statistics
+        self._lock = trio.Lock()
+        self._kept: tuple[float, Health] | None = None
+        self._stuck = 0
+        """Probes of the mount that have not come back."""
+
+    @property
+    def last(self) -> Health | None:
+        """The last answer, however old."""
+        return self._kept[1] if self._kept else None
+
+    async def ask(self) -> Health:
+        """At most a few seconds old, within a few seconds."""
+        async with self._lock:
+            if self._kept is None or trio.current_time() - self._kept[0] >= KEEP_SECONDS:
+                checks = (
+                    Check("mount", await self._probe_mount()),
+                    Check("index", await self._probe_index()),
+                    Check("workers", self._probe_workers()),
+                )
+                self._kept = trio.current_time(), Health(checks)
+            return self._kept[1]
+
+    async def _probe_mount(self) -> str | None:
+        if self._stuck:
+            return "does not answer"
+        failures: list[OSError] = []
+        token = trio.lowlevel.current_trio_token()
+
+        def probe() -> None:
+            # In a thread: the answer comes from this process's own loop. statvfs is never answered from a cache.
+            try:
+                os.statvfs(self._mount)
+                if not os.path.ismount(self._mount):
+                    failures.append(OSError(0, "nothing is mounted there"))
+            except OSError as error:
+                failures.append(error)
+            finally:
+                token.run_sync_soon(self._came_back)
+
+        self._stuck += 1
+        with trio.move_on_after(PROBE_DEADLINE) as scope:
+            await trio.to_thread.run_sync(probe, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        if scope.cancelled_caught:
+            return f"does not answer within {PROBE_DEADLINE:g} s"
+        return str(failures[0].strerror) if failures else None
+
+    def _came_back(self) -> None:
+        self._stuck -= 1
+
+    async def _probe_index(self) -> str | None:
+        if self._statistics().index_stuck:
+            return "takes no commits"
+        try:
+            with trio.move_on_after(PROBE_DEADLINE) as scope:
+                await self._prove_index()
+        except InstantStartError as error:
+            # The code and not the message: whoever asks /healthz may not know the store's paths.
+            return error.code
+        return f"does not take a write within {PROBE_DEADLINE:g} s" if scope.cancelled_caught else None
+
+    def _probe_workers(self) -> str | None:
+        return None if self._statistics().workers else "no fetch worker is ready"

@@ -1,0 +1,97 @@
+"""The HTTP server in the daemon: hypercorn's connection handling on this trio loop, behind a door of our own.
+
+The door is what keeps the daemon safe from its page: a bounded number of connections (further ones wait in the kernel's
+backlog), a peer that takes nothing for a while is cut off (TCP_USER_TIMEOUT), and at the end every connection is closed
+at once, because hypercorn shields its sends from cancellation. What fails in here is logged and never ends the daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from typing import cast
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework, ConnectionState
+from starlette.types import ASGIApp
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 128
+STALLED_SECONDS = 20
+"""A peer that acknowledges nothing for so long is gone."""
+IDLE_SECONDS = 10.0
+
+
+class Door(trio.abc.Listener[trio.SocketStream]):
+    """Accepts while there is room."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+        self._room = trio.Semaphore(MAX_CONNECTIONS)
+        self._inside: set[trio.SocketStream] = set()
+
+    async def accept(self) -> trio.SocketStream:
+        await self._room.acquire()
+        try:
+            stream = await self._listener.accept()
+        except BaseException:
+            self._room.release()
+            raise
+        self._inside.add(stream)
+        with contextlib.suppress(OSError):
+            stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
+        return stream
+
+    def leave(self, stream: trio.SocketStream) -> None:
+        stream.socket.close()
+        self._inside.discard(stream)
+        self._room.release()
+
+    def close_all(self) -> None:
+        """Everybody inside is cut off."""
+        for stream in self._inside:
+            stream.socket.close()
+
+    async def aclose(self) -> None:
+        await self._listener.aclose()
+
+
+async def serve(app: ASGIApp, listener: socket.socket) -> None:
+    """Until cancelled. Owns the listener."""
+    config = Config()
+    config.errorlog = logging.getLogger("instantstart_fs.web.http")
+    config.accesslog = None
+    config.include_server_header = False
+    config.keep_alive_timeout = IDLE_SECONDS
+    config.h11_max_incomplete_size = 16 * 1024
+    config.wsgi_max_body_size = 0
+    door = Door(listener)
+    wrapped = ASGIWrapper(cast(ASGIFramework, app))
+    context = WorkerContext(None)
+
+    async def handle(stream: trio.SocketStream) -> None:
+        try:
+            await TCPServer(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            pass  # the peer left in the middle
+        except* Exception:
+            log.exception("a connection to the page failed")
+        finally:
+            door.leave(stream)
+
+    async def cut_off_at_the_end() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            door.close_all()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cut_off_at_the_end)
+        await trio.serve_listeners(handle, [door], handler_nursery=nursery)

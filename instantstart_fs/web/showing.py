@@ -1,0 +1,258 @@
+"""What the page and its JSON show of an overview: plain values, already worded. Pure.
+
+HTTP tells nothing about who asks, so what is shown is what anybody who can list /models may know: ids, states, sizes,
+times. Sources, revisions and error messages (which name them) need ``details``; credentials and paths are in neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from instantstart_fs.core.coldstart import ColdStart, phases
+from instantstart_fs.core.status import PipelineState, PipelineStatus
+from instantstart_fs.library.overview import Overview
+
+PAGE_SIZE = 50
+MAX_PAGE_SIZE = 200
+ORDER: dict[PipelineState, int] = {"error": 0, "filling": 1, "warm": 2, "unverified": 3, "partial": 4, "cold": 5}
+
+
+class Query(msgspec.Struct, frozen=True):
+    """Which pipelines: those whose id contains ``text``, in ``state``; ``limit`` of them from ``offset`` on."""
+
+    text: str = ""
+    state: str = ""
+    offset: int = 0
+    limit: int = PAGE_SIZE
+
+
+class Row(msgspec.Struct, frozen=True):
+    pipeline: str
+    state: PipelineState
+    chip: str
+    percent: int
+    cached_bytes: int
+    total_bytes: int
+    size: str
+    requested: str
+    requested_at: str | None
+    hot_until: str
+    hot_until_at: str | None
+    eta: str
+    rate: str
+    pinned: bool
+    leases: int
+    error: str | None
+    sources: tuple[str, ...]
+
+
+class Bar(msgspec.Struct, frozen=True):
+    """One stretch of a cold start: ``left`` and ``width`` in percent of the longest one shown."""
+
+    name: str
+    left: float
+    width: float
+    seconds: str
+
+
+class ColdStartRow(msgspec.Struct, frozen=True):
+    pipeline: str
+    state: PipelineState
+    when: str
+    started_at: str
+    total: str
+    running: bool
+    bars: tuple[Bar, ...]
+    summary: str
+
+
+class StoreView(msgspec.Struct, frozen=True):
+    used: str
+    capacity: str
+    percent: float
+    low: float
+    high: float
+    evictable: str
+    full: bool
+
+
+class View(msgspec.Struct, frozen=True):
+    """One page, as it is drawn. Equal views are drawn the same."""
+
+    rows: tuple[Row, ...]
+    total: int
+    matching: int
+    query: Query
+    states: dict[str, int]
+    store: StoreView
+    cold_starts: tuple[ColdStartRow, ...]
+
+
+def view(overview: Overview, query: Query, *, details: bool) -> View:
+    """Those that need attention first: errors, fills; then by last request."""
+    wanted = [status for status in overview.pipelines if _matches(status, query)]
+    # Two stable sorts: latest request first within a state.
+    wanted.sort(key=lambda status: status.last_request or "", reverse=True)
+    wanted.sort(key=lambda status: ORDER[status.state])
+    offset = max(0, min(query.offset, max(len(wanted) - 1, 0) // query.limit * query.limit))
+    shown = wanted[offset : offset + query.limit]
+    now = overview.at_ns / 1e9
+    return View(
+        rows=tuple(row(status, now, details=details) for status in shown),
+        total=len(overview.pipelines),
+        matching=len(wanted),
+        query=msgspec.structs.replace(query, offset=offset),
+        states={state: overview.states.get(state, 0) for state in ORDER},
+        store=_store(overview),
+        cold_starts=cold_starts(overview.cold_starts[:10], now),
+    )
+
+
+def _matches(status: PipelineStatus, query: Query) -> bool:
+    return query.text.lower() in status.pipeline.lower() and query.state in ("", status.state)
+
+
+def row(status: PipelineStatus, now: float, *, details: bool) -> Row:
+    """``now``: the wall clock in seconds."""
+    fill, share = status.fill, percent(status)
+    error = status.error
+    return Row(
+        pipeline=status.pipeline,
+        state=status.state,
+        chip=chip(status),
+        percent=share,
+        cached_bytes=status.cached_bytes,
+        total_bytes=status.total_bytes,
+        size=human_bytes(status.total_bytes),
+        requested=_ago(status.last_request, now),
+        requested_at=status.last_request,
+        hot_until=_ahead(status.hot_until, now),
+        hot_until_at=status.hot_until,
+        eta="" if fill is None else "stalled" if fill.eta_seconds is None else human_seconds(fill.eta_seconds),
+        rate="" if fill is None else f"{human_bytes(fill.bytes_per_second)}/s",
+        pinned=status.pinned,
+        leases=status.leases,
+        error=None if error is None else f"{error.code}: {error.message}" if details else error.code,
+        sources=status.source if details else (),
+    )
+
+
+def chip(status: PipelineStatus) -> str:
+    """What the badge says: ``warm``, ``filling 62 %``."""
+    return f"{status.state} {percent(status)} %" if status.state in ("filling", "partial") else status.state
+
+
+def percent(status: PipelineStatus) -> int:
+    """Of the bytes; 100 only when all are there."""
+    if status.total_bytes <= 0:
+        return 100 if status.state in ("warm", "unverified") else 0
+    return min(100, status.cached_bytes * 100 // status.total_bytes)
+
+
+def _store(overview: Overview) -> StoreView:
+    budget = overview.budget
+    share = 100 * overview.used_bytes / budget.capacity if budget.capacity else 0.0
+    return StoreView(
+        used=human_bytes(overview.used_bytes),
+        capacity=human_bytes(budget.capacity),
+        percent=round(min(share, 100.0), 1),
+        low=round(100 * budget.low, 1),
+        high=round(100 * budget.high, 1),
+        evictable=human_bytes(overview.evictable_bytes),
+        full=overview.used_bytes > budget.high * budget.capacity and not overview.evictable_bytes,
+    )
+
+
+def cold_starts(records: Sequence[ColdStart], now: float) -> tuple[ColdStartRow, ...]:
+    """All on one scale, so that a long bar is a slow start."""
+    cut = [(record, phases(record)) for record in records]
+    longest = max((found[-1].end - found[0].start for _, found in cut if found), default=0.0)
+    rows = []
+    for record, found in cut:
+        first = found[0].start if found else 0.0
+        bars = tuple(
+            Bar(
+                phase.name,
+                round(100 * (phase.start - first) / longest, 2),
+                round(max(100 * phase.seconds / longest, 0.3), 2),
+                precise_seconds(phase.seconds),
+            )
+            for phase in found
+        )
+        moved = [f"fetched {human_bytes(record.fetched_bytes)}"] if record.fetched_bytes else []
+        if record.staged_bytes:
+            moved.append(f"staged {human_bytes(record.staged_bytes)}")
+        if record.waits:
+            moved.append(f"slowest read waited {precise_seconds(record.slowest_wait)}")
+        at = datetime.fromtimestamp(record.started_ns / 1e9).astimezone()
+        rows.append(
+            ColdStartRow(
+                pipeline=record.pipeline,
+                state=record.state,
+                when=_distance(now - record.started_ns / 1e9) + " ago",
+                started_at=at.isoformat(timespec="seconds"),
+                total=precise_seconds(found[-1].end - first) if found else "0 ms",
+                running=record.live,
+                bars=bars,
+                summary=", ".join(moved) or "nothing fetched",
+            )
+        )
+    return tuple(rows)
+
+
+def as_json(shown: View) -> Any:
+    return msgspec.to_builtins(shown)
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as disks and networks are sold: 90.9 MB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB", "PB"):
+        count /= 1000
+        if count < 999.5 or unit == "PB":
+            break
+    return f"{count:.2f} {unit}" if count < 10 else f"{count:.1f} {unit}" if count < 100 else f"{count:.0f} {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+
+
+def precise_seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s" if seconds < 60 else human_seconds(seconds)
+
+
+def _distance(seconds: float) -> str:
+    """Coarse, so that a page changes once a minute and not once a second for it."""
+    seconds = max(seconds, 0)
+    if seconds < 60:
+        return "under a minute"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min"
+    return f"{seconds // 3600:.0f} h" if seconds < 48 * 3600 else f"{seconds // 86400:.0f} days"
+
+
+def _ago(at: str | None, now: float) -> str:
+    return "never" if at is None else f"{_distance(now - datetime.fromisoformat(at).timestamp())} ago"
+
+
+def _ahead(at: str | None, now: float) -> str:
+    if at is None:
+        return "—"
+    left = datetime.fromisoformat(at).timestamp() - now
+    return "no longer hot" if left <= 0 else f"for {_distance(left)}"
