@@ -11,6 +11,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,8 +110,9 @@ def test_cold_starts_survive_a_restart_and_go_with_their_pipeline(daemon: Daemon
     assert after["started"] == before["started"] and after["fetched_bytes"] >= before["fetched_bytes"] > 0
     assert after["interrupted"]
     # The mark of an engine that became ready while the daemon was away.
-    daemon.ok("mark", "m", "first-token", "--at", after["started"].replace("+00:00", "Z"))
-    assert json.loads(daemon.ok("explain", "m", "--json"))[0]["first_token"] == after["started"]
+    moment = (datetime.fromisoformat(after["started"]) + timedelta(seconds=5)).isoformat(timespec="milliseconds")
+    daemon.ok("mark", "m", "first-token", "--at", moment)
+    assert json.loads(daemon.ok("explain", "m", "--json"))[0]["first_token"] == moment
     daemon.ok("remove", "m")
     daemon.ok("add", "m", f"file://{source}")
     assert json.loads(daemon.ok("explain", "m", "--json")) == []
