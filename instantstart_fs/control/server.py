@@ -6,8 +6,8 @@ Nothing that a client sends, or does not send, may hurt another: messages are bo
 exception of any kind becomes an answer and a logged traceback.
 
 Who may what: root, the daemon's own user and, where one is given, members of a group administer; the owner of a
-pipeline (its uid) may see, touch, lease, warm and mark that pipeline; who may read its files in the mount, by owner, group
-and mode, may open it. Others are turned away.
+pipeline (its uid) may see, touch, lease, warm and mark that pipeline; who may read its files in the mount, by owner,
+group and mode, may open it. Others are turned away.
 """
 
 from __future__ import annotations

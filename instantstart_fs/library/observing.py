@@ -178,13 +178,16 @@ class Observer:
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None) -> None:
         """``at_ns``: wall clock, None for now. Raises NoColdStart when there is none that it could be about."""
         latest = next(iter(self.cold_starts(pipeline)), None)
-        if self._tracker.mark(pipeline, moment, self._now_ns() if at_ns is None else at_ns, latest) is None:
+        marked = self._tracker.mark(pipeline, moment, self._now_ns() if at_ns is None else at_ns, latest)
+        if marked is None:
             if moment != "requested":
                 raise NoColdStart(
                     f"{pipeline}: no cold start began in the hour before that moment; "
                     f"`instantstart explain {pipeline}` lists those that are known"
                 )
             return
+        if marked.started_ns in self._history.get(pipeline, {}):
+            self._history[pipeline][marked.started_ns] = marked
         self._wake.set()
 
     def cold_starts(self, pipeline: str) -> list[ColdStart]:
