@@ -1,0 +1,808 @@
+"""The prefetch helper on a GPU: all checks and timings in one call, of at most --limit seconds (default 460).
+
+    python bench/gpu.py [--size 8GiB] [--shards 16] [--dir DIR] [--out DIR]
+
+Needs only Python ≥ 3.11, torch with CUDA, safetensors and msgspec; fastsafetensors, runai-model-streamer and
+instanttensor are rivals where they are installed. Makes a checkpoint on the disk, then measures, in interleaved rounds:
+
+    disk      the O_DIRECT ceiling of that disk, plain threads into page-locked memory
+    h2d       the ceiling of copies from page-locked memory to the device
+    cold/warm each backend, load_file(device="cuda") and the rivals, with the page cache empty and full
+
+and checks that the bytes are equal, that memory stays within weights + 5 % during a hand-over to a second process, that
+a helper killed at any stage frees its memory and says so, that what does not fit is refused, and what GDS would do.
+Every part is guarded: what fails, or was not run, is listed by name at the end. Without a GPU everything is "not run".
+Rates are GB/s of 10**9 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib.util
+import json
+import mmap
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+DEVICE = "cuda:0"
+
+
+# -- the second process of a hand-over ---------------------------------------------------------------------------------
+
+
+def consumer() -> None:
+    """Reads one JSON line for each file: opens its handle, and either keeps the views ("share") or copies each tensor
+    into parameters of its own ("copy"); answers a line with a checksum of the bytes."""
+    import msgspec
+    import torch
+
+    from instantstart_fs.prefetch.layout import FileLayout
+    from instantstart_fs.prefetch.messages import IpcHandle
+    from instantstart_fs.prefetch.tensors import from_ipc, views
+
+    torch.cuda.init()
+    torch.empty(1, device=DEVICE)
+    kept: list[Any] = []
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        base = from_ipc(msgspec.convert(order["handle"], IpcHandle), order["size"])
+        tensors = views(base, msgspec.convert(order["layout"], FileLayout))
+        total = int(base.sum(dtype=torch.int64).item())
+        if order["how"] == "copy":
+            kept.extend(torch.empty_like(tensor).copy_(tensor) for tensor in tensors.values())
+            torch.cuda.synchronize()
+            del base, tensors
+            torch.cuda.ipc_collect()
+        else:
+            kept.append(tensors)
+        print(json.dumps({"sum": total}), flush=True)
+
+
+# -- the checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def make_checkpoint(directory: Path, total: int, shards: int) -> None:
+    """bf16 tensors of random bytes in valid safetensors files, as fast as the disk takes them."""
+    seed = os.urandom(16 * MIB)
+    rows = 16 * MIB // (4096 * 2)
+    per_shard = max(1, total // shards // len(seed))
+    for shard in range(1, shards + 1):
+        entries, position = {}, 0
+        for number in range(per_shard):
+            entries[f"layers.{shard}.{number}.weight"] = {
+                "dtype": "BF16",
+                "shape": [rows, 4096],
+                "data_offsets": [position, position + len(seed)],
+            }
+            position += len(seed)
+        # A tail that is no multiple of anything, as real checkpoints have.
+        entries[f"layers.{shard}.bias"] = {
+            "dtype": "F32",
+            "shape": [1001],
+            "data_offsets": [position, position + 4004],
+        }
+        header = json.dumps(entries).encode()
+        header += b" " * (-len(header) % 8)
+        with open(directory / f"model-{shard:05d}-of-{shards:05d}.safetensors", "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for number in range(per_shard):
+                cut = (shard * 7919 + number) * 61_681 % len(seed)
+                file.write(seed[cut:])
+                file.write(seed[:cut])
+            file.write(seed[:4004])
+            file.flush()
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def forget(files: list[Path]) -> None:
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def remember(files: list[Path]) -> None:
+    """Into the page cache."""
+
+    def read(path: Path) -> None:
+        buffer = memoryview(mmap.mmap(-1, 8 * MIB))
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    in_threads(read, files, 8)
+
+
+def in_threads(work: Callable[[Any], None], items: list[Any], count: int) -> None:
+    left = list(items)
+    lock = threading.Lock()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        while True:
+            with lock:
+                if not left or errors:
+                    return
+                item = left.pop(0)
+            try:
+                work(item)
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+# -- ceilings ----------------------------------------------------------------------------------------------------------
+
+
+def disk_ceiling(files: list[Path], threads: int, pinned: Any) -> float:
+    """Seconds to read every byte by O_DIRECT, 8 MiB at a time, each thread into page-locked memory of its own."""
+    extent = 8 * MIB
+    address = pinned.data_ptr()
+    first = -address % 4096
+    free = [
+        memoryview((ctypes.c_ubyte * extent).from_address(address + first + number * extent)).cast("B")
+        for number in range(threads)
+    ]
+    lock = threading.Lock()
+    extents = []
+    descriptors = []
+    for path in files:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        descriptors.append(fd)
+        extents += [(fd, start) for start in range(0, path.stat().st_size, extent)]
+
+    def read(item: tuple[int, int]) -> None:
+        with lock:
+            buffer = free.pop()
+        os.preadv(item[0], [buffer], item[1])
+        with lock:
+            free.append(buffer)
+
+    try:
+        started = time.monotonic()
+        in_threads(read, extents, threads)
+        return time.monotonic() - started
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+
+
+def h2d_ceiling(torch: Any, pinned: Any, target: Any, total: int) -> float:
+    """Seconds to copy ``total`` bytes from page-locked memory, 8 MiB at a time, on two streams."""
+    extent = 8 * MIB
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    slots = len(pinned) // extent
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    for number in range(total // extent):
+        source = pinned[(number % slots) * extent : (number % slots + 1) * extent]
+        at = (number * extent) % (len(target) - extent)
+        with torch.cuda.stream(streams[number % 2]):
+            target[at : at + extent].copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    return time.monotonic() - started
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+class Skipped(Exception):
+    """A part that cannot be run here; its text says why."""
+
+
+class Run:
+    def __init__(self, options: argparse.Namespace, directory: Path) -> None:
+        self.options = options
+        self.directory = directory
+        self.began = time.monotonic()
+        self.result: dict[str, Any] = {"bench": "gpu", "parts": {}}
+        self.not_run: list[str] = []
+        self.failed: list[str] = []
+        self.rows: list[tuple[str, str]] = []
+        self.torch: Any = None
+
+    @property
+    def left(self) -> float:
+        return float(self.options.limit) - (time.monotonic() - self.began)
+
+    def part(self, name: str, work: Callable[[], Any], *, needs: float = 20.0) -> None:
+        """``needs``: seconds that it may take."""
+        if self.left < needs:
+            self.not_run.append(f"{name}: no time left ({self.left:.0f} s of {needs:.0f} s)")
+            return
+        print(f"--- {name} ({self.left:.0f} s left)", flush=True)
+        started = time.monotonic()
+        try:
+            found = work()
+        except Skipped as reason:
+            self.not_run.append(f"{name}: {reason}")
+            return
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            traceback.print_exc()
+            self.failed.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            found = {"failed": self.failed[-1]}
+        found = found if isinstance(found, dict) else {"result": found}
+        found["part_seconds"] = round(time.monotonic() - started, 2)
+        self.result["parts"][name] = found
+        print(f"    {json.dumps(found, default=str)[:1500]}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        self.result["not_run"], self.result["failed"] = self.not_run, self.failed
+        out = Path(self.options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu.json").write_text(json.dumps(self.result, indent=1, default=str) + "\n")
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.directory.glob("*.safetensors"))
+
+    @property
+    def total(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    def used(self) -> int:
+        free, total = self.torch.cuda.mem_get_info(DEVICE)
+        return int(total - free)
+
+    @contextlib.contextmanager
+    def staged(self, devices: list[str] | None = None, **options: Any) -> Iterator[Any]:
+        from instantstart_fs.prefetch import DirectorySource, Stager, plan
+
+        source = DirectorySource(str(self.directory))
+        with Stager(source, timeout=60, **options).start(plan(source.weights, None, devices or [DEVICE])) as stage:
+            yield stage
+
+    def wait_freed(self, baseline: int, timeout: float = 20.0) -> float:
+        """Seconds until the device's memory is back within 64 MiB of ``baseline``. Raises AssertionError."""
+        started = time.monotonic()
+        while self.used() > baseline + 64 * MIB:
+            if time.monotonic() > started + timeout:
+                raise AssertionError(f"{(self.used() - baseline) / MIB:.0f} MiB still taken after {timeout:g} s")
+            time.sleep(0.02)
+        return round(time.monotonic() - started, 3)
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def environment(self) -> dict[str, Any]:
+        torch = self.torch
+        torch.cuda.init()
+        properties = torch.cuda.get_device_properties(DEVICE)
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            query = "name,pcie.link.gen.current,pcie.link.gen.max,pcie.link.width.current,driver_version"
+            done = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
+            self.result["nvidia_smi"] = done.stdout.strip()
+        disk = shutil.disk_usage(self.directory)
+        return {
+            "device": torch.cuda.get_device_name(DEVICE),
+            "memory_gib": round(properties.total_memory / GIB, 1),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+            "cores": len(os.sched_getaffinity(0)),
+            "disk_free_gib": round(disk.free / GIB, 1),
+            "filesystem": filesystem(self.directory),
+        }
+
+    def checkpoint(self) -> dict[str, Any]:
+        started = time.monotonic()
+        make_checkpoint(self.directory, self.options.size, self.options.shards)
+        seconds = time.monotonic() - started
+        return {"bytes": self.total, "shards": len(self.files), "write_gb_s": round(self.total / seconds / 1e9, 2)}
+
+    def gds(self) -> dict[str, Any]:
+        from instantstart_fs.prefetch.backends.gds import probe
+
+        found = probe()
+        return {"usable": found.usable, "native": found.native, "reason": found.reason}
+
+    def equality(self) -> dict[str, Any]:
+        """Every tensor, as seen by this process through CUDA IPC, against load_file of the same file."""
+        from safetensors.torch import load_file
+
+        torch, compared = self.torch, 0
+        with self.staged() as stage:
+            stage.wait(120)
+            backend = stage.progress()[0]
+            for path in self.files:
+                ours = stage.file_tensors(path.name)
+                theirs = load_file(str(path), device=DEVICE)
+                assert set(ours) == set(theirs), path.name
+                for name, tensor in theirs.items():
+                    mine = ours[name]
+                    assert mine.dtype == tensor.dtype and mine.shape == tensor.shape, name
+                    same = torch.equal(mine.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+                    assert same, f"{name} differs"
+                    compared += tensor.nbytes
+                del ours, theirs
+        return {"equal_bytes": compared, "backend": backend.backend}
+
+    def speed(self) -> dict[str, Any]:
+        torch = self.torch
+        total = self.total
+        pinned = torch.empty(17 * 8 * MIB, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty(GIB, dtype=torch.uint8, device=DEVICE)
+        h2d = max(total / h2d_ceiling(torch, pinned, target, total // (8 * MIB) * 8 * MIB) / 1e9 for _ in range(3))
+        del target
+        torch.cuda.empty_cache()
+        contenders = self.contenders()
+        samples: dict[str, dict[str, list[float]]] = {"cold": {}, "warm": {}}
+        whole: dict[str, list[float]] = {}
+        problems: dict[str, str] = {}
+        rounds = 0
+        budget = self.left - 200  # the checks after this need their time
+        began = time.monotonic()
+        while rounds < self.options.rounds and (
+            rounds == 0 or time.monotonic() - began < budget * rounds / (rounds + 1)
+        ):
+            turn = rounds % len(contenders)
+            for name in list(contenders)[turn:] + list(contenders)[:turn]:
+                for temperature in ("cold", "warm"):
+                    if name in problems or (name.startswith("ceiling") and temperature == "warm"):
+                        continue
+                    (forget if temperature == "cold" else remember)(self.files)
+                    torch.cuda.empty_cache()
+                    try:
+                        loading, all_of_it, note = contenders[name](pinned)
+                    except Exception as error:
+                        problems[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                        print(f"    {name}: {problems[name]}", flush=True)
+                        continue
+                    samples[temperature].setdefault(name, []).append(total / loading / 1e9)
+                    whole.setdefault(f"{name}, {temperature}", []).append(all_of_it)
+                    print(
+                        f"    {rounds + 1} {temperature} {name:<24} {total / loading / 1e9:6.2f} GB/s  {note}",
+                        flush=True,
+                    )
+                    self.result["parts"]["speed"] = {"samples": samples, "seconds": whole, "problems": problems}
+                    self.write()
+            rounds += 1
+        medians = {
+            temperature: {name: round(statistics.median(values), 2) for name, values in found.items()}
+            for temperature, found in samples.items()
+        }
+        disk = max(medians["cold"].get(name, 0.0) for name in contenders if name.startswith("ceiling"))
+        ours = medians["cold"].get("direct", 0.0)
+        ceiling = min(disk, h2d)
+        for temperature in ("cold", "warm"):
+            for name, rate in sorted(medians[temperature].items(), key=lambda item: -item[1]):
+                values = samples[temperature][name]
+                span = f"{rate:6.2f} GB/s ({min(values):.2f}–{max(values):.2f}, {len(values)} rounds)"
+                self.rows.append((f"{temperature} {name}", span))
+        self.rows.append(("pinned host-to-device ceiling", f"{h2d:6.2f} GB/s"))
+        self.rows.append(("direct ÷ min(disk, host-to-device)", f"{ours / ceiling if ceiling else 0:6.2f}"))
+        return {
+            "bytes": total,
+            "h2d_ceiling": round(h2d, 2),
+            "disk_ceiling": disk,
+            "medians": medians,
+            "samples": samples,
+            "whole_seconds_with_process_start": whole,
+            "share_of_ceiling": round(ours / ceiling, 3) if ceiling else None,
+            "share_target": 0.9,
+            "rounds": rounds,
+            "problems": problems,
+        }
+
+    def contenders(self) -> dict[str, Callable[[Any], tuple[float, float, str]]]:
+        """name → (page-locked memory) → (seconds of loading, seconds with process start, note)."""
+        torch, files = self.torch, self.files
+
+        def ours(backend: str, readers: int = 0) -> Callable[[Any], tuple[float, float, str]]:
+            def run(_: Any) -> tuple[float, float, str]:
+                started = time.monotonic()
+                with self.staged(backend=backend, readers=readers) as stage:
+                    stage.wait(150)
+                    report = stage.progress()[0]
+                    took = time.monotonic() - started
+                if report.backend != backend:
+                    raise Skipped(f"{backend} was refused: {report.refusals}")
+                share = report.cached / max(1, report.bytes)
+                return report.loading, took, f"{share:.0%} from the page cache, whole {took:.2f} s"
+
+            return run
+
+        def ceiling(threads: int) -> Callable[[Any], tuple[float, float, str]]:
+            def run(pinned: Any) -> tuple[float, float, str]:
+                seconds = disk_ceiling(files, threads, pinned)
+                return seconds, seconds, ""
+
+            return run
+
+        def timed(load: Callable[[], Any]) -> Callable[[Any], tuple[float, float, str]]:
+            def run(_: Any) -> tuple[float, float, str]:
+                torch.cuda.synchronize()
+                started = time.monotonic()
+                kept = load()
+                torch.cuda.synchronize()
+                seconds = time.monotonic() - started
+                del kept
+                return seconds, seconds, ""
+
+            return run
+
+        from safetensors.torch import load_file
+
+        found: dict[str, Callable[[Any], tuple[float, float, str]]] = {
+            "ceiling disk ×4": ceiling(4),
+            "ceiling disk ×8": ceiling(8),
+            "ceiling disk ×16": ceiling(16),
+            "direct": ours("direct"),
+            "direct ×4": ours("direct", 4),
+            "direct ×16": ours("direct", 16),
+            "mmap": ours("mmap"),
+            "gds": ours("gds"),
+            "load_file": timed(lambda: [load_file(str(path), device=DEVICE) for path in files]),
+        }
+        for name, load in rivals(files):
+            found[name] = timed(load)
+        for name in ("fastsafetensors", "runai_model_streamer", "instanttensor"):
+            if importlib.util.find_spec(name) is None:
+                self.not_run.append(f"speed of {name}: is not installed")
+        return found
+
+    def handover(self, how: str) -> dict[str, Any]:
+        """Peak device memory while a second process takes the files over, above what two idle contexts take."""
+        sums = {path.name: byte_sum(self.torch, path) for path in self.files}
+        with self.consuming() as (ask, _):
+            self.torch.cuda.empty_cache()
+            peak = [0]
+            stop = threading.Event()
+            with self.idle_worker():
+                baseline = self.used()
+
+            def watch() -> None:
+                while not stop.wait(0.002):
+                    peak[0] = max(peak[0], self.used())
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            try:
+                with self.staged() as stage:
+                    stage.wait(120)
+                    for path in self.files:
+                        exported = stage.export(path.name)
+                        answer = ask(exported, how)
+                        assert answer["sum"] == sums[path.name], f"{path.name}: {answer['sum']}, not {sums[path.name]}"
+                        if how == "copy":
+                            stage.release(path.name)
+                            time.sleep(0.05)
+            finally:
+                stop.set()
+                watcher.join()
+        above = peak[0] - baseline
+        row = f"{above / GIB:.2f} GiB above idle contexts, {above / self.total:.3f} × the weights"
+        self.rows.append((f"peak memory, hand-over by {how}", row))
+        return {
+            "peak_above_contexts": above,
+            "weights": self.total,
+            "ratio": round(above / self.total, 4),
+            "target": 1.05,
+        }
+
+    @contextlib.contextmanager
+    def idle_worker(self) -> Iterator[None]:
+        """A worker with its context and ring, and nothing in it: what a stage costs before its first byte."""
+        from instantstart_fs.prefetch import DirectorySource, Stager, plan
+
+        with tempfile.TemporaryDirectory() as empty:
+            Path(empty, "nothing.bin").write_bytes(b"x")
+            source = DirectorySource(empty)
+            with Stager(source).start(plan(source.weights, None, [DEVICE])) as stage:
+                stage.wait(60)
+                yield
+
+    @contextlib.contextmanager
+    def consuming(self) -> Iterator[tuple[Callable[[Any, str], Any], subprocess.Popen[str]]]:
+        import msgspec
+
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--consumer"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        alarm = threading.Timer(150, process.kill)
+        alarm.start()
+
+        def answer() -> Any:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, f"the second process ended with {process.wait(10)}"
+            return json.loads(line)
+
+        def ask(exported: Any, how: str) -> Any:
+            assert process.stdin is not None
+            order = {
+                "handle": msgspec.to_builtins(exported.handle),
+                "layout": msgspec.to_builtins(exported.layout),
+                "size": exported.size,
+                "how": how,
+            }
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+            return answer()
+
+        try:
+            answer()
+            yield ask, process
+        finally:
+            alarm.cancel()
+            process.kill()
+            process.communicate()
+
+    def killed(self, when: str) -> dict[str, Any]:
+        """SIGKILL the worker; the stage must say so, and the memory must come back."""
+        from instantstart_fs.errors import PrefetchError
+
+        self.torch.cuda.empty_cache()
+        baseline = self.used()
+        error = ""
+        started = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            stage = stack.enter_context(self.staged(rate=1.5e9 if when == "while loading" else 0.0))
+            ask = None
+            if when == "while loading":
+                while not stage.progress()[0].bytes > 64 * MIB:
+                    stage.wait_changed(5)
+            else:
+                stage.wait(120)
+            if when == "while a second process holds it":
+                ask, _ = stack.enter_context(self.consuming())
+                ask(stage.export(self.files[0].name), "share")
+            taken = self.used() - baseline
+            os.kill(stage.worker_pids()[0], signal.SIGKILL)
+            killed_at = time.monotonic()
+            while stage.error is None and time.monotonic() < killed_at + 10:
+                with contextlib.suppress(PrefetchError):
+                    stage.wait_changed(0.05)
+            said = time.monotonic() - killed_at
+            error = stage.error.message if stage.error is not None else ""
+            assert "SIGKILL" in error, f"the stage says {error!r}"
+        freed = self.wait_freed(baseline)
+        self.rows.append((f"worker killed {when}", f"said after {said:.2f} s, memory back after {freed:.2f} s more"))
+        return {
+            "error": error,
+            "said_after": said,
+            "freed_after": freed,
+            "taken": taken,
+            "took": time.monotonic() - started,
+        }
+
+    def owner_killed(self) -> dict[str, Any]:
+        """SIGKILL the process that holds the Stage: its worker must end by itself, and free the memory."""
+        self.torch.cuda.empty_cache()
+        baseline = self.used()
+        program = (
+            "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+            "from instantstart_fs.prefetch import DirectorySource, Stager, plan\n"
+            "source = DirectorySource(sys.argv[2])\n"
+            f"stage = Stager(source).start(plan(source.weights, None, ['{DEVICE}']))\n"
+            "stage.wait(120); print('staged', flush=True); time.sleep(300)\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(ROOT), str(self.directory)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == "staged"
+            taken = self.used() - baseline
+            assert taken > self.total * 0.9, taken
+        finally:
+            process.kill()
+            process.communicate()
+        freed = self.wait_freed(baseline)
+        self.rows.append(("owner of the stage killed", f"memory back after {freed:.2f} s"))
+        return {"taken": taken, "freed_after": freed}
+
+    def too_big(self) -> dict[str, Any]:
+        """Refused before anything is allocated: by a budget, and because the device is full."""
+        from instantstart_fs.errors import OutOfBudget
+
+        torch = self.torch
+        said = []
+        for fill in (False, True):
+            block = None
+            options: dict[str, Any] = {} if fill else {"budget": {DEVICE: self.total - 1}}
+            if fill:
+                free = torch.cuda.mem_get_info(DEVICE)[0]
+                block = torch.empty(free - self.total // 2, dtype=torch.uint8, device=DEVICE)
+            baseline = self.used()
+            try:
+                with self.staged(**options):
+                    raise AssertionError("it was not refused")
+            except OutOfBudget as error:
+                said.append(error.message)
+            self.wait_freed(baseline)
+            del block
+            torch.cuda.empty_cache()
+        self.rows.append(("does not fit", "refused before allocating: " + said[1]))
+        return {"said": said}
+
+    def lying_header(self) -> dict[str, Any]:
+        from instantstart_fs.errors import BadWeights
+        from instantstart_fs.prefetch import DirectorySource, Stager, plan
+
+        baseline = self.used()
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "model.safetensors")
+            header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 50], "data_offsets": [0, 1 << 52]}}).encode()
+            path.write_bytes(len(header).to_bytes(8, "little") + header + b"x" * 4096)
+            source = DirectorySource(directory)
+            try:
+                with Stager(source).start(plan(source.weights, None, [DEVICE])) as stage:
+                    stage.wait(60)
+                raise AssertionError("it was not refused")
+            except BadWeights as error:
+                self.wait_freed(baseline)
+                return {"said": error.message}
+
+
+def byte_sum(torch: Any, path: Path) -> int:
+    """The sum of a file's bytes, by the device, from a plain read."""
+    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).to(DEVICE)
+    return int(data.sum(dtype=torch.int64).item())
+
+
+def rivals(files: list[Path]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    paths = [str(path) for path in files]
+    if importlib.util.find_spec("fastsafetensors"):
+        for nogds in (True, False):
+
+            def fast(nogds: bool = nogds) -> Any:
+                from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+                loader = SafeTensorsFileLoader(SingleGroup(), DEVICE, nogds=nogds)
+                loader.add_filenames({0: paths})
+                buffers = loader.copy_files_to_device()
+                kept = [buffers.get_tensor(name) for name in loader.get_keys()]
+                return loader, buffers, kept
+
+            yield f"fastsafetensors{' nogds' if nogds else ' gds'}", fast
+    if importlib.util.find_spec("runai_model_streamer"):
+
+        def runai() -> Any:
+            from runai_model_streamer import SafetensorsStreamer
+
+            with SafetensorsStreamer() as streamer:
+                streamer.stream_files(paths)
+                return [tensor.to(DEVICE, non_blocking=True) for _, tensor in streamer.get_tensors()]
+
+        yield "runai streamer", runai
+    if importlib.util.find_spec("instanttensor"):
+
+        def instant() -> Any:
+            import instanttensor
+
+            with instanttensor.safe_open(paths, framework="pt", device=0) as file:
+                return [tensor.clone() for _, tensor in file.tensors()]
+
+        yield "instanttensor", instant
+
+
+def filesystem(path: Path) -> str:
+    best = ("", "?")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split()[4]
+        if str(path).startswith(point) and len(point) > len(best[0]):
+            best = (point, right.split()[0])
+    return best[1]
+
+
+PARTS = (
+    "environment",
+    "checkpoint",
+    "gds probe",
+    "equality",
+    "speed",
+    "hand-over by share",
+    "hand-over by copy",
+    "killed while loading",
+    "killed when loaded",
+    "killed while a second process holds it",
+    "owner killed",
+    "too big",
+    "lying header",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=gibibytes, default=8 * GIB, help="of the checkpoint (default 8GiB)")
+    parser.add_argument("--shards", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=460.0, help="seconds in all")
+    parser.add_argument("--dir", help="where the checkpoint lies for the time of the run")
+    parser.add_argument("--out", default=os.environ.get("OUT") or str(Path(__file__).parent / "results"))
+    parser.add_argument("--consumer", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.consumer:
+        consumer()
+        return 0
+    with tempfile.TemporaryDirectory(prefix="isfs-gpu-", dir=options.dir) as directory:
+        run = Run(options, Path(directory))
+        try:
+            import torch
+
+            missing = "" if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA device"
+        except ImportError as error:
+            missing = str(error)
+        if missing:
+            print(f"no GPU: {missing}; not run:")
+            for name in PARTS:
+                print(f"  {name}")
+            return 0
+        run.torch = torch
+        run.part("environment", run.environment)
+        run.part("checkpoint", run.checkpoint, needs=60)
+        run.part("gds probe", run.gds, needs=1)
+        run.part("equality", run.equality, needs=30)
+        run.part("speed", run.speed, needs=100)
+        for how in ("share", "copy"):
+            run.part(f"hand-over by {how}", lambda how=how: run.handover(how), needs=30)
+        for when in ("while loading", "when loaded", "while a second process holds it"):
+            run.part(f"killed {when}", lambda when=when: run.killed(when), needs=25)
+        run.part("owner killed", run.owner_killed, needs=25)
+        run.part("too big", run.too_big, needs=25)
+        run.part("lying header", run.lying_header, needs=15)
+        run.write()
+        print()
+        for name, value in run.rows:
+            print(f"{name:<44} {value}")
+        print("\nnot run:" if run.not_run else "\nnot run: nothing")
+        for line in run.not_run:
+            print(f"  {line}")
+        print("failed:" if run.failed else "failed: nothing")
+        for line in run.failed:
+            print(f"  {line}")
+        return 1 if run.failed else 0
+
+
+def gibibytes(text: str) -> int:
+    number = text.lower().removesuffix("gib")
+    return int(float(number) * GIB)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""Stager and Stage on CPU devices, with real workers and real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instantstart_fs.errors import BadWeights, OutOfBudget, PrefetchError, UsageError
+from instantstart_fs.prefetch import DirectorySource, Stage, Stager, backends, plan
+from instantstart_fs.prefetch.layout import BITS
+from instantstart_fs.prefetch.sources import OpenedFile
+from tests.harness import alive, random_file, wait_for
+
+MIB = 1024 * 1024
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, list[int]]], *, seed: int = 1, pad: int = 8) -> None:
+    """Of random bytes; ``pad`` 1 gives data that starts anywhere, which the format allows."""
+    import random
+
+    entries, position = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        count = BITS[dtype]
+        for dimension in shape:
+            count *= dimension
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + count // 8]}
+        position += count // 8
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % pad)
+    if pad == 1 and len(header) % 2 == 0:
+        header += b" "
+    data = bytearray(random.Random(seed).randbytes(position))
+    for name, (dtype, _) in tensors.items():
+        if dtype == "BOOL":
+            start, end = entries[name]["data_offsets"]
+            data[start:end] = bytes(byte & 1 for byte in data[start:end])
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+EVERY_DTYPE = {
+    f"{dtype}{suffix}": (dtype, shape)
+    for dtype in sorted(BITS)
+    if not dtype.startswith("F6")  # torch has none
+    for suffix, shape in (("", [3, 4]), (".empty", [0, 2]), *([] if dtype == "F4" else [(".scalar", [])]))
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Three shards, the second larger than an extent with a tail that no block ends at, and files of other formats."""
+    root = tmp_path / "checkpoint"
+    root.mkdir()
+    write_safetensors(root / "model-00001-of-00003.safetensors", EVERY_DTYPE)
+    big = {"big.weight": ("BF16", [1001, 9001]), "big.bias": ("F32", [7])}
+    write_safetensors(root / "model-00002-of-00003.safetensors", big, seed=2)
+    write_safetensors(root / "model-00003-of-00003.safetensors", {"odd": ("F32", [50]), "b": ("U8", [3])}, pad=1)
+    random_file(root / "rank0.engine", 3 * MIB + 17, 5)
+    random_file(root / "small.gguf", 100, 6)
+    (root / "config.json").write_text("{}")
+    return root
+
+
+def start(root: Path, devices: list[str] | None = None, **options: Any) -> Stage:
+    source = DirectorySource(str(root))
+    return Stager(source, **options).start(plan(source.weights, None, devices or ["cpu"]))
+
+
+def test_tensors_equal_those_of_load_file(checkpoint: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    with start(checkpoint) as stage:
+        stage.wait(60)
+        tensors = stage.tensors("cpu")
+        for path in sorted(checkpoint.glob("*.safetensors")):
+            for name, wanted in load_file(str(path)).items():
+                mine = tensors.pop(name)
+                assert mine.dtype == wanted.dtype and mine.shape == wanted.shape, name
+                same = mine.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8)
+                assert torch.equal(*same), name
+        assert tensors == {}
+        for name in ("rank0.engine", "small.gguf"):
+            assert stage.bytes_of(name).numpy().tobytes() == (checkpoint / name).read_bytes()
+        with pytest.raises(PrefetchError, match="no safetensors"):
+            stage.file_tensors("small.gguf")
+
+
+def test_tensors_are_views_of_one_buffer_and_outlive_the_stage(checkpoint: Path) -> None:
+    pytest.importorskip("torch")
+    with start(checkpoint) as stage:
+        stage.wait(60)
+        tensors = stage.file_tensors("model-00002-of-00003.safetensors")
+        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+        assert len(storages) == 1
+        before = tensors["big.bias"].clone()
+    assert (tensors["big.bias"].view(dtype=before.dtype) == before).logical_or(before.isnan()).all()
+
+
+@pytest.mark.parametrize("backend", ["direct", "mmap", "gds"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_every_backend_brings_every_byte(checkpoint: Path, backend: str, cached: bool) -> None:
+    for path in checkpoint.iterdir():
+        data = path.read_bytes()
+        if not cached:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert data
+    with start(checkpoint, ["cpu", "cpu:1"], backend=backend) as stage:
+        stage.wait(60)
+        for report in stage.progress():
+            assert report.bytes == report.total == report.cached + report.disk
+            if backend == "gds":
+                assert report.backend == "direct" and report.refusals == (("gds", "only for CUDA devices"),)
+            else:
+                assert report.backend == backend and report.refusals == ()
+            if backend == "direct" and cached:
+                assert report.disk == 0
+        for path in stage.paths:
+            exported = stage.export(path)
+            assert exported.fd is not None
+            assert os.pread(exported.fd, exported.size, 0) == (checkpoint / path).read_bytes()
+            os.close(exported.fd)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(UsageError, match="none of auto"):
+        backends.order("warp")
+
+
+@pytest.mark.parametrize("cut", [1, 5000, 9_000_000])
+def test_a_truncated_file_is_a_clear_error(checkpoint: Path, cut: int) -> None:
+    path = checkpoint / "model-00002-of-00003.safetensors"
+    os.truncate(path, path.stat().st_size - cut)
+    with start(checkpoint) as stage, pytest.raises(BadWeights, match=r"model-00002.*cut short"):
+        stage.wait(60)
+
+
+def test_a_lying_header_costs_no_memory(checkpoint: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 50], "data_offsets": [0, 1 << 52]}}).encode()
+    (checkpoint / "model-00000-of-00003.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with start(checkpoint) as stage, pytest.raises(BadWeights, match="cut short, or lies"):
+        stage.wait(60)
+
+
+def test_what_does_not_fit_is_refused_before_anything_starts(checkpoint: Path) -> None:
+    source = DirectorySource(str(checkpoint))
+    made = plan(source.weights, None, ["cpu"])
+    with pytest.raises(OutOfBudget, match=r"cpu: \d+ bytes needed, 1000000 may be taken"):
+        Stager(source, budget={"cpu": 1_000_000}).start(made)
+
+
+def test_of_several_models_those_that_fit_are_staged(tmp_path: Path) -> None:
+    for model, count in (("asr", 1000), ("llm", 100_000), ("tts", 10)):
+        (tmp_path / model).mkdir()
+        write_safetensors(tmp_path / model / "model.safetensors", {"w": ("F32", [count])})
+    source = DirectorySource(str(tmp_path), models=True)
+    made = plan(source.weights, None, ["cpu"])
+    with Stager(source, budget={"cpu": 50_000}, what_fits=True).start(made) as stage:
+        stage.wait(60)
+        assert stage.refused_models == ("llm",)
+        assert set(stage.ready_seconds()) == {"asr", "tts"}
+        if pytest.importorskip("torch"):
+            assert set(stage.tensors("cpu", model="asr")) == {"w"}
+            with pytest.raises(PrefetchError, match="more than one file"):
+                stage.tensors("cpu")
+
+
+class Dripping:
+    """A source whose files come when they are let."""
+
+    def __init__(self, inner: DirectorySource) -> None:
+        self.inner = inner
+        self.let = threading.Semaphore(0)
+        self.closed = threading.Event()
+
+    @property
+    def weights(self) -> Any:
+        return self.inner.weights
+
+    def files(self) -> Iterator[OpenedFile]:
+        for opened in self.inner.files():
+            while not self.let.acquire(timeout=0.01):
+                if self.closed.is_set():
+                    opened.close()
+                    raise PrefetchError("the lease was given up")
+            yield opened
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def test_files_are_staged_as_they_come(checkpoint: Path) -> None:
+    source = Dripping(DirectorySource(str(checkpoint)))
+    paths = [file.path for file in source.weights.files]
+    with Stager(source).start(plan(source.weights, None, ["cpu"])) as stage:
+        for position, path in enumerate(paths):
+            assert not stage.done
+            source.let.release()
+            stage.wait_file(path, 30)
+            if position + 1 < len(paths):
+                with pytest.raises(PrefetchError, match="not within"):
+                    stage.wait_file(paths[position + 1], 0.01)
+        stage.wait(10)
+    assert source.closed.is_set()
+
+
+@pytest.mark.parametrize("when", ["idle", "loading", "done"])
+def test_a_killed_worker_is_a_clear_error_and_frees_the_memory(checkpoint: Path, when: str) -> None:
+    before = memfds()
+    source = Dripping(DirectorySource(str(checkpoint)))
+    rate = 2e6 if when == "loading" else 0.0
+    with Stager(source, rate=rate).start(plan(source.weights, None, ["cpu", "cpu:1"])) as stage:
+        if when != "idle":
+            for _ in source.weights.files:
+                source.let.release()
+            wait_for(lambda: stage.progress()[0].bytes > 0, "the first bytes")
+        if when == "done":
+            stage.wait(60)
+        victims = stage.worker_pids()
+        os.kill(victims[0], signal.SIGKILL)
+        wait_for(lambda: stage.error is not None, "the error", 10)
+        with pytest.raises(PrefetchError, match=r"worker of cpu was killed by SIGKILL"):
+            stage.wait(10)
+        wait_for(lambda: not any(alive(pid) for pid in victims), "the other worker's end", 15)
+        wait_for(lambda: memfds() == before, "the memory", 10)
+        with pytest.raises(PrefetchError):
+            stage.bytes_of("small.gguf")
+
+
+def memfds() -> int:
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            count += "memfd:instantstart" in os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+    return count
+
+
+def test_a_stuck_worker_is_killed_at_its_deadline(checkpoint: Path) -> None:
+    with start(checkpoint, timeout=1.0, rate=1.0) as stage:
+        with pytest.raises(PrefetchError, match="no byte for 1 s and was killed"):
+            stage.wait(30)
+
+
+def test_workers_end_with_the_process_that_started_them(checkpoint: Path) -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, time\n"
+        "from instantstart_fs.prefetch import DirectorySource, Stager, plan\n"
+        "source = DirectorySource(sys.argv[1])\n"
+        "stage = Stager(source).start(plan(source.weights, None, ['cpu']))\n"
+        "stage.wait(60)\n"
+        "print(stage.worker_pids()[0], flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(checkpoint)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        worker = int(process.stdout.readline())
+        process.kill()
+        process.wait(10)
+    wait_for(lambda: not alive(worker), "the worker's end", 10)
+
+
+def test_closing_in_the_middle_ends_everything(checkpoint: Path) -> None:
+    stage = start(checkpoint, rate=1e6)
+    wait_for(lambda: stage.progress()[0].bytes > 0 or stage.error, "the first bytes")
+    pids = stage.worker_pids()
+    stage.cancel()
+    assert not any(alive(pid) for pid in pids)
+    with pytest.raises(PrefetchError, match="closed"):
+        stage.wait(1)
+
+
+def test_release_frees_a_file_and_no_other(checkpoint: Path) -> None:
+    before = memfds()
+    with start(checkpoint) as stage:
+        stage.wait(60)
+        assert memfds() == before + 5
+        stage.release("small.gguf")
+        stage.release("small.gguf")
+        assert memfds() == before + 4
+        assert "small.gguf" not in stage.paths
+        with pytest.raises(PrefetchError, match="released"):
+            stage.export("small.gguf")
+        exported = stage.export("rank0.engine")
+        assert exported.fd is not None and exported.layout is None
+        os.close(exported.fd)
+    assert memfds() == before
+
+
+def test_devices_are_loaded_at_the_same_time(tmp_path: Path) -> None:
+    """Throttled to 16 MB/s each, four devices of 8 MB take as long as one, not four times as long."""
+    for number in range(4):
+        random_file(tmp_path / f"{number}.gguf", 8_000_000, number)
+    with start(tmp_path, [f"cpu:{number}" for number in range(4)], rate=16e6) as stage:
+        stage.wait(60)
+        reports = stage.progress()
+    assert [report.total for report in reports] == [8_000_000] * 4
+    assert min(report.loading for report in reports) >= 0.45  # each was throttled …
+    assert (
+        max(report.loading for report in reports) < sum(report.loading for report in reports) / 2
+    )  # … beside the others
+
+
+def test_a_file_that_changes_its_size_is_refused(checkpoint: Path) -> None:
+    source = DirectorySource(str(checkpoint))
+    made = plan(source.weights, None, ["cpu"])
+    random_file(checkpoint / "small.gguf", 101, 1)
+    with Stager(source).start(made) as stage, pytest.raises(BadWeights, match="has 101 bytes and should have 100"):
+        stage.wait(60)
+
+
+def test_a_device_that_is_not_there_is_said(checkpoint: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    source = DirectorySource(str(checkpoint))
+    with pytest.raises(PrefetchError, match="finds no CUDA device"):
+        Stager(source).start(plan(source.weights, None, ["cuda:0"]))
