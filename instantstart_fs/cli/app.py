@@ -354,6 +354,70 @@ def mark(
         client.mark(pipeline, found, at_ns)
 
 
+@app.command()
+def prefetch(
+    pipeline: Pipeline,
+    devices: Annotated[
+        str, typer.Option("--devices", metavar="LIST", help="cuda:0,cuda:1 … or cpu; auto: every GPU, else the CPU.")
+    ] = "auto",
+    tensor_parallel: Annotated[
+        int | None, typer.Option("--tensor-parallel", metavar="N", help="Ranks that will load (default: the devices).")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", metavar="NAME", help="auto, direct, mmap, or gds (tried first if named).")
+    ] = "auto",
+    readers: Annotated[
+        int, typer.Option("--readers", metavar="N", help="Reading threads of each device (0: the backend's choice).")
+    ] = 0,
+    deadline: Annotated[
+        list[str] | None,
+        typer.Option("--deadline", metavar="MODEL=SECONDS", help="Wanted by then; earliest first; may be repeated."),
+    ] = None,
+    what_fits: Annotated[
+        bool, typer.Option("--what-fits", help="Leave models out that do not fit, rather than refuse.")
+    ] = False,
+    hold: Annotated[bool, typer.Option("--hold", help="Keep the weights for engines to take over.")] = False,
+    timeout: Annotated[
+        str, typer.Option("--timeout", metavar="TIME", help="How long to hold at most; 0s: no limit.")
+    ] = "1h",
+    held: Annotated[bool, typer.Option("--status", help="Only say what is held of this pipeline.")] = False,
+    release: Annotated[bool, typer.Option("--release", help="Only end the hold of this pipeline.")] = False,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Bring a pipeline's weights into GPU (or CPU) memory."""
+    from instantstart_fs.cli import prefetching
+    from instantstart_fs.config.units import parse_duration
+
+    if held and release:
+        raise UsageError("--status and --release: one of them")
+    if release:
+        prefetching.release(pipeline)
+        print(f"{pipeline}: released")
+        return
+    if held:
+        found = prefetching.hold_status(pipeline)
+        print(show.as_json(found) if json else prefetching.show_hold(found))
+        return
+    prefetching.run(
+        pipeline,
+        devices=devices,
+        tensor_parallel=tensor_parallel,
+        backend=backend,
+        readers=readers,
+        deadlines=deadline or (),
+        what_fits=what_fits,
+        hold=hold,
+        timeout=parse_duration(timeout),
+        socket=socket,
+        quiet=json,
+        on_staged=lambda stage: print(
+            show.as_json([report._asdict() for report in stage.progress()]) if json else prefetching.table(stage),
+            flush=True,
+        ),
+    )
+
+
 # ---------------------------------------------------------------- looking
 
 

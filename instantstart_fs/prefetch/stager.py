@@ -508,6 +508,11 @@ class Stage:
         """Of the files that are staged, or will be, and not released."""
         return tuple(path for path, file in self._files.items() if not file.released)
 
+    def is_ready(self, path: str) -> bool:
+        """Whether this file is in place and not released. Raises PrefetchError for an unknown path."""
+        file = self._file(path)
+        return file.ready_at is not None and not file.released
+
     def worker_pids(self) -> tuple[int, ...]:
         return tuple(worker.process.pid for worker in self._workers if worker.process is not None)
 

@@ -47,7 +47,7 @@ class Worker:
         self._socket = connection
         self._settings = settings
         self._cuda = settings.device.startswith("cuda")
-        self._torch: Any = load_torch() if self._cuda else None
+        self._torch: Any = None
         self._items: dict[int, Item] = {}
         self._send_lock = threading.Lock()
         self._progress: dict[int, list[float]] = {}
@@ -76,8 +76,6 @@ class Worker:
                         self._release(number)
         except OSError:
             return
-        finally:
-            self._backend.close()
 
     def _begin(self) -> None:
         settings = self._settings
@@ -90,7 +88,8 @@ class Worker:
         self._send(Ready(self._backend.name, refusals, free))
 
     def _check_device(self) -> None:
-        torch, device = self._torch, self._settings.device
+        torch, device = load_torch(), self._settings.device
+        self._torch = torch
         if not torch.cuda.is_available():
             raise PrefetchError(f"{device}: torch {torch.__version__} finds no CUDA device here")
         if int(device.partition(":")[2]) >= torch.cuda.device_count():

@@ -58,7 +58,7 @@ def checkpoint(tmp_path: Path) -> Path:
     root = tmp_path / "checkpoint"
     root.mkdir()
     write_safetensors(root / "model-00001-of-00003.safetensors", EVERY_DTYPE)
-    big = {"big.weight": ("BF16", [1001, 9001]), "big.bias": ("F32", [7])}
+    big = {"big.bias": ("F32", [7]), "big.weight": ("BF16", [1001, 9001])}
     write_safetensors(root / "model-00002-of-00003.safetensors", big, seed=2)
     write_safetensors(root / "model-00003-of-00003.safetensors", {"odd": ("F32", [50]), "b": ("U8", [3])}, pad=1)
     random_file(root / "rank0.engine", 3 * MIB + 17, 5)
@@ -216,7 +216,7 @@ def test_files_are_staged_as_they_come(checkpoint: Path) -> None:
 def test_a_killed_worker_is_a_clear_error_and_frees_the_memory(checkpoint: Path, when: str) -> None:
     before = memfds()
     source = Dripping(DirectorySource(str(checkpoint)))
-    rate = 2e6 if when == "loading" else 0.0
+    rate = 12e6 if when == "loading" else 0.0
     with Stager(source, rate=rate).start(plan(source.weights, None, ["cpu", "cpu:1"])) as stage:
         if when != "idle":
             for _ in source.weights.files:
@@ -246,9 +246,11 @@ def memfds() -> int:
 
 
 def test_a_stuck_worker_is_killed_at_its_deadline(checkpoint: Path) -> None:
-    with start(checkpoint, timeout=1.0, rate=1.0) as stage:
-        with pytest.raises(PrefetchError, match="no byte for 1 s and was killed"):
-            stage.wait(30)
+    with (
+        start(checkpoint, timeout=1.0, rate=1.0) as stage,
+        pytest.raises(PrefetchError, match="no byte for 1 s and was killed"),
+    ):
+        stage.wait(30)
 
 
 def test_workers_end_with_the_process_that_started_them(checkpoint: Path) -> None:
@@ -274,7 +276,7 @@ def test_workers_end_with_the_process_that_started_them(checkpoint: Path) -> Non
 
 
 def test_closing_in_the_middle_ends_everything(checkpoint: Path) -> None:
-    stage = start(checkpoint, rate=1e6)
+    stage = start(checkpoint, rate=12e6)
     wait_for(lambda: stage.progress()[0].bytes > 0 or stage.error, "the first bytes")
     pids = stage.worker_pids()
     stage.cancel()

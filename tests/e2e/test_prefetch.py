@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from instantstart_fs.errors import PipelineNotFound
+import pytest
+
+from instantstart_fs.errors import PipelineNotFound, PrefetchError
 from instantstart_fs.prefetch import LeaseSource, Stager, plan
+from instantstart_fs.prefetch.holding import HoldClient
 from tests.harness import Daemon, wait_for
 
 
@@ -63,8 +70,87 @@ def test_while_it_is_leased_it_is_neither_evicted_nor_removed(
 
 def test_an_unknown_pipeline_is_said(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon()
-    try:
+    with pytest.raises(PipelineNotFound):
         LeaseSource("nothing", str(daemon.socket))
-    except PipelineNotFound:
-        return
-    raise AssertionError("it was opened")
+
+
+def test_the_command_shows_what_it_did(make_daemon: Callable[..., Daemon], model: Path) -> None:
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{model}")
+    total = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    (cold,) = json.loads(daemon.ok("prefetch", "m", "--devices", "cpu", "--json"))
+    assert (cold["device"], cold["backend"], cold["bytes"], cold["total"]) == ("cpu", "direct", total, total)
+    shown = daemon.ok("prefetch", "m", "--devices", "cpu,cpu:1", "--backend", "gds")
+    assert "page cache" in shown and "cpu:1" in shown and "balanced" in shown
+    refused = daemon.cli("prefetch", "m", "--devices", "cpu", "--backend", "gds")
+    assert "backend gds refused: only for CUDA devices" in refused.stderr
+    assert "tpu" in daemon.refused(2, "prefetch", "m", "--devices", "tpu:0")
+    assert "nothing" in daemon.refused(1, "prefetch", "nothing", "--devices", "cpu")
+    assert "nobody holds it" in daemon.refused(1, "prefetch", "m", "--status")
+
+
+@contextmanager
+def holding(daemon: Daemon, tmp_path: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    daemon.env["INSTANTSTART_PREFETCH_DIR"] = str(tmp_path / "hold")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "instantstart_fs.cli", "prefetch", "m", "--devices", "cpu", "--hold", *more],
+        env={**os.environ, **daemon.env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        while "held" not in (line := process.stdout.readline()):
+            assert line, process.communicate(timeout=10)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_hold_is_taken_over_file_by_file_and_released(
+    make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path
+) -> None:
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{model}")
+    with holding(daemon, tmp_path) as process:
+        assert json.loads(daemon.ok("prefetch", "m", "--status", "--json"))["files"] == 2
+        place = str(tmp_path / "hold" / "m.sock")
+        assert os.stat(place).st_mode & 0o777 == 0o600
+        with HoldClient("m", place) as client:
+            held = client.manifest()
+            assert [file.path for file in held.files] == sorted(path.name for path in model.glob("*.safetensors"))
+            for file in held.files:
+                assert file.ready and file.layout is not None
+                taken = client.take(file.path)
+                assert taken.fd is not None
+                assert os.pread(taken.fd, taken.size, 0) == (model / file.path).read_bytes()
+                os.close(taken.fd)
+                client.release_file(file.path)
+                with pytest.raises(PrefetchError, match="released"):
+                    client.take(file.path)
+            assert client.manifest().files == ()
+        assert "held already" in daemon.refused(1, "prefetch", "m", "--devices", "cpu", "--hold")
+        assert daemon.status("m")["leases"] == 1
+        daemon.ok("prefetch", "m", "--release")
+        assert process.wait(20) == 0
+    wait_for(lambda: daemon.status("m")["leases"] == 0, "the lease's end")
+
+
+def test_a_hold_ends_with_its_time(make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path) -> None:
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{model}", "--warm")
+    with holding(daemon, tmp_path, "--timeout", "2s") as process:
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode == 0 and "time is up" in out
+
+
+def test_a_hold_ends_with_its_lease(make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path) -> None:
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{model}", "--warm")
+    with holding(daemon, tmp_path) as process:
+        daemon.stop()
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 1 and "lease has ended" in err
+    daemon.start()

@@ -62,7 +62,7 @@ class Item:
 
 
 class Backend(Protocol):
-    """One for each worker. ``name`` is what the table shows."""
+    """One for each worker, whose threads end with the process. ``name`` is what the table shows."""
 
     name: str
 
@@ -74,54 +74,42 @@ class Backend(Protocol):
         """Bring it in; lower ``order`` first. Returns at once. A file without bytes is not submitted."""
         ...
 
-    def close(self) -> None:
-        """Give up whatever is under way; when it returns, no thread touches a target any more."""
-        ...
-
 
 class Extents:
-    """What is to be read, the lowest ``order`` first; waits for more until closed."""
+    """What is to be read, the lowest ``order`` first."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._heap: list[tuple[int, int, Item]] = []
         self._offsets: dict[int, int] = {}
         self._serial = itertools.count()
-        self._closed = False
 
     def put(self, item: Item) -> None:
         with self._condition:
             heapq.heappush(self._heap, (item.order, next(self._serial), item))
             self._condition.notify_all()
 
-    def get(self, *, wait: bool = True) -> tuple[Item, int, int] | None:
-        """The next (item, start, end); None when closed, or, without ``wait``, when there is none now."""
+    def next_now(self) -> tuple[Item, int, int] | None:
+        """The next (item, start, end); None when there is none now."""
         with self._condition:
-            while not self._heap and not self._closed:
-                if not wait:
-                    return None
-                self._condition.wait()
-            if self._closed:
-                return None
-            item = self._heap[0][2]
-            start = self._offsets.get(item.number, 0)
-            end = min(start + EXTENT, item.size)
-            if end == item.size or item.failed:
-                heapq.heappop(self._heap)
-                self._offsets.pop(item.number, None)
-            else:
-                self._offsets[item.number] = end
-            return item, start, end
+            return self._take() if self._heap else None
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
-    def close(self) -> None:
+    def wait_next(self) -> tuple[Item, int, int]:
+        """The same, waiting for it: a reader has nothing else to do until its process ends."""
         with self._condition:
-            self._closed = True
-            self._heap.clear()
-            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._heap)
+            return self._take()
+
+    def _take(self) -> tuple[Item, int, int]:
+        item = self._heap[0][2]
+        start = self._offsets.get(item.number, 0)
+        end = min(start + EXTENT, item.size)
+        if end == item.size or item.failed:
+            heapq.heappop(self._heap)
+            self._offsets.pop(item.number, None)
+        else:
+            self._offsets[item.number] = end
+        return item, start, end
 
 
 class Throttle:

@@ -20,12 +20,10 @@ CPU_READERS = 4
 CUDA_READERS = 8
 SLOTS = 2
 """Page-locked buffers of each reader: one is filled while the other is copied."""
-JOIN_DEADLINE = 10.0
-"""Seconds that a reader may take to end: one extent of a disk that is stuck."""
 
 
 class _Readers:
-    """Threads that take extents until closed."""
+    """Threads that take extents, until the process ends."""
 
     name = "direct"
 
@@ -44,11 +42,6 @@ class _Readers:
         os.posix_fadvise(item.plain, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead for what O_DIRECT reads
         self._extents.put(item)
 
-    def close(self) -> None:
-        self._extents.close()
-        for thread in self._threads:
-            thread.join(JOIN_DEADLINE)
-
     def _run(self) -> None:
         raise NotImplementedError
 
@@ -61,8 +54,8 @@ class DirectCpu(_Readers):
         return None
 
     def _run(self) -> None:
-        while (taken := self._extents.get()) is not None:
-            item, start, end = taken
+        while True:
+            item, start, end = self._extents.wait_next()
             if item.failed:
                 continue
             self._throttle.wait_for_room(end - start)
@@ -131,13 +124,11 @@ class DirectCuda(_Readers):
         while True:
             slot = slots[turn]
             slot.settle()
-            taken = self._extents.get(wait=False)
+            taken = self._extents.next_now()
             if taken is None:
                 for other in slots:
                     other.settle()
-                taken = self._extents.get()
-            if taken is None:
-                return
+                taken = self._extents.wait_next()
             item, start, end = taken
             if item.failed:
                 continue

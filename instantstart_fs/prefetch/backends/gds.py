@@ -66,9 +66,8 @@ class Gds:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._queue: queue.PriorityQueue[tuple[float, int, Item | None]] = queue.PriorityQueue()
+        self._queue: queue.PriorityQueue[tuple[int, int, Item]] = queue.PriorityQueue()
         self._thread: threading.Thread | None = None
-        self._closed = False
 
     def refusal(self) -> str | None:
         if not self._device.startswith("cuda"):
@@ -82,19 +81,11 @@ class Gds:
             self._thread.start()
         self._queue.put((item.order, item.number, item))
 
-    def close(self) -> None:
-        self._closed = True
-        self._queue.put((-1.0, -1, None))
-        if self._thread is not None:
-            self._thread.join(30.0)
-
     def _run(self) -> None:
         torch = load_torch()
         torch.cuda.set_device(self._device)
         while True:
             item = self._queue.get()[2]
-            if item is None or self._closed:
-                return
             try:
                 if item.direct is None:
                     raise RuntimeError("its filesystem knows no O_DIRECT")

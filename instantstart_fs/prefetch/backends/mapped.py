@@ -28,16 +28,11 @@ class Mapped:
             self._thread.start()
         self._extents.put(item)
 
-    def close(self) -> None:
-        self._extents.close()
-        if self._thread is not None:
-            self._thread.join(10.0)
-
     def _run(self) -> None:
         memory: mmap.mmap | None = None
         owner = -1
-        while (taken := self._extents.get()) is not None:
-            item, start, end = taken
+        while True:
+            item, start, end = self._extents.wait_next()
             if item.failed:
                 continue
             self._throttle.wait_for_room(end - start)

@@ -1,0 +1,213 @@
+"""`instantstart prefetch`: stage, show, hold, and ask a hold."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from instantstart_fs.cli.show import human_bytes, human_seconds
+from instantstart_fs.cli.show import table as columns
+from instantstart_fs.errors import DaemonUnreachable, PrefetchError, UsageError
+from instantstart_fs.prefetch import DeviceReport, LeaseSource, Stage, Stager, plan
+from instantstart_fs.prefetch.holding import HoldClient, Holder, HoldStatus, hold_socket
+from instantstart_fs.prefetch.libtorch import load_torch
+
+LINE_SECONDS = 5.0
+
+
+def devices_of(given: str) -> tuple[str, ...]:
+    """``auto``: every CUDA device, else the CPU; otherwise a list with commas. Raises UsageError, PrefetchError."""
+    if given != "auto":
+        found = tuple(word.strip() for word in given.split(",") if word.strip())
+        if not found:
+            raise UsageError("--devices: names none")
+        return found
+    try:
+        count = int(load_torch().cuda.device_count())
+    except PrefetchError:
+        count = 0
+    return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
+
+
+def deadlines_of(given: Sequence[str]) -> dict[str, float]:
+    """MODEL=SECONDS, each. Raises UsageError."""
+    found = {}
+    for word in given:
+        model, equals, seconds = word.rpartition("=")
+        try:
+            found[model] = float(seconds)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UsageError(f"--deadline: {word!r} is not MODEL=SECONDS")
+    return found
+
+
+def run(
+    pipeline: str,
+    *,
+    devices: str,
+    tensor_parallel: int | None,
+    backend: str,
+    readers: int,
+    deadlines: Sequence[str],
+    what_fits: bool,
+    hold: bool,
+    timeout: float,
+    socket: str | None,
+    quiet: bool,
+    on_staged: Callable[[Stage], None],
+) -> None:
+    """Stage; ``on_staged`` once all is in place; hold if asked to."""
+    wanted = devices_of(devices)
+    path = hold_socket(pipeline) if hold else ""
+    with _terminated(), LeaseSourceContext(pipeline, socket) as source:
+        made = plan(source.weights, None, wanted, tensor_parallel, deadlines=deadlines_of(deadlines))
+        stager = Stager(source, backend=backend, readers=readers, what_fits=what_fits)
+        with stager.start(made) as stage:
+            for report in stage.progress():
+                for name, reason in report.refusals:
+                    print(f"instantstart: {report.device}: backend {name} refused: {reason}", file=sys.stderr)
+            for model in stage.refused_models:
+                print(f"instantstart: {pipeline}: model {model or '(unnamed)'} does not fit", file=sys.stderr)
+            if not hold:
+                _watch(stage, quiet)
+                on_staged(stage)
+                return
+            with Holder(stage, path, timeout or None) as holder:
+                _watch(stage, quiet)
+                on_staged(stage)
+                _keep(pipeline, stage, source, holder)
+
+
+def _keep(pipeline: str, stage: Stage, source: LeaseSource, holder: Holder) -> None:
+    """Until it is released, its time is up, or the lease ends (an error)."""
+    left = holder.seconds_left
+    limit = f" for {human_seconds(left)}" if left is not None else ""
+    print(f"{pipeline}: held{limit}; `instantstart prefetch {pipeline} --release` ends it", flush=True)
+    while not holder.wait_released(0.2):
+        if stage.error is not None:
+            raise stage.error
+        if holder.seconds_left == 0.0:
+            print(f"{pipeline}: its time is up, released")
+            return
+        if source.wait_ended(0.05):
+            raise DaemonUnreachable(f"{pipeline}: the lease has ended with its daemon; the weights are released")
+    print(f"{pipeline}: released")
+
+
+class LeaseSourceContext:
+    """A LeaseSource that is closed whatever happens before a Stage takes it over."""
+
+    def __init__(self, pipeline: str, socket: str | None) -> None:
+        self._source = LeaseSource(pipeline, socket)
+
+    def __enter__(self) -> LeaseSource:
+        return self._source
+
+    def __exit__(self, *_: object) -> None:
+        self._source.close()
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends it as Ctrl-C does: workers and memory are taken down on the way out."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _watch(stage: Stage, quiet: bool) -> None:
+    if quiet:
+        stage.wait()
+    elif sys.stderr.isatty():
+        _bars(stage)
+    else:
+        _lines(stage)
+    stage.wait(10)
+
+
+def _bars(stage: Stage) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks = [progress.add_task(report.device, total=report.total or None) for report in stage.progress()]
+        while not stage.done:
+            stage.wait_changed(0.2)
+            for task, report in zip(tasks, stage.progress(), strict=True):
+                progress.update(task, completed=report.bytes)
+
+
+def _lines(stage: Stage) -> None:
+    at = time.monotonic()
+    while not stage.done:
+        stage.wait_changed(0.5)
+        if time.monotonic() >= at + LINE_SECONDS:
+            at = time.monotonic()
+            for report in stage.progress():
+                print(f"{report.device}: {human_bytes(report.bytes)} of {human_bytes(report.total)}", file=sys.stderr)
+
+
+def table(stage: Stage) -> str:
+    """What was done: a line for each device, one for each model where there are several, and how files were spread."""
+    reports = stage.progress()
+    header = ("device", "backend", "bytes", "seconds", "GB/s", "page cache", "disk")
+    lines = [columns(header, [_row(report) for report in reports])]
+    total = human_bytes(sum(report.bytes for report in reports))
+    lines.append(f"{stage.plan.pipeline}: {total}, {stage.plan.how}")
+    ready = stage.ready_seconds()
+    if len(ready) > 1:
+        lines += [f"  {model or '(unnamed)'} ready after {seconds:.2f} s" for model, seconds in sorted(ready.items())]
+    return "\n".join(lines)
+
+
+def _row(report: DeviceReport) -> tuple[str, ...]:
+    """Rates are of loading alone: starting the worker is in the seconds."""
+    rate = report.bytes / report.loading / 1e9 if report.loading > 0 else 0.0
+    return (
+        report.device,
+        report.backend,
+        human_bytes(report.bytes),
+        f"{report.seconds:.2f}",
+        f"{rate:.2f}",
+        human_bytes(report.cached),
+        human_bytes(report.disk),
+    )
+
+
+def hold_status(pipeline: str) -> HoldStatus:
+    with HoldClient(pipeline) as client:
+        return client.status()
+
+
+def release(pipeline: str) -> None:
+    with HoldClient(pipeline) as client:
+        client.release()
+
+
+def show_hold(found: HoldStatus) -> str:
+    left = "no time limit" if found.seconds_left is None else f"{human_seconds(found.seconds_left)} left"
+    lines = [f"{found.pipeline}: generation {found.generation}, {found.files} files held by pid {found.pid}, {left}"]
+    lines += [
+        f"  {held.device}  {held.backend}  {human_bytes(held.bytes)} of {human_bytes(held.total)}"
+        for held in found.devices
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,432 @@
+"""Weights that are held for engines: a socket that says what there is, hands it over and lets it go.
+
+JSON lines over a unix socket of mode 0600 in a directory of mode 0700; only the same user and root are answered (by
+SO_PEERCRED), nothing is unpickled, and no message is longer than MAX_LINE. Requests, each answered by one line:
+
+    {"op": "status"}                                → HoldStatus
+    {"op": "manifest"}                              → HoldManifest
+    {"op": "take", "path": …, "timeout": 60.0}      → Taken; on the CPU with the file's memfd beside it (SCM_RIGHTS)
+    {"op": "release-file", "path": …}               → Ok: its memory is free once the takers' is
+    {"op": "release"}                               → Ok: the hold ends
+
+What goes wrong is answered by Refused. ``Holder`` is the serving side, ``HoldClient`` the asking one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+import time
+from typing import NamedTuple, Self, TypeVar
+
+import msgspec
+
+from instantstart_fs.config.places import run_directory
+from instantstart_fs.core.names import validate_pipeline_id
+from instantstart_fs.errors import InstantStartError, PermissionRefused, PrefetchError, from_code
+from instantstart_fs.prefetch.layout import FileLayout
+from instantstart_fs.prefetch.messages import IpcHandle
+from instantstart_fs.prefetch.stager import Stage
+
+MAX_LINE = 128 * 1024 * 1024
+"""Bytes of an answer: the layouts of a checkpoint with a million tensors."""
+MAX_REQUEST = 64 * 1024
+MAX_CONNECTIONS = 64
+ANSWER_DEADLINE = 20.0
+"""Seconds for an answer beyond what a request itself allows."""
+_T = TypeVar("_T")
+
+
+class _Request(msgspec.Struct, frozen=True, tag_field="op", forbid_unknown_fields=True):
+    pass
+
+
+class AskStatus(_Request, frozen=True, tag="status"):
+    pass
+
+
+class AskManifest(_Request, frozen=True, tag="manifest"):
+    pass
+
+
+class Take(_Request, frozen=True, tag="take"):
+    """``timeout``: seconds to wait for the file to be in place."""
+
+    path: str
+    timeout: float = 60.0
+
+
+class ReleaseFile(_Request, frozen=True, tag="release-file"):
+    path: str
+
+
+class ReleaseAll(_Request, frozen=True, tag="release"):
+    pass
+
+
+class HeldDevice(msgspec.Struct, frozen=True):
+    """Bytes and seconds, as stager.DeviceReport."""
+
+    device: str
+    backend: str
+    bytes: int
+    total: int
+    cached: int
+    disk: int
+    seconds: float
+    done: bool
+
+
+class HoldStatus(msgspec.Struct, frozen=True, tag="status"):
+    """``seconds_left``: until the hold ends by itself, null for no limit. ``files``: held, or still on their way."""
+
+    pipeline: str
+    generation: int
+    pid: int
+    devices: tuple[HeldDevice, ...]
+    files: int
+    seconds_left: float | None
+
+
+class HeldFile(msgspec.Struct, frozen=True):
+    """``layout`` null: no safetensors file, or not read yet (``ready`` says which)."""
+
+    path: str
+    model: str
+    size: int
+    device: str
+    rank: int | None
+    ready: bool
+    layout: FileLayout | None
+
+
+class HoldManifest(msgspec.Struct, frozen=True, tag="manifest"):
+    """``how``: as plan.Plan. Released files are left out."""
+
+    pipeline: str
+    generation: int
+    how: str
+    files: tuple[HeldFile, ...]
+
+
+class Taken(msgspec.Struct, frozen=True, tag="taken"):
+    """``handle``: for CUDA, to be opened once; null on the CPU, where a descriptor is beside the message."""
+
+    path: str
+    size: int
+    device: str
+    layout: FileLayout | None
+    handle: IpcHandle | None
+
+
+class Ok(msgspec.Struct, frozen=True, tag="ok"):
+    pass
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    code: str
+    message: str
+
+
+Answer = HoldStatus | HoldManifest | Taken | Ok | Refused
+_requests = msgspec.json.Decoder(AskStatus | AskManifest | Take | ReleaseFile | ReleaseAll)
+_answers = msgspec.json.Decoder(HoldStatus | HoldManifest | Taken | Ok | Refused)
+
+
+def hold_socket(pipeline: str) -> str:
+    """Where this user's hold of that pipeline answers: below $INSTANTSTART_PREFETCH_DIR, else the run directory.
+    Raises InvalidName."""
+    validate_pipeline_id(pipeline)
+    directory = os.environ.get("INSTANTSTART_PREFETCH_DIR") or os.path.join(run_directory(), "prefetch")
+    return os.path.join(directory, f"{pipeline}.sock")
+
+
+class Holder:
+    """Serves ``stage`` on ``path`` from threads of its own; a context manager. ``limit``: seconds until it ends.
+
+    Raises PrefetchError when another hold answers there, or the socket cannot be made."""
+
+    def __init__(self, stage: Stage, path: str, limit: float | None = None) -> None:
+        self._stage = stage
+        self._path = path
+        self._ends_at = None if limit is None else time.monotonic() + limit
+        self._released = threading.Event()
+        self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._listener = _listen(path)
+        self._thread = threading.Thread(target=self._accept, name="holder", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def wait_released(self, timeout: float) -> bool:
+        """Whether somebody ended the hold within ``timeout`` seconds."""
+        return self._released.wait(timeout)
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self._ends_at is None else max(0.0, self._ends_at - time.monotonic())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+        self._thread.join(5.0)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            if not self._connections.acquire(blocking=False):
+                connection.close()
+                continue
+            threading.Thread(target=self._serve, args=(connection,), name="hold-client", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            with connection, contextlib.suppress(OSError):
+                uid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+                if uid not in (0, os.geteuid()):
+                    _send(connection, Refused(PermissionRefused.code, f"uid {uid} may not take these weights"), None)
+                    return
+                reader = _Lines(connection, MAX_REQUEST)
+                while (line := reader.next()) is not None:
+                    connection.settimeout(ANSWER_DEADLINE)
+                    answer, fd = self._answer(line)
+                    try:
+                        _send(connection, answer, fd)
+                    finally:
+                        if fd is not None:
+                            os.close(fd)
+                    connection.settimeout(None)
+        finally:
+            self._connections.release()
+
+    def _answer(self, line: bytes) -> tuple[Answer, int | None]:
+        try:
+            match _requests.decode(line):
+                case AskStatus():
+                    return self._status(), None
+                case AskManifest():
+                    return self._manifest(), None
+                case Take(path, timeout):
+                    return self._take(path, timeout)
+                case ReleaseFile(path):
+                    self._stage.release(path)
+                case ReleaseAll():
+                    self._released.set()
+            return Ok(), None
+        except InstantStartError as error:
+            return Refused(error.code, error.message), None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return Refused(PrefetchError.code, f"not a request: {error}"), None
+
+    def _status(self) -> HoldStatus:
+        plan, stage = self._stage.plan, self._stage
+        devices = tuple(
+            HeldDevice(
+                report.device,
+                report.backend,
+                report.bytes,
+                report.total,
+                report.cached,
+                report.disk,
+                round(report.seconds, 3),
+                report.done,
+            )
+            for report in stage.progress()
+        )
+        return HoldStatus(plan.pipeline, plan.generation, os.getpid(), devices, len(stage.paths), self.seconds_left)
+
+    def _manifest(self) -> HoldManifest:
+        plan = self._stage.plan
+        there = frozenset(self._stage.paths)
+        files = tuple(
+            HeldFile(
+                file.path,
+                file.model,
+                file.size,
+                device.device,
+                file.rank,
+                self._stage.is_ready(file.path),
+                self._stage.layout(file.path),
+            )
+            for device in plan.devices
+            for file in device.files
+            if file.path in there
+        )
+        return HoldManifest(plan.pipeline, plan.generation, plan.how, files)
+
+    def _take(self, path: str, timeout: float) -> tuple[Answer, int | None]:
+        self._stage.wait_file(path, min(max(timeout, 0.0), 3600.0))
+        exported = self._stage.export(path)
+        device = self._stage.plan.device_of(path) or ""
+        return Taken(path, exported.size, device, exported.layout, exported.handle), exported.fd
+
+
+class TakenFile(NamedTuple):
+    """``fd``: the memfd of a CPU device, the caller's to close (tensors.from_memory of its mapping); ``handle``: for
+    tensors.from_ipc."""
+
+    path: str
+    size: int
+    device: str
+    layout: FileLayout | None
+    fd: int | None
+    handle: IpcHandle | None
+
+
+class HoldClient:
+    """A connection to the hold of ``pipeline`` (or at ``path``); a context manager; not for several threads.
+
+    Raises PrefetchError when nobody holds it, or the hold ends, and what the other side refused."""
+
+    def __init__(self, pipeline: str, path: str | None = None) -> None:
+        self._path = path or hold_socket(pipeline)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(ANSWER_DEADLINE)
+        try:
+            self._socket.connect(self._path)
+            owner = struct.unpack("iII", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        except OSError as error:
+            self._socket.close()
+            raise PrefetchError(
+                f"{pipeline}: nobody holds it here ({self._path}: {error.strerror or error})"
+            ) from error
+        if owner not in (0, os.geteuid()):
+            # Weights from somebody else's memory could be anything.
+            self._socket.close()
+            raise PermissionRefused(f"{pipeline}: is held by uid {owner}")
+        self._reader = _Lines(self._socket, MAX_LINE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+        self._reader.close()
+
+    def status(self) -> HoldStatus:
+        return self._ask(AskStatus(), HoldStatus)
+
+    def manifest(self) -> HoldManifest:
+        return self._ask(AskManifest(), HoldManifest)
+
+    def take(self, path: str, timeout: float = 60.0) -> TakenFile:
+        """Wait until the file is in place, at most ``timeout`` seconds, and open it."""
+        taken = self._ask(Take(path, timeout), Taken, timeout)
+        fd = self._reader.take_descriptor() if taken.handle is None else None
+        if taken.handle is None and fd is None:
+            raise PrefetchError(f"{path}: came without its memory: this process may not open more files (ulimit -n)")
+        return TakenFile(taken.path, taken.size, taken.device, taken.layout, fd, taken.handle)
+
+    def release_file(self, path: str) -> None:
+        self._ask(ReleaseFile(path), Ok)
+
+    def release(self) -> None:
+        """End the hold."""
+        self._ask(ReleaseAll(), Ok)
+
+    def _ask(self, request: msgspec.Struct, kind: type[_T], more: float = 0.0) -> _T:
+        self._socket.settimeout(ANSWER_DEADLINE + more)
+        try:
+            self._socket.sendall(msgspec.json.encode(request) + b"\n")
+            line = self._reader.next()
+            if line is None:
+                raise PrefetchError("the hold has ended")
+            answer = _answers.decode(line)
+        except TimeoutError as error:
+            raise PrefetchError(f"{self._path}: no answer within {ANSWER_DEADLINE + more:g} s") from error
+        except (OSError, msgspec.DecodeError) as error:
+            raise PrefetchError(f"{self._path}: {error}") from error
+        if isinstance(answer, Refused):
+            raise from_code(answer.code, answer.message)
+        if not isinstance(answer, kind):
+            raise PrefetchError(f"{self._path}: answered something else")
+        return answer
+
+
+class _Lines:
+    """Lines, and the descriptors that came beside them."""
+
+    def __init__(self, connection: socket.socket, limit: int) -> None:
+        self._socket = connection
+        self._limit = limit
+        self._pending = bytearray()
+        self._descriptors: list[int] = []
+
+    def next(self) -> bytes | None:
+        """None at the end. Raises OSError, and PrefetchError for a line beyond the limit."""
+        while (end := self._pending.find(b"\n")) < 0:
+            if len(self._pending) > self._limit:
+                raise OSError(f"a message of more than {self._limit} bytes")
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 20, 1, socket.MSG_CMSG_CLOEXEC)
+            self._descriptors += descriptors
+            if not data:
+                self.close()
+                return None
+            self._pending += data
+        line = bytes(self._pending[:end])
+        del self._pending[: end + 1]
+        return line
+
+    def take_descriptor(self) -> int | None:
+        return self._descriptors.pop(0) if self._descriptors else None
+
+    def close(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def _send(connection: socket.socket, answer: Answer, fd: int | None) -> None:
+    line = memoryview(msgspec.json.encode(answer) + b"\n")
+    sent = socket.send_fds(connection, [line], [fd]) if fd is not None else 0
+    connection.sendall(line[sent:])
+
+
+def _listen(path: str) -> socket.socket:
+    directory = os.path.dirname(path)
+    try:
+        os.makedirs(directory, 0o700, exist_ok=True)
+        if os.stat(directory).st_uid != os.geteuid():
+            raise PrefetchError(f"{directory}: belongs to somebody else")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+            probe.settimeout(2.0)
+            try:
+                probe.connect(path)
+            except (ConnectionRefusedError, FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            else:
+                raise PrefetchError(
+                    f"{os.path.basename(path).removesuffix('.sock')}: is held already; "
+                    "`instantstart prefetch PIPELINE --release` ends that"
+                )
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            before = os.umask(0o177)
+            try:
+                listener.bind(path)
+            finally:
+                os.umask(before)
+            listener.listen(16)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+    except OSError as error:
+        raise PrefetchError(f"{path}: cannot listen there: {error.strerror or error}") from error
