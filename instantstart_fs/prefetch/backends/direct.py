@@ -16,7 +16,7 @@ from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.plan import BLOCK, EXTENT
 from instantstart_fs.prefetch.reader import read_extent
 
-CPU_READERS = 4
+CPU_READERS = 8
 CUDA_READERS = 8
 SLOTS = 2
 """Page-locked buffers of each reader: one is filled while the other is copied."""
