@@ -18,6 +18,9 @@ from instantstart_fs.index.transactions import WriteTxn
 
 logger = logging.getLogger(__name__)
 
+MOST_STORED = 50_000
+"""Times that are remembered beside the index, some 10 MB."""
+
 FileTriple = tuple[str, int, int]
 """(pipeline, generation, index in the manifest)"""
 
@@ -38,6 +41,8 @@ class AccessLog:
         self._dirty_requests: set[str] = set()
         self._reads: dict[FileTriple, int] = {}
         self._writing: dict[FileTriple, int] = {}
+        self._stored: dict[FileTriple, int | None] = {}
+        """What the index was seen to hold: a lookup in it takes as long as the rest of a file's attributes."""
         self._wake = trio.Event()
         self._failing = False
 
@@ -57,8 +62,9 @@ class AccessLog:
         """The pipeline was removed: keep nothing of it."""
         self._requests.pop(pipeline, None)
         self._dirty_requests.discard(pipeline)
-        for file in [file for file in self._reads if file[0] == pipeline]:
-            del self._reads[file]
+        for times in (self._reads, self._stored):
+            for file in [file for file in times if file[0] == pipeline]:
+                del times[file]
 
     def last_request(self, pipeline: str) -> int | None:
         """ns; None if it was never requested."""
@@ -70,7 +76,13 @@ class AccessLog:
         file = (pipeline, generation, index)
         stored = self._reads.get(file, self._writing.get(file))
         if stored is None:
-            stored = self._index.read(lambda txn: txn.last_access(pipeline, generation, index))
+            if file in self._stored:
+                stored = self._stored[file]
+            else:
+                stored = self._index.read(lambda txn: txn.last_access(pipeline, generation, index))
+                if len(self._stored) >= MOST_STORED:
+                    self._stored.clear()
+                self._stored[file] = stored
         return None if stored is None else clamp(stored, self._clock())
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -113,6 +125,8 @@ class AccessLog:
             self._reads = {**reads, **self._reads}
             self._wake.set()
             raise
+        else:
+            self._stored.update((file, at_ns) for file, at_ns in reads.items() if file in self._stored)
         finally:
             self._writing = {}
 

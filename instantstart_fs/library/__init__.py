@@ -140,7 +140,7 @@ class Library:
     def attributes(self, nodeid: int) -> Attributes:
         return self._browsing.attributes(nodeid)
 
-    def list_directory(self, nodeid: int) -> Sequence[tuple[str, Attributes]]:
+    def list_directory(self, nodeid: int) -> Sequence[str]:
         return self._browsing.list_directory(nodeid)
 
     def keeps_listing(self, nodeid: int) -> bool:
@@ -188,6 +188,8 @@ class Library:
         """Raises PipelineNotFound, PipelineBusy (leased)."""
         await self._admin.remove(pipeline)
         self.observer.forget(pipeline)
+        if pipeline not in self._shelf.pipelines:
+            self._access.forget(pipeline)
 
     async def evict(self, pipeline: str) -> None:
         """Raises PipelineNotFound, PipelineBusy (pinned, leased or open)."""

@@ -81,24 +81,18 @@ class Browsing:
             return self._node(*found)
         raise NoSuchEntry(f"node {nodeid} is gone")
 
-    def list_directory(self, nodeid: int) -> Sequence[tuple[str, Attributes]]:
+    def list_directory(self, nodeid: int) -> Sequence[str]:
         """See view.View.list_directory."""
         if nodeid == ROOT:
-            entries = [(name, self._state_directory(number)) for name, number in STATE_DIRECTORIES.items()]
-            entries += [
-                (name, self._pipeline_root(pipeline, pipeline.root_nodeid))
-                for name, pipeline in sorted(self._shelf.pipelines.items())
-            ]
-            return entries
+            return [*STATE_DIRECTORIES, *sorted(self._shelf.pipelines)]
         if nodeid in _STATE_NAMES:
             return [
-                (name, present.link_attributes(pipeline))
+                name
                 for name, pipeline in sorted(self._shelf.pipelines.items())
                 if present.state_directory(self._state_of(pipeline)) == _STATE_NAMES[nodeid]
             ]
         generation, node = self._directory(nodeid)
-        children = generation.tree.nodes[node].children or {}
-        return [(name, self._node(generation, child)) for name, child in children.items()]
+        return list(generation.tree.nodes[node].children or ())
 
     def keeps_listing(self, nodeid: int) -> bool:
         """See view.View.keeps_listing."""

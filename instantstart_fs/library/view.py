@@ -91,7 +91,9 @@ class View(Protocol):
 
     def attributes(self, nodeid: int) -> Attributes: ...
 
-    def list_directory(self, nodeid: int) -> Sequence[tuple[str, Attributes]]: ...
+    def list_directory(self, nodeid: int) -> Sequence[str]:
+        """The names."""
+        ...
 
     def keeps_listing(self, nodeid: int) -> bool:
         """Whether the kernel may keep what the directory lists until an Invalidation with ``listing`` says otherwise:

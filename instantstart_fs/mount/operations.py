@@ -256,7 +256,7 @@ class Operations(pyfuse3.Operations):
         directory = self._directories[fh]
         reply: ReaddirReply = self._reply or pyfuse3.readdir_reply
         if start_id == 0 or directory.names is None:
-            directory.names = [name for name, _ in self._view.list_directory(directory.nodeid)]
+            directory.names = list(self._view.list_directory(directory.nodeid))
         for position in range(start_id, len(directory.names)):
             name = directory.names[position]
             try:

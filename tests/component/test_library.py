@@ -121,9 +121,10 @@ async def test_looking_is_no_request_and_starts_nothing(tmp_path: Path) -> None:
     async with running(tmp_path) as library:
         await library.add(spec("p", source))
         root = find(library, "p")
-        for _, attributes in library.list_directory(root):
-            library.attributes(attributes.nodeid)
-            library.xattrs(attributes.nodeid)
+        for name in library.list_directory(root):
+            nodeid = library.lookup(root, name).nodeid
+            library.attributes(nodeid)
+            library.xattrs(nodeid)
         assert await read_all(library, "p", "config.json")
         weights = await library.open(find(library, "p", "model-1-of-2.safetensors"))
         assert await library.read_into(weights, 0, memoryview(bytearray(4096))) == 4096
@@ -134,7 +135,7 @@ async def test_looking_is_no_request_and_starts_nothing(tmp_path: Path) -> None:
         assert status.fill is None
         cold = library.lookup(root, "model-2-of-2.safetensors")
         assert cold.blocks == 1
-        assert [name for name, _ in library.list_directory(find(library, ".cold"))] == ["p"]
+        assert library.list_directory(find(library, ".cold")) == ["p"]
         assert library.list_directory(find(library, ".warm")) == []
 
 
@@ -150,7 +151,7 @@ async def test_reading_beyond_the_header_fills_the_load_set_and_nothing_else(tmp
         assert files["pytorch_model.bin"] == "absent"
         assert files["model-2-of-2.safetensors"] == "unverified"
         assert files["sub/ünï code.json"] == "unverified"
-        assert [name for name, _ in library.list_directory(find(library, ".warm"))] == ["p"]
+        assert library.list_directory(find(library, ".warm")) == ["p"]
 
 
 async def test_update_shows_a_new_generation_while_open_files_keep_the_old(tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ async def test_several_models_under_one_pipeline(tmp_path: Path) -> None:
     async with running(tmp_path) as library:
         models = (ModelSpec(source=f"file://{one}", name="asr"), ModelSpec(source=f"file://{two}", name="llm"))
         await library.add(PipelineSpec(id="agent", models=models))
-        assert [name for name, _ in library.list_directory(find(library, "agent"))] == ["asr", "llm"]
+        assert library.list_directory(find(library, "agent")) == ["asr", "llm"]
         for name, source in (("asr", one), ("llm", two)):
             data = (source / "model-1-of-2.safetensors").read_bytes()
             assert await read_all(library, "agent", name, "model-1-of-2.safetensors") == data
@@ -328,3 +329,18 @@ async def test_descriptors_of_closed_files_are_kept_for_their_next_open_but_not_
         assert closing == [nodeids[0]]  # the least recently used
         await library.evict("p")
         assert closing == nodeids
+
+
+async def test_a_pipeline_that_is_added_again_was_never_requested(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        for _ in range(2):
+            await library.add(spec("p", source))
+            assert library.status("p").last_request is None
+            attributes = library.attributes(find(library, "p", "config.json"))
+            assert attributes.atime_ns == attributes.mtime_ns
+            library.touch("p")
+            assert await read_all(library, "p", "config.json")
+            attributes = library.attributes(find(library, "p", "config.json"))
+            assert attributes.atime_ns > attributes.mtime_ns
+            await library.remove("p")

@@ -104,9 +104,9 @@ class FakeView:
         except KeyError:
             raise NoSuchEntry(f"node {nodeid} is gone") from None
 
-    def list_directory(self, nodeid: int) -> Sequence[tuple[str, Attributes]]:
+    def list_directory(self, nodeid: int) -> Sequence[str]:
         self.attributes(nodeid)
-        return [(name, self.nodes[child]) for name, child in self.children[nodeid].items()]
+        return list(self.children[nodeid])
 
     def keeps_listing(self, nodeid: int) -> bool:
         return nodeid != ROOT and all(self.nodes[child].stable for child in self.children[nodeid].values())
