@@ -66,13 +66,23 @@ class Overviews:
         self._lock = trio.Lock()
         self._kept: Overview | None = None
         self._good_until = -1.0
+        self._views: dict[tuple[showing.Query, bool], showing.View] = {}
+
+    async def view(self, query: showing.Query, *, details: bool) -> showing.View:
+        """A page of it; pages that look at the same get the same one."""
+        overview = await self.get()
+        found = self._views.get((query, details))
+        if found is None:
+            found = self._views[query, details] = showing.view(overview, query, details=details)
+        return found
 
     async def get(self) -> Overview:
         """At most KEEP_SECONDS old, or SHARE times as old as it took to make."""
         async with self._lock:
             if self._kept is None or trio.current_time() >= self._good_until:
                 began = time.thread_time()
-                self._kept = self._with_pending(await self._library.overview())
+                self._kept = showing.ordered(self._with_pending(await self._library.overview()))
+                self._views.clear()
                 took = time.thread_time() - began
                 self._good_until = trio.current_time() + max(KEEP_SECONDS, SHARE * took)
             return self._kept
@@ -138,7 +148,7 @@ class Site:
 
     async def page(self, request: Request) -> Response:
         query = query_of(request.query_params)
-        shown = showing.view(await self._overviews.get(), query, details=self._config.details)
+        shown = await self._overviews.view(query, details=self._config.details)
         text = self._render("page.html", shown, link=request.url.query)
         return Response(text, media_type="text/html; charset=utf-8")
 
@@ -161,15 +171,15 @@ class Site:
         found = next((it for it in (await self._overviews.get()).pipelines if it.pipeline == pipeline), None)
         words = showing.chip(found) if found is not None else "unknown"
         state = found.state if found is not None else "unknown"
-        # 6.1 px a character is what 11 px Verdana and its like take; textLength makes every font take just that.
-        left, right = round(5 * 6.1) + 12, round(len(words) * 6.1) + 12
+        # 5.9 px a character is what 11 px fonts take, about; textLength makes each of them take just that.
+        left, right = round(5 * 5.9) + 12, round(len(words) * 5.9) + 12
         text = self._templates.get_template("badge.svg").render(words=words, state=state, left=left, right=right)
         return Response(text, 200 if found is not None else 404, media_type="image/svg+xml")
 
     # -- values ----------------------------------------------------------------------------------------------------
 
     async def pipelines(self, request: Request) -> Response:
-        shown = showing.view(await self._overviews.get(), query_of(request.query_params), details=self._config.details)
+        shown = await self._overviews.view(query_of(request.query_params), details=self._config.details)
         return JSONResponse(showing.as_json(shown))
 
     async def cold_starts(self, request: Request) -> Response:
@@ -222,7 +232,7 @@ class Site:
             end = sent_at + STREAM_SECONDS
             yield b"retry: 3000\n\n"
             while trio.current_time() < end:
-                shown = showing.view(await self._overviews.get(), query, details=self._config.details)
+                shown = await self._overviews.view(query, details=self._config.details)
                 if shown != last:
                     last = shown
                     sent_at = trio.current_time()

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 128
 STALLED_SECONDS = 20
 """A peer that acknowledges nothing for so long is gone."""
-IDLE_SECONDS = 10.0
+IDLE_SECONDS = 5.0
 
 
 class Door(trio.abc.Listener[trio.SocketStream]):

@@ -93,12 +93,19 @@ class View(msgspec.Struct, frozen=True):
     cold_starts: tuple[ColdStartRow, ...]
 
 
-def view(overview: Overview, query: Query, *, details: bool) -> View:
+def ordered(overview: Overview) -> Overview:
     """Those that need attention first: errors, fills; then by last request."""
-    wanted = [status for status in overview.pipelines if _matches(status, query)]
     # Two stable sorts: latest request first within a state.
-    wanted.sort(key=lambda status: status.last_request or "", reverse=True)
-    wanted.sort(key=lambda status: ORDER[status.state])
+    found = sorted(overview.pipelines, key=lambda status: status.last_request or "", reverse=True)
+    found.sort(key=lambda status: ORDER[status.state])
+    return msgspec.structs.replace(overview, pipelines=tuple(found))
+
+
+def view(overview: Overview, query: Query, *, details: bool) -> View:
+    """In the order that the overview has."""
+    wanted: Sequence[PipelineStatus] = overview.pipelines
+    if query.text or query.state:
+        wanted = [status for status in wanted if _matches(status, query)]
     offset = max(0, min(query.offset, max(len(wanted) - 1, 0) // query.limit * query.limit))
     shown = wanted[offset : offset + query.limit]
     now = overview.at_ns / 1e9
@@ -194,7 +201,7 @@ def cold_starts(records: Sequence[ColdStart], now: float) -> tuple[ColdStartRow,
             ColdStartRow(
                 pipeline=record.pipeline,
                 state=record.state,
-                when=_distance(now - record.started_ns / 1e9) + " ago",
+                when=_since(now - record.started_ns / 1e9),
                 started_at=at.isoformat(timespec="seconds"),
                 total=precise_seconds(found[-1].end - first) if found else "0 ms",
                 running=record.live,
@@ -241,18 +248,23 @@ def _distance(seconds: float) -> str:
     """Coarse, so that a page changes once a minute and not once a second for it."""
     seconds = max(seconds, 0)
     if seconds < 60:
-        return "under a minute"
+        return ""
     if seconds < 3600:
         return f"{seconds // 60:.0f} min"
     return f"{seconds // 3600:.0f} h" if seconds < 48 * 3600 else f"{seconds // 86400:.0f} days"
 
 
+def _since(seconds: float) -> str:
+    distance = _distance(seconds)
+    return f"{distance} ago" if distance else "just now"
+
+
 def _ago(at: str | None, now: float) -> str:
-    return "never" if at is None else f"{_distance(now - datetime.fromisoformat(at).timestamp())} ago"
+    return "never" if at is None else _since(now - datetime.fromisoformat(at).timestamp())
 
 
 def _ahead(at: str | None, now: float) -> str:
     if at is None:
         return "—"
     left = datetime.fromisoformat(at).timestamp() - now
-    return "no longer hot" if left <= 0 else f"for {_distance(left)}"
+    return "no longer" if left <= 0 else f"for {_distance(left) or 'a minute'}"

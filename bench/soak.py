@@ -1,0 +1,301 @@
+"""A soak: adds, fills, reads, evictions, updates and origin faults at once; then everything must be as it was.
+
+    scripts/bench soak [--minutes 30] [--idle 60] [--seed 1]
+
+Several actors work on a handful of pipelines of one hub until the time is up, each choosing what to do at random (the
+seed repeats the choices, not their timing). Every byte that is read is compared. Then the hub is healed, the pipelines
+are removed, and when all is quiet again the daemon's RSS, descriptors, threads, workers and files are compared with
+what they were after a first round of the same work (a daemon that has never worked has loaded less). The log may hold
+warnings and errors about what was provoked, and no other. At the end: CPU while idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import common, daemon
+from bench.common import MIB, show_size
+from tests.servers.hub import HubServer
+
+RSS_SLACK = 32 * MIB
+IDLE_TARGET = 0.1
+PROVOKED = (
+    r"origin-(unavailable|throttled|misbehaved|broken|changed|not-found)|location-expired|read-deadline|digest-mismatch",
+    r"fill-cancelled|access-refused|no-such-entry|is down|answers again|the manifest says",
+    r"wrong bytes were served before the digest proved it",
+    r"not evicted",
+    r"store-full",
+)
+"""Log lines of these are what the faults are meant to bring about."""
+
+
+class World:
+    """The hub's repositories, by the content that each commit has."""
+
+    def __init__(self, work: Path, hub: HubServer, seed: int) -> None:
+        self.work, self.hub = work, hub
+        self.chance = random.Random(seed)
+        self.lock = threading.Lock()
+        self.known: set[str] = set()
+        """Digests of every shard that was ever published: what a read may give."""
+        self.done: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.end = 0.0
+
+    def publish(self, name: str, salt: int) -> None:
+        directory = self.work / "source" / f"{name}-{salt}"
+        directory.mkdir(parents=True, exist_ok=True)
+        for shard in range(2):
+            content = random.Random(f"{name} {salt} {shard}").randbytes(12 * MIB + shard * 4096 + 17)
+            header = b"{}".ljust(8)
+            content = len(header).to_bytes(8, "little") + header + content
+            (directory / f"model-{shard + 1:05}-of-00002.safetensors").write_bytes(content)
+            with self.lock:
+                self.known.add(hashlib.sha256(content).hexdigest())
+        (directory / "config.json").write_text(json.dumps({"salt": salt}))
+        self.hub.publish(f"soak/{name}", directory)
+
+    def count(self, what: str) -> None:
+        with self.lock:
+            self.done[what] += 1
+
+    def problem(self, what: str) -> None:
+        with self.lock:
+            self.problems.append(what)
+        print(f"PROBLEM: {what}", flush=True)
+
+
+def cli(served: daemon.Daemon, *arguments: str, timeout: float = 90.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "instantstart_fs.cli", *arguments],
+        env=served.env, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def reader(world: World, served: daemon.Daemon, names: list[str]) -> None:
+    """Reads whole shards in a process of its own; errors are allowed (origins fail), wrong bytes and hangs are not."""
+    name = world.chance.choice(names)
+    shard = world.chance.choice((1, 2))
+    path = served.mount / name / f"model-{shard:05}-of-00002.safetensors"
+    try:
+        done = subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        world.problem(f"a read of {name} took longer than a minute")
+        return
+    if done.returncode:
+        world.count("reads that failed")
+    elif done.stdout.split()[0].lstrip("\\") not in world.known:
+        world.problem(f"wrong bytes in {name}")
+    else:
+        world.count("reads")
+
+
+def mapper(world: World, served: daemon.Daemon, names: list[str]) -> None:
+    """Maps a file and leaves in the middle: what is open at a bad moment."""
+    name = world.chance.choice(names)
+    code = (
+        "import mmap,sys,signal\nsignal.alarm(40)\nf=open(sys.argv[1],'rb')\n"
+        "m=mmap.mmap(f.fileno(),0,access=mmap.ACCESS_READ)\nprint(m[len(m)//2])"
+    )
+    path = served.mount / name / "model-00001-of-00002.safetensors"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, timeout=60)
+        world.count("maps" if done.returncode == 0 else "maps that failed")
+
+
+def administrator(world: World, served: daemon.Daemon, names: list[str]) -> None:
+    name = world.chance.choice(names)
+    what = world.chance.choice(("warm", "evict", "update", "touch", "again", "status", "explain", "verify", "ls"))
+    match what:
+        case "again":
+            cli(served, "remove", name)
+            done = cli(served, "add", name, f"hf://soak/{name}")
+        case "update":
+            world.publish(name, world.chance.randrange(4))
+            done = cli(served, "update", name)
+        case "ls":
+            done = cli(served, "ls", "--json")
+        case _:
+            done = cli(served, what, name)
+    if "Traceback" in done.stderr:
+        world.problem(f"{what}: {done.stderr[-500:]}")
+    world.count(what if done.returncode == 0 else f"{what} refused")
+
+
+def saboteur(world: World) -> None:
+    """One fault at a time, for a while."""
+    what = world.chance.choice(
+        ("status", "reset", "cut", "latency", "corrupt", "throttle", "blackhole", "none", "none")
+    )
+    match what:
+        case "status":
+            world.hub.fault("status", port="cdn", status=503, count=world.chance.randrange(1, 20))
+        case "throttle":
+            world.hub.fault("status", port="cdn", status=429, headers={"Retry-After": "1"}, count=3)
+        case "corrupt":
+            world.hub.fault("corrupt", port="cdn", count=1)
+        case "reset" | "cut":
+            world.hub.fault(what, port="cdn", count=world.chance.randrange(1, 8))
+        case "latency":
+            world.hub.fault("latency", port="cdn", seconds=0.3, count=30)
+        case "blackhole":
+            world.hub.fault("blackhole", port="cdn", count=4)
+    world.count(f"fault: {what}")
+    time.sleep(world.chance.uniform(0.5, 3))
+    world.hub.clear()
+    time.sleep(world.chance.uniform(0.5, 3))
+
+
+def watcher(world: World, page: str) -> None:
+    for path in ("", "metrics", "healthz", "api/pipelines"):
+        try:
+            with urllib.request.urlopen(page + path, timeout=20) as answer:
+                answer.read()
+            world.count("pages")
+        except OSError as error:
+            world.problem(f"/{path}: {error}")
+    time.sleep(2)
+
+
+def work_for(seconds: float, world: World, served: daemon.Daemon, names: list[str], page: str) -> None:
+    world.end = time.monotonic() + seconds
+    actors: list[Callable[[], None]] = [
+        *(lambda: reader(world, served, names) for _ in range(2)),
+        lambda: mapper(world, served, names),
+        lambda: administrator(world, served, names),
+        lambda: saboteur(world),
+        lambda: watcher(world, page),
+    ]
+
+    def loop(actor: Callable[[], None]) -> None:
+        while time.monotonic() < world.end:
+            try:
+                actor()
+            except Exception as error:
+                world.problem(f"{type(error).__name__}: {error}")
+                time.sleep(1)
+
+    threads = [threading.Thread(target=loop, args=(actor,)) for actor in actors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    world.hub.reset()
+
+
+def measure(served: daemon.Daemon, page: str) -> dict[str, int]:
+    pid = served.child.pid
+    with urllib.request.urlopen(page + "api/pipelines", timeout=20) as answer:
+        total = json.loads(answer.read())["total"]
+    return {
+        "rss": daemon.memory(pid)["rss"],
+        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        "threads": len(os.listdir(f"/proc/{pid}/task")),
+        "workers": len(served.workers()),
+        "pipelines": total,
+        "files in the store": sum(len(files) for _, _, files in os.walk(served.mount.parent / "soak-store" / "slots")),
+    }
+
+
+def settle(served: daemon.Daemon, names: list[str], page: str) -> dict[str, int]:
+    """No pipelines, no readers; the quiet that lets cold-start records and idle descriptors end."""
+    for name in names:
+        for _ in range(30):
+            if cli(served, "remove", name).returncode == 0 or cli(served, "status", name).returncode:
+                break
+            time.sleep(1)
+    time.sleep(35)
+    return measure(served, page)
+
+
+def unprovoked(log: str) -> list[str]:
+    found = []
+    for line in log.splitlines():
+        trouble = re.match(r"(\S+ )?(warning|error|critical) ", line) or line.startswith("Traceback")
+        if trouble and not any(re.search(pattern, line) for pattern in PROVOKED):
+            found.append(line)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--idle", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pipelines", type=int, default=4)
+    parser.add_argument("--keep-log", metavar="FILE", help="copy the daemon's log there")
+    parser.add_argument("--work", help="a directory on a real disk (default: a temporary one)")
+    options = parser.parse_args()
+    names = [f"soak-{number}" for number in range(options.pipelines)]
+    with common.workspace(options.work) as work, HubServer() as hub:
+        world = World(work, hub, options.seed)
+        for name in names:
+            world.publish(name, 0)
+        config = (
+            '[http]\nlisten = "127.0.0.1:0"\n[fill]\nchunk_size = "1MiB"\nread_deadline = "8s"\n'
+            f'[store]\ncapacity = "{options.pipelines * 24 * 3 // 4}MiB"\n[eviction]\nkeep_hot = "2s"\n'
+        )
+        with daemon.daemon(work, config=config, env={"HF_ENDPOINT": hub.endpoint}, name="soak") as served:
+            page = re.findall(r"page (http://\S+)", served.log.read_text())[-1]
+
+            def add_all() -> None:
+                for name in names:
+                    done = cli(served, "add", name, f"hf://soak/{name}")
+                    assert done.returncode == 0, done.stderr
+
+            add_all()
+            work_for(min(60.0, options.minutes * 6), world, served, names, page)
+            start = settle(served, names, page)
+            print("after the first round:", start, flush=True)
+            add_all()
+            work_for(options.minutes * 60, world, served, names, page)
+            end = settle(served, names, page)
+            print("at the end:           ", end, flush=True)
+            clock = daemon.Clock([served.child.pid, *served.workers()])
+            time.sleep(options.idle)
+            idle = 100 * sum(clock.spent().values()) / (time.monotonic() - clock.started)
+            lines = unprovoked(served.log.read_text(errors="replace"))
+            if options.keep_log:
+                shutil.copy(served.log, options.keep_log)
+    grown = {key: end[key] - start[key] for key in start}
+    verdicts = {
+        "no wrong byte, hang or crash": not world.problems,
+        f"RSS within {show_size(RSS_SLACK)}": grown["rss"] <= RSS_SLACK,
+        "descriptors, threads, workers, files as before": not any(
+            grown[key] > 0 for key in ("descriptors", "threads", "workers", "pipelines", "files in the store")
+        ),
+        "no unprovoked line in the log": not lines,
+        f"idle ≤ {IDLE_TARGET} %": idle <= IDLE_TARGET,
+    }
+    for what, ok in verdicts.items():
+        print(f"{'met   ' if ok else 'MISSED'}  {what}")
+    print(f"idle {idle:.3f} % of a core; did {dict(sorted(world.done.items()))}")
+    for line in lines[:20]:
+        print(f"unprovoked: {line}")
+    result: dict[str, Any] = {
+        "minutes": options.minutes, "seed": options.seed, "pipelines": options.pipelines, "start": start, "end": end,
+        "idle_percent": idle, "did": dict(sorted(world.done.items())), "problems": world.problems, "unprovoked": lines,
+        "verdicts": verdicts,
+    }  # fmt: skip
+    common.write_result("soak", result)
+    sys.exit(0 if all(verdicts.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""The page over a made-up library: what it escapes, bounds and keeps from others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import pytest
+import trio
+import trio.testing
+
+from instantstart_fs.config import HttpConfig
+from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.status import ErrorStatus, FillStatus
+from instantstart_fs.errors import StoreFull
+from instantstart_fs.filler.state import FillStatistics
+from instantstart_fs.web import app, server
+from instantstart_fs.web.health import KEEP_SECONDS, HealthProbe
+from tests.component.site import GB, FakeLibrary, Served, fill_with_examples, pipeline, serving
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+
+
+def get(served: Served, path: str = "") -> str:
+    with urllib.request.urlopen(served.url + path, timeout=20) as answer:
+        return str(answer.read().decode())
+
+
+def test_hostile_names_are_text() -> None:
+    with serving(HttpConfig(port=0, details=True)) as served:
+        error = ErrorStatus(HOSTILE, HOSTILE, "2026-01-01T00:00:00Z")
+        served.library.pipelines["x"] = pipeline(HOSTILE, "error", source=(HOSTILE,), error=error)
+        served.library.observer.records = [ColdStart(pipeline=HOSTILE, started_ns=1, state="cold", opened_after=1.0)]
+        quoted = urllib.parse.quote(HOSTILE, safe="")
+        events = []
+        with urllib.request.urlopen(served.url + f"api/events?q={quoted}", timeout=20) as stream:
+            while not events or events[-1].strip():
+                events.append(stream.readline().decode())
+                if events[-1].startswith("retry"):
+                    events.append(stream.readline().decode())
+                    events[-1] = "-"
+        for text in (get(served), get(served, f"?q={quoted}"), "".join(events)):
+            assert "&lt;script&gt;" in text
+            assert "<script>alert" not in text and "<img src=x" not in text
+        with pytest.raises(urllib.error.HTTPError) as missing:
+            get(served, f"badge/{quoted}.svg")
+        with missing.value as refused:
+            assert b"<script>" not in refused.read()
+
+
+def test_sources_and_messages_need_details() -> None:
+    for details in (False, True):
+        with serving(HttpConfig(port=0, details=details)) as served:
+            fill_with_examples(served.library)
+            for text in (get(served), get(served, "api/pipelines")):
+                assert ("hf://org/" in text) is details
+                assert ("401 for org/gated" in text) is details
+                assert "access-refused" in text
+
+
+def test_ten_thousand_pipelines_are_paged_and_hold_nobody_up() -> None:
+    with serving() as served:
+        for number in range(10_000):
+            name = f"pipeline-{number:05}"
+            served.library.pipelines[name] = pipeline(name, "warm" if number % 2 else "cold", cached_bytes=GB)
+        get(served)  # the templates are compiled now
+        served.longest_gap = 0.0
+        first = get(served)
+        assert first.count("<tr data-key=") == app.showing.PAGE_SIZE
+        assert "1 to 50 of 10000" in first and 'rel="next"' in first
+        page = json.loads(get(served, "api/pipelines?state=cold&offset=100&limit=7"))
+        assert (page["matching"], len(page["rows"])) == (5000, 7)
+        assert len(json.loads(get(served, "api/pipelines?limit=999999"))["rows"]) == app.showing.MAX_PAGE_SIZE
+        # Far beyond the end, or nonsense: the last page, the first page.
+        assert json.loads(get(served, "api/pipelines?offset=999999"))["rows"]
+        assert json.loads(get(served, "api/pipelines?offset=-5&limit=x&state=nonsense"))["matching"] == 10_000
+        assert json.loads(get(served, "api/pipelines?q=E-00042"))["rows"][0]["pipeline"] == "pipeline-00042"
+        time.sleep(1.1)
+        get(served, "metrics")
+        # A walk over all of them in one piece takes several times as long even here.
+        assert served.longest_gap < 0.25
+
+
+def test_nobody_asking_costs_nothing_and_many_asking_cost_one_look() -> None:
+    with serving() as served:
+        fill_with_examples(served.library)
+        time.sleep(0.3)
+        assert served.library.looks == 0
+        threads = [threading.Thread(target=get, args=(served,)) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert served.library.looks <= 3
+
+
+def test_connections_and_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "MAX_STREAMS", 3)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    with serving() as served, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stream = stack.enter_context(urllib.request.urlopen(served.url + "api/events", timeout=20))
+            assert stream.readline()
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            get(served, "api/events")
+        with refused.value as answer:
+            assert answer.code == 503
+        # Five more that say nothing: then there is room for nobody, and when they go, for everybody again.
+        port = urllib.parse.urlparse(served.url).port
+        silent = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(5)]
+        time.sleep(0.2)
+        with pytest.raises(TimeoutError):
+            urllib.request.urlopen(served.url + "healthz", timeout=0.5)
+        for connection in silent:
+            connection.close()
+        assert get(served, "healthz")
+
+
+def test_a_client_that_does_not_read_does_not_keep_the_server_from_ending() -> None:
+    with serving() as served:
+        fill_with_examples(served.library)
+        for number in range(200):
+            served.library.pipelines[f"p{number}"] = pipeline(f"p{number}-{'x' * 100}")
+        port = urllib.parse.urlparse(served.url).port
+        clients = []
+        for _ in range(4):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", port))
+            client.sendall(b"GET /?limit=200 HTTP/1.1\r\nHost: localhost\r\n\r\n" * 40)
+            clients.append(client)
+        time.sleep(0.5)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
+    for client in clients:
+        client.close()
+
+
+def test_an_event_says_what_has_changed_and_silence_that_nothing_has() -> None:
+    with serving() as served:
+        served.library.pipelines["m"] = pipeline("m", "filling", cached_bytes=GB, fill=FillStatus(1, 1))
+        with urllib.request.urlopen(served.url + "api/events", timeout=20) as stream:
+            text = ""
+            while "filling 6 %" not in text:
+                text = stream.readline().decode()
+            served.library.pipelines["m"] = pipeline("m", "warm", cached_bytes=16 * GB)
+            while ">warm<" not in text:
+                text = stream.readline().decode()
+
+
+# -- health ------------------------------------------------------------------------------------------------------------
+
+
+def statistics(*, workers: int = 1, stuck: bool = False) -> FillStatistics:
+    return FillStatistics(workers, 0, 0, 0, 0, 0, 0, 0, 0, stuck, (), ())
+
+
+async def fine() -> None:
+    pass
+
+
+async def full() -> None:
+    raise StoreFull("/secret/path is full")
+
+
+async def for_ever() -> None:
+    await trio.sleep_forever()
+
+
+def problems(found: object) -> dict[str, str | None]:
+    return {check.name: check.problem for check in found.checks}  # type: ignore[attr-defined]
+
+
+async def test_health_names_what_is_wrong_and_no_paths() -> None:
+    assert problems(await HealthProbe("/", fine, statistics).ask()) == {"mount": None, "index": None, "workers": None}
+    found = await HealthProbe("/usr/bin", full, lambda: statistics(workers=0)).ask()
+    assert not found.ok
+    assert problems(found) == {
+        "mount": "nothing is mounted there",
+        "index": "store-full",
+        "workers": "no fetch worker is ready",
+    }
+    assert problems(await HealthProbe("/", fine, lambda: statistics(stuck=True)).ask())["index"] == "takes no commits"
+
+
+async def test_a_mount_or_an_index_that_hangs_is_said_in_time(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    asked: list[str] = []
+
+    def statvfs(path: str) -> None:
+        asked.append(path)
+        release.wait(30)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    probe = HealthProbe("/", for_ever, statistics)
+    began = trio.current_time()
+    found = problems(await probe.ask())
+    assert re.match("does not answer", found["mount"] or "") and re.match("does not take a write", found["index"] or "")
+    assert trio.current_time() - began <= 7
+    await trio.sleep(KEEP_SECONDS)
+    assert problems(await probe.ask())["mount"] == "does not answer"
+    assert len(asked) == 1, "a second thread hangs"
+    release.set()
+
+
+async def test_the_answer_is_kept_for_a_moment(autojump_clock: trio.testing.MockClock) -> None:
+    writes: list[None] = []
+
+    async def write() -> None:
+        writes.append(None)
+
+    probe = HealthProbe("/", write, statistics)
+    for _ in range(10):
+        await probe.ask()
+    assert len(writes) == 1
+    await trio.sleep(KEEP_SECONDS)
+    await probe.ask()
+    assert len(writes) == 2
+
+
+# -- a browser ---------------------------------------------------------------------------------------------------------
+
+
+def chromium() -> str | None:
+    import shutil
+
+    names = ("chromium-headless-shell", "chromium", "google-chrome")
+    return os.environ.get("CHROMIUM") or next((path for path in map(shutil.which, names) if path), None)
+
+
+@pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 900, "light"), (390, 844, "dark")])
+def test_in_a_browser(width: int, height: int, scheme: str) -> None:
+    program = chromium()
+    if program is None:
+        pytest.skip("no chromium (Debian: chromium-headless-shell)")
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
+    with serving() as served, playwright.sync_playwright() as play:
+        fill_with_examples(served.library)
+        served.library.pipelines["x"] = pipeline(HOSTILE)
+        browser = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        said: list[str] = []
+        asked: list[str] = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append("a dialog opened"))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(served.url)
+        page.wait_for_selector("#live-state[data-state=on]")
+        assert page.locator("tr[data-key='p-voice-agent'] .chip").inner_text() == "filling 62 %"
+        assert page.locator(".starts li").count() == 3
+        # Wide things scroll or wrap: the page itself never scrolls sideways.
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # Live, without a reload, and what somebody types stays.
+        page.fill("input[type=search]", "half-typed")
+        page.evaluate("window.same = true")
+        served.library.pipelines["voice-agent"] = pipeline("voice-agent", "warm", cached_bytes=16 * GB)
+        page.wait_for_selector("tr[data-key='p-voice-agent'] .chip.warm", timeout=10_000)
+        assert page.evaluate("window.same") is True
+        assert page.input_value("input[type=search]") == "half-typed"
+        page.fill("input[type=search]", "qwen")
+        page.press("input[type=search]", "Enter")
+        page.wait_for_selector("tr[data-key='p-qwen3-30b-a3b']")
+        assert page.locator("tbody tr").count() == 1
+        # Every picture has words, every control a name, and text can be read on its ground.
+        unnamed = page.evaluate(
+            "[...document.querySelectorAll('svg:not([aria-hidden]), input:not([type=hidden])')]"
+            ".filter(e => !e.getAttribute('aria-label')).length"
+        )
+        assert unnamed == 0
+        assert page.locator("h1").count() == 1 and page.get_attribute("html", "lang") == "en"
+        assert contrast(page, ".quiet") >= 4.5 and contrast(page, "tbody .id") >= 7
+        assert said == []
+        assert all(address.startswith(served.url) for address in asked)
+        browser.close()
+
+
+def contrast(page: object, selector: str) -> float:
+    """WCAG contrast of an element's text on the page's ground."""
+    colours = page.evaluate(  # type: ignore[attr-defined]
+        "s => [getComputedStyle(document.querySelector(s)).color, getComputedStyle(document.body).backgroundColor]",
+        selector,
+    )
+
+    def luminance(colour: str) -> float:
+        channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+        linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    lighter, darker = sorted((luminance(colour) for colour in colours), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_the_fake_is_what_the_site_asks_of_a_library() -> None:
+    from instantstart_fs.library import Library
+
+    for name in ("overview", "fill_statistics", "prove_index_writable"):
+        assert callable(getattr(Library, name)) and callable(getattr(FakeLibrary, name))
