@@ -108,7 +108,7 @@ async def serve(
                             nursery.start_soon(daemon.keep_page, listener)
                         daemon.ready = True
                         task_status.started()
-                        line = f"ready: {len(library.list())} pipelines at {config.mount.path}, socket {socket_path}"
+                        line = f"ready: {library.count} pipelines at {config.mount.path}, socket {socket_path}"
                         line += f", transport {daemon.transport}" + (f", page {daemon.http}" if daemon.http else "")
                         notifier.send(f"READY=1\nSTATUS={line}")
                         announce(line)
@@ -143,7 +143,7 @@ class Daemon:
             mount=self._config.mount.path,
             store=self._config.store.path,
             uptime=round(time.monotonic() - self._started, 3),
-            pipelines=len(self._library.list()),
+            pipelines=self._library.count,
             ready=self.ready,
             transport=self.transport,
             requests=dict(self.requests),

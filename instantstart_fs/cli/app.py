@@ -182,6 +182,9 @@ def add(
     endpoint_url: Annotated[
         str | None, typer.Option("--endpoint-url", metavar="URL", help="The S3 endpoint of this pipeline.")
     ] = None,
+    quota: Annotated[
+        str | None, typer.Option("--quota", metavar="SIZE", help="How much of the disk it may take, such as 50GiB.")
+    ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Start filling at once.")] = False,
     socket: Socket = None,
     json: Json = False,
@@ -200,6 +203,7 @@ def add(
         token_file=token_file,
         aws_profile=aws_profile,
         endpoint_url=endpoint_url,
+        quota=quota,
     )
     with Client(socket) as client:
         status = client.add(spec, warm=warm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from instantstart_fs.config.units import parse_mode, parse_owner
+from instantstart_fs.config.units import parse_mode, parse_owner, parse_size
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
 from instantstart_fs.core.source import parse_source
@@ -23,6 +23,7 @@ def specification(
     token_file: str | None = None,
     aws_profile: str | None = None,
     endpoint_url: str | None = None,
+    quota: str | None = None,
 ) -> PipelineSpec:
     """``named``: NAME=SOURCE each. Raises UsageError, InvalidName, InvalidSource, ConfigError."""
     validate_pipeline_id(pipeline)
@@ -52,4 +53,5 @@ def specification(
         token_file=token_file,
         aws_profile=aws_profile,
         endpoint_url=endpoint_url,
+        quota=parse_size(quota) if quota is not None else None,
     )

@@ -31,7 +31,7 @@ from instantstart_fs.config.sections import (
     StoreConfig,
     Transport,
 )
-from instantstart_fs.config.units import parse_capacity, parse_duration, parse_size
+from instantstart_fs.config.units import parse_capacity, parse_duration, parse_floor, parse_size
 from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.errors import ConfigError
@@ -50,6 +50,7 @@ class _Store(Table):
     capacity: str | int = "80%"
     low_watermark: float = 0.85
     high_watermark: float = 0.95
+    min_free: str | int = "2%"
 
 
 class _Fill(Table):
@@ -62,6 +63,7 @@ class _Fill(Table):
 
 class _Eviction(Table):
     keep_hot: str | int | float = "48h"
+    max_idle: str | int | float | None = None
 
 
 class _Staging(Table):
@@ -214,9 +216,10 @@ def _build(
             at.parsed("store.capacity", parse_capacity, raw.store.capacity),
             raw.store.low_watermark,
             raw.store.high_watermark,
+            at.parsed("store.min_free", parse_floor, raw.store.min_free),
         ),
         fill=_fill(at, raw.fill),
-        eviction=EvictionConfig(at.parsed("eviction.keep_hot", parse_duration, raw.eviction.keep_hot)),
+        eviction=_eviction(at, raw.eviction),
         staging=_staging(at, raw.staging),
         http=_http(at, raw.http),
         origins=OriginsConfig(
@@ -245,6 +248,17 @@ def _fill(at: At, raw: _Fill) -> FillConfig:
     deadline = at.parsed("fill.read_deadline", parse_duration, raw.read_deadline)
     at.require(deadline > 0, "fill.read_deadline", "must be more than 0")
     return FillConfig(workers, raw.connections, chunk_size, deadline, raw.serve_unsealed)
+
+
+def _eviction(at: At, raw: _Eviction) -> EvictionConfig:
+    keep_hot = at.parsed("eviction.keep_hot", parse_duration, raw.keep_hot)
+    max_idle = None if raw.max_idle is None else at.parsed("eviction.max_idle", parse_duration, raw.max_idle)
+    at.require(
+        max_idle is None or max_idle >= max(keep_hot, 1.0),
+        "eviction.max_idle",
+        "must be at least keep_hot and a second: a hot pipeline is never evicted",
+    )
+    return EvictionConfig(keep_hot, max_idle)
 
 
 def _staging(at: At, raw: _Staging) -> StagingConfig:

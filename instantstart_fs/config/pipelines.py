@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from instantstart_fs.config.located import At, Table, convert
-from instantstart_fs.config.units import parse_mode, parse_owner
+from instantstart_fs.config.units import parse_mode, parse_owner, parse_size
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
 from instantstart_fs.core.source import parse_source
@@ -33,6 +33,7 @@ class PipelineTable(Table):
     aws_profile: str | None = None
     endpoint_url: str | None = None
     pinned: bool = False
+    quota: str | int | None = None
 
 
 def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str, key: str) -> PipelineSpec:
@@ -70,4 +71,5 @@ def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str
         aws_profile=raw.aws_profile,
         endpoint_url=raw.endpoint_url,
         pinned=raw.pinned,
+        quota=None if raw.quota is None else at.parsed(f"{prefix}quota", parse_size, raw.quota),
     )

@@ -36,12 +36,16 @@ class MountConfig(msgspec.Struct, frozen=True):
 
 
 class StoreConfig(msgspec.Struct, frozen=True):
-    """``capacity``: how much of the filesystem the store may use. Watermarks are fractions of the capacity."""
+    """``capacity``: how much of the filesystem the store may use. Watermarks are fractions of the capacity.
+
+    ``min_free``: how much of the filesystem stays free for its other users.
+    """
 
     path: str
     capacity: Capacity = Capacity(fraction=0.8)
     low_watermark: float = 0.85
     high_watermark: float = 0.95
+    min_free: Capacity = Capacity(fraction=0.02)
 
 
 class FillConfig(msgspec.Struct, frozen=True):
@@ -62,9 +66,11 @@ class FillConfig(msgspec.Struct, frozen=True):
 
 
 class EvictionConfig(msgspec.Struct, frozen=True):
-    """``keep_hot`` in seconds: a pipeline requested within it is never evicted."""
+    """Seconds. ``keep_hot``: a pipeline requested within it is never evicted. ``max_idle``: one that was not requested
+    for so long goes though there is room; None = it stays."""
 
     keep_hot: float = 48 * 3600.0
+    max_idle: float | None = None
 
 
 class StagingConfig(msgspec.Struct, frozen=True):

@@ -48,6 +48,13 @@ def parse_capacity(value: str | int) -> Capacity:
     return Capacity(bytes=size)
 
 
+def parse_floor(value: str | int) -> Capacity:
+    """Like ``parse_capacity``; 0 and "0%" are none. Raises ConfigError."""
+    if value == 0 or (isinstance(value, str) and value.strip() in ("0", "0%")):
+        return Capacity(bytes=0)
+    return parse_capacity(value)
+
+
 def parse_duration(value: str | float) -> float:
     """Seconds from 60, "60s", "500ms", "15m", "48h" or "7d". Raises ConfigError."""
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -69,6 +69,7 @@ from instantstart_fs.errors import (
     PermissionRefused,
     PipelineBusy,
     PipelineNotFound,
+    StoreFull,
     from_code,
 )
 
@@ -426,7 +427,7 @@ class _Connection:
             if status.fill is not None:
                 busy_at = trio.current_time()
             elif status.uncached:
-                raise InstantStartError(f"{pipeline}: {status.uncached}")
+                raise StoreFull(f"{pipeline}: {status.uncached}")
             elif trio.current_time() > busy_at + IDLE_LIMIT:
                 reason = status.error.message if status.error else "`instantstart status` shows what is missing"
                 raise InstantStartError(f"{pipeline}: the fill has stopped: {reason}")

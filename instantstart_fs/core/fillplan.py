@@ -49,9 +49,11 @@ class PoolState(msgspec.Struct, frozen=True):
 
 
 class _Lane(Generic[K]):
-    __slots__ = ("background", "demanded", "in_flight", "served")
+    __slots__ = ("background", "demanded", "entries", "in_flight", "served")
 
     def __init__(self) -> None:
+        self.entries = 0
+        """Files that are asked of its pool now; without any it is dropped."""
         self.in_flight = 0
         self.served = 0
         self.demanded: dict[K, _Entry[K]] = {}
@@ -128,6 +130,10 @@ class FillPlan(Generic[K]):
         self._held: list[tuple[float, int, _Entry[K]]] = []
         self._sequence = itertools.count(1)
         self._latest_demand: dict[str, K] = {}
+        self._first: dict[str, int] = {}
+        """Per pipeline, a rank below which none of its files was ever put: the next in front goes below it."""
+        self._last: dict[str, int] = {}
+        """The same at the other end."""
 
     # -- what is known -------------------------------------------------------------------------------------------
 
@@ -139,6 +145,7 @@ class FillPlan(Generic[K]):
         if key in self._entries:
             return
         pool, lane = self._lane(origin, pipeline)
+        lane.entries += 1
         entry = _Entry(key, pipeline, pool, lane, present)
         self._entries[key] = entry
         self._pipelines.setdefault(pipeline, {})[key] = entry
@@ -154,18 +161,22 @@ class FillPlan(Generic[K]):
         entry.background = False
         entry.demands.clear()
         entry.lane.demanded.pop(key, None)
+        self._leave_lane(entry)
         siblings = self._pipelines[entry.pipeline]
         del siblings[key]
         if not siblings:
             del self._pipelines[entry.pipeline]
-            self._latest_demand.pop(entry.pipeline, None)
+            for known in (self._latest_demand, self._first, self._last):
+                known.pop(entry.pipeline, None)
 
     def move(self, key: K, origin: Hashable) -> None:
         """From now on ask another origin for this file (the next link of its chain of sources)."""
         entry = self._entries[key]
         entry.lane.demanded.pop(key, None)
         entry.version += 1
+        self._leave_lane(entry)
         entry.pool, entry.lane = self._lane(origin, entry.pipeline)
+        entry.lane.entries += 1
         self._ready(entry)
 
     def refill(self, key: K) -> None:
@@ -194,11 +205,9 @@ class FillPlan(Generic[K]):
         if entry.last_demand is not None:
             self._latest_demand[entry.pipeline] = key
         if fresh:
-            if entry.background:
-                first = min(other.rank for other in self._pipelines[entry.pipeline].values() if other.background)
-                if entry.rank != first:
-                    entry.rank = first - 1
-                    entry.version += 1
+            if entry.background and entry.rank != self._first.get(entry.pipeline):
+                entry.rank = self._in_front(entry.pipeline)
+                entry.version += 1
             self._ready(entry)
         return fresh
 
@@ -220,15 +229,32 @@ class FillPlan(Generic[K]):
                 entry.rank = -1
                 entry.cursor = (entry.last_demand + 1) % max(entry.present.chunks, 1)
             self._ready(entry)
+        self._first[pipeline], self._last[pipeline] = -1, len(keys)
+
+    def append_background(self, pipeline: str, keys: Sequence[K]) -> None:
+        """Fill these files too, in this order, after what the pipeline's order holds. The file demanded last, if it is
+        among them, goes first, as in ``set_background``."""
+        latest = self._latest_demand.get(pipeline)
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is None or entry.background:
+                continue
+            entry.background = True
+            entry.version += 1
+            if key == latest and entry.last_demand is not None:
+                entry.rank = self._in_front(pipeline)
+                entry.cursor = (entry.last_demand + 1) % max(entry.present.chunks, 1)
+            else:
+                entry.rank = self._last[pipeline] = self._last.get(pipeline, 0) + 1
+            self._ready(entry)
 
     def add_background(self, key: K) -> None:
         """Fill the whole of this file, before the rest of its pipeline. No effect if it is filled in its turn."""
         entry = self._entries[key]
         if entry.background:
             return
-        ranks = [other.rank for other in self._pipelines[entry.pipeline].values() if other.background]
         entry.background = True
-        entry.rank = min(ranks, default=0) - 1
+        entry.rank = self._in_front(entry.pipeline)
         entry.version += 1
         self._ready(entry)
 
@@ -344,6 +370,23 @@ class FillPlan(Generic[K]):
         return sum(entry.todo.count(1) if entry.background else len(entry.demands) for entry in self._entries.values())
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _in_front(self, pipeline: str) -> int:
+        """A rank before all others of the pipeline, in constant time."""
+        self._first[pipeline] = rank = self._first.get(pipeline, 0) - 1
+        return rank
+
+    def _leave_lane(self, entry: _Entry[K]) -> None:
+        """Drop the lane with its last file, and the pool with its last lane unless it still has something to say."""
+        pool, lane = entry.pool, entry.lane
+        lane.entries -= 1
+        if lane.entries:
+            return
+        if pool.lanes.get(entry.pipeline) is lane:
+            del pool.lanes[entry.pipeline]
+        if not (pool.lanes or pool.in_flight or pool.held_until or pool.limit is not None):
+            for origin in [origin for origin, known in self._pools.items() if known is pool]:
+                del self._pools[origin]
 
     def _pool(self, origin: Hashable) -> _Pool[K]:
         pool = self._pools.get(origin)

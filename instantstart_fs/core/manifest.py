@@ -106,6 +106,7 @@ class PipelineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A pipeline as configured. Holds where credentials lie, never the credentials themselves.
 
     ``mode`` is the mode of its directories (files have it without the x bits); uid/gid own what the mount shows.
+    ``quota``: bytes of disk that its files may take, None = as many as there are.
     """
 
     id: str
@@ -117,3 +118,4 @@ class PipelineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     aws_profile: str | None = None
     endpoint_url: str | None = None
     pinned: bool = False
+    quota: int | None = None

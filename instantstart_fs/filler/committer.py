@@ -24,6 +24,7 @@ import logging
 import time
 from typing import Literal, Protocol
 
+import msgspec
 import trio
 
 from instantstart_fs.errors import IndexFull, InstantStartError, StoreError
@@ -226,6 +227,7 @@ class Committer:
 
         def seal() -> None:
             blob.seal(record, mtime_ns=file.mtime_ns or None)
+            target.allocated = blob.allocated_bytes()
 
         try:
             await trio.to_thread.run_sync(seal, limiter=self._limiter)
@@ -241,18 +243,21 @@ class Committer:
         if not (synced or sealed or condemned):
             return True
         # The op runs on the index's thread: it gets values.
-        puts: list[tuple[FileKey, int, str, bytes]] = []
+        puts: list[tuple[FileKey, FileRecord]] = []
         for target, chunks in synced.items():
             bits = bytearray(target.durable.to_bytes())
             for chunk in chunks:
                 bits[chunk >> 3] |= 1 << (chunk & 7)
-            puts.append((target.key, target.incarnation, FileState.FILLING.value, bytes(bits)))
-        puts += [(target.key, target.incarnation, state, b"") for target, state in sealed.items()]
+            puts.append((target.key, FileRecord(FileState.FILLING.value, target.incarnation, 0, bytes(bits))))
+        puts += [
+            (target.key, FileRecord(state, target.incarnation, allocated=target.allocated))
+            for target, state in sealed.items()
+        ]
         gone = [(target.key, target.incarnation) for target in condemned]
 
         def write(txn: WriteTxn) -> None:
-            for key, incarnation, state, bitmap in puts:
-                _put(txn, key, incarnation, state, bitmap)
+            for key, record in puts:
+                _put(txn, key, record)
             for key, incarnation in gone:
                 _condemn(txn, key, incarnation)
 
@@ -297,12 +302,12 @@ class Committer:
                 self._poisoned[target] = None
 
 
-def _put(txn: WriteTxn, key: FileKey, incarnation: int, state: str, bitmap: bytes) -> None:
+def _put(txn: WriteTxn, key: FileKey, record: FileRecord) -> None:
     old = txn.get_file(key.pipeline, key.generation, key.index)
-    if old is not None and old.incarnation != incarnation:
+    if old is not None and old.incarnation != record.incarnation:
         return  # somebody put another incarnation in its place: this one's bytes are nobody's
     nodeid = old.nodeid if old is not None else 0
-    txn.put_file(key.pipeline, key.generation, key.index, FileRecord(state, incarnation, nodeid, bitmap))
+    txn.put_file(key.pipeline, key.generation, key.index, msgspec.structs.replace(record, nodeid=nodeid))
 
 
 def _condemn(txn: WriteTxn, key: FileKey, incarnation: int) -> None:

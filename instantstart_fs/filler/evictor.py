@@ -1,24 +1,32 @@
-"""Evictor: carries out core/eviction's plan. Plain LRU, whole pipelines, between the watermarks.
+"""Evictor: carries out core/eviction's plans. Whole pipelines, least recently requested first.
 
-Looks when new bytes have come (``nudge``) and when the store is full (``make_room``). What there is to evict, how full
-the store is and how a pipeline is emptied are the library's to say; this only asks, decides by the plan, and does it.
+Looks when new bytes have come (``nudge``), every LOOK_SECONDS (others may fill the disk, pipelines grow idle, the clock
+may be set), before a fill begins (``admit``), and when the filesystem itself is full (``make_room``). What there is to
+evict, how full the store is and how a pipeline is emptied are the library's to say; this only asks, decides by the
+plan, and does it. One decision at a time: what one admission counts on, no other may give away.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import msgspec
 import trio
 
 from instantstart_fs.core import eviction
+from instantstart_fs.core.eviction import Candidate, ClockWatch, Refusal
 from instantstart_fs.errors import InstantStartError
 
 log = logging.getLogger(__name__)
 
 INTERVAL = 2.0
 """Least seconds between two looks: a look costs a walk over all pipelines."""
+LOOK_SECONDS = 60.0
+ATTEMPTS = 4
+"""How often an admission is decided anew because somebody took what was to be evicted into use."""
 
 
 class Shelves(Protocol):
@@ -26,55 +34,141 @@ class Shelves(Protocol):
 
     def budget(self) -> eviction.Budget: ...
 
-    def candidates(self) -> Sequence[eviction.Candidate]:
-        """All pipelines with cached bytes; their bytes together are the usage."""
+    def candidates(self) -> Sequence[Candidate]:
+        """All pipelines with cached or promised bytes; their bytes together are the usage."""
+        ...
+
+    def clock_was_set(self) -> None:
+        """The wall clock jumped: times that now lie in the future count as now from here on."""
         ...
 
     async def evict(self, pipeline: str) -> None:
         """Raises PipelineBusy if it came into use meanwhile."""
         ...
 
+    def reconsider(self) -> None:
+        """Room may have appeared for what was refused."""
+        ...
+
+
+def boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
 
 class Evictor:
-    """``now``: the wall clock in seconds."""
+    """``now``: the wall clock, ``boot``: a clock that nobody sets, both in seconds. ``keep_hot``, ``max_idle`` too."""
 
-    def __init__(self, shelves: Shelves, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        shelves: Shelves,
+        now: Callable[[], float],
+        *,
+        keep_hot: float = 0.0,
+        max_idle: float | None = None,
+        boot: Callable[[], float] = boottime,
+    ) -> None:
         self._shelves = shelves
         self._now = now
+        self._boot = boot
+        self._max_idle = max_idle
+        self._watch = ClockWatch(keep_hot)
         self._nudged = trio.Event()
         self._lock = trio.Lock()
+        self._watch.observe(now(), boot())
 
     def nudge(self) -> None:
-        """New bytes have come: look soon."""
+        """New bytes have come, or something may go that might not: look soon."""
         self._nudged.set()
+
+    def rests(self) -> bool:
+        """Whether nothing is evicted for now, because the wall clock was set (design rule 9)."""
+        boot = self._boot()
+        if self._watch.observe(self._now(), boot):
+            self._shelves.clock_was_set()
+            log.warning("the wall clock was set by more than an hour: nothing is evicted for keep_hot from now on")
+        return self._watch.rests(boot)
 
     async def run(self) -> None:
         """Keep the store below its high watermark, as far as the plan can, until cancelled."""
         while True:
-            await self._nudged.wait()
+            with trio.move_on_after(LOOK_SECONDS):
+                await self._nudged.wait()
             self._nudged = trio.Event()
-            await self._evict(lambda candidates: sum(candidate.bytes for candidate in candidates))
+            await self.look()
             await trio.sleep(INTERVAL)
+
+    async def look(self) -> None:
+        """One look: what is idle for too long goes, then what is too much."""
+        if not self.rests():
+            async with self._lock:
+                candidates = self._shelves.candidates()
+                if self._max_idle is not None:
+                    await self._evict(eviction.idle(candidates, self._max_idle, self._now()), "idle")
+                    candidates = self._shelves.candidates()
+                usage = sum(candidate.bytes for candidate in candidates)
+                await self._evict(eviction.plan(usage, self._shelves.budget(), candidates, self._now()), "room")
+        self._shelves.reconsider()
+
+    def decide(self, pipeline: str, needed: int, *, own: int, quota: int | None) -> eviction.Admission:
+        """What ``admit`` would do now."""
+        candidates = self._shelves.candidates()
+        usage = sum(candidate.bytes for candidate in candidates)
+        others = [candidate for candidate in candidates if candidate.pipeline != pipeline]
+        if self.rests():
+            others = [msgspec.structs.replace(candidate, hot=True) for candidate in others]
+        return eviction.admit(
+            usage,
+            self._shelves.budget(),
+            others,
+            self._now(),
+            needed,
+            own=own,
+            quota=quota,
+        )
+
+    def slack(self) -> int:
+        """How many bytes may come in right now without evicting anybody."""
+        candidates = self._shelves.candidates()
+        usage = sum(candidate.bytes for candidate in candidates)
+        return eviction.room(usage, self._shelves.budget()) - sum(candidate.promised for candidate in candidates)
+
+    async def admit(
+        self, pipeline: str, needed: int, promise: Callable[[], None], *, own: int, quota: int | None
+    ) -> Refusal | None:
+        """Make room for ``needed`` bytes of ``pipeline`` before the first of them is written; None once it is made.
+
+        ``promise`` is called at that moment: from then on the pipeline is a candidate with them.
+        """
+        async with self._lock:
+            for _ in range(ATTEMPTS):
+                decision = self.decide(pipeline, needed, own=own, quota=quota)
+                if decision.refusal is not None:
+                    return decision.refusal
+                if not decision.evict:
+                    promise()
+                    return None
+                await self._evict(decision.evict, f"{needed} bytes of {pipeline}")
+            return Refusal("store full", needed, 0, kept="everything is taken into use as soon as it is to go")
 
     async def make_room(self, pipeline: str) -> bool:
         """The filesystem is full while ``pipeline`` is filled: evict others down to the low watermark, counting the
         store as full whatever its own bytes say (somebody else may fill the disk). Whether anything was freed."""
-
-        def full(candidates: Sequence[eviction.Candidate]) -> int:
-            used = sum(candidate.bytes for candidate in candidates)
-            return max(used, self._shelves.budget().capacity)
-
-        return await self._evict(full, but=pipeline)
-
-    async def _evict(self, usage: Callable[[Sequence[eviction.Candidate]], int], but: str | None = None) -> bool:
-        freed = False
+        if self.rests():
+            return False
         async with self._lock:
             candidates = self._shelves.candidates()
-            others = [candidate for candidate in candidates if candidate.pipeline != but]
-            for pipeline in eviction.plan(usage(candidates), self._shelves.budget(), others, self._now()):
-                try:
-                    await self._shelves.evict(pipeline)
-                    freed = True
-                except InstantStartError as error:
-                    log.info("not evicted: %s", error.message, extra={"pipeline": pipeline})
+            budget = self._shelves.budget()
+            usage = max(sum(candidate.bytes for candidate in candidates), budget.capacity)
+            others = [candidate for candidate in candidates if candidate.pipeline != pipeline]
+            return await self._evict(eviction.plan(usage, budget, others, self._now()), f"a full disk under {pipeline}")
+
+    async def _evict(self, chosen: Sequence[str], why: str) -> bool:
+        freed = False
+        for pipeline in chosen:
+            try:
+                await self._shelves.evict(pipeline)
+                freed = True
+                log.info("evicted for %s", why, extra={"pipeline": pipeline})
+            except InstantStartError as error:
+                log.info("not evicted: %s", error.message, extra={"pipeline": pipeline})
         return freed

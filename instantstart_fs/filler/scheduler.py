@@ -25,7 +25,8 @@ import trio
 
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.fillplan import FillPlan, Request
-from instantstart_fs.core.retry import Breaker, believed_retry_after
+from instantstart_fs.core.manifest import FileEntry
+from instantstart_fs.core.retry import believed_retry_after
 from instantstart_fs.core.serving import endpoint_trusted, may_serve_unsealed
 from instantstart_fs.errors import (
     AccessRefused,
@@ -43,7 +44,9 @@ from instantstart_fs.errors import (
     StoreFull,
     from_code,
 )
+from instantstart_fs.filler.breakers import Breakers
 from instantstart_fs.filler.committer import CommitEvents, Committer
+from instantstart_fs.filler.direct import Direct
 from instantstart_fs.filler.messages import (
     Arrived,
     Closed,
@@ -59,8 +62,9 @@ from instantstart_fs.filler.messages import (
     WorkerSettings,
 )
 from instantstart_fs.filler.pool import Worker, WorkerPool
+from instantstart_fs.filler.quarantine import Quarantine
 from instantstart_fs.filler.rates import Rates
-from instantstart_fs.filler.sources import Locator, Tier, chain_for, expired
+from instantstart_fs.filler.sources import Locator, Source, Tier, chain_for, expired
 from instantstart_fs.filler.state import BreakerState, FillEvents, Filling, FillSettings, FillStatistics, Sent
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
@@ -73,9 +77,6 @@ __all__ = ["FillEvents", "FillSettings", "FillStatistics", "Filler"]
 log = logging.getLogger(__name__)
 
 REVIVE_SECONDS = 5.0
-MISMATCHES = 3
-QUARANTINE_SECONDS = 60.0
-MAX_QUARANTINE_SECONDS = 3600.0
 ROOM_SECONDS = 60.0
 """How long the evictor may take to make room before the fill gives up."""
 ROOM_PACE = 1.0
@@ -121,15 +122,20 @@ class Filler(CommitEvents):
         self._rates = Rates()
         self._fillings: dict[FileKey, Filling] = {}
         self._background: dict[str, set[FileKey]] = {}
-        self._breakers: dict[OriginKey, Breaker] = {}
-        self._last_failure: dict[OriginKey, str] = {}
+        self._breakers = Breakers()
+        self._direct = Direct(
+            self._locator,
+            settings,
+            broken=self._breakers.broken,
+            answered=self._origin_answers,
+            failed=self._origin_fails,
+        )
         self._sent: dict[int, Sent] = {}
         self._files: dict[int, Filling] = {}
         self._closing: dict[int, tuple[str, Worker]] = {}
         self._opening: set[Filling] = set()
         """Those whose blob is being made."""
-        self._mismatches: dict[FileKey, int] = {}
-        self._quarantine: dict[FileKey, float] = {}
+        self._quarantine = Quarantine()
         self._making_room: set[str] = set()
         self._room_at: dict[str, float] = {}
         self._numbers = 0
@@ -179,6 +185,12 @@ class Filler(CommitEvents):
     def fill(self, pipeline: str, targets: Sequence[FillTarget]) -> None:
         """Fill these in the background, in this order; it replaces the pipeline's last order. Complete ones are
         skipped."""
+        self._background[pipeline] = set()
+        self._plan.set_background(pipeline, [])
+        self.fill_more(pipeline, targets)
+
+    def fill_more(self, pipeline: str, targets: Sequence[FillTarget]) -> None:
+        """Fill these in the background too, after what the pipeline's order holds: a million files come in slices."""
         entered: list[Filling] = []
         for target in targets:
             if target.state in COMPLETE or (target.failed and not self._revive(target)):
@@ -187,8 +199,10 @@ class Filler(CommitEvents):
             if filling is not None:
                 entered.append(filling)
         keys = [filling.target.key for filling in entered]
-        self._background[pipeline] = set(keys)
-        self._plan.set_background(pipeline, keys)
+        self._background.setdefault(pipeline, set()).update(keys)
+        if not self._background[pipeline]:
+            del self._background[pipeline]
+        self._plan.append_background(pipeline, keys)
         for filling in entered:
             self._check_complete(filling)
         self._wakeup.set()
@@ -221,6 +235,7 @@ class Filler(CommitEvents):
             self.cancel_target(filling.target, error)
         self._committer.forget_pipeline(pipeline)
         self._background.pop(pipeline, None)
+        self._direct.forget(pipeline)
 
     async def wait_quiet(self, pipeline: str) -> None:
         """Return when no cancelled file of the pipeline is written any more, by workers or by a commit.
@@ -259,14 +274,18 @@ class Filler(CommitEvents):
 
     def breaker_open(self, key: OriginKey) -> OriginBroken | None:
         """What to refuse opens with while this origin is known to be down; None while it is not."""
-        breaker = self._breakers.get(key)
-        return None if breaker is None or breaker.closed else self._broken(key, breaker)
+        return self._breakers.broken(key)
+
+    async def read_through(self, key: FileKey, entry: FileEntry, origin: Source, offset: int, view: memoryview) -> None:
+        """Fill ``view`` straight from the origin; nothing is kept (filler/direct.py). Raises InstantStartError."""
+        refusal = self._quarantine.refusal(key, entry.path, trio.current_time())
+        if refusal is not None:
+            raise refusal
+        await self._direct.read(key, entry, origin, offset, view)
 
     def forgive(self, pipeline: str) -> None:
         """Somebody asked for it again on purpose (`warm`): quarantined and failed files of it may be tried at once."""
-        for key in [key for key in (*self._quarantine, *self._mismatches) if key.pipeline == pipeline]:
-            self._quarantine.pop(key, None)
-            self._mismatches.pop(key, None)
+        self._quarantine.forgive(pipeline)
 
     def statistics(self) -> FillStatistics:
         now = trio.current_time()
@@ -313,11 +332,8 @@ class Filler(CommitEvents):
         if filling is not None and filling.target is target:
             return filling
         now = trio.current_time()
-        if self._quarantine.get(key, 0.0) > now:
-            error = DigestMismatch(
-                f"{target.entry.path}: the origin's bytes did not match the manifest {self._mismatches.get(key, 0)} "
-                "times in a row; `warm` tries again, `update` pins what is there now"
-            )
+        error = self._quarantine.refusal(key, target.entry.path, now)
+        if error is not None:
             target.failed, target.failed_at, target.error = True, now, error
             target.wake()
             self._events.target_failed(target, error)
@@ -331,7 +347,7 @@ class Filler(CommitEvents):
         origin = target.origin.key
         trusted = endpoint_trusted(origin.scheme, origin.endpoint)
         target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, trusted)
-        mismatches = self._mismatches.get(key, 0)
+        mismatches = self._quarantine.mismatches(key)
         if mismatches:
             self._plan.hold(key, now + self._settings.backoff.delay(mismatches + 1, self._random.random()))
         return filling
@@ -444,7 +460,7 @@ class Filler(CommitEvents):
                 self._check_complete(filling)  # an empty file waited for nothing but its blob
             while not (filling.done or filling.sealing):
                 if filling.waiting and (filling.location is None or expired(filling.location)):
-                    self._located(filling, await self._locator.locate(filling.source, target))
+                    self._located(filling, await self._locator.locate(filling.source, target.entry))
                     continue
                 if filling.worker is None:
                     worker = await self._pool.wait_worker()
@@ -634,10 +650,7 @@ class Filler(CommitEvents):
         )
         log.error("%s", error.message, extra={"pipeline": key.pipeline})
         self._poisonings += 1
-        count = self._mismatches[key] = self._mismatches.get(key, 0) + 1
-        if count >= MISMATCHES:
-            delay = min(QUARANTINE_SECONDS * 2 ** min(count - MISMATCHES, 16), MAX_QUARANTINE_SECONDS)
-            self._quarantine[key] = trio.current_time() + delay
+        self._quarantine.mismatch(key, trio.current_time())
         self._leave(filling)
         target.state = FileState.POISONED
         target.error, target.failed, target.failed_at = error, True, trio.current_time()
@@ -661,8 +674,7 @@ class Filler(CommitEvents):
         for chunk in target.present.missing():
             target.present.add(chunk)
         target.error = None
-        self._mismatches.pop(target.key, None)
-        self._quarantine.pop(target.key, None)
+        self._quarantine.proven(target.key)
         target.wake()
         self._events.target_sealed(target)
 
@@ -745,7 +757,7 @@ class Filler(CommitEvents):
                 if self._next_link(filling):
                     return self._requeue(sent)
                 if counts:
-                    self._origin_fails(filling.source.key, now, silent, error)
+                    self._origin_fails(filling.source.key, silent, error)
                 self._hold(filling)
             case StoreFull():
                 self._plan.failed(key, sent.chunk)
@@ -805,23 +817,16 @@ class Filler(CommitEvents):
             other.error = error
 
     def _origin_answers(self, origin: OriginKey) -> None:
-        breaker = self._breakers.get(origin)
-        if breaker is not None and breaker.succeeded():
-            log.info("%s answers again", origin)
+        if self._breakers.succeeded(origin):
             for key in self._plan.keys_of(origin):
                 target = self._fillings[key].target
                 target.broken = None
                 if isinstance(target.error, OriginBroken):
                     target.error = None
 
-    def _origin_fails(self, origin: OriginKey, now: float, silent: float, error: InstantStartError) -> None:
-        breaker = self._breakers.setdefault(origin, Breaker())
-        was_closed = breaker.closed
-        self._last_failure[origin] = error.message
-        if not breaker.failed(now, silent):
+    def _origin_fails(self, origin: OriginKey, silent: float, error: InstantStartError) -> None:
+        if not self._breakers.failed(origin, silent, error):
             return
-        if was_closed:
-            log.warning("%s is down: %s", origin, error.message)
         for key in self._plan.keys_of(origin):
             filling = self._fillings[key]
             self._show_breaker(filling)
@@ -831,17 +836,7 @@ class Filler(CommitEvents):
             filling.target.wake()
 
     def _show_breaker(self, filling: Filling) -> None:
-        origin = filling.source.key
-        breaker = self._breakers.get(origin)
-        if breaker is None or breaker.closed:
-            filling.target.broken = None
-        else:
-            filling.target.broken = self._broken(origin, breaker)
-
-    def _broken(self, origin: OriginKey, breaker: Breaker) -> OriginBroken:
-        wait = max((breaker.probe_at or 0.0) - trio.current_time(), 0.0)
-        reason = self._last_failure.get(origin, "it does not answer")
-        return OriginBroken(f"{origin} is down ({reason}); tried again in {wait:.0f} s")
+        filling.target.broken = self._breakers.broken(filling.source.key)
 
     # -- a full store --------------------------------------------------------------------------------------------
 

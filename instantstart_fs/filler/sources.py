@@ -14,7 +14,7 @@ from typing import Protocol
 
 import trio
 
-from instantstart_fs.core.manifest import ManifestFile
+from instantstart_fs.core.manifest import FileEntry, ManifestFile
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.target import FillTarget
 from instantstart_fs.origins.base import Location, OriginKey
@@ -58,20 +58,18 @@ class Locator:
         self._deadline = deadline
         self._limiters: dict[OriginKey, trio.CapacityLimiter] = {}
 
-    async def locate(self, link: Source, target: FillTarget) -> Location:
+    async def locate(self, link: Source, entry: FileEntry) -> Location:
         """Raises OriginError."""
         limiter = self._limiters.get(link.key)
         if limiter is None:
             limiter = self._limiters[link.key] = trio.CapacityLimiter(LOCATE_THREADS)
         try:
             with trio.fail_after(self._deadline):
-                return await trio.to_thread.run_sync(
-                    link.locate, target.entry.file, abandon_on_cancel=True, limiter=limiter
-                )
+                return await trio.to_thread.run_sync(link.locate, entry.file, abandon_on_cancel=True, limiter=limiter)
         except trio.TooSlowError as error:
             raise OriginUnavailable(f"{link.key}: no answer within {self._deadline:g} s") from error
         except InstantStartError:
             raise
         except Exception as error:
-            log.exception("%s: locating %s failed", link.key, target.entry.path)
+            log.exception("%s: locating %s failed", link.key, entry.path)
             raise OriginUnavailable(f"{link.key}: {type(error).__name__}: {error}") from error

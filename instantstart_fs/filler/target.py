@@ -50,10 +50,12 @@ class FillTarget:
     waiting. ``failed_at``: trio.current_time() of that; a later demand may try again (``Filler.demand``).
     ``broken``: set while the origin's breaker is open; readers that would wait fail at once, though the file has not
     failed. ``deadline_extended_to``: trio.current_time() until which a Retry-After excuses the lack of progress.
+    ``allocated``: bytes of disk that it took when it was sealed.
     """
 
     __slots__ = (
         "_waiters",
+        "allocated",
         "blob",
         "broken",
         "deadline_extended_to",
@@ -97,6 +99,7 @@ class FillTarget:
         self.last_progress = trio.current_time()
         self.deadline_extended_to = 0.0
         self.serve_unsealed = True
+        self.allocated = 0
         self._waiters: set[trio.Event] = set()
 
     def readable(self, wanted: ByteRange) -> bool:

@@ -66,6 +66,12 @@ class AccessLog:
             for file in [file for file in times if file[0] == pipeline]:
                 del times[file]
 
+    def clock_was_set(self) -> None:
+        """Requests that now lie in the future were made now: else nobody could say for how long they count."""
+        now = self._clock()
+        for pipeline in [pipeline for pipeline, at_ns in self._requests.items() if at_ns > now]:
+            self.record_request(pipeline, now)
+
     def last_request(self, pipeline: str) -> int | None:
         """ns; None if it was never requested."""
         stored = self._requests.get(pipeline)

@@ -67,13 +67,14 @@ class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
 class FileRecord(msgspec.Struct, frozen=True, array_like=True):
     """``state``: a ``FileState`` value. ``incarnation`` counts up with every poisoning and eviction. ``nodeid``: 0 =
     what the generation's block gives it. ``bitmap``: durable presence (``ChunkMap.to_bytes``), empty when sealed or
-    absent.
+    absent. ``allocated``: bytes of disk that a complete file takes, its attributes' block included; 0 = not known.
     """
 
     state: str
     incarnation: int = 0
     nodeid: int = 0
     bitmap: bytes = b""
+    allocated: int = 0
 
 
 _pipeline_decoder = msgspec.msgpack.Decoder(PipelineRecord)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
@@ -29,21 +30,22 @@ from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import PipelineState, PipelineStatus
-from instantstart_fs.errors import InstantStartError
-from instantstart_fs.filler.evictor import Evictor
+from instantstart_fs.errors import InstantStartError, StoreFull
+from instantstart_fs.filler.evictor import Evictor, boottime
 from instantstart_fs.filler.scheduler import Filler, FillSettings, FillStatistics
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library import present
 from instantstart_fs.library.admin import Admin, VerifyReport
+from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.browsing import Browsing
 from instantstart_fs.library.handover import Handover
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.overview import Overview, OverviewBuilder
 from instantstart_fs.library.reading import Handle, Reading
 from instantstart_fs.library.shelf import Shelf
-from instantstart_fs.library.state import Pipeline
+from instantstart_fs.library.state import Generation, Pipeline
 from instantstart_fs.library.view import Attributes, Filesystem, Invalidation, OpenFile
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.origins.registry import OriginSettings, open_origin
@@ -57,7 +59,16 @@ log = logging.getLogger(__name__)
 class Library:
     """See the module. Implements view.View."""
 
-    def __init__(self, config: Config, store: BlobStore, index: Index) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: BlobStore,
+        index: Index,
+        *,
+        now_ns: Callable[[], int] = time.time_ns,
+        boot: Callable[[], float] = boottime,
+    ) -> None:
+        """``now_ns``: the wall clock. ``boot``: one that nobody sets, seconds."""
         self._config = config
         self._store = store
         self._index = index
@@ -66,8 +77,8 @@ class Library:
         def opener(spec: PipelineSpec, model: ModelSpec) -> Origin:
             return open_origin(spec, model, origin_settings)
 
-        self._shelf = Shelf(store, index, opener)
-        self._access = AccessLog(index)
+        self._shelf = Shelf(store, index, opener, now_ns)
+        self._access = AccessLog(index, clock=now_ns)
         self.observer = Observer(index, self._shelf.now_ns, self._facts)
         self._reading = Reading(self._shelf, self._access, config.fill.read_deadline, self.observer)
         settings = FillSettings(
@@ -76,9 +87,16 @@ class Library:
             read_deadline=config.fill.read_deadline,
             serve_unsealed=config.fill.serve_unsealed,
         )
-        self._evictor = Evictor(self, lambda: self._shelf.now_ns() / 1e9)
+        self._evictor = Evictor(
+            self,
+            lambda: self._shelf.now_ns() / 1e9,
+            keep_hot=config.eviction.keep_hot,
+            max_idle=config.eviction.max_idle,
+            boot=boot,
+        )
+        self._admissions = Admissions(self._evictor)
         self._filler = Filler(store, index, settings, self._reading, make_room=self._evictor.make_room)
-        self._reading.attach(self._filler, self._evictor.nudge)
+        self._reading.attach(self._filler, self._admissions, self._evictor.nudge)
         self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
         self._browsing = Browsing(self._shelf, self._access, self._state_of, config.eviction.keep_hot)
 
@@ -118,11 +136,25 @@ class Library:
                     if number != current.number:
                         self._store.delete_generation(pipeline.id, number)
                         self._index.write_sync(functools.partial(_forget_generation, pipeline.id, number))
-                if not current.counts.everything and current.load_bytes:
-                    self._store.empty_generation(pipeline.id, current.number)
+                self._trim(current)
             except InstantStartError as error:
                 # One slot that cannot be cleaned must not keep the others from being served.
                 log.error("what it left behind stays: %s", error.message, extra={"pipeline": pipeline.id})
+
+    def _trim(self, generation: Generation) -> None:
+        """Give back what a crash left of files whose record does not speak of it."""
+        if all(file.complete for file in generation.files):
+            return
+        keep = {
+            file.entry.path: None if file.complete else file.chunk_map()
+            for file in generation.files
+            if file.complete or file.bitmap
+        }
+        taken = self._store.trim(generation.pipeline.id, generation.number, keep)
+        for file in generation.files:
+            if not file.complete and file.entry.path in taken:
+                generation.measured(file, taken[file.entry.path])
+        generation.counts_changed()
 
     # -- view.View -------------------------------------------------------------------------------------------------
 
@@ -194,6 +226,7 @@ class Library:
     async def evict(self, pipeline: str) -> None:
         """Raises PipelineNotFound, PipelineBusy (pinned, leased or open)."""
         self.observer.evicted(await self._admin.evict(pipeline))
+        self._evictor.nudge()
 
     async def set_pinned(self, pipeline: str, pinned: bool) -> None:
         await self._admin.set_pinned(pipeline, pinned)
@@ -203,13 +236,16 @@ class Library:
         self._access.record_request(self._shelf.pipeline(pipeline).id, self._shelf.now_ns())
 
     async def warm(self, pipeline: str, *, everything: bool = False) -> None:
-        """Start filling the load set (``everything``: all files) in the background. Raises what forbids it now."""
+        """Start filling the load set (``everything``: all files) in the background. Raises what forbids it now;
+        StoreFull when there is no room for it, with what would have to go."""
         found = self._shelf.pipeline(pipeline)
         generation = found.current
         if generation is None:
             raise found.trouble.error if found.trouble else InstantStartError(f"{pipeline}: cannot be served")
         await self._reading.forgive(generation)
-        await self._reading.start_fill(generation, everything=everything)
+        refused = await self._reading.start_fill(generation, everything=everything)
+        if refused is not None:
+            raise StoreFull(f"{pipeline}: {refused.text}")
 
     def status(self, pipeline: str) -> PipelineStatus:
         return self._status(self._shelf.pipeline(pipeline), with_files=True)
@@ -254,6 +290,11 @@ class Library:
             self._status(self._shelf.pipelines[pipeline], with_files=False)
             for pipeline in sorted(self._shelf.pipelines)
         ]
+
+    @property
+    def count(self) -> int:
+        """How many pipelines there are."""
+        return len(self._shelf.pipelines)
 
     def spec(self, pipeline: str) -> PipelineSpec:
         """What the pipeline was configured with. Raises PipelineNotFound."""
@@ -302,26 +343,43 @@ class Library:
         space = os.statvfs(self._store.root)
         store = self._config.store
         capacity = store.capacity.of(space.f_blocks * space.f_frsize)
-        return eviction.Budget(capacity=capacity, low=store.low_watermark, high=store.high_watermark)
+        return eviction.Budget(
+            capacity=capacity,
+            low=store.low_watermark,
+            high=store.high_watermark,
+            floor=store.min_free.of(space.f_blocks * space.f_frsize),
+            free=space.f_bavail * space.f_frsize,
+        )
 
     def candidates(self) -> Sequence[eviction.Candidate]:
         """Every pipeline with cached bytes."""
         found = (self._candidate(pipeline) for pipeline in self._shelf.pipelines.values())
-        return [candidate for candidate in found if candidate.bytes]
+        return [candidate for candidate in found if candidate.frees]
 
     def _candidate(self, pipeline: Pipeline) -> eviction.Candidate:
         requested = (self._access.last_request(pipeline.id) or 0) / 1e9
+        generation = pipeline.current
+        complete = generation is not None and generation.load_set_complete
         return eviction.Candidate(
             pipeline=pipeline.id,
-            bytes=sum(generation.counts.everything for generation in pipeline.generations()),
+            bytes=pipeline.allocated,
             # What was never requested counts from when it came here: warming one must not make it the next to go.
             last_request=max(requested, pipeline.grown_at_ns / 1e9),
             hot=eviction.is_hot(requested, self._config.eviction.keep_hot, self._shelf.now_ns() / 1e9),
             pinned=pipeline.pinned,
-            # One that is being updated (its origin may take minutes) must not hold up the others' eviction.
-            open=pipeline.in_use or self._filler.is_filling(pipeline.id) or pipeline.lock.locked(),
+            # One that is being updated (its origin may take minutes) must not hold up the others' eviction. A fill that
+            # no reader waits for may be cancelled; being the latest to grow, it goes last.
+            open=pipeline.in_use or pipeline.lock.locked(),
             leased=pipeline.leases > 0,
+            partial=not (complete or self._filler.is_filling(pipeline.id)),
+            promised=generation.promised_bytes if generation is not None else 0,
         )
+
+    def clock_was_set(self) -> None:
+        self._access.clock_was_set()
+
+    def reconsider(self) -> None:
+        self._admissions.reconsider(self._shelf.pipelines.values())
 
     # -- state -----------------------------------------------------------------------------------------------------
 

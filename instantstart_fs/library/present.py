@@ -176,6 +176,8 @@ def pipeline_xattrs(pipeline: Pipeline, state: PipelineState, clocks: Clocks, ke
     if requested is not None:
         values["last_access"] = rfc3339(requested) or ""
         values["hot_until"] = rfc3339(hot_until_ns(requested, keep_hot)) or ""
+    if pipeline.uncached is not None:
+        values["uncached"] = pipeline.uncached.text
     if pipeline.trouble is not None:
         values["error"] = f"{pipeline.trouble.error.code}: {pipeline.trouble.error.message}"
     return values
@@ -214,6 +216,7 @@ def pipeline_status(
         error=None
         if trouble is None
         else ErrorStatus(code=trouble.error.code, message=trouble.error.message, since=rfc3339(trouble.since_ns) or ""),
+        uncached=pipeline.uncached.text if pipeline.uncached is not None else None,
         files=tuple(_file_status(file) for file in generation.files) if with_files and generation else None,
     )
 

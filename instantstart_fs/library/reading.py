@@ -27,19 +27,23 @@ from instantstart_fs.errors import (
     InstantStartError,
     NoSuchEntry,
     StoreDamaged,
+    StoreFull,
 )
 from instantstart_fs.filler.scheduler import Filler
 from instantstart_fs.filler.target import FileState, FillTarget
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.holders import processes_holding
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.shelf import Shelf
-from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble, counts_as_request
+from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble, Uncached, counts_as_request
 
 log = logging.getLogger(__name__)
 
+FILL_SLICE = 1000
+"""Files that are ordered without a pause: a million of them must not stop everybody else."""
 IDLE_READERS = 256
 """Descriptors of files that were open a while ago: the shards of some pipelines, and a quarter of the least limit of
 open files (1024) that a daemon may be given."""
@@ -60,6 +64,11 @@ class Handle:
     def sealed(self) -> bool:
         return self.file.complete
 
+    @property
+    def keep_cache(self) -> bool:
+        # What came straight from the origin was never proven: it ends with the opens that asked for it.
+        return not (self.file.passed or self.file.generation.pipeline.uncached is not None)
+
 
 class Reading:
     """Owned by the Library. ``read_deadline``: seconds without progress after which a waiting read fails."""
@@ -70,6 +79,7 @@ class Reading:
         self._read_deadline = read_deadline
         self._observer = observer
         self._filler: Filler | None = None
+        self._admissions: Admissions | None = None
         self._on_growth: Callable[[], None] = lambda: None
         self._drained = trio.open_memory_channel[Generation](math.inf)
         self._replaced = trio.open_memory_channel[tuple[CachedFile, bool]](math.inf)
@@ -81,15 +91,21 @@ class Reading:
         """See view.View.use_passthrough."""
         shelf.retire = self._retire
 
-    def attach(self, filler: Filler, on_growth: Callable[[], None]) -> None:
+    def attach(self, filler: Filler, admissions: Admissions, on_growth: Callable[[], None]) -> None:
         """The filler and this object know each other; the filler comes second. ``on_growth``: new bytes have come."""
         self._filler = filler
+        self._admissions = admissions
         self._on_growth = on_growth
 
     @property
     def filler(self) -> Filler:
         assert self._filler is not None, "attach() comes first"
         return self._filler
+
+    @property
+    def admissions(self) -> Admissions:
+        assert self._admissions is not None, "attach() comes first"
+        return self._admissions
 
     @property
     def drained_generations(self) -> trio.MemoryReceiveChannel[Generation]:
@@ -165,7 +181,7 @@ class Reading:
     def _refuse_hopeless(self, file: CachedFile) -> None:
         """An error at open is a traceback in the engine; one at a page fault is a SIGBUS. So refuse early."""
         refusal = self.filler.refusal(file.target) if file.target is not None else None
-        if refusal is not None:
+        if refusal is not None and not isinstance(refusal, StoreFull):
             raise refusal
         origin = file.generation.opened_origin(file.entry.model)
         if origin is not None:
@@ -189,8 +205,8 @@ class Reading:
         if length <= 0:
             return 0
         self._access.record_read(*file.triple, self._shelf.now_ns())
-        if not file.complete:
-            await self._wait_readable(file, ByteRange(offset, offset + length))
+        if not file.complete and not await self._wait_readable(file, ByteRange(offset, offset + length)):
+            return await self._read_through(file, offset, buffer[:length])
         if file.gone is not None:
             raise file.gone
         view = buffer[:length]
@@ -295,15 +311,22 @@ class Reading:
 
     # -- asking the filler ---------------------------------------------------------------------------------------
 
-    async def _wait_readable(self, file: CachedFile, wanted: ByteRange) -> None:
+    async def _wait_readable(self, file: CachedFile, wanted: ByteRange) -> bool:
+        """Return when the store has these bytes; False when it has no room for them."""
         if file.gone is not None:
             raise file.gone
         target = await self.target(file)
         if target is None:
-            return
+            return True
         if self._wants_weights(file, target, wanted.start):
-            await self.start_fill(file.generation, first=file)
-        if not target.readable(wanted):
+            refused = await self.start_fill(file.generation, first=file)
+            if refused is not None:
+                return target.readable(wanted)
+        if target.readable(wanted):
+            return True
+        if not await self._admitted(file, target, wanted):
+            return target.readable(wanted)
+        try:
             self.filler.demand(target, wanted)
             since, failed = trio.current_time(), True
             try:
@@ -311,6 +334,29 @@ class Reading:
                 failed = False
             finally:
                 self._observer.waited(file, trio.current_time() - since, failed=failed)
+        except StoreFull as error:
+            self.admissions.disk_full(file.generation.pipeline, error)
+            return False
+        return True
+
+    async def _admitted(self, file: CachedFile, target: FillTarget, wanted: ByteRange) -> bool:
+        """Whether the chunks of ``wanted`` may come into the store."""
+        generation = file.generation
+        if self.filler.in_background(target):
+            return True
+        chunks = target.present.chunks_of(wanted) if target.serve_unsealed else range(target.present.chunks)
+        needed = sum(target.present.byte_range(chunk).length for chunk in chunks if chunk not in target.present)
+        return await self.admissions.some(generation, needed)
+
+    async def _read_through(self, file: CachedFile, offset: int, view: memoryview) -> int:
+        """Straight from the origin; nothing of it is kept."""
+        origin = file.generation.opened_origin(file.entry.model)
+        assert origin is not None, "target() opened it"
+        file.passed = True
+        await self.filler.read_through(file.key, file.entry, origin, offset, view)
+        if file.gone is not None:
+            raise file.gone
+        return len(view)
 
     def _wants_weights(self, file: CachedFile, target: FillTarget, offset: int) -> bool:
         path, chunk_size = file.entry.file.path, target.present.chunk_size
@@ -330,8 +376,9 @@ class Reading:
 
     async def start_fill(
         self, generation: Generation, first: CachedFile | None = None, *, everything: bool = False
-    ) -> None:
-        """Fill the load set in the background (or ``everything``), from ``first`` on.
+    ) -> Uncached | None:
+        """Fill the load set in the background (or ``everything``), from ``first`` on. What it says when there is no
+        room for that: then nothing begins.
 
         A ``first`` outside the load set, or of a superseded generation, is filled beside what is being filled; so is
         one that is to be fetched again while the load set is being filled.
@@ -342,25 +389,44 @@ class Reading:
         ):
             target = await self.target(first)
             if target is not None and not self.filler.in_background(target):
+                missing = first.size - target.present.present_bytes
+                if not await self.admissions.some(generation, missing):
+                    return generation.pipeline.uncached
                 self.filler.fill_also(target)
                 generation.pipeline.changed()
-            return
-        generation.filling_load_set = True
+            return None
+        refused = await self.admissions.whole(generation, everything=everything)
+        if refused is not None:
+            return refused
+        try:
+            await self._fill(generation, first, everything=everything)
+        except BaseException:
+            generation.filling_load_set = False
+            raise
+        return None
+
+    async def _fill(self, generation: Generation, first: CachedFile | None, *, everything: bool) -> None:
         wanted = list(generation.load_set)
         if everything:
             wanted += [index for index in range(len(generation.files)) if not generation.in_load_set(index)]
         if first is not None:
             position = wanted.index(first.entry.index)
             wanted = wanted[position:] + wanted[:position]
-        targets = []
-        for index in wanted:
-            if not generation.files[index].complete:
-                target = await self.target(generation.files[index])
-                if target is not None:
-                    targets.append(target)
-        if not generation.pipeline.removed:
-            self.filler.fill(generation.pipeline.id, targets)
+        for start in range(0, max(len(wanted), 1), FILL_SLICE):
+            targets = []
+            for index in wanted[start : start + FILL_SLICE]:
+                if not generation.files[index].complete:
+                    target = await self.target(generation.files[index])
+                    if target is not None:
+                        targets.append(target)
+            if generation.pipeline.removed:
+                return
+            order = self.filler.fill if start == 0 else self.filler.fill_more
+            order(generation.pipeline.id, targets)
             generation.pipeline.changed()
+            await trio.lowlevel.checkpoint()
+        if generation.load_set_complete:
+            generation.filling_load_set = False
 
     async def target(self, file: CachedFile) -> FillTarget | None:
         """The fill of this incarnation, made when it is first wanted; None when the file is complete.
@@ -414,7 +480,7 @@ class Reading:
         file.bitmap = b""
         drop_target(file)
         generation = file.generation
-        generation.completed(file)
+        generation.completed(file, target.allocated)
         if self._shelf.passthrough and generation is generation.pipeline.current:
             self._shelf.invalidate_file(file)
         warm = generation is generation.pipeline.current and generation.load_set_complete
@@ -480,7 +546,9 @@ class Reading:
             return
         file.generation.filling_load_set = False
         file.generation.counts_changed()
-        if not isinstance(error, FillCancelled):
+        if isinstance(error, StoreFull):
+            self.admissions.disk_full(file.generation.pipeline, error)
+        elif not isinstance(error, FillCancelled):
             self._observer.fill_failed(error)
             self._set_trouble(file.generation.pipeline, error, final=True, file=file)
         file.generation.pipeline.changed()
@@ -492,6 +560,8 @@ class Reading:
         pipeline = file.generation.pipeline
         if error is not None:
             file.generation.counts_changed()  # what could not be made durable is not present any more
+            if isinstance(error, StoreFull):
+                return  # room is made, or target_failed says that there is none
             self._set_trouble(pipeline, error, final=False)
         elif pipeline.trouble is not None and not pipeline.trouble.final:
             pipeline.trouble = None

@@ -82,12 +82,14 @@ class Shelf:
             )
         files = self.index.read(lambda txn: dict(txn.files(pipeline.id, number)))
         generation = Generation(pipeline, manifest, record.nodeid_base, self.open_origin)
+        generation.block = self.store.block_size
         generation.set_absent()
         for index, state in files.items():
             file = generation.files[index]
             file.state = FileState(state.state)
             file.incarnation = state.incarnation
             file.bitmap = state.bitmap
+            generation.measured(file, state.allocated)
             if state.incarnation and not state.nodeid:
                 # Died between the poisoning and the record of its new nodeid: never fall back to the old one.
                 file.nodeid = self.spare_nodeid()
@@ -160,6 +162,7 @@ class Shelf:
         """
         old = pipeline.current
         new = Generation(pipeline, manifest, base, self.open_origin)
+        new.block = self.store.block_size
         new.set_absent()
         self.nodes.add_block(new)
         pipeline.current = new

@@ -33,17 +33,21 @@ class CachedFile:
 
     ``bitmap``: durable presence while neither sealed nor filling (then the target knows). ``handles``: how many opens
     hold it; ``reader`` is their shared descriptor; ``served_bytes`` were given to readers by the daemon. ``gone``: why
-    another incarnation has taken its place.
+    another incarnation has taken its place. ``extra``: bytes of disk beyond the blocks of its cached bytes, as far as
+    they were measured (its attributes' block, extents). ``passed``: bytes of it were served straight from the origin,
+    and may lie in a page cache unproven.
     """
 
     __slots__ = (
         "bitmap",
         "entry",
+        "extra",
         "generation",
         "gone",
         "handles",
         "incarnation",
         "nodeid",
+        "passed",
         "reader",
         "served_bytes",
         "state",
@@ -66,6 +70,8 @@ class CachedFile:
         self.handles = 0
         self.served_bytes = 0
         self.gone: InstantStartError | None = None
+        self.extra = 0
+        self.passed = False
 
     @property
     def key(self) -> FileKey:
@@ -104,12 +110,21 @@ class CachedFile:
 
 class Counts(NamedTuple):
     """Of the load set: ``cached`` bytes, ``complete`` files, ``unverified`` ones among these; ``everything``: the
-    cached bytes of all files."""
+    cached bytes of all files; ``allocated``: the bytes of disk that these take."""
 
     cached: int
     complete: int
     unverified: int
     everything: int
+    allocated: int
+
+
+class Uncached(NamedTuple):
+    """A pipeline's reads are served straight from its origin. ``retry_at``: trio.current_time() from which on it is
+    asked for room again."""
+
+    text: str
+    retry_at: float
 
 
 class Generation:
@@ -130,9 +145,13 @@ class Generation:
         self.load_set = load_set(manifest.files)
         self._in_load_set = frozenset(self.load_set)
         self.load_bytes = sum(manifest.files[index].file.size for index in self.load_set)
+        self.total_bytes = manifest.total_bytes
         self.files: list[CachedFile] = []
         self.handles = 0
         self.filling_load_set = False
+        self.filling_everything = False
+        self.block = 4096
+        """Of the store's filesystem, bytes."""
         self._counts: Counts | None = None
         self._mostly_complete: dict[int, bool] = {}
         self.ready: trio.Event | None = None
@@ -195,31 +214,64 @@ class Generation:
     def grew(self, file: CachedFile, count: int) -> None:
         """``count`` more bytes of ``file`` are here. Constant time: it is called for each chunk."""
         if self._counts is not None:
-            cached, complete, unverified, everything = self._counts
+            cached, complete, unverified, everything, allocated = self._counts
             inside = self.in_load_set(file.entry.index)
-            self._counts = Counts(cached + (count if inside else 0), complete, unverified, everything + count)
+            self._counts = Counts(
+                cached + (count if inside else 0),
+                complete,
+                unverified,
+                everything + count,
+                allocated + self._rounded(count),
+            )
 
-    def completed(self, file: CachedFile) -> None:
-        """``file``, all of whose bytes were counted, became sealed or unverified. Constant time."""
+    def completed(self, file: CachedFile, allocated: int) -> None:
+        """``file``, all of whose bytes were counted, became sealed or unverified, and takes ``allocated`` bytes of disk
+        (0: not measured). Constant time."""
         self._mostly_complete.clear()
-        if self._counts is not None and self.in_load_set(file.entry.index):
-            cached, complete, unverified, everything = self._counts
-            unverified += file.state is FileState.UNVERIFIED
-            self._counts = Counts(cached, complete + 1, unverified, everything)
+        before = file.extra
+        self.measured(file, allocated)
+        if self._counts is not None:
+            cached, complete, unverified, everything, taken = self._counts
+            inside = self.in_load_set(file.entry.index)
+            self._counts = Counts(
+                cached,
+                complete + inside,
+                unverified + (inside and file.state is FileState.UNVERIFIED),
+                everything,
+                taken + file.extra - before,
+            )
+
+    def measured(self, file: CachedFile, allocated: int) -> None:
+        """``file`` takes ``allocated`` bytes of disk (0: not known). Of what is counted already: ``counts_changed``."""
+        file.extra = allocated - self._rounded(file.cached_bytes) if allocated else 0
+
+    def _rounded(self, count: int) -> int:
+        return -(-count // self.block) * self.block
+
+    def missing_bytes(self, *, everything: bool) -> int:
+        """Of the load set, or of all files: bytes that are not here."""
+        counts = self.counts
+        return self.total_bytes - counts.everything if everything else self.load_bytes - counts.cached
+
+    @property
+    def promised_bytes(self) -> int:
+        """What the fill under way still has to bring."""
+        return self.missing_bytes(everything=self.filling_everything) if self.filling_load_set else 0
 
     @property
     def counts(self) -> Counts:
         """Kept up to date, so that neither 10,000 pipelines to list nor 10,000 files to seal cost a walk each."""
         if self._counts is None:
-            cached = complete = unverified = everything = 0
+            cached = complete = unverified = everything = allocated = 0
             for file in self.files:
                 here = file.cached_bytes
                 everything += here
+                allocated += self._rounded(here) + file.extra if here or file.extra else 0
                 if file.entry.index in self._in_load_set:
                     cached += here
                     complete += file.complete
                     unverified += file.state is FileState.UNVERIFIED
-            self._counts = Counts(cached, complete, unverified, everything)
+            self._counts = Counts(cached, complete, unverified, everything, allocated)
         return self._counts
 
     def mostly_complete(self, node: int) -> bool:
@@ -268,6 +320,7 @@ class Pipeline:
         """Superseded generations that somebody still holds open."""
         self.leases = 0
         self.trouble: Trouble | None = None
+        self.uncached: Uncached | None = None
         self.lock = trio.Lock()
         """Held by add, update, evict and remove: one of them at a time."""
         self.removed = False
@@ -289,6 +342,11 @@ class Pipeline:
     @property
     def in_use(self) -> bool:
         return self.leases > 0 or any(generation.handles for generation in self.generations())
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of disk that its files take."""
+        return sum(generation.counts.allocated for generation in self.generations())
 
     def generations(self) -> Iterator[Generation]:
         if self.current is not None:

@@ -68,6 +68,11 @@ class OpenFile(Protocol):
         ...
 
     @property
+    def keep_cache(self) -> bool:
+        """Whether pages that an earlier open left are as good as those of this one."""
+        ...
+
+    @property
     def backing(self) -> int | None:
         """The store's file, to be read by the kernel itself: a descriptor that lives until ``release``. None: reads
         come to ``read_into``. It depends on the nodeid alone, since the kernel allows a nodeid one I/O mode."""

@@ -313,7 +313,7 @@ class DevFuse:
 
     async def _opened(self, unique: int, fh: int) -> None:
         """Does not wait."""
-        open_flags, identifier = wire.FOPEN_KEEP_CACHE, 0
+        open_flags, identifier = wire.FOPEN_KEEP_CACHE if self._operations.keeps_cache(fh) else 0, 0
         backing = self._operations.backing(fh)
         if backing is not None:
             try:

@@ -280,7 +280,8 @@ class Operations(pyfuse3.Operations):
         self._files[handle] = file
         # The bytes under one nodeid never change, so the page cache of earlier opens stays good. What the kernel reads
         # itself has no page cache here, and may not be asked to keep one.
-        return FileInfo(fh=handle, keep_cache=file.backing is None, direct_io=False, nonseekable=False)
+        keep_cache = file.backing is None and file.keep_cache
+        return FileInfo(fh=handle, keep_cache=keep_cache, direct_io=False, nonseekable=False)
 
     def open_nowait(self, inode: int, flags: int) -> int | None:
         """``open`` without a task of its own: the handle, or None where it has to wait and ``open`` is to be called.
@@ -315,6 +316,10 @@ class Operations(pyfuse3.Operations):
     @_guarded
     async def release(self, fh: int) -> None:
         self._view.release(self._files.pop(fh))
+
+    def keeps_cache(self, fh: int) -> bool:
+        """Whether the pages of earlier opens stay. No handler."""
+        return self._files[fh].keep_cache
 
     def backing(self, fh: int) -> tuple[int, int] | None:
         """(nodeid, descriptor of the store's file) where the kernel is to read an open file itself. No handler."""

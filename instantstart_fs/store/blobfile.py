@@ -26,6 +26,7 @@ from instantstart_fs.store.layout import FORMAT, SEAL_XATTR
 from instantstart_fs.store.translate import translate, translated
 
 _FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -214,6 +215,19 @@ class BlobFile:
         """Bytes of disk that it takes (512 × st_blocks)."""
         with translated(f"stat {self.name}"):
             return os.fstat(self.fd).st_blocks * 512
+
+
+def punch_hole(fd: int, byte_range: ByteRange) -> None:
+    """Free the blocks of ``byte_range``; it reads as zeros. No effect where the filesystem cannot. Raises OSError."""
+    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+    # To the end of the last block, which fallocate may have set aside whole.
+    length = -(-byte_range.length // 4096) * 4096
+    while _LIBC.fallocate64(fd, mode, byte_range.start, length) != 0:
+        number = ctypes.get_errno()
+        if number == errno.EOPNOTSUPP:
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
 
 
 def read_seal(fd: int, name: str) -> bytes | None:

@@ -22,23 +22,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
 import msgspec
 
+from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.manifest import Manifest, PipelineSpec
 from instantstart_fs.core.names import validate_origin_path, validate_pipeline_id
 from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreUnsupported
 from instantstart_fs.store import filesystem, locks
-from instantstart_fs.store.blobfile import BlobFile, read_seal
+from instantstart_fs.store.blobfile import BlobFile, punch_hole, read_seal
 from instantstart_fs.store.filesystem import StoreUsage
 from instantstart_fs.store.layout import (
     DIRECTORY_MODE,
@@ -148,6 +150,12 @@ class BlobStore:
     def worker_lock_fd(self) -> int:
         """A fresh descriptor that holds ``workers.lock`` shared: pass it to one worker, then close this copy."""
         return locks.share_with_worker(self.layout.workers_lock)
+
+    @functools.cached_property
+    def block_size(self) -> int:
+        """In what the filesystem allocates, bytes."""
+        with translated(f"look at {self.root}"):
+            return os.statvfs(self.root).f_frsize
 
     def usage(self) -> StoreUsage:
         """Capacity, and what the slots take. Walks every file (seconds for a million): call it rarely."""
@@ -315,6 +323,29 @@ class BlobStore:
         """Remove a generation's files and keep its manifest (eviction). No effect if there are none."""
         self._delete((validate_pipeline_id(pipeline), str(generation), FILES))
 
+    def trim(self, pipeline: str, generation: int, keep: Mapping[str, ChunkMap | None]) -> dict[str, int]:
+        """After a crash: give back what the index does not speak of. ``keep``: the paths that it does, with their
+        durable chunks, None for complete ones, which are not touched; everything else goes: files, and the space of
+        other chunks. Returns what the partial ones take then, in bytes of disk. Nobody may be filling."""
+        found: dict[str, int] = {}
+        with translated(f"look at {_shown((pipeline, str(generation)))}"):
+            try:
+                root = self._walk((validate_pipeline_id(pipeline), str(generation), FILES))
+            except NoSuchEntry:
+                return found
+            try:
+                for directory, _, names, fd in os.fwalk(".", dir_fd=root, follow_symlinks=False):
+                    prefix = "" if directory == "." else directory[2:] + "/"
+                    for name in names:
+                        path = prefix + name
+                        if path not in keep:
+                            os.unlink(name, dir_fd=fd)
+                        elif (chunks := keep[path]) is not None:
+                            found[path] = _punch(name, fd, chunks)
+            finally:
+                os.close(root)
+        return found
+
     def delete_pipeline(self, pipeline: str) -> None:
         """Remove a pipeline's slot with all that it holds. No effect if it is not there."""
         self._delete((validate_pipeline_id(pipeline),))
@@ -422,6 +453,22 @@ class BlobStore:
             with open(fd, "rb") as file:
                 _check_ours(os.fstat(fd), shown)
                 return file.read()
+
+
+def _punch(name: str, directory: int, present: ChunkMap) -> int:
+    """Free the blocks of absent chunks; bytes of disk that the file takes then. What is not ours is left alone."""
+    try:
+        fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except OSError:
+        return 0  # a link or a device: whoever opens it for filling says so
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == present.size:
+            for chunk in present.missing():
+                punch_hole(fd, present.byte_range(chunk))
+        return os.fstat(fd).st_blocks * 512
+    finally:
+        os.close(fd)
 
 
 def _shown(components: Sequence[str]) -> str:

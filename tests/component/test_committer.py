@@ -160,7 +160,7 @@ async def test_sealing(store: BlobStore, index: Index) -> None:
         assert target.blob is not None
         seal = target.blob.seal_record()
         assert seal is not None and (seal.state, seal.digest) == ("sealed", str(target.entry.file.digest))
-        assert record(index, target) == FileRecord("sealed", 0, 0, b"")
+        assert record(index, target) == FileRecord("sealed", allocated=target.blob.allocated_bytes())
 
 
 async def test_a_failed_sync_is_told_and_not_recorded(
@@ -230,7 +230,7 @@ async def test_a_full_index_is_tried_again_with_nothing_lost(
         await until(lambda: committer.stuck is None and bool(told.poisoned))
         assert told.stuck[-1] is None
     assert record(index, partial) == FileRecord("filling", 0, 0, b"\x01")
-    assert record(index, whole) == FileRecord("sealed", 0, 0, b"")
+    assert record(index, whole) == FileRecord("sealed", allocated=whole.allocated)
     assert record(index, wrong) == FileRecord("absent", 1, 0, b"")
 
 

@@ -20,6 +20,7 @@ from instantstart_fs.errors import (
     PipelineBusy,
     PipelineExists,
     PipelineNotFound,
+    StoreFull,
 )
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
@@ -285,10 +286,13 @@ async def test_hot_pipelines_stay_whatever_the_watermark_says(tmp_path: Path) ->
         for pipeline in ("a", "b"):
             await library.add(spec(pipeline, source))
             library.touch(pipeline)
-            await library.warm(pipeline)
-            await wait_state(library, pipeline, "unverified")
+        await library.warm("a")
+        await wait_state(library, "a", "unverified")
+        with pytest.raises(StoreFull, match=r"store full: needs 8\.4 MB; evictable 0 B; hot: a"):
+            await library.warm("b")
         assert await library._evictor.make_room("b") is False
         assert library.status("a").state == "unverified"
+        assert library.status("b").state == "cold"
 
 
 async def test_a_store_whose_index_was_lost_says_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -248,9 +248,11 @@ def test_a_full_disk_is_said_and_breaks_no_warm_pipeline(
     daemon.warm("small")
     digest(daemon.path("small", FIRST))  # a request: hot, so it may not go
     daemon.ok("add", "large", "hf://org/large")
-    done = daemon.cli("warm", "large", "--wait", timeout=120)
-    assert done.returncode == 1
-    assert daemon.status("large")["error"]["code"] == "store-full"
+    assert "store full: needs" in daemon.refused(1, "warm", "large", "--wait", timeout=120)
+    same_everywhere(daemon, "large", large)  # served through
+    status = daemon.status("large")
+    assert status["uncached"].startswith("store full: ") and "hot: small" in status["uncached"]
+    assert (status["state"] in ("cold", "partial"), status["error"]) == (True, None)
     same_everywhere(daemon, "small", small)
     daemon.ok("remove", "large")
     daemon.restart()

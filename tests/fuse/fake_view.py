@@ -36,6 +36,7 @@ class Handle:
     def __init__(self, nodeid: int) -> None:
         self.nodeid = nodeid
         self.sealed = False
+        self.keep_cache = True
         self.backing: int | None = None
 
 

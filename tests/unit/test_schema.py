@@ -46,7 +46,7 @@ def test_records_come_back() -> None:
 
 def test_a_record_with_a_field_more_than_known_is_read_and_one_with_fewer_gets_defaults() -> None:
     assert schema.decode_file(msgspec.msgpack.encode(["sealed"])) == FileRecord("sealed")
-    assert schema.decode_file(msgspec.msgpack.encode(["sealed", 1, 0, b"", "later"])) == FileRecord("sealed", 1)
+    assert schema.decode_file(msgspec.msgpack.encode(["sealed", 1, 0, b"", 0, "later"])) == FileRecord("sealed", 1)
 
 
 def test_a_million_sealed_files_stay_small() -> None:

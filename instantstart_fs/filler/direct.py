@@ -1,0 +1,216 @@
+"""Serving through: bytes of what cannot be kept go from the origin to their reader, and nowhere else.
+
+Used while the store has no room for a pipeline (docs/SEMANTICS.md, Room). Fetches blocks of BLOCK bytes in a few
+threads of the daemon; the last ones stay for the next read of a sequential reader, so that memory is bounded by
+CACHE_BLOCKS + THREADS blocks whatever is read, and by how many. Readers of one block share one fetch.
+
+Each block passes the checks that a chunk on its way into the store passes (filler/fetch.py: length, Content-Range, the
+pinned ETag). A whole digest cannot be computed over what is not kept, so ``serve_unsealed`` decides as for unsealed
+files: where the way there protects the bytes they are served, elsewhere the read fails. A file that fits into one block
+is fetched whole and proven by its digest.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+
+import trio
+
+from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.digests import new_hasher
+from instantstart_fs.core.manifest import FileEntry
+from instantstart_fs.core.retry import believed_retry_after
+from instantstart_fs.core.serving import may_serve_unsealed
+from instantstart_fs.errors import (
+    AccessRefused,
+    DigestMismatch,
+    InstantStartError,
+    LocationExpired,
+    OriginBroken,
+    OriginMisbehaved,
+    OriginThrottled,
+    OriginUnavailable,
+    ReadDeadline,
+    StoreFull,
+)
+from instantstart_fs.filler.fetch import Abandoned, Fetcher, new_buffer
+from instantstart_fs.filler.messages import WorkerSettings
+from instantstart_fs.filler.sources import Locator, Source, expired
+from instantstart_fs.filler.state import FillSettings
+from instantstart_fs.filler.target import FileKey
+from instantstart_fs.origins.base import Location, OriginKey
+
+BLOCK = 4 * 1024 * 1024
+"""One GET. The kernel's readahead asks for 128 KiB to 1 MiB at a time."""
+CACHE_BLOCKS = 8
+THREADS = 4
+LOCATIONS = 256
+
+
+class _Memory:
+    """A Sink (filler/fetch.py) that keeps the bytes."""
+
+    def __init__(self, wanted: ByteRange) -> None:
+        self.data = bytearray(wanted.length)
+        self.abandoned = False
+        self._start = wanted.start
+
+    def write(self, data: memoryview, offset: int) -> None:
+        at = offset - self._start
+        self.data[at : at + len(data)] = data
+
+    def before_read(self) -> None:
+        if self.abandoned:
+            raise Abandoned
+
+    def progress(self, count: int) -> None:
+        pass
+
+
+class _Loading:
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: InstantStartError | None = None
+
+
+class Direct:
+    """``broken``, ``answered``, ``failed``: the breaker of an origin, asked and told (filler/scheduler.py owns it)."""
+
+    def __init__(
+        self,
+        locator: Locator,
+        settings: FillSettings,
+        *,
+        broken: Callable[[OriginKey], OriginBroken | None],
+        answered: Callable[[OriginKey], None],
+        failed: Callable[[OriginKey, float, InstantStartError], None],
+    ) -> None:
+        self._locator = locator
+        self._settings = settings
+        self._broken = broken
+        self._answered = answered
+        self._failed = failed
+        self._fetcher = Fetcher(
+            WorkerSettings(connect_timeout=settings.connect_timeout, stall_timeout=settings.stall_timeout)
+        )
+        self._threads = trio.CapacityLimiter(THREADS)
+        self._blocks: OrderedDict[tuple[FileKey, int], bytearray] = OrderedDict()
+        self._loading: dict[tuple[FileKey, int], _Loading] = {}
+        self._locations: OrderedDict[FileKey, Location] = OrderedDict()
+        self._random = random.Random()
+        self.bytes = 0
+        """Served since the start."""
+
+    def forget(self, pipeline: str) -> None:
+        """Nothing of it is served from memory any more."""
+        for blocks in [block for block in self._blocks if block[0].pipeline == pipeline]:
+            del self._blocks[blocks]
+        for key in [key for key in self._locations if key.pipeline == pipeline]:
+            del self._locations[key]
+
+    async def read(self, key: FileKey, entry: FileEntry, source: Source, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the file's bytes from ``offset``, all of which must lie within it.
+
+        Raises InstantStartError; ReadDeadline after ``read_deadline`` seconds without them.
+        """
+        done = 0
+        while done < len(view):
+            block, skip = divmod(offset + done, BLOCK)
+            with trio.move_on_after(self._settings.read_deadline) as scope:
+                data = await self._block(key, entry, source, block)
+            if scope.cancelled_caught:
+                raise ReadDeadline(f"{entry.path}: no bytes within {self._settings.read_deadline:g} s")
+            count = min(len(data) - skip, len(view) - done)
+            view[done : done + count] = memoryview(data)[skip : skip + count]
+            done += count
+        self.bytes += done
+
+    async def _block(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
+        place = (key, block)
+        while True:
+            data = self._blocks.get(place)
+            if data is not None:
+                self._blocks.move_to_end(place)
+                return data
+            other = self._loading.get(place)
+            if other is None:
+                break
+            await other.done.wait()
+            if other.error is not None:
+                raise other.error
+        mine = self._loading[place] = _Loading()
+        try:
+            data = await self._load(key, entry, source, block)
+            self._blocks[place] = data
+            while len(self._blocks) > CACHE_BLOCKS:
+                self._blocks.popitem(last=False)
+            return data
+        except InstantStartError as error:
+            mine.error = error
+            raise
+        finally:
+            del self._loading[place]
+            mine.done.set()
+
+    async def _load(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
+        """Ask until it comes, with backoff; the caller has a deadline. Raises what trying again will not mend."""
+        failures = refused = 0
+        while True:
+            broken = self._broken(source.key)
+            if broken is not None:
+                raise broken
+            started = trio.current_time()
+            try:
+                data = await self._fetch(key, entry, source, block)
+            except LocationExpired as error:
+                self._locations.pop(key, None)
+                refused += 1
+                if refused > 1:
+                    raise AccessRefused(error.message + ", also at a fresh address: check the credentials") from error
+                continue
+            except OriginUnavailable as error:
+                self._locations.pop(key, None)
+                failures += 1
+                pause = self._settings.backoff.delay(failures, self._random.random())
+                if isinstance(error, OriginThrottled):
+                    pause = max(pause, believed_retry_after(error.retry_after) or 0.0)
+                elif not isinstance(error, OriginMisbehaved):
+                    self._failed(source.key, trio.current_time() - started, error)
+                await trio.sleep(pause)
+                continue
+            self._answered(source.key)
+            return data
+
+    async def _fetch(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
+        size, digest = entry.file.size, entry.file.digest
+        wanted = ByteRange(block * BLOCK, min((block + 1) * BLOCK, size))
+        location = self._locations.get(key)
+        if location is None or expired(location):
+            location = self._locations[key] = await self._locator.locate(source, entry)
+            while len(self._locations) > LOCATIONS:
+                self._locations.popitem(last=False)
+        provable = digest is not None and wanted.length == size
+        if not provable and not may_serve_unsealed(self._settings.serve_unsealed, location.trusted):
+            raise StoreFull(
+                f"{entry.path}: there is no room to keep it, and bytes that come unprotected may not be served "
+                "before the whole file is proven (fill.serve_unsealed)"
+            )
+        sink = _Memory(wanted)
+        where = location
+
+        def get() -> None:
+            self._fetcher.fetch(where, wanted, size, new_buffer(), sink)
+            if digest is not None and provable:
+                hasher = new_hasher(digest, size)
+                hasher.update(bytes(sink.data))
+                if hasher.hexdigest() != digest.value:
+                    raise DigestMismatch(f"{entry.path}: the bytes that came are not those that were pinned")
+
+        try:
+            await trio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=self._threads)
+        except trio.Cancelled:
+            sink.abandoned = True
+            raise
+        return sink.data

@@ -1,0 +1,48 @@
+"""Files whose bytes did not match their digest, several times in a row: they rest before they are fetched again.
+
+Bookkeeping on the trio thread; times are trio.current_time().
+"""
+
+from __future__ import annotations
+
+from instantstart_fs.errors import DigestMismatch
+from instantstart_fs.filler.target import FileKey
+
+MISMATCHES = 3
+QUARANTINE_SECONDS = 60.0
+MAX_QUARANTINE_SECONDS = 3600.0
+
+
+class Quarantine:
+    def __init__(self) -> None:
+        self._mismatches: dict[FileKey, int] = {}
+        self._until: dict[FileKey, float] = {}
+
+    def mismatch(self, key: FileKey, now: float) -> None:
+        """The bytes that came were wrong once more."""
+        count = self._mismatches[key] = self._mismatches.get(key, 0) + 1
+        if count >= MISMATCHES:
+            delay = min(QUARANTINE_SECONDS * 2 ** min(count - MISMATCHES, 16), MAX_QUARANTINE_SECONDS)
+            self._until[key] = now + delay
+
+    def mismatches(self, key: FileKey) -> int:
+        """How many in a row."""
+        return self._mismatches.get(key, 0)
+
+    def refusal(self, key: FileKey, path: str, now: float) -> DigestMismatch | None:
+        """What to say to whoever wants the file now; None if it may be fetched."""
+        if self._until.get(key, 0.0) <= now:
+            return None
+        return DigestMismatch(
+            f"{path}: the origin's bytes did not match the manifest {self.mismatches(key)} times in a row; "
+            "`warm` tries again, `update` pins what is there now"
+        )
+
+    def proven(self, key: FileKey) -> None:
+        self._mismatches.pop(key, None)
+        self._until.pop(key, None)
+
+    def forgive(self, pipeline: str) -> None:
+        """Its files may be fetched at once."""
+        for key in [key for key in (*self._until, *self._mismatches) if key.pipeline == pipeline]:
+            self.proven(key)
