@@ -14,11 +14,13 @@ _SHARDED_STATE = re.compile(r"model-rank-(\d{1,5})-part-(\d{1,7})\.safetensors")
 
 
 class WeightFile(msgspec.Struct, frozen=True):
-    """``path`` within the pipeline; ``model``: its name ("" = unnamed); ``size`` in bytes."""
+    """``path`` within the pipeline; ``model``: its name ("" = unnamed); ``size`` in bytes; ``digest``: what proves it,
+    as the mount shows it, None where the origin offers nothing."""
 
     path: str
     model: str
     size: int
+    digest: str | None = None
 
     @property
     def is_safetensors(self) -> bool:
@@ -62,7 +64,14 @@ def weight_set(manifest: Manifest) -> WeightSet:
 
 
 def _described(manifest: Manifest, entries: Iterable[FileEntry]) -> tuple[WeightFile, ...]:
-    return tuple(WeightFile(entry.path, manifest.models[entry.model].name, entry.file.size) for entry in entries)
+    return tuple(_described_one(manifest, entry) for entry in entries)
+
+
+def _described_one(manifest: Manifest, entry: FileEntry) -> WeightFile:
+    digest = entry.file.digest
+    return WeightFile(
+        entry.path, manifest.models[entry.model].name, entry.file.size, None if digest is None else str(digest)
+    )
 
 
 def may_read(uid: int, groups: Iterable[int], *, owner: int, group: int, mode: int) -> bool:

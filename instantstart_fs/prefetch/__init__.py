@@ -6,12 +6,16 @@
     backends  how bytes get from a file into a device's memory
     worker    the process that does it, one for each device
     stager    starts workers, feeds them, keeps account: Stager, Stage
+    holding   a Stage kept for engines, which take it file by file
+    loading   load_state_dict, for engines without a plugin
+    vllm_loader  vLLM's plugin; imported by vLLM alone
 
 The daemon never imports this package. It needs neither torch nor CUDA to be imported; torch is loaded where tensors are
 made, and in the workers of CUDA devices.
 """
 
 from instantstart_fs.prefetch.layout import FileLayout, TensorLayout, read_layout
+from instantstart_fs.prefetch.loading import load_state_dict
 from instantstart_fs.prefetch.plan import DevicePlan, Plan, PlannedFile, plan
 from instantstart_fs.prefetch.sources import DirectorySource, LeaseSource, OpenedFile, Source
 from instantstart_fs.prefetch.stager import DeviceReport, Exported, Stage, Stager
@@ -30,6 +34,7 @@ __all__ = [
     "Stage",
     "Stager",
     "TensorLayout",
+    "load_state_dict",
     "plan",
     "read_layout",
 ]

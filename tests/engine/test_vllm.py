@@ -3,22 +3,29 @@ warm. Opt-in, since its environment is 3.4 GB: `scripts/test --vllm` makes that 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from instantstart_fs.errors import PrefetchError
+from instantstart_fs.prefetch.holding import HoldClient
 from tests.engine.test_transformers import minilm
-from tests.harness import Daemon, must
+from tests.harness import REPOSITORY, Daemon, must, wait_for
 from tests.servers.hub import HubServer
 
 __all__ = ["minilm"]
 
 PYTHON = os.environ.get("INSTANTSTART_VLLM_PYTHON", "")
 ENGINE = Path(__file__).with_name("vllm_engine.py")
+PREFETCH_DIR = "INSTANTSTART_PREFETCH_DIR"
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -35,9 +42,10 @@ def vllm() -> None:
         pytest.skip("needs vLLM's environment: `scripts/test --vllm` makes it")
 
 
-def engine(path: Path, kind: str, load_format: str = "auto") -> tuple[Any, str]:
+def engine(path: Path, kind: str, load_format: str = "auto", env: dict[str, str] | None = None) -> tuple[Any, str]:
     """What vLLM computes, and all that it logged."""
-    text = must(PYTHON, ENGINE, path, kind, load_format, timeout=280, env=ENVIRONMENT)
+    command = ["sh", "-c", 'exec "$@" 2>&1', "sh", PYTHON, ENGINE, path, kind, load_format]
+    text = must(*command, timeout=280, env={**ENVIRONMENT, **(env or {})})
     line = next(line for line in reversed(text.splitlines()) if line.startswith("RESULT "))
     found = json.loads(line.removeprefix("RESULT "))
     print(f"{load_format} from {path}: engine ready in {found['seconds']} s")
@@ -83,3 +91,75 @@ def test_same_results_from_the_mount_cold_and_warm(
         hub.kill()
         assert engine(daemon.path("served"), kind)[0] == expected
         assert daemon.status("served")["state"] == "warm"
+
+
+@contextlib.contextmanager
+def held(daemon: Daemon, pipeline: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`instantstart prefetch PIPELINE --hold`, until it holds all of it."""
+    log = daemon.directory / "hold.log"
+    with log.open("wb") as out:
+        holder = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "instantstart_fs.cli"),
+                "prefetch",
+                pipeline,
+                "--devices",
+                "cpu",
+                "--hold",
+                *options,
+            ],
+            env={**os.environ, **daemon.env},
+            cwd=REPOSITORY,
+            stdout=out,
+            stderr=out,
+        )
+    try:
+
+        def whole() -> bool:
+            assert holder.poll() is None, log.read_text()
+            try:
+                with HoldClient(pipeline, os.path.join(daemon.env[PREFETCH_DIR], f"{pipeline}.sock")) as client:
+                    return all(device.done for device in client.status().devices)
+            except PrefetchError:
+                return False
+
+        wait_for(whole, "the hold", 60)
+        yield holder
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            holder.send_signal(signal.SIGTERM)
+        holder.wait(20)
+
+
+@pytest.fixture
+def warm(make_daemon: Callable[..., Daemon], sharded: Path) -> Daemon:
+    """A daemon with the sharded model, warm."""
+    daemon = make_daemon()
+    daemon.env[PREFETCH_DIR] = str(daemon.directory / "prefetch")
+    daemon.ok("add", "served", f"file://{sharded}")
+    daemon.warm("served")
+    return daemon
+
+
+def test_the_plugin_takes_held_weights(warm: Daemon, sharded: Path) -> None:
+    expected, _ = engine(sharded, "generate")
+    with held(warm, "served") as holder:
+        found, text = engine(warm.path("served"), "generate", "instantstart", warm.env)
+        assert found == expected
+        size = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+        assert f"took {size} bytes in 4 files from the prefetch helper" in text
+        assert holder.wait(20) == 0  # all was taken and freed: nothing is left to hold
+
+
+def test_the_plugin_falls_back_to_the_mount(warm: Daemon, sharded: Path) -> None:
+    """Nobody holds anything; then a holder that is killed while the engine starts."""
+    expected, _ = engine(sharded, "generate")
+    found, text = engine(warm.path("served"), "generate", "instantstart", warm.env)
+    assert found == expected
+    assert text.count("loading from the mount: ") == 1
+    with held(warm, "served") as holder:
+        holder.kill()
+        holder.wait(10)
+        found, text = engine(warm.path("served"), "generate", "instantstart", warm.env)
+    assert found == expected
+    assert text.count("loading from the mount: ") == 1

@@ -1,0 +1,104 @@
+"""``load_state_dict``: the weights of a pipeline as a dict of tensors, for engines without a plugin of their own."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+from instantstart_fs.errors import PrefetchError, UsageError
+from instantstart_fs.prefetch.holding import HoldClient
+from instantstart_fs.prefetch.plan import plan
+from instantstart_fs.prefetch.sources import LeaseSource, Source
+from instantstart_fs.prefetch.stager import Stager
+from instantstart_fs.prefetch.tensors import from_ipc, from_memory, views
+
+
+def take(held: HoldClient, path: str, timeout: float = 600.0) -> dict[str, Any]:
+    """name → tensor of one held safetensors file, uncopied, on the device that holds it; waits until it is in place.
+    On the CPU a private view: writing into it changes nobody else's. Raises PrefetchError."""
+    taken = held.take(path, timeout)
+    if taken.layout is None:
+        raise PrefetchError(f"{path}: is no safetensors file")
+    if taken.handle is not None:
+        return views(from_ipc(taken.handle, taken.size), taken.layout, path)
+    assert taken.fd is not None
+    try:
+        if os.fstat(taken.fd).st_size < taken.size:
+            raise PrefetchError(f"{path}: its memory is smaller than the file")
+        memory = mmap.mmap(taken.fd, taken.size, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(taken.fd)
+    return views(from_memory(memory, taken.size), taken.layout, path)
+
+
+def load_state_dict(
+    pipeline: str,
+    device: str = "cpu",
+    *,
+    model: str | None = None,
+    socket: str | None = None,
+    source: Source | None = None,
+    timeout: float | None = None,
+) -> dict[str, Any]:
+    """name → torch.Tensor on ``device`` of all safetensors files of a pipeline, or of one of its models.
+
+    Weights that `instantstart prefetch --hold` keeps for it are taken over; others are staged here. On the CPU the
+    tensors are views of the files' memory, uncopied; on a GPU they are this process's own, copied file by file within
+    the device. ``socket``: the daemon's; ``source``: read from there instead of a daemon; ``timeout``: seconds.
+
+    Raises UsageError for a device or model that is not there, PrefetchError, and what staging raises.
+    """
+    if source is None:
+        try:
+            with HoldClient(pipeline) as held:
+                return _taken(held, pipeline, device, model)
+        except PrefetchError:
+            pass  # nobody holds them, or not these: stage them here
+    return _staged(source or LeaseSource(pipeline, socket), device, model, timeout)
+
+
+def _taken(held: HoldClient, pipeline: str, device: str, model: str | None) -> dict[str, Any]:
+    manifest = held.manifest()
+    files = [file for file in manifest.files if model is None or file.model == model]
+    if not files or any(file.device != device for file in files) or manifest.freed:
+        raise PrefetchError(f"{pipeline}: is not held on {device} as a whole")
+    found: dict[str, Any] = {}
+    for file in files:
+        if file.path.endswith(".safetensors"):
+            _join(found, _owned(take(held, file.path)), file.path)
+            held.release_file(file.path)
+    return found
+
+
+def _staged(source: Source, device: str, model: str | None, timeout: float | None) -> dict[str, Any]:
+    try:
+        weights = source.weights
+        if model is not None and model not in weights.models:
+            raise UsageError(f"{weights.pipeline}: has no model {model!r}")
+        planned = plan(weights, None, [device])
+        if model is not None:
+            planned = planned.without([name for name in weights.models if name != model])
+    except BaseException:
+        source.close()
+        raise
+    found: dict[str, Any] = {}
+    with Stager(source).start(planned) as stage:
+        for file in planned.devices[0].files:
+            stage.wait_file(file.path, timeout)
+            if stage.layout(file.path) is not None:
+                _join(found, _owned(stage.file_tensors(file.path)), file.path)
+            stage.release(file.path)
+    return found
+
+
+def _owned(tensors: dict[str, Any]) -> dict[str, Any]:
+    """As they are on the CPU, where a view keeps its memory alive; copies of memory that is another process's."""
+    return {name: tensor.clone() if tensor.is_cuda else tensor for name, tensor in tensors.items()}
+
+
+def _join(found: dict[str, Any], tensors: dict[str, Any], path: str) -> None:
+    for name, tensor in tensors.items():
+        if name in found:
+            raise UsageError(f"{name}: is in {path} and in a file before it; name the model")
+        found[name] = tensor
