@@ -78,7 +78,7 @@ def run(
                 _watch(stage, quiet)
                 on_staged(stage)
                 return
-            with Holder(stage, path, timeout or None) as holder:
+            with Holder(stage, path, timeout or None, ranks=tensor_parallel or len(wanted)) as holder:
                 _watch(stage, quiet)
                 on_staged(stage)
                 _keep(pipeline, stage, source, holder)

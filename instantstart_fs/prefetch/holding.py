@@ -6,8 +6,11 @@ SO_PEERCRED), nothing is unpickled, and no message is longer than MAX_LINE. Requ
     {"op": "status"}                                → HoldStatus
     {"op": "manifest"}                              → HoldManifest
     {"op": "take", "path": …, "timeout": 60.0}      → Taken; on the CPU with the file's memfd beside it (SCM_RIGHTS)
-    {"op": "release-file", "path": …}               → Ok: its memory is free once the takers' is
+    {"op": "release-file", "path": …}               → Ok: the asker is done with it; freed once all ranks are
     {"op": "release"}                               → Ok: the hold ends
+
+An engine is one connection that takes. As many as there are ranks are served, others are refused; one that goes away
+before anything was freed makes room for another. When all files are freed the hold has served its purpose and ends.
 
 What goes wrong is answered by Refused. ``Holder`` is the serving side, ``HoldClient`` the asking one.
 """
@@ -92,7 +95,8 @@ class HoldStatus(msgspec.Struct, frozen=True, tag="status"):
 
 
 class HeldFile(msgspec.Struct, frozen=True):
-    """``layout`` null: no safetensors file, or not read yet (``ready`` says which)."""
+    """``layout`` null: no safetensors file, or not read yet (``ready`` says which). ``digest``: as the mount shows it,
+    null where the origin offers none."""
 
     path: str
     model: str
@@ -101,15 +105,20 @@ class HeldFile(msgspec.Struct, frozen=True):
     rank: int | None
     ready: bool
     layout: FileLayout | None
+    digest: str | None = None
 
 
 class HoldManifest(msgspec.Struct, frozen=True, tag="manifest"):
-    """``how``: as plan.Plan. Released files are left out."""
+    """``how``: as plan.Plan. ``files`` that can be taken; ``freed``: how many cannot any more. ``ranks``: as many
+    engines are to take them; ``engines``: so many have begun."""
 
     pipeline: str
     generation: int
     how: str
     files: tuple[HeldFile, ...]
+    freed: int = 0
+    ranks: int = 1
+    engines: int = 0
 
 
 class Taken(msgspec.Struct, frozen=True, tag="taken"):
@@ -145,12 +154,18 @@ def hold_socket(pipeline: str) -> str:
 
 
 class Holder:
-    """Serves ``stage`` on ``path`` from threads of its own; a context manager. ``limit``: seconds until it ends.
+    """Serves ``stage`` on ``path`` from threads of its own; a context manager. ``limit``: seconds until it ends;
+    ``ranks``: engines that take the weights before they are freed.
 
     Raises PrefetchError when another hold answers there, or the socket cannot be made."""
 
-    def __init__(self, stage: Stage, path: str, limit: float | None = None) -> None:
+    def __init__(self, stage: Stage, path: str, limit: float | None = None, *, ranks: int = 1) -> None:
         self._stage = stage
+        self._ranks = max(1, ranks)
+        self._lock = threading.Lock()
+        self._engines: set[socket.socket] = set()
+        self._done_with: dict[str, set[socket.socket]] = {}
+        self._freed: set[str] = set()
         self._path = path
         self._ends_at = None if limit is None else time.monotonic() + limit
         self._released = threading.Event()
@@ -202,7 +217,7 @@ class Holder:
                 reader = _Lines(connection, MAX_REQUEST)
                 while (line := reader.next()) is not None:
                     connection.settimeout(ANSWER_DEADLINE)
-                    answer, fd = self._answer(line)
+                    answer, fd = self._answer(line, connection)
                     try:
                         _send(connection, answer, fd)
                     finally:
@@ -211,8 +226,13 @@ class Holder:
                     connection.settimeout(None)
         finally:
             self._connections.release()
+            with self._lock:
+                if not self._freed:
+                    self._engines.discard(connection)
+                    for engines in self._done_with.values():
+                        engines.discard(connection)
 
-    def _answer(self, line: bytes) -> tuple[Answer, int | None]:
+    def _answer(self, line: bytes, asker: socket.socket) -> tuple[Answer, int | None]:
         try:
             match _requests.decode(line):
                 case AskStatus():
@@ -220,9 +240,10 @@ class Holder:
                 case AskManifest():
                     return self._manifest(), None
                 case Take(path, timeout):
+                    self._admit(asker)
                     return self._take(path, timeout)
                 case ReleaseFile(path):
-                    self._stage.release(path)
+                    self._let_go(path, asker)
                 case ReleaseAll():
                     self._released.set()
             return Ok(), None
@@ -251,6 +272,7 @@ class Holder:
     def _manifest(self) -> HoldManifest:
         plan = self._stage.plan
         there = frozenset(self._stage.paths)
+        digests = {file.path: file.digest for file in self._stage.weights.files}
         files = tuple(
             HeldFile(
                 file.path,
@@ -260,12 +282,38 @@ class Holder:
                 file.rank,
                 self._stage.is_ready(file.path),
                 self._stage.layout(file.path),
+                digests.get(file.path),
             )
             for device in plan.devices
             for file in device.files
             if file.path in there
         )
-        return HoldManifest(plan.pipeline, plan.generation, plan.how, files)
+        with self._lock:
+            freed, engines = len(self._freed), len(self._engines)
+        return HoldManifest(plan.pipeline, plan.generation, plan.how, files, freed, self._ranks, engines)
+
+    def _admit(self, asker: socket.socket) -> None:
+        with self._lock:
+            if asker not in self._engines and len(self._engines) >= self._ranks:
+                raise PrefetchError(
+                    f"{self._stage.plan.pipeline}: {self._ranks} engine(s) took these weights already "
+                    "(hold them with --tensor-parallel N for N of them)"
+                )
+            self._engines.add(asker)
+
+    def _let_go(self, path: str, asker: socket.socket) -> None:
+        with self._lock:
+            if asker not in self._engines:
+                raise PrefetchError(f"{path}: was not taken by this engine")
+            done = self._done_with.setdefault(path, set())
+            done.add(asker)
+            if len(done) < self._ranks:
+                return
+        self._stage.release(path)
+        with self._lock:
+            self._freed.add(path)
+        if not self._stage.paths:
+            self._released.set()
 
     def _take(self, path: str, timeout: float) -> tuple[Answer, int | None]:
         self._stage.wait_file(path, min(max(timeout, 0.0), 3600.0))
@@ -334,6 +382,7 @@ class HoldClient:
         return TakenFile(taken.path, taken.size, taken.device, taken.layout, fd, taken.handle)
 
     def release_file(self, path: str) -> None:
+        """This engine is done with it."""
         self._ask(ReleaseFile(path), Ok)
 
     def release(self) -> None:

@@ -1,0 +1,138 @@
+"""Holder and HoldClient over a real socket, between processes; load_state_dict on top of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from instantstart_fs.errors import PermissionRefused, PrefetchError, UsageError
+from instantstart_fs.prefetch import DirectorySource, Stage, Stager, load_state_dict, plan
+from instantstart_fs.prefetch.holding import HoldClient, Holder
+from tests.harness import REPOSITORY
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+NAME = "held"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    root = tmp_path / NAME
+    root.mkdir()
+    generator = torch.Generator().manual_seed(7)
+    for part in (1, 2, 3):
+        tensors = {f"layer{part}.{name}": torch.randn(64, 33, generator=generator) for name in ("a", "b")}
+        save_file(tensors, root / f"model-0000{part}-of-00003.safetensors")
+    return root
+
+
+@pytest.fixture
+def stage(checkpoint: Path) -> Iterator[Stage]:
+    source = DirectorySource(str(checkpoint))
+    with Stager(source).start(plan(source.weights, None, ["cpu"])) as staged:
+        staged.wait(60)
+        yield staged
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("INSTANTSTART_PREFETCH_DIR", str(tmp_path / "holds"))
+    return str(tmp_path / "holds" / f"{NAME}.sock")
+
+
+def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in checkpoint.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_another_process_takes_the_weights_and_the_hold_ends(checkpoint: Path, stage: Stage, place: str) -> None:
+    """What that process writes into its tensors changes nobody else's."""
+    program = f"""
+import sys, torch
+from instantstart_fs.prefetch import load_state_dict
+from safetensors.torch import save_file
+found = load_state_dict({NAME!r}, "cpu")
+save_file(dict(found), sys.argv[1])
+for tensor in found.values():
+    tensor.zero_()
+"""
+    ours = {path: stage.file_tensors(path) for path in stage.paths}
+    with Holder(stage, place) as holder:
+        out = checkpoint.parent / "taken.safetensors"
+        subprocess.run([sys.executable, "-c", program, out], cwd=REPOSITORY, check=True, timeout=60)
+        assert equal(load_file(out), state_of(checkpoint))
+        assert holder.wait_released(10) and stage.paths == ()
+    assert equal({name: t for tensors in ours.values() for name, t in tensors.items()}, state_of(checkpoint))
+
+
+def test_without_a_hold_the_weights_are_staged(checkpoint: Path, place: str) -> None:
+    expected = state_of(checkpoint)
+    assert equal(load_state_dict(NAME, source=DirectorySource(str(checkpoint))), expected)
+    with pytest.raises(UsageError, match="no model"):
+        load_state_dict(NAME, source=DirectorySource(str(checkpoint)), model="asr")
+
+
+def test_a_second_engine_is_refused_and_a_dead_one_makes_room(stage: Stage, place: str) -> None:
+    path = stage.paths[0]
+    with Holder(stage, place):
+        with HoldClient(NAME) as first:
+            os.close(first.take(path).fd or -1)
+            with HoldClient(NAME) as second, pytest.raises(PrefetchError, match="took these weights already"):
+                second.take(path)
+        with HoldClient(NAME) as third:
+            deadline = 100
+            while third.manifest().engines and deadline:
+                deadline -= 1
+            os.close(third.take(path).fd or -1)
+            assert third.manifest().engines == 1
+
+
+def test_every_rank_is_waited_for(stage: Stage, place: str) -> None:
+    path = stage.paths[0]
+    with Holder(stage, place, ranks=2), HoldClient(NAME) as one, HoldClient(NAME) as two:
+        for engine in (one, two):
+            os.close(engine.take(path).fd or -1)
+        one.release_file(path)
+        one.release_file(path)
+        assert path in stage.paths and one.manifest().freed == 0
+        two.release_file(path)
+        assert path not in stage.paths and two.manifest().freed == 1
+
+
+def test_only_its_own_user_is_answered(stage: Stage, place: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    with Holder(stage, place):
+        # As if somebody had opened the way to it: the credentials still decide.
+        os.chmod(place, 0o666)
+        for directory in (Path(place).parent, *list(Path(place).parents)[1:4]):
+            if directory.stat().st_uid == 0 and str(directory) not in ("/", "/tmp"):
+                directory.chmod(directory.stat().st_mode | 0o055)
+        program = (
+            "import socket, sys; s = socket.socket(socket.AF_UNIX); s.settimeout(20); s.connect(sys.argv[1]); "
+            's.sendall(b\'{"op": "manifest"}\\n\'); print(s.recv(4096).decode())'
+        )
+        done = subprocess.run(
+            ["/usr/bin/env", "python3", "-c", program, place],
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert PermissionRefused.code in done.stdout and "65534" in done.stdout, done.stderr
+
+
+def test_nobody_holds_it(place: str) -> None:
+    with pytest.raises(PrefetchError, match="nobody holds"):
+        HoldClient(NAME)
