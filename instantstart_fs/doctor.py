@@ -68,7 +68,7 @@ def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) 
     running, specs, info = check_daemon(config, socket, adopt=adopt)
     yield running
     transport = info.transport if info is not None else ""
-    yield check_transport(config.mount.transport, transport, kernel.why_no_passthrough())
+    yield check_transport(config.mount.transport, transport, kernel.why_no_passthrough(), binds=kernel.has_sys_admin())
     if adopt and info is not None:
         store = msgspec.structs.replace(config.store, path=info.store)
         mount = msgspec.structs.replace(config.mount, path=info.mount)
@@ -98,21 +98,26 @@ def check_kernel(release: tuple[int, int]) -> Check:
     return Check("kernel", "ok", found + note)
 
 
-def check_transport(wanted: str, running: str, refusal: str | None) -> Check:
+def check_transport(wanted: str, running: str, refusal: str | None, *, binds: bool) -> Check:
     """``wanted``: as configured; ``running``: what the daemon says, "" where none does; ``refusal``: what is known to
-    keep passthrough from working here."""
+    keep passthrough from working here; ``binds``: whether this process may bind."""
     if running:
         slow = running.startswith("pyfuse3 (")
         advice = "warm reads go through FUSE, at a fraction of the disk's speed" if slow else ""
         return Check("transport", "warn" if slow else "ok", running, advice)
     if wanted == "pyfuse3":
         return Check("transport", "ok", "pyfuse3, as configured")
+    if wanted == "bind" or (wanted == "auto" and refusal is not None and binds):
+        if binds:
+            why = f" ({refusal})" if wanted == "auto" else ""
+            return Check("transport", "ok", f"bind{why}: complete weight files are read from the store itself")
+        return Check("transport", "fail", "bind needs CAP_SYS_ADMIN", 'run as root, or transport = "auto"')
     if refusal is None:
         return Check("transport", "ok", "passthrough, if the store's filesystem takes it (tried at the start)")
     outcome: Outcome = "fail" if wanted == "passthrough" else "warn"
     found = f"no passthrough: {refusal}"
     return Check(
-        "transport", outcome, found, "warm reads go through FUSE; Linux 6.9 and CAP_SYS_ADMIN make them native"
+        "transport", outcome, found, "warm reads go through FUSE; CAP_SYS_ADMIN makes them native (passthrough, bind)"
     )
 
 

@@ -172,11 +172,6 @@ def _build(
         "mount.transport",
         f"{raw.mount.transport!r} is none of auto, passthrough, bind, pyfuse3",
     )
-    at.require(
-        raw.mount.transport != "bind",
-        "mount.transport",
-        f'{raw.mount.transport!r} is not in this version; use "auto", "passthrough" or "pyfuse3"',
-    )
     for key, here, other in (("mount.path", mount_path, store_path), ("store.path", store_path, mount_path)):
         at.require(
             here != other and not other.startswith(here.rstrip("/") + "/"),

@@ -14,7 +14,7 @@ from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
 from instantstart_fs.core.manifest import PipelineSpec
 
 ServeUnsealed = Literal["auto", "always", "never"]
-Transport = Literal["auto", "passthrough", "pyfuse3"]
+Transport = Literal["auto", "passthrough", "bind", "pyfuse3"]
 MAX_AUTO_WORKERS = 4
 """Four fetch processes saturate 16 connections of a 10 Gbit/s line with hashing; more only cost memory."""
 

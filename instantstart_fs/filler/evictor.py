@@ -105,8 +105,12 @@ class Evictor:
                 if self._max_idle is not None:
                     await self._evict(eviction.idle(candidates, self._max_idle, self._now()), "idle")
                     candidates = self._shelves.candidates()
-                usage = sum(candidate.bytes for candidate in candidates)
-                await self._evict(eviction.plan(usage, self._shelves.budget(), candidates, self._now()), "room")
+                for _ in range(ATTEMPTS):
+                    usage = sum(candidate.bytes for candidate in candidates)
+                    chosen = eviction.plan(usage, self._shelves.budget(), candidates, self._now())
+                    if await self._evict(chosen, "room") == len(chosen):
+                        break
+                    candidates = self._shelves.candidates()
         self._shelves.reconsider()
 
     def decide(self, pipeline: str, needed: int, *, own: int, quota: int | None) -> eviction.Admission:
@@ -160,14 +164,20 @@ class Evictor:
             budget = self._shelves.budget()
             usage = max(sum(candidate.bytes for candidate in candidates), budget.capacity)
             others = [candidate for candidate in candidates if candidate.pipeline != pipeline]
-            return await self._evict(eviction.plan(usage, budget, others, self._now()), f"a full disk under {pipeline}")
+            for _ in range(ATTEMPTS):
+                chosen = eviction.plan(usage, budget, others, self._now())
+                if not chosen or await self._evict(chosen, f"a full disk under {pipeline}"):
+                    return bool(chosen)
+                others = [candidate for candidate in self._shelves.candidates() if candidate.pipeline != pipeline]
+            return False
 
-    async def _evict(self, chosen: Sequence[str], why: str) -> bool:
-        freed = False
+    async def _evict(self, chosen: Sequence[str], why: str) -> int:
+        """How many were."""
+        freed = 0
         for pipeline in chosen:
             try:
                 await self._shelves.evict(pipeline)
-                freed = True
+                freed += 1
                 log.info("evicted for %s", why, extra={"pipeline": pipeline})
             except InstantStartError as error:
                 log.info("not evicted: %s", error.message, extra={"pipeline": pipeline})

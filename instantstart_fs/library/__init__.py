@@ -4,6 +4,7 @@ The facade that the mount (view.View) and the control server talk to. It compose
 
     shelf     all state in memory, nodeids, news for the kernel
     browsing  ls, stat, getfattr
+    covering  which files may be read past the mount, and when not
     reading   open, read, the filler's listener
     admin     add, update, remove, evict, verify
     observing what happens, counted; cold starts
@@ -40,6 +41,7 @@ from instantstart_fs.library import present
 from instantstart_fs.library.admin import Admin, VerifyReport
 from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.browsing import Browsing
+from instantstart_fs.library.covering import Covering
 from instantstart_fs.library.handover import Handover
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.overview import Overview, OverviewBuilder
@@ -98,6 +100,7 @@ class Library:
         self._filler = Filler(store, index, settings, self._reading, make_room=self._evictor.make_room)
         self._reading.attach(self._filler, self._admissions, self._evictor.nudge)
         self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
+        self._covering = Covering(self._shelf, self._access, config.eviction.keep_hot)
         self._browsing = Browsing(self._shelf, self._access, self._state_of, config.eviction.keep_hot)
 
     @asynccontextmanager
@@ -161,6 +164,10 @@ class Library:
     @property
     def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]:
         return self._shelf.invalidations
+
+    @property
+    def covering(self) -> Covering:
+        return self._covering
 
     def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
         self._shelf.passthrough = on
@@ -305,7 +312,8 @@ class Library:
         await self._shelf.pipeline(pipeline).wait_changed(timeout)
 
     async def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> VerifyReport:
-        return await self._admin.verify(pipeline, progress)
+        async with self._covering.unseen(self._shelf.pipeline(pipeline)):
+            return await self._admin.verify(pipeline, progress)
 
     @contextmanager
     def lease(self, pipeline: str) -> Iterator[None]:
@@ -369,7 +377,7 @@ class Library:
             pinned=pipeline.pinned,
             # One that is being updated (its origin may take minutes) must not hold up the others' eviction. A fill that
             # no reader waits for may be cancelled; being the latest to grow, it goes last.
-            open=pipeline.in_use or pipeline.lock.locked(),
+            open=pipeline.in_use or self._covering.found_busy(pipeline.id) or pipeline.lock.locked(),
             leased=pipeline.leases > 0,
             partial=not (complete or self._filler.is_filling(pipeline.id)),
             promised=generation.promised_bytes if generation is not None else 0,

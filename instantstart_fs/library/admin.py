@@ -125,8 +125,9 @@ class Admin:
             probe = Generation(pipeline, manifest, 0, shelf.open_origin)
             base = await shelf.reserve_nodeids(probe.nodeid_count)
             await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
-            await self._record(pipeline, manifest, base)
-            shelf.switch_generation(pipeline, manifest, base)
+            async with shelf.uncovered(pipeline):
+                await self._record(pipeline, manifest, base)
+                shelf.switch_generation(pipeline, manifest, base)
             pipeline.trouble = None
             if old is not None:
                 # No more background filling of the old one; those who hold its files open still get their reads.
@@ -168,19 +169,20 @@ class Admin:
             self._still_there(pipeline)
             if pipeline.leases:
                 raise PipelineBusy(f"{pipeline_id}: {pipeline.leases} lease(s) hold it; end them first")
-            self._shelf.withdraw(pipeline)
-            self._adding.add(pipeline_id)
-            try:
-                with trio.CancelScope(shield=True):
-                    cancelled = FillCancelled(f"{pipeline_id}: the pipeline was removed")
-                    self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
-                    await self._reading.filler.wait_quiet(pipeline_id)
-                    for generation in pipeline.generations():
-                        drop_targets(generation)
-                    await self._shelf.index.write(lambda txn: txn.delete_pipeline(pipeline_id))
-                    await trio.to_thread.run_sync(self._shelf.store.delete_pipeline, pipeline_id)
-            finally:
-                self._adding.discard(pipeline_id)
+            async with self._shelf.uncovered(pipeline):
+                self._shelf.withdraw(pipeline)
+                self._adding.add(pipeline_id)
+                try:
+                    with trio.CancelScope(shield=True):
+                        cancelled = FillCancelled(f"{pipeline_id}: the pipeline was removed")
+                        self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
+                        await self._reading.filler.wait_quiet(pipeline_id)
+                        for generation in pipeline.generations():
+                            drop_targets(generation)
+                        await self._shelf.index.write(lambda txn: txn.delete_pipeline(pipeline_id))
+                        await trio.to_thread.run_sync(self._shelf.store.delete_pipeline, pipeline_id)
+                finally:
+                    self._adding.discard(pipeline_id)
         log.info("removed", extra={"pipeline": pipeline_id})
 
     async def evict(self, pipeline_id: str) -> int:
@@ -197,36 +199,38 @@ class Admin:
             if old is None:
                 return 0
             base = await shelf.reserve_nodeids(old.nodeid_count)
-            # From here to the switch nothing awaits: nobody can open the old generation in between.
-            self._refuse_in_use(pipeline)
-            dropped = sum(file.cached_bytes for file in old.files)
-            cancelled = FillCancelled(f"{pipeline_id}: the pipeline was evicted")
-            self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
-            shelf.switch_generation(pipeline, old.manifest, base)
-            shelf.forget_generation(old)
-            new = pipeline.current
-            assert new is not None
-            new.ready = trio.Event()
-            # Half an eviction would leave bytes that the index calls sealed under a fill that writes over them.
-            with trio.CancelScope(shield=True):
-                try:
-                    await self._reading.filler.wait_quiet(pipeline_id)
-
-                    def forget_files(txn: WriteTxn) -> None:
-                        txn.delete_files(pipeline_id, old.number)
-                        txn.put_generation(_generation_record(new.manifest, new.base))
-
-                    drop_targets(old)
+            self._reading.close_idle(old)
+            async with shelf.uncovered(pipeline, idle_only=True):
+                # From here to the switch nothing awaits: nobody can open the old generation in between.
+                self._refuse_in_use(pipeline)
+                dropped = sum(file.cached_bytes for file in old.files)
+                cancelled = FillCancelled(f"{pipeline_id}: the pipeline was evicted")
+                self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
+                shelf.switch_generation(pipeline, old.manifest, base)
+                shelf.forget_generation(old)
+                new = pipeline.current
+                assert new is not None
+                new.ready = trio.Event()
+                # Half an eviction would leave bytes that the index calls sealed under a fill that writes over them.
+                with trio.CancelScope(shield=True):
                     try:
-                        await shelf.index.write(forget_files)
+                        await self._reading.filler.wait_quiet(pipeline_id)
+
+                        def forget_files(txn: WriteTxn) -> None:
+                            txn.delete_files(pipeline_id, old.number)
+                            txn.put_generation(_generation_record(new.manifest, new.base))
+
+                        drop_targets(old)
+                        try:
+                            await shelf.index.write(forget_files)
+                        finally:
+                            # Also when the index could not be told: missing bytes heal, overwritten ones would lie.
+                            await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
                     finally:
-                        # Also when the index could not be told: missing bytes heal, overwritten ones would lie.
-                        await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
-                finally:
-                    new.ready.set()
-                    new.ready = None
-            pipeline.trouble = None
-            pipeline.changed()
+                        new.ready.set()
+                        new.ready = None
+                pipeline.trouble = None
+                pipeline.changed()
         log.info("evicted: %d bytes", dropped, extra={"pipeline": pipeline_id})
         return dropped
 

@@ -259,6 +259,12 @@ class Reading:
             file.reader.close()
             file.reader = None
 
+    def close_idle(self, generation: Generation) -> None:
+        """Let go of descriptors that nobody reads by: they look as if somebody had the files open."""
+        for file in generation.files:
+            if not file.handles:
+                self._close_reader(file)
+
     @contextlib.contextmanager
     def using(self, generation: Generation) -> Iterator[None]:
         """Meanwhile nothing of the generation is evicted or deleted, as if a file of it were open."""
@@ -490,6 +496,7 @@ class Reading:
             generation.pipeline.trouble = None
             log.info("warm: %d bytes", generation.load_bytes, extra={"pipeline": generation.pipeline.id})
         generation.pipeline.changed()
+        self._shelf.on_complete(file)
 
     def target_poisoned(self, target: FillTarget, error: InstantStartError) -> None:
         file = self._file_of(target)
@@ -509,7 +516,8 @@ class Reading:
         self._discarding.add(file)
         try:
             with self.using(file.generation):
-                await self._discard(file, problem, wanted=wanted)
+                async with self._shelf.uncovered(file.generation.pipeline):
+                    await self._discard(file, problem, wanted=wanted)
         finally:
             self._discarding.discard(file)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 import trio
 
@@ -25,6 +27,15 @@ log = logging.getLogger(__name__)
 
 SPARE_NODEIDS = 4096
 """Reserved ahead, so that a poisoned file gets its new nodeid without waiting for the disk."""
+
+
+class Uncovered(Protocol):
+    def __call__(self, pipeline: Pipeline, *, idle_only: bool = False) -> AbstractAsyncContextManager[None]: ...
+
+
+@asynccontextmanager
+async def _nothing_covers(pipeline: Pipeline, *, idle_only: bool = False) -> AsyncIterator[None]:
+    yield
 
 
 class Shelf:
@@ -43,6 +54,10 @@ class Shelf:
         """Whether the mount lets the kernel read complete files itself (view.View.use_passthrough)."""
         self.retire: Callable[[CachedFile], None] = lambda file: None
         """Told of every incarnation that no new open will find."""
+        self.on_complete: Callable[[CachedFile], None] = lambda file: None
+        """Told of every file that has become complete."""
+        self.uncovered: Uncovered = _nothing_covers
+        """Around everything that changes a complete file: see covering.Covering.uncovered."""
         self._spare = range(0)
         self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
 

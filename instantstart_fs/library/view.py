@@ -7,10 +7,13 @@ are async, and only a read of an absent chunk waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 import trio
+
+if TYPE_CHECKING:
+    from instantstart_fs.library.covering import Covering
 
 ROOT = 1
 """The nodeid of the mountpoint itself, fixed by the FUSE protocol."""
@@ -84,6 +87,11 @@ class View(Protocol):
 
     @property
     def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]: ...
+
+    @property
+    def covering(self) -> Covering | None:
+        """Which files may be covered by the store's own (mount/bind.py); None where there is no store."""
+        ...
 
     def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
         """Whether complete files are shown under the nodeid whose opens have a ``backing``; off at first.

@@ -22,6 +22,11 @@ from instantstart_fs.errors import MountFailed
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
+MS_REMOUNT: Final = 32
+MS_NOATIME: Final = 1024
+MS_BIND: Final = 4096
+MS_PRIVATE: Final = 1 << 18
+IN_OPEN: Final = 0x20
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 CAP_SYS_ADMIN_BIT: Final = 21
@@ -102,6 +107,57 @@ def mount_fuse(path: str, fd: int, *, fsname: str, subtype: str, allow_other: bo
     if libc.mount(fsname.encode(), os.fsencode(path), kind, MS_RDONLY | MS_NOSUID | MS_NODEV, options.encode()) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)
+
+
+def bind(source: str, target: str) -> None:
+    """Show ``source`` at ``target``, with the flags of the mount that ``source`` lies on. Raises OSError."""
+    _mount(source, target, MS_BIND)
+
+
+def make_bind_readonly(path: str) -> None:
+    """Of a bind: no writes, no setuid, no devices; private, so that it shows in no other namespace. Raises OSError.
+
+    noatime: a read-only bind never writes access times, whatever its flags say."""
+    _mount(None, path, MS_PRIVATE)
+    _mount(None, path, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOATIME)
+
+
+def _mount(source: str | None, target: str, flags: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(None if source is None else os.fsencode(source), os.fsencode(target), None, flags, None) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), target)
+
+
+def umount(path: str, *, lazily: bool = False) -> None:
+    """Unmount what is mounted at ``path``, as root. Raises OSError: EBUSY while somebody uses it, unless ``lazily``."""
+    number = _umount2(path, (MNT_DETACH if lazily else 0) | UMOUNT_NOFOLLOW)
+    if number:
+        raise OSError(number, os.strerror(number), path)
+
+
+def inotify() -> int:
+    """A new inotify descriptor that does not block. Raises OSError."""
+    return _libc_int("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def inotify_add(fd: int, path: str, mask: int) -> int:
+    """The watch of the inode at ``path``. Raises OSError (ENOSPC: fs.inotify.max_user_watches)."""
+    return _libc_int("inotify_add_watch", fd, os.fsencode(path), mask)
+
+
+def inotify_remove(fd: int, watch: int) -> None:
+    """Raises OSError: EINVAL where the file was deleted before."""
+    _libc_int("inotify_rm_watch", fd, watch)
+
+
+def _libc_int(name: str, *args: int | bytes) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    result: int = getattr(libc, name)(*args)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
 
 
 def umount_lazily(path: str) -> None:

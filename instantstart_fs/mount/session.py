@@ -26,6 +26,7 @@ import trio
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.library.view import Invalidation, View
 from instantstart_fs.mount import kernel
+from instantstart_fs.mount.bind import Binder, BindRefused
 from instantstart_fs.mount.devfuse import DevFuse, PassthroughRefused
 from instantstart_fs.mount.operations import Operations
 
@@ -49,7 +50,7 @@ class MountSettings(msgspec.Struct, frozen=True):
 
     path: str
     store: str | None = None
-    transport: Literal["auto", "passthrough", "pyfuse3"] = "auto"
+    transport: Literal["auto", "passthrough", "bind", "pyfuse3"] = "auto"
     allow_other: bool = True
     fsname: str = "instantstart"
     subtype: str = "instantstart"
@@ -117,7 +118,7 @@ async def serve(
             prepare_mountpoint, settings, deadline=PROBE_DEADLINE, what=f"the mountpoint {settings.path}"
         )
         reason = ""
-        if settings.transport != "pyfuse3":
+        if settings.transport in ("auto", "passthrough"):
             try:
                 await _serve_passthrough(view, path, settings, task_status)
                 return
@@ -126,7 +127,17 @@ async def serve(
                     raise
                 reason = error.message
                 log.info("reads are not passed through: %s", reason)
-        await _serve_on(_Pyfuse3(view, settings), view, path, settings, reason, task_status)
+        binder: Binder | None = None
+        if settings.transport in ("auto", "bind"):
+            binder = Binder(view.covering, settings.store)
+            try:
+                await _in_thread(binder.probe, deadline=PROBE_DEADLINE, what="a bind within the store")
+            except BindRefused as error:
+                if settings.transport == "bind":
+                    raise
+                log.info("files are not bound: %s", error.message)
+                reason, binder = f"{reason}; {error.message}", None
+        await _serve_on(_Pyfuse3(view, settings), view, path, settings, reason, task_status, binder)
     finally:
         _mounted = False
 
@@ -157,6 +168,7 @@ async def _serve_on(
     settings: MountSettings,
     reason: str,
     task_status: trio.TaskStatus[Mounted],
+    binder: Binder | None = None,
 ) -> None:
     invalidator = _Invalidator(view, transport)
     allow_other = may_allow_other(settings)
@@ -170,12 +182,17 @@ async def _serve_on(
             nursery.start_soon(_main, transport, settings, nursery.cancel_scope)
             mounted = await _wait_ready(path, settings)
             mounted = msgspec.structs.replace(
-                mounted, transport=transport.name, reason=reason, requests=transport.requests
+                mounted,
+                transport=transport.name if binder is None else "bind",
+                reason=reason,
+                requests=transport.requests,
             )
             for note in mounted.notes:
                 log.warning("%s", note)
             nursery.start_soon(invalidator.run)
-            log.info("mounted at %s by %s", path, transport.name)
+            if binder is not None:
+                await nursery.start(binder.run, path)
+            log.info("mounted at %s by %s", path, mounted.transport)
             task_status.started(mounted)
     except BaseExceptionGroup as group:
         failed, others = group.split(MountFailed)

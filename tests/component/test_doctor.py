@@ -43,12 +43,22 @@ def test_kernels() -> None:
 
 
 def test_transports() -> None:
-    assert doctor.check_transport("auto", "", None).outcome == "ok"
-    assert doctor.check_transport("auto", "", "Linux 6.1 is older than 6.9").outcome == "warn"
-    assert doctor.check_transport("passthrough", "", "it needs CAP_SYS_ADMIN").outcome == "fail"
-    assert doctor.check_transport("pyfuse3", "", "it needs CAP_SYS_ADMIN").outcome == "ok"
-    assert doctor.check_transport("auto", "passthrough", None).outcome == "ok"
-    assert doctor.check_transport("auto", "pyfuse3 (it needs CAP_SYS_ADMIN)", None).outcome == "warn"
+    def outcome(wanted: str, running: str, refusal: str | None, binds: bool = False) -> str:
+        return doctor.check_transport(wanted, running, refusal, binds=binds).outcome
+
+    old, weak = "Linux 6.1 is older than 6.9", "it needs CAP_SYS_ADMIN"
+    assert outcome("auto", "", None) == "ok"
+    assert outcome("auto", "", weak) == "warn"
+    assert outcome("auto", "", old, True) == "ok"
+    assert "bind (Linux 6.1" in doctor.check_transport("auto", "", old, binds=True).found
+    assert outcome("passthrough", "", weak) == "fail"
+    assert outcome("passthrough", "", old, True) == "fail"
+    assert outcome("bind", "", None, True) == "ok"
+    assert outcome("bind", "", None) == "fail"
+    assert outcome("pyfuse3", "", weak) == "ok"
+    assert outcome("auto", "passthrough", None) == "ok"
+    assert outcome("auto", f"bind ({old})", old, True) == "ok"
+    assert outcome("auto", f"pyfuse3 ({weak}; no binds: they need CAP_SYS_ADMIN)", weak) == "warn"
 
 
 def test_the_fuse_device(tmp_path: Path) -> None:

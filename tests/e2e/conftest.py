@@ -18,7 +18,7 @@ ON_BOTH = {"test_bytes", "test_churn", "test_generations", "test_many_processes"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.module.__name__.rpartition(".")[2] in ON_BOTH and "make_daemon" in metafunc.fixturenames:
-        metafunc.parametrize("transport", ["pyfuse3", "passthrough"], indirect=True)
+        metafunc.parametrize("transport", ["pyfuse3", "passthrough", "bind"], indirect=True)
 
 
 @pytest.fixture(autouse=True)

@@ -86,6 +86,8 @@ class FakeView:
 
     # The View
 
+    covering = None
+
     def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
         """Fake files have no bytes on a disk: on every transport they are read through the View."""
 

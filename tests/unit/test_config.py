@@ -154,7 +154,6 @@ def test_pipelines_d_holds_one_pipeline_per_file(write, tmp_path: Path) -> None:
         ('[store]\npath = "/proc/version/store"', "store.path", "/proc/version is not a directory"),
         ('[mount]\npath = "/dev/null"', "mount.path", "not a directory"),
         ('[mount]\npath = "/x"\n[store]\npath = "/x/store"', "mount.path", "may not lie in one another"),
-        ('[mount]\ntransport = "bind"', "mount.transport", "not in this version"),
         ('[mount]\ntransport = "nfs"', "mount.transport", "none of auto"),
         ('[eviction]\nkeep_hot = "-1h"', "eviction.keep_hot", "not a duration"),
         ('[staging]\nmax_memory = "half"', "staging.max_memory", "neither a size"),

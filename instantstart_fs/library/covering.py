@@ -1,0 +1,194 @@
+"""What may lie over the mount's files, and when it must be gone: the library's side of the bind transport.
+
+A cover shows a complete file of the current generation to readers without the mount. Whoever lays covers
+(mount/bind.py) asks here which files may have one, and takes them away when told to: everything that changes a complete
+file (update, evict, remove, a dropped file) does it inside ``uncovered``, so that no cover ever shows what the library
+no longer means.
+
+All methods but ``descriptor`` belong on the trio thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+import trio
+
+from instantstart_fs.core.loadset import is_weight_file
+from instantstart_fs.errors import PipelineBusy, StoreDamaged
+from instantstart_fs.index.access_log import AccessLog
+from instantstart_fs.library import present
+from instantstart_fs.library.shelf import Shelf
+from instantstart_fs.library.state import CachedFile, Pipeline
+from instantstart_fs.store.blobfile import BlobFile
+
+MOST_FILES = 1024
+"""Of one pipeline with more weight files none is covered: each costs an entry in every mount table that sees it."""
+
+BUSY_SECONDS = 30.0
+"""For as long the evictor takes a pipeline for open after it found it so: only trying tells, and trying takes covers
+away for a moment."""
+
+TakeAway = Callable[[str, bool], Awaitable[None]]
+"""(pipeline, only if nobody has them open). Raises PipelineBusy, MountFailed."""
+
+
+class Coverable(msgspec.Struct, frozen=True):
+    """One incarnation of a complete weight file. ``path`` within the pipeline; ``key``: its index in the manifest."""
+
+    pipeline: str
+    generation: int
+    key: int
+    incarnation: int
+    path: str
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+
+
+class Covering:
+    """Owned by the Library. ``keep_hot`` in seconds."""
+
+    def __init__(self, shelf: Shelf, access: AccessLog, keep_hot: float) -> None:
+        self._shelf = shelf
+        self._access = access
+        self._keep_hot = keep_hot
+        self._uncovered: Counter[str] = Counter()
+        self._unseen: Counter[str] = Counter()
+        self._changed: set[str] = set()
+        self._wake = trio.Event()
+        self._busy_until: dict[str, float] = {}
+        self._take_away: TakeAway | None = None
+        self._note_opens: Callable[[], object] = lambda: None
+        shelf.uncovered = self.uncovered
+        shelf.on_complete = lambda file: self.nudge(file.generation.pipeline.id)
+
+    # -- the library's side ----------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def uncovered(self, pipeline: Pipeline, *, idle_only: bool = False) -> AsyncIterator[None]:
+        """Meanwhile no file of the pipeline is covered. Raises PipelineBusy (``idle_only``: somebody has one open),
+        MountFailed; then nothing has changed."""
+        self._uncovered[pipeline.id] += 1
+        try:
+            if self._take_away is not None:
+                try:
+                    await self._take_away(pipeline.id, idle_only)
+                except PipelineBusy:
+                    self._busy_until[pipeline.id] = trio.current_time() + BUSY_SECONDS
+                    raise
+            yield
+        finally:
+            self._uncovered[pipeline.id] -= 1
+            self.nudge(pipeline.id)
+
+    def found_busy(self, pipeline: str) -> bool:
+        """Whether somebody was found to have a covered file of it open a moment ago."""
+        until = self._busy_until.get(pipeline)
+        if until is not None and until < trio.current_time():
+            del self._busy_until[pipeline]
+            return False
+        return until is not None
+
+    @asynccontextmanager
+    async def unseen(self, pipeline: Pipeline) -> AsyncIterator[None]:
+        """Meanwhile opens of its store files are the daemon's own (verify) and no requests."""
+        self._note_opens()
+        self._unseen[pipeline.id] += 1
+        try:
+            yield
+        finally:
+            self._note_opens()
+            self._unseen[pipeline.id] -= 1
+
+    def nudge(self, pipeline: str) -> None:
+        """What may be covered of it has changed."""
+        if self._take_away is not None:
+            self._changed.add(pipeline)
+            self._wake.set()
+
+    # -- the side of who covers ------------------------------------------------------------------------------------
+
+    def attach(self, take_away: TakeAway | None, note_opens: Callable[[], object] = lambda: None) -> None:
+        """``note_opens``: call ``opened`` for every open until now. None: nobody covers any more."""
+        self._take_away = take_away
+        self._note_opens = note_opens
+        for pipeline in self._shelf.pipelines:
+            self.nudge(pipeline)
+
+    async def wait_changed(self, timeout: float) -> set[str]:
+        """The pipelines that ``files`` may say something new of; empty after ``timeout`` seconds without any."""
+        with trio.move_on_after(timeout):
+            await self._wake.wait()
+        self._wake = trio.Event()
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def files(self, pipeline: str) -> dict[str, Coverable]:
+        """What may be covered of that pipeline now, by path."""
+        found = self._shelf.pipelines.get(pipeline)
+        if found is None or found.current is None or found.removed or self._uncovered[pipeline]:
+            return {}
+        spec = found.spec
+        files = [file for file in found.current.files if file.passable and is_weight_file(file.entry.path)]
+        if len(files) > MOST_FILES:
+            return {}
+        return {
+            file.entry.path: Coverable(
+                pipeline=pipeline,
+                generation=found.current.number,
+                key=file.entry.index,
+                incarnation=file.incarnation,
+                path=file.entry.path,
+                mode=spec.mode & 0o444,
+                uid=spec.uid,
+                gid=spec.gid,
+                mtime_ns=file.entry.file.mtime_ns,
+            )
+            for file in files
+        }
+
+    def descriptor(self, wanted: Coverable) -> BlobFile:
+        """The store's file, which must be the one that was sealed; in a thread. Raises StoreError."""
+        blob = self._shelf.store.existing_blob(wanted.pipeline, wanted.generation, wanted.path)
+        if blob is None:
+            raise StoreDamaged(f"{wanted.path}: missing from the store; run `instantstart verify`")
+        try:
+            if blob.seal_record() is None:
+                raise StoreDamaged(f"{wanted.path}: the store's file is not the one that was sealed")
+        except BaseException:
+            blob.close()
+            raise
+        return blob
+
+    def opened(self, covered: Coverable) -> None:
+        """Somebody opened the covered file: a request, and an access."""
+        if not self._unseen[covered.pipeline] and self._file(covered) is not None:
+            now = self._shelf.now_ns()
+            self._access.record_request(covered.pipeline, now)
+            self._access.record_read(covered.pipeline, covered.generation, covered.key, now)
+
+    def last_request(self, pipeline: str) -> int | None:
+        """ns of the wall clock."""
+        return self._access.last_request(pipeline)
+
+    def shown(self, covered: Coverable) -> tuple[int, dict[str, str]] | None:
+        """(st_atime in ns, user.instantstart.* without the prefix) as the mount would show them; None: it is gone."""
+        file = self._file(covered)
+        if file is None:
+            return None
+        values = present.file_xattrs(file, "warm", self._access, self._keep_hot)
+        accessed = self._access.last_access(*file.triple)
+        return (covered.mtime_ns if accessed is None else accessed), values
+
+    def _file(self, covered: Coverable) -> CachedFile | None:
+        pipeline = self._shelf.pipelines.get(covered.pipeline)
+        generation = pipeline.current if pipeline is not None else None
+        if generation is None or generation.number != covered.generation:
+            return None
+        file = generation.files[covered.key]
+        return file if file.incarnation == covered.incarnation and file.complete else None

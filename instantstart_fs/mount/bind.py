@@ -1,0 +1,438 @@
+"""The bind transport: complete weight files of a pyfuse3 mount are covered by read-only binds of the store's own files.
+
+For kernels without FUSE passthrough, as root. The mount itself stays: names, directories, small files and whatever is
+not complete come through it. Each complete weight file has the store's file bound over it, so that reading and mapping
+it is the disk's own business. docs/decisions/bind.md has the reasons.
+
+* A ``Binder`` owns every mount below the mountpoint; it runs beside the session that serves it and follows
+  ``library.covering``, which also tells it to take covers away before anything changes.
+* All mount(2) and umount2(2) run in threads with a deadline: their paths are looked up in our own mount. While one is
+  overdue nothing else is done, so nothing changes under a bind that may still come.
+* A bind is made from a read-only, nosuid, nodev bind of ``slots`` and inherits its flags: it is never writable, not
+  even for a moment. It shows one file, so that nothing else of the store can be reached through it.
+* Reads of a bound file are nobody's to see; opens are: inotify on the store's file tells of them, whoever's mount
+  namespace they came through.
+* In use is what a plain umount answers EBUSY to, and, since a detached bind or one in another mount namespace may still
+  be held, what the kernel refuses a write lease for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NamedTuple, TypeVar
+
+import trio
+
+from instantstart_fs.errors import InstantStartError, MountFailed, PipelineBusy
+from instantstart_fs.library.covering import Coverable, Covering
+from instantstart_fs.mount import kernel
+
+log = logging.getLogger(__name__)
+
+DEADLINE: Final = 10.0
+"""Seconds for one batch of mounts or unmounts."""
+CHECK_INTERVAL: Final = 5.0
+"""Seconds between two looks at the mount table: the kernel drops a bind with the directory entry that it lies on."""
+REFRESH_INTERVAL: Final = 1.0
+"""Least seconds between two updates of what stat and getfattr show of bound files."""
+STAGE: Final = "bind"
+"""In the store: where ``slots`` is bound read-only while binds are made from it."""
+PREFIX: Final = "user.instantstart."
+_EVENT: Final = struct.Struct("=iIII")
+"""inotify_event: wd, mask, cookie, len; the name follows, which events of a file lack"""
+
+_T = TypeVar("_T")
+
+
+class BindRefused(MountFailed):
+    """This machine or process cannot bind; the message says why."""
+
+
+class Plan(NamedTuple):
+    """Paths to detach, then files to bind."""
+
+    detach: tuple[str, ...]
+    attach: tuple[Coverable, ...]
+
+
+def plan(bound: Mapping[str, Coverable], wanted: Mapping[str, Coverable]) -> Plan:
+    """What leads from ``bound`` to ``wanted`` (of one pipeline, by path). A file that became another one is both."""
+    return Plan(
+        detach=tuple(sorted(path for path, file in bound.items() if wanted.get(path) != file)),
+        attach=tuple(file for path, file in sorted(wanted.items()) if bound.get(path) != file),
+    )
+
+
+class _Bound(NamedTuple):
+    file: Coverable
+    store_path: str
+    watch: int
+
+
+class Binder:
+    """``store``: the store's root. ``probe`` first, then ``run`` while the mount is served."""
+
+    def __init__(self, covering: Covering | None, store: str | None) -> None:
+        self._covering = covering
+        self._store = store
+        self._mountpoint = ""
+        self._bound: dict[str, dict[str, _Bound]] = {}
+        """pipeline → path → what lies over it."""
+        self._watched: dict[int, Coverable] = {}
+        self._shown: dict[str, int | None] = {}
+        """pipeline → the last request that its bound files show."""
+        self._refused: dict[Coverable, int] = {}
+        """What could not be bound → how often it was tried; said once, tried again later and later."""
+        self._checks = 0
+        self._overdue: threading.Event | None = None
+        """Set when the last batch has ended; its deadline may have come first."""
+        self._unsure = False
+        """Whether a batch was ever given up."""
+        self._fresh: list[str] = []
+        self._lock = trio.Lock()
+        self._inotify = -1
+
+    def probe(self) -> None:
+        """Blocking. Raises BindRefused where it cannot work."""
+        if self._covering is None or self._store is None:
+            raise BindRefused("no binds: there is no store to bind from")
+        if not kernel.has_sys_admin():
+            raise BindRefused("no binds: they need CAP_SYS_ADMIN")
+        try:
+            with self._staged():
+                pass
+        except OSError as error:
+            raise BindRefused(f"no binds from {self._store}: {error.strerror}") from error
+
+    async def run(self, mountpoint: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep complete files bound until cancelled. Started when those that are complete already are.
+
+        Leaves the binds to whoever takes the mount down: detaching it takes them along. Raises MountFailed.
+        """
+        assert self._covering is not None
+        self._mountpoint = mountpoint
+        self._inotify = kernel.inotify()
+        self._covering.attach(self._take_away, self._read_opens)
+        try:
+            await self._in_thread(self._clear, f"{mountpoint}/")
+            await self._follow(await self._covering.wait_changed(0))
+            task_status.started()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch_opens)
+                while True:
+                    changed = await self._covering.wait_changed(CHECK_INTERVAL)
+                    try:
+                        if not changed:
+                            changed = await self._check()
+                    except MountFailed as error:
+                        log.error("binds are not looked after: %s", error.message)
+                    await self._follow(changed)
+        finally:
+            self._covering.attach(None)
+            os.close(self._inotify)
+
+    # -- following the library -------------------------------------------------------------------------------------
+
+    async def _follow(self, changed: set[str]) -> None:
+        assert self._covering is not None
+        for pipeline in sorted(changed):
+            async with self._lock:
+                bound, wanted = self._bound.get(pipeline, {}), self._covering.files(pipeline)
+                for file in [file for file in self._refused if file.pipeline == pipeline]:
+                    if wanted.get(file.path) != file:
+                        del self._refused[file]
+                todo = plan({path: one.file for path, one in bound.items()}, wanted)
+                if todo == Plan((), ()):
+                    continue
+                try:
+                    await self._detach(pipeline, todo.detach)
+                    await self._attach(pipeline, todo.attach)
+                except MountFailed as error:
+                    log.error("%s", error.message, extra={"pipeline": pipeline})
+
+    async def _take_away(self, pipeline: str, idle_only: bool) -> None:
+        """See covering.TakeAway."""
+        async with self._lock:
+            bound = dict(self._bound.get(pipeline, {}))
+            if self._unsure:
+                # A batch that was given up may have bound more than it could tell.
+                await self._in_thread(self._clear, f"{self._mountpoint}/{pipeline}/")
+            if not bound:
+                return
+            self._read_opens()
+            await self._detach(pipeline, tuple(bound), lazily=not idle_only)
+            if idle_only and await self._in_thread(_held, [one.store_path for one in bound.values()]):
+                raise _busy(pipeline)
+
+    async def _detach(self, pipeline: str, paths: tuple[str, ...], *, lazily: bool = True) -> None:
+        """Raises PipelineBusy unless ``lazily``, MountFailed."""
+        bound = self._bound.get(pipeline, {})
+        done: list[str] = []
+
+        def work() -> bool:
+            for path in paths:
+                try:
+                    kernel.umount(self._target(pipeline, path), lazily=lazily)
+                except OSError as error:
+                    if error.errno == errno.EBUSY and not lazily:
+                        return False
+                    if error.errno not in (errno.EINVAL, errno.ENOENT, errno.ENOTCONN):
+                        raise MountFailed(f"{path}: cannot be unbound: {error.strerror}") from error
+                done.append(path)
+            return True
+
+        try:
+            idle = await self._in_thread(work)
+        finally:
+            for path in done:
+                gone = bound.pop(path)
+                self._watched.pop(gone.watch, None)
+                with contextlib.suppress(OSError):  # the kernel ends the watch of a deleted file itself
+                    kernel.inotify_remove(self._inotify, gone.watch)
+            if not bound:
+                self._bound.pop(pipeline, None)
+        if not idle:
+            raise _busy(pipeline)
+
+    async def _attach(self, pipeline: str, files: tuple[Coverable, ...]) -> None:
+        assert self._covering is not None
+        todo = [(file, shown) for file in files if (shown := self._covering.shown(file)) is not None]
+        if not todo:
+            return
+        done: list[_Bound] = []
+        failed: list[tuple[Coverable, str]] = []
+        late = threading.Event()
+
+        def work() -> None:
+            with self._staged() as stage:
+                for file, shown in todo:
+                    if late.is_set():
+                        return
+                    try:
+                        done.append(self._bind(stage, file, *shown))
+                    except InstantStartError as error:
+                        failed.append((file, error.message))
+                    except OSError as error:
+                        failed.append((file, error.strerror or str(error)))
+
+        try:
+            await self._in_thread(work)
+        except OSError as error:
+            raise MountFailed(f"nothing can be bound: {error.strerror}") from error
+        finally:
+            late.set()
+            bound = self._bound.setdefault(pipeline, {})
+            for one in done:
+                bound[one.file.path] = one
+                self._refused.pop(one.file, None)
+                self._watched[one.watch] = one.file
+                self._fresh.append(self._target(pipeline, one.file.path))
+            if not bound:
+                del self._bound[pipeline]
+            self._shown[pipeline] = self._covering.last_request(pipeline)
+        for file, reason in failed:
+            self._refused[file] = self._refused.get(file, 0) + 1
+            if self._refused[file] == 1:
+                log.warning("%s: is not bound: %s", file.path, reason, extra={"pipeline": pipeline})
+        if done:
+            log.debug("%d files bound", len(done), extra={"pipeline": pipeline})
+
+    async def _check(self) -> set[str]:
+        """The pipelines of which binds are gone, or could not be made. Also asks for each new bind's name once more:
+        the kernel was told to keep it for a second when the file was not complete yet, and is told a day now, for which
+        the name then survives the daemon. Raises MountFailed."""
+        async with self._lock:
+            fresh, self._fresh = self._fresh, []
+
+            def look() -> frozenset[str]:
+                for path in fresh:
+                    with contextlib.suppress(OSError):
+                        os.stat(path)
+                return frozenset(mount.path for mount in kernel.mounts())
+
+            there = await self._in_thread(look)
+            lost = set()
+            for pipeline, bound in list(self._bound.items()):
+                for path, one in list(bound.items()):
+                    if self._target(pipeline, path) not in there:
+                        del bound[path]
+                        self._watched.pop(one.watch, None)
+                        lost.add(pipeline)
+            await self._show({pipeline for pipeline in self._bound if self._stale(pipeline)})
+            self._checks += 1
+            return lost | {
+                file.pipeline for file, tries in self._refused.items() if self._checks % (1 << min(tries, 8)) == 0
+            }
+
+    # -- opens -----------------------------------------------------------------------------------------------------
+
+    async def _watch_opens(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._inotify)
+            opened = self._read_opens()
+            async with self._lock:
+                with contextlib.suppress(MountFailed):  # shown by the next check
+                    await self._show(opened)
+            await trio.sleep(REFRESH_INTERVAL)
+
+    def _read_opens(self) -> set[str]:
+        """Note every open that the kernel has told of; the pipelines that they were of."""
+        assert self._covering is not None
+        found: set[str] = set()
+        while True:
+            try:
+                data = os.read(self._inotify, 65536)
+            except BlockingIOError:
+                return found
+            position = 0
+            while position < len(data):
+                watch, mask, _, length = _EVENT.unpack_from(data, position)
+                position += _EVENT.size + length
+                file = self._watched.get(watch)
+                if file is not None and mask & kernel.IN_OPEN:
+                    self._covering.opened(file)
+                    found.add(file.pipeline)
+
+    def _stale(self, pipeline: str) -> bool:
+        assert self._covering is not None
+        return self._shown.get(pipeline) != self._covering.last_request(pipeline)
+
+    async def _show(self, pipelines: set[str]) -> None:
+        """Bring times and attributes of their bound files up to date. Under the lock."""
+        assert self._covering is not None
+        todo: list[tuple[str, int, dict[str, str], int]] = []
+        for pipeline in pipelines:
+            self._shown[pipeline] = self._covering.last_request(pipeline)
+            for one in self._bound.get(pipeline, {}).values():
+                shown = self._covering.shown(one.file)
+                if shown is not None:
+                    todo.append((one.store_path, shown[0], shown[1], one.file.mtime_ns))
+        if todo:
+            await self._in_thread(_write_shown, todo)
+
+    async def _in_thread(self, work: Callable[..., _T], *args: Any) -> _T:
+        """Raises MountFailed at the deadline; until the thread has ended after all, nothing else is done."""
+        if self._overdue is not None and not self._overdue.is_set():
+            raise MountFailed("the kernel is still busy with mounts that were wanted before")
+        ended = self._overdue = threading.Event()
+
+        def run() -> _T:
+            try:
+                return work(*args)
+            finally:
+                ended.set()
+
+        with trio.move_on_after(DEADLINE):
+            try:
+                return await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+            finally:
+                self._unsure |= not ended.is_set()
+        raise MountFailed(f"the kernel did not mount or unmount within {DEADLINE:.0f} s")
+
+    # -- in a thread -----------------------------------------------------------------------------------------------
+
+    def _target(self, pipeline: str, path: str) -> str:
+        return f"{self._mountpoint}/{pipeline}/{path}"
+
+    @contextlib.contextmanager
+    def _staged(self) -> Iterator[str]:
+        """The slots, read-only, at a place of the store's that nobody else can reach. Raises OSError."""
+        assert self._store is not None
+        store = os.path.realpath(self._store)
+        stage = f"{store}/{STAGE}"
+        os.makedirs(stage, 0o700, exist_ok=True)
+        while kernel.find_mount(stage) is not None:
+            kernel.umount(stage, lazily=True)  # a killed daemon's
+        kernel.bind(f"{store}/slots", stage)
+        try:
+            kernel.make_bind_readonly(stage)
+            yield stage
+        finally:
+            kernel.umount(stage, lazily=True)
+
+    def _bind(self, stage: str, file: Coverable, atime_ns: int, values: Mapping[str, str]) -> _Bound:
+        """Raises OSError, StoreError."""
+        assert self._covering is not None
+        assert self._store is not None
+        within = f"{file.pipeline}/{file.generation}/files/{file.path}"
+        store_path = f"{os.path.realpath(self._store)}/slots/{within}"
+        target = self._target(file.pipeline, file.path)
+        with self._covering.descriptor(file) as blob:
+            here = os.fstat(blob.fd)
+            os.fchown(blob.fd, file.uid, file.gid)
+            os.fchmod(blob.fd, file.mode)
+            _write_one(blob.fd, atime_ns, values, file.mtime_ns)
+            # The watch comes first: what is open through a bind must have been seen.
+            watch = kernel.inotify_add(self._inotify, f"/proc/self/fd/{blob.fd}", kernel.IN_OPEN)
+            try:
+                kernel.bind(f"{stage}/{within}", target)
+            except OSError:
+                kernel.inotify_remove(self._inotify, watch)
+                raise
+            there = os.stat(target)
+            if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+                kernel.umount(target, lazily=True)
+                kernel.inotify_remove(self._inotify, watch)
+                raise OSError(errno.ESTALE, "the store's file was exchanged while it was bound")
+        return _Bound(file, store_path, watch)
+
+    def _clear(self, below: str) -> None:
+        """Detach whatever is mounted below. Raises MountFailed."""
+        for mount in reversed(kernel.mounts()):
+            if mount.path.startswith(below):
+                try:
+                    kernel.umount(mount.path, lazily=True)
+                except OSError as error:
+                    raise MountFailed(f"{mount.path}: cannot be unbound: {error.strerror}") from error
+
+
+def _busy(pipeline: str) -> PipelineBusy:
+    return PipelineBusy(f"{pipeline}: somebody has files of it open")
+
+
+def _held(paths: list[str]) -> bool:
+    """Whether anybody has one of these files open or mapped, in whatever mount namespace: a write lease is for files
+    that nobody else has open."""
+    for path in paths:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                return True
+            log.debug("%s: no lease: %s", path, error)  # a filesystem without leases: umount alone has spoken
+        finally:
+            os.close(fd)
+    return False
+
+
+def _write_shown(todo: list[tuple[str, int, dict[str, str], int]]) -> None:
+    for path, atime_ns, values, mtime_ns in todo:
+        try:
+            _write_one(path, atime_ns, values, mtime_ns)
+        except OSError as error:
+            log.debug("%s: times and attributes stay as they are: %s", path, error)
+
+
+def _write_one(file: int | str, atime_ns: int, values: Mapping[str, str], mtime_ns: int) -> None:
+    """On the store's own inode. Raises OSError."""
+    os.utime(file, ns=(atime_ns, mtime_ns))
+    for name, value in values.items():
+        encoded = value.encode()
+        try:
+            if os.getxattr(file, PREFIX + name) == encoded:
+                continue
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+        os.setxattr(file, PREFIX + name, encoded)
