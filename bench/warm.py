@@ -1,6 +1,6 @@
 """Warm reads and metadata through the mount against the same bytes in a plain directory.
 
-    scripts/bench warm [--size 1GiB] [--rounds 5] [--transport passthrough|pyfuse3] [--only reads|metadata]
+    scripts/bench warm [--size 1GiB] [--rounds 5] [--transport passthrough|bind|pyfuse3] [--only reads|metadata]
 
 The pipeline is sealed; the plain side is the store's own file, so that both read the same blocks of one disk. Three
 temperatures: ``disk`` (no page cache anywhere), ``store`` (the store's file cached, the mount's pages dropped: with
@@ -150,7 +150,7 @@ def prepare(temperature: str, path: Path, plain: Path, buffer: memoryview) -> No
         common.drop_caches()
     else:
         sequential(plain, buffer)
-        if path != plain:
+        if not os.path.samefile(path, plain):
             sequential(path, buffer) if temperature == "cached" else forget(path)
 
 
@@ -171,9 +171,11 @@ def reads(work: Path, transport: str, size: int, rounds: int) -> dict[str, Any]:
         served.cli("warm", "warm", "--wait")
         (plain,) = served.store.glob(f"slots/warm/*/files/{name}")
         mount = served.mount / "warm" / name
+        if transport == "bind":
+            common.wait_for(lambda: os.path.samefile(mount, plain), "the bind", 10.0)
         asked = requests(served)
         memory = daemon.memory(served.child.pid)["rss"]
-        for temperature in ("disk", "store") if transport == "passthrough" else ("disk", "store", "cached"):
+        for temperature in ("disk", "store") if transport != "pyfuse3" else ("disk", "store", "cached"):
             for way, read in ways(mount.stat().st_size, temperature).items():
                 times: dict[str, list[float]] = {"mount": [], "plain": []}
                 count = 0
@@ -265,7 +267,7 @@ def metadata(work: Path, rounds: int) -> dict[str, Any]:
     rows = []
     with contextlib.ExitStack() as stack:
         sides: dict[str, Path] = {}
-        for transport in ("passthrough", "pyfuse3"):
+        for transport in ("passthrough", "bind", "pyfuse3"):
             served = stack.enter_context(
                 daemon.daemon(work, config=f'[mount]\ntransport = "{transport}"\n', name=f"meta-{transport}")
             )
@@ -301,7 +303,7 @@ def main() -> None:
     parser.add_argument("--size", type=common.size, default=GIB)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", help="where the store lies (default: the temporary directory)")
-    parser.add_argument("--transport", choices=("passthrough", "pyfuse3"), default="passthrough")
+    parser.add_argument("--transport", choices=("passthrough", "bind", "pyfuse3"), default="passthrough")
     parser.add_argument("--only", choices=("reads", "metadata"))
     parser.add_argument("--name", help="of the result file (default: warm-TRANSPORT, and warm-metadata)")
     options = parser.parse_args()
