@@ -8,6 +8,7 @@ Decides nothing about bytes.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import resource
@@ -15,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NoReturn
@@ -29,11 +31,13 @@ from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.control.server import ControlServer
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, PipelineStatus
-from instantstart_fs.errors import InstantStartError, MountFailed, PipelineExists, PipelineNotFound
+from instantstart_fs.errors import InstantStartError, MountFailed, PipelineExists, PipelineNotFound, StoreLocked
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
 from instantstart_fs.logs import LogFormat, announce, configure_logging
-from instantstart_fs.mount import session
+from instantstart_fs.mount import kernel, session
+from instantstart_fs.mount.handover import Handover, Inherited
+from instantstart_fs.service import Notifier, descriptor_store, received_descriptors, watchdog_interval
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.web.binding import address, bind
 from instantstart_fs.web.health import HealthProbe
@@ -47,6 +51,10 @@ log = logging.getLogger(__name__)
 
 STOP_DEADLINE = 25.0
 """Seconds from the signal to the end, whatever hangs; below systemd's TimeoutStopSec (30 s in our unit)."""
+PREDECESSOR_DEADLINE = 5.0
+"""Seconds for the daemon whose mount we inherited to be gone."""
+STATUS_INTERVAL = 30.0
+"""Seconds between two looks at what the status line says; the watchdog may want them more often."""
 FIRST_RETRY = 5.0
 LAST_RETRY = 300.0
 """Seconds between attempts to add a configured pipeline whose origin is down, doubling."""
@@ -57,10 +65,13 @@ def run(
 ) -> None:
     """Serve until SIGTERM or SIGINT, in the main thread. Raises what kept it from starting, or ended it."""
     configure_logging(log_level, log_format)
+    faulthandler.enable()  # the watchdog's SIGABRT: say where every thread was
     _raise_file_limit()
     with contextlib.suppress(OSError):
-        # Before the umask: what lies above the mountpoint is for everybody to pass.
-        os.makedirs(config.mount.path, 0o755, exist_ok=True)
+        # Before the umask: what lies above the mountpoint is for everybody to pass. Never of a mount itself: one that
+        # waits for us to take over would not answer.
+        if kernel.find_mount(os.path.abspath(config.mount.path)) is None:
+            os.makedirs(config.mount.path, 0o755, exist_ok=True)
     os.umask(0o077)
     try:
         trio.run(serve, config, socket_path or default_socket())
@@ -85,8 +96,10 @@ async def serve(
     """The whole daemon; started when the mount answers. Returns after a stop signal; raises InstantStartError, possibly
     in a group, for what kept it from starting or ended it."""
     notifier = Notifier()
+    inherited = Inherited.receive(received_descriptors())
+    handover = Handover(descriptor_store(), inherited)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        store = await trio.to_thread.run_sync(BlobStore.open, config.store.path)
+        store = await _open_store(config, inherited)
         with contextlib.closing(store):
             for warning in store.warnings:
                 log.warning("%s", warning)
@@ -94,11 +107,12 @@ async def serve(
             with contextlib.closing(index):
                 async with trio.open_nursery() as watch:
                     await watch.start(index.run)
-                    library = Library(config, store, index)
+                    library = Library(config, store, index, held=inherited.held if inherited is not None else ())
                     async with library.running(), trio.open_nursery() as nursery:
                         daemon = Daemon(config, library, socket_path)
                         nursery.start_soon(daemon.handle_signals, signals, nursery.cancel_scope)
-                        mounted = await nursery.start(daemon.keep_mounted)
+                        mounted = await nursery.start(daemon.keep_mounted, handover)
+                        _write_mountpoint(os.path.dirname(socket_path), mounted.path)
                         daemon.transport = mounted.transport + (f" ({mounted.reason})" if mounted.reason else "")
                         daemon.requests = mounted.requests
                         server = ControlServer(library, daemon.info, socket_path, pending=daemon.pending)
@@ -112,9 +126,46 @@ async def serve(
                         line += f", transport {daemon.transport}" + (f", page {daemon.http}" if daemon.http else "")
                         notifier.send(f"READY=1\nSTATUS={line}")
                         announce(line)
+                        nursery.start_soon(daemon.keep_told, notifier)
                     # The mount is gone and the library has flushed when this is reached.
                     watch.cancel_scope.cancel()
     log.info("stopped")
+
+
+def _write_mountpoint(directory: str, path: str) -> None:
+    """For the unit's ExecStopPost, which unmounts what a daemon that was killed left, and may ask nobody."""
+    if "\n" in path:
+        return
+    try:
+        os.makedirs(directory, 0o755, exist_ok=True)
+        with open(os.path.join(directory, "mountpoint"), "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"{path}\n")
+    except OSError as error:
+        log.warning("the mountpoint is not noted in %s: %s", directory, error.strerror)
+
+
+async def _open_store(config: Config, inherited: Inherited | None) -> BlobStore:
+    """Raises StoreError.
+
+    A daemon that was killed may be unable to die: a thread of it tells the kernel of a changed name, waits there for a
+    request in that directory, and the answer would have to come from us, who wait for its lock. Aborting the mount ends
+    that circle; it is then made anew.
+    """
+    deadline = trio.current_time() + PREDECESSOR_DEADLINE
+    aborted = inherited is None
+    while True:
+        try:
+            return await trio.to_thread.run_sync(BlobStore.open, config.store.path)
+        except StoreLocked:
+            if trio.current_time() >= deadline:
+                if aborted:
+                    raise
+                log.error("the daemon before does not let go of the store: aborting its mount")
+                aborted, deadline = True, trio.current_time() + PREDECESSOR_DEADLINE
+                await trio.to_thread.run_sync(kernel.abort_mount, config.mount.path, abandon_on_cancel=True)
+            elif inherited is None:
+                raise
+            await trio.sleep(0.02)
 
 
 class Daemon:
@@ -150,11 +201,45 @@ class Daemon:
             http=self.http,
         )
 
-    async def keep_mounted(self, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
+    async def keep_told(self, notifier: Notifier) -> None:
+        """Signs of life and the status line, for systemd. The watchdog is fed only while the mount answers: statvfs is
+        a request to this very daemon, through the kernel and back."""
+        watchdog = watchdog_interval()
+        interval = min(watchdog or STATUS_INTERVAL, STATUS_INTERVAL)
+        told, told_at = "", -STATUS_INTERVAL
+        while True:
+            answered = False
+            with trio.move_on_after(interval):
+                await trio.to_thread.run_sync(
+                    os.statvfs, self._config.mount.path, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+                )
+                answered = True
+            if not answered:
+                log.error("the mount did not answer within %.0f s", interval)
+            elif watchdog is not None:
+                notifier.send("WATCHDOG=1")
+            if trio.current_time() >= told_at + STATUS_INTERVAL:
+                told_at = trio.current_time()
+                line = self._status_line()
+                if line != told:
+                    told = line
+                    notifier.send(f"STATUS={line}")
+            await trio.sleep(interval)
+
+    def _status_line(self) -> str:
+        found = self._library.list()
+        states = Counter(status.state for status in found)
+        parts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        line = f"ready: {len(found)} pipelines" + (f" ({parts})" if parts else "")
+        return f"{line} at {self._config.mount.path}, transport {self.transport}"
+
+    async def keep_mounted(
+        self, handover: Handover, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Raises MountFailed when it cannot be mounted, or somebody else unmounts it."""
         mount = self._config.mount
         settings = session.MountSettings(path=mount.path, store=self._config.store.path, transport=mount.transport)
-        await session.serve(self._library, settings, task_status=task_status)
+        await session.serve(self._library, settings, handover, task_status=task_status)
         raise MountFailed(f"{self._config.mount.path} was unmounted by somebody else")
 
     # -- the page --------------------------------------------------------------------------------------------------
@@ -304,21 +389,3 @@ def _raise_file_limit() -> None:
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-class Notifier:
-    """systemd's sd_notify; silent where NOTIFY_SOCKET is not set."""
-
-    def __init__(self) -> None:
-        self._address = os.environ.get("NOTIFY_SOCKET", "")
-
-    def send(self, state: str) -> None:
-        if not self._address:
-            return
-        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-                channel.settimeout(1.0)
-                channel.sendto(state.encode(), address)
-        except OSError as error:
-            log.warning("systemd was not told %r: %s", state.partition("\n")[0], error)

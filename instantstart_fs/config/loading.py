@@ -287,8 +287,18 @@ def _http(at: At, raw: _Http) -> HttpConfig:
     return HttpConfig(str(address), number, raw.details, hosts, raw.metrics_pipelines)
 
 
+def _is_our_mount(path: str) -> bool:
+    """By /proc: a mount whose daemon is being restarted does not answer before this process does."""
+    resolved = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    wanted = "".join(f"\\{ord(character):03o}" if character in " \t\n\\" else character for character in resolved)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        return any(line.split(" ")[4] == wanted and " - fuse.instantstart " in line for line in lines)
+
+
 def _path_problem(path: str) -> str | None:
     """Why ``path`` can be neither used nor made, or None. A stale mount counts as not there: the daemon clears it."""
+    if _is_our_mount(path):
+        return None
     probe = path
     while not os.path.lexists(probe):
         probe = os.path.dirname(probe)

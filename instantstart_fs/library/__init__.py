@@ -67,10 +67,13 @@ class Library:
         store: BlobStore,
         index: Index,
         *,
+        held: Sequence[int] = (),
         now_ns: Callable[[], int] = time.time_ns,
         boot: Callable[[], float] = boottime,
     ) -> None:
-        """``now_ns``: the wall clock. ``boot``: one that nobody sets, seconds."""
+        """``held``: the nodeids that the kernel holds open from an earlier daemon, one for each handle. ``now_ns``: the
+        wall clock. ``boot``: one that nobody sets, seconds."""
+        self._held = held
         self._config = config
         self._store = store
         self._index = index
@@ -108,7 +111,9 @@ class Library:
         """Load what the store holds, run the background tasks; on leaving, flush what must not be lost."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._access.run)
-            await trio.to_thread.run_sync(self._shelf.load)
+            await trio.to_thread.run_sync(self._shelf.load, frozenset(self._held))
+            # Before anything can be evicted or deleted.
+            self._reading.inherit(self._held)
             await trio.to_thread.run_sync(self._remove_superseded)
             await trio.to_thread.run_sync(self.observer.load)
             nursery.start_soon(self.observer.run)
@@ -134,9 +139,10 @@ class Library:
             current = pipeline.current
             if current is None:
                 continue
+            kept = {generation.number for generation in pipeline.generations()}
             try:
                 for number in self._store.generations(pipeline.id):
-                    if number != current.number:
+                    if number not in kept:
                         self._store.delete_generation(pipeline.id, number)
                         self._index.write_sync(functools.partial(_forget_generation, pipeline.id, number))
                 self._trim(current)
@@ -207,6 +213,14 @@ class Library:
     async def read_into(self, file: OpenFile, offset: int, buffer: memoryview) -> int:
         assert isinstance(file, Handle)
         return await self._reading.read_into(file, offset, buffer)
+
+    def reopen(self, nodeid: int) -> Handle:
+        return self._reading.reopen(nodeid)
+
+    def settle(self, *, resumed: bool) -> None:
+        self._reading.drop_inherited()
+        if resumed:
+            self._shelf.expire_names()
 
     def release(self, file: OpenFile) -> None:
         assert isinstance(file, Handle)

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import trio
@@ -84,6 +84,7 @@ class Reading:
         self._drained = trio.open_memory_channel[Generation](math.inf)
         self._replaced = trio.open_memory_channel[tuple[CachedFile, bool]](math.inf)
         self._discarding: set[CachedFile] = set()
+        self._inherited: dict[int, list[Handle]] = {}
         self._idle: OrderedDict[CachedFile, None] = OrderedDict()
         """Complete files that nobody has open, whose descriptor is kept: opening and registering it anew was half of
         the time of an open. The least recently used comes first."""
@@ -161,10 +162,48 @@ class Reading:
             backing = self._backing(file)
             # Nobody will tell of its reads.
             self._access.record_read(*file.triple, self._shelf.now_ns())
+        return self._handle(file, nodeid, backing)
+
+    def _handle(self, file: CachedFile, nodeid: int, backing: int | None) -> Handle:
         self._idle.pop(file, None)
         file.handles += 1
         file.generation.handles += 1
         return Handle(file, nodeid, backing)
+
+    def inherit(self, nodeids: Sequence[int]) -> None:
+        """The kernel holds these open, one for each handle: nothing of theirs is evicted or deleted from now on. What
+        is gone is left out."""
+        for nodeid in nodeids:
+            file = self._shelf.nodes.find(nodeid)
+            if not isinstance(file, CachedFile):
+                continue
+            backing = None
+            if nodeid == file.passthrough_nodeid:
+                # Its close tells the session when nobody needs the backing id any more.
+                with contextlib.suppress(StoreDamaged):
+                    backing = self._reader(file)
+            self._inherited.setdefault(nodeid, []).append(self._handle(file, nodeid, backing))
+
+    def reopen(self, nodeid: int) -> Handle:
+        """See view.View.reopen."""
+        handles = self._inherited.get(nodeid)
+        if not handles:
+            raise NoSuchEntry(f"node {nodeid}")
+        handle = handles.pop()
+        self._observer.opened(handle.file, passthrough=handle.backing is not None)
+        return handle
+
+    def drop_inherited(self) -> None:
+        """Whoever was to be reopened is."""
+        inherited, self._inherited = self._inherited, {}
+        for handles in inherited.values():
+            for handle in handles:
+                self._observer.opened(handle.file, passthrough=handle.backing is not None)
+                self.release(handle)
+        for pipeline in self._shelf.pipelines.values():
+            for generation in pipeline.draining:
+                if not generation.handles:
+                    self._drained[0].send_nowait(generation)
 
     def _backing(self, file: CachedFile) -> int:
         """The descriptor that the kernel is to read. Raises NoSuchEntry, StoreDamaged."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from instantstart_fs.errors import InstantStartError, PipelineNotFound, StoreDam
 from instantstart_fs.filler.target import FileKey, FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library.state import CachedFile, Generation, NodeTable, OpenOrigin, Pipeline, Trouble
-from instantstart_fs.library.view import Invalidation
+from instantstart_fs.library.view import ROOT, Invalidation
 from instantstart_fs.store.blobstore import BlobStore
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,10 @@ class Shelf:
 
     # -- loading -------------------------------------------------------------------------------------------------
 
-    def load(self) -> None:
+    def load(self, held: Collection[int] = ()) -> None:
         """Fill the shelf from the index and the slots' manifests. Blocks; before the loop serves anybody.
+
+        Superseded generations are loaded, as draining, where the kernel holds a nodeid of theirs open (``held``).
 
         A pipeline whose manifest cannot be read is shown in the state ``error``; the others are not touched by it.
         """
@@ -73,7 +75,9 @@ class Shelf:
                 record.spec, dict(record.directory_nodeids), pinned=record.pinned, created_at_ns=record.created_at_ns
             )
             try:
-                self._load_generation(pipeline, record.generation)
+                pipeline.current = self._load_generation(pipeline, record.generation)
+                if held:
+                    self._load_draining(pipeline, held)
             except InstantStartError as error:
                 log.error("cannot be served: %s", error.message, extra={"pipeline": pipeline.id})
                 pipeline.trouble = Trouble(error, self.now_ns(), final=True)
@@ -88,7 +92,24 @@ class Shelf:
                 ", ".join(unknown[:5]),
             )
 
-    def _load_generation(self, pipeline: Pipeline, number: int) -> None:
+    def _load_draining(self, pipeline: Pipeline, held: Collection[int]) -> None:
+        numbers = self.index.read(lambda txn: [record.number for record in txn.generations(pipeline.id)])
+        for number in numbers:
+            if pipeline.current is not None and number == pipeline.current.number:
+                continue
+            try:
+                generation = self._load_generation(pipeline, number)
+            except InstantStartError as error:
+                log.warning("generation %d: %s", number, error.message, extra={"pipeline": pipeline.id})
+                continue
+            block = range(generation.base, generation.base + generation.nodeid_count)
+            incarnations = {nodeid for file in generation.files for nodeid in (file.nodeid, file.passthrough_nodeid)}
+            if any(nodeid in block or nodeid in incarnations for nodeid in held):
+                pipeline.draining.append(generation)
+            else:
+                self.forget_generation(generation)
+
+    def _load_generation(self, pipeline: Pipeline, number: int) -> Generation:
         manifest = self.store.load_manifest(pipeline.id, number)
         record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
         if record is None:
@@ -113,7 +134,7 @@ class Shelf:
             if file.nodeid != generation.default_file_nodeid(index):
                 self.nodes.add_file(file)
         self.nodes.add_block(generation)
-        pipeline.current = generation
+        return generation
 
     # -- nodeids -------------------------------------------------------------------------------------------------
 
@@ -228,6 +249,19 @@ class Shelf:
     def _parent(self, file: CachedFile) -> int:
         tree = file.generation.tree
         return file.generation.nodeid(tree.nodes[tree.node_of_file(file.entry.index)].parent)
+
+    def expire_names(self) -> None:
+        """Where an update or a seal shows: the news may have been lost with the daemon that died on its way."""
+        for pipeline in self.pipelines.values():
+            self._send.send_nowait(Invalidation(ROOT, pipeline.id, expire=True))
+            if pipeline.current is None:
+                continue
+            tree = pipeline.current.tree
+            for nodeid in pipeline.directory_nodeids.values():
+                node = pipeline.current.node_of_root(nodeid)
+                for name in (tree.nodes[node].children or ()) if node is not None else ():
+                    self._send.send_nowait(Invalidation(nodeid, name, expire=True))
+                self._invalidate_listing(nodeid)
 
     def invalidate(self, parent: int, name: str) -> None:
         self._send.send_nowait(Invalidation(parent, name))

@@ -49,6 +49,8 @@ class Invalidation(msgspec.Struct, frozen=True):
     name: str | None
     nodeid: int | None = None
     listing: bool = False
+    expire: bool = False
+    """To be asked again at the next lookup; what is mounted or open below stays as it is."""
 
 
 class Filesystem(msgspec.Struct, frozen=True):
@@ -138,6 +140,14 @@ class View(Protocol):
 
         Waits for absent chunks, at most ``read_deadline`` without progress. Raises InstantStartError.
         """
+        ...
+
+    def reopen(self, nodeid: int) -> OpenFile:
+        """A file that the kernel holds open since an earlier daemon; no request. Raises NoSuchEntry if it is gone."""
+        ...
+
+    def settle(self, *, resumed: bool) -> None:
+        """The mount stands; every ``reopen`` is done. ``resumed``: the kernel knows names from an earlier daemon."""
         ...
 
     def release(self, file: OpenFile) -> None: ...

@@ -8,6 +8,8 @@ INIT, translates each request into a call of Operations and the result into a re
 * The I/O mode follows from the nodeid (view.OpenFile.backing), since the kernel refuses to mix modes on one; all opens
   of a nodeid share one backing id, which is kept as long as the View keeps the descriptor.
 * A reader's signal cancels its READ only where the signal kills it: EINTR in a page fault would be a SIGBUS.
+* A supervisor's descriptor store, where there is one, gets the connection and the table of handles; ``adopt`` goes on
+  with those of the daemon before (see handover).
 * FORGET needs no bookkeeping: nodeids are durable (see operations).
 """
 
@@ -28,6 +30,18 @@ from pyfuse3 import FUSEError
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.library.view import Invalidation, View
 from instantstart_fs.mount import kernel, wire
+from instantstart_fs.mount.handover import (
+    BACKING,
+    EPOCH_SHIFT,
+    MOUNT_NAME,
+    TABLE_NAME,
+    FdStore,
+    HandleTable,
+    HandoverRefused,
+    Inherited,
+    Row,
+    Terms,
+)
 from instantstart_fs.mount.operations import Entry, Operations
 
 log = logging.getLogger(__name__)
@@ -56,10 +70,17 @@ class Backings:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._ids: dict[int, tuple[int, int]] = {}
+        self.table: HandleTable | None = None
+        """Has a row for each of them."""
 
     def take(self, nodeid: int, backing: int) -> int:
         """The nodeid's backing id, one use more of it. Raises OSError."""
-        identifier, uses = self._ids.get(nodeid) or (self.register(backing), 0)
+        found = self._ids.get(nodeid)
+        if found is None:
+            found = self.register(backing), 0
+            if self.table is not None:
+                self.table.add(Row(BACKING | nodeid, nodeid, 0, found[0]))
+        identifier, uses = found
         self._ids[nodeid] = (identifier, uses + 1)
         return identifier
 
@@ -82,6 +103,20 @@ class Backings:
             self.unregister(identifier)
         except OSError as error:
             log.warning("the kernel would not let go of a backing file: %s", error)
+        if self.table is not None:
+            self.table.remove(BACKING | nodeid)
+
+    def restore(self, nodeid: int, identifier: int, *, uses: int) -> None:
+        """An id that an earlier daemon registered, so many uses more of it."""
+        self._ids[nodeid] = (identifier, self._ids.get(nodeid, (0, 0))[1] + uses)
+
+    def uses(self, nodeid: int) -> int:
+        return self._ids.get(nodeid, (0, 0))[1]
+
+    def forget_unused(self) -> None:
+        """All that nobody has open."""
+        for nodeid in [nodeid for nodeid, (_, uses) in self._ids.items() if not uses]:
+            self.forget(nodeid)
 
     def register(self, backing: int) -> int:
         """Raises OSError."""
@@ -102,8 +137,25 @@ class DevFuse:
 
     name = "passthrough"
 
-    def __init__(self, view: View, *, store: str | None, max_tasks: int, max_background: int, readahead: int) -> None:
-        """``readahead`` in bytes."""
+    def __init__(
+        self,
+        view: View,
+        *,
+        store: str | None,
+        max_tasks: int,
+        max_background: int,
+        readahead: int,
+        keep: FdStore | None = None,
+    ) -> None:
+        """``readahead`` in bytes. ``keep``: who holds the connection while no daemon does."""
+        self._keep = keep
+        self._table: HandleTable | None = None
+        self._path = ""
+        self._adopted = False
+        self._orphans: frozenset[int] = frozenset()
+        """Nodeids that the kernel holds open and the View does not know any more: nobody will say when they close."""
+        self._answered: dict[int, Row] = {}
+        """By serial: the opens that an earlier daemon recorded, and may not have answered."""
         self._view = view
         self._store = store
         self._max_tasks = max_tasks
@@ -129,12 +181,50 @@ class DevFuse:
         try:
             self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             self._backings = Backings(self._fd)
+            self._path = path
             kernel.mount_fuse(path, self._fd, fsname=fsname, subtype=subtype, allow_other=allow_other)
         except OSError as error:
             raise MountFailed(f"cannot mount at {path}: {error.strerror}") from error
 
+    def adopt(self, inherited: Inherited) -> None:
+        """Go on with a live mount (``Inherited.why_not`` said that it may be), in the place of ``mount``."""
+        assert inherited.table is not None
+        self._fd, self._table, self._adopted = inherited.fd, inherited.table, True
+        os.set_blocking(self._fd, False)
+        self._backings = Backings(self._fd)
+        self._backings.table = self._table
+        self._view.use_passthrough(True, self._backings.forget)
+        for row in self._table.backings():
+            self._backings.restore(row.nodeid, row.backing_id, uses=0)
+        rows = self._table.handles()
+        for row in rows:
+            self._answered[row.serial] = row
+            if row.backing_id:
+                self._backings.restore(row.nodeid, row.backing_id, uses=1)
+                self._passed[row.fh] = row.nodeid
+        self._backings.forget_unused()
+        first = self._table.begin_epoch() << EPOCH_SHIFT
+        self._orphans = self._operations.adopt_handles(first, [(row.fh, row.nodeid) for row in rows])
+        log.info("the mount of the daemon before goes on, with %d open files", len(rows))
+
+    @property
+    def kept(self) -> bool:
+        """Whether the next daemon can go on with this connection."""
+        return self._table is not None
+
+    def leave(self) -> None:
+        """Close what is this process's, in the place of ``close``; the connection lives on in the store."""
+        self._keep = None
+        self.close()
+
     async def main(self) -> None:
-        """Serve until the mount is gone. Raises PassthroughRefused before anything was served."""
+        """Serve until the mount is gone. Raises PassthroughRefused before anything was served, HandoverRefused when the
+        kernel will not send again what the daemon before left unanswered."""
+        if self._adopted:
+            try:
+                os.write(self._fd, wire.resend())
+            except OSError as error:
+                raise HandoverRefused(f"the kernel does not send requests again: {error.strerror}") from error
         async with trio.open_nursery() as nursery:
             while await self._receive(nursery):
                 if len(self._in_flight) >= self._max_tasks:
@@ -146,11 +236,17 @@ class DevFuse:
         """Blocking: the kernel may wait for a directory that has a request in flight. Raises OSError."""
         if invalidation.name is not None:
             name = invalidation.name.encode("utf-8", "surrogateescape")
-            os.write(self._fd, wire.inval_entry(invalidation.parent, name))
+            os.write(self._fd, wire.inval_entry(invalidation.parent, name, expire=invalidation.expire))
         if invalidation.nodeid is not None:
             os.write(self._fd, wire.inval_inode(invalidation.nodeid, listing=invalidation.listing))
 
     def close(self) -> None:
+        if self._table is not None:
+            if self._keep is not None:
+                for name in (MOUNT_NAME, TABLE_NAME):
+                    self._keep.remove(name)
+            self._table.close()
+            self._table = None
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
@@ -199,9 +295,11 @@ class DevFuse:
             self._start(nursery, request, lambda: self._read(unique, fh, offset, size))
         elif opcode == wire.OPEN:
             flags, _ = wire.fields(wire.OPEN_IN, body)
+            if unique & wire.RESENT and await self._answer_again(unique):
+                return
             handle = self._operations.open_nowait(request.nodeid, flags)
             if handle is not None:
-                await self._opened(unique, handle)
+                await self._opened(unique, request.nodeid, handle)
             else:
                 self._start(nursery, request, lambda: self._open(unique, request.nodeid, flags))
         elif opcode == wire.INTERRUPT:
@@ -291,6 +389,24 @@ class DevFuse:
         if self._store is not None:
             self._probe(self._store)
         self._view.use_passthrough(True, self._backings.forget)
+        if self._keep is not None:
+            self._hand_in(self._keep, offer.flags)
+
+    def _hand_in(self, keep: FdStore, offered: int) -> None:
+        """Before the first OPEN, so that the table knows of all."""
+        mount = kernel.find_mount(self._path)
+        if mount is None or not offered & wire.HAS_RESEND:
+            log.info("a restart will unmount: this kernel does not send requests again")
+            return
+        terms = Terms(path=self._path, device=mount.device, minor=wire.MINOR, flags=offered & wire.WANTED)
+        try:
+            self._table = self._backings.table = HandleTable.create(terms)
+        except OSError as error:
+            log.warning("a restart will unmount: no table of open files: %s", error.strerror)
+            return
+        # The table first: a connection without it would be a mount that nobody can take over.
+        keep.store(TABLE_NAME, self._table.fd)
+        keep.store(MOUNT_NAME, self._fd)
 
     def _probe(self, store: str) -> None:
         try:
@@ -309,9 +425,22 @@ class DevFuse:
 
     async def _open(self, unique: int, nodeid: int, flags: int) -> None:
         info = await self._operations.open(nodeid, flags, CTX)
-        await self._opened(unique, info.fh)
+        await self._opened(unique, nodeid, info.fh)
 
-    async def _opened(self, unique: int, fh: int) -> None:
+    async def _answer_again(self, unique: int) -> bool:
+        """What an earlier daemon recorded of this very OPEN before it died; False if it did not come so far."""
+        row = self._answered.pop(unique & ~wire.RESENT, None)
+        if row is None:
+            return False
+        if not self._operations.is_open(row.fh):
+            await self._close(row.fh)
+            return False
+        mode = wire.FOPEN_PASSTHROUGH if row.backing_id else wire.FOPEN_KEEP_CACHE
+        if not self._reply(unique, wire.OPEN_OUT.pack(row.fh, mode, row.backing_id)):
+            await self._close(row.fh)
+        return True
+
+    async def _opened(self, unique: int, nodeid: int, fh: int) -> None:
         """Does not wait."""
         open_flags, identifier = wire.FOPEN_KEEP_CACHE if self._operations.keeps_cache(fh) else 0, 0
         backing = self._operations.backing(fh)
@@ -325,6 +454,8 @@ class DevFuse:
                 raise FUSEError(errno.EIO) from error
             self._passed[fh] = backing[0]
             open_flags = wire.FOPEN_PASSTHROUGH
+        if self._table is not None:
+            self._table.add(Row(fh, nodeid, unique & ~wire.RESENT, identifier))
         if not self._reply(unique, wire.OPEN_OUT.pack(fh, open_flags, identifier)):
             await self._close(fh)
 
@@ -333,6 +464,10 @@ class DevFuse:
         if nodeid is not None:
             self._backings.give_back(nodeid)
         await self._operations.release(fh)
+        if nodeid in self._orphans and not self._backings.uses(nodeid):
+            self._backings.forget(nodeid)
+        if self._table is not None:
+            self._table.remove(fh)
 
     async def _read(self, unique: int, fh: int, offset: int, size: int) -> None:
         self._reply(unique, await self._operations.read(fh, offset, size))
@@ -376,6 +511,7 @@ class DevFuse:
 
     async def _readdir(self, request: wire.Request) -> tuple[bytes, ...]:
         fh, offset, size, *_ = wire.fields(wire.READ_IN, request.body)
+        self._operations.adopt_directory(fh, request.nodeid)
         listing = wire.Listing(min(size, LARGEST_READ), plus=request.opcode == wire.READDIRPLUS)
         await self._operations.readdir(fh, offset, listing)
         return (b"".join(listing.parts),)

@@ -27,6 +27,7 @@ MS_NOATIME: Final = 1024
 MS_BIND: Final = 4096
 MS_PRIVATE: Final = 1 << 18
 IN_OPEN: Final = 0x20
+MNT_FORCE: Final = 1
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 CAP_SYS_ADMIN_BIT: Final = 21
@@ -179,6 +180,12 @@ def umount_lazily(path: str) -> None:
         raise MountFailed(f"cannot unmount {path}: {error}") from error
     if done.returncode != 0 and find_mount(path) is not None:
         raise MountFailed(f"cannot unmount {path}: {done.stderr.strip() or f'{helper} failed'}")
+
+
+def abort_mount(path: str) -> None:
+    """The same for the FUSE mount at ``path``, without /sys (which a container has read-only). It stays mounted, dead.
+    Nothing mounted there, or not as root: nothing happens."""
+    _umount2(path, MNT_FORCE | UMOUNT_NOFOLLOW)
 
 
 def _umount2(path: str, flags: int) -> int:

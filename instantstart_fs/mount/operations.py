@@ -22,7 +22,7 @@ import logging
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
@@ -159,7 +159,7 @@ class Operations(pyfuse3.Operations):
         self._reply = reply
         self._files: dict[int, OpenFile] = {}
         self._directories: dict[int, _Directory] = {}
-        self._handles = itertools.count(1)
+        self._handles = itertools.count(1)  # see adopt_handles
         self._buffers = _Buffers()
         self.requests: Counter[str] = Counter()
         """How often each handler was called since the mount."""
@@ -268,7 +268,7 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def releasedir(self, fh: int) -> None:
-        del self._directories[fh]
+        self._directories.pop(fh, None)
 
     # Files
 
@@ -304,7 +304,9 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        file = self._files[fh]
+        file = self._files.get(fh)
+        if file is None:
+            raise FUSEError(errno.ESTALE)  # opened under an earlier daemon, and gone since
         buffer = self._buffers.take(size)
         # On an error or a cancellation the buffer is dropped: a thread may still be writing into it.
         view = memoryview(buffer)[:size]
@@ -315,7 +317,30 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def release(self, fh: int) -> None:
-        self._view.release(self._files.pop(fh))
+        file = self._files.pop(fh, None)
+        if file is not None:
+            self._view.release(file)
+
+    def adopt_handles(self, first: int, files: Iterable[tuple[int, int]]) -> frozenset[int]:
+        """Go on with (handle, nodeid) pairs of an earlier daemon; new handles from ``first`` on. The nodeids that are
+        gone. No handler."""
+        gone = set()
+        self._handles = itertools.count(first)
+        for handle, nodeid in files:
+            try:
+                self._files[handle] = self._view.reopen(nodeid)
+            except NoSuchEntry as error:
+                log.warning("an open file of the earlier daemon is gone: %s", error.message)
+                gone.add(nodeid)
+        return frozenset(gone)
+
+    def is_open(self, fh: int) -> bool:
+        return fh in self._files
+
+    def adopt_directory(self, fh: int, nodeid: int) -> None:
+        """The same for a directory, if it is not known: its cursors are positions in a list that is built anew."""
+        if fh not in self._directories:
+            self._directories[fh] = _Directory(nodeid, kept=False)
 
     def keeps_cache(self, fh: int) -> bool:
         """Whether the pages of earlier opens stay. No handler."""

@@ -28,6 +28,7 @@ from instantstart_fs.library.view import Invalidation, View
 from instantstart_fs.mount import kernel
 from instantstart_fs.mount.bind import Binder, BindRefused
 from instantstart_fs.mount.devfuse import DevFuse, PassthroughRefused
+from instantstart_fs.mount.handover import Handover, HandoverRefused, Inherited
 from instantstart_fs.mount.operations import Operations
 
 log = logging.getLogger(__name__)
@@ -102,9 +103,15 @@ class Transport(Protocol):
 
 
 async def serve(
-    view: View, settings: MountSettings, *, task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED
+    view: View,
+    settings: MountSettings,
+    handover: Handover | None = None,
+    *,
+    task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Mount ``view`` and answer for it until cancelled, or until somebody unmounts it, which is logged.
+
+    With ``handover`` a live mount of the daemon before is gone on with, and left to the next one when cancelled.
 
     Started when the mount answers. Raises MountFailed when the mountpoint is held by a live daemon or by something
     else, is no empty directory, or cannot be mounted.
@@ -114,13 +121,16 @@ async def serve(
         raise MountFailed("this process serves a mount already")
     _mounted = True
     try:
+        handover = handover or Handover()
+        if await _took_over(view, settings, handover, task_status):
+            return
         path = await _in_thread(
             prepare_mountpoint, settings, deadline=PROBE_DEADLINE, what=f"the mountpoint {settings.path}"
         )
         reason = ""
         if settings.transport in ("auto", "passthrough"):
             try:
-                await _serve_passthrough(view, path, settings, task_status)
+                await _serve_passthrough(view, path, settings, handover, None, task_status)
                 return
             except PassthroughRefused as error:
                 if settings.transport == "passthrough":
@@ -142,8 +152,39 @@ async def serve(
         _mounted = False
 
 
+async def _took_over(
+    view: View, settings: MountSettings, handover: Handover, task_status: trio.TaskStatus[Mounted]
+) -> bool:
+    """Serve the inherited mount to its end; False if there is none that can be, any more."""
+    inherited = handover.take()
+    if inherited is None:
+        return False
+    path = _resolved(settings.path)
+    reason = kernel.why_no_passthrough()
+    if settings.transport not in ("auto", "passthrough"):
+        reason = f"the transport is now {settings.transport}"
+    reason = reason or inherited.why_not(path, settings.subtype)
+    if reason is None:
+        try:
+            await _serve_passthrough(view, path, settings, handover, inherited, task_status)
+            return True
+        except HandoverRefused as error:
+            log.warning("the mount of the daemon before was unmounted: %s; its open files fail", error.message)
+            return False
+    log.warning("the mount of the daemon before cannot go on and is unmounted: %s; its open files fail", reason)
+    await _in_thread(
+        inherited.discard, settings.subtype, handover.store, deadline=PROBE_DEADLINE, what="the earlier mount"
+    )
+    return False
+
+
 async def _serve_passthrough(
-    view: View, path: str, settings: MountSettings, task_status: trio.TaskStatus[Mounted]
+    view: View,
+    path: str,
+    settings: MountSettings,
+    handover: Handover,
+    inherited: Inherited | None,
+    task_status: trio.TaskStatus[Mounted],
 ) -> None:
     reason = kernel.why_no_passthrough()
     if reason is not None:
@@ -154,9 +195,10 @@ async def _serve_passthrough(
         max_tasks=settings.max_tasks,
         max_background=settings.max_background,
         readahead=settings.readahead_kb * 1024,
+        keep=handover.store,
     )
     try:
-        await _serve_on(transport, view, path, settings, "", task_status)
+        await _serve_on(transport, view, path, settings, "", task_status, inherited=inherited)
     finally:
         view.use_passthrough(False)
 
@@ -169,17 +211,24 @@ async def _serve_on(
     reason: str,
     task_status: trio.TaskStatus[Mounted],
     binder: Binder | None = None,
+    inherited: Inherited | None = None,
 ) -> None:
     invalidator = _Invalidator(view, transport)
     allow_other = may_allow_other(settings)
+    serving = trio.CancelScope(shield=True)
+    leave = False
     try:
-        transport.mount(path, fsname=settings.fsname, subtype=settings.subtype, allow_other=allow_other)
+        if inherited is not None and isinstance(transport, DevFuse):
+            transport.adopt(inherited)
+        else:
+            transport.mount(path, fsname=settings.fsname, subtype=settings.subtype, allow_other=allow_other)
     except MountFailed:
         transport.close()
         raise
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_main, transport, settings, nursery.cancel_scope)
+            nursery.start_soon(_main, transport, settings, nursery.cancel_scope, serving)
+            nursery.start_soon(_end_serving, serving, invalidator)
             mounted = await _wait_ready(path, settings)
             mounted = msgspec.structs.replace(
                 mounted,
@@ -189,11 +238,13 @@ async def _serve_on(
             )
             for note in mounted.notes:
                 log.warning("%s", note)
+            view.settle(resumed=inherited is not None)
             nursery.start_soon(invalidator.run)
             if binder is not None:
                 await nursery.start(binder.run, path)
             log.info("mounted at %s by %s", path, mounted.transport)
             task_status.started(mounted)
+            leave = True
     except BaseExceptionGroup as group:
         failed, others = group.split(MountFailed)
         if failed is None or others is not None:
@@ -201,7 +252,12 @@ async def _serve_on(
         raise _first(failed) from None
     finally:
         with trio.CancelScope(shield=True):
-            await _take_down(path, transport, invalidator)
+            if leave and serving.cancelled_caught and isinstance(transport, DevFuse) and transport.kept:
+                # Whoever waits goes on waiting, for the next daemon or for the supervisor to say that none comes.
+                log.info("the mount stays for the next daemon")
+                transport.leave()
+            else:
+                await _take_down(path, transport, invalidator)
 
 
 def _first(group: BaseExceptionGroup[MountFailed]) -> MountFailed:
@@ -227,8 +283,7 @@ def prepare_mountpoint(settings: MountSettings) -> str:
 
     Clears the mount that a killed daemon left. Raises MountFailed.
     """
-    path = os.path.abspath(settings.path)
-    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    path = _resolved(settings.path)
     _clear_stale_mounts(path, settings)
     path = os.path.realpath(path)
     _clear_stale_mounts(path, settings)
@@ -246,6 +301,12 @@ def prepare_mountpoint(settings: MountSettings) -> str:
     if names:
         raise MountFailed(f"the mountpoint {path} is not empty ({sorted(names)[0]!r} lies there)")
     return path
+
+
+def _resolved(path: str) -> str:
+    """Absolute, without symlinks above its last component, which is not touched."""
+    path = os.path.abspath(path)
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def _clear_stale_mounts(path: str, settings: MountSettings) -> None:
@@ -279,10 +340,25 @@ def may_allow_other(settings: MountSettings) -> bool:
     return False
 
 
-async def _main(transport: Transport, settings: MountSettings, outside: trio.CancelScope) -> None:
-    await transport.main()
-    log.warning("%s was unmounted by somebody else", settings.path)
-    outside.cancel()
+async def _main(
+    transport: Transport, settings: MountSettings, outside: trio.CancelScope, serving: trio.CancelScope
+) -> None:
+    with serving:
+        await transport.main()
+    if not serving.cancelled_caught:
+        log.warning("%s was unmounted by somebody else", settings.path)
+        outside.cancel()
+
+
+async def _end_serving(serving: trio.CancelScope, invalidator: _Invalidator) -> None:
+    """Requests are answered until the last invalidation is with the kernel: it may wait for a directory whose request
+    is in flight, and a thread that waits there keeps the process from ending."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        with trio.move_on_after(TEARDOWN_DEADLINE, shield=True):
+            await invalidator.wait_idle()
+        serving.cancel()
 
 
 class _Pyfuse3:

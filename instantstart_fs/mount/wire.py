@@ -89,6 +89,10 @@ INIT_EXT: Final = 1 << 30
 """flags2 of both INIT messages counts."""
 PASSTHROUGH: Final = 1 << 37
 """Bit 5 of flags2."""
+HAS_RESEND: Final = 1 << 39
+"""The kernel offers FUSE_NOTIFY_RESEND; nothing to ask for."""
+RESENT: Final = 1 << 63
+"""Of a request's unique: it was sent before, to a daemon that did not answer."""
 
 WANTED: Final = (
     ASYNC_READ
@@ -109,6 +113,10 @@ FOPEN_PASSTHROUGH: Final = 1 << 7
 
 NOTIFY_INVAL_INODE: Final = 2
 NOTIFY_INVAL_ENTRY: Final = 3
+NOTIFY_RESEND: Final = 7
+
+EXPIRE_ONLY: Final = 1 << 0
+"""Flag of NOTIFY_INVAL_ENTRY: ask again at the next lookup, and leave what is mounted or open below."""
 
 # ioctls of /dev/fuse
 
@@ -312,11 +320,11 @@ class Listing:
         return True
 
 
-def inval_entry(parent: int, name: bytes) -> bytes:
-    """The whole notification."""
+def inval_entry(parent: int, name: bytes, *, expire: bool = False) -> bytes:
+    """The whole notification. ``expire``: see EXPIRE_ONLY."""
     return (
         out(0, INVAL_ENTRY.size + len(name) + 1, -NOTIFY_INVAL_ENTRY)
-        + INVAL_ENTRY.pack(parent, len(name), 0)
+        + INVAL_ENTRY.pack(parent, len(name), EXPIRE_ONLY if expire else 0)
         + name
         + b"\0"
     )
@@ -326,3 +334,8 @@ def inval_inode(nodeid: int, *, listing: bool = False) -> bytes:
     """The whole notification: attributes, and a directory's cached ``listing``. Never a file's pages: that would wait
     for its reads in flight."""
     return out(0, INVAL_INODE.size, -NOTIFY_INVAL_INODE) + INVAL_INODE.pack(nodeid, 0 if listing else -1, 0)
+
+
+def resend() -> bytes:
+    """The whole notification: send again what was received and not answered."""
+    return out(0, 0, -NOTIFY_RESEND)

@@ -164,6 +164,14 @@ class FakeView:
         buffer[:length] = content(offset, length)
         return length
 
+    def reopen(self, nodeid: int) -> Handle:
+        handle = Handle(nodeid)
+        self.open_files.append(handle)
+        return handle
+
+    def settle(self, *, resumed: bool) -> None:
+        self.calls.append(f"settle {resumed}")
+
     def release(self, file: OpenFile) -> None:
         assert isinstance(file, Handle)
         self.open_files.remove(file)
