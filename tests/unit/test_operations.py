@@ -216,9 +216,13 @@ async def test_anything_else_is_eio_with_a_traceback(
 ) -> None:
     assert await _errno(operations.lookup(ROOT, b"bug", CTX)) == errno.EIO
     assert "ZeroDivisionError: a bug in lookup" in caplog.text
-    assert await _errno(operations.read(12345, 0, 10)) == errno.EIO
-    assert await _errno(operations.release(12345)) == errno.EIO
-    assert await _errno(operations.releasedir(12345)) == errno.EIO
+
+
+async def test_a_handle_of_an_earlier_daemon_whose_file_is_gone(operations: Operations) -> None:
+    assert await _errno(operations.read(12345, 0, 10)) == errno.ESTALE
+    await operations.release(12345)
+    await operations.releasedir(12345)
+    assert operations.open_handles == 0
 
 
 async def test_a_failed_open_leaves_no_handle(view: FakeView, operations: Operations) -> None:
