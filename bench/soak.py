@@ -4,8 +4,8 @@
 
 Several actors work on a handful of pipelines of one hub until the time is up, each choosing what to do at random (the
 seed repeats the choices, not their timing). Every byte that is read is compared. Then the hub is healed, the pipelines
-are removed, and when all is quiet again the daemon's RSS, descriptors, threads, workers and files are compared with
-what they were after a first round of the same work (a daemon that has never worked has loaded less). The log may hold
+are removed, and when all is quiet again the daemon's RSS, descriptors, threads, workers, nodeids and files are compared
+with what they were after a first round of the same work (a daemon that has never worked has loaded less). The log may hold
 warnings and errors about what was provoked, and no other. At the end: CPU while idle.
 """
 
@@ -178,7 +178,7 @@ def work_for(seconds: float, world: World, served: daemon.Daemon, names: list[st
     actors: list[Callable[[], None]] = [
         *(lambda: reader(world, served, names) for _ in range(2)),
         lambda: mapper(world, served, names),
-        lambda: administrator(world, served, names),
+        *(lambda: administrator(world, served, names) for _ in range(2)),
         lambda: saboteur(world),
         lambda: watcher(world, page),
     ]
@@ -201,14 +201,15 @@ def work_for(seconds: float, world: World, served: daemon.Daemon, names: list[st
 
 def measure(served: daemon.Daemon, page: str) -> dict[str, int]:
     pid = served.child.pid
-    with urllib.request.urlopen(page + "api/pipelines", timeout=20) as answer:
-        total = json.loads(answer.read())["total"]
+    with urllib.request.urlopen(page + "metrics", timeout=20) as answer:
+        metrics = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
     return {
         "rss": daemon.memory(pid)["rss"],
         "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
         "threads": len(os.listdir(f"/proc/{pid}/task")),
         "workers": len(served.workers()),
-        "pipelines": total,
+        "open files": int(float(metrics["instantstart_open_files"])),
+        "nodes": int(float(metrics["instantstart_nodes"])),
         "files in the store": sum(len(files) for _, _, files in os.walk(served.mount.parent / "soak-store" / "slots")),
     }
 
@@ -277,8 +278,8 @@ def main() -> None:
     verdicts = {
         "no wrong byte, hang or crash": not world.problems,
         f"RSS within {show_size(RSS_SLACK)}": grown["rss"] <= RSS_SLACK,
-        "descriptors, threads, workers, files as before": not any(
-            grown[key] > 0 for key in ("descriptors", "threads", "workers", "pipelines", "files in the store")
+        "descriptors, threads, workers, nodeids, files as before": not any(
+            grown[key] > 0 for key in ("descriptors", "threads", "workers", "open files", "nodes", "files in the store")
         ),
         "no unprovoked line in the log": not lines,
         f"idle ≤ {IDLE_TARGET} %": idle <= IDLE_TARGET,

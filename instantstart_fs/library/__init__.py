@@ -285,7 +285,7 @@ class Library:
 
     async def overview(self) -> Overview:
         """Everything at a glance, for the page and the metrics; lets others run while it looks."""
-        builder = OverviewBuilder(self.budget(), self._shelf.now_ns())
+        builder = OverviewBuilder(self.budget(), self._shelf.now_ns(), len(self._shelf.nodes))
         for pipeline in list(self._shelf.pipelines.values()):
             if not pipeline.removed:
                 candidate = self._candidate(pipeline)
@@ -405,8 +405,7 @@ class Library:
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def _facts(self, pipeline_id: str) -> Facts:
-        pipeline = self._shelf.pipeline(pipeline_id)
+    def _facts(self, pipeline: Pipeline) -> Facts:
         generation = pipeline.current
         if generation is None:
             return Facts(self._state_of(pipeline), 0, 0, 0)

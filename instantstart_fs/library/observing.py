@@ -22,7 +22,7 @@ from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.errors import InstantStartError, NoColdStart
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.transactions import WriteTxn
-from instantstart_fs.library.state import CachedFile, counts_as_request
+from instantstart_fs.library.state import CachedFile, Pipeline, counts_as_request
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Totals:
     def __init__(self) -> None:
         self.opens: Counter[str] = Counter()
         """By mode: passthrough (the kernel reads the store's file itself) or daemon."""
+        self.open_files = 0
+        """Opens that were not closed yet."""
         self.reads = 0
         self.read_bytes = 0
         self.waits = Histogram(WAIT_BUCKETS)
@@ -84,7 +86,7 @@ class Observer:
         self,
         index: Index,
         now_ns: Callable[[], int],
-        facts: Callable[[str], Facts],
+        facts: Callable[[Pipeline], Facts],
         clock: Callable[[], float] = trio.current_time,
     ) -> None:
         self._index = index
@@ -101,12 +103,13 @@ class Observer:
 
     def opened(self, file: CachedFile, *, passthrough: bool) -> None:
         self.totals.opens["passthrough" if passthrough else "daemon"] += 1
+        self.totals.open_files += 1
         if not counts_as_request(file):
             return
         pipeline, tracker = file.generation.pipeline.id, self._tracker
         facts = None
         if tracker.begins(pipeline):
-            facts = self._facts(pipeline)
+            facts = self._facts(file.generation.pipeline)
             self.totals.cold_starts[facts.state] += 1
         tracker.opened(
             pipeline,
@@ -121,6 +124,7 @@ class Observer:
             self._wake.set()
 
     def closed(self, file: CachedFile) -> None:
+        self.totals.open_files -= 1
         if counts_as_request(file):
             self._tracker.closed(file.generation.pipeline.id, self._clock())
 

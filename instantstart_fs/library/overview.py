@@ -15,7 +15,8 @@ from instantstart_fs.core.status import PipelineStatus
 
 class Overview(msgspec.Struct, frozen=True):
     """``used_bytes``, ``evictable_bytes``: of the store, all pipelines together. ``states``: pipelines by state.
-    ``silent``: pipelines that are being filled and got no byte for some seconds. ``pipelines`` by id."""
+    ``silent``: pipelines that are being filled and got no byte for some seconds. ``nodes``: entries of the table of
+    nodeids (a generation's block is one). ``pipelines`` by id."""
 
     at_ns: int
     budget: Budget
@@ -23,6 +24,7 @@ class Overview(msgspec.Struct, frozen=True):
     evictable_bytes: int
     states: dict[str, int]
     silent: int
+    nodes: int
     pipelines: tuple[PipelineStatus, ...]
     cold_starts: tuple[ColdStart, ...]
 
@@ -34,8 +36,9 @@ class OverviewBuilder:
     BATCH: ClassVar = 64
     """Pipelines between two pauses: about a millisecond."""
 
-    def __init__(self, budget: Budget, at_ns: int) -> None:
+    def __init__(self, budget: Budget, at_ns: int, nodes: int = 0) -> None:
         self._budget = budget
+        self._nodes = nodes
         self._at_ns = at_ns
         self._found: list[PipelineStatus] = []
         self._states: Counter[str] = Counter()
@@ -64,6 +67,7 @@ class OverviewBuilder:
             evictable_bytes=self._evictable,
             states=dict(self._states),
             silent=self._silent,
+            nodes=self._nodes,
             pipelines=tuple(sorted(self._found, key=lambda status: status.pipeline)),
             cold_starts=tuple(cold_starts),
         )

@@ -61,6 +61,10 @@ class Handle:
         self.released = False
 
     @property
+    def pipeline(self) -> str:
+        return self.file.generation.pipeline.id
+
+    @property
     def sealed(self) -> bool:
         return self.file.complete
 

@@ -373,6 +373,10 @@ class NodeTable:
         self._blocks: list[tuple[int, int, Generation]] = []
         self._single: dict[int, CachedFile | Pipeline] = {}
 
+    def __len__(self) -> int:
+        """Entries: a block counts once."""
+        return len(self._blocks) + len(self._single)
+
     def add_block(self, generation: Generation) -> None:
         position = bisect.bisect(self._bases, generation.base)
         self._bases.insert(position, generation.base)

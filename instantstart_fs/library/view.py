@@ -68,6 +68,11 @@ class OpenFile(Protocol):
     def nodeid(self) -> int: ...
 
     @property
+    def pipeline(self) -> str:
+        """For the log: whose it is, also when it is gone from the mount."""
+        ...
+
+    @property
     def sealed(self) -> bool:
         """Whether its bytes are all there and proven, so that no read of it can wait."""
         ...

@@ -174,7 +174,7 @@ class Operations(pyfuse3.Operations):
         first = arguments[0] if arguments else None
         if handler in ("read", "release"):
             file = self._files.get(first) if isinstance(first, int) else None
-            first = file.nodeid if file is not None else None
+            return file.pipeline if file is not None else None
         with contextlib.suppress(Exception):
             return self._view.pipeline_of(first) if isinstance(first, int) else None
         return None

@@ -35,6 +35,7 @@ def content(offset: int, length: int) -> bytes:
 class Handle:
     def __init__(self, nodeid: int) -> None:
         self.nodeid = nodeid
+        self.pipeline = "fake"
         self.sealed = False
         self.keep_cache = True
         self.backing: int | None = None

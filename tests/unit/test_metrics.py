@@ -77,6 +77,7 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
         evictable_bytes=5,
         states={"filling": pipelines},
         silent=1,
+        nodes=9,
         pipelines=found,
         cold_starts=(ColdStart(pipeline="p00000", started_ns=1, state="cold", opened_after=2.5, ended_after=3.0),),
     )
