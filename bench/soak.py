@@ -4,9 +4,9 @@
 
 Several actors work on a handful of pipelines of one hub until the time is up, each choosing what to do at random (the
 seed repeats the choices, not their timing). Every byte that is read is compared. Then the hub is healed, the pipelines
-are removed, and when all is quiet again the daemon's RSS, descriptors, threads, workers, nodeids and files are compared
-with what they were after a first round of the same work (a daemon that has never worked has loaded less). The log may hold
-warnings and errors about what was provoked, and no other. At the end: CPU while idle.
+are removed, and when all is quiet again the daemon's RSS, descriptors, threads, workers, nodeids and files are
+compared with what they were after a first round of the same work (a daemon that has never worked has loaded less). The
+log may hold warnings and errors about what was provoked, and no other. At the end: CPU while idle.
 """
 
 from __future__ import annotations
