@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import hashlib
 import json
+import mmap
 import os
 import platform
 import re
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -201,6 +204,82 @@ def cpu_busy(before: tuple[float, list[int]]) -> float:
     spent = [after - earlier for after, earlier in zip(new, old, strict=True)]
     busy = sum(spent[:3]) + sum(spent[5:8])  # user nice system | idle iowait | irq softirq steal
     return busy / os.sysconf("SC_CLK_TCK") / max(now - started, 1e-9)
+
+
+# -- the page cache ----------------------------------------------------------------------------------------------------
+
+
+def resident_bytes(path: Path | str) -> int:
+    """How much of the file lies in the page cache, by mincore(2), as fincore(1) counts it. Faults nothing in."""
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        if not length:
+            return 0
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+        libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+        libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        if address in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+        try:
+            pages = ctypes.create_string_buffer(-(-length // mmap.PAGESIZE))
+            if libc.mincore(address, length, pages) != 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+        finally:
+            libc.munmap(address, length)
+        return min(length, mmap.PAGESIZE * sum(byte & 1 for byte in pages.raw))
+
+
+def evict(paths: Sequence[Path]) -> None:
+    """Drop these files' pages, and only theirs, and prove it. Raises RuntimeError while somebody holds them."""
+    for path in paths:
+        with open(path, "rb") as file:
+            for _ in range(3):  # pages on a processor's own list escape the first time
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if left := resident_bytes(path):
+            raise RuntimeError(f"{path.name}: {left} bytes stay in the page cache")
+
+
+def read_ahead_kb(path: Path | str) -> int:
+    """Of the device, or FUSE mount, that the path lies on."""
+    device = os.stat(path).st_dev
+    file = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    return int(file.read_text())
+
+
+def direct_ceiling(paths: Sequence[Path], limit: int = GIB, threads: int = 4, block: int = 4 * MIB) -> float:
+    """GB/s of O_DIRECT reads of the first ``limit`` bytes of these files by that many threads: what the disk gives."""
+    work = [(path, offset) for path in paths for offset in range(0, path.stat().st_size // block * block, block)][
+        : limit // block
+    ]
+    todo = iter(work)
+    taking = threading.Lock()
+
+    def read() -> None:
+        buffer = mmap.mmap(-1, block)
+        descriptors: dict[Path, int] = {}
+        try:
+            while True:
+                with taking:
+                    piece = next(todo, None)
+                if piece is None:
+                    return
+                if piece[0] not in descriptors:
+                    descriptors[piece[0]] = os.open(piece[0], os.O_RDONLY | os.O_DIRECT)
+                os.preadv(descriptors[piece[0]], [buffer], piece[1])
+        finally:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+
+    started = time.monotonic()
+    crew = [threading.Thread(target=read) for _ in range(threads)]
+    for thread in crew:
+        thread.start()
+    for thread in crew:
+        thread.join()
+    return len(work) * block / (time.monotonic() - started) / 1e9
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

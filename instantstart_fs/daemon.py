@@ -37,6 +37,7 @@ from instantstart_fs.library import Library
 from instantstart_fs.logs import LogFormat, announce, configure_logging
 from instantstart_fs.mount import kernel, session
 from instantstart_fs.mount.handover import Handover, Inherited
+from instantstart_fs.mount.staging import Staging
 from instantstart_fs.service import Notifier, descriptor_store, received_descriptors, watchdog_interval
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.web.binding import address, bind
@@ -110,6 +111,10 @@ async def serve(
                     library = Library(config, store, index, held=inherited.held if inherited is not None else ())
                     async with library.running(), trio.open_nursery() as nursery:
                         daemon = Daemon(config, library, socket_path)
+                        if config.staging.enabled:
+                            daemon.staging = Staging(library, config.staging)
+                            library.watch(daemon.staging)
+                            await nursery.start(daemon.staging.run)
                         nursery.start_soon(daemon.handle_signals, signals, nursery.cancel_scope)
                         mounted = await nursery.start(daemon.keep_mounted, handover)
                         _write_mountpoint(os.path.dirname(socket_path), mounted.path)
@@ -180,6 +185,7 @@ class Daemon:
         self._reread = trio.Event()
         self._failed: dict[str, tuple[PipelineSpec, ErrorStatus]] = {}
         self.ready = False
+        self.staging: Staging | None = None
         self.transport = ""
         """Who serves the mount, and why nobody faster does; "" until it is mounted."""
         self.http = ""
@@ -199,6 +205,7 @@ class Daemon:
             transport=self.transport,
             requests=dict(self.requests),
             http=self.http,
+            staging=msgspec.structs.asdict(self.staging.statistics()) if self.staging is not None else {},
         )
 
     async def keep_told(self, notifier: Notifier) -> None:

@@ -74,7 +74,7 @@ class EvictionConfig(msgspec.Struct, frozen=True):
 
 
 class StagingConfig(msgspec.Struct, frozen=True):
-    """Page-cache staging. Read and checked, without effect in this version."""
+    """Page-cache staging (mount/staging.py). ``max_memory``: of what the machine has available (MemAvailable)."""
 
     enabled: bool = True
     threads: int = 4

@@ -175,6 +175,8 @@ class DaemonInfo(msgspec.Struct, frozen=True):
     transport: str = ""
     requests: dict[str, int] = {}
     http: str = ""
+    staging: dict[str, int] = {}
+    """mount.staging.Statistics; empty where staging is off."""
 
 
 class VerifyResult(msgspec.Struct, frozen=True):

@@ -225,9 +225,13 @@ class Committer:
         digest = str(file.digest) if file.digest is not None and state == "sealed" else None
         record = SealRecord(size=file.size, state=state, digest=digest, sealed_at_ns=time.time_ns())
 
+        keep_pages = target.has_reader()
+
         def seal() -> None:
             blob.seal(record, mtime_ns=file.mtime_ns or None)
             target.allocated = blob.allocated_bytes()
+            if not keep_pages:
+                blob.drop_pages()  # clean by now, and hashed
 
         try:
             await trio.to_thread.run_sync(seal, limiter=self._limiter)

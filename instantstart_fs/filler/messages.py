@@ -43,10 +43,14 @@ class SetLocation(msgspec.Struct, frozen=True, tag="location"):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
+    """``keep_pages``: somebody reads this pipeline now. Otherwise the file's pages are dropped once they were hashed,
+    so that a fill in the background pushes nothing out of the page cache that is in use."""
+
     request: int
     file: int
     chunk: int
     demand: bool
+    keep_pages: bool = True
 
 
 class CloseFile(msgspec.Struct, frozen=True, tag="close"):

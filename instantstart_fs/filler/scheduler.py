@@ -425,7 +425,7 @@ class Filler(CommitEvents):
         sent.worker = worker
         sent.generation = filling.generation
         worker.in_flight += 1
-        worker.send(Fetch(sent.number, filling.file, sent.chunk, sent.demand))
+        worker.send(Fetch(sent.number, filling.file, sent.chunk, sent.demand, filling.target.has_reader()))
         if sent.demand and len(self._sent) > 1:
             self._pool.pause_background_until(time.monotonic() + self._settings.demand_pause)
 

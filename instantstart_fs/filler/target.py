@@ -64,6 +64,7 @@ class FillTarget:
         "error",
         "failed",
         "failed_at",
+        "has_reader",
         "incarnation",
         "key",
         "last_progress",
@@ -100,6 +101,8 @@ class FillTarget:
         self.deadline_extended_to = 0.0
         self.serve_unsealed = True
         self.allocated = 0
+        self.has_reader: Callable[[], bool] = lambda: True
+        """Whether somebody has its pipeline open: then its pages stay in the page cache after they were hashed."""
         self._waiters: set[trio.Event] = set()
 
     def readable(self, wanted: ByteRange) -> bool:

@@ -63,6 +63,10 @@ PAUSE_STEP = 0.002
 HASH_TURN_BYTES = 64 * 1024 * 1024
 """After so much, a file goes to the back of the queue, so that small files are not held up behind a large one."""
 
+DROP_LAG = 512 * 1024 * 1024
+"""Pages of a file that nobody reads are dropped so far behind its hashing: by then a group commit (every 256 MiB) has
+written them, and only clean pages can be dropped. What is left goes when the file is sealed."""
+
 
 class _File:
     """A file being filled. ``lock`` guards every field below it; ``idle`` is set while no thread writes into it."""
@@ -81,6 +85,9 @@ class _File:
         self.writers = 0
         self.hashing = False
         self.hashed = 0
+        self.keep_pages = True
+        self.dropped = 0
+        """Offset up to which pages were dropped, by the hashing thread."""
         self.hasher = new_hasher(order.digest, order.size) if order.digest is not None else None
 
     def enter(self) -> None:
@@ -197,7 +204,8 @@ class Worker:
                     self._files[number].location = location
             case Fetch() as order:
                 if order.file in self._files:
-                    self._start(self._files[order.file], order)
+                    self._files[order.file].keep_pages = order.keep_pages
+                self._start(self._files[order.file], order)
             case CloseFile(file=number):
                 closing = self._files.pop(number, None)
                 if closing is not None:
@@ -343,6 +351,9 @@ class Worker:
                 file.blob.pread_into(piece.start, part)
                 hasher.update(part)
                 file.hashed = piece.stop
+            if not file.keep_pages and file.hashed - file.dropped >= DROP_LAG + HASH_TURN_BYTES:
+                file.blob.drop_pages(file.dropped, file.hashed - DROP_LAG)
+                file.dropped = file.hashed - DROP_LAG
 
 
 def _nothing() -> None:

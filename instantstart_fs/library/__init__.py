@@ -26,14 +26,15 @@ from contextlib import asynccontextmanager, contextmanager
 import trio
 
 from instantstart_fs.config import Config
-from instantstart_fs.core import eviction
+from instantstart_fs.core import eviction, staging
 from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import PipelineState, PipelineStatus
-from instantstart_fs.errors import InstantStartError, StoreFull
+from instantstart_fs.errors import InstantStartError, StoreDamaged, StoreFull
 from instantstart_fs.filler.evictor import Evictor, boottime
 from instantstart_fs.filler.scheduler import Filler, FillSettings, FillStatistics
+from instantstart_fs.filler.target import FileKey
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.transactions import WriteTxn
@@ -49,6 +50,7 @@ from instantstart_fs.library.reading import Handle, Reading
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import Generation, Pipeline
 from instantstart_fs.library.view import Attributes, Filesystem, Invalidation, OpenFile
+from instantstart_fs.library.watching import Watcher
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store.blobstore import BlobStore
@@ -56,6 +58,9 @@ from instantstart_fs.store.blobstore import BlobStore
 __all__ = ["Library", "VerifyReport"]
 
 log = logging.getLogger(__name__)
+
+MAX_INDEX_JSON = 64 * 1024 * 1024
+"""Bytes: that of a model of 100,000 tensors has 10 MB; a larger one orders nothing."""
 
 
 class Library:
@@ -347,8 +352,8 @@ class Library:
     @asynccontextmanager
     async def opening(self, pipeline: str) -> AsyncIterator[Handover]:
         """Under a lease: its weight files, to be handed to a process that reads them itself. A pipeline that is not
-        warm is filled. Raises PipelineNotFound, and what forbids filling it."""
-        with self.lease(pipeline):
+        warm is filled; nothing of it is staged. Raises PipelineNotFound, and what forbids filling it."""
+        with self.lease(pipeline), self.rest_staging(pipeline):
             found = self._shelf.pipeline(pipeline)
             generation = found.current
             if generation is None or not generation.load_set_complete:
@@ -357,6 +362,69 @@ class Library:
             assert generation is not None
             with self._reading.using(generation):
                 yield Handover(self._reading, self._store, generation, self._config.fill.read_deadline)
+
+    # -- staging ---------------------------------------------------------------------------------------------------
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell it of opens and releases from now on."""
+        self._reading.watcher = watcher
+
+    @contextmanager
+    def rest_staging(self, pipeline: str) -> Iterator[None]:
+        """Meanwhile nothing of the pipeline is staged: whoever reads it past the page cache wants the disk and the
+        memory for itself. Nests."""
+        watcher = self._reading.watcher
+        watcher.rest(pipeline, True)
+        try:
+            yield
+        finally:
+            watcher.rest(pipeline, False)
+
+    def _generation(self, pipeline: str, number: int) -> Generation | None:
+        found = self._shelf.pipelines.get(pipeline)
+        generations = found.generations() if found is not None else ()
+        return next((generation for generation in generations if generation.number == number), None)
+
+    def shards(self, pipeline: str, generation: int) -> tuple[staging.Shard, ...]:
+        """The weight files of that generation's load set in the natural order of their names, as they are now; empty
+        when it is gone."""
+        found = self._generation(pipeline, generation)
+        return found.shards() if found is not None else ()
+
+    async def load_order(self, pipeline: str, generation: int) -> tuple[int, ...]:
+        """File indices of its shards as an engine reads them. Raises StoreError."""
+        found = self._generation(pipeline, generation)
+        if found is None:
+            return ()
+        shards = found.shards()
+        indexes: dict[str, bytes] = {}
+        if staging.needs_index(shards):
+            for file in found.files:
+                if file.entry.path.endswith(".index.json") and file.complete and file.size <= MAX_INDEX_JSON:
+                    opener = functools.partial(self._read_stored, pipeline, generation, file.entry.path)
+                    indexes[file.entry.path] = await trio.to_thread.run_sync(opener)
+        return tuple(shard.index for shard in staging.in_load_order(shards, indexes))
+
+    async def open_stored(self, key: FileKey) -> int:
+        """A read-only descriptor of the store's own file, complete, for the caller to close. Raises StoreError."""
+        file = self._shelf.file(key)
+        if file is None or not file.passable:
+            raise StoreDamaged(f"{key.pipeline}: file {key.index} is not complete any more")
+        return await trio.to_thread.run_sync(self._open_stored, key.pipeline, key.generation, file.entry.path)
+
+    def _open_stored(self, pipeline: str, generation: int, path: str) -> int:
+        blob = self._store.existing_blob(pipeline, generation, path)
+        if blob is None:
+            raise StoreDamaged(f"{path}: missing from the store; run `instantstart verify`")
+        with blob:
+            return os.dup(blob.fd)
+
+    def _read_stored(self, pipeline: str, generation: int, path: str) -> bytes:
+        blob = self._store.existing_blob(pipeline, generation, path)
+        if blob is None:
+            return b""
+        with blob:
+            return blob.pread(0, blob.size)
 
     # -- evictor.Shelves -------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ from instantstart_fs.library.holders import processes_holding
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble, Uncached, counts_as_request
+from instantstart_fs.library.watching import Nobody, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class Reading:
         the time of an open. The least recently used comes first."""
         self.closing: Callable[[int], None] | None = None
         """See view.View.use_passthrough."""
+        self.watcher: Watcher = Nobody()
         shelf.retire = self._retire
 
     def attach(self, filler: Filler, admissions: Admissions, on_growth: Callable[[], None]) -> None:
@@ -172,6 +174,8 @@ class Reading:
         self._idle.pop(file, None)
         file.handles += 1
         file.generation.handles += 1
+        if weight and file.handles == 1 and file.generation.in_load_set(file.entry.index):
+            self.watcher.opened(file.key)
         return Handle(file, nodeid, backing)
 
     def inherit(self, nodeids: Sequence[int]) -> None:
@@ -273,6 +277,8 @@ class Reading:
         file = handle.file
         self._observer.closed(file)
         file.handles -= 1
+        if file.handles == 0 and counts_as_request(file) and file.generation.in_load_set(file.entry.index):
+            self.watcher.released(file.key)
         if file.handles == 0 and file.reader is not None:
             generation = file.generation
             current = generation is generation.pipeline.current and not generation.pipeline.removed
@@ -291,6 +297,7 @@ class Reading:
 
     def _retire(self, file: CachedFile) -> None:
         """Nobody will open it again: an idle descriptor would keep its deleted bytes on the disk."""
+        self.watcher.retired(file.key)
         if not file.handles:
             self._close_reader(file)
 
@@ -502,6 +509,7 @@ class Reading:
                 store.blob, generation.pipeline.id, generation.number, file.entry.path, file.entry.file.size
             )
             file.target = FillTarget(file.key, file.entry, file.incarnation, file.chunk_map(), origin, opener)
+            file.target.has_reader = lambda: generation.handles > 0
         return file.target
 
     # -- FillEvents: what the filler reports ---------------------------------------------------------------------
@@ -530,6 +538,7 @@ class Reading:
         drop_target(file)
         generation = file.generation
         generation.completed(file, target.allocated)
+        self.watcher.sealed(file.key)
         if self._shelf.passthrough and generation is generation.pipeline.current:
             self._shelf.invalidate_file(file)
         warm = generation is generation.pipeline.current and generation.load_set_complete

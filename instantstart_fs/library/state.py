@@ -16,6 +16,7 @@ import trio
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.loadset import is_weight_file, load_set
 from instantstart_fs.core.manifest import FileEntry, Manifest, ModelSpec, PipelineSpec
+from instantstart_fs.core.staging import Shard
 from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
 
@@ -198,6 +199,15 @@ class Generation:
     def node_of_root(self, nodeid: int) -> int | None:
         """The tree node of one of the constant directory nodeids."""
         return self._root_nodes.get(nodeid)
+
+    def shards(self) -> tuple[Shard, ...]:
+        """The weight files of the load set, in the natural order of their names."""
+        files = (self.files[index] for index in self.load_set)
+        return tuple(
+            Shard(file.entry.index, file.entry.path, file.size, file.passable)
+            for file in files
+            if counts_as_request(file)
+        )
 
     def set_absent(self) -> None:
         """All files absent, incarnation 0, with the default nodeids of this generation's block."""

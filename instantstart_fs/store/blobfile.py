@@ -11,6 +11,7 @@ inode and is set after the first fsync (fsync file, setxattr, fsync file, fsync 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -199,6 +200,12 @@ class BlobFile:
         if record.v > FORMAT:
             raise StoreUnsupported(f"the seal record of {self.name} was written by a newer version ({record.v})")
         return record
+
+    def drop_pages(self, start: int = 0, stop: int = 0) -> None:
+        """Let the page cache forget these bytes (``stop`` 0: up to the end), as far as they are written and nobody has
+        them mapped. A favour to others: never fails."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self.fd, start, max(stop - start, 0), os.POSIX_FADV_DONTNEED)
 
     def unseal(self) -> None:
         """Take the record away, durably: what follows may change the bytes. No effect without a record."""

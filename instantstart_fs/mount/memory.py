@@ -1,0 +1,109 @@
+"""How much memory there is to stage into: /proc/meminfo and every memory cgroup around this process, v1 and v2.
+
+Reads files only; ``root`` is another place to find /proc and /sys below, for tests. What cannot be read limits nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+_UNLIMITED = 1 << 60
+"""v1 writes a number near 2^63 where there is no limit."""
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Bytes. ``available``: MemAvailable. ``cgroups_left``: of each enclosing memory cgroup that has a limit, how much
+    it may still take without reclaiming what is in use: its limit less its usage, inactive page cache not counted."""
+
+    available: int
+    cgroups_left: tuple[int, ...] = ()
+
+
+def read_memory(root: str = "/") -> Memory:
+    """As it is now. A few small reads of /proc and /sys; does not wait for anything."""
+    available = 0
+    for line in _text(root, "proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    left = []
+    for version, top, path in _memory_cgroups(root):
+        while True:
+            found = (_left_v2 if version == 2 else _left_v1)(root, os.path.join(top, path) if path else top)
+            if found is not None:
+                left.append(found)
+            if not path:
+                break
+            path = path.rpartition("/")[0]
+    return Memory(available, tuple(left))
+
+
+def _memory_cgroups(root: str) -> list[tuple[int, str, str]]:
+    """(version, mountpoint, path below it) of this process's cgroup in each hierarchy that may limit memory."""
+    paths: dict[int, str] = {}
+    for line in _text(root, "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            paths[2] = path
+        elif "memory" in controllers.split(","):
+            paths[1] = path
+    found = []
+    for line in _text(root, "proc/self/mountinfo").splitlines():
+        before, separator, after = line.partition(" - ")
+        fields, kind = before.split(" "), after.split(" ")
+        if not separator or len(fields) < 5 or len(kind) < 3:
+            continue
+        version = {"cgroup": 1, "cgroup2": 2}.get(kind[0])
+        if version is None or version not in paths or (version == 1 and "memory" not in kind[2].split(",")):
+            continue
+        # In a container the hierarchy is mounted from somewhere below its root; the path is told from its root or, in
+        # a cgroup namespace, from the namespace's. A path that leads out of what is mounted means its top.
+        origin, path = fields[3].rstrip("/"), paths[version]
+        if path == origin or path.startswith(origin + "/"):
+            path = path[len(origin) :]
+        path = path.strip("/")
+        if ".." in path.split("/") or not os.path.isdir(os.path.join(root, fields[4].lstrip("/"), path)):
+            path = ""
+        found.append((version, fields[4], path))
+    return found
+
+
+def _left_v1(root: str, directory: str) -> int | None:
+    limit, usage = _number(root, directory, "memory.limit_in_bytes"), _number(root, directory, "memory.usage_in_bytes")
+    if limit is None or usage is None or limit >= _UNLIMITED:
+        return None
+    return max(0, limit - usage + _inactive(root, directory, "total_inactive_file"))
+
+
+def _left_v2(root: str, directory: str) -> int | None:
+    limits = [_number(root, directory, name) for name in ("memory.max", "memory.high")]
+    usage = _number(root, directory, "memory.current")
+    limited = [limit for limit in limits if limit is not None]
+    if not limited or usage is None:
+        return None
+    return max(0, min(limited) - usage + _inactive(root, directory, "inactive_file"))
+
+
+def _inactive(root: str, directory: str, name: str) -> int:
+    for line in _text(root, directory, "memory.stat").splitlines():
+        key, _, value = line.partition(" ")
+        if key == name:
+            return int(value)
+    return 0
+
+
+def _number(root: str, directory: str, name: str) -> int | None:
+    text = _text(root, directory, name).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _text(root: str, *names: str) -> str:
+    try:
+        with open(
+            os.path.join(root, *(name.lstrip("/") for name in names)), encoding="utf-8", errors="replace"
+        ) as file:
+            return file.read()
+    except OSError:
+        return ""

@@ -1,0 +1,439 @@
+"""Staging: while an engine loads a pipeline, its shards come into the page cache ahead of it (core/staging.py decides
+what, when and how much).
+
+The library tells of weight files opened and released, sealed and retired (library.watching.Watcher); a session follows
+each pipeline from its first open until 5 s after its last release; a process of its own does the reading ahead, through
+descriptors of the store's own files (readahead(2) on a passed-through file would come to the daemon as READs). Staging
+is a favour: whatever goes wrong here is logged and costs speed, never a read. It holds no file in use: a retired file's
+descriptor is given up within a block, so that eviction frees its space.
+
+All of it lives on the trio thread.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import contextlib
+import itertools
+import logging
+import math
+import os
+import socket as stdlib_socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+import trio
+
+from instantstart_fs.config import StagingConfig
+from instantstart_fs.core.retry import Backoff
+from instantstart_fs.core.staging import (
+    LINGER_SECONDS,
+    Shard,
+    plan_window,
+    staging_budget,
+    start_time,
+)
+from instantstart_fs.errors import InstantStartError
+from instantstart_fs.filler.target import FileKey
+from instantstart_fs.mount import readahead
+from instantstart_fs.mount.memory import Memory, read_memory
+
+log = logging.getLogger(__name__)
+
+BUDGET_SECONDS = 1.0
+"""While something waits for memory, the budget is looked at again after so long: it changes as the engine grows."""
+GOODBYE_SECONDS = 3.0
+_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+class Shelves(Protocol):
+    """What staging asks of the library."""
+
+    def shards(self, pipeline: str, generation: int) -> tuple[Shard, ...]:
+        """Of that generation, in the natural order of their names, as they are now; empty when it is gone."""
+        ...
+
+    async def load_order(self, pipeline: str, generation: int) -> tuple[int, ...]:
+        """The file indices of its shards in the order in which an engine reads them. Raises InstantStartError."""
+        ...
+
+    async def open_stored(self, key: FileKey) -> int:
+        """A descriptor of the store's own file, the caller's to close. Raises InstantStartError."""
+        ...
+
+
+class ReadAhead(Protocol):
+    """Who does the reading. Reports (``readahead.STAGED`` and ``DONE``, job, bytes) go to the callback it was made
+    with; a job that is lost with its process gets its DONE too."""
+
+    def stage(self, job: int, fd: int, length: int) -> None:
+        """Queue it behind the others. Takes ``fd`` over."""
+        ...
+
+    def drop(self, job: int) -> None: ...
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None: ...
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """``active``: pipelines that are being staged now; ``sessions``: how often staging has started; ``bytes``: brought
+    into the page cache, or found there; ``files``: shards finished. The last three since the daemon's start."""
+
+    active: int
+    sessions: int
+    bytes: int
+    files: int
+
+
+class _Session:
+    """One pipeline's generation while it is open. ``open``: file index → incarnations open; ``staged``: index → bytes
+    staged or being staged, that count; ``jobs``: index → job under way."""
+
+    def __init__(self, pipeline: str, generation: int) -> None:
+        self.pipeline = pipeline
+        self.generation = generation
+        self.open: collections.Counter[int] = collections.Counter()
+        self.seen: set[int] = set()
+        self.held_since = trio.current_time()
+        self.closed_at = math.inf
+        self.last_opened: int | None = None
+        self.done: set[int] = set()
+        self.staged: dict[int, int] = {}
+        self.jobs: dict[int, int] = {}
+        self.started = False
+        self.order: dict[int, int] | None = None
+        self.wakeup = trio.Event()
+        self.scope = trio.CancelScope()
+
+
+class Staging:
+    """See the module. A library.watching.Watcher. ``read_ahead``: makes who does the reading."""
+
+    def __init__(
+        self,
+        shelves: Shelves,
+        config: StagingConfig,
+        *,
+        read_ahead: Callable[[Callable[[int, int, int], None]], ReadAhead] | None = None,
+        memory: Callable[[], Memory] = read_memory,
+    ) -> None:
+        self._shelves = shelves
+        self._config = config
+        self._memory = memory
+        self._read_ahead = (read_ahead or (lambda report: StagingProcess(config.threads, report)))(self._on_report)
+        self._sessions: dict[str, _Session] = {}
+        self._resting: collections.Counter[str] = collections.Counter()
+        self._jobs: dict[int, tuple[_Session, int]] = {}
+        self._numbers = itertools.count(1)
+        self._nursery: trio.Nursery | None = None
+        self._started = self._bytes = self._files = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled. ``started`` when opens may be told."""
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._read_ahead.run)
+                self._nursery = nursery
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+
+    def statistics(self) -> Statistics:
+        active = sum(bool(session.jobs) for session in self._sessions.values())
+        return Statistics(active, self._started, self._bytes, self._files)
+
+    # -- library.watching.Watcher ----------------------------------------------------------------------------------
+
+    def opened(self, key: FileKey) -> None:
+        if self._nursery is None:
+            return
+        session = self._sessions.get(key.pipeline)
+        if session is not None and session.generation < key.generation:
+            # After an update: what held the old generation loads no more. One session at a time for a pipeline.
+            self._end(session)
+            session = None
+        if session is None:
+            session = self._sessions[key.pipeline] = _Session(key.pipeline, key.generation)
+            self._nursery.start_soon(self._follow, session)
+        elif session.generation != key.generation:
+            return
+        if not session.open:
+            session.held_since = trio.current_time()
+        session.open[key.index] += 1
+        session.seen.add(key.index)
+        session.last_opened = key.index
+        session.done.discard(key.index)
+        session.wakeup.set()
+
+    def released(self, key: FileKey) -> None:
+        session = self._session_of(key)
+        if session is None or not session.open[key.index]:
+            return
+        session.open[key.index] -= 1
+        if not session.open[key.index]:
+            del session.open[key.index]
+            self._give_up(session, key.index)
+            session.done.add(key.index)
+        if not session.open:
+            session.closed_at = trio.current_time()
+        session.wakeup.set()
+
+    def sealed(self, key: FileKey) -> None:
+        session = self._session_of(key)
+        if session is not None:
+            session.wakeup.set()
+
+    def retired(self, key: FileKey) -> None:
+        session = self._session_of(key)
+        if session is not None:
+            self._give_up(session, key.index)
+            session.wakeup.set()
+
+    def rest(self, pipeline: str, resting: bool) -> None:
+        self._resting[pipeline] += 1 if resting else -1
+        if not self._resting[pipeline]:
+            del self._resting[pipeline]
+        session = self._sessions.get(pipeline)
+        if session is not None:
+            if resting:
+                self._give_up_all(session)
+            session.wakeup.set()
+
+    def _session_of(self, key: FileKey) -> _Session | None:
+        session = self._sessions.get(key.pipeline)
+        return session if session is not None and session.generation == key.generation else None
+
+    # -- a session -------------------------------------------------------------------------------------------------
+
+    async def _follow(self, session: _Session) -> None:
+        try:
+            with session.scope:
+                await self._follow_until_closed(session)
+        except Exception:
+            log.exception("staging failed", extra={"pipeline": session.pipeline})
+        finally:
+            self._end(session)
+
+    async def _follow_until_closed(self, session: _Session) -> None:
+        while True:
+            session.wakeup = trio.Event()
+            now, again = trio.current_time(), math.inf
+            if not session.open:
+                again = session.closed_at + LINGER_SECONDS
+                if now >= again:
+                    return
+            if not session.started:
+                start = start_time(session.seen, session.held_since if session.open else None)
+                if start is not None and start <= now:
+                    session.started = True
+                elif start is not None:
+                    again = min(again, start)
+            if session.started and not self._resting[session.pipeline] and not await self._stage(session):
+                again = min(again, trio.current_time() + BUDGET_SECONDS)
+            with trio.move_on_at(again):
+                await session.wakeup.wait()
+
+    async def _stage(self, session: _Session) -> bool:
+        """Move the window; False where the budget left something out."""
+        if session.order is None:
+            try:
+                order = await self._shelves.load_order(session.pipeline, session.generation)
+            except InstantStartError as error:
+                log.warning("staging in the order of names: %s", error.message, extra={"pipeline": session.pipeline})
+                order = ()
+            session.order = {index: position for position, index in enumerate(order)}
+        memory = await trio.to_thread.run_sync(self._memory)
+        budget = staging_budget(memory.available, self._config.max_memory.of(memory.available), memory.cgroups_left)
+        order_of, last = session.order, len(session.order)
+        shards = sorted(
+            self._shelves.shards(session.pipeline, session.generation),
+            key=lambda shard: order_of.get(shard.index, last),
+        )
+        window = plan_window(
+            shards,
+            opened=session.open.keys(),
+            last_opened=session.last_opened,
+            done=session.done,
+            staged=session.staged,
+            budget=budget,
+        )
+        for index in window.drop:
+            self._give_up(session, index)
+        for index, length in window.stage:
+            key = FileKey(session.pipeline, session.generation, index)
+            try:
+                fd = await self._shelves.open_stored(key)
+            except InstantStartError as error:
+                log.warning("not staged: %s", error.message, extra={"pipeline": session.pipeline})
+                session.done.add(index)
+                continue
+            if session.wakeup.is_set():
+                # Something was opened, released, retired or put to rest meanwhile: decide again.
+                os.close(fd)
+                return True
+            if not session.jobs and not session.staged:
+                self._started += 1
+            job = next(self._numbers)
+            session.staged[index], session.jobs[index] = length, job
+            self._jobs[job] = (session, index)
+            self._read_ahead.stage(job, fd, length)
+        left_out = (
+            shard
+            for shard in shards
+            if shard.ready and shard.size and shard.index not in session.staged and shard.index not in session.done
+        )
+        return next(left_out, None) is None
+
+    def _give_up(self, session: _Session, index: int) -> None:
+        session.staged.pop(index, None)
+        job = session.jobs.pop(index, None)
+        if job is not None:
+            self._read_ahead.drop(job)
+
+    def _give_up_all(self, session: _Session) -> None:
+        for index in list(session.staged):
+            self._give_up(session, index)
+
+    def _end(self, session: _Session) -> None:
+        self._give_up_all(session)
+        session.scope.cancel()
+        if self._sessions.get(session.pipeline) is session:
+            del self._sessions[session.pipeline]
+
+    def _on_report(self, kind: int, job: int, count: int) -> None:
+        if kind == readahead.STAGED:
+            self._bytes += count
+            return
+        session, index = self._jobs.pop(job, (None, 0))
+        if session is not None and session.jobs.get(index) == job:
+            del session.jobs[index]
+            self._files += 1
+
+
+class StagingProcess:
+    """``readahead.py`` in a process: started with ``run``, started again when it ends before us."""
+
+    def __init__(self, threads: int, report: Callable[[int, int, int], None]) -> None:
+        self._threads = threads
+        self._report = report
+        self._jobs: set[int] = set()
+        self._outbox: trio.MemorySendChannel[tuple[bytes, int]] | None = None
+        self._backoff = Backoff(base=0.1, cap=30.0)
+
+    def stage(self, job: int, fd: int, length: int) -> None:
+        self._jobs.add(job)
+        if self._outbox is None:
+            os.close(fd)
+            self._lose(job)
+            return
+        self._outbox.send_nowait((readahead.PACKET.pack(readahead.STAGE, job, length), fd))
+
+    def drop(self, job: int) -> None:
+        if self._outbox is not None:
+            self._outbox.send_nowait((readahead.PACKET.pack(readahead.DROP, job, 0), -1))
+
+    def _lose(self, job: int) -> None:
+        self._jobs.discard(job)
+        self._report(readahead.DONE, job, 0)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep it running until cancelled; then end it. A daemon without it serves all the same."""
+        failures = 0
+        while True:
+            began = trio.current_time()
+            try:
+                await self._serve_one(task_status if failures == 0 else trio.TASK_STATUS_IGNORED)
+                log.warning("the staging process ended; another one takes over")
+            except OSError as error:
+                log.error("the staging process cannot be started: %s", error)
+                if failures == 0:
+                    task_status.started()
+            failures = failures + 1 if trio.current_time() - began < 30.0 else 1
+            await trio.sleep(self._backoff.delay(failures, 0.5))
+
+    async def _serve_one(self, task_status: trio.TaskStatus[None]) -> None:
+        ours, theirs = stdlib_socket.socketpair(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                process = await trio.to_thread.run_sync(self._popen, theirs.fileno())
+        except BaseException:
+            ours.close()
+            raise
+        connection = trio.socket.from_stdlib_socket(ours)
+        send, receive = trio.open_memory_channel[tuple[bytes, int]](math.inf)
+        self._outbox = send
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write, connection, receive)
+                task_status.started()
+                await self._read(connection)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._outbox = None
+            connection.close()  # it leaves on EOF
+            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+                while True:
+                    _, fd = receive.receive_nowait()
+                    if fd >= 0:
+                        os.close(fd)
+            for job in list(self._jobs):
+                self._lose(job)
+            with trio.CancelScope(shield=True):
+                await self._reap(process)
+
+    def _popen(self, fd: int) -> subprocess.Popen[bytes]:
+        environment = dict(os.environ)
+        paths = [_PACKAGE_ROOT, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        return subprocess.Popen(
+            [sys.executable, "-m", "instantstart_fs.mount.readahead", str(fd), str(self._threads)],
+            pass_fds=(fd,),
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            process_group=0,
+        )
+
+    async def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        for last in (False, True):
+            try:
+                await trio.to_thread.run_sync(process.wait, GOODBYE_SECONDS)
+            except subprocess.TimeoutExpired:
+                if last:
+                    log.error("the staging process %d cannot be killed (a stuck disk?)", process.pid)
+                process.kill()
+            else:
+                return
+
+    async def _read(self, connection: trio.socket.SocketType) -> None:
+        while True:
+            try:
+                packet = await connection.recv(readahead.PACKET.size)
+            except OSError:
+                return
+            if not packet:
+                return
+            kind, job, count = readahead.PACKET.unpack(packet)
+            if kind == readahead.DONE:
+                self._jobs.discard(job)
+            self._report(kind, job, count)
+
+    async def _write(
+        self, connection: trio.socket.SocketType, outbox: trio.MemoryReceiveChannel[tuple[bytes, int]]
+    ) -> None:
+        async for packet, fd in outbox:
+            try:
+                if fd < 0:
+                    await connection.send(packet)
+                else:
+                    rights = array.array("i", [fd]).tobytes()
+                    await connection.sendmsg([packet], [(stdlib_socket.SOL_SOCKET, stdlib_socket.SCM_RIGHTS, rights)])
+            except OSError:
+                return  # it is dying: the reader sees the end
+            finally:
+                if fd >= 0:
+                    os.close(fd)

@@ -1,0 +1,285 @@
+"""Staging by the real daemon, seen by mincore: which opens bring what into the page cache, and what brings nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.common import evict, resident_bytes
+from instantstart_fs.control.client import Client
+from tests.e2e.test_generations import config, holding, sha256
+from tests.harness import MIB, Daemon, alive, children, model_directory, must, run, wait_for
+from tests.servers.hub import HubServer
+
+pytestmark = pytest.mark.timeout(120)
+SHARD = 24 * MIB
+CGROUPS = Path("/sys/fs/cgroup/memory")
+
+
+def names(count: int) -> list[str]:
+    return [f"model-{k:05}-of-{count:05}.safetensors" for k in range(1, count + 1)]
+
+
+def stored(daemon: Daemon, count: int) -> list[Path]:
+    return [next(daemon.store.glob(f"slots/p/*/files/{name}")) for name in names(count)]
+
+
+def staging(daemon: Daemon) -> dict[str, int]:
+    with Client(str(daemon.socket)) as client:
+        return client.ping().staging
+
+
+def warmed(daemon: Daemon, source: Path, count: int) -> list[Path]:
+    daemon.ok("add", "p", f"file://{source}")
+    daemon.warm("p")
+    os.sync()
+    files = stored(daemon, count)
+    evict(files)
+    return files
+
+
+def staging_pids(daemon: Daemon) -> list[int]:
+    return [pid for pid in children(daemon.pid) if b"mount.readahead" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_holding_the_first_shard_brings_all_of_them(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    source = model_directory(tmp_path / "model", weights=(SHARD,) * 3)
+    daemon = make_daemon("d")
+    files = warmed(daemon, source, 3)
+    others = [next(daemon.store.glob(f"slots/p/*/files/{name}")) for name in ("tokenizer.json", "config.json")]
+    evict(others)
+    with holding(daemon.path("p", names(3)[0])):
+        for file in files:
+            wait_for(lambda file=file: resident_bytes(file) == SHARD, "the shards in the page cache", 15)
+        wait_for(lambda: staging(daemon)["files"] == 3, "the count of files")
+        assert staging(daemon) == {"active": 0, "sessions": 1, "bytes": 3 * SHARD, "files": 3}
+        assert [resident_bytes(path) for path in others] == [0, 0], "weights only"
+
+
+def test_listing_attributes_configuration_and_tokenizer_stage_nothing(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    source = model_directory(tmp_path / "model", weights=(SHARD,) * 2)
+    daemon = make_daemon("d")
+    files = warmed(daemon, source, 2)
+    root = daemon.path("p")
+    must("ls", "-lR", root, timeout=20)
+    must("find", root, "-type", "f", "-size", "+1", timeout=20)
+    for path in (root, *(root / name for name in names(2))):
+        must("getfattr", "-d", "-m-", "--", path, timeout=20)
+    reader = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import sys; files = [open(p, 'rb') for p in sys.argv[1:]]; [f.read() for f in files]; sys.stdin.read()",
+            *(str(root / name) for name in ("config.json", "tokenizer.json", "model.safetensors.index.json")),
+        ],
+        stdin=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 2.0  # twice what a held weight file would need
+        while time.monotonic() < deadline:
+            assert [resident_bytes(file) for file in files] == [0, 0]
+            time.sleep(0.1)
+        assert staging(daemon) == {"active": 0, "sessions": 0, "bytes": 0, "files": 0}
+    finally:
+        reader.kill()
+        reader.wait(10)
+        assert reader.stdin is not None
+        reader.stdin.close()
+
+
+def test_turned_off_it_stages_nothing(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    source = model_directory(tmp_path / "model", weights=(SHARD,) * 2)
+    daemon = make_daemon("d", config={"staging": {"enabled": False}})
+    files = warmed(daemon, source, 2)
+    assert staging_pids(daemon) == []
+    with holding(daemon.path("p", names(2)[0])), holding(daemon.path("p", names(2)[1])):
+        time.sleep(1.5)
+        assert [resident_bytes(file) for file in files] == [0, 0]
+
+
+def test_a_checkpoint_larger_than_the_budget_moves_its_window(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    source = model_directory(tmp_path / "model", weights=(SHARD,) * 4)
+    daemon = make_daemon("d", config={"staging": {"max_memory": "60MiB"}})
+    files = warmed(daemon, source, 4)
+    with holding(daemon.path("p", names(4)[0])):
+        wait_for(lambda: staging(daemon)["files"] == 2, "the first two", 15)
+        time.sleep(1.5)  # the budget is looked at again each second
+        assert [resident_bytes(file) for file in files] == [SHARD, SHARD, 0, 0]
+    with holding(daemon.path("p", names(4)[1])):
+        wait_for(lambda: resident_bytes(files[2]) == SHARD, "the third, once the first was released", 15)
+        assert resident_bytes(files[3]) == 0
+
+
+@contextlib.contextmanager
+def memory_cgroup(name: str, limit: int) -> Iterator[Path]:
+    """A real one (v1), for this test alone; what is left in it goes back to where we are."""
+    place = CGROUPS / name
+    try:
+        place.mkdir()
+        (place / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    own = next(
+        line.rpartition(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line
+    )
+    try:
+        yield place
+    finally:
+        for pid in (place / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):
+                (CGROUPS / own.lstrip("/") / "cgroup.procs").write_text(pid)
+        wait_for(lambda: removed(place), "the cgroup's end", 10)
+
+
+def removed(place: Path) -> bool:
+    with contextlib.suppress(OSError):
+        place.rmdir()
+    return not place.exists()
+
+
+def value(place: Path, name: str) -> int:
+    return int((place / name).read_text())
+
+
+def test_inside_a_memory_cgroup_the_budget_is_what_it_has_left(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    source = model_directory(tmp_path / "model", weights=(SHARD,) * 5)
+    daemon = make_daemon("d")
+    files = warmed(daemon, source, 5)
+    with memory_cgroup(f"isfs-test-{os.getpid()}", 100 * MIB) as place:
+        for pid in (daemon.pid, *staging_pids(daemon)):
+            (place / "cgroup.procs").write_text(str(pid))
+        with holding(daemon.path("p", names(5)[0])):
+            wait_for(lambda: staging(daemon)["files"] >= 2, "the first shards", 15)
+            time.sleep(2.5)
+            found = [resident_bytes(file) for file in files]
+            assert found[:2] == [SHARD, SHARD]
+            assert sum(found) <= 0.8 * 100 * MIB, "80 % of what is left"
+            assert value(place, "memory.failcnt") == 0, "nothing had to be reclaimed"
+            assert value(place, "memory.max_usage_in_bytes") <= 100 * MIB
+
+
+def test_shards_that_are_sealed_are_staged_while_the_rest_is_fetched(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path
+) -> None:
+    source = model_directory(tmp_path / "model", weights=(SHARD,) * 3)
+    hub.publish("org/model", source)
+    daemon = make_daemon("d", config=config(hub), allow=["."])
+    daemon.ok("add", "p", "hf://org/model")
+    hub.fault("stall", port="cdn", path=sha256(source / names(3)[2]), after=0)
+    daemon.ok("warm", "p")
+
+    def sealed(name: str) -> bool:
+        return any(f["path"] == name and f["state"] == "sealed" for f in daemon.status("p")["files"])
+
+    wait_for(lambda: sealed(names(3)[0]) and sealed(names(3)[1]), "two sealed shards", 30)
+    files = [next(daemon.store.glob(f"slots/p/*/files/{name}")) for name in names(3)[:2]]
+    os.sync()
+    evict(files)
+    with holding(daemon.path("p", names(3)[0])):
+        for file in files:
+            wait_for(lambda file=file: resident_bytes(file) == SHARD, "the sealed ones", 15)
+        assert not sealed(names(3)[2])
+        hub.clear()
+
+
+def test_a_background_fill_leaves_no_pages_and_one_with_a_reader_does(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    source = model_directory(tmp_path / "model", weights=(SHARD,) * 2)
+    daemon = make_daemon("d", config={"staging": {"enabled": False}})
+    daemon.ok("add", "p", f"file://{source}")
+    daemon.warm("p")
+    assert sum(map(resident_bytes, stored(daemon, 2))) == 0
+    daemon.ok("evict", "p")
+    with holding(daemon.path("p", names(2)[0])):
+        daemon.warm("p")
+        assert sum(map(resident_bytes, stored(daemon, 2))) == 2 * SHARD
+
+
+def test_eviction_frees_the_space_of_what_is_staged(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    source = model_directory(tmp_path / "model", weights=(SHARD,) * 3)
+    daemon = make_daemon("d")
+    warmed(daemon, source, 3)
+    (pid,) = staging_pids(daemon)
+    os.kill(pid, signal.SIGSTOP)  # it holds its files for as long as it likes
+    with holding(daemon.path("p", names(3)[0])), holding(daemon.path("p", names(3)[1])):
+        time.sleep(0.3)
+    wait_for(lambda: daemon.cli("evict", "p").returncode == 0, "the eviction, staged or not")
+    os.kill(pid, signal.SIGCONT)
+
+    def held() -> list[str]:
+        return [
+            link for fd in os.listdir(f"/proc/{pid}/fd") if "slots" in (link := os.readlink(f"/proc/{pid}/fd/{fd}"))
+        ]
+
+    wait_for(lambda: not held(), "the descriptors' end", 10)
+
+
+def test_the_staging_process_dies_with_a_killed_daemon(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon("d")
+    (pid,) = staging_pids(daemon)
+    daemon.kill()
+    wait_for(lambda: not alive(pid), "its end", 10)
+
+
+def test_the_bytes_are_in_memory_once_and_none_in_the_daemon(
+    make_daemon: Callable[..., Daemon], tmp_path: Path, passthrough: None
+) -> None:
+    """A reader in a cgroup of its own is charged for each page that it brings in: as many as the file has, no more; the
+    daemon sees no READ and grows by nothing."""
+    source = model_directory(tmp_path / "model", weights=(4 * SHARD,))
+    daemon = make_daemon("d", config={"staging": {"enabled": False}, "mount": {"transport": "passthrough"}})
+    daemon.ok("add", "p", f"file://{source}")
+    daemon.warm("p")
+    os.sync()
+    file = next(daemon.store.glob("slots/p/*/files/*.safetensors"))
+    must("md5sum", daemon.path("p", file.name), timeout=20)
+    evict([file])
+    before, reads = rss(daemon.pid), requests(daemon)
+    with memory_cgroup(f"isfs-once-{os.getpid()}", 1 << 30) as place:
+        code = (
+            "import mmap, os, sys\n"
+            f"open({str(place / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
+            "file = open(sys.argv[1], 'rb')\n"
+            "mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+            "print(sum(mapped[offset] for offset in range(0, len(mapped), 4096)))\n"
+        )
+        done = run(sys.executable, "-c", code, daemon.path("p", file.name), timeout=60)
+        assert done.returncode == 0, done.stderr
+        stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        cached = int(stat["total_cache"])
+    assert resident_bytes(file) == 4 * SHARD
+    assert 4 * SHARD <= cached <= 4 * SHARD + 4 * MIB
+    assert rss(daemon.pid) - before < 2 * MIB
+    assert requests(daemon).get("read", 0) == reads.get("read", 0)
+
+
+def rss(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def requests(daemon: Daemon) -> dict[str, Any]:
+    with Client(str(daemon.socket)) as client:
+        return dict(client.ping().requests)
+
+
+@pytest.fixture
+def passthrough() -> None:
+    from instantstart_fs.mount import kernel
+
+    if (reason := kernel.why_no_passthrough()) is not None:
+        pytest.skip(f"no FUSE passthrough: {reason}")
