@@ -174,7 +174,7 @@ class Reading:
         self._idle.pop(file, None)
         file.handles += 1
         file.generation.handles += 1
-        if weight and file.handles == 1 and file.generation.in_load_set(file.entry.index):
+        if counts_as_request(file) and file.handles == 1 and file.generation.in_load_set(file.entry.index):
             self.watcher.opened(file.key)
         return Handle(file, nodeid, backing)
 
