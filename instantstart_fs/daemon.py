@@ -120,7 +120,14 @@ async def serve(
                         _write_mountpoint(os.path.dirname(socket_path), mounted.path)
                         daemon.transport = mounted.transport + (f" ({mounted.reason})" if mounted.reason else "")
                         daemon.requests = mounted.requests
-                        server = ControlServer(library, daemon.info, socket_path, pending=daemon.pending)
+                        server = ControlServer(
+                            library,
+                            daemon.info,
+                            socket_path,
+                            group=config.control.group,
+                            group_access=config.control.group_access,
+                            pending=daemon.pending,
+                        )
                         await nursery.start(server.run)
                         nursery.start_soon(daemon.keep_pipelines)
                         if (listener := daemon.bind_page()) is not None:

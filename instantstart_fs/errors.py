@@ -17,6 +17,7 @@
     │   │   └── LocationExpired    a signed address ran out: resolve it again
     │   ├── OriginBroken           the breaker is open: nothing is sent until the next probe
     │   ├── AccessRefused          401/403: no, bad or insufficient credentials
+    │   │   └── CredentialsUnusable  found out here, before anybody was asked: unreadable, malformed, not kept private
     │   ├── OriginNotFound         repository, revision, bucket or key is not there
     │   ├── OriginChanged          the pinned object was replaced at the origin: `update` is needed
     │   └── OriginUnsupported      what the origin holds cannot be served (a manifest with hostile names, say)
@@ -120,6 +121,10 @@ class OriginBroken(OriginError):
 
 class AccessRefused(OriginError):
     code = "access-refused"
+
+
+class CredentialsUnusable(AccessRefused):
+    code = "credentials-unusable"
 
 
 class OriginNotFound(OriginError):

@@ -5,6 +5,7 @@ from instantstart_fs.config.places import default_mount, default_socket, default
 from instantstart_fs.config.sections import (
     Capacity,
     Config,
+    ControlConfig,
     EvictionConfig,
     FillConfig,
     HttpConfig,
@@ -20,6 +21,7 @@ from instantstart_fs.config.sections import (
 __all__ = [
     "Capacity",
     "Config",
+    "ControlConfig",
     "EvictionConfig",
     "FillConfig",
     "HttpConfig",

@@ -19,6 +19,7 @@ from instantstart_fs.config.pipelines import PipelineTable, read_pipeline
 from instantstart_fs.config.places import SYSTEM_CONFIG, default_mount, default_store
 from instantstart_fs.config.sections import (
     Config,
+    ControlConfig,
     EvictionConfig,
     FillConfig,
     HttpConfig,
@@ -31,7 +32,7 @@ from instantstart_fs.config.sections import (
     StoreConfig,
     Transport,
 )
-from instantstart_fs.config.units import parse_capacity, parse_duration, parse_floor, parse_size
+from instantstart_fs.config.units import parse_capacity, parse_duration, parse_floor, parse_group, parse_size
 from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.errors import ConfigError
@@ -64,6 +65,11 @@ class _Fill(Table):
 class _Eviction(Table):
     keep_hot: str | int | float = "48h"
     max_idle: str | int | float | None = None
+
+
+class _Control(Table):
+    group: str | int | None = None
+    group_access: bool = False
 
 
 class _Staging(Table):
@@ -104,6 +110,7 @@ class _File(Table):
     eviction: _Eviction = msgspec.field(default_factory=_Eviction)
     staging: _Staging = msgspec.field(default_factory=_Staging)
     http: _Http = msgspec.field(default_factory=_Http)
+    control: _Control = msgspec.field(default_factory=_Control)
     origins: _Origins = msgspec.field(default_factory=_Origins)
     pipelines: dict[str, PipelineTable] = msgspec.field(default_factory=dict)
 
@@ -220,6 +227,10 @@ def _build(
         origins=OriginsConfig(
             HuggingFaceConfig(hub.endpoint, at.secret_file("origins.huggingface.token_file", hub.token_file)),
             S3Config(raw.origins.s3.endpoint_url, raw.origins.s3.region_name, raw.origins.s3.profile),
+        ),
+        control=ControlConfig(
+            None if raw.control.group is None else at.parsed("control.group", parse_group, raw.control.group),
+            raw.control.group_access,
         ),
         pipelines=tuple(specs.values()),
         region=raw.region,

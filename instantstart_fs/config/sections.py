@@ -73,6 +73,14 @@ class EvictionConfig(msgspec.Struct, frozen=True):
     max_idle: float | None = None
 
 
+class ControlConfig(msgspec.Struct, frozen=True):
+    """Who may use the control socket beside root and the daemon's user. ``group``: the gid whose members administer;
+    ``group_access``: members of a pipeline's own group may do what its owner may."""
+
+    group: int | None = None
+    group_access: bool = False
+
+
 class StagingConfig(msgspec.Struct, frozen=True):
     """Page-cache staging (mount/staging.py). ``max_memory``: of what the machine has available (MemAvailable)."""
 
@@ -125,6 +133,7 @@ class Config(msgspec.Struct, frozen=True):
     staging: StagingConfig = StagingConfig()
     http: HttpConfig = HttpConfig()
     origins: OriginsConfig = OriginsConfig()
+    control: ControlConfig = ControlConfig()
     pipelines: tuple[PipelineSpec, ...] = ()
     region: str = "local"
     file: str | None = None

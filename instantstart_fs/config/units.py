@@ -104,6 +104,21 @@ def parse_owner(value: str) -> tuple[int, int]:
     return uid, gid
 
 
+def parse_group(value: str | int) -> int:
+    """A gid, from itself or a group's name. Raises ConfigError."""
+    import grp
+
+    if isinstance(value, str) and not value.isdecimal():
+        try:
+            return grp.getgrnam(value).gr_gid
+        except KeyError:
+            raise ConfigError(f"{value!r} names a group that this machine does not know") from None
+    gid = int(value)
+    if isinstance(value, bool) or not 0 <= gid < 2**32 - 1:
+        raise ConfigError(f"{value!r} is not a group")
+    return gid
+
+
 def _group_of(uid: int) -> int:
     import pwd
 

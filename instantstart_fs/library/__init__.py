@@ -322,6 +322,15 @@ class Library:
         """How many pipelines there are."""
         return len(self._shelf.pipelines)
 
+    def list_where(self, shown: Callable[[PipelineSpec], bool]) -> Sequence[PipelineStatus]:
+        """The same of those whose specification is ``shown``: the others cost a look at their specification."""
+        found = [pipeline for pipeline in self._shelf.pipelines.values() if shown(pipeline.spec)]
+        return [self._status(pipeline, with_files=False) for pipeline in sorted(found, key=lambda one: one.id)]
+
+    def owners(self) -> frozenset[tuple[int, int]]:
+        """(uid, gid) of all pipelines."""
+        return frozenset((pipeline.spec.uid, pipeline.spec.gid) for pipeline in self._shelf.pipelines.values())
+
     def spec(self, pipeline: str) -> PipelineSpec:
         """What the pipeline was configured with. Raises PipelineNotFound."""
         return self._shelf.pipeline(pipeline).spec

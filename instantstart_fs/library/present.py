@@ -12,7 +12,7 @@ from typing import Protocol
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineState, PipelineStatus
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.library.state import CachedFile, Generation, Pipeline
-from instantstart_fs.library.view import Attributes
+from instantstart_fs.library.view import Attributes, Private
 
 BLOCK = 512
 
@@ -103,7 +103,9 @@ def directory_attributes(
 
 
 def link_attributes(pipeline: Pipeline) -> Attributes:
-    """The symlink ``.warm/<id>`` and its like: its target is ``../<id>``."""
+    """The symlink ``.warm/<id>`` and its like: its target is ``../<id>``. Which directory holds it says the
+    pipeline's state, so only those find it who may list the pipeline."""
+    spec = pipeline.spec
     return Attributes(
         nodeid=pipeline.link_nodeid,
         kind="symlink",
@@ -117,6 +119,7 @@ def link_attributes(pipeline: Pipeline) -> Attributes:
         ctime_ns=pipeline.created_at_ns,
         nlink=1,
         stable=False,
+        private=None if spec.mode & 0o005 == 0o005 else Private(spec.uid, spec.gid, spec.mode),
     )
 
 
@@ -129,6 +132,17 @@ def tree_directory_attributes(generation: Generation, node: int) -> Attributes:
     spec = generation.pipeline.spec
     tree = generation.tree
     children = tree.nodes[node].children or {}
+    if node == 0 and spec.mode & 0o005 != 0o005:
+        # stat(2) of it is for everybody: no more than its name, its owner and that it was added.
+        return directory_attributes(
+            generation.nodeid(node),
+            mode=spec.mode & 0o555,
+            uid=spec.uid,
+            gid=spec.gid,
+            time_ns=generation.pipeline.created_at_ns,
+            children=-1,  # a link count of 1 is "unknown" to find(1) and its like
+            stable=True,
+        )
     return directory_attributes(
         generation.nodeid(node),
         mode=spec.mode & 0o555,

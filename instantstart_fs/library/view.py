@@ -19,10 +19,19 @@ ROOT = 1
 """The nodeid of the mountpoint itself, fixed by the FUSE protocol."""
 
 
+class Private(msgspec.Struct, frozen=True):
+    """Whose: the owner, group and permission bits that the kernel's rules are applied to."""
+
+    uid: int
+    gid: int
+    mode: int
+
+
 class Attributes(msgspec.Struct, frozen=True):
     """What stat shows. ``mode`` is the full st_mode; ``blocks`` counts 512-byte units that are cached.
 
     ``stable``: pinned and complete, so that the kernel may keep it long; False while it can change by itself.
+    ``private``: only those may find it who may read a directory of that owner and mode; None: everybody.
     ``shown_inode``: st_ino where it is not the nodeid: a file has a nodeid for each I/O mode and shows one number.
     """
 
@@ -39,6 +48,7 @@ class Attributes(msgspec.Struct, frozen=True):
     nlink: int
     stable: bool
     shown_inode: int = 0
+    private: Private | None = None
 
 
 class Invalidation(msgspec.Struct, frozen=True):

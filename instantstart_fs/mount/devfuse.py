@@ -483,14 +483,14 @@ class DevFuse:
     # -- names and attributes --------------------------------------------------------------------------------------
 
     async def _lookup(self, request: wire.Request) -> tuple[bytes, ...]:
-        entry = await self._operations.lookup(request.nodeid, wire.name(request.body), CTX)
+        entry = await self._operations.lookup(request.nodeid, wire.name(request.body), request)
         return (wire.entry_out(entry.nodeid, entry),)
 
     async def _getattr(self, request: wire.Request) -> tuple[bytes, ...]:
-        return (wire.attr_out(await self._operations.getattr(request.nodeid, CTX)),)
+        return (wire.attr_out(await self._operations.getattr(request.nodeid, request)),)
 
     async def _readlink(self, request: wire.Request) -> tuple[bytes, ...]:
-        return (await self._operations.readlink(request.nodeid, CTX),)
+        return (await self._operations.readlink(request.nodeid, request),)
 
     async def _getxattr(self, request: wire.Request) -> tuple[bytes, ...]:
         size, _ = wire.fields(wire.XATTR_SIZE, request.body)
@@ -499,13 +499,13 @@ class DevFuse:
 
     async def _listxattr(self, request: wire.Request) -> tuple[bytes, ...]:
         size, _ = wire.fields(wire.XATTR_SIZE, request.body)
-        names = await self._operations.listxattr(request.nodeid, CTX)
+        names = await self._operations.listxattr(request.nodeid, request)
         return _sized(b"".join(name + b"\0" for name in names), size)
 
     # -- directories -----------------------------------------------------------------------------------------------
 
     async def _opendir(self, request: wire.Request) -> tuple[bytes, ...]:
-        fh = await self._operations.opendir(request.nodeid, CTX)
+        fh = await self._operations.opendir(request.nodeid, request)
         flags = wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE if self._operations.keeps_listing(fh) else 0
         return (wire.OPEN_OUT.pack(fh, flags, 0),)
 

@@ -31,6 +31,7 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
     errors.LocationExpired: errno.EIO,
     errors.OriginBroken: errno.EIO,
     errors.AccessRefused: errno.EACCES,
+    errors.CredentialsUnusable: errno.EACCES,
     errors.OriginNotFound: errno.EIO,
     errors.OriginChanged: errno.EIO,
     errors.OriginUnsupported: errno.EIO,

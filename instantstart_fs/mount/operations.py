@@ -23,11 +23,12 @@ import mmap
 import os
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
+from instantstart_fs.core.weights import may_read
 from instantstart_fs.errors import InstantStartError, NoSuchEntry
 from instantstart_fs.library.view import ROOT, Attributes, OpenFile, View
 from instantstart_fs.mount.errno_map import errno_of
@@ -90,6 +91,34 @@ def _as_fuse_error(handler: str, error: Exception, pipeline: str | None) -> FUSE
     return FUSEError(errno.EIO)
 
 
+class Caller(Protocol):
+    """Who asks, as the kernel says: pyfuse3's RequestContext, or the header of a request."""
+
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def pid(self) -> int: ...
+
+
+def _may_find(caller: Caller, owner: int, group: int, mode: int) -> bool:
+    """Whether the kernel would let the caller read what has this owner and mode. It asks nobody about LISTXATTR, and
+    knows nothing of who may see a symlink."""
+    if may_read(caller.uid, (caller.gid,), owner=owner, group=group, mode=mode):
+        return True
+    try:
+        groups = pyfuse3.get_sup_groups(caller.pid)
+    except (OSError, RuntimeError):  # gone, or in a pid namespace that this one does not see
+        return False
+    return may_read(caller.uid, (caller.gid, *groups), owner=owner, group=group, mode=mode)
+
+
+def _hidden(attributes: Attributes, caller: Caller) -> bool:
+    private = attributes.private
+    return private is not None and not _may_find(caller, private.uid, private.gid, private.mode)
+
+
 class Entry(EntryAttributes):
     """``nodeid``: pyfuse3 takes st_ino for it, and is only given nodes where they are the same."""
 
@@ -99,6 +128,8 @@ class Entry(EntryAttributes):
 def entry_attributes(attributes: Attributes) -> Entry:
     """As lookup, getattr and readdir all show it."""
     timeout = STABLE_TIMEOUT if attributes.stable else CHANGING_TIMEOUT
+    if attributes.private is not None:
+        timeout = 0.0  # the kernel would show it to the next caller, too
     entry = Entry()
     entry.nodeid = attributes.nodeid
     entry.st_ino = attributes.shown_inode or attributes.nodeid
@@ -134,13 +165,22 @@ class _Buffers:
             self._idle.append(buffer)
 
 
+class _Kept(NamedTuple):
+    """A Caller beyond its request."""
+
+    uid: int
+    gid: int
+    pid: int
+
+
 class _Directory:
     """An open directory: the names as they were when its listing began."""
 
-    __slots__ = ("kept", "names", "nodeid")
+    __slots__ = ("caller", "kept", "names", "nodeid")
 
-    def __init__(self, nodeid: int, *, kept: bool) -> None:
+    def __init__(self, nodeid: int, caller: Caller, *, kept: bool) -> None:
         self.nodeid = nodeid
+        self.caller = _Kept(caller.uid, caller.gid, caller.pid)
         self.kept = kept
         self.names: list[str] | None = None
 
@@ -182,13 +222,19 @@ class Operations(pyfuse3.Operations):
     # Names and attributes
 
     @_guarded
-    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> Entry:
+    async def lookup(self, parent_inode: int, name: bytes, ctx: Caller) -> Entry:
         if len(name) > NAME_MAX:
             raise FUSEError(errno.ENAMETOOLONG)
         try:
-            return entry_attributes(self._view.lookup(parent_inode, _text(name)))
+            found = self._view.lookup(parent_inode, _text(name))
         except NoSuchEntry:
             return self._absent(parent_inode)
+        if _hidden(found, ctx):
+            absent = Entry()
+            absent.st_ino = 0
+            absent.entry_timeout = 0.0
+            return absent
+        return entry_attributes(found)
 
     def _absent(self, parent: int) -> Entry:
         """An entry with no inode, which makes the kernel remember that the name is not there."""
@@ -202,11 +248,11 @@ class Operations(pyfuse3.Operations):
         """Nothing to free, and nothing that could fail: pyfuse3 catches no error here, not even FUSEError."""
 
     @_guarded
-    async def getattr(self, inode: int, ctx: RequestContext) -> Entry:
+    async def getattr(self, inode: int, ctx: Caller) -> Entry:
         return entry_attributes(self._view.attributes(inode))
 
     @_guarded
-    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+    async def readlink(self, inode: int, ctx: Caller) -> bytes:
         return _bytes(self._view.readlink(inode))
 
     @_guarded
@@ -232,16 +278,21 @@ class Operations(pyfuse3.Operations):
         return value
 
     @_guarded
-    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+    async def listxattr(self, inode: int, ctx: Caller) -> Sequence[bytes]:
+        # getxattr(2) needs permission to read, which the kernel checks; nobody checks listxattr(2).
+        found = self._view.attributes(inode)
+        readable = found.mode | 0o111 if found.kind == "file" else found.mode
+        if found.kind != "symlink" and not _may_find(ctx, found.uid, found.gid, readable):
+            raise FUSEError(errno.EACCES)
         return [_bytes(name) for name in self._view.xattrs(inode)]
 
     # Directories
 
     @_guarded
-    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+    async def opendir(self, inode: int, ctx: Caller) -> int:
         self._view.attributes(inode)
         handle = next(self._handles)
-        self._directories[handle] = _Directory(inode, kept=self._view.keeps_listing(inode))
+        self._directories[handle] = _Directory(inode, ctx, kept=self._view.keeps_listing(inode))
         return handle
 
     def keeps_listing(self, fh: int) -> bool:
@@ -262,6 +313,8 @@ class Operations(pyfuse3.Operations):
             try:
                 attributes = self._view.lookup(directory.nodeid, name)
             except NoSuchEntry:
+                continue
+            if attributes.private is not None and _hidden(attributes, directory.caller):
                 continue
             if not reply(token, _bytes(name), entry_attributes(attributes), position + 1):
                 return

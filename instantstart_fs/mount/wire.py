@@ -187,19 +187,21 @@ class Request(NamedTuple):
     nodeid: int
     pid: int
     body: memoryview
+    uid: int = 0
+    gid: int = 0
 
 
 def parse(message: memoryview) -> Request:
     """One message as it was read. Raises BadMessage."""
     if len(message) < IN_HEADER.size:
         raise BadMessage(f"{len(message)} bytes are less than a header")
-    length, opcode, unique, nodeid, _uid, _gid, pid, extensions, _ = IN_HEADER.unpack_from(message)
+    length, opcode, unique, nodeid, uid, gid, pid, extensions, _ = IN_HEADER.unpack_from(message)
     if length != len(message):
         raise BadMessage(f"a header says {length} bytes where {len(message)} came")
     end = length - 8 * extensions
     if end < IN_HEADER.size:
         raise BadMessage("extensions longer than the message")
-    return Request(opcode, unique, nodeid, pid, message[IN_HEADER.size : end])
+    return Request(opcode, unique, nodeid, pid, message[IN_HEADER.size : end], uid, gid)
 
 
 def fields(layout: struct.Struct, body: memoryview) -> tuple[int, ...]:

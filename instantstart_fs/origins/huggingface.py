@@ -36,6 +36,7 @@ from instantstart_fs.core.manifest import Digest, ManifestFile, ModelManifest, M
 from instantstart_fs.core.source import HubSource
 from instantstart_fs.errors import (
     AccessRefused,
+    CredentialsUnusable,
     InvalidSource,
     OriginChanged,
     OriginError,
@@ -55,6 +56,7 @@ from instantstart_fs.origins.common import (
     signature_expiry,
     without_query,
 )
+from instantstart_fs.origins.credentials import read_token
 
 
 class HuggingFaceOrigin:
@@ -172,20 +174,11 @@ class HuggingFaceOrigin:
 
     def _token(self) -> str | None:
         if self._token_file is None:
-            return get_token()
-        try:
-            with open(self._token_file, encoding="ascii") as file:
-                token = file.read(4096).strip()
-        except OSError as error:
-            raise AccessRefused(
-                f"the token file {self._token_file} cannot be read ({os.strerror(error.errno or 0)}); "
-                "give the daemon permission, or name another with --token-file"
-            ) from None
-        except UnicodeDecodeError:
-            token = ""
-        if not token or any(character.isspace() for character in token):
-            raise AccessRefused(f"the token file {self._token_file} does not hold one token")
-        return token
+            token = get_token()
+            if token and not all("!" <= character <= "~" for character in token):
+                raise CredentialsUnusable("the machine's hub token (HF_TOKEN, or `hf auth login`) is no token")
+            return token
+        return read_token(self._token_file)
 
     @contextlib.contextmanager
     def _translated(self, what: str) -> Iterator[None]:

@@ -32,6 +32,7 @@ from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, Model
 from instantstart_fs.core.source import S3Source
 from instantstart_fs.errors import (
     AccessRefused,
+    CredentialsUnusable,
     OriginError,
     OriginMisbehaved,
     OriginNotFound,
@@ -41,6 +42,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.origins.common import finish_manifest, is_trusted, retry_after, selected
+from instantstart_fs.origins.credentials import require_private
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -66,7 +68,6 @@ _BAD_CREDENTIALS = frozenset(
         "InvalidToken",
         "TokenRefreshRequired",
         "AuthorizationHeaderMalformed",
-        "RequestTimeTooSkewed",
     }
 )
 _THROTTLED = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"})
@@ -257,9 +258,13 @@ class S3Origin:
         credentials = session.get_credentials()
         if credentials is None:
             raise botocore.exceptions.NoCredentialsError
+        if credentials.method == "shared-credentials-file":
+            path = os.path.expanduser(str(session._session.get_config_variable("credentials_file")))
+            with contextlib.suppress(OSError):
+                require_private(path, os.stat(path), "AWS credentials file")
         if self._profile and credentials.method in ("iam-role", "container-role", "env"):
             # slots are walls: a profile without keys must not borrow the machine's role
-            raise AccessRefused(f"the AWS profile {self._profile!r} holds no credentials")
+            raise CredentialsUnusable(f"the AWS profile {self._profile!r} holds no credentials")
         self._session = session
         config = Config(
             connect_timeout=min(self._timeout, 10.0),
@@ -302,14 +307,14 @@ class S3Origin:
         except botocore.exceptions.ClientError as error:
             raise self._from_response(what, whose, error) from None
         except botocore.exceptions.ProfileNotFound:
-            raise AccessRefused(f"{what}: there is no AWS profile {self._profile!r}; see --aws-profile") from None
+            raise CredentialsUnusable(f"{what}: there is no AWS profile {self._profile!r}; see --aws-profile") from None
         except (
             botocore.exceptions.NoCredentialsError,
             botocore.exceptions.PartialCredentialsError,
             botocore.exceptions.CredentialRetrievalError,
             botocore.exceptions.TokenRetrievalError,
         ):
-            raise AccessRefused(
+            raise CredentialsUnusable(
                 f"{what}: no usable credentials from {whose}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for the "
                 "daemon, or pass --aws-profile"
             ) from None
@@ -332,6 +337,8 @@ class S3Origin:
         status = int(metadata.get("HTTPStatusCode", 0))
         if code == "NoSuchBucket":
             return OriginNotFound(f"{what}: there is no bucket {self._source.bucket!r}")
+        if code == "RequestTimeTooSkewed":
+            return CredentialsUnusable(f"{what}: this machine's clock is too far from the origin's: set it")
         if code in _BAD_CREDENTIALS:
             return AccessRefused(f"{what}: {whose} are refused ({code}); check them, or pass --aws-profile")
         if code in _THROTTLED or status in (429, 503):

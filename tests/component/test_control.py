@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from instantstart_fs.control import server as server_module
 from instantstart_fs.control.client import Client
@@ -123,6 +124,12 @@ class FakeLibrary:
 
     def list(self) -> list[PipelineStatus]:
         return [msgspec.structs.replace(status, files=None) for status in self.statuses.values()]
+
+    def list_where(self, shown: Callable[[PipelineSpec], bool]) -> list[PipelineStatus]:
+        return [status for status in self.list() if shown(self.specs[status.pipeline])]
+
+    def owners(self) -> frozenset[tuple[int, int]]:
+        return frozenset((spec.uid, spec.gid) for spec in self.specs.values())
 
     def spec(self, pipeline: str) -> PipelineSpec:
         if pipeline not in self.specs:
@@ -389,6 +396,77 @@ async def test_owners_see_and_warm_their_own_and_nothing_else(library: FakeLibra
 async def test_members_of_the_group_administer(library: FakeLibrary, path: str) -> None:
     async with run(library, path, group=77, peer=lambda _: Peer(1, 1234, frozenset({5, 77}))):
         await ask(path, lambda client: client.set_pinned("x", True))
+
+
+async def test_a_pipelines_group_may_do_what_its_owner_may_where_that_is_configured(
+    library: FakeLibrary, path: str
+) -> None:
+    library.specs["x"] = msgspec.structs.replace(library.specs["x"], gid=500)
+    member = {"peer": lambda _: Peer(1, 77, frozenset({77, 500}))}
+    async with run(library, path, **member):
+        with pytest.raises(PermissionRefused):
+            await ask(path, lambda client: client.touch("x"))
+        assert await ask(path, lambda client: client.pipelines()) == []
+    async with run(library, path, group_access=True, **member):
+        await ask(path, lambda client: client.touch("x"))
+        assert [status.pipeline for status in await ask(path, lambda client: client.pipelines())] == ["x"]
+        with pytest.raises(PermissionRefused):
+            await ask(path, lambda client: client.evict("x"))
+
+
+async def test_a_stranger_learns_that_there_is_a_daemon_and_no_more(library: FakeLibrary, path: str) -> None:
+    asked: list[str] = []
+    real = library.list
+
+    def watched() -> list[PipelineStatus]:
+        asked.append("all")
+        return real()
+
+    async with run(library, path, peer=lambda _: Peer(1, 77, frozenset({77}))):
+        library.list = watched  # type: ignore[method-assign]
+        library.list_where = lambda shown: [s for s in real() if shown(library.specs[s.pipeline])]  # type: ignore[method-assign]
+        assert await ask(path, lambda client: client.pipelines()) == []
+        info = await ask(path, lambda client: client.ping())
+        assert (info.mount, info.store, info.pipelines, info.requests) == (INFO.mount, "", 0, {})
+    assert asked == [], "a stranger's ls built the statuses of all pipelines"
+
+
+async def test_strangers_share_one_allowance_and_owners_have_their_own(
+    library: FakeLibrary, path: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Over real sockets it would take seconds: what the server would wait is asked for directly, on a fake clock."""
+    server = ControlServer(library, lambda: INFO, path)
+    root, owner = Peer(1, 0, frozenset()), Peer(1, 1234, frozenset())
+    waited: dict[str, list[float]] = {}
+
+    async def ask_often(name: str, peers: list[Peer]) -> None:
+        for peer in peers:
+            began = trio.current_time()
+            await server.wait_turn(peer)
+            waited.setdefault(name, []).append(trio.current_time() - began)
+
+    burst, rate = int(server_module.REQUEST_BURST), server_module.REQUEST_RATE
+    began = trio.current_time()
+    await ask_often("strangers", [Peer(1, 5000 + number, frozenset()) for number in range(burst + 20)])
+    assert trio.current_time() - began == pytest.approx(20 / rate)
+    await ask_often("owner", [owner] * burst)
+    await ask_often("root", [root] * 1000)
+    assert max(waited["owner"]) == max(waited["root"]) == 0.0
+
+
+async def test_strangers_of_many_uids_cannot_use_up_all_connections(
+    library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS_PER_OWNER", 2)
+    uids = iter(range(5000, 6000))
+    async with run(library, path, peer=lambda _: Peer(1, next(uids), frozenset())):
+        clients = [await trio.to_thread.run_sync(Client, path) for _ in range(2)]
+        for client in clients:
+            await trio.to_thread.run_sync(client.ping)
+        with pytest.raises(PipelineBusy, match="2 control connections"):
+            await ask(path, lambda client: client.ping())
+        for client in clients:
+            client.close()
 
 
 async def test_one_user_cannot_use_up_all_connections(

@@ -36,6 +36,7 @@ def file_of(world: HubWorld, path: str, **options: str) -> ManifestFile:
 def token_file(directory: Path, token: str) -> str:
     path = directory / f"credential-{len(list(directory.iterdir()))}"
     path.write_text(token + "\n")
+    path.chmod(0o600)
     return str(path)
 
 

@@ -172,6 +172,7 @@ def test_a_pipelines_profile_and_no_other(world: S3World, tmp_path: Path, monkey
         "[tenant]\naws_access_key_id = test-access-key\naws_secret_access_key = test-secret-key\n"
         "[wrong]\naws_access_key_id = test-access-key\naws_secret_access_key = nonsense\n"
     )
+    credentials.chmod(0o600)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
     # the machine's own keys work, and must not be used in place of a profile's
     for profile in ("wrong", "missing"):

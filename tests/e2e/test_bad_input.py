@@ -74,6 +74,7 @@ def test_a_gated_repository_needs_the_pipelines_own_token(
     hub.publish("org/gated", model, gated=True, tokens=["hf_good"])
     assert "org/gated" in daemon.refused(1, "add", "gated", "hf://org/gated")
     token = tmp_path / "token"
+    token.touch(0o600)
     token.write_text("hf_wrong\n")
     message = daemon.refused(1, "add", "gated", "hf://org/gated", "--token-file", token)
     assert "hf_wrong" not in message

@@ -58,6 +58,7 @@ def test_a_warm_pipeline_needs_neither_origin_nor_credentials(
     make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path
 ) -> None:
     token = tmp_path / "token"
+    token.touch(0o600)
     token.write_text("hf_secret\n")
     with HubServer() as hub:
         hub.publish("org/gated", model, gated=True, tokens=["hf_secret"])

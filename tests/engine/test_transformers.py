@@ -85,6 +85,7 @@ def test_from_the_hub(make_daemon: Callable[..., Daemon], own_hub: HubServer, mi
     own_hub.publish("sentence-transformers/all-MiniLM-L6-v2", minilm, gated=True, tokens=["hf_secret"])
     daemon = make_daemon(config={"origins": {"huggingface": {"endpoint": own_hub.endpoint}}})
     token = daemon.directory / "token"
+    token.touch(0o600)
     token.write_text("hf_secret\n")
     source = "hf://sentence-transformers/all-MiniLM-L6-v2"
     daemon.ok("add", "minilm", source, "--token-file", token)

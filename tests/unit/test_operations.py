@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 from collections.abc import Awaitable
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
@@ -25,7 +26,7 @@ from instantstart_fs.mount.operations import (
 )
 from tests.fuse.fake_view import FakeView, content
 
-CTX: Any = None
+CTX: Any = SimpleNamespace(uid=0, gid=0, pid=os.getpid())
 
 
 async def _errno(request: Awaitable[object]) -> int:

@@ -1,0 +1,330 @@
+"""Walls between tenants, with two real uids on a real mount and a real control socket; and where secrets never are."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import REPOSITORY, Daemon, must, run, wait_for
+from tests.servers.hub import HubServer
+
+ALICE, BOB = (12345, 23456), (12346, 23457)
+FIRST = "model-00001-of-00002.safetensors"
+
+
+def open_way(path: Path) -> None:
+    """pytest's own directories are 0700; other users must be able to come near the mount and the socket."""
+    for parent in path.parents:
+        if "pytest" in str(parent) and parent.stat().st_uid == os.geteuid():
+            os.chmod(parent, stat.S_IMODE(parent.stat().st_mode) | 0o011)
+
+
+def owner(who: tuple[int, int]) -> str:
+    return f"{who[0]}:{who[1]}"
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Daemon]:
+    with Daemon(tmp_path_factory.mktemp("walls"), config={"fill": {"chunk_size": "1MiB"}}) as running:
+        open_way(running.mount)
+        running.ok("add", "alices", f"file://{model}", "--owner", owner(ALICE), "--mode", "0550")
+        running.ok("add", "bobs", f"file://{model}", "--owner", owner(BOB), "--mode", "0500")
+        running.ok("add", "everybodys", f"file://{model}")
+        running.warm("bobs")
+        yield running
+
+
+def as_user(
+    who: tuple[int, int], *command: str | Path, groups: str = "", env: dict[str, str] | None = None
+) -> tuple[int, str, str]:
+    supplementary = f"--groups={groups}" if groups else "--clear-groups"
+    done = run("setpriv", f"--reuid={who[0]}", f"--regid={who[1]}", supplementary, *command, timeout=30, env=env)
+    return done.returncode, done.stdout, done.stderr
+
+
+def python_as(who: tuple[int, int], code: str, *arguments: str | Path, groups: str = "") -> object:
+    """What ``code`` (an expression over ``a``, the arguments) is to that user; an OSError gives its errno's name."""
+    script = (
+        "import errno, json, os, sys\na = sys.argv[1:]\n"
+        f"try:\n    found = {code}\nexcept OSError as error:\n    found = errno.errorcode[error.errno]\n"
+        "print(json.dumps(found))"
+    )
+    status, out, err = as_user(who, sys.executable, "-c", script, *arguments, groups=groups)
+    assert status == 0, err
+    return json.loads(out)
+
+
+READS = {
+    "open": "os.close(os.open(a[1], os.O_RDONLY))",
+    "listing": "sorted(os.listdir(a[0]))",
+    "getxattr of the directory": "os.getxattr(a[0], 'user.instantstart.state').decode()",
+    "listxattr of the directory": "os.listxattr(a[0])",
+    "getxattr of a file": "os.getxattr(a[1], 'user.instantstart.state').decode()",
+    "listxattr of a file": "os.listxattr(a[1])",
+    "stat of a file": "os.stat(a[1]).st_size",
+    "chdir": "os.chdir(a[0])",
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_the_others_pipeline_is_eacces(daemon: Daemon, what: str) -> None:
+    """Owner: all of it; the other uid, of whatever group it is: EACCES, each way."""
+    bobs = daemon.path("bobs")
+    arguments = (bobs, bobs / FIRST)
+    for groups in ("", str(BOB[1])):
+        assert python_as(ALICE, READS[what], *arguments, groups=groups) == "EACCES"
+    assert python_as(BOB, READS[what], *arguments) != "EACCES"
+
+
+def test_the_group_may_read_where_the_mode_says_so(daemon: Daemon) -> None:
+    alices = daemon.path("alices")
+    for what in ("open", "listing", "getxattr of the directory", "listxattr of the directory", "listxattr of a file"):
+        arguments = (alices, alices / FIRST)
+        assert python_as(BOB, READS[what], *arguments) == "EACCES", what
+        assert python_as(BOB, READS[what], *arguments, groups=str(ALICE[1])) != "EACCES", what
+        assert python_as(ALICE, READS[what], *arguments) != "EACCES", what
+
+
+def test_of_the_others_pipeline_the_name_is_visible_and_nothing_else(daemon: Daemon) -> None:
+    """Not its state (.warm lists it to those who may read it), nor when it was resolved, nor what it holds."""
+    assert python_as(ALICE, "sorted(os.listdir(a[0]))", daemon.mount) == sorted(os.listdir(daemon.mount))
+    for state in (".warm", ".filling", ".cold"):
+        directory = daemon.mount / state
+        everybody = sorted(os.listdir(directory))
+        assert "bobs" in everybody or state != ".warm"
+        seen = python_as(ALICE, "sorted(os.listdir(a[0]))", directory)
+        assert seen == [name for name in everybody if name != "bobs"]
+    link = daemon.mount / ".warm" / "bobs"
+    # whichever of them asks first: what one may see is never kept for the other
+    for _ in range(2):
+        assert python_as(BOB, "os.readlink(a[0])", link) == "../bobs"
+        assert python_as(ALICE, "os.readlink(a[0])", link) == "ENOENT"
+        assert python_as(ALICE, "os.lstat(a[0]).st_size", link) == "ENOENT"
+    before = os.stat(daemon.path("bobs"))
+    time_and_links = (before.st_mtime_ns, before.st_nlink)
+    daemon.ok("update", "bobs")
+    after = os.stat(daemon.path("bobs"))
+    assert time_and_links == (after.st_mtime_ns, after.st_nlink)
+    assert after.st_nlink == 1, "the number of its directories"
+
+
+def cli_as(daemon: Daemon, who: tuple[int, int], *arguments: str, groups: str = "") -> tuple[int, str, str]:
+    environment = {"INSTANTSTART_SOCKET": str(daemon.socket), "PYTHONPATH": str(REPOSITORY)}
+    command = (sys.executable, "-m", "instantstart_fs.cli", *arguments)
+    return as_user(who, *command, groups=groups, env=environment)
+
+
+def test_the_control_socket_knows_its_caller(daemon: Daemon) -> None:
+    """An owner sees, touches, leases and warms what it owns; nothing of another's is told, and nothing else allowed."""
+    status, out, err = cli_as(daemon, BOB, "ls", "--json")
+    assert status == 0, err
+    assert [entry["pipeline"] for entry in json.loads(out)] == ["bobs"]
+    for arguments in (("status", "bobs"), ("touch", "bobs"), ("warm", "bobs"), ("lease", "bobs", "--", "true")):
+        status, _, err = cli_as(daemon, BOB, *arguments)
+        assert status == 0, (arguments, err)
+    for verb in ("status", "touch", "warm", "verify", "evict", "pin", "unpin", "update", "remove"):
+        status, out, err = cli_as(daemon, ALICE, verb, "bobs")
+        assert (status, out) == (1, ""), (verb, out)
+        assert re.match(r"instantstart: uid 12345 may not \w+ here", err), err
+    for verb in ("evict", "pin", "unpin", "update", "remove", "verify"):
+        assert cli_as(daemon, BOB, verb, "bobs")[0] == 1, verb
+    assert cli_as(daemon, BOB, "add", "new", "file:///etc")[0] == 1
+    assert daemon.status("bobs")["state"] == "unverified"
+
+
+def test_a_group_that_administers(make_daemon: Callable[..., Daemon], model: Path) -> None:
+    daemon = make_daemon(config={"control": {"group": 34567}})
+    open_way(daemon.mount)
+    daemon.ok("add", "p", f"file://{model}", "--owner", owner(BOB))
+    assert cli_as(daemon, ALICE, "pin", "p")[0] == 1
+    status, _, err = cli_as(daemon, ALICE, "pin", "p", groups="34567")
+    assert status == 0, err
+    assert daemon.status("p")["pinned"]
+
+
+def test_a_flood_of_an_unprivileged_user_is_slowed_and_stat_is_not(daemon: Daemon) -> None:
+    """A stranger who asks as fast as it can gets its allowance, whatever the number of its connections."""
+    from instantstart_fs.control.server import REQUEST_BURST, REQUEST_RATE
+
+    flood = (
+        "import socket, sys, threading, time\n"
+        "count, end = [0], time.monotonic() + 2.0\n"
+        "def shout():\n"
+        "    with socket.socket(socket.AF_UNIX) as s:\n"
+        "        s.settimeout(5)\n"
+        "        s.connect(sys.argv[1])\n"
+        "        while time.monotonic() < end:\n"
+        '            s.sendall(b\'{"v":1,"request":{"op":"ls"}}\\n\')\n'
+        "            if b'done' not in s.recv(4096): return\n"
+        "            count[0] += 1\n"
+        "threads = [threading.Thread(target=shout) for _ in range(8)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "print(count[0])"
+    )
+    before = time.monotonic()
+    status, out, err = as_user((54321, 54321), sys.executable, "-c", flood, daemon.socket)
+    taken = time.monotonic() - before
+    assert status == 0, err
+    assert 8 <= int(out) <= REQUEST_BURST + REQUEST_RATE * taken + 1
+
+
+SECRET = "hf_KnownSecret0123456789abcdef"
+
+
+def test_a_known_token_is_nowhere(
+    make_daemon: Callable[..., Daemon], hub: HubServer, model: Path, tmp_path: Path
+) -> None:
+    """Through success and every kind of failure: not in the log (at debug), in status, xattrs, argv, environment of
+    the workers, index, slots, the command line's own words, nor in a traceback."""
+    hub.publish("org/gated", model, gated=True, tokens=[SECRET])
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(SECRET + "\n")
+    daemon = make_daemon(
+        config={
+            "fill": {"chunk_size": "1MiB", "read_deadline": "2s"},
+            "origins": {"huggingface": {"endpoint": hub.endpoint}},
+        },
+        log_level="debug",
+        allow=["."],
+    )
+    words: list[str] = []
+
+    def said(*arguments: str | Path) -> int:
+        done = daemon.cli(*arguments)
+        words.extend((done.stdout, done.stderr))
+        return int(done.returncode)
+
+    assert said("add", "good", "hf://org/gated", "--token-file", token) == 0
+    assert said("warm", "good", "--wait") == 0
+    assert said("status", "good") == said("status", "good", "--json") == said("ls") == 0
+    words.append(must("getfattr", "-d", "-m-", "--absolute-names", daemon.path("good"), daemon.path("good", FIRST)))
+    # failures: refused, throttled, broken, silent, nonsense; a hub that is gone; wrong bytes; a token that is none
+    assert said("add", "again", "hf://org/gated", "--token-file", token) == 0
+    for status in (401, 403, 404, 429, 500, 302):
+        hub.fault("status", port="hub", status=status, count=4)
+        said("update", "good")
+        said("add", f"bad{status}", "hf://org/gated", "--token-file", token)
+        hub.clear()
+    hub.fault("corrupt", port="cdn", count=3)
+    said("warm", "again", "--wait")
+    hub.clear()
+    for bad in (SECRET + "\x01", SECRET + "\nX-Injected: 1", SECRET + "é", "Bearer " + SECRET):
+        token.write_text(bad)
+        assert said("add", "malformed", "hf://org/gated", "--token-file", token) == 1
+    token.write_text(SECRET + "\n")
+    os.chmod(token, 0o644)
+    assert said("add", "open", "hf://org/gated", "--token-file", token) == 1
+    assert "chmod 600" in words[-1]
+    os.chmod(token, 0o600)
+    assert any(SECRET in (request.token or "") for request in hub.requests("hub")), "it was never used"
+    hub.kill()
+    said("add", "gone", "hf://org/gated", "--token-file", token)
+    hub.restart()
+
+    assert not any(SECRET in text for text in words)
+    assert SECRET not in daemon.text()
+    for pid in (daemon.pid, *daemon.workers()):
+        for name in ("cmdline", "environ"):
+            assert SECRET.encode() not in Path(f"/proc/{pid}/{name}").read_bytes(), (pid, name)
+    found = run(
+        "grep", "-rlaF", "-D", "skip", f"--exclude-dir={daemon.mount.name}", SECRET, daemon.directory, timeout=60
+    )
+    assert (found.returncode, found.stdout) == (1, ""), "the token lies in one of these files"
+
+
+def test_reading_a_pipeline_needs_no_token_but_its_own(daemon: Daemon, tmp_path: Path) -> None:
+    """A token file in the way of a FIFO, a directory, or nobody's: an error, never a hang."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo, 0o600)
+    before = time.monotonic()
+    assert "no file" in daemon.refused(2, "add", "fifo", "hf://org/model", "--token-file", fifo)
+    assert time.monotonic() - before < 20
+
+
+# ---------------------------------------------------------------- what is a request, and when it is durable
+
+
+def refused(call: Callable[..., object], *arguments: object) -> None:
+    with pytest.raises(OSError, match="Read-only"):
+        call(*arguments)
+
+
+LOOKS = {
+    "ls -l": lambda root: must("ls", "-lsR", root),
+    "ls -lu": lambda root: must("ls", "-luR", root),
+    "find": lambda root: must("find", root, "-size", "+1", "-ls"),
+    "du": lambda root: must("du", "-s", root),
+    "stat": lambda root: must("stat", root / FIRST),
+    "stat -f": lambda root: must("stat", "-f", root),
+    "getfattr": lambda root: must("getfattr", "-d", "-m-", "--absolute-names", root, root / FIRST),
+    "access(2)": lambda root: os.access(root / FIRST, os.R_OK),
+    "O_PATH": lambda root: os.close(os.open(root / FIRST, os.O_PATH)),
+    "config": lambda root: (root / "config.json").read_bytes(),
+    "tokenizer": lambda root: (root / "tokenizer.json").read_bytes(),
+    "weight index": lambda root: (root / "model.safetensors.index.json").read_bytes(),
+    "readme": lambda root: (root / "README.md").read_bytes(),
+    "state directories": lambda root: [os.listdir(root.parent / name) for name in (".warm", ".filling", ".cold")],
+    "open for writing": lambda root: refused(os.open, root / FIRST, os.O_WRONLY),
+    "utime": lambda root: refused(os.utime, root / FIRST),
+}
+
+
+@pytest.fixture(scope="module")
+def looked_at(daemon: Daemon, model: Path) -> Path:
+    daemon.ok("add", "looked", f"file://{model}")
+    return daemon.path("looked")
+
+
+@pytest.mark.parametrize("how", LOOKS)
+def test_looking_is_no_request(daemon: Daemon, looked_at: Path, how: str) -> None:
+    LOOKS[how](looked_at)
+    status = daemon.status("looked")
+    assert (status["last_request"], status["hot_until"], status["fill"]) == (None, None, None)
+    files = {file["path"]: file["cached_bytes"] for file in status["files"]}
+    assert files[FIRST] == 0, "it made a weight file be fetched"
+
+
+@pytest.mark.parametrize("how", ["open", "touch", "lease"])
+def test_opening_weights_touching_and_leasing_are_requests(daemon: Daemon, model: Path, how: str) -> None:
+    name = f"asked-{how}"
+    daemon.ok("add", name, f"file://{model}")
+    if how == "open":
+        os.close(os.open(daemon.path(name, FIRST), os.O_RDONLY))
+    else:
+        daemon.ok(how, name, *(("--", "true") if how == "lease" else ()))
+    status = daemon.status(name)
+    assert status["last_request"] is not None and status["hot_until"] is not None
+    assert status["fill"] is None and status["cached_bytes"] == 0
+
+
+def test_last_access_is_durable_within_seconds(make_daemon: Callable[..., Daemon], model: Path) -> None:
+    """kill -9 loses at most the last few seconds: what was recorded 5 s ago, at the latest, is there."""
+    import lmdb
+
+    daemon = make_daemon()
+    daemon.ok("add", "kept", f"file://{model}")
+    with open(daemon.path("kept", FIRST), "rb", buffering=0) as file:
+        file.read(10)
+    asked = time.monotonic()
+    before = daemon.status("kept")
+
+    def durable() -> bool:
+        with lmdb.open(str(daemon.store / "index"), readonly=True, max_dbs=16) as index:
+            requests = index.open_db(b"requests", create=False)
+            with index.begin(db=requests) as transaction:
+                return transaction.get(b"kept") is not None
+
+    wait_for(durable, "the request in the index", 5)
+    assert time.monotonic() - asked < 5
+    daemon.kill()
+    daemon.start()
+    assert daemon.status("kept")["last_request"] == before["last_request"]
