@@ -6,9 +6,10 @@ Nothing that a client sends, or does not send, may hurt another: messages are bo
 exception of any kind becomes an answer and a logged traceback.
 
 Who may what: root, the daemon's own user and, where one is given, members of a group administer; the owner of a
-pipeline (its uid; with ``group_access`` its group, too) may see, touch, lease, warm and mark that pipeline; who may read its
-files in the mount, by owner, group and mode, may open it. Others are turned away. Whoever does not administer has an
-allowance of requests and connections, and all who own nothing share one: no local user can keep the loop busy.
+pipeline (its uid; with ``group_access`` its group, too) may see, touch, lease, warm and mark that pipeline;
+who may read its files in the mount, by owner, group and mode, may open it. Others are turned away. Whoever does not
+administer has an allowance of requests and connections, and all who own nothing share one: no local user can keep the
+loop busy.
 """
 
 from __future__ import annotations
