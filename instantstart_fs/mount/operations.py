@@ -173,6 +173,10 @@ class _Kept(NamedTuple):
     pid: int
 
 
+_NOBODY: Final = _Kept(uid=2**32 - 2, gid=2**32 - 2, pid=0)
+"""Whoever opened a directory before this daemon took the mount over: nothing private is listed to it."""
+
+
 class _Directory:
     """An open directory: the names as they were when its listing began."""
 
@@ -393,7 +397,7 @@ class Operations(pyfuse3.Operations):
     def adopt_directory(self, fh: int, nodeid: int) -> None:
         """The same for a directory, if it is not known: its cursors are positions in a list that is built anew."""
         if fh not in self._directories:
-            self._directories[fh] = _Directory(nodeid, kept=False)
+            self._directories[fh] = _Directory(nodeid, _NOBODY, kept=False)
 
     def keeps_cache(self, fh: int) -> bool:
         """Whether the pages of earlier opens stay. No handler."""
