@@ -14,11 +14,24 @@ __all__ = ["make_daemon", "model"]
 
 ON_BOTH = {"test_bytes", "test_churn", "test_generations", "test_many_processes", "test_state"}
 """Modules whose tests run on each transport; the others on what `auto` gives."""
+LONG = {"test_churn", "test_many_processes"}
+"""Those of them that run over bind only with the long runs."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__name__.rpartition(".")[2] in ON_BOTH and "make_daemon" in metafunc.fixturenames:
-        metafunc.parametrize("transport", ["pyfuse3", "passthrough", "bind"], indirect=True)
+    module = metafunc.module.__name__.rpartition(".")[2]
+    if module in ON_BOTH and "make_daemon" in metafunc.fixturenames:
+        bind = pytest.param("bind", marks=pytest.mark.soak if module in LONG else ())
+        metafunc.parametrize("transport", ["pyfuse3", "passthrough", bind], indirect=True)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["auto", pytest.param("bind", marks=pytest.mark.soak), pytest.param("pyfuse3", marks=pytest.mark.soak)],
+)
+def shared_transport(request: pytest.FixtureRequest) -> str:
+    """Of a daemon that a module's tests share; on all of them with the long runs."""
+    return harness.TRANSPORT if request.param == "auto" else str(request.param)
 
 
 @pytest.fixture(autouse=True)

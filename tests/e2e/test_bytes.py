@@ -19,8 +19,12 @@ KINDS = ("read", "pread", "mmap-private", "mmap-shared", "sendfile")
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory, hub_server: HubServer) -> Iterator[Daemon]:
-    config = {"fill": {"chunk_size": "1MiB"}, "origins": {"huggingface": {"endpoint": hub_server.endpoint}}}
+def daemon(tmp_path_factory: pytest.TempPathFactory, hub_server: HubServer, shared_transport: str) -> Iterator[Daemon]:
+    config = {
+        "mount": {"transport": shared_transport},
+        "fill": {"chunk_size": "1MiB"},
+        "origins": {"huggingface": {"endpoint": hub_server.endpoint}},
+    }
     with Daemon(tmp_path_factory.mktemp("bytes"), config=config) as running:
         yield running
 
