@@ -7,8 +7,8 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from instantstart_fs.control.protocol import MAX_REQUEST, DaemonInfo
 from instantstart_fs.control.server import ControlServer, serving
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineStatus
+from instantstart_fs.core.weights import WeightFile, WeightSet
 from instantstart_fs.errors import (
     AccessRefused,
     ControlError,
@@ -61,6 +62,31 @@ class Report(NamedTuple):
     unproven: tuple[str, ...]
 
 
+class FakeHandover:
+    """``files``: (path, content) in the order in which they become complete, a list for each time it is asked."""
+
+    def __init__(self, *turns: list[tuple[str, bytes]] | Exception) -> None:
+        self.turns = list(turns)
+        names = [(path, content) for turn in turns if isinstance(turn, list) for path, content in turn]
+        self.weights = WeightSet("x", 1, tuple(WeightFile(path, "", len(content)) for path, content in names))
+
+    @property
+    def finished(self) -> bool:
+        return not self.turns
+
+    async def next_files(self, limit: int, timeout: float) -> list[tuple[str, list[int]]]:
+        turn = self.turns.pop(0)
+        if isinstance(turn, Exception):
+            raise turn
+        return [(path, [_memory(content), _memory(content)]) for path, content in turn]
+
+
+def _memory(content: bytes) -> int:
+    fd = os.memfd_create("x")
+    os.write(fd, content)
+    return fd
+
+
 class FakeLibrary:
     """Pipelines by id; each call is noted; ``hold`` keeps changes waiting."""
 
@@ -72,6 +98,7 @@ class FakeLibrary:
         self.entered = trio.Event()
         self.done = trio.Event()
         self.leases = 0
+        self.handover = FakeHandover([("a", b"one")])
         self.lease_changed = trio.Event()
         self.changed = trio.Event()
 
@@ -153,6 +180,11 @@ class FakeLibrary:
             yield
         finally:
             self._leased(-1)
+
+    @asynccontextmanager
+    async def opening(self, pipeline: str) -> AsyncIterator[FakeHandover]:
+        with self.lease(pipeline):
+            yield self.handover
 
     def _leased(self, change: int) -> None:
         self.leases += change
@@ -572,3 +604,56 @@ def test_a_stranger_on_the_socket(tmp_path: Path, answer: bytes, error: type[Exc
         with Client(path) as client, pytest.raises(error):
             client.status("x")
         thread.join(10)
+
+
+def opened(client: Client) -> dict[str, list[bytes]]:
+    weights = client.open("x")
+    found: dict[str, list[bytes]] = {}
+    for path, fds in client.opened_files():
+        found[path] = [os.pread(fd, 100, 0) for fd in fds]
+        for fd in fds:
+            os.close(fd)
+    assert sorted(file.path for file in weights.files) == sorted(found)
+    return found
+
+
+async def test_open_hands_descriptors_to_whoever_may_read_and_to_nobody_else(library: FakeLibrary, path: str) -> None:
+    library.specs["x"] = PipelineSpec("x", (ModelSpec("hf://o/r"),), uid=1234, gid=50, mode=0o550)
+    for uid, groups, may in ((1234, {9}, True), (77, {9, 50}, True), (77, {9}, False), (0, {0}, True)):
+        library.handover = FakeHandover([("a", b"one"), ("b", b"two")], [], [("c", b"")])
+        peer = Peer(1, uid, frozenset(groups))
+        async with run(library, path, peer=lambda _, peer=peer: peer):
+            if may:
+                found = await ask(path, opened)
+                assert found == {"a": [b"one"] * 2, "b": [b"two"] * 2, "c": [b""] * 2}
+            else:
+                with pytest.raises(PermissionRefused, match="belong to 1234:50 with mode 0550"):
+                    await ask(path, opened)
+                assert library.leases == 0
+
+
+async def test_the_lease_of_an_open_lasts_as_long_as_its_connection(library: FakeLibrary, path: str) -> None:
+    async with run(library, path):
+        client = Client(path)
+        await trio.to_thread.run_sync(opened, client)
+        assert library.leases == 1
+        assert not await trio.to_thread.run_sync(client.wait_ended, 0.01)
+        client.close()
+        await library.wait_leases(0)
+
+
+async def test_a_fill_that_fails_ends_an_open(library: FakeLibrary, path: str) -> None:
+    library.handover = FakeHandover([("a", b"one")], AccessRefused("the token is bad"))
+    async with run(library, path):
+        with pytest.raises(AccessRefused, match="token is bad"):
+            await ask(path, opened)
+        await library.wait_leases(0)
+
+
+async def test_more_files_than_fit_in_one_message(library: FakeLibrary, path: str) -> None:
+    turns = [[(f"{turn}-{number}", b"%d" % number) for number in range(32)] for turn in range(5)]
+    library.handover = FakeHandover(*turns)
+    async with run(library, path):
+        found = await ask(path, opened)
+    assert isinstance(found, dict) and len(found) == 160
+    assert all(contents == [path.partition("-")[2].encode()] * 2 for path, contents in found.items())
