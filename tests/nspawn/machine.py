@@ -53,6 +53,10 @@ class Machine:
         self.log = directory / "console.log"
         for path in (self.units, self.etc, self.opt / "bin", self.store):
             path.mkdir(parents=True, exist_ok=True)
+        files = directory / "files"
+        subprocess.run([REPOSITORY / "scripts/install", "--root", files], check=True, timeout=60)
+        shutil.copytree(files / "etc/systemd/system", self.units, dirs_exist_ok=True)
+        shutil.copytree(files / "opt/instantstart", self.opt, dirs_exist_ok=True)
         program = self.opt / "bin/instantstart"
         program.write_text(
             "#!/bin/sh\n"
@@ -169,6 +173,9 @@ class Machine:
             return False
 
         wait_for(booted, "the machine's boot", BOOT_DEADLINE)
+
+    def job_done(self, unit: str = "instantstart") -> bool:
+        return self.property("ActiveState", unit) == "active" and self.property("Job", unit) in ("", "0")
 
     def wait_active(self, unit: str = "instantstart", timeout: float = 60.0) -> None:
         wait_for(lambda: self.property("ActiveState", unit) == "active", f"{unit}'s start", timeout)
