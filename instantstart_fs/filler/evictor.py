@@ -42,8 +42,8 @@ class Shelves(Protocol):
         """The wall clock jumped: times that now lie in the future count as now from here on."""
         ...
 
-    async def evict(self, pipeline: str) -> None:
-        """Raises PipelineBusy if it came into use meanwhile."""
+    async def evict_unused(self, pipeline: str) -> None:
+        """Raises PipelineBusy if it may not go any more: it came into use, or was requested, since it was chosen."""
         ...
 
     def reconsider(self) -> None:
@@ -176,7 +176,7 @@ class Evictor:
         freed = 0
         for pipeline in chosen:
             try:
-                await self._shelves.evict(pipeline)
+                await self._shelves.evict_unused(pipeline)
                 freed += 1
                 log.info("evicted for %s", why, extra={"pipeline": pipeline})
             except InstantStartError as error:

@@ -31,7 +31,7 @@ from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import PipelineState, PipelineStatus
-from instantstart_fs.errors import InstantStartError, StoreDamaged, StoreFull
+from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreDamaged, StoreFull
 from instantstart_fs.filler.evictor import Evictor, boottime
 from instantstart_fs.filler.scheduler import Filler, FillSettings, FillStatistics
 from instantstart_fs.filler.target import FileKey
@@ -254,6 +254,16 @@ class Library:
         self.observer.evicted(await self._admin.evict(pipeline))
         self._evictor.nudge()
 
+    async def evict_unused(self, pipeline: str) -> None:
+        """``evict`` for the evictor: PipelineBusy, too, if it was requested since it was chosen."""
+
+        def refuse(found: Pipeline) -> None:
+            if not self._candidate(found, locked=False).evictable:
+                raise PipelineBusy(f"{found.id}: it was requested meanwhile")
+
+        self.observer.evicted(await self._admin.evict(pipeline, refuse))
+        self._evictor.nudge()
+
     async def set_pinned(self, pipeline: str, pinned: bool) -> None:
         await self._admin.set_pinned(pipeline, pinned)
 
@@ -455,7 +465,8 @@ class Library:
         found = (self._candidate(pipeline) for pipeline in self._shelf.pipelines.values())
         return [candidate for candidate in found if candidate.frees]
 
-    def _candidate(self, pipeline: Pipeline) -> eviction.Candidate:
+    def _candidate(self, pipeline: Pipeline, *, locked: bool | None = None) -> eviction.Candidate:
+        """``locked``: whether an administrative change is under way; None: look."""
         requested = (self._access.last_request(pipeline.id) or 0) / 1e9
         generation = pipeline.current
         complete = generation is not None and generation.load_set_complete
@@ -468,7 +479,9 @@ class Library:
             pinned=pipeline.pinned,
             # One that is being updated (its origin may take minutes) must not hold up the others' eviction. A fill that
             # no reader waits for may be cancelled; being the latest to grow, it goes last.
-            open=pipeline.in_use or self._covering.found_busy(pipeline.id) or pipeline.lock.locked(),
+            open=pipeline.in_use
+            or self._covering.found_busy(pipeline.id)
+            or (pipeline.lock.locked() if locked is None else locked),
             leased=pipeline.leases > 0,
             partial=not (complete or self._filler.is_filling(pipeline.id)),
             promised=generation.promised_bytes if generation is not None else 0,

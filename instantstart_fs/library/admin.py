@@ -185,8 +185,9 @@ class Admin:
                     self._adding.discard(pipeline_id)
         log.info("removed", extra={"pipeline": pipeline_id})
 
-    async def evict(self, pipeline_id: str) -> int:
-        """Drop the pipeline's bytes, keep its manifest; the number of bytes dropped.
+    async def evict(self, pipeline_id: str, refuse: Callable[[Pipeline], None] | None = None) -> int:
+        """Drop the pipeline's bytes, keep its manifest; the number of bytes dropped. ``refuse`` is asked at the moment
+        from which on nothing can come in between, and may raise.
 
         Raises PipelineBusy while it is pinned, leased or open.
         """
@@ -203,6 +204,8 @@ class Admin:
             async with shelf.uncovered(pipeline, idle_only=True):
                 # From here to the switch nothing awaits: nobody can open the old generation in between.
                 self._refuse_in_use(pipeline)
+                if refuse is not None:
+                    refuse(pipeline)
                 dropped = sum(file.cached_bytes for file in old.files)
                 cancelled = FillCancelled(f"{pipeline_id}: the pipeline was evicted")
                 self._reading.filler.cancel_pipeline(pipeline_id, cancelled)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import msgspec
 import pytest
 
-from instantstart_fs.core.eviction import Budget, Candidate, is_hot, plan
+from instantstart_fs.core.eviction import Budget, Candidate, ClockWatch, admit, idle, is_hot, plan
 
 BUDGET = Budget(capacity=1000, low=0.5, high=0.9)
 OLD = Candidate("old", 200, 10.0)
@@ -46,3 +49,69 @@ def test_a_request_from_the_future_counts_as_now() -> None:
     assert is_hot(1e12, 48.0, 100.0)
     assert not is_hot(10.0, 48.0, 100.0)
     assert is_hot(53.0, 48.0, 100.0)
+
+
+def test_remains_go_first_and_a_fill_under_way_frees_what_it_was_promised() -> None:
+    remains = msgspec.structs.replace(NEWEST, partial=True)
+    assert plan(901, Budget(1000, 0.8, 0.9), [OLD, NEWER, remains], 100.0) == ("newest",)
+    filling = Candidate("filling", 0, 5.0, promised=400)
+    assert plan(901, BUDGET, [filling, OLD], 100.0) == ("filling", "old")
+
+
+def test_the_floor_is_a_limit_of_its_own() -> None:
+    roomy = Budget(1_000_000, 0.5, 0.9, floor=300, free=100)
+    assert plan(600, roomy, ALL, 100.0) == ("old",)
+    assert admit(600, roomy, ALL, 100.0, needed=150).evict == ("old", "newer")
+    assert str(admit(600, roomy, ALL, 100.0, needed=900).refusal) == (
+        "store full: needs 900 B; evictable 600 B of a budget of 400 B"
+    )
+
+
+def test_an_admission_that_cannot_be_had_evicts_nobody() -> None:
+    hot = [msgspec.structs.replace(OLD, hot=True), msgspec.structs.replace(NEWER, pinned=True), NEWEST]
+    found = admit(600, BUDGET, hot, 100.0, needed=501)
+    assert found.evict == ()
+    assert str(found.refusal) == "store full: needs 501 B; evictable 200 B; hot: old; pinned: newer"
+    assert admit(600, BUDGET, hot, 100.0, needed=500).evict == ("newest",)
+    assert admit(600, BUDGET, hot, 100.0, needed=300) == admit(0, BUDGET, [], 100.0, needed=1)
+
+
+def test_a_quota_is_looked_at_before_anybody_is_evicted() -> None:
+    found = admit(900, BUDGET, ALL, 100.0, needed=200, own=100, quota=299)
+    assert (found.evict, str(found.refusal)) == ((), "quota: needs 300 B, may take 299 B")
+    assert admit(900, BUDGET, ALL, 100.0, needed=200, own=100, quota=300).refusal is None
+
+
+def test_what_others_were_promised_is_not_given_twice() -> None:
+    filling = Candidate("filling", 0, 5.0, open=True, promised=850)
+    assert admit(0, BUDGET, [filling], 100.0, needed=50).refusal is None
+    assert admit(0, BUDGET, [filling], 100.0, needed=51).refusal is not None
+
+
+def test_idle_ones_go_by_time_alone() -> None:
+    held = msgspec.structs.replace(OLD, pipeline="held", open=True)
+    assert idle([*ALL, held], 75.0, 100.0) == ("old", "newer")
+
+
+def test_a_clock_that_was_set_is_noticed_and_one_that_drifts_is_not() -> None:
+    watch = ClockWatch(keep_hot=100.0)
+    assert not watch.observe(1000.0, 0.0)
+    assert not watch.observe(1010.0 + 3000.0, 10.0)  # less than an hour
+    assert not watch.rests(10.0)
+    assert watch.observe(1020.0 + 3000.0 + 3601.0, 20.0)
+    assert watch.rests(119.0)
+    assert not watch.rests(120.0)
+    assert watch.observe(0.0, 200.0)
+
+
+def test_ten_thousand_pipelines_are_planned_in_a_moment() -> None:
+    """10 ms is the aim (bench/scale.py measures it); here only that it is no matter of seconds."""
+    generator = random.Random(1)
+    many = [Candidate(f"p{n}", 1 + n % 7, generator.random(), hot=n % 5 == 0) for n in range(10_000)]
+    usage = sum(candidate.bytes for candidate in many)
+    began = time.perf_counter()
+    chosen = plan(usage, Budget(usage), many, 2.0)
+    assert time.perf_counter() - began < 0.5
+    by_name = {candidate.pipeline: candidate for candidate in many}
+    assert sum(by_name[name].bytes for name in chosen) >= 0.15 * usage
+    assert [by_name[name].last_request for name in chosen] == sorted(by_name[name].last_request for name in chosen)
