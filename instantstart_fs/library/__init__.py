@@ -109,6 +109,7 @@ class Library:
         self._reading.attach(self._filler, self._admissions, self._evictor.nudge)
         self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
         self._covering = Covering(self._shelf, self._access, config.eviction.keep_hot)
+        self._covering.on_open = self.observer.opened_elsewhere
         self._browsing = Browsing(self._shelf, self._access, self._state_of, config.eviction.keep_hot)
 
     @asynccontextmanager

@@ -54,6 +54,8 @@ class Covering:
     """Owned by the Library. ``keep_hot`` in seconds."""
 
     def __init__(self, shelf: Shelf, access: AccessLog, keep_hot: float) -> None:
+        self.on_open: Callable[[CachedFile], None] = lambda file: None
+        """Told of each open of a covered file that somebody else made."""
         self._shelf = shelf
         self._access = access
         self._keep_hot = keep_hot
@@ -167,8 +169,10 @@ class Covering:
 
     def opened(self, covered: Coverable) -> None:
         """Somebody opened the covered file: a request, and an access."""
-        if not self._unseen[covered.pipeline] and self._file(covered) is not None:
+        file = self._file(covered)
+        if not self._unseen[covered.pipeline] and file is not None:
             now = self._shelf.now_ns()
+            self.on_open(file)
             self._access.record_request(covered.pipeline, now)
             self._access.record_read(covered.pipeline, covered.generation, covered.key, now)
 

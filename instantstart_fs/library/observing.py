@@ -58,7 +58,7 @@ class Totals:
 
     def __init__(self) -> None:
         self.opens: Counter[str] = Counter()
-        """By mode: passthrough (the kernel reads the store's file itself) or daemon."""
+        """By mode: passthrough (the kernel reads the store's file itself), bind (the same, bound), or daemon."""
         self.open_files = 0
         """Opens that were not closed yet."""
         self.reads = 0
@@ -101,8 +101,9 @@ class Observer:
 
     # -- what happens ------------------------------------------------------------------------------------------------
 
-    def opened(self, file: CachedFile, *, passthrough: bool) -> None:
-        self.totals.opens["passthrough" if passthrough else "daemon"] += 1
+    def opened(self, file: CachedFile, *, passthrough: bool, mode: str = "") -> None:
+        """``passthrough``: whether the kernel reads it itself; ``mode``: what to count it as instead."""
+        self.totals.opens[mode or ("passthrough" if passthrough else "daemon")] += 1
         self.totals.open_files += 1
         if not counts_as_request(file):
             return
@@ -122,6 +123,11 @@ class Observer:
         )
         if tracker.changed:
             self._wake.set()
+
+    def opened_elsewhere(self, file: CachedFile) -> None:
+        """The store's file was opened where it is bound over the mount. Nobody tells when it is closed."""
+        self.opened(file, passthrough=True, mode="bind")
+        self.closed(file)
 
     def closed(self, file: CachedFile) -> None:
         self.totals.open_files -= 1

@@ -48,6 +48,7 @@ class Row(msgspec.Struct, frozen=True):
     pinned: bool
     leases: int
     error: str | None
+    uncached: str | None
     sources: tuple[str, ...]
 
 
@@ -145,6 +146,8 @@ def row(status: PipelineStatus, now: float, *, details: bool) -> Row:
         pinned=status.pinned,
         leases=status.leases,
         error=None if error is None else f"{error.code}: {error.message}" if details else error.code,
+        # The whole reason names other pipelines and sizes.
+        uncached=status.uncached if details or status.uncached is None else status.uncached.partition(":")[0],
         sources=status.source if details else (),
     )
 

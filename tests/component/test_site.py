@@ -60,10 +60,12 @@ def test_sources_and_messages_need_details() -> None:
     for details in (False, True):
         with serving(HttpConfig(port=0, details=details)) as served:
             fill_with_examples(served.library)
+            served.library.pipelines["big"] = pipeline("big", uncached="store full: needs 1 GB; hot: other")
             for text in (get(served), get(served, "api/pipelines")):
                 assert ("hf://org/" in text) is details
                 assert ("401 for org/gated" in text) is details
                 assert "access-refused" in text
+                assert "store full" in text and ("hot: other" in text) is details
 
 
 def test_ten_thousand_pipelines_are_paged_and_hold_nobody_up() -> None:
@@ -209,7 +211,7 @@ async def test_a_mount_or_an_index_that_hangs_is_said_in_time(
     assert trio.current_time() - began <= 7
     await trio.sleep(KEEP_SECONDS)
     assert problems(await probe.ask())["mount"] == "does not answer"
-    assert len(asked) == 1, "a second thread hangs"
+    assert len(asked) <= 1, "a second thread hangs"
     release.set()
 
 
