@@ -425,6 +425,10 @@ class Library:
                     indexes[file.entry.path] = await trio.to_thread.run_sync(opener)
         return tuple(shard.index for shard in staging.in_load_order(shards, indexes))
 
+    def staged(self, pipeline: str, count: int, *, file_done: bool) -> None:
+        """That many more bytes were brought into the page cache; see Observer.staged."""
+        self.observer.staged(pipeline, count, file_done=file_done)
+
     async def open_stored(self, key: FileKey) -> int:
         """A read-only descriptor of the store's own file, complete, for the caller to close. Raises StoreError."""
         file = self._shelf.file(key)

@@ -65,6 +65,10 @@ class Shelves(Protocol):
         """A descriptor of the store's own file, the caller's to close. Raises InstantStartError."""
         ...
 
+    def staged(self, pipeline: str, count: int, *, file_done: bool) -> None:
+        """``count`` more bytes are in the page cache; ``file_done``: with them, all of a file that was to be."""
+        ...
+
 
 class ReadAhead(Protocol):
     """Who does the reading. Reports (``readahead.STAGED`` and ``DONE``, job, bytes) go to the callback it was made
@@ -110,6 +114,17 @@ class _Session:
         self.scope = trio.CancelScope()
 
 
+class _Job:
+    """``left``: bytes that are not yet in the page cache."""
+
+    __slots__ = ("index", "left", "session")
+
+    def __init__(self, session: _Session, index: int, length: int) -> None:
+        self.session = session
+        self.index = index
+        self.left = length
+
+
 class Staging:
     """See the module. A library.watching.Watcher. ``read_ahead``: makes who does the reading."""
 
@@ -127,7 +142,7 @@ class Staging:
         self._read_ahead = (read_ahead or (lambda report: StagingProcess(config.threads, report)))(self._on_report)
         self._sessions: dict[str, _Session] = {}
         self._resting: collections.Counter[str] = collections.Counter()
-        self._jobs: dict[int, tuple[_Session, int]] = {}
+        self._jobs: dict[int, _Job] = {}
         self._numbers = itertools.count(1)
         self._nursery: trio.Nursery | None = None
         self._started = self._bytes = self._files = 0
@@ -280,7 +295,7 @@ class Staging:
                 self._started += 1
             job = next(self._numbers)
             session.staged[index], session.jobs[index] = length, job
-            self._jobs[job] = (session, index)
+            self._jobs[job] = _Job(session, index, length)
             self._read_ahead.stage(job, fd, length)
         left_out = (
             shard
@@ -306,13 +321,19 @@ class Staging:
             del self._sessions[session.pipeline]
 
     def _on_report(self, kind: int, job: int, count: int) -> None:
-        if kind == readahead.STAGED:
-            self._bytes += count
+        found = self._jobs.get(job)
+        if found is None:
             return
-        session, index = self._jobs.pop(job, (None, 0))
-        if session is not None and session.jobs.get(index) == job:
-            del session.jobs[index]
-            self._files += 1
+        session = found.session
+        if kind == readahead.STAGED:
+            found.left -= count
+            self._bytes += count
+            self._files += found.left <= 0
+            self._shelves.staged(session.pipeline, count, file_done=found.left <= 0)
+            return
+        del self._jobs[job]
+        if session.jobs.get(found.index) == job:
+            del session.jobs[found.index]
 
 
 class StagingProcess:

@@ -20,7 +20,7 @@ from instantstart_fs.errors import StoreDamaged
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.mount import readahead
 from instantstart_fs.mount.memory import Memory
-from instantstart_fs.mount.staging import Staging, StagingProcess
+from instantstart_fs.mount.staging import Staging, StagingProcess, Statistics
 from tests.harness import alive, children
 
 MIB = 1 << 20
@@ -33,6 +33,7 @@ class FakeShelves:
     def __init__(self) -> None:
         self.all = [Shard(index, f"m-{index}-of-4.safetensors", 100, True) for index in (1, 2, 3, 4)]
         self.broken: set[int] = set()
+        self.told: list[tuple[str, int, bool]] = []
 
     def ready(self, index: int, ready: bool) -> None:
         self.all = [
@@ -44,6 +45,9 @@ class FakeShelves:
 
     async def load_order(self, pipeline: str, generation: int) -> tuple[int, ...]:
         return tuple(shard.index for shard in self.all)
+
+    def staged(self, pipeline: str, count: int, *, file_done: bool) -> None:
+        self.told.append((pipeline, count, file_done))
 
     async def open_stored(self, key: FileKey) -> int:
         await trio.lowlevel.checkpoint()
@@ -185,6 +189,17 @@ async def test_the_window_moves_by_whole_shards_within_the_budget(clock: trio.te
         world.open(3)
         await trio.sleep(0.1)
         assert world.staged == [1, 2, 3, 4]
+
+
+async def test_what_is_staged_is_counted(clock: trio.testing.MockClock) -> None:
+    async with running() as world:
+        world.open(4)
+        await trio.sleep(2)
+        assert world.reader is not None
+        assert world.staging.statistics() == Statistics(active=1, sessions=1, bytes=0, files=0)
+        world.reader.finish()
+        assert world.staging.statistics() == Statistics(active=0, sessions=1, bytes=100, files=1)
+        assert world.shelves.told == [("p", 100, True)]
 
 
 async def test_it_waits_for_memory(clock: trio.testing.MockClock) -> None:
