@@ -169,7 +169,9 @@ def test_status_json_is_what_the_document_says(daemon: Daemon, hub: HubServer, m
     assert {key: listed["schema"][key] for key in STATUS_KEYS} == {key: done[key] for key in STATUS_KEYS}
 
 
-def test_blocks_and_state_directories_follow_the_fill(daemon: Daemon, hub: HubServer, model: Path, commit: str) -> None:
+def test_blocks_and_state_directories_follow_the_fill(
+    daemon: Daemon, hub: HubServer, model: Path, commit: str, shared_transport: str
+) -> None:
     daemon.ok("add", "follow", "hf://org/model")
     path, size = daemon.path("follow", FIRST), (model / FIRST).stat().st_size
     assert os.stat(path).st_blocks == 1
@@ -182,7 +184,9 @@ def test_blocks_and_state_directories_follow_the_fill(daemon: Daemon, hub: HubSe
     assert xattrs(daemon.path("follow"))["state"] == "filling"
     hub.clear()
     daemon.warm("follow")
-    wait_for(lambda: os.stat(path).st_blocks == -(-size // 512), "all blocks", 5)
+    # A bound file shows the disk's own count: whole pages, and a block for its attributes.
+    more = 16 if shared_transport == "bind" else 0
+    wait_for(lambda: 0 <= os.stat(path).st_blocks + size // -512 <= more, "all blocks", 5)
     assert links(daemon, ".warm")["follow"] == "../follow"
     assert (daemon.mount / ".warm" / "follow" / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert "follow" not in os.listdir(daemon.mount / ".filling")
