@@ -259,8 +259,8 @@ class Library:
         """``evict`` for the evictor: PipelineBusy, too, if it was requested since it was chosen."""
 
         def refuse(found: Pipeline) -> None:
-            if not self._candidate(found, locked=False).evictable:
-                raise PipelineBusy(f"{found.id}: it was requested meanwhile")
+            if self._evictor.rests() or not self._candidate(found, locked=False).evictable:
+                raise PipelineBusy(f"{found.id}: it was requested meanwhile, or the clock was set")
 
         self.observer.evicted(await self._admin.evict(pipeline, refuse))
         self._evictor.nudge()
