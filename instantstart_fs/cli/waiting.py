@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,15 @@ from typing import TYPE_CHECKING
 from instantstart_fs.cli.show import human_bytes, percent, rate_line
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.errors import InstantStartError
 
 if TYPE_CHECKING:
     from instantstart_fs.library.fsck import FsckProgress
 
 LINE_SECONDS = 5.0
 """Where no terminal is: a line at each tenth, and at the latest after this long."""
+LEASE_RETRY = 0.5
+"""Seconds between two tries to get a lease back."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -145,9 +149,26 @@ class _Lines:
         print(line, file=sys.stderr, flush=True)
 
 
+def _keep_leased(client: Client, pipeline: str) -> None:
+    """A lease ends with its connection, and a restart of the daemon ends that, but not the command: take it again. Ends
+    with the process."""
+    path = client.path
+    while True:
+        client.wait_gone()
+        while True:
+            time.sleep(LEASE_RETRY)
+            try:
+                client = Client(path)
+                client.lease(pipeline)
+                break
+            except InstantStartError:
+                continue  # not back yet; or the pipeline is gone, and may come back
+
+
 def run_leased(client: Client, pipeline: str, command: list[str]) -> int:
     """Run the command under a lease; its exit status, 128 + N when signal N ended it, 127 when there is no such."""
     client.lease(pipeline)
+    threading.Thread(target=_keep_leased, args=(client, pipeline), name="lease", daemon=True).start()
     before = {number: signal.getsignal(number) for number in FORWARDED}
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []

@@ -227,6 +227,14 @@ class Client:
         except OSError:
             return True
 
+    def wait_gone(self) -> None:
+        """Until the daemon closes this connection. For as long as that takes: for a thread of its own."""
+        self._socket.settimeout(None)
+        with contextlib.suppress(OSError):
+            while self._socket.recv(MAX_MESSAGE):
+                pass
+        self.close()
+
     # -- the exchange ----------------------------------------------------------------------------------------------
 
     def _ask(

@@ -167,6 +167,18 @@ def test_a_file_held_over_a_restart_stays_open(daemon: Supervised, model: Path) 
     assert probe("tree", model, daemon.path("p"), timeout=60)["files"] > 5
 
 
+def test_a_lease_is_taken_again_after_a_restart(daemon: Supervised) -> None:
+    command = [sys.executable, "-m", "instantstart_fs.cli", "lease", "p", "--", "sleep", "60"]
+    leased = subprocess.Popen(command, env={**os.environ, **daemon.env}, cwd=REPOSITORY, start_new_session=True)
+    try:
+        wait_for(lambda: daemon.status("p")["leases"] == 1, "the lease")
+        daemon.again(kill=True)
+        wait_for(lambda: daemon.status("p")["leases"] == 1, "the lease once more")
+    finally:
+        os.killpg(leased.pid, signal.SIGKILL)
+        leased.wait(10)
+
+
 def test_a_generation_held_over_a_restart_stays(daemon: Supervised, hub: HubServer, tmp_path: Path) -> None:
     new = model_directory(tmp_path / "new", seed=79)
     old_sum = sha256(Path(must("readlink", "-f", daemon.path("p", FIRST)).strip()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,29 @@ def test_its_exposure_stays_below_what_it_was_hardened_to() -> None:
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
+def test_the_wheel_installs_the_command(tmp_path: Path) -> None:
+    """Built from a copy of the tree, without the network."""
+    pytest.importorskip("setuptools", "77", reason="no setuptools 77 to build with")
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "instantstart_fs", tree / "instantstart_fs", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    environment = {**os.environ, "PIP_NO_INDEX": "1"}
+    for arguments in (
+        ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(tree)],
+        ["install", "--no-deps", "--target", str(tmp_path / "site"), "instantstart-fs", "--find-links", str(tmp_path)],
+    ):
+        done = subprocess.run(
+            [*pip, *arguments], env=environment, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    shown = subprocess.run(
+        [sys.executable, tmp_path / "site/bin/instantstart", "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, cwd=tmp_path, capture_output=True, text=True,
+        timeout=60, check=True,
+    )  # fmt: skip
+    assert "serve" in shown.stdout
+    assert (tmp_path / "site/instantstart_fs/web/templates").is_dir()
