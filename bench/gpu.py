@@ -377,7 +377,7 @@ class Run:
             turn = rounds % len(contenders)
             for name in list(contenders)[turn:] + list(contenders)[:turn]:
                 for temperature in ("cold", "warm"):
-                    if name in problems or (name.startswith("ceiling") and temperature == "warm"):
+                    if self.left < 130 or name in problems or (name.startswith("ceiling") and temperature == "warm"):
                         continue
                     (forget if temperature == "cold" else remember)(self.files)
                     torch.cuda.empty_cache()

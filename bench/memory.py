@@ -1,4 +1,6 @@
-"""What the memory that takes the weights costs (docs/decisions/prefetch-memory.md): O_DIRECT reads by 8 threads into
+"""What the memory costs that takes weights on the CPU: O_DIRECT reads by 8 threads into each kind of it.
+
+docs/decisions/prefetch-memory.md has what it found.
 
 memfd            shared memory, pages of 4 KiB, faulted in by the reads themselves
 memfd populated  the same, each extent populated by MADV_POPULATE_WRITE before it is read

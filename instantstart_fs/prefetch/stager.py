@@ -449,7 +449,7 @@ class Stage:
     def wait_file(self, path: str, timeout: float | None = None) -> None:
         """Until this file is in place. Raises as ``wait``, and PrefetchError for a path that is not in the plan."""
         file = self._file(path)
-        self._wait_for(lambda: file.ready_at is not None, timeout, f"{path}: is not staged")
+        self._wait_for(lambda: file.ready_at is not None or file.released, timeout, f"{path}: is not staged")
 
     def wait_changed(self, timeout: float) -> None:
         """Return at the next progress, at the latest after ``timeout`` seconds. Raises what made the stage fail."""
@@ -460,7 +460,7 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        return self._fed and all(file.ready_at is not None for file in self._files.values())
+        return self._fed and all(file.ready_at is not None or file.released for file in self._files.values())
 
     @property
     def error(self) -> InstantStartError | None:

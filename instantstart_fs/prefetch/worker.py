@@ -166,6 +166,7 @@ class Worker:
         item = self._items.pop(number, None)
         if item is None:
             return
+        item.failed = True  # a reader that is still at it drops what it has
         item.target = None
         if self._cuda:
             del item

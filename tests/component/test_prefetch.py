@@ -302,6 +302,14 @@ def test_release_frees_a_file_and_no_other(checkpoint: Path) -> None:
     assert memfds() == before
 
 
+def test_a_file_that_is_released_on_its_way_is_not_waited_for(checkpoint: Path) -> None:
+    with start(checkpoint, rate=12e6) as stage:
+        wait_for(lambda: stage.progress()[0].bytes > 0, "the first bytes")
+        stage.release("model-00002-of-00003.safetensors")
+        stage.wait(60)
+        assert stage.is_ready("small.gguf") and not stage.is_ready("model-00002-of-00003.safetensors")
+
+
 def test_devices_are_loaded_at_the_same_time(tmp_path: Path) -> None:
     """Throttled to 16 MB/s each, four devices of 8 MB take as long as one, not four times as long."""
     for number in range(4):
