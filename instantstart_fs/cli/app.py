@@ -300,12 +300,31 @@ def warm(
 
 
 @app.command()
-def verify(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
+def verify(
+    pipeline: Pipeline,
+    access: Annotated[
+        bool, typer.Option("--access", help="Instead: may its credentials still fetch its source?")
+    ] = False,
+    rate: Annotated[
+        str | None, typer.Option("--rate", metavar="SIZE", help="Read at most so much a second (200MB).")
+    ] = None,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
     """Hash what is cached again; heal what is wrong."""
     from instantstart_fs.cli.waiting import verify_progress
+    from instantstart_fs.config.units import parse_size
 
+    if access:
+        with Client(socket) as client:
+            sources = client.check_access(pipeline)
+        print(show.as_json({"sources": sources}) if json else f"{pipeline}: may be fetched: {' '.join(sources)}")
+        return
+    limit = None if rate is None else parse_size(rate)
+    if limit == 0:
+        raise UsageError("--rate: must be more than 0")
     with Client(socket) as client, verify_progress(pipeline, quiet=json) as progress:
-        found = client.verify(pipeline, progress)
+        found = client.verify(pipeline, progress, rate=limit)
     if json:
         print(show.as_json(found))
     else:

@@ -107,25 +107,72 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column:
     return "\n".join([line(header, False), *(line(row, True) for row in rows)])
 
 
-def pipelines(statuses: Sequence[PipelineStatus]) -> str:
-    """The table of `ls` and `status`."""
+CHIP = "●"
+HEADER = ("", "PIPELINE", "STATE", "%", "SIZE", "FILL", "LAST ACCESS", "HOT UNTIL", "SOURCE", "")
+
+
+def pipelines(statuses: Sequence[PipelineStatus], *, width: int | None = None) -> str:
+    """The table of `ls` and `status`: with a chip in the state's colour on terminals (``width`` columns wide, None:
+    as wide as this one), plain columns elsewhere."""
     if not statuses:
         return "no pipelines yet: `instantstart add my-model hf://org/repo` makes one"
-    rows = [
-        (
-            status.pipeline,
-            status.state,
-            f"{human_bytes(status.cached_bytes)} of {human_bytes(status.total_bytes)}",
-            f"{percent(status)} %",
-            rate_line(status) or "-",
-            (human_time(status.last_request).partition(" (")[2].rstrip(")") or "never"),
-            " ".join(status.source),
-            _note(status),
+    rows = [_row(status) for status in statuses]
+    if not sys.stdout.isatty() and width is None:
+        return table(HEADER[1:], [row[1:] for row in rows])
+    return _drawn(rows, width)
+
+
+def _row(status: PipelineStatus) -> tuple[str, ...]:
+    size = human_bytes(status.total_bytes)
+    if 0 < status.cached_bytes < status.total_bytes:
+        size = f"{human_bytes(status.cached_bytes)} of {size}"
+    return (
+        CHIP if status.cached_bytes or status.state == "error" else "○",
+        status.pipeline,
+        status.state,
+        f"{percent(status)} %",
+        size,
+        rate_line(status) or "-",
+        _distance(status.last_request) or "never",
+        _distance(status.hot_until) or "-",
+        " ".join(status.source),
+        _note(status),
+    )
+
+
+def _distance(value: str | None) -> str:
+    """The bracket of human_time: "3 min 20 s ago", "in 47 h 2 min"."""
+    return human_time(value).partition(" (")[2].rstrip(")")
+
+
+def _drawn(rows: Sequence[tuple[str, ...]], width: int | None) -> str:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
+    for position, name in enumerate(HEADER):
+        flexible = name == "SOURCE" or position == len(HEADER) - 1
+        drawn.add_column(
+            name, no_wrap=True, overflow="ellipsis" if flexible else "fold", justify="right" if name == "%" else "left"
         )
-        for status in statuses
-    ]
-    header = ("PIPELINE", "STATE", "CACHED", "%", "FILL", "LAST REQUEST", "SOURCE", "")
-    return table(header, rows, state_column=1)
+    for row in rows:
+        style = _STYLES.get(row[2], "")
+        drawn.add_row(*(Text(cell, style=style if position in (0, 2) else "") for position, cell in enumerate(row)))
+    console = Console(width=width, force_terminal=sys.stdout.isatty(), no_color=bool(os.environ.get("NO_COLOR")))
+    with console.capture() as captured:
+        console.print(drawn)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+_STYLES = {
+    "warm": "green",
+    "unverified": "cyan",
+    "filling": "yellow",
+    "partial": "yellow",
+    "cold": "blue",
+    "error": "red",
+}
 
 
 def mounted(info: DaemonInfo) -> str:

@@ -19,6 +19,7 @@ from instantstart_fs.config.places import SOCKET_NAME, SYSTEM_RUN_DIRECTORY, def
 from instantstart_fs.control.protocol import (
     MAX_HANDED_FILES,
     MAX_MESSAGE,
+    Access,
     Add,
     ColdStarts,
     DaemonInfo,
@@ -176,14 +177,20 @@ class Client:
 
         return self._ask(Warm(pipeline, everything, wait=True), PipelineStatus, on_progress=on_progress)
 
-    def verify(self, pipeline: str, progress: Callable[[int, int], None] | None = None) -> VerifyResult:
-        """``progress(bytes done, bytes in all)``."""
+    def check_access(self, pipeline: str) -> list[str]:
+        """The sources, when all of them may be fetched with the pipeline's own credentials; else raises why not."""
+        return self._ask(Access(pipeline), list[str], deadline=RESOLVE_DEADLINE)
+
+    def verify(
+        self, pipeline: str, progress: Callable[[int, int], None] | None = None, *, rate: float | None = None
+    ) -> VerifyResult:
+        """``progress(bytes done, bytes in all)``; ``rate``: bytes a second at most."""
 
         def on_progress(message: Progress) -> None:
             if progress is not None:
                 progress(message.done_bytes, message.total_bytes)
 
-        return self._ask(Verify(pipeline), VerifyResult, on_progress=on_progress)
+        return self._ask(Verify(pipeline, rate), VerifyResult, on_progress=on_progress)
 
     def lease(self, pipeline: str) -> None:
         """Hold a lease until this client is closed (or its process ends)."""

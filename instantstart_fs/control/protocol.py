@@ -93,7 +93,14 @@ class Warm(_Request, frozen=True, tag="warm"):
 
 
 class Verify(_Request, frozen=True, tag="verify"):
-    """→ VerifyResult, with ``progress`` (done_bytes, total_bytes) on the way."""
+    """→ VerifyResult, with ``progress`` (done_bytes, total_bytes) on the way. ``rate``: bytes a second at most."""
+
+    pipeline: str
+    rate: float | None = None
+
+
+class Access(_Request, frozen=True, tag="access"):
+    """→ list of the sources that the pipeline's own credentials may still fetch: all of them."""
 
     pipeline: str
 
@@ -151,6 +158,7 @@ Request = (
     | Touch
     | Warm
     | Verify
+    | Access
     | Lease
     | Open
     | Ls

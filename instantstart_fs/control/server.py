@@ -32,6 +32,7 @@ from instantstart_fs.control.listening import Peer, listen, peer_of
 from instantstart_fs.control.protocol import (
     MAX_HANDED_FILES,
     MAX_REQUEST,
+    Access,
     Add,
     ColdStarts,
     DaemonInfo,
@@ -431,8 +432,10 @@ class _Connection:
                 if wait:
                     return await self._wait_warm(pipeline, everything)
                 return library.status(pipeline)
-            case Verify(pipeline):
-                return await self._verify(pipeline)
+            case Verify(pipeline, rate):
+                return await self._verify(pipeline, rate)
+            case Access(pipeline):
+                return await change(lambda: library.check_access(pipeline))
             case Lease() | Open():
                 raise AssertionError("handled by the caller")
 
@@ -495,14 +498,14 @@ class _Connection:
             await self._library.wait_changed(pipeline, PROGRESS_INTERVAL)
             await trio.sleep(pause)
 
-    async def _verify(self, pipeline: str) -> VerifyResult:
+    async def _verify(self, pipeline: str, rate: float | None) -> VerifyResult:
         latest = (0, 0)
 
         def progress(done: int, total: int) -> None:
             nonlocal latest
             latest = (done, total)
 
-        change = self._server.start_change(lambda: self._library.verify(pipeline, progress))
+        change = self._server.start_change(lambda: self._library.verify(pipeline, progress, rate))
         while not change.finished.is_set():
             with trio.move_on_after(1.0) as waiting:
                 await change.finished.wait()

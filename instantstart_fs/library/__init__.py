@@ -350,9 +350,16 @@ class Library:
         """Return at the next progress or change of state, at the latest after ``timeout`` seconds."""
         await self._shelf.pipeline(pipeline).wait_changed(timeout)
 
-    async def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> VerifyReport:
+    async def verify(
+        self, pipeline: str, progress: Callable[[int, int], None], rate: float | None = None
+    ) -> VerifyReport:
+        """See Admin.verify. ``rate``: bytes a second at most."""
         async with self._covering.unseen(self._shelf.pipeline(pipeline)):
-            return await self._admin.verify(pipeline, progress)
+            return await self._admin.verify(pipeline, progress, rate)
+
+    async def check_access(self, pipeline: str) -> tuple[str, ...]:
+        """The pipeline's sources, all of which its own credentials may fetch. Raises what an origin answers."""
+        return await self._admin.check_access(pipeline)
 
     @contextmanager
     def lease(self, pipeline: str) -> Iterator[None]:

@@ -19,11 +19,9 @@ from collections.abc import Callable, Sequence
 import msgspec
 import trio
 
-from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.core.manifest import Manifest, ModelManifest, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_origin_paths, validate_pipeline_id
 from instantstart_fs.errors import (
-    DigestMismatch,
     FillCancelled,
     InstantStartError,
     InvalidName,
@@ -36,8 +34,9 @@ from instantstart_fs.errors import (
 from instantstart_fs.index.schema import GenerationRecord, PipelineRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.reading import Reading, drop_target
+from instantstart_fs.library.rehash import Pace, rehash
 from instantstart_fs.library.shelf import Shelf
-from instantstart_fs.library.state import CachedFile, Generation, Pipeline
+from instantstart_fs.library.state import Generation, Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,8 @@ RESOLVE_DEADLINE = 300.0
 RESOLVE_AT_ONCE = 32
 """Sources that are listed at the same time; the others wait, and their deadline with them."""
 
-VERIFY_BLOCK = 4 * 1024 * 1024
+CHECK_DEADLINE = 60.0
+"""Seconds for one source to say whether it may be fetched: a few small requests."""
 
 
 class VerifyReport(msgspec.Struct, frozen=True):
@@ -248,8 +248,11 @@ class Admin:
             pipeline.pinned = pinned
             pipeline.changed()
 
-    async def verify(self, pipeline_id: str, progress: Callable[[int, int], None]) -> VerifyReport:
-        """Read every complete file again and compare its digest; what is wrong is dropped and fetched again.
+    async def verify(
+        self, pipeline_id: str, progress: Callable[[int, int], None], rate: float | None = None
+    ) -> VerifyReport:
+        """Read every complete file again, at most ``rate`` bytes a second, past the page cache, and compare its digest;
+        what is wrong is dropped and fetched again.
 
         ``progress(bytes done, bytes in all)`` is called on the trio thread.
         """
@@ -259,40 +262,41 @@ class Admin:
             raise pipeline.trouble.error if pipeline.trouble else StoreDamaged(f"{pipeline_id}: has no manifest")
         files = [file for file in generation.files if file.complete]
         total, done, healed, unproven = sum(file.size for file in files), 0, [], []
+        pace = Pace(rate)
         with self._reading.using(generation):
             for file in files:
                 if file.entry.file.digest is None:
                     unproven.append(file.entry.path)
-                problem = await trio.to_thread.run_sync(self._rehash, file)
-                done += file.size
+                began = done
+
+                def read(count: int) -> None:
+                    nonlocal done
+                    done += count
+                    progress(done, total)
+
+                problem = await rehash(self._shelf.store, file, pace, read)
+                done = began + file.size
                 progress(done, total)
                 if problem is not None and file.gone is None and not pipeline.removed:
                     healed.append(file.entry.path)
                     await self._reading.discard(file, problem, wanted=True)
         return VerifyReport(files=len(files), bytes=total, healed=tuple(healed), unproven=tuple(unproven))
 
-    # -- steps -----------------------------------------------------------------------------------------------------
+    async def check_access(self, pipeline_id: str) -> tuple[str, ...]:
+        """Prove that every source may be fetched with the pipeline's own credentials; the sources.
 
-    def _rehash(self, file: CachedFile) -> InstantStartError | None:
-        """In a thread. None when the bytes are right."""
-        digest, generation = file.entry.file.digest, file.generation
-        try:
-            blob = self._shelf.store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
-            if blob is None:
-                return StoreDamaged(f"{file.entry.path}: missing from the store")
-            with blob:
-                hasher = new_hasher(digest, file.size) if digest is not None else None
-                offset = 0
-                while offset < file.size:
-                    data = blob.pread(offset, min(VERIFY_BLOCK, file.size - offset))
-                    if hasher is not None:
-                        hasher.update(data)
-                    offset += len(data)
-                if hasher is not None and digest is not None and hasher.hexdigest() != digest.value:
-                    return DigestMismatch(f"{file.entry.path}: the store's bytes are not those that were sealed")
-        except StoreDamaged as error:
-            return error
-        return None
+        Asks with fresh clients: what an earlier one was allowed proves nothing. Raises what an origin answers.
+        """
+        spec = self._shelf.pipeline(pipeline_id).spec
+        for model in spec.models:
+            origin = self._shelf.open_origin(spec, model)
+            with trio.move_on_after(CHECK_DEADLINE) as scope:
+                await trio.to_thread.run_sync(origin.check, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+            if scope.cancelled_caught:
+                raise OriginUnavailable(f"{model.source}: no answer within {CHECK_DEADLINE:g} s")
+        return tuple(model.source for model in spec.models)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
 
     async def _resolve(self, spec: PipelineSpec) -> tuple[ModelManifest, ...]:
         resolved: list[ModelManifest | None] = [None] * len(spec.models)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -129,6 +130,30 @@ class BlobFile:
             if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
                 return False
             raise translate(error, f"read {self.name}") from error
+
+    def read_past_cache(self) -> Callable[[int, memoryview], int]:
+        """A function (offset, buffer) → bytes read, short only at the end, that leaves the page cache as it is: by
+        O_DIRECT, so offset and buffer must be multiples of 4 KiB and page-aligned. From now on all reads of this
+        BlobFile go past the cache: open one for it alone. Where the filesystem has no O_DIRECT (tmpfs), plain reads."""
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) | os.O_DIRECT)
+
+        def read(offset: int, buffer: memoryview) -> int:
+            wanted, done = min(len(buffer), self.size - offset), 0
+            while done < wanted:
+                try:
+                    # The whole buffer, also where the file ends within it: O_DIRECT wants whole blocks.
+                    count = os.preadv(self.fd, [buffer[done:]], offset + done)
+                except OSError as error:
+                    raise translate(error, f"read {self.name}") from error
+                if count == 0 or (done + count < wanted and count % 512):
+                    raise StoreDamaged(
+                        f"{self.name} ends at byte {offset + done + count} of {self.size}: it was cut short"
+                    )
+                done += count
+            return max(wanted, 0)
+
+        return read
 
     def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of ``data`` at ``offset``. Raises StoreFull, StoreReadOnly, StoreDamaged."""

@@ -167,7 +167,11 @@ class FakeLibrary:
         with trio.move_on_after(timeout):
             await self.changed.wait()
 
-    async def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> Report:
+    async def check_access(self, pipeline: str) -> tuple[str, ...]:
+        self.spec(pipeline)
+        return ("hf://o/r",)
+
+    async def verify(self, pipeline: str, progress: Callable[[int, int], None], rate: float | None = None) -> Report:
         progress(50, 100)
         await self._held("verify")
         return Report(1, 100, ("a",), ())

@@ -352,3 +352,67 @@ def test_last_access_is_durable_within_seconds(make_daemon: Callable[..., Daemon
     daemon.kill()
     daemon.start()
     assert daemon.status("kept")["last_request"] == before["last_request"]
+
+
+# ---------------------------------------------------------------- verify --access; one tenant cannot poison another
+
+
+def test_verify_access_asks_with_the_pipelines_own_credentials(
+    make_daemon: Callable[..., Daemon], hub: HubServer, model: Path, tmp_path: Path
+) -> None:
+    hub.publish("org/gated", model, gated=True, tokens=["hf_first"])
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("hf_first\n")
+    daemon = make_daemon(config={"origins": {"huggingface": {"endpoint": hub.endpoint}}}, allow=["origin"])
+    daemon.ok("add", "p", "hf://org/gated", "--token-file", token)
+    assert json.loads(daemon.ok("verify", "p", "--access", "--json")) == {"sources": ["hf://org/gated"]}
+    hub.publish("org/gated", model, gated=True, tokens=["hf_second"])  # the account lost its access
+    assert "org/gated" in daemon.refused(1, "verify", "p", "--access")
+    done = json.loads(daemon.cli("verify", "p", "--access", "--json").stdout)
+    assert done["error"]["code"] == "access-refused"
+    token.write_text("hf_second\n")
+    daemon.ok("verify", "p", "--access")
+    hub.kill()
+    try:
+        done = json.loads(daemon.cli("verify", "p", "--access", "--json").stdout)
+    finally:
+        hub.restart()
+    assert done["error"]["code"] == "origin-unavailable", "an outage is no refusal"
+
+
+def test_a_bad_origin_harms_its_own_pipeline_only(
+    make_daemon: Callable[..., Daemon], hub: HubServer, model: Path
+) -> None:
+    """Two pipelines of the same source: while its bytes come corrupted, the warm one keeps its own, and of the other
+    one nothing is ever sealed, nor shown, that is not the source's."""
+    hub.publish("org/model", model)
+    daemon = make_daemon(
+        config={"fill": {"chunk_size": "1MiB"}, "origins": {"huggingface": {"endpoint": hub.endpoint}}}, allow=["."]
+    )
+    daemon.ok("add", "good", "hf://org/model")
+    daemon.warm("good")
+    before = os.stat(daemon.path("good", FIRST)).st_ino
+    hub.fault("corrupt", port="cdn")
+    daemon.ok("add", "poisoned", "hf://org/model")
+    daemon.cli("warm", "poisoned", "--wait")
+    assert daemon.status("poisoned")["state"] != "warm"
+    states = {file["path"]: file["state"] for file in daemon.status("poisoned")["files"]}
+    assert states[FIRST] != "sealed"
+    assert daemon.status("good")["state"] == "warm"
+    assert daemon.path("good", FIRST).read_bytes() == (model / FIRST).read_bytes()
+    assert os.stat(daemon.path("good", FIRST)).st_ino == before
+    slots = [daemon.store / "slots" / name for name in ("good", "poisoned")]
+    inodes = [{path.stat().st_ino for path in slot.rglob("*") if path.is_file()} for slot in slots]
+    assert not inodes[0] & inodes[1], "the slots share a file"
+    hub.clear()
+    daemon.warm("poisoned")
+    assert daemon.path("poisoned", FIRST).read_bytes() == (model / FIRST).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["../good", ".warm", "a/b", "", "-x", "a\nb", "x" * 129, "ünï"])
+def test_ids_that_collide_or_escape_are_refused(daemon: Daemon, model: Path, name: str) -> None:
+    before = sorted(os.listdir(daemon.mount))
+    done = daemon.cli("add", "--", name, f"file://{model}")
+    assert done.returncode == 2, done.stderr
+    assert sorted(os.listdir(daemon.mount)) == before

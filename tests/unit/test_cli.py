@@ -103,8 +103,12 @@ class FakeClient:
             progress(msgspec.structs.replace(STATUS, cached_bytes=cached, error=None))
         return msgspec.structs.replace(STATUS, state="warm", cached_bytes=10_000, files=None)
 
-    def verify(self, pipeline: str, progress: Callable[[int, int], None]) -> VerifyResult:
-        self._call("verify", pipeline)
+    def check_access(self, pipeline: str) -> list[str]:
+        self._call("access", pipeline)
+        return ["hf://o/r"]
+
+    def verify(self, pipeline: str, progress: Callable[[int, int], None], *, rate: float | None = None) -> VerifyResult:
+        self._call("verify", pipeline, *(() if rate is None else (rate,)))
         progress(50, 100)
         return self.verified
 
@@ -132,6 +136,8 @@ def client(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
         (["warm", "x", "--all"], ("warm", "x", True)),
         (["warm", "x", "--wait"], ("wait", "x", False)),
         (["verify", "x"], ("verify", "x")),
+        (["verify", "x", "--rate", "200MB"], ("verify", "x", 200_000_000)),
+        (["verify", "x", "--access"], ("access", "x")),
         (["status", "x"], ("status", "x")),
         (["status"], ("ls",)),
         (["ls"], ("ls",)),
@@ -359,3 +365,17 @@ def test_status_of_all_ends_with_the_transport_and_why_no_faster_one(
     assert show.mounted(info) == "/models: pyfuse3 (Linux 6.1 is older than 6.9)"
     assert run(["status"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "/models: not mounted yet"
+
+
+def test_ls_is_a_table_with_a_chip_on_a_terminal_and_plain_elsewhere() -> None:
+    statuses = [
+        msgspec.structs.replace(STATUS, pipeline="w", state="warm", cached_bytes=10_000, files=None, error=None),
+        msgspec.structs.replace(STATUS, pipeline="c", state="cold", cached_bytes=0, files=None, error=None),
+    ]
+    drawn = show.pipelines(statuses, width=200).splitlines()
+    assert [line.split()[:2] for line in drawn[1:]] == [["●", "w"], ["○", "c"]]
+    plain = show.pipelines(statuses).splitlines()
+    assert "●" not in "".join(plain) and "\x1b" not in "".join(plain)
+    for lines in (drawn, plain):
+        assert "HOT UNTIL" in lines[0] and "LAST ACCESS" in lines[0]
+        assert "100 %" in lines[1] and "0 %" in lines[2]
