@@ -135,6 +135,7 @@ def test_owner_mode_times_and_attributes_are_those_of_the_mount(daemon: Daemon, 
         file.read(1)
     wait_for(lambda: daemon.status(p)["last_request"] != before, "the open to be a request", 10)
     wait_for(lambda: os.stat(path).st_atime_ns > found.st_atime_ns, "st_atime after the open", 10)
+    assert "last opened at" in daemon.ok("explain", p), "an open of a bound file begins a cold start"
     assert b"last_access" in b" ".join(name.encode() for name in os.listxattr(path))
     seen = daemon.status(p)["last_request"]
     daemon.ok("verify", p)
