@@ -114,6 +114,12 @@ def record_of(index: Index, key: FileKey) -> FileRecord | None:
     return index.read(lambda txn: txn.get_file(key.pipeline, key.generation, key.index))
 
 
+def blocks(target: FillTarget) -> int:
+    """Bytes that the store's file takes on the disk."""
+    assert target.blob is not None
+    return os.fstat(target.blob.fd).st_blocks * 512
+
+
 def stored(target: FillTarget) -> bytes:
     assert target.blob is not None
     return target.blob.pread(0, target.entry.file.size)
@@ -132,7 +138,7 @@ async def test_a_file_is_fetched_sealed_and_recorded(server: ByteServer, store: 
     assert target.blob is not None
     seal = target.blob.seal_record()
     assert seal is not None and seal.state == "sealed" and seal.digest == str(target.entry.file.digest)
-    assert record_of(index, target.key) == FileRecord("sealed", 0, 0, b"")
+    assert record_of(index, target.key) == FileRecord("sealed", 0, 0, b"", allocated=blocks(target))
     assert sorted(server.log) == sorted(set(server.log)), "no chunk was asked for twice"
     assert len(server.log) == 11
     assert events.of("sealed") == [FileState.SEALED]
@@ -248,7 +254,7 @@ async def test_corrupted_bytes_are_never_sealed_and_fetched_again(
             await target.wait_readable(ByteRange(0, 1), 10)
         await wait_state(fresh, FileState.SEALED)
     assert stored(fresh[0]) == data
-    assert record_of(index, target.key) == FileRecord("sealed", 1, 0, b"")
+    assert record_of(index, target.key) == FileRecord("sealed", 1, 0, b"", allocated=blocks(target))
 
 
 async def test_three_mismatches_in_a_row_end_in_quarantine(server: ByteServer, store: BlobStore, index: Index) -> None:
