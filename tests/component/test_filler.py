@@ -254,7 +254,7 @@ async def test_corrupted_bytes_are_never_sealed_and_fetched_again(
             await target.wait_readable(ByteRange(0, 1), 10)
         await wait_state(fresh, FileState.SEALED)
     assert stored(fresh[0]) == data
-    assert record_of(index, target.key) == FileRecord("sealed", 1, 0, b"", allocated=blocks(target))
+    assert record_of(index, target.key) == FileRecord("sealed", 1, 0, b"", allocated=blocks(fresh[0]))
 
 
 async def test_three_mismatches_in_a_row_end_in_quarantine(server: ByteServer, store: BlobStore, index: Index) -> None:
