@@ -11,6 +11,7 @@ import typer
 from instantstart_fs.cli import show
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.words import human_bytes
 from instantstart_fs.errors import InstantStartError, UsageError
 
 app = typer.Typer(
@@ -109,7 +110,7 @@ def fsck(
         print(f"  {problem}")
     print(
         f"{root}: {found.pipelines} pipelines, {found.sealed + found.unverified} complete files "
-        f"({show.human_bytes(found.bytes)}) restored, {found.dropped} partial ones dropped, {found.orphans} orphans"
+        f"({human_bytes(found.bytes)}) restored, {found.dropped} partial ones dropped, {found.orphans} orphans"
     )
 
 
@@ -229,8 +230,8 @@ def _show_pinned(client: Client, status: PipelineStatus, json: bool, note: str) 
     print(f"  source    {' '.join(status.source)}")
     print(f"  revision  {status.revision or '-'}")
     print(
-        f"  files     {len(files)}, {show.human_bytes(sum(file.size for file in files))} "
-        f"(an engine loads {show.human_bytes(status.total_bytes)})"
+        f"  files     {len(files)}, {human_bytes(sum(file.size for file in files))} "
+        f"(an engine loads {human_bytes(status.total_bytes)})"
     )
     print(f"  path      {mounted}")
 
@@ -292,8 +293,8 @@ def warm(
             status = client.warm(pipeline, everything=everything)
             if not json:
                 print(
-                    f"{pipeline}: {status.state}, {show.human_bytes(status.cached_bytes)} of "
-                    f"{show.human_bytes(status.total_bytes)}"
+                    f"{pipeline}: {status.state}, {human_bytes(status.cached_bytes)} of "
+                    f"{human_bytes(status.total_bytes)}"
                 )
     if json:
         print(show.as_json(_without_files(status)))
@@ -328,7 +329,7 @@ def verify(
     if json:
         print(show.as_json(found))
     else:
-        print(f"{pipeline}: {found.files} complete files, {show.human_bytes(found.bytes)} read again")
+        print(f"{pipeline}: {found.files} complete files, {human_bytes(found.bytes)} read again")
         if found.unproven:
             print(f"  unproven  {len(found.unproven)} of them: their origin offers nothing to prove them by")
         for path in found.healed:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from instantstart_fs.cli.show import human_bytes, human_seconds
 from instantstart_fs.cli.show import table as columns
+from instantstart_fs.core.words import human_bytes, human_seconds
 from instantstart_fs.errors import DaemonUnreachable, PrefetchError, UsageError
 from instantstart_fs.prefetch import DeviceReport, LeaseSource, Stage, Stager, plan
 from instantstart_fs.prefetch.holding import HoldClient, Holder, HoldStatus, hold_socket

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from instantstart_fs.cli.show import human_bytes, human_time
+from instantstart_fs.cli.show import human_time
 from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, phases
+from instantstart_fs.core.words import human_bytes
 from instantstart_fs.errors import UsageError
 
 WIDTH = 44

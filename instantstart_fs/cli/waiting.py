@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from instantstart_fs.cli.show import human_bytes, percent, rate_line
+from instantstart_fs.cli.show import percent, rate_line
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.words import human_bytes
 from instantstart_fs.errors import InstantStartError
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ times. Sources, revisions and error messages (which name them) need ``details``;
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -15,6 +14,7 @@ import msgspec
 
 from instantstart_fs.core.coldstart import ColdStart, phases
 from instantstart_fs.core.status import PipelineState, PipelineStatus
+from instantstart_fs.core.words import human_bytes, human_seconds
 from instantstart_fs.library.overview import Overview
 
 PAGE_SIZE = 50
@@ -220,25 +220,6 @@ def as_json(shown: View) -> Any:
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
-
-
-def human_bytes(count: float) -> str:
-    """Decimal units, as disks and networks are sold: 90.9 MB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB", "PB"):
-        count /= 1000
-        if count < 999.5 or unit == "PB":
-            break
-    return f"{count:.2f} {unit}" if count < 10 else f"{count:.1f} {unit}" if count < 100 else f"{count:.0f} {unit}"
-
-
-def human_seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
 
 
 def precise_seconds(seconds: float) -> str:
