@@ -295,7 +295,7 @@ def test_one_daemon_per_store_and_per_mount(make_daemon: Callable[..., Daemon], 
         ("[fill]\nchunk_size = '8 elephants'\n", "chunk_size"),
         ("[store]\nlow_watermark = 0.99\nhigh_watermark = 0.5\n", "watermark"),
         ("[mount\n", "config.toml"),
-        ("[mount]\ntransport = 'bind'\n", "bind"),
+        ("[mount]\ntransport = 'nfs'\n", "nfs"),
         ("[pipelines.p]\nsource = 'gopher://x'\n", "gopher"),
     ],
 )
