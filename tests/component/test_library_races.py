@@ -14,7 +14,6 @@ import trio.testing
 from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.errors import FillCancelled, PipelineBusy, StoreDamaged, StoreError
 from instantstart_fs.library import Library
-from instantstart_fs.library import admin as admin_module
 from instantstart_fs.library.state import Generation
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.store.blobstore import BlobStore
@@ -83,7 +82,7 @@ async def test_what_is_being_verified_is_in_use(tmp_path: Path, monkeypatch: pyt
         await library.add(spec("p", source))
         await library.warm("p")
         await wait_state(library, "p", "unverified")
-        gate = Gate(monkeypatch, admin_module.Admin, "_rehash")
+        gate = Gate(monkeypatch, BlobStore, "existing_blob")
         healed: list[tuple[str, ...]] = []
 
         async def verify() -> None:
@@ -109,7 +108,7 @@ async def test_an_update_during_verify_drops_the_old_generation_in_the_end(
         await library.add(spec("p", source))
         await library.warm("p")
         await wait_state(library, "p", "unverified")
-        gate = Gate(monkeypatch, admin_module.Admin, "_rehash")
+        gate = Gate(monkeypatch, BlobStore, "existing_blob")
         nursery.start_soon(library.verify, "p", lambda done, total: None)
         await gate.reached()
         (source / "config.json").write_bytes(b'{"a": 2}')
