@@ -111,7 +111,8 @@ def compete(daemon: Daemon, sources: list[Path], capacity: int, kills: int, betw
     daemon.restart()
     states = [daemon.status(source.name) for source in sources]
     assert {status["state"] for status in states} <= {"cold", "partial", "unverified"}
-    assert sum(status["cached_bytes"] for status in states) <= taken(daemon.store) <= 0.95 * capacity
+    # The readers' last misses are still being filled: the rule is the high watermark and one admission, as above.
+    assert sum(status["cached_bytes"] for status in states) <= taken(daemon.store) <= 0.95 * capacity + 8 * MIB
     assert os.listdir(daemon.store / "trash") == []
 
 
