@@ -4,8 +4,8 @@ Each holds the pipeline's lock, so one of them runs at a time. Orders that a cra
 
     add      slot's pipeline.json and manifest.json, then the index record      a slot without a record is an orphan:
                                                                                 removed by the next add of that id
-    update   manifest.json of n+1, then the record says n+1, then n is deleted  generations other than the record's are
-                                                                                removed at start
+    update   manifest.json of n+1, names of unchanged files in it, then the     generations other than the record's are
+             record says n+1 and that these are complete, then n is deleted     removed at start
     evict    index forgets the files (new nodeids), then the bytes go           files without a record are removed when
                                                                                 they are filled again
     remove   index forgets the pipeline, then the slot goes                     like add's orphan
@@ -14,12 +14,12 @@ Each holds the pipeline's lock, so one of them runs at a time. Orders that a cra
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import trio
 
-from instantstart_fs.core.manifest import Manifest, ModelManifest, PipelineSpec
+from instantstart_fs.core.manifest import Manifest, ModelManifest, PipelineSpec, same_bytes
 from instantstart_fs.core.names import validate_model_name, validate_origin_paths, validate_pipeline_id
 from instantstart_fs.errors import (
     FillCancelled,
@@ -31,11 +31,11 @@ from instantstart_fs.errors import (
     PipelineExists,
     StoreDamaged,
 )
-from instantstart_fs.index.schema import GenerationRecord, PipelineRecord
+from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.reading import Reading, drop_target
 from instantstart_fs.library.rehash import Pace, rehash
-from instantstart_fs.library.shelf import Shelf
+from instantstart_fs.library.shelf import Kept, Shelf
 from instantstart_fs.library.state import Generation, Pipeline
 
 log = logging.getLogger(__name__)
@@ -125,17 +125,51 @@ class Admin:
             probe = Generation(pipeline, manifest, 0, shelf.open_origin)
             base = await shelf.reserve_nodeids(probe.nodeid_count)
             await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
-            async with shelf.uncovered(pipeline):
-                await self._record(pipeline, manifest, base)
-                shelf.switch_generation(pipeline, manifest, base)
+            try:
+                kept = await self._share(old, probe) if old is not None else {}
+                async with shelf.uncovered(pipeline):
+                    await self._record(pipeline, manifest, base, kept)
+                    shelf.switch_generation(pipeline, manifest, base, kept)
+            except InstantStartError:
+                # Its names would keep the old generation's bytes on the disk when that is evicted.
+                await trio.to_thread.run_sync(shelf.store.delete_generation, pipeline_id, manifest.generation)
+                raise
             pipeline.trouble = None
             if old is not None:
+                await self._distrust(pipeline, kept)
+                log.info(
+                    "generation %d: %d of %d files are those of generation %d and stay",
+                    *(manifest.generation, len(kept), len(manifest.files), old.number),
+                    extra={"pipeline": pipeline_id},
+                )
                 # No more background filling of the old one; those who hold its files open still get their reads.
                 self._reading.filler.fill(pipeline_id, [])
                 pipeline.draining.append(old)
                 if not old.handles:
                     await self.drop_generation(old)
         return True
+
+    async def _share(self, old: Generation, new: Generation) -> dict[int, Kept]:
+        """What ``new`` takes over of ``old``, by its own index: complete files whose bytes it wants as well."""
+        before = {file.entry.path: file for file in old.files if file.complete and file.gone is None}
+        wanted = {
+            entry.path: entry.index
+            for entry in new.manifest.files
+            if (file := before.get(entry.path)) is not None and same_bytes(file.entry.file, entry.file)
+        }
+        states = {path: before[path].state for path in wanted}
+        given = await trio.to_thread.run_sync(
+            self._shelf.store.share, old.pipeline.id, old.number, new.number, sorted(wanted)
+        )
+        return {wanted[path]: Kept(before[path], states[path], allocated) for path, allocated in given.items()}
+
+    async def _distrust(self, pipeline: Pipeline, kept: Mapping[int, Kept]) -> None:
+        """Files that were found bad in the old generation while the new one took them over are bad there, too."""
+        new = pipeline.current
+        for index, found in kept.items():
+            problem = self._reading.doubt(found.old)
+            if problem is not None and new is not None:
+                await self._reading.discard(new.files[index], problem, wanted=True)
 
     async def drop_generation(self, generation: Generation) -> None:
         """Delete a superseded generation that nobody holds open any more."""
@@ -342,13 +376,18 @@ class Admin:
         store.write_pipeline(spec)
         store.write_manifest(manifest)
 
-    async def _record(self, pipeline: Pipeline, manifest: Manifest, base: int) -> None:
+    async def _record(
+        self, pipeline: Pipeline, manifest: Manifest, base: int, kept: Mapping[int, Kept] | None = None
+    ) -> None:
         record = self._pipeline_record(pipeline, manifest.generation, pipeline.pinned)
         generation = _generation_record(manifest, base)
 
         def write(txn: WriteTxn) -> None:
             txn.put_generation(generation)
             txn.put_pipeline(record)
+            for index, found in (kept or {}).items():
+                file = FileRecord(found.state.value, allocated=found.allocated)
+                txn.put_file(pipeline.id, manifest.generation, index, file)
 
         await self._shelf.index.write(write)
 

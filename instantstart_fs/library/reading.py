@@ -22,6 +22,7 @@ import trio
 
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, is_weight_file, safetensors_header_length
+from instantstart_fs.core.manifest import same_bytes
 from instantstart_fs.errors import (
     FillCancelled,
     InstantStartError,
@@ -572,6 +573,25 @@ class Reading:
                     await self._discard(file, problem, wanted=wanted)
         finally:
             self._discarding.discard(file)
+        await self._discard_shared(file, problem)
+
+    def doubt(self, file: CachedFile) -> InstantStartError | None:
+        """Why that file is not, or soon no longer, what its state says; None: nothing is known against it."""
+        if file.gone is not None:
+            return file.gone
+        if file in self._discarding or not file.complete:
+            return StoreDamaged(f"{file.entry.path}: the store's bytes are being dropped")
+        return None
+
+    async def _discard_shared(self, file: CachedFile, problem: InstantStartError) -> None:
+        """Other generations that have the same file on disk have the same bad bytes."""
+        generation = file.generation
+        for other in list(generation.pipeline.generations()):
+            for twin in () if other is generation else other.files:
+                if twin.entry.path == file.entry.path and twin.complete:
+                    if same_bytes(twin.entry.file, file.entry.file):
+                        await self.discard(twin, problem, wanted=other is generation.pipeline.current)
+                    break
 
     async def _discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:
         generation, index = file.generation, file.entry.index

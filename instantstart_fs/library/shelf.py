@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -27,6 +28,18 @@ log = logging.getLogger(__name__)
 
 SPARE_NODEIDS = 4096
 """Reserved ahead, so that a poisoned file gets its new nodeid without waiting for the disk."""
+
+
+class Kept(NamedTuple):
+    """A complete file that a new generation takes over: the ``old`` one, its state when it was taken, and the bytes of
+    disk that it takes."""
+
+    old: CachedFile
+    state: FileState
+    allocated: int
+
+
+_NOTHING_KEPT: Mapping[int, Kept] = MappingProxyType({})
 
 
 class Uncovered(Protocol):
@@ -105,9 +118,25 @@ class Shelf:
             block = range(generation.base, generation.base + generation.nodeid_count)
             incarnations = {nodeid for file in generation.files for nodeid in (file.nodeid, file.passthrough_nodeid)}
             if any(nodeid in block or nodeid in incarnations for nodeid in held):
+                generation.lent = self._lent(generation)
                 pipeline.draining.append(generation)
             else:
                 self.forget_generation(generation)
+
+    def _lent(self, draining: Generation) -> frozenset[int]:
+        """Which of its files the current generation shares."""
+        current = draining.pipeline.current
+        if current is None:
+            return frozenset()
+        complete = {file.entry.path for file in current.files if file.complete}
+        one, other = draining.number, current.number
+        return frozenset(
+            file.entry.index
+            for file in draining.files
+            if file.complete
+            and file.entry.path in complete
+            and self.store.shared(draining.pipeline.id, one, other, file.entry.path)
+        )
 
     def _load_generation(self, pipeline: Pipeline, number: int) -> Generation:
         manifest = self.store.load_manifest(pipeline.id, number)
@@ -191,8 +220,11 @@ class Shelf:
         self.invalidate(1, pipeline.id)
         pipeline.changed()
 
-    def switch_generation(self, pipeline: Pipeline, manifest: Manifest, base: int) -> Generation | None:
+    def switch_generation(
+        self, pipeline: Pipeline, manifest: Manifest, base: int, kept: Mapping[int, Kept] = _NOTHING_KEPT
+    ) -> Generation | None:
         """Show another generation (or the same one emptied, under new nodeids) from now on; the superseded one.
+        ``kept``: by index, the files of the new one that are complete already.
 
         The superseded generation keeps its nodeids while somebody holds it open: drop it with ``forget_generation``.
         """
@@ -200,6 +232,11 @@ class Shelf:
         new = Generation(pipeline, manifest, base, self.open_origin)
         new.block = self.store.block_size
         new.set_absent()
+        for index, found in kept.items():
+            new.files[index].state = found.state
+            new.measured(new.files[index], found.allocated)
+        if old is not None:
+            old.lent = frozenset(found.old.entry.index for found in kept.values())
         self.nodes.add_block(new)
         pipeline.current = new
         names: set[tuple[int, str]] = set()

@@ -155,6 +155,8 @@ class Generation:
         """Of the store's filesystem, bytes."""
         self._counts: Counts | None = None
         self._mostly_complete: dict[int, bool] = {}
+        self.lent: frozenset[int] = frozenset()
+        """Of a superseded generation: files that the one after it shares; there they are counted."""
         self.ready: trio.Event | None = None
         """Set while the store's files are being taken away (eviction): fills wait for it."""
         self._root_nodeids = {
@@ -258,6 +260,12 @@ class Generation:
     def _rounded(self, count: int) -> int:
         return -(-count // self.block) * self.block
 
+    @property
+    def own_allocated(self) -> int:
+        """Bytes of disk that its files take and no later generation's."""
+        lent = (self.files[index] for index in self.lent)
+        return self.counts.allocated - sum(self._rounded(file.size) + file.extra for file in lent if file.complete)
+
     def missing_bytes(self, *, everything: bool) -> int:
         """Of the load set, or of all files: bytes that are not here."""
         counts = self.counts
@@ -356,7 +364,7 @@ class Pipeline:
     @property
     def allocated(self) -> int:
         """Bytes of disk that its files take."""
-        return sum(generation.counts.allocated for generation in self.generations())
+        return sum(generation.own_allocated for generation in self.generations())
 
     def generations(self) -> Iterator[Generation]:
         if self.current is not None:

@@ -14,8 +14,9 @@ The order towards the index is the caller's: **index first, then delete**. A cra
 nobody speaks of (refilled over, or found by fsck), never an index that speaks of bytes that are gone. Against that
 case, too: ``blob`` says ``created``.
 
-Never follows a symbolic link below its root and never opens a file with a second name: what lies under a slot is that
-slot's alone, or StoreDamaged.
+Never follows a symbolic link below its root and never opens a file with a name elsewhere: what lies under a slot is
+that slot's alone, or StoreDamaged. Generations of one pipeline may share a complete file (``share``), under one path;
+what several share is never opened for filling.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class BlobStore:
         self._trash_fd = trash_fd
         self._unique = itertools.count()
         self._mutex = threading.Lock()
+        self._deleting: dict[str, tuple[str, ...]] = {}
+        """What is being removed from the trash: its name there → where it lay below slots/."""
         self._durable: set[tuple[str, ...]] = set()
         """Directories (components below slots/) whose entries this process has made durable."""
 
@@ -278,8 +281,7 @@ class BlobStore:
             finally:
                 os.close(parent)
             try:
-                status = os.fstat(fd)
-                _check_ours(status, shown)
+                status = self._check_slots_own(fd, pipeline, path, shown)
             except BaseException:
                 os.close(fd)
                 raise
@@ -296,6 +298,94 @@ class BlobStore:
                 os.close(parent)
 
         return BlobFile(fd, size, shown, writable=writable, created=created, sync_entry=sync_entry)
+
+    def share(self, pipeline: str, old: int, new: int, paths: Sequence[str]) -> dict[str, int]:
+        """Give complete files of generation ``old`` to ``new`` too, under the same paths: one file, a name in each.
+
+        Those that were given, durably, with the bytes of disk that each takes. Left out is what is not there or has no
+        seal. Raises StoreFull, StoreReadOnly, StoreDamaged.
+        """
+        given: dict[str, int] = {}
+        touched: set[tuple[str, ...]] = set()
+        for path in paths:
+            try:
+                blob = self.existing_blob(pipeline, old, path)
+                if blob is None:
+                    continue
+                with blob:
+                    if blob.seal_record() is None:
+                        continue
+                    allocated = blob.allocated_bytes()
+            except StoreDamaged:
+                continue  # its next reader finds out
+            (source, name), (target, _) = self._blob_place(pipeline, old, path), self._blob_place(pipeline, new, path)
+            with translated(f"share {pipeline}/{old}/{path}"):
+                here = self._walk(source)
+                try:
+                    there = self._walk(target, create=True)
+                    try:
+                        os.link(name, name, src_dir_fd=here, dst_dir_fd=there, follow_symlinks=False)
+                    finally:
+                        os.close(there)
+                finally:
+                    os.close(here)
+            given[path] = allocated
+            touched.add(target)
+        for directory in touched:
+            with translated(f"sync {_shown(directory)}"):
+                fd = self._walk(directory)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        return given
+
+    def shared(self, pipeline: str, one: int, other: int, path: str) -> bool:
+        """Whether that file of both generations is one on disk."""
+        found = [self._stat_blob(pipeline, generation, path) for generation in (one, other)]
+        return found[0] is not None and found[0] == found[1]
+
+    def _stat_blob(self, pipeline: str, generation: int, path: str) -> tuple[int, int] | None:
+        """(device, inode) of what lies there."""
+        directory, name = self._blob_place(pipeline, generation, path)
+        try:
+            parent = self._walk(directory)
+        except (NoSuchEntry, OSError):
+            return None
+        try:
+            status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except OSError:
+            return None
+        finally:
+            os.close(parent)
+        return status.st_dev, status.st_ino
+
+    def _check_slots_own(self, fd: int, pipeline: str, path: str, shown: str) -> os.stat_result:
+        """Like ``_check_ours``; names that it has in other generations of its pipeline are its own, too, also while
+        they are being deleted."""
+        status = os.fstat(fd)
+        while True:
+            own = self._own_names(status, pipeline, path) if status.st_nlink > 1 else 1
+            again = os.fstat(fd)
+            if own >= status.st_nlink or again.st_nlink >= status.st_nlink:
+                _check_ours(status, shown, own)
+                return status
+            status = again  # one was deleted while we counted
+
+    def _own_names(self, status: os.stat_result, pipeline: str, path: str) -> int:
+        inode = status.st_dev, status.st_ino
+        numbers = [number for name in self.list_directory(pipeline) if (number := generation_number(name)) is not None]
+        count = sum(self._stat_blob(pipeline, number, path) == inode for number in numbers)
+        # After the slots: what goes from there to the trash meanwhile is counted twice, and never missed.
+        with self._mutex:
+            deleting = list(self._deleting.items())
+        for name, components in deleting:
+            if components[0] == pipeline and len(components) >= 2:
+                below = "/".join([name, *((FILES,) if len(components) == 2 else ()), path])
+                with contextlib.suppress(OSError):
+                    found = os.stat(below, dir_fd=self._trash_fd, follow_symlinks=False)
+                    count += (found.st_dev, found.st_ino) == inode
+        return count
 
     # -- deletion --------------------------------------------------------------------------------------------------
 
@@ -361,18 +451,24 @@ class BlobStore:
                 parent = self._walk(components[:-1])
             except NoSuchEntry:
                 return
-            try:
-                os.rename(components[-1], trashed, src_dir_fd=parent, dst_dir_fd=self._trash_fd)
-                os.fsync(parent)
-                os.fsync(self._trash_fd)
-            except FileNotFoundError:
-                return
-            finally:
-                os.close(parent)
             with self._mutex:
-                length = len(components)
-                self._durable = {known for known in self._durable if known[:length] != components}
-            self._remove_trashed(trashed)
+                self._deleting[trashed] = components
+            try:
+                try:
+                    os.rename(components[-1], trashed, src_dir_fd=parent, dst_dir_fd=self._trash_fd)
+                    os.fsync(parent)
+                    os.fsync(self._trash_fd)
+                except FileNotFoundError:
+                    return
+                finally:
+                    os.close(parent)
+                with self._mutex:
+                    length = len(components)
+                    self._durable = {known for known in self._durable if known[:length] != components}
+                self._remove_trashed(trashed)
+            finally:
+                with self._mutex:
+                    del self._deleting[trashed]
 
     def _empty_trash(self) -> None:
         with translated(f"empty {self.layout.trash}"):
@@ -475,10 +571,10 @@ def _shown(components: Sequence[str]) -> str:
     return "/".join((SLOTS, *components))
 
 
-def _check_ours(status: os.stat_result, shown: str) -> None:
+def _check_ours(status: os.stat_result, shown: str, names: int = 1) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise StoreDamaged(f"{shown} is not a regular file: the daemon did not put it there; remove it")
-    if status.st_nlink > 1:
+    if status.st_nlink > names:
         raise StoreDamaged(f"{shown} has {status.st_nlink} names: somebody linked a file into or out of the store")
     if status.st_nlink == 0:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 
 import msgspec
 
@@ -86,6 +87,8 @@ def usage_of(root: str, slots: str) -> StoreUsage:
     with translated(f"look at {root}"):
         status = os.statvfs(root)
     used = 0
+    several: set[tuple[int, int]] = set()
+    """Files with more names than one: generations share them, the disk holds them once."""
     pending = [slots]
     while pending:
         directory = pending.pop()
@@ -93,9 +96,14 @@ def usage_of(root: str, slots: str) -> StoreUsage:
             with os.scandir(directory) as entries:
                 for entry in entries:
                     try:
-                        used += entry.stat(follow_symlinks=False).st_blocks * 512
+                        found = entry.stat(follow_symlinks=False)
                     except FileNotFoundError:
                         continue
+                    if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+                        if (found.st_dev, found.st_ino) in several:
+                            continue
+                        several.add((found.st_dev, found.st_ino))
+                    used += found.st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
         except FileNotFoundError:

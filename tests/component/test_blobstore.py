@@ -156,6 +156,76 @@ def test_what_is_planted_in_place_of_a_file_is_refused(store: BlobStore, root: P
         store.blob("p", 1, "real", 7)
 
 
+def sealed(store: BlobStore, generation: int, path: str, data: bytes) -> None:
+    with store.blob("p", generation, path, len(data)) as blob:
+        blob.pwrite(0, data)
+        blob.seal(SealRecord(len(data), "unverified"))
+
+
+def test_generations_share_a_complete_file_and_each_may_go_first(store: BlobStore, root: Path) -> None:
+    for path in ("a", "sub/b"):
+        sealed(store, 1, path, b"abc")
+    store.blob("p", 1, "partial", 3).close()
+    before = store.usage().used
+    given = store.share("p", 1, 2, ["a", "sub/b", "partial", "nowhere"])
+    assert given.keys() == {"a", "sub/b"}
+    assert store.shared("p", 1, 2, "sub/b") and not store.shared("p", 1, 2, "partial")
+    directories = 2 * 4096 * 2  # generation and files of 2, and its sub/
+    assert store.usage().used <= before + directories, "the bytes are counted twice"
+    for generation in (1, 2):
+        blob = store.existing_blob("p", generation, "sub/b")
+        assert blob is not None
+        with blob:
+            assert blob.pread(0, 3) == b"abc" and blob.seal_record() is not None
+    with pytest.raises(StoreDamaged, match="2 names"):
+        store.blob("p", 2, "a", 3)  # filling one would write into the other
+    store.delete_blob("p", 2, "a")
+    assert store.existing_blob("p", 2, "a") is None
+    store.blob("p", 1, "a", 3).close()
+    store.delete_generation("p", 1)
+    assert store.existing_blob("p", 1, "sub/b") is None
+    store.blob("p", 2, "sub/b", 3).close()
+
+
+def test_a_shared_file_is_its_slots_own_while_a_generation_is_deleted(
+    store: BlobStore, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the renaming of the old generation into the trash and its end, the file has a name there."""
+    sealed(store, 1, "sub/b", b"abc")
+    store.share("p", 1, 2, ["sub/b"])
+    seen = []
+    remove = BlobStore._remove_trashed
+
+    def watched(self: BlobStore, name: str) -> None:
+        blob = self.existing_blob("p", 2, "sub/b")
+        assert blob is not None
+        with blob:
+            seen.append(os.fstat(blob.fd).st_nlink)
+        remove(self, name)
+
+    monkeypatch.setattr(BlobStore, "_remove_trashed", watched)
+    store.delete_generation("p", 1)
+    assert seen == [2]
+
+
+def test_a_name_elsewhere_is_refused_beside_one_in_another_generation(
+    store: BlobStore, root: Path, tmp_path: Path
+) -> None:
+    sealed(store, 1, "a", b"abc")
+    store.share("p", 1, 2, ["a"])
+    os.link(root / "slots/p/1/files/a", tmp_path / "outside")
+    for generation in (1, 2):
+        with pytest.raises(StoreDamaged, match="3 names"):
+            store.existing_blob("p", generation, "a")
+    os.unlink(tmp_path / "outside")
+    (root / "slots/q/1/files").mkdir(parents=True)
+    os.link(root / "slots/p/1/files/a", root / "slots/q/1/files/a")
+    with pytest.raises(StoreDamaged, match="3 names"):
+        store.existing_blob("p", 2, "a")  # another pipeline's slot is elsewhere, too
+    with pytest.raises(StoreDamaged, match="3 names"):
+        store.existing_blob("q", 1, "a")
+
+
 def test_deleting_keeps_what_is_open_and_leaves_nothing(store: BlobStore, root: Path) -> None:
     store.write_pipeline(SPEC)
     store.write_manifest(manifest_of("p", 1, "sub/a", "b"))

@@ -1,0 +1,202 @@
+"""update: what has not changed is not fetched again, and what was bad does not become good by it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from instantstart_fs.config import (
+    Capacity,
+    Config,
+    FillConfig,
+    HuggingFaceConfig,
+    MountConfig,
+    OriginsConfig,
+    StoreConfig,
+)
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.errors import InstantStartError, StoreDamaged
+from instantstart_fs.index.environment import Index
+from instantstart_fs.library import Library
+from instantstart_fs.library.admin import Admin
+from instantstart_fs.store.blobstore import BlobStore
+from tests.component.test_library import MIB, find, make_source, read_all, running, spec, wait_gone, wait_state
+from tests.servers.hub import HubServer
+
+pytestmark = pytest.mark.timeout(90)
+
+SHARDS = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")
+HUB_SPEC = PipelineSpec(id="p", models=(ModelSpec(source="hf://org/update"),))
+
+
+@asynccontextmanager
+async def from_hub(root: Path, hub: HubServer) -> AsyncIterator[Library]:
+    config = Config(
+        mount=MountConfig(path=str(root / "mnt")),
+        store=StoreConfig(path=str(root / "store"), capacity=Capacity(bytes=1 << 40)),
+        fill=FillConfig(workers=1, connections=4, chunk_size=MIB, read_deadline=10.0),
+        origins=OriginsConfig(huggingface=HuggingFaceConfig(endpoint=hub.endpoint)),
+    )
+    with BlobStore.open(config.store.path) as store, Index.open(str(root / "store" / "index")) as index:
+        library = Library(config, store, index)
+        async with library.running():
+            yield library
+
+
+def bodies(hub: HubServer) -> dict[str, int]:
+    """Bytes of files that the hub and its CDN sent, by the file asked for."""
+    sent: dict[str, int] = {}
+    for request in hub.requests():
+        if request.sent:
+            name = request.path.rpartition("/")[2]
+            sent[name] = sent.get(name, 0) + request.sent
+    return sent
+
+
+def published(hub: HubServer, tmp_path: Path) -> tuple[Path, Path]:
+    """A model on the hub, warm nowhere, and a copy of it with another configuration and one more file."""
+    old, new = make_source(tmp_path / "old"), tmp_path / "new"
+    shutil.copytree(old, new)
+    (new / "config.json").write_bytes(b'{"a": 2}')
+    (new / "added.json").write_bytes(b"{}")
+    hub.publish("org/update", old)
+    return old, new
+
+
+async def test_only_what_has_changed_is_fetched_again(tmp_path: Path, hub: HubServer) -> None:
+    """Counted at the origin: after an update that changes a configuration file not a byte of the weights is asked for,
+    while they are held open and after, by the daemon that made the update and by the next one."""
+    old, new = published(hub, tmp_path)
+    async with from_hub(tmp_path, hub) as library:
+        await library.add(HUB_SPEC)
+        await library.warm("p", everything=True)
+        await wait_state(library, "p", "warm")
+        await library.warm("p", everything=True)
+        with trio.fail_after(20):
+            while any(file.state != "sealed" for file in library.status("p").files or ()):
+                await library.wait_changed("p", 1.0)
+        before = {name: find(library, "p", name) for name in SHARDS}
+        held = await library.open(before[SHARDS[0]])
+        allocated = library.candidates()[0].bytes
+        hub.publish("org/update", new)
+        hub.forget_requests()
+        status = await library.update("p")
+        assert (status.generation, status.state) == (2, "partial"), "two files are not here yet"
+        assert not bodies(hub), "update itself moves no bytes"
+        states = {file.path: file.state for file in status.files or ()}
+        assert {path for path, state in states.items() if state != "sealed"} == {"config.json", "added.json"}
+        assert library.candidates()[0].bytes <= allocated, "what both generations share is counted once"
+        # The holder of the old generation's file keeps it, under its nodeid; the new one has one of its own.
+        buffer = bytearray(1000)
+        assert await library.read_into(held, 2 * MIB, memoryview(buffer)) == 1000
+        assert buffer == (old / SHARDS[0]).read_bytes()[2 * MIB : 2 * MIB + 1000]
+        for name in SHARDS:
+            assert find(library, "p", name) != before[name]
+            assert await read_all(library, "p", name) == (new / name).read_bytes()
+        await library.warm("p")
+        await wait_state(library, "p", "warm")
+        library.release(held)
+        await wait_gone(tmp_path / "store/slots/p/1")
+        report = await library.verify("p", lambda done, total: None)
+        assert (report.healed, report.unproven) == ((), ())
+        # (The files that went are gone from the disk: nothing keeps their space.)
+        assert library.candidates()[0].bytes <= allocated + 2 * 4096
+    async with from_hub(tmp_path, hub) as library:
+        assert library.status("p").state == "warm"
+        for path in new.rglob("*"):
+            if path.is_file():
+                assert await read_all(library, "p", *path.relative_to(new).parts) == path.read_bytes()
+        await library.evict("p")
+        assert not os.path.exists(tmp_path / "store/slots/p/2/files")
+    assert bodies(hub) == {"config.json": 8, "added.json": 2}
+
+
+async def test_a_plain_directory_keeps_what_is_the_very_same_file(tmp_path: Path) -> None:
+    """Nothing proves such files: they stay where path, inode, length and time are what they were."""
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        await wait_state(library, "p", "unverified")
+        changed = source / SHARDS[1]
+        changed.write_bytes(os.urandom(changed.stat().st_size))
+        status = await library.update("p")
+        states = {file.path: file.state for file in status.files or ()}
+        assert (states[SHARDS[0]], states[SHARDS[1]]) == ("unverified", "absent")
+        for name in SHARDS:
+            assert await read_all(library, "p", name) == (source / name).read_bytes()
+
+
+async def test_an_update_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        await wait_state(library, "p", "unverified")
+        (source / "config.json").write_bytes(b'{"a": 2}')
+
+        async def fail(*arguments: object) -> None:
+            raise StoreDamaged("the index cannot be written")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Admin, "_record", fail)
+            with pytest.raises(StoreDamaged):
+                await library.update("p")
+        assert sorted(path.name for path in (tmp_path / "store/slots/p").iterdir()) == ["1", "pipeline.json"]
+        assert library.status("p").generation == 1
+        assert (await library.update("p")).generation == 2
+
+
+async def found_bad(library: Library, path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[3 * MIB // 2] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    assert (await library.verify("p", lambda done, total: None)).healed == (path.name,)
+
+
+async def test_what_rots_is_dropped_in_every_generation_that_shares_it(tmp_path: Path, hub: HubServer) -> None:
+    old, new = published(hub, tmp_path)
+    async with from_hub(tmp_path, hub) as library:
+        await library.add(HUB_SPEC)
+        await library.warm("p")
+        await wait_state(library, "p", "warm")
+        held = await library.open(find(library, "p", SHARDS[0]))
+        hub.publish("org/update", new)
+        await library.update("p")
+        await found_bad(library, tmp_path / "store/slots/p/2/files" / SHARDS[0])
+        with pytest.raises(InstantStartError, match="not those that were sealed"):
+            await library.read_into(held, 0, memoryview(bytearray(10)))
+        library.release(held)
+        await library.warm("p")
+        await wait_state(library, "p", "warm")
+        assert await read_all(library, "p", SHARDS[0]) == (old / SHARDS[0]).read_bytes()
+
+
+async def test_what_is_found_bad_while_it_is_taken_over_is_bad_there(
+    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = published(hub, tmp_path)
+    async with from_hub(tmp_path, hub) as library:
+        await library.add(HUB_SPEC)
+        await library.warm("p")
+        await wait_state(library, "p", "warm")
+        hub.publish("org/update", new)
+        record: Callable[..., object] = Admin._record
+
+        async def late(self: Admin, *arguments: object) -> None:
+            await found_bad(library, tmp_path / "store/slots/p/1/files" / SHARDS[0])
+            await record(self, *arguments)  # type: ignore[misc]
+
+        monkeypatch.setattr(Admin, "_record", late)
+        await library.update("p")
+        await library.warm("p")
+        await wait_state(library, "p", "warm")
+        assert await read_all(library, "p", SHARDS[0]) == (old / SHARDS[0]).read_bytes()
+        assert (await library.verify("p", lambda done, total: None)).healed == ()
