@@ -1,8 +1,8 @@
 """Filler: drives core/fillplan and carries out what it says. The library's only door to filling.
 
-    demand, fill ─► FillPlan ─► requests ─► (blob open? located? worker?) ─► worker ─► Arrived ─► present, readers wake
-                        ▲                                                        │          └► Committer ─► sealed
-                        └──────────────── backoff, breaker, next source ◄── Failed
+    demand, fill ─► FillPlan ─► requests ─► Delivery (filler/delivery.py) ─► arrived ─► present, readers wake
+                        ▲                                     │                 └► Committer ─► sealed
+                        └─── Pacing (filler/pacing.py) ◄── failed
 
 Owns the state of every FillTarget that is not complete, on the trio thread: it alone changes ``present``, ``durable``,
 ``state``, ``error``. It never closes ``target.blob`` (readers may be inside a call): that is the library's, once the
@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import logging
 import math
-import random
-import time
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from instantstart_fs.core.chunks import ByteRange
-from instantstart_fs.core.fillplan import FillPlan, Request
+from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.manifest import FileEntry
-from instantstart_fs.core.retry import believed_retry_after
 from instantstart_fs.core.serving import endpoint_trusted, may_serve_unsealed
 from instantstart_fs.errors import (
     AccessRefused,
@@ -42,34 +39,19 @@ from instantstart_fs.errors import (
     OriginUnavailable,
     StoreError,
     StoreFull,
-    from_code,
 )
 from instantstart_fs.filler.breakers import Breakers
 from instantstart_fs.filler.committer import CommitEvents, Committer
+from instantstart_fs.filler.delivery import Delivery, DeliveryEvents
 from instantstart_fs.filler.direct import Direct
-from instantstart_fs.filler.messages import (
-    Arrived,
-    Closed,
-    CloseFile,
-    Failed,
-    Fetch,
-    Hashed,
-    HashFailed,
-    OpenFile,
-    Progress,
-    Report,
-    SetLocation,
-    WorkerSettings,
-)
-from instantstart_fs.filler.pool import Worker, WorkerPool
+from instantstart_fs.filler.pacing import Pacing
 from instantstart_fs.filler.quarantine import Quarantine
 from instantstart_fs.filler.rates import Rates
-from instantstart_fs.filler.sources import Locator, Source, Tier, chain_for, expired
+from instantstart_fs.filler.sources import Locator, Source, Tier, chain_for
 from instantstart_fs.filler.state import BreakerState, FillEvents, Filling, FillSettings, FillStatistics, Sent
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
-from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.store.blobfile import BlobFile
+from instantstart_fs.origins.base import OriginKey
 from instantstart_fs.store.blobstore import BlobStore
 
 __all__ = ["FillEvents", "FillSettings", "FillStatistics", "Filler"]
@@ -80,12 +62,9 @@ REVIVE_SECONDS = 5.0
 ROOM_SECONDS = 60.0
 """How long the evictor may take to make room before the fill gives up."""
 ROOM_PACE = 1.0
-QUIET_SECONDS = 10.0
-"""How long ``wait_quiet`` waits for a worker's word before that worker is killed."""
-OPEN_THREADS = 8
 
 
-class Filler(CommitEvents):
+class Filler(CommitEvents, DeliveryEvents):
     """Everything but ``run`` and ``wait_quiet`` answers at once. ``tiers``: links asked before the origin.
 
     ``make_room``: asked when the store is full; frees space if it can and says whether it did (filler/evictor.py).
@@ -107,43 +86,25 @@ class Filler(CommitEvents):
         self.make_room = make_room
         self._plan: FillPlan[FileKey] = FillPlan(settings.connections, settings.demand_headroom)
         self._committer = Committer(store, index, settings.commit_bytes, settings.commit_seconds, self)
-        self._pool = WorkerPool(
-            store,
-            settings.workers,
-            WorkerSettings(
-                connect_timeout=settings.connect_timeout,
-                stall_timeout=settings.stall_timeout,
-                pause_limit=settings.demand_pause,
-            ),
-            self._on_report,
-            self._on_death,
-        )
         self._locator = Locator(settings.locate_timeout)
         self._rates = Rates()
         self._fillings: dict[FileKey, Filling] = {}
         self._background: dict[str, set[FileKey]] = {}
         self._breakers = Breakers()
+        self._delivery = Delivery(store, settings, self._locator, self)
+        self._pacing = Pacing(self._plan, self._fillings, self._breakers, settings)
         self._direct = Direct(
             self._locator,
             settings,
             broken=self._breakers.broken,
-            answered=self._origin_answers,
-            failed=self._origin_fails,
+            answered=self._pacing.origin_answers,
+            failed=self._pacing.origin_fails,
         )
-        self._sent: dict[int, Sent] = {}
-        self._files: dict[int, Filling] = {}
-        self._closing: dict[int, tuple[str, Worker]] = {}
-        self._opening: set[Filling] = set()
-        """Those whose blob is being made."""
         self._quarantine = Quarantine()
         self._making_room: set[str] = set()
         self._room_at: dict[str, float] = {}
-        self._numbers = 0
         self._wakeup = trio.Event()
-        self._quiet = trio.Event()
         self._nursery: trio.Nursery | None = None
-        self._open_limiter = trio.CapacityLimiter(OPEN_THREADS)
-        self._random = random.Random()
         self._retries = 0
         self._fetched = 0
         self._fetched_from: dict[str, int] = {}
@@ -158,12 +119,12 @@ class Filler(CommitEvents):
             committing.start_soon(self._committer.run)
             try:
                 async with trio.open_nursery() as nursery:
-                    self._nursery = nursery
-                    await nursery.start(self._pool.run)
+                    self._nursery = self._delivery.nursery = nursery
+                    await nursery.start(self._delivery.pool.run)
                     nursery.start_soon(self._pump)
                     task_status.started()
             finally:
-                self._nursery = None
+                self._nursery = self._delivery.nursery = None
                 committing.cancel_scope.cancel()
 
     def demand(self, target: FillTarget, wanted: ByteRange) -> None:
@@ -178,7 +139,7 @@ class Filler(CommitEvents):
         self._plan.demand(target.key, target.present.chunks_of(wanted))
         if not target.serve_unsealed:
             self._plan.add_background(target.key)  # the reader waits for the seal, and that for every chunk
-        self._show_breaker(filling)
+        self._pacing.show_breaker(filling)
         self._check_complete(filling)
         self._wakeup.set()
 
@@ -238,27 +199,9 @@ class Filler(CommitEvents):
         self._direct.forget(pipeline)
 
     async def wait_quiet(self, pipeline: str) -> None:
-        """Return when no cancelled file of the pipeline is written any more, by workers or by a commit.
-
-        A worker that does not say so within QUIET_SECONDS is killed: then it is so.
-        """
-        # Only what is cancelled by now: other files of the pipeline may be filled, opened and closed all the time.
-        opening = {filling for filling in self._opening if filling.done and filling.target.key.pipeline == pipeline}
-        closing = {number for number, (name, _) in self._closing.items() if name == pipeline}
-        with trio.move_on_after(QUIET_SECONDS) as scope:
-            await self._wait_closed(opening, closing)
-        if scope.cancelled_caught:
-            for worker in {self._closing[number][1] for number in closing & self._closing.keys()}:
-                log.error(
-                    "the fetch worker %d does not close a file; it is killed", worker.pid, extra={"pipeline": pipeline}
-                )
-                worker.kill()
-            await self._wait_closed(opening, closing)
+        """Return when no cancelled file of the pipeline is written any more, by workers or by a commit."""
+        await self._delivery.wait_quiet(pipeline)
         await self._committer.wait_quiet(pipeline)
-
-    async def _wait_closed(self, opening: Set[Filling], closing: Set[int]) -> None:
-        while opening & self._opening or closing & self._closing.keys():
-            await self._quiet.wait()
 
     def is_filling(self, pipeline: str) -> bool:
         """Whether background work of it is under way, waiting for its seal included."""
@@ -290,10 +233,10 @@ class Filler(CommitEvents):
     def statistics(self) -> FillStatistics:
         now = trio.current_time()
         return FillStatistics(
-            workers=len(self._pool.workers),
-            worker_deaths=self._pool.deaths,
+            workers=len(self._delivery.pool.workers),
+            worker_deaths=self._delivery.pool.deaths,
             files=len(self._fillings),
-            in_flight=len(self._sent),
+            in_flight=self._delivery.in_flight,
             queued=self._plan.queued(),
             retries=self._retries,
             fetched_bytes=self._fetched,
@@ -308,7 +251,7 @@ class Filler(CommitEvents):
         )
 
     def worker_pids(self) -> tuple[int, ...]:
-        return tuple(worker.pid for worker in self._pool.workers)
+        return tuple(worker.pid for worker in self._delivery.pool.workers)
 
     # -- entering and leaving ------------------------------------------------------------------------------------
 
@@ -349,7 +292,7 @@ class Filler(CommitEvents):
         target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, trusted)
         mismatches = self._quarantine.mismatches(key)
         if mismatches:
-            self._plan.hold(key, now + self._settings.backoff.delay(mismatches + 1, self._random.random()))
+            self._plan.hold(key, now + self._pacing.backoff(mismatches + 1))
         return filling
 
     def _leave(self, filling: Filling) -> None:
@@ -366,19 +309,10 @@ class Filler(CommitEvents):
             if not pending:
                 del self._background[key.pipeline]
         for sent in list(filling.sent):
-            self._unsend(sent)
+            self._delivery.unsend(sent)
         filling.waiting.clear()
-        self._close_at_worker(filling)
+        self._delivery.close_at_worker(filling)
         self._wakeup.set()
-
-    def _close_at_worker(self, filling: Filling) -> None:
-        worker, filling.worker = filling.worker, None
-        if worker is not None:
-            self._files.pop(filling.file, None)
-            self._closing[filling.file] = (filling.target.key.pipeline, worker)
-            worker.send(CloseFile(filling.file))
-        filling.file = 0
-        filling.hashed = None
 
     def _end(self, filling: Filling, error: InstantStartError) -> None:
         """The target has failed for good."""
@@ -401,193 +335,50 @@ class Filler(CommitEvents):
                 if breaker.probe_at is not None and breaker.probe_at > now:
                     times.append(breaker.probe_at)
             for request in self._plan.next_requests(now, background=self._committer.stuck is None):
-                self._dispatch(request)
+                self._delivery.dispatch(request, self._fillings[request.key])
             times.append(self._plan.next_time(now) or math.inf)
             with trio.move_on_at(min(times)):
                 await self._wakeup.wait()
 
-    def _dispatch(self, request: Request[FileKey]) -> None:
-        filling = self._fillings[request.key]
-        self._numbers += 1
-        sent = Sent(self._numbers, filling, request.chunk, request.demand)
-        self._sent[sent.number] = sent
-        filling.sent.add(sent)
-        if filling.worker is not None and filling.location is not None and not expired(filling.location):
-            self._send(sent)
-        else:
-            filling.waiting.append(sent)
-            self._prepare_soon(filling)
+    # -- what comes back from the workers ------------------------------------------------------------------------
 
-    def _send(self, sent: Sent) -> None:
-        filling = sent.filling
-        worker = filling.worker
-        assert worker is not None
-        sent.worker = worker
-        sent.generation = filling.generation
-        worker.in_flight += 1
-        worker.send(Fetch(sent.number, filling.file, sent.chunk, sent.demand, filling.target.has_reader()))
-        if sent.demand and len(self._sent) > 1:
-            self._pool.pause_background_until(time.monotonic() + self._settings.demand_pause)
+    def on_opened(self, filling: Filling) -> None:
+        if filling.target.entry.file.digest is None:
+            self._check_complete(filling)  # an empty file waited for nothing but its blob
 
-    def _unsend(self, sent: Sent) -> None:
-        """It is over, whichever way."""
-        if self._sent.pop(sent.number, None) is None:
-            return
-        sent.filling.sent.discard(sent)
-        if sent.worker is not None:
-            sent.worker.in_flight -= 1
-            if sent.demand and not any(other.demand and other.worker is not None for other in self._sent.values()):
-                self._pool.pause_background_until(0.0)
-
-    def _prepare_soon(self, filling: Filling) -> None:
-        if not filling.preparing and self._nursery is not None:
-            filling.preparing = True
-            # From here on: ``wait_quiet`` must not miss a task that has not run yet.
-            self._opening.add(filling)
-            self._nursery.start_soon(self._prepare, filling)
-
-    async def _prepare(self, filling: Filling) -> None:
-        """Open the blob, locate the file, give it to a worker, send what waits."""
-        target = filling.target
-        try:
-            try:
-                if not filling.done:
-                    await self._open_blob(filling)
-            finally:
-                self._opening.discard(filling)
-                self._set_quiet()
-            if target.entry.file.digest is None:
-                self._check_complete(filling)  # an empty file waited for nothing but its blob
-            while not (filling.done or filling.sealing):
-                if filling.waiting and (filling.location is None or expired(filling.location)):
-                    self._located(filling, await self._locator.locate(filling.source, target.entry))
-                    continue
-                if filling.worker is None:
-                    worker = await self._pool.wait_worker()
-                    if not filling.done:
-                        self._open_at(filling, worker)
-                    continue
-                break
-            if not filling.done:
-                waiting, filling.waiting = filling.waiting, []
-                for sent in waiting:
-                    self._send(sent)
-        except InstantStartError as error:
-            if not filling.done:
-                if not filling.waiting:  # opened for its hash alone
-                    self._end(filling, error)
-                waiting, filling.waiting = filling.waiting, []
-                for position, sent in enumerate(waiting):
-                    sent.generation = filling.generation
-                    self._failed(sent, error, 0.0, counts=position == 0)
-        finally:
-            filling.preparing = False
-
-    def _located(self, filling: Filling, location: Location) -> None:
-        if filling.done:
-            return  # cancelled meanwhile: the plan does not know it any more
-        target = filling.target
-        filling.location = location
-        filling.generation += 1
-        target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, location.trusted)
-        if not target.serve_unsealed:
-            self._plan.add_background(target.key)  # readers wait for the seal, and that for every chunk
-            self._wakeup.set()
-        if filling.worker is not None:
-            filling.worker.send(SetLocation(filling.file, location))
-
-    async def _open_blob(self, filling: Filling) -> None:
-        target = filling.target
-        if target.blob is not None:
-            return
-        blob: BlobFile = await trio.to_thread.run_sync(target.open_blob, limiter=self._open_limiter)
-        if filling.done and target.failed:
-            blob.close()
-            return
-        target.blob = blob
-        if blob.created and target.present.count:
-            # The store lost the file that the index speaks of: nothing of it is present.
-            for chunk in range(target.present.chunks):
-                target.present.discard(chunk)
-                target.durable.discard(chunk)
-            if not filling.done:
-                self._plan.refill(target.key)
-                self._wakeup.set()
-
-    def _open_at(self, filling: Filling, worker: Worker) -> None:
-        target = filling.target
-        assert target.blob is not None
-        self._numbers += 1
-        filling.file = self._numbers
-        filling.worker = worker
-        filling.hashed = None
-        self._files[filling.file] = filling
-        worker.files.add(filling.file)
-        present = target.present
-        file = target.entry.file
-        worker.send(
-            OpenFile(filling.file, target.entry.path, file.size, present.chunk_size, file.digest, present.to_bytes()),
-            target.blob.fd,
-        )
-        if filling.location is not None:
-            worker.send(SetLocation(filling.file, filling.location))
-
-    # -- what workers say ----------------------------------------------------------------------------------------
-
-    def _on_report(self, worker: Worker, report: Report) -> None:
-        match report:
-            case Arrived(request=number):
-                sent = self._sent.get(number)
-                if sent is not None:
-                    self._arrived(sent)
-            case Progress(request=number, bytes=count):
-                sent = self._sent.get(number)
-                if sent is not None:
-                    sent.counted += count
-                    sent.filling.target.last_progress = trio.current_time()
-                    self._rates.add(sent.filling.target.key.pipeline, count, trio.current_time())
-            case Failed():
-                sent = self._sent.get(report.request)
-                if sent is not None:
-                    error = from_code(report.code, report.message, retry_after=report.retry_after)
-                    self._failed(sent, error, report.silent)
-            case Hashed(file=number, digest=digest):
-                filling = self._files.get(number)
-                if filling is not None:
-                    filling.hashed = digest
-                    self._check_complete(filling)
-            case HashFailed(file=number):
-                filling = self._files.get(number)
-                if filling is not None:
-                    self._hash_failed(filling, from_code(report.code, report.message))
-            case Closed(file=number):
-                worker.files.discard(number)
-                self._closing.pop(number, None)
-                self._set_quiet()
-
-    def _on_death(self, worker: Worker) -> None:
-        for number in [number for number, (_, holder) in self._closing.items() if holder is worker]:
-            del self._closing[number]
-        for filling in [filling for filling in self._files.values() if filling.worker is worker]:
-            self._files.pop(filling.file, None)
-            filling.worker, filling.file, filling.hashed = None, 0, None
-            for sent in [sent for sent in filling.sent if sent.worker is worker]:
-                self._retries += 1
-                self._unsend(sent)
-                self._plan.failed(filling.target.key, sent.chunk)
-            self._check_complete(filling)
-        self._set_quiet()
+    def on_emptied(self, filling: Filling) -> None:
+        self._plan.refill(filling.target.key)
         self._wakeup.set()
 
-    def _set_quiet(self) -> None:
-        quiet, self._quiet = self._quiet, trio.Event()
-        quiet.set()
+    def on_located(self, filling: Filling) -> None:
+        if not filling.target.serve_unsealed:
+            self._plan.add_background(filling.target.key)  # readers wait for the seal, and that for every chunk
+            self._wakeup.set()
 
-    def _arrived(self, sent: Sent) -> None:
+    def on_progress(self, sent: Sent, count: int) -> None:
+        target, now = sent.filling.target, trio.current_time()
+        sent.counted += count
+        target.last_progress = now
+        self._rates.add(target.key.pipeline, count, now)
+
+    def on_hashed(self, filling: Filling) -> None:
+        self._check_complete(filling)
+
+    def on_unhashable(self, filling: Filling, error: InstantStartError) -> None:
+        self._end(filling, error)
+
+    def on_worker_lost(self, filling: Filling, lost: list[Sent]) -> None:
+        for sent in lost:
+            self._retries += 1
+            self._plan.failed(filling.target.key, sent.chunk)
+        self._check_complete(filling)
+        self._wakeup.set()
+
+    def on_arrived(self, sent: Sent) -> None:
         filling, chunk = sent.filling, sent.chunk
         target = filling.target
         key, now = target.key, trio.current_time()
-        self._unsend(sent)
+        self._delivery.unsend(sent)
         length = target.present.byte_range(chunk).length
         self._fetched += length
         origin = filling.source.key
@@ -604,7 +395,7 @@ class Filler(CommitEvents):
         if filling.held_until:
             filling.held_until = 0.0
             self._plan.release(key)
-        self._origin_answers(filling.source.key)
+        self._pacing.origin_answers(filling.source.key)
         if target.error is not None and self._committer.stuck is None:
             target.error = None
             self._events.trouble(target, None)
@@ -624,17 +415,17 @@ class Filler(CommitEvents):
         digest = target.entry.file.digest
         if digest is None:
             if target.blob is None:
-                self._prepare_soon(filling)
+                self._delivery.prepare_soon(filling)
                 return
             filling.sealing = True
-            self._close_at_worker(filling)
+            self._delivery.close_at_worker(filling)
             self._committer.seal(target, "unverified")
         elif filling.hashed is None:
             if filling.worker is None:
-                self._prepare_soon(filling)
+                self._delivery.prepare_soon(filling)
         elif filling.hashed == digest.value:
             filling.sealing = True
-            self._close_at_worker(filling)
+            self._delivery.close_at_worker(filling)
             self._committer.seal(target, "sealed")
         else:
             self._poison(filling, filling.hashed)
@@ -657,7 +448,7 @@ class Filler(CommitEvents):
         target.wake()
         self._committer.poison(target)
 
-    def _hash_failed(self, filling: Filling, error: InstantStartError) -> None:
+    def on_hash_failed(self, filling: Filling, error: InstantStartError) -> None:
         """The store's bytes cannot be read back: fetch again what is not durable, once; then give up."""
         filling.hash_failures += 1
         if filling.hash_failures > 1:
@@ -698,14 +489,14 @@ class Filler(CommitEvents):
         self._committer.discard_dirty(target)
         filling.sealing = False
         for sent in list(filling.sent):
-            self._unsend(sent)
+            self._delivery.unsend(sent)
             self._plan.failed(target.key, sent.chunk)
         filling.waiting.clear()
-        self._close_at_worker(filling)  # what it hashed is not what will lie there
+        self._delivery.close_at_worker(filling)  # what it hashed is not what will lie there
         self._plan.refill(target.key)
         target.error = error
         self._events.trouble(target, error)
-        self._hold(filling)
+        self._pacing.hold(filling)
         if isinstance(error, StoreFull):
             self._store_full(filling, error)
         self._check_complete(filling)
@@ -719,10 +510,10 @@ class Filler(CommitEvents):
 
     # -- failures ------------------------------------------------------------------------------------------------
 
-    def _failed(self, sent: Sent, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
+    def on_failed(self, sent: Sent, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
         """``counts``: False for the others of a batch that failed for one and the same reason."""
         filling = sent.filling
-        self._unsend(sent)
+        self._delivery.unsend(sent)
         if filling.done:
             return None
         target = filling.target
@@ -749,23 +540,23 @@ class Filler(CommitEvents):
                 if filling.missing > 1:
                     final = error
             case OriginThrottled():
-                self._throttled(filling, error, now)
+                self._pacing.throttled(filling, error, now)
             case OriginMisbehaved():
                 filling.location = None
-                self._hold(filling)
+                self._pacing.hold(filling)
             case OriginUnavailable():
-                if self._next_link(filling):
+                if self._pacing.next_link(filling):
                     return self._requeue(sent)
                 if counts:
-                    self._origin_fails(filling.source.key, silent, error)
-                self._hold(filling)
+                    self._pacing.origin_fails(filling.source.key, silent, error)
+                self._pacing.hold(filling)
             case StoreFull():
                 self._plan.failed(key, sent.chunk)
                 self._store_full(filling, error)
                 return None
             case _:
                 final = error
-        if final is not None and not isinstance(final, StoreError) and self._next_link(filling):
+        if final is not None and not isinstance(final, StoreError) and self._pacing.next_link(filling):
             final = None
         if final is not None:
             self._end(filling, final)
@@ -777,66 +568,8 @@ class Filler(CommitEvents):
         filling = sent.filling
         self._plan.failed(filling.target.key, sent.chunk, held_until=filling.held_until)
         if not filling.done:
-            self._show_breaker(filling)
+            self._pacing.show_breaker(filling)
         self._wakeup.set()
-
-    def _next_link(self, filling: Filling) -> bool:
-        """Ask the next source of the chain from now on; False at its end."""
-        if filling.link + 1 >= len(filling.links):
-            return False
-        filling.link += 1
-        filling.location = None
-        filling.generation += 1
-        filling.refused = filling.missing = 0
-        self._plan.move(filling.target.key, filling.source.key)
-        return True
-
-    def _hold(self, filling: Filling) -> None:
-        """Back off. Failures that come while it is held already are of the same burst and do not count."""
-        now = trio.current_time()
-        if now >= filling.held_until:
-            filling.failures += 1
-            filling.held_until = now + self._settings.backoff.delay(filling.failures, self._random.random())
-            self._plan.hold(filling.target.key, filling.held_until)
-
-    def _throttled(self, filling: Filling, error: InstantStartError, now: float) -> None:
-        origin = filling.source.key
-        retry_after = believed_retry_after(error.retry_after)
-        if retry_after is None:
-            self._hold(filling)
-            until = filling.held_until
-        else:
-            until = now + retry_after + self._random.random() * min(1.0, 0.1 + retry_after / 10)
-        self._plan.hold_origin(origin, until)
-        if retry_after is None or filling.target.deadline_extended_to >= until:
-            return
-        for key in self._plan.keys_of(origin):
-            other = self._fillings[key].target
-            # After the pause the usual deadline begins anew.
-            other.deadline_extended_to = max(other.deadline_extended_to, until + self._settings.read_deadline)
-            other.error = error
-
-    def _origin_answers(self, origin: OriginKey) -> None:
-        if self._breakers.succeeded(origin):
-            for key in self._plan.keys_of(origin):
-                target = self._fillings[key].target
-                target.broken = None
-                if isinstance(target.error, OriginBroken):
-                    target.error = None
-
-    def _origin_fails(self, origin: OriginKey, silent: float, error: InstantStartError) -> None:
-        if not self._breakers.failed(origin, silent, error):
-            return
-        for key in self._plan.keys_of(origin):
-            filling = self._fillings[key]
-            self._show_breaker(filling)
-            # The breaker paces the probes: a file's own backoff must not hold up the one that closes it.
-            filling.held_until = 0.0
-            self._plan.release(key)
-            filling.target.wake()
-
-    def _show_breaker(self, filling: Filling) -> None:
-        filling.target.broken = self._breakers.broken(filling.source.key)
 
     # -- a full store --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,325 @@
+"""Orders on their way to the fetch processes, and their reports on the way back.
+
+    dispatch ─► blob open? ─► located? ─► worker? ─► Fetch ─► … ─► Arrived | Failed ─► DeliveryEvents
+
+Owns the worker pool, the numbers that files and requests have there, and the tasks that open blobs and locate files.
+Decides nothing about what is fetched, when, or what a failure means: that is its owner's (filler/scheduler.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Set
+from typing import Protocol
+
+import trio
+
+from instantstart_fs.core.fillplan import Request
+from instantstart_fs.core.serving import may_serve_unsealed
+from instantstart_fs.errors import InstantStartError, from_code
+from instantstart_fs.filler.messages import (
+    Arrived,
+    Closed,
+    CloseFile,
+    Failed,
+    Fetch,
+    Hashed,
+    HashFailed,
+    OpenFile,
+    Progress,
+    Report,
+    SetLocation,
+    WorkerSettings,
+)
+from instantstart_fs.filler.pool import Worker, WorkerPool
+from instantstart_fs.filler.sources import Locator, expired
+from instantstart_fs.filler.state import Filling, FillSettings, Sent
+from instantstart_fs.filler.target import FileKey
+from instantstart_fs.origins.base import Location
+from instantstart_fs.store.blobfile import BlobFile
+from instantstart_fs.store.blobstore import BlobStore
+
+log = logging.getLogger(__name__)
+
+QUIET_SECONDS = 10.0
+"""How long ``wait_quiet`` waits for a worker's word before that worker is killed."""
+OPEN_THREADS = 8
+
+
+class DeliveryEvents(Protocol):
+    """What the owner is told, on the trio thread."""
+
+    def on_arrived(self, sent: Sent) -> None:
+        """Its chunk is whole and written."""
+        ...
+
+    def on_progress(self, sent: Sent, count: int) -> None:
+        """``count`` more of its bytes came."""
+        ...
+
+    def on_failed(self, sent: Sent, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
+        """``silent``: seconds without a byte. ``counts``: False for the others of a batch that failed for one and the
+        same reason."""
+        ...
+
+    def on_opened(self, filling: Filling) -> None:
+        """Its blob is open."""
+        ...
+
+    def on_emptied(self, filling: Filling) -> None:
+        """The store had lost the file: nothing of it is present any more."""
+        ...
+
+    def on_located(self, filling: Filling) -> None:
+        """It has a fresh address; ``target.serve_unsealed`` says whether the way there protects the bytes."""
+        ...
+
+    def on_hashed(self, filling: Filling) -> None:
+        """``filling.hashed`` is the digest over the whole file."""
+        ...
+
+    def on_hash_failed(self, filling: Filling, error: InstantStartError) -> None:
+        """Its bytes cannot be read back from the store."""
+        ...
+
+    def on_unhashable(self, filling: Filling, error: InstantStartError) -> None:
+        """It was to be opened for its hash alone, and that cannot be."""
+        ...
+
+    def on_worker_lost(self, filling: Filling, lost: list[Sent]) -> None:
+        """The worker that had it died; these requests of it come to nothing."""
+        ...
+
+
+class Delivery:
+    """``nursery``: where its tasks run; None while nobody fills."""
+
+    def __init__(self, store: BlobStore, settings: FillSettings, locator: Locator, events: DeliveryEvents) -> None:
+        self._settings = settings
+        self._locator = locator
+        self._events = events
+        self.pool = WorkerPool(
+            store,
+            settings.workers,
+            WorkerSettings(
+                connect_timeout=settings.connect_timeout,
+                stall_timeout=settings.stall_timeout,
+                pause_limit=settings.demand_pause,
+            ),
+            self._on_report,
+            self._on_death,
+        )
+        self.nursery: trio.Nursery | None = None
+        self._sent: dict[int, Sent] = {}
+        self._files: dict[int, Filling] = {}
+        self._closing: dict[int, tuple[str, Worker]] = {}
+        self._opening: set[Filling] = set()
+        """Those whose blob is being made."""
+        self._numbers = 0
+        self._quiet = trio.Event()
+        self._open_limiter = trio.CapacityLimiter(OPEN_THREADS)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are waiting for a worker, or with one."""
+        return len(self._sent)
+
+    async def wait_quiet(self, pipeline: str) -> None:
+        """Return when no worker writes into a cancelled file of the pipeline. One that does not say so within
+        QUIET_SECONDS is killed: then it is so."""
+        # Only what is cancelled by now: other files of the pipeline may be filled, opened and closed all the time.
+        opening = {filling for filling in self._opening if filling.done and filling.target.key.pipeline == pipeline}
+        closing = {number for number, (name, _) in self._closing.items() if name == pipeline}
+        with trio.move_on_after(QUIET_SECONDS) as scope:
+            await self._wait_closed(opening, closing)
+        if scope.cancelled_caught:
+            for worker in {self._closing[number][1] for number in closing & self._closing.keys()}:
+                log.error(
+                    "the fetch worker %d does not close a file; it is killed", worker.pid, extra={"pipeline": pipeline}
+                )
+                worker.kill()
+            await self._wait_closed(opening, closing)
+
+    async def _wait_closed(self, opening: Set[Filling], closing: Set[int]) -> None:
+        while opening & self._opening or closing & self._closing.keys():
+            await self._quiet.wait()
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def dispatch(self, request: Request[FileKey], filling: Filling) -> None:
+        self._numbers += 1
+        sent = Sent(self._numbers, filling, request.chunk, request.demand)
+        self._sent[sent.number] = sent
+        filling.sent.add(sent)
+        if filling.worker is not None and filling.location is not None and not expired(filling.location):
+            self._send(sent)
+        else:
+            filling.waiting.append(sent)
+            self.prepare_soon(filling)
+
+    def _send(self, sent: Sent) -> None:
+        filling = sent.filling
+        worker = filling.worker
+        assert worker is not None
+        sent.worker = worker
+        sent.generation = filling.generation
+        worker.in_flight += 1
+        worker.send(Fetch(sent.number, filling.file, sent.chunk, sent.demand, filling.target.has_reader()))
+        if sent.demand and len(self._sent) > 1:
+            self.pool.pause_background_until(time.monotonic() + self._settings.demand_pause)
+
+    def unsend(self, sent: Sent) -> None:
+        """It is over, whichever way."""
+        if self._sent.pop(sent.number, None) is None:
+            return
+        sent.filling.sent.discard(sent)
+        if sent.worker is not None:
+            sent.worker.in_flight -= 1
+            if sent.demand and not any(other.demand and other.worker is not None for other in self._sent.values()):
+                self.pool.pause_background_until(0.0)
+
+    def prepare_soon(self, filling: Filling) -> None:
+        if not filling.preparing and self.nursery is not None:
+            filling.preparing = True
+            # From here on: ``wait_quiet`` must not miss a task that has not run yet.
+            self._opening.add(filling)
+            self.nursery.start_soon(self._prepare, filling)
+
+    async def _prepare(self, filling: Filling) -> None:
+        """Open the blob, locate the file, give it to a worker, send what waits."""
+        target = filling.target
+        try:
+            try:
+                if not filling.done:
+                    await self._open_blob(filling)
+            finally:
+                self._opening.discard(filling)
+                self._set_quiet()
+            self._events.on_opened(filling)
+            while not (filling.done or filling.sealing):
+                if filling.waiting and (filling.location is None or expired(filling.location)):
+                    self._located(filling, await self._locator.locate(filling.source, target.entry))
+                    continue
+                if filling.worker is None:
+                    worker = await self.pool.wait_worker()
+                    if not filling.done:
+                        self._open_at(filling, worker)
+                    continue
+                break
+            if not filling.done:
+                waiting, filling.waiting = filling.waiting, []
+                for sent in waiting:
+                    self._send(sent)
+        except InstantStartError as error:
+            if not filling.done:
+                if not filling.waiting:  # opened for its hash alone
+                    self._events.on_unhashable(filling, error)
+                waiting, filling.waiting = filling.waiting, []
+                for position, sent in enumerate(waiting):
+                    sent.generation = filling.generation
+                    self._events.on_failed(sent, error, 0.0, counts=position == 0)
+        finally:
+            filling.preparing = False
+
+    def _located(self, filling: Filling, location: Location) -> None:
+        if filling.done:
+            return  # cancelled meanwhile: the plan does not know it any more
+        target = filling.target
+        filling.location = location
+        filling.generation += 1
+        target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, location.trusted)
+        self._events.on_located(filling)
+        if filling.worker is not None:
+            filling.worker.send(SetLocation(filling.file, location))
+
+    async def _open_blob(self, filling: Filling) -> None:
+        target = filling.target
+        if target.blob is not None:
+            return
+        blob: BlobFile = await trio.to_thread.run_sync(target.open_blob, limiter=self._open_limiter)
+        if filling.done and target.failed:
+            blob.close()
+            return
+        target.blob = blob
+        if blob.created and target.present.count:
+            # The store lost the file that the index speaks of: nothing of it is present.
+            for chunk in range(target.present.chunks):
+                target.present.discard(chunk)
+                target.durable.discard(chunk)
+            if not filling.done:
+                self._events.on_emptied(filling)
+
+    def _open_at(self, filling: Filling, worker: Worker) -> None:
+        target = filling.target
+        assert target.blob is not None
+        self._numbers += 1
+        filling.file = self._numbers
+        filling.worker = worker
+        filling.hashed = None
+        self._files[filling.file] = filling
+        worker.files.add(filling.file)
+        present = target.present
+        file = target.entry.file
+        worker.send(
+            OpenFile(filling.file, target.entry.path, file.size, present.chunk_size, file.digest, present.to_bytes()),
+            target.blob.fd,
+        )
+        if filling.location is not None:
+            worker.send(SetLocation(filling.file, filling.location))
+
+    def close_at_worker(self, filling: Filling) -> None:
+        worker, filling.worker = filling.worker, None
+        if worker is not None:
+            self._files.pop(filling.file, None)
+            self._closing[filling.file] = (filling.target.key.pipeline, worker)
+            worker.send(CloseFile(filling.file))
+        filling.file = 0
+        filling.hashed = None
+
+    # -- back ------------------------------------------------------------------------------------------------------
+
+    def _on_report(self, worker: Worker, report: Report) -> None:
+        match report:
+            case Arrived(request=number):
+                sent = self._sent.get(number)
+                if sent is not None:
+                    self._events.on_arrived(sent)
+            case Progress(request=number, bytes=count):
+                sent = self._sent.get(number)
+                if sent is not None:
+                    self._events.on_progress(sent, count)
+            case Failed():
+                sent = self._sent.get(report.request)
+                if sent is not None:
+                    error = from_code(report.code, report.message, retry_after=report.retry_after)
+                    self._events.on_failed(sent, error, report.silent)
+            case Hashed(file=number, digest=digest):
+                filling = self._files.get(number)
+                if filling is not None:
+                    filling.hashed = digest
+                    self._events.on_hashed(filling)
+            case HashFailed(file=number):
+                filling = self._files.get(number)
+                if filling is not None:
+                    self._events.on_hash_failed(filling, from_code(report.code, report.message))
+            case Closed(file=number):
+                worker.files.discard(number)
+                self._closing.pop(number, None)
+                self._set_quiet()
+
+    def _on_death(self, worker: Worker) -> None:
+        for number in [number for number, (_, holder) in self._closing.items() if holder is worker]:
+            del self._closing[number]
+        for filling in [filling for filling in self._files.values() if filling.worker is worker]:
+            self._files.pop(filling.file, None)
+            filling.worker, filling.file, filling.hashed = None, 0, None
+            lost = [sent for sent in filling.sent if sent.worker is worker]
+            for sent in lost:
+                self.unsend(sent)
+            self._events.on_worker_lost(filling, lost)
+        self._set_quiet()
+
+    def _set_quiet(self) -> None:
+        quiet, self._quiet = self._quiet, trio.Event()
+        quiet.set()
