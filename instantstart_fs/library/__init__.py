@@ -45,8 +45,10 @@ from instantstart_fs.library.browsing import Browsing
 from instantstart_fs.library.covering import Covering
 from instantstart_fs.library.handover import Handover
 from instantstart_fs.library.observing import Observer
+from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.overview import Overview, OverviewBuilder
 from instantstart_fs.library.reading import Handle, Reading
+from instantstart_fs.library.reports import Reports
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import Generation, Pipeline
 from instantstart_fs.library.view import Attributes, Filesystem, Invalidation, OpenFile
@@ -90,7 +92,7 @@ class Library:
         self._shelf = Shelf(store, index, opener, now_ns)
         self._access = AccessLog(index, clock=now_ns)
         self.observer = Observer(index, self._shelf.now_ns, self._facts)
-        self._reading = Reading(self._shelf, self._access, config.fill.read_deadline, self.observer)
+        self._open_files = OpenFiles(self._shelf)
         settings = FillSettings(
             workers=config.fill.worker_count,
             connections=config.fill.connections,
@@ -105,8 +107,18 @@ class Library:
             boot=boot,
         )
         self._admissions = Admissions(self._evictor)
-        self._filler = Filler(store, index, settings, self._reading, make_room=self._evictor.make_room)
-        self._reading.attach(self._filler, self._admissions, self._evictor.nudge)
+        reports = Reports(self._shelf, self._open_files, self.observer, self._admissions, self._evictor.nudge)
+        self._filler = Filler(store, index, settings, reports, make_room=self._evictor.make_room)
+        self._reading = Reading(
+            self._shelf,
+            self._access,
+            config.fill.read_deadline,
+            self.observer,
+            self._open_files,
+            reports,
+            self._filler,
+            self._admissions,
+        )
         self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
         self._covering = Covering(self._shelf, self._access, config.eviction.keep_hot)
         self._covering.on_open = self.observer.opened_elsewhere
@@ -136,7 +148,7 @@ class Library:
                 nursery.cancel_scope.cancel()
 
     async def _drop_drained(self) -> None:
-        async for generation in self._reading.drained_generations:
+        async for generation in self._open_files.drained_generations:
             await self._admin.drop_generation(generation)
 
     def _remove_superseded(self) -> None:
@@ -183,7 +195,7 @@ class Library:
 
     def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
         self._shelf.passthrough = on
-        self._reading.closing = closing
+        self._open_files.closing = closing
 
     def lookup(self, parent: int, name: str) -> Attributes:
         return self._browsing.lookup(parent, name)
@@ -394,13 +406,13 @@ class Library:
 
     def watch(self, watcher: Watcher) -> None:
         """Tell it of opens and releases from now on."""
-        self._reading.watcher = watcher
+        self._open_files.watcher = watcher
 
     @contextmanager
     def rest_staging(self, pipeline: str) -> Iterator[None]:
         """Meanwhile nothing of the pipeline is staged: whoever reads it past the page cache wants the disk and the
         memory for itself. Nests."""
-        watcher = self._reading.watcher
+        watcher = self._open_files.watcher
         watcher.rest(pipeline, True)
         try:
             yield

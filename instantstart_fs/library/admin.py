@@ -33,8 +33,9 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
 from instantstart_fs.index.transactions import WriteTxn
-from instantstart_fs.library.reading import Reading, drop_target
+from instantstart_fs.library.reading import Reading
 from instantstart_fs.library.rehash import Pace, rehash
+from instantstart_fs.library.reports import drop_target
 from instantstart_fs.library.shelf import Kept, Shelf
 from instantstart_fs.library.state import Generation, Pipeline
 

@@ -4,7 +4,7 @@ A read of present bytes touches neither the network nor another thread, where th
 bytes asks the filler (ahead of all background work) and waits for the chunk. The first READ beyond a weight file's
 header starts the background fill of the pipeline's load set, from that file on.
 
-Also the filler's listener (FillEvents): what it reports changes the files' states here and nowhere else.
+What the filler reports is library/reports.py's, what is open library/openfiles.py's.
 """
 
 from __future__ import annotations
@@ -12,17 +12,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import trio
 
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, is_weight_file, safetensors_header_length
-from instantstart_fs.core.manifest import same_bytes
 from instantstart_fs.errors import (
     FillCancelled,
     InstantStartError,
@@ -31,24 +27,21 @@ from instantstart_fs.errors import (
     StoreFull,
 )
 from instantstart_fs.filler.scheduler import Filler
-from instantstart_fs.filler.target import FileState, FillTarget
+from instantstart_fs.filler.target import FillTarget
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.admission import Admissions
-from instantstart_fs.library.holders import processes_holding
 from instantstart_fs.library.observing import Observer
+from instantstart_fs.library.openfiles import OpenFiles
+from instantstart_fs.library.reports import Reports, drop_target
 from instantstart_fs.library.shelf import Shelf
-from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble, Uncached, counts_as_request
-from instantstart_fs.library.watching import Nobody, Watcher
+from instantstart_fs.library.state import CachedFile, Generation, Uncached, counts_as_request
 
 log = logging.getLogger(__name__)
 
 FILL_SLICE = 1000
 """Files that are ordered without a pause: a million of them must not stop everybody else."""
-IDLE_READERS = 256
-"""Descriptors of files that were open a while ago: the shards of some pipelines, and a quarter of the least limit of
-open files (1024) that a daemon may be given."""
 
 
 class Handle:
@@ -79,46 +72,30 @@ class Handle:
 class Reading:
     """Owned by the Library. ``read_deadline``: seconds without progress after which a waiting read fails."""
 
-    def __init__(self, shelf: Shelf, access: AccessLog, read_deadline: float, observer: Observer) -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        access: AccessLog,
+        read_deadline: float,
+        observer: Observer,
+        open_files: OpenFiles,
+        reports: Reports,
+        filler: Filler,
+        admissions: Admissions,
+    ) -> None:
         self._shelf = shelf
         self._access = access
         self._read_deadline = read_deadline
         self._observer = observer
-        self._filler: Filler | None = None
-        self._admissions: Admissions | None = None
-        self._on_growth: Callable[[], None] = lambda: None
-        self._drained = trio.open_memory_channel[Generation](math.inf)
-        self._replaced = trio.open_memory_channel[tuple[CachedFile, bool]](math.inf)
-        self._discarding: set[CachedFile] = set()
-        self._inherited: dict[int, list[Handle]] = {}
-        self._idle: OrderedDict[CachedFile, None] = OrderedDict()
-        """Complete files that nobody has open, whose descriptor is kept: opening and registering it anew was half of
-        the time of an open. The least recently used comes first."""
-        self.closing: Callable[[int], None] | None = None
-        """See view.View.use_passthrough."""
-        self.watcher: Watcher = Nobody()
-        shelf.retire = self._retire
-
-    def attach(self, filler: Filler, admissions: Admissions, on_growth: Callable[[], None]) -> None:
-        """The filler and this object know each other; the filler comes second. ``on_growth``: new bytes have come."""
-        self._filler = filler
+        self._open_files = open_files
+        self._reports = reports
+        self.filler = filler
         self._admissions = admissions
-        self._on_growth = on_growth
-
-    @property
-    def filler(self) -> Filler:
-        assert self._filler is not None, "attach() comes first"
-        return self._filler
-
-    @property
-    def admissions(self) -> Admissions:
-        assert self._admissions is not None, "attach() comes first"
-        return self._admissions
-
-    @property
-    def drained_generations(self) -> trio.MemoryReceiveChannel[Generation]:
-        """Superseded generations whose last handle has just been released."""
-        return self._drained[1]
+        self._inherited: dict[int, list[Handle]] = {}
+        self.using = open_files.using
+        self.close_idle = open_files.close_idle
+        self.discard = reports.discard
+        self.doubt = reports.doubt
 
     # -- the mount's side ----------------------------------------------------------------------------------------
 
@@ -133,7 +110,7 @@ class Reading:
                 self._observer.failed("open", error)
                 raise
             if not file.handles:
-                self._close_reader(file)
+                self._open_files.close_reader(file)
             await self.discard(file, error, wanted=True)
             raise NoSuchEntry(f"{file.entry.path}: was dropped: {error.message}") from error
 
@@ -166,17 +143,13 @@ class Reading:
             self._access.record_request(file.generation.pipeline.id, self._shelf.now_ns())
         backing = None
         if nodeid == file.passthrough_nodeid:
-            backing = self._backing(file)
+            backing = self._open_files.backing(file)
             # Nobody will tell of its reads.
             self._access.record_read(*file.triple, self._shelf.now_ns())
         return self._handle(file, nodeid, backing)
 
     def _handle(self, file: CachedFile, nodeid: int, backing: int | None) -> Handle:
-        self._idle.pop(file, None)
-        file.handles += 1
-        file.generation.handles += 1
-        if counts_as_request(file) and file.handles == 1 and file.generation.in_load_set(file.entry.index):
-            self.watcher.opened(file.key)
+        self._open_files.hold(file)
         return Handle(file, nodeid, backing)
 
     def inherit(self, nodeids: Sequence[int]) -> None:
@@ -190,7 +163,7 @@ class Reading:
             if nodeid == file.passthrough_nodeid:
                 # Its close tells the session when nobody needs the backing id any more.
                 with contextlib.suppress(StoreDamaged):
-                    backing = self._reader(file)
+                    backing = self._open_files.reader(file)
             self._inherited.setdefault(nodeid, []).append(self._handle(file, nodeid, backing))
 
     def reopen(self, nodeid: int) -> Handle:
@@ -209,22 +182,7 @@ class Reading:
             for handle in handles:
                 self._observer.opened(handle.file, passthrough=handle.backing is not None)
                 self.release(handle)
-        for pipeline in self._shelf.pipelines.values():
-            for generation in pipeline.draining:
-                if not generation.handles:
-                    self._drained[0].send_nowait(generation)
-
-    def _backing(self, file: CachedFile) -> int:
-        """The descriptor that the kernel is to read. Raises NoSuchEntry, StoreDamaged."""
-        if not file.passable:
-            raise NoSuchEntry(f"{file.entry.path}: is not complete any more")
-        fd = self._reader(file)
-        found = os.fstat(fd)
-        if found.st_size != file.size or not found.st_nlink:
-            raise StoreDamaged(
-                f"{file.entry.path}: the store's file has {found.st_size} bytes of {file.size}, {found.st_nlink} names"
-            )
-        return fd
+        self._open_files.tell_drained()
 
     def _refuse_hopeless(self, file: CachedFile) -> None:
         """An error at open is a traceback in the engine; one at a page fault is a SIGBUS. So refuse early."""
@@ -259,9 +217,9 @@ class Reading:
             raise file.gone
         view = buffer[:length]
         try:
-            done = self._read_cached(file, offset, view)
+            done = self._open_files.read_cached(file, offset, view)
             if done < length:
-                await trio.to_thread.run_sync(self._read_blocking, file, offset + done, view[done:])
+                await trio.to_thread.run_sync(self._open_files.read_blocking, file, offset + done, view[done:])
         except StoreDamaged as error:
             await self.discard(file, error, wanted=True)
             raise
@@ -275,96 +233,8 @@ class Reading:
         if handle.released:
             return
         handle.released = True
-        file = handle.file
-        self._observer.closed(file)
-        file.handles -= 1
-        if file.handles == 0 and counts_as_request(file) and file.generation.in_load_set(file.entry.index):
-            self.watcher.released(file.key)
-        if file.handles == 0 and file.reader is not None:
-            generation = file.generation
-            current = generation is generation.pipeline.current and not generation.pipeline.removed
-            if file.passable and current:
-                self._keep_idle(file)
-            else:
-                self._close_reader(file)
-        self._let_go(file.generation)
-
-    def _keep_idle(self, file: CachedFile) -> None:
-        self._idle[file] = None
-        self._idle.move_to_end(file)
-        if len(self._idle) > IDLE_READERS:
-            oldest, _ = self._idle.popitem(last=False)
-            self._close_reader(oldest)
-
-    def _retire(self, file: CachedFile) -> None:
-        """Nobody will open it again: an idle descriptor would keep its deleted bytes on the disk."""
-        self.watcher.retired(file.key)
-        if not file.handles:
-            self._close_reader(file)
-
-    def _close_reader(self, file: CachedFile) -> None:
-        self._idle.pop(file, None)
-        if file.reader is not None:
-            if self.closing is not None:
-                self.closing(file.passthrough_nodeid)
-            file.reader.close()
-            file.reader = None
-
-    def close_idle(self, generation: Generation) -> None:
-        """Let go of descriptors that nobody reads by: they look as if somebody had the files open."""
-        for file in generation.files:
-            if not file.handles:
-                self._close_reader(file)
-
-    @contextlib.contextmanager
-    def using(self, generation: Generation) -> Iterator[None]:
-        """Meanwhile nothing of the generation is evicted or deleted, as if a file of it were open."""
-        generation.handles += 1
-        try:
-            yield
-        finally:
-            self._let_go(generation)
-
-    def _let_go(self, generation: Generation) -> None:
-        generation.handles -= 1
-        if generation.handles == 0 and generation is not generation.pipeline.current:
-            self._drained[0].send_nowait(generation)
-
-    def _read_cached(self, file: CachedFile, offset: int, view: memoryview) -> int:
-        """As many bytes as the page cache has at once; 0 when it would block."""
-        try:
-            return os.preadv(self._reader(file), [view], offset, os.RWF_NOWAIT)
-        except OSError:
-            # EAGAIN: not cached. EOPNOTSUPP: this filesystem knows no RWF_NOWAIT. What is really wrong, the blocking
-            # read meets again.
-            return 0
-
-    def _read_blocking(self, file: CachedFile, offset: int, view: memoryview) -> None:
-        done = 0
-        try:
-            while done < len(view):
-                count = os.preadv(self._reader(file), [view[done:]], offset + done)
-                if count == 0:
-                    raise StoreDamaged(f"{file.entry.path}: the store's file is shorter than the manifest says")
-                done += count
-        except OSError as error:
-            raise StoreDamaged(f"{file.entry.path}: cannot be read from the store: {error.strerror}") from error
-
-    def _reader(self, file: CachedFile) -> int:
-        if file.reader is None:
-            generation = file.generation
-            blob = self._shelf.store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
-            if blob is None:
-                raise StoreDamaged(f"{file.entry.path}: missing from the store; run `instantstart verify`")
-            try:
-                if file.complete and blob.seal_record() is None:
-                    # The index is wrong about it: what was never written reads as zeros.
-                    raise StoreDamaged(f"{file.entry.path}: the store's file is not the one that was sealed")
-            except BaseException:
-                blob.close()
-                raise
-            file.reader = blob
-        return file.reader.fd
+        self._observer.closed(handle.file)
+        self._open_files.let_go(handle.file)
 
     # -- asking the filler ---------------------------------------------------------------------------------------
 
@@ -392,7 +262,7 @@ class Reading:
             finally:
                 self._observer.waited(file, trio.current_time() - since, failed=failed)
         except StoreFull as error:
-            self.admissions.disk_full(file.generation.pipeline, error)
+            self._admissions.disk_full(file.generation.pipeline, error)
             return False
         return True
 
@@ -403,7 +273,7 @@ class Reading:
             return True
         chunks = target.present.chunks_of(wanted) if target.serve_unsealed else range(target.present.chunks)
         needed = sum(target.present.byte_range(chunk).length for chunk in chunks if chunk not in target.present)
-        return await self.admissions.some(generation, needed)
+        return await self._admissions.some(generation, needed)
 
     async def _read_through(self, file: CachedFile, offset: int, view: memoryview) -> int:
         """Straight from the origin; nothing of it is kept."""
@@ -427,7 +297,7 @@ class Reading:
         header = None
         if path.endswith(".safetensors") and target.present.chunks and 0 in target.present and file.size >= 8:
             prefix = bytearray(8)
-            if self._read_cached(file, 0, memoryview(prefix)) == 8:
+            if self._open_files.read_cached(file, 0, memoryview(prefix)) == 8:
                 header = safetensors_header_length(bytes(prefix))
         return offset >= fill_threshold(path, file.size, header)
 
@@ -447,12 +317,12 @@ class Reading:
             target = await self.target(first)
             if target is not None and not self.filler.in_background(target):
                 missing = first.size - target.present.present_bytes
-                if not await self.admissions.some(generation, missing):
+                if not await self._admissions.some(generation, missing):
                     return generation.pipeline.uncached
                 self.filler.fill_also(target)
                 generation.pipeline.changed()
             return None
-        refused = await self.admissions.whole(generation, everything=everything)
+        refused = await self._admissions.whole(generation, everything=everything)
         if refused is not None:
             return refused
         try:
@@ -513,177 +383,18 @@ class Reading:
             file.target.has_reader = lambda: generation.handles > 0
         return file.target
 
-    # -- FillEvents: what the filler reports ---------------------------------------------------------------------
-
-    def chunk_present(self, target: FillTarget, chunk: int) -> None:
-        file = self._file_of(target)
-        if file is None:
-            return
-        file.state = FileState.FILLING
-        length = target.present.byte_range(chunk).length
-        file.generation.grew(file, length)
-        self._observer.fetched(file, length)
-        pipeline = file.generation.pipeline
-        if pipeline.trouble is not None and pipeline.trouble.final and pipeline.trouble.file is file:
-            pipeline.trouble = None  # it goes on after all; the trouble of another file stays
-        pipeline.grown_at_ns = self._shelf.now_ns()
-        self._on_growth()
-        pipeline.changed()
-
-    def target_sealed(self, target: FillTarget) -> None:
-        file = self._file_of(target)
-        if file is None:
-            return
-        file.state = target.state
-        file.bitmap = b""
-        drop_target(file)
-        generation = file.generation
-        generation.completed(file, target.allocated)
-        self.watcher.sealed(file.key)
-        if self._shelf.passthrough and generation is generation.pipeline.current:
-            self._shelf.invalidate_file(file)
-        warm = generation is generation.pipeline.current and generation.load_set_complete
-        self._observer.completed(file, warm=warm)
-        if warm:
-            generation.filling_load_set = False
-            generation.pipeline.trouble = None
-            log.info("warm: %d bytes", generation.load_bytes, extra={"pipeline": generation.pipeline.id})
-        generation.pipeline.changed()
-        self._shelf.on_complete(file)
-
-    def target_poisoned(self, target: FillTarget, error: InstantStartError) -> None:
-        file = self._file_of(target)
-        if file is not None:
-            self._poison(file, error, wanted=True)
-
-    async def discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:
-        """Drop a complete file whose bytes are lost, unreadable or wrong; fetch it again if it is ``wanted``.
-
-        Later opens get the new incarnation; handles of this one get ``problem``. Raises StoreError if the index cannot
-        be told: then nothing has changed.
-        """
-        if file.gone is not None or not file.complete or file.generation.pipeline.removed:
-            return
-        if file in self._discarding or self._shelf.file(file.key) is not file:
-            return
-        self._discarding.add(file)
-        try:
-            with self.using(file.generation):
-                async with self._shelf.uncovered(file.generation.pipeline):
-                    await self._discard(file, problem, wanted=wanted)
-        finally:
-            self._discarding.discard(file)
-        await self._discard_shared(file, problem)
-
-    def doubt(self, file: CachedFile) -> InstantStartError | None:
-        """Why that file is not, or soon no longer, what its state says; None: nothing is known against it."""
-        if file.gone is not None:
-            return file.gone
-        if file in self._discarding or not file.complete:
-            return StoreDamaged(f"{file.entry.path}: the store's bytes are being dropped")
-        return None
-
-    async def _discard_shared(self, file: CachedFile, problem: InstantStartError) -> None:
-        """Other generations that have the same file on disk have the same bad bytes."""
-        generation = file.generation
-        for other in list(generation.pipeline.generations()):
-            for twin in () if other is generation else other.files:
-                if twin.entry.path == file.entry.path and twin.complete:
-                    if same_bytes(twin.entry.file, file.entry.file):
-                        await self.discard(twin, problem, wanted=other is generation.pipeline.current)
-                    break
-
-    async def _discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:
-        generation, index = file.generation, file.entry.index
-        record = FileRecord(FileState.ABSENT.value, file.incarnation + 1)
-        log.error("%s: dropped: %s", file.entry.path, problem.message, extra={"pipeline": generation.pipeline.id})
-        await self._shelf.index.write(
-            lambda txn: txn.put_file(generation.pipeline.id, generation.number, index, record)
-        )
-        await trio.to_thread.run_sync(
-            self._shelf.store.delete_blob, generation.pipeline.id, generation.number, file.entry.path
-        )
-        if file.gone is None and not generation.pipeline.removed:
-            self._poison(file, problem, wanted=wanted)
-
-    def _poison(self, file: CachedFile, error: InstantStartError, *, wanted: bool) -> None:
-        """Put a fresh incarnation in the place of one whose bytes are wrong, and fetch it again if it is wanted.
-
-        The store's file was unlinked and the index told (incarnation + 1) by whoever found out.
-        """
-        pipeline = file.generation.pipeline
-        file.state = FileState.POISONED
-        self._observer.poisoned(file)
-        drop_target(file)
-        self._log_holders(file, error)
-        new = self._shelf.replace_file(file, error)
-        self._set_trouble(pipeline, error, final=False)
-        self._replaced[0].send_nowait((new, wanted))
-
-    def target_failed(self, target: FillTarget, error: InstantStartError) -> None:
-        file = self._file_of(target)
-        if file is None:
-            return
-        file.generation.filling_load_set = False
-        file.generation.counts_changed()
-        if isinstance(error, StoreFull):
-            self.admissions.disk_full(file.generation.pipeline, error)
-        elif not isinstance(error, FillCancelled):
-            self._observer.fill_failed(error)
-            self._set_trouble(file.generation.pipeline, error, final=True, file=file)
-        file.generation.pipeline.changed()
-
-    def trouble(self, target: FillTarget, error: InstantStartError | None) -> None:
-        file = self._file_of(target)
-        if file is None:
-            return
-        pipeline = file.generation.pipeline
-        if error is not None:
-            file.generation.counts_changed()  # what could not be made durable is not present any more
-            if isinstance(error, StoreFull):
-                return  # room is made, or target_failed says that there is none
-            self._set_trouble(pipeline, error, final=False)
-        elif pipeline.trouble is not None and not pipeline.trouble.final:
-            pipeline.trouble = None
-            pipeline.changed()
-
-    def _set_trouble(
-        self, pipeline: Pipeline, error: InstantStartError, *, final: bool, file: CachedFile | None = None
-    ) -> None:
-        log.warning("%s: %s", error.code, error.message, extra={"pipeline": pipeline.id})
-        pipeline.trouble = Trouble(error, self._shelf.now_ns(), final=final, file=file)
-        pipeline.changed()
-
-    def _file_of(self, target: FillTarget) -> CachedFile | None:
-        """The file that this target fills; None when another incarnation has taken its place."""
-        file = self._shelf.file(target.key)
-        return file if file is not None and file.target is target else None
-
-    def _log_holders(self, file: CachedFile, error: InstantStartError) -> None:
-        if not file.handles:
-            return
-        path = f"/{file.generation.pipeline.id}/{file.entry.path}"
-        log.error(
-            "%s: wrong bytes were served before the digest proved it (%s); %d opens hold it, processes: %s",
-            file.entry.path,
-            error.message,
-            file.handles,
-            ", ".join(processes_holding(path)) or "unknown",
-            extra={"pipeline": file.generation.pipeline.id},
-        )
-
     # -- background tasks ----------------------------------------------------------------------------------------
 
     async def run_replacements(self) -> None:
         """Record the nodeids of new incarnations, then fetch those files again that somebody wanted."""
-        async for file, wanted in self._replaced[1]:
+        async for file, wanted in self._reports.replaced:
             generation = file.generation
             try:
                 await self._shelf.index.write(functools.partial(_record_nodeid, file))
                 if wanted:
                     await self.start_fill(generation, first=file)
             except InstantStartError as error:
-                self._set_trouble(generation.pipeline, error, final=True)
+                self._reports.set_trouble(generation.pipeline, error, final=True)
 
     async def forgive(self, generation: Generation) -> None:
         """Somebody asks again on purpose: what failed for good may be tried anew at once."""
@@ -697,13 +408,6 @@ class Reading:
                 file.bitmap = file.target.durable.to_bytes()
                 drop_target(file)
         pipeline.trouble = None
-
-
-def drop_target(file: CachedFile) -> None:
-    """Let go of a target that the filler has done with, and of its descriptor."""
-    if file.target is not None and file.target.blob is not None:
-        file.target.blob.close()
-    file.target = None
 
 
 def _record_nodeid(file: CachedFile, txn: WriteTxn) -> None:

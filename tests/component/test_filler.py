@@ -30,7 +30,7 @@ from instantstart_fs.errors import (
     StoreDamaged,
     StoreFull,
 )
-from instantstart_fs.filler import committer, scheduler
+from instantstart_fs.filler import committer, delivery
 from instantstart_fs.filler.scheduler import Filler, FillSettings
 from instantstart_fs.filler.target import FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
@@ -619,7 +619,7 @@ async def test_quiet_waits_for_what_is_cancelled_and_kills_nobody_else(
     server: ByteServer, store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other files of the pipeline may be opened and closed without a pause meanwhile."""
-    monkeypatch.setattr(scheduler, "QUIET_SECONDS", 0.2)
+    monkeypatch.setattr(delivery, "QUIET_SECONDS", 0.2)
     origin = FakeOrigin(server.url)
 
     def slow(file: ManifestFile) -> Location | None:

@@ -308,7 +308,7 @@ async def test_a_store_whose_index_was_lost_says_what_to_do(tmp_path: Path, capl
 async def test_descriptors_of_closed_files_are_kept_for_their_next_open_but_not_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instantstart_fs.library.reading.IDLE_READERS", 1)
+    monkeypatch.setattr("instantstart_fs.library.openfiles.IDLE_READERS", 1)
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         closing: list[int] = []

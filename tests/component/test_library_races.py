@@ -213,7 +213,7 @@ async def test_origins_that_hang_hold_up_no_read(tmp_path: Path, monkeypatch: py
             return Hanging()  # type: ignore[return-value]
 
         monkeypatch.setattr(library._shelf, "open_origin", hang)
-        monkeypatch.setattr(type(library._reading), "_read_cached", lambda *_: 0)  # the page cache is empty
+        monkeypatch.setattr(type(library._open_files), "read_cached", lambda *_: 0)  # the page cache is empty
         async with trio.open_nursery() as nursery:
             for number in range(60):
                 nursery.start_soon(_add_in_vain, library, f"q{number}", source)

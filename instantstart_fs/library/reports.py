@@ -1,0 +1,220 @@
+"""What becomes of a file when the filler reports, or when its bytes prove lost or wrong: states change here only.
+
+Poisoned, dropped or unreadable files get a fresh incarnation; those that were wanted are fetched again by whoever
+takes them from ``replaced`` (library/reading.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+import trio
+
+from instantstart_fs.core.manifest import same_bytes
+from instantstart_fs.errors import FillCancelled, InstantStartError, StoreDamaged, StoreFull
+from instantstart_fs.filler.state import FillEvents
+from instantstart_fs.filler.target import FileState, FillTarget
+from instantstart_fs.index.schema import FileRecord
+from instantstart_fs.library.admission import Admissions
+from instantstart_fs.library.holders import processes_holding
+from instantstart_fs.library.observing import Observer
+from instantstart_fs.library.openfiles import OpenFiles
+from instantstart_fs.library.shelf import Shelf
+from instantstart_fs.library.state import CachedFile, Pipeline, Trouble
+
+log = logging.getLogger(__name__)
+
+
+class Reports(FillEvents):
+    """Owned by the Library. ``on_growth``: called when new bytes have come."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        open_files: OpenFiles,
+        observer: Observer,
+        admissions: Admissions,
+        on_growth: Callable[[], None],
+    ) -> None:
+        self._shelf = shelf
+        self._open_files = open_files
+        self._observer = observer
+        self._admissions = admissions
+        self._on_growth = on_growth
+        self._replaced = trio.open_memory_channel[tuple[CachedFile, bool]](math.inf)
+        self._discarding: set[CachedFile] = set()
+
+    @property
+    def replaced(self) -> trio.MemoryReceiveChannel[tuple[CachedFile, bool]]:
+        """Fresh incarnations, and whether somebody wants their bytes."""
+        return self._replaced[1]
+
+    # -- FillEvents ----------------------------------------------------------------------------------------------
+
+    def chunk_present(self, target: FillTarget, chunk: int) -> None:
+        file = self._file_of(target)
+        if file is None:
+            return
+        file.state = FileState.FILLING
+        length = target.present.byte_range(chunk).length
+        file.generation.grew(file, length)
+        self._observer.fetched(file, length)
+        pipeline = file.generation.pipeline
+        if pipeline.trouble is not None and pipeline.trouble.final and pipeline.trouble.file is file:
+            pipeline.trouble = None  # it goes on after all; the trouble of another file stays
+        pipeline.grown_at_ns = self._shelf.now_ns()
+        self._on_growth()
+        pipeline.changed()
+
+    def target_sealed(self, target: FillTarget) -> None:
+        file = self._file_of(target)
+        if file is None:
+            return
+        file.state = target.state
+        file.bitmap = b""
+        drop_target(file)
+        generation = file.generation
+        generation.completed(file, target.allocated)
+        self._open_files.watcher.sealed(file.key)
+        if self._shelf.passthrough and generation is generation.pipeline.current:
+            self._shelf.invalidate_file(file)
+        warm = generation is generation.pipeline.current and generation.load_set_complete
+        self._observer.completed(file, warm=warm)
+        if warm:
+            generation.filling_load_set = False
+            generation.pipeline.trouble = None
+            log.info("warm: %d bytes", generation.load_bytes, extra={"pipeline": generation.pipeline.id})
+        generation.pipeline.changed()
+        self._shelf.on_complete(file)
+
+    def target_poisoned(self, target: FillTarget, error: InstantStartError) -> None:
+        file = self._file_of(target)
+        if file is not None:
+            self._poison(file, error, wanted=True)
+
+    def target_failed(self, target: FillTarget, error: InstantStartError) -> None:
+        file = self._file_of(target)
+        if file is None:
+            return
+        file.generation.filling_load_set = False
+        file.generation.counts_changed()
+        if isinstance(error, StoreFull):
+            self._admissions.disk_full(file.generation.pipeline, error)
+        elif not isinstance(error, FillCancelled):
+            self._observer.fill_failed(error)
+            self.set_trouble(file.generation.pipeline, error, final=True, file=file)
+        file.generation.pipeline.changed()
+
+    def trouble(self, target: FillTarget, error: InstantStartError | None) -> None:
+        file = self._file_of(target)
+        if file is None:
+            return
+        pipeline = file.generation.pipeline
+        if error is not None:
+            file.generation.counts_changed()  # what could not be made durable is not present any more
+            if isinstance(error, StoreFull):
+                return  # room is made, or target_failed says that there is none
+            self.set_trouble(pipeline, error, final=False)
+        elif pipeline.trouble is not None and not pipeline.trouble.final:
+            pipeline.trouble = None
+            pipeline.changed()
+
+    # -- bytes that are lost or wrong ------------------------------------------------------------------------------
+
+    async def discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:
+        """Drop a complete file whose bytes are lost, unreadable or wrong; fetch it again if it is ``wanted``.
+
+        Later opens get the new incarnation; handles of this one get ``problem``. Raises StoreError if the index cannot
+        be told: then nothing has changed.
+        """
+        if file.gone is not None or not file.complete or file.generation.pipeline.removed:
+            return
+        if file in self._discarding or self._shelf.file(file.key) is not file:
+            return
+        self._discarding.add(file)
+        try:
+            with self._open_files.using(file.generation):
+                async with self._shelf.uncovered(file.generation.pipeline):
+                    await self._discard(file, problem, wanted=wanted)
+        finally:
+            self._discarding.discard(file)
+        await self._discard_shared(file, problem)
+
+    def doubt(self, file: CachedFile) -> InstantStartError | None:
+        """Why that file is not, or soon no longer, what its state says; None: nothing is known against it."""
+        if file.gone is not None:
+            return file.gone
+        if file in self._discarding or not file.complete:
+            return StoreDamaged(f"{file.entry.path}: the store's bytes are being dropped")
+        return None
+
+    async def _discard_shared(self, file: CachedFile, problem: InstantStartError) -> None:
+        """Other generations that have the same file on disk have the same bad bytes."""
+        generation = file.generation
+        for other in list(generation.pipeline.generations()):
+            for twin in () if other is generation else other.files:
+                if twin.entry.path == file.entry.path and twin.complete:
+                    if same_bytes(twin.entry.file, file.entry.file):
+                        await self.discard(twin, problem, wanted=other is generation.pipeline.current)
+                    break
+
+    async def _discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:
+        generation, index = file.generation, file.entry.index
+        record = FileRecord(FileState.ABSENT.value, file.incarnation + 1)
+        log.error("%s: dropped: %s", file.entry.path, problem.message, extra={"pipeline": generation.pipeline.id})
+        await self._shelf.index.write(
+            lambda txn: txn.put_file(generation.pipeline.id, generation.number, index, record)
+        )
+        await trio.to_thread.run_sync(
+            self._shelf.store.delete_blob, generation.pipeline.id, generation.number, file.entry.path
+        )
+        if file.gone is None and not generation.pipeline.removed:
+            self._poison(file, problem, wanted=wanted)
+
+    def _poison(self, file: CachedFile, error: InstantStartError, *, wanted: bool) -> None:
+        """Put a fresh incarnation in the place of one whose bytes are wrong, and fetch it again if it is wanted.
+
+        The store's file was unlinked and the index told (incarnation + 1) by whoever found out.
+        """
+        pipeline = file.generation.pipeline
+        file.state = FileState.POISONED
+        self._observer.poisoned(file)
+        drop_target(file)
+        self._log_holders(file, error)
+        new = self._shelf.replace_file(file, error)
+        self.set_trouble(pipeline, error, final=False)
+        self._replaced[0].send_nowait((new, wanted))
+
+    def set_trouble(
+        self, pipeline: Pipeline, error: InstantStartError, *, final: bool, file: CachedFile | None = None
+    ) -> None:
+        log.warning("%s: %s", error.code, error.message, extra={"pipeline": pipeline.id})
+        pipeline.trouble = Trouble(error, self._shelf.now_ns(), final=final, file=file)
+        pipeline.changed()
+
+    def _file_of(self, target: FillTarget) -> CachedFile | None:
+        """The file that this target fills; None when another incarnation has taken its place."""
+        file = self._shelf.file(target.key)
+        return file if file is not None and file.target is target else None
+
+    def _log_holders(self, file: CachedFile, error: InstantStartError) -> None:
+        if not file.handles:
+            return
+        path = f"/{file.generation.pipeline.id}/{file.entry.path}"
+        log.error(
+            "%s: wrong bytes were served before the digest proved it (%s); %d opens hold it, processes: %s",
+            file.entry.path,
+            error.message,
+            file.handles,
+            ", ".join(processes_holding(path)) or "unknown",
+            extra={"pipeline": file.generation.pipeline.id},
+        )
+
+
+def drop_target(file: CachedFile) -> None:
+    """Let go of a target that the filler has done with, and of its descriptor."""
+    if file.target is not None and file.target.blob is not None:
+        file.target.blob.close()
+    file.target = None
