@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
@@ -28,11 +28,12 @@ from prometheus_client.registry import Collector
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.filler.state import FillStatistics
-from instantstart_fs.library.observing import Histogram, Totals
+from instantstart_fs.library.observing import FoundBy, Histogram, Totals
 from instantstart_fs.library.overview import Overview
 
 ORIGINS = 32
 STATES: tuple[PipelineState, ...] = ("cold", "filling", "partial", "warm", "unverified", "error")
+FOUND_BY: tuple[FoundBy, ...] = get_args(FoundBy)
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -147,6 +148,10 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_digest_mismatches_total", "counter", "", "Files whose bytes were not those of the manifest. They were dropped and fetched again.", _one(lambda s: s.fills.poisoned)),
     Definition("instantstart_poisoned_served_bytes_total", "counter", "bytes", "Bytes that the daemon had served from files whose bytes then proved wrong.", _one(lambda s: s.totals.poisoned_served_bytes)),
     Definition("instantstart_origin_breaker_state", "gauge", "", "0 closed (all is well), 1 half-open (probing), 2 open (the origin counts as down). Only origins that have failed.", _breakers, ("origin",)),
+    Definition("instantstart_damaged_files_total", "counter", "", "Complete files whose bytes in the store were lost or not those that were sealed, by who found out: open, read, verify, scrub, or update (another generation had the same file). They were dropped and fetched again.", _counted(lambda s: {name: s.totals.damaged[name] for name in FOUND_BY}), ("found_by",)),
+    Definition("instantstart_scrubbed_bytes_total", "counter", "bytes", "Bytes of complete files that the scrub has read and compared.", _one(lambda s: s.totals.scrubbed_bytes)),
+    Definition("instantstart_scrub_resting", "gauge", "", "1 while demand keeps the scrub waiting. Only with store.scrub.", lambda s: [((), float(s.overview.scrub.resting))] if s.overview.scrub else []),
+    Definition("instantstart_scrub_overdue_seconds", "gauge", "seconds", "By how much the pipeline that was not scrubbed for the longest time is late. Only with store.scrub.", lambda s: [((), s.overview.scrub.overdue)] if s.overview.scrub else []),
     Definition("instantstart_commits_total", "counter", "", "Group commits: fdatasync, then one index transaction.", _one(lambda s: s.fills.commits)),
     Definition("instantstart_index_stuck", "gauge", "", "1 while the index takes no commit; background filling waits.", _one(lambda s: float(s.fills.index_stuck))),
     Definition("instantstart_staged_bytes_total", "counter", "bytes", "Bytes of weight files brought into the page cache ahead of their readers.", _one(lambda s: s.totals.staged_bytes)),

@@ -189,6 +189,9 @@ def pipeline(status: PipelineStatus) -> str:
     if status.hot_until is not None:
         rows.append(("hot until", human_time(status.hot_until)))
     rows += [("pinned", "yes" if status.pinned else "no"), ("leases", str(status.leases))]
+    if status.scrub is not None:
+        proven = human_time(status.scrub.proven)
+        rows.append(("scrubbed", proven if status.scrub.state == "waiting" else f"{proven}; {status.scrub.state} now"))
     if status.uncached:
         rows.append(("uncached", status.uncached))
     if status.error is not None:
@@ -205,15 +208,18 @@ def pipeline(status: PipelineStatus) -> str:
     return "\n".join(lines)
 
 
+OPTIONAL = frozenset({"files", "uncached", "scrub"})
+
+
 def as_json(value: Any) -> str:
-    """Two spaces of indent. A PipelineStatus shows ``files`` and ``uncached`` only where there are any."""
+    """Two spaces of indent. A PipelineStatus shows only what there is of OPTIONAL."""
     return msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2).decode()
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, PipelineStatus):
         plain = msgspec.to_builtins(value)
-        return {key: found for key, found in plain.items() if key not in ("files", "uncached") or found is not None}
+        return {key: found for key, found in plain.items() if key not in OPTIONAL or found is not None}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

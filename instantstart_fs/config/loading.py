@@ -32,7 +32,14 @@ from instantstart_fs.config.sections import (
     StoreConfig,
     Transport,
 )
-from instantstart_fs.config.units import parse_capacity, parse_duration, parse_floor, parse_group, parse_size
+from instantstart_fs.config.units import (
+    parse_capacity,
+    parse_duration,
+    parse_floor,
+    parse_group,
+    parse_interval,
+    parse_size,
+)
 from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.errors import ConfigError
@@ -52,6 +59,8 @@ class _Store(Table):
     low_watermark: float = 0.85
     high_watermark: float = 0.95
     min_free: str | int = "2%"
+    scrub: str | int | float = "off"
+    scrub_rate: str | int = 50_000_000
 
 
 class _Fill(Table):
@@ -219,6 +228,8 @@ def _build(
             raw.store.low_watermark,
             raw.store.high_watermark,
             at.parsed("store.min_free", parse_floor, raw.store.min_free),
+            at.parsed("store.scrub", parse_interval, raw.store.scrub),
+            _scrub_rate(at, raw.store.scrub_rate),
         ),
         fill=_fill(at, raw.fill),
         eviction=_eviction(at, raw.eviction),
@@ -236,6 +247,12 @@ def _build(
         region=raw.region,
         file=file,
     )
+
+
+def _scrub_rate(at: At, raw: str | int) -> int:
+    rate = at.parsed("store.scrub_rate", parse_size, raw)
+    at.require(rate >= 1_000_000, "store.scrub_rate", f"{raw!r} is less than 1MB a second: a terabyte would take weeks")
+    return rate
 
 
 def _fill(at: At, raw: _Fill) -> FillConfig:

@@ -38,7 +38,8 @@ class MountConfig(msgspec.Struct, frozen=True):
 class StoreConfig(msgspec.Struct, frozen=True):
     """``capacity``: how much of the filesystem the store may use. Watermarks are fractions of the capacity.
 
-    ``min_free``: how much of the filesystem stays free for its other users.
+    ``min_free``: how much of the filesystem stays free for its other users. ``scrub``: seconds within which every
+    complete file is read again and compared, None = never; ``scrub_rate``: bytes a second at most.
     """
 
     path: str
@@ -46,6 +47,8 @@ class StoreConfig(msgspec.Struct, frozen=True):
     low_watermark: float = 0.85
     high_watermark: float = 0.95
     min_free: Capacity = Capacity(fraction=0.02)
+    scrub: float | None = None
+    scrub_rate: int = 50_000_000
 
 
 class FillConfig(msgspec.Struct, frozen=True):

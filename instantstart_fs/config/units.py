@@ -67,6 +67,19 @@ def parse_duration(value: str | float) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def parse_interval(value: str | float) -> float | None:
+    """How often: None from "off", else a duration of a second at least. Raises ConfigError."""
+    if value == "off":
+        return None
+    try:
+        seconds = parse_duration(value)
+    except ConfigError:
+        raise ConfigError(f'{value!r} is neither "off" nor a duration such as "24h" or "30d"') from None
+    if seconds < 1:
+        raise ConfigError(f'{value!r} is less than a second; "off" is never')
+    return seconds
+
+
 def parse_mode(value: str | int) -> int:
     """Permission bits of a pipeline's directories from "0555" or 0o555; write bits are refused. Raises ConfigError."""
     try:

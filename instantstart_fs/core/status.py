@@ -20,6 +20,14 @@ class ErrorStatus(msgspec.Struct, frozen=True):
     since: str
 
 
+class ScrubStatus(msgspec.Struct, frozen=True):
+    """``proven``: when the last whole pass over its files began. ``state``: of the next one; it rests while there is
+    demand."""
+
+    proven: str | None
+    state: Literal["waiting", "reading", "resting"]
+
+
 class FileStatus(msgspec.Struct, frozen=True):
     path: str
     state: str
@@ -31,7 +39,7 @@ class FileStatus(msgspec.Struct, frozen=True):
 class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     """``cached_bytes``/``total_bytes`` speak of the load set (docs/SEMANTICS.md). ``revision``: what each model was
     pinned to, joined by spaces. ``files`` is None in `ls`. ``uncached`` is null unless a miss is served without being
-    kept.
+    kept, ``scrub`` without `store.scrub`.
     """
 
     pipeline: str
@@ -48,4 +56,5 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     fill: FillStatus | None
     error: ErrorStatus | None
     uncached: str | None = None
+    scrub: ScrubStatus | None = None
     files: tuple[FileStatus, ...] | None = None

@@ -9,6 +9,7 @@ and everything of a generation in manifest order, is one range:
     requests       <pipeline>                                     u64, ns: last request
     atimes         <pipeline> NUL <generation:u32> <index:u32>    u64, ns: last access of that file
     coldstarts     <pipeline> NUL <first open:u64, ns>            core.coldstart.ColdStart (a map)
+    upkeep         <pipeline>                                     UpkeepRecord
     meta           format, nodeids, health                        u64
 
 Integers are big-endian; a pipeline id is ASCII without NUL, so that no id's range runs into another's.
@@ -22,12 +23,13 @@ import msgspec
 
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.core.scrub import Pass
 from instantstart_fs.errors import StoreDamaged
 
 FORMAT = 1
 """Of the whole index; a newer one is refused, an older one migrated at open (there is none yet)."""
 
-DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes", "coldstarts")
+DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes", "coldstarts", "upkeep")
 META_FORMAT = b"format"
 META_NODEIDS = b"nodeids"
 META_HEALTH = b"health"
@@ -77,9 +79,16 @@ class FileRecord(msgspec.Struct, frozen=True, array_like=True):
     allocated: int = 0
 
 
+class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What is done about a pipeline in the background, so that a restart does not begin anew."""
+
+    scrubbed: Pass = Pass()
+
+
 _pipeline_decoder = msgspec.msgpack.Decoder(PipelineRecord)
 _generation_decoder = msgspec.msgpack.Decoder(GenerationRecord)
 _file_decoder = msgspec.msgpack.Decoder(FileRecord)
+_upkeep_decoder = msgspec.msgpack.Decoder(UpkeepRecord)
 _cold_start_decoder = msgspec.msgpack.Decoder(ColdStart)
 encode = msgspec.msgpack.Encoder().encode
 """Any of the records → its value."""
@@ -116,6 +125,13 @@ def decode_cold_start(value: bytes) -> ColdStart:
         return _cold_start_decoder.decode(value)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise _damaged("a cold start", error) from error
+
+
+def decode_upkeep(value: bytes) -> UpkeepRecord:
+    try:
+        return _upkeep_decoder.decode(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _damaged("what is known of a pipeline's upkeep", error) from error
 
 
 def encode_u64(value: int) -> bytes:

@@ -15,7 +15,7 @@ import lmdb
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.errors import StoreError
 from instantstart_fs.index import schema
-from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
+from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, UpkeepRecord
 
 if TYPE_CHECKING:
     Transaction = lmdb.Transaction[bytes]
@@ -95,6 +95,11 @@ class ReadTxn:
         for _, value in self._scan("coldstarts"):
             yield schema.decode_cold_start(value)
 
+    def upkeep(self) -> Iterator[tuple[str, UpkeepRecord]]:
+        """(pipeline, record), by id."""
+        for key, value in self._scan("upkeep"):
+            yield key.decode("ascii"), schema.decode_upkeep(value)
+
     def dump(self) -> dict[str, dict[bytes, bytes]]:
         """Everything, raw: for tests and for probing a suspect index."""
         return {database: dict(self._scan(database)) for database in schema.DATABASES}
@@ -153,6 +158,7 @@ class WriteTxn(ReadTxn):
         """With its generations, files, times and cold starts. No effect if it is not there."""
         self._delete("pipelines", schema.pipeline_key(pipeline))
         self._delete("requests", schema.pipeline_key(pipeline))
+        self._delete("upkeep", schema.pipeline_key(pipeline))
         for database in ("generations", "files", "atimes", "coldstarts"):
             self._delete_range(database, schema.pipeline_prefix(pipeline))
 
@@ -188,6 +194,9 @@ class WriteTxn(ReadTxn):
 
     def delete_cold_start(self, pipeline: str, started_ns: int) -> bool:
         return self._delete("coldstarts", schema.cold_start_key(pipeline, started_ns))
+
+    def put_upkeep(self, pipeline: str, record: UpkeepRecord) -> None:
+        self._put("upkeep", schema.pipeline_key(pipeline), schema.encode(record))
 
     def prove_writable(self, at_ns: int) -> None:
         """Write something small; raises what a real write would."""

@@ -30,6 +30,7 @@ from instantstart_fs.core import eviction, staging
 from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.scrub import Activity
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreDamaged, StoreFull
 from instantstart_fs.filler.evictor import Evictor, boottime
@@ -46,9 +47,10 @@ from instantstart_fs.library.covering import Covering
 from instantstart_fs.library.handover import Handover
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.openfiles import OpenFiles
-from instantstart_fs.library.overview import Overview, OverviewBuilder
+from instantstart_fs.library.overview import Overview, OverviewBuilder, ScrubOverview
 from instantstart_fs.library.reading import Handle, Reading
 from instantstart_fs.library.reports import Reports
+from instantstart_fs.library.scrubbing import Scrubber
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import Generation, Pipeline
 from instantstart_fs.library.view import Attributes, Filesystem, Invalidation, OpenFile
@@ -122,6 +124,17 @@ class Library:
         self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
         self._covering = Covering(self._shelf, self._access, config.eviction.keep_hot)
         self._covering.on_open = self.observer.opened_elsewhere
+        self.scrubber: Scrubber | None = None
+        if config.store.scrub is not None:
+            self.scrubber = Scrubber(
+                self._shelf,
+                self._reading,
+                self._covering,
+                self.observer,
+                self._activity,
+                period=config.store.scrub,
+                rate=config.store.scrub_rate,
+            )
         self._browsing = Browsing(self._shelf, self._access, self._state_of, config.eviction.keep_hot)
 
     @asynccontextmanager
@@ -140,6 +153,8 @@ class Library:
             nursery.start_soon(self._drop_drained)
             nursery.start_soon(self._evictor.run)
             self._evictor.nudge()
+            if self.scrubber is not None:
+                nursery.start_soon(self.scrubber.run)
             try:
                 yield
             finally:
@@ -320,7 +335,9 @@ class Library:
                 builder.add(self._status(pipeline, with_files=False), candidate)
             if builder.wants_a_pause:
                 await trio.lowlevel.checkpoint()
-        return builder.build(self.observer.latest(builder.COLD_STARTS))
+        scrubber = self.scrubber
+        scrub = None if scrubber is None else ScrubOverview(scrubber.overdue(), scrubber.resting)
+        return builder.build(self.observer.latest(builder.COLD_STARTS), scrub)
 
     async def prove_index_writable(self) -> None:
         """Raises StoreError."""
@@ -527,6 +544,12 @@ class Library:
         weights = sum(is_weight_file(files[index].file.path) for index in generation.load_set)
         return Facts(self._state_of(pipeline), generation.counts.cached, generation.load_bytes, weights)
 
+    def _activity(self) -> Activity:
+        """What readers and fills do. The kernel's own reads of complete files show in their opens alone."""
+        totals, fills = self.observer.totals, self._filler.statistics()
+        events = totals.opens.total() + totals.reads + totals.staged_bytes + fills.fetched_bytes
+        return Activity(events, busy=fills.in_flight > 0)
+
     def _state_of(self, pipeline: Pipeline) -> PipelineState:
         return present.pipeline_state(pipeline, filling=self._filler.is_filling(pipeline.id))
 
@@ -538,6 +561,7 @@ class Library:
             rate=self._filler.rate(pipeline.id),
             keep_hot=self._config.eviction.keep_hot,
             with_files=with_files,
+            scrub=self.scrubber.status(pipeline) if self.scrubber is not None else None,
         )
 
 

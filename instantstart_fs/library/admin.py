@@ -170,7 +170,7 @@ class Admin:
         for index, found in kept.items():
             problem = self._reading.doubt(found.old)
             if problem is not None and new is not None:
-                await self._reading.discard(new.files[index], problem, wanted=True)
+                await self._reading.discard(new.files[index], problem, wanted=True, found_by="update")
 
     async def drop_generation(self, generation: Generation) -> None:
         """Delete a superseded generation that nobody holds open any more."""
@@ -309,12 +309,12 @@ class Admin:
                     done += count
                     progress(done, total)
 
-                problem = await rehash(self._shelf.store, file, pace, read)
+                problem = await rehash(self._shelf.store, file, pace.wait, read)
                 done = began + file.size
                 progress(done, total)
                 if problem is not None and file.gone is None and not pipeline.removed:
                     healed.append(file.entry.path)
-                    await self._reading.discard(file, problem, wanted=True)
+                    await self._reading.discard(file, problem, wanted=True, found_by="verify")
         return VerifyReport(files=len(files), bytes=total, healed=tuple(healed), unproven=tuple(unproven))
 
     async def check_access(self, pipeline_id: str) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class Handover:
                     descriptors = await trio.to_thread.run_sync(self._open, file)
                 except StoreDamaged as error:
                     # As a read would: drop it, fetch it again; it comes when it is complete once more.
-                    await self._reading.discard(file, error, wanted=True)
+                    await self._reading.discard(file, error, wanted=True, found_by="open")
                     continue
                 handed.append((file.entry.path, descriptors))
                 self._pending.remove(index)

@@ -13,6 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import msgspec
 import trio
@@ -30,6 +31,10 @@ WAIT_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0)
 LOAD_BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 """Upper bounds in seconds, of reads that waited and of cold starts."""
 WRITE_SECONDS = 1.0
+
+
+FoundBy = Literal["open", "read", "verify", "scrub", "update"]
+"""Who finds a complete file damaged; update: another generation has the same file."""
 
 
 class Histogram:
@@ -73,6 +78,9 @@ class Totals:
         self.evictions = 0
         self.evicted_bytes = 0
         self.poisoned_served_bytes = 0
+        self.damaged: Counter[FoundBy] = Counter()
+        """Complete files whose bytes were lost or not those that were sealed, by who found out."""
+        self.scrubbed_bytes = 0
         self.staged_bytes = 0
         self.cold_starts: Counter[str] = Counter()
         """By the pipeline's state at the first open."""
@@ -168,6 +176,14 @@ class Observer:
     def poisoned(self, file: CachedFile) -> None:
         """Its bytes were wrong, or are now."""
         self.totals.poisoned_served_bytes += file.served_bytes
+
+    def damaged(self, found_by: FoundBy) -> None:
+        """A complete file was dropped: its bytes in the store were lost, unreadable or wrong."""
+        self.totals.damaged[found_by] += 1
+
+    def scrubbed(self, count: int) -> None:
+        """The scrub has read so many bytes more."""
+        self.totals.scrubbed_bytes += count
 
     def evicted(self, count: int) -> None:
         self.totals.evictions += 1

@@ -18,6 +18,7 @@ from instantstart_fs.errors import NoSuchEntry, StoreDamaged
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, counts_as_request
 from instantstart_fs.library.watching import Nobody, Watcher
+from instantstart_fs.store.blobfile import BlobFile
 
 IDLE_READERS = 256
 """Descriptors of files that were open a while ago: the shards of some pipelines, and a quarter of the least limit of
@@ -155,14 +156,22 @@ class OpenFiles:
             if blob is None:
                 raise StoreDamaged(f"{file.entry.path}: missing from the store; run `instantstart verify`")
             try:
-                if file.complete and blob.seal_record() is None:
-                    # The index is wrong about it: what was never written reads as zeros.
+                if file.complete and not _sealed_as(blob, file):
+                    # The index is wrong about it (what was never written reads as zeros), or it was exchanged.
                     raise StoreDamaged(f"{file.entry.path}: the store's file is not the one that was sealed")
             except BaseException:
                 blob.close()
                 raise
             file.reader = blob
         return file.reader.fd
+
+
+def _sealed_as(blob: BlobFile, file: CachedFile) -> bool:
+    """Whether it has a seal, and that of this file."""
+    seal, digest = blob.seal_record(), file.entry.file.digest
+    if seal is None or (seal.size, blob.size) != (file.size, file.size):
+        return False
+    return seal.digest is None or digest is None or seal.digest == str(digest)
 
 
 def _watched(file: CachedFile) -> bool:

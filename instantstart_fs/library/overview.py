@@ -13,10 +13,18 @@ from instantstart_fs.core.eviction import Budget, Candidate
 from instantstart_fs.core.status import PipelineStatus
 
 
+class ScrubOverview(msgspec.Struct, frozen=True):
+    """``overdue``: seconds by which the pipeline that was not scrubbed for the longest time is late. ``resting``:
+    demand keeps the scrub waiting."""
+
+    overdue: float
+    resting: bool
+
+
 class Overview(msgspec.Struct, frozen=True):
     """``used_bytes``, ``evictable_bytes``: of the store, all pipelines together. ``states``: pipelines by state.
     ``silent``: pipelines that are being filled and got no byte for some seconds. ``nodes``: entries of the table of
-    nodeids (a generation's block is one). ``pipelines`` by id."""
+    nodeids (a generation's block is one). ``pipelines`` by id. ``scrub``: None without one."""
 
     at_ns: int
     budget: Budget
@@ -27,6 +35,7 @@ class Overview(msgspec.Struct, frozen=True):
     nodes: int
     pipelines: tuple[PipelineStatus, ...]
     cold_starts: tuple[ColdStart, ...]
+    scrub: ScrubOverview | None = None
 
 
 class OverviewBuilder:
@@ -59,7 +68,7 @@ class OverviewBuilder:
     def wants_a_pause(self) -> bool:
         return len(self._found) % self.BATCH == 0
 
-    def build(self, cold_starts: Sequence[ColdStart]) -> Overview:
+    def build(self, cold_starts: Sequence[ColdStart], scrub: ScrubOverview | None = None) -> Overview:
         return Overview(
             at_ns=self._at_ns,
             budget=self._budget,
@@ -70,4 +79,5 @@ class OverviewBuilder:
             nodes=self._nodes,
             pipelines=tuple(sorted(self._found, key=lambda status: status.pipeline)),
             cold_starts=tuple(cold_starts),
+            scrub=scrub,
         )

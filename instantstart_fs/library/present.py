@@ -9,7 +9,14 @@ import datetime
 import stat
 from typing import Protocol
 
-from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineState, PipelineStatus
+from instantstart_fs.core.status import (
+    ErrorStatus,
+    FileStatus,
+    FillStatus,
+    PipelineState,
+    PipelineStatus,
+    ScrubStatus,
+)
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.library.state import CachedFile, Generation, Pipeline
 from instantstart_fs.library.view import Attributes, Private
@@ -202,7 +209,14 @@ def hot_until_ns(last_request_ns: int | None, keep_hot: float) -> int | None:
 
 
 def pipeline_status(
-    pipeline: Pipeline, clocks: Clocks, *, filling: bool, rate: float, keep_hot: float, with_files: bool
+    pipeline: Pipeline,
+    clocks: Clocks,
+    *,
+    filling: bool,
+    rate: float,
+    keep_hot: float,
+    with_files: bool,
+    scrub: ScrubStatus | None = None,
 ) -> PipelineStatus:
     """``rate`` in bytes per second."""
     generation = pipeline.current
@@ -231,6 +245,7 @@ def pipeline_status(
         if trouble is None
         else ErrorStatus(code=trouble.error.code, message=trouble.error.message, since=rfc3339(trouble.since_ns) or ""),
         uncached=pipeline.uncached.text if pipeline.uncached is not None else None,
+        scrub=scrub,
         files=tuple(_file_status(file) for file in generation.files) if with_files and generation else None,
     )
 

@@ -111,7 +111,7 @@ class Reading:
                 raise
             if not file.handles:
                 self._open_files.close_reader(file)
-            await self.discard(file, error, wanted=True)
+            await self.discard(file, error, wanted=True, found_by="open")
             raise NoSuchEntry(f"{file.entry.path}: was dropped: {error.message}") from error
 
     def open_nowait(self, nodeid: int) -> Handle | None:
@@ -221,7 +221,7 @@ class Reading:
             if done < length:
                 await trio.to_thread.run_sync(self._open_files.read_blocking, file, offset + done, view[done:])
         except StoreDamaged as error:
-            await self.discard(file, error, wanted=True)
+            await self.discard(file, error, wanted=True, found_by="read")
             raise
         # Poisoned while the bytes were copied: nobody may see them.
         if file.gone is not None:

@@ -19,7 +19,7 @@ from instantstart_fs.filler.target import FileState, FillTarget
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.holders import processes_holding
-from instantstart_fs.library.observing import Observer
+from instantstart_fs.library.observing import FoundBy, Observer
 from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Pipeline, Trouble
@@ -123,7 +123,7 @@ class Reports(FillEvents):
 
     # -- bytes that are lost or wrong ------------------------------------------------------------------------------
 
-    async def discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:
+    async def discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool, found_by: FoundBy) -> None:
         """Drop a complete file whose bytes are lost, unreadable or wrong; fetch it again if it is ``wanted``.
 
         Later opens get the new incarnation; handles of this one get ``problem``. Raises StoreError if the index cannot
@@ -138,6 +138,7 @@ class Reports(FillEvents):
             with self._open_files.using(file.generation):
                 async with self._shelf.uncovered(file.generation.pipeline):
                     await self._discard(file, problem, wanted=wanted)
+                    self._observer.damaged(found_by)
         finally:
             self._discarding.discard(file)
         await self._discard_shared(file, problem)
@@ -157,7 +158,8 @@ class Reports(FillEvents):
             for twin in () if other is generation else other.files:
                 if twin.entry.path == file.entry.path and twin.complete:
                     if same_bytes(twin.entry.file, file.entry.file):
-                        await self.discard(twin, problem, wanted=other is generation.pipeline.current)
+                        current = other is generation.pipeline.current
+                        await self.discard(twin, problem, wanted=current, found_by="update")
                     break
 
     async def _discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:

@@ -20,6 +20,8 @@ from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.errors import InstantStartError, PipelineNotFound, StoreDamaged
 from instantstart_fs.filler.target import FileKey, FileState
 from instantstart_fs.index.environment import Index
+from instantstart_fs.index.schema import UpkeepRecord
+from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.state import CachedFile, Generation, NodeTable, OpenOrigin, Pipeline, Trouble
 from instantstart_fs.library.view import ROOT, Invalidation
 from instantstart_fs.store.blobstore import BlobStore
@@ -96,6 +98,9 @@ class Shelf:
                 pipeline.trouble = Trouble(error, self.now_ns(), final=True)
             self.pipelines[pipeline.id] = pipeline
             self.nodes.add_pipeline(pipeline)
+        for name, upkeep in self.index.read(lambda txn: list(txn.upkeep())):
+            if name in self.pipelines:
+                self.pipelines[name].scrubbed = upkeep.scrubbed
         unknown = sorted(set(self.store.pipelines()) - self.pipelines.keys())
         if unknown:
             log.warning(
@@ -164,6 +169,17 @@ class Shelf:
                 self.nodes.add_file(file)
         self.nodes.add_block(generation)
         return generation
+
+    async def save_upkeep(self, pipeline: Pipeline) -> None:
+        """Note what is done about it in the background. Raises StoreError."""
+        record = UpkeepRecord(pipeline.scrubbed)
+
+        def write(txn: WriteTxn) -> None:
+            if txn.get_pipeline(pipeline.id) is not None:
+                txn.put_upkeep(pipeline.id, record)
+
+        if not pipeline.removed:
+            await self.index.write(write)
 
     # -- nodeids -------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import trio
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.loadset import is_weight_file, load_set
 from instantstart_fs.core.manifest import FileEntry, Manifest, ModelSpec, PipelineSpec
+from instantstart_fs.core.scrub import Pass
 from instantstart_fs.core.staging import Shard
 from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
@@ -111,13 +112,15 @@ class CachedFile:
 
 class Counts(NamedTuple):
     """Of the load set: ``cached`` bytes, ``complete`` files, ``unverified`` ones among these; ``everything``: the
-    cached bytes of all files; ``allocated``: the bytes of disk that these take."""
+    cached bytes of all files; ``allocated``: the bytes of disk that these take; ``finished``: how many of all files are
+    complete."""
 
     cached: int
     complete: int
     unverified: int
     everything: int
     allocated: int
+    finished: int
 
 
 class Uncached(NamedTuple):
@@ -226,7 +229,7 @@ class Generation:
     def grew(self, file: CachedFile, count: int) -> None:
         """``count`` more bytes of ``file`` are here. Constant time: it is called for each chunk."""
         if self._counts is not None:
-            cached, complete, unverified, everything, allocated = self._counts
+            cached, complete, unverified, everything, allocated, finished = self._counts
             inside = self.in_load_set(file.entry.index)
             self._counts = Counts(
                 cached + (count if inside else 0),
@@ -234,6 +237,7 @@ class Generation:
                 unverified,
                 everything + count,
                 allocated + self._rounded(count),
+                finished,
             )
 
     def completed(self, file: CachedFile, allocated: int) -> None:
@@ -243,7 +247,7 @@ class Generation:
         before = file.extra
         self.measured(file, allocated)
         if self._counts is not None:
-            cached, complete, unverified, everything, taken = self._counts
+            cached, complete, unverified, everything, taken, finished = self._counts
             inside = self.in_load_set(file.entry.index)
             self._counts = Counts(
                 cached,
@@ -251,6 +255,7 @@ class Generation:
                 unverified + (inside and file.state is FileState.UNVERIFIED),
                 everything,
                 taken + file.extra - before,
+                finished + 1,
             )
 
     def measured(self, file: CachedFile, allocated: int) -> None:
@@ -280,16 +285,17 @@ class Generation:
     def counts(self) -> Counts:
         """Kept up to date, so that neither 10,000 pipelines to list nor 10,000 files to seal cost a walk each."""
         if self._counts is None:
-            cached = complete = unverified = everything = allocated = 0
+            cached = complete = unverified = everything = allocated = finished = 0
             for file in self.files:
                 here = file.cached_bytes
                 everything += here
+                finished += file.complete
                 allocated += self._rounded(here) + file.extra if here or file.extra else 0
                 if file.entry.index in self._in_load_set:
                     cached += here
                     complete += file.complete
                     unverified += file.state is FileState.UNVERIFIED
-            self._counts = Counts(cached, complete, unverified, everything, allocated)
+            self._counts = Counts(cached, complete, unverified, everything, allocated, finished)
         return self._counts
 
     def mostly_complete(self, node: int) -> bool:
@@ -339,6 +345,8 @@ class Pipeline:
         self.leases = 0
         self.trouble: Trouble | None = None
         self.uncached: Uncached | None = None
+        self.scrubbed = Pass()
+        """How far the scrub has come with it (library/scrubbing.py)."""
         self.lock = trio.Lock()
         """Held by add, update, evict and remove: one of them at a time."""
         self.removed = False

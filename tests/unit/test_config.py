@@ -22,6 +22,8 @@ path = "{root}/store"
 capacity = "500GiB"
 low_watermark = 0.5
 high_watermark = 0.9
+scrub = "30d"
+scrub_rate = "20MB"
 [fill]
 workers = 3
 connections = 8
@@ -73,6 +75,7 @@ def test_the_documented_file(write, tmp_path: Path) -> None:
     assert (config.mount.path, config.mount.transport) == (f"{tmp_path}/models", "auto")
     assert config.store.capacity == Capacity(bytes=500 * 2**30)
     assert (config.store.low_watermark, config.store.high_watermark) == (0.5, 0.9)
+    assert (config.store.scrub, config.store.scrub_rate) == (30 * 86400, 20_000_000)
     assert (config.fill.worker_count, config.fill.connections, config.fill.chunk_size) == (3, 8, 4 * 2**20)
     assert (config.fill.read_deadline, config.fill.serve_unsealed) == (120.0, "never")
     assert config.eviction.keep_hot == 7 * 86400
@@ -149,6 +152,9 @@ def test_pipelines_d_holds_one_pipeline_per_file(write, tmp_path: Path) -> None:
         ('[store]\ncapacity = "120%"', "store.capacity", "between 0% and 100%"),
         ('[store]\ncapacity = "0"', "store.capacity", "more than 0"),
         ("[store]\nlow_watermark = 0.99", "store.low_watermark", "above high_watermark"),
+        ('[store]\nscrub = "weekly"', "store.scrub", 'neither "off" nor a duration'),
+        ('[store]\nscrub = "10ms"', "store.scrub", "less than a second"),
+        ('[store]\nscrub_rate = "10KB"', "store.scrub_rate", "less than 1MB"),
         ("[store]\nhigh_watermark = 95.0", "store.high_watermark", "between 0 and 1"),
         ('[store]\npath = "relative/store"', "store.path", "not an absolute path"),
         ('[store]\npath = "/proc/version/store"', "store.path", "/proc/version is not a directory"),

@@ -20,7 +20,7 @@ from instantstart_fs.core.eviction import Budget
 from instantstart_fs.core.status import FillStatus, PipelineStatus
 from instantstart_fs.filler.state import BreakerState, FillStatistics
 from instantstart_fs.library.observing import Totals
-from instantstart_fs.library.overview import Overview
+from instantstart_fs.library.overview import Overview, ScrubOverview
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -55,6 +55,7 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
     totals.files_completed["sealed"] = 4
     totals.fill_failures["access-refused"] = 1
     totals.cold_starts["cold"] = 1
+    totals.damaged["scrub"] = 2
     fills = FillStatistics(
         workers=2,
         worker_deaths=0,
@@ -79,6 +80,7 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
         silent=1,
         nodes=9,
         pipelines=found,
+        scrub=ScrubOverview(overdue=5.0, resting=True),
         cold_starts=(ColdStart(pipeline="p00000", started_ns=1, state="cold", opened_after=2.5, ended_after=3.0),),
     )
     return metrics.Source("1", 2.0, totals, fills, overview, True, per_pipeline, {"read": 5})
@@ -127,6 +129,9 @@ def test_values() -> None:
     assert found["instantstart_read_wait_seconds_bucket", (("le", "+Inf"),)] == 2
     assert found["instantstart_read_wait_seconds_sum", ()] == pytest.approx(70.2)
     assert found["instantstart_store_high_watermark_bytes", ()] == 950
+    assert found["instantstart_damaged_files_total", (("found_by", "scrub"),)] == 2
+    assert found["instantstart_damaged_files_total", (("found_by", "open"),)] == 0
+    assert found["instantstart_scrub_overdue_seconds", ()] == 5
     assert found["instantstart_pipelines", (("state", "warm"),)] == 0
     assert found["instantstart_pipeline_last_cold_start_seconds", (("pipeline", "p00000"),)] == 2.5
     # Two credentials at one endpoint are one origin here, the worse one shown, and no fingerprint leaves.
