@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from instantstart_fs.cli import show
+from instantstart_fs.cli import completion, show
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.words import human_bytes
@@ -23,7 +23,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Pipeline = Annotated[str, typer.Argument(help="The pipeline's id.", show_default=False)]
+NewPipeline = Annotated[str, typer.Argument(metavar="PIPELINE", help="The pipeline's id.", show_default=False)]
+Pipeline = Annotated[
+    str, typer.Argument(help="The pipeline's id.", show_default=False, autocompletion=completion.pipelines)
+]
 Socket = Annotated[
     str | None,
     typer.Option("--socket", metavar="PATH", help="The daemon's socket (else $INSTANTSTART_SOCKET, else the default)."),
@@ -151,7 +154,7 @@ def _show_checks(checks: list[Any]) -> None:
 
 @app.command()
 def add(
-    pipeline: Pipeline,
+    pipeline: NewPipeline,
     source: Annotated[
         str | None,
         typer.Argument(
@@ -475,7 +478,13 @@ def ls(socket: Socket = None, json: Json = False) -> None:
 @app.command()
 def status(
     pipeline: Annotated[
-        str | None, typer.Argument(metavar="PIPELINE", help="All of them if left out.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="PIPELINE",
+            help="All of them if left out.",
+            show_default=False,
+            autocompletion=completion.pipelines,
+        ),
     ] = None,
     socket: Socket = None,
     json: Json = False,

@@ -31,6 +31,7 @@ from instantstart_fs.control.protocol import (
     LineBuffer,
     Ls,
     Mark,
+    Names,
     Open,
     Opening,
     Pin,
@@ -79,19 +80,20 @@ class Client:
     Every method raises ControlError's family for trouble between the two, and what the daemon raised.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, *, deadline: float = CONNECT_DEADLINE) -> None:
+        """``deadline``: seconds to be accepted."""
         self.path = find_socket(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(CONNECT_DEADLINE)
+        self._socket.settimeout(deadline)
         self._buffer = LineBuffer(MAX_MESSAGE)
         self._descriptors: collections.deque[int] = collections.deque()
         try:
             self._socket.connect(self.path)
         except OSError as error:
             self._socket.close()
-            raise self._unreachable(error) from error
+            raise self._unreachable(error, deadline) from error
 
-    def _unreachable(self, error: OSError) -> DaemonUnreachable | PermissionRefused:
+    def _unreachable(self, error: OSError, deadline: float) -> DaemonUnreachable | PermissionRefused:
         if isinstance(error, PermissionError):
             return PermissionRefused(f"{self.path}: this user may not talk to the daemon; ask as its owner (sudo)")
         if isinstance(error, FileNotFoundError):
@@ -99,7 +101,7 @@ class Client:
         elif isinstance(error, ConnectionRefusedError):
             reason = "the daemon that listened there is gone"
         elif isinstance(error, TimeoutError):
-            reason = f"it did not answer within {CONNECT_DEADLINE:g} s"
+            reason = f"it did not answer within {deadline:g} s"
         else:
             reason = error.strerror or str(error)
         return DaemonUnreachable(
@@ -154,6 +156,10 @@ class Client:
 
     def pipelines(self) -> list[PipelineStatus]:
         return self._ask(Ls(), list[PipelineStatus])
+
+    def names(self, prefix: str = "", *, deadline: float = ANSWER_DEADLINE) -> list[str]:
+        """Ids that begin with ``prefix``, of the pipelines that this user owns or may read."""
+        return self._ask(Names(prefix), list[str], deadline=deadline)
 
     def specs(self) -> list[PipelineSpec]:
         return self._ask(Specs(), list[PipelineSpec])

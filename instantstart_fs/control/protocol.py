@@ -34,6 +34,8 @@ MAX_MESSAGE = 16 * 1024 * 1024
 """Bytes of one line, which neither side buffers more of. The status of 100,000 files stays below it."""
 MAX_HANDED_FILES = 32
 """Files of one ``handed`` message: two descriptors each, and the kernel takes 253 at once."""
+MAX_NAMES = 1000
+"""Ids in the answer to ``names``: more than anybody reads after a TAB."""
 MAX_REQUEST = 1024 * 1024
 """Bytes of one request: a specification with thousands of globs fits."""
 
@@ -122,6 +124,13 @@ class Ls(_Request, frozen=True, tag="ls"):
     """→ list of PipelineStatus without files."""
 
 
+class Names(_Request, frozen=True, tag="names"):
+    """→ list of at most MAX_NAMES ids that begin with ``prefix``, sorted: what a shell completes. Of the pipelines that
+    the caller owns or may read, or of all."""
+
+    prefix: str = ""
+
+
 class Specs(_Request, frozen=True, tag="specs"):
     """→ list of PipelineSpec: how they were asked for. For those who administer."""
 
@@ -162,6 +171,7 @@ Request = (
     | Lease
     | Open
     | Ls
+    | Names
     | Specs
     | Status
 )

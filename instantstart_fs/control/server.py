@@ -31,6 +31,7 @@ from instantstart_fs.control.administration import Administration, Report
 from instantstart_fs.control.listening import Peer, listen, peer_of
 from instantstart_fs.control.protocol import (
     MAX_HANDED_FILES,
+    MAX_NAMES,
     MAX_REQUEST,
     Access,
     Add,
@@ -45,6 +46,7 @@ from instantstart_fs.control.protocol import (
     LineBuffer,
     Ls,
     Mark,
+    Names,
     Open,
     Opening,
     Pin,
@@ -223,7 +225,7 @@ class ControlServer:
 
     def authorize(self, peer: Peer, request: Request) -> None:
         """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
-        if self.administers(peer) or isinstance(request, Ping | Ls):
+        if self.administers(peer) or isinstance(request, Ping | Ls | Names):
             return
         if isinstance(request, Status | Touch | Lease | Warm | Mark | ColdStarts) and self.owns(
             peer, self._library.spec(request.pipeline)
@@ -250,6 +252,18 @@ class ControlServer:
             waiting = [status for name, status in self._pending().items() if name not in known]
             return sorted([*found, *waiting], key=lambda status: status.pipeline)
         return list(self._library.list_where(lambda spec: self.owns(peer, spec)))
+
+    def names(self, peer: Peer, prefix: str) -> list[str]:
+        """The first ids that begin with ``prefix``, of those that this peer may ask for."""
+        if self.administers(peer):
+            found = {*self._library.names_where(prefix, lambda spec: True)}
+            found.update(name for name in self._pending() if name.startswith(prefix))
+        else:
+            found = {*self._library.names_where(prefix, lambda spec: self._may_ask_for(peer, spec))}
+        return sorted(found)[:MAX_NAMES]
+
+    def _may_ask_for(self, peer: Peer, spec: PipelineSpec) -> bool:
+        return self.owns(peer, spec) or may_read(peer.uid, peer.groups, owner=spec.uid, group=spec.gid, mode=spec.mode)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -407,6 +421,8 @@ class _Connection:
                 return self._server.info(self._peer)
             case Ls():
                 return self._server.visible(self._peer)
+            case Names(prefix):
+                return self._server.names(self._peer, prefix)
             case Specs():
                 return [library.spec(status.pipeline) for status in library.list()]
             case Status(pipeline):

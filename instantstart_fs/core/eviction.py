@@ -209,24 +209,58 @@ JUMP = 3600.0
 """Seconds: a wall clock that moves so far against CLOCK_BOOTTIME was set, and is no drift (design rule 9)."""
 
 
+class ClockState(msgspec.Struct, frozen=True, array_like=True):
+    """What outlives a daemon: both clocks at one moment, seconds, since which start of the machine the second one runs,
+    and for how many seconds from then on nothing may be evicted."""
+
+    boot_id: str
+    wall: float
+    boot: float
+    rest: float = 0.0
+
+
 class ClockWatch:
     """Notices that the wall clock was set: then stored request times mean nothing, and eviction rests for ``keep_hot``
-    seconds, in which whoever is in use is requested again. Small steps and slewing go unnoticed."""
+    seconds, in which whoever is in use is requested again. Small steps and slewing go unnoticed.
 
-    def __init__(self, keep_hot: float) -> None:
+    ``known``: what an earlier daemon saw, of a machine whose start is called ``boot_id``. Where the machine was started
+    anew since, nobody knows for how long it was off: what was left of a rest begins again, and only a wall clock that
+    went back is sure to have been set.
+    """
+
+    def __init__(self, keep_hot: float, boot_id: str = "", known: ClockState | None = None) -> None:
         self._keep_hot = keep_hot
+        self._boot_id = boot_id
+        self._known = known
         self._offset: float | None = None
         self._until = -math.inf
 
     def observe(self, wall: float, boot: float) -> bool:
         """Both clocks, read at one moment, seconds. True if the wall clock jumped since the last look."""
+        went_back = self._resume(wall, boot)
         offset = wall - boot
-        jumped = self._offset is not None and abs(offset - self._offset) > JUMP
+        jumped = went_back or (self._offset is not None and abs(offset - self._offset) > JUMP)
         self._offset = offset
         if jumped:
             self._until = boot + self._keep_hot
         return jumped
 
+    def _resume(self, wall: float, boot: float) -> bool:
+        """Go on from ``known``; whether the wall clock went back while the machine was off."""
+        known, self._known = self._known, None
+        if known is None:
+            return False
+        same = known.boot_id == self._boot_id and known.boot <= boot
+        if known.rest > 0:
+            self._until = (known.boot if same else boot) + min(known.rest, self._keep_hot)
+        if same:
+            self._offset = known.wall - known.boot
+        return not same and known.wall - wall > JUMP
+
     def rests(self, boot: float) -> bool:
         """Whether nothing may be evicted now."""
         return boot < self._until
+
+    def state(self, wall: float, boot: float) -> ClockState:
+        """What the next daemon is to know, after ``observe`` of the same moment."""
+        return ClockState(self._boot_id, wall, boot, max(0.0, self._until - boot))

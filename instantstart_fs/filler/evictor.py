@@ -17,14 +17,16 @@ import msgspec
 import trio
 
 from instantstart_fs.core import eviction
-from instantstart_fs.core.eviction import Candidate, ClockWatch, Refusal
-from instantstart_fs.errors import InstantStartError
+from instantstart_fs.core.eviction import Candidate, ClockState, ClockWatch, Refusal
+from instantstart_fs.errors import InstantStartError, StoreError
 
 log = logging.getLogger(__name__)
 
 INTERVAL = 2.0
 """Least seconds between two looks: a look costs a walk over all pipelines."""
 LOOK_SECONDS = 60.0
+SAVE_SECONDS = 3600.0
+"""Between two notes of the clocks, for the next daemon; while nothing is evicted, every LOOK_SECONDS."""
 ATTEMPTS = 4
 """How often an admission is decided anew because somebody took what was to be evicted into use."""
 
@@ -46,6 +48,10 @@ class Shelves(Protocol):
         """Raises PipelineBusy if it may not go any more: it came into use, or was requested, since it was chosen."""
         ...
 
+    async def save_clock(self, state: ClockState) -> None:
+        """Keep it for the next daemon. Raises StoreError."""
+        ...
+
     def reconsider(self) -> None:
         """Room may have appeared for what was refused."""
         ...
@@ -55,8 +61,18 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def boot_identity() -> str:
+    """Which start of the machine this is; "" where the kernel does not say."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 class Evictor:
-    """``now``: the wall clock, ``boot``: a clock that nobody sets, both in seconds. ``keep_hot``, ``max_idle`` too."""
+    """``now``: the wall clock, ``boot``: a clock that nobody sets, both in seconds. ``keep_hot``, ``max_idle`` too.
+    ``boot_id``: since which start of the machine ``boot`` runs; ``known``: what an earlier daemon saved of both."""
 
     def __init__(
         self,
@@ -66,15 +82,20 @@ class Evictor:
         keep_hot: float = 0.0,
         max_idle: float | None = None,
         boot: Callable[[], float] = boottime,
+        boot_id: str = "",
+        known: ClockState | None = None,
     ) -> None:
         self._shelves = shelves
         self._now = now
         self._boot = boot
         self._max_idle = max_idle
-        self._watch = ClockWatch(keep_hot)
+        self._watch = ClockWatch(keep_hot, boot_id, known)
+        self._saved: ClockState | None = None
+        self._saving_fails = False
         self._nudged = trio.Event()
         self._lock = trio.Lock()
-        self._watch.observe(now(), boot())
+        if known is None:
+            self._watch.observe(now(), boot())
 
     def nudge(self) -> None:
         """New bytes have come, or something may go that might not: look soon."""
@@ -85,6 +106,8 @@ class Evictor:
         boot = self._boot()
         if self._watch.observe(self._now(), boot):
             self._shelves.clock_was_set()
+            self._saved = None
+            self.nudge()
             log.warning("the wall clock was set by more than an hour: nothing is evicted for keep_hot from now on")
         return self._watch.rests(boot)
 
@@ -95,7 +118,22 @@ class Evictor:
                 await self._nudged.wait()
             self._nudged = trio.Event()
             await self.look()
+            await self._save_clock()
             await trio.sleep(INTERVAL)
+
+    async def _save_clock(self) -> None:
+        rests, boot = self.rests(), self._boot()
+        if self._saved is not None and boot - self._saved.boot < (LOOK_SECONDS if rests else SAVE_SECONDS):
+            return
+        state = self._watch.state(self._now(), boot)
+        try:
+            await self._shelves.save_clock(state)
+        except StoreError as error:
+            if not self._saving_fails:
+                log.warning("the clocks are not noted for the next start: %s", error.message)
+            self._saving_fails = True
+        else:
+            self._saved, self._saving_fails = state, False
 
     async def look(self) -> None:
         """One look: what is idle for too long goes, then what is too much."""

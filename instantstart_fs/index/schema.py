@@ -11,6 +11,7 @@ and everything of a generation in manifest order, is one range:
     coldstarts     <pipeline> NUL <first open:u64, ns>            core.coldstart.ColdStart (a map)
     upkeep         <pipeline>                                     UpkeepRecord
     meta           format, nodeids, health                        u64
+                   clock                                          core.eviction.ClockState
 
 Integers are big-endian; a pipeline id is ASCII without NUL, so that no id's range runs into another's.
 """
@@ -22,6 +23,7 @@ import struct
 import msgspec
 
 from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.eviction import ClockState
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.scrub import Pass
 from instantstart_fs.errors import StoreDamaged
@@ -33,6 +35,7 @@ DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes", 
 META_FORMAT = b"format"
 META_NODEIDS = b"nodeids"
 META_HEALTH = b"health"
+META_CLOCK = b"clock"
 FIRST_NODEID = 1024
 """Below it are the mount's own (the root is 1; .warm, .filling, .cold)."""
 
@@ -89,6 +92,7 @@ _pipeline_decoder = msgspec.msgpack.Decoder(PipelineRecord)
 _generation_decoder = msgspec.msgpack.Decoder(GenerationRecord)
 _file_decoder = msgspec.msgpack.Decoder(FileRecord)
 _upkeep_decoder = msgspec.msgpack.Decoder(UpkeepRecord)
+_clock_decoder = msgspec.msgpack.Decoder(ClockState)
 _cold_start_decoder = msgspec.msgpack.Decoder(ColdStart)
 encode = msgspec.msgpack.Encoder().encode
 """Any of the records → its value."""
@@ -132,6 +136,13 @@ def decode_upkeep(value: bytes) -> UpkeepRecord:
         return _upkeep_decoder.decode(value)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise _damaged("what is known of a pipeline's upkeep", error) from error
+
+
+def decode_clock(value: bytes) -> ClockState:
+    try:
+        return _clock_decoder.decode(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _damaged("what is known of the clocks", error) from error
 
 
 def encode_u64(value: int) -> bytes:

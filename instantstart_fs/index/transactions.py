@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import lmdb
 
 from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.eviction import ClockState
 from instantstart_fs.errors import StoreError
 from instantstart_fs.index import schema
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, UpkeepRecord
@@ -99,6 +100,11 @@ class ReadTxn:
         """(pipeline, record), by id."""
         for key, value in self._scan("upkeep"):
             yield key.decode("ascii"), schema.decode_upkeep(value)
+
+    def clock(self) -> ClockState | None:
+        """What the last daemon knew of the clocks."""
+        value = self._get("meta", schema.META_CLOCK)
+        return None if value is None else schema.decode_clock(value)
 
     def dump(self) -> dict[str, dict[bytes, bytes]]:
         """Everything, raw: for tests and for probing a suspect index."""
@@ -198,6 +204,9 @@ class WriteTxn(ReadTxn):
     def put_upkeep(self, pipeline: str, record: UpkeepRecord) -> None:
         self._put("upkeep", schema.pipeline_key(pipeline), schema.encode(record))
 
+    def put_clock(self, state: ClockState) -> None:
+        self._put("meta", schema.META_CLOCK, schema.encode(state))
+
     def prove_writable(self, at_ns: int) -> None:
         """Write something small; raises what a real write would."""
         self._put("meta", schema.META_HEALTH, schema.encode_u64(at_ns))
@@ -216,7 +225,7 @@ class WriteTxn(ReadTxn):
         return first
 
     def clear(self) -> None:
-        """Forget everything but the format and the nodeid counter (fsck)."""
+        """Forget everything but the format, the nodeid counter and the clocks (fsck)."""
         for database in schema.DATABASES:
             if database != "meta":
                 self._transaction.drop(self._databases[database], delete=False)

@@ -33,7 +33,7 @@ from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import Activity
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreDamaged, StoreFull
-from instantstart_fs.filler.evictor import Evictor, boottime
+from instantstart_fs.filler.evictor import Evictor, boot_identity, boottime
 from instantstart_fs.filler.scheduler import Filler, FillSettings, FillStatistics
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.index.access_log import AccessLog
@@ -79,9 +79,10 @@ class Library:
         held: Sequence[int] = (),
         now_ns: Callable[[], int] = time.time_ns,
         boot: Callable[[], float] = boottime,
+        boot_id: Callable[[], str] = boot_identity,
     ) -> None:
         """``held``: the nodeids that the kernel holds open from an earlier daemon, one for each handle. ``now_ns``: the
-        wall clock. ``boot``: one that nobody sets, seconds."""
+        wall clock. ``boot``: one that nobody sets, seconds; ``boot_id``: since which start of the machine it runs."""
         self._held = held
         self._config = config
         self._store = store
@@ -107,6 +108,8 @@ class Library:
             keep_hot=config.eviction.keep_hot,
             max_idle=config.eviction.max_idle,
             boot=boot,
+            boot_id=boot_id(),
+            known=index.read(lambda txn: txn.clock()),
         )
         self._admissions = Admissions(self._evictor)
         reports = Reports(self._shelf, self._open_files, self.observer, self._admissions, self._evictor.nudge)
@@ -367,6 +370,12 @@ class Library:
         found = [pipeline for pipeline in self._shelf.pipelines.values() if shown(pipeline.spec)]
         return [self._status(pipeline, with_files=False) for pipeline in sorted(found, key=lambda one: one.id)]
 
+    def names_where(self, prefix: str, shown: Callable[[PipelineSpec], bool]) -> Sequence[str]:
+        """Ids that begin with ``prefix``, of those whose specification is ``shown``; in no order."""
+        return [
+            name for name, pipeline in self._shelf.pipelines.items() if name.startswith(prefix) and shown(pipeline.spec)
+        ]
+
     def owners(self) -> frozenset[tuple[int, int]]:
         """(uid, gid) of all pipelines."""
         return frozenset((pipeline.spec.uid, pipeline.spec.gid) for pipeline in self._shelf.pipelines.values())
@@ -530,6 +539,9 @@ class Library:
 
     def clock_was_set(self) -> None:
         self._access.clock_was_set()
+
+    async def save_clock(self, state: eviction.ClockState) -> None:
+        await self._index.write(lambda txn: txn.put_clock(state))
 
     def reconsider(self) -> None:
         self._admissions.reconsider(self._shelf.pipelines.values())

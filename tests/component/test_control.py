@@ -152,6 +152,9 @@ class FakeLibrary:
     def list(self) -> list[PipelineStatus]:
         return [msgspec.structs.replace(status, files=None) for status in self.statuses.values()]
 
+    def names_where(self, prefix: str, shown: Callable[[PipelineSpec], bool]) -> list[str]:
+        return [name for name, spec in self.specs.items() if name.startswith(prefix) and shown(spec)]
+
     def list_where(self, shown: Callable[[PipelineSpec], bool]) -> list[PipelineStatus]:
         return [status for status in self.list() if shown(self.specs[status.pipeline])]
 
@@ -449,6 +452,17 @@ async def test_a_pipelines_group_may_do_what_its_owner_may_where_that_is_configu
         assert [status.pipeline for status in await ask(path, lambda client: client.pipelines())] == ["x"]
         with pytest.raises(PermissionRefused):
             await ask(path, lambda client: client.evict("x"))
+
+
+async def test_a_shell_completes_ids_of_what_its_user_owns_or_may_read(library: FakeLibrary, path: str) -> None:
+    library.specs = {
+        name: PipelineSpec(name, (ModelSpec("hf://o/r"),), uid=uid, gid=500, mode=mode)
+        for name, uid, mode in (("a-mine", 77, 0o550), ("a-public", 1, 0o555), ("a-walled", 1, 0o550), ("b", 77, 0o555))
+    }
+    async with run(library, path, peer=lambda _: Peer(1, 77, frozenset({77}))):
+        assert await ask(path, lambda client: client.names("a-")) == ["a-mine", "a-public"]
+    async with run(library, path):
+        assert await ask(path, lambda client: client.names("a-")) == ["a-mine", "a-public", "a-walled"]
 
 
 async def test_a_stranger_learns_that_there_is_a_daemon_and_no_more(library: FakeLibrary, path: str) -> None:

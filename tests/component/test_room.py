@@ -208,6 +208,39 @@ async def test_a_clock_that_is_set_suspends_eviction_for_keep_hot(tmp_path: Path
         assert library.status("a").state == "cold"
 
 
+async def test_the_suspension_outlives_the_daemon(tmp_path: Path) -> None:
+    source, clock = make_source(tmp_path / "source"), Clock()
+    async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
+        for pipeline in ("a", "b"):
+            await library.add(spec(pipeline, source))
+        await fills(library, "a")  # never requested, so not hot: only the clock keeps it
+        clock.ahead += 7200.0
+        await library._evictor.look()
+        await library._evictor._save_clock()
+    clock.passes(3500.0)
+    async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
+        with pytest.raises(StoreFull, match="hot: a"):
+            await library.warm("b")
+    clock.passes(200.0)
+    async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
+        await fills(library, "b")
+        assert library.status("a").state == "cold"
+
+
+@pytest.mark.parametrize("jump", [7200.0, -7200.0])
+async def test_a_clock_that_is_set_while_no_daemon_runs_is_noticed(tmp_path: Path, jump: float) -> None:
+    source, clock = make_source(tmp_path / "source"), Clock()
+    async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
+        for pipeline in ("a", "b"):
+            await library.add(spec(pipeline, source))
+        await fills(library, "a")
+        await library._evictor._save_clock()
+    clock.ahead += jump
+    async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
+        with pytest.raises(StoreFull, match="hot: a"):
+            await library.warm("b")
+
+
 async def test_a_fill_that_nobody_waits_for_gives_way(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path, capacity=10 * MIB) as library:

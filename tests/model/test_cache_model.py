@@ -35,7 +35,7 @@ from instantstart_fs.core import eviction
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import FillCancelled, PipelineBusy, StoreError, StoreFull
-from instantstart_fs.filler import committer, evictor, scheduler
+from instantstart_fs.filler import committer, delivery, evictor
 from instantstart_fs.filler.messages import Arrived, Closed, CloseFile, Fetch, OpenFile, SetLocation
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library, admission
@@ -118,7 +118,7 @@ class InlinePool:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "WorkerPool", InlinePool)
+    monkeypatch.setattr(delivery, "WorkerPool", InlinePool)
     monkeypatch.setattr(committer, "SEAL_SECONDS", 0.0)
     monkeypatch.setattr(evictor, "INTERVAL", 0.01)
     monkeypatch.setattr(admission, "RETRY_SECONDS", 0.0)
@@ -189,7 +189,6 @@ class World:
             library._shelf.switch_generation = watched  # type: ignore[method-assign]
             async with library.running():
                 self.library = library
-                self.rests_until = -1.0  # a restart forgets it
                 yield
 
     def budget(self) -> eviction.Budget:

@@ -8,7 +8,7 @@ import time
 import msgspec
 import pytest
 
-from instantstart_fs.core.eviction import Budget, Candidate, ClockWatch, admit, idle, is_hot, plan
+from instantstart_fs.core.eviction import Budget, Candidate, ClockState, ClockWatch, admit, idle, is_hot, plan
 
 BUDGET = Budget(capacity=1000, low=0.5, high=0.9)
 OLD = Candidate("old", 200, 10.0)
@@ -102,6 +102,40 @@ def test_a_clock_that_was_set_is_noticed_and_one_that_drifts_is_not() -> None:
     assert watch.rests(119.0)
     assert not watch.rests(120.0)
     assert watch.observe(0.0, 200.0)
+
+
+def test_a_suspension_and_what_is_known_of_the_clocks_go_on_with_the_next_daemon() -> None:
+    first = ClockWatch(100.0, "one")
+    first.observe(5000.0, 10.0)
+    assert first.observe(20_010.0, 20.0)
+    known = first.state(20_010.0, 20.0)
+    assert known == ClockState("one", 20_010.0, 20.0, 100.0)
+
+    again = ClockWatch(100.0, "one", known)
+    assert not again.observe(20_040.0, 50.0)
+    assert again.rests(119.0)
+    assert not again.rests(120.0)
+    assert again.state(20_040.0, 50.0).rest == 70.0
+
+    set_meanwhile = ClockWatch(100.0, "one", msgspec.structs.replace(known, rest=0.0))
+    assert set_meanwhile.observe(20_040.0 - 3601.0, 50.0)
+    assert set_meanwhile.rests(149.0)
+
+    shorter = ClockWatch(30.0, "one", known)  # keep_hot was set lower meanwhile
+    shorter.observe(20_040.0, 40.0)
+    assert not shorter.rests(50.0)
+
+
+def test_a_suspension_begins_again_on_a_machine_that_was_started_anew() -> None:
+    known = ClockState("one", 20_000.0, 5000.0, 60.0)
+    for boot_id, boot in (("two", 7.0), ("one", 7.0)):  # the second one: no identity, but a clock that went back
+        watch = ClockWatch(100.0, boot_id, known)
+        assert not watch.observe(90_000.0, boot)  # it may have been off for so long
+        assert watch.rests(66.0)
+        assert not watch.rests(67.0)
+    back = ClockWatch(100.0, "two", known)
+    assert back.observe(20_000.0 - 3601.0, 7.0)
+    assert back.rests(106.0)
 
 
 def test_ten_thousand_pipelines_are_planned_in_a_moment() -> None:

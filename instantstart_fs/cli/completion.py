@@ -1,0 +1,24 @@
+"""What the shell is offered after TAB. Typer speaks with the shells (bash, zsh, fish); this asks the daemon for names.
+
+A shell waits for it in the middle of a line: the answer comes soon or not at all, and never with an error text.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from instantstart_fs.control.client import Client
+from instantstart_fs.errors import InstantStartError
+
+DEADLINE = 0.5
+"""Seconds to be accepted, and again to be answered."""
+
+
+def pipelines(context: typer.Context, incomplete: str) -> list[str]:
+    """Ids that begin so, of those that this user may ask for; none where no daemon answers in time."""
+    given = context.params.get("socket")
+    try:
+        with Client(given if isinstance(given, str) else None, deadline=DEADLINE) as client:
+            return client.names(incomplete, deadline=DEADLINE)
+    except (InstantStartError, OSError, ValueError):
+        return []
