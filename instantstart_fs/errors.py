@@ -19,6 +19,7 @@
     │   ├── AccessRefused          401/403: no, bad or insufficient credentials
     │   │   └── CredentialsUnusable  found out here, before anybody was asked: unreadable, malformed, not kept private
     │   ├── OriginNotFound         repository, revision, bucket or key is not there
+    │   │   └── OriginHidden       the whole source is not there, or not shown to these credentials: nobody can tell
     │   ├── OriginChanged          the pinned object was replaced at the origin: `update` is needed
     │   └── OriginUnsupported      what the origin holds cannot be served (a manifest with hostile names, say)
     ├── StoreError                 the NVMe side
@@ -129,6 +130,10 @@ class CredentialsUnusable(AccessRefused):
 
 class OriginNotFound(OriginError):
     code = "origin-not-found"
+
+
+class OriginHidden(OriginNotFound):
+    code = "origin-hidden"
 
 
 class OriginChanged(OriginError):

@@ -25,6 +25,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.filler.state import FillStatistics
@@ -34,6 +35,7 @@ from instantstart_fs.library.overview import Overview
 ORIGINS = 32
 STATES: tuple[PipelineState, ...] = ("cold", "filling", "partial", "warm", "unverified", "error")
 FOUND_BY: tuple[FoundBy, ...] = get_args(FoundBy)
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -152,6 +154,8 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_scrubbed_bytes_total", "counter", "bytes", "Bytes of complete files that the scrub has read and compared.", _one(lambda s: s.totals.scrubbed_bytes)),
     Definition("instantstart_scrub_resting", "gauge", "", "1 while demand keeps the scrub waiting. Only with store.scrub.", lambda s: [((), float(s.overview.scrub.resting))] if s.overview.scrub else []),
     Definition("instantstart_scrub_overdue_seconds", "gauge", "seconds", "By how much the pipeline that was not scrubbed for the longest time is late. Only with store.scrub.", lambda s: [((), s.overview.scrub.overdue)] if s.overview.scrub else []),
+    Definition("instantstart_access_checks_total", "counter", "", "Questions to origins whether a pipeline's credentials may still fetch its source, by outcome: allowed, refused, or unknown (no answer). Those of add, update and verify --access are among them.", _counted(lambda s: {name: s.totals.access_checks[name] for name in OUTCOMES}), ("outcome",)),
+    Definition("instantstart_pipelines_access", "gauge", "", "Pipelines by verdict of the access check: allowed, refused (said twice; out of view unless on_refusal says otherwise), unknown (the last question was not answered). Only with origins.recheck_access.", lambda s: [((name,), float(count)) for name, count in s.overview.access.items()] if s.overview.access is not None else [], ("verdict",)),
     Definition("instantstart_commits_total", "counter", "", "Group commits: fdatasync, then one index transaction.", _one(lambda s: s.fills.commits)),
     Definition("instantstart_index_stuck", "gauge", "", "1 while the index takes no commit; background filling waits.", _one(lambda s: float(s.fills.index_stuck))),
     Definition("instantstart_staged_bytes_total", "counter", "bytes", "Bytes of weight files brought into the page cache ahead of their readers.", _one(lambda s: s.totals.staged_bytes)),

@@ -189,6 +189,9 @@ def pipeline(status: PipelineStatus) -> str:
     if status.hot_until is not None:
         rows.append(("hot until", human_time(status.hot_until)))
     rows += [("pinned", "yes" if status.pinned else "no"), ("leases", str(status.leases))]
+    if status.access is not None:
+        told = f"{status.access.verdict}, {human_time(status.access.checked)}"
+        rows.append(("access", told if status.access.trouble is None else f"{told}; last: {status.access.trouble}"))
     if status.scrub is not None:
         proven = human_time(status.scrub.proven)
         rows.append(("scrubbed", proven if status.scrub.state == "waiting" else f"{proven}; {status.scrub.state} now"))
@@ -208,7 +211,7 @@ def pipeline(status: PipelineStatus) -> str:
     return "\n".join(lines)
 
 
-OPTIONAL = frozenset({"files", "uncached", "scrub"})
+OPTIONAL = frozenset({"files", "uncached", "scrub", "access"})
 
 
 def as_json(value: Any) -> str:

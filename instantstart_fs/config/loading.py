@@ -25,6 +25,7 @@ from instantstart_fs.config.sections import (
     HttpConfig,
     HuggingFaceConfig,
     MountConfig,
+    OnRefusal,
     OriginsConfig,
     S3Config,
     ServeUnsealed,
@@ -107,6 +108,8 @@ class _S3(Table):
 
 
 class _Origins(Table):
+    recheck_access: str | int | float = "off"
+    on_refusal: OnRefusal = "hide"
     huggingface: _HuggingFace = msgspec.field(default_factory=_HuggingFace)
     s3: _S3 = msgspec.field(default_factory=_S3)
 
@@ -238,6 +241,8 @@ def _build(
         origins=OriginsConfig(
             HuggingFaceConfig(hub.endpoint, at.secret_file("origins.huggingface.token_file", hub.token_file)),
             S3Config(raw.origins.s3.endpoint_url, raw.origins.s3.region_name, raw.origins.s3.profile),
+            at.parsed("origins.recheck_access", parse_interval, raw.origins.recheck_access),
+            raw.origins.on_refusal,
         ),
         control=ControlConfig(
             None if raw.control.group is None else at.parsed("control.group", parse_group, raw.control.group),

@@ -121,9 +121,17 @@ class S3Config(msgspec.Struct, frozen=True):
     profile: str | None = None
 
 
+OnRefusal = Literal["hide", "report"]
+
+
 class OriginsConfig(msgspec.Struct, frozen=True):
+    """``recheck_access``: seconds between two questions whether a pipeline's credentials may still fetch its source,
+    None = it is never asked; ``on_refusal``: whether it then goes out of view, or is only told of."""
+
     huggingface: HuggingFaceConfig = HuggingFaceConfig()
     s3: S3Config = S3Config()
+    recheck_access: float | None = None
+    on_refusal: OnRefusal = "hide"
 
 
 class Config(msgspec.Struct, frozen=True):

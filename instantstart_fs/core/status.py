@@ -28,6 +28,15 @@ class ScrubStatus(msgspec.Struct, frozen=True):
     state: Literal["waiting", "reading", "resting"]
 
 
+class AccessStatus(msgspec.Struct, frozen=True):
+    """``verdict``: whether its credentials may fetch its source; unknown: nobody has said so yet. ``checked``: the last
+    answer. ``trouble``: what the last question led to, null when that was a yes."""
+
+    verdict: Literal["allowed", "refused", "unknown"]
+    checked: str | None
+    trouble: str | None
+
+
 class FileStatus(msgspec.Struct, frozen=True):
     path: str
     state: str
@@ -39,7 +48,7 @@ class FileStatus(msgspec.Struct, frozen=True):
 class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     """``cached_bytes``/``total_bytes`` speak of the load set (docs/SEMANTICS.md). ``revision``: what each model was
     pinned to, joined by spaces. ``files`` is None in `ls`. ``uncached`` is null unless a miss is served without being
-    kept, ``scrub`` without `store.scrub`.
+    kept, ``scrub`` without `store.scrub`, ``access`` without `origins.recheck_access` or where there is nobody to ask.
     """
 
     pipeline: str
@@ -57,4 +66,5 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     error: ErrorStatus | None
     uncached: str | None = None
     scrub: ScrubStatus | None = None
+    access: AccessStatus | None = None
     files: tuple[FileStatus, ...] | None = None

@@ -22,6 +22,7 @@ import struct
 
 import msgspec
 
+from instantstart_fs.core.access import Access
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import ClockState
 from instantstart_fs.core.manifest import PipelineSpec
@@ -86,6 +87,7 @@ class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
     """What is done about a pipeline in the background, so that a restart does not begin anew."""
 
     scrubbed: Pass = Pass()
+    access: Access = Access()
 
 
 _pipeline_decoder = msgspec.msgpack.Decoder(PipelineRecord)

@@ -49,6 +49,7 @@ from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.overview import Overview, OverviewBuilder, ScrubOverview
 from instantstart_fs.library.reading import Handle, Reading
+from instantstart_fs.library.rechecking import Rechecker
 from instantstart_fs.library.reports import Reports
 from instantstart_fs.library.scrubbing import Scrubber
 from instantstart_fs.library.shelf import Shelf
@@ -138,6 +139,16 @@ class Library:
                 period=config.store.scrub,
                 rate=config.store.scrub_rate,
             )
+        self.rechecker: Rechecker | None = None
+        if config.origins.recheck_access is not None:
+            self.rechecker = Rechecker(
+                self._shelf,
+                self._reading,
+                self.observer,
+                self._admin.check_source,
+                period=config.origins.recheck_access,
+                hide=config.origins.on_refusal == "hide",
+            )
         self._browsing = Browsing(self._shelf, self._access, self._state_of, config.eviction.keep_hot)
 
     @asynccontextmanager
@@ -146,6 +157,8 @@ class Library:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._access.run)
             await trio.to_thread.run_sync(self._shelf.load, frozenset(self._held))
+            if self.rechecker is not None:
+                self.rechecker.recall()
             # Before anything can be evicted or deleted.
             self._reading.inherit(self._held)
             await trio.to_thread.run_sync(self._remove_superseded)
@@ -158,6 +171,8 @@ class Library:
             self._evictor.nudge()
             if self.scrubber is not None:
                 nursery.start_soon(self.scrubber.run)
+            if self.rechecker is not None:
+                nursery.start_soon(self.rechecker.run)
             try:
                 yield
             finally:
@@ -266,12 +281,20 @@ class Library:
 
     async def add(self, spec: PipelineSpec) -> PipelineStatus:
         """Resolve, pin and show a new pipeline. Raises PipelineExists, UsageError, OriginError, StoreError."""
-        return self._status(await self._admin.add(spec), with_files=False)
+        pipeline = await self._admin.add(spec)
+        await self._may_be_fetched(pipeline)
+        return self._status(pipeline, with_files=False)
 
     async def update(self, pipeline: str) -> PipelineStatus:
         """Resolve again and switch to a new generation if anything changed. Raises like add, and PipelineNotFound."""
         await self._admin.update(pipeline)
+        await self._may_be_fetched(self._shelf.pipeline(pipeline))
         return self.status(pipeline)
+
+    async def _may_be_fetched(self, pipeline: Pipeline) -> None:
+        """Its sources were just listed with its credentials."""
+        if self.rechecker is not None:
+            await self.rechecker.note(pipeline, None)
 
     async def remove(self, pipeline: str) -> None:
         """Raises PipelineNotFound, PipelineBusy (leased)."""
@@ -305,7 +328,7 @@ class Library:
     async def warm(self, pipeline: str, *, everything: bool = False) -> None:
         """Start filling the load set (``everything``: all files) in the background. Raises what forbids it now;
         StoreFull when there is no room for it, with what would have to go."""
-        found = self._shelf.pipeline(pipeline)
+        found = self._visible(pipeline)
         generation = found.current
         if generation is None:
             raise found.trouble.error if found.trouble else InstantStartError(f"{pipeline}: cannot be served")
@@ -313,6 +336,12 @@ class Library:
         refused = await self._reading.start_fill(generation, everything=everything)
         if refused is not None:
             raise StoreFull(f"{pipeline}: {refused.text}")
+
+    def _visible(self, pipeline: str) -> Pipeline:
+        """Raises PipelineNotFound, and why it is out of view."""
+        found = self._shelf.pipeline(pipeline)
+        found.check_visible()
+        return found
 
     def status(self, pipeline: str) -> PipelineStatus:
         return self._status(self._shelf.pipeline(pipeline), with_files=True)
@@ -340,7 +369,8 @@ class Library:
                 await trio.lowlevel.checkpoint()
         scrubber = self.scrubber
         scrub = None if scrubber is None else ScrubOverview(scrubber.overdue(), scrubber.resting)
-        return builder.build(self.observer.latest(builder.COLD_STARTS), scrub)
+        access = None if self.rechecker is None else self.rechecker.verdicts()
+        return builder.build(self.observer.latest(builder.COLD_STARTS), scrub, access)
 
     async def prove_index_writable(self) -> None:
         """Raises StoreError."""
@@ -396,8 +426,13 @@ class Library:
             return await self._admin.verify(pipeline, progress, rate)
 
     async def check_access(self, pipeline: str) -> tuple[str, ...]:
-        """The pipeline's sources, all of which its own credentials may fetch. Raises what an origin answers."""
-        return await self._admin.check_access(pipeline)
+        """The pipeline's sources, all of which its own credentials may fetch. Raises what an origin answers. With
+        `recheck_access`, the answer counts as one of its checks."""
+        if self.rechecker is None:
+            return await self._admin.check_access(pipeline)
+        found = self._shelf.pipeline(pipeline)
+        await self.rechecker.check(found)
+        return tuple(model.source for model in found.spec.models)
 
     @contextmanager
     def lease(self, pipeline: str) -> Iterator[None]:
@@ -419,7 +454,7 @@ class Library:
         """Under a lease: its weight files, to be handed to a process that reads them itself. A pipeline that is not
         warm is filled; nothing of it is staged. Raises PipelineNotFound, and what forbids filling it."""
         with self.lease(pipeline), self.rest_staging(pipeline):
-            found = self._shelf.pipeline(pipeline)
+            found = self._visible(pipeline)
             generation = found.current
             if generation is None or not generation.load_set_complete:
                 await self.warm(pipeline)
@@ -574,6 +609,7 @@ class Library:
             keep_hot=self._config.eviction.keep_hot,
             with_files=with_files,
             scrub=self.scrubber.status(pipeline) if self.scrubber is not None else None,
+            access=self.rechecker.status(pipeline) if self.rechecker is not None else None,
         )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import trio
 
-from instantstart_fs.core.manifest import Manifest, ModelManifest, PipelineSpec, same_bytes
+from instantstart_fs.core.manifest import Manifest, ModelManifest, ModelSpec, PipelineSpec, same_bytes
 from instantstart_fs.core.names import validate_model_name, validate_origin_paths, validate_pipeline_id
 from instantstart_fs.errors import (
     FillCancelled,
@@ -324,12 +324,19 @@ class Admin:
         """
         spec = self._shelf.pipeline(pipeline_id).spec
         for model in spec.models:
-            origin = self._shelf.open_origin(spec, model)
-            with trio.move_on_after(CHECK_DEADLINE) as scope:
-                await trio.to_thread.run_sync(origin.check, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
-            if scope.cancelled_caught:
-                raise OriginUnavailable(f"{model.source}: no answer within {CHECK_DEADLINE:g} s")
+            await self.check_source(spec, model)
         return tuple(model.source for model in spec.models)
+
+    async def check_source(self, spec: PipelineSpec, model: ModelSpec) -> None:
+        """The same of one source."""
+
+        def check() -> None:
+            self._shelf.open_origin(spec, model).check()
+
+        with trio.move_on_after(CHECK_DEADLINE) as scope:
+            await trio.to_thread.run_sync(check, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        if scope.cancelled_caught:
+            raise OriginUnavailable(f"{model.source}: no answer within {CHECK_DEADLINE:g} s")
 
     # -- steps -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from instantstart_fs.core.status import PipelineState
-from instantstart_fs.errors import NoSuchEntry
+from instantstart_fs.errors import AccessRefused, NoSuchEntry
 from instantstart_fs.library import present
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, Pipeline
@@ -42,12 +42,12 @@ class Browsing:
             if name in STATE_DIRECTORIES:
                 return self._state_directory(STATE_DIRECTORIES[name])
             pipeline = self._shelf.pipelines.get(name)
-            if pipeline is not None:
+            if pipeline is not None and pipeline.hidden is None:
                 return self._pipeline_root(pipeline, pipeline.root_nodeid)
             raise NoSuchEntry(f"no pipeline {name!r}")
         if parent in _STATE_NAMES:
             pipeline = self._shelf.pipelines.get(name)
-            if pipeline is not None and present.state_directory(self._state_of(pipeline)) == _STATE_NAMES[parent]:
+            if pipeline is not None and self._is_listed(pipeline, _STATE_NAMES[parent]):
                 return present.link_attributes(pipeline)
             raise NoSuchEntry(f"no pipeline {name!r} in {_STATE_NAMES[parent]}")
         generation, node = self._directory(parent)
@@ -84,12 +84,13 @@ class Browsing:
     def list_directory(self, nodeid: int) -> Sequence[str]:
         """See view.View.list_directory."""
         if nodeid == ROOT:
-            return [*STATE_DIRECTORIES, *sorted(self._shelf.pipelines)]
+            shown = (name for name, pipeline in self._shelf.pipelines.items() if pipeline.hidden is None)
+            return [*STATE_DIRECTORIES, *sorted(shown)]
         if nodeid in _STATE_NAMES:
             return [
                 name
                 for name, pipeline in sorted(self._shelf.pipelines.items())
-                if present.state_directory(self._state_of(pipeline)) == _STATE_NAMES[nodeid]
+                if self._is_listed(pipeline, _STATE_NAMES[nodeid])
             ]
         generation, node = self._directory(nodeid)
         return list(generation.tree.nodes[node].children or ())
@@ -100,7 +101,7 @@ class Browsing:
             return False
         try:
             generation, node = self._directory(nodeid)
-        except NoSuchEntry:
+        except (NoSuchEntry, AccessRefused):
             return False
         return generation.mostly_complete(node)
 
@@ -144,8 +145,15 @@ class Browsing:
             stable=False,
         )
 
+    def _is_listed(self, pipeline: Pipeline, directory: str) -> bool:
+        return pipeline.hidden is None and present.state_directory(self._state_of(pipeline)) == directory
+
     def _directory(self, nodeid: int) -> tuple[Generation, int]:
+        """Raises NoSuchEntry, and why the pipeline is out of view: a container may hold its directories bound."""
         found = self._shelf.nodes.find(nodeid)
+        pipeline = found if isinstance(found, Pipeline) else found[0].pipeline if isinstance(found, tuple) else None
+        if pipeline is not None:
+            pipeline.check_visible()
         if isinstance(found, Pipeline) and found.current is not None:
             node = found.current.node_of_root(nodeid)
             if node is not None:

@@ -133,7 +133,7 @@ class Covering:
     def files(self, pipeline: str) -> dict[str, Coverable]:
         """What may be covered of that pipeline now, by path."""
         found = self._shelf.pipelines.get(pipeline)
-        if found is None or found.current is None or found.removed or self._uncovered[pipeline]:
+        if found is None or found.current is None or found.removed or found.hidden or self._uncovered[pipeline]:
             return {}
         spec = found.spec
         files = [file for file in found.current.files if file.passable and is_weight_file(file.entry.path)]

@@ -19,6 +19,7 @@ import msgspec
 import trio
 
 from instantstart_fs.core import coldstart
+from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.errors import InstantStartError, NoColdStart
 from instantstart_fs.index.environment import Index
@@ -81,6 +82,7 @@ class Totals:
         self.damaged: Counter[FoundBy] = Counter()
         """Complete files whose bytes were lost or not those that were sealed, by who found out."""
         self.scrubbed_bytes = 0
+        self.access_checks: Counter[Outcome] = Counter()
         self.staged_bytes = 0
         self.cold_starts: Counter[str] = Counter()
         """By the pipeline's state at the first open."""
@@ -184,6 +186,10 @@ class Observer:
     def scrubbed(self, count: int) -> None:
         """The scrub has read so many bytes more."""
         self.totals.scrubbed_bytes += count
+
+    def access_checked(self, outcome: Outcome) -> None:
+        """An origin was asked whether a pipeline's credentials may still fetch its source."""
+        self.totals.access_checks[outcome] += 1
 
     def evicted(self, count: int) -> None:
         self.totals.evictions += 1

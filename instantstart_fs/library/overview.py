@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import msgspec
 
+from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import Budget, Candidate
 from instantstart_fs.core.status import PipelineStatus
@@ -24,7 +25,8 @@ class ScrubOverview(msgspec.Struct, frozen=True):
 class Overview(msgspec.Struct, frozen=True):
     """``used_bytes``, ``evictable_bytes``: of the store, all pipelines together. ``states``: pipelines by state.
     ``silent``: pipelines that are being filled and got no byte for some seconds. ``nodes``: entries of the table of
-    nodeids (a generation's block is one). ``pipelines`` by id. ``scrub``: None without one."""
+    nodeids (a generation's block is one). ``pipelines`` by id. ``scrub``: None without one.
+    ``access``: how many pipelines have each verdict of the access check, None where nobody asks."""
 
     at_ns: int
     budget: Budget
@@ -36,6 +38,7 @@ class Overview(msgspec.Struct, frozen=True):
     pipelines: tuple[PipelineStatus, ...]
     cold_starts: tuple[ColdStart, ...]
     scrub: ScrubOverview | None = None
+    access: dict[Outcome, int] | None = None
 
 
 class OverviewBuilder:
@@ -68,7 +71,12 @@ class OverviewBuilder:
     def wants_a_pause(self) -> bool:
         return len(self._found) % self.BATCH == 0
 
-    def build(self, cold_starts: Sequence[ColdStart], scrub: ScrubOverview | None = None) -> Overview:
+    def build(
+        self,
+        cold_starts: Sequence[ColdStart],
+        scrub: ScrubOverview | None = None,
+        access: dict[Outcome, int] | None = None,
+    ) -> Overview:
         return Overview(
             at_ns=self._at_ns,
             budget=self._budget,
@@ -80,4 +88,5 @@ class OverviewBuilder:
             pipelines=tuple(sorted(self._found, key=lambda status: status.pipeline)),
             cold_starts=tuple(cold_starts),
             scrub=scrub,
+            access=access,
         )

@@ -10,6 +10,7 @@ import stat
 from typing import Protocol
 
 from instantstart_fs.core.status import (
+    AccessStatus,
     ErrorStatus,
     FileStatus,
     FillStatus,
@@ -17,8 +18,9 @@ from instantstart_fs.core.status import (
     PipelineStatus,
     ScrubStatus,
 )
+from instantstart_fs.errors import AccessRefused
 from instantstart_fs.filler.target import FileState
-from instantstart_fs.library.state import CachedFile, Generation, Pipeline
+from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble
 from instantstart_fs.library.view import Attributes, Private
 
 BLOCK = 512
@@ -42,7 +44,7 @@ def rfc3339(ns: int | None) -> str | None:
 def pipeline_state(pipeline: Pipeline, *, filling: bool) -> PipelineState:
     """cold | filling | partial | warm | unverified | error, as docs/SEMANTICS.md defines them."""
     generation = pipeline.current
-    if generation is None:
+    if generation is None or pipeline.hidden is not None:
         return "error"
     if generation.load_set_complete:
         return "unverified" if generation.counts.unverified else "warm"
@@ -199,7 +201,9 @@ def pipeline_xattrs(pipeline: Pipeline, state: PipelineState, clocks: Clocks, ke
         values["hot_until"] = rfc3339(hot_until_ns(requested, keep_hot)) or ""
     if pipeline.uncached is not None:
         values["uncached"] = pipeline.uncached.text
-    if pipeline.trouble is not None:
+    if pipeline.hidden is not None:
+        values["error"] = f"{AccessRefused.code}: {pipeline.hidden}"
+    elif pipeline.trouble is not None:
         values["error"] = f"{pipeline.trouble.error.code}: {pipeline.trouble.error.message}"
     return values
 
@@ -217,6 +221,7 @@ def pipeline_status(
     keep_hot: float,
     with_files: bool,
     scrub: ScrubStatus | None = None,
+    access: AccessStatus | None = None,
 ) -> PipelineStatus:
     """``rate`` in bytes per second."""
     generation = pipeline.current
@@ -228,6 +233,8 @@ def pipeline_status(
         eta = round((total - cached) / rate) if rate > 0 else None
         fill = FillStatus(bytes_per_second=round(rate), eta_seconds=eta)
     trouble = pipeline.trouble
+    if pipeline.hidden is not None:
+        trouble = Trouble(AccessRefused(pipeline.hidden), pipeline.access.since_ns, final=True)
     return PipelineStatus(
         pipeline=pipeline.id,
         state=pipeline_state(pipeline, filling=filling),
@@ -246,6 +253,7 @@ def pipeline_status(
         else ErrorStatus(code=trouble.error.code, message=trouble.error.message, since=rfc3339(trouble.since_ns) or ""),
         uncached=pipeline.uncached.text if pipeline.uncached is not None else None,
         scrub=scrub,
+        access=access,
         files=tuple(_file_status(file) for file in generation.files) if with_files and generation else None,
     )
 

@@ -136,6 +136,7 @@ class Reading:
         file = self._shelf.nodes.find(nodeid)
         if not isinstance(file, CachedFile):
             raise NoSuchEntry(f"node {nodeid} is no file, or is gone")
+        file.generation.pipeline.check_visible()
         weight = counts_as_request(file)
         if weight and not file.complete:
             self._refuse_hopeless(file)

@@ -80,7 +80,7 @@ class Scrubber:
         """Read one pipeline if one is due; the seconds until the next look."""
         due, wait = scrub.next_pass(self._accounts(), self._period, self._now())
         if due is None:
-            return min(wait, LOOK_SECONDS)
+            return min(wait, LOOK_SECONDS, self._period)
         pipeline = self._shelf.pipelines[due]
         self._reading_now = due
         try:

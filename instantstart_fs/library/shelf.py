@@ -101,6 +101,7 @@ class Shelf:
         for name, upkeep in self.index.read(lambda txn: list(txn.upkeep())):
             if name in self.pipelines:
                 self.pipelines[name].scrubbed = upkeep.scrubbed
+                self.pipelines[name].access = upkeep.access
         unknown = sorted(set(self.store.pipelines()) - self.pipelines.keys())
         if unknown:
             log.warning(
@@ -172,7 +173,7 @@ class Shelf:
 
     async def save_upkeep(self, pipeline: Pipeline) -> None:
         """Note what is done about it in the background. Raises StoreError."""
-        record = UpkeepRecord(pipeline.scrubbed)
+        record = UpkeepRecord(pipeline.scrubbed, pipeline.access)
 
         def write(txn: WriteTxn) -> None:
             if txn.get_pipeline(pipeline.id) is not None:
@@ -235,6 +236,31 @@ class Shelf:
             self._retire_files(generation)
         self.invalidate(1, pipeline.id)
         pipeline.changed()
+
+    async def set_hidden(self, pipeline: Pipeline, reason: str | None) -> None:
+        """Take it out of view, or (None) show it again. Its nodeids stay. What is open stays open. Raises MountFailed
+        where what is bound over the mount cannot be taken away: repeat it."""
+        if pipeline.removed or (pipeline.hidden is None and reason is None):
+            return
+        if (pipeline.hidden is None) != (reason is None):
+            self._renew_names(pipeline)
+        pipeline.hidden = reason
+        pipeline.changed()
+        # Hidden, nothing of it may be covered, and this takes away what is; shown again, its end has it covered.
+        async with self.uncovered(pipeline):
+            pass
+
+    def _renew_names(self, pipeline: Pipeline) -> None:
+        """Whatever the kernel knows of it is asked anew."""
+        self.invalidate(ROOT, pipeline.id)
+        if pipeline.current is None:
+            return
+        tree = pipeline.current.tree
+        for nodeid in sorted(pipeline.directory_nodeids.values()):
+            node = pipeline.current.node_of_root(nodeid)
+            for name in sorted((tree.nodes[node].children or ()) if node is not None else ()):
+                self.invalidate(nodeid, name)
+            self._invalidate_listing(nodeid)
 
     def switch_generation(
         self, pipeline: Pipeline, manifest: Manifest, base: int, kept: Mapping[int, Kept] = _NOTHING_KEPT

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
+from instantstart_fs.core.access import Access
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.loadset import is_weight_file, load_set
 from instantstart_fs.core.manifest import FileEntry, Manifest, ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import Pass
 from instantstart_fs.core.staging import Shard
 from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
+from instantstart_fs.errors import AccessRefused
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
 
 if TYPE_CHECKING:
@@ -347,6 +349,10 @@ class Pipeline:
         self.uncached: Uncached | None = None
         self.scrubbed = Pass()
         """How far the scrub has come with it (library/scrubbing.py)."""
+        self.access = Access()
+        """What its origins said last to its credentials (library/rechecking.py)."""
+        self.hidden: str | None = None
+        """Why it is out of view: nobody finds it in the mount, and nothing of it is opened."""
         self.lock = trio.Lock()
         """Held by add, update, evict and remove: one of them at a time."""
         self.removed = False
@@ -364,6 +370,11 @@ class Pipeline:
     def link_nodeid(self) -> int:
         """The nodeid of the symlink to it in .warm, .filling or .cold: the unused odd one beside its directory's."""
         return self.root_nodeid + 1
+
+    def check_visible(self) -> None:
+        """Raises AccessRefused while it is out of view."""
+        if self.hidden is not None:
+            raise AccessRefused(self.hidden)
 
     @property
     def in_use(self) -> bool:

@@ -33,6 +33,7 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
     errors.AccessRefused: errno.EACCES,
     errors.CredentialsUnusable: errno.EACCES,
     errors.OriginNotFound: errno.EIO,
+    errors.OriginHidden: errno.EIO,
     errors.OriginChanged: errno.EIO,
     errors.OriginUnsupported: errno.EIO,
     errors.StoreError: errno.EIO,

@@ -40,6 +40,7 @@ from instantstart_fs.errors import (
     InvalidSource,
     OriginChanged,
     OriginError,
+    OriginHidden,
     OriginMisbehaved,
     OriginNotFound,
     OriginThrottled,
@@ -220,7 +221,7 @@ class HuggingFaceOrigin:
         if isinstance(error, RemoteEntryNotFoundError):
             return OriginNotFound(f"{what}: there is no such file at the pinned commit")
         if isinstance(error, RepositoryNotFoundError):
-            return OriginNotFound(
+            return OriginHidden(
                 f"{what}: no such repository, or it is private and {who} it is not shown; check the name, or pass "
                 "--token-file"
             )

@@ -36,6 +36,9 @@ keep_hot = "7d"
 enabled = false
 threads = 2
 max_memory = "25%"
+[origins]
+recheck_access = "24h"
+on_refusal = "report"
 [origins.huggingface]
 endpoint = "https://hub.example"
 token_file = "{root}/token"
@@ -82,6 +85,7 @@ def test_the_documented_file(write, tmp_path: Path) -> None:
     assert config.staging.max_memory.of(1000) == 250
     assert config.origins.huggingface.token_file == str(tmp_path / "token")
     assert config.origins.s3.profile == "ml"
+    assert (config.origins.recheck_access, config.origins.on_refusal) == (86400, "report")
     llm, voice = config.pipelines
     assert (llm.id, llm.uid, llm.gid, llm.mode, llm.pinned) == ("my-llm", 1000, 1001, 0o550, True)
     assert llm.models == (ModelSpec("hf://org/repo@main", "", ("*.safetensors",)),)
@@ -152,6 +156,8 @@ def test_pipelines_d_holds_one_pipeline_per_file(write, tmp_path: Path) -> None:
         ('[store]\ncapacity = "120%"', "store.capacity", "between 0% and 100%"),
         ('[store]\ncapacity = "0"', "store.capacity", "more than 0"),
         ("[store]\nlow_watermark = 0.99", "store.low_watermark", "above high_watermark"),
+        ('[origins]\nrecheck_access = "daily"', "origins.recheck_access", 'neither "off" nor a duration'),
+        ('[origins]\non_refusal = "panic"', "origins.on_refusal", "Invalid enum value"),
         ('[store]\nscrub = "weekly"', "store.scrub", 'neither "off" nor a duration'),
         ('[store]\nscrub = "10ms"', "store.scrub", "less than a second"),
         ('[store]\nscrub_rate = "10KB"', "store.scrub_rate", "less than 1MB"),

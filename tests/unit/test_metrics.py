@@ -81,6 +81,7 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
         nodes=9,
         pipelines=found,
         scrub=ScrubOverview(overdue=5.0, resting=True),
+        access={"allowed": 3, "refused": 1, "unknown": 0},
         cold_starts=(ColdStart(pipeline="p00000", started_ns=1, state="cold", opened_after=2.5, ended_after=3.0),),
     )
     return metrics.Source("1", 2.0, totals, fills, overview, True, per_pipeline, {"read": 5})
@@ -132,6 +133,8 @@ def test_values() -> None:
     assert found["instantstart_damaged_files_total", (("found_by", "scrub"),)] == 2
     assert found["instantstart_damaged_files_total", (("found_by", "open"),)] == 0
     assert found["instantstart_scrub_overdue_seconds", ()] == 5
+    assert found["instantstart_pipelines_access", (("verdict", "refused"),)] == 1
+    assert found["instantstart_access_checks_total", (("outcome", "unknown"),)] == 0
     assert found["instantstart_pipelines", (("state", "warm"),)] == 0
     assert found["instantstart_pipeline_last_cold_start_seconds", (("pipeline", "p00000"),)] == 2.5
     # Two credentials at one endpoint are one origin here, the worse one shown, and no fingerprint leaves.
