@@ -41,12 +41,26 @@
         ├── ControlProtocolError   a message that cannot be understood
         └── PermissionRefused      the caller may not do this
 
-``code`` is stable and appears in `--json` (``error.code``) and in logs; the message is one line, says what happened
-and, where somebody can do something, what to do. Messages never hold credentials or signed query strings.
+``code`` is stable and appears in `--json` (``error.code``) and in logs; the message is one printable line, says what
+happened and, where somebody can do something, what to do. Messages never hold credentials or signed query strings.
 Foreign exceptions (OSError, botocore, huggingface_hub, lmdb, urllib3) are translated at the seam where they enter.
 """
 
 from __future__ import annotations
+
+import re
+
+MAX_MESSAGE = 4000
+"""Characters of a message: what an origin said may be part of it, and goes into packets, logs and attributes."""
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """``text`` as a log or a terminal may show it: control characters, direction marks and what is no Unicode as
+    escapes, so that a name which an origin made up is one line, and is obeyed by nobody."""
+    if _UNPRINTABLE.search(text) is None:
+        return text
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class InstantStartError(Exception):
@@ -55,6 +69,7 @@ class InstantStartError(Exception):
     code = "error"
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        message = printable(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…")
         super().__init__(message)
         self.message = message
         self.retry_after = retry_after

@@ -9,10 +9,20 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal
 
+from instantstart_fs.errors import printable
+
 log = logging.getLogger(__name__)
+
+PER_WINDOW = 50
+WINDOW = 30.0
+KINDS = 1000
+"""Kinds of lines that are told apart at a time."""
 
 LogFormat = Literal["console", "json"]
 
@@ -26,7 +36,7 @@ class ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         pipeline = getattr(record, "pipeline", None)
-        message = record.getMessage().replace("\n", " ")
+        message = printable(record.getMessage())
         line = f"{record.levelname.lower():<7} {f'[{pipeline}] ' if pipeline else ''}{message}"
         if self._timed:
             line = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')} {line}"
@@ -53,9 +63,43 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(found, ensure_ascii=True)
 
 
+class FloodGate(logging.Filter):
+    """Lets PER_WINDOW lines of one kind through in WINDOW seconds, and counts the others: a reader that asks for a
+    broken file again and again must not drown what else there is to say. Of one kind: logger, template, pipeline."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kinds: dict[tuple[str, str, str | None], list[float]] = {}
+        """Kind → when its window began, lines in it."""
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = (record.name, str(record.msg), getattr(record, "pipeline", None))
+        now = self._clock()
+        with self._lock:
+            known = self._kinds.pop(kind, None)
+            if known is None or now >= known[0] + WINDOW:
+                held_back = 0 if known is None else int(known[1]) - PER_WINDOW
+                self._kinds[kind] = [now, 1]
+                while len(self._kinds) > KINDS:
+                    del self._kinds[next(iter(self._kinds))]
+            else:
+                self._kinds[kind] = known
+                known[1] += 1
+                return known[1] <= PER_WINDOW
+        if held_back > 0:
+            record.msg, record.args = f"{record.getMessage()} (and {held_back} more like it since)", ()
+        return True
+
+
 def configure_logging(level: str, form: LogFormat = "console") -> None:
     """To stderr, for our own modules at ``level``; others' at warning."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(FloodGate())
     handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("instantstart_fs").setLevel(level.upper())

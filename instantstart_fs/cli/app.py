@@ -12,7 +12,7 @@ from instantstart_fs.cli import completion, show
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.words import human_bytes
-from instantstart_fs.errors import InstantStartError, UsageError
+from instantstart_fs.errors import InstantStartError, UsageError, printable
 
 app = typer.Typer(
     name="instantstart",
@@ -230,8 +230,8 @@ def _show_pinned(client: Client, status: PipelineStatus, json: bool, note: str) 
     files = (status if status.files is not None else client.status(status.pipeline)).files or ()
     mounted = os.path.join(client.ping().mount, status.pipeline)
     print(f"{status.pipeline}: pinned generation {status.generation}{f' ({note})' if note else ''}")
-    print(f"  source    {' '.join(status.source)}")
-    print(f"  revision  {status.revision or '-'}")
+    print(f"  source    {printable(' '.join(status.source))}")
+    print(f"  revision  {printable(status.revision) or '-'}")
     print(
         f"  files     {len(files)}, {human_bytes(sum(file.size for file in files))} "
         f"(an engine loads {human_bytes(status.total_bytes)})"
@@ -322,7 +322,8 @@ def verify(
     if access:
         with Client(socket) as client:
             sources = client.check_access(pipeline)
-        print(show.as_json({"sources": sources}) if json else f"{pipeline}: may be fetched: {' '.join(sources)}")
+        listed = printable(" ".join(sources))
+        print(show.as_json({"sources": sources}) if json else f"{pipeline}: may be fetched: {listed}")
         return
     limit = None if rate is None else parse_size(rate)
     if limit == 0:
@@ -336,7 +337,7 @@ def verify(
         if found.unproven:
             print(f"  unproven  {len(found.unproven)} of them: their origin offers nothing to prove them by")
         for path in found.healed:
-            print(f"  wrong     {path} (dropped; it is fetched again)")
+            print(f"  wrong     {printable(path)} (dropped; it is fetched again)")
     if found.healed:
         wrong = f"{pipeline}: {len(found.healed)} files did not hold the bytes that were sealed"
         if json:

@@ -13,6 +13,7 @@ import msgspec
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.words import human_bytes, human_seconds
+from instantstart_fs.errors import printable
 
 _COLOURS = {
     "warm": "32",
@@ -115,8 +116,8 @@ def _row(status: PipelineStatus) -> tuple[str, ...]:
         rate_line(status) or "-",
         _distance(status.last_request) or "never",
         _distance(status.hot_until) or "-",
-        " ".join(status.source),
-        _note(status),
+        printable(" ".join(status.source)),
+        printable(_note(status)),
     )
 
 
@@ -180,9 +181,9 @@ def pipeline(status: PipelineStatus) -> str:
     ]
     if status.fill is not None:
         rows.append(("filling", rate_line(status)))
-    rows += [("source" if not position else "", source) for position, source in enumerate(status.source)]
+    rows += [("source" if not position else "", printable(source)) for position, source in enumerate(status.source)]
     rows += [
-        ("revision", status.revision or "-"),
+        ("revision", printable(status.revision) or "-"),
         ("generation", str(status.generation)),
         ("last request", human_time(status.last_request)),
     ]
@@ -196,16 +197,17 @@ def pipeline(status: PipelineStatus) -> str:
         proven = human_time(status.scrub.proven)
         rows.append(("scrubbed", proven if status.scrub.state == "waiting" else f"{proven}; {status.scrub.state} now"))
     if status.uncached:
-        rows.append(("uncached", status.uncached))
+        rows.append(("uncached", printable(status.uncached)))
     if status.error is not None:
-        rows.append(("last error", f"{status.error.message} ({status.error.code}, {human_time(status.error.since)})"))
+        when = human_time(status.error.since)
+        rows.append(("last error", f"{printable(status.error.message)} ({status.error.code}, {when})"))
     lines = [status.pipeline, *(f"  {name:<12}  {value}" for name, value in rows)]
     if status.files is not None:
         lines.append(f"  {len(status.files)} files")
         for file in status.files[:MAX_FILES]:
             partly = f" ({human_bytes(file.cached_bytes)} here)" if 0 < file.cached_bytes < file.size else ""
             state = coloured(file.state, f"{file.state:<10}")
-            lines.append(f"    {state}  {human_bytes(file.size):>8}  {file.path}{partly}")
+            lines.append(f"    {state}  {human_bytes(file.size):>8}  {printable(file.path)}{partly}")
         if len(status.files) > MAX_FILES:
             lines.append(f"    … and {len(status.files) - MAX_FILES} more (--json lists them all)")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from instantstart_fs.cli.show import human_time
 from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, phases
 from instantstart_fs.core.words import human_bytes
-from instantstart_fs.errors import UsageError
+from instantstart_fs.errors import UsageError, printable
 
 WIDTH = 44
 """Characters that the longest bar takes; with the labels it fits 100 columns."""
@@ -122,7 +122,8 @@ def details(record: ColdStart) -> list[str]:
             times.append(f"{name} at {seconds(after)}")
     lines.append(", ".join(times))
     if record.waits:
-        slowest = f"slowest {seconds(record.slowest_wait)} ({record.slowest_file})"
+        file = printable(record.slowest_file or "")
+        slowest = f"slowest {seconds(record.slowest_wait)} ({file})"
         failed = f", {record.errors} failed" if record.errors else ""
         lines.append(f"{record.waits} reads waited for bytes, {slowest}{failed}")
     return lines

@@ -20,7 +20,7 @@ wait, not what is waited for. Garbage raises ControlProtocolError, whatever it i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -146,7 +146,7 @@ class Mark(_Request, frozen=True, tag="mark"):
 
     pipeline: str
     moment: Moment
-    at_ns: int | None = None
+    at_ns: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] | None = None
 
 
 class ColdStarts(_Request, frozen=True, tag="cold-starts"):

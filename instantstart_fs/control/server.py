@@ -17,6 +17,7 @@ from __future__ import annotations
 import array
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
@@ -358,14 +359,16 @@ class _Connection:
 
     async def _read_line(self) -> bytes | None:
         """The next request; None at the end. A client may be silent between requests, not within one."""
+        begun: float | None = None
         while True:
             for line in self._buffer.lines():
                 return line
-            limit = REQUEST_DEADLINE if len(self._buffer) else float("inf")
-            with trio.move_on_after(limit) as scope:
+            # From its first byte on, however many come: one now and then would hold a connection for ever.
+            begun = (begun or trio.current_time()) if len(self._buffer) else None
+            with trio.move_on_at(math.inf if begun is None else begun + REQUEST_DEADLINE) as scope:
                 data = await self._stream.receive_some(65536)
             if scope.cancelled_caught:
-                raise ControlProtocolError(f"half a request, then nothing for {limit:g} s")
+                raise ControlProtocolError(f"half a request, and not the rest within {REQUEST_DEADLINE:g} s")
             if not data:
                 return None
             self._buffer.feed(data)

@@ -67,7 +67,7 @@ def is_weight_file(path: str) -> bool:
 
 def natural_key(path: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts ``shard-2`` before ``shard-10``, as vLLM and transformers do."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path) if part)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path) if part)
 
 
 def _wanted(path: str, has_safetensors: bool) -> bool:

@@ -197,9 +197,12 @@ class Delivery:
                 self._opening.discard(filling)
                 self._set_quiet()
             self._events.on_opened(filling)
+            fresh = False
             while not (filling.done or filling.sealing):
-                if filling.waiting and (filling.location is None or expired(filling.location)):
+                # One that comes expired (this clock is ahead, the credentials end) is tried: the server knows better.
+                if filling.waiting and (filling.location is None or (expired(filling.location) and not fresh)):
                     self._located(filling, await self._locator.locate(filling.source, target.entry))
+                    fresh = True
                     continue
                 if filling.worker is None:
                     worker = await self.pool.wait_worker()

@@ -13,15 +13,17 @@ import email.utils
 import http.client
 import os
 import re
+import socket
 import ssl
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
@@ -50,12 +52,17 @@ from instantstart_fs.origins.base import Location
 BUFFER_BYTES = 1024 * 1024
 """One per fetching thread. Measured in docs/decisions/http-client.md."""
 READ_BYTES = 256 * 1024
-"""One read of the socket: it returns when full, and only between reads can a demand have the line for itself."""
-SLOW_WINDOW = 60.0
-SLOW_BYTES = 64 * 1024
-"""A body that brings less than this in a window is given up: it would hold a connection for hours."""
+"""One read of the socket: it returns when full, and only between reads can a demand have the line for itself. It has
+WorkerSettings.slow_window to come: a body that drips would hold a connection, and its chunk, for hours."""
+HEADER_TIMEOUTS = 2.0
+"""Status and headers have so many stall time-outs to come in whole: a time-out of the socket begins anew with each
+byte."""
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\Z")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
+_SOCKET = "instantstart_socket"
+"""Where a response keeps the socket that it comes over."""
+OVERDUE_LOOK = 0.5
+"""Seconds between two looks at what is overdue."""
 _CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
@@ -91,13 +98,93 @@ def parse_retry_after(value: str | None, now: float) -> float | None:
     if value is None:
         return None
     value = value.strip()
-    if re.fullmatch(r"\d{1,9}", value):
+    if re.fullmatch(r"[0-9]{1,9}", value):
         return float(value)
     try:
-        moment = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        moment = email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, TypeError, OverflowError):
         return None
-    return max(moment.timestamp() - now, 0.0)
+    return max(moment - now, 0.0)
+
+
+class Overdue:
+    """Cuts connections off when their time is up. A thread looks after them while there are any. Thread-safe."""
+
+    class Cut:
+        """``off``: it happened."""
+
+        __slots__ = ("at", "connection", "off")
+
+        def __init__(self, connection: socket.socket | None, at: float) -> None:
+            self.connection = connection
+            self.at = at
+            self.off = False
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._pending: set[Overdue.Cut] = set()
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def cut(self, connection: socket.socket | None, seconds: float) -> Iterator[Cut]:
+        """Inside for longer than ``seconds``, plus OVERDUE_LOOK at most, ``connection`` ends, and who reads it sees
+        that."""
+        found = Overdue.Cut(connection, time.monotonic() + seconds)
+        with self._changed:
+            self._pending.add(found)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, name="overdue", daemon=True)
+                self._thread.start()
+            elif len(self._pending) == 1:
+                self._changed.notify()
+        try:
+            yield found
+        finally:
+            with self._changed:
+                self._pending.discard(found)
+
+    def _look(self) -> None:
+        with self._changed:
+            while True:
+                self._changed.wait(OVERDUE_LOOK if self._pending else None)
+                now = time.monotonic()
+                for found in [found for found in self._pending if found.at <= now and not found.off]:
+                    found.off = True
+                    if found.connection is not None:
+                        with contextlib.suppress(OSError):
+                            # Not SSLSocket's own: it takes away what the reader is inside of.
+                            socket.socket.shutdown(found.connection, socket.SHUT_RDWR)
+
+
+def _watched_pools(overdue: Overdue, seconds: float) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """urllib3's pools, whose connections have ``seconds`` for status and headers together."""
+
+    def answer(connection: HTTPConnection, receive: Callable[[], urllib3.BaseHTTPResponse]) -> Any:
+        # The connection lets go of its socket when the body ends it.
+        raw: socket.socket | None = getattr(connection, "sock", None)
+        with overdue.cut(raw, seconds) as cut:
+            response = receive()
+        if cut.off:  # what came may look like headers that have ended
+            response.close()
+            raise TimeoutError("the headers are overdue")
+        setattr(response, _SOCKET, raw)
+        return response
+
+    class Plain(HTTPConnection):
+        def getresponse(self) -> Any:
+            return answer(self, super().getresponse)
+
+    class Secure(HTTPSConnection):
+        def getresponse(self) -> Any:
+            return answer(self, super().getresponse)
+
+    class PlainPool(urllib3.HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class SecurePool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = Secure
+
+    return {"http": PlainPool, "https": SecurePool}
 
 
 class Fetcher:
@@ -109,12 +196,17 @@ class Fetcher:
         self._lock = threading.Lock()
         self._managers: dict[str, urllib3.PoolManager] = {}
         self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.stall_timeout)
+        self._overdue = Overdue()
+        self._pools = _watched_pools(self._overdue, HEADER_TIMEOUTS * settings.stall_timeout)
         # Kept off the class: reading the environment once is what requests does per session as well.
         self._proxies = urllib.request.getproxies()
 
     def fetch(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> None:
         """Bring ``wanted`` of a file of ``size`` bytes into ``sink``. Raises InstantStartError, Abandoned."""
         if location.url.startswith("file:"):
+            if location.identity is None:
+                # Only a directory's origin names local files, and pins them.
+                raise OriginUnsupported("an address of a local file that nobody pinned is not read")
             self._copy(location, wanted, size, buffer, sink)
         else:
             self._get(location, wanted, size, buffer, sink)
@@ -140,6 +232,7 @@ class Fetcher:
                     )
                 else:
                     manager = urllib3.PoolManager(num_pools=64, maxsize=32, ca_certs=bundle)
+                manager.pool_classes_by_scheme = self._pools
                 self._managers[key] = manager
             return manager
 
@@ -187,26 +280,25 @@ class Fetcher:
         body = getattr(response, "_fp", None)
         source = body if isinstance(body, http.client.HTTPResponse) else response
         readinto = getattr(source, "readinto")  # noqa: B009 (typed by neither)
+        connection = getattr(response, _SOCKET, None)
+        window = self._settings.slow_window
         offset = wanted.start
-        window_start, window_bytes = time.monotonic(), 0
         try:
             while offset < wanted.stop:
                 filled = 0
                 limit = min(len(buffer), wanted.stop - offset)
                 while filled < limit:
                     sink.before_read()
-                    count = readinto(buffer[filled : min(filled + READ_BYTES, limit)])
+                    part = buffer[filled : min(filled + READ_BYTES, limit)]
+                    with self._overdue.cut(connection, window) as cut:
+                        count = readinto(part)
+                    if cut.off:
+                        raise OriginUnavailable(f"{where}: less than {len(part)} bytes came in {window:g} s")
                     if not count:
                         raise OriginMisbehaved(
                             f"{where}: the body ended after {offset + filled - wanted.start} of {wanted.length} bytes"
                         )
                     filled += count
-                    window_bytes += count
-                    now = time.monotonic()
-                    if now - window_start > SLOW_WINDOW:
-                        if window_bytes < SLOW_BYTES:
-                            raise OriginUnavailable(f"{where}: only {window_bytes} bytes came in {SLOW_WINDOW:g} s")
-                        window_start, window_bytes = now, 0
                     sink.progress(count)
                 sink.write(buffer[:filled], offset)
                 offset += filled
@@ -218,7 +310,7 @@ class Fetcher:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def _copy(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> None:
-        path = unquote(urlsplit(location.url).path)
+        path = unquote(urlsplit(location.url).path, errors="surrogateescape")
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:

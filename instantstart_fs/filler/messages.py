@@ -124,6 +124,8 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     stall_timeout: float = 15.0
     pause_limit: float = 2.0
     hash_threads: int = 2
+    slow_window: float = 60.0
+    """Within which fetch.READ_BYTES have to come, once a body has begun."""
 
 
 def encode(message: Order | Report) -> bytes:

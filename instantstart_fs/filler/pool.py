@@ -232,7 +232,12 @@ class WorkerPool:
             if not packet:
                 return
             worker.last_heard = trio.current_time()
-            report = decode_report(packet)
+            try:
+                report = decode_report(packet)
+            except msgspec.MsgspecError as error:
+                log.error("the fetch worker %d reports what cannot be read (%s); it is killed", worker.pid, error)
+                worker.kill()
+                return
             if isinstance(report, Ready):
                 worker.alive = True
                 self.workers.append(worker)

@@ -11,6 +11,8 @@ from instantstart_fs.filler.target import FileKey
 MISMATCHES = 3
 QUARANTINE_SECONDS = 60.0
 MAX_QUARANTINE_SECONDS = 3600.0
+MOST = 10_000
+"""Files that are remembered, the latest: pipelines come and go for years."""
 
 
 class Quarantine:
@@ -20,7 +22,9 @@ class Quarantine:
 
     def mismatch(self, key: FileKey, now: float) -> None:
         """The bytes that came were wrong once more."""
-        count = self._mismatches[key] = self._mismatches.get(key, 0) + 1
+        count = self._mismatches[key] = self._mismatches.pop(key, 0) + 1
+        if len(self._mismatches) > MOST:
+            self.proven(next(iter(self._mismatches)))
         if count >= MISMATCHES:
             delay = min(QUARANTINE_SECONDS * 2 ** min(count - MISMATCHES, 16), MAX_QUARANTINE_SECONDS)
             self._until[key] = now + delay
@@ -37,6 +41,9 @@ class Quarantine:
             f"{path}: the origin's bytes did not match the manifest {self.mismatches(key)} times in a row; "
             "`warm` tries again, `update` pins what is there now"
         )
+
+    def __len__(self) -> int:
+        return len(self._mismatches)
 
     def proven(self, key: FileKey) -> None:
         self._mismatches.pop(key, None)

@@ -11,6 +11,7 @@ STEP = 0.25
 class Rates:
     def __init__(self) -> None:
         self._samples: dict[str, deque[list[float]]] = {}
+        self._swept_at = 0.0
 
     def add(self, pipeline: str, count: int, now: float) -> None:
         """``count`` bytes came now."""
@@ -21,6 +22,14 @@ class Rates:
             samples.append([now, count])
         while samples and now - samples[0][0] > WINDOW:
             samples.popleft()
+        if now >= self._swept_at + WINDOW:
+            # Nobody asks about pipelines that were removed.
+            self._swept_at = now
+            for silent in [name for name, known in self._samples.items() if now - known[-1][0] > WINDOW]:
+                del self._samples[silent]
+
+    def __len__(self) -> int:
+        return len(self._samples)
 
     def rate(self, pipeline: str, now: float) -> float:
         """0 when nothing came within the window."""

@@ -287,9 +287,8 @@ class Worker:
             silent = time.monotonic() - work.last_byte
             self.report(Failed(order.request, error.code, error.message, error.retry_after, silent))
         except Exception as error:  # a fault of ours in one fetch must not end the others
-            self.report(
-                Failed(order.request, OriginMisbehaved.code, f"the fetch failed: {type(error).__name__}: {error}")
-            )
+            unforeseen = OriginMisbehaved(f"the fetch failed: {type(error).__name__}: {error}")
+            self.report(Failed(order.request, unforeseen.code, unforeseen.message))
         finally:
             file.leave()
 

@@ -19,12 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import trio
 
+from instantstart_fs.core.chunks import MAX_CHUNKS
 from instantstart_fs.core.manifest import Manifest, ModelManifest, ModelSpec, PipelineSpec, same_bytes
 from instantstart_fs.core.names import validate_model_name, validate_origin_paths, validate_pipeline_id
 from instantstart_fs.errors import (
     FillCancelled,
     InstantStartError,
     InvalidName,
+    OriginMisbehaved,
     OriginUnavailable,
     OriginUnsupported,
     PipelineBusy,
@@ -334,7 +336,12 @@ class Admin:
             self._shelf.open_origin(spec, model).check()
 
         with trio.move_on_after(CHECK_DEADLINE) as scope:
-            await trio.to_thread.run_sync(check, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+            try:
+                await trio.to_thread.run_sync(check, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+            except InstantStartError:
+                raise
+            except Exception as error:
+                raise _unforeseen(spec, model, error) from error
         if scope.cancelled_caught:
             raise OriginUnavailable(f"{model.source}: no answer within {CHECK_DEADLINE:g} s")
 
@@ -364,6 +371,8 @@ class Admin:
                 failures.append(OriginUnsupported(f"{model.source}: {error.message}"))
             except InstantStartError as error:
                 failures.append(error)
+            except Exception as error:
+                failures.append(_unforeseen(spec, model, error))
 
         async with trio.open_nursery() as nursery:
             for position in range(len(spec.models)):
@@ -371,6 +380,13 @@ class Admin:
         if failures:
             raise failures[0]
         models = tuple(model for model in resolved if model is not None)
+        for model in models:
+            for file in model.files:
+                if file.size > MAX_CHUNKS * self._chunk_size:
+                    raise OriginUnsupported(
+                        f"{model.source}: {file.path} has {file.size} bytes; with fill.chunk_size = {self._chunk_size} "
+                        f"a file may have {MAX_CHUNKS * self._chunk_size}"
+                    )
         # The origins have validated their own names; together with the models' names they must not collide either.
         validate_origin_paths(
             f"{model.name}/{file.path}" if model.name else file.path for model in models for file in model.files
@@ -429,6 +445,13 @@ def drop_targets(generation: Generation) -> None:
     """After ``wait_quiet``: let go of what was filling."""
     for file in generation.files:
         drop_target(file)
+
+
+def _unforeseen(spec: PipelineSpec, model: ModelSpec, error: Exception) -> OriginMisbehaved:
+    """An origin's answer, or our reading of it, broke in a way that its seam does not know. The log has the traceback;
+    the message does not repeat what may hold a signature."""
+    log.error("%s cannot be read", model.source, exc_info=error, extra={"pipeline": spec.id})
+    return OriginMisbehaved(f"{model.source}: {type(error).__name__} while reading what it answered; see the log")
 
 
 def _generation_record(manifest: Manifest, base: int) -> GenerationRecord:

@@ -11,8 +11,12 @@ from urllib.parse import parse_qsl, urlsplit
 
 from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec
 from instantstart_fs.core.names import validate_origin_paths
-from instantstart_fs.errors import OriginNotFound
+from instantstart_fs.errors import OriginMisbehaved, OriginNotFound, OriginUnsupported
 
+MAX_FILES = 4_000_000
+"""Of one source. A listing that has no end must not take all memory; a million records are what is measured."""
+MAX_FILE_BYTES = 1 << 62
+_HEX = frozenset("0123456789abcdef")
 DEFAULT_LIFETIME = 300.0
 """Seconds that an address of unknown expiry is used. Short: to locate again costs one HEAD, a stale address a 403."""
 
@@ -31,8 +35,12 @@ def selected(path: str, model: ModelSpec) -> bool:
 def finish_manifest(model: ModelSpec, revision: str, files: Sequence[ManifestFile], held: int) -> ModelManifest:
     """The manifest of already chosen ``files`` (of ``held`` at the origin): names validated, sorted by path.
 
-    Raises InvalidName for a hostile name, and OriginNotFound where nothing is left to serve.
+    Raises InvalidName for a hostile name, OriginMisbehaved for sizes and digests that are none, OriginUnsupported for
+    too many, and OriginNotFound where nothing is left to serve.
     """
+    refuse_endless(model.source, held)
+    for file in files:
+        _check_file(model.source, file)
     validate_origin_paths(file.path for file in files)
     if not files:
         if held:
@@ -41,6 +49,47 @@ def finish_manifest(model: ModelSpec, revision: str, files: Sequence[ManifestFil
             )
         raise OriginNotFound(f"{model.source}: there are no files; check the address")
     return ModelManifest(model.name, model.source, revision, tuple(sorted(files, key=lambda file: file.path)))
+
+
+def refuse_endless(source: str, count: int) -> None:
+    """Raises OriginUnsupported for a listing of more than MAX_FILES."""
+    if count > MAX_FILES:
+        raise OriginUnsupported(f"{source}: more than {MAX_FILES} files; choose a narrower prefix or repository")
+
+
+def _check_file(source: str, file: ManifestFile) -> None:
+    """What an origin says of a file is JSON of its own making: nothing of it has a type yet."""
+    digest = file.digest
+    size: object = file.size
+    if not isinstance(file.path, str) or not isinstance(size, int) or not 0 <= size < MAX_FILE_BYTES:
+        raise OriginMisbehaved(f"{source}: lists {file.path!r:.300} with a size of {size!r:.40}")
+    if digest is not None and (not digest.value or len(digest.value) > 128 or not _HEX.issuperset(digest.value)):
+        raise OriginMisbehaved(f"{source}: gives {file.path!r:.300} a digest that is none")
+
+
+def redirect_refusal(url: str, endpoint: str) -> str | None:
+    """Why the daemon does not go where the origin at ``endpoint`` sends it; None where it may.
+
+    It may read what others may not: files, services of this very machine, a cloud's metadata. Only names are looked at,
+    not what they resolve to.
+    """
+    try:
+        scheme, host, known = urlsplit(url).scheme, urlsplit(url).hostname, urlsplit(endpoint).hostname or ""
+    except ValueError:
+        return "sends us to an address that is none"
+    if scheme not in ("http", "https") or not host:
+        return f"sends us to a {scheme or 'strange'} address"
+    if _is_inside(host) and not _is_inside(known):
+        return f"sends us to {host}, which is this machine's own"
+    return None
+
+
+def _is_inside(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_link_local or address.is_unspecified
 
 
 def without_query(url: str) -> str:
@@ -73,7 +122,7 @@ def retry_after(value: str | None, now: float) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
     return seconds if 0 <= seconds < float("inf") else None
 

@@ -52,6 +52,8 @@ from instantstart_fs.origins.common import (
     DEFAULT_LIFETIME,
     finish_manifest,
     is_trusted,
+    redirect_refusal,
+    refuse_endless,
     retry_after,
     selected,
     signature_expiry,
@@ -88,11 +90,13 @@ class HuggingFaceOrigin:
         info = self._info(files_metadata=True)
         commit = self._commit(info)
         siblings = info.siblings or []
+        refuse_endless(str(self._source), len(siblings))
         modified = info.last_modified
         mtime_ns = int(modified.timestamp()) * 1_000_000_000 if modified else 0
-        files = [
-            self._pin(sibling, commit, mtime_ns) for sibling in siblings if selected(sibling.rfilename, self._model)
-        ]
+        with self._translated(str(self._source)):  # what the list holds is the hub's to say
+            files = [
+                self._pin(sibling, commit, mtime_ns) for sibling in siblings if selected(sibling.rfilename, self._model)
+            ]
         manifest = finish_manifest(self._model, commit, files, len(siblings))
         # a gated repository shows its list to everybody: prove that the bytes may be had, too
         self.locate(manifest.files[0])
@@ -121,6 +125,9 @@ class HuggingFaceOrigin:
             raise OriginChanged(f"{file.path}: the hub now names other content for commit {commit}; run update")
         if found.size is not None and file.size >= 0 and found.size != file.size:
             raise OriginChanged(f"{file.path}: the hub now says {found.size} bytes, pinned were {file.size}")
+        refusal = redirect_refusal(found.location, self._endpoint)
+        if refusal is not None:
+            raise OriginMisbehaved(f"{file.path}: {self._endpoint} {refusal}")
         headers: tuple[tuple[str, str], ...] = ()
         expires_at = signature_expiry(found.location, time.time())
         if _same_host(found.location, self._endpoint):

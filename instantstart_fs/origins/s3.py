@@ -41,7 +41,7 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.origins.common import finish_manifest, is_trusted, retry_after, selected
+from instantstart_fs.origins.common import finish_manifest, is_trusted, refuse_endless, retry_after, selected
 from instantstart_fs.origins.credentials import require_private
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ class S3Origin:
                 if key.endswith("/") and entry["Size"] == 0:
                     continue  # what consoles make to show an empty directory
                 found.append((key[len(directory) :], key))
+            refuse_endless(str(self._source), len(found))
         if not found and self._source.prefix:
             with contextlib.suppress(botocore.exceptions.ClientError):
                 client.head_object(Bucket=self._source.bucket, Key=self._source.prefix)

@@ -355,7 +355,7 @@ class HoldClient:
             # Weights from somebody else's memory could be anything.
             self._socket.close()
             raise PermissionRefused(f"{pipeline}: is held by uid {owner}")
-        self._reader = _Lines(self._socket, MAX_LINE)
+        self._reader = _Lines(self._socket, MAX_LINE, descriptors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -409,11 +409,12 @@ class HoldClient:
 
 
 class _Lines:
-    """Lines, and the descriptors that came beside them."""
+    """Lines, and with ``descriptors`` those that came beside them; else the kernel drops them."""
 
-    def __init__(self, connection: socket.socket, limit: int) -> None:
+    def __init__(self, connection: socket.socket, limit: int, *, descriptors: bool = False) -> None:
         self._socket = connection
         self._limit = limit
+        self._most = int(descriptors)
         self._pending = bytearray()
         self._descriptors: list[int] = []
 
@@ -422,7 +423,7 @@ class _Lines:
         while (end := self._pending.find(b"\n")) < 0:
             if len(self._pending) > self._limit:
                 raise OSError(f"a message of more than {self._limit} bytes")
-            data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 20, 1, socket.MSG_CMSG_CLOEXEC)
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 20, self._most, socket.MSG_CMSG_CLOEXEC)
             self._descriptors += descriptors
             if not data:
                 self.close()

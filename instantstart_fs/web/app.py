@@ -44,6 +44,8 @@ HEARTBEAT_SECONDS = 15.0
 KEEP_SECONDS = 1.0
 SHARE = 20
 """An overview is kept SHARE times as long as it took: watching costs at most a twentieth of the daemon's time."""
+MAX_VIEWS = 64
+"""Different pages of one overview that are kept: whoever is at the door may ask for any."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 HEADERS = {
     "Content-Security-Policy": (
@@ -73,6 +75,8 @@ class Overviews:
         overview = await self.get()
         found = self._views.get((query, details))
         if found is None:
+            if len(self._views) >= MAX_VIEWS:
+                del self._views[next(iter(self._views))]
             found = self._views[query, details] = showing.view(overview, query, details=details)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import hashlib
 import mmap
 import os
@@ -43,7 +44,7 @@ from instantstart_fs.filler.messages import (
     encode,
 )
 from instantstart_fs.origins.base import Location
-from tests.component.byteserver import ByteServer, black_hole, byte_server, content
+from tests.component.byteserver import ByteServer, Handler, black_hole, byte_server, content
 
 CHUNK = 64 * 1024
 ROOT = Path(__file__).parents[2]
@@ -374,3 +375,61 @@ def test_retry_after() -> None:
     assert parse_retry_after("Thu, 01 Jan 1970 00:00:10 GMT", 60.0) == 0.0
     assert parse_retry_after("soon", 0.0) is None
     assert parse_retry_after(None, 0.0) is None
+
+
+DRIP = 0.05
+
+
+def _drip(handler: Handler, head: bytes) -> bool:
+    """A byte now and then: no time-out of a socket ever meets that."""
+    handler.close_connection = True
+    with contextlib.suppress(OSError):
+        handler.wfile.write(head)
+        for _ in range(400):
+            handler.wfile.write(b"x")
+            handler.wfile.flush()
+            time.sleep(DRIP)
+    return True
+
+
+@pytest.mark.parametrize("part", ["status", "headers", "body"])
+def test_a_server_that_drips_is_given_up(part: str, tmp_path: Path) -> None:
+    heads = {
+        "status": b"",
+        "headers": b"HTTP/1.1 206 Partial Content\r\nX-Long: ",
+        "body": b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-%d/%d\r\nContent-Length: %d\r\n\r\n"
+        % (CHUNK - 1, CHUNK, CHUNK),
+    }
+    with byte_server() as server, open(tmp_path / "f", "wb+") as file:
+        file.truncate(CHUNK)
+        server.fault = lambda handler, path, start, stop: _drip(handler, heads[part])
+        worker = RunningWorker(WorkerSettings(stall_timeout=0.5, slow_window=1.0), {})
+        try:
+            worker.tell(OpenFile(1, "f", CHUNK, CHUNK, None, b"\0"), file.fileno())
+            worker.tell(SetLocation(1, Location(f"{server.url}/f")))
+            worker.tell(Fetch(1, 1, 0, True))
+            began = time.monotonic()
+            while not isinstance(report := worker.hear(), Failed):
+                assert isinstance(report, Progress)
+            assert time.monotonic() - began < 10
+            assert report.code == "origin-unavailable"
+        finally:
+            worker.close()
+
+
+def test_a_local_file_that_no_directory_source_pinned_is_never_read(tmp_path: Path) -> None:
+    """A hub whose redirects lead to file:///etc/shadow, say."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"s" * CHUNK)
+    with open(tmp_path / "f", "wb+") as file:
+        file.truncate(CHUNK)
+        worker = RunningWorker(WorkerSettings(), {})
+        try:
+            worker.tell(OpenFile(1, "f", CHUNK, CHUNK, None, b"\0"), file.fileno())
+            worker.tell(SetLocation(1, Location(f"file://anybody{secret}")))
+            worker.tell(Fetch(1, 1, 0, True))
+            report = worker.hear()
+            assert isinstance(report, Failed) and report.code == "origin-unsupported"
+        finally:
+            worker.close()
+        assert os.pread(file.fileno(), CHUNK, 0) == bytes(CHUNK)

@@ -13,6 +13,7 @@ from instantstart_fs.errors import (
     AccessRefused,
     InvalidName,
     OriginChanged,
+    OriginError,
     OriginMisbehaved,
     OriginNotFound,
     OriginThrottled,
@@ -249,3 +250,20 @@ def test_the_real_client_downloads_from_the_test_hub(world: HubWorld, tmp_path: 
     local = DirectoryWorld(tmp_path).origin(f"file://{found}")
     assert [file.path for file in local.resolve().files] == sorted(files)
     assert fetch(local.locate(local.resolve().files[-1]), 0, 4) == FILES["model.safetensors"][:4]
+
+
+@pytest.mark.parametrize("location", ["file://anybody/etc/hostname", "file:///etc/hostname", "ftp://example.org/x"])
+def test_a_hub_cannot_send_the_daemon_to_a_local_file(world: HubWorld, location: str) -> None:
+    world.put(FILES)
+    origin = world.origin()
+    big = next(file for file in origin.resolve().files if file.path == "model.safetensors")
+    assert big.digest is not None
+    headers = {
+        "Location": location,
+        "X-Repo-Commit": big.version,
+        "X-Linked-Size": str(big.size),
+        "X-Linked-Etag": f'"{big.digest.value}"',
+    }
+    world.hub.fault("status", port="hub", path="/resolve/", method="HEAD", status=302, headers=headers)
+    with pytest.raises(OriginError):
+        origin.locate(big)

@@ -379,3 +379,28 @@ def test_ls_is_a_table_with_a_chip_on_a_terminal_and_plain_elsewhere() -> None:
     for lines in (drawn, plain):
         assert "HOT UNTIL" in lines[0] and "LAST ACCESS" in lines[0]
         assert "100 %" in lines[1] and "0 %" in lines[2]
+
+
+def test_names_that_an_origin_made_up_are_shown_and_not_obeyed() -> None:
+    hostile = "x\n\x1b]0;title\x07.safetensors"
+    status = PipelineStatus(
+        pipeline="p",
+        state="cold",
+        cached_bytes=0,
+        total_bytes=1,
+        source=("s3://b/\x1b[2J",),
+        generation=1,
+        revision="\x1b[2J",
+        last_request=None,
+        hot_until=None,
+        pinned=False,
+        leases=0,
+        fill=None,
+        error=None,
+        files=(FileStatus(hostile, "absent", 1, 0, None),),
+    )
+    for shown in (show.pipeline(status), show.pipelines([status]), show.pipelines([status], width=200)):
+        assert "\x1b" not in shown and "\x07" not in shown
+    assert len(show.pipeline(status).splitlines()) == len(
+        show.pipeline(msgspec.structs.replace(status, files=(FileStatus("x", "absent", 1, 0, None),))).splitlines()
+    )

@@ -138,3 +138,10 @@ def test_a_line_without_end_is_refused_before_it_is_stored() -> None:
 def test_messages_too_long_are_not_sent() -> None:
     with pytest.raises(ControlProtocolError, match="longer"):
         encode_request(Status("x" * protocol.MAX_REQUEST))
+
+
+@pytest.mark.parametrize("at", ["1" + "0" * 400, "-1", str(1 << 63)])
+def test_a_moment_beyond_all_clocks_is_refused(at: str) -> None:
+    line = '{"v": 1, "request": {"op": "mark", "pipeline": "p", "moment": "ready", "at_ns": ' + at + "}}"
+    with pytest.raises(ControlProtocolError):
+        decode_request(line.encode())

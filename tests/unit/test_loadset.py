@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+from collections import Counter
 
-from instantstart_fs.core.loadset import fill_threshold, is_weight_file, load_set, safetensors_header_length
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from instantstart_fs.core.loadset import (
+    fill_threshold,
+    is_weight_file,
+    load_set,
+    natural_key,
+    safetensors_header_length,
+)
 from instantstart_fs.core.manifest import FileEntry, Manifest, ManifestFile, ModelManifest
 
 MIB = 1024 * 1024
@@ -93,3 +103,12 @@ def test_the_header_length_is_believed_only_where_it_can_be_one() -> None:
     assert safetensors_header_length((1000).to_bytes(8, "little") + b"{}") == 1008
     assert safetensors_header_length(b"\xff" * 8) is None
     assert safetensors_header_length(b"short") is None
+
+
+@given(st.lists(st.text(max_size=20), max_size=8))
+def test_any_name_has_its_place(names: list[str]) -> None:
+    assert Counter(sorted(names, key=natural_key)) == Counter(names)
+
+
+def test_digits_that_are_no_numbers_are_letters() -> None:
+    assert sorted(["²1.bin", "10.bin", "9.bin"], key=natural_key) == ["9.bin", "10.bin", "²1.bin"]

@@ -1,0 +1,270 @@
+"""What a lying origin, a hostile name or an abusive neighbour must not do to the daemon and to everybody else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from urllib.parse import quote
+
+import pytest
+import trio
+
+from instantstart_fs.control.protocol import Done, encode_response
+from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.source import HubSource, S3Source
+from instantstart_fs.errors import OriginError, OriginMisbehaved, OriginUnsupported
+from instantstart_fs.filler.target import FileState
+from instantstart_fs.index.environment import Index
+from instantstart_fs.origins import common
+from instantstart_fs.origins.base import Location
+from instantstart_fs.origins.huggingface import HuggingFaceOrigin
+from instantstart_fs.origins.s3 import S3Origin
+from instantstart_fs.prefetch.holding import Holder
+from instantstart_fs.prefetch.stager import Stage
+from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.web import app, showing
+from tests.component.byteserver import (
+    ByteServer,
+    FakeOrigin,
+    Handler,
+    byte_server,
+    content,
+    make_target,
+    sha256,
+)
+from tests.component.site import FakeLibrary
+from tests.component.test_filler import CHUNK, filling, until, wait_state
+from tests.component.test_library import make_source, read_all, running, spec
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def origin_server() -> Iterator[ByteServer]:
+    with byte_server() as started:
+        yield started
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Iterator[BlobStore]:
+    with BlobStore.open(str(tmp_path / "store")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def records(blobs: BlobStore) -> Iterator[Index]:
+    with Index.open(blobs.root + "/index", map_size=16 << 20) as opened:
+        yield opened
+
+
+# -- what servers say --------------------------------------------------------------------------------------------------
+
+
+async def test_a_huge_header_ends_a_fetch_and_not_the_daemon(
+    origin_server: ByteServer, blobs: BlobStore, records: Index
+) -> None:
+    """What a worker reports is one packet: an origin must not be able to make it longer than the daemon reads."""
+    data = origin_server.files["f"] = content(2 * CHUNK, 1)
+
+    def lie(handler: Handler, path: str, start: int, stop: int) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Range", "é" * 60_000)
+        handler.send_header("Content-Length", str(stop - start))
+        handler.end_headers()
+        return True
+
+    origin_server.fault = lie
+    async with filling(blobs, records) as (filler, events):
+        target = make_target(blobs, FakeOrigin(origin_server.url), "f", len(data), digest=sha256(data))
+        filler.demand(target, ByteRange(0, 1))
+        await until(lambda: target.error is not None)
+        assert isinstance(target.error, OriginMisbehaved)
+        assert len(target.error.message) < 4096
+        origin_server.fault = None
+        filler.fill("p", [target])
+        await wait_state([target], FileState.SEALED)
+        assert filler.statistics().worker_deaths == 0
+        assert events.of("failed") == []
+
+
+async def test_an_address_that_is_expired_when_it_comes_is_tried_and_not_asked_for_again_and_again(
+    origin_server: ByteServer, blobs: BlobStore, records: Index
+) -> None:
+    """A clock that is ahead, credentials that end within seconds, or a hub that lies."""
+    data = origin_server.files["f"] = content(4 * CHUNK, 2)
+    origin = FakeOrigin(origin_server.url)
+    origin.on_locate = lambda file: Location(f"{origin_server.url}/f", expires_at=time.time() - 3600.0)
+    async with filling(blobs, records) as (filler, _):
+        target = make_target(blobs, origin, "f", len(data), digest=sha256(data))
+        filler.fill("p", [target])
+        await wait_state([target], FileState.SEALED)
+        assert len(origin.located) <= 4
+
+
+class _Sibling(SimpleNamespace):
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(**{"rfilename": "model.safetensors", "size": 10, "lfs": None, "blob_id": "ab" * 20} | changes)
+
+
+@pytest.mark.parametrize(
+    "sibling",
+    [
+        _Sibling(size=-1),
+        _Sibling(size=1 << 70),
+        _Sibling(size="12"),
+        _Sibling(size=1.5),
+        _Sibling(rfilename=7),
+        _Sibling(rfilename=None),
+        _Sibling(blob_id=17),
+        _Sibling(blob_id="x" * 100_000),
+        _Sibling(lfs=SimpleNamespace(sha256=None, size=10)),
+        _Sibling(lfs=SimpleNamespace(sha256="../../etc/passwd", size=10)),
+    ],
+)
+def test_a_hub_that_lists_nonsense_is_refused(sibling: _Sibling, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = HuggingFaceOrigin(
+        HubSource("o/r"), ModelSpec("hf://o/r"), endpoint="http://127.0.0.1:9", token_file=None, timeout=1.0
+    )
+    info = SimpleNamespace(sha="c" * 40, siblings=[sibling], last_modified=None)
+    monkeypatch.setattr(origin, "_info", lambda **_: info)
+    monkeypatch.setattr(origin, "locate", lambda file: None)
+    with pytest.raises(OriginError):
+        origin.resolve()
+
+
+def test_a_listing_without_end_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "MAX_FILES", 500)
+    origin = S3Origin(
+        S3Source("bucket", "p"), ModelSpec("s3://b/p"), endpoint_url=None, region_name=None, profile=None, timeout=1.0
+    )
+    asked = 0
+
+    class Paginator:
+        def paginate(self, **_: object) -> Iterator[dict[str, Any]]:
+            nonlocal asked
+            while asked < 100:
+                asked += 1
+                yield {"Contents": [{"Key": f"p/{asked}-{number}", "Size": 1} for number in range(100)]}
+
+    monkeypatch.setattr(origin, "_client", lambda: SimpleNamespace(get_paginator=lambda _: Paginator()))
+    with pytest.raises(OriginUnsupported, match="500 files"):
+        origin.resolve()
+    assert asked < 10
+
+
+async def test_an_origin_that_breaks_in_a_way_nobody_foresaw_is_an_origin_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def resolve(self) -> None:
+            raise RuntimeError("signature=secret")
+
+        check = resolve
+
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("q", source))
+        monkeypatch.setattr(library._shelf, "open_origin", lambda *_: Broken())
+        with pytest.raises(OriginMisbehaved) as refused:
+            await library.add(spec("p", source))
+        assert "secret" not in refused.value.message
+        with pytest.raises(OriginMisbehaved):
+            await library.check_access("q")
+
+
+async def test_a_file_of_absurd_size_is_refused_when_it_is_pinned(tmp_path: Path) -> None:
+    """Its map of chunks alone would take more memory than there is."""
+    source = make_source(tmp_path / "source")
+    with open(source / "huge.safetensors", "wb") as file:
+        file.truncate(15 << 40)
+    async with running(tmp_path) as library:
+        library._admin._chunk_size = 64 * 1024
+        with pytest.raises(OriginUnsupported, match=r"huge\.safetensors"):
+            await library.add(spec("p", source))
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_directory_whose_name_is_no_utf8_is_a_source_like_others(tmp_path: Path) -> None:
+    source = make_source(tmp_path / os.fsdecode(b"m\xff\x1b[31m"))
+    name = "model-2-of-2.safetensors"
+    expected = (source / name).read_bytes()
+    where = PipelineSpec(id="p", models=(ModelSpec(source="file://" + quote(os.fsencode(source))),))
+    async with running(tmp_path) as library:
+        await library.add(where)
+        assert await read_all(library, "p", name) == expected
+        for path in source.glob("model-1*"):
+            path.unlink()
+        with pytest.raises(OriginError) as gone:
+            await read_all(library, "p", "model-1-of-2.safetensors")
+        assert "\x1b" not in gone.value.message
+        # Whoever asks gets an answer, and the others' pipelines with it.
+        status = library.status("p")
+        assert status.error is not None
+        encode_response(Done([status]))
+        root = library.lookup(1, "p").nodeid
+        assert b"\x1b" not in library.xattrs(root)["user.instantstart.error"]
+
+
+# -- neighbours --------------------------------------------------------------------------------------------------------
+
+
+def test_descriptors_that_a_client_sends_to_a_hold_are_not_kept(tmp_path: Path) -> None:
+    path = str(tmp_path / "holds" / "x.sock")
+    with Holder(cast(Stage, object()), path), socket.socket(socket.AF_UNIX) as client, open(os.devnull, "rb") as null:
+        client.settimeout(10)
+        client.connect(path)
+
+        def ask() -> None:
+            socket.send_fds(client, [b'{"op": "release"}\n'], [null.fileno()])
+            assert b"ok" in client.recv(1000)
+
+        ask()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            ask()
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+async def test_a_thousand_different_searches_keep_no_thousand_pages() -> None:
+    overviews = app.Overviews(cast(Any, FakeLibrary()), dict)
+    for number in range(1000):
+        await overviews.view(showing.Query(text=str(number)), details=False)
+    assert len(overviews._views) <= app.MAX_VIEWS
+
+
+async def test_half_a_request_byte_by_byte_is_no_reason_to_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from instantstart_fs.control import server as module
+    from tests.component.test_control import INFO
+
+    monkeypatch.setattr(module, "REQUEST_DEADLINE", 0.5)
+    place = str(tmp_path / "s")
+    async with module.serving(cast(Any, object()), lambda: INFO, place):
+        stream = await trio.open_unix_socket(place)
+        ended = trio.Event()
+
+        async def listen() -> None:
+            while await stream.receive_some():
+                pass
+            ended.set()
+
+        async with stream, trio.open_nursery() as nursery:
+            nursery.start_soon(listen)
+            with trio.fail_after(10):
+                while not ended.is_set():
+                    try:
+                        await stream.send_all(b"{")
+                    except trio.BrokenResourceError:
+                        break
+                    with trio.move_on_after(0.1):
+                        await ended.wait()
+            nursery.cancel_scope.cancel()
