@@ -20,6 +20,7 @@ import functools
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
@@ -59,6 +60,7 @@ from instantstart_fs.library.watching import Watcher
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.store.layout import generation_number
 
 __all__ = ["Library", "VerifyReport"]
 
@@ -66,6 +68,10 @@ log = logging.getLogger(__name__)
 
 MAX_INDEX_JSON = 64 * 1024 * 1024
 """Bytes: that of a model of 100,000 tensors has 10 MB; a larger one orders nothing."""
+
+
+PREFETCH_SECONDS = 600.0
+"""A prefetch holds its lease as long as its weights are held; for so long it is taken for reading."""
 
 
 class Library:
@@ -139,6 +145,8 @@ class Library:
                 period=config.store.scrub,
                 rate=config.store.scrub_rate,
             )
+        self._prefetches: Counter[float] = Counter()
+        """Prefetches under way, by when they began."""
         self.rechecker: Rechecker | None = None
         if config.origins.recheck_access is not None:
             self.rechecker = Rechecker(
@@ -192,8 +200,9 @@ class Library:
                 continue
             kept = {generation.number for generation in pipeline.generations()}
             try:
-                for number in self._store.generations(pipeline.id):
-                    if number not in kept:
+                for name in self._store.list_directory(pipeline.id):
+                    number = generation_number(name)
+                    if number is not None and number not in kept:
                         self._store.delete_generation(pipeline.id, number)
                         self._index.write_sync(functools.partial(_forget_generation, pipeline.id, number))
                 self._trim(current)
@@ -460,8 +469,18 @@ class Library:
                 await self.warm(pipeline)
                 generation = found.current
             assert generation is not None
-            with self._reading.using(generation):
+            with self._reading.using(generation), self._prefetching():
                 yield Handover(self._reading, self._store, generation, self._config.fill.read_deadline)
+
+    @contextmanager
+    def _prefetching(self) -> Iterator[None]:
+        """Whoever was handed descriptors reads by them now; nobody tells when it is done."""
+        began = trio.current_time()
+        self._prefetches[began] += 1
+        try:
+            yield
+        finally:
+            self._prefetches[began] -= 1
 
     # -- staging ---------------------------------------------------------------------------------------------------
 
@@ -595,7 +614,9 @@ class Library:
         """What readers and fills do. The kernel's own reads of complete files show in their opens alone."""
         totals, fills = self.observer.totals, self._filler.statistics()
         events = totals.opens.total() + totals.reads + totals.staged_bytes + fills.fetched_bytes
-        return Activity(events, busy=fills.in_flight > 0)
+        recent = trio.current_time() - PREFETCH_SECONDS
+        self._prefetches = +Counter({began: count for began, count in self._prefetches.items() if began > recent})
+        return Activity(events, busy=fills.in_flight > 0 or bool(self._prefetches))
 
     def _state_of(self, pipeline: Pipeline) -> PipelineState:
         return present.pipeline_state(pipeline, filling=self._filler.is_filling(pipeline.id))

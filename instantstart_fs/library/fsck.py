@@ -210,7 +210,7 @@ class _Run:
 
     def write(self, txn: WriteTxn) -> None:
         """The op that replaces the index's contents. Times survive; generations get fresh nodeids."""
-        requests = txn.last_requests()
+        requests, upkeep = txn.last_requests(), dict(txn.upkeep())
         kept = [
             (restored, txn.get_pipeline(restored.spec.id), self._old_accesses(txn, restored))
             for restored in self.restored
@@ -230,6 +230,9 @@ class _Run:
                     directory_nodeids={name: first + NODEIDS_PER_NODE * at for at, name in enumerate(names)},
                 )
             )
+            if spec.id in upkeep:
+                # What its origin refused stays out of view.
+                txn.put_upkeep(spec.id, upkeep[spec.id])
             if spec.id in requests:
                 txn.put_last_request(spec.id, requests[spec.id])
             if manifest is None:

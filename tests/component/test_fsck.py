@@ -11,10 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from instantstart_fs.core.access import Access
 from instantstart_fs.core.manifest import Digest, Manifest, ManifestFile, ModelManifest, ModelSpec, PipelineSpec
 from instantstart_fs.errors import StoreDamaged, StoreLocked, StoreUnsupported
 from instantstart_fs.index.environment import Index
-from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
+from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, UpkeepRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.fsck import FsckProgress, FsckReport, fsck, repair
 from instantstart_fs.store.blobfile import SealRecord
@@ -166,10 +167,14 @@ def test_a_healthy_index_keeps_times_and_its_generation(opened: tuple[BlobStore,
     spec = store.load_pipeline("full")
     store.write_manifest(manifest_of("full", 4))  # an update that died before its index record
 
+    refused = UpkeepRecord(access=Access(checked_at_ns=5, refusals=2, code="access-refused"))
+
     def op(txn: WriteTxn) -> None:
         txn.put_pipeline(PipelineRecord(spec, 3, 8, True, 1000, {"": 9000}))
         txn.put_generation(GenerationRecord("full", 3, 9100, 4, 4096))
         txn.put_last_request("full", 55)
+        txn.put_upkeep("full", refused)
+        txn.put_upkeep("gone", refused)
         txn.put_last_access("full", 3, 1, 56)
         txn.put_file("full", 3, 2, FileRecord("filling", 0, 0, b"\1"))  # it is sealed
         txn.put_pipeline(PipelineRecord(PipelineSpec("gone", spec.models), 1, 2))
@@ -187,6 +192,7 @@ def test_a_healthy_index_keeps_times_and_its_generation(opened: tuple[BlobStore,
         assert record is not None
         assert (record.generation, record.next_generation) == (3, 8)
         assert txn.last_requests() == {"full": 55}
+        assert dict(txn.upkeep()) == {"full": refused}
         assert list(txn.accesses("full", 3)) == [(1, 56)]
         assert [record.spec.id for record in txn.pipelines()] == ["full", "part"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -36,7 +36,7 @@ HUB_SPEC = PipelineSpec(id="p", models=(ModelSpec(source="hf://org/update"),))
 
 
 @asynccontextmanager
-async def from_hub(root: Path, hub: HubServer) -> AsyncIterator[Library]:
+async def from_hub(root: Path, hub: HubServer, *, held: Sequence[int] = ()) -> AsyncIterator[Library]:
     config = Config(
         mount=MountConfig(path=str(root / "mnt")),
         store=StoreConfig(path=str(root / "store"), capacity=Capacity(bytes=1 << 40)),
@@ -44,7 +44,7 @@ async def from_hub(root: Path, hub: HubServer) -> AsyncIterator[Library]:
         origins=OriginsConfig(huggingface=HuggingFaceConfig(endpoint=hub.endpoint)),
     )
     with BlobStore.open(config.store.path) as store, Index.open(str(root / "store" / "index")) as index:
-        library = Library(config, store, index)
+        library = Library(config, store, index, held=held)
         async with library.running():
             yield library
 
@@ -151,6 +151,67 @@ async def test_an_update_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: 
         assert sorted(path.name for path in (tmp_path / "store/slots/p").iterdir()) == ["1", "pipeline.json"]
         assert library.status("p").generation == 1
         assert (await library.update("p")).generation == 2
+
+
+async def test_a_generation_held_over_a_restart_shares_and_is_counted_once(tmp_path: Path, hub: HubServer) -> None:
+    old, new = published(hub, tmp_path)
+    async with from_hub(tmp_path, hub) as library:
+        await library.add(HUB_SPEC)
+        await library.warm("p")
+        await wait_state(library, "p", "warm")
+        held = await library.open(find(library, "p", SHARDS[0]))
+        allocated = library.candidates()[0].bytes
+        hub.publish("org/update", new)
+        await library.update("p")
+        nodeid = held.nodeid
+    async with from_hub(tmp_path, hub, held=[nodeid]) as library:
+        assert library.candidates()[0].bytes <= allocated
+        handle = library.reopen(nodeid)
+        buffer = bytearray(1000)
+        assert await library.read_into(handle, MIB, memoryview(buffer)) == 1000
+        assert buffer == (old / SHARDS[0]).read_bytes()[MIB : MIB + 1000]
+        assert await read_all(library, "p", SHARDS[0]) == (new / SHARDS[0]).read_bytes()
+        library.release(handle)
+        await wait_gone(tmp_path / "store/slots/p/1")
+        assert library.candidates()[0].bytes <= allocated
+
+
+@pytest.mark.parametrize("when", ["before the record", "before the old one is deleted"])
+async def test_what_a_crash_in_an_update_leaves(
+    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    class Crash(Exception):
+        pass
+
+    async def crash(*arguments: object) -> None:
+        raise Crash
+
+    old, new = published(hub, tmp_path)
+    async with from_hub(tmp_path, hub) as library:
+        await library.add(HUB_SPEC)
+        await library.warm("p")
+        await wait_state(library, "p", "warm")
+        hub.publish("org/update", new)
+        hub.forget_requests()
+        with monkeypatch.context() as patch:
+            patch.setattr(Admin, "_record" if when == "before the record" else "drop_generation", crash)
+            with pytest.raises(Crash):
+                await library.update("p")
+    async with from_hub(tmp_path, hub) as library:
+        assert library.status("p").generation == (1 if when == "before the record" else 2)
+        slots = tmp_path / "store/slots/p"
+        assert len([path for path in slots.iterdir() if path.is_dir()]) == 1
+        assert {path.stat().st_nlink for path in slots.rglob("*.safetensors")} == {1}
+        usage = library.candidates()[0].bytes
+        taken = sum(path.stat().st_blocks * 512 for path in slots.glob("*/files/**/*") if path.is_file())
+        assert usage == taken, "accounts and disk differ"
+        for name in SHARDS:
+            assert await read_all(library, "p", name) == (old / name).read_bytes()
+        await library.update("p")
+        await library.warm("p")
+        await wait_state(library, "p", "warm")
+        assert (await library.verify("p", lambda done, total: None)).healed == ()
+    assert set(bodies(hub)) <= {"config.json", "added.json"}
 
 
 async def found_bad(library: Library, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -113,6 +114,38 @@ def test_a_container_that_bound_the_pipeline_sees_the_new_generation(
         assert ask(FIRST) == sha256(new / FIRST)
         wait_for(lambda: daemon.cli("evict", "p").returncode == 0, "the kernel's release of the files")
         assert ask(FIRST) == sha256(new / FIRST)
+
+
+def test_an_update_keeps_what_has_not_changed(
+    make_daemon: Callable[..., Daemon], hub: HubServer, model: Path, tmp_path: Path
+) -> None:
+    """Shards stay, held open or not; the configuration is another. Nothing of the shards comes from the hub again."""
+    new = tmp_path / "new"
+    shutil.copytree(model, new)
+    (new / "config.json").write_text("{}")
+    hub.publish("org/model", model)
+    daemon = make_daemon("d", config=config(hub))
+    daemon.ok("add", "p", "hf://org/model")
+    daemon.warm("p")
+    with holding(daemon.path("p", FIRST)) as ask:
+        before = ask("hash-map")
+        hub.publish("org/model", new)
+        hub.forget_requests()
+        daemon.ok("update", "p")
+        assert daemon.path("p", "config.json").read_text() == "{}"
+        assert ask("hash-new") == ask("hash-fd") == ask("hash-map") == before == sha256(new / FIRST)
+        daemon.warm("p")
+        assert daemon.status("p")["generation"] == 2
+        assert "open" in daemon.refused(1, "evict", "p")
+    wait_for(lambda: not (daemon.store / "slots/p/1").exists(), "the old generation's end")
+    requested = daemon.status("p")["last_request"]
+    assert probe("tree", new, daemon.path("p"), timeout=60)["files"] > 5
+    wait_for(lambda: daemon.status("p")["last_request"] != requested, "the opens after the update to count")
+    weights = [request for request in hub.requests("cdn") if request.sent]
+    assert len({request.path for request in weights}) == 3, "the three weights that nobody loads, for the comparison"
+    assert sum(request.sent for request in weights) < 7 * MIB
+    wait_for(lambda: daemon.cli("evict", "p").returncode == 0, "the kernel's release of the files")
+    assert daemon.path("p", FIRST).read_bytes() == (new / FIRST).read_bytes()
 
 
 def test_an_update_of_what_has_not_changed_changes_nothing(
