@@ -6,6 +6,7 @@ wrong inside one is its finding. It works with and without a running daemon.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import os
 import shutil
@@ -314,7 +315,8 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
         reason = getattr(error, "reason", error)
         return Check("hub", "warn", f"{endpoint}: {reason}", advice)
     if date is not None:
-        skew.append(time.time() - email.utils.parsedate_to_datetime(date).timestamp())
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            skew.append(time.time() - email.utils.parsedate_to_datetime(date).timestamp())
     return Check("hub", "ok", f"{endpoint} answers")
 
 

@@ -107,6 +107,7 @@ def _reporter(pipeline: str, quiet: bool) -> Iterator[Report]:
 @contextmanager
 def _bar(pipeline: str) -> Iterator[Report]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     columns = (
@@ -122,7 +123,7 @@ def _bar(pipeline: str) -> Iterator[Report]:
         def report(done: int, total: int, status: PipelineStatus | None) -> None:
             rate = rate_line(status) if status else ""
             if status is not None and status.error is not None:
-                rate = f"[red]{status.error.message}"
+                rate = f"[red]{escape(status.error.message)}"
             progress.update(task, completed=done, total=total or None, rate=rate)
 
         yield report

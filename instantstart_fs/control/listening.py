@@ -1,89 +1,38 @@
-"""The control socket itself: made with its directory, taken over from the dead, never from the living; and who is at
-the other end of a connection, as the kernel says."""
+"""The control socket itself: everybody may connect, since who asks is checked per request."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import socket
-import stat
-import struct
-from typing import NamedTuple
+import errno
 
 import trio
 
+from instantstart_fs.config import unixsocket
+from instantstart_fs.config.unixsocket import Peer, peer_of
 from instantstart_fs.errors import ControlError
 
-log = logging.getLogger(__name__)
+__all__ = ["Peer", "listen", "peer_of"]
 
-SO_PEERGROUPS = 59
-"""From asm-generic/socket.h; Python's socket module does not name it."""
-
-
-class Peer(NamedTuple):
-    """Who connected, as the kernel says."""
-
-    pid: int
-    uid: int
-    groups: frozenset[int]
-
-
-def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
-    """Credentials of the other end at the time it connected."""
-    pid, uid, gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    groups = {gid}
-    with contextlib.suppress(OSError):  # a user in more than 256 groups: the primary one has to do
-        raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
-        groups.update(struct.unpack(f"{len(raw) // 4}I", raw))
-    return Peer(pid, uid, frozenset(groups))
+BACKLOG = 128
 
 
 def listen(path: str) -> trio.socket.SocketType:
     """A listening socket at ``path``, made with its directory. A dead daemon's file is replaced; of a living one
-    ControlError is raised. Blocks for a moment only: everything is local."""
-    encoded = os.fsencode(path)
-    if len(encoded) > 107:
-        raise ControlError(f"{path}: a socket's path may have 107 bytes at most; choose a shorter one with --socket")
+    ControlError is raised."""
     try:
-        _make_directory(os.path.dirname(path))
-        _remove_dead(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            listener.bind(path)
-            # Everybody may connect: who asks is checked per request by what the kernel says about the peer.
-            os.chmod(path, 0o666)
-            listener.listen(128)
-            listener.setblocking(False)
-        except BaseException:
-            listener.close()
-            raise
+        listener = unixsocket.listen(path, mode=0o666, directory_mode=0o755, backlog=BACKLOG)
     except OSError as error:
-        raise ControlError(f"{path}: cannot listen there: {error.strerror or error}") from error
+        raise ControlError(f"{path}: {_reason(error)}") from error
+    listener.setblocking(False)
     return trio.socket.from_stdlib_socket(listener)
 
 
-def _make_directory(directory: str) -> None:
-    if not os.path.isdir(directory):
-        os.makedirs(directory, 0o755)
-        os.chmod(directory, 0o755)  # the daemon's umask is 077, and owners of pipelines must get through
-
-
-def _remove_dead(path: str) -> None:
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ControlError(f"{path}: there is something that is no socket; it is left alone")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            return
-        except OSError as error:  # a full backlog is a living daemon too
-            log.debug("probing %s: %s", path, error)
-    raise ControlError(f"{path}: another daemon answers there; stop it, or choose another socket with --socket")
+def _reason(error: OSError) -> str:
+    match error.errno:
+        case errno.ENAMETOOLONG:
+            return f"a socket's path may have {unixsocket.MAX_PATH} bytes at most; choose a shorter one with --socket"
+        case errno.ENOTSOCK:
+            return "there is something that is no socket; it is left alone"
+        case errno.EADDRINUSE:
+            return "another daemon answers there; stop it, or choose another socket with --socket"
+        case _:
+            return f"cannot listen there: {error.strerror or error}"

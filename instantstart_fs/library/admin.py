@@ -278,11 +278,12 @@ class Admin:
         pipeline = self._shelf.pipeline(pipeline_id)
         async with pipeline.lock:
             self._still_there(pipeline)
-            pipeline.spec = msgspec.structs.replace(pipeline.spec, pinned=pinned)
-            record = self._pipeline_record(pipeline, pipeline.current.number if pipeline.current else 0, pinned)
-            await trio.to_thread.run_sync(self._shelf.store.write_pipeline, pipeline.spec)
+            spec = msgspec.structs.replace(pipeline.spec, pinned=pinned)
+            number = pipeline.current.number if pipeline.current else 0
+            record = msgspec.structs.replace(self._pipeline_record(pipeline, number, pinned), spec=spec)
+            await trio.to_thread.run_sync(self._shelf.store.write_pipeline, spec)
             await self._shelf.index.write(lambda txn: txn.put_pipeline(record))
-            pipeline.pinned = pinned
+            pipeline.spec, pipeline.pinned = spec, pinned
             pipeline.changed()
 
     async def verify(

@@ -84,7 +84,7 @@ class Handover:
     def _open(self, file: CachedFile) -> list[int]:
         """Blocks. Raises StoreDamaged when the file is not what its record says."""
         generation = self._generation
-        blob = self._store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
+        blob = self._store.handed_blob(generation.pipeline.id, generation.number, file.entry.path)
         if blob is None:
             raise StoreDamaged(f"{file.entry.path}: missing from the store")
         with blob:

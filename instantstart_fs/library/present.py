@@ -141,24 +141,16 @@ def tree_directory_attributes(generation: Generation, node: int) -> Attributes:
     spec = generation.pipeline.spec
     tree = generation.tree
     children = tree.nodes[node].children or {}
-    if node == 0 and spec.mode & 0o005 != 0o005:
-        # stat(2) of it is for everybody: no more than its name, its owner and that it was added.
-        return directory_attributes(
-            generation.nodeid(node),
-            mode=spec.mode & 0o555,
-            uid=spec.uid,
-            gid=spec.gid,
-            time_ns=generation.pipeline.created_at_ns,
-            children=-1,  # a link count of 1 is "unknown" to find(1) and its like
-            stable=True,
-        )
+    # stat(2) of a pipeline's root is for everybody: of a private one no more than its owner and that it was added.
+    private = node == 0 and spec.mode & 0o005 != 0o005
+    directories = sum(tree.nodes[child].children is not None for child in children.values())
     return directory_attributes(
         generation.nodeid(node),
         mode=spec.mode & 0o555,
         uid=spec.uid,
         gid=spec.gid,
-        time_ns=generation.manifest.resolved_at_ns,
-        children=sum(tree.nodes[child].children is not None for child in children.values()),
+        time_ns=generation.pipeline.created_at_ns if private else generation.manifest.resolved_at_ns,
+        children=-1 if private else directories,  # a link count of 1 is "unknown" to find(1) and its like
         stable=True,
     )
 

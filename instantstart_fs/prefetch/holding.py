@@ -18,16 +18,18 @@ What goes wrong is answered by Refused. ``Holder`` is the serving side, ``HoldCl
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
-import struct
 import threading
 import time
 from typing import NamedTuple, Self, TypeVar
 
 import msgspec
 
+from instantstart_fs.config import unixsocket
 from instantstart_fs.config.places import run_directory
+from instantstart_fs.config.unixsocket import peer_of
 from instantstart_fs.core.names import validate_pipeline_id
 from instantstart_fs.errors import InstantStartError, PermissionRefused, PrefetchError, from_code
 from instantstart_fs.prefetch.layout import FileLayout
@@ -210,7 +212,7 @@ class Holder:
     def _serve(self, connection: socket.socket) -> None:
         try:
             with connection, contextlib.suppress(OSError):
-                uid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+                uid = peer_of(connection).uid
                 if uid not in (0, os.geteuid()):
                     _send(connection, Refused(PermissionRefused.code, f"uid {uid} may not take these weights"), None)
                     return
@@ -345,7 +347,7 @@ class HoldClient:
         self._socket.settimeout(ANSWER_DEADLINE)
         try:
             self._socket.connect(self._path)
-            owner = struct.unpack("iII", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+            owner = peer_of(self._socket).uid
         except OSError as error:
             self._socket.close()
             raise PrefetchError(
@@ -451,32 +453,13 @@ def _send(connection: socket.socket, answer: Answer, fd: int | None) -> None:
 def _listen(path: str) -> socket.socket:
     directory = os.path.dirname(path)
     try:
-        os.makedirs(directory, 0o700, exist_ok=True)
-        if os.stat(directory).st_uid != os.geteuid():
+        if os.path.isdir(directory) and os.stat(directory).st_uid != os.geteuid():
             raise PrefetchError(f"{directory}: belongs to somebody else")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-            probe.settimeout(2.0)
-            try:
-                probe.connect(path)
-            except (ConnectionRefusedError, FileNotFoundError):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-            else:
-                raise PrefetchError(
-                    f"{os.path.basename(path).removesuffix('.sock')}: is held already; "
-                    "`instantstart prefetch PIPELINE --release` ends that"
-                )
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            before = os.umask(0o177)
-            try:
-                listener.bind(path)
-            finally:
-                os.umask(before)
-            listener.listen(16)
-        except BaseException:
-            listener.close()
-            raise
-        return listener
+        return unixsocket.listen(path, mode=0o600, directory_mode=0o700, backlog=16)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PrefetchError(
+                f"{os.path.basename(path).removesuffix('.sock')}: is held already; "
+                "`instantstart prefetch PIPELINE --release` ends that"
+            ) from error
         raise PrefetchError(f"{path}: cannot listen there: {error.strerror or error}") from error

@@ -142,7 +142,8 @@ class _Worker:
             self.process.wait(STOP_DEADLINE)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # inside a read that no signal ends
+                self.process.wait(STOP_DEADLINE)
 
     def how_it_ended(self) -> str:
         assert self.process is not None
@@ -334,6 +335,10 @@ class Stage:
                 fds.append(file.memory)
             with self._changed:
                 if self._closed or self._error is not None:
+                    # Whoever took everything down may not have seen this memory.
+                    memory, file.memory = file.memory, None
+                    if memory is not None:
+                        os.close(memory)
                     return
                 file.given_at = worker.heard_at = time.monotonic()
                 worker.first_given_at = worker.first_given_at or file.given_at

@@ -152,7 +152,7 @@ class Worker:
                 raise PrefetchError("was released")
             device, handle, size, offset, reference, at, event, sync = item.target.untyped_storage()._share_cuda_()
         except Exception as error:
-            self._send(Exported(number, token, None, str(error).splitlines()[0]))
+            self._send(Exported(number, token, None, failure(number, error).message))
             return
         self._send(
             Exported(

@@ -91,6 +91,8 @@ class BlobStore:
         self._lock_fd = lock_fd
         self._slots_fd = slots_fd
         self._trash_fd = trash_fd
+        self._view_fd = -1
+        self._view_tried = False
         self._unique = itertools.count()
         self._mutex = threading.Lock()
         self._deleting: dict[str, tuple[str, ...]] = {}
@@ -136,7 +138,7 @@ class BlobStore:
 
     def close(self) -> None:
         """Give the store up. Idempotent. Open BlobFiles stay usable but must not be written any more."""
-        for name in ("_trash_fd", "_slots_fd", "_lock_fd"):
+        for name in ("_view_fd", "_trash_fd", "_slots_fd", "_lock_fd"):
             fd = getattr(self, name)
             if fd >= 0:
                 setattr(self, name, -1)
@@ -267,11 +269,33 @@ class BlobStore:
 
     def existing_blob(self, pipeline: str, generation: int, path: str) -> BlobFile | None:
         """Open a file for reading; None if it is not there. Raises StoreDamaged as ``blob`` does."""
+        return self._existing_blob(pipeline, generation, path, self._slots_fd)
+
+    def handed_blob(self, pipeline: str, generation: int, path: str) -> BlobFile | None:
+        """The same for descriptors that leave this process: through a read-only view, since a file may belong to
+        whoever gets it (binds show files with their owner), who could make it writable again by fchmod. Raises
+        StoreUnsupported for such a file where the system cannot make that view."""
+        view = self._view()
+        blob = self._existing_blob(pipeline, generation, path, self._slots_fd if view is None else view)
+        if blob is not None and view is None and os.fstat(blob.fd).st_uid != os.geteuid():
+            blob.close()
+            raise StoreUnsupported(f"{path}: belongs to its reader, and is handed over from Linux 5.12 on only")
+        return blob
+
+    def _view(self) -> int | None:
+        with self._mutex:
+            if not self._view_tried:
+                self._view_tried = True
+                with contextlib.suppress(OSError):
+                    self._view_fd = filesystem.readonly_view(self._slots_fd)
+            return self._view_fd if self._view_fd >= 0 else None
+
+    def _existing_blob(self, pipeline: str, generation: int, path: str, root: int) -> BlobFile | None:
         directory, name = self._blob_place(pipeline, generation, path)
         shown = f"{pipeline}/{generation}/{path}"
         with translated(f"open {shown}"):
             try:
-                parent = self._walk(directory)
+                parent = self._walk(directory, root=root)
             except NoSuchEntry:
                 return None
             try:
@@ -488,13 +512,13 @@ class BlobStore:
         *directories, name = validate_origin_path(path).split("/")
         return (pipeline, str(generation), FILES, *directories), name
 
-    def _walk(self, components: Sequence[str], *, create: bool = False) -> int:
+    def _walk(self, components: Sequence[str], *, create: bool = False, root: int | None = None) -> int:
         """A descriptor of the directory slots/``components``. No component may be a symbolic link (ENOTDIR).
 
-        ``create``: makes what is missing and makes each entry durable in its parent, once per process. Raises
-        NoSuchEntry if it is not there (without ``create``), OSError.
+        ``root``: instead of slots/. ``create``: makes what is missing, and each entry durable in its parent, once per
+        process. Raises NoSuchEntry if it is not there (without ``create``), OSError.
         """
-        fd = os.dup(self._slots_fd)
+        fd = os.dup(self._slots_fd if root is None else root)
         try:
             for depth, name in enumerate(components, 1):
                 if create and (walked := tuple(components[:depth])) not in self._durable:

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from urllib.parse import quote
 
 import pytest
 import trio
 
+from instantstart_fs import doctor
+from instantstart_fs.cli import waiting
 from instantstart_fs.control.protocol import Done, encode_response
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.source import HubSource, S3Source
-from instantstart_fs.errors import OriginError, OriginMisbehaved, OriginUnsupported
+from instantstart_fs.core.status import ErrorStatus
+from instantstart_fs.errors import OriginError, OriginMisbehaved, OriginUnsupported, PrefetchError, StoreFull
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
+from instantstart_fs.mount import kernel
 from instantstart_fs.origins import common
 from instantstart_fs.origins.base import Location
 from instantstart_fs.origins.huggingface import HuggingFaceOrigin
 from instantstart_fs.origins.s3 import S3Origin
+from instantstart_fs.prefetch import DirectorySource, messages, plan, stager
 from instantstart_fs.prefetch.holding import Holder
-from instantstart_fs.prefetch.stager import Stage
+from instantstart_fs.prefetch.stager import Stage, Stager
+from instantstart_fs.prefetch.worker import Worker as PrefetchWorker
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.web import app, showing
 from tests.component.byteserver import (
@@ -38,9 +47,10 @@ from tests.component.byteserver import (
     make_target,
     sha256,
 )
-from tests.component.site import FakeLibrary
+from tests.component.site import FakeLibrary, pipeline
 from tests.component.test_filler import CHUNK, filling, until, wait_state
 from tests.component.test_library import make_source, read_all, running, spec
+from tests.component.test_library import wait_state as wait_library
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -213,6 +223,26 @@ async def test_a_directory_whose_name_is_no_utf8_is_a_source_like_others(tmp_pat
         assert b"\x1b" not in library.xattrs(root)["user.instantstart.error"]
 
 
+@pytest.mark.parametrize("message", ["[/] and [/red]", "[Errno 5] x", "[link=file:///etc/passwd]"])
+def test_a_progress_bar_shows_what_an_origin_says_and_does_not_parse_it(
+    message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = ErrorStatus("origin-unavailable", message, "2026-01-01T00:00:00Z")
+    with waiting._bar("p") as report:
+        report(1, 2, pipeline("p", error=error))
+    capsys.readouterr()
+
+
+def test_doctor_is_not_upset_by_a_hub_that_has_no_idea_of_the_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer(io.BytesIO):
+        headers: ClassVar[dict[str, str]] = {"Date": "0 Jan 1 1:1:1 " + "9" * 40}
+
+    monkeypatch.setattr(doctor.urllib.request, "urlopen", lambda *_, **__: Answer())
+    skew: list[float] = []
+    assert doctor.check_hub("http://127.0.0.1:9", skew).outcome == "ok"
+    assert skew == []
+
+
 # -- neighbours --------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +261,89 @@ def test_descriptors_that_a_client_sends_to_a_hold_are_not_kept(tmp_path: Path) 
         for _ in range(20):
             ask()
         assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+@pytest.mark.skipif(not kernel.has_sys_admin(), reason="a file that somebody else owns, and a mount, need root")
+async def test_what_is_handed_over_cannot_be_written_by_whoever_owns_it(tmp_path: Path) -> None:
+    """Binds give the store's files their tenant as owner, and an owner may fchmod what it has open, then reopen it."""
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p")
+        await wait_library(library, "p", "unverified")
+        async with library.opening("p") as handover:
+            handed = await handover.next_files(8, 5.0)
+            assert len(handed) == 2
+            for path, descriptors in handed:
+                assert len(descriptors) == 2
+                for descriptor in descriptors:
+                    found = os.fstat(descriptor)
+                    with pytest.raises(OSError) as refused:
+                        os.fchmod(descriptor, 0o666)
+                    assert refused.value.errno == errno.EROFS
+                    with pytest.raises(OSError):
+                        os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+                    with pytest.raises(OSError):
+                        os.setxattr(descriptor, "user.instantstart.seal", b"{}")
+                    assert found.st_size == (source / path).stat().st_size
+                    os.close(descriptor)
+
+
+async def test_a_pin_that_cannot_be_written_down_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+
+        def full(*_: object) -> None:
+            raise StoreFull("no space")
+
+        monkeypatch.setattr(library._store, "write_pipeline", full)
+        with pytest.raises(StoreFull):
+            await library.set_pinned("p", True)
+        assert not library.spec("p").pinned and not library.status("p").pinned
+
+
+def test_a_stage_that_is_closed_while_it_makes_memory_keeps_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "closed-meanwhile.bin").write_bytes(b"x" * 4096)
+    source = DirectorySource(str(tmp_path / "m"))
+    stage = Stage(Stager(source), plan(source.weights, None, ["cpu"]))
+    allocate = stager.allocate
+
+    def allocate_late(name: str, size: int) -> int:
+        memory = allocate(name, size)
+        stage.close()
+        return memory
+
+    monkeypatch.setattr(stager, "allocate", allocate_late)
+    with contextlib.suppress(PrefetchError):
+        stage._start()
+    for thread in stage._threads:
+        thread.join(10)
+    held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit() and _is_open(fd)]
+    assert not [link for link in held if "closed-meanwhile" in link]
+
+
+def _is_open(fd: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def test_an_export_that_fails_without_a_word_is_answered() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    class Target:
+        def untyped_storage(self) -> None:
+            raise RuntimeError
+
+    with ours, theirs:
+        ours.settimeout(5)
+        worker = PrefetchWorker(theirs, messages.Settings("cpu", ("direct",)))
+        worker._items[1] = cast(Any, SimpleNamespace(target=Target()))
+        worker._export(1, 7)
+        answer = messages.from_worker.decode(ours.recv(messages.MAX_PACKET))
+        assert isinstance(answer, messages.Exported) and answer.handle is None and answer.token == 7
 
 
 async def test_a_thousand_different_searches_keep_no_thousand_pages() -> None:

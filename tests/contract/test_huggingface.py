@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 import urllib.error
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from instantstart_fs.errors import (
     OriginThrottled,
     OriginUnavailable,
 )
+from instantstart_fs.origins.base import Location
 from tests.contract.worlds import HubWorld, fetch, write_files
 from tests.servers.hub import HubServer
 
@@ -267,3 +271,37 @@ def test_a_hub_cannot_send_the_daemon_to_a_local_file(world: HubWorld, location:
     world.hub.fault("status", port="hub", path="/resolve/", method="HEAD", status=302, headers=headers)
     with pytest.raises(OriginError):
         origin.locate(big)
+
+
+def test_a_hub_cannot_send_the_token_elsewhere(world: HubWorld, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Thief(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("Authorization", ""))
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    world.hub.publish(world.repo, write_files(tmp_path / "m", FILES), gated=True, tokens=["hf_secret"])
+    origin = world.origin(token_file=token_file(tmp_path, "hf_secret"))
+    big = next(file for file in origin.resolve().files if file.path == "model.safetensors")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Thief) as thief:
+        thread = threading.Thread(target=thief.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        there = f"http://127.0.0.1:{thief.server_address[1]}/x"
+        for status in (301, 302, 303, 307, 308):
+            world.hub.clear()
+            world.hub.fault("status", port="hub", status=status, headers={"Location": there})
+            for call in (lambda: origin.locate(big), origin.check, origin.resolve):
+                with contextlib.suppress(OriginError):
+                    found = call()
+                    if isinstance(found, Location):
+                        assert found.headers == ()
+        thief.shutdown()
+    assert not [value for value in seen if "hf_secret" in value]

@@ -1,0 +1,83 @@
+"""Unix sockets at a path: made with their directory, taken over from the dead, never from the living; and who is at the
+other end of a connection, as the kernel says. Shared by the daemon's control socket and the prefetch helper's holds."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import trio
+
+SO_PEERGROUPS = 59
+"""From asm-generic/socket.h; Python's socket module does not name it."""
+MAX_PATH = 107
+"""Bytes: sun_path with its NUL."""
+PROBE_SECONDS = 1.0
+
+
+class Peer(NamedTuple):
+    """Who connected, as the kernel says."""
+
+    pid: int
+    uid: int
+    groups: frozenset[int]
+
+
+def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
+    """Credentials of the other end at the time it connected."""
+    pid, uid, gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    groups = {gid}
+    with contextlib.suppress(OSError):  # a user in more than 256 groups: the primary one has to do
+        raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
+        groups.update(struct.unpack(f"{len(raw) // 4}I", raw))
+    return Peer(pid, uid, frozenset(groups))
+
+
+def listen(path: str, *, mode: int, directory_mode: int, backlog: int) -> socket.socket:
+    """A listening socket at ``path``, which nobody can reach before it has ``mode``; ``directory_mode``: of its
+    directory, where that has to be made. A dead one's file is replaced. Blocks for a moment only: everything is local.
+
+    Raises OSError: EADDRINUSE where somebody answers, ENOTSOCK where something else lies, ENAMETOOLONG.
+    """
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        os.makedirs(directory, directory_mode)
+        os.chmod(directory, directory_mode)  # a umask of 077 must not keep out who is to get through
+    _remove_dead(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        os.fchmod(listener.fileno(), mode)  # what bind(2) makes has this, less the umask
+        listener.bind(path)
+        os.chmod(path, mode)
+        listener.listen(backlog)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_dead(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK), path)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.settimeout(PROBE_SECONDS)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        except OSError:
+            pass  # a full backlog is a living one too
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
