@@ -134,6 +134,7 @@ async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
             await library.open(shard)
         with pytest.raises(AccessRefused):
             library.open_nowait(shard)
+        assert library.covering.files("p") == {}
         with pytest.raises(AccessRefused):
             await library.warm("p")
         with pytest.raises(AccessRefused):
@@ -156,6 +157,7 @@ async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
         world.lets_in("hf_mine")
         await world.later(library, REFUSED_SECONDS)
         assert names(library) == ["p"]
+        assert SHARD in library.covering.files("p")
         assert library.status("p").state == "warm" and library.status("p").error is None
         assert await read_all(library, "p", SHARD) == (world.source / SHARD).read_bytes()
         assert not bodies(world.hub)

@@ -12,10 +12,7 @@ from tests.harness import make_daemon, model, why_no_mount
 
 __all__ = ["make_daemon", "model"]
 
-ON_BOTH = {
-    *("test_bytes", "test_churn", "test_generations", "test_many_processes", "test_recheck", "test_scrub"),
-    "test_state",
-}
+ON_BOTH = {"test_bytes", "test_churn", "test_generations", "test_many_processes", "test_state"}
 """Modules whose tests run on each transport; the others on what `auto` gives."""
 LONG = {"test_churn", "test_many_processes"}
 """Those of them that run over bind only with the long runs."""

@@ -19,14 +19,16 @@ from tests.servers.hub import HubServer
 pytestmark = pytest.mark.timeout(120)
 
 
+@pytest.mark.parametrize("transport", ["auto", "bind"])
 def test_what_the_hub_refuses_goes_out_of_view_and_comes_back(
-    make_daemon: Callable[..., Daemon], hub: HubServer, model: Path, tmp_path: Path
+    make_daemon: Callable[..., Daemon], hub: HubServer, model: Path, tmp_path: Path, transport: str
 ) -> None:
     hub.publish("org/recheck", model, gated=True, tokens=["hf_first"])
     token = tmp_path / "token"
     token.touch(0o600)
     token.write_text("hf_first\n")
     settings = {
+        "mount": {"transport": transport},
         "http": {"listen": "127.0.0.1:0"},
         "origins": {"recheck_access": "1s", "huggingface": {"endpoint": hub.endpoint}},
     }

@@ -68,3 +68,21 @@ def test_what_was_exchanged_under_its_seal_is_found_and_never_read_again(
         metrics = answer.read().decode()
     assert 'instantstart_damaged_files_total{found_by="scrub"} 2.0' in metrics
     assert "instantstart_scrub_overdue_seconds" in metrics
+
+
+def test_scrubbing_is_no_request(make_daemon: Callable[..., Daemon], model: Path) -> None:
+    """Pass after pass, also over bind, where the daemon watches the store's files for others' opens."""
+    daemon = make_daemon(config={"mount": {"transport": "bind"}, "store": {"scrub": "1s", "scrub_rate": "1GB"}})
+    daemon.ok("add", "p", f"file://{model}")
+    daemon.warm("p")
+    daemon.restart()  # the fill was demand: the scrub would rest for half a minute
+    proven: set[str] = set()
+
+    def passes() -> int:
+        found = daemon.status("p")["scrub"]["proven"]
+        proven.update([found] if found else [])
+        return len(proven)
+
+    wait_for(lambda: passes() >= 3, "three passes", 40)
+    assert daemon.status("p")["last_request"] is None
+    assert daemon.status("p")["hot_until"] is None
