@@ -7,6 +7,7 @@ The last link is the file's origin; a regional tier is a link before it (``Tier`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from instantstart_fs.origins.base import Location, OriginKey
 log = logging.getLogger(__name__)
 
 LOCATE_THREADS = 8
+MOST_UNANSWERED = 64
+"""Threads of one origin key, those included that were given up and still wait: beyond it nothing is asked."""
 EXPIRY_MARGIN = 30.0
 """Seconds before its end at which a signature counts as used up: a fetch takes a while."""
 
@@ -51,21 +54,50 @@ def expired(location: Location) -> bool:
     return location.expires_at is not None and location.expires_at - EXPIRY_MARGIN <= time.time()
 
 
+class _Line:
+    """Questions to one origin key. ``out``: threads that have not come back, those that were given up included."""
+
+    def __init__(self) -> None:
+        self.asking = trio.Semaphore(LOCATE_THREADS)
+        self.out = 0
+
+    def went(self) -> None:
+        self.out += 1
+
+    def came_back(self) -> None:
+        self.out -= 1
+
+
 class Locator:
-    """``deadline``: seconds for one answer, waiting for a free thread included."""
+    """``deadline``: seconds for one answer, waiting for one's turn included."""
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
-        self._limiters: dict[OriginKey, trio.CapacityLimiter] = {}
+        self._lines: dict[OriginKey, _Line] = {}
 
     async def locate(self, link: Source, entry: FileEntry) -> Location:
         """Raises OriginError."""
-        limiter = self._limiters.get(link.key)
-        if limiter is None:
-            limiter = self._limiters[link.key] = trio.CapacityLimiter(LOCATE_THREADS)
+        line = self._lines.setdefault(link.key, _Line())
+        if line.out >= MOST_UNANSWERED:
+            raise OriginUnavailable(f"{link.key}: {line.out} questions are still unanswered")
+        token = trio.lowlevel.current_trio_token()
+
+        def tell(what: Callable[[], None]) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(what)
+
+        def ask() -> Location:
+            tell(line.went)
+            try:
+                return link.locate(entry.file)
+            finally:
+                tell(line.came_back)
+
         try:
+            # A thread that is given up keeps its own limiter, and nobody else's: a server may never let go of it.
             with trio.fail_after(self._deadline):
-                return await trio.to_thread.run_sync(link.locate, entry.file, abandon_on_cancel=True, limiter=limiter)
+                async with line.asking:
+                    return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
         except trio.TooSlowError as error:
             raise OriginUnavailable(f"{link.key}: no answer within {self._deadline:g} s") from error
         except InstantStartError:

@@ -23,6 +23,7 @@ from instantstart_fs.errors import (
     FillCancelled,
     InstantStartError,
     NoSuchEntry,
+    ReadDeadline,
     StoreDamaged,
     StoreFull,
 )
@@ -243,17 +244,22 @@ class Reading:
         """Return when the store has these bytes; False when it has no room for them."""
         if file.gone is not None:
             raise file.gone
-        target = await self.target(file)
-        if target is None:
-            return True
-        if self._wants_weights(file, target, wanted.start):
-            refused = await self.start_fill(file.generation, first=file)
-            if refused is not None:
+        target: FillTarget | None = None
+        # Room may have to be made, from others whose bytes take a while to go.
+        with trio.move_on_after(self._read_deadline) as asking:
+            target = await self.target(file)
+            if target is None:
+                return True
+            if self._wants_weights(file, target, wanted.start):
+                refused = await self.start_fill(file.generation, first=file)
+                if refused is not None:
+                    return target.readable(wanted)
+            if target.readable(wanted):
+                return True
+            if not await self._admitted(file, target, wanted):
                 return target.readable(wanted)
-        if target.readable(wanted):
-            return True
-        if not await self._admitted(file, target, wanted):
-            return target.readable(wanted)
+        if asking.cancelled_caught or target is None:
+            raise ReadDeadline(f"{file.entry.path}: no room was made for it within {self._read_deadline:g} s")
         try:
             self.filler.demand(target, wanted)
             since, failed = trio.current_time(), True

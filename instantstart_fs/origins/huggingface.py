@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, set_client_factory
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+from huggingface_hub.utils._http import default_client_factory
 
 from instantstart_fs.core.manifest import Digest, ManifestFile, ModelManifest, ModelSpec
 from instantstart_fs.core.source import HubSource
@@ -60,6 +61,54 @@ from instantstart_fs.origins.common import (
     without_query,
 )
 from instantstart_fs.origins.credentials import read_token
+
+MAX_BODY = 1 << 30
+"""Bytes of one answer: the list of a repository with a million files has 300 MB."""
+BODY_SECONDS = 240.0
+
+
+class _Bounded(httpx2.SyncByteStream):
+    """A body as long as one may be, and no longer under way than it may be."""
+
+    def __init__(self, stream: httpx2.SyncByteStream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        count, end = 0, time.monotonic() + BODY_SECONDS
+        for part in self._stream:
+            count += len(part)
+            if count > MAX_BODY:
+                raise httpx2.RemoteProtocolError(f"an answer of more than {MAX_BODY} bytes")
+            if time.monotonic() > end:
+                raise httpx2.ReadTimeout(f"an answer that is not whole after {BODY_SECONDS:g} s")
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _ask_plain(request: httpx2.Request) -> None:
+    request.headers["Accept-Encoding"] = "identity"
+
+
+def _bound(response: httpx2.Response) -> None:
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        # A few kilobytes of it may be gigabytes.
+        raise httpx2.RemoteProtocolError(f"an answer in {encoding[:20]!r}, which nobody asked for")
+    if isinstance(response.stream, httpx2.SyncByteStream):
+        response.stream = _Bounded(response.stream)
+
+
+def _client() -> httpx2.Client:
+    """huggingface_hub's own, which reads whatever comes: what a hub answers must not take all memory."""
+    client = default_client_factory()
+    hooks = client.event_hooks
+    client.event_hooks = {"request": [*hooks["request"], _ask_plain], "response": [*hooks["response"], _bound]}
+    return client
+
+
+set_client_factory(_client)
 
 
 class HuggingFaceOrigin:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import io
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
@@ -21,15 +25,25 @@ from instantstart_fs import doctor
 from instantstart_fs.cli import waiting
 from instantstart_fs.control.protocol import Done, encode_response
 from instantstart_fs.core.chunks import ByteRange
-from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.manifest import FileEntry, ManifestFile, ModelSpec, PipelineSpec
 from instantstart_fs.core.source import HubSource, S3Source
 from instantstart_fs.core.status import ErrorStatus
-from instantstart_fs.errors import OriginError, OriginMisbehaved, OriginUnsupported, PrefetchError, StoreFull
+from instantstart_fs.errors import (
+    OriginError,
+    OriginMisbehaved,
+    OriginUnavailable,
+    OriginUnsupported,
+    PipelineBusy,
+    PrefetchError,
+    ReadDeadline,
+    StoreFull,
+)
+from instantstart_fs.filler.sources import LOCATE_THREADS, Locator
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.mount import kernel
-from instantstart_fs.origins import common
-from instantstart_fs.origins.base import Location
+from instantstart_fs.origins import common, huggingface
+from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.origins.huggingface import HuggingFaceOrigin
 from instantstart_fs.origins.s3 import S3Origin
 from instantstart_fs.prefetch import DirectorySource, messages, plan, stager
@@ -199,6 +213,95 @@ async def test_a_file_of_absurd_size_is_refused_when_it_is_pinned(tmp_path: Path
             await library.add(spec("p", source))
 
 
+@contextlib.contextmanager
+def answering(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """The URL of a server that answers every GET so."""
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                answer(self)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as started:
+        started.daemon_threads = True
+        threading.Thread(target=started.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{started.server_address[1]}"
+        finally:
+            started.shutdown()
+
+
+def _endless(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.end_headers()
+    handler.wfile.write(b'{"siblings": [')
+    for _ in range(4000):
+        handler.wfile.write(b" " * 65536)
+
+
+BOMB = gzip.compress(b'{"siblings": [' + b" " * (64 << 20))
+
+
+def _bomb(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Encoding", "gzip")
+    handler.send_header("Content-Length", str(len(BOMB)))
+    handler.end_headers()
+    handler.wfile.write(BOMB)
+
+
+@pytest.mark.parametrize("answer", [_endless, _bomb])
+def test_a_listing_that_unfolds_takes_no_memory(
+    answer: Callable[[BaseHTTPRequestHandler], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface, "MAX_BODY", 4 << 20)
+    with answering(answer) as url:
+        origin = HuggingFaceOrigin(HubSource("o/r"), ModelSpec("hf://o/r"), endpoint=url, token_file=None, timeout=5.0)
+        tracemalloc.start()
+        try:
+            with pytest.raises(OriginUnavailable):
+                origin.resolve()
+            assert tracemalloc.get_traced_memory()[1] < 48 << 20
+        finally:
+            tracemalloc.stop()
+
+
+async def test_questions_that_nobody_answers_block_no_later_ones() -> None:
+    """A header that drips has no time-out: such threads are never given back."""
+    silent = threading.Event()
+
+    class Hub:
+        key = OriginKey("hf", "hub", "")
+        answers = False
+
+        def locate(self, file: ManifestFile) -> Location:
+            if not self.answers:
+                silent.wait(30)
+            return Location("https://x/")
+
+    hub, locator = Hub(), Locator(0.2)
+    entry = FileEntry(0, 0, "f", ManifestFile("f", 1, "f"))
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def ask_in_vain() -> None:
+                with pytest.raises(OriginUnavailable):
+                    await locator.locate(hub, entry)
+
+            for _ in range(2 * LOCATE_THREADS):
+                nursery.start_soon(ask_in_vain)
+        hub.answers = True
+        assert (await locator.locate(hub, entry)).url == "https://x/"
+    finally:
+        silent.set()
+
+
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +390,32 @@ async def test_what_is_handed_over_cannot_be_written_by_whoever_owns_it(tmp_path
                         os.setxattr(descriptor, "user.instantstart.seal", b"{}")
                     assert found.st_size == (source / path).stat().st_size
                     os.close(descriptor)
+
+
+async def test_the_evictor_waits_for_no_update(tmp_path: Path) -> None:
+    """Whoever needs room waits for the evictor, and a listing may take minutes."""
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        async with library._shelf.pipeline("p").lock:
+            with trio.fail_after(5), pytest.raises(PipelineBusy):
+                await library.evict_unused("p")
+
+
+async def test_a_read_for_which_no_room_is_made_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+
+        async def forever(*_: object, **__: object) -> bool:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        for name in ("whole", "some"):
+            monkeypatch.setattr(library._admissions, name, forever)
+        monkeypatch.setattr(library._reading, "_read_deadline", 0.3)
+        with trio.fail_after(10), pytest.raises(ReadDeadline):
+            await read_all(library, "p", "model-2-of-2.safetensors")
 
 
 async def test_a_pin_that_cannot_be_written_down_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from instantstart_fs.filler.target import FileKey
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
 from instantstart_fs.origins.base import Location, OriginKey
+from instantstart_fs.origins.directory import identity_of
 from instantstart_fs.store.blobstore import BlobStore
 from tests.component.test_library import find, make_source, read_all, spec, wait_gone, wait_state
 
@@ -285,7 +286,7 @@ class Source:
     key = OriginKey("file", "", "")
 
     def __init__(self, path: Path, *, trusted: bool = True) -> None:
-        self.location = Location(url=path.as_uri(), trusted=trusted)
+        self.location = Location(url=path.as_uri(), trusted=trusted, identity=identity_of(os.stat(path)))
         self.located = 0
 
     def locate(self, file: ManifestFile) -> Location:
