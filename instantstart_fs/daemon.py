@@ -221,15 +221,14 @@ class Daemon:
         watchdog = watchdog_interval()
         interval = min(watchdog or STATUS_INTERVAL, STATUS_INTERVAL)
         told, told_at = "", -STATUS_INTERVAL
+        asking = trio.CapacityLimiter(1)
         while True:
-            answered = False
+            problem: str | None = f"did not answer within {interval:g} s"
             with trio.move_on_after(interval):
-                await trio.to_thread.run_sync(
-                    os.statvfs, self._config.mount.path, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-                )
-                answered = True
-            if not answered:
-                log.error("the mount did not answer within %.0f s", interval)
+                # One thread at a time: what hangs in a mount hangs for long.
+                problem = await trio.to_thread.run_sync(self._ask_mount, abandon_on_cancel=True, limiter=asking)
+            if problem is not None:
+                log.error("the mount %s", problem)
             elif watchdog is not None:
                 notifier.send("WATCHDOG=1")
             if trio.current_time() >= told_at + STATUS_INTERVAL:
@@ -239,6 +238,14 @@ class Daemon:
                     told = line
                     notifier.send(f"STATUS={line}")
             await trio.sleep(interval)
+
+    def _ask_mount(self) -> str | None:
+        """What is wrong; None: it answers. Blocks."""
+        try:
+            os.statvfs(self._config.mount.path)
+        except OSError as error:
+            return f"answers: {error.strerror}"
+        return None
 
     def _status_line(self) -> str:
         found = self._library.list()

@@ -394,14 +394,18 @@ class Reading:
 
     async def run_replacements(self) -> None:
         """Record the nodeids of new incarnations, then fetch those files again that somebody wanted."""
-        async for file, wanted in self._reports.replaced:
-            generation = file.generation
-            try:
-                await self._shelf.index.write(functools.partial(_record_nodeid, file))
-                if wanted:
-                    await self.start_fill(generation, first=file)
-            except InstantStartError as error:
-                self._reports.set_trouble(generation.pipeline, error, final=True)
+        async with trio.open_nursery() as nursery:
+            async for file, wanted, harm in self._reports.replaced:
+                if harm is not None:
+                    nursery.start_soon(self._reports.tell_harm, harm)
+                generation = file.generation
+                try:
+                    await self._shelf.index.write(functools.partial(_record_nodeid, file))
+                    if wanted:
+                        await self.start_fill(generation, first=file)
+                    await self._shelf.top_up()
+                except InstantStartError as error:
+                    self._reports.set_trouble(generation.pipeline, error, final=True)
 
     async def forgive(self, generation: Generation) -> None:
         """Somebody asks again on purpose: what failed for good may be tried anew at once."""

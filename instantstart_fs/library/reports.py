@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import trio
 
@@ -27,6 +28,23 @@ from instantstart_fs.library.state import CachedFile, Pipeline, Trouble
 log = logging.getLogger(__name__)
 
 
+class Harm(NamedTuple):
+    """A file proved wrong while it was open ``opens`` times: its bytes may be mapped, and cannot be recalled."""
+
+    pipeline: str
+    path: str
+    reason: str
+    opens: int
+
+
+class Replacement(NamedTuple):
+    """A fresh incarnation; ``wanted``: whether somebody wants its bytes."""
+
+    file: CachedFile
+    wanted: bool
+    harm: Harm | None
+
+
 class Reports(FillEvents):
     """Owned by the Library. ``on_growth``: called when new bytes have come."""
 
@@ -43,12 +61,12 @@ class Reports(FillEvents):
         self._observer = observer
         self._admissions = admissions
         self._on_growth = on_growth
-        self._replaced = trio.open_memory_channel[tuple[CachedFile, bool]](math.inf)
+        self._replaced = trio.open_memory_channel[Replacement](math.inf)
+        self._looking = trio.CapacityLimiter(1)
         self._discarding: set[CachedFile] = set()
 
     @property
-    def replaced(self) -> trio.MemoryReceiveChannel[tuple[CachedFile, bool]]:
-        """Fresh incarnations, and whether somebody wants their bytes."""
+    def replaced(self) -> trio.MemoryReceiveChannel[Replacement]:
         return self._replaced[1]
 
     # -- FillEvents ----------------------------------------------------------------------------------------------
@@ -184,10 +202,10 @@ class Reports(FillEvents):
         file.state = FileState.POISONED
         self._observer.poisoned(file)
         drop_target(file)
-        self._log_holders(file, error)
+        harm = Harm(pipeline.id, file.entry.path, error.message, file.handles) if file.handles else None
         new = self._shelf.replace_file(file, error)
         self.set_trouble(pipeline, error, final=False)
-        self._replaced[0].send_nowait((new, wanted))
+        self._replaced[0].send_nowait(Replacement(new, wanted, harm))
 
     def set_trouble(
         self, pipeline: Pipeline, error: InstantStartError, *, final: bool, file: CachedFile | None = None
@@ -201,17 +219,18 @@ class Reports(FillEvents):
         file = self._shelf.file(target.key)
         return file if file is not None and file.target is target else None
 
-    def _log_holders(self, file: CachedFile, error: InstantStartError) -> None:
-        if not file.handles:
-            return
-        path = f"/{file.generation.pipeline.id}/{file.entry.path}"
+    async def tell_harm(self, harm: Harm) -> None:
+        """Log who holds it. In a thread, one at a time: /proc of a busy host takes seconds."""
+        holders = await trio.to_thread.run_sync(
+            processes_holding, f"/{harm.pipeline}/{harm.path}", abandon_on_cancel=True, limiter=self._looking
+        )
         log.error(
             "%s: wrong bytes were served before the digest proved it (%s); %d opens hold it, processes: %s",
-            file.entry.path,
-            error.message,
-            file.handles,
-            ", ".join(processes_holding(path)) or "unknown",
-            extra={"pipeline": file.generation.pipeline.id},
+            harm.path,
+            harm.reason,
+            harm.opens,
+            ", ".join(holders) or "unknown",
+            extra={"pipeline": harm.pipeline},
         )
 
 

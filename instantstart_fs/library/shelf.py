@@ -102,6 +102,9 @@ class Shelf:
             if name in self.pipelines:
                 self.pipelines[name].scrubbed = upkeep.scrubbed
                 self.pipelines[name].access = upkeep.access
+        if not self._spare:
+            # Now: when a file proves wrong there may be no room, or no index, to reserve any.
+            self._reserve_spare()
         unknown = sorted(set(self.store.pipelines()) - self.pipelines.keys())
         if unknown:
             log.warning(
@@ -191,11 +194,19 @@ class Shelf:
         """The first of ``count`` consecutive nodeids that were never used before and never will be again."""
         return await self.index.write(lambda txn: txn.reserve_nodeids(count))
 
+    def _reserve_spare(self) -> None:
+        """Blocks."""
+        self._spare = _evens(self._reserve_now(SPARE_NODEIDS))
+
+    async def top_up(self) -> None:
+        """See to it that ``spare_nodeid`` has some. Raises StoreError; then there are still those that were left."""
+        if len(self._spare) < SPARE_NODEIDS // 8:
+            self._spare = _evens(await self.reserve_nodeids(SPARE_NODEIDS))
+
     def spare_nodeid(self) -> int:
         """One fresh nodeid, at once. Even, so that its odd neighbour is free for the file's other I/O mode."""
         if len(self._spare) == 0:
-            first = self._reserve_now(SPARE_NODEIDS)
-            self._spare = range(first + first % 2, first + SPARE_NODEIDS - 1, 2)
+            self._reserve_spare()
         nodeid, self._spare = self._spare[0], self._spare[1:]
         return nodeid
 
@@ -347,3 +358,8 @@ class Shelf:
 
     def _invalidate_listing(self, directory: int) -> None:
         self._send.send_nowait(Invalidation(directory, None, directory, listing=True))
+
+
+def _evens(first: int) -> range:
+    """Of SPARE_NODEIDS nodeids from ``first`` on."""
+    return range(first + first % 2, first + SPARE_NODEIDS - 1, 2)

@@ -21,8 +21,9 @@ from urllib.parse import quote
 import pytest
 import trio
 
-from instantstart_fs import doctor
+from instantstart_fs import daemon, doctor
 from instantstart_fs.cli import waiting
+from instantstart_fs.config import Config, MountConfig, StoreConfig
 from instantstart_fs.control.protocol import Done, encode_response
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import FileEntry, ManifestFile, ModelSpec, PipelineSpec
@@ -36,11 +37,13 @@ from instantstart_fs.errors import (
     PipelineBusy,
     PrefetchError,
     ReadDeadline,
+    StoreDamaged,
     StoreFull,
 )
 from instantstart_fs.filler.sources import LOCATE_THREADS, Locator
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
+from instantstart_fs.library import reports
 from instantstart_fs.mount import kernel
 from instantstart_fs.origins import common, huggingface
 from instantstart_fs.origins.base import Location, OriginKey
@@ -50,6 +53,7 @@ from instantstart_fs.prefetch import DirectorySource, messages, plan, stager
 from instantstart_fs.prefetch.holding import Holder
 from instantstart_fs.prefetch.stager import Stage, Stager
 from instantstart_fs.prefetch.worker import Worker as PrefetchWorker
+from instantstart_fs.service import Notifier
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.web import app, showing
 from tests.component.byteserver import (
@@ -416,6 +420,75 @@ async def test_a_read_for_which_no_room_is_made_ends(tmp_path: Path, monkeypatch
         monkeypatch.setattr(library._reading, "_read_deadline", 0.3)
         with trio.fail_after(10), pytest.raises(ReadDeadline):
             await read_all(library, "p", "model-2-of-2.safetensors")
+
+
+async def test_a_file_that_proves_wrong_needs_no_room_and_no_index_at_that_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets a nodeid that was never used before, in a place that must not raise."""
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        assert await read_all(library, "p", "config.json")
+        await wait_library(library, "p", "unverified", "filling", "partial")
+        file = next(found for found in library._shelf.pipeline("p").generations()).files[0]
+        with trio.fail_after(10):
+            while not file.complete:
+                await trio.sleep(0.01)
+
+        def full(*_: object) -> None:
+            raise StoreFull("no space")
+
+        monkeypatch.setattr(library._index, "write_sync", full)
+        await library._reading.discard(file, StoreDamaged("rotten"), wanted=False, found_by="read")
+        assert file.gone is not None
+
+
+async def test_who_holds_wrong_bytes_is_looked_up_beside_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = make_source(tmp_path / "source")
+    looked = []
+
+    def look(path: str) -> list[str]:
+        looked.append((path, threading.current_thread()))
+        return ["7 (engine)"]
+
+    monkeypatch.setattr(reports, "processes_holding", look)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        handle = await library.open(library.lookup(library.lookup(1, "p").nodeid, "config.json").nodeid)
+        assert await library.read_into(handle, 0, memoryview(bytearray(8))) == 8
+        file = library._shelf.pipeline("p").current.files[0]  # type: ignore[union-attr]
+        with trio.fail_after(10):
+            while not file.complete:
+                await trio.sleep(0.01)
+            await library._reading.discard(file, StoreDamaged("rotten"), wanted=False, found_by="read")
+            while "7 (engine)" not in caplog.text:
+                await trio.sleep(0.01)
+        library.release(handle)
+    assert [path for path, _ in looked] == ["/p/config.json"]
+    assert looked[0][1] is not threading.main_thread()
+
+
+async def test_a_mount_that_answers_with_an_error_ends_no_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gone(path: str) -> None:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    monkeypatch.setattr(daemon, "STATUS_INTERVAL", 0.05)
+    monkeypatch.setattr(daemon.os, "statvfs", gone)
+    library = SimpleNamespace(list=list, count=0)
+    told = daemon.Daemon(
+        Config(mount=MountConfig(path=str(tmp_path)), store=StoreConfig(path=str(tmp_path))),
+        cast(Any, library),
+        str(tmp_path / "s"),
+    )
+    with trio.move_on_after(0.5) as scope:
+        await told.keep_told(Notifier())
+    assert scope.cancelled_caught
+    assert os.strerror(errno.ENOTCONN) in caplog.text
 
 
 async def test_a_pin_that_cannot_be_written_down_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
