@@ -59,6 +59,9 @@ from instantstart_fs.store.translate import translated
 
 T = TypeVar("T")
 
+_NOT_SHARED = frozenset({errno.ENOENT, errno.EEXIST, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP})
+"""Dropped meanwhile, or the filesystem has no more names for it: it is fetched again, then."""
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -349,6 +352,10 @@ class BlobStore:
                     there = self._walk(target, create=True)
                     try:
                         os.link(name, name, src_dir_fd=here, dst_dir_fd=there, follow_symlinks=False)
+                    except OSError as error:
+                        if error.errno in _NOT_SHARED:
+                            continue
+                        raise
                     finally:
                         os.close(there)
                 finally:

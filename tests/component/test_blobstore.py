@@ -187,6 +187,23 @@ def test_generations_share_a_complete_file_and_each_may_go_first(store: BlobStor
     store.blob("p", 2, "sub/b", 3).close()
 
 
+def test_what_is_dropped_while_it_is_shared_is_left_out(
+    store: BlobStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("a", "b"):
+        sealed(store, 1, path, b"abc")
+    link = os.link
+
+    def late(source: str, *arguments: object, **keywords: object) -> None:
+        if source == "a":
+            os.unlink(root / "slots/p/1/files/a")
+        link(source, *arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "link", late)
+    assert store.share("p", 1, 2, ["a", "b"]).keys() == {"b"}
+    assert store.existing_blob("p", 2, "a") is None
+
+
 def test_a_shared_file_is_its_slots_own_while_a_generation_is_deleted(
     store: BlobStore, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ are carried out in this one (a spawn for each of thousands of restarts would tak
   anything while this daemon had seen the clock jump within ``keep_hot``;
 - usage did not pass the high watermark by anything that was admitted, nor stays above it while somebody may go;
 - reads returned the source's bytes, kept or served through;
+- an update keeps what has not changed: such bytes are not fetched again;
 - after each restart, clean or not, the accounts equal what the disk says, and every record has its bytes.
 
 `pytest tests/model/test_cache_model.py -m soak` runs 100,000 operations.
@@ -75,13 +76,14 @@ class InlineWorker:
                 with open(unquote(urlsplit(self._at[order.file].url).path), "rb") as source:
                     os.pwrite(target, os.pread(source.fileno(), wanted.length, wanted.start), wanted.start)
                 self._pool.tell(self, Arrived(order.request))
-            case CloseFile():
+            case CloseFile() if order.file in self._open:
                 os.close(self._open.pop(order.file)[0])
                 self._pool.tell(self, Closed(order.file))
 
     def close(self) -> None:
-        for fd, _ in self._open.values():
-            os.close(fd)
+        # Orders may still come while the daemon ends.
+        while self._open:
+            os.close(self._open.popitem()[1][0])
 
 
 class InlinePool:
@@ -90,6 +92,7 @@ class InlinePool:
     def __init__(self, store: BlobStore, count: int, settings: Any, on_report: Any, on_death: Any) -> None:
         self.deaths = 0
         self._on_report = on_report
+        self._on_death = on_death
         self._reports: list[tuple[InlineWorker, Any]] = []
         self._news = trio.Event()
         self.workers = [InlineWorker(self)]
@@ -109,6 +112,7 @@ class InlinePool:
                     self._on_report(worker, report)
         finally:
             self.workers[0].close()
+            self._on_death(self.workers[0])
 
     async def wait_worker(self) -> InlineWorker:
         return self.workers[0]
@@ -143,7 +147,8 @@ class World:
     """The system and what the reference knows of it. Operations are its methods whose names begin with ``do_``."""
 
     def __init__(self, root: Path, sources: Path) -> None:
-        self.root, self.sources = root, sources
+        self.root, self.sources = root, root / "sources"
+        shutil.copytree(sources, self.sources)
         self.ahead = self.boot_ahead = 0.0
         self.capacity = 400 * KIB
         self.free = 1 << 40
@@ -154,7 +159,7 @@ class World:
         self.rests_until = -1.0
         self.by_hand: str | None = None
         self.library: Library
-        self.evictions = self.through = self.done = 0
+        self.evictions = self.through = self.done = self.updates = 0
 
     # -- clocks ------------------------------------------------------------------------------------------------------
 
@@ -179,12 +184,13 @@ class World:
             library.budget = self.budget  # type: ignore[method-assign]  # disks that shrink
             switch = library._shelf.switch_generation
 
-            def watched(pipeline: Any, manifest: Any, base: int) -> Any:
+            def watched(pipeline: Any, manifest: Any, base: int, *kept: Any) -> Any:
                 # An eviction takes effect here: without an await since it was last asked whether it may.
-                if pipeline.current is not None and self.by_hand != pipeline.id:
+                current = pipeline.current
+                if current is not None and current.manifest is manifest and self.by_hand != pipeline.id:
                     self.may_go(int(pipeline.id))
                     self.evictions += 1
-                return switch(pipeline, manifest, base)
+                return switch(pipeline, manifest, base, *kept)
 
             library._shelf.switch_generation = watched  # type: ignore[method-assign]
             async with library.running():
@@ -210,12 +216,15 @@ class World:
                 await trio.sleep(0.0005)
             while self.library._filler.statistics().in_flight:
                 await trio.sleep(0.0005)
+            # Superseded generations that nobody holds are on their way out.
+            while any(not old.handles for found in self.library._shelf.pipelines.values() for old in found.draining):
+                await trio.sleep(0.0005)
 
     def usage(self) -> int:
         return sum(candidate.bytes for candidate in self.library.candidates())
 
-    def on_disk(self, name: str) -> int:
-        files = (self.root / "store" / "slots" / name).glob("*/files/**/*")
+    def on_disk(self, name: str, generation: int | str = "*") -> int:
+        files = (self.root / "store" / "slots" / name).glob(f"{generation}/files/**/*")
         return sum(path.lstat().st_blocks * 512 for path in files if not path.is_dir())
 
     def check_after_restart(self) -> None:
@@ -225,7 +234,8 @@ class World:
             assert pipeline.current is not None
             for file in pipeline.current.files:
                 if file.cached_bytes:
-                    path = self.root / "store" / "slots" / name / "1" / "files" / file.entry.path
+                    generation = str(pipeline.current.number)
+                    path = self.root / "store" / "slots" / name / generation / "files" / file.entry.path
                     assert path.stat().st_size == file.size, "a record without bytes"
 
     # -- operations ----------------------------------------------------------------------------------------------------
@@ -319,11 +329,39 @@ class World:
         try:
             await self.library.evict(str(number))
             assert not held
-            assert self.on_disk(str(number)) == 0, "an eviction that freed nothing"
+            current = self.library._shelf.pipelines[str(number)].current
+            assert current is not None
+            assert self.on_disk(str(number), current.number) == 0, "an eviction that freed nothing"
         except PipelineBusy:
             assert held
         finally:
             self.by_hand = None
+
+    def change(self, number: int, amount: int) -> str:
+        """Another configuration, or now and then another shard; its name. Always longer: a new identity for certain."""
+        name = FIRST if amount % 5 == 0 else "config.json"
+        path = self.sources / str(number) / name
+        path.write_bytes(random.Random(self.done).randbytes(path.stat().st_size + 1))
+        return name
+
+    async def do_update(self, number: int, amount: int) -> None:
+        if not self.known(number):
+            return
+        # A source that changes under a fill ends it, which is not what is asked here.
+        await self.settle()
+        pipeline = self.library._shelf.pipelines[str(number)]
+        assert pipeline.current is not None
+        complete = {file.entry.path for file in pipeline.current.files if file.complete}
+        changed = self.change(number, amount)
+        fetched, evictions = self.library._filler.statistics().fetched_bytes, self.evictions
+        await self.library.update(str(number))
+        if self.evictions == evictions:  # else it, or one whose room others wait for, may have gone meanwhile
+            now = {file.entry.path for file in pipeline.current.files if file.complete}
+            # (What was fetched for a reader may have been sealed in between.)
+            assert now >= complete - {changed}, f"{complete} became {now} when {changed} changed"
+            assert changed not in now
+            assert self.library._filler.statistics().fetched_bytes == fetched
+        self.updates += 1
 
     async def do_time(self, number: int, amount: int) -> None:
         seconds = (1.0, 60.0, 1000.0, KEEP_HOT + 1)[amount % 4]
@@ -348,9 +386,11 @@ class World:
     async def do_look(self, number: int, amount: int) -> None:
         await self.settle()
         await self.library._evictor.look()
-        rests = self.boot() < self.rests_until + 0.5
+        # What an earlier daemon saw of the clock may have it rest for longer than this reference remembers.
+        rests = self.boot() < self.rests_until + 0.5 or self.library._evictor.rests()
         if not rests and self.usage() > 0.9 * self.capacity:
-            assert not [candidate for candidate in self.library.candidates() if candidate.evictable], "too full"
+            left = [candidate for candidate in self.library.candidates() if candidate.evictable]
+            assert not left, f"too full: {self.usage()} of {self.capacity}, and {left} may go"
 
     # -- histories -----------------------------------------------------------------------------------------------------
 
@@ -397,6 +437,14 @@ class World:
             with contextlib.suppress(StoreError, PipelineBusy):
                 await library.evict(str(number))
             self.by_hand = None
+        if self.known(number) and amount % 3 == 1:
+
+            async def stay(generation: Any) -> None: ...
+
+            await self.settle()
+            library._admin.drop_generation = stay  # type: ignore[method-assign]
+            self.change(number, amount)
+            await library.update(str(number))
         on_disk = library._index.read(lambda txn: txn.last_requests())
 
         async def nothing() -> None: ...
@@ -415,7 +463,7 @@ class World:
 
 NAMES = [
     *(["read"] * 6 + ["open"] * 3 + ["close"] * 4 + ["add"] * 4 + ["time"] * 5 + ["warm"] * 4 + ["look"] * 2),
-    *("touch", "lease", "unlease", "unlease", "pin", "pin", "evict", "remove", "jump", "shrink", "disk"),
+    *("touch", "lease", "unlease", "unlease", "pin", "pin", "evict", "remove", "jump", "shrink", "disk", "update"),
     *("restart", "crash"),
 ]
 operations = st.lists(
@@ -458,6 +506,7 @@ def test_a_long_history_evicts_and_serves_through(sources: Path) -> None:
     world = play(sources, long_history(7, 1500))
     assert world.evictions > 10
     assert world.through > 10
+    assert world.updates > 10
 
 
 @pytest.mark.soak
