@@ -1,10 +1,12 @@
-"""Many pipelines, many files: the eviction planner, opening a large index, listing a large mount.
+"""Many pipelines, many files: the eviction planner, opening a large index, starting with and listing a large library.
 
     scripts/bench scale [--pipelines 10000] [--files 1000000] [--only PART,PART]
 
 Parts: ``planner`` (core/eviction decides over that many pipelines), ``index`` (opens with that many file records: time
 and growth of rss, in a fresh process; and once more with every record read), ``ls`` (`ls` of a mount with that many
-pipelines, `instantstart ls`, start of the daemon). What is made for it lies in memory (/dev/shm) where that can be had.
+pipelines, `instantstart ls`, start of the daemon), ``library`` (a library of that many complete files: start, first
+look into a pipeline, memory). A start is measured from the process's beginning until the mount answers. What is made
+for it lies in memory (/dev/shm) where that can be had.
 """
 
 from __future__ import annotations
@@ -16,19 +18,23 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bench import common, daemon
 from bench.common import run, show_size, summary, table
 from instantstart_fs.core.eviction import Budget, Candidate, admit, plan
 from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest, ModelSpec, PipelineSpec
+from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
-from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
+from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.library.folded import summary_of
+from instantstart_fs.library.state import Generation, Pipeline
 from instantstart_fs.store.blobstore import BlobStore
 
-TARGETS = {"planner": 0.010, "index": 1.0, "ls": 0.5}
+TARGETS = {"planner": 0.010, "index": 1.0, "ls": 0.5, "start": 1.0}
 """Seconds."""
 
 
@@ -110,8 +116,9 @@ def index(work: Path, files: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def fill_store(root: Path, count: int, files: int) -> None:
-    """A store of ``count`` cold pipelines, as `add` leaves them."""
+def fill_store(root: Path, count: int, files: int, *, warm: bool = False) -> None:
+    """A store of ``count`` cold pipelines, as `add` leaves them; or of warm ones, as it is a minute after their fill
+    (but for the bytes, which nobody reads here)."""
     entries = tuple(
         ManifestFile(f"model-{number:05}-of-{files:05}.safetensors", 1 << 30, "x") for number in range(files)
     )
@@ -119,26 +126,73 @@ def fill_store(root: Path, count: int, files: int) -> None:
         for number in range(count):
             name = f"p{number:06}"
             spec = PipelineSpec(name, (ModelSpec("file:///x"),))
+            manifest = Manifest(name, 1, 8 << 20, (ModelManifest("", "file:///x", "r", entries),), 0)
             store.write_pipeline(spec)
-            store.write_manifest(Manifest(name, 1, 8 << 20, (ModelManifest("", "file:///x", "r", entries),), 0))
+            store.write_manifest(manifest)
 
-            def record(txn: WriteTxn, name: str = name, spec: PipelineSpec = spec) -> None:
-                base = txn.reserve_nodeids(2)
-                txn.put_pipeline(PipelineRecord(spec, 1, 2, directory_nodeids={"": base}, created_at_ns=1))
-                txn.put_generation(GenerationRecord(name, 1, txn.reserve_nodeids(2 * (files + 1)), files, 8 << 20))
+            def record(
+                txn: WriteTxn, name: str = name, spec: PipelineSpec = spec, manifest: Manifest = manifest
+            ) -> None:
+                root_nodeid, base = txn.reserve_nodeids(2), txn.reserve_nodeids(2 * (files + 1))
+                directories = {"": root_nodeid}
+                pipeline = Pipeline(spec, directories, pinned=False, created_at_ns=1)
+                generation = Generation(pipeline, manifest, base, _no_origin)
+                generation.set_absent()
+                txn.put_pipeline(PipelineRecord(spec, 1, 2, directory_nodeids=directories, created_at_ns=1))
+                txn.put_generation(GenerationRecord(name, 1, base, files, 8 << 20))
+                for file in generation.files if warm else ():
+                    file.state = FileState.SEALED
+                    generation.measured(file, 1 << 30)
+                    txn.put_file(name, 1, file.entry.index, FileRecord("sealed", allocated=1 << 30))
+                txn.put_summary(name, summary_of(generation))
 
             made.write_sync(record)
 
 
+def _no_origin(spec: PipelineSpec, model: ModelSpec) -> NoReturn:
+    raise AssertionError("nothing is fetched here")
+
+
+def summaries(store: Path) -> dict[str, SummaryRecord]:
+    with Index.open(str(store / "index")) as index:
+        return index.read(lambda txn: dict(txn.summaries()))
+
+
+def put_summaries(store: Path, found: Mapping[str, SummaryRecord], *, there: bool) -> None:
+    def write(txn: WriteTxn) -> None:
+        for name, record in found.items():
+            txn.delete_summary(name)
+            if there:
+                txn.put_summary(name, record)
+
+    with Index.open(str(store / "index")) as index:
+        index.write_sync(write)
+
+
+def starts(work: Path, name: str, rounds: int) -> dict[str, Any]:
+    """The daemon's start, interleaved: with an empty store, with ``name``'s as it is, and with the same where every
+    pipeline has to be read whole (as every start did before there were summaries, and as the first one after does)."""
+    store = work / f"{name}-store"
+    known = summaries(store)
+    seconds: dict[str, list[float]] = {"empty store": [], "start": [], "start, all read whole": []}
+    rss: dict[str, list[float]] = {what: [] for what in seconds}
+    for _ in range(rounds):
+        for what, which in (("empty store", "empty"), ("start", name), ("start, all read whole", name)):
+            if which == name:
+                put_summaries(store, known, there=what == "start")
+            with daemon.daemon(work, name=which) as served:
+                seconds[what].append(served.ready_after)
+                rss[what].append(daemon.memory(served.child.pid)["rss"])
+    put_summaries(store, known, there=True)
+    result: dict[str, Any] = {what: summary(values) for what, values in seconds.items()}
+    result.update({f"{what}: rss": statistics.median(values) for what, values in rss.items()})
+    return result
+
+
 def listing(work: Path, count: int, files: int, rounds: int) -> dict[str, Any]:
     fill_store(work / "scale-store", count, files)
+    result: dict[str, Any] = {"pipelines": count, "files_each": files, **starts(work, "scale", rounds)}
     with daemon.daemon(work, name="scale") as served:
-        result: dict[str, Any] = {
-            "pipelines": count,
-            "files_each": files,
-            "start": served.ready_after,
-            "rss": daemon.memory(served.child.pid)["rss"],
-        }
         first = run(["ls", str(served.mount)])[0]
         result["ls, first"] = summary([first])
         for what, command in (
@@ -148,8 +202,39 @@ def listing(work: Path, count: int, files: int, rounds: int) -> dict[str, Any]:
             ("instantstart ls --json", lambda: served.cli("ls", "--json")[0]),
         ):
             result[what] = summary([command() for _ in range(rounds)])
+        result["rss after ls"] = daemon.memory(served.child.pid)["rss"]
         if len(os.listdir(served.mount)) < count:
             raise SystemExit("pipelines are missing")
+    return result
+
+
+def library(work: Path, files: int, each: int, rounds: int, rests: float) -> dict[str, Any]:
+    """A store of ``files`` complete files: its start, the first look into one pipeline of it, and memory while and
+    after all of it is looked into."""
+    count = files // each
+    fill_store(work / "library-store", count, each, warm=True)
+    result: dict[str, Any] = {"files": files, "pipelines": count, **starts(work, "library", rounds)}
+    with daemon.daemon(work, name="library") as served:
+        names = sorted(name for name in os.listdir(served.mount) if not name.startswith("."))
+        if len(names) != count or len(os.listdir(served.mount / ".warm")) != count:
+            raise SystemExit("pipelines are missing")
+        firsts, again = [], []
+        for name in names[: 10 * rounds]:
+            for kept in (firsts, again):
+                began = time.perf_counter()
+                os.stat(served.mount / name / f"model-00000-of-{each:05}.safetensors")
+                kept.append(time.perf_counter() - began)
+        result["first stat in a pipeline"], result["second stat in it"] = summary(firsts), summary(again)
+        result["rss after these"] = daemon.memory(served.child.pid)["rss"]
+        began = time.perf_counter()
+        found = sum(len(os.listdir(served.mount / name)) for name in names)
+        result["all pipelines listed"] = summary([time.perf_counter() - began])
+        if found != files:
+            raise SystemExit("files are missing")
+        result["rss after all"] = daemon.memory(served.child.pid)["rss"]
+        # Once nobody looks any more, most of it is let go of (library/folding.py).
+        time.sleep(rests)
+        result[f"rss {rests:.0f} s later"] = daemon.memory(served.child.pid)["rss"]
     return result
 
 
@@ -159,7 +244,10 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--files-each", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="planner,index,ls")
+    parser.add_argument("--only", default="planner,index,ls,library")
+    parser.add_argument(
+        "--rests", type=float, default=150.0, help="Seconds after which the library's memory is looked at."
+    )
     parser.add_argument("--dir", default="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     options = parser.parse_args()
     parts = set(options.only.split(","))
@@ -171,6 +259,8 @@ def main() -> None:
             result["index"] = index(work, options.files, options.rounds)
         if "ls" in parts:
             result["ls"] = listing(work, options.pipelines, options.files_each, options.rounds)
+        if "library" in parts:
+            result["library"] = library(work, options.files, 1000, options.rounds, options.rests)
     rows = []
     for part, values in result.items():
         for key, value in values.items():

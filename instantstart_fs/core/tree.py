@@ -66,6 +66,10 @@ class Tree:
     def node_of_file(self, index: int) -> int:
         return self._node_of_file[index]
 
+    def subdirectories(self, node: int) -> int:
+        """How many directories lie in that one."""
+        return sum(self.nodes[child].children is not None for child in (self.nodes[node].children or {}).values())
+
     def child(self, node: int, name: str) -> int | None:
         children = self.nodes[node].children
         return None if children is None else children.get(name)

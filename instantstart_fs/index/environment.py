@@ -371,7 +371,10 @@ def _open_databases(path: str, environment: lmdb.Environment) -> tuple[Databases
         stored = transaction.get(schema.META_FORMAT, db=meta)
         if stored is None:
             transaction.put(schema.META_FORMAT, schema.encode_u64(schema.FORMAT), db=meta)
-        elif (version := schema.decode_u64(stored)) > schema.FORMAT:
+        elif (version := schema.decode_u64(stored)) < schema.FORMAT:
+            # 1 had no summaries, and has none now: they are made as pipelines become quiet.
+            transaction.put(schema.META_FORMAT, schema.encode_u64(schema.FORMAT), db=meta)
+        elif version > schema.FORMAT:
             raise StoreUnsupported(
                 f"the index {path} has format {version}, this version reads up to {schema.FORMAT}: it was written by a "
                 "newer version; use that one, or move the index away and run `instantstart fsck`"

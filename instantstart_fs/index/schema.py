@@ -10,6 +10,7 @@ and everything of a generation in manifest order, is one range:
     atimes         <pipeline> NUL <generation:u32> <index:u32>    u64, ns: last access of that file
     coldstarts     <pipeline> NUL <first open:u64, ns>            core.coldstart.ColdStart (a map)
     upkeep         <pipeline>                                     UpkeepRecord
+    summaries      <pipeline>                                     SummaryRecord; none = read it whole
     meta           format, nodeids, health                        u64
                    clock                                          core.eviction.ClockState
 
@@ -29,10 +30,11 @@ from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.scrub import Pass
 from instantstart_fs.errors import StoreDamaged
 
-FORMAT = 1
-"""Of the whole index; a newer one is refused, an older one migrated at open (there is none yet)."""
+FORMAT = 2
+"""Of the whole index; a newer one is refused, an older one migrated at open. 2: what changes a pipeline's files takes
+its summary away, which a version that knows of no summaries would not do."""
 
-DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes", "coldstarts", "upkeep")
+DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes", "coldstarts", "upkeep", "summaries")
 META_FORMAT = b"format"
 META_NODEIDS = b"nodeids"
 META_HEALTH = b"health"
@@ -90,6 +92,36 @@ class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
     access: Access = Access()
 
 
+class SummaryRecord(msgspec.Struct, frozen=True, array_like=True):
+    """Stands for a pipeline's generation until somebody looks into it (library/folded.py). It is there only while
+
+    - the slot holds nothing but that generation, and of its files what their records say: no fill has begun since, no
+      update, no eviction;
+    - the records are those that it was made from: whatever writes or deletes one deletes it in the same transaction
+      (index/transactions.py).
+
+    A pipeline without one is read whole at the start, and cleaned of what a crash may have left.
+
+    ``nodes`` of the tree; ``load_files``, ``load_bytes`` of the load set; ``subdirectories``: "" and each model's name
+    → how many directories lie in its directory; ``counts``: library.folded.Counts; ``nodeids`` of files that are not in
+    the generation's block.
+    """
+
+    generation: int
+    nodeid_base: int
+    nodes: int
+    files: int
+    load_files: int
+    load_bytes: int
+    total_bytes: int
+    revision: str
+    resolved_at_ns: int
+    subdirectories: dict[str, int]
+    counts: tuple[int, ...]
+    nodeids: tuple[int, ...] = ()
+
+
+_summary_decoder = msgspec.msgpack.Decoder(SummaryRecord)
 _pipeline_decoder = msgspec.msgpack.Decoder(PipelineRecord)
 _generation_decoder = msgspec.msgpack.Decoder(GenerationRecord)
 _file_decoder = msgspec.msgpack.Decoder(FileRecord)
@@ -124,6 +156,13 @@ def decode_file(value: bytes) -> FileRecord:
         return _file_decoder.decode(value)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise _damaged("a file", error) from error
+
+
+def decode_summary(value: bytes) -> SummaryRecord:
+    try:
+        return _summary_decoder.decode(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _damaged("a summary", error) from error
 
 
 def decode_cold_start(value: bytes) -> ColdStart:

@@ -16,7 +16,7 @@ from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import ClockState
 from instantstart_fs.errors import StoreError
 from instantstart_fs.index import schema
-from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, UpkeepRecord
+from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord, UpkeepRecord
 
 if TYPE_CHECKING:
     Transaction = lmdb.Transaction[bytes]
@@ -101,6 +101,16 @@ class ReadTxn:
         for key, value in self._scan("upkeep"):
             yield key.decode("ascii"), schema.decode_upkeep(value)
 
+    def summaries(self) -> Iterator[tuple[str, SummaryRecord]]:
+        """(pipeline, record), by id."""
+        for key, value in self._scan("summaries"):
+            yield key.decode("ascii"), schema.decode_summary(value)
+
+    def summarized(self) -> Iterator[str]:
+        """The pipelines that have a summary, by id."""
+        for key, _ in self._scan("summaries"):
+            yield key.decode("ascii")
+
     def clock(self) -> ClockState | None:
         """What the last daemon knew of the clocks."""
         value = self._get("meta", schema.META_CLOCK)
@@ -127,6 +137,13 @@ class WriteTxn(ReadTxn):
         self._puts = 0
         self._freed = 0
         self._full: StoreError | None = None
+        self._unsettled: set[str] = set()
+        """Pipelines whose summary this op has taken away."""
+
+    def _unsettle(self, pipeline: str) -> None:
+        if pipeline not in self._unsettled:
+            self._delete("summaries", schema.pipeline_key(pipeline))
+            self._unsettled.add(pipeline)
 
     def _put(self, database: str, key: bytes, value: bytes) -> None:
         if self._full is not None or self._puts % _CHECK_EVERY == 0:
@@ -165,28 +182,34 @@ class WriteTxn(ReadTxn):
         self._delete("pipelines", schema.pipeline_key(pipeline))
         self._delete("requests", schema.pipeline_key(pipeline))
         self._delete("upkeep", schema.pipeline_key(pipeline))
+        self._unsettle(pipeline)
         for database in ("generations", "files", "atimes", "coldstarts"):
             self._delete_range(database, schema.pipeline_prefix(pipeline))
 
     def put_generation(self, record: GenerationRecord) -> None:
+        self._unsettle(record.pipeline)
         self._put("generations", schema.generation_key(record.pipeline, record.number), schema.encode(record))
 
     def delete_generation(self, pipeline: str, generation: int) -> None:
         """With its files and their times. No effect if it is not there."""
+        self._unsettle(pipeline)
         key = schema.generation_key(pipeline, generation)
         self._delete("generations", key)
         for database in ("files", "atimes"):
             self._delete_range(database, key)
 
     def put_file(self, pipeline: str, generation: int, index: int, record: FileRecord) -> None:
+        self._unsettle(pipeline)
         self._put("files", schema.file_key(pipeline, generation, index), schema.encode(record))
 
     def delete_file(self, pipeline: str, generation: int, index: int) -> bool:
         """Forget a file's state (not its times); whether it had one."""
+        self._unsettle(pipeline)
         return self._delete("files", schema.file_key(pipeline, generation, index))
 
     def delete_files(self, pipeline: str, generation: int) -> int:
         """Forget the state of all files of a generation (not their times); how many had one."""
+        self._unsettle(pipeline)
         return self._delete_range("files", schema.generation_key(pipeline, generation))
 
     def put_last_request(self, pipeline: str, at_ns: int) -> None:
@@ -203,6 +226,15 @@ class WriteTxn(ReadTxn):
 
     def put_upkeep(self, pipeline: str, record: UpkeepRecord) -> None:
         self._put("upkeep", schema.pipeline_key(pipeline), schema.encode(record))
+
+    def put_summary(self, pipeline: str, record: SummaryRecord) -> None:
+        """After everything else that the op does to the pipeline."""
+        self._unsettled.discard(pipeline)
+        self._put("summaries", schema.pipeline_key(pipeline), schema.encode(record))
+
+    def delete_summary(self, pipeline: str) -> None:
+        """Its files are about to change, or what lies in its slot."""
+        self._unsettle(pipeline)
 
     def put_clock(self, state: ClockState) -> None:
         self._put("meta", schema.META_CLOCK, schema.encode(state))

@@ -8,6 +8,7 @@ The facade that the mount (view.View) and the control server talk to. It compose
     reading   open, read, the filler's listener
     admin     add, update, remove, evict, verify
     observing what happens, counted; cold starts
+    folding   what is quiet is not kept in memory, and not read at the start
     present   how state looks from outside
     fsck      rebuilding the index from the slots
 
@@ -45,6 +46,7 @@ from instantstart_fs.library.admin import Admin, VerifyReport
 from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.browsing import Browsing
 from instantstart_fs.library.covering import Covering
+from instantstart_fs.library.folding import Folding
 from instantstart_fs.library.handover import Handover
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.openfiles import OpenFiles
@@ -157,6 +159,7 @@ class Library:
                 period=config.origins.recheck_access,
                 hide=config.origins.on_refusal == "hide",
             )
+        self.folding = Folding(self._shelf)
         self._browsing = Browsing(self._shelf, self._access, self._state_of, config.eviction.keep_hot)
 
     @asynccontextmanager
@@ -175,6 +178,7 @@ class Library:
             await nursery.start(self._filler.run)
             nursery.start_soon(self._reading.run_replacements)
             nursery.start_soon(self._drop_drained)
+            nursery.start_soon(self.folding.run)
             nursery.start_soon(self._evictor.run)
             self._evictor.nudge()
             if self.scrubber is not None:
@@ -193,8 +197,9 @@ class Library:
             await self._admin.drop_generation(generation)
 
     def _remove_superseded(self) -> None:
-        """What an update or an eviction left behind when the daemon died; in a thread, before anything is filled."""
-        for pipeline in self._shelf.pipelines.values():
+        """What an update, an eviction or a fill left behind when the daemon died; in a thread, before anything is
+        filled. Of what is settled (library/folding.py) nothing is left behind."""
+        for pipeline in self._shelf.unsettled:
             current = pipeline.current
             if current is None:
                 continue
@@ -205,25 +210,11 @@ class Library:
                     if number is not None and number not in kept:
                         self._store.delete_generation(pipeline.id, number)
                         self._index.write_sync(functools.partial(_forget_generation, pipeline.id, number))
-                self._trim(current)
+                self._shelf.trim(current)
             except InstantStartError as error:
+                pipeline.leftovers = True
                 # One slot that cannot be cleaned must not keep the others from being served.
                 log.error("what it left behind stays: %s", error.message, extra={"pipeline": pipeline.id})
-
-    def _trim(self, generation: Generation) -> None:
-        """Give back what a crash left of files whose record does not speak of it."""
-        if all(file.complete for file in generation.files):
-            return
-        keep = {
-            file.entry.path: None if file.complete else file.chunk_map()
-            for file in generation.files
-            if file.complete or file.bitmap
-        }
-        taken = self._store.trim(generation.pipeline.id, generation.number, keep)
-        for file in generation.files:
-            if not file.complete and file.entry.path in taken:
-                generation.measured(file, taken[file.entry.path])
-        generation.counts_changed()
 
     # -- view.View -------------------------------------------------------------------------------------------------
 
@@ -259,7 +250,8 @@ class Library:
 
     def filesystem(self) -> Filesystem:
         space = os.statvfs(self._store.root)
-        files = sum(len(pipeline.current.files) for pipeline in self._shelf.pipelines.values() if pipeline.current)
+        outlines = (pipeline.outline for pipeline in self._shelf.pipelines.values())
+        files = sum(outline.file_count for outline in outlines if outline is not None)
         return Filesystem(
             total_bytes=space.f_blocks * space.f_frsize, available_bytes=space.f_bavail * space.f_frsize, files=files
         )
@@ -344,8 +336,9 @@ class Library:
         generation = found.current
         if generation is None:
             raise found.trouble.error if found.trouble else InstantStartError(f"{pipeline}: cannot be served")
-        await self._reading.forgive(generation)
-        refused = await self._reading.start_fill(generation, everything=everything)
+        with generation.kept():
+            await self._reading.forgive(generation)
+            refused = await self._reading.start_fill(generation, everything=everything)
         if refused is not None:
             raise StoreFull(f"{pipeline}: {refused.text}")
 
@@ -575,7 +568,7 @@ class Library:
     def _candidate(self, pipeline: Pipeline, *, locked: bool | None = None) -> eviction.Candidate:
         """``locked``: whether an administrative change is under way; None: look."""
         requested = (self._access.last_request(pipeline.id) or 0) / 1e9
-        generation = pipeline.current
+        generation = pipeline.outline
         complete = generation is not None and generation.load_set_complete
         return eviction.Candidate(
             pipeline=pipeline.id,

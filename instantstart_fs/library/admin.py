@@ -33,8 +33,9 @@ from instantstart_fs.errors import (
     PipelineExists,
     StoreDamaged,
 )
-from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
+from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.library.folded import summary_of
 from instantstart_fs.library.reading import Reading
 from instantstart_fs.library.rehash import Pace, rehash
 from instantstart_fs.library.reports import drop_target
@@ -98,7 +99,10 @@ class Admin:
             probe = Generation(pipeline, manifest, 0, shelf.open_origin)
             base = await shelf.reserve_nodeids(probe.nodeid_count)
             await trio.to_thread.run_sync(self._write_slot, spec, manifest, True)
-            await self._record(pipeline, manifest, base)
+            fresh = Generation(pipeline, manifest, base, shelf.open_origin)
+            fresh.set_absent()
+            shelf.marked.discard(spec.id)  # an earlier pipeline of that name may have been
+            await self._record(pipeline, manifest, base, summary=summary_of(fresh))
             shelf.switch_generation(pipeline, manifest, base)
             shelf.publish(pipeline)
         finally:
@@ -127,6 +131,7 @@ class Admin:
             )
             probe = Generation(pipeline, manifest, 0, shelf.open_origin)
             base = await shelf.reserve_nodeids(probe.nodeid_count)
+            await trio.to_thread.run_sync(shelf.mark, pipeline_id)
             await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
             try:
                 kept = await self._share(old, probe) if old is not None else {}
@@ -279,7 +284,7 @@ class Admin:
         async with pipeline.lock:
             self._still_there(pipeline)
             spec = msgspec.structs.replace(pipeline.spec, pinned=pinned)
-            number = pipeline.current.number if pipeline.current else 0
+            number = pipeline.outline.number if pipeline.outline else 0
             record = msgspec.structs.replace(self._pipeline_record(pipeline, number, pinned), spec=spec)
             await trio.to_thread.run_sync(self._shelf.store.write_pipeline, spec)
             await self._shelf.index.write(lambda txn: txn.put_pipeline(record))
@@ -402,7 +407,12 @@ class Admin:
         store.write_manifest(manifest)
 
     async def _record(
-        self, pipeline: Pipeline, manifest: Manifest, base: int, kept: Mapping[int, Kept] | None = None
+        self,
+        pipeline: Pipeline,
+        manifest: Manifest,
+        base: int,
+        kept: Mapping[int, Kept] | None = None,
+        summary: SummaryRecord | None = None,
     ) -> None:
         record = self._pipeline_record(pipeline, manifest.generation, pipeline.pinned)
         generation = _generation_record(manifest, base)
@@ -413,6 +423,8 @@ class Admin:
             for index, found in (kept or {}).items():
                 file = FileRecord(found.state.value, allocated=found.allocated)
                 txn.put_file(pipeline.id, manifest.generation, index, file)
+            if summary is not None:
+                txn.put_summary(pipeline.id, summary)
 
         await self._shelf.index.write(write)
 

@@ -85,8 +85,10 @@ class Admissions:
         """Forget refusals that would not be given now; the next read begins the fill."""
         now = trio.current_time()
         for pipeline in pipelines:
+            if pipeline.uncached is None:
+                continue
             generation = pipeline.current
-            if pipeline.uncached is None or generation is None or now < pipeline.uncached.retry_at:
+            if generation is None or now < pipeline.uncached.retry_at:
                 continue
             needed = generation.missing_bytes(everything=False)
             decision = self._evictor.decide(pipeline.id, needed, own=pipeline.allocated, quota=pipeline.spec.quota)

@@ -130,10 +130,10 @@ class Browsing:
         )
 
     def _pipeline_root(self, pipeline: Pipeline, nodeid: int) -> Attributes:
-        generation = pipeline.current
-        node = generation.node_of_root(nodeid) if generation is not None else None
-        if generation is not None and node is not None:
-            return present.tree_directory_attributes(generation, node)
+        generation = pipeline.outline
+        children = generation.subdirectories(nodeid) if generation is not None else None
+        if generation is not None and children is not None:
+            return present.root_attributes(pipeline, nodeid, generation.resolved_at_ns, children)
         spec = pipeline.spec
         return present.directory_attributes(
             nodeid,
@@ -154,10 +154,10 @@ class Browsing:
         pipeline = found if isinstance(found, Pipeline) else found[0].pipeline if isinstance(found, tuple) else None
         if pipeline is not None:
             pipeline.check_visible()
-        if isinstance(found, Pipeline) and found.current is not None:
-            node = found.current.node_of_root(nodeid)
+        if isinstance(found, Pipeline) and (generation := found.current) is not None:
+            node = generation.node_of_root(nodeid)
             if node is not None:
-                return found.current, node
+                return generation, node
         if isinstance(found, tuple):
             return found
         raise NoSuchEntry(f"node {nodeid} is no directory, or is gone")

@@ -133,16 +133,22 @@ class Covering:
     def files(self, pipeline: str) -> dict[str, Coverable]:
         """What may be covered of that pipeline now, by path."""
         found = self._shelf.pipelines.get(pipeline)
-        if found is None or found.current is None or found.removed or found.hidden or self._uncovered[pipeline]:
+        if found is None or found.removed or found.hidden or self._uncovered[pipeline]:
             return {}
         spec = found.spec
-        files = [file for file in found.current.files if file.passable and is_weight_file(file.entry.path)]
+        outline = found.outline
+        if outline is None or not outline.counts.finished:
+            return {}
+        generation = found.current
+        if generation is None:
+            return {}
+        files = [file for file in generation.files if file.passable and is_weight_file(file.entry.path)]
         if len(files) > MOST_FILES:
             return {}
         return {
             file.entry.path: Coverable(
                 pipeline=pipeline,
-                generation=found.current.number,
+                generation=generation.number,
                 key=file.entry.index,
                 incarnation=file.incarnation,
                 path=file.entry.path,

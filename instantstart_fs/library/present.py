@@ -43,7 +43,7 @@ def rfc3339(ns: int | None) -> str | None:
 
 def pipeline_state(pipeline: Pipeline, *, filling: bool) -> PipelineState:
     """cold | filling | partial | warm | unverified | error, as docs/SEMANTICS.md defines them."""
-    generation = pipeline.current
+    generation = pipeline.outline
     if generation is None or pipeline.hidden is not None:
         return "error"
     if generation.load_set_complete:
@@ -136,22 +136,26 @@ def link_target(pipeline: Pipeline) -> str:
     return f"../{pipeline.id}"
 
 
-def tree_directory_attributes(generation: Generation, node: int) -> Attributes:
-    """A directory of a generation (also the pipeline's root)."""
-    spec = generation.pipeline.spec
-    tree = generation.tree
-    children = tree.nodes[node].children or {}
-    # stat(2) of a pipeline's root is for everybody: of a private one no more than its owner and that it was added.
-    private = node == 0 and spec.mode & 0o005 != 0o005
-    directories = sum(tree.nodes[child].children is not None for child in children.values())
+def root_attributes(pipeline: Pipeline, nodeid: int, resolved_at_ns: int, children: int) -> Attributes:
+    """A directory that is there for the pipeline's life: its own, or a model's. ``children``: directories in it."""
+    spec = pipeline.spec
+    # stat(2) of a pipeline's root is for everybody: of a walled one no more than its owner and that it was added.
+    walled = nodeid == pipeline.root_nodeid and spec.mode & 0o005 != 0o005
     return directory_attributes(
-        generation.nodeid(node),
+        nodeid,
         mode=spec.mode & 0o555,
         uid=spec.uid,
         gid=spec.gid,
-        time_ns=generation.pipeline.created_at_ns if private else generation.manifest.resolved_at_ns,
-        children=-1 if private else directories,  # a link count of 1 is "unknown" to find(1) and its like
+        time_ns=pipeline.created_at_ns if walled else resolved_at_ns,
+        children=-1 if walled else children,  # a link count of 1 is "unknown" to find(1) and its like
         stable=True,
+    )
+
+
+def tree_directory_attributes(generation: Generation, node: int) -> Attributes:
+    """A directory of a generation (also the pipeline's root)."""
+    return root_attributes(
+        generation.pipeline, generation.nodeid(node), generation.resolved_at_ns, generation.tree.subdirectories(node)
     )
 
 
@@ -182,11 +186,11 @@ def file_xattrs(file: CachedFile, state: PipelineState, clocks: Clocks, keep_hot
 def pipeline_xattrs(pipeline: Pipeline, state: PipelineState, clocks: Clocks, keep_hot: float) -> dict[str, str]:
     """user.instantstart.* of a pipeline's directory (without the prefix)."""
     values = {"state": state, "source": " ".join(model.source for model in pipeline.spec.models)}
-    generation = pipeline.current
+    generation = pipeline.outline
     if generation is not None:
         values["cached_bytes"] = str(generation.counts.cached)
         values["total_bytes"] = str(generation.load_bytes)
-        values["revision"] = " ".join(model.revision for model in generation.manifest.models)
+        values["revision"] = generation.revision
     requested = clocks.last_request(pipeline.id)
     if requested is not None:
         values["last_access"] = rfc3339(requested) or ""
@@ -216,7 +220,8 @@ def pipeline_status(
     access: AccessStatus | None = None,
 ) -> PipelineStatus:
     """``rate`` in bytes per second."""
-    generation = pipeline.current
+    listed = pipeline.current if with_files else None
+    generation = pipeline.outline
     cached = generation.counts.cached if generation else 0
     total = generation.load_bytes if generation else 0
     requested = clocks.last_request(pipeline.id)
@@ -234,7 +239,7 @@ def pipeline_status(
         total_bytes=total,
         source=tuple(model.source for model in pipeline.spec.models),
         generation=generation.number if generation else 0,
-        revision=" ".join(model.revision for model in generation.manifest.models) if generation else "",
+        revision=generation.revision if generation else "",
         last_request=rfc3339(requested),
         hot_until=rfc3339(hot_until_ns(requested, keep_hot)),
         pinned=pipeline.pinned,
@@ -246,7 +251,7 @@ def pipeline_status(
         uncached=pipeline.uncached.text if pipeline.uncached is not None else None,
         scrub=scrub,
         access=access,
-        files=tuple(_file_status(file) for file in generation.files) if with_files and generation else None,
+        files=tuple(_file_status(file) for file in listed.files) if listed is not None else None,
     )
 
 

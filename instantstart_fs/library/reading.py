@@ -317,6 +317,12 @@ class Reading:
         A ``first`` outside the load set, or of a superseded generation, is filled beside what is being filled; so is
         one that is to be fetched again while the load set is being filled.
         """
+        with generation.kept():
+            return await self._start_fill(generation, first, everything=everything)
+
+    async def _start_fill(
+        self, generation: Generation, first: CachedFile | None, *, everything: bool
+    ) -> Uncached | None:
         under_way = generation.filling_load_set and self.filler.is_filling(generation.pipeline.id)
         if first is not None and (
             under_way or generation is not generation.pipeline.current or not generation.in_load_set(first.entry.index)
@@ -382,9 +388,9 @@ class Reading:
             raise FillCancelled(f"{generation.pipeline.id}: the pipeline was evicted or updated meanwhile")
         if file.target is None and not file.complete:
             assert origin is not None
-            store = self._shelf.store
             opener = functools.partial(
-                store.blob, generation.pipeline.id, generation.number, file.entry.path, file.entry.file.size
+                self._shelf.open_for_filling,
+                *(generation.pipeline.id, generation.number, file.entry.path, file.entry.file.size),
             )
             file.target = FillTarget(file.key, file.entry, file.incarnation, file.chunk_map(), origin, opener)
             file.target.has_reader = lambda: generation.handles > 0
@@ -418,6 +424,7 @@ class Reading:
             if file.target is not None and file.target.failed:
                 file.bitmap = file.target.durable.to_bytes()
                 drop_target(file)
+                pipeline.leftovers = True
         pipeline.trouble = None
 
 

@@ -153,7 +153,7 @@ class Reports(FillEvents):
             return
         self._discarding.add(file)
         try:
-            with self._open_files.using(file.generation):
+            with self._open_files.using(file.generation), file.generation.pipeline.changing():
                 async with self._shelf.uncovered(file.generation.pipeline):
                     await self._discard(file, problem, wanted=wanted)
                     self._observer.damaged(found_by)

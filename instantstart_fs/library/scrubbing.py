@@ -84,7 +84,8 @@ class Scrubber:
         pipeline = self._shelf.pipelines[due]
         self._reading_now = due
         try:
-            await self._pass(pipeline)
+            with pipeline.changing():
+                await self._pass(pipeline)
         except _GivenUp:
             pass
         except InstantStartError as error:
@@ -116,7 +117,7 @@ class Scrubber:
             # What was never scrubbed was proven when it was sealed, so not before the pipeline was there.
             Account(pipeline.id, 1, (pipeline.scrubbed.proven_at_ns or pipeline.created_at_ns) / 1e9)
             for pipeline in self._shelf.pipelines.values()
-            if pipeline.current is not None and pipeline.current.counts.finished
+            if pipeline.outline is not None and pipeline.outline.counts.finished
         ]
 
     async def _pass(self, pipeline: Pipeline) -> None:

@@ -22,8 +22,10 @@ from instantstart_fs.filler.target import FileKey, FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import UpkeepRecord
 from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.library.folded import Folded, summary_of
 from instantstart_fs.library.state import CachedFile, Generation, NodeTable, OpenOrigin, Pipeline, Trouble
 from instantstart_fs.library.view import ROOT, Invalidation
+from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.blobstore import BlobStore
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,12 @@ class Shelf:
         """Told of every file that has become complete."""
         self.uncovered: Uncovered = _nothing_covers
         """Around everything that changes a complete file: see covering.Covering.uncovered."""
+        self.marked: set[str] = set()
+        """Pipelines that the index surely has no summary of; see ``mark``."""
+        self.unsettled: list[Pipeline] = []
+        """Of those that ``load`` found: what had no summary, and may hold what a crash left."""
+        self.read_whole = 0
+        """How many generations were read from their manifests."""
         self._spare = range(0)
         self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
 
@@ -83,21 +91,26 @@ class Shelf:
 
         Superseded generations are loaded, as draining, where the kernel holds a nodeid of theirs open (``held``).
 
-        A pipeline whose manifest cannot be read is shown in the state ``error``; the others are not touched by it.
+        A pipeline that has a summary is not read any further. One whose manifest cannot be read is shown in the state
+        ``error``; the others are not touched by it.
         """
+        summaries = self.index.read(lambda txn: dict(txn.summaries()))
+        folded: list[Folded] = []
         for record in self.index.read(lambda txn: list(txn.pipelines())):
             pipeline = Pipeline(
                 record.spec, dict(record.directory_nodeids), pinned=record.pinned, created_at_ns=record.created_at_ns
             )
-            try:
-                pipeline.current = self._load_generation(pipeline, record.generation)
-                if held:
-                    self._load_draining(pipeline, held)
-            except InstantStartError as error:
-                log.error("cannot be served: %s", error.message, extra={"pipeline": pipeline.id})
-                pipeline.trouble = Trouble(error, self.now_ns(), final=True)
+            summary = summaries.get(pipeline.id)
+            if summary is not None and summary.generation == record.generation:
+                found = Folded(pipeline, summary, self._unfold)
+                folded.append(found)
+                pipeline.current = found
+            else:
+                self._load_whole(pipeline, record.generation, held)
+                self.unsettled.append(pipeline)
             self.pipelines[pipeline.id] = pipeline
             self.nodes.add_pipeline(pipeline)
+        self.nodes.load_blocks(folded)
         for name, upkeep in self.index.read(lambda txn: list(txn.upkeep())):
             if name in self.pipelines:
                 self.pipelines[name].scrubbed = upkeep.scrubbed
@@ -105,7 +118,8 @@ class Shelf:
         if not self._spare:
             # Now: when a file proves wrong there may be no room, or no index, to reserve any.
             self._reserve_spare()
-        unknown = sorted(set(self.store.pipelines()) - self.pipelines.keys())
+        strangers = set(self.store.list_directory()) - self.pipelines.keys()
+        unknown = sorted(name for name in strangers if self.store.has_pipeline(name))
         if unknown:
             log.warning(
                 "%d pipeline(s) lie in the store and not in the index (%s): stop the daemon, `instantstart fsck` "
@@ -113,6 +127,65 @@ class Shelf:
                 len(unknown),
                 ", ".join(unknown[:5]),
             )
+
+    def _load_whole(self, pipeline: Pipeline, number: int, held: Collection[int]) -> None:
+        try:
+            pipeline.current = self._load_generation(pipeline, number)
+            if held:
+                self._load_draining(pipeline, held)
+        except InstantStartError as error:
+            self._unreadable(pipeline, error)
+
+    def _unreadable(self, pipeline: Pipeline, error: InstantStartError) -> None:
+        log.error("cannot be served: %s", error.message, extra={"pipeline": pipeline.id})
+        pipeline.trouble = Trouble(error, self.now_ns(), final=True)
+
+    def _unfold(self, folded: Folded) -> Generation | None:
+        """Read what ``folded`` stands for. Blocks, for as long as it takes to read and decode one manifest."""
+        pipeline = folded.pipeline
+        self.nodes.drop_folded(folded)
+        try:
+            generation = self._load_generation(pipeline, folded.number)
+            if any(file.bitmap for file in generation.files):
+                self.trim(generation)  # it measures what they take, which no record says
+        except InstantStartError as error:
+            self._unreadable(pipeline, error)
+            return None
+        return generation
+
+    def fold(self, generation: Generation) -> None:
+        """Let go of what is in memory of it: for what is settled and unused (library/folding.py)."""
+        folded = Folded(generation.pipeline, summary_of(generation), self._unfold)
+        self.nodes.fold(generation, folded)
+        generation.pipeline.current = folded
+
+    def trim(self, generation: Generation) -> None:
+        """Give back what a crash left of files whose record does not speak of it. Blocks; nobody may be filling. Raises
+        StoreError."""
+        if all(file.complete for file in generation.files):
+            return
+        keep = {
+            file.entry.path: None if file.complete else file.chunk_map()
+            for file in generation.files
+            if file.complete or file.bitmap
+        }
+        taken = self.store.trim(generation.pipeline.id, generation.number, keep)
+        for file in generation.files:
+            if not file.complete and file.entry.path in taken:
+                generation.measured(file, taken[file.entry.path])
+        generation.counts_changed()
+
+    def mark(self, pipeline: str) -> None:
+        """What lies in its slot is about to change: before the first byte of that, its summary goes, durably. Blocks.
+        Raises StoreError."""
+        if pipeline not in self.marked:
+            self.index.write_sync(lambda txn: txn.delete_summary(pipeline))
+            self.marked.add(pipeline)
+
+    def open_for_filling(self, pipeline: str, generation: int, path: str, size: int) -> BlobFile:
+        """BlobStore.blob, after ``mark``."""
+        self.mark(pipeline)
+        return self.store.blob(pipeline, generation, path, size)
 
     def _load_draining(self, pipeline: Pipeline, held: Collection[int]) -> None:
         numbers = self.index.read(lambda txn: [record.number for record in txn.generations(pipeline.id)])
@@ -148,6 +221,7 @@ class Shelf:
         )
 
     def _load_generation(self, pipeline: Pipeline, number: int) -> Generation:
+        self.read_whole += 1
         manifest = self.store.load_manifest(pipeline.id, number)
         record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
         if record is None:
@@ -344,11 +418,13 @@ class Shelf:
         """Where an update or a seal shows: the news may have been lost with the daemon that died on its way."""
         for pipeline in self.pipelines.values():
             self._send.send_nowait(Invalidation(ROOT, pipeline.id, expire=True))
-            if pipeline.current is None:
+            generation = pipeline.outline
+            # Of what is settled nothing has changed for so long that the news was told (library/folding.py).
+            if not isinstance(generation, Generation):
                 continue
-            tree = pipeline.current.tree
+            tree = generation.tree
             for nodeid in pipeline.directory_nodeids.values():
-                node = pipeline.current.node_of_root(nodeid)
+                node = generation.node_of_root(nodeid)
                 for name in (tree.nodes[node].children or ()) if node is not None else ():
                     self._send.send_nowait(Invalidation(nodeid, name, expire=True))
                 self._invalidate_listing(nodeid)

@@ -8,7 +8,9 @@ holds the old one can never see the new bytes, nor the other way round.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
@@ -22,6 +24,7 @@ from instantstart_fs.core.staging import Shard
 from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
 from instantstart_fs.errors import AccessRefused
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
+from instantstart_fs.library.folded import Counts, Folded
 
 if TYPE_CHECKING:
     from instantstart_fs.errors import InstantStartError
@@ -112,19 +115,6 @@ class CachedFile:
         return self.chunk_map().present_bytes if self.bitmap else 0
 
 
-class Counts(NamedTuple):
-    """Of the load set: ``cached`` bytes, ``complete`` files, ``unverified`` ones among these; ``everything``: the
-    cached bytes of all files; ``allocated``: the bytes of disk that these take; ``finished``: how many of all files are
-    complete."""
-
-    cached: int
-    complete: int
-    unverified: int
-    everything: int
-    allocated: int
-    finished: int
-
-
 class Uncached(NamedTuple):
     """A pipeline's reads are served straight from its origin. ``retry_at``: trio.current_time() from which on it is
     asked for room again."""
@@ -154,6 +144,8 @@ class Generation:
         self.total_bytes = manifest.total_bytes
         self.files: list[CachedFile] = []
         self.handles = 0
+        self.keeps = 0
+        """How many count on finding this very object again in its pipeline; see ``kept``."""
         self.filling_load_set = False
         self.filling_everything = False
         self.block = 4096
@@ -168,6 +160,33 @@ class Generation:
             self.tree.child(0, name) if name else 0: nodeid for name, nodeid in pipeline.directory_nodeids.items()
         }
         self._root_nodes = {nodeid: node for node, nodeid in self._root_nodeids.items() if node is not None}
+
+    @property
+    def file_count(self) -> int:
+        return len(self.manifest.files)
+
+    @property
+    def revision(self) -> str:
+        """As `status` shows it: of all models."""
+        return " ".join(model.revision for model in self.manifest.models)
+
+    @property
+    def resolved_at_ns(self) -> int:
+        return self.manifest.resolved_at_ns
+
+    def subdirectories(self, nodeid: int) -> int | None:
+        """How many directories lie in that of one of the constant nodeids; None: it has none here."""
+        node = self.node_of_root(nodeid)
+        return None if node is None else self.tree.subdirectories(node)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Meanwhile it stays in memory: for who holds it over an await without having a file of it open."""
+        self.keeps += 1
+        try:
+            yield
+        finally:
+            self.keeps -= 1
 
     def origin(self, model: int) -> Origin:
         """The origin of the model at that position, opened on first use. Blocks: call it in a thread.
@@ -341,7 +360,13 @@ class Pipeline:
         self.created_at_ns = created_at_ns
         self.grown_at_ns = created_at_ns
         """When the last byte came, as far as this daemon saw it."""
-        self.current: Generation | None = None
+        self._outline: Generation | Folded | None = None
+        self.used_at = time.monotonic()
+        """When somebody last looked into it, seconds."""
+        self.changes = 0
+        """How many are changing its files without its lock; see ``changing``."""
+        self.leftovers = False
+        """Whether bytes may lie in the store that no record speaks of: the next start gives them back."""
         self.draining: list[Generation] = []
         """Superseded generations that somebody still holds open."""
         self.leases = 0
@@ -363,6 +388,34 @@ class Pipeline:
         return self.spec.id
 
     @property
+    def current(self) -> Generation | None:
+        """The generation that is shown, read from the store if it is not in memory. None: it cannot be."""
+        self.used_at = time.monotonic()
+        found = self._outline
+        if isinstance(found, Folded):
+            found = found.unfold()
+            self._outline = found
+        return found
+
+    @current.setter
+    def current(self, generation: Generation | Folded | None) -> None:
+        self._outline = generation
+
+    @property
+    def outline(self) -> Generation | Folded | None:
+        """The same as far as it is known without reading anything: what walks over all pipelines asks this one."""
+        return self._outline
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Meanwhile the index and memory may say different things of its files, or both may be wrong."""
+        self.changes += 1
+        try:
+            yield
+        finally:
+            self.changes -= 1
+
+    @property
     def root_nodeid(self) -> int:
         return self.directory_nodeids[""]
 
@@ -378,16 +431,22 @@ class Pipeline:
 
     @property
     def in_use(self) -> bool:
-        return self.leases > 0 or any(generation.handles for generation in self.generations())
+        return self.leases > 0 or any(generation.handles for generation in self._outlines())
 
     @property
     def allocated(self) -> int:
         """Bytes of disk that its files take."""
-        return sum(generation.own_allocated for generation in self.generations())
+        return sum(generation.own_allocated for generation in self._outlines())
+
+    def _outlines(self) -> Iterator[Generation | Folded]:
+        if self._outline is not None:
+            yield self._outline
+        yield from self.draining
 
     def generations(self) -> Iterator[Generation]:
-        if self.current is not None:
-            yield self.current
+        current = self.current
+        if current is not None:
+            yield current
         yield from self.draining
 
     def changed(self) -> None:
@@ -407,25 +466,49 @@ class NodeTable:
 
     def __init__(self) -> None:
         self._bases: list[int] = []
-        self._blocks: list[tuple[int, int, Generation]] = []
-        self._single: dict[int, CachedFile | Pipeline] = {}
+        self._blocks: list[tuple[int, int, Generation | Folded]] = []
+        self._single: dict[int, CachedFile | Pipeline | Folded] = {}
 
     def __len__(self) -> int:
         """Entries: a block counts once."""
         return len(self._blocks) + len(self._single)
 
-    def add_block(self, generation: Generation) -> None:
+    def add_block(self, generation: Generation | Folded) -> None:
         position = bisect.bisect(self._bases, generation.base)
         self._bases.insert(position, generation.base)
         self._blocks.insert(position, (generation.base, generation.nodeid_count, generation))
 
+    def load_blocks(self, folded: Iterable[Folded]) -> None:
+        """``add_folded`` for many at once."""
+        for generation in folded:
+            self._blocks.append((generation.base, generation.nodeid_count, generation))
+            for nodeid in generation.summary.nodeids:
+                self._single[nodeid] = generation
+        self._blocks.sort(key=lambda block: block[0])
+        self._bases = [block[0] for block in self._blocks]
+
+    def fold(self, generation: Generation, folded: Folded) -> None:
+        """``folded`` stands for ``generation`` from now on."""
+        self.drop_generation(generation)
+        self.add_block(folded)
+        for nodeid in folded.summary.nodeids:
+            self._single[nodeid] = folded
+
+    def drop_folded(self, folded: Folded) -> None:
+        self._drop_block(folded)
+        for nodeid in folded.summary.nodeids:
+            self._single.pop(nodeid, None)
+
     def drop_generation(self, generation: Generation) -> None:
         """Forget its block and the nodeids of its re-incarnated files."""
+        self._drop_block(generation)
+        for file in generation.files:
+            self._single.pop(file.nodeid, None)
+
+    def _drop_block(self, generation: Generation | Folded) -> None:
         position = bisect.bisect_left(self._bases, generation.base)
         if position < len(self._bases) and self._blocks[position][2] is generation:
             del self._bases[position], self._blocks[position]
-        for file in generation.files:
-            self._single.pop(file.nodeid, None)
 
     def add_pipeline(self, pipeline: Pipeline) -> None:
         for nodeid in pipeline.directory_nodeids.values():
@@ -445,25 +528,36 @@ class NodeTable:
 
     def find(self, nodeid: int) -> CachedFile | Pipeline | tuple[Generation, int] | None:
         """A file (by either of its nodeids), a pipeline (constant directory or symlink), a (generation, directory
-        node), or None (stale)."""
+        node), or None (stale). Reads a generation that is not in memory."""
         single = self._single.get(nodeid)
+        if isinstance(single, Folded):
+            return self._unfold_and_find(single, nodeid)
         if single is not None:
             return single
         single = self._single.get(nodeid - 1)
         if isinstance(single, CachedFile):
             return single
+        if isinstance(single, Folded):
+            return self._unfold_and_find(single, nodeid)
         position = bisect.bisect(self._bases, nodeid) - 1
         if position < 0:
             return None
         base, count, generation = self._blocks[position]
         if nodeid - base >= count:
             return None
+        if isinstance(generation, Folded):
+            return self._unfold_and_find(generation, nodeid)
+        generation.pipeline.used_at = time.monotonic()
         node, mode = divmod(nodeid - base, NODEIDS_PER_NODE)
         file = generation.tree.nodes[node].file
         if file < 0:
             return (generation, node) if mode == 0 else None
         found = generation.files[file]
         return found if found.nodeid == nodeid - mode else None
+
+    def _unfold_and_find(self, folded: Folded, nodeid: int) -> CachedFile | Pipeline | tuple[Generation, int] | None:
+        # Unfolding takes its entries out of the table, so this ends.
+        return self.find(nodeid) if folded.pipeline.current is not None else None
 
 
 def counts_as_request(file: CachedFile) -> bool:

@@ -215,7 +215,11 @@ class BlobStore:
 
     def pipelines(self) -> list[str]:
         """The ids that have a pipeline.json, sorted."""
-        return [name for name in self.list_directory() if PIPELINE_FILE in self.list_directory(name)]
+        return [name for name in self.list_directory() if self.has_pipeline(name)]
+
+    def has_pipeline(self, name: str) -> bool:
+        """Whether that entry of slots/ is a slot: it has a pipeline.json."""
+        return PIPELINE_FILE in self.list_directory(name)
 
     def generations(self, pipeline: str) -> list[int]:
         """The generations of ``pipeline`` that have a manifest, ascending."""

@@ -17,9 +17,9 @@ import trio.testing
 
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import IndexFull, StoreDamaged, StoreError, StoreFull, StoreUnsupported
-from instantstart_fs.index import nodeids
+from instantstart_fs.index import nodeids, schema
 from instantstart_fs.index.environment import Index
-from instantstart_fs.index.schema import FIRST_NODEID, FileRecord, GenerationRecord, PipelineRecord
+from instantstart_fs.index.schema import FIRST_NODEID, FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
 
 
@@ -335,10 +335,54 @@ def test_an_unreadable_high_water_mark_is_only_accepted_if_the_index_knows_bette
         Index.open(path)
 
 
+SUMMARY = SummaryRecord(1, 2048, 3, 2, 1, 10, 20, "r", 5, {"": 0}, (0,) * 6)
+
+
+def test_an_older_format_is_taken_over(path: str) -> None:
+    Index.open(path).close()
+    with lmdb.open(path, max_dbs=16) as raw, raw.begin(write=True) as transaction:
+        transaction.put(b"format", (1).to_bytes(8, "big"), db=raw.open_db(b"meta", txn=transaction))
+    Index.open(path).close()
+    with lmdb.open(path, max_dbs=16) as raw, raw.begin() as transaction:
+        found = transaction.get(b"format", db=raw.open_db(b"meta", txn=transaction, create=False))
+    assert found == schema.FORMAT.to_bytes(8, "big")
+
+
+@pytest.mark.parametrize(
+    ("what", "stays"),
+    [
+        (lambda txn: txn.put_file("x", 1, 0, FileRecord("sealed")), False),
+        (lambda txn: txn.delete_file("x", 1, 0), False),
+        (lambda txn: txn.delete_files("x", 1), False),
+        (lambda txn: txn.put_generation(GenerationRecord("x", 2, 4096, 2, 8)), False),
+        (lambda txn: txn.delete_generation("x", 1), False),
+        (lambda txn: txn.delete_pipeline("x"), False),
+        (lambda txn: txn.delete_summary("x"), False),
+        (lambda txn: txn.put_file("y", 1, 0, FileRecord("sealed")), True),
+        (lambda txn: txn.put_last_request("x", 1), True),
+    ],
+    ids=lambda value: None,
+)
+def test_whatever_changes_a_pipelines_files_takes_its_summary_away(
+    path: str, what: Callable[[WriteTxn], object], stays: bool
+) -> None:
+    with Index.open(path) as index:
+        index.write_sync(lambda txn: txn.put_summary("x", SUMMARY))
+        index.write_sync(what)
+        assert index.read(lambda txn: dict(txn.summaries())) == ({"x": SUMMARY} if stays else {})
+
+        def change_and_sum_up(txn: WriteTxn) -> None:
+            what(txn)
+            txn.put_summary("x", SUMMARY)
+
+        index.write_sync(change_and_sum_up)
+        assert index.read(lambda txn: list(txn.summarized())) == ["x"]
+
+
 def test_a_newer_format_is_refused(path: str) -> None:
     Index.open(path).close()
     with lmdb.open(path, max_dbs=8) as raw, raw.begin(write=True) as transaction:
-        transaction.put(b"format", (2).to_bytes(8, "big"), db=raw.open_db(b"meta", txn=transaction))
+        transaction.put(b"format", (schema.FORMAT + 1).to_bytes(8, "big"), db=raw.open_db(b"meta", txn=transaction))
     with pytest.raises(StoreUnsupported, match="newer"):
         Index.open(path)
 

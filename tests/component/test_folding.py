@@ -1,0 +1,252 @@
+"""What a start reads and what it leaves for the first look: summaries, settled pipelines, folding. A real library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.index.environment import Index
+from instantstart_fs.library import Library, folding
+from instantstart_fs.library.folded import Folded
+from instantstart_fs.library.state import CachedFile, Generation
+from instantstart_fs.library.view import ROOT
+from tests.component.test_library import find, make_source, read_all, spec
+from tests.component.test_room import MIB, WEIGHTS, blocks, fills, running
+
+pytestmark = pytest.mark.timeout(60)
+
+
+async def settle(library: Library) -> None:
+    """Two looks between which nothing happens."""
+    await library.folding.look()
+    await library.folding.look()
+
+
+def read_whole(library: Library) -> int:
+    """How many generations this library has read from their manifests."""
+    return library._shelf.read_whole
+
+
+def summarized(root: Path) -> set[str]:
+    """By an index of its own, once the library is closed."""
+    with Index.open(str(root / "store" / "index")) as index:
+        return index.read(lambda txn: set(txn.summarized()))
+
+
+def known_summaries(library: Library) -> set[str]:
+    return library._index.read(lambda txn: set(txn.summarized()))
+
+
+def everything(library: Library) -> dict[str, PipelineStatus]:
+    return {status.pipeline: status for status in library.list()}
+
+
+async def test_a_start_reads_no_manifest_and_no_file_record_of_what_is_settled(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        for number in range(20):
+            await library.add(spec(f"cold{number}", source))
+        await library.add(spec("warm", source))
+        await fills(library, "warm")
+        await settle(library)
+        before = everything(library)
+    assert len(summarized(tmp_path)) == 21
+
+    async with running(tmp_path) as library:
+        assert everything(library) == before
+        assert [candidate.pipeline for candidate in library.candidates()] == ["warm"]
+        assert library.filesystem().files == 21 * len(library.status("warm").files or ())
+        assert library.list_directory(library.lookup(ROOT, ".warm").nodeid) == ["warm"]
+        for name in before:
+            root = library.lookup(ROOT, name)
+            assert root == library.attributes(root.nodeid)
+            library.xattrs(root.nodeid)
+        assert read_whole(library) == 1  # the one whose files were asked for by name, above
+        assert find(library, "cold7", WEIGHTS)
+        assert read_whole(library) == 2
+        assert library.status("cold7") == msgspec.structs.replace(before["cold7"], files=library.status("cold7").files)
+
+
+async def test_what_a_summary_shows_is_what_the_whole_shows(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        for name in ("cold", "part", "warm"):
+            await library.add(spec(name, source))
+        await fills(library, "warm")
+        handle = await library.open(find(library, "part", "pytorch_model.bin"))
+        await library.read_into(handle, 0, memoryview(bytearray(4096)))
+        library.release(handle)
+    async with running(tmp_path) as library:  # what was being filled is read whole, and given back what nobody recorded
+        assert isinstance(library._shelf.pipelines["part"].outline, Generation)
+        await settle(library)
+    async with running(tmp_path) as library:
+        for name, pipeline in library._shelf.pipelines.items():
+            folded, root = pipeline.outline, library.lookup(ROOT, name)
+            assert isinstance(folded, Folded)
+            shown = library.xattrs(root.nodeid), everything(library)[name], library._candidate(pipeline)
+            whole = pipeline.current
+            assert isinstance(whole, Generation)
+            for attribute in (
+                *("number", "base", "nodeid_count", "file_count", "load_bytes", "total_bytes", "revision", "counts"),
+                *("resolved_at_ns", "load_set_complete", "own_allocated", "promised_bytes"),
+            ):
+                assert getattr(folded, attribute) == getattr(whole, attribute), (name, attribute)
+            assert shown == (
+                library.xattrs(root.nodeid),
+                everything(library)[name],
+                library._candidate(pipeline),
+            )
+            assert library.lookup(ROOT, name) == root
+            assert pipeline.allocated == blocks(tmp_path, name)
+
+
+async def test_before_the_first_byte_of_a_fill_the_summary_is_gone(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("x", source))
+        assert known_summaries(library) == {"x"}
+        seen: list[set[str]] = []
+        real = library._store.blob
+
+        def watched(*where: object) -> object:
+            seen.append(known_summaries(library))
+            return real(*where)  # type: ignore[arg-type]
+
+        library._store.blob = watched  # type: ignore[method-assign, assignment]
+        await read_all(library, "x", WEIGHTS)
+        assert seen[0] == set()
+        await library.folding.look()
+        assert known_summaries(library) == set()  # once is not enough: something may just have happened
+
+
+async def test_bytes_that_nobody_recorded_are_given_back_at_the_next_start(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        for name in ("x", "settled"):
+            await library.add(spec(name, source))
+        await trio.to_thread.run_sync(library._shelf.mark, "x")  # a fill begins, and the daemon is killed
+        stray = tmp_path / "store" / "slots" / "x" / "1" / "files" / WEIGHTS
+        stray.parent.mkdir(parents=True, exist_ok=True)
+        stray.write_bytes(bytes(MIB))
+    async with running(tmp_path) as library:
+        assert read_whole(library) == 1
+        assert blocks(tmp_path, "x") == 0
+        assert library.status("x").cached_bytes == 0
+        await settle(library)
+        assert known_summaries(library) == {"x", "settled"}
+
+
+async def test_a_new_pipeline_of_an_old_name_is_marked_anew(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("x", source))
+        await read_all(library, "x", WEIGHTS)
+        await library.remove("x")
+        await library.add(spec("x", source))
+        assert known_summaries(library) == {"x"}
+        await read_all(library, "x", WEIGHTS)
+        assert known_summaries(library) == set()
+
+
+async def test_an_eviction_is_settled_only_once_its_bytes_are_gone(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("x", source))
+        await fills(library, "x")
+        await settle(library)
+        assert known_summaries(library) == {"x"}
+        seen: list[set[str]] = []
+        real = library._store.empty_generation
+
+        def watched(pipeline: str, generation: int) -> None:
+            seen.append(known_summaries(library))
+            real(pipeline, generation)
+
+        library._store.empty_generation = watched  # type: ignore[method-assign]
+        await library.evict("x")
+        assert seen == [set()]
+        await settle(library)
+        assert known_summaries(library) == {"x"}
+    async with running(tmp_path) as library:
+        assert library.status("x").state == "cold"
+
+
+async def test_what_is_looked_into_is_let_go_of_when_there_is_too_much_and_comes_back_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "IDLE_SECONDS", 0.0)
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        for name in ("a", "b", "open"):
+            await library.add(spec(name, source))
+        await fills(library, "a")
+        await settle(library)
+        before = {name: find(library, name, WEIGHTS) for name in ("a", "b", "open")}
+        data = await read_all(library, "a", WEIGHTS)
+        library._open_files.close_idle(library._shelf.pipelines["a"].current)  # type: ignore[arg-type]
+        handle = await library.open(before["open"])
+
+        def outlines() -> list[str]:
+            return [name for name, one in library._shelf.pipelines.items() if isinstance(one.outline, Folded)]
+
+        await settle(library)
+        assert outlines() == []  # little enough
+        each = len(library.status("b").files or ())
+        monkeypatch.setattr(folding, "MOST_FILES", 2 * each)
+        find(library, "a", WEIGHTS)
+        await settle(library)
+        assert outlines() == ["b"]  # the one that was not looked at for the longest time
+        monkeypatch.setattr(folding, "MOST_FILES", 0)
+        await settle(library)
+        assert outlines() == ["a", "b"]  # and never what is open
+
+        assert {name: find(library, name, WEIGHTS) for name in before} == before
+        assert await read_all(library, "a", WEIGHTS) == data
+        library.release(handle)
+        # By its nodeid alone, as the kernel asks that remembers the name.
+        await settle(library)
+        assert "b" in outlines()
+        assert library.attributes(before["b"]).size == len(data)
+        assert await read_all(library, "b", WEIGHTS) == data
+
+
+async def test_a_file_of_another_incarnation_is_found_by_its_nodeid_after_a_restart(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("x", source))
+        await fills(library, "x")
+        stored = tmp_path / "store" / "slots" / "x" / "1" / "files" / WEIGHTS
+        stored.unlink()
+        with pytest.raises(Exception, match="missing from the store"):
+            await read_all(library, "x", WEIGHTS)
+        await fills(library, "x")
+        nodeid = find(library, "x", WEIGHTS)
+        with trio.fail_after(10):
+            while known_summaries(library) != {"x"}:
+                await settle(library)
+                await trio.sleep(0.01)
+    async with running(tmp_path) as library:
+        assert read_whole(library) == 0
+        for asked in (nodeid, nodeid + 1):
+            found = library._shelf.nodes.find(asked)
+            assert isinstance(found, CachedFile)
+            assert (found.entry.path, found.incarnation) == (WEIGHTS, 1)
+        assert read_whole(library) == 1
+
+
+async def test_a_manifest_that_cannot_be_read_shows_at_the_first_look(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        for name in ("bad", "good"):
+            await library.add(spec(name, source))
+    (tmp_path / "store" / "slots" / "bad" / "1" / "manifest.json").write_text("{")
+    async with running(tmp_path) as library:
+        assert library.lookup(ROOT, "bad").kind == "dir"
+        assert library.status("bad").state == "error"
+        assert "cannot be read" in (library.status("bad").error or pytest.fail("no error")).message
+        assert everything(library)["bad"].state == "error"
+        assert library.status("good").state == "cold"
