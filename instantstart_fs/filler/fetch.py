@@ -123,6 +123,8 @@ class Overdue:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._pending: set[Overdue.Cut] = set()
+        self._asleep = False
+        """Whether the thread waits for something to look after: it is woken then only, not for each read."""
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
@@ -135,7 +137,8 @@ class Overdue:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._look, name="overdue", daemon=True)
                 self._thread.start()
-            elif len(self._pending) == 1:
+            elif self._asleep:
+                self._asleep = False
                 self._changed.notify()
         try:
             yield found
@@ -146,7 +149,8 @@ class Overdue:
     def _look(self) -> None:
         with self._changed:
             while True:
-                self._changed.wait(OVERDUE_LOOK if self._pending else None)
+                self._asleep = not self._pending
+                self._changed.wait(None if self._asleep else OVERDUE_LOOK)
                 now = time.monotonic()
                 for found in [found for found in self._pending if found.at <= now and not found.off]:
                     found.off = True
