@@ -38,7 +38,13 @@ from instantstart_fs.logs import LogFormat, announce, configure_logging
 from instantstart_fs.mount import kernel, session
 from instantstart_fs.mount.handover import Handover, Inherited
 from instantstart_fs.mount.staging import Staging
-from instantstart_fs.service import Notifier, descriptor_store, received_descriptors, watchdog_interval
+from instantstart_fs.service import (
+    Notifier,
+    descriptor_store,
+    received_descriptors,
+    seconds_since_start,
+    watchdog_interval,
+)
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.web.binding import address, bind
 from instantstart_fs.web.health import HealthProbe
@@ -108,15 +114,23 @@ async def serve(
             with contextlib.closing(index):
                 async with trio.open_nursery() as watch:
                     await watch.start(index.run)
-                    library = Library(config, store, index, held=inherited.held if inherited is not None else ())
+                    library = Library(
+                        config,
+                        store,
+                        index,
+                        held=inherited.held if inherited is not None else (),
+                        taking_over=inherited is not None,
+                    )
                     async with library.running(), trio.open_nursery() as nursery:
                         daemon = Daemon(config, library, socket_path)
+                        nursery.start_soon(daemon.handle_signals, signals, nursery.cancel_scope)
+                        mounted = await nursery.start(daemon.keep_mounted, handover)
+                        log.info("the mount answers %.2f s after this process began", seconds_since_start())
                         if config.staging.enabled:
+                            # After the mount: a reader waits for that one.
                             daemon.staging = Staging(library, config.staging)
                             library.watch(daemon.staging)
                             await nursery.start(daemon.staging.run)
-                        nursery.start_soon(daemon.handle_signals, signals, nursery.cancel_scope)
-                        mounted = await nursery.start(daemon.keep_mounted, handover)
                         _write_mountpoint(os.path.dirname(socket_path), mounted.path)
                         daemon.transport = mounted.transport + (f" ({mounted.reason})" if mounted.reason else "")
                         daemon.requests = mounted.requests

@@ -12,9 +12,11 @@ is fetched whole and proven by its digest.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -35,12 +37,14 @@ from instantstart_fs.errors import (
     ReadDeadline,
     StoreFull,
 )
-from instantstart_fs.filler.fetch import Abandoned, Fetcher, new_buffer
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.filler.sources import Locator, Source, expired
 from instantstart_fs.filler.state import FillSettings
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.origins.base import Location, OriginKey
+
+if TYPE_CHECKING:
+    from instantstart_fs.filler.fetch import Fetcher
 
 BLOCK = 4 * 1024 * 1024
 """One GET. The kernel's readahead asks for 128 KiB to 1 MiB at a time."""
@@ -63,6 +67,8 @@ class _Memory:
 
     def before_read(self) -> None:
         if self.abandoned:
+            from instantstart_fs.filler.fetch import Abandoned
+
             raise Abandoned
 
     def progress(self, count: int) -> None:
@@ -92,9 +98,6 @@ class Direct:
         self._broken = broken
         self._answered = answered
         self._failed = failed
-        self._fetcher = Fetcher(
-            WorkerSettings(connect_timeout=settings.connect_timeout, stall_timeout=settings.stall_timeout)
-        )
         self._threads = trio.CapacityLimiter(THREADS)
         self._blocks: OrderedDict[tuple[FileKey, int], bytearray] = OrderedDict()
         self._loading: dict[tuple[FileKey, int], _Loading] = {}
@@ -102,6 +105,14 @@ class Direct:
         self._random = random.Random()
         self.bytes = 0
         """Served since the start."""
+
+    @functools.cached_property
+    def _fetcher(self) -> Fetcher:
+        # Imported here: urllib3 is a tenth of the daemon's start, for what most daemons never do.
+        from instantstart_fs.filler.fetch import Fetcher
+
+        settings = self._settings
+        return Fetcher(WorkerSettings(connect_timeout=settings.connect_timeout, stall_timeout=settings.stall_timeout))
 
     def forget(self, pipeline: str) -> None:
         """Nothing of it is served from memory any more."""
@@ -201,6 +212,8 @@ class Direct:
         where = location
 
         def get() -> None:
+            from instantstart_fs.filler.fetch import new_buffer
+
             self._fetcher.fetch(where, wanted, size, new_buffer(), sink)
             if digest is not None and provable:
                 hasher = new_hasher(digest, size)

@@ -105,6 +105,8 @@ class Filler(CommitEvents, DeliveryEvents):
         self._room_at: dict[str, float] = {}
         self._wakeup = trio.Event()
         self._nursery: trio.Nursery | None = None
+        self._workers_wanted: trio.Event | None = None
+        """Where the workers are to be started later: when."""
         self._retries = 0
         self._fetched = 0
         self._fetched_from: dict[str, int] = {}
@@ -113,19 +115,36 @@ class Filler(CommitEvents, DeliveryEvents):
     # -- the library's side --------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Fill until cancelled; then end the workers and commit what is present. ``started`` when a worker is ready."""
+        """Fill until cancelled; then end the workers and commit what is present. ``started`` when a worker is ready; at
+        once after ``hold_workers``."""
         async with trio.open_nursery() as committing:
             # Outside the workers' nursery: its last commit comes after they have ended.
             committing.start_soon(self._committer.run)
             try:
                 async with trio.open_nursery() as nursery:
                     self._nursery = self._delivery.nursery = nursery
-                    await nursery.start(self._delivery.pool.run)
+                    if self._workers_wanted is None:
+                        await nursery.start(self._delivery.pool.run)
+                    else:
+                        nursery.start_soon(self._run_workers_later, self._workers_wanted)
                     nursery.start_soon(self._pump)
                     task_status.started()
             finally:
                 self._nursery = self._delivery.nursery = None
                 committing.cancel_scope.cancel()
+
+    async def _run_workers_later(self, wanted: trio.Event) -> None:
+        await wanted.wait()
+        await self._delivery.pool.run()
+
+    def hold_workers(self) -> None:
+        """Before ``run``: start no worker until ``start_workers``. What is asked for meanwhile waits for one."""
+        self._workers_wanted = trio.Event()
+
+    def start_workers(self) -> None:
+        """Where they were held. Idempotent."""
+        if self._workers_wanted is not None:
+            self._workers_wanted.set()
 
     def demand(self, target: FillTarget, wanted: ByteRange) -> None:
         """A reader waits for these bytes: they go ahead of all background work. Idempotent and cheap."""

@@ -86,11 +86,13 @@ class Library:
         index: Index,
         *,
         held: Sequence[int] = (),
+        taking_over: bool = False,
         now_ns: Callable[[], int] = time.time_ns,
         boot: Callable[[], float] = boottime,
         boot_id: Callable[[], str] = boot_identity,
     ) -> None:
-        """``held``: the nodeids that the kernel holds open from an earlier daemon, one for each handle. ``now_ns``: the
+        """``held``: the nodeids that the kernel holds open from an earlier daemon, one for each handle.
+        ``taking_over``: readers wait for the mount; fetch workers are not started before ``settle``. ``now_ns``: the
         wall clock. ``boot``: one that nobody sets, seconds; ``boot_id``: since which start of the machine it runs."""
         self._held = held
         self._config = config
@@ -123,6 +125,8 @@ class Library:
         self._admissions = Admissions(self._evictor)
         reports = Reports(self._shelf, self._open_files, self.observer, self._admissions, self._evictor.nudge)
         self._filler = Filler(store, index, settings, reports, make_room=self._evictor.make_room)
+        if taking_over:
+            self._filler.hold_workers()
         self._reading = Reading(
             self._shelf,
             self._access,
@@ -271,6 +275,7 @@ class Library:
 
     def settle(self, *, resumed: bool) -> None:
         self._reading.drop_inherited()
+        self._filler.start_workers()
         if resumed:
             self._shelf.expire_names()
 

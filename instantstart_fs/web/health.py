@@ -6,6 +6,7 @@ reported, and not started again while it hangs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 
@@ -38,11 +39,17 @@ class HealthProbe:
     """``prove_index`` writes to the index; ``statistics`` are the filler's."""
 
     def __init__(
-        self, mount: str, prove_index: Callable[[], Awaitable[None]], statistics: Callable[[], FillStatistics]
+        self,
+        mount: str,
+        prove_index: Callable[[], Awaitable[None]],
+        statistics: Callable[[], FillStatistics],
+        look: Callable[[str], str | None] | None = None,
     ) -> None:
+        """``look``: what is wrong with a mount, in a thread; for tests."""
         self._mount = mount
         self._prove_index = prove_index
         self._statistics = statistics
+        self._look = look or look_at_mount
         self._lock = trio.Lock()
         self._kept: tuple[float, Health] | None = None
         self._stuck = 0
@@ -68,26 +75,23 @@ class HealthProbe:
     async def _probe_mount(self) -> str | None:
         if self._stuck:
             return "does not answer"
-        failures: list[OSError] = []
+        found: list[str | None] = []
         token = trio.lowlevel.current_trio_token()
 
         def probe() -> None:
-            # In a thread: the answer comes from this process's own loop. statvfs is never answered from a cache.
+            # In a thread: the answer comes from this process's own loop.
             try:
-                os.statvfs(self._mount)
-                if not os.path.ismount(self._mount):
-                    failures.append(OSError(0, "nothing is mounted there"))
-            except OSError as error:
-                failures.append(error)
+                found.append(self._look(self._mount))
             finally:
-                token.run_sync_soon(self._came_back)
+                with contextlib.suppress(trio.RunFinishedError):
+                    token.run_sync_soon(self._came_back)
 
         self._stuck += 1
         with trio.move_on_after(PROBE_DEADLINE) as scope:
             await trio.to_thread.run_sync(probe, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
         if scope.cancelled_caught:
             return f"does not answer within {PROBE_DEADLINE:g} s"
-        return str(failures[0].strerror) if failures else None
+        return found[0]
 
     def _came_back(self) -> None:
         self._stuck -= 1
@@ -105,3 +109,13 @@ class HealthProbe:
 
     def _probe_workers(self) -> str | None:
         return None if self._statistics().workers else "no fetch worker is ready"
+
+
+def look_at_mount(mount: str) -> str | None:
+    """What is wrong with it, None if nothing. Blocks as long as the mount does: statvfs is never answered from a
+    cache."""
+    try:
+        os.statvfs(mount)
+        return None if os.path.ismount(mount) else "nothing is mounted there"
+    except OSError as error:
+        return error.strerror or str(error)

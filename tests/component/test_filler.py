@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import ManifestFile
@@ -123,6 +124,20 @@ def blocks(target: FillTarget) -> int:
 def stored(target: FillTarget) -> bytes:
     assert target.blob is not None
     return target.blob.pread(0, target.entry.file.size)
+
+
+async def test_held_workers_start_when_they_are_told_to(store: BlobStore, index: Index) -> None:
+    filler = Filler(store, index, QUICK, Recorder())
+    filler.hold_workers()
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(filler.run)
+            await trio.testing.wait_all_tasks_blocked()
+            assert filler.statistics().workers == 0
+            filler.start_workers()
+            filler.start_workers()
+            await until(lambda: filler.statistics().workers > 0)
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_file_is_fetched_sealed_and_recorded(server: ByteServer, store: BlobStore, index: Index) -> None:

@@ -62,6 +62,10 @@ class Machine:
             f'PYTHONPATH={REPOSITORY} PYTHONDONTWRITEBYTECODE=1 exec {sys.executable} -m instantstart_fs.cli "$@"\n'
         )
         program.chmod(0o755)
+        # As pip does when it installs: a start that compiles is another start.
+        subprocess.run(
+            [sys.executable, "-m", "compileall", "-q", REPOSITORY / "instantstart_fs"], check=True, timeout=120
+        )
         self._binds = [REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), *binds]
         self._process: subprocess.Popen[bytes] | None = None
         self._name = f"instantstart-{os.getpid()}"

@@ -1,0 +1,18 @@
+"""What the daemon imports before its mount answers: readers wait for it at each restart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+LATER = {
+    "asyncio", "boto3", "botocore", "httpx2", "huggingface_hub", "hypercorn", "jinja2", "prometheus_client", "rich",
+    "starlette", "torch", "urllib3",
+}  # fmt: skip
+"""Each costs 30 ms and more, and is for origins, the page or a terminal."""
+
+
+def test_a_start_imports_nothing_that_the_mount_does_not_need() -> None:
+    program = "import sys, instantstart_fs.cli.app, instantstart_fs.daemon; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert LATER & set(done.stdout.split()) == set()
