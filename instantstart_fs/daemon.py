@@ -369,6 +369,9 @@ class Daemon:
                     self._compare(spec, self._library.spec(spec.id))
                     if self._library.spec(spec.id).pinned != spec.pinned and spec.pinned:
                         await self._library.set_pinned(spec.id, True)
+                    if self._library.spec(spec.id).quota != spec.quota:
+                        await self._library.set_quota(spec.id, spec.quota)
+                        log.info("its quota is now %s", spec.quota or "unlimited", extra={"pipeline": spec.id})
                     return
                 await self._library.add(spec)
                 self._failed.pop(spec.id, None)
@@ -388,7 +391,7 @@ class Daemon:
 
     @staticmethod
     def _compare(wanted: PipelineSpec, found: PipelineSpec) -> None:
-        if msgspec.structs.replace(wanted, pinned=found.pinned) != found:
+        if msgspec.structs.replace(wanted, pinned=found.pinned, quota=found.quota) != found:
             log.warning(
                 "differs from its configuration; `instantstart remove %s` and SIGHUP make it anew",
                 wanted.id,

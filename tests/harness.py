@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,26 @@ def mounted(path: str | os.PathLike[str]) -> bool:
     return any(line.split()[4] == wanted for line in Path("/proc/self/mountinfo").read_text().splitlines())
 
 
+@contextlib.contextmanager
+def loop_ext4(directory: Path, size: int) -> Iterator[Path]:
+    """The mountpoint of a fresh ext4 of ``size`` bytes, a loop-mounted image in ``directory``; unmounted, lazily, in
+    the end. Skips the test where none can be mounted."""
+    image, mountpoint = directory / "ext4.img", directory / "ext4"
+    mountpoint.mkdir()
+    with image.open("wb") as file:
+        file.truncate(size)
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("there is no mkfs.ext4")
+    must("mkfs.ext4", "-q", "-m", "0", image, timeout=30)
+    done = run("mount", "-o", "loop", image, mountpoint, timeout=30)
+    if done.returncode != 0:
+        pytest.skip(f"no loop device can be mounted here: {done.stderr.strip()}")
+    try:
+        yield mountpoint
+    finally:
+        unmount(mountpoint)
+
+
 def unmount(path: str | os.PathLike[str]) -> None:
     while mounted(path):
         command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
@@ -181,7 +202,11 @@ class Daemon:
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start without waiting."""
-        command = [*self._prefix, sys.executable, "-m", "instantstart_fs.cli", "serve", "--config", str(self.config)]
+        return self.launch(self._prefix)
+
+    def launch(self, prefix: Sequence[str], pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        """The daemon's own command, run by ``prefix``, which inherits ``pass_fds``."""
+        command = [*prefix, sys.executable, "-m", "instantstart_fs.cli", "serve", "--config", str(self.config)]
         command += ["--mount", str(self.mount), "--store", str(self.store), "--socket", str(self.socket)]
         with self.log.open("ab") as out:
             return subprocess.Popen(
@@ -191,6 +216,7 @@ class Daemon:
                 stderr=out,
                 env={**os.environ, **self.env},
                 cwd=REPOSITORY,
+                pass_fds=pass_fds,
                 start_new_session=True,
             )
 

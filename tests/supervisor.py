@@ -72,21 +72,9 @@ class Supervised(Daemon):
         self.env |= {"NOTIFY_SOCKET": str(self.kept.path), "FDSTORE": str(PLACES)}
 
     def spawn(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.supervisor"]
-        command += [f"{name}={fd}" for name, fd in self.kept.descriptors.items()]
-        command += ["--", sys.executable, "-m", "instantstart_fs.cli", "serve", "--config", str(self.config)]
-        command += ["--mount", str(self.mount), "--store", str(self.store), "--socket", str(self.socket)]
-        with self.log.open("ab") as out:
-            return subprocess.Popen(
-                [*command, "--log-level", self._log_level],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env={**os.environ, **self.env},
-                cwd=REPOSITORY,
-                pass_fds=list(self.kept.descriptors.values()),
-                start_new_session=True,
-            )
+        kept = self.kept.descriptors
+        supervisor = [sys.executable, "-m", "tests.supervisor", *(f"{name}={fd}" for name, fd in kept.items()), "--"]
+        return self.launch(supervisor, tuple(kept.values()))
 
     def leave(self, *, kill: bool) -> None:
         """SIGTERM or SIGKILL; whatever is mounted stays so."""

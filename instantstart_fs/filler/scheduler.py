@@ -303,13 +303,14 @@ class Filler(CommitEvents, DeliveryEvents):
         if filling is not None:
             self._committer.forget(filling.target)
             self._end(filling, FillCancelled(f"{target.entry.path}: a new incarnation takes its place"))
-        filling = Filling(target, chain_for(target, self._tiers))
+        mismatches = self._quarantine.mismatches(key)
+        # Whose bytes were wrong is not known: from then on the origin alone is asked.
+        filling = Filling(target, chain_for(target, () if mismatches else self._tiers))
         self._fillings[key] = filling
         self._plan.add(key, key.pipeline, filling.source.key, target.present)
         origin = target.origin.key
         trusted = endpoint_trusted(origin.scheme, origin.endpoint)
         target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, trusted)
-        mismatches = self._quarantine.mismatches(key)
         if mismatches:
             self._plan.hold(key, now + self._pacing.backoff(mismatches + 1))
         return filling
@@ -539,6 +540,9 @@ class Filler(CommitEvents, DeliveryEvents):
         key, now = target.key, trio.current_time()
         current = sent.generation == filling.generation
         self._retries += 1
+        if not current and not isinstance(error, StoreError):
+            # Of a link or an address that was given up meanwhile: it says nothing of the present one.
+            return self._requeue(sent)
         if current:
             target.error = error
             self._events.trouble(target, error)
@@ -561,6 +565,8 @@ class Filler(CommitEvents, DeliveryEvents):
             case OriginThrottled():
                 self._pacing.throttled(filling, error, now)
             case OriginMisbehaved():
+                if self._pacing.next_link(filling):
+                    return self._requeue(sent)
                 filling.location = None
                 self._pacing.hold(filling)
             case OriginUnavailable():

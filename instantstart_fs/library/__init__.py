@@ -330,6 +330,11 @@ class Library:
     async def set_pinned(self, pipeline: str, pinned: bool) -> None:
         await self._admin.set_pinned(pipeline, pinned)
 
+    async def set_quota(self, pipeline: str, quota: int | None) -> None:
+        """Bytes of disk that its files may take from now on; None: as many as there are. Raises PipelineNotFound,
+        StoreError."""
+        await self._admin.set_quota(pipeline, quota)
+
     def touch(self, pipeline: str) -> None:
         """Count a request now."""
         self._access.record_request(self._shelf.pipeline(pipeline).id, self._shelf.now_ns())
@@ -568,7 +573,10 @@ class Library:
     def candidates(self) -> Sequence[eviction.Candidate]:
         """Every pipeline with cached bytes."""
         found = (self._candidate(pipeline) for pipeline in self._shelf.pipelines.values())
-        return [candidate for candidate in found if candidate.frees]
+        candidates = [candidate for candidate in found if candidate.frees]
+        # Being deleted: taken until it is done, and nothing that anybody could evict once more.
+        candidates += [eviction.Candidate(name, count, 0.0, open=True) for name, count in self._shelf.leaving if count]
+        return candidates
 
     def _candidate(self, pipeline: Pipeline, *, locked: bool | None = None) -> eviction.Candidate:
         """``locked``: whether an administrative change is under way; None: look."""

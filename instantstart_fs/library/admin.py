@@ -184,6 +184,11 @@ class Admin:
         pipeline = generation.pipeline
         if generation.handles or generation not in pipeline.draining:
             return
+        with self._shelf.deleting(generation):
+            await self._drop_generation(generation)
+
+    async def _drop_generation(self, generation: Generation) -> None:
+        pipeline = generation.pipeline
         pipeline.draining.remove(generation)
         self._shelf.forget_generation(generation)
         for file in generation.files:
@@ -212,10 +217,11 @@ class Admin:
             if pipeline.leases:
                 raise PipelineBusy(f"{pipeline_id}: {pipeline.leases} lease(s) hold it; end them first")
             async with self._shelf.uncovered(pipeline):
+                taken = self._shelf.deleting(*pipeline.generations())
                 self._shelf.withdraw(pipeline)
                 self._adding.add(pipeline_id)
                 try:
-                    with trio.CancelScope(shield=True):
+                    with trio.CancelScope(shield=True), taken:
                         cancelled = FillCancelled(f"{pipeline_id}: the pipeline was removed")
                         self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
                         await self._reading.filler.wait_quiet(pipeline_id)
@@ -250,30 +256,31 @@ class Admin:
                     refuse(pipeline)
                 dropped = sum(file.cached_bytes for file in old.files)
                 cancelled = FillCancelled(f"{pipeline_id}: the pipeline was evicted")
-                self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
-                shelf.switch_generation(pipeline, old.manifest, base)
-                shelf.forget_generation(old)
-                new = pipeline.current
-                assert new is not None
-                new.ready = trio.Event()
-                # Half an eviction would leave bytes that the index calls sealed under a fill that writes over them.
-                with trio.CancelScope(shield=True):
-                    try:
-                        await self._reading.filler.wait_quiet(pipeline_id)
-
-                        def forget_files(txn: WriteTxn) -> None:
-                            txn.delete_files(pipeline_id, old.number)
-                            txn.put_generation(_generation_record(new.manifest, new.base))
-
-                        drop_targets(old)
+                with shelf.deleting(old):
+                    self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
+                    shelf.switch_generation(pipeline, old.manifest, base)
+                    shelf.forget_generation(old)
+                    new = pipeline.current
+                    assert new is not None
+                    new.ready = trio.Event()
+                    # Half an eviction would leave bytes that the index calls sealed under a fill that writes over them.
+                    with trio.CancelScope(shield=True):
                         try:
-                            await shelf.index.write(forget_files)
+                            await self._reading.filler.wait_quiet(pipeline_id)
+
+                            def forget_files(txn: WriteTxn) -> None:
+                                txn.delete_files(pipeline_id, old.number)
+                                txn.put_generation(_generation_record(new.manifest, new.base))
+
+                            drop_targets(old)
+                            try:
+                                await shelf.index.write(forget_files)
+                            finally:
+                                # Also when the index could not be told: missing bytes heal, overwritten ones would lie.
+                                await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
                         finally:
-                            # Also when the index could not be told: missing bytes heal, overwritten ones would lie.
-                            await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
-                    finally:
-                        new.ready.set()
-                        new.ready = None
+                            new.ready.set()
+                            new.ready = None
                 pipeline.trouble = None
                 pipeline.changed()
         log.info("evicted: %d bytes", dropped, extra={"pipeline": pipeline_id})
@@ -289,6 +296,20 @@ class Admin:
             await trio.to_thread.run_sync(self._shelf.store.write_pipeline, spec)
             await self._shelf.index.write(lambda txn: txn.put_pipeline(record))
             pipeline.spec, pipeline.pinned = spec, pinned
+            pipeline.changed()
+
+    async def set_quota(self, pipeline_id: str, quota: int | None) -> None:
+        """From the next admission on. What is there stays, and so does what was admitted."""
+        pipeline = self._shelf.pipeline(pipeline_id)
+        async with pipeline.lock:
+            self._still_there(pipeline)
+            spec = msgspec.structs.replace(pipeline.spec, quota=quota)
+            number = pipeline.outline.number if pipeline.outline else 0
+            record = msgspec.structs.replace(self._pipeline_record(pipeline, number, pipeline.pinned), spec=spec)
+            await trio.to_thread.run_sync(self._shelf.store.write_pipeline, spec)
+            await self._shelf.index.write(lambda txn: txn.put_pipeline(record))
+            pipeline.spec = spec
+            pipeline.uncached = None  # what the old one refused is asked anew
             pipeline.changed()
 
     async def verify(

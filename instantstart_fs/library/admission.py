@@ -1,20 +1,22 @@
 """Whether bytes of a pipeline may come into the store: asked before the first of them is written.
 
-A fill is admitted whole, with all that it still needs; a single read (a header, a tokenizer) with its chunks. What is
-refused is served straight from the origin and not kept (filler/direct.py), and the pipeline's ``uncached`` says why.
-Reads ask again every RETRY_SECONDS, so that it recovers by itself; so does the evictor's look (``reconsider``).
+A fill is admitted whole, with all that it still needs; a single read (a header, a tokenizer) with its chunks. Both
+count as promised until they come: whoever is admitted after them finds that room taken. What is refused is served
+straight from the origin and not kept (filler/direct.py), and the pipeline's ``uncached`` says why. Reads ask again
+every RETRY_SECONDS, so that it recovers by itself; so does the evictor's look (``reconsider``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import trio
 
+from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.filler.evictor import Evictor
-from instantstart_fs.library.state import Generation, Pipeline, Uncached
+from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Uncached
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,8 @@ class Admissions:
             generation.filling_everything = everything
             self._slack_until = 0.0
 
-        needed = generation.missing_bytes(everything=everything)
+        needed = generation.needed_bytes(everything=everything)
+        needed += generation.admitted_beside(filling=True, everything=everything)
         refusal = await self._evictor.admit(
             pipeline.id, needed, promise, own=pipeline.allocated, quota=pipeline.spec.quota
         )
@@ -54,9 +57,13 @@ class Admissions:
             return None
         return self._refuse(pipeline, str(refusal), RETRY_SECONDS)
 
-    async def some(self, generation: Generation, needed: int) -> bool:
-        """Admit ``needed`` bytes that one reader waits for."""
+    async def some(self, file: CachedFile, present: ChunkMap, chunks: Sequence[int]) -> bool:
+        """Admit those of these chunks that are not here, for a reader that waits for them."""
+        generation = file.generation
         pipeline = generation.pipeline
+        needed = sum(generation.unadmitted(file, present, chunks).values())
+        if not needed:
+            return True
         now = trio.current_time()
         if pipeline.uncached is not None and now < pipeline.uncached.retry_at:
             return False
@@ -65,14 +72,22 @@ class Admissions:
                 self._slack, self._slack_until = self._evictor.slack(), now + SLACK_SECONDS
             if needed <= self._slack:
                 self._slack -= needed
+                generation.admit(file, present, chunks)
                 return True
         self._slack_until = 0.0
+
+        def promise() -> None:
+            generation.admit(file, present, chunks)
+            self._slack_until = 0.0
+
+        # What is promised to this pipeline already is not there yet, and will be.
+        needed += generation.promised_bytes
         refusal = await self._evictor.admit(
-            pipeline.id, needed, _nothing, own=pipeline.allocated, quota=pipeline.spec.quota
+            pipeline.id, needed, promise, own=pipeline.allocated, quota=pipeline.spec.quota
         )
         if refusal is not None:
             # What people want to know is what the whole of it would take.
-            missing = max(needed, generation.missing_bytes(everything=False))
+            missing = max(needed, generation.needed_bytes(everything=False))
             whole = self._evictor.decide(pipeline.id, missing, own=pipeline.allocated, quota=pipeline.spec.quota)
             self._refuse(pipeline, str(whole.refusal or refusal), RETRY_SECONDS)
         return refusal is None
@@ -90,7 +105,7 @@ class Admissions:
             generation = pipeline.current
             if generation is None or now < pipeline.uncached.retry_at:
                 continue
-            needed = generation.missing_bytes(everything=False)
+            needed = generation.needed_bytes(everything=False)
             decision = self._evictor.decide(pipeline.id, needed, own=pipeline.allocated, quota=pipeline.spec.quota)
             if decision.refusal is None:
                 self._clear(pipeline)
@@ -111,7 +126,3 @@ class Admissions:
             log.info("there is room again", extra={"pipeline": pipeline.id})
             pipeline.uncached = None
             pipeline.changed()
-
-
-def _nothing() -> None:
-    """A single read's chunks come at once: nobody needs to remember that they were promised."""

@@ -153,5 +153,6 @@ def unused(pipeline: Pipeline) -> bool:
         generation.handles
         or generation.keeps
         or generation.filling_load_set
+        or generation.admitted
         or any(file.reader is not None or file.passed for file in generation.files)
     )

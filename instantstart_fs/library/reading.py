@@ -268,6 +268,8 @@ class Reading:
                 failed = False
             finally:
                 self._observer.waited(file, trio.current_time() - since, failed=failed)
+                if target.failed:
+                    file.generation.unpromise(file)
         except StoreFull as error:
             self._admissions.disk_full(file.generation.pipeline, error)
             return False
@@ -275,12 +277,10 @@ class Reading:
 
     async def _admitted(self, file: CachedFile, target: FillTarget, wanted: ByteRange) -> bool:
         """Whether the chunks of ``wanted`` may come into the store."""
-        generation = file.generation
         if self.filler.in_background(target):
             return True
         chunks = target.present.chunks_of(wanted) if target.serve_unsealed else range(target.present.chunks)
-        needed = sum(target.present.byte_range(chunk).length for chunk in chunks if chunk not in target.present)
-        return await self._admissions.some(generation, needed)
+        return await self._admissions.some(file, target.present, chunks)
 
     async def _read_through(self, file: CachedFile, offset: int, view: memoryview) -> int:
         """Straight from the origin; nothing of it is kept."""
@@ -323,16 +323,19 @@ class Reading:
     async def _start_fill(
         self, generation: Generation, first: CachedFile | None, *, everything: bool
     ) -> Uncached | None:
+        if generation.ready is not None:
+            await generation.ready.wait()  # its old bytes are still being deleted, and count
         under_way = generation.filling_load_set and self.filler.is_filling(generation.pipeline.id)
         if first is not None and (
             under_way or generation is not generation.pipeline.current or not generation.in_load_set(first.entry.index)
         ):
             target = await self.target(first)
             if target is not None and not self.filler.in_background(target):
-                missing = first.size - target.present.present_bytes
-                if not await self._admissions.some(generation, missing):
+                if not await self._admissions.some(first, target.present, range(target.present.chunks)):
                     return generation.pipeline.uncached
                 self.filler.fill_also(target)
+                if target.failed:
+                    generation.unpromise(first)
                 generation.pipeline.changed()
             return None
         refused = await self._admissions.whole(generation, everything=everything)

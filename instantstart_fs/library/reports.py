@@ -6,6 +6,7 @@ takes them from ``replaced`` (library/reading.py).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -78,6 +79,7 @@ class Reports(FillEvents):
         file.state = FileState.FILLING
         length = target.present.byte_range(chunk).length
         file.generation.grew(file, length)
+        file.generation.admitted.pop((file.entry.index, chunk), None)
         self._observer.fetched(file, length)
         pipeline = file.generation.pipeline
         if pipeline.trouble is not None and pipeline.trouble.final and pipeline.trouble.file is file:
@@ -117,6 +119,12 @@ class Reports(FillEvents):
         if file is None:
             return
         file.generation.filling_load_set = False
+        file.generation.unpromise(file)
+        blob = target.blob
+        if blob is not None and blob.fd >= 0:
+            # Space was set aside for chunks that were on their way: it stays taken until they are fetched again.
+            with contextlib.suppress(InstantStartError):
+                file.generation.measured(file, blob.allocated_bytes())
         file.generation.counts_changed()
         if isinstance(error, StoreFull):
             self._admissions.disk_full(file.generation.pipeline, error)
@@ -201,6 +209,7 @@ class Reports(FillEvents):
         pipeline = file.generation.pipeline
         file.state = FileState.POISONED
         self._observer.poisoned(file)
+        file.generation.unpromise(file)
         drop_target(file)
         harm = Harm(pipeline.id, file.entry.path, error.message, file.handles) if file.handles else None
         new = self._shelf.replace_file(file, error)

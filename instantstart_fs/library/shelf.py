@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -81,6 +81,8 @@ class Shelf:
         """Of those that ``load`` found: what had no summary, and may hold what a crash left."""
         self.read_whole = 0
         """How many generations were read from their manifests."""
+        self.leaving: list[tuple[str, int]] = []
+        """(pipeline, bytes of disk): what is out of view and not deleted yet."""
         self._spare = range(0)
         self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
 
@@ -382,6 +384,17 @@ class Shelf:
             self._retire_files(old)
         pipeline.changed()
         return old
+
+    @contextmanager
+    def deleting(self, *generations: Generation) -> Iterator[None]:
+        """Meanwhile their bytes count as taken, although nobody finds them any more."""
+        count = sum(generation.own_allocated + generation.promised_bytes for generation in generations)
+        entry = (generations[0].pipeline.id, count) if generations else ("", 0)
+        self.leaving.append(entry)
+        try:
+            yield
+        finally:
+            self.leaving.remove(entry)
 
     def _retire_files(self, generation: Generation) -> None:
         for file in generation.files:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -115,6 +115,11 @@ class CachedFile:
         return self.chunk_map().present_bytes if self.bitmap else 0
 
 
+OVERHEAD_BLOCKS = 3
+"""What a file takes on the disk beyond its bytes, at most: the rest of its last block, its seal record, the map of its
+extents."""
+
+
 class Uncached(NamedTuple):
     """A pipeline's reads are served straight from its origin. ``retry_at``: trio.current_time() from which on it is
     asked for room again."""
@@ -148,6 +153,8 @@ class Generation:
         """How many count on finding this very object again in its pipeline; see ``kept``."""
         self.filling_load_set = False
         self.filling_everything = False
+        self.admitted: dict[tuple[int, int], int] = {}
+        """(file, chunk) → bytes: what single reads were admitted for and what has not come yet."""
         self.block = 4096
         """Of the store's filesystem, bytes."""
         self._counts: Counts | None = None
@@ -297,10 +304,50 @@ class Generation:
         counts = self.counts
         return self.total_bytes - counts.everything if everything else self.load_bytes - counts.cached
 
+    def needed_bytes(self, *, everything: bool) -> int:
+        """Bytes of disk that the fill of what is missing takes, at most."""
+        missing = self.missing_bytes(everything=everything)
+        return missing + self._overhead(everything=everything) if missing else 0
+
+    def _overhead(self, *, everything: bool) -> int:
+        unfinished = len(self.files) - self.counts.finished if everything else len(self.load_set) - self.counts.complete
+        return unfinished * OVERHEAD_BLOCKS * self.block
+
     @property
     def promised_bytes(self) -> int:
-        """What the fill under way still has to bring."""
-        return self.missing_bytes(everything=self.filling_everything) if self.filling_load_set else 0
+        """Bytes of disk that were admitted and are still to come: by the fill under way, and for single reads."""
+        promised = 0
+        if self.filling_load_set:
+            everything = self.filling_everything
+            promised = self.missing_bytes(everything=everything) + self._overhead(everything=everything)
+        return promised + self.admitted_beside(filling=self.filling_load_set, everything=self.filling_everything)
+
+    def admitted_beside(self, *, filling: bool, everything: bool) -> int:
+        """Bytes admitted for single reads that are no part of such a fill."""
+        if not self.admitted or (filling and everything):
+            return 0
+        return sum(
+            length for (index, _), length in self.admitted.items() if not (filling and index in self._in_load_set)
+        )
+
+    def admit(self, file: CachedFile, present: ChunkMap, chunks: Sequence[int]) -> None:
+        """Those of these chunks that are not here were admitted: they count as promised until they come."""
+        self.admitted.update(self.unadmitted(file, present, chunks))
+
+    def unadmitted(self, file: CachedFile, present: ChunkMap, chunks: Sequence[int]) -> dict[tuple[int, int], int]:
+        """Those that are neither here nor promised to a single read, with their bytes of disk."""
+        index = file.entry.index
+        return {
+            (index, chunk): self._rounded(present.byte_range(chunk).length)
+            for chunk in chunks
+            if chunk not in present and (index, chunk) not in self.admitted
+        }
+
+    def unpromise(self, file: CachedFile) -> None:
+        """Nothing more of this file will come for the reads that were admitted."""
+        index = file.entry.index
+        for key in [key for key in self.admitted if key[0] == index]:
+            del self.admitted[key]
 
     @property
     def counts(self) -> Counts:

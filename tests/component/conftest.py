@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.harness import loop_ext4
+
 
 @pytest.fixture
 def small_ext4(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 of 32 MiB, loop-mounted. Needs root and a loop device."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a loop device needs root")
-    image, mountpoint = tmp_path / "ext4.img", tmp_path / "ext4"
-    mountpoint.mkdir()
-    with image.open("wb") as file:
-        file.truncate(32 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True, timeout=30)
-    mounted = subprocess.run(
-        ["mount", "-o", "loop", str(image), str(mountpoint)], capture_output=True, text=True, timeout=30, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"no loop device can be mounted here: {mounted.stderr.strip()}")
-    try:
+    with loop_ext4(tmp_path, 32 << 20) as mountpoint:
         yield mountpoint
-    finally:
-        subprocess.run(["umount", str(mountpoint)], check=True, timeout=30)

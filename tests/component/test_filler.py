@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -51,6 +50,7 @@ from tests.component.byteserver import (
     make_target,
     sha256,
 )
+from tests.harness import loop_ext4
 
 CHUNK = 64 * 1024
 QUICK = FillSettings(
@@ -690,21 +690,8 @@ async def test_unsealed_bytes_are_held_back(
 
 @pytest.fixture
 def small_filesystem(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 24 MB. Needs root."""
-    mountpoint = tmp_path / "small"
-    mountpoint.mkdir()
-    image = tmp_path / "image"
-    with image.open("wb") as file:
-        file.truncate(24 << 20)
-    try:
-        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True, capture_output=True)
-        subprocess.run(["mount", "-o", "loop", str(image), str(mountpoint)], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no small filesystem can be mounted here: {error}")
-    try:
+    with loop_ext4(tmp_path, 24 << 20) as mountpoint:
         yield mountpoint
-    finally:
-        subprocess.run(["umount", "-l", str(mountpoint)], check=False)
 
 
 async def test_a_full_store_fails_that_pipeline_or_waits_for_room(
@@ -814,6 +801,60 @@ async def test_a_tier_is_asked_first_and_the_origin_when_it_fails(
                 nursery.cancel_scope.cancel()
         assert tier_server.log and server.log
     assert stored(target) == data
+
+
+def lies_about_length(handler: Handler, path: str, start: int, stop: int) -> bool:
+    handler.send_response(206)
+    handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{stop - start + 7}")
+    handler.send_header("Content-Length", str(stop - start))
+    handler.end_headers()
+    handler.wfile.write(bytes(stop - start))
+    return True
+
+
+def has_other_bytes(handler: Handler, path: str, start: int, stop: int) -> bool:
+    handler.send_response(206)
+    handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(handler.server.files[path])}")
+    handler.send_header("Content-Length", str(stop - start))
+    handler.end_headers()
+    handler.wfile.write(bytes(stop - start))
+    return True
+
+
+def hangs(handler: Handler, path: str, start: int, stop: int) -> bool:
+    handler.server.gate.wait(20)
+    return True
+
+
+@pytest.mark.parametrize("fault", [lies_about_length, has_other_bytes, hangs])
+async def test_a_tier_that_lies_or_hangs_is_passed_over_and_no_wrong_byte_is_sealed(
+    server: ByteServer, store: BlobStore, index: Index, fault: Callable[[Handler, str, int, int], bool]
+) -> None:
+    data = server.files["a"] = content(8 * CHUNK, 51)
+    with byte_server() as tier_server:
+        tier_server.files["a"] = data
+        tier_server.fault = fault
+        tier_server.gate.clear()
+        tier = FakeOrigin(tier_server.url)
+        origin = FakeOrigin(server.url)
+        target = make_target(store, origin, "a", len(data), digest=sha256(data))
+        events = Recorder()
+        filler = Filler(store, index, QUICK, events, tiers=[lambda target: tier])
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(filler.run)
+                filler.fill("p", [target])
+                if fault is has_other_bytes:
+                    await until(lambda: bool(events.of("poisoned")))
+                    assert not server.log, "nobody had a reason to doubt the tier"
+                    target = make_target(store, origin, "a", len(data), digest=sha256(data), incarnation=1)
+                    filler.fill("p", [target])
+                await wait_state([target], FileState.SEALED)
+                nursery.cancel_scope.cancel()
+        assert tier_server.log and server.log
+        tier_server.gate.set()
+    assert stored(target) == data
+    assert events.of("sealed") == [FileState.SEALED]
 
 
 async def test_workers_end_with_the_filler(server: ByteServer, store: BlobStore, index: Index) -> None:

@@ -288,7 +288,7 @@ async def test_hot_pipelines_stay_whatever_the_watermark_says(tmp_path: Path) ->
             library.touch(pipeline)
         await library.warm("a")
         await wait_state(library, "a", "unverified")
-        with pytest.raises(StoreFull, match=r"store full: needs 8\.4 MB; evictable 0 B; hot: a"):
+        with pytest.raises(StoreFull, match=r"store full: needs 8\.5 MB; evictable 0 B; hot: a"):
             await library.warm("b")
         assert await library._evictor.make_room("b") is False
         assert library.status("a").state == "unverified"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, REPOSITORY, Daemon, model_directory, must, run, wait_for
+from tests.harness import MIB, REPOSITORY, Daemon, loop_ext4, model_directory, must, run, wait_for
 from tests.servers.blackhole import BlackHole
 from tests.servers.hub import HubServer
 from tests.servers.seaweed import SeaweedServer
@@ -222,19 +221,9 @@ def test_an_origin_that_accepts_and_never_answers(
 
 @pytest.fixture
 def tight_ext4(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 of 64 MiB, loop-mounted: room for the index and about one shard and a half."""
-    image, mountpoint = tmp_path / "ext4.img", tmp_path / "ext4"
-    mountpoint.mkdir()
-    with image.open("wb") as file:
-        file.truncate(64 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", str(image)], check=True, timeout=30)
-    done = run("mount", "-o", "loop", image, mountpoint, timeout=30)
-    if done.returncode != 0:
-        pytest.skip(f"no loop device can be mounted here: {done.stderr.strip()}")
-    try:
+    """Room for the index and about one shard and a half."""
+    with loop_ext4(tmp_path, 64 * MIB) as mountpoint:
         yield mountpoint
-    finally:
-        subprocess.run(["umount", "-l", str(mountpoint)], check=True, timeout=30)
 
 
 def test_a_full_disk_is_said_and_breaks_no_warm_pipeline(
