@@ -41,9 +41,10 @@ def why_no_machine() -> str | None:
 
 class Machine:
     """``directory``: takes what outlives a reboot. ``binds``: host directories visible inside, read-only, at the same
-    path. ``store``: the host's directory behind /var/lib/instantstart."""
+    path. ``bare``: nothing is installed, and /opt is the machine's own. The directory's ``store`` is behind
+    /var/lib/instantstart."""
 
-    def __init__(self, directory: Path, *, binds: Sequence[Path] = ()) -> None:
+    def __init__(self, directory: Path, *, binds: Sequence[Path] = (), bare: bool = False) -> None:
         self.directory = directory
         self.units = directory / "units"
         self.etc = directory / "etc"
@@ -52,7 +53,16 @@ class Machine:
         self.log = directory / "console.log"
         for path in (self.units, self.etc, self.opt / "bin", self.store):
             path.mkdir(parents=True, exist_ok=True)
-        files = directory / "files"
+        self._bare = bare
+        if not bare:
+            self._install()
+        self._binds = [REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), *binds]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._name = f"instantstart-{os.getpid()}"
+
+    def _install(self) -> None:
+        """The files of scripts/install, and this environment in the place of one of its own."""
+        files = self.directory / "files"
         subprocess.run([REPOSITORY / "scripts/install", "--root", files], check=True, timeout=60)
         shutil.copytree(files / "etc/systemd/system", self.units, dirs_exist_ok=True)
         shutil.copytree(files / "opt/instantstart", self.opt, dirs_exist_ok=True)
@@ -66,16 +76,14 @@ class Machine:
         subprocess.run(
             [sys.executable, "-m", "compileall", "-q", REPOSITORY / "instantstart_fs"], check=True, timeout=120
         )
-        self._binds = [REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), *binds]
-        self._process: subprocess.Popen[bytes] | None = None
-        self._name = f"instantstart-{os.getpid()}"
 
     def __enter__(self) -> Machine:
         command = ["systemd-nspawn", "--directory=/", "--volatile=yes", "--boot", "--private-network", "--quiet"]
         command += ["--register=no", "--keep-unit", "--console=pipe", f"--machine={self._name}"]
         command += ["--bind=/dev/fuse", f"--bind={self.store}:/var/lib/instantstart"]
         command += [f"--bind={self.units}:/etc/systemd/system", f"--bind={self.etc}:/etc/instantstart"]
-        command += [f"--bind-ro={self.opt}:/opt/instantstart"]
+        if not self._bare:
+            command += [f"--bind-ro={self.opt}:/opt/instantstart"]
         command += [f"--bind-ro={path}" for path in dict.fromkeys(self._binds)]
         command += ["systemd.unit=multi-user.target", *(f"systemd.mask={unit}.service" for unit in MASKED)]
         with self.log.open("ab") as out:

@@ -97,6 +97,20 @@ def test_restart_kill_and_watchdog_keep_the_mount(machine: Machine, source: Path
     assert mounts(machine) == ""
 
 
+def test_reload_reads_the_pipelines_again(machine: Machine, source: Path) -> None:
+    """The same daemon; what cannot be read leaves everything as it was."""
+    before, file = machine.main_pid(), machine.etc / "config.toml"
+    text = file.read_text()
+    file.write_text(f'{text}[pipelines.again]\nsource = "file://{source}/cold"\n')
+    machine.run("systemctl", "reload", UNIT)
+    machine.run("timeout", "30", "sh", "-c", "until [ -e /models/again/config.json ]; do sleep 0.1; done", timeout=40)
+    file.write_text("[pipelines.again\n")
+    machine.run("systemctl", "reload", UNIT)
+    wait_for(lambda: "the configuration stays as it was" in machine.journal(), "the refusal", 20)
+    check_bytes(machine, source / "warm")
+    assert machine.main_pid() == before and machine.property("NRestarts") == "0"
+
+
 def test_it_is_back_after_a_reboot(machine: Machine, source: Path) -> None:
     machine.instantstart("warm", "warm", "--wait")
     machine.reboot()
