@@ -119,9 +119,9 @@ def index(work: Path, files: int, rounds: int) -> dict[str, Any]:
 def fill_store(root: Path, count: int, files: int, *, warm: bool = False) -> None:
     """A store of ``count`` cold pipelines, as `add` leaves them; or of warm ones, as it is a minute after their fill
     (but for the bytes, which nobody reads here)."""
-    entries = tuple(
-        ManifestFile(f"model-{number:05}-of-{files:05}.safetensors", 1 << 30, "x") for number in range(files)
-    )
+    # Small ones where they count as cached: the evictor would make room at once.
+    size = 4096 if warm else 1 << 30
+    entries = tuple(ManifestFile(f"model-{number:05}-of-{files:05}.safetensors", size, "x") for number in range(files))
     with BlobStore.open(str(root)) as store, Index.open(str(root / "index")) as made:
         for number in range(count):
             name = f"p{number:06}"
@@ -142,8 +142,8 @@ def fill_store(root: Path, count: int, files: int, *, warm: bool = False) -> Non
                 txn.put_generation(GenerationRecord(name, 1, base, files, 8 << 20))
                 for file in generation.files if warm else ():
                     file.state = FileState.SEALED
-                    generation.measured(file, 1 << 30)
-                    txn.put_file(name, 1, file.entry.index, FileRecord("sealed", allocated=1 << 30))
+                    generation.measured(file, size)
+                    txn.put_file(name, 1, file.entry.index, FileRecord("sealed", allocated=size))
                 txn.put_summary(name, summary_of(generation))
 
             made.write_sync(record)

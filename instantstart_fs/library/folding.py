@@ -74,7 +74,7 @@ class Folding:
         names = list(ready)
         for start in range(0, len(names), BATCH):
             await self._settle({name: ready[name] for name in names[start : start + BATCH]})
-        self._fold(here, settled)
+        await self._fold(here, settled)
 
     def _settled(self) -> set[str]:
         return self._shelf.index.read(lambda txn: set(txn.summarized()))
@@ -110,7 +110,7 @@ class Folding:
             if {generation_number(entry) for entry in listed(name)} - {None} == {number}
         ]
 
-    def _fold(self, here: list[Pipeline], settled: set[str]) -> None:
+    async def _fold(self, here: list[Pipeline], settled: set[str]) -> None:
         """Least recently used first."""
         count = sum(pipeline.outline.file_count for pipeline in here if pipeline.outline is not None)
         if count <= MOST_FILES:
@@ -122,6 +122,7 @@ class Folding:
                 count -= generation.file_count
             if count <= MOST_FILES:
                 return
+            await trio.lowlevel.checkpoint()  # what comes next is looked at after it
 
     def _foldable(self, here: list[Pipeline], settled: set[str]) -> Iterator[Pipeline]:
         latest = self._clock() - IDLE_SECONDS

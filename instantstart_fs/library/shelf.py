@@ -160,6 +160,8 @@ class Shelf:
         folded = Folded(generation.pipeline, summary_of(generation), self._unfold)
         self.nodes.fold(generation, folded)
         generation.pipeline.current = folded
+        # It and its files hold each other; an idle daemon's collector would not come by for hours.
+        generation.files = []
 
     def trim(self, generation: Generation) -> None:
         """Give back what a crash left of files whose record does not speak of it. Blocks; nobody may be filling. Raises
