@@ -15,7 +15,7 @@ import pytest
 from instantstart_fs.errors import PipelineNotFound, PrefetchError
 from instantstart_fs.prefetch import LeaseSource, Stager, plan
 from instantstart_fs.prefetch.holding import HoldClient
-from tests.harness import Daemon, wait_for
+from tests.harness import Daemon, model_directory, wait_for
 
 
 def staged(daemon: Daemon, pipeline: str, tmp_path: Path) -> dict[str, bytes]:
@@ -66,6 +66,33 @@ def test_while_it_is_leased_it_is_neither_evicted_nor_removed(
         source.close()
     wait_for(lambda: daemon.status("m")["leases"] == 0, "the lease's end")
     daemon.ok("evict", "m")
+
+
+def test_an_update_beneath_a_lease_changes_none_of_its_bytes(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    origin = model_directory(tmp_path / "origin", seed=1, weights=(3_000_000, 2_000_001))
+    old = {path.name: path.read_bytes() for path in origin.glob("*.safetensors")}
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{origin}")
+    source = LeaseSource("m", str(daemon.socket))
+    opened = list(source.files())
+    try:
+        again = model_directory(tmp_path / "again", seed=2, weights=(3_000_000, 2_000_001))
+        for path in again.glob("*.safetensors"):
+            os.replace(path, origin / path.name)
+        new = {name: (origin / name).read_bytes() for name in old}
+        assert all(new[name] != old[name] for name in old)
+        daemon.ok("update", "m")
+        daemon.warm("m")
+        assert {path.name: path.read_bytes() for path in daemon.path("m").glob("*.safetensors")} == new
+        assert "lease" in daemon.refused(1, "evict", "m")
+        assert {file.path: os.pread(file.fd, file.size, 0) for file in opened} == old
+    finally:
+        for file in opened:
+            file.close()
+        source.close()
+    assert staged(daemon, "m", tmp_path) == new
 
 
 def test_an_unknown_pipeline_is_said(make_daemon: Callable[..., Daemon]) -> None:

@@ -128,3 +128,24 @@ class Throttle:
             begin = max(now, self._free_at)
             self._free_at = begin + count / self._rate
         time.sleep(max(0.0, self._free_at - now))
+
+
+class Threaded:
+    """A backend's threads, started by the first file; each runs ``_run``, taking extents until the process ends."""
+
+    def __init__(self, count: int, rate: float) -> None:
+        self._count = count
+        self._extents = Extents()
+        self._throttle = Throttle(rate)
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, item: Item) -> None:
+        if not self._threads:
+            for number in range(self._count):
+                thread = threading.Thread(target=self._run, name=f"reader-{number}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        self._extents.put(item)
+
+    def _run(self) -> None:
+        raise NotImplementedError

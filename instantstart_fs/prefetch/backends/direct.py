@@ -11,7 +11,7 @@ import os
 import threading
 from typing import Any
 
-from instantstart_fs.prefetch.backends.base import Extents, Item, Throttle
+from instantstart_fs.prefetch.backends.base import Item, Threaded
 from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.plan import BLOCK, EXTENT
 from instantstart_fs.prefetch.reader import read_extent
@@ -22,28 +22,12 @@ SLOTS = 2
 """Page-locked buffers of each reader: one is filled while the other is copied."""
 
 
-class _Readers:
-    """Threads that take extents, until the process ends."""
-
+class _Readers(Threaded):
     name = "direct"
 
-    def __init__(self, readers: int, rate: float) -> None:
-        self._count = readers
-        self._extents = Extents()
-        self._throttle = Throttle(rate)
-        self._threads: list[threading.Thread] = []
-
     def submit(self, item: Item) -> None:
-        if not self._threads:
-            for number in range(self._count):
-                thread = threading.Thread(target=self._run, name=f"reader-{number}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
         os.posix_fadvise(item.plain, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead for what O_DIRECT reads
-        self._extents.put(item)
-
-    def _run(self) -> None:
-        raise NotImplementedError
+        super().submit(item)
 
 
 class DirectCpu(_Readers):

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import mmap
-import threading
 
 from instantstart_fs.errors import StoreDamaged
-from instantstart_fs.prefetch.backends.base import Extents, Item, Throttle
+from instantstart_fs.prefetch.backends.base import Item, Threaded
 from instantstart_fs.prefetch.libtorch import load_torch
 
 
-class Mapped:
+class Mapped(Threaded):
     name = "mmap"
 
     def __init__(self, device: str, rate: float) -> None:
+        super().__init__(1, rate)
         self._device = device
-        self._extents = Extents()
-        self._throttle = Throttle(rate)
-        self._thread: threading.Thread | None = None
 
     def refusal(self) -> str | None:
         return None
-
-    def submit(self, item: Item) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="mapper", daemon=True)
-            self._thread.start()
-        self._extents.put(item)
 
     def _run(self) -> None:
         memory: mmap.mmap | None = None
