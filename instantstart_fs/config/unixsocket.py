@@ -9,16 +9,19 @@ import os
 import socket
 import stat
 import struct
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    import trio
+from typing import NamedTuple, Protocol
 
 SO_PEERGROUPS = 59
 """From asm-generic/socket.h; Python's socket module does not name it."""
 MAX_PATH = 107
 """Bytes: sun_path with its NUL."""
 PROBE_SECONDS = 1.0
+
+
+class Connection(Protocol):
+    """What both socket.socket and trio's have."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
 
 
 class Peer(NamedTuple):
@@ -29,7 +32,7 @@ class Peer(NamedTuple):
     groups: frozenset[int]
 
 
-def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
+def peer_of(connection: Connection) -> Peer:
     """Credentials of the other end at the time it connected."""
     pid, uid, gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     groups = {gid}

@@ -394,7 +394,8 @@ class HoldClient:
     def _ask(self, request: msgspec.Struct, kind: type[_T], more: float = 0.0) -> _T:
         self._socket.settimeout(ANSWER_DEADLINE + more)
         try:
-            self._socket.sendall(msgspec.json.encode(request) + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # refused and closed already: why is there to be read
+                self._socket.sendall(msgspec.json.encode(request) + b"\n")
             line = self._reader.next()
             if line is None:
                 raise PrefetchError("the hold has ended")
