@@ -2,8 +2,8 @@
 
     scripts/bench restart [--rounds N] [--against DIRECTORY]
 
-tests/supervisor.py stands in for systemd, at once and without its own delays; its interpreter's start, about 0.1 s, is
-part of every figure. One thread lists, stats and asks the mount without a break; its longest step is the pause.
+tests/supervisor.py stands in for systemd, at once and without its own delays; its interpreter's start is part of
+every figure. One thread lists, stats and asks the mount without a break; its longest step is the pause.
 --against: a checkout of another version, measured in turn with this one, each with a store of its own.
 """
 
