@@ -2,8 +2,8 @@
 
     scripts/bench restart [--rounds N] [--against DIRECTORY]
 
-tests/supervisor.py stands in for systemd, at once and without its own delays; its interpreter's start is part of
-every figure. One thread lists, stats and asks the mount without a break; its longest step is the pause.
+tests/supervisor.py stands in for systemd, at once and without its own delays; one more start of a bare interpreter
+is part of every figure. One thread lists, stats and asks the mount without a break; its longest step is the pause.
 --against: a checkout of another version, measured in turn with this one, each with a store of its own.
 """
 
@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
-import tests.supervisor
 from bench.common import Rounds, summary, workspace, write_result
-from tests.harness import model_directory
+from tests.harness import REPOSITORY, model_directory
 from tests.supervisor import Supervised
 
 STEP = 0.002
@@ -49,8 +50,7 @@ class Watcher:
         return self.longest
 
 
-def restart(daemon: Supervised, tree: Path, *, kill: bool) -> dict[str, float]:
-    tests.supervisor.REPOSITORY = tree
+def restart(daemon: Supervised, *, kill: bool) -> dict[str, float]:
     watcher = Watcher(daemon.mount)
     try:
         began = time.monotonic()
@@ -69,22 +69,24 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--dir", help="where everything lies (default: the temporary directory)")
     options = parser.parse_args()
-    here = tests.supervisor.REPOSITORY
-    trees = {"this": here, **({"other": options.against.resolve()} if options.against else {})}
+    trees = {"this": REPOSITORY, **({"other": options.against.resolve()} if options.against else {})}
+    for tree in trees.values():
+        # As an installer does: a start that compiles its modules is another start.
+        subprocess.run([sys.executable, "-m", "compileall", "-q", tree / "instantstart_fs"], check=True, timeout=120)
     with workspace(options.dir) as directory, contextlib.ExitStack() as stack:
         contenders = {}
         for name, tree in trees.items():
             model_directory(directory / name / "source", seed=1)
-            tests.supervisor.REPOSITORY = tree
-            daemon = stack.enter_context(Supervised(directory / name / "d"))
+            daemon = Supervised(directory / name / "d")
+            daemon.program = tree
+            stack.enter_context(daemon)
             daemon.ok("add", "p", f"file://{directory / name / 'source'}")
             daemon.ok("warm", "p", "--wait")
             for kill in (False, True):
                 what = f"{name}, {'kill -9' if kill else 'SIGTERM'}"
-                contenders[what] = lambda daemon=daemon, tree=tree, kill=kill: restart(daemon, tree, kill=kill)
+                contenders[what] = lambda daemon=daemon, kill=kill: restart(daemon, kill=kill)
         rounds = Rounds(contenders, options.rounds)
         rounds.run()
-        tests.supervisor.REPOSITORY = here
     result = {
         what: {key: summary(rounds.seconds(what, key)) for key in ("seconds", "end", "ready")} for what in contenders
     }

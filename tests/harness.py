@@ -189,6 +189,8 @@ class Daemon:
         self.env = {"INSTANTSTART_SOCKET": str(self.socket), "HF_HOME": str(directory / "hf"), **(env or {})}
         self._log_level = log_level
         self._prefix = prefix
+        self.program = REPOSITORY
+        """The checkout whose daemon it is; another one for comparisons. Commands are always this one's."""
         self._process: subprocess.Popen[bytes] | None = None
         self._workers: set[int] = set()
 
@@ -215,7 +217,7 @@ class Daemon:
                 stdout=out,
                 stderr=out,
                 env={**os.environ, **self.env},
-                cwd=REPOSITORY,
+                cwd=self.program,
                 pass_fds=pass_fds,
                 start_new_session=True,
             )

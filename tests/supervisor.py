@@ -4,15 +4,14 @@
         daemon.again(kill=True)        # SIGKILL; the next daemon gets the descriptors
         daemon.told("WATCHDOG=1")
 
-As a program, ``supervisor.py NAME=FD… -- COMMAND…`` starts the command as systemd would: descriptors from 3 on,
-LISTEN_PID its own. Ending for good runs systemd/stop-post, as the unit does.
+tests/listenfds.py starts the daemon as systemd would. Ending for good runs systemd/stop-post, as the unit does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -73,7 +72,8 @@ class Supervised(Daemon):
 
     def spawn(self) -> subprocess.Popen[bytes]:
         kept = self.kept.descriptors
-        supervisor = [sys.executable, "-m", "tests.supervisor", *(f"{name}={fd}" for name, fd in kept.items()), "--"]
+        starter = [sys.executable, "-S", "-E", str(REPOSITORY / "tests/listenfds.py")]
+        supervisor = [*starter, *(f"{name}={fd}" for name, fd in kept.items()), "--"]
         return self.launch(supervisor, tuple(kept.values()))
 
     def leave(self, *, kill: bool) -> None:
@@ -87,6 +87,9 @@ class Supervised(Daemon):
         status = self._process.wait(STOP_DEADLINE)
         assert status == (-9 if kill else 0), f"the daemon ended with {status}:\n{self.text()[-3000:]}"
         self._process = None
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # KillMode=mixed: what is left of the service
         wait_for(lambda: not any(alive(pid) for pid in workers), "the workers' end", 15)
 
     def again(self, *, kill: bool) -> Supervised:
@@ -121,30 +124,3 @@ class Supervised(Daemon):
             return next((text for text in self.kept.messages if wanted in text), None)
 
         return str(wait_for(find, f"the notification {wanted!r}", timeout))
-
-
-def main() -> None:
-    split = sys.argv.index("--")
-    given = [word.rpartition("=") for word in sys.argv[1:split]]
-    # Out of the way first: one may lie where another is to go.
-    high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for _, _, fd in given]
-    for _, _, fd in given:
-        os.close(int(fd))
-    for position, fd in enumerate(high):
-        os.dup2(fd, 3 + position)
-        os.close(fd)
-    if given:
-        os.environ |= {
-            "LISTEN_PID": str(os.getpid()),
-            "LISTEN_FDS": str(len(given)),
-            "LISTEN_FDNAMES": ":".join(name for name, _, _ in given),
-        }
-    with contextlib.suppress(KeyError):
-        if os.environ["WATCHDOG_USEC"]:
-            os.environ["WATCHDOG_PID"] = str(os.getpid())
-    command = sys.argv[split + 1 :]
-    os.execv(command[0], command)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import NoReturn
 
+from instantstart_fs.cli import serving
 from instantstart_fs.errors import InstantStartError, UsageError
 
 
@@ -21,9 +22,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(arguments: list[str]) -> int:
     """The exit status. Every error that this project raises becomes one line; others are bugs, and show themselves."""
-    from instantstart_fs.cli.app import app
-
     try:
+        if (plain := serving.plain(arguments)) is not None:
+            serving.serve(**plain)
+        from instantstart_fs.cli.app import app
+
         status = app(args=arguments, prog_name="instantstart", standalone_mode=True)
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from instantstart_fs.cli import completion, show
+from instantstart_fs.cli import completion, serving, show
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.words import human_bytes
@@ -70,23 +70,11 @@ def serve(
     ] = "info",
     log_format: Annotated[
         str,
-        typer.Option("--log-format", metavar="FORMAT", envvar="INSTANTSTART_LOG_FORMAT", help="console or json."),
+        typer.Option("--log-format", metavar="FORMAT", envvar=serving.LOG_FORMAT, help="console or json."),
     ] = "console",
 ) -> None:
     """Run the daemon in the foreground; ready when the mount answers."""
-    from instantstart_fs.config import load_config
-    from instantstart_fs.daemon import run
-
-    if log_level.lower() not in ("debug", "info", "warning", "error"):
-        raise UsageError(f"--log-level: {log_level!r} is none of debug, info, warning, error")
-    if log_format not in ("console", "json"):
-        raise UsageError(f"--log-format: {log_format!r} is neither console nor json")
-    run(
-        load_config(config, mount=mount, store=store),
-        socket_path=socket,
-        log_level=log_level,
-        log_format="json" if log_format == "json" else "console",
-    )
+    serving.serve(config, mount, store, socket, log_level, log_format)
 
 
 @app.command()

@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 import pytest
+import typer
 
-from instantstart_fs.cli import run, show
+from instantstart_fs.cli import run, serving, show
+from instantstart_fs.cli.app import app
 from instantstart_fs.cli.specification import specification
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
@@ -297,6 +299,21 @@ def test_version_and_help(capsys: Any) -> None:
     for command in commands.split():
         assert f"  {command} " in shown
     assert "..." not in shown.partition("Commands:")[2]
+
+
+def test_the_short_way_into_serve_knows_all_that_the_long_one_does() -> None:
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    assert {option: parameter.name for parameter in command.params for option in parameter.opts} == serving.OPTIONS
+    assert serving.plain(["serve"]) == {}
+    words = ["serve", "--mount", "/m", "--log-format=json", "--mount", "/n"]
+    assert serving.plain(words) == {"mount": "/n", "log_format": "json"}
+
+
+@pytest.mark.parametrize(
+    "words", [["ls"], [], ["serve", "--help"], ["serve", "x"], ["serve", "--mount"], ["serve", "--store", "--mount"]]
+)
+def test_what_is_unusual_goes_the_long_way(words: list[str]) -> None:
+    assert serving.plain(words) is None
 
 
 def test_client_commands_import_nothing_heavy() -> None:
