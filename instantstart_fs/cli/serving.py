@@ -6,6 +6,7 @@ their imports (40 ms). Whatever is unusual (--help, a mistake) goes the long way
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -45,9 +46,13 @@ def serve(
     log_format: str = "",
 ) -> NoReturn:
     """Be the daemon until it is stopped, and end the process. Raises UsageError and what ``daemon.run`` raises."""
+    # Imports leave nothing for the collector, which would look through all they made again and again (8 of 160 ms).
+    gc.disable()
     from instantstart_fs.config import load_config
     from instantstart_fs.daemon import run
 
+    gc.freeze()
+    gc.enable()
     if log_level.lower() not in ("debug", "info", "warning", "error"):
         raise UsageError(f"--log-level: {log_level!r} is none of debug, info, warning, error")
     log_format = log_format or os.environ.get(LOG_FORMAT) or "console"
