@@ -4,7 +4,8 @@
         machine.run("systemctl", "start", "instantstart")
 
 /etc/systemd/system, /etc/instantstart and /opt/instantstart are directories of the host, so that they outlive a reboot,
-as does the store; the rest is a tmpfs. There is no network. Commands enter by nsenter, each with a deadline.
+as do the store and the journal; the rest is a tmpfs. There is no network. Commands enter by nsenter, each with a
+deadline.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,8 @@ from tests.harness import REPOSITORY, Hung, wait_for
 
 OPT_IN = "INSTANTSTART_NSPAWN"
 BOOT_DEADLINE = 60.0
+REBOOTS = 133
+"""systemd-nspawn's exit status when the machine asked for a reboot; systemd-nspawn@.service then starts it again."""
 MASKED = ("systemd-firstboot", "systemd-networkd-wait-online", "systemd-networkd", "fio", "nginx", "ssh", "cron")
 """Units of this system that have no business in there: no network to wait for, nothing of the host's own."""
 
@@ -51,7 +55,8 @@ class Machine:
         self.opt = directory / "opt"
         self.store = directory / "store"
         self.log = directory / "console.log"
-        for path in (self.units, self.etc, self.opt / "bin", self.store):
+        self.logs = directory / "journal"
+        for path in (self.units, self.etc, self.opt / "bin", self.store, self.logs):
             path.mkdir(parents=True, exist_ok=True)
         self._bare = bare
         if not bare:
@@ -59,6 +64,7 @@ class Machine:
         self._binds = [REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), *binds]
         self._process: subprocess.Popen[bytes] | None = None
         self._name = f"instantstart-{os.getpid()}"
+        self._uuid = uuid.uuid4()
 
     def _install(self) -> None:
         """The files of scripts/install, and this environment in the place of one of its own."""
@@ -80,6 +86,7 @@ class Machine:
     def __enter__(self) -> Machine:
         command = ["systemd-nspawn", "--directory=/", "--volatile=yes", "--boot", "--private-network", "--quiet"]
         command += ["--register=no", "--keep-unit", "--console=pipe", f"--machine={self._name}"]
+        command += [f"--uuid={self._uuid}", f"--bind={self.logs}:/var/log/journal"]
         command += ["--bind=/dev/fuse", f"--bind={self.store}:/var/lib/instantstart"]
         command += [f"--bind={self.units}:/etc/systemd/system", f"--bind={self.etc}:/etc/instantstart"]
         if not self._bare:
@@ -169,8 +176,13 @@ class Machine:
         """Of `systemctl show`."""
         return self.run("systemctl", "show", "--value", "-p", name, unit).strip()
 
-    def journal(self, unit: str = "instantstart") -> str:
-        return self.run("journalctl", "-u", unit, "--no-pager", "-o", "cat")
+    def journal(self, *more: str, boot: int = 0) -> str:
+        """What the service said and systemd said of it, or what ``more`` finds. ``boot``: -1 is the one before."""
+        which = more or ("-u", "instantstart")
+        return self.run("journalctl", "-b", str(boot), "--no-pager", "-o", "cat", *which)
+
+    def boot_id(self) -> str:
+        return self.run("cat", "/proc/sys/kernel/random/boot_id").strip()
 
     def main_pid(self) -> int:
         """As the machine numbers it."""
@@ -192,6 +204,13 @@ class Machine:
         wait_for(lambda: self.property("ActiveState", unit) == "active", f"{unit}'s start", timeout)
 
     def reboot(self) -> None:
-        """An orderly power-off and another boot: only what the host's directories hold is left."""
-        self.close()
+        """`systemctl reboot`, and the boot after it: only what the host's directories hold is left."""
+        process = self._process
+        assert process is not None
+        before = self.boot_id()
+        self.run("systemctl", "reboot", check=False)
+        status = process.wait(BOOT_DEADLINE)
+        assert status == REBOOTS, f"the machine ended with {status}:\n{self.log.read_text(errors='replace')[-2000:]}"
+        self._process = None
         self.__enter__()
+        assert self.boot_id() != before

@@ -21,6 +21,7 @@ from tests.nspawn.machine import Machine, why_no_machine
 REASON = why_no_machine()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(900)]
 UNIT = "instantstart.service"
+DESCRIPTION = "Instant Start FS: model weights, read through a mount"
 GOES_ON = "the mount of the daemon before goes on"
 RESTARTS = int(os.environ.get("INSTANTSTART_NSPAWN_RESTARTS", "50"))
 READERS = (("held", "warm"), ("held", "warm"), ("open", "warm"), ("open", "warm")) + (("open", "cold"),) * 4
@@ -113,8 +114,17 @@ def test_reload_reads_the_pipelines_again(machine: Machine, source: Path) -> Non
 
 
 def test_it_is_back_after_a_reboot(machine: Machine, source: Path) -> None:
+    """`systemctl reboot` with a reader in the mount: the stop before it is orderly, and what was warm is warm."""
     machine.instantstart("warm", "warm", "--wait")
+    machine.run("systemd-run", "--unit=reader", "sh", "-c", "exec 3< /models/warm/config.json; exec sleep 1000")
     machine.reboot()
+    lines = machine.journal(boot=-1).splitlines()
+    assert lines.index("info    stopping (SIGTERM)") < lines.index("info    stopped")
+    assert lines[-2:] == [f"{UNIT}: Deactivated successfully.", f"Stopped {UNIT} - {DESCRIPTION}."]
+    everything = machine.journal("-n", "1000", boot=-1)
+    assert "Unmounted var-lib-instantstart.mount" in everything, "something held the store"
+    assert "Unmounting models.mount" not in everything, "the service left its mount to systemd"
+    assert "timed out" not in everything
     machine.wait_active()
     check_bytes(machine, source / "warm")
     assert "warm" in machine.run("ls", "/models/.warm")
