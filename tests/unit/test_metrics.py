@@ -191,7 +191,10 @@ def test_alerts_use_known_metrics_and_are_explained() -> None:
         assert used_names(rule["expr"]) <= known_names(), rule["alert"]
         assert {"summary", "description"} <= set(rule["annotations"])
         assert rule["labels"]["severity"] in ("page", "ticket")
-        assert f"### {rule['alert']}" in operations, f"OPERATIONS.md does not say what to do about {rule['alert']}"
+    alerts = [rule["alert"] for rule in found]
+    assert re.findall("^### (InstantStart.*)$", operations, re.MULTILINE) == alerts, "one section for each, in that order"
+    tried = (DOCS / "alerts.test.yml").read_text()
+    assert [alert for alert in alerts if not re.search(rf"\b{alert}\b", tried)] == []
 
 
 def test_the_dashboard_uses_known_metrics() -> None:
