@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from instantstart_fs.cli import completion, serving, show
+from instantstart_fs.cli.verbs import Unnamed, VerbOrPipeline
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.words import human_bytes
@@ -25,7 +26,10 @@ app = typer.Typer(
 
 NewPipeline = Annotated[str, typer.Argument(metavar="PIPELINE", help="The pipeline's id.", show_default=False)]
 Pipeline = Annotated[
-    str, typer.Argument(help="The pipeline's id.", show_default=False, autocompletion=completion.pipelines)
+    str,
+    typer.Argument(
+        metavar="PIPELINE", help="The pipeline's id.", show_default=False, autocompletion=completion.pipelines
+    ),
 ]
 Socket = Annotated[
     str | None,
@@ -370,9 +374,31 @@ def mark(
         client.mark(pipeline, found, at_ns)
 
 
-@app.command()
+staging = typer.Typer(cls=VerbOrPipeline, help="Bring a pipeline's weights into GPU (or CPU) memory.")
+app.add_typer(staging, name="prefetch")
+
+
+@staging.command(
+    cls=Unnamed,
+    hidden=True,
+    epilog="""What --hold keeps:
+
+    \b
+    instantstart prefetch status [PIPELINE]  Show it.
+    instantstart prefetch release PIPELINE   End it, and free its memory.
+
+    A pipeline that has the name of a verb: instantstart prefetch -- status""",
+)
 def prefetch(
-    pipeline: Pipeline,
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            metavar="PIPELINE",
+            help="The pipeline's id.",
+            show_default=False,
+            autocompletion=completion.verbs_and_pipelines,
+        ),
+    ],
     devices: Annotated[
         str, typer.Option("--devices", metavar="LIST", help="cuda:0,cuda:1 … or cpu; auto: every GPU, else the CPU.")
     ] = "auto",
@@ -396,8 +422,6 @@ def prefetch(
     timeout: Annotated[
         str, typer.Option("--timeout", metavar="TIME", help="How long to hold at most; 0s: no limit.")
     ] = "1h",
-    held: Annotated[bool, typer.Option("--status", help="Only say what is held of this pipeline.")] = False,
-    release: Annotated[bool, typer.Option("--release", help="Only end the hold of this pipeline.")] = False,
     socket: Socket = None,
     json: Json = False,
 ) -> None:
@@ -405,16 +429,6 @@ def prefetch(
     from instantstart_fs.cli import prefetching
     from instantstart_fs.config.units import parse_duration
 
-    if held and release:
-        raise UsageError("--status and --release: one of them")
-    if release:
-        prefetching.release(pipeline)
-        print(f"{pipeline}: released")
-        return
-    if held:
-        found = prefetching.hold_status(pipeline)
-        print(show.as_json(found) if json else prefetching.show_hold(found))
-        return
     prefetching.run(
         pipeline,
         devices=devices,
@@ -432,6 +446,53 @@ def prefetch(
             flush=True,
         ),
     )
+
+
+@staging.command("status")
+def hold_status(
+    pipeline: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PIPELINE",
+            help="All that this user holds if left out.",
+            show_default=False,
+            autocompletion=completion.held,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show what `prefetch --hold` keeps, of one pipeline or of all."""
+    from instantstart_fs.cli import prefetching
+
+    if pipeline is not None:
+        found = prefetching.hold_status(pipeline)
+        print(show.as_json(prefetching.plain(found)) if json else prefetching.show_hold(found))
+        return
+    every, silent = prefetching.hold_statuses()
+    if json:
+        print(show.as_json([prefetching.plain(found) for found in every]))
+    else:
+        print("\n".join(map(prefetching.show_hold, every)) or "nothing is held")
+    for error in silent:
+        print(f"instantstart: {error.message}", file=sys.stderr)
+    if silent:
+        raise typer.Exit(1)
+
+
+@staging.command("release")
+def hold_release(
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            metavar="PIPELINE", help="The pipeline's id.", show_default=False, autocompletion=completion.held
+        ),
+    ],
+) -> None:
+    """End what `prefetch --hold` keeps of a pipeline; returns when its memory is free."""
+    from instantstart_fs.cli import prefetching
+
+    prefetching.release(pipeline)
+    print(f"{pipeline}: released")
 
 
 # ---------------------------------------------------------------- looking

@@ -22,3 +22,15 @@ def pipelines(context: typer.Context, incomplete: str) -> list[str]:
             return client.names(incomplete, deadline=DEADLINE)
     except (InstantStartError, OSError, ValueError):
         return []
+
+
+def verbs_and_pipelines(context: typer.Context, incomplete: str) -> list[str]:
+    """What may follow `prefetch`."""
+    return [verb for verb in ("status", "release") if verb.startswith(incomplete)] + pipelines(context, incomplete)
+
+
+def held(incomplete: str) -> list[str]:
+    """Ids that begin so, of those that this user holds in memory. No daemon is asked."""
+    from instantstart_fs.prefetch.holding import held_pipelines
+
+    return [pipeline for pipeline in held_pipelines() if pipeline.startswith(incomplete)]

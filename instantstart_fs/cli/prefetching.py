@@ -1,4 +1,4 @@
-"""`instantstart prefetch`: stage, show, hold, and ask a hold."""
+"""`instantstart prefetch`: stage, show, hold; `prefetch status` and `prefetch release` ask a hold."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+import msgspec
 
 from instantstart_fs.cli.show import table as columns
 from instantstart_fs.core.words import human_bytes, human_seconds
-from instantstart_fs.errors import DaemonUnreachable, PrefetchError, UsageError
+from instantstart_fs.errors import DaemonUnreachable, InstantStartError, PrefetchError, UsageError
 from instantstart_fs.prefetch import DeviceReport, LeaseSource, Stage, Stager, plan
-from instantstart_fs.prefetch.holding import HoldClient, Holder, HoldStatus, hold_socket
+from instantstart_fs.prefetch.holding import HoldClient, Holder, HoldStatus, held_pipelines, hold_socket
 from instantstart_fs.prefetch.libtorch import load_torch
 
 LINE_SECONDS = 5.0
@@ -88,7 +91,7 @@ def _keep(pipeline: str, stage: Stage, source: LeaseSource, holder: Holder) -> N
     """Until it is released, its time is up, or the lease ends (an error)."""
     left = holder.seconds_left
     limit = f" for {human_seconds(left)}" if left is not None else ""
-    print(f"{pipeline}: held{limit}; `instantstart prefetch {pipeline} --release` ends it", flush=True)
+    print(f"{pipeline}: held{limit}; `instantstart prefetch release {pipeline}` ends it", flush=True)
     while not holder.wait_released(0.2):
         if stage.error is not None:
             raise stage.error
@@ -198,16 +201,35 @@ def hold_status(pipeline: str) -> HoldStatus:
         return client.status()
 
 
+def plain(found: HoldStatus) -> dict[str, Any]:
+    """Its fields, less the tag of the protocol."""
+    fields: dict[str, Any] = msgspec.to_builtins(found)
+    return {name: value for name, value in fields.items() if name != "type"}
+
+
+def hold_statuses() -> tuple[list[HoldStatus], list[InstantStartError]]:
+    """Of all that this user holds, by id; and what kept any of them from an answer."""
+    found, errors = [], []
+    for pipeline in held_pipelines():
+        try:
+            found.append(hold_status(pipeline))
+        except InstantStartError as error:
+            errors.append(error)
+    return found, errors
+
+
 def release(pipeline: str) -> None:
+    """Until the holder is gone, and so its memory. Raises PrefetchError."""
     with HoldClient(pipeline) as client:
         client.release()
+        client.wait_ended()
 
 
 def show_hold(found: HoldStatus) -> str:
     left = "no time limit" if found.seconds_left is None else f"{human_seconds(found.seconds_left)} left"
-    lines = [f"{found.pipeline}: generation {found.generation}, {found.files} files held by pid {found.pid}, {left}"]
-    lines += [
-        f"  {held.device}  {held.backend}  {human_bytes(held.bytes)} of {human_bytes(held.total)}"
-        for held in found.devices
+    heading = f"{found.pipeline}: generation {found.generation}, {found.files} files held by pid {found.pid}, {left}"
+    rows = [
+        (held.device, held.backend, f"{human_bytes(held.bytes)} of {human_bytes(held.total)}") for held in found.devices
     ]
-    return "\n".join(lines)
+    held = columns(("device", "backend", "in place"), rows)
+    return "\n".join([heading, *(f"  {line}" for line in held.splitlines())])

@@ -73,14 +73,20 @@ def _remove_dead(path: str) -> None:
             raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK), path)
     except FileNotFoundError:
         return
+    if answers(path):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def answers(path: str) -> bool:
+    """Whether somebody listens there. Blocks for PROBE_SECONDS at most."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         probe.settimeout(PROBE_SECONDS)
         try:
             probe.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            return
+            return False
         except OSError:
             pass  # a full backlog is a living one too
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
+    return True

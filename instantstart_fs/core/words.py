@@ -15,10 +15,11 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
+    seconds = round(seconds)
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return f"{seconds} s"
     if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+        return f"{seconds // 60} min {seconds % 60} s"
     if seconds < 48 * 3600:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
-    return f"{seconds // 86400:.0f} days"
+        return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+    return f"{seconds // 86400} days"

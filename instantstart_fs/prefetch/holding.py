@@ -42,6 +42,7 @@ MAX_REQUEST = 64 * 1024
 MAX_CONNECTIONS = 64
 ANSWER_DEADLINE = 20.0
 """Seconds for an answer beyond what a request itself allows."""
+_SUFFIX = ".sock"
 _T = TypeVar("_T")
 
 
@@ -151,8 +152,20 @@ def hold_socket(pipeline: str) -> str:
     """Where this user's hold of that pipeline answers: below $INSTANTSTART_PREFETCH_DIR, else the run directory.
     Raises InvalidName."""
     validate_pipeline_id(pipeline)
-    directory = os.environ.get("INSTANTSTART_PREFETCH_DIR") or os.path.join(run_directory(), "prefetch")
-    return os.path.join(directory, f"{pipeline}.sock")
+    return os.path.join(_directory(), f"{pipeline}{_SUFFIX}")
+
+
+def held_pipelines() -> list[str]:
+    """Ids of what is held there, sorted. What a killed holder left behind is none."""
+    try:
+        names = sorted(name for name in os.listdir(_directory()) if name.endswith(_SUFFIX))
+    except OSError:
+        return []
+    return [name.removesuffix(_SUFFIX) for name in names if unixsocket.answers(os.path.join(_directory(), name))]
+
+
+def _directory() -> str:
+    return os.environ.get("INSTANTSTART_PREFETCH_DIR") or os.path.join(run_directory(), "prefetch")
 
 
 class Holder:
@@ -391,6 +404,17 @@ class HoldClient:
         """End the hold."""
         self._ask(ReleaseAll(), Ok)
 
+    def wait_ended(self) -> None:
+        """Until the holder has gone, within ANSWER_DEADLINE. Raises PrefetchError."""
+        self._socket.settimeout(ANSWER_DEADLINE)
+        try:
+            while self._socket.recv(4096):
+                pass
+        except TimeoutError as error:
+            raise PrefetchError(f"{self._path}: was released and is still there after {ANSWER_DEADLINE:g} s") from error
+        except OSError:
+            return  # reset: it is gone
+
     def _ask(self, request: msgspec.Struct, kind: type[_T], more: float = 0.0) -> _T:
         self._socket.settimeout(ANSWER_DEADLINE + more)
         try:
@@ -398,8 +422,10 @@ class HoldClient:
                 self._socket.sendall(msgspec.json.encode(request) + b"\n")
             line = self._reader.next()
             if line is None:
-                raise PrefetchError("the hold has ended")
+                raise PrefetchError(f"{self._path}: the hold has ended")
             answer = _answers.decode(line)
+        except ConnectionResetError as error:
+            raise PrefetchError(f"{self._path}: the hold has ended") from error
         except TimeoutError as error:
             raise PrefetchError(f"{self._path}: no answer within {ANSWER_DEADLINE + more:g} s") from error
         except (OSError, msgspec.DecodeError) as error:
@@ -459,8 +485,6 @@ def _listen(path: str) -> socket.socket:
         return unixsocket.listen(path, mode=0o600, directory_mode=0o700, backlog=16)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise PrefetchError(
-                f"{os.path.basename(path).removesuffix('.sock')}: is held already; "
-                "`instantstart prefetch PIPELINE --release` ends that"
-            ) from error
+            name = os.path.basename(path).removesuffix(_SUFFIX)
+            raise PrefetchError(f"{name}: is held already; `instantstart prefetch release {name}` ends that") from error
         raise PrefetchError(f"{path}: cannot listen there: {error.strerror or error}") from error

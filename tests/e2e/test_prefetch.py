@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,14 +115,13 @@ def test_the_command_shows_what_it_did(make_daemon: Callable[..., Daemon], model
     assert "backend gds refused: only for CUDA devices" in refused.stderr
     assert "tpu" in daemon.refused(2, "prefetch", "m", "--devices", "tpu:0")
     assert "nothing" in daemon.refused(1, "prefetch", "nothing", "--devices", "cpu")
-    assert "nobody holds it" in daemon.refused(1, "prefetch", "m", "--status")
 
 
 @contextmanager
-def holding(daemon: Daemon, tmp_path: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+def holding(daemon: Daemon, tmp_path: Path, *more: str, pipeline: str = "m") -> Iterator[subprocess.Popen[str]]:
     daemon.env["INSTANTSTART_PREFETCH_DIR"] = str(tmp_path / "hold")
     process = subprocess.Popen(
-        [sys.executable, "-m", "instantstart_fs.cli", "prefetch", "m", "--devices", "cpu", "--hold", *more],
+        [sys.executable, "-m", "instantstart_fs.cli", "prefetch", "--devices", "cpu", "--hold", *more, "--", pipeline],
         env={**os.environ, **daemon.env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -140,7 +141,7 @@ def test_a_hold_is_taken_over_file_by_file(make_daemon: Callable[..., Daemon], m
     daemon = make_daemon()
     daemon.ok("add", "m", f"file://{model}")
     with holding(daemon, tmp_path) as process:
-        assert json.loads(daemon.ok("prefetch", "m", "--status", "--json"))["files"] == 2
+        assert json.loads(daemon.ok("prefetch", "status", "m", "--json"))["files"] == 2
         place = str(tmp_path / "hold" / "m.sock")
         assert os.stat(place).st_mode & 0o777 == 0o600
         with HoldClient("m", place) as client:
@@ -165,9 +166,54 @@ def test_a_hold_is_released(make_daemon: Callable[..., Daemon], model: Path, tmp
     with holding(daemon, tmp_path) as process:
         assert "held already" in daemon.refused(1, "prefetch", "m", "--devices", "cpu", "--hold")
         assert daemon.status("m")["leases"] == 1
-        daemon.ok("prefetch", "m", "--release")
+        assert daemon.ok("prefetch", "release", "m") == "m: released\n"
         assert process.wait(20) == 0
     wait_for(lambda: daemon.status("m")["leases"] == 0, "the lease's end")
+
+
+def test_verbs_speak_of_all_holds_of_one_and_of_a_pipeline_named_like_a_verb(
+    make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path
+) -> None:
+    daemon = make_daemon()
+    for pipeline in ("m", "status"):
+        daemon.ok("add", pipeline, f"file://{model}")
+    daemon.env["INSTANTSTART_PREFETCH_DIR"] = str(tmp_path / "hold")
+    assert daemon.ok("prefetch", "status") == "nothing is held\n"
+    assert json.loads(daemon.ok("prefetch", "status", "--json")) == []
+    for verb in ("status", "release"):
+        assert "m: nobody holds it" in daemon.refused(1, "prefetch", verb, "m")
+    refused = daemon.cli("prefetch", "status", "m", "--json")
+    assert refused.returncode == 1 and json.loads(refused.stdout)["error"]["code"] == "prefetch"
+    with holding(daemon, tmp_path) as first, holding(daemon, tmp_path, pipeline="status") as second:
+        every = json.loads(daemon.ok("prefetch", "status", "--json"))
+        assert [(held["pipeline"], held["pid"]) for held in every] == [("m", first.pid), ("status", second.pid)]
+        shown = daemon.ok("prefetch", "status")
+        assert "m: generation 1, 2 files held by pid" in shown and "status: generation 1" in shown
+        assert "status: generation 1" in daemon.ok("prefetch", "status", "status")
+        assert "m: generation" not in daemon.ok("prefetch", "status", "status")
+        daemon.ok("prefetch", "release", "status")
+        assert [held["pipeline"] for held in json.loads(daemon.ok("prefetch", "status", "--json"))] == ["m"]
+        second.communicate(timeout=10)
+        assert second.returncode == 0
+        first.kill()
+        first.wait(10)
+        assert (tmp_path / "hold" / "m.sock").exists()  # what a killed holder leaves is no hold
+        assert daemon.ok("prefetch", "status") == "nothing is held\n"
+    for wrong in ((), ("release",), ("status", "--hold"), ("m", "status"), ("m", "--release")):
+        assert daemon.cli("prefetch", *wrong).returncode == 2
+
+
+def test_a_holder_that_says_nothing_keeps_the_others_shown(
+    make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path
+) -> None:
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{model}")
+    with holding(daemon, tmp_path), socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(tmp_path / "hold" / "a.sock"))
+        mute.listen()
+        threading.Thread(target=lambda: [mute.accept()[0].close() for _ in range(2)], daemon=True).start()
+        found = daemon.cli("prefetch", "status")
+        assert found.returncode == 1 and "m: generation 1" in found.stdout and "the hold has ended" in found.stderr
 
 
 def test_a_hold_ends_with_its_time(make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from instantstart_fs.cli.specification import specification
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineStatus
+from instantstart_fs.core.words import human_seconds
 from instantstart_fs.errors import InvalidName, InvalidSource, OriginUnavailable, PipelineNotFound, UsageError
 
 FILES = (FileStatus("a.json", "sealed", 1000, 1000, "sha256:ab"), FileStatus("b.safetensors", "absent", 9000, 0, None))
@@ -421,3 +422,11 @@ def test_names_that_an_origin_made_up_are_shown_and_not_obeyed() -> None:
     assert len(show.pipeline(status).splitlines()) == len(
         show.pipeline(msgspec.structs.replace(status, files=(FileStatus("x", "absent", 1, 0, None),))).splitlines()
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(59.4, "59 s"), (59.6, "1 min 0 s"), (3599.7, "1 h 0 min"), (5400.0, "1 h 30 min"), (48 * 3600 - 0.1, "2 days")],
+)
+def test_seconds_are_rounded_before_they_are_split(seconds: float, words: str) -> None:
+    assert human_seconds(seconds) == words

@@ -17,6 +17,7 @@ import pytest
 from instantstart_fs.control.protocol import Done, Names, decode_request, encode_response
 
 IDS = ["my-asr", "my-llm", "other"]
+VERBS = ["status", "release"]
 PROGRAM = [sys.executable, "-m", "instantstart_fs.cli"]
 
 
@@ -78,14 +79,28 @@ def complete(shell: str, line: str, path: Path) -> list[str]:
     }
     found = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True, timeout=20, check=False)
     assert found.stderr == ""
-    return [name for name in IDS if name in found.stdout]
+    return [name for name in (*IDS, *VERBS) if name in found.stdout]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-@pytest.mark.parametrize("command", ["prefetch", "status", "warm", "lease"])
+@pytest.mark.parametrize("command", ["prefetch", "prefetch --devices cpu", "status", "warm", "lease"])
 def test_ids_are_offered(shell: str, command: str, daemon: Daemon) -> None:
     assert complete(shell, f"instantstart {command} my-", daemon.path) == ["my-asr", "my-llm"]
     assert daemon.asked == ["my-"]
+
+
+def test_the_verbs_of_prefetch_are_offered_and_then_what_is_held(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert complete("bash", "instantstart prefetch rel", daemon.path) == ["release"]
+    monkeypatch.setenv("INSTANTSTART_PREFETCH_DIR", str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as held, socket.socket(socket.AF_UNIX) as dead:
+        held.bind(str(tmp_path / "my-llm.sock"))
+        held.listen()
+        dead.bind(str(tmp_path / "my-asr.sock"))
+        for verb in VERBS:
+            assert complete("bash", f"instantstart prefetch {verb} my-", daemon.path) == ["my-llm"]
+    assert daemon.asked == ["rel"]
 
 
 def test_a_socket_that_was_typed_is_asked(daemon: Daemon, tmp_path: Path) -> None:
