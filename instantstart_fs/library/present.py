@@ -168,6 +168,7 @@ def file_xattrs(file: CachedFile, state: PipelineState, clocks: Clocks, keep_hot
         "total_bytes": str(file.size),
         "source": model.source,
         "revision": model.revision,
+        "generation": str(file.generation.number),
     }
     if file.entry.file.digest is not None:
         values["digest"] = str(file.entry.file.digest)

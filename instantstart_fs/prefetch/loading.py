@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 from typing import Any
 
-from instantstart_fs.errors import PrefetchError, UsageError
+from instantstart_fs.errors import DaemonUnreachable, PrefetchError, UsageError
 from instantstart_fs.prefetch.holding import HoldClient
 from instantstart_fs.prefetch.plan import plan
 from instantstart_fs.prefetch.sources import LeaseSource, Source
 from instantstart_fs.prefetch.stager import Stager
 from instantstart_fs.prefetch.tensors import from_ipc, from_memory, views
+
+log = logging.getLogger(__name__)
 
 
 def take(held: HoldClient, path: str, timeout: float = 600.0) -> dict[str, Any]:
@@ -47,19 +50,30 @@ def load_state_dict(
     tensors are views of the files' memory, uncopied; on a GPU they are this process's own, copied file by file within
     the device. ``socket``: the daemon's; ``source``: read from there instead of a daemon; ``timeout``: seconds.
 
+    A hold of another generation than the daemon has now is left alone, with a line in the log; where no daemon is in
+    reach (in a container, say) a hold counts as current, since it ends with its daemon.
+
     Raises UsageError for a device or model that is not there, PrefetchError, and what staging raises.
     """
     if source is None:
         try:
-            with HoldClient(pipeline) as held:
-                return _taken(held, pipeline, device, model)
+            held = HoldClient(pipeline)
         except PrefetchError:
-            pass  # nobody holds them, or not these: stage them here
+            pass  # nobody holds them: stage them here
+        else:
+            with held:
+                try:
+                    return _taken(held, pipeline, device, model, socket)
+                except PrefetchError as error:
+                    log.warning("%s: what is held was not taken over: %s", pipeline, error)
     return _staged(source or LeaseSource(pipeline, socket), device, model, timeout)
 
 
-def _taken(held: HoldClient, pipeline: str, device: str, model: str | None) -> dict[str, Any]:
+def _taken(held: HoldClient, pipeline: str, device: str, model: str | None, socket: str | None) -> dict[str, Any]:
     manifest = held.manifest()
+    current = _generation(pipeline, socket)
+    if current not in (None, manifest.generation):
+        raise PrefetchError(f"{pipeline}: generation {manifest.generation} is held, and {current} is current")
     files = [file for file in manifest.files if model is None or file.model == model]
     if not files or any(file.device != device for file in files) or manifest.freed:
         raise PrefetchError(f"{pipeline}: is not held on {device} as a whole")
@@ -69,6 +83,16 @@ def _taken(held: HoldClient, pipeline: str, device: str, model: str | None) -> d
             _join(found, _owned(take(held, file.path)), file.path)
             held.release_file(file.path)
     return found
+
+
+def _generation(pipeline: str, socket: str | None) -> int | None:
+    """The daemon's; None where none is in reach."""
+    try:
+        source = LeaseSource(pipeline, socket)
+    except DaemonUnreachable:
+        return None
+    source.close()
+    return source.weights.generation
 
 
 def _staged(source: Source, device: str, model: str | None, timeout: float | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 from typing import Any
 
-from instantstart_fs.errors import BadWeights
+from instantstart_fs.errors import BadWeights, PrefetchError
 from instantstart_fs.prefetch.layout import BITS, FileLayout, torch_dtypes
 from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.messages import IpcHandle
@@ -23,20 +23,25 @@ def from_memory(memory: mmap.mmap, size: int) -> Any:
 
 
 def from_ipc(handle: IpcHandle, size: int) -> Any:
-    """The ``size`` first bytes of another process's device memory as a uint8 tensor. A handle can be opened once."""
+    """The ``size`` first bytes of another process's device memory as a uint8 tensor. A handle can be opened once.
+    Raises PrefetchError when CUDA refuses: the owner is gone, or this process sees other devices."""
     torch = load_torch()
-    torch.cuda.init()
-    storage = torch.UntypedStorage._new_shared_cuda(
-        handle.device,
-        bytes.fromhex(handle.handle),
-        handle.size,
-        handle.offset,
-        bytes.fromhex(handle.reference_handle),
-        handle.reference_offset,
-        bytes.fromhex(handle.event_handle),
-        handle.event_sync,
-    )
-    return torch.empty(0, dtype=torch.uint8, device=f"cuda:{handle.device}").set_(storage)[:size]
+    try:
+        torch.cuda.init()
+        storage = torch.UntypedStorage._new_shared_cuda(
+            handle.device,
+            bytes.fromhex(handle.handle),
+            handle.size,
+            handle.offset,
+            bytes.fromhex(handle.reference_handle),
+            handle.reference_offset,
+            bytes.fromhex(handle.event_handle),
+            handle.event_sync,
+        )
+        return torch.empty(0, dtype=torch.uint8, device=f"cuda:{handle.device}").set_(storage)[:size]
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise PrefetchError(f"device memory of another process cannot be opened: {lines[0]}") from error
 
 
 def views(base: Any, layout: FileLayout, path: str = "file") -> dict[str, Any]:

@@ -31,6 +31,7 @@ log = logging.getLogger("vllm.instantstart")
 """Below vLLM's own logger, so that its lines appear among vLLM's."""
 
 DIGEST = "user.instantstart.digest"
+GENERATION = "user.instantstart.generation"
 
 
 def register() -> None:
@@ -85,16 +86,17 @@ class InstantStartLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is n
             raise PrefetchError("the checkpoint is not in safetensors")
         if self._held is None:
             self._held = _connected(source.model_or_path)
-        held = {file.path: file for file in self._held.manifest().files}
+        manifest = self._held.manifest()
+        held = {file.path: file for file in manifest.files}
         matched = []
         for location in found:
             inside = pipeline_of(location)
             file = held.get(inside[1]) if inside else None
             if file is None:
                 raise PrefetchError(f"{location}: is not held")
-            size = os.stat(location).st_size
-            digest = _digest(location)
-            if file.size != size or file.digest != digest:
+            # Sources without digests have files that differ in nothing but their generation.
+            same = _attribute(location, GENERATION) == str(manifest.generation)
+            if not same or file.size != os.stat(location).st_size or file.digest != _attribute(location, DIGEST):
                 raise PrefetchError(f"{location}: is not the file that is held (an update came between)")
             matched.append((location, file))
         return matched
@@ -105,7 +107,7 @@ class InstantStartLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is n
         for position, (_, file) in enumerate(files):
             try:
                 tensors = take(self._held, file.path)
-            except (InstantStartError, RuntimeError) as error:
+            except InstantStartError as error:
                 log.warning("instantstart: loading %d files from the mount: %s", len(files) - position, error)
                 yield from safetensors_weights_iterator(
                     [location for location, _ in files[position:]],
@@ -133,8 +135,8 @@ def _connected(path: str) -> HoldClient:
     return HoldClient(inside[0])
 
 
-def _digest(location: str) -> str | None:
+def _attribute(location: str, name: str) -> str | None:
     try:
-        return os.getxattr(location, DIGEST).decode()
+        return os.getxattr(location, name).decode()
     except OSError:
         return None

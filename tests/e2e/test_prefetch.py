@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from instantstart_fs.errors import PipelineNotFound, PrefetchError
-from instantstart_fs.prefetch import LeaseSource, Stager, plan
+from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, plan
 from instantstart_fs.prefetch.holding import HoldClient
-from tests.harness import Daemon, model_directory, wait_for
+from tests.harness import Daemon, model_directory, safetensors_file, wait_for
 
 
 def staged(daemon: Daemon, pipeline: str, tmp_path: Path) -> dict[str, bytes]:
@@ -158,6 +158,34 @@ def test_a_hold_is_taken_over_file_by_file(make_daemon: Callable[..., Daemon], m
                     client.take(file.path)
         assert process.wait(20) == 0  # all was taken and freed
     wait_for(lambda: daemon.status("m")["leases"] == 0, "the lease's end")
+
+
+def test_a_hold_of_an_older_generation_is_not_taken_over(
+    make_daemon: Callable[..., Daemon],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From a source without digests, whose next generation differs in its bytes alone."""
+    torch = pytest.importorskip("torch")
+    origin = tmp_path / "origin"
+    safetensors_file(origin / "model.safetensors", 1_000_000, 1)
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{origin}")
+    with holding(daemon, tmp_path) as process:
+        for name in ("INSTANTSTART_PREFETCH_DIR", "INSTANTSTART_SOCKET"):
+            monkeypatch.setenv(name, daemon.env[name])
+        again = safetensors_file(tmp_path / "again" / "model.safetensors", 1_000_000, 2)
+        new = again.read_bytes()
+        os.replace(again, origin / "model.safetensors")
+        daemon.ok("update", "m")
+        found = load_state_dict("m")
+        assert torch.equal(
+            found["weight"], torch.frombuffer(bytearray(new[-len(found["weight"]) :]), dtype=torch.uint8)
+        )
+        assert "generation 1 is held, and 2 is current" in caplog.text
+        assert json.loads(daemon.ok("prefetch", "status", "m", "--json"))["files"] == 1  # it was left alone
+        assert process.poll() is None
 
 
 def test_a_hold_is_released(make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path) -> None:

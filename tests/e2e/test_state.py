@@ -199,7 +199,7 @@ def test_xattrs(daemon: Daemon, model: Path, commit: str) -> None:
     assert (cold["state"], cold["cached_bytes"]) == ("absent", "0")
     assert cold["total_bytes"] == str((model / FIRST).stat().st_size)
     assert re.match(r"sha256:[0-9a-f]{64}\Z", cold["digest"])
-    assert cold["source"] == "hf://org/model"
+    assert (cold["source"], cold["generation"]) == ("hf://org/model", "1")
     assert "last_access" not in cold and "error" not in cold
     daemon.warm("attrs")
     probe("compare", "read", model / FIRST, daemon.path("attrs", FIRST))

@@ -42,23 +42,27 @@ def vllm() -> None:
         pytest.skip("needs vLLM's environment: `scripts/test --vllm` makes it")
 
 
-def engine(path: Path, kind: str, load_format: str = "auto", env: dict[str, str] | None = None) -> tuple[Any, str]:
+def engine(
+    path: Path, kind: str, load_format: str = "auto", env: dict[str, str] | None = None, ranks: int = 1
+) -> tuple[Any, str]:
     """What vLLM computes, and all that it logged."""
-    command = ["sh", "-c", 'exec "$@" 2>&1', "sh", PYTHON, ENGINE, path, kind, load_format]
-    text = must(*command, timeout=280, env={**ENVIRONMENT, **(env or {})})
+    command = ["sh", "-c", 'exec "$@" 2>&1', "sh", PYTHON, ENGINE, path, kind, load_format, str(ranks)]
+    # By itself vLLM's CPU build wants a NUMA node for each rank.
+    cores = sorted(os.sched_getaffinity(0))
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores[:ranks]))} if ranks > 1 else {}
+    text = must(*command, timeout=280, env={**ENVIRONMENT, **binding, **(env or {})})
     line = next(line for line in reversed(text.splitlines()) if line.startswith("RESULT "))
     found = json.loads(line.removeprefix("RESULT "))
-    print(f"{load_format} from {path}: engine ready in {found['seconds']} s")
+    print(f"{load_format} from {path}, {ranks} rank(s): engine ready in {found['seconds']} s")
     return found["found"], text
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def decoder(path: Path, seed: int) -> Path:
     """A generated decoder of four shards. Its weights are random, and that suffices: a wrong byte changes them."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=256,
         intermediate_size=704,
@@ -69,10 +73,14 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=512,
         dtype="bfloat16",
     )
-    path = tmp_path_factory.mktemp("sharded")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path, max_shard_size="3MB")
     assert len(list(path.glob("*.safetensors"))) == 4
     return path
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder(tmp_path_factory.mktemp("sharded"), 0)
 
 
 @pytest.mark.parametrize("kind", ["generate", "embed"])
@@ -149,6 +157,40 @@ def test_the_plugin_takes_held_weights(warm: Daemon, sharded: Path) -> None:
         size = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
         assert f"took {size} bytes in 4 files from the prefetch helper" in text
         assert holder.wait(20) == 0  # all was taken and freed: nothing is left to hold
+
+
+def test_two_ranks_take_held_weights(warm: Daemon, sharded: Path) -> None:
+    """Each rank takes every file; a file is freed when both have it, and with the last one the hold ends."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores: vLLM's CPU build binds each rank to its own")
+    expected, _ = engine(sharded, "generate", ranks=2)
+    with held(warm, "served", "--tensor-parallel", "2") as holder:
+        found, text = engine(warm.path("served"), "generate", "instantstart", warm.env, ranks=2)
+        assert found == expected
+        size = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+        assert text.count(f"took {size} bytes in 4 files from the prefetch helper") == 2
+        assert holder.wait(20) == 0
+    with held(warm, "served") as holder:  # for one engine, by mistake
+        found, text = engine(warm.path("served"), "generate", "instantstart", warm.env, ranks=2)
+        assert found == expected
+        assert text.count(" from the mount: ") == 1  # one of them took all, the other none
+
+
+def test_the_plugin_takes_no_weights_of_another_generation(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """From a source without digests; the update brings other bytes under the same names and sizes."""
+    origin = decoder(tmp_path / "origin", 0)
+    daemon = make_daemon()
+    daemon.env[PREFETCH_DIR] = str(daemon.directory / "prefetch")
+    daemon.ok("add", "served", f"file://{origin}")
+    with held(daemon, "served") as holder:
+        for path in decoder(tmp_path / "again", 1).glob("*.safetensors"):
+            os.replace(path, origin / path.name)
+        daemon.ok("update", "served")
+        expected, _ = engine(origin, "generate")
+        found, text = engine(daemon.path("served"), "generate", "instantstart", daemon.env)
+        assert found == expected
+        assert text.count("is not the file that is held (an update came between)") == 1
+        assert holder.poll() is None
 
 
 def test_the_plugin_falls_back_to_the_mount(warm: Daemon, sharded: Path) -> None:

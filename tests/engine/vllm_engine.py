@@ -1,6 +1,6 @@
 """Run inside vLLM's own environment: load a model directory as an engine does and print what it computes, as JSON.
 
-    python vllm_engine.py PATH generate|embed [LOAD_FORMAT]
+    python vllm_engine.py PATH generate|embed [LOAD_FORMAT [RANKS]]
 
 ``generate``: the token ids that greedy decoding adds to fixed prompts of token ids (no tokenizer is needed).
 ``embed``: the embeddings of fixed texts, as hexadecimal floats.
@@ -22,8 +22,10 @@ def main() -> None:
 
     path, kind = sys.argv[1], sys.argv[2]
     load_format = sys.argv[3] if len(sys.argv) > 3 else "auto"
+    ranks = int(sys.argv[4]) if len(sys.argv) > 4 else 1
     started = time.perf_counter()
     options = {"enforce_eager": True, "load_format": load_format, "seed": 0, "gpu_memory_utilization": 0.2}
+    options["tensor_parallel_size"] = ranks
     if kind == "embed":
         engine = LLM(model=path, runner="pooling", max_model_len=128, **options)
     else:
