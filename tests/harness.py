@@ -447,3 +447,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tree_files(root: Path) -> list[str]:
     """Relative paths of all files below a local directory, sorted."""
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+
+
+# -- memory cgroups ----------------------------------------------------------------------------------------------------
+
+CGROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@contextlib.contextmanager
+def memory_cgroup(name: str, limit: int) -> Iterator[Path]:
+    """A real one (v1), for this test alone; what is left in it goes back to where we are."""
+    place = CGROUPS / name
+    try:
+        place.mkdir()
+        (place / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    own = next(
+        line.rpartition(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line
+    )
+    try:
+        yield place
+    finally:
+        for pid in (place / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):
+                (CGROUPS / own.lstrip("/") / "cgroup.procs").write_text(pid)
+        wait_for(lambda: removed(place), "the cgroup's end", 10)
+
+
+def removed(place: Path) -> bool:
+    with contextlib.suppress(OSError):
+        place.rmdir()
+    return not place.exists()

@@ -29,6 +29,7 @@ import msgspec
 import trio
 
 from instantstart_fs.config import StagingConfig
+from instantstart_fs.config.memory import Memory, read_memory
 from instantstart_fs.core.retry import Backoff
 from instantstart_fs.core.staging import (
     LINGER_SECONDS,
@@ -40,7 +41,6 @@ from instantstart_fs.core.staging import (
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.mount import readahead
-from instantstart_fs.mount.memory import Memory, read_memory
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import errno
 import os
 
-from instantstart_fs.errors import StoreDamaged
+from instantstart_fs.errors import OutOfBudget, StoreDamaged
 from instantstart_fs.prefetch.plan import BLOCK
+
+NO_MEMORY = (errno.ENOMEM, errno.EFAULT, errno.ENOBUFS)
+"""What the kernel says when the pages to read into cannot be had."""
 
 
 def read_extent(
@@ -21,7 +24,7 @@ def read_extent(
 
     ``start`` is a multiple of BLOCK, ``memory`` begins at a multiple of BLOCK and has room for whole blocks (what lies
     beyond ``end`` is undefined afterwards). ``direct`` None: all of it by way of the page cache, counted as disk.
-    Raises StoreDamaged when the file ends early or cannot be read.
+    Raises StoreDamaged when the file ends early or cannot be read, OutOfBudget when the memory cannot be had.
     """
     length = end - start
     try:
@@ -37,6 +40,8 @@ def read_extent(
                 raise StoreDamaged(f"{path}: ends at byte {start + done}, before its size: it was cut short")
             done += count
     except OSError as error:
+        if error.errno in NO_MEMORY:
+            raise OutOfBudget(f"{path}: no memory left at byte {start}: {error.strerror}") from error
         raise StoreDamaged(f"{path}: cannot be read at byte {start}: {error.strerror or error}") from error
     kept = min(cached - cached % BLOCK, length)
     return kept, length - kept

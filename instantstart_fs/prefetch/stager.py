@@ -152,7 +152,8 @@ class _Worker:
         except subprocess.TimeoutExpired:
             return "closed its socket"
         if status < 0:
-            return f"was killed by {signal.Signals(-status).name}"
+            memory = " (by hand, or because memory ran out)" if status == -signal.SIGKILL else ""
+            return f"was killed by {signal.Signals(-status).name}{memory}"
         return f"ended with {status}; what it said is on stderr"
 
 
@@ -379,7 +380,10 @@ class Stage:
                             "and was killed"
                         )
                     continue
-                packet = connection.recv(MAX_PACKET)
+                try:
+                    packet = connection.recv(MAX_PACKET)
+                except ConnectionResetError:  # it died with orders unread
+                    packet = b""
                 if not packet:
                     if self._closed:
                         return

@@ -134,6 +134,27 @@ def test_only_its_own_user_is_answered(stage: Stage, place: str) -> None:
         assert PermissionRefused.code in done.stdout and "65534" in done.stdout, done.stderr
 
 
+def test_weights_held_by_another_user_are_not_taken(place: str, tmp_path: Path) -> None:
+    """They could be anything: who owns the other end decides, not what it says."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    directory = tmp_path / "holds"
+    directory.mkdir()
+    os.chmod(directory, 0o777)
+    program = (
+        f"import os, socket; os.chdir({str(directory)!r}); os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        f"s = socket.socket(socket.AF_UNIX); s.bind({os.path.basename(place)!r}); s.listen()\n"
+        "print('ready', flush=True); s.accept()[0].recv(1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "ready\n"
+            with pytest.raises(PermissionRefused, match="is held by uid 65534"):
+                HoldClient(NAME)
+        finally:
+            other.kill()
+
+
 def test_nobody_holds_it(place: str) -> None:
     with pytest.raises(PrefetchError, match="nobody holds"):
         HoldClient(NAME)

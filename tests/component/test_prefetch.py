@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from instantstart_fs.errors import BadWeights, OutOfBudget, PrefetchError, UsageError
+from instantstart_fs.errors import BadWeights, InstantStartError, OutOfBudget, PrefetchError, UsageError
 from instantstart_fs.prefetch import DirectorySource, Stage, Stager, backends, plan
 from instantstart_fs.prefetch.layout import BITS
+from instantstart_fs.prefetch.plan import EXTENT
+from instantstart_fs.prefetch.reader import read_extent
 from instantstart_fs.prefetch.sources import OpenedFile
-from tests.harness import alive, random_file, wait_for
+from tests.harness import alive, memory_cgroup, random_file, wait_for
 
 MIB = 1024 * 1024
 
@@ -155,6 +160,74 @@ def test_what_does_not_fit_is_refused_before_anything_starts(checkpoint: Path) -
     made = plan(source.weights, None, ["cpu"])
     with pytest.raises(OutOfBudget, match=r"cpu: \d+ bytes needed, 1000000 may be taken"):
         Stager(source, budget={"cpu": 1_000_000}).start(made)
+
+
+def end_of(stage: Stage, before: int) -> InstantStartError:
+    """What made it fail; everything is freed by then, and every worker is gone."""
+    wait_for(lambda: stage.error is not None, "the error", 30)
+    wait_for(lambda: memfds() == before, "the memory", 10)
+    wait_for(lambda: not any(alive(pid) for pid in stage.worker_pids()), "the workers' end", 15)
+    assert stage.error is not None
+    return stage.error
+
+
+def test_memory_that_cannot_be_made_is_a_clear_error(checkpoint: Path) -> None:
+    before, (soft, hard) = memfds(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    source = Dripping(DirectorySource(str(checkpoint)))
+    with Stager(source).start(plan(source.weights, None, ["cpu", "cpu:1"])) as stage:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, hard))  # the second shard is larger
+        try:
+            for _ in source.weights.files:
+                source.let.release()
+            error = end_of(stage, before)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(error, OutOfBudget)
+    assert "model-00002-of-00003.safetensors: no memory for 18" in error.message
+
+
+def test_a_worker_that_cannot_map_the_memory_is_a_clear_error(checkpoint: Path) -> None:
+    before = memfds()
+    source = Dripping(DirectorySource(str(checkpoint)))
+    with Stager(source).start(plan(source.weights, None, ["cpu", "cpu:1"])) as stage:
+        for pid in stage.worker_pids():
+            resource.prlimit(pid, resource.RLIMIT_AS, (1 * MIB, 1 * MIB))
+        for _ in source.weights.files:
+            source.let.release()
+        error = end_of(stage, before)
+    assert isinstance(error, OutOfBudget) and "in this process: Cannot allocate memory" in error.message
+
+
+def test_a_worker_whose_memory_runs_out_is_a_clear_error(checkpoint: Path) -> None:
+    """By the kernel's own hand: in a memory cgroup with room for the worker, but not for the weights."""
+    before = memfds()
+    random_file(checkpoint / "big.gguf", 64 * MIB, 7)
+    source = Dripping(DirectorySource(str(checkpoint)))
+    with memory_cgroup(f"isfs-oom-{os.getpid()}", 32 * MIB) as place:
+        with Stager(source).start(plan(source.weights, None, ["cpu"])) as stage:
+            (worker,) = stage.worker_pids()
+            (place / "cgroup.procs").write_text(str(worker))
+            for _ in source.weights.files:
+                source.let.release()
+            error = end_of(stage, before)
+        killed = (place / "memory.oom_control").read_text()
+    assert "oom_kill 1" in killed
+    assert error.message == "the worker of cpu was killed by SIGKILL (by hand, or because memory ran out)"
+
+
+def test_memory_that_runs_out_in_a_read_is_not_taken_for_a_damaged_file(checkpoint: Path) -> None:
+    path = checkpoint / "model-00002-of-00003.safetensors"
+    with open(path, "rb") as file, mmap.mmap(-1, EXTENT) as memory:
+        # Pages that cannot be written are to a read what pages that cannot be had are.
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address_of(memory)), EXTENT, 1) == 0
+        view = memoryview(memory)
+        with pytest.raises(OutOfBudget, match=r"model-00002.*no memory left at byte 0"):
+            read_extent(file.fileno(), None, 0, EXTENT, view, path.name)
+        view.release()
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def test_of_several_models_those_that_fit_are_staged(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ import trio.testing
 
 from bench.common import evict, resident_bytes
 from instantstart_fs.config import Capacity, StagingConfig
+from instantstart_fs.config.memory import Memory
 from instantstart_fs.core.staging import Shard
 from instantstart_fs.errors import StoreDamaged
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.mount import readahead
-from instantstart_fs.mount.memory import Memory
 from instantstart_fs.mount.staging import Staging, StagingProcess, Statistics
 from tests.harness import alive, children
 

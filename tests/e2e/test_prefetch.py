@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from instantstart_fs.errors import PipelineNotFound, PrefetchError
 from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, plan
 from instantstart_fs.prefetch.holding import HoldClient
-from tests.harness import Daemon, model_directory, safetensors_file, wait_for
+from tests.harness import Daemon, children, model_directory, safetensors_file, wait_for
 
 
 def staged(daemon: Daemon, pipeline: str, tmp_path: Path) -> dict[str, bytes]:
@@ -186,6 +187,27 @@ def test_a_hold_of_an_older_generation_is_not_taken_over(
         assert "generation 1 is held, and 2 is current" in caplog.text
         assert json.loads(daemon.ok("prefetch", "status", "m", "--json"))["files"] == 1  # it was left alone
         assert process.poll() is None
+
+
+def test_when_a_worker_dies_the_hold_ends_and_an_engine_stages_by_itself(
+    make_daemon: Callable[..., Daemon], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    path = safetensors_file(tmp_path / "origin" / "model.safetensors", 1_000_000, 1)
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{path.parent}")
+    with holding(daemon, tmp_path) as process:
+        (worker,) = children(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 1
+        assert err.splitlines()[-1].startswith("instantstart: the worker of cpu was killed by SIGKILL")
+        for name in ("INSTANTSTART_PREFETCH_DIR", "INSTANTSTART_SOCKET"):
+            monkeypatch.setenv(name, daemon.env[name])
+        assert daemon.ok("prefetch", "status") == "nothing is held\n"
+        assert load_state_dict("m")["weight"].equal(load_file(path)["weight"])
 
 
 def test_a_hold_is_released(make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path) -> None:

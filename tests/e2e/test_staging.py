@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ import pytest
 from bench.common import evict, resident_bytes
 from instantstart_fs.control.client import Client
 from tests.e2e.test_generations import config, holding, sha256
-from tests.harness import MIB, Daemon, alive, children, model_directory, must, run, wait_for
+from tests.harness import MIB, Daemon, alive, children, memory_cgroup, model_directory, must, run, wait_for
 from tests.servers.hub import HubServer
 
 pytestmark = pytest.mark.timeout(120)
 SHARD = 24 * MIB
-CGROUPS = Path("/sys/fs/cgroup/memory")
 
 
 def names(count: int) -> list[str]:
@@ -120,33 +118,6 @@ def test_a_checkpoint_larger_than_the_budget_moves_its_window(
     with holding(daemon.path("p", names(4)[1])):
         wait_for(lambda: resident_bytes(files[2]) == SHARD, "the third, once the first was released", 15)
         assert resident_bytes(files[3]) == 0
-
-
-@contextlib.contextmanager
-def memory_cgroup(name: str, limit: int) -> Iterator[Path]:
-    """A real one (v1), for this test alone; what is left in it goes back to where we are."""
-    place = CGROUPS / name
-    try:
-        place.mkdir()
-        (place / "memory.limit_in_bytes").write_text(str(limit))
-    except OSError as error:
-        pytest.skip(f"no memory cgroup can be made here: {error}")
-    own = next(
-        line.rpartition(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line
-    )
-    try:
-        yield place
-    finally:
-        for pid in (place / "cgroup.procs").read_text().split():
-            with contextlib.suppress(OSError):
-                (CGROUPS / own.lstrip("/") / "cgroup.procs").write_text(pid)
-        wait_for(lambda: removed(place), "the cgroup's end", 10)
-
-
-def removed(place: Path) -> bool:
-    with contextlib.suppress(OSError):
-        place.rmdir()
-    return not place.exists()
 
 
 def value(place: Path, name: str) -> int:

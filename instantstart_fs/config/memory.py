@@ -1,4 +1,5 @@
 """How much memory there is to stage into: /proc/meminfo and every memory cgroup around this process, v1 and v2.
+Shared by the mount's staging into the page cache and the prefetch helper's into memory of its own.
 
 Reads files only; ``root`` is another place to find /proc and /sys below, for tests. What cannot be read limits nothing.
 """
