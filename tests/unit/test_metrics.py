@@ -192,7 +192,9 @@ def test_alerts_use_known_metrics_and_are_explained() -> None:
         assert {"summary", "description"} <= set(rule["annotations"])
         assert rule["labels"]["severity"] in ("page", "ticket")
     alerts = [rule["alert"] for rule in found]
-    assert re.findall("^### (InstantStart.*)$", operations, re.MULTILINE) == alerts, "one section for each, in that order"
+    assert re.findall("^### (InstantStart.*)$", operations, re.MULTILINE) == alerts, (
+        "one section for each, in that order"
+    )
     tried = (DOCS / "alerts.test.yml").read_text()
     assert [alert for alert in alerts if not re.search(rf"\b{alert}\b", tried)] == []
 
