@@ -129,8 +129,9 @@ async def serve(
                         if config.staging.enabled:
                             # After the mount: a reader waits for that one.
                             daemon.staging = Staging(library, config.staging)
-                            library.watch(daemon.staging)
                             await nursery.start(daemon.staging.run)
+                            # Tells it of what engines have open since before this daemon, too.
+                            library.watch(daemon.staging)
                         _write_mountpoint(os.path.dirname(socket_path), mounted.path)
                         daemon.transport = mounted.transport + (f" ({mounted.reason})" if mounted.reason else "")
                         daemon.requests = mounted.requests

@@ -131,7 +131,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition("instantstart_fuse_requests_total", "counter", "", "Requests of the kernel since the mount, by kind. What is read in passthrough sends none.", _counted(lambda s: s.requests), ("kind",)),
     Definition("instantstart_opens_total", "counter", "", "Opens of files, by who answers the reads: passthrough (the kernel itself), bind (the same, bound over the mount) or daemon.", _counted(lambda s: s.totals.opens), ("mode",)),
-    Definition("instantstart_open_files", "gauge", "", "Files that somebody has open. Of bound files nobody knows.", _one(lambda s: s.totals.open_files)),
+    Definition("instantstart_open_files", "gauge", "", "Files that somebody has open; a bound file counts once, however often it is open.", _one(lambda s: s.totals.open_files)),
     Definition("instantstart_nodes", "gauge", "", "Entries of the table of nodeids: directories, generations (one each), and files that were fetched anew.", _one(lambda s: s.overview.nodes)),
     Definition("instantstart_reads_total", "counter", "", "READ requests that the daemon answered. Reads in passthrough, and of pages that the kernel has, are none.", _one(lambda s: s.totals.reads)),
     Definition("instantstart_read_bytes_total", "counter", "bytes", "Bytes served through the daemon.", _one(lambda s: s.totals.read_bytes)),

@@ -366,11 +366,12 @@ class Daemon:
 
 @pytest.fixture
 def make_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-    """``make_daemon(name="d", **Daemon's keywords)``: started; ended, unmounted and its log checked after the test."""
+    """``make_daemon(name="d", **Daemon's keywords)``: started; ended, unmounted and its log checked after the test.
+    ``kind``: another class of it."""
     made: list[Daemon] = []
 
-    def make(name: str = "d", **keywords: Any) -> Daemon:
-        daemon = Daemon(tmp_path / name, **keywords)
+    def make(name: str = "d", kind: type[Daemon] = Daemon, **keywords: Any) -> Daemon:
+        daemon = kind(tmp_path / name, **keywords)
         made.append(daemon)
         return daemon.start()
 

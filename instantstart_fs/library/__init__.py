@@ -138,14 +138,12 @@ class Library:
             self._admissions,
         )
         self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
-        self._covering = Covering(self._shelf, self._access, config.eviction.keep_hot)
-        self._covering.on_open = self.observer.opened_elsewhere
+        self._covering = Covering(self._shelf, self._access, self._open_files, self.observer, config.eviction.keep_hot)
         self.scrubber: Scrubber | None = None
         if config.store.scrub is not None:
             self.scrubber = Scrubber(
                 self._shelf,
                 self._reading,
-                self._covering,
                 self.observer,
                 self._activity,
                 period=config.store.scrub,
@@ -311,6 +309,7 @@ class Library:
 
     async def evict(self, pipeline: str) -> None:
         """Raises PipelineNotFound, PipelineBusy (pinned, leased or open)."""
+        self._covering.look_again(pipeline)
         self.observer.evicted(await self._admin.evict(pipeline))
         self._evictor.nudge()
 
@@ -437,8 +436,7 @@ class Library:
         self, pipeline: str, progress: Callable[[int, int], None], rate: float | None = None
     ) -> VerifyReport:
         """See Admin.verify. ``rate``: bytes a second at most."""
-        async with self._covering.unseen(self._shelf.pipeline(pipeline)):
-            return await self._admin.verify(pipeline, progress, rate)
+        return await self._admin.verify(pipeline, progress, rate)
 
     async def check_access(self, pipeline: str) -> tuple[str, ...]:
         """The pipeline's sources, all of which its own credentials may fetch. Raises what an origin answers. With
@@ -491,8 +489,8 @@ class Library:
     # -- staging ---------------------------------------------------------------------------------------------------
 
     def watch(self, watcher: Watcher) -> None:
-        """Tell it of opens and releases from now on."""
-        self._open_files.watcher = watcher
+        """Tell it of opens and releases from now on, and at once of what is open already."""
+        self._open_files.watch(watcher)
 
     @contextmanager
     def rest_staging(self, pipeline: str) -> Iterator[None]:
@@ -534,19 +532,13 @@ class Library:
         """That many more bytes were brought into the page cache; see Observer.staged."""
         self.observer.staged(pipeline, count, file_done=file_done)
 
-    async def open_stored(self, key: FileKey) -> int:
-        """A read-only descriptor of the store's own file, complete, for the caller to close. Raises StoreError."""
+    def open_stored(self, key: FileKey) -> int:
+        """A read-only descriptor of the store's own file, complete, for the caller to close; it does not hold the file
+        in use. Raises StoreError."""
         file = self._shelf.file(key)
         if file is None or not file.passable:
             raise StoreDamaged(f"{key.pipeline}: file {key.index} is not complete any more")
-        return await trio.to_thread.run_sync(self._open_stored, key.pipeline, key.generation, file.entry.path)
-
-    def _open_stored(self, pipeline: str, generation: int, path: str) -> int:
-        blob = self._store.existing_blob(pipeline, generation, path)
-        if blob is None:
-            raise StoreDamaged(f"{path}: missing from the store; run `instantstart verify`")
-        with blob:
-            return os.dup(blob.fd)
+        return self._open_files.duplicate(file)
 
     def _read_stored(self, pipeline: str, generation: int, path: str) -> bytes:
         blob = self._store.existing_blob(pipeline, generation, path)

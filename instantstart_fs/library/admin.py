@@ -248,7 +248,6 @@ class Admin:
             if old is None:
                 return 0
             base = await shelf.reserve_nodeids(old.nodeid_count)
-            self._reading.close_idle(old)
             async with shelf.uncovered(pipeline, idle_only=True):
                 # From here to the switch nothing awaits: nobody can open the old generation in between.
                 self._refuse_in_use(pipeline)

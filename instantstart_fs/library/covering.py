@@ -5,11 +5,15 @@ A cover shows a complete file of the current generation to readers without the m
 file (update, evict, remove, a dropped file) does it inside ``uncovered``, so that no cover ever shows what the library
 no longer means.
 
+An open of a covered file counts as one through the mount, from when it is told of until the kernel says that nobody has
+the store's file open or mapped any more, by whichever mount: it is a request, its generation is in use, it is staged.
+
 All methods but ``descriptor`` belong on the trio thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +25,8 @@ from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.errors import PipelineBusy, StoreDamaged
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.library import present
+from instantstart_fs.library.observing import Observer
+from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Pipeline
 from instantstart_fs.store.blobfile import BlobFile
@@ -53,19 +59,21 @@ class Coverable(msgspec.Struct, frozen=True):
 class Covering:
     """Owned by the Library. ``keep_hot`` in seconds."""
 
-    def __init__(self, shelf: Shelf, access: AccessLog, keep_hot: float) -> None:
-        self.on_open: Callable[[CachedFile], None] = lambda file: None
-        """Told of each open of a covered file that somebody else made."""
+    def __init__(
+        self, shelf: Shelf, access: AccessLog, open_files: OpenFiles, observer: Observer, keep_hot: float
+    ) -> None:
         self._shelf = shelf
         self._access = access
+        self._open_files = open_files
+        self._observer = observer
         self._keep_hot = keep_hot
         self._uncovered: Counter[str] = Counter()
-        self._unseen: Counter[str] = Counter()
+        self._held: dict[Coverable, CachedFile] = {}
+        """What somebody was seen to open and not yet found to have let go of; also where its cover is gone by now."""
         self._changed: set[str] = set()
         self._wake = trio.Event()
         self._busy_until: dict[str, float] = {}
         self._take_away: TakeAway | None = None
-        self._note_opens: Callable[[], object] = lambda: None
         shelf.uncovered = self.uncovered
         shelf.on_complete = lambda file: self.nudge(file.generation.pipeline.id)
 
@@ -96,17 +104,6 @@ class Covering:
             return False
         return until is not None
 
-    @asynccontextmanager
-    async def unseen(self, pipeline: Pipeline) -> AsyncIterator[None]:
-        """Meanwhile opens of its store files are the daemon's own (verify) and no requests."""
-        self._note_opens()
-        self._unseen[pipeline.id] += 1
-        try:
-            yield
-        finally:
-            self._note_opens()
-            self._unseen[pipeline.id] -= 1
-
     def nudge(self, pipeline: str) -> None:
         """What may be covered of it has changed."""
         if self._take_away is not None:
@@ -115,10 +112,12 @@ class Covering:
 
     # -- the side of who covers ------------------------------------------------------------------------------------
 
-    def attach(self, take_away: TakeAway | None, note_opens: Callable[[], object] = lambda: None) -> None:
-        """``note_opens``: call ``opened`` for every open until now. None: nobody covers any more."""
+    def attach(self, take_away: TakeAway | None) -> None:
+        """None: nobody covers any more, nor tells of opens."""
         self._take_away = take_away
-        self._note_opens = note_opens
+        if take_away is None:
+            for covered in list(self._held):
+                self._let_go(covered)
         for pipeline in self._shelf.pipelines:
             self.nudge(pipeline)
 
@@ -176,11 +175,51 @@ class Covering:
     def opened(self, covered: Coverable) -> None:
         """Somebody opened the covered file: a request, and an access."""
         file = self._file(covered)
-        if not self._unseen[covered.pipeline] and file is not None:
-            now = self._shelf.now_ns()
-            self.on_open(file)
-            self._access.record_request(covered.pipeline, now)
-            self._access.record_read(covered.pipeline, covered.generation, covered.key, now)
+        if file is None:
+            return
+        now = self._shelf.now_ns()
+        self._access.record_request(covered.pipeline, now)
+        self._access.record_read(covered.pipeline, covered.generation, covered.key, now)
+        if covered in self._held:
+            self._observer.opened(file, passthrough=True, mode="bind")
+            self._observer.closed(file)
+        else:
+            self._hold(covered, file)
+
+    def found_open(self, covered: Coverable) -> None:
+        """Somebody has had it open since before it was covered: no request."""
+        file = self._file(covered)
+        if file is not None and covered not in self._held:
+            self._hold(covered, file)
+
+    def look(self, covered: Coverable) -> None:
+        """Somebody may have let go of it: ask."""
+        file = self._held.get(covered)
+        if file is not None and not self._open_files.used_elsewhere(file):
+            self._let_go(covered)
+
+    def look_again(self, pipeline: str | None = None) -> None:
+        """Ask of all that was open (of that pipeline)."""
+        for covered in list(self._held):
+            if pipeline in (None, covered.pipeline):
+                self.look(covered)
+
+    def used(self, covered: Coverable) -> bool:
+        """Whether anybody but the daemon has it open or mapped now."""
+        file = self._file(covered)
+        return file is not None and self._open_files.used_elsewhere(file)
+
+    def _hold(self, covered: Coverable, file: CachedFile) -> None:
+        self._held[covered] = file
+        with contextlib.suppress(StoreDamaged):
+            self._open_files.reader(file)  # to ask of this one, whatever lies at its path later
+        self._observer.opened(file, passthrough=True, mode="bind")
+        self._open_files.hold(file)
+
+    def _let_go(self, covered: Coverable) -> None:
+        file = self._held.pop(covered)
+        self._observer.closed(file)
+        self._open_files.let_go(file)
 
     def last_request(self, pipeline: str) -> int | None:
         """ns of the wall clock."""

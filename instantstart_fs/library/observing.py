@@ -134,11 +134,6 @@ class Observer:
         if tracker.changed:
             self._wake.set()
 
-    def opened_elsewhere(self, file: CachedFile) -> None:
-        """The store's file was opened where it is bound over the mount. Nobody tells when it is closed."""
-        self.opened(file, passthrough=True, mode="bind")
-        self.closed(file)
-
     def closed(self, file: CachedFile) -> None:
         self.totals.open_files -= 1
         if counts_as_request(file):

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from instantstart_fs.errors import NoSuchEntry, StoreDamaged
+from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreError
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, counts_as_request
 from instantstart_fs.library.watching import Nobody, Watcher
 from instantstart_fs.store.blobfile import BlobFile
+from instantstart_fs.store.locks import used_elsewhere
 
 IDLE_READERS = 256
 """Descriptors of files that were open a while ago: the shards of some pipelines, and a quarter of the least limit of
@@ -58,14 +59,18 @@ class OpenFiles:
         file.handles -= 1
         if file.handles == 0 and _watched(file):
             self.watcher.released(file.key)
-        if file.handles == 0 and file.reader is not None:
-            generation = file.generation
-            current = generation is generation.pipeline.current and not generation.pipeline.removed
-            if file.passable and current:
-                self._keep_idle(file)
-            else:
-                self.close_reader(file)
+        self._settle_reader(file)
         self._let_go(file.generation)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell it of opens from now on, and at once of what is open already."""
+        self.watcher = watcher
+        for pipeline in self._shelf.pipelines.values():
+            if pipeline.in_use:
+                for generation in pipeline.generations():
+                    for file in generation.files if generation.handles else ():
+                        if file.handles and _watched(file):
+                            watcher.opened(file.key)
 
     def tell_drained(self) -> None:
         """Of superseded generations that nobody held when they were loaded, or no longer."""
@@ -73,6 +78,16 @@ class OpenFiles:
             for generation in pipeline.draining:
                 if not generation.handles:
                     self._drained[0].send_nowait(generation)
+
+    def _settle_reader(self, file: CachedFile) -> None:
+        """Keep the descriptor of a file that nobody has open for the next one, if there may be a next one."""
+        if file.handles or file.reader is None:
+            return
+        generation = file.generation
+        if file.passable and generation is generation.pipeline.current and not generation.pipeline.removed:
+            self._keep_idle(file)
+        else:
+            self.close_reader(file)
 
     def _keep_idle(self, file: CachedFile) -> None:
         self._idle[file] = None
@@ -94,12 +109,6 @@ class OpenFiles:
                 self.closing(file.passthrough_nodeid)
             file.reader.close()
             file.reader = None
-
-    def close_idle(self, generation: Generation) -> None:
-        """Let go of descriptors that nobody reads by: they look as if somebody had the files open."""
-        for file in generation.files:
-            if not file.handles:
-                self.close_reader(file)
 
     @contextlib.contextmanager
     def using(self, generation: Generation) -> Iterator[None]:
@@ -128,6 +137,27 @@ class OpenFiles:
                 f"{file.entry.path}: the store's file has {found.st_size} bytes of {file.size}, {found.st_nlink} names"
             )
         return fd
+
+    def duplicate(self, file: CachedFile) -> int:
+        """Another descriptor of the same description, the caller's to close: whoever has it does not count as somebody
+        who has the file open. Raises StoreDamaged."""
+        fd = os.dup(self.reader(file))
+        self._settle_reader(file)
+        return fd
+
+    def used_elsewhere(self, file: CachedFile) -> bool:
+        """Whether somebody has the store's file open or mapped, past this daemon."""
+        if file.reader is not None:
+            return used_elsewhere(file.reader.fd)
+        generation = file.generation
+        try:
+            blob = self._shelf.store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
+        except StoreError:
+            return False
+        if blob is None:
+            return False
+        with blob:
+            return used_elsewhere(blob.fd)
 
     def read_cached(self, file: CachedFile, offset: int, view: memoryview) -> int:
         """As many bytes as the page cache has at once; 0 when it would block."""

@@ -94,7 +94,6 @@ class Reading:
         self._admissions = admissions
         self._inherited: dict[int, list[Handle]] = {}
         self.using = open_files.using
-        self.close_idle = open_files.close_idle
         self.discard = reports.discard
         self.doubt = reports.doubt
 

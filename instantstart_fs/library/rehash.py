@@ -5,10 +5,8 @@ The pages that engines have cached stay, and nothing new is cached: verifying a 
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 
 import trio
 
@@ -39,18 +37,16 @@ async def rehash(
     file: CachedFile,
     ready: Callable[[int], Awaitable[object]],
     on_read: Callable[[int], object],
-    opening: AbstractAsyncContextManager[object] | None = None,
 ) -> InstantStartError | None:
     """None when the store's bytes are those that were sealed (of a file without a digest: when all can be read), else
     what is wrong. ``ready`` returns when so many bytes more may be read (``Pace.wait``, say), or raises; ``on_read`` is
-    told the bytes of each block, on the trio thread; ``opening`` is held while the store's file is opened."""
+    told the bytes of each block, on the trio thread."""
     digest, generation = file.entry.file.digest, file.generation
     buffer = mmap.mmap(-1, BLOCK)
     try:
-        async with opening or contextlib.nullcontext():
-            blob = await trio.to_thread.run_sync(
-                store.existing_blob, generation.pipeline.id, generation.number, file.entry.path
-            )
+        blob = await trio.to_thread.run_sync(
+            store.existing_blob, generation.pipeline.id, generation.number, file.entry.path
+        )
         if blob is None:
             return StoreDamaged(f"{file.entry.path}: missing from the store")
         with blob:

@@ -18,7 +18,6 @@ from instantstart_fs.core import scrub
 from instantstart_fs.core.scrub import Account, Activity, Quiet
 from instantstart_fs.core.status import ScrubStatus
 from instantstart_fs.errors import InstantStartError
-from instantstart_fs.library.covering import Covering
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.present import rfc3339
 from instantstart_fs.library.reading import Reading
@@ -51,7 +50,6 @@ class Scrubber:
         self,
         shelf: Shelf,
         reading: Reading,
-        covering: Covering,
         observer: Observer,
         activity: Callable[[], Activity],
         *,
@@ -60,7 +58,6 @@ class Scrubber:
     ) -> None:
         self._shelf = shelf
         self._reading = reading
-        self._covering = covering
         self._observer = observer
         self._activity = activity
         self._period = period
@@ -145,8 +142,6 @@ class Scrubber:
 
     async def _file(self, file: CachedFile, pace: Pace) -> bool:
         """Whether it was bad. Raises _GivenUp, StoreError (the index cannot be told)."""
-        generation = file.generation
-        pipeline = generation.pipeline
 
         async def ready(count: int) -> None:
             while (rest := self._quiet.observe(self._activity(), trio.current_time())) > 0:
@@ -157,8 +152,7 @@ class Scrubber:
             await pace.wait(count)
             self._check_shown(file)
 
-        opening = self._covering.unseen(pipeline)
-        problem = await rehash(self._shelf.store, file, ready, self._observer.scrubbed, opening)
+        problem = await rehash(self._shelf.store, file, ready, self._observer.scrubbed)
         if problem is None:
             return False
         self._check_shown(file)

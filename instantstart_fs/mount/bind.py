@@ -10,20 +10,20 @@ it is the disk's own business. docs/decisions/bind.md has the reasons.
   overdue nothing else is done, so nothing changes under a bind that may still come.
 * A bind is made from a read-only, nosuid, nodev bind of ``slots`` and inherits its flags: it is never writable, not
   even for a moment. It shows one file, so that nothing else of the store can be reached through it.
-* Reads of a bound file are nobody's to see; opens are: inotify on the store's file tells of them, whoever's mount
-  namespace they came through.
+* Reads of a bound file are nobody's to see; opens and closes are: fanotify on the store's file tells of them, whoever's
+  mount namespace they came through. Those by the store's own path are no engine's (the daemon, a backup).
 * In use is what a plain umount answers EBUSY to, and, since a detached bind or one in another mount namespace may still
-  be held, what the kernel refuses a write lease for.
+  be held, what the kernel refuses a write lease for. Closes are only the occasion to ask: events of one process that
+  nobody has read yet are merged, so that counting them tells nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
-import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple, TypeVar
@@ -33,6 +33,7 @@ import trio
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineBusy
 from instantstart_fs.library.covering import Coverable, Covering
 from instantstart_fs.mount import kernel
+from instantstart_fs.store.locks import used_elsewhere
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +41,13 @@ DEADLINE: Final = 10.0
 """Seconds for one batch of mounts or unmounts."""
 CHECK_INTERVAL: Final = 5.0
 """Seconds between two looks at the mount table: the kernel drops a bind with the directory entry that it lies on."""
+EVENTS_INTERVAL: Final = 0.02
+"""Seconds between two looks at the events: a close is told of a moment before the kernel lets go of the file."""
 REFRESH_INTERVAL: Final = 1.0
 """Least seconds between two updates of what stat and getfattr show of bound files."""
 STAGE: Final = "bind"
 """In the store: where ``slots`` is bound read-only while binds are made from it."""
 PREFIX: Final = "user.instantstart."
-_EVENT: Final = struct.Struct("=iIII")
-"""inotify_event: wd, mask, cookie, len; the name follows, which events of a file lack"""
 
 _T = TypeVar("_T")
 
@@ -71,9 +72,12 @@ def plan(bound: Mapping[str, Coverable], wanted: Mapping[str, Coverable]) -> Pla
 
 
 class _Bound(NamedTuple):
+    """``inode``: (st_dev, st_ino); ``used``: whether somebody had it open already."""
+
     file: Coverable
     store_path: str
-    watch: int
+    inode: tuple[int, int]
+    used: bool
 
 
 class Binder:
@@ -85,7 +89,8 @@ class Binder:
         self._mountpoint = ""
         self._bound: dict[str, dict[str, _Bound]] = {}
         """pipeline → path → what lies over it."""
-        self._watched: dict[int, Coverable] = {}
+        self._watched: dict[tuple[int, int], Coverable] = {}
+        """inode → what is bound of it."""
         self._shown: dict[str, int | None] = {}
         """pipeline → the last request that its bound files show."""
         self._refused: dict[Coverable, int] = {}
@@ -97,7 +102,10 @@ class Binder:
         """Whether a batch was ever given up."""
         self._fresh: list[str] = []
         self._lock = trio.Lock()
-        self._inotify = -1
+        self._fanotify = -1
+        self._store_mount = -1
+        """The mount by which the store itself opens its files."""
+        self._to_show: set[str] = set()
 
     def probe(self) -> None:
         """Blocking. Raises BindRefused where it cannot work."""
@@ -108,6 +116,15 @@ class Binder:
         try:
             with self._staged():
                 pass
+            slots = os.open(f"{self._store}/slots", os.O_PATH | os.O_CLOEXEC)
+            try:
+                self._store_mount = kernel.mount_id(slots)
+            finally:
+                os.close(slots)
+            if not _tells_of_use(self._store):
+                raise BindRefused(
+                    "no binds: nobody tells whether a file is in use (that needs Linux 5.3 and CAP_LEASE)"
+                )
         except OSError as error:
             raise BindRefused(f"no binds from {self._store}: {error.strerror}") from error
 
@@ -118,14 +135,20 @@ class Binder:
         """
         assert self._covering is not None
         self._mountpoint = mountpoint
-        self._inotify = kernel.inotify()
-        self._covering.attach(self._take_away, self._read_opens)
+        self._fanotify = kernel.fanotify()
+        self._covering.attach(self._take_away)
         try:
             await self._in_thread(self._clear, f"{mountpoint}/")
             await self._follow(await self._covering.wait_changed(0))
+            for bound in self._bound.values():
+                for one in bound.values():
+                    if one.used:
+                        self._covering.found_open(one.file)
             task_status.started()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_opens)
+                nursery.start_soon(self._keep_asking)
+                nursery.start_soon(self._keep_shown)
                 while True:
                     changed = await self._covering.wait_changed(CHECK_INTERVAL)
                     try:
@@ -136,7 +159,7 @@ class Binder:
                     await self._follow(changed)
         finally:
             self._covering.attach(None)
-            os.close(self._inotify)
+            os.close(self._fanotify)
 
     # -- following the library -------------------------------------------------------------------------------------
 
@@ -159,6 +182,7 @@ class Binder:
 
     async def _take_away(self, pipeline: str, idle_only: bool) -> None:
         """See covering.TakeAway."""
+        assert self._covering is not None
         async with self._lock:
             bound = dict(self._bound.get(pipeline, {}))
             if self._unsure:
@@ -166,9 +190,9 @@ class Binder:
                 await self._in_thread(self._clear, f"{self._mountpoint}/{pipeline}/")
             if not bound:
                 return
-            self._read_opens()
+            self._read_events()
             await self._detach(pipeline, tuple(bound), lazily=not idle_only)
-            if idle_only and await self._in_thread(_held, [one.store_path for one in bound.values()]):
+            if idle_only and any(self._covering.used(one.file) for one in bound.values()):
                 raise _busy(pipeline)
 
     async def _detach(self, pipeline: str, paths: tuple[str, ...], *, lazily: bool = True) -> None:
@@ -193,9 +217,9 @@ class Binder:
         finally:
             for path in done:
                 gone = bound.pop(path)
-                self._watched.pop(gone.watch, None)
-                with contextlib.suppress(OSError):  # the kernel ends the watch of a deleted file itself
-                    kernel.inotify_remove(self._inotify, gone.watch)
+                self._watched.pop(gone.inode, None)
+                with contextlib.suppress(OSError):  # the kernel ends the mark of a deleted file itself
+                    kernel.fan_mark(self._fanotify, gone.store_path, add=False)
             if not bound:
                 self._bound.pop(pipeline, None)
         if not idle:
@@ -232,7 +256,7 @@ class Binder:
             for one in done:
                 bound[one.file.path] = one
                 self._refused.pop(one.file, None)
-                self._watched[one.watch] = one.file
+                self._watched[one.inode] = one.file
                 self._fresh.append(self._target(pipeline, one.file.path))
             if not bound:
                 del self._bound[pipeline]
@@ -263,7 +287,7 @@ class Binder:
                 for path, one in list(bound.items()):
                     if self._target(pipeline, path) not in there:
                         del bound[path]
-                        self._watched.pop(one.watch, None)
+                        self._watched.pop(one.inode, None)
                         lost.add(pipeline)
             await self._show({pipeline for pipeline in self._bound if self._stale(pipeline)})
             self._checks += 1
@@ -274,31 +298,44 @@ class Binder:
     # -- opens -----------------------------------------------------------------------------------------------------
 
     async def _watch_opens(self) -> None:
-        while True:
-            await trio.lowlevel.wait_readable(self._inotify)
-            opened = self._read_opens()
-            async with self._lock:
-                with contextlib.suppress(MountFailed):  # shown by the next check
-                    await self._show(opened)
-            await trio.sleep(REFRESH_INTERVAL)
-
-    def _read_opens(self) -> set[str]:
-        """Note every open that the kernel has told of; the pipelines that they were of."""
         assert self._covering is not None
-        found: set[str] = set()
         while True:
-            try:
-                data = os.read(self._inotify, 65536)
-            except BlockingIOError:
-                return found
-            position = 0
-            while position < len(data):
-                watch, mask, _, length = _EVENT.unpack_from(data, position)
-                position += _EVENT.size + length
-                file = self._watched.get(watch)
-                if file is not None and mask & kernel.IN_OPEN:
-                    self._covering.opened(file)
-                    found.add(file.pipeline)
+            await trio.lowlevel.wait_readable(self._fanotify)
+            closed = self._read_events()
+            await trio.sleep(EVENTS_INTERVAL)
+            for file in closed:
+                self._covering.look(file)
+
+    def _read_events(self) -> set[Coverable]:
+        """Note every open that the kernel has told of; what was closed."""
+        assert self._covering is not None
+        closed: set[Coverable] = set()
+        for event in kernel.fan_events(self._fanotify):
+            file = self._watched.get(event.inode)
+            if file is None:
+                continue
+            if event.opened and event.mount_id != self._store_mount:
+                self._covering.opened(file)
+                self._to_show.add(file.pipeline)
+            if event.closed:
+                closed.add(file)
+        return closed
+
+    async def _keep_asking(self) -> None:
+        """Of what was open when its bind was taken away nobody tells, and a close may be told of too early."""
+        assert self._covering is not None
+        while True:
+            await trio.sleep(CHECK_INTERVAL)
+            self._covering.look_again()
+
+    async def _keep_shown(self) -> None:
+        while True:
+            await trio.sleep(REFRESH_INTERVAL)
+            opened, self._to_show = self._to_show, set()
+            if opened:
+                async with self._lock:
+                    with contextlib.suppress(MountFailed):  # shown by the next check
+                        await self._show(opened)
 
     def _stale(self, pipeline: str) -> bool:
         assert self._covering is not None
@@ -369,19 +406,19 @@ class Binder:
             os.fchown(blob.fd, file.uid, file.gid)
             os.fchmod(blob.fd, file.mode)
             _write_one(blob.fd, atime_ns, values, file.mtime_ns)
-            # The watch comes first: what is open through a bind must have been seen.
-            watch = kernel.inotify_add(self._inotify, f"/proc/self/fd/{blob.fd}", kernel.IN_OPEN)
+            # The mark comes first: what is open through a bind must have been seen.
+            own = f"/proc/self/fd/{blob.fd}"
+            kernel.fan_mark(self._fanotify, own, add=True)
             try:
                 kernel.bind(f"{stage}/{within}", target)
+                there = os.stat(target)
+                if not os.path.samestat(there, here):
+                    kernel.umount(target, lazily=True)
+                    raise OSError(errno.ESTALE, "the store's file was exchanged while it was bound")
             except OSError:
-                kernel.inotify_remove(self._inotify, watch)
+                kernel.fan_mark(self._fanotify, own, add=False)
                 raise
-            there = os.stat(target)
-            if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
-                kernel.umount(target, lazily=True)
-                kernel.inotify_remove(self._inotify, watch)
-                raise OSError(errno.ESTALE, "the store's file was exchanged while it was bound")
-        return _Bound(file, store_path, watch)
+            return _Bound(file, store_path, (here.st_dev, here.st_ino), used_elsewhere(blob.fd))
 
     def _clear(self, below: str) -> None:
         """Detach whatever is mounted below. Raises MountFailed."""
@@ -397,23 +434,20 @@ def _busy(pipeline: str) -> PipelineBusy:
     return PipelineBusy(f"{pipeline}: somebody has files of it open")
 
 
-def _held(paths: list[str]) -> bool:
-    """Whether anybody has one of these files open or mapped, in whatever mount namespace: a write lease is for files
-    that nobody else has open."""
-    for path in paths:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                return True
-            log.debug("%s: no lease: %s", path, error)  # a filesystem without leases: umount alone has spoken
-        finally:
-            os.close(fd)
-    return False
+def _tells_of_use(store: str) -> bool:
+    """Whether a write lease is refused on a file that somebody else has open, and granted when nobody has. In old
+    kernels a mark counts as an open. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        fan = kernel.fanotify()
+        stack.callback(os.close, fan)
+        with tempfile.TemporaryFile(dir=store) as file:
+            os.fchown(file.fileno(), 1, 1)
+            own = f"/proc/self/fd/{file.fileno()}"
+            kernel.fan_mark(fan, own, add=True)
+            fd = os.open(own, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            refused = used_elsewhere(fd)
+        return refused and not used_elsewhere(fd)
 
 
 def _write_shown(todo: list[tuple[str, int, dict[str, str], int]]) -> None:

@@ -11,9 +11,10 @@ import errno
 import os
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -26,7 +27,6 @@ MS_REMOUNT: Final = 32
 MS_NOATIME: Final = 1024
 MS_BIND: Final = 4096
 MS_PRIVATE: Final = 1 << 18
-IN_OPEN: Final = 0x20
 MNT_FORCE: Final = 1
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
@@ -137,22 +137,66 @@ def umount(path: str, *, lazily: bool = False) -> None:
         raise OSError(number, os.strerror(number), path)
 
 
-def inotify() -> int:
-    """A new inotify descriptor that does not block. Raises OSError."""
-    return _libc_int("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
+class FanEvent(NamedTuple):
+    """What was done to a marked file since the last look, by one process: ``opened``, and a description of it ended,
+    mappings included (``closed``), or both, however often. ``inode``: (st_dev, st_ino); ``mount_id``: of the mount by
+    whose path it was opened."""
+
+    inode: tuple[int, int]
+    mount_id: int
+    opened: bool
+    closed: bool
 
 
-def inotify_add(fd: int, path: str, mask: int) -> int:
-    """The watch of the inode at ``path``. Raises OSError (ENOSPC: fs.inotify.max_user_watches)."""
-    return _libc_int("inotify_add_watch", fd, os.fsencode(path), mask)
+_FAN_INIT: Final = 0x1 | 0x2 | 0x10 | 0x20
+"""CLOEXEC, NONBLOCK, UNLIMITED_QUEUE, UNLIMITED_MARKS"""
+_FAN_ADD: Final = 1
+_FAN_REMOVE: Final = 2
+_FAN_CLOSE: Final = 0x8 | 0x10
+_FAN_OPEN: Final = 0x20
+_FAN_METADATA: Final = struct.Struct("=IBBHQii")
+"""fanotify_event_metadata: event_len, vers, reserved, metadata_len, mask, fd, pid"""
+_FAN_MOST: Final = 256
+_AT_FDCWD: Final = -100
 
 
-def inotify_remove(fd: int, watch: int) -> None:
-    """Raises OSError: EINVAL where the file was deleted before."""
-    _libc_int("inotify_rm_watch", fd, watch)
+def fanotify() -> int:
+    """A new fanotify group that does not block; as root. Raises OSError."""
+    return _libc_int("fanotify_init", _FAN_INIT, os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _libc_int(name: str, *args: int | bytes) -> int:
+def fan_mark(fd: int, path: str, *, add: bool) -> None:
+    """Tell of opens and closes of the inode at ``path`` (or no longer), through whichever mount. Raises OSError."""
+    mask = ctypes.c_uint64(_FAN_OPEN | _FAN_CLOSE)
+    _libc_int("fanotify_mark", fd, _FAN_ADD if add else _FAN_REMOVE, mask, _AT_FDCWD, os.fsencode(path))
+
+
+def fan_events(fd: int) -> list[FanEvent]:
+    """What there is now, up to a number: each comes with a descriptor."""
+    try:
+        data = os.read(fd, _FAN_METADATA.size * _FAN_MOST)
+    except BlockingIOError:
+        return []
+    events = []
+    for _, _, _, _, mask, file, _ in _FAN_METADATA.iter_unpack(data):
+        if file < 0:
+            continue
+        try:
+            found = os.fstat(file)
+            inode = (found.st_dev, found.st_ino)
+            events.append(FanEvent(inode, mount_id(file), bool(mask & _FAN_OPEN), bool(mask & _FAN_CLOSE)))
+        finally:
+            os.close(file)
+    return events
+
+
+def mount_id(fd: int) -> int:
+    """Of the mount by whose path it was opened."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+
+
+def _libc_int(name: str, *args: int | bytes | ctypes.c_uint64) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     result: int = getattr(libc, name)(*args)
     if result < 0:

@@ -61,8 +61,9 @@ class Shelves(Protocol):
         """The file indices of its shards in the order in which an engine reads them. Raises InstantStartError."""
         ...
 
-    async def open_stored(self, key: FileKey) -> int:
-        """A descriptor of the store's own file, the caller's to close. Raises InstantStartError."""
+    def open_stored(self, key: FileKey) -> int:
+        """A descriptor of the store's own file, the caller's to close; to have it is not to have the file open. Raises
+        InstantStartError."""
         ...
 
     def staged(self, pipeline: str, count: int, *, file_done: bool) -> None:
@@ -263,6 +264,8 @@ class Staging:
                 order = ()
             session.order = {index: position for position, index in enumerate(order)}
         memory = await trio.to_thread.run_sync(self._memory)
+        if session.wakeup.is_set():
+            return True  # something was opened, released, retired or put to rest meanwhile: decide again
         budget = staging_budget(memory.available, self._config.max_memory.of(memory.available), memory.cgroups_left)
         order_of, last = session.order, len(session.order)
         shards = sorted(
@@ -282,15 +285,11 @@ class Staging:
         for index, length in window.stage:
             key = FileKey(session.pipeline, session.generation, index)
             try:
-                fd = await self._shelves.open_stored(key)
+                fd = self._shelves.open_stored(key)
             except InstantStartError as error:
                 log.warning("not staged: %s", error.message, extra={"pipeline": session.pipeline})
                 session.done.add(index)
                 continue
-            if session.wakeup.is_set():
-                # Something was opened, released, retired or put to rest meanwhile: decide again.
-                os.close(fd)
-                return True
             if not session.jobs and not session.staged:
                 self._started += 1
             job = next(self._numbers)

@@ -1,12 +1,15 @@
 """Who has the store: one daemon (``lock``), and the fetch workers that may outlive it for a moment (``workers.lock``).
+And who has one of its files.
 
 flock(2) locks: they end with the last descriptor of their open file, so a killed holder can never leave one behind.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import signal
 import time
 
 from instantstart_fs.errors import StoreLocked
@@ -77,3 +80,17 @@ def share_with_worker(path: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def used_elsewhere(fd: int) -> bool:
+    """Whether anybody has the file open or mapped by another description than that of ``fd`` (duplicates share it),
+    through whichever mount: then the kernel grants no write lease. False where the filesystem or our rights (CAP_LEASE
+    for others' files) allow none."""
+    try:
+        # An open that meets the lease is told of by a signal: SIGIO, the usual one, would end this process.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False

@@ -177,6 +177,11 @@ async def test_an_eviction_is_settled_only_once_its_bytes_are_gone(tmp_path: Pat
         assert library.status("x").state == "cold"
 
 
+def close_readers(library: Library, pipeline: str) -> None:
+    for file in library._shelf.pipelines[pipeline].current.files:  # type: ignore[union-attr]
+        library._open_files.close_reader(file)
+
+
 async def test_what_is_looked_into_is_let_go_of_when_there_is_too_much_and_comes_back_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +194,7 @@ async def test_what_is_looked_into_is_let_go_of_when_there_is_too_much_and_comes
         await settle(library)
         before = {name: find(library, name, WEIGHTS) for name in ("a", "b", "open")}
         data = await read_all(library, "a", WEIGHTS)
-        library._open_files.close_idle(library._shelf.pipelines["a"].current)  # type: ignore[arg-type]
+        close_readers(library, "a")
         handle = await library.open(before["open"])
 
         def outlines() -> list[str]:

@@ -12,17 +12,22 @@ from tests.harness import make_daemon, model, why_no_mount
 
 __all__ = ["make_daemon", "model"]
 
-ON_BOTH = {"test_bytes", "test_churn", "test_generations", "test_many_processes", "test_state"}
-"""Modules whose tests run on each transport; the others on what `auto` gives."""
+EACH = ("pyfuse3", "passthrough", "bind")
+TRANSPORTS = {
+    **dict.fromkeys(("test_bytes", "test_churn", "test_generations", "test_many_processes", "test_state"), EACH),
+    "test_staging": ("passthrough", "bind"),
+}
+"""Modules whose tests run on several transports; the others on what `auto` gives."""
 LONG = {"test_churn", "test_many_processes"}
 """Those of them that run over bind only with the long runs."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     module = metafunc.module.__name__.rpartition(".")[2]
-    if module in ON_BOTH and "make_daemon" in metafunc.fixturenames:
+    if module in TRANSPORTS and "make_daemon" in metafunc.fixturenames:
         bind = pytest.param("bind", marks=pytest.mark.soak if module in LONG else ())
-        metafunc.parametrize("transport", ["pyfuse3", "passthrough", bind], indirect=True)
+        chosen = [bind if name == "bind" else name for name in TRANSPORTS[module]]
+        metafunc.parametrize("transport", chosen, indirect=True)
 
 
 @pytest.fixture(
@@ -41,6 +46,8 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         return
     if chosen == "passthrough" and (reason := kernel.why_no_passthrough()) is not None:
         pytest.skip(f"no FUSE passthrough: {reason}")
+    if chosen == "bind" and not kernel.has_sys_admin():
+        pytest.skip("binds need CAP_SYS_ADMIN")
     monkeypatch.setattr(harness, "TRANSPORT", chosen)
 
 

@@ -1,0 +1,158 @@
+"""Who has a covered file open: the write lease that tells, and what the library makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from instantstart_fs.filler.target import FileKey
+from instantstart_fs.library import Library
+from instantstart_fs.library.covering import Coverable
+from instantstart_fs.library.watching import Nobody
+from instantstart_fs.store.locks import used_elsewhere
+from tests.component.test_library import make_source, spec
+from tests.component.test_room import WEIGHTS, fills, running
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8192))
+    return path
+
+
+@contextlib.contextmanager
+def descriptor(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def test_an_open_and_a_mapping_are_seen_and_a_duplicate_is_not(file: Path) -> None:
+    with descriptor(file) as own:
+        assert not used_elsewhere(own)
+        holder = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[own])
+        try:
+            assert not used_elsewhere(own), "the same description in another process"
+        finally:
+            holder.communicate(timeout=10)
+        with descriptor(file) as other:
+            assert used_elsewhere(own)
+            mapped = mmap.mmap(other, 0, access=mmap.ACCESS_READ)
+        assert used_elsewhere(own), "closed, and mapped"
+        mapped.close()
+        assert not used_elsewhere(own)
+
+
+ASK = """
+import os, sys
+from instantstart_fs.store.locks import used_elsewhere
+own = os.open(sys.argv[1], os.O_RDONLY)
+print("ready", flush=True)
+answers = [used_elsewhere(own) for _ in range(30_000)]
+print(sum(answers), len(answers))
+"""
+
+
+def test_an_open_that_meets_the_question_is_let_through_and_ends_nobody(file: Path) -> None:
+    """Each grant of the lease may be met by an open, which the kernel tells the asker by a signal."""
+    asker = subprocess.Popen([sys.executable, "-c", ASK, str(file)], stdout=subprocess.PIPE, text=True)
+    assert asker.stdout is not None
+    assert asker.stdout.readline() == "ready\n"
+    opens = 0
+    while asker.poll() is None:
+        os.close(os.open(file, os.O_RDONLY))
+        opens += 1
+    assert asker.returncode == 0
+    used, asked = map(int, asker.stdout.read().split())
+    asker.stdout.close()
+    assert opens > 1000
+    assert 0 < used < asked, "they did not meet"
+
+
+class Told(Nobody):
+    def __init__(self) -> None:
+        self.open: list[FileKey] = []
+
+    def opened(self, key: FileKey) -> None:
+        self.open.append(key)
+
+    def released(self, key: FileKey) -> None:
+        self.open.remove(key)
+
+
+async def take_away(pipeline: str, idle_only: bool) -> None:
+    pass
+
+
+def stored(root: Path, covered: Coverable) -> Path:
+    return root / "store" / "slots" / covered.pipeline / str(covered.generation) / "files" / covered.path
+
+
+async def test_an_open_holds_the_pipeline_until_nobody_has_the_file_and_is_told_to_the_watcher(tmp_path: Path) -> None:
+    async with running(tmp_path) as library:
+        covered, told = await covered_file(library, make_source(tmp_path / "source")), Told()
+        library.watch(told)
+        key = FileKey(covered.pipeline, covered.generation, covered.key)
+        in_use = use_of(library, covered.pipeline)
+        with descriptor(stored(tmp_path, covered)):
+            library.covering.opened(covered)
+            library.covering.opened(covered)  # ranks of one engine
+            assert (told.open, in_use()) == ([key], True)
+            library.covering.look(covered)
+            assert (told.open, in_use()) == ([key], True)
+            later = Told()
+            library.watch(later)
+            assert later.open == [key], "what was open before somebody watched"
+        library.covering.look_again("another")
+        assert in_use()
+        library.covering.look_again(covered.pipeline)
+        assert (later.open, in_use()) == ([], False)
+
+
+async def test_what_was_open_before_it_was_covered_is_no_request(tmp_path: Path) -> None:
+    async with running(tmp_path) as library:
+        covered = await covered_file(library, make_source(tmp_path / "source"))
+        in_use, before = use_of(library, covered.pipeline), library.status(covered.pipeline).last_request
+        with descriptor(stored(tmp_path, covered)):
+            library.covering.found_open(covered)
+            assert in_use()
+            assert library.status(covered.pipeline).last_request == before
+            library.covering.opened(covered)
+            assert library.status(covered.pipeline).last_request != before
+        library.covering.attach(None)
+        assert not in_use(), "nobody would ask any more"
+
+
+async def test_a_descriptor_for_staging_holds_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as library:
+        covered = await covered_file(library, make_source(tmp_path / "source"))
+        fd = library.open_stored(FileKey(covered.pipeline, covered.generation, covered.key))
+        try:
+            assert not library.covering.used(covered)
+            with descriptor(stored(tmp_path, covered)):
+                assert library.covering.used(covered)
+        finally:
+            os.close(fd)
+
+
+async def covered_file(library: Library, source: Path) -> Coverable:
+    library.covering.attach(take_away)
+    await library.add(spec("p", source))
+    await fills(library, "p")
+    return library.covering.files("p")[WEIGHTS]
+
+
+def use_of(library: Library, pipeline: str) -> Callable[[], bool]:
+    return lambda: library._shelf.pipeline(pipeline).in_use
