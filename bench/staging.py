@@ -1,6 +1,7 @@
 """Loading with an empty page cache, by an unmodified engine: the mount (which stages) against a plain directory.
 
-    scripts/bench staging [--size 3GiB] [--shards 4] [--pairs 9] [--transformers 1.5GiB] [--dir DIR]
+    scripts/bench staging [--size 3GiB] [--shards 4] [--pairs 9] [--transformers 1.5GiB]
+                          [--transport passthrough|bind] [--dir DIR]
 
 Both sides lie on one filesystem. Before each load the files' pages, and only theirs, are dropped by posix_fadvise and
 mincore must find none; the O_DIRECT rate of the disk is measured beside each pair, since a shared disk swings. The load
@@ -195,16 +196,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4, help="[staging] threads")
     parser.add_argument("--transformers", type=common.size, default=0, help="bytes of the Llama (0: leave it out)")
     parser.add_argument("--dir", help="where both sides lie (default: the temporary directory)")
-    parser.add_argument("--name", default="staging", help="of the result file")
+    parser.add_argument("--transport", choices=("passthrough", "bind"), default="passthrough")
+    parser.add_argument("--name", help="of the result file (default: staging, staging-TRANSPORT)")
     options = parser.parse_args()
     code = SAFE_OPEN.format(tensor=TENSOR)
     result: dict[str, Any] = {"pairs": options.pairs, "copies": options.copies, "threads": options.threads}
+    result["transport"] = options.transport
+    config = f'[staging]\nthreads = {options.threads}\n[mount]\ntransport = "{options.transport}"\n'
     rows: list[list[str]] = []
     with common.workspace(options.dir) as work:
         plain = {"safe_open": make_shards(work / "plain", options.size, options.shards)}
         if options.transformers:
             plain["from_pretrained"] = make_llama(work / "llama", options.transformers)
-        with daemon.daemon(work, config=f"[staging]\nthreads = {options.threads}\n") as served:
+        with daemon.daemon(work, config=config) as served:
             for name, paths in plain.items():
                 served.cli("add", name.replace("_", "-"), f"file://{paths[0].parent}")
                 served.cli("warm", name.replace("_", "-"), "--wait")
@@ -213,8 +217,10 @@ def main() -> None:
                 pipeline = name.replace("_", "-")
                 mounted = [served.mount / pipeline / path.name for path in paths]
                 stored = [next(served.store.glob(f"slots/{pipeline}/*/files/{path.name}")) for path in paths]
+                if options.transport == "bind":
+                    common.wait_for(lambda both=(mounted, stored): all(map(os.path.samefile, *both)), "the binds", 10.0)
                 knobs = {"plain": common.read_ahead_kb(paths[0]), "store": common.read_ahead_kb(stored[0])}
-                print(f"{name}: read_ahead_kb {knobs}; the kernel reads the store's file itself, with the store's")
+                print(f"{name}: {options.transport}, read_ahead_kb {knobs}")
                 if knobs["plain"] != knobs["store"]:
                     raise RuntimeError("the two sides do not read ahead alike")
                 if name == "safe_open":
@@ -247,7 +253,8 @@ def main() -> None:
                 )
     print()
     print(table(["load", "size", "mount GB/s", "plain GB/s", "times faster (range)", "O_DIRECT GB/s"], rows))
-    common.write_result(options.name, result)
+    passed = options.transport == "passthrough"
+    common.write_result(options.name or ("staging" if passed else f"staging-{options.transport}"), result)
 
 
 if __name__ == "__main__":
