@@ -192,17 +192,22 @@ class Covering:
         if file is not None and covered not in self._held:
             self._hold(covered, file)
 
-    def look(self, covered: Coverable) -> None:
-        """Somebody may have let go of it: ask."""
-        file = self._held.get(covered)
-        if file is not None and not self._open_files.used_elsewhere(file):
-            self._let_go(covered)
+    def held(self, covered: Coverable) -> bool:
+        """Whether somebody had it open when it was last asked for."""
+        return covered in self._held
 
-    def look_again(self, pipeline: str | None = None) -> None:
-        """Ask of all that was open (of that pipeline)."""
-        for covered in list(self._held):
-            if pipeline in (None, covered.pipeline):
-                self.look(covered)
+    def look(self, covered: Coverable) -> bool:
+        """Somebody may have let go of it: ask. True when it was held, and is not any more."""
+        file = self._held.get(covered)
+        if file is None or self._open_files.used_elsewhere(file):
+            return False
+        self._let_go(covered)
+        return True
+
+    def look_again(self, pipeline: str | None = None) -> set[str]:
+        """Ask of all that was open (of that pipeline); the pipelines of which something is not any more."""
+        asked = [covered for covered in self._held if pipeline in (None, covered.pipeline)]
+        return {covered.pipeline for covered in asked if self.look(covered)}
 
     def used(self, covered: Coverable) -> bool:
         """Whether anybody but the daemon has it open or mapped now."""

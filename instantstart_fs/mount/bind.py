@@ -23,6 +23,7 @@ import contextlib
 import errno
 import logging
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -303,8 +304,7 @@ class Binder:
             await trio.lowlevel.wait_readable(self._fanotify)
             closed = self._read_events()
             await trio.sleep(EVENTS_INTERVAL)
-            for file in closed:
-                self._covering.look(file)
+            self._to_show |= {file.pipeline for file in closed if self._covering.look(file)}
 
     def _read_events(self) -> set[Coverable]:
         """Note every open that the kernel has told of; what was closed."""
@@ -326,30 +326,33 @@ class Binder:
         assert self._covering is not None
         while True:
             await trio.sleep(CHECK_INTERVAL)
-            self._covering.look_again()
+            self._to_show |= self._covering.look_again()
 
     async def _keep_shown(self) -> None:
         while True:
             await trio.sleep(REFRESH_INTERVAL)
-            opened, self._to_show = self._to_show, set()
-            if opened:
+            stale, self._to_show = self._to_show, set()
+            if stale:
                 async with self._lock:
                     with contextlib.suppress(MountFailed):  # shown by the next check
-                        await self._show(opened)
+                        await self._show(stale)
 
     def _stale(self, pipeline: str) -> bool:
         assert self._covering is not None
         return self._shown.get(pipeline) != self._covering.last_request(pipeline)
 
     async def _show(self, pipelines: set[str]) -> None:
-        """Bring times and attributes of their bound files up to date. Under the lock."""
+        """Bring times and attributes of their bound files up to date. Under the lock.
+
+        Not of those that somebody has open: it moves st_ctime, by which tar and others see that a file changed while
+        they read it."""
         assert self._covering is not None
         todo: list[tuple[str, int, dict[str, str], int]] = []
         for pipeline in pipelines:
             self._shown[pipeline] = self._covering.last_request(pipeline)
             for one in self._bound.get(pipeline, {}).values():
                 shown = self._covering.shown(one.file)
-                if shown is not None:
+                if shown is not None and not self._covering.held(one.file):
                     todo.append((one.store_path, shown[0], shown[1], one.file.mtime_ns))
         if todo:
             await self._in_thread(_write_shown, todo)
@@ -403,8 +406,9 @@ class Binder:
         target = self._target(file.pipeline, file.path)
         with self._covering.descriptor(file) as blob:
             here = os.fstat(blob.fd)
-            os.fchown(blob.fd, file.uid, file.gid)
-            os.fchmod(blob.fd, file.mode)
+            if (here.st_uid, here.st_gid, stat.S_IMODE(here.st_mode)) != (file.uid, file.gid, file.mode):
+                os.fchown(blob.fd, file.uid, file.gid)
+                os.fchmod(blob.fd, file.mode)
             _write_one(blob.fd, atime_ns, values, file.mtime_ns)
             # The mark comes first: what is open through a bind must have been seen.
             own = f"/proc/self/fd/{blob.fd}"
@@ -459,8 +463,10 @@ def _write_shown(todo: list[tuple[str, int, dict[str, str], int]]) -> None:
 
 
 def _write_one(file: int | str, atime_ns: int, values: Mapping[str, str], mtime_ns: int) -> None:
-    """On the store's own inode. Raises OSError."""
-    os.utime(file, ns=(atime_ns, mtime_ns))
+    """On the store's own inode, what is not so already. Raises OSError."""
+    found = os.stat(file)
+    if (found.st_atime_ns, found.st_mtime_ns) != (atime_ns, mtime_ns):
+        os.utime(file, ns=(atime_ns, mtime_ns))
     for name, value in values.items():
         encoded = value.encode()
         try:

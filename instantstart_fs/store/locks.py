@@ -6,6 +6,7 @@ flock(2) locks: they end with the last descriptor of their open file, so a kille
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -16,6 +17,8 @@ from instantstart_fs.errors import StoreLocked
 from instantstart_fs.store.layout import FILE_MODE
 from instantstart_fs.store.translate import translated
 
+_LIBC = ctypes.PyDLL(None, use_errno=True)
+"""Keeps the interpreter lock."""
 _POLL = 0.02
 """Seconds between two tries: flock has no deadline of its own."""
 
@@ -86,11 +89,11 @@ def used_elsewhere(fd: int) -> bool:
     """Whether anybody has the file open or mapped by another description than that of ``fd`` (duplicates share it),
     through whichever mount: then the kernel grants no write lease. False where the filesystem or our rights (CAP_LEASE
     for others' files) allow none."""
-    try:
-        # An open that meets the lease is told of by a signal: SIGIO, the usual one, would end this process.
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except OSError as error:
-        return error.errno == errno.EAGAIN
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    # An open that meets the lease is told of by a signal: SIGIO, the usual one, would end this process.
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    # And it waits, or fails if it must not (tar opens with O_NONBLOCK): so the two calls come right after each other.
+    # fcntl.fcntl would let other threads run in between, for milliseconds.
+    if _LIBC.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK) != 0:
+        return ctypes.get_errno() == errno.EAGAIN
+    _LIBC.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False

@@ -142,6 +142,19 @@ def test_owner_mode_times_and_attributes_are_those_of_the_mount(daemon: Daemon, 
     assert daemon.status(p)["last_request"] == seen, "verifying is no request"
 
 
+def test_a_bound_file_does_not_change_beneath_its_reader(daemon: Daemon, p: str) -> None:
+    """What an open changes (times, attributes) shows when the file is closed: tar compares st_ctime."""
+    path, other = daemon.path(p, FIRST), daemon.path(p, SECOND)
+    with open(path, "rb") as reader:
+        before = os.fstat(reader.fileno())
+        atime = os.stat(other).st_atime_ns
+        with open(other, "rb") as sibling:
+            sibling.read(1)
+        wait_for(lambda: os.stat(other).st_atime_ns > atime, "the times of what was opened and closed", 10)
+        assert os.fstat(reader.fileno()) == before
+    wait_for(lambda: os.stat(path).st_atime_ns > before.st_atime_ns, "its own, once it is closed", 10)
+
+
 def test_what_somebody_holds_is_not_evicted_also_from_another_mount_namespace(
     daemon: Daemon, p: str, model: Path
 ) -> None:
