@@ -99,12 +99,14 @@ class HoldStatus(msgspec.Struct, frozen=True, tag="status"):
 
 class HeldFile(msgspec.Struct, frozen=True):
     """``layout`` null: no safetensors file, or not read yet (``ready`` says which). ``digest``: as the mount shows it,
-    null where the origin offers none."""
+    null where the origin offers none. ``device``: the holder's name for it; ``place``: everybody's (tensors.place_of).
+    """
 
     path: str
     model: str
     size: int
     device: str
+    place: str
     rank: int | None
     ready: bool
     layout: FileLayout | None
@@ -294,6 +296,7 @@ class Holder:
                 file.model,
                 file.size,
                 device.device,
+                self._stage.place(device.device),
                 file.rank,
                 self._stage.is_ready(file.path),
                 self._stage.layout(file.path),

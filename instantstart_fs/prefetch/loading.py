@@ -12,7 +12,7 @@ from instantstart_fs.prefetch.holding import HoldClient
 from instantstart_fs.prefetch.plan import plan
 from instantstart_fs.prefetch.sources import LeaseSource, Source
 from instantstart_fs.prefetch.stager import Stager
-from instantstart_fs.prefetch.tensors import from_ipc, from_memory, views
+from instantstart_fs.prefetch.tensors import from_ipc, from_memory, place_of, views
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,9 @@ def _taken(held: HoldClient, pipeline: str, device: str, model: str | None, sock
     current = _generation(pipeline, socket)
     if current not in (None, manifest.generation):
         raise PrefetchError(f"{pipeline}: generation {manifest.generation} is held, and {current} is current")
+    place = place_of(device)
     files = [file for file in manifest.files if model is None or file.model == model]
-    if not files or any(file.device != device for file in files) or manifest.freed:
+    if not files or any(file.place != place for file in files) or manifest.freed:
         raise PrefetchError(f"{pipeline}: is not held on {device} as a whole")
     found: dict[str, Any] = {}
     for file in files:

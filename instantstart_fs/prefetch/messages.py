@@ -40,11 +40,12 @@ class Release(_Message, frozen=True):
 
 class Ready(_Message, frozen=True):
     """The worker works. ``refusals``: (backend, why not) of those tried before. ``free``: bytes of device memory, None
-    for the CPU, whose memory is the Stage's."""
+    for the CPU, whose memory is the Stage's. ``place``: as tensors.place_of."""
 
     backend: str
     refusals: tuple[tuple[str, str], ...]
     free: int | None = None
+    place: str = "cpu"
 
 
 class Moved(_Message, frozen=True):
@@ -62,9 +63,10 @@ class Loaded(_Message, frozen=True):
 
 
 class IpcHandle(msgspec.Struct, frozen=True):
-    """What torch needs to open a storage of another process. Byte strings in hexadecimal."""
+    """What torch needs to open a storage of another process. Byte strings in hexadecimal. ``place``: of the GPU, whose
+    number may be another there (CUDA_VISIBLE_DEVICES)."""
 
-    device: int
+    place: str
     handle: str
     size: int
     offset: int

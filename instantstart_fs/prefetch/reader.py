@@ -71,8 +71,8 @@ def _by_direct(direct: int, start: int, length: int, done: int, memory: memoryvi
         try:
             count = os.preadv(direct, [memory[done:room]], start + done)
         except OSError as error:
-            if error.errno == errno.EINVAL:
-                return done  # a filesystem, or a device, with another idea of alignment
+            if error.errno in (errno.EINVAL, errno.EFAULT):
+                return done  # a filesystem with another idea of alignment; memory that a device cannot write to
             raise
         done += count
         if done < length and (count < BLOCK or done % BLOCK):

@@ -31,6 +31,7 @@ from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import BadWeights, InstantStartError, OutOfBudget, PrefetchError, from_code
 from instantstart_fs.prefetch import backends, messages
 from instantstart_fs.prefetch.layout import FileLayout, read_layout
+from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.memory import allocate, available, mapped, rounded
 from instantstart_fs.prefetch.messages import MAX_PACKET, Export, IpcHandle, Load, Release, Settings, ToWorker
 from instantstart_fs.prefetch.plan import DevicePlan, Plan, PlannedFile, admit
@@ -43,6 +44,9 @@ STOP_DEADLINE = 5.0
 """Seconds for a worker to end by itself before it is killed."""
 DEVICE_RESERVE = 256 * 1024 * 1024
 """Bytes of a GPU's free memory that are left alone: engines start their own contexts at the same time."""
+
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Meant for the engine. Expandable segments would hand memory over in another way, which needs the right to trace."""
 
 
 class DeviceReport(NamedTuple):
@@ -110,6 +114,9 @@ class _Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path}
+        for name in ALLOCATOR_SETTINGS:
+            environment.pop(name, None)
         with theirs:
             self.process = subprocess.Popen(
                 [
@@ -121,7 +128,7 @@ class _Worker:
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
+                env=environment,
             )
         self.socket = ours
 
@@ -512,6 +519,10 @@ class Stage:
                     found[file.planned.model] = max(seconds, found.get(file.planned.model, 0.0))
             return found
 
+    def place(self, device: str) -> str:
+        """As tensors.place_of, in the process that has the memory."""
+        return next((w.ready.place for w in self._workers if w.plan.device == device and w.ready is not None), "")
+
     @property
     def paths(self) -> tuple[str, ...]:
         """Of the files that are staged, or will be, and not released."""
@@ -656,6 +667,8 @@ class Stage:
             if file.memory is not None:
                 file.mapping = mapped(file.memory)
                 file.base = from_memory(file.mapping, file.planned.size)
+            elif not file.planned.size:
+                file.base = load_torch().empty(0, dtype=load_torch().uint8, device=file.worker.plan.device)
             else:
                 handle = self.export(file.planned.path).handle
                 assert handle is not None

@@ -14,6 +14,25 @@ from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.messages import IpcHandle
 
 
+def place_of(device: str) -> str:
+    """What tells a device's memory apart in every process: "cpu", or the UUID of the GPU that is "cuda:N" here.
+    Raises PrefetchError for a GPU that is not there."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    torch, number = load_torch(), int(device.partition(":")[2] or 0)
+    if number >= torch.cuda.device_count():
+        raise PrefetchError(f"{device}: there are {torch.cuda.device_count()} CUDA devices")
+    return str(torch.cuda.get_device_properties(number).uuid)
+
+
+def _number_of(place: str) -> int:
+    torch = load_torch()
+    for number in range(torch.cuda.device_count()):
+        if place_of(f"cuda:{number}") == place:
+            return number
+    raise PrefetchError(f"the GPU {place} is not visible to this process (CUDA_VISIBLE_DEVICES)")
+
+
 def from_memory(memory: mmap.mmap, size: int) -> Any:
     """The ``size`` first bytes of a mapping as a uint8 tensor that keeps it alive."""
     torch = load_torch()
@@ -26,10 +45,11 @@ def from_ipc(handle: IpcHandle, size: int) -> Any:
     """The ``size`` first bytes of another process's device memory as a uint8 tensor. A handle can be opened once.
     Raises PrefetchError when CUDA refuses: the owner is gone, or this process sees other devices."""
     torch = load_torch()
+    number = _number_of(handle.place)
     try:
         torch.cuda.init()
         storage = torch.UntypedStorage._new_shared_cuda(
-            handle.device,
+            number,
             bytes.fromhex(handle.handle),
             handle.size,
             handle.offset,
@@ -38,7 +58,7 @@ def from_ipc(handle: IpcHandle, size: int) -> Any:
             bytes.fromhex(handle.event_handle),
             handle.event_sync,
         )
-        return torch.empty(0, dtype=torch.uint8, device=f"cuda:{handle.device}").set_(storage)[:size]
+        return torch.empty(0, dtype=torch.uint8, device=f"cuda:{number}").set_(storage)[:size]
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         lines = str(error).splitlines() or [type(error).__name__]
         raise PrefetchError(f"device memory of another process cannot be opened: {lines[0]}") from error

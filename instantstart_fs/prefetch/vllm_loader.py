@@ -26,6 +26,7 @@ from instantstart_fs.errors import InstantStartError, PrefetchError
 from instantstart_fs.prefetch.holding import HeldFile, HoldClient
 from instantstart_fs.prefetch.loading import take
 from instantstart_fs.prefetch.mounts import pipeline_of
+from instantstart_fs.prefetch.tensors import place_of
 
 log = logging.getLogger("vllm.instantstart")
 """Below vLLM's own logger, so that its lines appear among vLLM's."""
@@ -56,8 +57,8 @@ class InstantStartLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is n
             return 0
         try:
             with _connected(vllm_config.model_config.model) as held:
-                device = f"cuda:{torch.cuda.current_device()}"
-                kept = sum(file.size for file in held.manifest().files if file.device == device)
+                place = place_of(f"cuda:{torch.cuda.current_device()}")
+                kept = sum(file.size for file in held.manifest().files if file.place == place)
         except InstantStartError:
             return 0
         free, total = torch.cuda.mem_get_info()
@@ -116,9 +117,10 @@ class InstantStartLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is n
                     local_expert_ids=self.local_expert_ids,
                 )
                 return
+            used = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
             yield from tensors.items()
-            if file.device != "cpu":
-                torch.cuda.synchronize()  # vLLM's copies out of this memory have to be done before it is freed
+            for device in used | {torch.device("cuda", torch.cuda.current_device())} if used else ():
+                torch.cuda.synchronize(device)  # vLLM's copies out of this memory have to be done before it is freed
             taken += file.size
             del tensors
             try:

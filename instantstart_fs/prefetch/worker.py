@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import sys
 import threading
@@ -37,9 +38,13 @@ from instantstart_fs.prefetch.messages import (
     Release,
     Settings,
 )
+from instantstart_fs.prefetch.tensors import place_of
 
 REPORT_INTERVAL = 0.05
 """Seconds between two reports of one file's progress, at least."""
+
+COLLECT_INTERVAL = 0.2
+"""Seconds between two looks at device memory that was released while an engine had it open."""
 
 
 class Worker:
@@ -53,6 +58,8 @@ class Worker:
         self._progress: dict[int, list[float]] = {}
         self._progress_lock = threading.Lock()
         self._backend: Backend | None = None
+        self._place = ""
+        self._lent = False
 
     def run(self) -> None:
         """Until the other end closes."""
@@ -63,7 +70,12 @@ class Worker:
             return
         assert self._backend is not None
         try:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
             while True:
+                if not poll.poll(COLLECT_INTERVAL * 1000 if self._lent else None):
+                    self._collect()
+                    continue
                 packet, fds, _, _ = socket.recv_fds(self._socket, MAX_PACKET, MAX_FDS)
                 if not packet:
                     return
@@ -85,15 +97,15 @@ class Worker:
         self._backend, refusals = choose(settings.backends, settings.device, settings.readers, settings.rate)
         if self._cuda:
             free = int(self._torch.cuda.mem_get_info(settings.device)[0])
-        self._send(Ready(self._backend.name, refusals, free))
+        self._place = place_of(settings.device)
+        self._send(Ready(self._backend.name, refusals, free, self._place))
 
     def _check_device(self) -> None:
         torch, device = load_torch(), self._settings.device
         self._torch = torch
         if not torch.cuda.is_available():
             raise PrefetchError(f"{device}: torch {torch.__version__} finds no CUDA device here")
-        if int(device.partition(":")[2]) >= torch.cuda.device_count():
-            raise PrefetchError(f"{device}: there are {torch.cuda.device_count()} CUDA devices")
+        place_of(device)
         torch.cuda.set_device(device)
         torch.cuda.init()
 
@@ -150,7 +162,7 @@ class Worker:
         try:
             if item is None or item.target is None:
                 raise PrefetchError("was released")
-            device, handle, size, offset, reference, at, event, sync = item.target.untyped_storage()._share_cuda_()
+            _, handle, size, offset, reference, at, event, sync = item.target.untyped_storage()._share_cuda_()
         except Exception as error:
             self._send(Exported(number, token, None, failure(number, error).message))
             return
@@ -158,7 +170,7 @@ class Worker:
             Exported(
                 number,
                 token,
-                IpcHandle(device, handle.hex(), size, offset, reference.hex(), at, event.hex(), bool(sync)),
+                IpcHandle(self._place, handle.hex(), size, offset, reference.hex(), at, event.hex(), bool(sync)),
             )
         )
 
@@ -170,8 +182,14 @@ class Worker:
         item.target = None
         if self._cuda:
             del item
-            self._torch.cuda.empty_cache()
-            self._torch.cuda.ipc_collect()
+            self._lent = True
+            self._collect()
+
+    def _collect(self) -> None:
+        """Give the device back what nobody uses: first what others had open of what was released, then all of it. An
+        engine's own reference may outlive its release by a moment, so this is asked again."""
+        self._torch.cuda.ipc_collect()
+        self._torch.cuda.empty_cache()  # waits for copies that are under way
 
     def _send(self, message: FromWorker) -> None:
         with self._send_lock, contextlib.suppress(OSError):  # the Stage is gone: run() sees it too

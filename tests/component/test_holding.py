@@ -32,10 +32,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def stage(checkpoint: Path) -> Iterator[Stage]:
+@pytest.fixture(params=[("cpu",)], ids=",".join)
+def stage(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
     source = DirectorySource(str(checkpoint))
-    with Stager(source).start(plan(source.weights, None, ["cpu"])) as staged:
+    with Stager(source).start(plan(source.weights, None, request.param)) as staged:
         staged.wait(60)
         yield staged
 
@@ -54,6 +54,7 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("stage", [("cpu",), ("cpu", "cpu:1")], ids=",".join, indirect=True)
 def test_another_process_takes_the_weights_and_the_hold_ends(checkpoint: Path, stage: Stage, place: str) -> None:
     """What that process writes into its tensors changes nobody else's."""
     program = f"""

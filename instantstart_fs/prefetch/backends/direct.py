@@ -59,12 +59,13 @@ class _Slot:
         self.tensor = tensor
         self.memory = memoryview((ctypes.c_ubyte * len(tensor)).from_address(tensor.data_ptr())).cast("B")
         self.event = event
-        self.pending: tuple[Item, int, int] | None = None
+        self.pending: tuple[Item, Any, int, int] | None = None
+        """The copy's target too: freed before its end, that memory could be another file's when the bytes arrive."""
 
     def settle(self) -> None:
         """Wait for its copy, and tell of it."""
         if self.pending is not None:
-            item, cached, disk = self.pending
+            item, _target, cached, disk = self.pending
             self.pending = None
             try:
                 self.event.synchronize()
@@ -88,11 +89,13 @@ class DirectCuda(_Readers):
         torch = self._torch
         try:
             with torch.cuda.device(self._device):
-                whole = torch.empty(self._count * SLOTS * EXTENT + BLOCK, dtype=torch.uint8, pin_memory=True)
-                first = -whole.data_ptr() % BLOCK
-                for number in range(self._count * SLOTS):
-                    begin = first + number * EXTENT
-                    self._ring.append(_Slot(whole[begin : begin + EXTENT], torch.cuda.Event()))
+                # Exactly a power of two by default: torch's allocator of such memory rounds up to one.
+                whole = torch.empty(self._count * SLOTS * EXTENT, dtype=torch.uint8, pin_memory=True)
+                if whole.data_ptr() % BLOCK:
+                    return f"page-locked memory does not begin at a multiple of {BLOCK}"
+                for begin in range(0, len(whole), EXTENT):
+                    # blocking: eight threads that wait would otherwise spin on eight cores.
+                    self._ring.append(_Slot(whole[begin : begin + EXTENT], torch.cuda.Event(blocking=True)))
         except RuntimeError as error:
             return f"no page-locked memory for the ring: {str(error).splitlines()[0]}"
         return None
@@ -119,11 +122,13 @@ class DirectCuda(_Readers):
             self._throttle.wait_for_room(end - start)
             try:
                 cached, disk = read_extent(item.plain, item.direct, start, end, slot.memory, item.path)
+                target = item.target[start:end]
                 with torch.cuda.stream(stream):
-                    item.target[start:end].copy_(slot.tensor[: end - start], non_blocking=True)
+                    target.copy_(slot.tensor[: end - start], non_blocking=True)
                     slot.event.record(stream)
             except Exception as error:
                 item.fail(error)
                 continue
-            slot.pending = (item, cached, disk)
+            slot.pending = (item, target, cached, disk)
+            del target
             turn = (turn + 1) % SLOTS

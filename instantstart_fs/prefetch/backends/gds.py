@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from instantstart_fs.prefetch.backends.base import Item
 from instantstart_fs.prefetch.libtorch import load_torch
+from instantstart_fs.prefetch.plan import BLOCK
 
 CUFILE_JSON = "/etc/cufile.json"
 NVIDIA_FS = "/proc/driver/nvidia-fs"
@@ -91,10 +92,19 @@ class Gds:
                     raise RuntimeError("its filesystem knows no O_DIRECT")
                 load(torch, item.direct, item.target)
                 torch.cuda.synchronize()
+                check_end(torch, item)
             except Exception as error:
                 item.fail(error)
                 continue
             item.moved(0, item.size)
+
+
+def check_end(torch: Any, item: Item) -> None:
+    """torch does not tell how much cuFile read. Raises RuntimeError when the file's last block is not there."""
+    count = min(item.size, BLOCK)
+    wanted = torch.frombuffer(bytearray(os.pread(item.plain, count, item.size - count)), dtype=torch.uint8)
+    if not torch.equal(item.target[item.size - count :].cpu(), wanted):
+        raise RuntimeError("cuFile did not read all of it")
 
 
 def load(torch: Any, direct: int, target: Any) -> None:
