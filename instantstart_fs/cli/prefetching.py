@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -68,8 +68,9 @@ def run(
     """Stage; ``on_staged`` once all is in place; hold if asked to."""
     wanted = devices_of(devices)
     path = hold_socket(pipeline) if hold else ""
-    with _terminated(), LeaseSourceContext(pipeline, socket) as source:
-        made = plan(source.weights, None, wanted, tensor_parallel, deadlines=deadlines_of(deadlines))
+    wanted_at = deadlines_of(deadlines)
+    with _terminated(), LeaseSourceContext(pipeline, socket, wanted_at) as source:
+        made = plan(source.weights, None, wanted, tensor_parallel, deadlines=wanted_at)
         stager = Stager(source, backend=backend, readers=readers, what_fits=what_fits)
         with stager.start(made) as stage:
             for report in stage.progress():
@@ -106,8 +107,8 @@ def _keep(pipeline: str, stage: Stage, source: LeaseSource, holder: Holder) -> N
 class LeaseSourceContext:
     """A LeaseSource that is closed whatever happens before a Stage takes it over."""
 
-    def __init__(self, pipeline: str, socket: str | None) -> None:
-        self._source = LeaseSource(pipeline, socket)
+    def __init__(self, pipeline: str, socket: str | None, deadlines: Mapping[str, float]) -> None:
+        self._source = LeaseSource(pipeline, socket, deadlines=deadlines)
 
     def __enter__(self) -> LeaseSource:
         return self._source

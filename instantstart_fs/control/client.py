@@ -10,7 +10,7 @@ import collections
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -202,10 +202,10 @@ class Client:
         """Hold a lease until this client is closed (or its process ends)."""
         self._ask(Lease(pipeline), type(None))
 
-    def open(self, pipeline: str) -> WeightSet:
+    def open(self, pipeline: str, deadlines: Mapping[str, float] | None = None) -> WeightSet:
         """Ask for the pipeline's weight files, under a lease until this client is closed (or its process ends); what
-        there will be. ``opened_files`` has to follow."""
-        self._send(Open(pipeline), ANSWER_DEADLINE)
+        there will be. ``deadlines``: model → seconds, see core.weights.schedule. ``opened_files`` has to follow."""
+        self._send(Open(pipeline, dict(deadlines or {})), ANSWER_DEADLINE)
         message = self._receive(ANSWER_DEADLINE)
         if isinstance(message, Opening):
             return message.weights

@@ -407,7 +407,7 @@ class _Connection:
                     await self._send(Done())
                     await trio.sleep_forever()
             if isinstance(request, Open):
-                await self._hand_over(request.pipeline)
+                await self._hand_over(request)
             return Done(await self._perform(request))
         except InstantStartError as error:
             return _failed(error)
@@ -458,9 +458,9 @@ class _Connection:
             case Lease() | Open():
                 raise AssertionError("handled by the caller")
 
-    async def _hand_over(self, pipeline: str) -> None:
+    async def _hand_over(self, request: Open) -> None:
         """Returns only by an exception: the lease lasts as long as the connection."""
-        async with self._library.opening(pipeline) as handover:
+        async with self._library.opening(request.pipeline, request.deadlines) as handover:
             await self._send(Opening(handover.weights))
             while not handover.finished:
                 handed = await handover.next_files(MAX_HANDED_FILES, 1.0)
@@ -470,7 +470,7 @@ class _Connection:
                         await self._send(message, [fd for _, fds in handed for fd in fds])
                     else:
                         await self._send(
-                            Progress(status=msgspec.structs.replace(self._library.status(pipeline), files=None))
+                            Progress(status=msgspec.structs.replace(self._library.status(request.pipeline), files=None))
                         )
                 finally:
                     for _, fds in handed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -61,6 +61,21 @@ def _weights(files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
 
 def weight_set(manifest: Manifest) -> WeightSet:
     return WeightSet(manifest.pipeline, manifest.generation, _described(manifest, weight_entries(manifest)))
+
+
+def schedule(weights: WeightSet, deadlines: Mapping[str, float]) -> list[str]:
+    """The models in the order that they are wanted in: earliest deadline first (seconds; a model without one comes
+    last), and then the smaller one, which is ready sooner and delays the others least."""
+    sizes = dict.fromkeys(weights.models, 0)
+    for file in weights.files:
+        sizes[file.model] += file.size
+    return sorted(sizes, key=lambda model: (deadlines.get(model, float("inf")), sizes[model], model))
+
+
+def scheduled(weights: WeightSet, deadlines: Mapping[str, float]) -> list[WeightFile]:
+    """All files, model by model as in ``schedule``, each model's in load order."""
+    place = {model: position for position, model in enumerate(schedule(weights, deadlines))}
+    return sorted(weights.files, key=lambda file: place[file.model])
 
 
 def _described(manifest: Manifest, entries: Iterable[FileEntry]) -> tuple[WeightFile, ...]:

@@ -22,7 +22,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
 import trio
@@ -463,9 +463,10 @@ class Library:
             found.changed()
 
     @asynccontextmanager
-    async def opening(self, pipeline: str) -> AsyncIterator[Handover]:
-        """Under a lease: its weight files, to be handed to a process that reads them itself. A pipeline that is not
-        warm is filled; nothing of it is staged. Raises PipelineNotFound, and what forbids filling it."""
+    async def opening(self, pipeline: str, deadlines: Mapping[str, float]) -> AsyncIterator[Handover]:
+        """Under a lease: its weight files, to be handed to a process that reads them itself, in the order of
+        core.weights.schedule. A pipeline that is not warm is filled; nothing of it is staged. Raises PipelineNotFound,
+        and what forbids filling it."""
         with self.lease(pipeline), self.rest_staging(pipeline):
             found = self._visible(pipeline)
             generation = found.current
@@ -474,7 +475,7 @@ class Library:
                 generation = found.current
             assert generation is not None
             with self._reading.using(generation), self._prefetching():
-                yield Handover(self._reading, self._store, generation, self._config.fill.read_deadline)
+                yield Handover(self._reading, self._store, generation, self._config.fill.read_deadline, deadlines)
 
     @contextmanager
     def _prefetching(self) -> Iterator[None]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 
 import trio
 
 from instantstart_fs.core.chunks import ByteRange
-from instantstart_fs.core.weights import WeightSet, weight_entries, weight_set
+from instantstart_fs.core.weights import WeightSet, scheduled, weight_entries, weight_set
 from instantstart_fs.errors import InstantStartError, StoreDamaged
 from instantstart_fs.library.reading import Reading
 from instantstart_fs.library.state import CachedFile, Generation
@@ -21,15 +22,24 @@ from instantstart_fs.store.blobstore import BlobStore
 
 
 class Handover:
-    """Of one generation to one receiver. ``weights``: what will be handed over, in load order."""
+    """Of one generation to one receiver, in the order of ``scheduled`` for its ``deadlines``, as far as what is there
+    allows. ``weights``: what will be handed over, in load order."""
 
-    def __init__(self, reading: Reading, store: BlobStore, generation: Generation, read_deadline: float) -> None:
+    def __init__(
+        self,
+        reading: Reading,
+        store: BlobStore,
+        generation: Generation,
+        read_deadline: float,
+        deadlines: Mapping[str, float],
+    ) -> None:
         self.weights: WeightSet = weight_set(generation.manifest)
         self._reading = reading
         self._store = store
         self._generation = generation
         self._read_deadline = read_deadline
-        self._pending = [entry.index for entry in weight_entries(generation.manifest)]
+        indices = {entry.path: entry.index for entry in weight_entries(generation.manifest)}
+        self._pending = [indices[file.path] for file in scheduled(self.weights, deadlines)]
 
     @property
     def finished(self) -> bool:

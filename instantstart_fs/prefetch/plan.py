@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from instantstart_fs.core.weights import WeightFile, WeightSet
+from instantstart_fs.core.weights import WeightFile, WeightSet, schedule
 from instantstart_fs.errors import BadWeights, UsageError
 from instantstart_fs.prefetch.layout import FileLayout
 
@@ -124,7 +124,7 @@ def plan(
     placed: list[list[PlannedFile]] = [[] for _ in devices]
     hows = set()
     order = 0
-    for model in _schedule(manifest, deadlines):
+    for model in schedule(manifest, deadlines):
         group = [file for file in manifest.files if file.model == model]
         found = {file.rank for file in group}
         sharded = found != {None}
@@ -203,13 +203,6 @@ def _check_layouts(manifest: WeightSet, layouts: Mapping[str, FileLayout]) -> No
     foreign = sorted(set(layouts) - set(sizes))
     if foreign:
         raise BadWeights(f"{foreign[0]}: is no weight file of {manifest.pipeline}")
-
-
-def _schedule(manifest: WeightSet, deadlines: Mapping[str, float]) -> list[str]:
-    sizes = dict.fromkeys(manifest.models, 0)
-    for file in manifest.files:
-        sizes[file.model] += file.size
-    return sorted(sizes, key=lambda model: (deadlines.get(model, float("inf")), sizes[model], model))
 
 
 def _by_rank(pipeline: str, group: Sequence[WeightFile], ranks: int, devices: int) -> dict[str, int]:

@@ -7,11 +7,11 @@ closed. ``DirectorySource``: the files of a plain directory. A Stage closes its 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest
-from instantstart_fs.core.weights import WeightSet, weight_set
+from instantstart_fs.core.weights import WeightSet, scheduled, weight_set
 from instantstart_fs.errors import BadWeights, PrefetchError
 
 if TYPE_CHECKING:
@@ -49,18 +49,26 @@ class Source(Protocol):
 
 class DirectorySource:
     """Every weight file that an engine would load from ``directory``, its models being the names of its directories
-    when ``models`` is true. Raises PrefetchError when it cannot be listed."""
+    when ``models`` is true. ``deadlines``: as of LeaseSource. Raises PrefetchError when it cannot be listed."""
 
-    def __init__(self, directory: str, *, name: str | None = None, models: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        name: str | None = None,
+        models: bool = False,
+        deadlines: Mapping[str, float] | None = None,
+    ) -> None:
         self._root = os.path.realpath(directory)
         self._weights = _weights_below(self._root, name or os.path.basename(self._root), models)
+        self._deadlines = dict(deadlines or {})
 
     @property
     def weights(self) -> WeightSet:
         return self._weights
 
     def files(self) -> Iterator[OpenedFile]:
-        for file in self._weights.files:
+        for file in scheduled(self._weights, self._deadlines):
             yield open_file(os.path.join(self._root, file.path), file.path, file.size)
 
     def close(self) -> None:
@@ -105,15 +113,16 @@ def _weights_below(root: str, name: str, models: bool) -> WeightSet:
 class LeaseSource:
     """A pipeline of a daemon, leased; a cold one is filled, its files coming as each is sealed.
 
-    Raises DaemonUnreachable, PermissionRefused, PipelineNotFound. ``path``: the daemon's socket.
+    Raises DaemonUnreachable, PermissionRefused, PipelineNotFound. ``path``: the daemon's socket. ``deadlines``: model →
+    seconds, the same as for ``plan``: files come, and are fetched, in that order.
     """
 
-    def __init__(self, pipeline: str, path: str | None = None) -> None:
+    def __init__(self, pipeline: str, path: str | None = None, *, deadlines: Mapping[str, float] | None = None) -> None:
         from instantstart_fs.control.client import Client
 
         self._client: Client = Client(path)
         try:
-            self._weights = self._client.open(pipeline)
+            self._weights = self._client.open(pipeline, deadlines)
         except BaseException:
             self._client.close()
             raise

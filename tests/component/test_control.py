@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -189,7 +189,7 @@ class FakeLibrary:
             self._leased(-1)
 
     @asynccontextmanager
-    async def opening(self, pipeline: str) -> AsyncIterator[FakeHandover]:
+    async def opening(self, pipeline: str, deadlines: Mapping[str, float]) -> AsyncIterator[FakeHandover]:
         with self.lease(pipeline):
             yield self.handover
 

@@ -378,7 +378,7 @@ async def test_what_is_handed_over_cannot_be_written_by_whoever_owns_it(tmp_path
         await library.add(spec("p", source))
         await library.warm("p")
         await wait_library(library, "p", "unverified")
-        async with library.opening("p") as handover:
+        async with library.opening("p", {}) as handover:
             handed = await handover.next_files(8, 5.0)
             assert len(handed) == 2
             for path, descriptors in handed:

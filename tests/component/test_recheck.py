@@ -138,7 +138,7 @@ async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
         with pytest.raises(AccessRefused):
             await library.warm("p")
         with pytest.raises(AccessRefused):
-            async with library.opening("p"):
+            async with library.opening("p", {}):
                 pass
         # Who has it open keeps it.
         buffer = bytearray(1000)
