@@ -1,8 +1,9 @@
-"""A soak: adds, fills, reads, evictions, updates and origin faults at once; then everything must be as it was.
+"""A soak: everything that changes pipelines, and every fault of an origin, at once; then all must be as it was.
 
     scripts/bench soak [--minutes 30] [--idle 60] [--seed 1]
 
-Several actors work on a handful of pipelines of one hub until the time is up, each choosing what to do at random (the
+Adds, fills, reads, staging, prefetches and leases, evictions by pressure and by hand, updates, scrubs, access checks:
+several actors work on a handful of pipelines of one hub until the time is up, each choosing what to do at random (the
 seed repeats the choices, not their timing). Every byte that is read is compared. Then the hub is healed, the pipelines
 are removed, and when all is quiet again the daemon's RSS, descriptors, threads, workers, nodeids and files are
 compared with what they were after a first round of the same work (a daemon that has never worked has loaded less). The
@@ -35,6 +36,8 @@ from tests.servers.hub import HubServer
 
 RSS_SLACK = 32 * MIB
 IDLE_TARGET = 0.1
+TAKE_PART = ("staged_bytes", "scrubbed_bytes", "evictions", "digest_mismatches")
+"""Counters of what the daemon does by itself: a soak in which it did not has shown nothing of it."""
 PROVOKED = (
     r"origin-(unavailable|throttled|misbehaved|broken|changed|not-found)|location-expired|read-deadline|digest-mismatch",
     r"fill-cancelled|access-refused|no-such-entry|is down|answers again|the manifest says",
@@ -63,7 +66,9 @@ class World:
         directory.mkdir(parents=True, exist_ok=True)
         for shard in range(2):
             content = random.Random(f"{name} {salt} {shard}").randbytes(12 * MIB + shard * 4096 + 17)
-            header = b"{}".ljust(8)
+            tensor = {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}
+            header = json.dumps({f"layer.{shard}": tensor}).encode()
+            header = header.ljust(-len(header) % 8 + len(header))
             content = len(header).to_bytes(8, "little") + header + content
             (directory / f"model-{shard + 1:05}-of-00002.safetensors").write_bytes(content)
             with self.lock:
@@ -138,6 +143,23 @@ def administrator(world: World, served: daemon.Daemon, names: list[str]) -> None
     world.count(what if done.returncode == 0 else f"{what} refused")
 
 
+def tenant(world: World, served: daemon.Daemon, names: list[str]) -> None:
+    """Takes a lease for a while: to bring the weights into memory, or for a program that reads them."""
+    name = world.chance.choice(names)
+    if world.chance.random() < 0.5:
+        done = cli(served, "prefetch", name, "--devices", "cpu")
+        world.count("prefetch" if done.returncode == 0 else "prefetch that failed")
+    else:
+        path = served.mount / name / "model-00002-of-00002.safetensors"
+        done = cli(served, "lease", name, "--", "sha256sum", str(path))
+        digest = done.stdout.split()[0] if done.returncode == 0 else ""
+        if digest and digest not in world.known:
+            world.problem(f"wrong bytes in {name}, under a lease")
+        world.count("lease" if digest else "lease whose reader failed")
+    if "Traceback" in done.stderr:
+        world.problem(f"a tenant: {done.stderr[-500:]}")
+
+
 def saboteur(world: World) -> None:
     """One fault at a time, for a while."""
     what = world.chance.choice(
@@ -179,6 +201,7 @@ def work_for(seconds: float, world: World, served: daemon.Daemon, names: list[st
         *(lambda: reader(world, served, names) for _ in range(2)),
         lambda: mapper(world, served, names),
         *(lambda: administrator(world, served, names) for _ in range(2)),
+        lambda: tenant(world, served, names),
         lambda: saboteur(world),
         lambda: watcher(world, page),
     ]
@@ -199,17 +222,22 @@ def work_for(seconds: float, world: World, served: daemon.Daemon, names: list[st
     world.hub.reset()
 
 
+def metrics_of(page: str) -> dict[str, float]:
+    with urllib.request.urlopen(page + "metrics", timeout=20) as answer:
+        lines = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
 def measure(served: daemon.Daemon, page: str) -> dict[str, int]:
     pid = served.child.pid
-    with urllib.request.urlopen(page + "metrics", timeout=20) as answer:
-        metrics = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
+    metrics = metrics_of(page)
     return {
         "rss": daemon.memory(pid)["rss"],
         "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
         "threads": len(os.listdir(f"/proc/{pid}/task")),
         "workers": len(served.workers()),
-        "open files": int(float(metrics["instantstart_open_files"])),
-        "nodes": int(float(metrics["instantstart_nodes"])),
+        "open files": int(metrics["instantstart_open_files"]),
+        "nodes": int(metrics["instantstart_nodes"]),
         "files in the store": sum(len(files) for _, _, files in os.walk(served.mount.parent / "soak-store" / "slots")),
     }
 
@@ -250,7 +278,8 @@ def main() -> None:
             world.publish(name, 0)
         config = (
             '[http]\nlisten = "127.0.0.1:0"\n[fill]\nchunk_size = "1MiB"\nread_deadline = "8s"\n'
-            f'[store]\ncapacity = "{options.pipelines * 24 * 3 // 4}MiB"\n[eviction]\nkeep_hot = "2s"\n'
+            f'[store]\ncapacity = "{options.pipelines * 24 * 3 // 4}MiB"\nscrub = "10s"\nscrub_rate = "200MB"\n'
+            '[eviction]\nkeep_hot = "2s"\n[origins]\nrecheck_access = "10s"\n'
         )
         with daemon.daemon(work, config=config, env={"HF_ENDPOINT": hub.endpoint}, name="soak") as served:
             page = re.findall(r"page (http://\S+)", served.log.read_text())[-1]
@@ -268,6 +297,7 @@ def main() -> None:
             work_for(options.minutes * 60, world, served, names, page)
             end = settle(served, names, page)
             print("at the end:           ", end, flush=True)
+            took_part = {what: int(metrics_of(page)[f"instantstart_{what}_total"]) for what in TAKE_PART}
             clock = daemon.Clock([served.child.pid, *served.workers()])
             time.sleep(options.idle)
             idle = 100 * sum(clock.spent().values()) / (time.monotonic() - clock.started)
@@ -282,16 +312,18 @@ def main() -> None:
             grown[key] > 0 for key in ("descriptors", "threads", "workers", "open files", "nodes", "files in the store")
         ),
         "no unprovoked line in the log": not lines,
+        "everything took part": all(took_part.values()) and bool(world.done["prefetch"] and world.done["lease"]),
         f"idle ≤ {IDLE_TARGET} %": idle <= IDLE_TARGET,
     }
     for what, ok in verdicts.items():
         print(f"{'met   ' if ok else 'MISSED'}  {what}")
-    print(f"idle {idle:.3f} % of a core; did {dict(sorted(world.done.items()))}")
+    print(f"idle {idle:.3f} % of a core; did {dict(sorted(world.done.items()))}; {took_part}")
     for line in lines[:20]:
         print(f"unprovoked: {line}")
     result: dict[str, Any] = {
         "minutes": options.minutes, "seed": options.seed, "pipelines": options.pipelines, "start": start, "end": end,
-        "idle_percent": idle, "did": dict(sorted(world.done.items())), "problems": world.problems, "unprovoked": lines,
+        "idle_percent": idle, "did": dict(sorted(world.done.items())), "took_part": took_part,
+        "problems": world.problems, "unprovoked": lines,
         "verdicts": verdicts,
     }  # fmt: skip
     common.write_result("soak", result)

@@ -17,9 +17,9 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from tests.harness import REPOSITORY, Hung, wait_for
 
@@ -45,10 +45,17 @@ def why_no_machine() -> str | None:
 
 class Machine:
     """``directory``: takes what outlives a reboot. ``binds``: host directories visible inside, read-only, at the same
-    path. ``bare``: nothing is installed, and /opt is the machine's own. The directory's ``store`` is behind
-    /var/lib/instantstart."""
+    path. ``writable``: others, by where they are inside. ``bare``: nothing is installed, and /opt is the machine's own.
+    The directory's ``store`` is behind /var/lib/instantstart."""
 
-    def __init__(self, directory: Path, *, binds: Sequence[Path] = (), bare: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        binds: Sequence[Path] = (),
+        writable: Mapping[str, Path] = MappingProxyType({}),
+        bare: bool = False,
+    ) -> None:
         self.directory = directory
         self.units = directory / "units"
         self.etc = directory / "etc"
@@ -59,6 +66,7 @@ class Machine:
         for path in (self.units, self.etc, self.opt / "bin", self.store, self.logs):
             path.mkdir(parents=True, exist_ok=True)
         self._bare = bare
+        self._writable = writable
         if not bare:
             self._install()
         self._binds = [REPOSITORY, Path(sys.prefix), Path(sys.base_prefix), *binds]
@@ -89,6 +97,7 @@ class Machine:
         command += [f"--uuid={self._uuid}", f"--bind={self.logs}:/var/log/journal"]
         command += ["--bind=/dev/fuse", f"--bind={self.store}:/var/lib/instantstart"]
         command += [f"--bind={self.units}:/etc/systemd/system", f"--bind={self.etc}:/etc/instantstart"]
+        command += [f"--bind={path}:{place}" for place, path in self._writable.items()]
         if not self._bare:
             command += [f"--bind-ro={self.opt}:/opt/instantstart"]
         command += [f"--bind-ro={path}" for path in dict.fromkeys(self._binds)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -31,11 +30,11 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_bytes(machine: Machine, source: Path) -> None:
+def check_bytes(machine: Machine, source: Path, pipeline: str = "warm") -> None:
     """As a reader in the machine sees them."""
     names = [name for name in tree_files(source) if (source / name).stat().st_size]
-    lines = machine.run("sha256sum", "--", *(f"/models/warm/{name}" for name in names), timeout=120).splitlines()
-    assert {line[66:].removeprefix("/models/warm/"): line[:64] for line in lines} == {
+    lines = machine.run("sha256sum", "--", *(f"/models/{pipeline}/{name}" for name in names), timeout=120).splitlines()
+    assert {line[66:].removeprefix(f"/models/{pipeline}/"): line[:64] for line in lines} == {
         name: sha256(source / name) for name in names
     }
 
@@ -190,50 +189,3 @@ def test_fifty_restarts_under_readers(machine: Machine, source: Path) -> None:
     results.write_text(json.dumps(summary, indent=1) + "\n")
     assert [error for reader in found for error in reader["errors"]] == []
     assert summary["taken_over"] == RESTARTS
-
-
-def test_install_twice_upgrade_and_uninstall(tmp_path: Path, source: Path) -> None:
-    """scripts/install for real, in a machine without a network: what pip needs lies in a directory of wheels."""
-    wheels, copy = tmp_path / "wheels", tmp_path / "checkout"
-    python = "/usr/bin/python3"
-    command = [python, "-m", "venv", str(tmp_path / "venv")]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if made.returncode == 0:
-        pip = [str(tmp_path / "venv/bin/pip"), "wheel", "-q", "-w", str(wheels), ".", "setuptools>=77", "wheel"]
-        made = subprocess.run(pip, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
-    if made.returncode != 0:
-        pytest.skip(f"no wheels for {python}: {made.stderr.strip().splitlines()[-1:]}")
-    names = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
-    for name in filter(None, names.split("\0")):
-        if (REPOSITORY / name).exists():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, copy / name)
-    machine = Machine(tmp_path / "machine", binds=[source, wheels, copy], bare=True)
-    (machine.etc / "config.toml").write_text(f'[pipelines.warm]\nsource = "file://{source}/warm"\n')
-    configured = (machine.etc / "config.toml").read_text()
-    install = f"cp -r {copy} /root/checkout && cd /root/checkout && PIP_NO_INDEX=1 PIP_FIND_LINKS={wheels} "
-    install += f"scripts/install --python {python}"
-    with machine:
-        # /usr is the host's and read-only here; the command's link goes into a directory of the machine's own.
-        machine.run("mount", "-t", "tmpfs", "tmpfs", "/usr/local/bin")
-        machine.run("sh", "-c", install, timeout=200)
-        machine.run(
-            "timeout", "30", "sh", "-c", "until [ -e /models/warm/config.json ]; do sleep 0.1; done", timeout=40
-        )
-        check_bytes(machine, source / "warm")
-        assert "warm" in machine.run("/usr/local/bin/instantstart", "ls")
-        before, enabled = machine.main_pid(), machine.run("systemctl", "is-enabled", UNIT).strip()
-        assert enabled == "enabled"
-        machine.run("sh", "-c", "rm -rf /root/checkout && " + install, timeout=200)
-        machine.wait_active()
-        assert machine.main_pid() != before
-        assert machine.journal().count(GOES_ON) == 1, "an upgrade unmounted"
-        check_bytes(machine, source / "warm")
-        assert (machine.etc / "config.toml").read_text() == configured
-        for _ in range(2):
-            machine.run("sh", "-c", "cd /root/checkout && scripts/uninstall", timeout=60)
-        assert mounts(machine) == ""
-        assert not (machine.units / UNIT).exists() and (machine.etc / "config.toml").exists()
-        assert (machine.store / "slots/warm").exists()
-        machine.run("sh", "-c", "cd /root/checkout && scripts/uninstall --purge", timeout=60, check=False)
-        assert not list(machine.store.glob("slots/*"))
