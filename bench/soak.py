@@ -43,7 +43,7 @@ PROVOKED = (
     r"fill-cancelled|access-refused|no-such-entry|is down|answers again|the manifest says",
     r"wrong bytes were served before the digest proved it",
     r"not evicted",
-    r"store-full",
+    r"store full: needs",
 )
 """Log lines of these are what the faults are meant to bring about."""
 
@@ -55,6 +55,7 @@ class World:
         self.work, self.hub = work, hub
         self.chance = random.Random(seed)
         self.lock = threading.Lock()
+        self.publishing = threading.Lock()
         self.known: set[str] = set()
         """Digests of every shard that was ever published: what a read may give."""
         self.done: Counter[str] = Counter()
@@ -62,19 +63,28 @@ class World:
         self.end = 0.0
 
     def publish(self, name: str, salt: int) -> None:
+        """The same salt is the same content. One at a time, and never written again: the hub serves these files."""
         directory = self.work / "source" / f"{name}-{salt}"
-        directory.mkdir(parents=True, exist_ok=True)
-        for shard in range(2):
-            content = random.Random(f"{name} {salt} {shard}").randbytes(12 * MIB + shard * 4096 + 17)
-            tensor = {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}
-            header = json.dumps({f"layer.{shard}": tensor}).encode()
-            header = header.ljust(-len(header) % 8 + len(header))
-            content = len(header).to_bytes(8, "little") + header + content
-            (directory / f"model-{shard + 1:05}-of-00002.safetensors").write_bytes(content)
-            with self.lock:
-                self.known.add(hashlib.sha256(content).hexdigest())
-        (directory / "config.json").write_text(json.dumps({"salt": salt}))
-        self.hub.publish(f"soak/{name}", directory)
+        with self.publishing:
+            if not directory.exists():
+                directory.mkdir(parents=True)
+                for shard in range(2):
+                    data = random.Random(f"{name} {salt} {shard}").randbytes(12 * MIB + shard * 4096 + 17)
+                    tensor = {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}
+                    header = json.dumps({f"layer.{shard}": tensor}).encode()
+                    header = header.ljust(-len(header) % 8 + len(header))
+                    content = len(header).to_bytes(8, "little") + header + data
+                    (directory / f"model-{shard + 1:05}-of-00002.safetensors").write_bytes(content)
+                    with self.lock:
+                        self.known.add(hashlib.sha256(content).hexdigest())
+                (directory / "config.json").write_text(json.dumps({"salt": salt}))
+            self.hub.publish(f"soak/{name}", directory)
+
+    def wrong(self, name: str, digest: str, served: daemon.Daemon) -> None:
+        """A read gave what was never published."""
+        status = cli(served, "status", name, "--json").stdout
+        files = json.loads(status)["files"] if status.startswith("{") else []
+        self.problem(f"wrong bytes in {name}: {digest}, now {[file['digest'] for file in files]}")
 
     def count(self, what: str) -> None:
         with self.lock:
@@ -105,8 +115,8 @@ def reader(world: World, served: daemon.Daemon, names: list[str]) -> None:
         return
     if done.returncode:
         world.count("reads that failed")
-    elif done.stdout.split()[0].lstrip("\\") not in world.known:
-        world.problem(f"wrong bytes in {name}")
+    elif (digest := done.stdout.split()[0].lstrip("\\")) not in world.known:
+        world.wrong(name, digest, served)
     else:
         world.count("reads")
 
@@ -154,7 +164,7 @@ def tenant(world: World, served: daemon.Daemon, names: list[str]) -> None:
         done = cli(served, "lease", name, "--", "sha256sum", str(path))
         digest = done.stdout.split()[0] if done.returncode == 0 else ""
         if digest and digest not in world.known:
-            world.problem(f"wrong bytes in {name}, under a lease")
+            world.wrong(name, digest, served)
         world.count("lease" if digest else "lease whose reader failed")
     if "Traceback" in done.stderr:
         world.problem(f"a tenant: {done.stderr[-500:]}")

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,10 @@ class User:
         status = json.loads(self.types(f"instantstart status {pipeline} --json"))
         return {key: status[key] for key in ("state", "cached_bytes", "total_bytes", "revision", "files")}
 
-    def follows(self, title: str) -> dict[str, str]:
-        """The section's commands, one after another; what each said."""
+    def follow(self, instructions: Sequence[tuple[str, str]]) -> dict[str, str]:
+        """One after another; what each said."""
         said = {}
-        for command, remark in commands(title):
+        for command, remark in instructions:
             if command.startswith("sudoedit "):
                 table, setting = re.findall(r"(\[\w+\]) (\w+ = .*)", remark)[0]
                 command = f"printf '%s\\n' '{table}' '{setting}' >> {command.removeprefix('sudoedit ')}"
@@ -142,12 +142,12 @@ def test_from_the_first_install_to_the_last_uninstall(user: User, source: Path) 
     machine, config = user.machine, user.machine.etc / "config.toml"
     with hub(machine, source / "warm") as endpoint:
         config.write_text(f'[origins.huggingface]\nendpoint = "{endpoint}"\n')
-        said = user.follows("Install")
+        said = user.follow(commands("Install"))
         assert "Active: active (running)" in said["systemctl status instantstart"]
         assert 'Status: "ready: 0 pipelines at /models' in said["systemctl status instantstart"]
         assert machine.run("systemctl", "is-enabled", UNIT).strip() == "enabled"
 
-        said = user.follows("The first pipeline")
+        said = user.follow(commands("The first pipeline"))
         assert "model-00001-of" in said["ls -ls /models/my-llm"]
         check_bytes(machine, source / "warm", "my-llm")
         warm = user.finds("my-llm")
@@ -163,7 +163,7 @@ def test_from_the_first_install_to_the_last_uninstall(user: User, source: Path) 
 
     before = machine.main_pid()
     configured = config.read_text()
-    user.follows("Upgrade and restart")
+    user.follow(commands("Upgrade and restart"))
     machine.wait_active()
     assert machine.main_pid() != before and config.read_text() == configured
     assert machine.journal().count(GOES_ON) == 1, "an upgrade unmounted"
@@ -265,16 +265,20 @@ def backed_up(user: User, revision: str) -> None:
 
 
 def moved(user: User, source: Path) -> None:
-    """With and without an index, everything is as warm as before. Nothing can have been fetched: there is no hub."""
-    machine = user.machine
+    """With its index and without, everything is as warm as before. Nothing can have been fetched: there is no hub."""
+    machine, config = user.machine, user.machine.etc / "config.toml"
     warm = user.finds("my-llm")
-    user.follows("Move a store")
+    *move, (rsync, _), (fsck, _) = commands("Move a store")
+    user.follow(move)
     machine.wait_active()
     assert "/mnt/nvme/instantstart" in user.types("instantstart doctor", check=False)
     assert user.finds("my-llm") == warm
     user.types("instantstart verify my-llm")
+    # The other machine is this one, and its store another directory.
     machine.run("systemctl", "stop", UNIT)
-    user.types("rm -r /mnt/nvme/instantstart/index; instantstart fsck")
+    user.types(rsync.replace("other-host:/var/lib/instantstart", "/mnt/nvme/other"))
+    config.write_text(config.read_text().replace("/mnt/nvme/instantstart", "/mnt/nvme/other"))
+    user.types(fsck)
     machine.run("systemctl", "start", UNIT)
     assert user.finds("my-llm") == warm
     user.types("instantstart verify my-llm")
