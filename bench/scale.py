@@ -1,12 +1,13 @@
 """Many pipelines, many files: the eviction planner, opening a large index, starting with and listing a large library.
 
-    scripts/bench scale [--pipelines 10000] [--files 1000000] [--only PART,PART]
+    scripts/bench scale [--pipelines 10000] [--files 1000000] [--large 100000] [--only PART,PART]
 
-Parts: ``planner`` (core/eviction decides over that many pipelines), ``index`` (opens with that many file records: time
-and growth of rss, in a fresh process; and once more with every record read), ``ls`` (`ls` of a mount with that many
-pipelines, `instantstart ls`, start of the daemon), ``library`` (a library of that many complete files: start, first
-look into a pipeline, memory). A start is measured from the process's beginning until the mount answers. What is made
-for it lies in memory (/dev/shm) where that can be had.
+Parts: ``first look`` (the longest that another pipeline's file waits for an answer while somebody looks into a pipeline
+of ``--large`` files for the first time), ``planner`` (core/eviction decides over that many pipelines), ``index`` (opens
+with that many file records: time and growth of rss, in a fresh process; and once more with every record read), ``ls``
+(`ls` of a mount with that many pipelines, `instantstart ls`, start of the daemon), ``library`` (a library of that many
+complete files: start, first look into a pipeline, memory). A start is measured from the process's beginning until the
+mount answers. What is made for it lies in memory (/dev/shm) where that can be had.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -25,7 +27,7 @@ from typing import Any, NoReturn
 from bench import common, daemon
 from bench.common import run, show_size, summary, table
 from instantstart_fs.core.eviction import Budget, Candidate, admit, plan
-from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest, ModelSpec, PipelineSpec
+from instantstart_fs.core.manifest import Digest, Manifest, ManifestFile, ModelManifest, ModelSpec, PipelineSpec
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
@@ -34,7 +36,7 @@ from instantstart_fs.library.folded import summary_of
 from instantstart_fs.library.state import Generation, Pipeline
 from instantstart_fs.store.blobstore import BlobStore
 
-TARGETS = {"planner": 0.010, "index": 1.0, "ls": 0.5, "start": 1.0}
+TARGETS = {"first look": 0.020, "planner": 0.010, "index": 1.0, "ls": 0.5, "start": 1.0}
 """Seconds."""
 
 
@@ -116,14 +118,17 @@ def index(work: Path, files: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def fill_store(root: Path, count: int, files: int, *, warm: bool = False) -> None:
+def fill_store(root: Path, count: int, files: int, *, warm: bool = False, first: int = 0) -> None:
     """A store of ``count`` cold pipelines, as `add` leaves them; or of warm ones, as it is a minute after their fill
     (but for the bytes, which nobody reads here)."""
     # Small ones where they count as cached: the evictor would make room at once.
     size = 4096 if warm else 1 << 30
-    entries = tuple(ManifestFile(f"model-{number:05}-of-{files:05}.safetensors", size, "x") for number in range(files))
+    entries = tuple(
+        ManifestFile(name := f"model-{number:05}-of-{files:05}.safetensors", size, name, digest=_SHA256)
+        for number in range(files)
+    )
     with BlobStore.open(str(root)) as store, Index.open(str(root / "index")) as made:
-        for number in range(count):
+        for number in range(first, first + count):
             name = f"p{number:06}"
             spec = PipelineSpec(name, (ModelSpec("file:///x"),))
             manifest = Manifest(name, 1, 8 << 20, (ModelManifest("", "file:///x", "r", entries),), 0)
@@ -147,6 +152,9 @@ def fill_store(root: Path, count: int, files: int, *, warm: bool = False) -> Non
                 txn.put_summary(name, summary_of(generation))
 
             made.write_sync(record)
+
+
+_SHA256 = Digest("sha256", "ab" * 32)
 
 
 def _no_origin(spec: PipelineSpec, model: ModelSpec) -> NoReturn:
@@ -238,13 +246,60 @@ def library(work: Path, files: int, each: int, rounds: int, rests: float) -> dic
     return result
 
 
+_STAT = """
+import json, os, sys, time
+path, worst, count = sys.argv[1], 0.0, 0
+os.stat(path)
+print("ready", flush=True)
+while not os.path.exists(sys.argv[2]):
+    began = time.perf_counter()
+    os.listxattr(path)  # unlike stat, always answered by the daemon
+    worst, count = max(worst, time.perf_counter() - began), count + 1
+    time.sleep(0.001)
+print(json.dumps([worst, count]))
+"""
+
+
+def first_look(work: Path, large: int, rounds: int) -> dict[str, Any]:
+    """Interleaved: nobody else about; while a pipeline of ``large`` files is looked into."""
+    fill_store(work / "look-store", 1, 10, warm=True)
+    fill_store(work / "look-store", 1, large, warm=True, first=1)
+    waits: dict[str, list[float]] = {"nobody else": [], "a first look": []}
+    looks = []
+    for number in range(2 * rounds):
+        what, end = list(waits)[number % 2], work / f"end{number}"
+        with daemon.daemon(work, name="look") as served:
+            small = served.mount / "p000000" / "model-00000-of-00010.safetensors"
+            command = [sys.executable, "-c", _STAT, str(small), str(end)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+                assert child.stdout is not None
+                child.stdout.readline()
+                began = time.perf_counter()
+                if what == "a first look":
+                    os.stat(served.mount / "p000001" / f"model-00000-of-{large:05}.safetensors")
+                    looks.append(time.perf_counter() - began)
+                else:
+                    time.sleep(1.0)
+                end.touch()
+                worst, count = json.loads(child.stdout.read())
+                if count < 10:
+                    raise SystemExit(f"too few questions were asked: {count}, {worst:.3f} s, {looks}")
+                waits[what].append(worst)
+    return {
+        "files": large,
+        "it takes": summary(looks),
+        **{f"longest wait of another, {what}": summary(values) for what, values in waits.items()},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipelines", type=int, default=10_000)
     parser.add_argument("--files", type=int, default=1_000_000)
     parser.add_argument("--files-each", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="planner,index,ls,library")
+    parser.add_argument("--only", default="first look,planner,index,ls,library")
+    parser.add_argument("--large", type=int, default=100_000)
     parser.add_argument(
         "--rests", type=float, default=150.0, help="Seconds after which the library's memory is looked at."
     )
@@ -253,6 +308,8 @@ def main() -> None:
     parts = set(options.only.split(","))
     result: dict[str, Any] = {"targets": TARGETS}
     with common.workspace(options.dir) as work:
+        if "first look" in parts:
+            result["first look"] = first_look(work, options.large, options.rounds)
         if "planner" in parts:
             result["planner"] = planner(options.pipelines, 10 * options.rounds)
         if "index" in parts:

@@ -283,8 +283,9 @@ class ControlServer:
             return change.result()
         raise PipelineBusy(f"still under way after {CHANGE_DEADLINE:g} s; it goes on, `instantstart status` shows it")
 
-    def status(self, pipeline: str) -> PipelineStatus:
+    async def status(self, pipeline: str) -> PipelineStatus:
         try:
+            await self._library.look_into(pipeline)
             return self._library.status(pipeline)
         except PipelineNotFound:
             waiting = self._pending().get(pipeline)
@@ -429,7 +430,7 @@ class _Connection:
             case Specs():
                 return [library.spec(status.pipeline) for status in library.list()]
             case Status(pipeline):
-                return self._server.status(pipeline)
+                return await self._server.status(pipeline)
             case Touch(pipeline):
                 return library.touch(pipeline)
             case Mark(pipeline, moment, at_ns):

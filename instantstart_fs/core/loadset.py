@@ -65,9 +65,19 @@ def is_weight_file(path: str) -> bool:
     return name.endswith(WEIGHT_SUFFIXES) and name not in _NOT_WEIGHTS
 
 
-def natural_key(path: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts ``shard-2`` before ``shard-10``, as vLLM and transformers do."""
-    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path) if part)
+def natural_key(path: str) -> str:
+    """Sorts ``shard-2`` before ``shard-10``, as vLLM and transformers do. A string, and no tuple of parts: a hundred
+    thousand of those would keep the garbage collector busy."""
+    return _NUMBER.sub(_with_length, path)
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def _with_length(number: re.Match[str]) -> str:
+    """Longer numbers sort after shorter ones, and all of them before text, which has no NUL."""
+    digits = str(int(number[0]))
+    return f"\0{len(digits):03}{digits}"
 
 
 def _wanted(path: str, has_safetensors: bool) -> bool:
@@ -106,7 +116,7 @@ def load_set(files: Sequence[FileEntry]) -> tuple[int, ...]:
         chosen = [entry for entry in entries if _wanted(entry.file.path, has_safetensors)]
         if not any(is_weight_file(entry.file.path) for entry in chosen):
             chosen = entries
-        chosen.sort(key=lambda entry: (is_weight_file(entry.file.path), natural_key(entry.file.path)))
+        chosen.sort(key=lambda entry: f"{is_weight_file(entry.file.path):d}{natural_key(entry.file.path)}")
         ordered.extend(entry.index for entry in chosen)
     return tuple(ordered)
 

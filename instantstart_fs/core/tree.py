@@ -6,8 +6,10 @@ Node 0 is the pipeline's root, node 1…n the directories and files. A node's no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from instantstart_fs.core.manifest import FileEntry
 
@@ -15,7 +17,7 @@ NODEIDS_PER_NODE = 2
 """One nodeid for each I/O mode of a file (cached, passthrough): the kernel allows one mode per nodeid."""
 
 
-class TreeNode(NamedTuple):
+class TreeNode(msgspec.Struct, frozen=True, gc=False):
     """``children``: name → node, None for a file. ``file``: index in the manifest, -1 for a directory."""
 
     parent: int
@@ -27,12 +29,13 @@ class TreeNode(NamedTuple):
 class Tree:
     """The directories and files of one generation."""
 
-    __slots__ = ("_node_of_file", "nodes")
+    __slots__ = ("_node_of_file", "_subdirectories", "nodes")
 
     def __init__(self, entries: Sequence[FileEntry], model_names: Sequence[str] = ()) -> None:
         """``model_names``: directories that exist even when their model has no file."""
         nodes: list[TreeNode] = [TreeNode(0, "", {}, -1)]
         directories: dict[str, int] = {"": 0}
+        subdirectories: Counter[int] = Counter()
         node_of_file = [0] * len(entries)
 
         def directory(path: str) -> int:
@@ -45,6 +48,7 @@ class Tree:
             nodes.append(TreeNode(parent, name, {}, -1))
             _children(nodes[parent])[name] = node
             directories[path] = node
+            subdirectories[parent] += 1
             return node
 
         for name in model_names:
@@ -59,6 +63,7 @@ class Tree:
             node_of_file[entry.index] = node
         self.nodes = nodes
         self._node_of_file = node_of_file
+        self._subdirectories = subdirectories
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -68,7 +73,7 @@ class Tree:
 
     def subdirectories(self, node: int) -> int:
         """How many directories lie in that one."""
-        return sum(self.nodes[child].children is not None for child in (self.nodes[node].children or {}).values())
+        return self._subdirectories[node]
 
     def child(self, node: int, name: str) -> int | None:
         children = self.nodes[node].children

@@ -261,9 +261,9 @@ class Index:
                     group.append(job)
                 if group:
                     self._run_group(group)
-                    for done in group:
-                        done.deliver()
-                    group = []
+                    while group:
+                        group.pop(0).deliver()
+                job = None  # while it waits for the next one it holds on to nothing that an op speaks of
         except BaseException as error:
             self._failure = error
             raise

@@ -72,7 +72,7 @@ class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
     chunk_size: int
 
 
-class FileRecord(msgspec.Struct, frozen=True, array_like=True):
+class FileRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """``state``: a ``FileState`` value. ``incarnation`` counts up with every poisoning and eviction. ``nodeid``: 0 =
     what the generation's block gives it. ``bitmap``: durable presence (``ChunkMap.to_bytes``), empty when sealed or
     absent. ``allocated``: bytes of disk that a complete file takes, its attributes' block included; 0 = not known.

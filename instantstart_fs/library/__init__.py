@@ -57,7 +57,7 @@ from instantstart_fs.library.reports import Reports
 from instantstart_fs.library.scrubbing import Scrubber
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import Generation, Pipeline
-from instantstart_fs.library.view import Attributes, Filesystem, Invalidation, OpenFile
+from instantstart_fs.library.view import Attributes, Filesystem, Invalidation, NotInMemory, OpenFile
 from instantstart_fs.library.watching import Watcher
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.origins.registry import OriginSettings, open_origin
@@ -232,6 +232,12 @@ class Library:
         self._shelf.passthrough = on
         self._open_files.closing = closing
 
+    async def look_into(self, pipeline: str) -> None:
+        """Read what is not in memory of it, so that what asks for all of it (``status``) need not."""
+        found = self._shelf.pipelines.get(pipeline)
+        if found is not None:
+            await self._shelf.look_into(found)
+
     def lookup(self, parent: int, name: str) -> Attributes:
         return self._browsing.lookup(parent, name)
 
@@ -342,7 +348,7 @@ class Library:
         """Start filling the load set (``everything``: all files) in the background. Raises what forbids it now;
         StoreFull when there is no room for it, with what would have to go."""
         found = self._visible(pipeline)
-        generation = found.current
+        generation = await self._shelf.look_into(found)
         if generation is None:
             raise found.trouble.error if found.trouble else InstantStartError(f"{pipeline}: cannot be served")
         with generation.kept():
@@ -392,7 +398,10 @@ class Library:
 
     def pipeline_of(self, nodeid: int) -> str | None:
         """Whose file or directory that is; None for the mount's own, and for what is gone."""
-        found = self._shelf.nodes.find(nodeid)
+        try:
+            found = self._shelf.nodes.find(nodeid)
+        except NotInMemory as folded:
+            return folded.pipeline
         if isinstance(found, Pipeline):
             return found.id
         generation = found[0] if isinstance(found, tuple) else found.generation if found is not None else None
@@ -469,10 +478,10 @@ class Library:
         and what forbids filling it."""
         with self.lease(pipeline), self.rest_staging(pipeline):
             found = self._visible(pipeline)
-            generation = found.current
+            generation = await self._shelf.look_into(found)
             if generation is None or not generation.load_set_complete:
                 await self.warm(pipeline)
-                generation = found.current
+                generation = await self._shelf.look_into(found)
             assert generation is not None
             with self._reading.using(generation), self._prefetching():
                 yield Handover(self._reading, self._store, generation, self._config.fill.read_deadline, deadlines)

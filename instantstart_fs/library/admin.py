@@ -96,14 +96,11 @@ class Admin:
             first = await shelf.reserve_nodeids(2 * len(names))
             directory_nodeids = {name: first + 2 * position for position, name in enumerate(names)}
             pipeline = Pipeline(spec, directory_nodeids, pinned=spec.pinned, created_at_ns=shelf.now_ns())
-            probe = Generation(pipeline, manifest, 0, shelf.open_origin)
-            base = await shelf.reserve_nodeids(probe.nodeid_count)
+            fresh = await shelf.new_generation(pipeline, manifest)
             await trio.to_thread.run_sync(self._write_slot, spec, manifest, True)
-            fresh = Generation(pipeline, manifest, base, shelf.open_origin)
-            fresh.set_absent()
             shelf.marked.discard(spec.id)  # an earlier pipeline of that name may have been
-            await self._record(pipeline, manifest, base, summary=summary_of(fresh))
-            shelf.switch_generation(pipeline, manifest, base)
+            await self._record(fresh, summary=summary_of(fresh))
+            shelf.switch_generation(fresh)
             shelf.publish(pipeline)
         finally:
             self._adding.discard(spec.id)
@@ -117,7 +114,7 @@ class Admin:
         async with pipeline.lock:
             self._still_there(pipeline)
             models = await self._resolve(pipeline.spec)
-            old = pipeline.current
+            old = await shelf.look_into(pipeline)
             if old is not None and old.manifest.models == models:
                 pipeline.trouble = None
                 return False
@@ -129,22 +126,21 @@ class Admin:
                 models=models,
                 resolved_at_ns=shelf.now_ns(),
             )
-            probe = Generation(pipeline, manifest, 0, shelf.open_origin)
-            base = await shelf.reserve_nodeids(probe.nodeid_count)
+            new = await shelf.new_generation(pipeline, manifest)
             await trio.to_thread.run_sync(shelf.mark, pipeline_id)
             await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
             try:
-                kept = await self._share(old, probe) if old is not None else {}
+                kept = await self._share(old, new) if old is not None else {}
                 async with shelf.uncovered(pipeline):
-                    await self._record(pipeline, manifest, base, kept)
-                    shelf.switch_generation(pipeline, manifest, base, kept)
+                    await self._record(new, kept)
+                    shelf.switch_generation(new, kept)
             except InstantStartError:
                 # Its names would keep the old generation's bytes on the disk when that is evicted.
                 await trio.to_thread.run_sync(shelf.store.delete_generation, pipeline_id, manifest.generation)
                 raise
             pipeline.trouble = None
             if old is not None:
-                await self._distrust(pipeline, kept)
+                await self._distrust(new, kept)
                 log.info(
                     "generation %d: %d of %d files are those of generation %d and stay",
                     *(manifest.generation, len(kept), len(manifest.files), old.number),
@@ -171,12 +167,11 @@ class Admin:
         )
         return {wanted[path]: Kept(before[path], states[path], allocated) for path, allocated in given.items()}
 
-    async def _distrust(self, pipeline: Pipeline, kept: Mapping[int, Kept]) -> None:
+    async def _distrust(self, new: Generation, kept: Mapping[int, Kept]) -> None:
         """Files that were found bad in the old generation while the new one took them over are bad there, too."""
-        new = pipeline.current
         for index, found in kept.items():
             problem = self._reading.doubt(found.old)
-            if problem is not None and new is not None:
+            if problem is not None:
                 await self._reading.discard(new.files[index], problem, wanted=True, found_by="update")
 
     async def drop_generation(self, generation: Generation) -> None:
@@ -217,7 +212,7 @@ class Admin:
             if pipeline.leases:
                 raise PipelineBusy(f"{pipeline_id}: {pipeline.leases} lease(s) hold it; end them first")
             async with self._shelf.uncovered(pipeline):
-                taken = self._shelf.deleting(*pipeline.generations())
+                taken = self._shelf.deleting(*pipeline.outlines())
                 self._shelf.withdraw(pipeline)
                 self._adding.add(pipeline_id)
                 try:
@@ -225,8 +220,9 @@ class Admin:
                         cancelled = FillCancelled(f"{pipeline_id}: the pipeline was removed")
                         self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
                         await self._reading.filler.wait_quiet(pipeline_id)
-                        for generation in pipeline.generations():
-                            drop_targets(generation)
+                        for generation in pipeline.outlines():
+                            if isinstance(generation, Generation):
+                                drop_targets(generation)
                         await self._shelf.index.write(lambda txn: txn.delete_pipeline(pipeline_id))
                         await trio.to_thread.run_sync(self._shelf.store.delete_pipeline, pipeline_id)
                 finally:
@@ -244,10 +240,10 @@ class Admin:
         async with pipeline.lock:
             self._still_there(pipeline)
             self._refuse_in_use(pipeline)
-            old = pipeline.current
+            old = await shelf.look_into(pipeline)
             if old is None:
                 return 0
-            base = await shelf.reserve_nodeids(old.nodeid_count)
+            new = await shelf.new_generation(pipeline, old.manifest)
             async with shelf.uncovered(pipeline, idle_only=True):
                 # From here to the switch nothing awaits: nobody can open the old generation in between.
                 self._refuse_in_use(pipeline)
@@ -257,10 +253,8 @@ class Admin:
                 cancelled = FillCancelled(f"{pipeline_id}: the pipeline was evicted")
                 with shelf.deleting(old):
                     self._reading.filler.cancel_pipeline(pipeline_id, cancelled)
-                    shelf.switch_generation(pipeline, old.manifest, base)
+                    shelf.switch_generation(new)
                     shelf.forget_generation(old)
-                    new = pipeline.current
-                    assert new is not None
                     new.ready = trio.Event()
                     # Half an eviction would leave bytes that the index calls sealed under a fill that writes over them.
                     with trio.CancelScope(shield=True):
@@ -269,7 +263,7 @@ class Admin:
 
                             def forget_files(txn: WriteTxn) -> None:
                                 txn.delete_files(pipeline_id, old.number)
-                                txn.put_generation(_generation_record(new.manifest, new.base))
+                                txn.put_generation(_generation_record(new))
 
                             drop_targets(old)
                             try:
@@ -320,7 +314,7 @@ class Admin:
         ``progress(bytes done, bytes in all)`` is called on the trio thread.
         """
         pipeline = self._shelf.pipeline(pipeline_id)
-        generation = pipeline.current
+        generation = await self._shelf.look_into(pipeline)
         if generation is None:
             raise pipeline.trouble.error if pipeline.trouble else StoreDamaged(f"{pipeline_id}: has no manifest")
         files = [file for file in generation.files if file.complete]
@@ -427,22 +421,18 @@ class Admin:
         store.write_manifest(manifest)
 
     async def _record(
-        self,
-        pipeline: Pipeline,
-        manifest: Manifest,
-        base: int,
-        kept: Mapping[int, Kept] | None = None,
-        summary: SummaryRecord | None = None,
+        self, new: Generation, kept: Mapping[int, Kept] | None = None, summary: SummaryRecord | None = None
     ) -> None:
-        record = self._pipeline_record(pipeline, manifest.generation, pipeline.pinned)
-        generation = _generation_record(manifest, base)
+        pipeline, number = new.pipeline, new.number
+        record = self._pipeline_record(pipeline, number, pipeline.pinned)
+        generation = _generation_record(new)
 
         def write(txn: WriteTxn) -> None:
             txn.put_generation(generation)
             txn.put_pipeline(record)
             for index, found in (kept or {}).items():
                 file = FileRecord(found.state.value, allocated=found.allocated)
-                txn.put_file(pipeline.id, manifest.generation, index, file)
+                txn.put_file(pipeline.id, number, index, file)
             if summary is not None:
                 txn.put_summary(pipeline.id, summary)
 
@@ -487,11 +477,12 @@ def _unforeseen(spec: PipelineSpec, model: ModelSpec, error: Exception) -> Origi
     return OriginMisbehaved(f"{model.source}: {type(error).__name__} while reading what it answered; see the log")
 
 
-def _generation_record(manifest: Manifest, base: int) -> GenerationRecord:
+def _generation_record(new: Generation) -> GenerationRecord:
+    manifest = new.manifest
     return GenerationRecord(
         pipeline=manifest.pipeline,
         number=manifest.generation,
-        nodeid_base=base,
+        nodeid_base=new.base,
         file_count=len(manifest.files),
         chunk_size=manifest.chunk_size,
     )

@@ -154,7 +154,7 @@ class Browsing:
         pipeline = found if isinstance(found, Pipeline) else found[0].pipeline if isinstance(found, tuple) else None
         if pipeline is not None:
             pipeline.check_visible()
-        if isinstance(found, Pipeline) and (generation := found.current) is not None:
+        if isinstance(found, Pipeline) and (generation := found.at_hand()) is not None:
             node = generation.node_of_root(nodeid)
             if node is not None:
                 return generation, node

@@ -129,6 +129,12 @@ class Covering:
         changed, self._changed = self._changed, set()
         return changed
 
+    async def look_into(self, pipeline: str) -> None:
+        """So that ``files`` need not read what is not in memory."""
+        found = self._shelf.pipelines.get(pipeline)
+        if found is not None and found.outline is not None and found.outline.counts.finished:
+            await self._shelf.look_into(found)
+
     def files(self, pipeline: str) -> dict[str, Coverable]:
         """What may be covered of that pipeline now, by path."""
         found = self._shelf.pipelines.get(pipeline)

@@ -155,5 +155,6 @@ def unused(pipeline: Pipeline) -> bool:
         or generation.keeps
         or generation.filling_load_set
         or generation.admitted
+        or pipeline.uncached is not None
         or any(file.reader is not None or file.passed for file in generation.files)
     )

@@ -66,9 +66,9 @@ class OpenFiles:
         """Tell it of opens from now on, and at once of what is open already."""
         self.watcher = watcher
         for pipeline in self._shelf.pipelines.values():
-            if pipeline.in_use:
-                for generation in pipeline.generations():
-                    for file in generation.files if generation.handles else ():
+            for generation in pipeline.outlines():
+                if isinstance(generation, Generation) and generation.handles:
+                    for file in generation.files:
                         if file.handles and _watched(file):
                             watcher.opened(file.key)
 
@@ -84,7 +84,7 @@ class OpenFiles:
         if file.handles or file.reader is None:
             return
         generation = file.generation
-        if file.passable and generation is generation.pipeline.current and not generation.pipeline.removed:
+        if file.passable and generation is generation.pipeline.outline and not generation.pipeline.removed:
             self._keep_idle(file)
         else:
             self.close_reader(file)
@@ -121,7 +121,7 @@ class OpenFiles:
 
     def _let_go(self, generation: Generation) -> None:
         generation.handles -= 1
-        if generation.handles == 0 and generation is not generation.pipeline.current:
+        if generation.handles == 0 and generation is not generation.pipeline.outline:
             self._drained[0].send_nowait(generation)
 
     # -- descriptors ---------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.reports import Reports, drop_target
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, Uncached, counts_as_request
+from instantstart_fs.library.view import NotInMemory
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,11 @@ class Reading:
         """The kernel holds these open, one for each handle: nothing of theirs is evicted or deleted from now on. What
         is gone is left out."""
         for nodeid in nodeids:
-            file = self._shelf.nodes.find(nodeid)
+            try:
+                file = self._shelf.nodes.find(nodeid)
+            except NotInMemory as folded:
+                _ = self._shelf.pipelines[folded.pipeline].current  # nobody is served yet who would wait for it
+                file = self._shelf.nodes.find(nodeid)
             if not isinstance(file, CachedFile):
                 continue
             backing = None
@@ -326,7 +331,7 @@ class Reading:
             await generation.ready.wait()  # its old bytes are still being deleted, and count
         under_way = generation.filling_load_set and self.filler.is_filling(generation.pipeline.id)
         if first is not None and (
-            under_way or generation is not generation.pipeline.current or not generation.in_load_set(first.entry.index)
+            under_way or generation is not generation.pipeline.outline or not generation.in_load_set(first.entry.index)
         ):
             target = await self.target(first)
             if target is not None and not self.filler.in_background(target):

@@ -25,7 +25,7 @@ from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.present import rfc3339
 from instantstart_fs.library.reading import Reading
 from instantstart_fs.library.shelf import Shelf
-from instantstart_fs.library.state import Pipeline
+from instantstart_fs.library.state import Generation, Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +163,8 @@ class Rechecker:
         hidden = _refusal(pipeline) if self._hide and pipeline.access.verdict == "refused" else None
         if hidden is not None and pipeline.hidden is None:
             self._reading.filler.fill(pipeline.id, [])  # nobody fills it in the background any more
-            if pipeline.current is not None:
-                pipeline.current.filling_load_set = False
+            if isinstance(pipeline.outline, Generation):
+                pipeline.outline.filling_load_set = False
         try:
             await self._shelf.set_hidden(pipeline, hidden)
         except InstantStartError as error:

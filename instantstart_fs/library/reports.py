@@ -98,9 +98,9 @@ class Reports(FillEvents):
         generation = file.generation
         generation.completed(file, target.allocated)
         self._open_files.watcher.sealed(file.key)
-        if self._shelf.passthrough and generation is generation.pipeline.current:
+        if self._shelf.passthrough and generation is generation.pipeline.outline:
             self._shelf.invalidate_file(file)
-        warm = generation is generation.pipeline.current and generation.load_set_complete
+        warm = generation is generation.pipeline.outline and generation.load_set_complete
         self._observer.completed(file, warm=warm)
         if warm:
             generation.filling_load_set = False
@@ -184,7 +184,7 @@ class Reports(FillEvents):
             for twin in () if other is generation else other.files:
                 if twin.entry.path == file.entry.path and twin.complete:
                     if same_bytes(twin.entry.file, file.entry.file):
-                        current = other is generation.pipeline.current
+                        current = other is generation.pipeline.outline
                         await self.discard(twin, problem, wanted=current, found_by="update")
                     break
 

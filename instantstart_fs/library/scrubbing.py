@@ -118,7 +118,7 @@ class Scrubber:
         ]
 
     async def _pass(self, pipeline: Pipeline) -> None:
-        generation = pipeline.current
+        generation = await self._shelf.look_into(pipeline)
         if generation is None:
             return
         pipeline.scrubbed = pipeline.scrubbed.begun(generation.number, self._shelf.now_ns())
@@ -130,7 +130,7 @@ class Scrubber:
                 files += 1
             elif index % BATCH == 0:
                 await trio.lowlevel.checkpoint()
-            if generation is not pipeline.current or pipeline.removed:
+            if generation is not pipeline.outline or pipeline.removed:
                 raise _GivenUp
             pipeline.scrubbed = pipeline.scrubbed.done(index + 1)
             if trio.current_time() >= saved_at + SAVE_SECONDS:
@@ -162,7 +162,7 @@ class Scrubber:
     def _check_shown(self, file: CachedFile) -> None:
         """A file that was evicted keeps its space as long as it is open: let go of it."""
         generation = file.generation
-        if file.gone is not None or generation.pipeline.removed or generation is not generation.pipeline.current:
+        if file.gone is not None or generation.pipeline.removed or generation is not generation.pipeline.outline:
             raise _GivenUp
 
     async def _save(self, pipeline: Pipeline) -> None:

@@ -22,6 +22,7 @@ from instantstart_fs.filler.target import FileKey, FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import UpkeepRecord
 from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.library.collecting import let_go, out_of_reach
 from instantstart_fs.library.folded import Folded, summary_of
 from instantstart_fs.library.state import CachedFile, Generation, NodeTable, OpenOrigin, Pipeline, Trouble
 from instantstart_fs.library.view import ROOT, Invalidation
@@ -83,6 +84,8 @@ class Shelf:
         """How many generations were read from their manifests."""
         self.leaving: list[tuple[str, int]] = []
         """(pipeline, bytes of disk): what is out of view and not deleted yet."""
+        self._reading: dict[Folded, trio.Event] = {}
+        """What is being read in a thread."""
         self._spare = range(0)
         self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
 
@@ -142,18 +145,58 @@ class Shelf:
         log.error("cannot be served: %s", error.message, extra={"pipeline": pipeline.id})
         pipeline.trouble = Trouble(error, self.now_ns(), final=True)
 
+    async def look_into(self, pipeline: Pipeline) -> Generation | None:
+        """``pipeline.current``, read in a thread where it is not in memory. All who ask meanwhile share one reading."""
+        while isinstance(folded := pipeline.outline, Folded) and not pipeline.removed:
+            under_way = self._reading.get(folded)
+            if under_way is not None:
+                await under_way.wait()
+                continue
+            done = self._reading[folded] = trio.Event()
+            read: Generation | InstantStartError
+            try:
+                read = await trio.to_thread.run_sync(self._read_settled, folded)
+            except InstantStartError as error:
+                read = error
+            finally:
+                del self._reading[folded]
+                done.set()
+            # Meanwhile it may have been removed, or read by somebody who could not wait.
+            if pipeline.outline is folded and not pipeline.removed:
+                pipeline.current = self._put_in_place(folded, read)
+        return pipeline.current if not pipeline.removed else None
+
     def _unfold(self, folded: Folded) -> Generation | None:
-        """Read what ``folded`` stands for. Blocks, for as long as it takes to read and decode one manifest."""
-        pipeline = folded.pipeline
-        self.nodes.drop_folded(folded)
+        """The same for who cannot wait. Blocks, for as long as it takes to read and decode one manifest."""
+        read: Generation | InstantStartError
         try:
-            generation = self._load_generation(pipeline, folded.number)
-            if any(file.bitmap for file in generation.files):
-                self.trim(generation)  # it measures what they take, which no record says
+            read = self._read_settled(folded)
         except InstantStartError as error:
-            self._unreadable(pipeline, error)
+            read = error
+        return self._put_in_place(folded, read)
+
+    def _read_settled(self, folded: Folded) -> Generation:
+        """Blocks, and may run in a thread: it changes nothing. Raises InstantStartError."""
+        with out_of_reach(folded.file_count):
+            generation = self._read_generation(folded.pipeline, folded.number)
+            for file in generation.files:
+                if file.bitmap:
+                    # No record says what it takes.
+                    where = (folded.pipeline.id, folded.number, file.entry.path)
+                    if (blob := self.store.existing_blob(*where)) is not None:
+                        with blob:
+                            generation.measured(file, blob.allocated_bytes())
+            generation.count_all()
+            return generation
+
+    def _put_in_place(self, folded: Folded, read: Generation | InstantStartError) -> Generation | None:
+        """``read`` is what ``folded`` stands for, or why that cannot be read."""
+        self.nodes.drop_folded(folded)
+        if isinstance(read, InstantStartError):
+            self._unreadable(folded.pipeline, read)
             return None
-        return generation
+        self._place(read)
+        return read
 
     def fold(self, generation: Generation) -> None:
         """Let go of what is in memory of it: for what is settled and unused (library/folding.py)."""
@@ -162,6 +205,7 @@ class Shelf:
         generation.pipeline.current = folded
         # It and its files hold each other; an idle daemon's collector would not come by for hours.
         generation.files = []
+        let_go(generation.file_count)
 
     def trim(self, generation: Generation) -> None:
         """Give back what a crash left of files whose record does not speak of it. Blocks; nobody may be filling. Raises
@@ -225,6 +269,12 @@ class Shelf:
         )
 
     def _load_generation(self, pipeline: Pipeline, number: int) -> Generation:
+        generation = self._read_generation(pipeline, number)
+        self._place(generation)
+        return generation
+
+    def _read_generation(self, pipeline: Pipeline, number: int) -> Generation:
+        """From manifest and records, for ``_place``. Blocks; changes nothing."""
         self.read_whole += 1
         manifest = self.store.load_manifest(pipeline.id, number)
         record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
@@ -242,15 +292,37 @@ class Shelf:
             file.incarnation = state.incarnation
             file.bitmap = state.bitmap
             generation.measured(file, state.allocated)
-            if state.incarnation and not state.nodeid:
-                # Died between the poisoning and the record of its new nodeid: never fall back to the old one.
-                file.nodeid = self.spare_nodeid()
-            elif state.nodeid:
-                file.nodeid = state.nodeid
-            if file.nodeid != generation.default_file_nodeid(index):
+            # With an incarnation and no nodeid: died between the poisoning and the record of its new one.
+            file.nodeid = state.nodeid or (0 if state.incarnation else file.nodeid)
+        generation.counts_changed()
+        return generation
+
+    def _place(self, generation: Generation) -> None:
+        """From now on its files are found by their nodeids."""
+        for file in generation.files:
+            if file.nodeid == 0:
+                file.nodeid = self.spare_nodeid()  # never fall back to the old one
+            if file.nodeid != generation.default_file_nodeid(file.entry.index):
                 self.nodes.add_file(file)
         self.nodes.add_block(generation)
-        return generation
+
+    async def new_generation(self, pipeline: Pipeline, manifest: Manifest) -> Generation:
+        """One with nothing in it, under nodeids of its own; made in a thread: 100,000 files take a second."""
+
+        def make() -> Generation:
+            with out_of_reach(len(manifest.files)):
+                return Generation(pipeline, manifest, 0, self.open_origin)
+
+        def fill_in() -> None:
+            with out_of_reach(made.file_count):
+                made.set_absent()
+                made.count_all()
+
+        made = await trio.to_thread.run_sync(make)
+        made.base = await self.reserve_nodeids(made.nodeid_count)
+        made.block = self.store.block_size
+        await trio.to_thread.run_sync(fill_in)
+        return made
 
     async def save_upkeep(self, pipeline: Pipeline) -> None:
         """Note what is done about it in the background. Raises StoreError."""
@@ -320,9 +392,12 @@ class Shelf:
         pipeline.removed = True
         self.pipelines.pop(pipeline.id, None)
         self.nodes.drop_pipeline(pipeline)
-        for generation in pipeline.generations():
-            self.nodes.drop_generation(generation)
-            self._retire_files(generation)
+        for generation in pipeline.outlines():
+            if isinstance(generation, Folded):
+                self.nodes.drop_folded(generation)
+            else:
+                self.forget_generation(generation)
+                self._retire_files(generation)
         self.invalidate(1, pipeline.id)
         pipeline.changed()
 
@@ -331,41 +406,42 @@ class Shelf:
         where what is bound over the mount cannot be taken away: repeat it."""
         if pipeline.removed or (pipeline.hidden is None and reason is None):
             return
-        if (pipeline.hidden is None) != (reason is None):
-            self._renew_names(pipeline)
+        turned = (pipeline.hidden is None) != (reason is None)
         pipeline.hidden = reason
         pipeline.changed()
+        if turned:
+            self.invalidate(ROOT, pipeline.id)
+            await self.look_into(pipeline)
+            self._renew_names(pipeline)
         # Hidden, nothing of it may be covered, and this takes away what is; shown again, its end has it covered.
         async with self.uncovered(pipeline):
             pass
 
     def _renew_names(self, pipeline: Pipeline) -> None:
-        """Whatever the kernel knows of it is asked anew."""
-        self.invalidate(ROOT, pipeline.id)
-        if pipeline.current is None:
+        """Whatever the kernel knows of what lies in it is asked anew."""
+        generation = pipeline.current
+        if generation is None:
             return
-        tree = pipeline.current.tree
+        tree = generation.tree
         for nodeid in sorted(pipeline.directory_nodeids.values()):
-            node = pipeline.current.node_of_root(nodeid)
+            node = generation.node_of_root(nodeid)
             for name in sorted((tree.nodes[node].children or ()) if node is not None else ()):
                 self.invalidate(nodeid, name)
             self._invalidate_listing(nodeid)
 
-    def switch_generation(
-        self, pipeline: Pipeline, manifest: Manifest, base: int, kept: Mapping[int, Kept] = _NOTHING_KEPT
-    ) -> Generation | None:
+    def switch_generation(self, new: Generation, kept: Mapping[int, Kept] = _NOTHING_KEPT) -> Generation | None:
         """Show another generation (or the same one emptied, under new nodeids) from now on; the superseded one.
         ``kept``: by index, the files of the new one that are complete already.
 
         The superseded generation keeps its nodeids while somebody holds it open: drop it with ``forget_generation``.
         """
+        pipeline = new.pipeline
         old = pipeline.current
-        new = Generation(pipeline, manifest, base, self.open_origin)
-        new.block = self.store.block_size
-        new.set_absent()
         for index, found in kept.items():
             new.files[index].state = found.state
             new.measured(new.files[index], found.allocated)
+        if kept:
+            new.counts_changed()
         if old is not None:
             old.lent = frozenset(found.old.entry.index for found in kept.values())
         self.nodes.add_block(new)
@@ -388,7 +464,7 @@ class Shelf:
         return old
 
     @contextmanager
-    def deleting(self, *generations: Generation) -> Iterator[None]:
+    def deleting(self, *generations: Generation | Folded) -> Iterator[None]:
         """Meanwhile their bytes count as taken, although nobody finds them any more."""
         count = sum(generation.own_allocated + generation.promised_bytes for generation in generations)
         entry = (generations[0].pipeline.id, count) if generations else ("", 0)
@@ -404,6 +480,7 @@ class Shelf:
 
     def forget_generation(self, generation: Generation) -> None:
         self.nodes.drop_generation(generation)
+        let_go(generation.file_count)
 
     def replace_file(self, old: CachedFile, reason: InstantStartError) -> CachedFile:
         """A new, absent incarnation in the place of ``old``, under a nodeid of its own. Handles keep the old one."""

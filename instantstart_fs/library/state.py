@@ -25,6 +25,7 @@ from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
 from instantstart_fs.errors import AccessRefused
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
 from instantstart_fs.library.folded import Counts, Folded
+from instantstart_fs.library.view import NotInMemory
 
 if TYPE_CHECKING:
     from instantstart_fs.errors import InstantStartError
@@ -59,7 +60,6 @@ class CachedFile:
         "served_bytes",
         "state",
         "target",
-        "triple",
     )
 
     def __init__(
@@ -67,7 +67,6 @@ class CachedFile:
     ) -> None:
         self.generation = generation
         self.entry = entry
-        self.triple = (generation.pipeline.id, generation.number, entry.index)
         self.state = state
         self.incarnation = incarnation
         self.nodeid = nodeid
@@ -79,6 +78,10 @@ class CachedFile:
         self.gone: InstantStartError | None = None
         self.extra = 0
         self.passed = False
+
+    @property
+    def triple(self) -> tuple[str, int, int]:
+        return self.generation.pipeline.id, self.generation.number, self.entry.index
 
     @property
     def key(self) -> FileKey:
@@ -158,7 +161,8 @@ class Generation:
         self.block = 4096
         """Of the store's filesystem, bytes."""
         self._counts: Counts | None = None
-        self._mostly_complete: dict[int, bool] = {}
+        self._incomplete: dict[int, int] = {}
+        """Directory node → how many of its files are not complete; of those that somebody listed."""
         self.lent: frozenset[int] = frozenset()
         """Of a superseded generation: files that the one after it shares; there they are counted."""
         self.ready: trio.Event | None = None
@@ -248,11 +252,12 @@ class Generation:
             CachedFile(self, entry, FileState.ABSENT, 0, self.default_file_nodeid(entry.index), b"")
             for entry in self.manifest.files
         ]
+        self._counts = Counts(0, 0, 0, 0, 0, 0)
 
     def counts_changed(self) -> None:
         """Call after a file's state or presence changed in a way that neither ``grew`` nor ``completed`` says."""
         self._counts = None
-        self._mostly_complete.clear()
+        self._incomplete.clear()
 
     def grew(self, file: CachedFile, count: int) -> None:
         """``count`` more bytes of ``file`` are here. Constant time: it is called for each chunk."""
@@ -271,7 +276,9 @@ class Generation:
     def completed(self, file: CachedFile, allocated: int) -> None:
         """``file``, all of whose bytes were counted, became sealed or unverified, and takes ``allocated`` bytes of disk
         (0: not measured). Constant time."""
-        self._mostly_complete.clear()
+        parent = self.tree.nodes[self.tree.node_of_file(file.entry.index)].parent
+        if parent in self._incomplete:
+            self._incomplete[parent] -= 1
         before = file.extra
         self.measured(file, allocated)
         if self._counts is not None:
@@ -366,17 +373,23 @@ class Generation:
             self._counts = Counts(cached, complete, unverified, everything, allocated, finished)
         return self._counts
 
+    def count_all(self) -> None:
+        """What takes a walk over all files, now: in a thread, so that the loop need not."""
+        _ = self.counts
+        for node, entry in enumerate(self.tree.nodes):
+            if entry.children is not None:
+                self.mostly_complete(node)
+
     def mostly_complete(self, node: int) -> bool:
         """Of a directory: whether at least three in four entries are complete files or directories."""
-        found = self._mostly_complete.get(node)
-        if found is None:
+        children = self.tree.nodes[node].children or {}
+        incomplete = self._incomplete.get(node)
+        if incomplete is None:
             nodes = self.tree.nodes
-            children = (nodes[node].children or {}).values()
-            incomplete = sum(
-                nodes[child].file >= 0 and not self.files[nodes[child].file].complete for child in children
+            incomplete = self._incomplete[node] = sum(
+                nodes[child].file >= 0 and not self.files[nodes[child].file].complete for child in children.values()
             )
-            found = self._mostly_complete[node] = incomplete * 4 <= len(children)
-        return found
+        return incomplete * 4 <= len(children)
 
     @property
     def load_set_complete(self) -> bool:
@@ -436,7 +449,10 @@ class Pipeline:
 
     @property
     def current(self) -> Generation | None:
-        """The generation that is shown, read from the store if it is not in memory. None: it cannot be."""
+        """The generation that is shown, read from the store if it is not in memory. None: it cannot be.
+
+        Reading it blocks, a second and more for a hundred thousand files: where others are served meanwhile,
+        ``Shelf.look_into`` comes first."""
         self.used_at = time.monotonic()
         found = self._outline
         if isinstance(found, Folded):
@@ -478,14 +494,22 @@ class Pipeline:
 
     @property
     def in_use(self) -> bool:
-        return self.leases > 0 or any(generation.handles for generation in self._outlines())
+        return self.leases > 0 or any(generation.handles for generation in self.outlines())
 
     @property
     def allocated(self) -> int:
         """Bytes of disk that its files take."""
-        return sum(generation.own_allocated for generation in self._outlines())
+        return sum(generation.own_allocated for generation in self.outlines())
 
-    def _outlines(self) -> Iterator[Generation | Folded]:
+    def at_hand(self) -> Generation | None:
+        """``current`` without reading anything. Raises NotInMemory where that would be needed."""
+        self.used_at = time.monotonic()
+        if isinstance(self._outline, Folded):
+            raise NotInMemory(self.id)
+        return self._outline
+
+    def outlines(self) -> Iterator[Generation | Folded]:
+        """``generations`` without reading anything."""
         if self._outline is not None:
             yield self._outline
         yield from self.draining
@@ -575,17 +599,17 @@ class NodeTable:
 
     def find(self, nodeid: int) -> CachedFile | Pipeline | tuple[Generation, int] | None:
         """A file (by either of its nodeids), a pipeline (constant directory or symlink), a (generation, directory
-        node), or None (stale). Reads a generation that is not in memory."""
+        node), or None (stale). Raises NotInMemory where a generation has to be read first."""
         single = self._single.get(nodeid)
         if isinstance(single, Folded):
-            return self._unfold_and_find(single, nodeid)
+            raise NotInMemory(single.pipeline.id)
         if single is not None:
             return single
         single = self._single.get(nodeid - 1)
         if isinstance(single, CachedFile):
             return single
         if isinstance(single, Folded):
-            return self._unfold_and_find(single, nodeid)
+            raise NotInMemory(single.pipeline.id)
         position = bisect.bisect(self._bases, nodeid) - 1
         if position < 0:
             return None
@@ -593,7 +617,7 @@ class NodeTable:
         if nodeid - base >= count:
             return None
         if isinstance(generation, Folded):
-            return self._unfold_and_find(generation, nodeid)
+            raise NotInMemory(generation.pipeline.id)
         generation.pipeline.used_at = time.monotonic()
         node, mode = divmod(nodeid - base, NODEIDS_PER_NODE)
         file = generation.tree.nodes[node].file
@@ -601,10 +625,6 @@ class NodeTable:
             return (generation, node) if mode == 0 else None
         found = generation.files[file]
         return found if found.nodeid == nodeid - mode else None
-
-    def _unfold_and_find(self, folded: Folded, nodeid: int) -> CachedFile | Pipeline | tuple[Generation, int] | None:
-        # Unfolding takes its entries out of the table, so this ends.
-        return self.find(nodeid) if folded.pipeline.current is not None else None
 
 
 def counts_as_request(file: CachedFile) -> bool:

@@ -1,7 +1,8 @@
 """What the mount sees of the library: the one seam between them.
 
-All plain methods answer from memory, at once, whatever the origins do (design rule 3). Only ``open`` and ``read_into``
-are async, and only a read of an absent chunk waits.
+All plain methods answer from memory, at once, whatever the origins do (design rule 3). What nobody has looked at for a
+while is not in memory: then they raise NotInMemory, and ``look_into`` reads it from the store, while others are served.
+Only a read of an absent chunk waits for the network.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 
 ROOT = 1
 """The nodeid of the mountpoint itself, fixed by the FUSE protocol."""
+
+
+class NotInMemory(Exception):
+    """What was asked for must be read from the store first: ``await look_into(pipeline)``, then ask again."""
+
+    def __init__(self, pipeline: str) -> None:
+        super().__init__(f"{pipeline} is not in memory")
+        self.pipeline = pipeline
 
 
 class Private(msgspec.Struct, frozen=True):
@@ -115,6 +124,10 @@ class View(Protocol):
 
         The View may keep a backing descriptor after the last release; it calls ``closing`` with the nodeid before it
         closes one, and never while the nodeid is open."""
+        ...
+
+    async def look_into(self, pipeline: str) -> None:
+        """After NotInMemory: return once it is in memory, or is shown as unreadable, or is gone."""
         ...
 
     def lookup(self, parent: int, name: str) -> Attributes: ...

@@ -167,6 +167,7 @@ class Binder:
     async def _follow(self, changed: set[str]) -> None:
         assert self._covering is not None
         for pipeline in sorted(changed):
+            await self._covering.look_into(pipeline)
             async with self._lock:
                 bound, wanted = self._bound.get(pipeline, {}), self._covering.files(pipeline)
                 for file in [file for file in self._refused if file.pipeline == pipeline]:

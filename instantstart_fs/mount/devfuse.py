@@ -28,7 +28,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from instantstart_fs.errors import MountFailed
-from instantstart_fs.library.view import Invalidation, View
+from instantstart_fs.library.view import Invalidation, NotInMemory, View
 from instantstart_fs.mount import kernel, wire
 from instantstart_fs.mount.handover import (
     BACKING,
@@ -311,9 +311,17 @@ class DevFuse:
         elif opcode in wire.SILENT:
             pass
         elif opcode in INLINE:
-            self._reply(unique, *await INLINE[opcode](self, request))
+            try:
+                with self._operations.at_once():
+                    await self._answer(request)
+            except NotInMemory:
+                kept = request._replace(body=memoryview(bytes(body)))  # the next message overwrites it
+                self._start(nursery, request, lambda: self._answer(kept))
         else:
             raise FUSEError(errno.EROFS if opcode in wire.WRITES else errno.ENOSYS)
+
+    async def _answer(self, request: wire.Request) -> None:
+        self._reply(request.unique, *await INLINE[request.opcode](self, request))
 
     def _start(
         self, nursery: trio.Nursery, request: wire.Request, work: Callable[[], Coroutine[Any, Any, None]]

@@ -22,7 +22,7 @@ import logging
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, Concatenate, Final, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
@@ -30,7 +30,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Statvf
 
 from instantstart_fs.core.weights import may_read
 from instantstart_fs.errors import InstantStartError, NoSuchEntry
-from instantstart_fs.library.view import ROOT, Attributes, OpenFile, View
+from instantstart_fs.library.view import ROOT, Attributes, NotInMemory, OpenFile, View
 from instantstart_fs.mount.errno_map import errno_of
 
 log = logging.getLogger(__name__)
@@ -72,8 +72,15 @@ def _guarded(handler: _Handler[_P, _T]) -> _Handler[_P, _T]:
     async def guard(self: Operations, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         self.requests[name] += 1
         try:
-            return await handler(self, *args, **kwargs)
-        except FUSEError:
+            while True:
+                try:
+                    return await handler(self, *args, **kwargs)
+                except NotInMemory as folded:
+                    if self._only_at_once:
+                        self.requests[name] -= 1
+                        raise
+                    await self._view.look_into(folded.pipeline)
+        except (FUSEError, NotInMemory):
             raise
         except Exception as error:
             raise _as_fuse_error(name, error, self.pipeline_of(name, args)) from error
@@ -207,6 +214,17 @@ class Operations(pyfuse3.Operations):
         self._buffers = _Buffers()
         self.requests: Counter[str] = Counter()
         """How often each handler was called since the mount."""
+        self._only_at_once = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Meanwhile what would have to wait for the store raises NotInMemory: call it once more outside of this, where
+        it keeps nobody else waiting. Not for ``open`` and ``read``."""
+        self._only_at_once = True
+        try:
+            yield
+        finally:
+            self._only_at_once = False
 
     @property
     def open_handles(self) -> int:
@@ -346,6 +364,8 @@ class Operations(pyfuse3.Operations):
         try:
             _refuse_writing(flags)
             file = self._view.open_nowait(inode)
+        except NotInMemory:
+            return None
         except FUSEError:
             self.requests["open"] += 1
             raise

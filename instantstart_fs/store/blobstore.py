@@ -40,7 +40,7 @@ from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.manifest import Manifest, PipelineSpec
 from instantstart_fs.core.names import validate_origin_path, validate_pipeline_id
 from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreUnsupported
-from instantstart_fs.store import filesystem, locks
+from instantstart_fs.store import filesystem, locks, slices
 from instantstart_fs.store.blobfile import BlobFile, punch_hole, read_seal
 from instantstart_fs.store.filesystem import StoreUsage
 from instantstart_fs.store.layout import (
@@ -190,8 +190,13 @@ class BlobStore:
     def load_manifest(self, pipeline: str, generation: int) -> Manifest:
         """Raises NoSuchEntry if there is none, StoreDamaged if it cannot be read or is another generation's."""
         validate_pipeline_id(pipeline)
-        raw = self._read((pipeline, str(generation)), MANIFEST_FILE)
-        manifest = _decode(raw, _ManifestFile, f"{pipeline}/{generation}/{MANIFEST_FILE}").manifest
+        left, out = slices.cut(self._read((pipeline, str(generation)), MANIFEST_FILE))
+        shown = f"{pipeline}/{generation}/{MANIFEST_FILE}"
+        manifest = _decode(left, _ManifestFile, shown).manifest
+        try:
+            manifest = slices.put_back(manifest, out)
+        except msgspec.MsgspecError as error:
+            raise StoreDamaged(f"{shown} cannot be read: {error}") from error
         if (manifest.pipeline, manifest.generation) != (pipeline, generation):
             raise StoreDamaged(
                 f"{pipeline}/{generation}/{MANIFEST_FILE} is that of {manifest.pipeline}/{manifest.generation}"

@@ -114,6 +114,9 @@ class FakeLibrary:
         self.calls.append(call)
         self.done.set()
 
+    async def look_into(self, pipeline: str) -> None:
+        pass
+
     async def add(self, spec: PipelineSpec) -> PipelineStatus:
         await self._held("add")
         if spec.id in self.specs:

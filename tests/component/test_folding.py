@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import threading
 import weakref
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
+import trio.testing
+from pyfuse3 import FUSEError, RequestContext
 
+from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.index.environment import Index
-from instantstart_fs.library import Library, folding
+from instantstart_fs.library import Library, collecting, folding
 from instantstart_fs.library.folded import Folded
 from instantstart_fs.library.state import CachedFile, Generation
 from instantstart_fs.library.view import ROOT
+from instantstart_fs.mount.operations import Operations
 from tests.component.test_library import find, make_source, read_all, spec
 from tests.component.test_room import MIB, WEIGHTS, blocks, fills, running
 
@@ -223,6 +231,7 @@ async def test_what_is_looked_into_is_let_go_of_when_there_is_too_much_and_comes
         # By its nodeid alone, as the kernel asks that remembers the name.
         await settle(library)
         assert "b" in outlines()
+        await library.look_into("b")
         assert library.attributes(before["b"]).size == len(data)
         assert await read_all(library, "b", WEIGHTS) == data
 
@@ -245,6 +254,7 @@ async def test_a_file_of_another_incarnation_is_found_by_its_nodeid_after_a_rest
     async with running(tmp_path) as library:
         assert read_whole(library) == 0
         for asked in (nodeid, nodeid + 1):
+            await library.look_into("x")
             found = library._shelf.nodes.find(asked)
             assert isinstance(found, CachedFile)
             assert (found.entry.path, found.incarnation) == (WEIGHTS, 1)
@@ -263,3 +273,170 @@ async def test_a_manifest_that_cannot_be_read_shows_at_the_first_look(tmp_path: 
         assert "cannot be read" in (library.status("bad").error or pytest.fail("no error")).message
         assert everything(library)["bad"].state == "error"
         assert library.status("good").state == "cold"
+
+
+class Gate:
+    """Holds whoever reads a manifest, in its thread, until it is opened."""
+
+    def __init__(self, library: Library) -> None:
+        self.entered, self._open, self.reads = trio.Event(), threading.Event(), 0
+        self._real = library._store.load_manifest
+        self._token = trio.lowlevel.current_trio_token()
+        library._store.load_manifest = self._load  # type: ignore[method-assign]
+
+    def _load(self, pipeline: str, generation: int) -> Manifest:
+        self.reads += 1
+        self._token.run_sync_soon(self.entered.set)
+        assert self._open.wait(20)
+        return self._real(pipeline, generation)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@asynccontextmanager
+async def settled(root: Path, *names: str) -> AsyncIterator[Library]:
+    """A library that has just started and looked into none of these pipelines."""
+    source = make_source(root / "source")
+    async with running(root) as library:
+        for name in names:
+            await library.add(spec(name, source))
+        await fills(library, "x")
+        await settle(library)
+    async with running(root) as library:
+        yield library
+
+
+NOBODY = RequestContext()
+
+
+async def test_while_one_pipeline_is_looked_into_the_mount_answers_for_others_and_all_share_one_reading(
+    tmp_path: Path,
+) -> None:
+    async with settled(tmp_path, "x", "other") as library:
+        find(library, "other", WEIGHTS)  # in memory
+        operations, gate = Operations(library), Gate(library)
+        root, other = library.lookup(ROOT, "x").nodeid, library.lookup(ROOT, "other").nodeid
+        found: list[int] = []
+        statuses: list[PipelineStatus] = []
+        interrupted = trio.CancelScope()
+
+        async def look() -> None:
+            found.append((await operations.lookup(root, WEIGHTS.encode(), NOBODY)).nodeid)
+
+        async def give_up() -> None:
+            with interrupted:
+                await look()
+
+        async def status() -> None:
+            await library.look_into("x")
+            statuses.append(library.status("x"))
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(give_up)  # it begins the reading
+                await gate.entered.wait()
+                for _ in range(3):
+                    nursery.start_soon(look)
+                nursery.start_soon(status)
+                interrupted.cancel()
+                await trio.testing.wait_all_tasks_blocked()
+                assert (await operations.lookup(other, WEIGHTS.encode(), NOBODY)).nodeid
+                assert (await operations.getattr(root, NOBODY)).nodeid == root  # the summary says it
+                assert library.pipeline_of(root) == "x"
+                await operations.releasedir(await operations.opendir(other, NOBODY))
+                assert not found and not statuses
+                gate.open()
+        assert len(found) >= 3 and set(found) == {find(library, "x", WEIGHTS)}
+        assert statuses[0].state == "unverified"
+        assert gate.reads == 1
+        assert operations.requests["lookup"] == 5
+
+
+async def test_what_is_removed_or_read_by_another_while_it_is_looked_into_is_not_put_back(tmp_path: Path) -> None:
+    async with settled(tmp_path, "x", "other") as library:
+        gate, before = Gate(library), len(library._shelf.nodes)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(library.look_into, "x")
+                await gate.entered.wait()
+                await library.remove("x")
+                gate.open()
+        assert len(library._shelf.nodes) == before - 3  # its block, its directory, its link
+        assert everything(library)["other"].error is None
+
+        gate = Gate(library)
+        shelf, other = library._shelf, library._shelf.pipelines["other"]
+        found: list[Generation | None] = []
+
+        async def look() -> None:
+            found.append(await shelf.look_into(other))
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(look)
+                await gate.entered.wait()
+                gate.open()
+                whole = other.current  # by somebody who cannot wait
+        assert found == [whole]
+        assert len(shelf.nodes) == before - 3
+
+
+async def test_a_manifest_that_proves_unreadable_when_it_is_looked_into_is_an_error_of_its_pipeline_alone(
+    tmp_path: Path,
+) -> None:
+    async with settled(tmp_path, "x", "other") as library:
+        (tmp_path / "store" / "slots" / "x" / "1" / "manifest.json").write_text("{")
+        operations = Operations(library)
+        with pytest.raises(FUSEError) as stale:
+            await operations.readdir(await operations.opendir(library.lookup(ROOT, "x").nodeid, NOBODY), 0, None)
+        assert stale.value.errno == errno.ESTALE
+        assert library.status("x").state == "error"
+        assert (await operations.lookup(library.lookup(ROOT, "other").nodeid, WEIGHTS.encode(), NOBODY)).nodeid
+
+
+async def test_a_file_that_the_kernel_remembers_by_its_nodeid_is_opened_after_its_pipeline_was_read(
+    tmp_path: Path,
+) -> None:
+    async with settled(tmp_path, "x") as library:
+        nodeid = find(library, "x", WEIGHTS)
+    async with running(tmp_path) as library:
+        operations, gate = Operations(library), Gate(library)
+        assert operations.open_nowait(nodeid, 0) is None  # it has to wait
+        gate.open()
+        opened = await operations.open(nodeid, 0, NOBODY)
+        assert bytes(await operations.read(opened.fh, 0, 16))
+        assert gate.reads == 1
+        await operations.release(opened.fh)
+
+
+async def test_the_collector_walks_over_no_large_generation_until_it_is_let_go_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "LARGE", 5)
+    async with settled(tmp_path, "x", "other") as library:
+        enabled: list[bool] = []
+        real = library._store.load_manifest
+
+        def watched(pipeline: str, generation: int) -> Manifest:
+            enabled.append(gc.isenabled())
+            return real(pipeline, generation)
+
+        library._store.load_manifest = watched  # type: ignore[method-assign]
+        gc.unfreeze()
+        for name, let_go in (("x", library.evict), ("other", library.remove)):
+            await library.look_into(name)
+            assert enabled.pop() is False
+            assert gc.isenabled()
+            assert gc.get_freeze_count() > 0
+            generation = library._shelf.pipelines[name].outline
+            assert isinstance(generation, Generation)
+            gone = weakref.ref(generation)
+            del generation
+            await let_go(name)
+            if name == "other":
+                assert gc.get_freeze_count() == 0
+            gc.unfreeze()
+            gc.collect()
+            assert gone() is None
+        gc.unfreeze()

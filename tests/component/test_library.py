@@ -24,7 +24,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
-from instantstart_fs.library.view import ROOT
+from instantstart_fs.library.view import ROOT, NotInMemory
 from instantstart_fs.store.blobstore import BlobStore
 
 MIB = 1024 * 1024
@@ -65,7 +65,11 @@ def spec(pipeline: str, source: Path) -> PipelineSpec:
 def find(library: Library, *names: str) -> int:
     nodeid = ROOT
     for name in names:
-        nodeid = library.lookup(nodeid, name).nodeid
+        try:
+            nodeid = library.lookup(nodeid, name).nodeid
+        except NotInMemory as folded:
+            _ = library._shelf.pipelines[folded.pipeline].current
+            nodeid = library.lookup(nodeid, name).nodeid
     return nodeid
 
 

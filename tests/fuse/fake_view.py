@@ -89,6 +89,9 @@ class FakeView:
 
     covering = None
 
+    async def look_into(self, pipeline: str) -> None:
+        raise AssertionError("everything is in memory")
+
     def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
         """Fake files have no bytes on a disk: on every transport they are read through the View."""
 

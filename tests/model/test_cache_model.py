@@ -188,13 +188,14 @@ class World:
             library.budget = self.budget  # type: ignore[method-assign]  # disks that shrink
             switch = library._shelf.switch_generation
 
-            def watched(pipeline: Any, manifest: Any, base: int, *kept: Any) -> Any:
+            def watched(new: Any, *kept: Any) -> Any:
                 # An eviction takes effect here: without an await since it was last asked whether it may.
+                pipeline = new.pipeline
                 current = pipeline.current
-                if current is not None and current.manifest is manifest and self.by_hand != pipeline.id:
+                if current is not None and current.manifest is new.manifest and self.by_hand != pipeline.id:
                     self.may_go(int(pipeline.id))
                     self.evictions += 1
-                return switch(pipeline, manifest, base, *kept)
+                return switch(new, *kept)
 
             library._shelf.switch_generation = watched  # type: ignore[method-assign]
             async with library.running():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -108,6 +109,16 @@ def test_the_header_length_is_believed_only_where_it_can_be_one() -> None:
 @given(st.lists(st.text(max_size=20), max_size=8))
 def test_any_name_has_its_place(names: list[str]) -> None:
     assert Counter(sorted(names, key=natural_key)) == Counter(names)
+
+
+def _parts(path: str) -> list[tuple[int, int, str]]:
+    """What "natural" means: numbers by their value and before text, text letter by letter."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path) if part]
+
+
+@given(st.lists(st.text("aB-_./0123٣²9\x01", max_size=12), max_size=8))
+def test_numbers_are_sorted_by_their_value(names: list[str]) -> None:
+    assert sorted(names, key=natural_key) == sorted(names, key=_parts)
 
 
 def test_digits_that_are_no_numbers_are_letters() -> None:

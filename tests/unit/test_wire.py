@@ -15,7 +15,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from instantstart_fs.library.view import ROOT
+from instantstart_fs.library.view import ROOT, Attributes, NotInMemory
 from instantstart_fs.mount import wire
 from instantstart_fs.mount.devfuse import Backings, DevFuse
 from instantstart_fs.mount.operations import entry_attributes
@@ -125,6 +125,9 @@ class Kernel:
             raise AssertionError(f"two replies: {self._ours.recv(1 << 22)!r}")
         return -error, reply[16:]
 
+    def receive(self) -> bytes:
+        return self._ours.recv(1 << 22)
+
     def close(self) -> None:
         self._ours.close()
         self.served.close()
@@ -146,6 +149,39 @@ async def test_a_file_is_found_opened_read_and_released() -> None:
     assert await kernel.ask(message(wire.READ, read, nodeid=nodeid)) == (0, content(4096, 8192))
     assert await kernel.ask(message(wire.RELEASE, wire.RELEASE_IN.pack(fh, 0, 0, 0))) == (0, b"")
     assert kernel.view.open_files == []
+    kernel.close()
+
+
+async def test_what_is_not_in_memory_keeps_nobody_waiting_but_who_asked_for_it() -> None:
+    kernel = Kernel()
+    view, real, ready = kernel.view, kernel.view.lookup, trio.Event()
+
+    def lookup(parent: int, name: str) -> Attributes:
+        if parent != ROOT and not ready.is_set():
+            raise NotInMemory("model")
+        return real(parent, name)
+
+    async def look_into(pipeline: str) -> None:
+        assert pipeline == "model"
+        await ready.wait()
+
+    view.lookup, view.look_into = lookup, look_into  # type: ignore[method-assign]
+    directory = view.children[ROOT]["model"]
+    asked = message(wire.LOOKUP, b"weights.safetensors\0", nodeid=directory)
+    buffer = bytearray(asked)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            await kernel.served.handle(wire.parse(memoryview(buffer)), nursery)
+            buffer[40:] = bytes(len(buffer) - 40)  # the next message
+            assert list(kernel.served._in_flight) == [7]
+            other = message(wire.GETATTR, bytes(16), unique=9, nodeid=directory)
+            await kernel.served.handle(wire.parse(memoryview(bytearray(other))), nursery)
+            assert wire.OUT_HEADER.unpack_from(kernel.receive())[1:] == (0, 9)
+            ready.set()
+    length, error, unique = wire.OUT_HEADER.unpack_from(reply := kernel.receive())
+    assert (length, error, unique) == (len(reply), 0, 7)
+    assert wire.ENTRY.unpack_from(reply[16:])[0] == real(directory, "weights.safetensors").nodeid
+    assert kernel.served._operations.requests["lookup"] == 1
     kernel.close()
 
 
