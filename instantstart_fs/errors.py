@@ -28,7 +28,8 @@
     │   ├── StoreLocked            another daemon has this store
     │   ├── StoreUnsupported       overlayfs, FUSE, a newer format
     │   ├── StoreDamaged           an I/O error, or a record that cannot be read
-    │   └── IndexFull              the LMDB map has no room left
+    │   ├── IndexFull              the LMDB map has no room left
+    │   └── IndexStuck             no commit comes to an end; what was to be written may still happen
     ├── DigestMismatch             bytes came whole and are not those of the manifest
     ├── ReadDeadline               no progress within the read deadline
     ├── FillCancelled              the pipeline was removed or evicted while somebody waited
@@ -185,6 +186,10 @@ class StoreDamaged(StoreError):
 
 class IndexFull(StoreError):
     code = "index-full"
+
+
+class IndexStuck(StoreError):
+    code = "index-stuck"
 
 
 class DigestMismatch(InstantStartError):

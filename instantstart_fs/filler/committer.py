@@ -15,7 +15,7 @@ Every ``commit_bytes`` of new chunks, or ``commit_seconds`` after the first, and
 
 A failed fdatasync or seal proves nothing about what was written before it: all chunks of that file that were not yet
 durable are dropped and fetched again (``on_lost``). A full index loses nothing: what was to be committed waits, is
-tried again every few seconds, and ``stuck`` says so meanwhile.
+tried again every few seconds, and ``stuck`` says so meanwhile. So it does while a transaction does not come to an end.
 """
 
 from __future__ import annotations
@@ -265,8 +265,14 @@ class Committer:
             for key, incarnation in gone:
                 _condemn(txn, key, incarnation)
 
+        def late(error: StoreError) -> None:
+            # It may still happen, so nothing is put back, and nothing of this is let go of, until it has ended.
+            log.error("%s; filling pauses", error.message)
+            self.stuck = error
+            self._events.on_stuck([*synced, *sealed, *condemned], error)
+
         try:
-            await self._index.write(write)
+            await self._index.write(write, late=late)
         except StoreError as error:
             kind = "the index is full" if isinstance(error, IndexFull) else "the index cannot be written"
             log.error("%s: %s; filling pauses and tries again", kind, error.message)

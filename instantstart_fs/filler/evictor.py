@@ -27,6 +27,8 @@ INTERVAL = 2.0
 LOOK_SECONDS = 60.0
 SAVE_SECONDS = 3600.0
 """Between two notes of the clocks, for the next daemon; while nothing is evicted, every LOOK_SECONDS."""
+SAVE_DEADLINE = 5.0
+"""For the last note of the clocks, at the end."""
 ATTEMPTS = 4
 """How often an admission is decided anew because somebody took what was to be evicted into use."""
 
@@ -93,6 +95,7 @@ class Evictor:
         self._saved: ClockState | None = None
         self._saving_fails = False
         self._nudged = trio.Event()
+        self._clock_was_set = trio.Event()
         self._lock = trio.Lock()
         if known is None:
             self._watch.observe(now(), boot())
@@ -107,19 +110,27 @@ class Evictor:
         if self._watch.observe(self._now(), boot):
             self._shelves.clock_was_set()
             self._saved = None
+            self._clock_was_set.set()  # noted at once, for the next daemon
             self.nudge()
             log.warning("the wall clock was set by more than an hour: nothing is evicted for keep_hot from now on")
         return self._watch.rests(boot)
 
     async def run(self) -> None:
         """Keep the store below its high watermark, as far as the plan can, until cancelled."""
-        while True:
-            with trio.move_on_after(LOOK_SECONDS):
-                await self._nudged.wait()
-            self._nudged = trio.Event()
-            await self.look()
-            await self._save_clock()
-            await trio.sleep(INTERVAL)
+        try:
+            while True:
+                with trio.move_on_after(LOOK_SECONDS):
+                    await self._nudged.wait()
+                self._nudged = trio.Event()
+                self._clock_was_set = trio.Event()
+                await self.look()
+                await self._save_clock()
+                with trio.move_on_after(INTERVAL):
+                    await self._clock_was_set.wait()
+        finally:
+            # Two jumps may cancel each other out: the next daemon would see none, and not rest.
+            with trio.move_on_after(SAVE_DEADLINE, shield=True):
+                await self._save_clock()
 
     async def _save_clock(self) -> None:
         rests, boot = self.rests(), self._boot()

@@ -13,6 +13,7 @@ and is refused here instead of killing the process with SIGBUS later. Room to wr
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import threading
@@ -25,6 +26,7 @@ import trio
 
 from instantstart_fs.errors import (
     IndexFull,
+    IndexStuck,
     StoreDamaged,
     StoreError,
     StoreFull,
@@ -49,18 +51,28 @@ _RESERVE = 2 << 20
 """Least room in the map beyond ``map_size``, for deletes."""
 _CLOSE_DEADLINE = 60.0
 """Seconds that ``close`` waits for what is queued."""
+_STUCK_DEADLINE = 5.0
+"""The same after ``give_up``."""
+COMMIT_DEADLINE = 30.0
+"""Seconds after which a commit counts as stuck: a disk that is well takes milliseconds, one that is overloaded some
+seconds, and one that is gone never answers."""
 
 
 class _Job(Generic[T]):
     """An op and where its outcome goes. ``deliver`` is called once, on the writer thread, and must not raise."""
 
-    __slots__ = ("deliver", "error", "op", "result")
+    __slots__ = ("deliver", "ended", "error", "op", "result")
 
     def __init__(self, op: Callable[[WriteTxn], T]) -> None:
         self.op = op
         self.result: T | None = None
         self.error: BaseException | None = None
+        self.ended = False
         self.deliver: Callable[[], None] = lambda: None
+
+    def end(self) -> None:
+        self.ended = True
+        self.deliver()
 
     def unwrap(self) -> T:
         if self.error is not None:
@@ -87,6 +99,9 @@ class Index:
         self._closed = False
         self._failure: BaseException | None = None
         self._watchers: list[Callable[[], None]] = []
+        self.commit_deadline = COMMIT_DEADLINE
+        self._waiting: set[trio.Event] = set()
+        self._given_up = False
         self._thread = threading.Thread(target=self._work, name="index-writer", daemon=True)
 
     @classmethod
@@ -142,7 +157,7 @@ class Index:
             self._closed = True
             self._stopped = True
             self._queue.put(None)
-        self._thread.join(_CLOSE_DEADLINE)
+        self._thread.join(_STUCK_DEADLINE if self._given_up else _CLOSE_DEADLINE)
         if self._thread.is_alive():
             raise StoreError(f"the writer of the index {self.path} does not end: an op of it hangs")
         os.close(self._data_fd)
@@ -177,12 +192,22 @@ class Index:
         except lmdb.Error as error:
             raise _translate(error, f"read the index {self.path}") from error
 
-    async def write(self, op: Callable[[WriteTxn], T]) -> T:
+    async def write(
+        self,
+        op: Callable[[WriteTxn], T],
+        *,
+        patience: float = math.inf,
+        late: Callable[[IndexStuck], None] = lambda error: None,
+    ) -> T:
         """Run ``op`` on the writer thread; its result, once it is durable.
 
         ``op`` may run twice, of which only the last run counts, and touches nothing but its WriteTxn. What it raises is
-        raised here and undoes it alone. When cancelled, it may still happen. Raises IndexFull, StoreFull,
-        StoreDamaged; StoreError if the writer has stopped.
+        raised here and undoes it alone. Ops happen in the order in which they are asked for. Raises IndexFull,
+        StoreFull, StoreDamaged; StoreError if the writer has stopped.
+
+        When cancelled, it may still happen, and so after IndexStuck, which comes after ``patience`` seconds and once
+        ``give_up`` was called. Who must know how it ends before anything else may happen has no ``patience``; whoever
+        waits for that one, has. ``late`` is told after COMMIT_DEADLINE; the waiting goes on.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         job = _Job(op)
@@ -195,10 +220,32 @@ class Index:
 
         job.deliver = deliver
         self._submit(job)
-        await done.wait()
+        self._waiting.add(done)
+        try:
+            with trio.move_on_after(patience):
+                with trio.move_on_after(self.commit_deadline):
+                    await done.wait()
+                if not job.ended:
+                    late(self._stuck())
+                await done.wait()
+        finally:
+            self._waiting.discard(done)
+        if not job.ended:
+            raise self._stuck()
         return job.unwrap()
 
-    def write_sync(self, op: Callable[[WriteTxn], T]) -> T:
+    def give_up(self) -> None:
+        """Nobody waits for a commit any more, from now on: for the end, when it hangs. On the trio thread."""
+        self._given_up = True
+        for done in self._waiting:
+            done.set()
+
+    def _stuck(self) -> IndexStuck:
+        return IndexStuck(
+            f"the index {self.path} takes no commits: the disk hangs; what was to be written may still be"
+        )
+
+    def write_sync(self, op: Callable[[WriteTxn], T], *, patience: float | None = None) -> T:
         """``write`` for where no trio runs: blocks the calling thread."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("an op may not wait for another op")
@@ -206,7 +253,9 @@ class Index:
         done = threading.Event()
         job.deliver = done.set
         self._submit(job)
-        done.wait()  # always set: by the op's transaction, or by the writer as it stops
+        # Always set: by the op's transaction, or by the writer as it stops.
+        if not done.wait(patience):
+            raise self._stuck()
         return job.unwrap()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -242,6 +291,8 @@ class Index:
         with self._mutex:
             if self._stopped:
                 raise self._gone()
+            if self._given_up:
+                raise self._stuck()
             self._queue.put(job)  # type: ignore[arg-type]
 
     # -- the writer thread -----------------------------------------------------------------------------------------
@@ -251,7 +302,7 @@ class Index:
         try:
             last = False
             while not last:
-                job = self._queue.get()
+                job: _Job[object] | None = self._queue.get()
                 while job is not None and len(group) < _GROUP - 1 and not self._queue.empty():
                     group.append(job)
                     job = self._queue.get()
@@ -262,7 +313,7 @@ class Index:
                 if group:
                     self._run_group(group)
                     while group:
-                        group.pop(0).deliver()
+                        group.pop(0).end()
                 job = None  # while it waits for the next one it holds on to nothing that an op speaks of
         except BaseException as error:
             self._failure = error
@@ -271,10 +322,10 @@ class Index:
             with self._mutex:
                 self._stopped = True
                 watchers = list(self._watchers)
-            for job in [*group, *self._drain()]:
-                if job.error is None:
-                    job.error = self._gone()
-                job.deliver()
+            for left in [*group, *self._drain()]:
+                if left.error is None:
+                    left.error = self._gone()
+                left.end()
             for wake in watchers:
                 wake()
 

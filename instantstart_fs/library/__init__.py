@@ -34,7 +34,7 @@ from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import Activity
 from instantstart_fs.core.status import PipelineState, PipelineStatus
-from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreDamaged, StoreFull
+from instantstart_fs.errors import InstantStartError, PipelineBusy, ReadDeadline, StoreDamaged, StoreFull
 from instantstart_fs.filler.evictor import Evictor, boot_identity, boottime
 from instantstart_fs.filler.scheduler import Filler, FillSettings, FillStatistics
 from instantstart_fs.filler.target import FileKey
@@ -46,6 +46,7 @@ from instantstart_fs.library.admin import Admin, VerifyReport
 from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.browsing import Browsing
 from instantstart_fs.library.covering import Covering
+from instantstart_fs.library.errands import Errands
 from instantstart_fs.library.folding import Folding
 from instantstart_fs.library.handover import Handover
 from instantstart_fs.library.observing import Observer
@@ -67,6 +68,11 @@ from instantstart_fs.store.layout import generation_number
 __all__ = ["Library", "VerifyReport"]
 
 log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 10.0
+"""For which the end waits for the last accesses to be written."""
+GIVE_UP_SECONDS = 15.0
+"""After which the end waits for no commit any more; systemd waits longer."""
 
 MAX_INDEX_JSON = 64 * 1024 * 1024
 """Bytes: that of a model of 100,000 tensors has 10 MB; a larger one orders nothing."""
@@ -123,7 +129,10 @@ class Library:
             known=index.read(lambda txn: txn.clock()),
         )
         self._admissions = Admissions(self._evictor)
-        reports = Reports(self._shelf, self._open_files, self.observer, self._admissions, self._evictor.nudge)
+        self._errands = Errands()
+        reports = Reports(
+            self._shelf, self._open_files, self.observer, self._admissions, self._evictor.nudge, self._errands
+        )
         self._filler = Filler(store, index, settings, reports, make_room=self._evictor.make_room)
         if taking_over:
             self._filler.hold_workers()
@@ -177,6 +186,7 @@ class Library:
             await trio.to_thread.run_sync(self._remove_superseded)
             await trio.to_thread.run_sync(self.observer.load)
             nursery.start_soon(self.observer.run)
+            await nursery.start(self._errands.run)
             await nursery.start(self._filler.run)
             nursery.start_soon(self._reading.run_replacements)
             nursery.start_soon(self._drop_drained)
@@ -190,9 +200,15 @@ class Library:
             try:
                 yield
             finally:
-                with trio.CancelScope(shield=True), trio.move_on_after(10):
+                # What is under way then (a commit, half an eviction) is finished; unless the disk hangs.
+                trio.lowlevel.spawn_system_task(self._give_up_later)
+                with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
                     await self._access.flush()
                 nursery.cancel_scope.cancel()
+
+    async def _give_up_later(self) -> None:
+        await trio.sleep(GIVE_UP_SECONDS)
+        self._index.give_up()
 
     async def _drop_drained(self) -> None:
         async for generation in self._open_files.drained_generations:
@@ -211,7 +227,10 @@ class Library:
                     number = generation_number(name)
                     if number is not None and number not in kept:
                         self._store.delete_generation(pipeline.id, number)
-                        self._index.write_sync(functools.partial(_forget_generation, pipeline.id, number))
+                        self._index.write_sync(
+                            functools.partial(_forget_generation, pipeline.id, number),
+                            patience=self._index.commit_deadline,
+                        )
                 self._shelf.trim(current)
             except InstantStartError as error:
                 pipeline.leftovers = True
@@ -329,7 +348,8 @@ class Library:
             if self._evictor.rests() or not self._candidate(found, locked=False).evictable:
                 raise PipelineBusy(f"{found.id}: it was requested meanwhile, or the clock was set")
 
-        self.observer.evicted(await self._admin.evict(pipeline, refuse))
+        # Whoever needs the room may be a reader, whose patience ends.
+        self.observer.evicted(await self._errands.carry_out(lambda: self._admin.evict(pipeline, refuse)))
         self._evictor.nudge()
 
     async def set_pinned(self, pipeline: str, pinned: bool) -> None:
@@ -480,7 +500,13 @@ class Library:
             found = self._visible(pipeline)
             generation = await self._shelf.look_into(found)
             if generation is None or not generation.load_set_complete:
-                await self.warm(pipeline)
+                # Room may have to be made, from others whose bytes take a while to go.
+                with trio.move_on_after(self._config.fill.read_deadline) as asking:
+                    await self.warm(pipeline)
+                if asking.cancelled_caught:
+                    raise ReadDeadline(
+                        f"{pipeline}: its fill did not begin within {self._config.fill.read_deadline:g} s"
+                    )
                 generation = await self._shelf.look_into(found)
             assert generation is not None
             with self._reading.using(generation), self._prefetching():

@@ -24,6 +24,7 @@ from instantstart_fs.core.manifest import Manifest, ModelManifest, ModelSpec, Pi
 from instantstart_fs.core.names import validate_model_name, validate_origin_paths, validate_pipeline_id
 from instantstart_fs.errors import (
     FillCancelled,
+    IndexStuck,
     InstantStartError,
     InvalidName,
     OriginMisbehaved,
@@ -32,6 +33,7 @@ from instantstart_fs.errors import (
     PipelineBusy,
     PipelineExists,
     StoreDamaged,
+    StoreError,
 )
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
@@ -127,13 +129,15 @@ class Admin:
                 resolved_at_ns=shelf.now_ns(),
             )
             new = await shelf.new_generation(pipeline, manifest)
-            await trio.to_thread.run_sync(shelf.mark, pipeline_id)
+            await shelf.mark(pipeline)
             await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
             try:
                 kept = await self._share(old, new) if old is not None else {}
                 async with shelf.uncovered(pipeline):
                     await self._record(new, kept)
                     shelf.switch_generation(new, kept)
+            except IndexStuck:
+                raise  # the daemon ends: the next one finds out which generation it is to be
             except InstantStartError:
                 # Its names would keep the old generation's bytes on the disk when that is evicted.
                 await trio.to_thread.run_sync(shelf.store.delete_generation, pipeline_id, manifest.generation)
@@ -268,8 +272,12 @@ class Admin:
                             drop_targets(old)
                             try:
                                 await shelf.index.write(forget_files)
+                            except StoreError:
+                                new.unforgotten = forget_files
+                                raise
                             finally:
-                                # Also when the index could not be told: missing bytes heal, overwritten ones would lie.
+                                # Also when the index could not be told: missing bytes heal, and none come before
+                                # it was.
                                 await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
                         finally:
                             new.ready.set()

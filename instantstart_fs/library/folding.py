@@ -143,6 +143,7 @@ def quiet(pipeline: Pipeline) -> bool:
         and not (pipeline.removed or pipeline.draining or pipeline.lock.locked() or pipeline.changes)
         and not pipeline.leftovers
         and generation.ready is None
+        and generation.unforgotten is None
         and all(file.target is None for file in generation.files)
     )
 

@@ -387,6 +387,8 @@ class Reading:
             origin = generation.opened_origin(file.entry.model)
             if origin is None:
                 origin = await trio.to_thread.run_sync(generation.origin, file.entry.model)
+            if not file.complete:
+                await self._shelf.prepare_filling(generation)
         if file.gone is not None:
             raise file.gone
         if generation.pipeline.removed:
@@ -396,7 +398,7 @@ class Reading:
         if file.target is None and not file.complete:
             assert origin is not None
             opener = functools.partial(
-                self._shelf.open_for_filling,
+                self._shelf.store.blob,
                 *(generation.pipeline.id, generation.number, file.entry.path, file.entry.file.size),
             )
             file.target = FillTarget(file.key, file.entry, file.incarnation, file.chunk_map(), origin, opener)

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import trio
 
 from instantstart_fs.core.manifest import same_bytes
-from instantstart_fs.errors import FillCancelled, InstantStartError, StoreDamaged, StoreFull
+from instantstart_fs.errors import FillCancelled, IndexStuck, InstantStartError, StoreDamaged, StoreFull
 from instantstart_fs.filler.state import FillEvents
 from instantstart_fs.filler.target import FileState, FillTarget
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library.admission import Admissions
+from instantstart_fs.library.errands import Errands
 from instantstart_fs.library.holders import processes_holding
 from instantstart_fs.library.observing import FoundBy, Observer
 from instantstart_fs.library.openfiles import OpenFiles
@@ -56,6 +57,7 @@ class Reports(FillEvents):
         observer: Observer,
         admissions: Admissions,
         on_growth: Callable[[], None],
+        errands: Errands,
     ) -> None:
         self._shelf = shelf
         self._open_files = open_files
@@ -65,6 +67,7 @@ class Reports(FillEvents):
         self._replaced = trio.open_memory_channel[Replacement](math.inf)
         self._looking = trio.CapacityLimiter(1)
         self._discarding: set[CachedFile] = set()
+        self._errands = errands
 
     @property
     def replaced(self) -> trio.MemoryReceiveChannel[Replacement]:
@@ -153,20 +156,29 @@ class Reports(FillEvents):
         """Drop a complete file whose bytes are lost, unreadable or wrong; fetch it again if it is ``wanted``.
 
         Later opens get the new incarnation; handles of this one get ``problem``. Raises StoreError if the index cannot
-        be told: then nothing has changed.
+        be told: then nothing has changed; IndexStuck if that takes too long: it goes on.
         """
         if file.gone is not None or not file.complete or file.generation.pipeline.removed:
             return
         if file in self._discarding or self._shelf.file(file.key) is not file:
             return
         self._discarding.add(file)
-        try:
-            with self._open_files.using(file.generation), file.generation.pipeline.changing():
-                async with self._shelf.uncovered(file.generation.pipeline):
-                    await self._discard(file, problem, wanted=wanted)
-                    self._observer.damaged(found_by)
-        finally:
-            self._discarding.discard(file)
+
+        async def work() -> None:
+            try:
+                with self._open_files.using(file.generation), file.generation.pipeline.changing():
+                    async with self._shelf.uncovered(file.generation.pipeline):
+                        await self._discard(file, problem, wanted=wanted)
+                        self._observer.damaged(found_by)
+            finally:
+                self._discarding.discard(file)
+
+        with trio.move_on_after(self._shelf.index.commit_deadline) as waiting:
+            await self._errands.carry_out(work)
+        if waiting.cancelled_caught:
+            raise IndexStuck(
+                f"{file.entry.path}: it is to be dropped ({problem.message}), and the index takes no commits"
+            )
         await self._discard_shared(file, problem)
 
     def doubt(self, file: CachedFile) -> InstantStartError | None:

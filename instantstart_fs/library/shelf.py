@@ -26,7 +26,6 @@ from instantstart_fs.library.collecting import let_go, out_of_reach
 from instantstart_fs.library.folded import Folded, summary_of
 from instantstart_fs.library.state import CachedFile, Generation, NodeTable, OpenOrigin, Pipeline, Trouble
 from instantstart_fs.library.view import ROOT, Invalidation
-from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.blobstore import BlobStore
 
 log = logging.getLogger(__name__)
@@ -223,17 +222,20 @@ class Shelf:
                 generation.measured(file, taken[file.entry.path])
         generation.counts_changed()
 
-    def mark(self, pipeline: str) -> None:
-        """What lies in its slot is about to change: before the first byte of that, its summary goes, durably. Blocks.
-        Raises StoreError."""
-        if pipeline not in self.marked:
-            self.index.write_sync(lambda txn: txn.delete_summary(pipeline))
-            self.marked.add(pipeline)
+    async def mark(self, pipeline: Pipeline) -> None:
+        """What lies in its slot is about to change: before the first byte of that, its summary goes, durably. Raises
+        StoreError."""
+        if pipeline.id not in self.marked:
+            with pipeline.changing():  # no summary is made while this one goes
+                await self.index.write(lambda txn: txn.delete_summary(pipeline.id), patience=self.index.commit_deadline)
+            self.marked.add(pipeline.id)
 
-    def open_for_filling(self, pipeline: str, generation: int, path: str, size: int) -> BlobFile:
-        """BlobStore.blob, after ``mark``."""
-        self.mark(pipeline)
-        return self.store.blob(pipeline, generation, path, size)
+    async def prepare_filling(self, generation: Generation) -> None:
+        """Before bytes of it may come: the index says nothing of it that would not be so. Raises StoreError."""
+        await self.mark(generation.pipeline)
+        if (forget := generation.unforgotten) is not None:
+            await self.index.write(forget, patience=self.index.commit_deadline)
+            generation.unforgotten = None
 
     def _load_draining(self, pipeline: Pipeline, held: Collection[int]) -> None:
         numbers = self.index.read(lambda txn: [record.number for record in txn.generations(pipeline.id)])
@@ -338,7 +340,7 @@ class Shelf:
     # -- nodeids -------------------------------------------------------------------------------------------------
 
     def _reserve_now(self, count: int) -> int:
-        return self.index.write_sync(lambda txn: txn.reserve_nodeids(count))
+        return self.index.write_sync(lambda txn: txn.reserve_nodeids(count), patience=self.index.commit_deadline)
 
     async def reserve_nodeids(self, count: int) -> int:
         """The first of ``count`` consecutive nodeids that were never used before and never will be again."""

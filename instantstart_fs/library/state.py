@@ -29,6 +29,7 @@ from instantstart_fs.library.view import NotInMemory
 
 if TYPE_CHECKING:
     from instantstart_fs.errors import InstantStartError
+    from instantstart_fs.index.transactions import WriteTxn
     from instantstart_fs.origins.base import Origin
     from instantstart_fs.store.blobfile import BlobFile
 
@@ -167,6 +168,8 @@ class Generation:
         """Of a superseded generation: files that the one after it shares; there they are counted."""
         self.ready: trio.Event | None = None
         """Set while the store's files are being taken away (eviction): fills wait for it."""
+        self.unforgotten: Callable[[WriteTxn], None] | None = None
+        """What an eviction could not write: until then the index may speak of bytes that are gone."""
         self._root_nodeids = {
             self.tree.child(0, name) if name else 0: nodeid for name, nodeid in pipeline.directory_nodeids.items()
         }

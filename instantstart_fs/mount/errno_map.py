@@ -43,6 +43,7 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
     errors.StoreUnsupported: errno.EIO,
     errors.StoreDamaged: errno.EIO,
     errors.IndexFull: errno.ENOSPC,
+    errors.IndexStuck: errno.EIO,
     errors.DigestMismatch: errno.EIO,
     errors.ReadDeadline: errno.EIO,
     errors.FillCancelled: errno.EIO,

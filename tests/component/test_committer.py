@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -209,10 +210,10 @@ async def test_a_full_index_is_tried_again_with_nothing_lost(
     real = index.write
     full = True
 
-    async def write(op: Callable[[WriteTxn], object]) -> object:
+    async def write(op: Callable[[WriteTxn], object], **how: Any) -> object:
         if full:
             raise IndexFull("the index is full")
-        return await real(op)
+        return await real(op, **how)
 
     monkeypatch.setattr(index, "write", write)
     partial, whole = written(store, "partial"), written(store, "whole", number=1)

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -736,10 +737,10 @@ async def test_a_full_index_loses_nothing(
     real = index.write
     full = True
 
-    async def write(op: Callable[[WriteTxn], object]) -> object:
+    async def write(op: Callable[[WriteTxn], object], **how: Any) -> object:
         if full:
             raise IndexFull("the index is full")
-        return await real(op)
+        return await real(op, **how)
 
     monkeypatch.setattr(index, "write", write)
     data = server.files["a"] = content(8 * CHUNK, 22)

@@ -138,7 +138,7 @@ async def test_bytes_that_nobody_recorded_are_given_back_at_the_next_start(tmp_p
     async with running(tmp_path) as library:
         for name in ("x", "settled"):
             await library.add(spec(name, source))
-        await trio.to_thread.run_sync(library._shelf.mark, "x")  # a fill begins, and the daemon is killed
+        await library._shelf.mark(library._shelf.pipelines["x"])  # a fill begins, and the daemon is killed
         stray = tmp_path / "store" / "slots" / "x" / "1" / "files" / WEIGHTS
         stray.parent.mkdir(parents=True, exist_ok=True)
         stray.write_bytes(bytes(MIB))

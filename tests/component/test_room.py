@@ -264,6 +264,23 @@ async def test_what_nobody_asks_for_in_max_idle_goes_without_pressure(tmp_path: 
         assert library.status("used").state == "unverified"
 
 
+async def test_a_clock_that_was_set_and_set_back_is_remembered_over_a_restart(tmp_path: Path) -> None:
+    source, clock = make_source(tmp_path / "source"), Clock()
+    async with running(tmp_path, keep_hot=3600.0, clock=clock) as library:
+        await library.add(spec("a", source))
+        with trio.fail_after(10):
+            while library._evictor._saved is None:
+                await trio.sleep(0.001)
+        for jump in (7200.0, -7200.0):  # the clocks say the same as before
+            clock.ahead += jump
+            assert library._evictor.rests()
+    clock.passes(3500.0)
+    async with running(tmp_path, keep_hot=3600.0, clock=clock) as library:
+        assert library._evictor.rests()
+        clock.passes(200.0)
+        assert not library._evictor.rests()
+
+
 @pytest.mark.parametrize("jump", [30 * 86400.0, -30 * 86400.0])
 async def test_a_clock_that_is_set_suspends_eviction_for_keep_hot(tmp_path: Path, jump: float) -> None:
     source, clock = make_source(tmp_path / "source"), Clock()

@@ -1,0 +1,60 @@
+"""What has to be finished once it has begun, whoever asked for it: half an eviction, or a file that is dropped on the
+disk and not in the index, would lie."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from instantstart_fs.errors import FillCancelled
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Errands:
+    """Owned by the Library; on the trio thread. ``run`` must be running."""
+
+    def __init__(self) -> None:
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def carry_out(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do it in a task of its own; what it returns or raises. Whoever waits for it here may be cancelled: it goes
+        on."""
+        assert self._nursery is not None
+        done = trio.Event()
+        results: list[T] = []
+        failures: list[Exception] = []
+        waits = True
+
+        async def errand() -> None:
+            try:
+                results.append(await work())
+            except Exception as error:
+                failures.append(error)
+                if not waits:
+                    log.error("nobody waits any more for what failed: %s", error)
+            finally:
+                done.set()
+
+        self._nursery.start_soon(errand)
+        try:
+            await done.wait()
+        finally:
+            waits = False
+        if failures:
+            raise failures[0]
+        if not results:  # cancelled, with all others
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise FillCancelled("the daemon ends")
+        return results[0]

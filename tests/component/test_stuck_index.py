@@ -1,0 +1,269 @@
+"""A disk under the index that hangs: whoever waits for a commit gives up in time, what was begun is finished when the
+disk answers again, and what needs no commit goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from instantstart_fs.errors import IndexStuck, StoreFull
+from instantstart_fs.index.environment import Index, _Job
+from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.library import Library
+from instantstart_fs.library.state import Generation
+from instantstart_fs.library.view import ROOT
+from instantstart_fs.web.health import HealthProbe
+from tests.component.test_library import find, make_source, read_all, spec
+from tests.component.test_room import MIB, WEIGHTS, blocks, fills, running
+
+pytestmark = pytest.mark.timeout(60)
+
+DEADLINE = 0.05
+
+
+class Disk:
+    """Under the index: from ``hang`` on no commit ends, until ``release``."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._answers = threading.Event()
+        self._token = trio.lowlevel.current_trio_token()
+        self.hangs = trio.Event()
+
+    def hang(self) -> None:
+        self._index._submit(_Job(self._op))
+
+    def _op(self, txn: WriteTxn) -> None:
+        self._token.run_sync_soon(self.hangs.set)
+        assert self._answers.wait(30)
+
+    def release(self) -> None:
+        self._answers.set()
+
+
+@asynccontextmanager
+async def hanging(index: Index) -> AsyncIterator[Disk]:
+    disk = Disk(index)
+    disk.hang()
+    await disk.hangs.wait()
+    try:
+        yield disk
+    finally:
+        disk.release()
+
+
+async def test_who_waits_gives_up_and_what_was_asked_for_happens_in_its_order(tmp_path: Path) -> None:
+    with Index.open(str(tmp_path / "index")) as index:
+        first = await index.write(lambda txn: txn.reserve_nodeids(2))
+        late: list[str] = []
+        index.commit_deadline = DEADLINE
+        async with hanging(index) as disk:
+            with pytest.raises(IndexStuck, match="may still be"):
+                await index.write(lambda txn: txn.reserve_nodeids(2), patience=DEADLINE)
+            with pytest.raises(IndexStuck):
+                await trio.to_thread.run_sync(lambda: index.write_sync(lambda txn: None, patience=DEADLINE))
+            async with trio.open_nursery() as nursery:
+
+                def told(error: IndexStuck) -> None:
+                    late.append(error.code)
+                    disk.release()
+
+                async def patient() -> None:
+                    # It is told, and goes on waiting; the one that was given up came before it.
+                    assert await index.write(lambda txn: txn.reserve_nodeids(2), late=told) == first + 4
+
+                nursery.start_soon(patient)
+        assert late == ["index-stuck"]
+
+
+async def test_at_the_end_nobody_waits_for_a_commit(tmp_path: Path) -> None:
+    with Index.open(str(tmp_path / "index")) as index:
+        async with hanging(index):
+            with trio.fail_after(10):
+                async with trio.open_nursery() as nursery:
+
+                    async def stubborn() -> None:
+                        with trio.CancelScope(shield=True), pytest.raises(IndexStuck):
+                            await index.write(lambda txn: None)
+
+                    nursery.start_soon(stubborn)
+                    await trio.testing.wait_all_tasks_blocked()
+                    index.give_up()
+            with pytest.raises(IndexStuck):
+                await index.write(lambda txn: None)
+
+
+@asynccontextmanager
+async def warm_and_cold(root: Path) -> AsyncIterator[Library]:
+    source = make_source(root / "source")
+    async with running(root, capacity=64 * MIB) as library:
+        for name in ("warm", "cold"):
+            await library.add(spec(name, source))
+        await fills(library, "warm")
+        library._index.commit_deadline = DEADLINE
+        yield library
+
+
+async def test_warm_reads_go_on_cold_ones_fail_in_time_and_health_says_index(tmp_path: Path) -> None:
+    async with warm_and_cold(tmp_path) as library:
+        data = await read_all(library, "warm", WEIGHTS)
+        probe = HealthProbe("/", library.prove_index_writable, library.fill_statistics, lambda mount: None)
+        async with hanging(library._index) as disk:
+            with trio.fail_after(20):
+                for _ in range(100):  # more than there are threads
+                    with pytest.raises(IndexStuck):
+                        await read_all(library, "cold", WEIGHTS)
+                assert await read_all(library, "warm", WEIGHTS) == data
+                assert library.lookup(ROOT, "cold").kind == "dir"
+                assert library.status("warm").state == "unverified"
+                problems = {check.name: check.problem for check in (await probe.ask()).checks}
+                assert problems["index"] is not None
+                assert problems["mount"] is None
+            disk.release()
+        assert await read_all(library, "cold", WEIGHTS) == data
+
+
+async def test_a_commit_that_hangs_pauses_filling_and_is_not_taken_for_one_that_failed(tmp_path: Path) -> None:
+    async with warm_and_cold(tmp_path) as library:
+        data = await read_all(library, "warm", WEIGHTS)
+        committer = library._filler._committer
+        await library._shelf.mark(library._shelf.pipelines["cold"])
+        async with hanging(library._index) as disk:
+            with trio.fail_after(20):
+                # What arrives is served, though it is not durable.
+                assert await read_all(library, "cold", WEIGHTS) == data
+                while committer.stuck is None:
+                    await trio.sleep(0.001)
+                assert committer._busy, "what may still happen is not let go of"
+                assert library.fill_statistics().index_stuck
+                disk.release()
+                while committer.stuck is not None or library._filler.is_filling("cold"):
+                    await trio.sleep(0.001)
+        assert not library.fill_statistics().index_stuck
+    async with running(tmp_path, capacity=64 * MIB) as library:
+        assert library._shelf.pipelines["cold"].allocated == blocks(tmp_path, "cold")
+        assert await read_all(library, "cold", WEIGHTS) == data
+
+
+async def test_a_damaged_file_is_dropped_once_the_index_answers_though_nobody_waited(tmp_path: Path) -> None:
+    async with warm_and_cold(tmp_path) as library:
+        data = await read_all(library, "warm", WEIGHTS)
+        pipeline = library._shelf.pipelines["warm"]
+        assert pipeline.current is not None
+        library._open_files.close_idle(pipeline.current)
+        stored = tmp_path / "store" / "slots" / "warm" / "1" / "files" / WEIGHTS
+        stored.unlink()
+        nodeid = find(library, "warm", WEIGHTS)
+        async with hanging(library._index) as disk:
+            with trio.fail_after(20):
+                with pytest.raises(IndexStuck, match="is to be dropped"):
+                    await read_all(library, "warm", WEIGHTS)
+                assert find(library, "warm", WEIGHTS) == nodeid
+                assert pipeline.in_use, "nothing else may happen to it meanwhile"
+                disk.release()
+                while find(library, "warm", WEIGHTS) == nodeid or pipeline.in_use:
+                    await trio.sleep(0.001)
+        assert await read_all(library, "warm", WEIGHTS) == data
+
+
+async def test_an_eviction_goes_on_when_the_reader_that_wanted_the_room_has_gone(tmp_path: Path) -> None:
+    async with warm_and_cold(tmp_path) as library:
+        data = await read_all(library, "warm", WEIGHTS)
+        async with hanging(library._index) as disk:
+            with trio.fail_after(20):
+                with trio.move_on_after(DEADLINE) as reader:
+                    await library.evict_unused("warm")
+                assert reader.cancelled_caught
+                assert library._shelf.pipelines["warm"].lock.locked()
+                disk.release()
+                while library.status("warm").state != "cold":
+                    await trio.sleep(0.001)
+        async with library._shelf.pipelines["warm"].lock:
+            assert blocks(tmp_path, "warm") == 0
+        assert await read_all(library, "warm", WEIGHTS) == data
+
+
+async def test_an_eviction_that_the_end_cuts_short_leaves_nothing_that_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instantstart_fs.library.GIVE_UP_SECONDS", DEADLINE)
+    monkeypatch.setattr("instantstart_fs.library.FLUSH_SECONDS", DEADLINE)
+    async with warm_and_cold(tmp_path) as library:
+        data = await read_all(library, "warm", WEIGHTS)
+        disk, emptied = Disk(library._index), trio.Event()
+        token = trio.lowlevel.current_trio_token()
+        switch, real = library._shelf.switch_generation, library._store.empty_generation
+
+        def switched(new: Generation) -> Generation | None:
+            disk.hang()
+            return switch(new)
+
+        def empty(pipeline: str, generation: int) -> None:
+            real(pipeline, generation)
+            disk.release()  # else the index could not be closed
+            token.run_sync_soon(emptied.set)
+
+        library._shelf.switch_generation = switched  # type: ignore[method-assign, assignment]
+        library._store.empty_generation = empty  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(library.evict_unused, "warm")
+            await disk.hangs.wait()
+            nursery.cancel_scope.cancel()
+    assert emptied.is_set()
+    async with running(tmp_path, capacity=64 * MIB) as library:
+        assert library._shelf.pipelines["warm"].allocated == blocks(tmp_path, "warm") == 0
+        assert await read_all(library, "warm", WEIGHTS) == data
+
+
+async def test_after_an_eviction_that_the_index_does_not_know_of_nothing_is_filled_before_it_does(
+    tmp_path: Path,
+) -> None:
+    async with warm_and_cold(tmp_path) as library:
+        data = await read_all(library, "warm", WEIGHTS)
+        index, real, refusing = library._index, library._index.write, True
+
+        async def write(op: object, **how: object) -> object:
+            if refusing:
+                raise StoreFull("no space is left on the disk")
+            return await real(op, **how)  # type: ignore[arg-type]
+
+        generation = library._shelf.pipelines["warm"].current
+        assert generation is not None
+        base = generation.base
+        await library._shelf.mark(library._shelf.pipelines["warm"])
+        reserved = await library._shelf.new_generation(library._shelf.pipelines["warm"], generation.manifest)
+        made = library._shelf.new_generation
+
+        async def prepared(*args: object) -> object:
+            return reserved
+
+        library._shelf.new_generation = prepared  # type: ignore[method-assign, assignment]
+        index.write = write  # type: ignore[method-assign, assignment]
+        with pytest.raises(StoreFull):
+            await library.evict("warm")
+        library._shelf.new_generation = made  # type: ignore[method-assign]
+        assert blocks(tmp_path, "warm") == 0
+        assert index.read(lambda txn: dict(txn.files("warm", 1))), "the index speaks of what is gone"
+        with pytest.raises(StoreFull):
+            await read_all(library, "warm", WEIGHTS)
+        assert blocks(tmp_path, "warm") == 0
+
+        refusing = False
+        seen: list[object] = []
+        blob = library._store.blob
+
+        def watched(*where: object) -> object:
+            seen.append(index.read(lambda txn: (dict(txn.files("warm", 1)), txn.get_generation("warm", 1))))
+            return blob(*where)  # type: ignore[arg-type]
+
+        library._store.blob = watched  # type: ignore[method-assign, assignment]
+        assert await read_all(library, "warm", WEIGHTS) == data
+        files, record = seen[0]  # type: ignore[misc]
+        assert files == {}
+        assert record.nodeid_base == reserved.base != base
