@@ -388,7 +388,7 @@ class Reading:
             if origin is None:
                 origin = await trio.to_thread.run_sync(generation.origin, file.entry.model)
             if not file.complete:
-                await self._shelf.prepare_filling(generation)
+                await self._shelf.prepare_filling(file)
         if file.gone is not None:
             raise file.gone
         if generation.pipeline.removed:

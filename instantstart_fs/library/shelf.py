@@ -6,6 +6,7 @@ change that the kernel may have cached goes out as an Invalidation.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -14,6 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+import msgspec
 import trio
 
 from instantstart_fs.core.manifest import Manifest
@@ -230,12 +232,28 @@ class Shelf:
                 await self.index.write(lambda txn: txn.delete_summary(pipeline.id), patience=self.index.commit_deadline)
             self.marked.add(pipeline.id)
 
-    async def prepare_filling(self, generation: Generation) -> None:
+    async def prepare_filling(self, file: CachedFile) -> None:
         """Before bytes of it may come: the index says nothing of it that would not be so. Raises StoreError."""
+        generation = file.generation
         await self.mark(generation.pipeline)
         if (forget := generation.unforgotten) is not None:
             await self.index.write(forget, patience=self.index.commit_deadline)
             generation.unforgotten = None
+        if (lost := file.bitmap) and not await trio.to_thread.run_sync(self._is_there, file):
+            # A new file in its place, and a kill before its first commit: the old record would vouch for its holes.
+            await self.index.write(functools.partial(_forget_bitmap, file, lost), patience=self.index.commit_deadline)
+            if file.bitmap == lost and file.target is None:
+                file.bitmap = b""
+                generation.measured(file, 0)
+                generation.counts_changed()
+
+    def _is_there(self, file: CachedFile) -> bool:
+        """Blocks. Raises StoreDamaged for what the daemon did not put there."""
+        blob = self.store.existing_blob(*file.triple[:2], file.entry.path)
+        if blob is None:
+            return False
+        with blob:
+            return blob.size == file.size
 
     def _load_draining(self, pipeline: Pipeline, held: Collection[int]) -> None:
         numbers = self.index.read(lambda txn: [record.number for record in txn.generations(pipeline.id)])
@@ -528,6 +546,12 @@ class Shelf:
 
     def _invalidate_listing(self, directory: int) -> None:
         self._send.send_nowait(Invalidation(directory, None, directory, listing=True))
+
+
+def _forget_bitmap(file: CachedFile, lost: bytes, txn: WriteTxn) -> None:
+    record = txn.get_file(*file.triple)
+    if record is not None and record.incarnation == file.incarnation and record.bitmap == lost:
+        txn.put_file(*file.triple, msgspec.structs.replace(record, state=FileState.ABSENT.value, bitmap=b""))
 
 
 def _evens(first: int) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ import trio.testing
 
 from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.errors import FillCancelled, PipelineBusy, StoreDamaged, StoreError
+from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library import Library
 from instantstart_fs.library.state import Generation
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.store.blobstore import BlobStore
 from tests.component.test_library import MIB, find, make_source, read_all, running, spec, wait_state
+from tests.component.test_room import blocks
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -229,3 +232,44 @@ async def test_origins_that_hang_hold_up_no_read(tmp_path: Path, monkeypatch: py
 async def _add_in_vain(library: Library, pipeline: str, source: Path) -> None:
     with trio.move_on_after(15):
         await library.add(spec(pipeline, source))
+
+
+async def test_a_partly_filled_file_that_vanished_is_forgotten_before_another_takes_its_place(tmp_path: Path) -> None:
+    """Killed before the first commit of the new file, the old record would vouch for chunks that are holes in it."""
+    source = make_source(tmp_path / "source")
+    name = "pytorch_model.bin"
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        handle = await library.open(find(library, "p", name))
+        await library.read_into(handle, 0, memoryview(bytearray(4096)))
+        library.release(handle)
+    stored = tmp_path / "store/slots/p/1/files" / name
+    stored.unlink()
+    async with running(tmp_path) as library:
+        index = library._index
+        (file,) = [file for file in library.status("p").files or () if file.path == name]
+        assert 0 < file.cached_bytes < file.size, "it is partly filled, as far as the index knows"
+        records: list[dict[int, FileRecord]] = []
+        real = library._store.blob
+
+        def watched(*where: object) -> object:
+            assert not stored.exists()
+            records.append(index.read(lambda txn: dict(txn.files("p", 1))))
+            return real(*where)  # type: ignore[arg-type]
+
+        library._store.blob = watched  # type: ignore[method-assign, assignment]
+        assert await read_all(library, "p", name) == (source / name).read_bytes()
+        assert [record.bitmap for record in records[0].values()] == [b""]
+        assert await fills_to_the_end(library, name) == os.stat(source / name).st_size
+    async with running(tmp_path) as library:
+        assert library._shelf.pipelines["p"].allocated == blocks(tmp_path, "p")
+
+
+async def fills_to_the_end(library: Library, name: str) -> int:
+    """Bytes that are cached of it, once it is complete."""
+    with trio.fail_after(20):
+        while True:
+            (file,) = [file for file in library.status("p").files or () if file.path == name]
+            if file.state in ("sealed", "unverified"):
+                return file.cached_bytes
+            await trio.sleep(0.005)
