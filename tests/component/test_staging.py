@@ -336,6 +336,15 @@ def staging_pids() -> list[int]:
     return [pid for pid in children(os.getpid()) if b"mount.readahead" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+async def staging_pid() -> int:
+    """A child of a thread that has just ended is nobody's for a moment."""
+    with trio.fail_after(10):
+        while not (found := staging_pids()):
+            await trio.sleep(0.01)
+    (pid,) = found
+    return pid
+
+
 async def test_the_process_brings_whole_files_and_beginnings_into_the_page_cache(tmp_path: Path) -> None:
     whole, part = written(tmp_path / "whole", 40 * MIB + 17), written(tmp_path / "part", 40 * MIB)
     reports = Reports()
@@ -360,7 +369,7 @@ async def test_a_killed_process_loses_its_jobs_only_and_another_takes_over(tmp_p
     process = StagingProcess(2, reports)
     async with trio.open_nursery() as nursery:
         await nursery.start(process.run)
-        (pid,) = staging_pids()
+        pid = await staging_pid()
         os.kill(pid, signal.SIGSTOP)
         process.stage(1, os.open(path, os.O_RDONLY), 8 * MIB)
         await trio.testing.wait_all_tasks_blocked(0.05)
@@ -384,7 +393,7 @@ async def test_a_dropped_job_is_done_and_its_file_closed(tmp_path: Path) -> None
     process = StagingProcess(1, reports)
     async with trio.open_nursery() as nursery:
         await nursery.start(process.run)
-        (pid,) = staging_pids()
+        pid = await staging_pid()
         for job, path in enumerate(paths):
             process.stage(job, os.open(path, os.O_RDONLY), 64 * MIB)
         process.drop(1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_generations import sha256
 from tests.harness import MIB, REPOSITORY, Daemon, model_directory, must, probe, run, tree_files, wait_for
 from tests.servers.hub import HubServer
 
@@ -31,12 +32,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, hub_server: HubServer, shar
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_during_the_fill_and_after(daemon: Daemon, hub: HubServer, model: Path, kind: str) -> None:
-    """Read from the first moment, while a slowed origin fills; then again when all is sealed."""
+    """Read from the first moment, while a slowed origin fills and one file waits; then again when all is sealed."""
     hub.publish("org/model", model)
+    names = [name for name in tree_files(model) if name.endswith(".safetensors")]
     hub.fault("bandwidth", port="cdn", rate=4 * MIB)
+    hub.fault("stall", port="cdn", path=sha256(model / names[-1]), after=MIB // 2)
     pipeline = f"during-{kind}"
     daemon.ok("add", pipeline, "hf://org/model")
-    names = [name for name in tree_files(model) if name.endswith(".safetensors")]
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.probe", "compare", kind, model / name, daemon.path(pipeline, name), "7"],
