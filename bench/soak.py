@@ -1,6 +1,6 @@
 """A soak: everything that changes pipelines, and every fault of an origin, at once; then all must be as it was.
 
-    scripts/bench soak [--minutes 30] [--idle 60] [--seed 1]
+    scripts/bench soak [--minutes 30] [--idle 60] [--seed 1] [--trust]
 
 Adds, fills, reads, staging, prefetches and leases, evictions by pressure and by hand, updates, scrubs, access checks:
 several actors work on a handful of pipelines of one hub until the time is up, each choosing what to do at random (the
@@ -8,6 +8,9 @@ seed repeats the choices, not their timing). Every byte that is read is compared
 are removed, and when all is quiet again the daemon's RSS, descriptors, threads, workers, nodeids and files are
 compared with what they were after a first round of the same work (a daemon that has never worked has loaded less). The
 log may hold warnings and errors about what was provoked, and no other. At the end: CPU while idle.
+
+The hub corrupts bodies, too, and no reader may see it: nothing is served unproven (serve_unsealed = "never").
+--trust: it does not, and what is not proven yet is served, also straight from the hub while there is no room.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,8 @@ from tests.servers.hub import HubServer
 
 RSS_SLACK = 32 * MIB
 IDLE_TARGET = 0.1
-TAKE_PART = ("staged_bytes", "scrubbed_bytes", "evictions", "digest_mismatches")
+FAULTS = ("status", "reset", "cut", "latency", "throttle", "blackhole", "none", "none")
+TAKE_PART = ("staged_bytes", "scrubbed_bytes", "evictions")
 """Counters of what the daemon does by itself: a soak in which it did not has shown nothing of it."""
 PROVOKED = (
     r"origin-(unavailable|throttled|misbehaved|broken|changed|not-found)|location-expired|read-deadline|digest-mismatch",
@@ -51,14 +55,17 @@ PROVOKED = (
 class World:
     """The hub's repositories, by the content that each commit has."""
 
-    def __init__(self, work: Path, hub: HubServer, seed: int) -> None:
+    def __init__(self, work: Path, hub: HubServer, seed: int, faults: Sequence[str]) -> None:
         self.work, self.hub = work, hub
         self.chance = random.Random(seed)
+        self.faults = faults
         self.lock = threading.Lock()
         self.publishing = threading.Lock()
         self.known: set[str] = set()
         """Digests of every shard that was ever published: what a read may give."""
         self.done: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        """What a prefetch said that failed."""
         self.problems: list[str] = []
         self.end = 0.0
 
@@ -159,6 +166,8 @@ def tenant(world: World, served: daemon.Daemon, names: list[str]) -> None:
     if world.chance.random() < 0.5:
         done = cli(served, "prefetch", name, "--devices", "cpu")
         world.count("prefetch" if done.returncode == 0 else "prefetch that failed")
+        if done.returncode:
+            world.refusals[re.sub(r"soak-\d|[\d.]+", "…", done.stderr.strip().splitlines()[-1][:100])] += 1
     else:
         path = served.mount / name / "model-00002-of-00002.safetensors"
         done = cli(served, "lease", name, "--", "sha256sum", str(path))
@@ -172,9 +181,7 @@ def tenant(world: World, served: daemon.Daemon, names: list[str]) -> None:
 
 def saboteur(world: World) -> None:
     """One fault at a time, for a while."""
-    what = world.chance.choice(
-        ("status", "reset", "cut", "latency", "corrupt", "throttle", "blackhole", "none", "none")
-    )
+    what = world.chance.choice(world.faults)
     match what:
         case "status":
             world.hub.fault("status", port="cdn", status=503, count=world.chance.randrange(1, 20))
@@ -252,6 +259,16 @@ def measure(served: daemon.Daemon, page: str) -> dict[str, int]:
     }
 
 
+def open_descriptors(served: daemon.Daemon) -> Counter[str]:
+    """By what they lead to, sockets and pipes without their numbers."""
+    found: Counter[str] = Counter()
+    directory = f"/proc/{served.child.pid}/fd"
+    for fd in os.listdir(directory):
+        with contextlib.suppress(OSError):
+            found[re.sub(r"\[\d+\]", "", os.readlink(f"{directory}/{fd}"))] += 1
+    return found
+
+
 def settle(served: daemon.Daemon, names: list[str], page: str) -> dict[str, int]:
     """No pipelines, no readers; the quiet that lets cold-start records and idle descriptors end."""
     for name in names:
@@ -278,16 +295,18 @@ def main() -> None:
     parser.add_argument("--idle", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pipelines", type=int, default=4)
+    parser.add_argument("--trust", action="store_true", help="an origin that fails, but does not lie: see above")
     parser.add_argument("--keep-log", metavar="FILE", help="copy the daemon's log there")
     parser.add_argument("--work", help="a directory on a real disk (default: a temporary one)")
     options = parser.parse_args()
     names = [f"soak-{number}" for number in range(options.pipelines)]
     with common.workspace(options.work) as work, HubServer() as hub:
-        world = World(work, hub, options.seed)
+        world = World(work, hub, options.seed, FAULTS if options.trust else (*FAULTS, "corrupt"))
         for name in names:
             world.publish(name, 0)
         config = (
             '[http]\nlisten = "127.0.0.1:0"\n[fill]\nchunk_size = "1MiB"\nread_deadline = "8s"\n'
+            f'serve_unsealed = "{"auto" if options.trust else "never"}"\n'
             f'[store]\ncapacity = "{options.pipelines * 24 * 3 // 4}MiB"\nscrub = "10s"\nscrub_rate = "200MB"\n'
             '[eviction]\nkeep_hot = "2s"\n[origins]\nrecheck_access = "10s"\n'
         )
@@ -303,10 +322,12 @@ def main() -> None:
             work_for(min(60.0, options.minutes * 6), world, served, names, page)
             start = settle(served, names, page)
             print("after the first round:", start, flush=True)
+            held = open_descriptors(served)
             add_all()
             work_for(options.minutes * 60, world, served, names, page)
             end = settle(served, names, page)
             print("at the end:           ", end, flush=True)
+            print("descriptors that were not there before:", dict(open_descriptors(served) - held), flush=True)
             took_part = {what: int(metrics_of(page)[f"instantstart_{what}_total"]) for what in TAKE_PART}
             clock = daemon.Clock([served.child.pid, *served.workers()])
             time.sleep(options.idle)
@@ -328,15 +349,18 @@ def main() -> None:
     for what, ok in verdicts.items():
         print(f"{'met   ' if ok else 'MISSED'}  {what}")
     print(f"idle {idle:.3f} % of a core; did {dict(sorted(world.done.items()))}; {took_part}")
+    for what, count in world.refusals.most_common(10):
+        print(f"{count} prefetches: {what}")
     for line in lines[:20]:
         print(f"unprovoked: {line}")
     result: dict[str, Any] = {
-        "minutes": options.minutes, "seed": options.seed, "pipelines": options.pipelines, "start": start, "end": end,
+        "minutes": options.minutes, "trust": options.trust, "seed": options.seed, "pipelines": options.pipelines,
+        "start": start, "end": end,
         "idle_percent": idle, "did": dict(sorted(world.done.items())), "took_part": took_part,
         "problems": world.problems, "unprovoked": lines,
         "verdicts": verdicts,
     }  # fmt: skip
-    common.write_result("soak", result)
+    common.write_result("soak-trust" if options.trust else "soak", result)
     sys.exit(0 if all(verdicts.values()) else 1)
 
 

@@ -154,7 +154,8 @@ def test_from_the_first_install_to_the_last_uninstall(user: User, source: Path) 
         assert warm["state"] == "warm" and {file["state"] for file in warm["files"]} == {"sealed"}
 
         before = machine.main_pid()
-        config.write_text(config.read_text() + f'[pipelines.more]\nsource = "file://{source}/cold"\n')
+        added = f'[pipelines.more]\nsource = "file://{source}/cold"\nowner = "instantstart-engine"\n'
+        config.write_text(config.read_text() + added)
         reload, _ = commands("The first pipeline")[-1]
         user.types(reload)
         wait_for(lambda: "more" in user.types("instantstart ls"), "the new pipeline", 20)
@@ -169,6 +170,7 @@ def test_from_the_first_install_to_the_last_uninstall(user: User, source: Path) 
     assert machine.journal().count(GOES_ON) == 1, "an upgrade unmounted"
     assert user.finds("my-llm") == warm
 
+    served(user)
     by_symptom(user, source)
     moved(user, source)
 
@@ -180,6 +182,27 @@ def test_from_the_first_install_to_the_last_uninstall(user: User, source: Path) 
     assert (machine.store / "slots/my-llm").exists()
     user.types(purge, check=False)  # /var/lib/instantstart is a mount here: emptied, and not removable
     assert not list(machine.store.glob("slots/*"))
+
+
+def served(user: User) -> None:
+    """systemd/vllm@.service: the engine has its lease, also over a restart of the filesystem, and until it ends."""
+    machine = user.machine
+    engine = r"#!/bin/sh\nsha256sum $2/*.safetensors && exec sleep 1000\n"
+    user.types(f"mkdir -p /opt/vllm/bin; printf '{engine}' > /opt/vllm/bin/vllm; chmod 755 /opt/vllm/bin/vllm")
+
+    def leases() -> int:
+        return int(json.loads(user.types("instantstart status more --json"))["leases"])
+
+    user.types("systemctl start vllm@more")
+    wait_for(lambda: machine.journal("-u", "vllm@more").count("/models/more/model") == 2, "the engine's reads", 30)
+    assert leases() == 1
+    assert "1 lease(s) hold it" in user.types("instantstart evict more", check=False)
+    before = machine.property("MainPID", "vllm@more")
+    user.types("systemctl restart instantstart")
+    wait_for(lambda: leases() == 1, "the lease to be taken again", 30)
+    assert machine.property("MainPID", "vllm@more") == before
+    user.types("systemctl stop vllm@more")
+    wait_for(lambda: leases() == 0, "the end of the lease", 20)
 
 
 def by_symptom(user: User, source: Path) -> None:
