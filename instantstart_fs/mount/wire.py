@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from pyfuse3 import EntryAttributes, StatvfsData
@@ -158,11 +157,6 @@ XATTR_SIZE: Final = struct.Struct("=II")
 """fuse_getxattr_in and fuse_getxattr_out: size, padding"""
 DIRENT: Final = struct.Struct("=QQII")
 """fuse_dirent before its name: ino, off, namelen, type; padded to 8 bytes"""
-COUNT_IN: Final = struct.Struct("=II")
-"""fuse_batch_forget_in: count, dummy"""
-FORGET_ONE: Final = struct.Struct("=QQ")
-"""fuse_forget_one: nodeid, nlookup"""
-FORGET_IN: Final = struct.Struct("=Q")
 INTERRUPT_IN: Final = struct.Struct("=Q")
 INVAL_ENTRY: Final = struct.Struct("=QII")
 """fuse_notify_inval_entry_out: parent, namelen, flags; the name with its NUL follows"""
@@ -218,16 +212,6 @@ def name(body: memoryview, offset: int = 0) -> bytes:
     if end <= 0:
         raise BadMessage("a name that is empty or does not end")
     return text[:end]
-
-
-def forgotten(body: memoryview) -> Iterator[tuple[int, int]]:
-    """(nodeid, count) of a BATCH_FORGET. Raises BadMessage."""
-    count, _ = fields(COUNT_IN, body)
-    if len(body) < COUNT_IN.size + count * FORGET_ONE.size:
-        raise BadMessage(f"{count} nodes to forget do not fit in {len(body)} bytes")
-    for position in range(count):
-        nodeid, lookups = FORGET_ONE.unpack_from(body, COUNT_IN.size + position * FORGET_ONE.size)
-        yield nodeid, lookups
 
 
 # INIT

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from instantstart_fs.library.view import ROOT, Attributes, NotInMemory
 from instantstart_fs.mount import wire
-from instantstart_fs.mount.devfuse import Backings, DevFuse
+from instantstart_fs.mount.devfuse import INLINE, Backings, DevFuse
 from instantstart_fs.mount.operations import entry_attributes
 from tests.fuse.fake_view import FakeView, content, standard_tree
 
 SIZES = {
     "IN_HEADER": 40, "OUT_HEADER": 16, "INIT_IN": 16, "INIT_OUT": 64, "ATTR": 88, "ENTRY": 40, "ATTR_OUT": 16,
     "OPEN_IN": 8, "OPEN_OUT": 16, "RELEASE_IN": 24, "READ_IN": 40, "KSTATFS": 80, "XATTR_SIZE": 8, "DIRENT": 24,
-    "FORGET_ONE": 16, "INVAL_ENTRY": 16, "INVAL_INODE": 24, "BACKING_MAP": 16,
+    "INVAL_ENTRY": 16, "INVAL_INODE": 24, "BACKING_MAP": 16,
 }  # fmt: skip
 
 
@@ -53,13 +53,6 @@ def test_lengths_that_lie_are_refused(raw: bytes) -> None:
 def test_names_that_are_none_are_refused(raw: bytes) -> None:
     with pytest.raises(wire.BadMessage):
         wire.name(memoryview(raw))
-
-
-def test_batches_of_forgets_are_counted() -> None:
-    body = wire.COUNT_IN.pack(2, 0) + wire.FORGET_ONE.pack(5, 1) + wire.FORGET_ONE.pack(6, 3)
-    assert list(wire.forgotten(memoryview(body))) == [(5, 1), (6, 3)]
-    with pytest.raises(wire.BadMessage):
-        list(wire.forgotten(memoryview(wire.COUNT_IN.pack(1 << 31, 0) + bytes(16))))
 
 
 def test_init_takes_what_is_offered_and_wanted() -> None:
@@ -210,7 +203,53 @@ async def test_what_is_not_served_is_enosys(opcode: int) -> None:
     kernel.close()
 
 
-OPCODES = st.one_of(st.integers(1, 53).filter(lambda code: code != wire.INIT), st.integers(0, 2**32 - 1))
+FIXED = {
+    wire.LOOKUP: b"model\0",
+    wire.OPEN: wire.OPEN_IN.pack(os.O_RDONLY, 0),
+    wire.READ: wire.READ_IN.pack(1, 0, 4096, 0, 0, 0, 0),
+    wire.RELEASE: wire.RELEASE_IN.pack(1, 0, 0, 0),
+    wire.READDIR: wire.READ_IN.pack(1, 0, 4096, 0, 0, 0, 0),
+    wire.READDIRPLUS: wire.READ_IN.pack(1, 0, 4096, 0, 0, 0, 0),
+    wire.RELEASEDIR: wire.RELEASE_IN.pack(1, 0, 0, 0),
+    wire.GETXATTR: wire.XATTR_SIZE.pack(0, 0) + b"user.instantstart.state\0",
+    wire.LISTXATTR: wire.XATTR_SIZE.pack(0, 0),
+    wire.INTERRUPT: wire.INTERRUPT_IN.pack(7),
+    wire.INIT: wire.INIT_IN.pack(7, 31, 0, 0),
+}
+"""Of each message whose body is read: one that is whole."""
+BODILESS = {wire.GETATTR, wire.READLINK, wire.STATFS, wire.OPENDIR, wire.DESTROY, wire.FORGET, wire.BATCH_FORGET}
+
+
+def test_every_message_that_is_served_is_cut_short_below() -> None:
+    served = {*INLINE, *wire.SILENT, wire.READ, wire.OPEN, wire.INIT}
+    assert served == {*FIXED, *BODILESS}
+
+
+@pytest.mark.parametrize("opcode", sorted(FIXED))
+async def test_a_message_cut_short_anywhere_is_einval(opcode: int, caplog: pytest.LogCaptureFixture) -> None:
+    kernel = Kernel()
+    caplog.set_level(logging.CRITICAL)
+    for length in range(len(FIXED[opcode])):
+        refused = None if opcode in wire.SILENT else (errno.EINVAL, b"")
+        assert await kernel.ask(message(opcode, FIXED[opcode][:length])) == refused, length
+    assert kernel.view.open_files == []
+    kernel.close()
+
+
+@pytest.mark.parametrize("opcode", sorted(BODILESS))
+async def test_a_message_without_a_body_takes_any(opcode: int) -> None:
+    kernel = Kernel()
+    answers = [await kernel.ask(message(opcode, body)) for body in (b"", b"x", bytes(200))]
+    assert answers == answers[:1] * 3 or opcode == wire.OPENDIR
+    assert all((answer is None) == (opcode in wire.SILENT) for answer in answers)
+    kernel.close()
+
+
+OPCODES = st.one_of(
+    st.sampled_from(sorted({*FIXED, *BODILESS} - {wire.INIT})),
+    st.integers(1, 53).filter(lambda code: code != wire.INIT),
+    st.integers(0, 2**32 - 1),
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -240,8 +279,6 @@ def test_garbage_is_a_bad_message_or_a_request(raw: bytes) -> None:
         wire.name(request.body)
     with contextlib.suppress(wire.BadMessage):
         wire.init_in(memoryview(raw))
-    with contextlib.suppress(wire.BadMessage):
-        list(wire.forgotten(memoryview(raw)))
 
 
 class CountingBackings(Backings):
