@@ -11,7 +11,7 @@ it is the disk's own business. docs/decisions/bind.md has the reasons.
 * A bind is made from a read-only, nosuid, nodev bind of ``slots`` and inherits its flags: it is never writable, not
   even for a moment. It shows one file, so that nothing else of the store can be reached through it.
 * Reads of a bound file are nobody's to see; opens and closes are: fanotify on the store's file tells of them, whoever's
-  mount namespace they came through. Those by the store's own path are no engine's (the daemon, a backup).
+  mount namespace they came through. Those by the store's own path (a backup) and the daemon's are no engine's.
 * In use is what a plain umount answers EBUSY to, and, since a detached bind or one in another mount namespace may still
   be held, what the kernel refuses a write lease for. Closes are only the occasion to ask: events of one process that
   nobody has read yet are merged, so that counting them tells nothing.

@@ -138,9 +138,9 @@ def umount(path: str, *, lazily: bool = False) -> None:
 
 
 class FanEvent(NamedTuple):
-    """What was done to a marked file since the last look, by one process: ``opened``, and a description of it ended,
-    mappings included (``closed``), or both, however often. ``inode``: (st_dev, st_ino); ``mount_id``: of the mount by
-    whose path it was opened."""
+    """What was done to a marked file since the last look, by one process: ``opened`` (by another than this one), and a
+    description of it ended, mappings included (``closed``), or both, however often. ``inode``: (st_dev, st_ino);
+    ``mount_id``: of the mount by whose path it was opened."""
 
     inode: tuple[int, int]
     mount_id: int
@@ -178,13 +178,14 @@ def fan_events(fd: int) -> list[FanEvent]:
     except BlockingIOError:
         return []
     events = []
-    for _, _, _, _, mask, file, _ in _FAN_METADATA.iter_unpack(data):
+    for _, _, _, _, mask, file, pid in _FAN_METADATA.iter_unpack(data):
         if file < 0:
             continue
         try:
             found = os.fstat(file)
             inode = (found.st_dev, found.st_ino)
-            events.append(FanEvent(inode, mount_id(file), bool(mask & _FAN_OPEN), bool(mask & _FAN_CLOSE)))
+            opened = bool(mask & _FAN_OPEN) and pid != os.getpid()
+            events.append(FanEvent(inode, mount_id(file), opened, bool(mask & _FAN_CLOSE)))
         finally:
             os.close(file)
     return events
