@@ -90,6 +90,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column:
 
 CHIP = "●"
 HEADER = ("", "PIPELINE", "STATE", "%", "SIZE", "FILL", "LAST ACCESS", "HOT UNTIL", "SOURCE", "")
+NAME, FILL, LAST_ACCESS, HOT_UNTIL, SOURCE, NOTE = 1, 5, 6, 7, 8, 9
 
 
 def pipelines(statuses: Sequence[PipelineStatus], *, width: int | None = None) -> str:
@@ -127,23 +128,63 @@ def _distance(value: str | None) -> str:
 
 
 def _drawn(rows: Sequence[tuple[str, ...]], width: int | None) -> str:
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(width=width, force_terminal=sys.stdout.isatty(), no_color=bool(os.environ.get("NO_COLOR")))
+    natural = [max(cell_len(line[position]) for line in (HEADER, *rows)) for position in range(len(HEADER))]
+    widths = _fitting(natural, console.width, filling=any(row[FILL] != "-" for row in rows))
     drawn = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
-    for position, name in enumerate(HEADER):
-        flexible = name == "SOURCE" or position == len(HEADER) - 1
+    for position, size in widths.items():
+        name = HEADER[position]
         drawn.add_column(
-            name, no_wrap=True, overflow="ellipsis" if flexible else "fold", justify="right" if name == "%" else "left"
+            name,
+            width=size,
+            no_wrap=position != NAME,
+            overflow="fold" if position == NAME else "ellipsis",  # a name is to be copied: it goes on in the next line
+            justify="right" if name == "%" else "left",
         )
     for row in rows:
         style = _STYLES.get(row[2], "")
-        drawn.add_row(*(Text(cell, style=style if position in (0, 2) else "") for position, cell in enumerate(row)))
-    console = Console(width=width, force_terminal=sys.stdout.isatty(), no_color=bool(os.environ.get("NO_COLOR")))
+        drawn.add_row(*(Text(row[position], style=style if position in (0, 2) else "") for position in widths))
+    console.width = max(console.width, sum(widths.values()) + len(widths) - 1)
     with console.capture() as captured:
         console.print(drawn)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _fitting(natural: Sequence[int], room: int, *, filling: bool) -> dict[int, int]:
+    """Column → width, within ``room`` as far as that goes: sources and notes are cut short, names go on in the next
+    line, and then whole columns give way, those first that say least. What remains is never cut."""
+    widths = {position: size for position, size in enumerate(natural) if size}
+
+    def excess() -> int:
+        return sum(widths.values()) + len(widths) - 1 - room
+
+    def shrink(position: int, least: int) -> None:
+        if position in widths and excess() > 0:
+            widths[position] = max(min(least, natural[position]), widths[position] - excess())
+
+    def drop(position: int) -> None:
+        if excess() > 0:
+            widths.pop(position, None)
+
+    shrink(SOURCE, 12)
+    shrink(NOTE, 24)
+    if not filling:
+        drop(FILL)
+    drop(SOURCE)
+    shrink(NAME, 16)
+    shrink(NOTE, 8)
+    for position in (HOT_UNTIL, LAST_ACCESS, FILL, NOTE):
+        drop(position)
+    if SOURCE in widths:
+        widths[SOURCE] = min(natural[SOURCE], widths[SOURCE] + max(0, -excess()))
+    elif NAME in widths:
+        widths[NAME] = min(natural[NAME], widths[NAME] + max(0, -excess()))
+    return widths
 
 
 _STYLES = {

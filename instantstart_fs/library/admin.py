@@ -132,8 +132,9 @@ class Admin:
             await shelf.mark(pipeline)
             await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
             try:
-                kept = await self._share(old, new) if old is not None else {}
+                # What is covered is opened for this, and opening that would be a request.
                 async with shelf.uncovered(pipeline):
+                    kept = await self._share(old, new) if old is not None else {}
                     await self._record(new, kept)
                     shelf.switch_generation(new, kept)
             except IndexStuck:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -198,6 +199,22 @@ def test_update_detaches_under_holders_and_in_every_mount_namespace(
     daemon.ok("remove", p)
     assert bound(daemon, p) == {}
     assert not daemon.path(p).exists()
+
+
+def test_an_update_is_no_request_though_the_daemon_opens_what_is_bound(
+    daemon: Daemon, p: str, hub: HubServer, model: Path, tmp_path: Path
+) -> None:
+    assert daemon.status(p)["last_request"] is None
+    new = tmp_path / "new"
+    shutil.copytree(model, new)
+    (new / "config.json").write_text('{"changed": true}')
+    hub.publish(f"org/{p}", new)
+    daemon.ok("update", p)
+    wait_bound(daemon, f"{p}/{FIRST}", f"{p}/{SECOND}")
+    daemon.ok("verify", p)
+    assert daemon.status(p)["last_request"] is None
+    daemon.path(p, FIRST).open("rb").close()
+    wait_for(lambda: daemon.status(p)["last_request"], "a real open counts", 10)
 
 
 def test_a_bound_file_that_rotted_is_unbound_and_fetched_again(daemon: Daemon, p: str, model: Path) -> None:

@@ -399,6 +399,34 @@ def test_ls_is_a_table_with_a_chip_on_a_terminal_and_plain_elsewhere() -> None:
         assert "100 %" in lines[1] and "0 %" in lines[2]
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140, 250])
+@pytest.mark.parametrize("name", ["w", "a-pipeline-whose-name-goes-on-and-on-for-a-long-while-0123456789"])
+@pytest.mark.parametrize("error", [None, ErrorStatus("origin", "nobody answers at https://hub.example", "x")])
+def test_ls_cuts_nothing_short_that_is_no_source_in_a_narrow_terminal(
+    width: int, name: str, error: ErrorStatus | None
+) -> None:
+    status = msgspec.structs.replace(
+        STATUS,
+        state="unverified",
+        cached_bytes=3_000_000_000,
+        total_bytes=6_000_000_000,
+        files=None,
+        fill=None,
+        error=error,
+    )
+    statuses = [msgspec.structs.replace(status, pipeline=name), msgspec.structs.replace(status, pipeline="other")]
+    drawn = show.pipelines(statuses, width=width).splitlines()
+    assert all(len(line) <= max(width, 60) for line in drawn)
+    rows = [line for line in drawn if line.startswith("●")]
+    assert len(rows) == 2
+    for row in rows:
+        assert "unverified" in row and "50 %" in row and "3.00 GB of 6.00 GB" in row
+    assert "".join(line[2:].split(" ")[0] for line in drawn[1:-1]) == name
+    assert width < 80 or "LAST ACCESS" in drawn[0]
+    assert width < 100 or "HOT UNTIL" in drawn[0]
+    assert width < 250 or "hf://" in drawn[1]
+
+
 def test_names_that_an_origin_made_up_are_shown_and_not_obeyed() -> None:
     hostile = "x\n\x1b]0;title\x07.safetensors"
     status = PipelineStatus(
