@@ -24,14 +24,18 @@ class Errands:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            task_status.started()
-            await trio.sleep_forever()
+        try:
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
 
     async def carry_out(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do it in a task of its own; what it returns or raises. Whoever waits for it here may be cancelled: it goes
-        on."""
-        assert self._nursery is not None
+        on. Raises FillCancelled when the daemon ends."""
+        if self._nursery is None:
+            raise FillCancelled("the daemon ends")
         done = trio.Event()
         results: list[T] = []
         failures: list[Exception] = []

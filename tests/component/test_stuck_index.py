@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from instantstart_fs.errors import IndexStuck, StoreFull
-from instantstart_fs.index.environment import Index, _Job
+from instantstart_fs.index.environment import COMMIT_DEADLINE, Index, _Job
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library import Library
 from instantstart_fs.library.state import Generation
@@ -52,9 +52,11 @@ async def hanging(index: Index) -> AsyncIterator[Disk]:
     disk = Disk(index)
     disk.hang()
     await disk.hangs.wait()
+    index.commit_deadline = DEADLINE
     try:
         yield disk
     finally:
+        index.commit_deadline = COMMIT_DEADLINE
         disk.release()
 
 
@@ -62,7 +64,6 @@ async def test_who_waits_gives_up_and_what_was_asked_for_happens_in_its_order(tm
     with Index.open(str(tmp_path / "index")) as index:
         first = await index.write(lambda txn: txn.reserve_nodeids(2))
         late: list[str] = []
-        index.commit_deadline = DEADLINE
         async with hanging(index) as disk:
             with pytest.raises(IndexStuck, match="may still be"):
                 await index.write(lambda txn: txn.reserve_nodeids(2), patience=DEADLINE)
@@ -106,7 +107,6 @@ async def warm_and_cold(root: Path) -> AsyncIterator[Library]:
         for name in ("warm", "cold"):
             await library.add(spec(name, source))
         await fills(library, "warm")
-        library._index.commit_deadline = DEADLINE
         yield library
 
 
@@ -116,9 +116,14 @@ async def test_warm_reads_go_on_cold_ones_fail_in_time_and_health_says_index(tmp
         probe = HealthProbe("/", library.prove_index_writable, library.fill_statistics, lambda mount: None)
         async with hanging(library._index) as disk:
             with trio.fail_after(20):
-                for _ in range(100):  # more than there are threads
+
+                async def fails() -> None:
                     with pytest.raises(IndexStuck):
                         await read_all(library, "cold", WEIGHTS)
+
+                async with trio.open_nursery() as nursery:
+                    for _ in range(100):  # more than there are threads
+                        nursery.start_soon(fails)
                 assert await read_all(library, "warm", WEIGHTS) == data
                 assert library.lookup(ROOT, "cold").kind == "dir"
                 assert library.status("warm").state == "unverified"

@@ -1,0 +1,67 @@
+"""What has begun is finished, whoever waits for it."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from instantstart_fs.errors import FillCancelled, StoreError
+from instantstart_fs.library.errands import Errands
+
+
+async def test_it_is_finished_though_who_asked_for_it_has_gone() -> None:
+    errands, go, done = Errands(), trio.Event(), trio.Event()
+
+    async def work() -> int:
+        await go.wait()
+        done.set()
+        return 7
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(errands.run)
+        with trio.move_on_after(0.01) as asking:
+            await errands.carry_out(work)
+        assert asking.cancelled_caught and not done.is_set()
+        go.set()
+        with trio.fail_after(5):
+            await done.wait()
+        assert await errands.carry_out(work) == 7
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_fails_is_told_to_who_waits_and_ends_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    errands, go = Errands(), trio.Event()
+
+    async def fail() -> None:
+        await go.wait()
+        raise StoreError("no")
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(errands.run)
+        with trio.move_on_after(0.01):
+            await errands.carry_out(fail)
+        go.set()
+        with pytest.raises(StoreError, match="no"):
+            await errands.carry_out(fail)
+        assert "nobody waits any more for what failed: no" in caplog.text
+        nursery.cancel_scope.cancel()
+
+
+async def test_at_the_end_who_waits_is_told_so() -> None:
+    errands = Errands()
+    told: list[str] = []
+
+    async def wait() -> None:
+        with pytest.raises(FillCancelled) as error:
+            await errands.carry_out(trio.sleep_forever)
+        told.append(error.value.message)
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as outer, trio.open_nursery() as nursery:
+            await nursery.start(errands.run)
+            outer.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+    await wait()
+    assert told == ["the daemon ends"] * 2
