@@ -2,7 +2,8 @@
 
 docs/decisions/prefetch-memory.md has what it found.
 
-memfd            shared memory, pages of 4 KiB, faulted in by the reads themselves
+memfd allocated  shared memory, pages of 4 KiB, each extent's allocated in one call before it is read (what is shipped)
+memfd            the same, faulted in by the reads themselves
 memfd populated  the same, each extent populated by MADV_POPULATE_WRITE before it is read
 memfd written    the same, each extent read into a buffer of its thread and written to the memfd by pwrite
 anonymous THP    private memory advised to huge pages, which no other process can take over
@@ -17,6 +18,7 @@ import argparse
 import ctypes
 import mmap
 import os
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 from bench import common
 from instantstart_fs.prefetch.backends.base import Item
 from instantstart_fs.prefetch.backends.direct import DirectCpu
-from instantstart_fs.prefetch.memory import allocate, mapped
+from instantstart_fs.prefetch.memory import Memfd, allocate, mapped
 from instantstart_fs.prefetch.plan import EXTENT
 from instantstart_fs.prefetch.reader import read_extent
 
@@ -70,7 +72,7 @@ def read(path: Path, kind: str, touched: mmap.mmap) -> dict[str, float]:
     with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     plain, direct = os.open(path, os.O_RDONLY), os.open(path, os.O_RDONLY | os.O_DIRECT)
-    started = time.monotonic()
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
     if kind == "touched":
         memory: Any = touched
     elif kind == "anonymous THP":
@@ -93,14 +95,16 @@ def read(path: Path, kind: str, touched: mmap.mmap) -> dict[str, float]:
         errors.extend([error] if error else [])
         ended.set()
 
-    backend.submit(Item(1, path.name, size, 0, (plain, direct), target, lambda *_: None, on_end))
+    allocated = Memfd(os.dup(fd)) if kind == "memfd allocated" else None
+    backend.submit(Item(1, path.name, size, 0, (plain, direct), target, lambda *_: None, on_end, allocated))
     assert ended.wait(300) and not errors, errors
-    seconds = time.monotonic() - started
+    seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     os.close(plain)
     os.close(direct)
     if kind.startswith("memfd"):
         os.close(fd)
-    return {"seconds": seconds}
+    return {"seconds": seconds, "processor": processor}
 
 
 def main() -> None:
@@ -115,18 +119,25 @@ def main() -> None:
         touched.madvise(mmap.MADV_HUGEPAGE)
         for offset in range(0, len(touched), 4096):
             touched[offset] = 1
-        kinds = ("touched", "memfd", "memfd populated", "memfd written", "anonymous THP")
+        kinds = ("touched", "memfd allocated", "memfd", "memfd populated", "memfd written", "anonymous THP")
         rounds = common.Rounds({kind: lambda kind=kind: read(path, kind, touched) for kind in kinds}, options.rounds)
         rounds.run()
     result: dict[str, Any] = {"bytes": options.size, "rounds": options.rounds}
     rows = []
     for kind in kinds:
         seconds = rounds.seconds(kind)
-        result[kind] = {"seconds": common.summary(seconds)}
+        processor = [value / options.size * 1e9 for value in rounds.seconds(kind, "processor")]
+        result[kind] = {"seconds": common.summary(seconds), "processor_seconds_per_gb": common.summary(processor)}
         rates = sorted(options.size / value / 1e9 for value in seconds)
-        rows.append([kind, f"{rates[len(rates) // 2]:.2f} ({rates[0]:.2f}–{rates[-1]:.2f})"])
+        rows.append(
+            [
+                kind,
+                f"{rates[len(rates) // 2]:.2f} ({rates[0]:.2f}–{rates[-1]:.2f})",
+                f"{sorted(processor)[len(processor) // 2]:.2f} ({min(processor):.2f}–{max(processor):.2f})",
+            ]
+        )
     print()
-    print(common.table(["memory", "GB/s (range)"], rows))
+    print(common.table(["memory", "GB/s (range)", "processor seconds for a GB"], rows))
     common.write_result("memory", result)
 
 

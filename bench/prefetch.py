@@ -1,8 +1,8 @@
 """Disk to memory without a GPU: the prefetch helper's CPU device against fio's O_DIRECT ceiling, load_file and rivals.
 
-    python -m bench.prefetch [--size 3GiB] [--shards 4] [--rounds 5] [--dir DIR]
+    python -m bench.prefetch [--size 3GiB] [--shards 4] [--rounds 5] [--readers 8] [--dir DIR]
 
-The page cache is empty before each measurement. Interleaved: each round runs every contender once, in a turning order.
+The page cache is proven empty before each measurement. Interleaved: each round runs every way once, in a turning order.
 Seconds are of loading alone (process start left out), for all of them; `prefetch, whole` adds the helper's start.
 fastsafetensors and the run:ai streamer take part where they are installed (`pip install fastsafetensors
 runai-model-streamer`, beside torch); what is missing is listed. Rates are GB/s of 10**9 bytes.
@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 import tempfile
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
 from bench import common
+from instantstart_fs.prefetch.backends.direct import CPU_READERS
 
 LOADERS = {
     "load_file": """
@@ -61,17 +60,23 @@ def load_in_process(name: str, paths: list[str]) -> dict[str, float]:
     return {"seconds": float(out.rpartition("SECONDS")[2])}
 
 
-def fio(directory: Path, files: list[Path], jobs: int) -> dict[str, float]:
-    """The same files, each once, O_DIRECT, 8 MiB at a time; the ceiling."""
+FIO = {"fio, depth 4": (1, 4), "fio, depth 8": (1, 8), "fio, depth 16": (1, 16), "fio, a job a shard, depth 4": (0, 4)}
+"""(jobs, 0: one for each shard; io_uring's depth in each): the ceiling is what fio does best with, in the same run."""
+
+
+def fio(files: list[Path], jobs: int, depth: int) -> dict[str, float]:
+    """The same files, each once, O_DIRECT, 8 MiB at a time."""
     command = [
-        "fio", "--name=ceiling", "--rw=read", "--bs=8M", "--direct=1", "--ioengine=io_uring", "--readonly",
-        f"--iodepth={jobs}", "--numjobs=1", "--group_reporting", "--output-format=json",
-        f"--directory={directory}", "--filename=" + ":".join(path.name for path in files),
-        "--file_service_type=sequential",
+        "fio", "--rw=read", "--bs=8M", "--direct=1", "--ioengine=io_uring", "--readonly", f"--iodepth={depth}",
+        "--group_reporting", "--output-format=json", "--file_service_type=sequential",
     ]  # fmt: skip
+    paths = [str(path) for path in files]
+    for number, names in enumerate(paths if jobs == 0 else [":".join(paths)]):
+        command += [f"--name=ceiling{number}", f"--filename={names}"]
     _, out = common.run(command)
     report = json.loads(out[out.index("{") :])["jobs"][0]["read"]
-    return {"seconds": report["runtime"] / 1000, "bytes": float(report["io_bytes"])}
+    assert report["io_bytes"] == sum(path.stat().st_size for path in files), report["io_bytes"]
+    return {"seconds": report["runtime"] / 1000}
 
 
 def prefetch(directory: Path, backend: str, readers: int) -> dict[str, float]:
@@ -85,11 +90,17 @@ def prefetch(directory: Path, backend: str, readers: int) -> dict[str, float]:
     return {"seconds": report.loading, "whole": report.seconds, "cached_share": report.cached / report.bytes}
 
 
+def counts(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=common.size, default=3 * common.GIB)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--readers", type=counts, default=[CPU_READERS], help="of the helper, such as 4,8,16")
+    parser.add_argument("--only", default="", help="ways whose names begin with one of these: fio,prefetch")
     parser.add_argument("--dir", help="where the checkpoint lies (default: the temporary directory)")
     parser.add_argument("--name", default="prefetch", help="of the result file")
     options = parser.parse_args()
@@ -99,24 +110,24 @@ def main() -> None:
         paths = [str(path) for path in model.shards]
         missing = [name for name in LOADERS if name != "load_file" and importlib.util.find_spec(name) is None]
         ways: dict[str, Any] = {
-            "fio io_uring, depth 4": lambda: fio(model.directory, model.shards, 4),
-            "fio io_uring, depth 8": lambda: fio(model.directory, model.shards, 8),
-            "prefetch direct": lambda: prefetch(model.directory, "direct", 0),
-            "prefetch direct, 8 readers": lambda: prefetch(model.directory, "direct", 8),
+            **{name: lambda way=way: fio(model.shards, *way) for name, way in FIO.items()},
+            **{
+                f"prefetch direct, {count} readers": lambda count=count: prefetch(model.directory, "direct", count)
+                for count in options.readers
+            },
             "prefetch mmap": lambda: prefetch(model.directory, "mmap", 0),
         }
         for name in LOADERS:
             if name not in missing:
                 ways[name] = lambda name=name: load_in_process(name, paths)
 
+        wanted = tuple(options.only.split(","))
+        ways = {name: way for name, way in ways.items() if name.startswith(wanted)}
+
         def emptied(way: Any) -> Any:
             def run() -> dict[str, float]:
-                for path in paths:
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
-                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 common.drop_caches()
-                time.sleep(0.1)
+                common.evict(model.shards)  # and proves that nothing stayed
                 found: dict[str, float] = way()
                 return found
 

@@ -22,7 +22,7 @@ from instantstart_fs.prefetch import messages
 from instantstart_fs.prefetch.backends import choose
 from instantstart_fs.prefetch.backends.base import Backend, Item
 from instantstart_fs.prefetch.libtorch import load_torch
-from instantstart_fs.prefetch.memory import mapped
+from instantstart_fs.prefetch.memory import Memfd, mapped
 from instantstart_fs.prefetch.messages import (
     MAX_FDS,
     MAX_PACKET,
@@ -112,12 +112,12 @@ class Worker:
     def _load(self, load: Load, fds: list[int]) -> None:
         plain = fds.pop(0)
         direct = fds.pop(0) if load.direct else None
+        fd = fds.pop(0) if load.memory else None
+        memory = Memfd(fd) if fd is not None else None
         try:
             target: Any
-            if load.memory:
-                memory = fds.pop(0)
-                target = memoryview(mapped(memory))
-                os.close(memory)
+            if fd is not None:
+                target = memoryview(mapped(fd))
             else:
                 target = self._torch.empty(load.size, dtype=self._torch.uint8, device=self._settings.device)
         except Exception as error:
@@ -126,7 +126,9 @@ class Worker:
                 os.close(direct)
             self._send(failure(load.number, error))
             return
-        item = Item(load.number, load.path, load.size, load.order, (plain, direct), target, self._moved, self._ended)
+        item = Item(
+            load.number, load.path, load.size, load.order, (plain, direct), target, self._moved, self._ended, memory
+        )
         self._items[load.number] = item
         assert self._backend is not None
         if load.size == 0:
@@ -154,7 +156,7 @@ class Worker:
         if state is not None:
             self._send(Moved(item.number, int(state[0]), int(state[1])))
         if isinstance(item.target, memoryview):
-            item.target = None  # the Stage has a mapping of its own
+            item.target = item.memory = None  # the Stage has a mapping of its own
         self._send(Loaded(item.number) if error is None else failure(item.number, error))
 
     def _export(self, number: int, token: int) -> None:
@@ -179,7 +181,7 @@ class Worker:
         if item is None:
             return
         item.failed = True  # a reader that is still at it drops what it has
-        item.target = None
+        item.target = item.memory = None
         if self._cuda:
             del item
             self._lent = True

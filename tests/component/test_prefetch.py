@@ -308,6 +308,18 @@ def test_a_killed_worker_is_a_clear_error_and_frees_the_memory(checkpoint: Path,
             stage.bytes_of("small.gguf")
 
 
+def held_by(pid: int) -> str:
+    """What this process maps, and has open."""
+    found = Path(f"/proc/{pid}/maps").read_text()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+        except OSError:
+            continue
+        found += target if target.startswith("/memfd:") else ""
+    return found
+
+
 def memfds() -> int:
     count = 0
     for name in os.listdir("/proc/self/fd"):
@@ -366,6 +378,8 @@ def test_release_frees_a_file_and_no_other(checkpoint: Path) -> None:
         stage.release("small.gguf")
         stage.release("small.gguf")
         assert memfds() == before + 4
+        (worker,) = stage.worker_pids()
+        wait_for(lambda: "memfd" not in held_by(worker), "the worker's last hold of what is whole", 10)
         assert "small.gguf" not in stage.paths
         with pytest.raises(PrefetchError, match="released"):
             stage.export("small.gguf")
@@ -379,6 +393,8 @@ def test_a_file_that_is_released_on_its_way_is_not_waited_for(checkpoint: Path) 
     with start(checkpoint, rate=12e6) as stage:
         wait_for(lambda: stage.progress()[0].bytes > 0, "the first bytes")
         stage.release("model-00002-of-00003.safetensors")
+        (worker,) = stage.worker_pids()
+        wait_for(lambda: "model-00002" not in held_by(worker), "its memory's end in the worker", 20)
         stage.wait(60)
         assert stage.is_ready("small.gguf") and not stage.is_ready("model-00002-of-00003.safetensors")
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from instantstart_fs.prefetch.memory import Memfd
 from instantstart_fs.prefetch.plan import EXTENT
 
 Settled = tuple[tuple[str, str], ...]
@@ -16,9 +17,9 @@ Settled = tuple[tuple[str, str], ...]
 
 
 class Item:
-    """One file on its way. ``target``: a writable memoryview with room for whole blocks (CPU), or a uint8 tensor of
-    ``size`` elements on the device. ``on_moved(item, cached, disk)`` and ``on_end(item, error | None)`` are called from
-    the backend's threads; ``on_end`` once, and nothing after it."""
+    """One file on its way. ``target``: a writable memoryview with room for whole blocks (CPU) of ``memory``, or a uint8
+    tensor of ``size`` elements on the device. ``on_moved(item, cached, disk)`` and ``on_end(item, error | None)`` are
+    called from the backend's threads; ``on_end`` once, and nothing after it."""
 
     def __init__(
         self,
@@ -30,6 +31,7 @@ class Item:
         target: Any,
         on_moved: Callable[[Item, int, int], None],
         on_end: Callable[[Item, Exception | None], None],
+        memory: Memfd | None = None,
     ) -> None:
         self.number = number
         self.path = path
@@ -37,6 +39,7 @@ class Item:
         self.order = order
         self.plain, self.direct = fds
         self.target = target
+        self.memory = memory
         self.failed = False
         self._left = size
         self._on_moved = on_moved

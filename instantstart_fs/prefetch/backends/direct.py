@@ -45,11 +45,19 @@ class DirectCpu(_Readers):
             self._throttle.wait_for_room(end - start)
             try:
                 room = start + -(-(end - start) // BLOCK) * BLOCK
+                _fill(item, start, room)
                 cached, disk = read_extent(item.plain, item.direct, start, end, item.target[start:room], item.path)
             except Exception as error:
                 item.fail(error)
                 continue
             item.moved(cached, disk)
+
+
+def _fill(item: Item, start: int, end: int) -> None:
+    """Of its own, so that a reader that waits for work holds no file's memory."""
+    memory = item.memory
+    if memory is not None:
+        memory.fill(start, end)
 
 
 class _Slot:
