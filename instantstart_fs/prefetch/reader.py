@@ -16,6 +16,9 @@ from instantstart_fs.prefetch.plan import BLOCK
 NO_MEMORY = (errno.ENOMEM, errno.EFAULT, errno.ENOBUFS)
 """What the kernel says when the pages to read into cannot be had."""
 
+CACHE_STEP = 512 * 1024
+"""Bytes asked of the page cache by one call."""
+
 
 def read_extent(
     plain: int, direct: int | None, start: int, end: int, memory: memoryview, path: str = "file"
@@ -48,19 +51,20 @@ def read_extent(
 
 
 def _from_cache(plain: int, start: int, memory: memoryview) -> int:
-    """As many bytes as the page cache has from ``start`` on. The first page alone is asked for first: a miss may start
-    readahead of what was asked, which the direct read would then pay for a second time."""
+    """As many bytes as the page cache has from ``start`` on. A miss starts readahead of all that was asked, which the
+    direct read would then pay for a second time: so the first page alone is asked for first, no more than CACHE_STEP at
+    once after it, and the first short answer is the last."""
     done = 0
     wanted = min(BLOCK, len(memory))
-    while done < len(memory):
+    while done < wanted:
         try:
             count = os.preadv(plain, [memory[done:wanted]], start + done, os.RWF_NOWAIT)
         except OSError:
             return done  # EAGAIN: not there. Anything else: no such feature here.
-        if count == 0:
-            return done
         done += count
-        wanted = len(memory)
+        if done < wanted:
+            return done
+        wanted = min(done - done % CACHE_STEP + CACHE_STEP, len(memory))
     return done
 
 

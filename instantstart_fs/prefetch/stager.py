@@ -118,18 +118,24 @@ class _Worker:
         for name in ALLOCATOR_SETTINGS:
             environment.pop(name, None)
         with theirs:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "instantstart_fs.prefetch.worker",
-                    str(theirs.fileno()),
-                    messages.encode(settings).decode(),
-                ],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=environment,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "instantstart_fs.prefetch.worker",
+                        str(theirs.fileno()),
+                        messages.encode(settings).decode(),
+                    ],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                )
+            except OSError as error:
+                ours.close()
+                raise PrefetchError(
+                    f"the worker of {self.plan.device} cannot be started: {sys.executable}: {error.strerror}"
+                ) from error
         self.socket = ours
 
     def send(self, message: ToWorker, fds: list[int]) -> None:

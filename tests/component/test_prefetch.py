@@ -8,6 +8,7 @@ import mmap
 import os
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from bench.common import evict, resident_bytes
 from instantstart_fs.errors import BadWeights, InstantStartError, OutOfBudget, PrefetchError, UsageError
 from instantstart_fs.prefetch import DirectorySource, Stage, Stager, backends, plan
 from instantstart_fs.prefetch.layout import BITS
-from instantstart_fs.prefetch.plan import EXTENT
-from instantstart_fs.prefetch.reader import read_extent
+from instantstart_fs.prefetch.plan import BLOCK, EXTENT
+from instantstart_fs.prefetch.reader import CACHE_STEP, read_extent
 from instantstart_fs.prefetch.sources import OpenedFile
 from tests.harness import alive, memory_cgroup, random_file, wait_for
 
@@ -133,6 +135,26 @@ def test_every_backend_brings_every_byte(checkpoint: Path, backend: str, cached:
             assert exported.fd is not None
             assert os.pread(exported.fd, exported.size, 0) == (checkpoint / path).read_bytes()
             os.close(exported.fd)
+
+
+def test_what_the_page_cache_has_is_taken_from_there_and_the_rest_from_the_disk(tmp_path: Path) -> None:
+    path = random_file(tmp_path / "half.gguf", 4 * EXTENT, 1)
+    os.sync()
+    evict([path])
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        assert len(file.read(EXTENT + EXTENT // 2)) == EXTENT + EXTENT // 2
+    there = resident_bytes(path)
+    with start(tmp_path) as stage:
+        stage.wait(60)
+        (report,) = stage.progress()
+        assert report.cached == there and report.disk == 4 * EXTENT - there
+        # What came from the disk left nothing there but what asking brought in: a step, and a page of each extent.
+        assert resident_bytes(path) <= there + CACHE_STEP + 4 * BLOCK
+        exported = stage.export("half.gguf")
+        assert exported.fd is not None
+        assert os.pread(exported.fd, exported.size, 0) == path.read_bytes()
+        os.close(exported.fd)
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -328,6 +350,12 @@ def memfds() -> int:
         except OSError:
             continue
     return count
+
+
+def test_a_worker_that_cannot_be_started_is_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(checkpoint / "config.json"))
+    with pytest.raises(PrefetchError, match=r"worker of cpu cannot be started: .*config.json: Permission denied"):
+        start(checkpoint)
 
 
 def test_a_stuck_worker_is_killed_at_its_deadline(checkpoint: Path) -> None:

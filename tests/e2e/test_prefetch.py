@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from bench.common import evict, resident_bytes
 from instantstart_fs.errors import OutOfBudget, PipelineNotFound, PrefetchError
 from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, plan
 from instantstart_fs.prefetch.holding import HoldClient
-from tests.harness import Daemon, children, model_directory, safetensors_file, wait_for
+from tests.e2e.test_generations import holding as reading
+from tests.harness import MIB, REPOSITORY, Daemon, children, model_directory, run, safetensors_file, wait_for
 
 
 def staged(daemon: Daemon, pipeline: str, tmp_path: Path) -> dict[str, bytes]:
@@ -96,6 +99,71 @@ def test_an_update_beneath_a_lease_changes_none_of_its_bytes(
             file.close()
         source.close()
     assert staged(daemon, "m", tmp_path) == new
+
+
+def test_the_helper_runs_as_whoever_may_read_and_needs_nothing_of_the_store(
+    make_daemon: Callable[..., Daemon], model: Path
+) -> None:
+    """As the owner, as a member of the group by a supplementary one (SO_PEERGROUPS), and as neither."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{model}", "--owner", "12345:23456", "--mode", "0550")
+    daemon.warm("m")
+    total = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    blob = next(daemon.store.glob("slots/m/*/files/*.safetensors"))
+    for directory in daemon.socket.parents:
+        if directory.stat().st_uid == 0 and str(directory) not in ("/", "/tmp"):
+            directory.chmod(directory.stat().st_mode | 0o011)
+
+    environment = {**daemon.env, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), sysconfig.get_path("platlib")])}
+
+    def tenant(uid: int, gid: int, groups: str, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        become = ("setpriv", f"--reuid={uid}", f"--regid={gid}", f"--groups={groups}" if groups else "--clear-groups")
+        return run(*become, *command, timeout=60, env=environment)
+
+    # An interpreter below somebody's home is not everybody's; the system's may do.
+    starts = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import msgspec'], check=True)"
+    found = [
+        python
+        for python in (sys.executable, "/usr/bin/python3")
+        if not tenant(1, 1, "", python, "-c", starts).returncode
+    ]
+    if not found:
+        pytest.skip(f"another user may not run {sys.executable}")
+    prefetch = (found[0], "-m", "instantstart_fs.cli", "prefetch", "m", "--devices", "cpu", "--json")
+    for who in ((12345, 777, ""), (777, 777, "23456,5")):
+        done = tenant(*who, *prefetch)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)[0]["bytes"] == total
+        assert tenant(*who, "cat", blob).returncode != 0
+    done = tenant(777, 777, "5", *prefetch)
+    assert done.returncode == 1 and "uid 777 may not open m" in done.stderr
+    wait_for(lambda: daemon.status("m")["leases"] == 0, "the leases' end")
+
+
+def test_the_page_cache_is_not_staged_into_while_a_prefetch_holds_its_lease(
+    make_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    """Beside a pipeline that nobody prefetches, and whose shards are staged meanwhile."""
+    shards = (8 * MIB,) * 3
+    daemon = make_daemon()
+    last = {}
+    for seed, pipeline in enumerate(("leased", "other")):
+        origin = model_directory(tmp_path / pipeline, seed=seed, weights=shards)
+        daemon.ok("add", pipeline, f"file://{origin}")
+        daemon.warm(pipeline)
+        files = sorted(daemon.store.glob(f"slots/{pipeline}/*/files/*.safetensors"))
+        os.sync()
+        evict(files)
+        last[pipeline] = files[-1]
+    source = LeaseSource("leased", str(daemon.socket))
+    first = [sorted(daemon.path(pipeline).glob("*.safetensors"))[0] for pipeline in last]
+    with reading(first[0]), reading(first[1]):
+        wait_for(lambda: resident_bytes(last["other"]) == 8 * MIB, "the other one's shards", 20)
+        assert resident_bytes(last["leased"]) == 0
+        source.close()
+        wait_for(lambda: resident_bytes(last["leased"]) == 8 * MIB, "its shards, once the lease has ended", 20)
 
 
 def test_an_unknown_pipeline_is_said(make_daemon: Callable[..., Daemon]) -> None:
