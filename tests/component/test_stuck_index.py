@@ -161,7 +161,8 @@ async def test_a_damaged_file_is_dropped_once_the_index_answers_though_nobody_wa
         data = await read_all(library, "warm", WEIGHTS)
         pipeline = library._shelf.pipelines["warm"]
         assert pipeline.current is not None
-        library._open_files.close_idle(pipeline.current)
+        for file in pipeline.current.files:
+            library._open_files.close_reader(file)
         stored = tmp_path / "store" / "slots" / "warm" / "1" / "files" / WEIGHTS
         stored.unlink()
         nodeid = find(library, "warm", WEIGHTS)
