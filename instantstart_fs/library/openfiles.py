@@ -192,6 +192,7 @@ class OpenFiles:
             except BaseException:
                 blob.close()
                 raise
+            _join(blob, file)
             file.reader = blob
         return file.reader.fd
 
@@ -202,6 +203,20 @@ def _sealed_as(blob: BlobFile, file: CachedFile) -> bool:
     if seal is None or (seal.size, blob.size) != (file.size, file.size):
         return False
     return seal.digest is None or digest is None or seal.digest == str(digest)
+
+
+def _join(blob: BlobFile, file: CachedFile) -> None:
+    """A file that an update kept is open here by one description for all generations: by two, each would look used."""
+    pipeline = file.generation.pipeline
+    if not pipeline.draining:
+        return
+    for generation in pipeline.generations():
+        for twin in generation.files if generation is not file.generation else ():
+            if twin.reader is None or twin.entry.path != file.entry.path:
+                continue
+            if os.path.sameopenfile(twin.reader.fd, blob.fd):
+                os.dup2(twin.reader.fd, blob.fd, inheritable=False)
+                return
 
 
 def _watched(file: CachedFile) -> bool:
