@@ -107,6 +107,7 @@ class Binder:
         self._store_mount = -1
         """The mount by which the store itself opens its files."""
         self._to_show: set[str] = set()
+        self._changed = trio.Event()
 
     def probe(self) -> None:
         """Blocking. Raises BindRefused where it cannot work."""
@@ -305,7 +306,7 @@ class Binder:
             await trio.lowlevel.wait_readable(self._fanotify)
             closed = self._read_events()
             await trio.sleep(EVENTS_INTERVAL)
-            self._to_show |= {file.pipeline for file in closed if self._covering.look(file)}
+            self._show_soon({file.pipeline for file in closed if self._covering.look(file)})
 
     def _read_events(self) -> set[Coverable]:
         """Note every open that the kernel has told of; what was closed."""
@@ -317,7 +318,7 @@ class Binder:
                 continue
             if event.opened and event.mount_id != self._store_mount:
                 self._covering.opened(file)
-                self._to_show.add(file.pipeline)
+                self._show_soon({file.pipeline})
             if event.closed:
                 closed.add(file)
         return closed
@@ -327,16 +328,22 @@ class Binder:
         assert self._covering is not None
         while True:
             await trio.sleep(CHECK_INTERVAL)
-            self._to_show |= self._covering.look_again()
+            self._show_soon(self._covering.look_again())
+
+    def _show_soon(self, pipelines: set[str]) -> None:
+        self._to_show |= pipelines
+        if pipelines:
+            self._changed.set()
 
     async def _keep_shown(self) -> None:
         while True:
-            await trio.sleep(REFRESH_INTERVAL)
+            await self._changed.wait()
+            self._changed = trio.Event()
             stale, self._to_show = self._to_show, set()
-            if stale:
-                async with self._lock:
-                    with contextlib.suppress(MountFailed):  # shown by the next check
-                        await self._show(stale)
+            async with self._lock:
+                with contextlib.suppress(MountFailed):  # shown by the next check
+                    await self._show(stale)
+            await trio.sleep(REFRESH_INTERVAL)
 
     def _stale(self, pipeline: str) -> bool:
         assert self._covering is not None

@@ -203,6 +203,8 @@ def test_xattrs(daemon: Daemon, model: Path, commit: str) -> None:
     assert "last_access" not in cold and "error" not in cold
     daemon.warm("attrs")
     probe("compare", "read", model / FIRST, daemon.path("attrs", FIRST))
+    # A bound file shows its access when it is closed.
+    wait_for(lambda: "last_access" in xattrs(daemon.path("attrs", FIRST)), "the access", 10)
     warm = xattrs(daemon.path("attrs", FIRST))
     assert (warm["state"], warm["cached_bytes"]) == ("sealed", warm["total_bytes"])
     assert RFC3339.match(warm["last_access"]) and RFC3339.match(warm["hot_until"])
