@@ -176,6 +176,41 @@ def test_two_ranks_take_held_weights(warm: Daemon, sharded: Path) -> None:
         assert text.count(" from the mount: ") == 1  # one of them took all, the other none
 
 
+HOOK = """
+import sys
+from types import SimpleNamespace
+import torch
+from vllm.config import LoadConfig
+from instantstart_fs.prefetch import vllm_loader
+
+path, total, free = sys.argv[1], *map(int, sys.argv[2:])
+torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: 0
+torch.cuda.mem_get_info = lambda: (free, total)
+vllm_loader.place_of = lambda device: {"cuda:0": "cpu"}[device]  # where the weights are held here
+config = SimpleNamespace(
+    model_config=SimpleNamespace(model=path), cache_config=SimpleNamespace(gpu_memory_utilization=0.5)
+)
+print("RESULT", vllm_loader.InstantStartLoader(LoadConfig()).get_external_weight_memory(config))
+"""
+
+
+def test_memory_that_is_still_held_is_told_to_the_engine(warm: Daemon, sharded: Path) -> None:
+    """By the plugin's hook, on a real hold, with a GPU that is only said to be there: as much as vLLM's own check of the
+    free memory lacks, and no more than is held."""
+
+    def told(total: int, free: int) -> int:
+        text = must(PYTHON, "-c", HOOK, warm.path("served"), str(total), str(free), timeout=120, env=warm.env)
+        return int(text.rpartition("RESULT ")[2])
+
+    kept = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+    with held(warm, "served"):
+        assert told(1000 * kept, 500 * kept) == 0
+        assert told(1000 * kept, 500 * kept - 12345) == 12345
+        assert told(1000 * kept, 10 * kept) == kept
+    assert told(1000 * kept, 10 * kept) == 0  # nobody holds anything
+
+
 def test_the_plugin_takes_no_weights_of_another_generation(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     """From a source without digests; the update brings other bytes under the same names and sizes."""
     origin = decoder(tmp_path / "origin", 0)
