@@ -13,13 +13,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.common import evict, resident_bytes
 from instantstart_fs.errors import OutOfBudget, PipelineNotFound, PrefetchError
-from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, plan
+from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, loading, plan
 from instantstart_fs.prefetch.holding import HoldClient
+from tests.component.test_prefetch import write_safetensors
 from tests.e2e.test_generations import holding as reading
 from tests.harness import MIB, REPOSITORY, Daemon, children, model_directory, run, safetensors_file, wait_for
 
@@ -350,6 +352,42 @@ def test_when_a_worker_dies_the_hold_ends_and_an_engine_stages_by_itself(
             monkeypatch.setenv(name, daemon.env[name])
         assert daemon.ok("prefetch", "status") == "nothing is held\n"
         assert load_state_dict("m")["weight"].equal(load_file(path)["weight"])
+
+
+def test_a_holder_killed_in_the_middle_of_a_hand_over_costs_no_tensor(
+    make_daemon: Callable[..., Daemon],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    wanted = {}
+    for number, name in enumerate(("a", "b"), 1):
+        path = origin / f"model-0000{number}-of-00002.safetensors"
+        write_safetensors(path, {name: ("I32", [1000, 100])}, seed=number)
+        wanted |= load_file(path)
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{origin}")
+    with holding(daemon, tmp_path) as process:
+        for variable in ("INSTANTSTART_PREFETCH_DIR", "INSTANTSTART_SOCKET"):
+            monkeypatch.setenv(variable, daemon.env[variable])
+        take, taken = loading.take, []
+
+        def take_and_kill(held: HoldClient, path: str) -> dict[str, Any]:
+            found = take(held, path)
+            taken.append(path)
+            process.kill()
+            process.wait(10)
+            return found
+
+        monkeypatch.setattr(loading, "take", take_and_kill)
+        found = load_state_dict("m")
+    assert len(taken) == 1 and "what is held was not taken over" in caplog.text
+    assert found.keys() == wanted.keys() and all(found[name].equal(wanted[name]) for name in wanted)
 
 
 def test_a_hold_is_released(make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path) -> None:

@@ -196,8 +196,8 @@ print("RESULT", vllm_loader.InstantStartLoader(LoadConfig()).get_external_weight
 
 
 def test_memory_that_is_still_held_is_told_to_the_engine(warm: Daemon, sharded: Path) -> None:
-    """By the plugin's hook, on a real hold, with a GPU that is only said to be there: as much as vLLM's own check of the
-    free memory lacks, and no more than is held."""
+    """By the plugin's hook, on a real hold, with a GPU that is only said to be there: as much as vLLM's own check of
+    the free memory lacks, and no more than is held."""
 
     def told(total: int, free: int) -> int:
         text = must(PYTHON, "-c", HOOK, warm.path("served"), str(total), str(free), timeout=120, env=warm.env)
