@@ -98,6 +98,21 @@ def test_restart_kill_and_watchdog_keep_the_mount(machine: Machine, source: Path
     assert mounts(machine) == ""
 
 
+def test_a_start_that_fails_loses_no_mount(machine: Machine, source: Path) -> None:
+    """Killed, and the next three daemons find no store: the fourth goes on with the mount."""
+    check_bytes(machine, source / "warm")
+    device, config = machine.run("mountpoint", "-d", "/models"), machine.etc / "config.toml"
+    text = config.read_text()
+    config.write_text('[store]\npath = "/proc/nothing"\n')
+    machine.run("systemctl", "kill", "-s", "KILL", UNIT)
+    wait_for(lambda: "restart counter is at 3" in machine.journal(), "three starts", 60)
+    config.write_text(text)
+    wait_for(lambda: machine.main_pid() and machine.job_done(), "a start that does not fail", 60)
+    assert machine.journal().count(GOES_ON) == 1
+    assert machine.run("mountpoint", "-d", "/models") == device
+    check_bytes(machine, source / "warm")
+
+
 def test_reload_reads_the_pipelines_again(machine: Machine, source: Path) -> None:
     """The same daemon; what cannot be read leaves everything as it was."""
     before, file = machine.main_pid(), machine.etc / "config.toml"
