@@ -1,15 +1,10 @@
-"""The daemon's side of the control socket: accepts, checks who asks, and calls the library. Lives on the trio thread.
+"""The daemon's side of the control socket: accepts, asks callers.py who may what, and calls the library. Lives on the
+trio thread.
 
 Owns the socket file. One task per connection; what a connection waits for ends with it, but an operation that changes
 something (remove, evict, update, …) runs to its end in the server's own nursery, since half of one helps nobody.
 Nothing that a client sends, or does not send, may hurt another: messages are bounded, connections are counted, and an
 exception of any kind becomes an answer and a logged traceback.
-
-Who may what: root, the daemon's own user and, where one is given, members of a group administer; the owner of a
-pipeline (its uid; with ``group_access`` its group, too) may see, touch, lease, warm and mark that pipeline;
-who may read its files in the mount, by owner, group and mode, may open it. Others are turned away. Whoever does not
-administer has an allowance of requests and connections, and all who own nothing share one: no local user can keep the
-loop busy.
 """
 
 from __future__ import annotations
@@ -29,6 +24,7 @@ import msgspec
 import trio
 
 from instantstart_fs.control.administration import Administration, Report
+from instantstart_fs.control.callers import Callers
 from instantstart_fs.control.listening import Peer, listen, peer_of
 from instantstart_fs.control.protocol import (
     MAX_HANDED_FILES,
@@ -69,11 +65,9 @@ from instantstart_fs.control.protocol import (
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.ratelimit import Bucket
 from instantstart_fs.core.status import PipelineStatus
-from instantstart_fs.core.weights import may_read
 from instantstart_fs.errors import (
     ControlProtocolError,
     InstantStartError,
-    PermissionRefused,
     PipelineBusy,
     PipelineNotFound,
     StoreFull,
@@ -82,21 +76,9 @@ from instantstart_fs.errors import (
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 256
-"""Leases and waits are few; beyond this a client is told to come again rather than the daemon to run out of files."""
-MAX_CONNECTIONS_PER_OWNER = 32
-"""For users who do not administer: none of them can use the others' share up."""
-REQUEST_RATE = 20.0
-REQUEST_BURST = 40.0
-"""Requests a second, and at once after a rest, of one owner, or of all who own nothing together. Beyond it answers
-wait: a request costs the loop up to a millisecond (Ls of an owner with many pipelines), so some percent at most."""
 ACCEPT_RATE = 500.0
 ACCEPT_BURST = 512.0
 """New connections a second: who connects is only known afterwards, and each costs the loop about 0.2 ms."""
-STRANGERS = -1
-MAX_ALLOWANCES = 4096
-OWNERS_REFRESH = 1.0
-"""Seconds for which the set of owners is kept: computing it walks over all pipelines."""
 REQUEST_DEADLINE = 30.0
 """Seconds for a whole request to arrive once it has begun, and for an answer to be taken."""
 CHANGE_DEADLINE = 600.0
@@ -130,12 +112,7 @@ class ControlServer:
         self._peer = peer
         self._pending = pending
         self._nursery: trio.Nursery | None = None
-        self._connections: dict[int, int] = {}
-        self._group = group
-        self._group_access = group_access
-        self._owners: frozenset[tuple[int, int]] = frozenset()
-        self._owners_at = -OWNERS_REFRESH
-        self._allowances: dict[int, Bucket] = {}
+        self.callers = Callers(library, group=group, group_access=group_access)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until cancelled. Raises ControlError when the socket cannot be made, or a daemon answers on it."""
@@ -167,104 +144,30 @@ class ControlServer:
         try:
             async with stream:
                 peer = self._peer(stream.socket)
-                with self._counted(peer) as share:
-                    await _Connection(self, stream, peer, share).run()
+                with self.callers.connected(peer) as refusal:
+                    await _Connection(self, stream, peer).run(refusal)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         except* Exception:
             log.exception("control connection failed")
 
-    @contextlib.contextmanager
-    def _counted(self, peer: Peer) -> Any:
-        share = self._share(peer)
-        self._connections[share] = self._connections.get(share, 0) + 1
-        try:
-            yield share
-        finally:
-            self._connections[share] -= 1
-            if not self._connections[share]:
-                del self._connections[share]
-
-    def _share(self, peer: Peer) -> int:
-        """Whose allowance this peer draws on: its uid's own, or that of all who own nothing (-1): a user may have
-        65,536 subordinate uids."""
-        if self.administers(peer):
-            return peer.uid
-        if trio.current_time() >= self._owners_at + OWNERS_REFRESH:
-            self._owners, self._owners_at = self._library.owners(), trio.current_time()
-        known = any(self._is_owner(peer, uid, gid) for uid, gid in self._owners)
-        return peer.uid if known else STRANGERS
-
-    async def wait_turn(self, peer: Peer) -> None:
-        """Return when this peer's next request may cost the loop something: at once for those who administer, else
-        within connections ÷ REQUEST_RATE seconds."""
-        if self.administers(peer):
-            return
-        share = self._share(peer)
-        now = trio.current_time()
-        if share not in self._allowances:
-            if len(self._allowances) >= MAX_ALLOWANCES:  # who rested long has a full one, as a new one is
-                self._allowances.pop(next(iter(self._allowances)))
-            self._allowances[share] = Bucket(REQUEST_RATE, REQUEST_BURST, now)
-        await trio.sleep(self._allowances[share].take(now))
-
-    def refusal(self, peer: Peer, share: int) -> InstantStartError | None:
-        """Why this peer is turned away before it says anything; None for most."""
-        limit = MAX_CONNECTIONS if self.administers(peer) else MAX_CONNECTIONS_PER_OWNER
-        if self._connections[share] > limit:
-            return PipelineBusy(f"uid {peer.uid} has {limit} control connections open already")
-        return None
-
-    def administers(self, peer: Peer) -> bool:
-        return peer.uid in (0, os.geteuid()) or (self._group is not None and self._group in peer.groups)
-
-    def owns(self, peer: Peer, spec: PipelineSpec) -> bool:
-        return self._is_owner(peer, spec.uid, spec.gid)
-
-    def _is_owner(self, peer: Peer, uid: int, gid: int) -> bool:
-        return uid == peer.uid or (self._group_access and gid in peer.groups)
-
-    def authorize(self, peer: Peer, request: Request) -> None:
-        """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
-        if self.administers(peer) or isinstance(request, Ping | Ls | Names):
-            return
-        if isinstance(request, Status | Touch | Lease | Warm | Mark | ColdStarts) and self.owns(
-            peer, self._library.spec(request.pipeline)
-        ):
-            return
-        if isinstance(request, Open):
-            spec = self._library.spec(request.pipeline)
-            if may_read(peer.uid, peer.groups, owner=spec.uid, group=spec.gid, mode=spec.mode):
-                return
-            raise PermissionRefused(
-                f"uid {peer.uid} may not open {request.pipeline}, whose files belong to {spec.uid}:{spec.gid} "
-                f"with mode {spec.mode:04o}"
-            )
-        raise PermissionRefused(
-            f"uid {peer.uid} may not {type(request).__name__.lower()} here; ask as root, as the daemon's user, "
-            "or, for status, touch, lease, warm, mark and explain, as the pipeline's owner"
-        )
-
     def visible(self, peer: Peer) -> list[PipelineStatus]:
         """What ``ls`` shows this peer: all, or what it owns."""
-        if self.administers(peer):
+        if self.callers.administers(peer):
             found = self._library.list()
             known = {status.pipeline for status in found}
             waiting = [status for name, status in self._pending().items() if name not in known]
             return sorted([*found, *waiting], key=lambda status: status.pipeline)
-        return list(self._library.list_where(lambda spec: self.owns(peer, spec)))
+        return list(self._library.list_where(lambda spec: self.callers.owns(peer, spec)))
 
     def names(self, peer: Peer, prefix: str) -> list[str]:
         """The first ids that begin with ``prefix``, of those that this peer may ask for."""
-        if self.administers(peer):
+        if self.callers.administers(peer):
             found = {*self._library.names_where(prefix, lambda spec: True)}
             found.update(name for name in self._pending() if name.startswith(prefix))
         else:
-            found = {*self._library.names_where(prefix, lambda spec: self._may_ask_for(peer, spec))}
+            found = {*self._library.names_where(prefix, lambda spec: self.callers.may_ask_for(peer, spec))}
         return sorted(found)[:MAX_NAMES]
-
-    def _may_ask_for(self, peer: Peer, spec: PipelineSpec) -> bool:
-        return self.owns(peer, spec) or may_read(peer.uid, peer.groups, owner=spec.uid, group=spec.gid, mode=spec.mode)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -300,7 +203,7 @@ class ControlServer:
     def info(self, peer: Peer) -> DaemonInfo:
         """To those who do not administer: that there is a daemon, and where its mount is."""
         info = self._info()
-        if self.administers(peer):
+        if self.callers.administers(peer):
             return info
         return DaemonInfo(info.version, info.pid, info.mount, "", info.uptime, 0, info.ready, info.transport)
 
@@ -332,16 +235,15 @@ class _Change:
 class _Connection:
     """One client: its requests in turn, each ended when the client goes."""
 
-    def __init__(self, server: ControlServer, stream: trio.SocketStream, peer: Peer, share: int) -> None:
+    def __init__(self, server: ControlServer, stream: trio.SocketStream, peer: Peer) -> None:
         self._server = server
         self._library = server.library
         self._stream = stream
         self._peer = peer
-        self._share = share
         self._buffer = LineBuffer(MAX_REQUEST)
 
-    async def run(self) -> None:
-        refusal = self._server.refusal(self._peer, self._share)
+    async def run(self, refusal: InstantStartError | None) -> None:
+        """``refusal``: all that it is told."""
         if refusal is not None:
             await self._send(_failed(refusal))
             return
@@ -350,7 +252,7 @@ class _Connection:
                 line = await self._read_line()
                 if line is None:
                     return
-                await self._server.wait_turn(self._peer)
+                await self._server.callers.wait_turn(self._peer)
                 request = decode_request(line)
             except ControlProtocolError as error:
                 await self._send(_failed(error))
@@ -402,7 +304,7 @@ class _Connection:
     async def _response(self, request: Request) -> Response:
         """What is to be answered; a lease never returns, it is ended by the connection's end."""
         try:
-            self._server.authorize(self._peer, request)
+            self._server.callers.authorize(self._peer, request)
             if isinstance(request, Lease):
                 with self._library.lease(request.pipeline):
                     await self._send(Done())

@@ -17,6 +17,7 @@ import pytest
 import trio
 import trio.testing
 
+from instantstart_fs.control import callers as callers_module
 from instantstart_fs.control import server as server_module
 from instantstart_fs.control.client import Client
 from instantstart_fs.control.listening import Peer, listen, peer_of
@@ -496,10 +497,10 @@ async def test_strangers_share_one_allowance_and_owners_have_their_own(
     async def ask_often(name: str, peers: list[Peer]) -> None:
         for peer in peers:
             began = trio.current_time()
-            await server.wait_turn(peer)
+            await server.callers.wait_turn(peer)
             waited.setdefault(name, []).append(trio.current_time() - began)
 
-    burst, rate = int(server_module.REQUEST_BURST), server_module.REQUEST_RATE
+    burst, rate = int(callers_module.REQUEST_BURST), callers_module.REQUEST_RATE
     began = trio.current_time()
     await ask_often("strangers", [Peer(1, 5000 + number, frozenset()) for number in range(burst + 20)])
     assert trio.current_time() - began == pytest.approx(20 / rate)
@@ -511,7 +512,7 @@ async def test_strangers_share_one_allowance_and_owners_have_their_own(
 async def test_strangers_of_many_uids_cannot_use_up_all_connections(
     library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "MAX_CONNECTIONS_PER_OWNER", 2)
+    monkeypatch.setattr(callers_module, "MAX_CONNECTIONS_PER_OWNER", 2)
     uids = iter(range(5000, 6000))
     async with run(library, path, peer=lambda _: Peer(1, next(uids), frozenset())):
         clients = [await trio.to_thread.run_sync(Client, path) for _ in range(2)]
@@ -526,7 +527,7 @@ async def test_strangers_of_many_uids_cannot_use_up_all_connections(
 async def test_one_user_cannot_use_up_all_connections(
     library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "MAX_CONNECTIONS_PER_OWNER", 2)
+    monkeypatch.setattr(callers_module, "MAX_CONNECTIONS_PER_OWNER", 2)
     async with run(library, path, peer=lambda _: Peer(1, 1234, frozenset())):
         clients = [await trio.to_thread.run_sync(Client, path) for _ in range(2)]
         for client in clients:

@@ -156,7 +156,7 @@ def _ask_as_a_member(daemon: Daemon, model: Path) -> None:
 
 def test_a_flood_of_an_unprivileged_user_is_slowed_and_stat_is_not(daemon: Daemon) -> None:
     """A stranger who asks as fast as it can gets its allowance, whatever the number of its connections."""
-    from instantstart_fs.control.server import REQUEST_BURST, REQUEST_RATE
+    from instantstart_fs.control.callers import REQUEST_BURST, REQUEST_RATE
 
     flood = (
         "import socket, sys, threading, time\n"

@@ -1,0 +1,142 @@
+"""Who asks: what a caller of the control socket may do, and how much of the loop's time it may cost.
+
+Root, the daemon's own user and, where one is given, members of a group administer; the owner of a pipeline (its uid;
+with ``group_access`` its group, too) may see, touch, lease, warm and mark that pipeline; who may read its files in the
+mount, by owner, group and mode, may open it. Others are turned away. Whoever does not administer has an allowance of
+requests and connections, and all who own nothing share one: no local user can keep the loop busy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import trio
+
+from instantstart_fs.control.administration import Administration
+from instantstart_fs.control.listening import Peer
+from instantstart_fs.control.protocol import (
+    ColdStarts,
+    Lease,
+    Ls,
+    Mark,
+    Names,
+    Open,
+    Ping,
+    Request,
+    Status,
+    Touch,
+    Warm,
+)
+from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.core.ratelimit import Bucket
+from instantstart_fs.core.weights import may_read
+from instantstart_fs.errors import PermissionRefused, PipelineBusy
+
+MAX_CONNECTIONS = 256
+"""Leases and waits are few; beyond this a client is told to come again rather than the daemon to run out of files."""
+MAX_CONNECTIONS_PER_OWNER = 32
+"""For users who do not administer: none of them can use the others' share up."""
+REQUEST_RATE = 20.0
+REQUEST_BURST = 40.0
+"""Requests a second, and at once after a rest, of one owner, or of all who own nothing together. Beyond it answers
+wait: a request costs the loop up to a millisecond (Ls of an owner with many pipelines), so some percent at most."""
+STRANGERS = -1
+"""In the place of a uid: all who own nothing. A user may have 65,536 subordinate uids."""
+MAX_ALLOWANCES = 4096
+OWNERS_REFRESH = 1.0
+"""Seconds for which the set of owners is kept: computing it walks over all pipelines."""
+
+
+class Callers:
+    """Owned by the ControlServer; on the trio thread. ``group``: its members administer."""
+
+    def __init__(self, library: Administration, *, group: int | None = None, group_access: bool = False) -> None:
+        self._library = library
+        self._group = group
+        self._group_access = group_access
+        self._connections: dict[int, int] = {}
+        self._allowances: dict[int, Bucket] = {}
+        self._owners: frozenset[tuple[int, int]] = frozenset()
+        self._owners_at = -OWNERS_REFRESH
+
+    # -- what they may ---------------------------------------------------------------------------------------------
+
+    def administers(self, peer: Peer) -> bool:
+        return peer.uid in (0, os.geteuid()) or (self._group is not None and self._group in peer.groups)
+
+    def owns(self, peer: Peer, spec: PipelineSpec) -> bool:
+        return self._is_owner(peer, spec.uid, spec.gid)
+
+    def may_ask_for(self, peer: Peer, spec: PipelineSpec) -> bool:
+        """Whether it owns the pipeline or may read its files."""
+        return self.owns(peer, spec) or _may_read(peer, spec)
+
+    def authorize(self, peer: Peer, request: Request) -> None:
+        """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
+        if self.administers(peer) or isinstance(request, Ping | Ls | Names):
+            return
+        if isinstance(request, Status | Touch | Lease | Warm | Mark | ColdStarts) and self.owns(
+            peer, self._library.spec(request.pipeline)
+        ):
+            return
+        if isinstance(request, Open):
+            spec = self._library.spec(request.pipeline)
+            if _may_read(peer, spec):
+                return
+            raise PermissionRefused(
+                f"uid {peer.uid} may not open {request.pipeline}, whose files belong to {spec.uid}:{spec.gid} "
+                f"with mode {spec.mode:04o}"
+            )
+        raise PermissionRefused(
+            f"uid {peer.uid} may not {type(request).__name__.lower()} here; ask as root, as the daemon's user, "
+            "or, for status, touch, lease, warm, mark and explain, as the pipeline's owner"
+        )
+
+    def _is_owner(self, peer: Peer, uid: int, gid: int) -> bool:
+        return uid == peer.uid or (self._group_access and gid in peer.groups)
+
+    # -- how much --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def connected(self, peer: Peer) -> Iterator[PipelineBusy | None]:
+        """Around one connection: why it is turned away before it says anything; None for most."""
+        share = self._share(peer)
+        self._connections[share] = self._connections.get(share, 0) + 1
+        limit = MAX_CONNECTIONS if self.administers(peer) else MAX_CONNECTIONS_PER_OWNER
+        try:
+            if self._connections[share] > limit:
+                yield PipelineBusy(f"uid {peer.uid} has {limit} control connections open already")
+            else:
+                yield None
+        finally:
+            self._connections[share] -= 1
+            if not self._connections[share]:
+                del self._connections[share]
+
+    async def wait_turn(self, peer: Peer) -> None:
+        """Return when this peer's next request may cost the loop something: at once for those who administer, else
+        within connections ÷ REQUEST_RATE seconds."""
+        if self.administers(peer):
+            return
+        share = self._share(peer)
+        now = trio.current_time()
+        if share not in self._allowances:
+            if len(self._allowances) >= MAX_ALLOWANCES:  # who rested long has a full one, as a new one is
+                self._allowances.pop(next(iter(self._allowances)))
+            self._allowances[share] = Bucket(REQUEST_RATE, REQUEST_BURST, now)
+        await trio.sleep(self._allowances[share].take(now))
+
+    def _share(self, peer: Peer) -> int:
+        """Whose allowance this peer draws on: its uid's own, or that of the STRANGERS."""
+        if self.administers(peer):
+            return peer.uid
+        if trio.current_time() >= self._owners_at + OWNERS_REFRESH:
+            self._owners, self._owners_at = self._library.owners(), trio.current_time()
+        known = any(self._is_owner(peer, uid, gid) for uid, gid in self._owners)
+        return peer.uid if known else STRANGERS
+
+
+def _may_read(peer: Peer, spec: PipelineSpec) -> bool:
+    return may_read(peer.uid, peer.groups, owner=spec.uid, group=spec.gid, mode=spec.mode)
