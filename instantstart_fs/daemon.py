@@ -125,6 +125,8 @@ async def serve(
                         daemon = Daemon(config, library, socket_path)
                         nursery.start_soon(daemon.handle_signals, signals, nursery.cancel_scope)
                         mounted = await nursery.start(daemon.keep_mounted, handover)
+                        # At once: from here on a stop has something to unmount.
+                        _write_mountpoint(os.path.dirname(socket_path), mounted.path)
                         log.info("the mount answers %.2f s after this process began", seconds_since_start())
                         if config.staging.enabled:
                             # After the mount: a reader waits for that one.
@@ -132,7 +134,6 @@ async def serve(
                             await nursery.start(daemon.staging.run)
                             # Tells it of what engines have open since before this daemon, too.
                             library.watch(daemon.staging)
-                        _write_mountpoint(os.path.dirname(socket_path), mounted.path)
                         daemon.transport = mounted.transport + (f" ({mounted.reason})" if mounted.reason else "")
                         daemon.requests = mounted.requests
                         server = ControlServer(

@@ -6,6 +6,7 @@ their imports (40 ms). Whatever is unusual (--help, a mistake) goes the long way
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -67,5 +68,6 @@ def serve(
     # All is flushed, closed and given back. The interpreter would take 50 ms to take itself apart, and the next daemon
     # is started when this process has ended.
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None: it was closed when this process began
+            stream.flush()
     os._exit(0)

@@ -245,7 +245,7 @@ def by_symptom(user: User, source: Path) -> None:
     config = (machine.etc / "config.toml").read_text()
     (machine.etc / "config.toml").write_text("[mount]\npath = 3\n")
     user.types("systemctl restart instantstart", check=False)
-    assert symptom("exit status 2, no restarts") == "the journal names file, key and reason"
+    assert symptom("exit status 2, no restarts, nothing mounted").endswith("the journal names file, key and reason")
     assert machine.property("ExecMainStatus") == "2" and machine.property("ActiveState") == "failed"
     assert re.search(rf"{CONFIG}.*mount\.path", machine.journal())
 

@@ -21,3 +21,15 @@ def test_a_start_imports_nothing_that_the_mount_does_not_need() -> None:
     imported = set(done.stdout.split())
     assert "instantstart_fs.daemon" in imported
     assert LATER & imported == set()
+
+
+def test_a_daemon_whose_output_is_closed_ends_as_well_as_any() -> None:
+    program = (
+        "import sys; from instantstart_fs import daemon; from instantstart_fs.cli import serving\n"
+        "daemon.run = lambda *_, **__: None\n"
+        "serving.serve()\n"
+    )
+    done = subprocess.run(
+        f"{sys.executable} -c '{program}' >&-", shell=True, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
