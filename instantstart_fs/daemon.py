@@ -11,7 +11,6 @@ import contextlib
 import faulthandler
 import logging
 import os
-import resource
 import signal
 import socket
 import threading
@@ -26,6 +25,7 @@ import trio
 
 from instantstart_fs import __version__
 from instantstart_fs.config import Config, default_socket
+from instantstart_fs.config.descriptors import raise_file_limit
 from instantstart_fs.config.loading import load_pipelines
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.control.server import ControlServer
@@ -73,7 +73,7 @@ def run(
     """Serve until SIGTERM or SIGINT, in the main thread. Raises what kept it from starting, or ended it."""
     configure_logging(log_level, log_format)
     faulthandler.enable()  # the watchdog's SIGABRT: say where every thread was
-    _raise_file_limit()
+    raise_file_limit()
     with contextlib.suppress(OSError):
         # Before the umask: what lies above the mountpoint is for everybody to pass. Never of a mount itself: one that
         # waits for us to take over would not answer.
@@ -421,11 +421,3 @@ def _end_at_deadline(mount: str) -> None:
         os._exit(1)
 
     threading.Thread(target=end, name="stop-deadline", daemon=True).start()
-
-
-def _raise_file_limit() -> None:
-    """One descriptor per open file and chunk in flight: the usual soft limit of 1024 is too few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

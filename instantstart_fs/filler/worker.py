@@ -17,7 +17,6 @@ import contextlib
 import mmap
 import os
 import queue
-import resource
 import signal
 import socket
 import sys
@@ -27,6 +26,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from instantstart_fs.config.descriptors import raise_file_limit
 from instantstart_fs.core.chunks import ByteRange, ChunkMap
 from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved
@@ -365,10 +365,7 @@ def main(arguments: list[str]) -> None:
     settings = msgspec.json.decode(arguments[3], type=WorkerSettings)
     for fd in (socket_fd, lock_fd, pause_fd):
         os.set_inheritable(fd, False)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_file_limit()
     connection = socket.socket(fileno=socket_fd)
     pause = mmap.mmap(pause_fd, PAUSE_SIZE, prot=mmap.PROT_READ)
     try:

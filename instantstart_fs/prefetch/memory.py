@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
+import sys
 
+from instantstart_fs.config.descriptors import NO_MORE
 from instantstart_fs.config.memory import read_memory
-from instantstart_fs.errors import OutOfBudget
+from instantstart_fs.errors import InstantStartError, OutOfBudget, PrefetchError
 
 HUGE = 2 * 1024 * 1024
 SHARE = 0.9
@@ -17,11 +20,11 @@ SHARE = 0.9
 
 def allocate(name: str, size: int) -> int:
     """A memfd of ``size`` bytes, rounded up so that a reader may write whole blocks; its length is sealed. It takes
-    memory only as it is written. The caller closes it. Raises OutOfBudget."""
+    memory only as it is written. The caller closes it. Raises OutOfBudget, PrefetchError."""
     try:
         fd = os.memfd_create(f"instantstart:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
-        raise OutOfBudget(f"{name}: no memory for {size} bytes: {error.strerror}") from error
+        raise _refusal(error, f"{name}: no memory for {size} bytes") from error
     try:
         os.ftruncate(fd, max(rounded(size), HUGE))
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
@@ -54,15 +57,24 @@ class Memfd:
 
 
 def mapped(fd: int) -> mmap.mmap:
-    """The whole of a memfd, shared and writable. Raises OutOfBudget."""
+    """The whole of a memfd, shared and writable. Raises OutOfBudget, PrefetchError."""
     size = os.fstat(fd).st_size
     try:
-        memory = mmap.mmap(fd, size)
+        if sys.version_info >= (3, 13):
+            memory = mmap.mmap(fd, size, trackfd=False)  # otherwise a descriptor more for as long as it is mapped
+        else:
+            memory = mmap.mmap(fd, size)
     except OSError as error:
-        raise OutOfBudget(f"no room for {size} bytes in this process: {error.strerror}") from error
+        raise _refusal(error, f"no room for {size} bytes in this process") from error
     with contextlib.suppress(OSError):  # only where shmem_enabled allows it
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def _refusal(error: OSError, what: str) -> InstantStartError:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return PrefetchError(NO_MORE)
+    return OutOfBudget(f"{what}: {error.strerror}")
 
 
 def available() -> int:

@@ -24,6 +24,10 @@ class Load(_Message, frozen=True):
     direct: bool
     memory: bool
 
+    @property
+    def descriptors(self) -> int:
+        return 1 + self.direct + self.memory
+
 
 class Export(_Message, frozen=True):
     """Make a handle that another process can open once (CUDA). Answered by Exported."""

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Self
 
 import msgspec
 
+from instantstart_fs.config.descriptors import NO_MORE, raise_file_limit
 from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import BadWeights, InstantStartError, OutOfBudget, PrefetchError, from_code
 from instantstart_fs.prefetch import backends, messages
@@ -243,6 +244,7 @@ class Stage:
     # -- starting --------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        raise_file_limit()  # a memfd of each file here; in the workers, who inherit it, up to four descriptors of each
         self._check_cpu_budget()
         numbers = itertools.count()
         for worker in self._workers:
@@ -580,7 +582,10 @@ class Stage:
         """A handle to the file's memory for another process. Raises as ``tensors``."""
         file = self._ready(path)
         if file.memory is not None:
-            return Exported(path, file.planned.size, file.layout, os.dup(file.memory), None)
+            try:
+                return Exported(path, file.planned.size, file.layout, os.dup(file.memory), None)
+            except OSError as error:
+                raise PrefetchError(f"{path}: cannot be handed over: {NO_MORE}") from error
         with self._changed:
             token = next(self._tokens)
             self._exports[token] = None

@@ -17,6 +17,7 @@ import threading
 import time
 from typing import Any
 
+from instantstart_fs.config.descriptors import NO_MORE
 from instantstart_fs.errors import InstantStartError, OutOfBudget, PrefetchError
 from instantstart_fs.prefetch import messages
 from instantstart_fs.prefetch.backends import choose
@@ -110,6 +111,11 @@ class Worker:
         torch.cuda.init()
 
     def _load(self, load: Load, fds: list[int]) -> None:
+        if len(fds) != load.descriptors:  # the kernel drops what there is no room for
+            for descriptor in fds:
+                os.close(descriptor)
+            self._send(Failed(load.number, PrefetchError.code, NO_MORE))
+            return
         plain = fds.pop(0)
         direct = fds.pop(0) if load.direct else None
         fd = fds.pop(0) if load.memory else None

@@ -220,6 +220,46 @@ def test_a_worker_that_cannot_map_the_memory_is_a_clear_error(checkpoint: Path) 
     assert isinstance(error, OutOfBudget) and "in this process: Cannot allocate memory" in error.message
 
 
+def many(root: Path) -> Path:
+    """300 files: the worker has three or four descriptors of each that waits its turn, the Stage one."""
+    root.mkdir()
+    for number in range(300):
+        (root / f"{number:03}.gguf").write_bytes(number.to_bytes(2, "little"))
+    return root
+
+
+def test_a_worker_that_may_not_open_more_files_is_a_clear_error(tmp_path: Path) -> None:
+    before = memfds()
+    source = Dripping(DirectorySource(str(many(tmp_path / "many"))))
+    with Stager(source, rate=1.0).start(plan(source.weights, None, ["cpu"])) as stage:
+        (worker,) = stage.worker_pids()
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (64, 64))
+        for _ in source.weights.files:
+            source.let.release()
+        error = end_of(stage, before)
+    assert type(error) is PrefetchError
+    assert error.message.endswith(".gguf: this process may not open more files (ulimit -n)"), error.message
+
+
+def test_a_low_soft_limit_of_open_files_is_raised(tmp_path: Path) -> None:
+    root, before = many(tmp_path / "many"), memfds()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 4096:
+        pytest.skip(f"the hard limit of open files is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with start(root, rate=1e3) as stage:  # as slow as lets all of them wait
+            wait_for(lambda: memfds() == before + 300 or stage.error, "all files", 30)
+            stage.wait(60)
+            for number, path in enumerate(sorted(stage.paths)):
+                exported = stage.export(path)
+                assert exported.fd is not None
+                assert os.pread(exported.fd, 2, 0) == number.to_bytes(2, "little")
+                os.close(exported.fd)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_worker_whose_memory_runs_out_is_a_clear_error(checkpoint: Path) -> None:
     """By the kernel's own hand: in a memory cgroup with room for the worker, but not for the weights."""
     before = memfds()
