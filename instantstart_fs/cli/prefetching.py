@@ -20,6 +20,10 @@ from instantstart_fs.prefetch.holding import HoldClient, Holder, HoldStatus, hel
 from instantstart_fs.prefetch.libtorch import load_torch
 
 LINE_SECONDS = 5.0
+FREEING_SECONDS = 20.0
+"""For one device's worker to end, killed if need be, and for the interpreter around it."""
+FREEING_RATE = 1e9
+"""Bytes a second at least: pages of 4 KiB are given back several times as fast by an idle core."""
 
 
 def devices_of(given: str) -> tuple[str, ...]:
@@ -79,29 +83,29 @@ def run(
             for model in stage.refused_models:
                 print(f"instantstart: {pipeline}: model {model or '(unnamed)'} does not fit", file=sys.stderr)
             if not hold:
-                _watch(stage, quiet)
+                _watch(stage, None, quiet)
                 on_staged(stage)
                 return
             with Holder(stage, path, timeout or None, ranks=tensor_parallel or len(wanted)) as holder:
-                _watch(stage, quiet)
-                on_staged(stage)
-                _keep(pipeline, stage, source, holder)
+                _watch(stage, holder, quiet)
+                if not holder.over:
+                    on_staged(stage)
+                    _keep(pipeline, stage, source, holder)
+                print(f"{pipeline}: {holder.over}")
 
 
 def _keep(pipeline: str, stage: Stage, source: LeaseSource, holder: Holder) -> None:
-    """Until it is released, its time is up, or the lease ends (an error)."""
+    """Until it is over, or the lease ends (an error)."""
     left = holder.seconds_left
     limit = f" for {human_seconds(left)}" if left is not None else ""
     print(f"{pipeline}: held{limit}; `instantstart prefetch release {pipeline}` ends it", flush=True)
     while not holder.wait_released(0.2):
         if stage.error is not None:
             raise stage.error
-        if holder.seconds_left == 0.0:
-            print(f"{pipeline}: its time is up, released")
+        if holder.over:
             return
         if source.wait_ended(0.05):
             raise DaemonUnreachable(f"{pipeline}: the lease has ended with its daemon; the weights are released")
-    print(f"{pipeline}: released")
 
 
 class LeaseSourceContext:
@@ -131,17 +135,27 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _watch(stage: Stage, quiet: bool) -> None:
+def _watch(stage: Stage, holder: Holder | None, quiet: bool) -> None:
+    """Until all is in place, or its hold is over."""
+    changes = _changes(stage, holder)
     if quiet:
-        stage.wait()
+        for _ in changes:
+            pass
     elif sys.stderr.isatty():
-        _bars(stage)
+        _bars(stage, changes)
     else:
-        _lines(stage)
-    stage.wait(10)
+        _lines(stage, changes)
+    if holder is None or not holder.over:
+        stage.wait(10)
 
 
-def _bars(stage: Stage) -> None:
+def _changes(stage: Stage, holder: Holder | None) -> Iterator[None]:
+    while not stage.done and not (holder is not None and holder.over):
+        stage.wait_changed(0.2)
+        yield
+
+
+def _bars(stage: Stage, changes: Iterator[None]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -154,16 +168,14 @@ def _bars(stage: Stage) -> None:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         tasks = [progress.add_task(report.device, total=report.total or None) for report in stage.progress()]
-        while not stage.done:
-            stage.wait_changed(0.2)
+        for _ in changes:
             for task, report in zip(tasks, stage.progress(), strict=True):
                 progress.update(task, completed=report.bytes)
 
 
-def _lines(stage: Stage) -> None:
+def _lines(stage: Stage, changes: Iterator[None]) -> None:
     at = time.monotonic()
-    while not stage.done:
-        stage.wait_changed(0.5)
+    for _ in changes:
         if time.monotonic() >= at + LINE_SECONDS:
             at = time.monotonic()
             for report in stage.progress():
@@ -222,8 +234,10 @@ def hold_statuses() -> tuple[list[HoldStatus], list[InstantStartError]]:
 def release(pipeline: str) -> None:
     """Until the holder is gone, and so its memory. Raises PrefetchError."""
     with HoldClient(pipeline) as client:
+        held = client.status()
         client.release()
-        client.wait_ended()
+        held_bytes = sum(device.bytes for device in held.devices)
+        client.wait_ended(FREEING_SECONDS * len(held.devices) + held_bytes / FREEING_RATE)
 
 
 def show_hold(found: HoldStatus) -> str:

@@ -205,6 +205,13 @@ class Holder:
     def seconds_left(self) -> float | None:
         return None if self._ends_at is None else max(0.0, self._ends_at - time.monotonic())
 
+    @property
+    def over(self) -> str:
+        """How the hold ended; empty while it goes on."""
+        if self._released.is_set():
+            return "released"
+        return "its time is up, released" if self.seconds_left == 0.0 else ""
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -407,14 +414,14 @@ class HoldClient:
         """End the hold."""
         self._ask(ReleaseAll(), Ok)
 
-    def wait_ended(self) -> None:
-        """Until the holder has gone, within ANSWER_DEADLINE. Raises PrefetchError."""
-        self._socket.settimeout(ANSWER_DEADLINE)
+    def wait_ended(self, timeout: float) -> None:
+        """Until the holder has gone, within ``timeout`` seconds. Raises PrefetchError."""
+        self._socket.settimeout(timeout)
         try:
             while self._socket.recv(4096):
                 pass
         except TimeoutError as error:
-            raise PrefetchError(f"{self._path}: was released and is still there after {ANSWER_DEADLINE:g} s") from error
+            raise PrefetchError(f"{self._path}: was released and is still there after {timeout:.0f} s") from error
         except OSError:
             return  # reset: it is gone
 

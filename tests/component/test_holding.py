@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from instantstart_fs.cli import prefetching
 from instantstart_fs.errors import PermissionRefused, PrefetchError, UsageError
 from instantstart_fs.prefetch import DirectorySource, Stage, Stager, load_state_dict, plan
 from instantstart_fs.prefetch.holding import HoldClient, Holder
@@ -107,6 +108,16 @@ def test_every_rank_is_waited_for(stage: Stage, place: str) -> None:
         assert path in stage.paths and one.manifest().freed == 0
         two.release_file(path)
         assert path not in stage.paths and two.manifest().freed == 1
+
+
+def test_freeing_much_memory_may_take_longer(stage: Stage, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(HoldClient, "wait_ended", lambda _, timeout: waits.append(timeout))
+    monkeypatch.setattr(prefetching, "FREEING_RATE", 1000.0)
+    with Holder(stage, place) as holder:
+        prefetching.release(NAME)
+        assert holder.over == "released"
+    assert waits == [20.0 + stage.plan.total_bytes / 1000]
 
 
 def test_only_its_own_user_is_answered(stage: Stage, place: str) -> None:

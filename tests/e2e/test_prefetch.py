@@ -22,8 +22,10 @@ from instantstart_fs.errors import OutOfBudget, PipelineNotFound, PrefetchError
 from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, loading, plan
 from instantstart_fs.prefetch.holding import HoldClient
 from tests.component.test_prefetch import write_safetensors
+from tests.e2e.test_generations import config
 from tests.e2e.test_generations import holding as reading
 from tests.harness import MIB, REPOSITORY, Daemon, children, model_directory, run, safetensors_file, wait_for
+from tests.servers.hub import HubServer
 
 
 def staged(daemon: Daemon, pipeline: str, tmp_path: Path) -> dict[str, bytes]:
@@ -399,6 +401,39 @@ def test_a_hold_is_released(make_daemon: Callable[..., Daemon], model: Path, tmp
         assert daemon.ok("prefetch", "release", "m") == "m: released\n"
         assert process.wait(20) == 0
     wait_for(lambda: daemon.status("m")["leases"] == 0, "the lease's end")
+
+
+@pytest.mark.parametrize("json_", [True, False], ids=["json", "lines"])
+@pytest.mark.parametrize("ends", ["release", "time"])
+def test_a_hold_ends_while_its_weights_are_still_coming(
+    make_daemon: Callable[..., Daemon], hub: HubServer, model: Path, tmp_path: Path, ends: str, json_: bool
+) -> None:
+    hub.publish("org/model", model)
+    hub.fault("bandwidth", port="cdn", rate=32 * 1024)
+    daemon = make_daemon(config=config(hub))
+    daemon.ok("add", "m", "hf://org/model")
+    place = tmp_path / "hold" / "m.sock"
+    daemon.env["INSTANTSTART_PREFETCH_DIR"] = str(place.parent)
+    options = [*(["--json"] if json_ else []), *(["--timeout", "1s"] if ends == "time" else [])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "instantstart_fs.cli", "prefetch", "m", "--devices", "cpu", "--hold", *options],
+        env={**os.environ, **daemon.env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        if ends == "release":
+            wait_for(place.exists, "the hold", 30)
+            assert daemon.ok("prefetch", "release", "m", timeout=20) == "m: released\n"
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+        assert out == ("m: released\n" if ends == "release" else "m: its time is up, released\n")
+    finally:
+        process.kill()
+        process.communicate()
+    wait_for(lambda: daemon.status("m")["leases"] == 0, "the lease's end")
+    assert daemon.status("m")["state"] == "filling"
 
 
 def test_verbs_speak_of_all_holds_of_one_and_of_a_pipeline_named_like_a_verb(
