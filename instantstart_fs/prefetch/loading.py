@@ -9,7 +9,7 @@ from typing import Any
 
 from instantstart_fs.errors import DaemonUnreachable, PrefetchError, UsageError
 from instantstart_fs.prefetch.holding import HoldClient
-from instantstart_fs.prefetch.plan import plan
+from instantstart_fs.prefetch.plan import check_devices, plan
 from instantstart_fs.prefetch.sources import LeaseSource, Source
 from instantstart_fs.prefetch.stager import Stager
 from instantstart_fs.prefetch.tensors import from_ipc, from_memory, place_of, views
@@ -55,6 +55,12 @@ def load_state_dict(
 
     Raises UsageError for a device or model that is not there, PrefetchError, and what staging raises.
     """
+    try:
+        check_devices([device])
+    except UsageError:
+        if source is not None:
+            source.close()
+        raise
     if source is None:
         try:
             held = HoldClient(pipeline)

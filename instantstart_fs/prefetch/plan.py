@@ -108,7 +108,7 @@ def plan(
     Raises UsageError for devices, ranks or deadlines that do not fit the checkpoint, BadWeights for layouts that do not
     fit their files or give two tensors of a rank one name.
     """
-    _check_devices(devices)
+    check_devices(devices)
     ranks = len(devices) if tensor_parallel is None else tensor_parallel
     if ranks < 1:
         raise UsageError(f"tensor parallel size {ranks}: at least 1")
@@ -175,7 +175,8 @@ def admit(planned: Plan, budgets: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(refused)
 
 
-def _check_devices(devices: Sequence[str]) -> None:
+def check_devices(devices: Sequence[str]) -> None:
+    """Raises UsageError for names that nothing could be staged to."""
     if not devices:
         raise UsageError("no device to stage to")
     for device in devices:

@@ -110,6 +110,14 @@ def test_every_rank_is_waited_for(stage: Stage, place: str) -> None:
         assert path not in stage.paths and two.manifest().freed == 1
 
 
+@pytest.mark.parametrize("device", ["mps", "cuda", "cuda:x", "cuda:-1", ""])
+def test_a_device_that_is_none_is_refused_before_anything_is_taken(stage: Stage, place: str, device: str) -> None:
+    with Holder(stage, place), HoldClient(NAME) as client:
+        with pytest.raises(UsageError, match="is neither cpu nor cuda:N"):
+            load_state_dict(NAME, device)
+        assert client.manifest().engines == 0 and client.manifest().freed == 0
+
+
 def test_freeing_much_memory_may_take_longer(stage: Stage, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(HoldClient, "wait_ended", lambda _, timeout: waits.append(timeout))
