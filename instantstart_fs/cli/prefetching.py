@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -41,7 +42,7 @@ def devices_of(given: str) -> tuple[str, ...]:
 
 
 def deadlines_of(given: Sequence[str]) -> dict[str, float]:
-    """MODEL=SECONDS, each. Raises UsageError."""
+    """MODEL=SECONDS, each; ``inf`` comes last. Raises UsageError."""
     found = {}
     for word in given:
         model, equals, seconds = word.rpartition("=")
@@ -49,7 +50,7 @@ def deadlines_of(given: Sequence[str]) -> dict[str, float]:
             found[model] = float(seconds)
         except ValueError:
             equals = ""
-        if not equals:
+        if not equals or math.isnan(found[model]) or found[model] == -math.inf:
             raise UsageError(f"--deadline: {word!r} is not MODEL=SECONDS")
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -54,7 +55,7 @@ from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.weights import WeightSet
-from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, PermissionRefused
+from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, PermissionRefused, UsageError
 
 _T = TypeVar("_T")
 CONNECT_DEADLINE = 5.0
@@ -204,8 +205,14 @@ class Client:
 
     def open(self, pipeline: str, deadlines: Mapping[str, float] | None = None) -> WeightSet:
         """Ask for the pipeline's weight files, under a lease until this client is closed (or its process ends); what
-        there will be. ``deadlines``: model → seconds, see core.weights.schedule. ``opened_files`` has to follow."""
-        self._send(Open(pipeline, dict(deadlines or {})), ANSWER_DEADLINE)
+        there will be. ``deadlines``: model → seconds, see core.weights.schedule. ``opened_files`` has to follow.
+        Raises UsageError for a deadline that is no number."""
+        # JSON knows no infinity, and a model without a deadline comes last anyway.
+        wanted_at = {model: seconds for model, seconds in (deadlines or {}).items() if seconds != math.inf}
+        for model, seconds in wanted_at.items():
+            if not math.isfinite(seconds):
+                raise UsageError(f"{pipeline}: the deadline of {model!r} is {seconds:g}")
+        self._send(Open(pipeline, wanted_at), ANSWER_DEADLINE)
         message = self._receive(ANSWER_DEADLINE)
         if isinstance(message, Opening):
             return message.weights

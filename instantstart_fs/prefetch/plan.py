@@ -13,6 +13,7 @@ Every byte of every file is in exactly one extent of one device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
@@ -118,6 +119,8 @@ def plan(
     unknown = sorted(set(deadlines) - set(manifest.models))
     if unknown:
         raise UsageError(f"{manifest.pipeline}: has no model {unknown[0]!r} to set a deadline for")
+    if strange := [model for model, seconds in deadlines.items() if math.isnan(seconds)]:
+        raise UsageError(f"{manifest.pipeline}: the deadline of {strange[0]!r} is no number")
     layouts = dict(files or {})
     _check_layouts(manifest, layouts)
     loads = [0] * len(devices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from bench.common import evict, resident_bytes
-from instantstart_fs.errors import OutOfBudget, PipelineNotFound, PrefetchError
+from instantstart_fs.errors import OutOfBudget, PipelineNotFound, PrefetchError, UsageError
 from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, loading, plan
 from instantstart_fs.prefetch.holding import HoldClient
 from tests.component.test_prefetch import write_safetensors
@@ -234,7 +235,11 @@ def test_all_models_of_a_pipeline_are_ready_within_reading_their_bytes_once(
 
 
 def test_files_come_in_the_order_of_the_schedule(voice: Daemon) -> None:
-    for deadlines, order in (({}, ["tts", "asr", "llm", "llm"]), ({"llm": 1.0}, ["llm", "llm", "tts", "asr"])):
+    for deadlines, order in (
+        ({}, ["tts", "asr", "llm", "llm"]),
+        ({"llm": 1.0}, ["llm", "llm", "tts", "asr"]),
+        ({"asr": 5.0, "tts": math.inf}, ["asr", "tts", "llm", "llm"]),
+    ):
         source = LeaseSource("voice", str(voice.socket), deadlines=deadlines)
         came = []
         for opened in source.files():
@@ -261,6 +266,13 @@ def test_models_are_admitted_against_the_budget(voice: Daemon) -> None:
     shown = voice.ok("prefetch", "voice", "--devices", "cpu", "--deadline", "llm=1")
     ready = [line.split()[0] for line in shown.splitlines() if " ready after " in line]
     assert ready == sorted(VOICE)
+    voice.ok("prefetch", "voice", "--devices", "cpu", "--deadline", "llm=inf")
+    for word in ("llm=nan", "llm=-inf", "llm"):
+        refused_ = voice.refused(2, "prefetch", "voice", "--devices", "cpu", "--deadline", word)
+        assert f"{word!r} is not MODEL=SECONDS" in refused_
+    with pytest.raises(UsageError, match="deadline of 'llm' is nan"):
+        LeaseSource("voice", str(voice.socket), deadlines={"llm": math.nan})
+    wait_for(lambda: voice.status("voice")["leases"] == 0, "the leases' end")
     assert "no model 'nlu'" in voice.refused(2, "prefetch", "voice", "--devices", "cpu", "--deadline", "nlu=1")
 
 

@@ -159,3 +159,8 @@ def test_models_are_admitted_in_schedule_order_against_every_device() -> None:
 )
 def test_who_may_read_is_what_the_kernel_would_say(uid: int, groups: list[int], mode: int, may: bool) -> None:
     assert may_read(uid, groups, owner=7, group=8, mode=mode) is may
+
+
+def test_a_deadline_that_is_no_number_is_refused() -> None:
+    with pytest.raises(UsageError, match="deadline of 'llm' is no number"):
+        plan(weights(("a.safetensors", "llm", 1)), None, ["cpu"], deadlines={"llm": float("nan")})
