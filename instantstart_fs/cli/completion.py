@@ -33,4 +33,7 @@ def held(incomplete: str) -> list[str]:
     """Ids that begin so, of those that this user holds in memory. No daemon is asked."""
     from instantstart_fs.prefetch.holding import held_pipelines
 
-    return [pipeline for pipeline in held_pipelines() if pipeline.startswith(incomplete)]
+    try:
+        return [pipeline for pipeline in held_pipelines() if pipeline.startswith(incomplete)]
+    except InstantStartError:
+        return []

@@ -158,11 +158,14 @@ def hold_socket(pipeline: str) -> str:
 
 
 def held_pipelines() -> list[str]:
-    """Ids of what is held there, sorted. What a killed holder left behind is none."""
+    """Ids of what is held there, sorted. What a killed holder left behind is none. Raises PrefetchError when it cannot
+    look."""
     try:
         names = sorted(name for name in os.listdir(_directory()) if name.endswith(_SUFFIX))
-    except OSError:
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise PrefetchError(f"{_directory()}: holds cannot be looked for: {error.strerror}") from error
     return [name.removesuffix(_SUFFIX) for name in names if unixsocket.answers(os.path.join(_directory(), name))]
 
 

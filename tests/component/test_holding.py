@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from instantstart_fs import cli
 from instantstart_fs.cli import prefetching
 from instantstart_fs.errors import PermissionRefused, PrefetchError, UsageError
 from instantstart_fs.prefetch import DirectorySource, Stage, Stager, load_state_dict, plan
-from instantstart_fs.prefetch.holding import HoldClient, Holder
+from instantstart_fs.prefetch.holding import HoldClient, Holder, held_pipelines
 from tests.harness import REPOSITORY
 
 torch = pytest.importorskip("torch")
@@ -173,6 +174,17 @@ def test_weights_held_by_another_user_are_not_taken(place: str, tmp_path: Path) 
                 HoldClient(NAME)
         finally:
             other.kill()
+
+
+def test_a_place_that_cannot_be_looked_at_is_not_taken_for_an_empty_one(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert held_pipelines() == []
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INSTANTSTART_PREFETCH_DIR", str(tmp_path / "file"))
+    assert cli.run(["prefetch", "status"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"instantstart: {tmp_path}/file: holds cannot be looked for: Not a directory\n")
 
 
 def test_nobody_holds_it(place: str) -> None:

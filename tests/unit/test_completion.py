@@ -103,6 +103,14 @@ def test_the_verbs_of_prefetch_are_offered_and_then_what_is_held(
     assert daemon.asked == ["rel"]
 
 
+def test_holds_that_cannot_be_looked_for_are_no_word(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("INSTANTSTART_PREFETCH_DIR", str(tmp_path / "file"))
+    assert complete("bash", "instantstart prefetch release my-", daemon.path) == []
+
+
 def test_a_socket_that_was_typed_is_asked(daemon: Daemon, tmp_path: Path) -> None:
     assert complete("bash", f"instantstart status --socket {daemon.path} o", tmp_path / "nobody") == ["other"]
 
