@@ -211,12 +211,22 @@ def _join(blob: BlobFile, file: CachedFile) -> None:
     if not pipeline.draining:
         return
     for generation in pipeline.generations():
-        for twin in generation.files if generation is not file.generation else ():
-            if twin.reader is None or twin.entry.path != file.entry.path:
-                continue
-            if os.path.sameopenfile(twin.reader.fd, blob.fd):
-                os.dup2(twin.reader.fd, blob.fd, inheritable=False)
-                return
+        twin = _at(generation, file.entry.path) if generation is not file.generation else None
+        if twin is not None and twin.reader is not None and os.path.sameopenfile(twin.reader.fd, blob.fd):
+            os.dup2(twin.reader.fd, blob.fd, inheritable=False)
+            return
+
+
+def _at(generation: Generation, path: str) -> CachedFile | None:
+    """Its file of that path, by the tree: a walk over a hundred thousand files would stop everybody at each open."""
+    tree, node = generation.tree, 0
+    for name in path.split("/"):
+        child = tree.child(node, name)
+        if child is None:
+            return None
+        node = child
+    index = tree.nodes[node].file
+    return generation.files[index] if index >= 0 else None
 
 
 def _watched(file: CachedFile) -> bool:

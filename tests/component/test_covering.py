@@ -15,9 +15,10 @@ import pytest
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.library import Library
 from instantstart_fs.library.covering import Coverable
+from instantstart_fs.library.state import CachedFile
 from instantstart_fs.library.watching import Nobody
 from instantstart_fs.store.locks import used_elsewhere
-from tests.component.test_library import make_source, spec
+from tests.component.test_library import find, make_source, spec
 from tests.component.test_room import WEIGHTS, fills, running
 
 pytestmark = pytest.mark.timeout(60)
@@ -145,6 +146,37 @@ async def test_a_descriptor_for_staging_holds_nothing(tmp_path: Path) -> None:
                 assert library.covering.used(covered)
         finally:
             os.close(fd)
+
+
+class Unwalked(list[CachedFile]):
+    """The files of a generation too large to be walked over at an open."""
+
+    def __iter__(self) -> Iterator[CachedFile]:
+        raise AssertionError("all files are looked at")
+
+
+async def test_what_two_generations_share_is_open_once_and_found_without_a_walk(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await covered_file(library, source)
+        held = await library.open(find(library, "p", WEIGHTS))
+        await library.read_into(held, 0, memoryview(bytearray(16)))
+        (source / "config.json").write_bytes(b"another")
+        (source / "new.safetensors").write_bytes(b"of this generation only")
+        assert (await library.update("p")).generation == 2
+        await fills(library, "p")
+        pipeline = library._shelf.pipeline("p")
+        (draining,) = pipeline.draining
+        draining.files = Unwalked(draining.files)
+        for name in (WEIGHTS, "new.safetensors"):
+            covered = library.covering.files("p")[name]
+            assert covered.generation == 2
+            handle = await library.open(find(library, "p", name))
+            await library.read_into(handle, 0, memoryview(bytearray(16)))
+            assert not library.covering.used(covered), "by two descriptions of this daemon"
+            library.release(handle)
+        draining.files = list(list.__iter__(draining.files))
+        library.release(held)
 
 
 async def covered_file(library: Library, source: Path) -> Coverable:
