@@ -100,8 +100,6 @@ def read(path: Path, kind: str, touched: mmap.mmap) -> dict[str, float]:
     assert ended.wait(300) and not errors, errors
     seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    os.close(plain)
-    os.close(direct)
     if kind.startswith("memfd"):
         os.close(fd)
     return {"seconds": seconds, "processor": processor}

@@ -153,10 +153,8 @@ class Worker:
         self._send(Moved(item.number, int(state[0]), int(state[1])))
 
     def _ended(self, item: Item, error: Exception | None) -> None:
-        if error is None:  # otherwise another reader may be inside a call; the Stage ends this process anyway
-            os.close(item.plain)
-            if item.direct is not None:
-                os.close(item.direct)
+        if error is None:  # otherwise another reader may be inside a call
+            item.close()
         with self._progress_lock:
             state = self._progress.pop(item.number, None)
         if state is not None:
@@ -186,7 +184,7 @@ class Worker:
         item = self._items.pop(number, None)
         if item is None:
             return
-        item.failed = True  # a reader that is still at it drops what it has
+        item.failed = True  # a reader that is still at it drops what it has, and the last one its descriptors
         item.target = item.memory = None
         if self._cuda:
             del item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -371,25 +372,21 @@ def test_a_killed_worker_is_a_clear_error_and_frees_the_memory(checkpoint: Path,
 
 
 def held_by(pid: int) -> str:
-    """What this process maps, and has open."""
-    found = Path(f"/proc/{pid}/maps").read_text()
+    """What this process maps, and which memfds it has open."""
+    return Path(f"/proc/{pid}/maps").read_text() + "".join(opened(pid, "/memfd:"))
+
+
+def opened(pid: int | str, prefix: str) -> list[str]:
+    """What this process has open whose name begins so."""
+    found = []
     for name in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            target = os.readlink(f"/proc/{pid}/fd/{name}")
-        except OSError:
-            continue
-        found += target if target.startswith("/memfd:") else ""
-    return found
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return [target for target in found if target.startswith(prefix)]
 
 
 def memfds() -> int:
-    count = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            count += "memfd:instantstart" in os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue
-    return count
+    return len(opened("self", "/memfd:instantstart"))
 
 
 def test_a_worker_that_cannot_be_started_is_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,13 +454,15 @@ def test_release_frees_a_file_and_no_other(checkpoint: Path) -> None:
     assert memfds() == before
 
 
-def test_a_file_that_is_released_on_its_way_is_not_waited_for(checkpoint: Path) -> None:
-    with start(checkpoint, rate=12e6) as stage:
+@pytest.mark.parametrize("backend", ["direct", "mmap"])
+def test_a_file_that_is_released_on_its_way_is_not_waited_for(checkpoint: Path, backend: str) -> None:
+    with start(checkpoint, rate=12e6, backend=backend) as stage:
         wait_for(lambda: stage.progress()[0].bytes > 0, "the first bytes")
         stage.release("model-00002-of-00003.safetensors")
         (worker,) = stage.worker_pids()
         wait_for(lambda: "model-00002" not in held_by(worker), "its memory's end in the worker", 20)
         stage.wait(60)
+        wait_for(lambda: not opened(worker, f"{checkpoint}/"), "the end of its descriptors", 10)
         assert stage.is_ready("small.gguf") and not stage.is_ready("model-00002-of-00003.safetensors")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +19,10 @@ Settled = tuple[tuple[str, str], ...]
 
 class Item:
     """One file on its way. ``target``: a writable memoryview with room for whole blocks (CPU) of ``memory``, or a uint8
-    tensor of ``size`` elements on the device. ``on_moved(item, cached, disk)`` and ``on_end(item, error | None)`` are
-    called from the backend's threads; ``on_end`` once, and nothing after it."""
+    tensor of ``size`` elements on the device. ``fds``: the file, and the same opened O_DIRECT; closed when all of it is
+    there, or else with the last reference: a reader may be inside a call when its file is released.
+    ``on_moved(item, cached, disk)`` and ``on_end(item, error | None)`` are called from the backend's threads;
+    ``on_end`` once, and nothing after it."""
 
     def __init__(
         self,
@@ -37,7 +40,8 @@ class Item:
         self.path = path
         self.size = size
         self.order = order
-        self.plain, self.direct = fds
+        self.plain: int = fds[0]
+        self.direct: int | None = fds[1]
         self.target = target
         self.memory = memory
         self.failed = False
@@ -62,6 +66,18 @@ class Item:
                 return
             self.failed = True
         self._on_end(self, error)
+
+    def close(self) -> None:
+        """Its descriptors. Idempotent."""
+        with self._lock:
+            descriptors = [fd for fd in (self.plain, self.direct) if fd is not None]
+            self.plain, self.direct = -1, None
+        for fd in descriptors:
+            if fd >= 0:
+                os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Backend(Protocol):

@@ -39,25 +39,23 @@ class DirectCpu(_Readers):
 
     def _run(self) -> None:
         while True:
-            item, start, end = self._extents.wait_next()
-            if item.failed:
-                continue
-            self._throttle.wait_for_room(end - start)
-            try:
-                room = start + -(-(end - start) // BLOCK) * BLOCK
-                _fill(item, start, room)
-                cached, disk = read_extent(item.plain, item.direct, start, end, item.target[start:room], item.path)
-            except Exception as error:
-                item.fail(error)
-                continue
-            item.moved(cached, disk)
+            self._read(*self._extents.wait_next())
 
-
-def _fill(item: Item, start: int, end: int) -> None:
-    """Of its own, so that a reader that waits for work holds no file's memory."""
-    memory = item.memory
-    if memory is not None:
-        memory.fill(start, end)
+    def _read(self, item: Item, start: int, end: int) -> None:
+        """Of its own, so that a reader that waits for work holds no file's memory, and no descriptor."""
+        if item.failed:
+            return
+        self._throttle.wait_for_room(end - start)
+        try:
+            room = start + -(-(end - start) // BLOCK) * BLOCK
+            memory, target = item.memory, item.target
+            if memory is not None:
+                memory.fill(start, room)
+            cached, disk = read_extent(item.plain, item.direct, start, end, target[start:room], item.path)
+        except Exception as error:
+            item.fail(error)
+            return
+        item.moved(cached, disk)
 
 
 class _Slot:
@@ -116,6 +114,7 @@ class DirectCuda(_Readers):
         torch.cuda.set_device(self._device)
         stream = torch.cuda.Stream()
         turn = 0
+        item: Item | None = None
         while True:
             slot = slots[turn]
             slot.settle()
@@ -123,8 +122,10 @@ class DirectCuda(_Readers):
             if taken is None:
                 for other in slots:
                     other.settle()
+                item = None  # held by nobody who waits
                 taken = self._extents.wait_next()
             item, start, end = taken
+            del taken
             if item.failed:
                 continue
             self._throttle.wait_for_room(end - start)

@@ -15,27 +15,33 @@ class Mapped(Threaded):
     def __init__(self, device: str, rate: float) -> None:
         super().__init__(1, rate)
         self._device = device
+        self._memory: mmap.mmap | None = None
+        self._owner = -1
 
     def refusal(self) -> str | None:
         return None
 
     def _run(self) -> None:
-        memory: mmap.mmap | None = None
-        owner = -1
         while True:
-            item, start, end = self._extents.wait_next()
-            if item.failed:
-                continue
-            self._throttle.wait_for_room(end - start)
-            try:
-                if memory is None or owner != item.number:
-                    memory, owner = mmap.mmap(item.plain, item.size, prot=mmap.PROT_READ), item.number
-                    memory.madvise(mmap.MADV_SEQUENTIAL)
-                self._copy(memory, item, start, end)
-            except Exception as error:
-                item.fail(error if not isinstance(error, ValueError) else StoreDamaged(f"{item.path}: {error}"))
-                continue
-            item.moved(0, end - start)
+            self._read(*self._extents.wait_next())
+
+    def _read(self, item: Item, start: int, end: int) -> None:
+        """Of its own, so that a reader that waits for work holds no file."""
+        if item.failed:
+            self._memory = None
+            return
+        self._throttle.wait_for_room(end - start)
+        try:
+            memory = self._memory
+            if memory is None or self._owner != item.number:
+                memory, self._owner = mmap.mmap(item.plain, item.size, prot=mmap.PROT_READ), item.number
+                memory.madvise(mmap.MADV_SEQUENTIAL)
+            self._memory = memory if end < item.size else None
+            self._copy(memory, item, start, end)
+        except Exception as error:
+            item.fail(error if not isinstance(error, ValueError) else StoreDamaged(f"{item.path}: {error}"))
+            return
+        item.moved(0, end - start)
 
     def _copy(self, memory: mmap.mmap, item: Item, start: int, end: int) -> None:
         if isinstance(item.target, memoryview):
