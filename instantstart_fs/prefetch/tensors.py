@@ -5,6 +5,7 @@ For this process and for whoever takes the memory over: all it needs is the file
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Any
 
@@ -45,23 +46,34 @@ def from_ipc(handle: IpcHandle, size: int) -> Any:
     """The ``size`` first bytes of another process's device memory as a uint8 tensor. A handle can be opened once.
     Raises PrefetchError when CUDA refuses: the owner is gone, or this process sees other devices."""
     torch = load_torch()
-    number = _number_of(handle.place)
     try:
-        torch.cuda.init()
-        storage = torch.UntypedStorage._new_shared_cuda(
-            number,
-            bytes.fromhex(handle.handle),
-            handle.size,
-            handle.offset,
-            bytes.fromhex(handle.reference_handle),
-            handle.reference_offset,
-            bytes.fromhex(handle.event_handle),
-            handle.event_sync,
-        )
+        number, storage = _opened(torch, handle)
         return torch.empty(0, dtype=torch.uint8, device=f"cuda:{number}").set_(storage)[:size]
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         lines = str(error).splitlines() or [type(error).__name__]
         raise PrefetchError(f"device memory of another process cannot be opened: {lines[0]}") from error
+
+
+def _opened(torch: Any, handle: IpcHandle) -> tuple[int, Any]:
+    """The GPU's number here, and its memory as a storage, which takes itself off the owner's count when it is freed."""
+    reference = bytes.fromhex(handle.reference_handle), handle.reference_offset
+    try:
+        number = _number_of(handle.place)
+        torch.cuda.init()
+        return number, torch.UntypedStorage._new_shared_cuda(
+            number,
+            bytes.fromhex(handle.handle),
+            handle.size,
+            handle.offset,
+            *reference,
+            bytes.fromhex(handle.event_handle),
+            handle.event_sync,
+        )
+    except Exception:
+        # Without a storage nobody else does that, and the owner would keep the memory for as long as it lives.
+        with contextlib.suppress(Exception):  # the owner is gone, or this torch is one without CUDA
+            torch.UntypedStorage._release_ipc_counter_cuda(*reference)
+        raise
 
 
 def views(base: Any, layout: FileLayout, path: str = "file") -> dict[str, Any]:

@@ -60,7 +60,9 @@ class Worker:
         self._progress_lock = threading.Lock()
         self._backend: Backend | None = None
         self._place = ""
+        self._taken: dict[int, int] = {}
         self._lent = False
+        """Whether somebody still has open what was released: then it is collected later."""
 
     def run(self) -> None:
         """Until the other end closes."""
@@ -125,7 +127,9 @@ class Worker:
             if fd is not None:
                 target = memoryview(mapped(fd))
             else:
+                before = self._allocated()
                 target = self._torch.empty(load.size, dtype=self._torch.uint8, device=self._settings.device)
+                self._taken[load.number] = self._allocated() - before
         except Exception as error:
             os.close(plain)
             if direct is not None:
@@ -188,7 +192,7 @@ class Worker:
         item.target = item.memory = None
         if self._cuda:
             del item
-            self._lent = True
+            del self._taken[number]
             self._collect()
 
     def _collect(self) -> None:
@@ -196,6 +200,11 @@ class Worker:
         engine's own reference may outlive its release by a moment, so this is asked again."""
         self._torch.cuda.ipc_collect()
         self._torch.cuda.empty_cache()  # waits for copies that are under way
+        self._lent = self._allocated() > sum(self._taken.values())
+
+    def _allocated(self) -> int:
+        """Bytes of the device that are this process's, what others still have open of it among them."""
+        return int(self._torch.cuda.memory_allocated(self._settings.device))
 
     def _send(self, message: FromWorker) -> None:
         with self._send_lock, contextlib.suppress(OSError):  # the Stage is gone: run() sees it too
