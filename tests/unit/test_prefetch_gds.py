@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from instantstart_fs.prefetch.backends import gds
+from instantstart_fs.prefetch.backends.base import Item
 from instantstart_fs.prefetch.backends.gds import Gds, GdsProbe, probe
+from tests.harness import random_file
 
 
 @pytest.fixture
@@ -55,3 +58,15 @@ def test_without_driver_and_compatibility_mode_nothing_can_be_called(machine: Pa
 
 def test_the_cpu_has_none_of_it() -> None:
     assert Gds("cpu").refusal() == "only for CUDA devices"
+
+
+def test_a_short_read_is_told_even_where_the_bytes_lay_already(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    path = random_file(tmp_path / "a.gguf", 10_000, 1)
+    target = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    item = Item(1, path.name, 10_000, 0, (os.open(path, os.O_RDONLY), None), target, lambda *_: None, lambda *_: None)
+    end = gds.spoil_end(torch, item)
+    with pytest.raises(RuntimeError, match="did not read all"):
+        gds.check_end(torch, item, end)
+    target.copy_(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8))
+    gds.check_end(torch, item, end)

@@ -90,20 +90,28 @@ class Gds:
             try:
                 if item.direct is None:
                     raise RuntimeError("its filesystem knows no O_DIRECT")
+                end = spoil_end(torch, item)
+                torch.cuda.synchronize()
                 load(torch, item.direct, item.target)
                 torch.cuda.synchronize()
-                check_end(torch, item)
+                check_end(torch, item, end)
             except Exception as error:
                 item.fail(error)
                 continue
             item.moved(0, item.size)
 
 
-def check_end(torch: Any, item: Item) -> None:
-    """torch does not tell how much cuFile read. Raises RuntimeError when the file's last block is not there."""
+def spoil_end(torch: Any, item: Item) -> Any:
+    """The file's last block as a tensor. Its inverse is written where it belongs: freed memory may have it already."""
     count = min(item.size, BLOCK)
-    wanted = torch.frombuffer(bytearray(os.pread(item.plain, count, item.size - count)), dtype=torch.uint8)
-    if not torch.equal(item.target[item.size - count :].cpu(), wanted):
+    end = torch.frombuffer(bytearray(os.pread(item.plain, count, item.size - count)), dtype=torch.uint8)
+    item.target[item.size - count :].copy_(~end)
+    return end
+
+
+def check_end(torch: Any, item: Item, end: Any) -> None:
+    """torch does not tell how much cuFile read. Raises RuntimeError when the file's last block is not there."""
+    if not torch.equal(item.target[item.size - len(end) :].cpu(), end):
         raise RuntimeError("cuFile did not read all of it")
 
 
