@@ -112,7 +112,10 @@ class _Worker:
         return self.plan.device.startswith("cuda")
 
     def start(self, settings: Settings) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise PrefetchError(f"the worker of {self.plan.device} cannot be started: {error.strerror}") from error
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path}
@@ -256,7 +259,6 @@ class Stage:
         for worker in self._workers:
             # All at once: importing torch and making a context takes seconds, in each of them.
             worker.start(Settings(worker.plan.device, self._stager.backends, self._stager.readers, self._stager.rate))
-        for worker in self._workers:
             self._spawn(self._listen, worker)
         self._wait_for(lambda: all(worker.ready for worker in self._workers), START_DEADLINE, "the workers' start")
         self._check_device_budget()

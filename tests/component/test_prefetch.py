@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import mmap
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from instantstart_fs.prefetch.layout import BITS
 from instantstart_fs.prefetch.plan import BLOCK, EXTENT
 from instantstart_fs.prefetch.reader import CACHE_STEP, read_extent
 from instantstart_fs.prefetch.sources import OpenedFile
-from tests.harness import alive, memory_cgroup, random_file, wait_for
+from tests.harness import alive, children, memory_cgroup, random_file, wait_for
 
 MIB = 1024 * 1024
 
@@ -393,6 +395,23 @@ def test_a_worker_that_cannot_be_started_is_said(checkpoint: Path, monkeypatch: 
     monkeypatch.setattr(sys, "executable", str(checkpoint / "config.json"))
     with pytest.raises(PrefetchError, match=r"worker of cpu cannot be started: .*config.json: Permission denied"):
         start(checkpoint)
+
+
+def test_a_worker_without_a_socket_is_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two: the first one ends."""
+    made: list[int] = []
+    socketpair = socket.socketpair
+
+    def one(*arguments: Any) -> tuple[socket.socket, socket.socket]:
+        if made:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        made.append(1)
+        return socketpair(*arguments)
+
+    monkeypatch.setattr(socket, "socketpair", one)
+    with pytest.raises(PrefetchError, match=r"worker of cpu:1 cannot be started: Too many open files"):
+        start(checkpoint, ["cpu", "cpu:1"])
+    assert not children(os.getpid())
 
 
 def test_a_stuck_worker_is_killed_at_its_deadline(checkpoint: Path) -> None:
