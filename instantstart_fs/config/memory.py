@@ -11,27 +11,30 @@ import os
 import msgspec
 
 _UNLIMITED = 1 << 60
-"""v1 writes a number near 2^63 where there is no limit."""
+"""Bytes. v1 writes a number near 2^63 where there is no limit; and what is taken where nothing can be read."""
 
 
 class Memory(msgspec.Struct, frozen=True):
     """Bytes. ``available``: MemAvailable. ``cgroups_left``: of each enclosing memory cgroup that has a limit, how much
-    it may still take without reclaiming what is in use: its limit less its usage, inactive page cache not counted."""
+    it may still take without reclaiming what is in use: its limit less its usage, inactive page cache not counted, and
+    where it was asked for, none of the page cache."""
 
     available: int
     cgroups_left: tuple[int, ...] = ()
 
 
-def read_memory(root: str = "/") -> Memory:
-    """As it is now. A few small reads of /proc and /sys; does not wait for anything."""
-    available = 0
+def read_memory(root: str = "/", *, active: bool = False) -> Memory:
+    """As it is now. A few small reads of /proc and /sys; does not wait for anything. ``active``: page cache that is in
+    use counts as free in the cgroups too, as it does in MemAvailable."""
+    available = _UNLIMITED
+    names = ("inactive_file", "active_file") if active else ("inactive_file",)
     for line in _text(root, "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
     left = []
     for version, top, path in _memory_cgroups(root):
         while True:
-            found = (_left_v2 if version == 2 else _left_v1)(root, os.path.join(top, path) if path else top)
+            found = (_left_v2 if version == 2 else _left_v1)(root, os.path.join(top, path) if path else top, names)
             if found is not None:
                 left.append(found)
             if not path:
@@ -71,28 +74,29 @@ def _memory_cgroups(root: str) -> list[tuple[int, str, str]]:
     return found
 
 
-def _left_v1(root: str, directory: str) -> int | None:
+def _left_v1(root: str, directory: str, names: tuple[str, ...]) -> int | None:
     limit, usage = _number(root, directory, "memory.limit_in_bytes"), _number(root, directory, "memory.usage_in_bytes")
     if limit is None or usage is None or limit >= _UNLIMITED:
         return None
-    return max(0, limit - usage + _inactive(root, directory, "total_inactive_file"))
+    return max(0, limit - usage + _cached(root, directory, tuple(f"total_{name}" for name in names)))
 
 
-def _left_v2(root: str, directory: str) -> int | None:
+def _left_v2(root: str, directory: str, names: tuple[str, ...]) -> int | None:
     limits = [_number(root, directory, name) for name in ("memory.max", "memory.high")]
     usage = _number(root, directory, "memory.current")
     limited = [limit for limit in limits if limit is not None]
     if not limited or usage is None:
         return None
-    return max(0, min(limited) - usage + _inactive(root, directory, "inactive_file"))
+    return max(0, min(limited) - usage + _cached(root, directory, names))
 
 
-def _inactive(root: str, directory: str, name: str) -> int:
+def _cached(root: str, directory: str, names: tuple[str, ...]) -> int:
+    found = 0
     for line in _text(root, directory, "memory.stat").splitlines():
         key, _, value = line.partition(" ")
-        if key == name:
-            return int(value)
-    return 0
+        if key in names:
+            found += int(value)
+    return found
 
 
 def _number(root: str, directory: str, name: str) -> int | None:

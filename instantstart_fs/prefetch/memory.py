@@ -77,7 +77,8 @@ def _refusal(error: OSError, what: str) -> InstantStartError:
     return OutOfBudget(f"{what}: {error.strerror}")
 
 
-def available() -> int:
-    """Bytes that may be taken: SHARE of MemAvailable, and of what every enclosing memory cgroup has left."""
-    found = read_memory()
-    return int(min(found.available, *found.cgroups_left, found.available) * SHARE)
+def available(root: str = "/") -> int:
+    """Bytes that may be taken: SHARE of MemAvailable, and of what every enclosing memory cgroup has left. All of the
+    page cache counts as free there, as it does in MemAvailable: the kernel gives it up for what is written to."""
+    found = read_memory(root, active=True)
+    return int(min((found.available, *found.cgroups_left)) * SHARE)

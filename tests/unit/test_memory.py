@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from instantstart_fs.config.memory import Memory, read_memory
+from instantstart_fs.prefetch import memory as weights
 
 GIB = 1 << 30
 V2_MOUNT = "30 23 0:26 {root} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
 V1_MOUNT = "35 31 0:32 {root} /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
 
 
-def machine(root: Path, cgroup: str, mountinfo: str, files: Mapping[str, str] = {}) -> Memory:
+def machine(root: Path, cgroup: str, mountinfo: str, files: Mapping[str, str] = {}, *, active: bool = False) -> Memory:
     """``files``: path below /sys/fs/cgroup and content."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text("MemTotal:       16 kB\nMemAvailable:   8388608 kB\n")
@@ -22,7 +23,7 @@ def machine(root: Path, cgroup: str, mountinfo: str, files: Mapping[str, str] = 
         path = root / "sys/fs/cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    return read_memory(str(root))
+    return read_memory(str(root), active=active)
 
 
 def test_without_cgroups_only_the_machine_counts(tmp_path: Path) -> None:
@@ -59,6 +60,31 @@ def test_v1_in_a_container_that_sees_only_its_own_cgroup(tmp_path: Path) -> None
 def test_v1_without_a_limit_limits_nothing(tmp_path: Path) -> None:
     files = {"memory/memory.limit_in_bytes": "9223372036854771712\n", "memory/memory.usage_in_bytes": "1000\n"}
     assert machine(tmp_path, "4:memory:/\n", V1_MOUNT.format(root="/"), files) == Memory(8 * GIB)
+
+
+def test_page_cache_in_use_counts_as_free_for_weights_alone(tmp_path: Path) -> None:
+    files = {
+        "memory.max": f"{6 * GIB}\n",
+        "memory.current": f"{5 * GIB}\n",
+        "memory.stat": f"anon {GIB}\ninactive_file {GIB}\nactive_file {3 * GIB}\n",
+    }
+    for active, left in ((False, 2 * GIB), (True, 5 * GIB)):
+        root = tmp_path / str(active)
+        found = machine(root, "0::/\n", V2_MOUNT.format(root="/"), files, active=active)
+        assert found == Memory(8 * GIB, (left,))
+        assert weights.available(str(root)) == int(0.9 * 5 * GIB)
+    v1 = {
+        "memory/memory.limit_in_bytes": f"{2 * GIB}\n",
+        "memory/memory.usage_in_bytes": f"{GIB}\n",
+        "memory/memory.stat": "active_file 9\ntotal_inactive_file 1\ntotal_active_file 2\n",
+    }
+    found = machine(tmp_path / "v1", "4:memory:/\n", V1_MOUNT.format(root="/"), v1, active=True)
+    assert found == Memory(8 * GIB, (GIB + 3,))
+
+
+def test_what_cannot_be_read_limits_nothing(tmp_path: Path) -> None:
+    assert read_memory(str(tmp_path)).available > 1 << 50
+    assert weights.available(str(tmp_path)) > 1 << 50
 
 
 def test_this_machine() -> None:

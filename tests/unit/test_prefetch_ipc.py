@@ -48,9 +48,7 @@ def test_memory_of_a_gpu_that_is_not_visible_is_let_go(counted: list[tuple[bytes
 
 def test_a_worker_looks_again_only_while_somebody_has_open_what_was_released() -> None:
     allocated = [0]
-    cuda = SimpleNamespace(
-        memory_allocated=lambda _: allocated[0], ipc_collect=lambda: None, empty_cache=lambda: None
-    )
+    cuda = SimpleNamespace(memory_allocated=lambda _: allocated[0], ipc_collect=lambda: None, empty_cache=lambda: None)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         worker = Worker(theirs, Settings("cuda:0", ("direct",)))
