@@ -5,7 +5,7 @@ docs/decisions/prefetch-memory.md has what it found.
 memfd allocated  shared memory, pages of 4 KiB, each extent's allocated in one call before it is read (what is shipped)
 memfd            the same, faulted in by the reads themselves
 memfd populated  the same, each extent populated by MADV_POPULATE_WRITE before it is read
-memfd written    the same, each extent read into a buffer of its thread and written to the memfd by pwrite
+memfd written    the same, read into a buffer of its thread and written to the memfd by pwrite, 1 MiB at a time
 anonymous THP    private memory advised to huge pages, which no other process can take over
 touched          memory that is there already: the price of the reads alone
 
@@ -31,6 +31,7 @@ from instantstart_fs.prefetch.memory import Memfd, allocate, mapped
 from instantstart_fs.prefetch.plan import EXTENT
 from instantstart_fs.prefetch.reader import read_extent
 
+PIECE = 1024 * 1024
 MADV_POPULATE_WRITE = 23
 _madvise = ctypes.CDLL(None, use_errno=True).madvise  # releases the GIL, where mmap.madvise does not
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -40,12 +41,14 @@ class Writing(DirectCpu):
     memory = -1
 
     def _run(self) -> None:
-        buffer = memoryview(mmap.mmap(-1, EXTENT))
+        buffer = memoryview(mmap.mmap(-1, PIECE))
         while True:
-            item, start, end = self._extents.wait_next()
-            cached, disk = read_extent(item.plain, item.direct, start, end, buffer, item.path)
-            assert os.pwrite(self.memory, buffer[: end - start], start) == end - start
-            item.moved(cached, disk)
+            item, first, last = self._extents.wait_next()
+            for start in range(first, last, PIECE):
+                end = min(start + PIECE, last)
+                cached, disk = read_extent(item.plain, item.direct, start, end, buffer, item.path)
+                assert os.pwrite(self.memory, buffer[: end - start], start) == end - start
+                item.moved(cached, disk)
 
 
 class Populating(DirectCpu):
