@@ -22,7 +22,7 @@ import msgspec
 import trio
 
 from instantstart_fs.core.loadset import is_weight_file
-from instantstart_fs.errors import PipelineBusy, StoreDamaged
+from instantstart_fs.errors import PipelineBusy, StoreDamaged, StoreError
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.library import present
 from instantstart_fs.library.observing import Observer
@@ -179,7 +179,8 @@ class Covering:
         return blob
 
     def opened(self, covered: Coverable) -> None:
-        """Somebody opened the covered file: a request, and an access."""
+        """Somebody opened the covered file: a request, and an access. ``look_into`` first, as before ``found_open``,
+        ``used`` and ``shown``."""
         file = self._file(covered)
         if file is None:
             return
@@ -205,7 +206,10 @@ class Covering:
     def look(self, covered: Coverable) -> bool:
         """Somebody may have let go of it: ask. True when it was held, and is not any more."""
         file = self._held.get(covered)
-        if file is None or self._open_files.used_elsewhere(file):
+        if file is None:
+            return False
+        self._keep_reader(file)
+        if self._open_files.used_elsewhere(file):
             return False
         self._let_go(covered)
         return True
@@ -221,11 +225,17 @@ class Covering:
         return file is not None and self._open_files.used_elsewhere(file)
 
     def _hold(self, covered: Coverable, file: CachedFile) -> None:
-        self._held[covered] = file
-        with contextlib.suppress(StoreDamaged):
-            self._open_files.reader(file)  # to ask of this one, whatever lies at its path later
+        self._keep_reader(file)
         self._observer.opened(file, passthrough=True, mode="bind")
         self._open_files.hold(file)
+        self._held[covered] = file
+
+    def _keep_reader(self, file: CachedFile) -> None:
+        """To ask of this one, whatever lies at its path later; without opening it each time, which would be told of as
+        an open that ended, and asked about again. Another time where that cannot be now."""
+        if file.gone is None:
+            with contextlib.suppress(StoreError):
+                self._open_files.reader(file)
 
     def _let_go(self, covered: Coverable) -> None:
         file = self._held.pop(covered)

@@ -146,14 +146,17 @@ class OpenFiles:
         return fd
 
     def used_elsewhere(self, file: CachedFile) -> bool:
-        """Whether somebody has the store's file open or mapped, past this daemon."""
+        """Whether somebody has the store's file open or mapped, past this daemon. True, too, while that cannot be
+        asked: without a descriptor to spare, say."""
         if file.reader is not None:
             return used_elsewhere(file.reader.fd)
         generation = file.generation
         try:
             blob = self._shelf.store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
-        except StoreError:
+        except StoreDamaged:
             return False
+        except StoreError:
+            return True
         if blob is None:
             return False
         with blob:
@@ -189,10 +192,10 @@ class OpenFiles:
                 if file.complete and not _sealed_as(blob, file):
                     # The index is wrong about it (what was never written reads as zeros), or it was exchanged.
                     raise StoreDamaged(f"{file.entry.path}: the store's file is not the one that was sealed")
+                _join(blob, file)
             except BaseException:
                 blob.close()
                 raise
-            _join(blob, file)
             file.reader = blob
         return file.reader.fd
 

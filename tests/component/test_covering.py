@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import subprocess
@@ -18,6 +19,7 @@ from instantstart_fs.library.covering import Coverable
 from instantstart_fs.library.state import CachedFile
 from instantstart_fs.library.watching import Nobody
 from instantstart_fs.store.locks import used_elsewhere
+from instantstart_fs.store.translate import translate
 from tests.component.test_library import find, make_source, spec
 from tests.component.test_room import WEIGHTS, fills, running
 
@@ -134,6 +136,33 @@ async def test_what_was_open_before_it_was_covered_is_no_request(tmp_path: Path)
             assert library.status(covered.pipeline).last_request != before
         library.covering.attach(None)
         assert not in_use(), "nobody would ask any more"
+
+
+async def test_an_open_is_counted_once_and_to_its_end_while_there_is_no_descriptor_to_spare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as library:
+        covered, told = await covered_file(library, make_source(tmp_path / "source")), Told()
+        library.watch(told)
+        in_use = use_of(library, covered.pipeline)
+        with descriptor(stored(tmp_path, covered)):
+            with monkeypatch.context() as without:
+                without.setattr(library._shelf.store, "existing_blob", no_descriptor)
+                library.covering.opened(covered)
+                library.covering.opened(covered)
+                assert library.covering.look_again() == set(), "nobody knows"
+                assert (len(told.open), in_use()) == (1, True)
+            library.covering.look_again()
+            assert in_use()
+        with monkeypatch.context() as without:
+            without.setattr(library._shelf.store, "existing_blob", no_descriptor)
+            assert library.covering.look_again() == {"p"}, "each look opened the file, and told of that"
+        assert (told.open, in_use()) == ([], False)
+        await library.evict("p")
+
+
+def no_descriptor(*place: object) -> None:
+    raise translate(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "open p/1/file")
 
 
 async def test_a_descriptor_for_staging_holds_nothing(tmp_path: Path) -> None:
