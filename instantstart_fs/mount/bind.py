@@ -100,7 +100,7 @@ class Binder:
         self._overdue: threading.Event | None = None
         """Set when the last batch has ended; its deadline may have come first."""
         self._unsure = False
-        """Whether a batch was ever given up."""
+        """Whether a batch was ever given up, or a bind could not be taken back."""
         self._fresh: list[str] = []
         self._lock = trio.Lock()
         self._fanotify = -1
@@ -189,7 +189,7 @@ class Binder:
         async with self._lock:
             bound = dict(self._bound.get(pipeline, {}))
             if self._unsure:
-                # A batch that was given up may have bound more than it could tell.
+                # More may be bound than was told.
                 await self._in_thread(self._clear, f"{self._mountpoint}/{pipeline}/")
             if not bound:
                 return
@@ -423,14 +423,24 @@ class Binder:
             kernel.fan_mark(self._fanotify, own, add=True)
             try:
                 kernel.bind(f"{stage}/{within}", target)
-                there = os.stat(target)
-                if not os.path.samestat(there, here):
-                    kernel.umount(target, lazily=True)
-                    raise OSError(errno.ESTALE, "the store's file was exchanged while it was bound")
+                try:
+                    if not os.path.samestat(os.stat(target), here):
+                        raise OSError(errno.ESTALE, "the store's file was exchanged while it was bound")
+                    used = used_elsewhere(blob.fd)
+                except OSError:
+                    self._unbind(target)
+                    raise
             except OSError:
                 kernel.fan_mark(self._fanotify, own, add=False)
                 raise
-            return _Bound(file, store_path, (here.st_dev, here.st_ino), used_elsewhere(blob.fd))
+            return _Bound(file, store_path, (here.st_dev, here.st_ino), used)
+
+    def _unbind(self, target: str) -> None:
+        """What nobody will know of must not stay: the next bind would lie over it, and leave it when taken away."""
+        try:
+            kernel.umount(target, lazily=True)
+        except OSError:
+            self._unsure = True
 
     def _clear(self, below: str) -> None:
         """Detach whatever is mounted below. Raises MountFailed."""
