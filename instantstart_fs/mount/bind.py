@@ -44,6 +44,8 @@ CHECK_INTERVAL: Final = 5.0
 """Seconds between two looks at the mount table: the kernel drops a bind with the directory entry that it lies on."""
 EVENTS_INTERVAL: Final = 0.02
 """Seconds between two looks at the events: a close is told of a moment before the kernel lets go of the file."""
+DEAF_INTERVAL: Final = 1.0
+"""Seconds until the events are looked at again when the kernel could not tell of them."""
 REFRESH_INTERVAL: Final = 1.0
 """Least seconds between two updates of what stat and getfattr show of bound files."""
 STAGE: Final = "bind"
@@ -92,6 +94,12 @@ class Binder:
         """pipeline → path → what lies over it."""
         self._watched: dict[tuple[int, int], Coverable] = {}
         """inode → what is bound of it."""
+        self._seen: list[tuple[Coverable, kernel.FanEvent]] = []
+        """What the kernel told of and is not noted yet."""
+        self._early: list[kernel.FanEvent] | None = None
+        """While files are being bound: what the kernel told of that is not in ``_watched``, or not yet."""
+        self._deaf = False
+        """Whether the last look at the events failed."""
         self._shown: dict[str, int | None] = {}
         """pipeline → the last request that its bound files show."""
         self._refused: dict[Coverable, int] = {}
@@ -142,8 +150,9 @@ class Binder:
         try:
             await self._in_thread(self._clear, f"{mountpoint}/")
             await self._follow(await self._covering.wait_changed(0))
-            for bound in self._bound.values():
-                for one in bound.values():
+            for pipeline in list(self._bound):
+                await self._covering.look_into(pipeline)
+                for one in self._bound.get(pipeline, {}).values():
                     if one.used:
                         self._covering.found_open(one.file)
             task_status.started()
@@ -193,13 +202,13 @@ class Binder:
                 await self._in_thread(self._clear, f"{self._mountpoint}/{pipeline}/")
             if not bound:
                 return
-            self._read_events()
             await self._detach(pipeline, tuple(bound), lazily=not idle_only)
+            await self._covering.look_into(pipeline)
             if idle_only and any(self._covering.used(one.file) for one in bound.values()):
                 raise _busy(pipeline)
 
     async def _detach(self, pipeline: str, paths: tuple[str, ...], *, lazily: bool = True) -> None:
-        """Raises PipelineBusy unless ``lazily``, MountFailed."""
+        """Every open of them is noted then. Raises PipelineBusy unless ``lazily``, MountFailed."""
         bound = self._bound.get(pipeline, {})
         done: list[str] = []
 
@@ -218,6 +227,7 @@ class Binder:
         try:
             idle = await self._in_thread(work)
         finally:
+            self._listen()  # they were opened until now, and nobody knows their inodes from here on
             for path in done:
                 gone = bound.pop(path)
                 self._watched.pop(gone.inode, None)
@@ -225,6 +235,7 @@ class Binder:
                     kernel.fan_mark(self._fanotify, gone.store_path, add=False)
             if not bound:
                 self._bound.pop(pipeline, None)
+        await self._note()
         if not idle:
             raise _busy(pipeline)
 
@@ -249,6 +260,7 @@ class Binder:
                     except OSError as error:
                         failed.append((file, error.strerror or str(error)))
 
+        self._early = []
         try:
             await self._in_thread(work)
         except OSError as error:
@@ -261,9 +273,13 @@ class Binder:
                 self._refused.pop(one.file, None)
                 self._watched[one.inode] = one.file
                 self._fresh.append(self._target(pipeline, one.file.path))
+            # The first were bound, and opened, while the last were not bound yet.
+            early, self._early = self._early, None
+            self._take(early)
             if not bound:
                 del self._bound[pipeline]
             self._shown[pipeline] = self._covering.last_request(pipeline)
+        await self._note()
         for file, reason in failed:
             self._refused[file] = self._refused.get(file, 0) + 1
             if self._refused[file] == 1:
@@ -282,9 +298,10 @@ class Binder:
                 for path in fresh:
                     with contextlib.suppress(OSError):
                         os.stat(path)
-                return frozenset(mount.path for mount in kernel.mounts())
+                return frozenset(mount.path for mount in _mounts())
 
             there = await self._in_thread(look)
+            self._listen()  # as in _detach
             lost = set()
             for pipeline, bound in list(self._bound.items()):
                 for path, one in list(bound.items()):
@@ -304,23 +321,50 @@ class Binder:
         assert self._covering is not None
         while True:
             await trio.lowlevel.wait_readable(self._fanotify)
-            closed = self._read_events()
-            await trio.sleep(EVENTS_INTERVAL)
+            heard = self._listen()
+            closed = await self._note()
+            await trio.sleep(EVENTS_INTERVAL if heard else DEAF_INTERVAL)
             self._show_soon({file.pipeline for file in closed if self._covering.look(file)})
 
-    def _read_events(self) -> set[Coverable]:
-        """Note every open that the kernel has told of; what was closed."""
+    def _listen(self) -> bool:
+        """Take what the kernel has to tell, to be noted. False: it could not tell of all; what somebody has open is
+        found by the lease then, when it is to be taken away."""
+        events: list[kernel.FanEvent] | None = None
+        while events is None or len(events) == kernel.FAN_MOST:
+            try:
+                events = kernel.fan_events(self._fanotify)
+            except OSError as error:
+                if not self._deaf:
+                    log.error("opens of bound files are not seen, trying on: %s", error.strerror)
+                self._deaf = True
+                return False
+            self._take(events)
+        self._deaf = False
+        return True
+
+    def _take(self, events: list[kernel.FanEvent]) -> None:
+        for event in events:
+            file = self._watched.get(event.inode)
+            if file is not None:
+                self._seen.append((file, event))
+            elif self._early is not None:
+                self._early.append(event)
+
+    async def _note(self) -> set[Coverable]:
+        """Tell the library of every open that was seen; what was closed."""
         assert self._covering is not None
         closed: set[Coverable] = set()
-        for event in kernel.fan_events(self._fanotify):
-            file = self._watched.get(event.inode)
-            if file is None:
-                continue
-            if event.opened and event.mount_id != self._store_mount:
-                self._covering.opened(file)
-                self._show_soon({file.pipeline})
-            if event.closed:
-                closed.add(file)
+        while self._seen:
+            pipeline = self._seen[0][0].pipeline
+            await self._covering.look_into(pipeline)
+            of_it = [(file, event) for file, event in self._seen if file.pipeline == pipeline]
+            self._seen = [(file, event) for file, event in self._seen if file.pipeline != pipeline]
+            for file, event in of_it:
+                if event.opened and event.mount_id != self._store_mount:
+                    self._covering.opened(file)
+                    self._show_soon({pipeline})
+                if event.closed:
+                    closed.add(file)
         return closed
 
     async def _keep_asking(self) -> None:
@@ -328,6 +372,7 @@ class Binder:
         assert self._covering is not None
         while True:
             await trio.sleep(CHECK_INTERVAL)
+            await self._note()  # what a batch that failed has seen
             self._show_soon(self._covering.look_again())
 
     def _show_soon(self, pipelines: set[str]) -> None:
@@ -357,6 +402,9 @@ class Binder:
         assert self._covering is not None
         todo: list[tuple[str, int, dict[str, str], int]] = []
         for pipeline in pipelines:
+            if pipeline not in self._bound:
+                continue
+            await self._covering.look_into(pipeline)
             self._shown[pipeline] = self._covering.last_request(pipeline)
             for one in self._bound.get(pipeline, {}).values():
                 shown = self._covering.shown(one.file)
@@ -444,12 +492,20 @@ class Binder:
 
     def _clear(self, below: str) -> None:
         """Detach whatever is mounted below. Raises MountFailed."""
-        for mount in reversed(kernel.mounts()):
+        for mount in reversed(_mounts()):
             if mount.path.startswith(below):
                 try:
                     kernel.umount(mount.path, lazily=True)
                 except OSError as error:
                     raise MountFailed(f"{mount.path}: cannot be unbound: {error.strerror}") from error
+
+
+def _mounts() -> tuple[kernel.Mount, ...]:
+    """Raises MountFailed: it takes a descriptor."""
+    try:
+        return kernel.mounts()
+    except OSError as error:
+        raise MountFailed(f"the mount table cannot be read: {error.strerror}") from error
 
 
 def _busy(pipeline: str) -> PipelineBusy:

@@ -140,7 +140,7 @@ def umount(path: str, *, lazily: bool = False) -> None:
 class FanEvent(NamedTuple):
     """What was done to a marked file since the last look, by one process: ``opened`` (by another than this one), and a
     description of it ended, mappings included (``closed``), or both, however often. ``inode``: (st_dev, st_ino);
-    ``mount_id``: of the mount by whose path it was opened."""
+    ``mount_id``: of the mount by whose path it was opened, or UNKNOWN_MOUNT."""
 
     inode: tuple[int, int]
     mount_id: int
@@ -156,7 +156,9 @@ _FAN_CLOSE: Final = 0x8 | 0x10
 _FAN_OPEN: Final = 0x20
 _FAN_METADATA: Final = struct.Struct("=IBBHQii")
 """fanotify_event_metadata: event_len, vers, reserved, metadata_len, mask, fd, pid"""
-_FAN_MOST: Final = 256
+FAN_MOST: Final = 256
+"""Events of one look."""
+UNKNOWN_MOUNT: Final = -1
 _AT_FDCWD: Final = -100
 
 
@@ -172,21 +174,25 @@ def fan_mark(fd: int, path: str, *, add: bool) -> None:
 
 
 def fan_events(fd: int) -> list[FanEvent]:
-    """What there is now, up to a number: each comes with a descriptor."""
+    """What there is now, FAN_MOST at most: each comes with a descriptor. Raises OSError: without descriptors to spare
+    the kernel forgets what it could not tell of."""
     try:
-        data = os.read(fd, _FAN_METADATA.size * _FAN_MOST)
+        data = os.read(fd, _FAN_METADATA.size * FAN_MOST)
     except BlockingIOError:
         return []
+    told = [(mask, file, pid) for _, _, _, _, mask, file, pid in _FAN_METADATA.iter_unpack(data) if file >= 0]
     events = []
-    for _, _, _, _, mask, file, pid in _FAN_METADATA.iter_unpack(data):
-        if file < 0:
-            continue
-        try:
+    try:
+        for mask, file, pid in told:
             found = os.fstat(file)
-            inode = (found.st_dev, found.st_ino)
+            try:
+                mount = mount_id(file)
+            except OSError:  # it takes one more descriptor
+                mount = UNKNOWN_MOUNT
             opened = bool(mask & _FAN_OPEN) and pid != os.getpid()
-            events.append(FanEvent(inode, mount_id(file), opened, bool(mask & _FAN_CLOSE)))
-        finally:
+            events.append(FanEvent((found.st_dev, found.st_ino), mount, opened, bool(mask & _FAN_CLOSE)))
+    finally:
+        for _, file, _ in told:
             os.close(file)
     return events
 

@@ -9,11 +9,12 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trio
 
+from instantstart_fs.errors import PipelineBusy
 from instantstart_fs.library.covering import Coverable, Covering, TakeAway
 from instantstart_fs.mount import bind, kernel
 from instantstart_fs.mount.bind import Binder
@@ -214,6 +215,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World(tmp_path)
     for name in ("fanotify", "fan_mark", "fan_events", "bind", "make_bind_readonly", "umount", "find_mount", "mounts"):
         monkeypatch.setattr(kernel, name, getattr(world.kernel, name))
+    monkeypatch.setattr(bind, "DEAF_INTERVAL", 0.01)
     monkeypatch.setattr(bind, "CHECK_INTERVAL", 0.05)
     yield world
 
@@ -225,6 +227,85 @@ async def running(world: World) -> AsyncIterator[None]:
             await nursery.start(world.binder.run, str(world.mount))
             yield
             nursery.cancel_scope.cancel()
+
+
+async def test_what_is_opened_while_the_rest_of_its_batch_is_bound_counts(world: World) -> None:
+    def after_bind(target: str) -> None:
+        if target == world.target("b"):
+            world.kernel.opens(world.files / "a")
+            assert world.kernel.heard.wait(10)
+
+    async with running(world):
+        await world.take_away(idle_only=False)
+        assert (world.bound("a"), world.bound("b")) == (0, 0)
+        world.kernel.after_bind = after_bind
+        world.covering.nudge()
+        await world.covering.opened_one.wait()
+        assert world.covering.opens == ["a"]
+
+
+@pytest.mark.parametrize("idle_only", [True, False])
+async def test_what_is_opened_just_before_its_bind_is_taken_away_counts(world: World, idle_only: bool) -> None:
+    def before_umount(target: str) -> None:
+        if target == world.target("b"):
+            world.kernel.opens(world.files / "b", unheard=True)
+            if not idle_only:
+                return
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    async with running(world):
+        world.kernel.before_umount = before_umount
+        with pytest.raises(PipelineBusy) if idle_only else contextlib.nullcontext():
+            await world.take_away(idle_only=idle_only)
+        assert world.covering.opens == ["b"]
+
+
+async def test_events_that_cannot_be_told_of_end_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(world):
+        for _ in range(2):
+            world.kernel.tell(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+            await trio.to_thread.run_sync(world.kernel.heard.wait, 10)
+        world.kernel.opens(world.files / "a")
+        await world.covering.opened_one.wait()
+        world.kernel.told = [OSError(errno.ENFILE, os.strerror(errno.ENFILE))]
+        await world.take_away(idle_only=True)
+        assert (world.bound("a"), world.bound("b")) == (0, 0)
+    assert world.covering.opens == ["a"]
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
+        "opens of bound files are not seen, trying on: Too many open files",
+        "opens of bound files are not seen, trying on: Too many open files in system",
+    ]
+
+
+async def test_a_mount_table_that_cannot_be_read_ends_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = threading.Event()
+
+    def no_descriptor() -> None:
+        asked.set()
+        refuse()
+
+    async with running(world):
+        with monkeypatch.context() as without:
+            without.setattr(kernel, "mounts", no_descriptor)
+            assert await trio.to_thread.run_sync(asked.wait, 10)
+            while "the mount table cannot be read" not in caplog.text:
+                await trio.sleep(0.01)
+        world.kernel.opens(world.files / "a")
+        await world.covering.opened_one.wait()
+
+
+async def test_a_folded_pipeline_is_looked_into_before_an_open_is_noted_and_shown(world: World) -> None:
+    async with running(world):
+        world.covering.in_memory = False
+        world.kernel.opens(world.files / "a")
+        await world.covering.opened_one.wait()
+        world.covering.in_memory = False
+        world.covering.requests += 1  # a lease, say
+        await world.covering.shown_again.wait()
+        world.covering.in_memory = False
+        await world.take_away(idle_only=True)
 
 
 @pytest.mark.parametrize("undone", [True, False])
@@ -252,3 +333,43 @@ async def test_a_bind_that_cannot_be_looked_at_does_not_stay(
             await trio.sleep(0.01)
         await world.take_away(idle_only=False)
         assert (world.bound("a"), world.bound("b")) == (0, 0)
+
+
+@pytest.mark.skipif(not kernel.has_sys_admin(), reason="fanotify needs CAP_SYS_ADMIN")
+def test_no_descriptor_of_an_event_is_left_whatever_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fan = kernel.fanotify()
+    try:
+        paths = [tmp_path / name for name in "abc"]
+        for path in paths:
+            path.touch()
+            kernel.fan_mark(fan, str(path), add=True)
+        before = descriptors()
+
+        def touch_all() -> None:
+            for path in paths:
+                path.open().close()
+
+        touch_all()
+        with monkeypatch.context() as failing:
+            failing.setattr(kernel, "mount_id", refuse)
+            assert {event.mount_id for event in kernel.fan_events(fan)} == {kernel.UNKNOWN_MOUNT}
+        assert descriptors() == before
+        touch_all()
+        with monkeypatch.context() as failing:
+            failing.setattr(kernel.os, "fstat", refuse)  # type: ignore[attr-defined]
+            with pytest.raises(OSError, match="Too many"):
+                kernel.fan_events(fan)
+        assert descriptors() == before
+        touch_all()
+        assert len(kernel.fan_events(fan)) >= len(paths)
+        assert descriptors() == before
+    finally:
+        os.close(fan)
+
+
+def refuse(*given: Any) -> Any:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def descriptors() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"))
