@@ -159,6 +159,8 @@ class Committer:
         dirty, self._dirty = self._dirty, {}
         self._dirty_bytes = 0
         if not (seals or poisoned or dirty):
+            # What could not be committed was forgotten meanwhile: the next group finds out how the index is.
+            self._unstick([])
             return
         for target in seals:
             dirty.pop(target, None)
@@ -279,10 +281,13 @@ class Committer:
             self.stuck = error
             self._events.on_stuck([*synced, *sealed, *condemned], error)
             return False
+        self._unstick([*synced, *sealed, *condemned])
+        return True
+
+    def _unstick(self, targets: list[FillTarget]) -> None:
         if self.stuck is not None:
             self.stuck = None
-            self._events.on_stuck([*synced, *sealed, *condemned], None)
-        return True
+            self._events.on_stuck(targets, None)
 
     async def _unlink(self, target: FillTarget) -> None:
         key = target.key

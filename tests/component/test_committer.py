@@ -57,6 +57,11 @@ def index(store: BlobStore) -> Iterator[Index]:
         yield opened
 
 
+@pytest.fixture
+def clock() -> trio.testing.MockClock:
+    return trio.testing.MockClock(autojump_threshold=0.05)  # not while a thread syncs
+
+
 def written(store: BlobStore, name: str, chunks: int = 3, pipeline: str = "p", number: int = 0) -> FillTarget:
     """A target whose blob holds all its bytes, of which nothing is present yet."""
     data = content(chunks * CHUNK, number)
@@ -233,6 +238,29 @@ async def test_a_full_index_is_tried_again_with_nothing_lost(
     assert record(index, partial) == FileRecord("filling", 0, 0, b"\x01")
     assert record(index, whole) == FileRecord("sealed", allocated=whole.allocated)
     assert record(index, wrong) == FileRecord("absent", 1, 0, b"")
+
+
+async def test_when_what_could_not_be_committed_is_forgotten_filling_goes_on(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch, clock: trio.testing.MockClock
+) -> None:
+    async def refuse(op: Callable[[WriteTxn], object], **how: Any) -> object:
+        raise IndexFull("the index is full")
+
+    monkeypatch.setattr(index, "write", refuse)
+    target = written(store, "f")
+    async with running(store, index) as (committer, told):
+        arrive(committer, target, 0)
+        while committer.stuck is None:
+            await trio.sleep(0.1)
+        committer.forget_pipeline("p")
+        await trio.sleep(committer_module.RETRY_SECONDS + 2.0)
+        assert committer.stuck is None
+        assert told.stuck[-1] is None
+        tried = len(told.stuck)
+        arrive(committer, written(store, "g", number=1), 0)
+        while len(told.stuck) == tried:
+            await trio.sleep(0.1)
+        assert committer.stuck is not None, "the next commit decides anew"
 
 
 async def test_poison_drops_the_record_before_the_bytes(
