@@ -294,8 +294,20 @@ class Shelf:
         return generation
 
     def _read_generation(self, pipeline: Pipeline, number: int) -> Generation:
-        """From manifest and records, for ``_place``. Blocks; changes nothing."""
+        """From manifest and records, for ``_place``. Blocks; changes nothing. Raises StoreError."""
         self.read_whole += 1
+        try:
+            return self._decode_generation(pipeline, number)
+        except InstantStartError:
+            raise
+        except Exception as error:
+            # A record that says what cannot be, in whatever way, is its pipeline's trouble and nobody else's.
+            raise StoreDamaged(
+                f"{pipeline.id}: what is recorded of generation {number} cannot be read ({type(error).__name__}: "
+                f"{error}); run `instantstart fsck`"
+            ) from error
+
+    def _decode_generation(self, pipeline: Pipeline, number: int) -> Generation:
         manifest = self.store.load_manifest(pipeline.id, number)
         record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
         if record is None:
@@ -311,6 +323,8 @@ class Shelf:
             file.state = FileState(state.state)
             file.incarnation = state.incarnation
             file.bitmap = state.bitmap
+            if file.bitmap:
+                file.chunk_map()  # raises for one of another length
             generation.measured(file, state.allocated)
             # With an incarnation and no nodeid: died between the poisoning and the record of its new one.
             file.nodeid = state.nodeid or (0 if state.incarnation else file.nodeid)

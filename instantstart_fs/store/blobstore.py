@@ -62,6 +62,9 @@ T = TypeVar("T")
 _NOT_SHARED = frozenset({errno.ENOENT, errno.EEXIST, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP})
 """Dropped meanwhile, or the filesystem has no more names for it: it is fetched again, then."""
 
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError)
+"""What decoding JSON raises; the second for a byte that is not UTF-8."""
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -195,7 +198,7 @@ class BlobStore:
         manifest = _decode(left, _ManifestFile, shown).manifest
         try:
             manifest = slices.put_back(manifest, out)
-        except msgspec.MsgspecError as error:
+        except _UNREADABLE as error:
             raise StoreDamaged(f"{shown} cannot be read: {error}") from error
         if (manifest.pipeline, manifest.generation) != (pipeline, generation):
             raise StoreDamaged(
@@ -628,7 +631,7 @@ def _decode(raw: bytes, kind: type[T], shown: str) -> T:
                 f"{shown} has format {version}, this version reads up to {FORMAT}: it was written by a newer version"
             )
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise StoreDamaged(f"{shown} cannot be read: {error}") from error
 
 

@@ -51,7 +51,7 @@ def _cuts(raw: bytes) -> Iterator[int]:
 
 
 def put_back(manifest: Manifest, out: list[tuple[int, bytes]]) -> Manifest:
-    """``manifest`` is what was left, decoded. Raises msgspec.MsgspecError."""
+    """``manifest`` is what was left, decoded. Raises msgspec.MsgspecError, UnicodeDecodeError."""
     models, passed, pieces = [], 0, list(reversed(out))
     for model in manifest.models:
         files: list[ManifestFile] = []

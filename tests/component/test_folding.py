@@ -6,7 +6,7 @@ import errno
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from pyfuse3 import FUSEError, RequestContext
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.index.environment import Index
+from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library import Library, collecting, folding
 from instantstart_fs.library.folded import Folded
 from instantstart_fs.library.state import CachedFile, Generation
 from instantstart_fs.library.view import ROOT
 from instantstart_fs.mount.operations import Operations
+from instantstart_fs.store import slices
 from tests.component.test_library import find, make_source, read_all, spec
 from tests.component.test_room import MIB, WEIGHTS, blocks, fills, running
 
@@ -273,6 +275,46 @@ async def test_a_manifest_that_cannot_be_read_shows_at_the_first_look(tmp_path: 
         assert "cannot be read" in (library.status("bad").error or pytest.fail("no error")).message
         assert everything(library)["bad"].state == "error"
         assert library.status("good").state == "cold"
+
+
+def _of_another_encoding(root: Path, index: Index) -> None:
+    manifest = root / "store" / "slots" / "bad" / "1" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b"empty.txt", b"empty.t\xff\xff"))
+
+
+def _of_an_unknown_state(root: Path, index: Index) -> None:
+    index.write_sync(lambda txn: txn.put_file("bad", 1, 0, FileRecord("from-the-future", 0)))
+
+
+def _of_a_file_that_is_not(root: Path, index: Index) -> None:
+    index.write_sync(lambda txn: txn.put_file("bad", 1, 1000, FileRecord("absent", 0)))
+
+
+def _of_another_size(root: Path, index: Index) -> None:
+    index.write_sync(lambda txn: txn.put_file("bad", 1, 0, FileRecord("filling", 0, 0, bytes(9))))
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize(
+    "spoil", [_of_another_encoding, _of_an_unknown_state, _of_a_file_that_is_not, _of_another_size]
+)
+async def test_whatever_is_wrong_with_what_is_recorded_of_one_pipeline_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path, Index], None], folded: bool
+) -> None:
+    monkeypatch.setattr(slices, "SLICE", 1)  # files are decoded apart from the rest, as those of a large manifest are
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        for name in ("bad", "good"):
+            await library.add(spec(name, source))
+            if not folded:
+                await library._shelf.mark(library._shelf.pipelines[name])
+    with Index.open(str(tmp_path / "store" / "index")) as index:
+        spoil(tmp_path, index)
+    async with running(tmp_path) as library:
+        await library.look_into("bad")
+        assert library.status("bad").state == "error"
+        assert (library.status("bad").error or pytest.fail("no error")).code == "store-damaged"
+        assert await read_all(library, "good", WEIGHTS) == (source / WEIGHTS).read_bytes()
 
 
 class Gate:
