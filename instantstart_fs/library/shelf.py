@@ -445,19 +445,16 @@ class Shelf:
         pipeline.changed()
         if turned:
             self.invalidate(ROOT, pipeline.id)
-            await self.look_into(pipeline)
-            self._renew_names(pipeline)
+            if (shown := await self.look_into(pipeline)) is not None:
+                self._renew_names(shown)
         # Hidden, nothing of it may be covered, and this takes away what is; shown again, its end has it covered.
         async with self.uncovered(pipeline):
             pass
 
-    def _renew_names(self, pipeline: Pipeline) -> None:
+    def _renew_names(self, generation: Generation) -> None:
         """Whatever the kernel knows of what lies in it is asked anew."""
-        generation = pipeline.current
-        if generation is None:
-            return
         tree = generation.tree
-        for nodeid in sorted(pipeline.directory_nodeids.values()):
+        for nodeid in sorted(generation.pipeline.directory_nodeids.values()):
             node = generation.node_of_root(nodeid)
             for name in sorted((tree.nodes[node].children or ()) if node is not None else ()):
                 self.invalidate(nodeid, name)

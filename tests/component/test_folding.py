@@ -424,6 +424,19 @@ async def test_what_is_removed_or_read_by_another_while_it_is_looked_into_is_not
         assert len(shelf.nodes) == before - 3
 
 
+async def test_what_is_hidden_and_removed_at_the_same_time_is_not_read_again(tmp_path: Path) -> None:
+    async with settled(tmp_path, "x") as library:
+        gate, before = Gate(library), len(library._shelf.nodes)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(library._shelf.set_hidden, library._shelf.pipelines["x"], "no access")
+                await gate.entered.wait()
+                await library.remove("x")
+                gate.open()
+        assert gate.reads == 1
+        assert len(library._shelf.nodes) == before - 3
+
+
 async def test_a_manifest_that_proves_unreadable_when_it_is_looked_into_is_an_error_of_its_pipeline_alone(
     tmp_path: Path,
 ) -> None:
