@@ -20,7 +20,6 @@ import trio
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, is_weight_file, safetensors_header_length
 from instantstart_fs.errors import (
-    FillCancelled,
     InstantStartError,
     NoSuchEntry,
     ReadDeadline,
@@ -389,12 +388,7 @@ class Reading:
                 origin = await trio.to_thread.run_sync(generation.origin, file.entry.model)
             if not file.complete:
                 await self._shelf.prepare_filling(file)
-        if file.gone is not None:
-            raise file.gone
-        if generation.pipeline.removed:
-            raise FillCancelled(f"{generation.pipeline.id}: the pipeline was removed")
-        if self._shelf.file(file.key) is not file:
-            raise FillCancelled(f"{generation.pipeline.id}: the pipeline was evicted or updated meanwhile")
+        self._shelf.check_present(file)
         if file.target is None and not file.complete:
             assert origin is not None
             opener = functools.partial(

@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from instantstart_fs.core.manifest import Manifest
-from instantstart_fs.errors import InstantStartError, PipelineNotFound, StoreDamaged
+from instantstart_fs.errors import FillCancelled, InstantStartError, PipelineNotFound, StoreDamaged
 from instantstart_fs.filler.target import FileKey, FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import UpkeepRecord
@@ -232,20 +232,36 @@ class Shelf:
                 await self.index.write(lambda txn: txn.delete_summary(pipeline.id), patience=self.index.commit_deadline)
             self.marked.add(pipeline.id)
 
+    def check_present(self, file: CachedFile) -> None:
+        """Raises why nobody may fill it any more: it is gone, or what it belongs to is."""
+        pipeline = file.generation.pipeline
+        if file.gone is not None:
+            raise file.gone
+        if pipeline.removed:
+            raise FillCancelled(f"{pipeline.id}: the pipeline was removed")
+        if self.file(file.key) is not file:
+            raise FillCancelled(f"{pipeline.id}: the pipeline was evicted or updated meanwhile")
+
     async def prepare_filling(self, file: CachedFile) -> None:
-        """Before bytes of it may come: the index says nothing of it that would not be so. Raises StoreError."""
+        """Before bytes of it may come: the index says nothing of it that would not be so. Raises StoreError, and what
+        ``check_present`` raises: what it writes would be another's that has the same name."""
         generation = file.generation
-        await self.mark(generation.pipeline)
-        if (forget := generation.unforgotten) is not None:
-            await self.index.write(forget, patience=self.index.commit_deadline)
-            generation.unforgotten = None
-        if (lost := file.bitmap) and not await trio.to_thread.run_sync(self._is_there, file):
-            # A new file in its place, and a kill before its first commit: the old record would vouch for its holes.
-            await self.index.write(functools.partial(_forget_bitmap, file, lost), patience=self.index.commit_deadline)
-            if file.bitmap == lost and file.target is None:
-                file.bitmap = b""
-                generation.measured(file, 0)
-                generation.counts_changed()
+        with generation.pipeline.changing():
+            self.check_present(file)
+            await self.mark(generation.pipeline)
+            self.check_present(file)
+            if (forget := generation.unforgotten) is not None:
+                await self.index.write(forget, patience=self.index.commit_deadline)
+                generation.unforgotten = None
+            if (lost := file.bitmap) and not await trio.to_thread.run_sync(self._is_there, file):
+                self.check_present(file)
+                # A new file in its place, and a kill before its first commit: the old record would vouch for its holes.
+                forget = functools.partial(_forget_bitmap, file, lost)
+                await self.index.write(forget, patience=self.index.commit_deadline)
+                if file.bitmap == lost and file.target is None:
+                    file.bitmap = b""
+                    generation.measured(file, 0)
+                    generation.counts_changed()
 
     def _is_there(self, file: CachedFile) -> bool:
         """Blocks. Raises StoreDamaged for what the daemon did not put there."""

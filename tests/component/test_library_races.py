@@ -16,6 +16,7 @@ from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.errors import FillCancelled, PipelineBusy, StoreDamaged, StoreError
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library import Library
+from instantstart_fs.library.folding import quiet
 from instantstart_fs.library.state import Generation
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.store.blobstore import BlobStore
@@ -263,6 +264,54 @@ async def test_a_partly_filled_file_that_vanished_is_forgotten_before_another_ta
         assert await fills_to_the_end(library, name) == os.stat(source / name).st_size
     async with running(tmp_path) as library:
         assert library._shelf.pipelines["p"].allocated == blocks(tmp_path, "p")
+
+
+async def test_a_read_of_what_was_removed_changes_nothing_of_what_has_its_name_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        handle = await library.open(find(library, "p", "pytorch_model.bin"))
+        await library.remove("p")
+        await library.add(spec("p", source))
+        with pytest.raises(FillCancelled, match="was removed"):
+            await library.read_into(handle, MIB, memoryview(bytearray(4096)))
+        assert library._index.read(lambda txn: set(txn.summarized())) == {"p"}
+        library.release(handle)
+
+
+async def test_while_a_fill_is_prepared_nothing_is_settled_nor_written_for_what_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    name = "pytorch_model.bin"
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        handle = await library.open(find(library, "p", name))
+        await library.read_into(handle, 0, memoryview(bytearray(4096)))
+        library.release(handle)
+    (tmp_path / "store/slots/p/1/files" / name).unlink()
+    async with running(tmp_path) as library, trio.open_nursery() as nursery:
+        handle = await library.open(find(library, "p", name))
+        assert handle.file.bitmap
+        gate = Gate(monkeypatch, BlobStore, "existing_blob")
+        forgotten: list[object] = []
+        monkeypatch.setattr("instantstart_fs.library.shelf._forget_bitmap", lambda *what: forgotten.append(what))
+
+        async def read() -> None:
+            with pytest.raises(FillCancelled, match="was removed"):
+                await library.read_into(handle, MIB, memoryview(bytearray(4096)))
+
+        nursery.start_soon(read)
+        await gate.reached()
+        assert not quiet(library._shelf.pipelines["p"])
+        await library.remove("p")
+        await library.add(spec("p", source))
+        gate.go.set()
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert not forgotten
+        library.release(handle)
 
 
 async def fills_to_the_end(library: Library, name: str) -> int:
