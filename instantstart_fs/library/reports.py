@@ -168,8 +168,11 @@ class Reports(FillEvents):
             try:
                 with self._open_files.using(file.generation), file.generation.pipeline.changing():
                     async with self._shelf.uncovered(file.generation.pipeline):
+                        if self._shelf.file(file.key) is not file:
+                            return  # evicted, before this was begun
                         await self._discard(file, problem, wanted=wanted)
                         self._observer.damaged(found_by)
+                await self._discard_shared(file, problem)
             finally:
                 self._discarding.discard(file)
 
@@ -179,7 +182,6 @@ class Reports(FillEvents):
             raise IndexStuck(
                 f"{file.entry.path}: it is to be dropped ({problem.message}), and the index takes no commits"
             )
-        await self._discard_shared(file, problem)
 
     def doubt(self, file: CachedFile) -> InstantStartError | None:
         """Why that file is not, or soon no longer, what its state says; None: nothing is known against it."""
