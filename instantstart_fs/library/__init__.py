@@ -23,7 +23,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import trio
 
@@ -176,7 +176,9 @@ class Library:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Load what the store holds, run the background tasks; on leaving, flush what must not be lost."""
-        async with trio.open_nursery() as nursery:
+        ending = trio.CancelScope()
+        async with AsyncExitStack() as after, trio.open_nursery() as nursery:
+            after.callback(ending.cancel)  # whoever uses the index then has all the time it takes
             await nursery.start(self._access.run)
             await trio.to_thread.run_sync(self._shelf.load, frozenset(self._held))
             if self.rechecker is not None:
@@ -201,14 +203,15 @@ class Library:
                 yield
             finally:
                 # What is under way then (a commit, half an eviction) is finished; unless the disk hangs.
-                trio.lowlevel.spawn_system_task(self._give_up_later)
+                trio.lowlevel.spawn_system_task(self._give_up_later, ending)
                 with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
                     await self._access.flush()
                 nursery.cancel_scope.cancel()
 
-    async def _give_up_later(self) -> None:
-        await trio.sleep(GIVE_UP_SECONDS)
-        self._index.give_up()
+    async def _give_up_later(self, ending: trio.CancelScope) -> None:
+        with ending:
+            await trio.sleep(GIVE_UP_SECONDS)
+            self._index.give_up()
 
     async def _drop_drained(self) -> None:
         async for generation in self._open_files.drained_generations:

@@ -12,12 +12,14 @@ import pytest
 import trio
 import trio.testing
 
-from instantstart_fs.errors import IndexStuck, StoreFull
+from instantstart_fs.config import Config, MountConfig, StoreConfig
+from instantstart_fs.errors import IndexStuck, StoreDamaged, StoreFull
 from instantstart_fs.index.environment import COMMIT_DEADLINE, Index, _Job
 from instantstart_fs.index.transactions import WriteTxn
-from instantstart_fs.library import Library
+from instantstart_fs.library import GIVE_UP_SECONDS, Library
 from instantstart_fs.library.state import Generation
 from instantstart_fs.library.view import ROOT
+from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.web.health import HealthProbe
 from tests.component.test_library import find, make_source, read_all, spec
 from tests.component.test_room import MIB, WEIGHTS, blocks, fills, running
@@ -45,6 +47,11 @@ class Disk:
 
     def release(self) -> None:
         self._answers.set()
+
+
+@pytest.fixture
+def clock() -> trio.testing.MockClock:
+    return trio.testing.MockClock(rate=1.0)
 
 
 @asynccontextmanager
@@ -81,6 +88,17 @@ async def test_who_waits_gives_up_and_what_was_asked_for_happens_in_its_order(tm
 
                 nursery.start_soon(patient)
         assert late == ["index-stuck"]
+
+
+async def test_an_index_that_outlives_the_library_takes_commits(tmp_path: Path, clock: trio.testing.MockClock) -> None:
+    config = Config(mount=MountConfig(path=str(tmp_path / "mnt")), store=StoreConfig(path=str(tmp_path / "store")))
+    with BlobStore.open(config.store.path) as store, Index.open(str(tmp_path / "index")) as index:
+        for _ in range(2):
+            async with Library(config, store, index).running():
+                pass
+            clock.jump(GIVE_UP_SECONDS + 1.0)
+            await trio.testing.wait_all_tasks_blocked()
+            await index.write(lambda txn: None)
 
 
 async def test_at_the_end_nobody_waits_for_a_commit(tmp_path: Path) -> None:
@@ -176,6 +194,29 @@ async def test_a_damaged_file_is_dropped_once_the_index_answers_though_nobody_wa
                 while find(library, "warm", WEIGHTS) == nodeid or pipeline.in_use:
                     await trio.sleep(0.001)
         assert await read_all(library, "warm", WEIGHTS) == data
+
+
+async def test_so_it_is_in_every_generation_that_shares_it(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await fills(library, "p")
+        held = await library.open(find(library, "p", WEIGHTS))
+        (source / "config.json").write_bytes(b'{"a": 2}')
+        await library.update("p")
+        current = library._shelf.pipelines["p"].current
+        assert current is not None
+        (file,) = [file for file in current.files if file.entry.path == WEIGHTS]
+        assert file.complete and held.file.complete and file is not held.file
+        async with hanging(library._index) as disk:
+            with trio.fail_after(20):
+                with pytest.raises(IndexStuck):
+                    await library._reading.discard(file, StoreDamaged("rotten"), wanted=False, found_by="verify")
+                disk.release()
+                while held.file.gone is None:
+                    await trio.sleep(0.001)
+        assert file.gone is not None
+        library.release(held)
 
 
 async def test_an_eviction_goes_on_when_the_reader_that_wanted_the_room_has_gone(tmp_path: Path) -> None:
