@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
@@ -48,6 +49,10 @@ class Shelves(Protocol):
 
     async def evict_unused(self, pipeline: str) -> None:
         """Raises PipelineBusy if it may not go any more: it came into use, or was requested, since it was chosen."""
+        ...
+
+    async def evictions_end(self) -> None:
+        """Return once no eviction is under way that ``evict_unused`` began and whose asker has gone."""
         ...
 
     async def save_clock(self, state: ClockState) -> None:
@@ -149,7 +154,7 @@ class Evictor:
     async def look(self) -> None:
         """One look: what is idle for too long goes, then what is too much."""
         if not self.rests():
-            async with self._lock:
+            async with self._deciding():
                 candidates = self._shelves.candidates()
                 if self._max_idle is not None:
                     await self._evict(eviction.idle(candidates, self._max_idle, self._now()), "idle")
@@ -192,7 +197,7 @@ class Evictor:
 
         ``promise`` is called at that moment: from then on the pipeline is a candidate with them.
         """
-        async with self._lock:
+        async with self._deciding():
             for _ in range(ATTEMPTS):
                 decision = self.decide(pipeline, needed, own=own, quota=quota)
                 if decision.refusal is not None:
@@ -208,7 +213,7 @@ class Evictor:
         store as full whatever its own bytes say (somebody else may fill the disk). Whether anything was freed."""
         if self.rests():
             return False
-        async with self._lock:
+        async with self._deciding():
             candidates = self._shelves.candidates()
             budget = self._shelves.budget()
             usage = max(sum(candidate.bytes for candidate in candidates), budget.capacity)
@@ -219,6 +224,14 @@ class Evictor:
                     return bool(chosen)
                 others = [candidate for candidate in self._shelves.candidates() if candidate.pipeline != pipeline]
             return False
+
+    @asynccontextmanager
+    async def _deciding(self) -> AsyncIterator[None]:
+        """One at a time. What the one before began to evict, and did not live to see the end of, is gone by then: still
+        counted as taken, it would cost another pipeline its bytes."""
+        async with self._lock:
+            await self._shelves.evictions_end()
+            yield
 
     async def _evict(self, chosen: Sequence[str], why: str) -> int:
         """How many were."""

@@ -74,6 +74,9 @@ FLUSH_SECONDS = 10.0
 GIVE_UP_SECONDS = 15.0
 """After which the end waits for no commit any more; systemd waits longer."""
 
+EVICTION = "eviction"
+"""The kind of errand."""
+
 MAX_INDEX_JSON = 64 * 1024 * 1024
 """Bytes: that of a model of 100,000 tensors has 10 MB; a larger one orders nothing."""
 
@@ -351,9 +354,15 @@ class Library:
             if self._evictor.rests() or not self._candidate(found, locked=False).evictable:
                 raise PipelineBusy(f"{found.id}: it was requested meanwhile, or the clock was set")
 
+        async def work() -> None:
+            self.observer.evicted(await self._admin.evict(pipeline, refuse))
+            self._evictor.nudge()
+
         # Whoever needs the room may be a reader, whose patience ends.
-        self.observer.evicted(await self._errands.carry_out(lambda: self._admin.evict(pipeline, refuse)))
-        self._evictor.nudge()
+        await self._errands.carry_out(work, EVICTION)
+
+    async def evictions_end(self) -> None:
+        await self._errands.done(EVICTION)
 
     async def set_pinned(self, pipeline: str, pinned: bool) -> None:
         await self._admin.set_pinned(pipeline, pinned)

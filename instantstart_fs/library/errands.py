@@ -21,6 +21,7 @@ class Errands:
 
     def __init__(self) -> None:
         self._nursery: trio.Nursery | None = None
+        self._under_way: dict[trio.Event, str] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled."""
@@ -31,7 +32,12 @@ class Errands:
         finally:
             self._nursery = None
 
-    async def carry_out(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def done(self, kind: str) -> None:
+        """Return once all of that kind that have begun by now have ended."""
+        for event in [event for event, other in self._under_way.items() if other == kind]:
+            await event.wait()
+
+    async def carry_out(self, work: Callable[[], Awaitable[T]], kind: str = "") -> T:
         """Do it in a task of its own; what it returns or raises. Whoever waits for it here may be cancelled: it goes
         on. Raises FillCancelled when the daemon ends."""
         if self._nursery is None:
@@ -49,8 +55,10 @@ class Errands:
                 if not waits:
                     log.error("nobody waits any more for what failed: %s", error)
             finally:
+                del self._under_way[done]
                 done.set()
 
+        self._under_way[done] = kind
         self._nursery.start_soon(errand)
         try:
             await done.wait()

@@ -236,6 +236,40 @@ async def test_an_eviction_goes_on_when_the_reader_that_wanted_the_room_has_gone
         assert await read_all(library, "warm", WEIGHTS) == data
 
 
+async def test_while_the_bytes_of_one_are_going_no_other_is_evicted_for_the_next_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path, capacity=21 * MIB, low=0.95) as library:
+        for name in ("x", "y", "new"):
+            await library.add(spec(name, source))
+        for name in ("x", "y"):
+            await fills(library, name)
+        store, going, go = library._store, trio.Event(), threading.Event()
+        token, real = trio.lowlevel.current_trio_token(), library._store.empty_generation
+
+        def empty(pipeline: str, generation: int) -> None:
+            token.run_sync_soon(going.set)
+            assert go.wait(20)
+            real(pipeline, generation)
+
+        monkeypatch.setattr(store, "empty_generation", empty)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(library.warm, "new")
+                await going.wait()
+                nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(library.warm, "new")
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                go.set()
+            while library.status("new").state != "unverified":
+                await library.wait_changed("new", 1.0)
+        assert library.status("y").state == "unverified"
+        assert library.status("x").state == "cold"
+        assert library.observer.totals.evictions == 1
+
+
 async def test_an_eviction_that_the_end_cuts_short_leaves_nothing_that_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
