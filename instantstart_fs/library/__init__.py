@@ -219,6 +219,7 @@ class Library:
     async def _drop_drained(self) -> None:
         async for generation in self._open_files.drained_generations:
             await self._admin.drop_generation(generation)
+            del generation  # the next may be long in coming
 
     def _remove_superseded(self) -> None:
         """What an update, an eviction or a fill left behind when the daemon died; in a thread, before anything is

@@ -98,12 +98,12 @@ class Admin:
             first = await shelf.reserve_nodeids(2 * len(names))
             directory_nodeids = {name: first + 2 * position for position, name in enumerate(names)}
             pipeline = Pipeline(spec, directory_nodeids, pinned=spec.pinned, created_at_ns=shelf.now_ns())
-            fresh = await shelf.new_generation(pipeline, manifest)
-            await trio.to_thread.run_sync(self._write_slot, spec, manifest, True)
-            shelf.marked.discard(spec.id)  # an earlier pipeline of that name may have been
-            await self._record(fresh, summary=summary_of(fresh))
-            shelf.switch_generation(fresh)
-            shelf.publish(pipeline)
+            async with shelf.making(pipeline, manifest) as fresh:
+                await trio.to_thread.run_sync(self._write_slot, spec, manifest, True)
+                shelf.marked.discard(spec.id)  # an earlier pipeline of that name may have been
+                await self._record(fresh, summary=summary_of(fresh))
+                shelf.switch_generation(fresh)
+                shelf.publish(pipeline)
         finally:
             self._adding.discard(spec.id)
         log.info("added: %d files, %d bytes", len(manifest.files), manifest.total_bytes, extra={"pipeline": spec.id})
@@ -128,21 +128,21 @@ class Admin:
                 models=models,
                 resolved_at_ns=shelf.now_ns(),
             )
-            new = await shelf.new_generation(pipeline, manifest)
-            await shelf.mark(pipeline)
-            await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
-            try:
-                # What is covered is opened for this, and opening that would be a request.
-                async with shelf.uncovered(pipeline):
-                    kept = await self._share(old, new) if old is not None else {}
-                    await self._record(new, kept)
-                    shelf.switch_generation(new, kept)
-            except IndexStuck:
-                raise  # the daemon ends: the next one finds out which generation it is to be
-            except InstantStartError:
-                # Its names would keep the old generation's bytes on the disk when that is evicted.
-                await trio.to_thread.run_sync(shelf.store.delete_generation, pipeline_id, manifest.generation)
-                raise
+            async with shelf.making(pipeline, manifest) as new:
+                await shelf.mark(pipeline)
+                await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
+                try:
+                    # What is covered is opened for this, and opening that would be a request.
+                    async with shelf.uncovered(pipeline):
+                        kept = await self._share(old, new) if old is not None else {}
+                        await self._record(new, kept)
+                        shelf.switch_generation(new, kept)
+                except IndexStuck:
+                    raise  # the daemon ends: the next one finds out which generation it is to be
+                except InstantStartError:
+                    # Its names would keep the old generation's bytes on the disk when that is evicted.
+                    await trio.to_thread.run_sync(shelf.store.delete_generation, pipeline_id, manifest.generation)
+                    raise
             pipeline.trouble = None
             if old is not None:
                 await self._distrust(new, kept)
@@ -182,7 +182,11 @@ class Admin:
     async def drop_generation(self, generation: Generation) -> None:
         """Delete a superseded generation that nobody holds open any more."""
         pipeline = generation.pipeline
-        if generation.handles or generation not in pipeline.draining:
+        if generation.handles:
+            return
+        if generation not in pipeline.draining:
+            if generation is not pipeline.outline:
+                generation.end()  # evicted or removed while it was in use
             return
         with self._shelf.deleting(generation):
             await self._drop_generation(generation)
@@ -198,6 +202,7 @@ class Admin:
                 )
         await self._reading.filler.wait_quiet(pipeline.id)
         drop_targets(generation)
+        generation.end()
         if pipeline.removed:
             return
         try:
@@ -232,6 +237,7 @@ class Admin:
                         await trio.to_thread.run_sync(self._shelf.store.delete_pipeline, pipeline_id)
                 finally:
                     self._adding.discard(pipeline_id)
+                    self._shelf.end(pipeline)
         log.info("removed", extra={"pipeline": pipeline_id})
 
     async def evict(self, pipeline_id: str, refuse: Callable[[Pipeline], None] | None = None) -> int:
@@ -248,8 +254,7 @@ class Admin:
             old = await shelf.look_into(pipeline)
             if old is None:
                 return 0
-            new = await shelf.new_generation(pipeline, old.manifest)
-            async with shelf.uncovered(pipeline, idle_only=True):
+            async with shelf.making(pipeline, old.manifest) as new, shelf.uncovered(pipeline, idle_only=True):
                 # From here to the switch nothing awaits: nobody can open the old generation in between.
                 self._refuse_in_use(pipeline)
                 if refuse is not None:
@@ -266,9 +271,11 @@ class Admin:
                         try:
                             await self._reading.filler.wait_quiet(pipeline_id)
 
+                            number, record = old.number, _generation_record(new)
+
                             def forget_files(txn: WriteTxn) -> None:
-                                txn.delete_files(pipeline_id, old.number)
-                                txn.put_generation(_generation_record(new))
+                                txn.delete_files(pipeline_id, number)
+                                txn.put_generation(record)
 
                             drop_targets(old)
                             try:
@@ -281,6 +288,7 @@ class Admin:
                                 # it was.
                                 await trio.to_thread.run_sync(shelf.store.empty_generation, pipeline_id, old.number)
                         finally:
+                            old.end()
                             new.ready.set()
                             new.ready = None
                 pipeline.trouble = None

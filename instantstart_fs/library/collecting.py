@@ -2,7 +2,7 @@
 
 What is made for 100,000 files is made in a second and stays for hours. A full collection walks over all of it, 35 ms in
 which nobody is served, and one comes several times while it is made. So the collector rests meanwhile, and what was
-made is put beyond its reach; when a large generation is let go of, all of it is within reach again: it is a cycle.
+made is put beyond its reach for good: whoever has done with a generation takes its cycles apart (Generation.end).
 """
 
 from __future__ import annotations
@@ -40,9 +40,3 @@ def out_of_reach(files: int) -> Iterator[None]:
             _making -= 1
             if not _making and _was_on:
                 gc.enable()
-
-
-def let_go(files: int) -> None:
-    """Nobody uses a generation of so many files any more."""
-    if files >= LARGE:
-        gc.unfreeze()

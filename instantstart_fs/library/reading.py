@@ -415,6 +415,7 @@ class Reading:
                     await self._shelf.top_up()
                 except InstantStartError as error:
                     self._reports.set_trouble(generation.pipeline, error, final=True)
+                del file, generation  # the next may be long in coming
 
     async def forgive(self, generation: Generation) -> None:
         """Somebody asks again on purpose: what failed for good may be tried anew at once."""

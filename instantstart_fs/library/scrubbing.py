@@ -123,8 +123,9 @@ class Scrubber:
             return
         pipeline.scrubbed = pipeline.scrubbed.begun(generation.number, self._shelf.now_ns())
         pace, saved_at, files, found = Pace(self._rate), trio.current_time(), 0, 0
-        for index in range(pipeline.scrubbed.next_index, len(generation.files)):
-            file = generation.files[index]
+        shown = generation.files  # also once the generation has let go of them
+        for index in range(pipeline.scrubbed.next_index, len(shown)):
+            file = shown[index]
             if file.complete and file.gone is None:
                 found += await self._file(file, pace)
                 files += 1

@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import MappingProxyType
@@ -24,7 +25,7 @@ from instantstart_fs.filler.target import FileKey, FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import UpkeepRecord
 from instantstart_fs.index.transactions import WriteTxn
-from instantstart_fs.library.collecting import let_go, out_of_reach
+from instantstart_fs.library.collecting import out_of_reach
 from instantstart_fs.library.folded import Folded, summary_of
 from instantstart_fs.library.state import CachedFile, Generation, NodeTable, OpenOrigin, Pipeline, Trouble
 from instantstart_fs.library.view import ROOT, Invalidation
@@ -144,6 +145,10 @@ class Shelf:
 
     def _unreadable(self, pipeline: Pipeline, error: InstantStartError) -> None:
         log.error("cannot be served: %s", error.message, extra={"pipeline": pipeline.id})
+        # The error stays, and its frames hold what was read so far.
+        for seen in (error, error.__cause__):
+            if seen is not None:
+                traceback.clear_frames(seen.__traceback__)
         pipeline.trouble = Trouble(error, self.now_ns(), final=True)
 
     async def look_into(self, pipeline: Pipeline) -> Generation | None:
@@ -165,6 +170,8 @@ class Shelf:
             # Meanwhile it may have been removed, or read by somebody who could not wait.
             if pipeline.outline is folded and not pipeline.removed:
                 pipeline.current = self._put_in_place(folded, read)
+            elif isinstance(read, Generation):
+                read.end()
         return pipeline.current if not pipeline.removed else None
 
     def _unfold(self, folded: Folded) -> Generation | None:
@@ -180,14 +187,15 @@ class Shelf:
         """Blocks, and may run in a thread: it changes nothing. Raises InstantStartError."""
         with out_of_reach(folded.file_count):
             generation = self._read_generation(folded.pipeline, folded.number)
-            for file in generation.files:
-                if file.bitmap:
-                    # No record says what it takes.
-                    where = (folded.pipeline.id, folded.number, file.entry.path)
-                    if (blob := self.store.existing_blob(*where)) is not None:
-                        with blob:
-                            generation.measured(file, blob.allocated_bytes())
-            generation.count_all()
+            with _ended_unless_done(generation):
+                for file in generation.files:
+                    if file.bitmap:
+                        # No record says what it takes.
+                        where = (folded.pipeline.id, folded.number, file.entry.path)
+                        if (blob := self.store.existing_blob(*where)) is not None:
+                            with blob:
+                                generation.measured(file, blob.allocated_bytes())
+                generation.count_all()
             return generation
 
     def _put_in_place(self, folded: Folded, read: Generation | InstantStartError) -> Generation | None:
@@ -204,9 +212,7 @@ class Shelf:
         folded = Folded(generation.pipeline, summary_of(generation), self._unfold)
         self.nodes.fold(generation, folded)
         generation.pipeline.current = folded
-        # It and its files hold each other; an idle daemon's collector would not come by for hours.
-        generation.files = []
-        let_go(generation.file_count)
+        generation.end()
 
     def trim(self, generation: Generation) -> None:
         """Give back what a crash left of files whose record does not speak of it. Blocks; nobody may be filling. Raises
@@ -288,6 +294,7 @@ class Shelf:
                 pipeline.draining.append(generation)
             else:
                 self.forget_generation(generation)
+                generation.end()
 
     def _lent(self, draining: Generation) -> frozenset[int]:
         """Which of its files the current generation shares."""
@@ -334,16 +341,17 @@ class Shelf:
         generation = Generation(pipeline, manifest, record.nodeid_base, self.open_origin)
         generation.block = self.store.block_size
         generation.set_absent()
-        for index, state in files.items():
-            file = generation.files[index]
-            file.state = FileState(state.state)
-            file.incarnation = state.incarnation
-            file.bitmap = state.bitmap
-            if file.bitmap:
-                file.chunk_map()  # raises for one of another length
-            generation.measured(file, state.allocated)
-            # With an incarnation and no nodeid: died between the poisoning and the record of its new one.
-            file.nodeid = state.nodeid or (0 if state.incarnation else file.nodeid)
+        with _ended_unless_done(generation):
+            for index, state in files.items():
+                file = generation.files[index]
+                file.state = FileState(state.state)
+                file.incarnation = state.incarnation
+                file.bitmap = state.bitmap
+                if file.bitmap:
+                    file.chunk_map()  # raises for one of another length
+                generation.measured(file, state.allocated)
+                # With an incarnation and no nodeid: died between the poisoning and the record of its new one.
+                file.nodeid = state.nodeid or (0 if state.incarnation else file.nodeid)
         generation.counts_changed()
         return generation
 
@@ -355,6 +363,16 @@ class Shelf:
             if file.nodeid != generation.default_file_nodeid(file.entry.index):
                 self.nodes.add_file(file)
         self.nodes.add_block(generation)
+
+    @asynccontextmanager
+    async def making(self, pipeline: Pipeline, manifest: Manifest) -> AsyncIterator[Generation]:
+        """``new_generation``, which is let go of unless it is shown at the end."""
+        made = await self.new_generation(pipeline, manifest)
+        try:
+            yield made
+        finally:
+            if pipeline.outline is not made:
+                made.end()
 
     async def new_generation(self, pipeline: Pipeline, manifest: Manifest) -> Generation:
         """One with nothing in it, under nodeids of its own; made in a thread: 100,000 files take a second."""
@@ -451,6 +469,14 @@ class Shelf:
         self.invalidate(1, pipeline.id)
         pipeline.changed()
 
+    def end(self, pipeline: Pipeline) -> None:
+        """Nothing will be done about a withdrawn one any more."""
+        for generation in pipeline.outlines():
+            if isinstance(generation, Generation):
+                generation.end()
+        pipeline.current = None
+        pipeline.draining = []
+
     async def set_hidden(self, pipeline: Pipeline, reason: str | None) -> None:
         """Take it out of view, or (None) show it again. Its nodeids stay. What is open stays open. Raises MountFailed
         where what is bound over the mount cannot be taken away: repeat it."""
@@ -527,7 +553,6 @@ class Shelf:
 
     def forget_generation(self, generation: Generation) -> None:
         self.nodes.drop_generation(generation)
-        let_go(generation.file_count)
 
     def replace_file(self, old: CachedFile, reason: InstantStartError) -> CachedFile:
         """A new, absent incarnation in the place of ``old``, under a nodeid of its own. Handles keep the old one."""
@@ -573,6 +598,15 @@ class Shelf:
 
     def _invalidate_listing(self, directory: int) -> None:
         self._send.send_nowait(Invalidation(directory, None, directory, listing=True))
+
+
+@contextmanager
+def _ended_unless_done(generation: Generation) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        generation.end()
+        raise
 
 
 def _forget_bitmap(file: CachedFile, lost: bytes, txn: WriteTxn) -> None:

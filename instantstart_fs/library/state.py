@@ -155,6 +155,7 @@ class Generation:
         self.handles = 0
         self.keeps = 0
         """How many count on finding this very object again in its pipeline; see ``kept``."""
+        self._ended = False
         self.filling_load_set = False
         self.filling_everything = False
         self.admitted: dict[tuple[int, int], int] = {}
@@ -201,6 +202,16 @@ class Generation:
             yield
         finally:
             self.keeps -= 1
+            if self._ended:
+                self.end()
+
+    def end(self) -> None:
+        """Nobody finds it any more. Once nobody keeps it or has a file of it open (call it again then), it and its
+        files let go of each other: the collector would never find them (library/collecting.py)."""
+        self._ended = True
+        if not self.keeps and not self.handles:
+            self.files = []
+            self.lent = frozenset()
 
     def origin(self, model: int) -> Origin:
         """The origin of the model at that position, opened on first use. Blocks: call it in a thread.

@@ -6,9 +6,10 @@ import errno
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from pyfuse3 import FUSEError, RequestContext
 
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.errors import PipelineBusy, StoreFull
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library import Library, collecting, folding
@@ -465,11 +467,9 @@ async def test_a_file_that_the_kernel_remembers_by_its_nodeid_is_opened_after_it
         await operations.release(opened.fh)
 
 
-async def test_the_collector_walks_over_no_large_generation_until_it_is_let_go_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_collector_walks_over_no_large_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collecting, "LARGE", 5)
-    async with settled(tmp_path, "x", "other") as library:
+    async with settled(tmp_path, "x") as library:
         enabled: list[bool] = []
         real = library._store.load_manifest
 
@@ -479,19 +479,142 @@ async def test_the_collector_walks_over_no_large_generation_until_it_is_let_go_o
 
         library._store.load_manifest = watched  # type: ignore[method-assign]
         gc.unfreeze()
-        for name, let_go in (("x", library.evict), ("other", library.remove)):
-            await library.look_into(name)
-            assert enabled.pop() is False
-            assert gc.isenabled()
-            assert gc.get_freeze_count() > 0
-            generation = library._shelf.pipelines[name].outline
-            assert isinstance(generation, Generation)
-            gone = weakref.ref(generation)
-            del generation
-            await let_go(name)
-            if name == "other":
-                assert gc.get_freeze_count() == 0
-            gc.unfreeze()
-            gc.collect()
-            assert gone() is None
+        await library.look_into("x")
+        assert enabled == [False]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
         gc.unfreeze()
+
+
+class Living:
+    """The generations that are in memory, with no help from the collector."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[weakref.ref[Generation]] = []
+        init = Generation.__init__
+
+        def watched(generation: Generation, *how: Any) -> None:
+            self.made.append(weakref.ref(generation))
+            init(generation, *how)
+
+        monkeypatch.setattr(Generation, "__init__", watched)
+
+    def __len__(self) -> int:
+        return sum(made() is not None for made in self.made)
+
+    async def are(self, count: int) -> None:
+        with trio.fail_after(10):
+            while len(self) != count:
+                await trio.sleep(0.001)
+
+
+@pytest.fixture
+def living(monkeypatch: pytest.MonkeyPatch) -> Iterator[Living]:
+    gc.disable()
+    yield Living(monkeypatch)
+    gc.enable()
+
+
+async def test_a_generation_is_freed_when_it_is_done_with(tmp_path: Path, living: Living) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("x", source))
+        await fills(library, "x")
+        assert await read_all(library, "x", WEIGHTS)
+        await library.evict("x")
+        await living.are(1)
+
+        await fills(library, "x")
+        handle = await library.open(find(library, "x", WEIGHTS))
+        (source / "config.json").write_bytes(b'{"a": 2}')
+        await library.update("x")
+        await living.are(2)
+        assert await library.read_into(handle, 0, memoryview(bytearray(4096))) == 4096
+        library.release(handle)
+        del handle
+        await living.are(1)
+
+        await fills(library, "x")
+        handle = await library.open(find(library, "x", WEIGHTS))
+        assert await library.read_into(handle, 0, memoryview(bytearray(4096))) == 4096
+        await library.remove("x")
+        assert await library.read_into(handle, 0, memoryview(bytearray(4096))) == 4096
+        assert handle.file.generation.files
+        library.release(handle)
+        del handle
+        await living.are(0)
+
+
+async def test_so_is_one_that_is_made_in_vain(tmp_path: Path, living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("x", source))
+        await fills(library, "x")
+
+        def refuse(pipeline: object) -> None:
+            raise PipelineBusy("not now")
+
+        with pytest.raises(PipelineBusy):
+            await library._admin.evict("x", refuse)
+        await living.are(1)
+        (source / "config.json").write_bytes(b'{"a": 2}')
+        for where, name in ((library._shelf, "mark"), (library._admin, "_record")):
+            with monkeypatch.context() as patch:
+                patch.setattr(where, name, _no_room)
+                with pytest.raises(StoreFull):
+                    await library.update("x")
+                await living.are(1)
+        monkeypatch.setattr(library._admin, "_record", _no_room)
+        with pytest.raises(StoreFull):
+            await library.add(spec("y", source))
+        await living.are(1)
+
+
+async def _no_room(*what: object, **how: object) -> None:
+    raise StoreFull("no space is left on the disk")
+
+
+async def test_so_is_one_that_is_read_while_its_pipeline_is_removed(
+    tmp_path: Path, living: Living, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with settled(tmp_path, "x") as library:
+        living.made.clear()  # those of the library before
+        token, read, go = trio.lowlevel.current_trio_token(), trio.Event(), threading.Event()
+
+        def held(generation: Generation) -> None:
+            token.run_sync_soon(read.set)
+            assert go.wait(20)
+
+        monkeypatch.setattr(Generation, "count_all", held)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(library.look_into, "x")
+                await read.wait()
+                await library.remove("x")
+                assert len(living) == 1
+                go.set()
+        await living.are(0)
+
+
+async def test_so_is_one_that_proves_unreadable(tmp_path: Path, living: Living) -> None:
+    async with settled(tmp_path, "x") as library:
+        living.made.clear()
+        await library._index.write(lambda txn: txn.put_file("x", 1, 0, FileRecord("from-the-future", 0)))
+        await library.look_into("x")
+        assert library.status("x").state == "error"
+        assert len(living.made) == 1
+        await living.are(0)
+
+
+async def test_who_keeps_a_generation_keeps_its_files(tmp_path: Path, living: Living) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        await library.add(spec("x", source))
+        generation = library._shelf.pipelines["x"].current
+        assert generation is not None
+        with generation.kept():
+            await library.evict("x")
+            assert len(generation.files) == generation.file_count
+        assert generation.files == []
+        del generation
+        await living.are(1)
