@@ -89,8 +89,9 @@ def run(
                 return
             with Holder(stage, path, timeout or None, ranks=tensor_parallel or len(wanted)) as holder:
                 _watch(stage, holder, quiet)
-                if not holder.over:
+                if stage.done:  # engines may have taken all of it by then, which ends the hold too
                     on_staged(stage)
+                if not holder.over:
                     _keep(pipeline, stage, source, holder)
                 print(f"{pipeline}: {holder.over}")
 
