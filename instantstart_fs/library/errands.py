@@ -25,12 +25,12 @@ class Errands:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled."""
-        try:
-            async with trio.open_nursery() as self._nursery:
-                task_status.started()
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            try:
                 await trio.sleep_forever()
-        finally:
-            self._nursery = None
+            finally:
+                self._nursery = None  # before it takes none any more: what is under way may outlive this
 
     async def done(self, kind: str) -> None:
         """Return once all of that kind that have begun by now have ended."""

@@ -48,6 +48,34 @@ async def test_what_fails_is_told_to_who_waits_and_ends_nobody_else(caplog: pyte
         nursery.cancel_scope.cancel()
 
 
+async def test_at_the_end_nothing_begins_any_more_while_what_is_under_way_is_finished() -> None:
+    errands, go, finished = Errands(), trio.Event(), trio.Event()
+
+    async def work() -> None:
+        with trio.move_on_after(5, shield=True):
+            await go.wait()
+        finished.set()
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as outer:
+            scope = trio.CancelScope()
+
+            async def run(*, task_status: trio.TaskStatus[None]) -> None:
+                with scope:
+                    await errands.run(task_status=task_status)
+
+            await outer.start(run)
+            with trio.move_on_after(0.01):
+                await errands.carry_out(work)
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(FillCancelled):
+                await errands.carry_out(work)
+            assert not finished.is_set()
+            go.set()
+        assert finished.is_set()
+
+
 async def test_at_the_end_who_waits_is_told_so() -> None:
     errands = Errands()
     told: list[str] = []
