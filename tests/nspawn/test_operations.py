@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import REPOSITORY, model_directory, wait_for
+from tests.harness import REPOSITORY, wait_for
 from tests.nspawn.machine import Machine, why_no_machine
 from tests.nspawn.test_service import GOES_ON, UNIT, check_bytes, mounts
 
@@ -94,13 +94,6 @@ class User:
                 command = f"printf '%s\\n' '{table}' '{setting}' >> {command.removeprefix('sudoedit ')}"
             said[command] = self.types(command)
         return said
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    model_directory(tmp_path / "source/warm", seed=1)
-    model_directory(tmp_path / "source/cold", seed=2)
-    return tmp_path / "source"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import REPOSITORY, model_directory, tree_files, wait_for
+from tests.harness import REPOSITORY, tree_files, wait_for
 from tests.nspawn.machine import Machine, why_no_machine
 
 REASON = why_no_machine()
@@ -37,14 +37,6 @@ def check_bytes(machine: Machine, source: Path, pipeline: str = "warm") -> None:
     assert {line[66:].removeprefix(f"/models/{pipeline}/"): line[:64] for line in lines} == {
         name: sha256(source / name) for name in names
     }
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """Two models."""
-    model_directory(tmp_path / "source/warm", seed=1)
-    model_directory(tmp_path / "source/cold", seed=2)
-    return tmp_path / "source"
 
 
 @pytest.fixture
