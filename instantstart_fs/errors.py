@@ -14,9 +14,9 @@
     │   ├── OriginUnavailable      could not be reached, timed out, 5xx: worth trying again
     │   │   ├── OriginThrottled    429/503 with or without Retry-After
     │   │   ├── OriginMisbehaved   a body cut short, a wrong Content-Range: not what was asked for
-    │   │   └── LocationExpired    a signed address ran out: resolve it again
+    │   │   └── LocationExpired    a signed address ran out, or somebody on the way refused it: resolve it again
     │   ├── OriginBroken           the breaker is open: nothing is sent until the next probe
-    │   ├── AccessRefused          401/403: no, bad or insufficient credentials
+    │   ├── AccessRefused          the source's own 401/403: no, bad or insufficient credentials
     │   │   └── CredentialsUnusable  found out here, before anybody was asked: unreadable, malformed, not kept private
     │   ├── OriginNotFound         repository, revision, bucket or key is not there
     │   │   └── OriginHidden       the whole source is not there, or not shown to these credentials: nobody can tell

@@ -181,6 +181,11 @@ class Direct:
                 if refused > 1:
                     raise AccessRefused(error.message + ", also at a fresh address: check the credentials") from error
                 continue
+            except AccessRefused:
+                refused += 1
+                if self._locations.pop(key, None) is None or refused > 1:
+                    raise
+                continue
             except OriginUnavailable as error:
                 self._locations.pop(key, None)
                 failures += 1

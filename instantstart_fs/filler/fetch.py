@@ -34,15 +34,13 @@ from urllib3.exceptions import (
 )
 
 from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.refusals import MOST_ERROR_BODY, hub_word, refusal, s3_word
 from instantstart_fs.errors import (
     AccessRefused,
-    InstantStartError,
-    LocationExpired,
     OriginChanged,
     OriginError,
     OriginMisbehaved,
     OriginNotFound,
-    OriginThrottled,
     OriginUnavailable,
     OriginUnsupported,
 )
@@ -57,6 +55,9 @@ WorkerSettings.slow_window to come: a body that drips would hold a connection, a
 HEADER_TIMEOUTS = 2.0
 """Status and headers have so many stall time-outs to come in whole: a time-out of the socket begins anew with each
 byte."""
+
+ERROR_BODY_SECONDS = 5.0
+"""A refusal's body has so long: it only tells why."""
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
 _SOCKET = "instantstart_socket"
@@ -266,6 +267,8 @@ class Fetcher:
             raise _unreachable(error, where) from error
         whole = False
         try:
+            if response.status not in (200, 206):
+                raise self._refused(response, location, where)
             _check_answer(response, location, wanted, size, where)
             self._receive(response, wanted, buffer, sink, where)
             whole = True
@@ -276,6 +279,23 @@ class Fetcher:
             else:
                 with contextlib.suppress(Exception):
                     response.close()
+
+    def _refused(self, response: urllib3.BaseHTTPResponse, location: Location, where: str) -> OriginError:
+        """What a refusal says: status, headers, and the beginning of its body, which has ERROR_BODY_SECONDS to come."""
+        body = b""
+        with (
+            contextlib.suppress(HTTPError, OSError, http.client.HTTPException, ValueError),
+            self._overdue.cut(getattr(response, _SOCKET, None), ERROR_BODY_SECONDS),
+        ):
+            body = response.read(MOST_ERROR_BODY) or b""
+        hub = hub_word(response.headers)
+        return refusal(
+            response.status,
+            where,
+            service=location.service,
+            word=hub if location.service == "hub" or hub.code else s3_word(body),
+            retry_after=parse_retry_after(response.headers.get("Retry-After"), time.time()),
+        )
 
     def _receive(
         self, response: urllib3.BaseHTTPResponse, wanted: ByteRange, buffer: memoryview, sink: Sink, where: str
@@ -359,8 +379,6 @@ def _check_answer(
     response: urllib3.BaseHTTPResponse, location: Location, wanted: ByteRange, size: int, where: str
 ) -> None:
     status = response.status
-    if status not in (200, 206):
-        raise _refused(status, response, where)
     length = response.headers.get("Content-Length")
     if length is not None and length.strip() != str(wanted.length) and status == 206:
         raise OriginMisbehaved(f"{where}: {length} bytes came where {wanted.length} were asked for")
@@ -388,23 +406,6 @@ def _check_answer(
 
 def _bare(etag: str) -> str:
     return etag.strip().removeprefix("W/").strip('"')
-
-
-def _refused(status: int, response: urllib3.BaseHTTPResponse, where: str) -> InstantStartError:
-    retry_after = parse_retry_after(response.headers.get("Retry-After"), time.time())
-    if status in (401, 403):
-        return LocationExpired(f"{where} answers {status}: refused, or the signed address ran out")
-    if status in (404, 410):
-        return OriginNotFound(f"{where} answers {status}: it is not there")
-    if status in (412, 416):
-        return OriginChanged(f"{where} answers {status}: the pinned object was replaced; `update` pins the new one")
-    if status in (429, 503):
-        return OriginThrottled(f"{where} answers {status}: asked to slow down", retry_after=retry_after)
-    if 300 <= status < 400:
-        return OriginMisbehaved(f"{where} answers {status}: redirects of a location are not followed")
-    if status >= 500:
-        return OriginUnavailable(f"{where} answers {status}", retry_after=retry_after)
-    return OriginMisbehaved(f"{where} answers {status}")
 
 
 def _unreachable(error: BaseException, where: str) -> OriginError:

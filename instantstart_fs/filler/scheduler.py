@@ -555,6 +555,11 @@ class Filler(CommitEvents, DeliveryEvents):
                     filling.generation += 1
                 if filling.refused > 1:
                     final = AccessRefused(error.message + ", also at a fresh address: check the credentials")
+            case AccessRefused() if filling.location is not None and filling.refused == 0:
+                # The service's own word, of one address: credentials are replaced under a running daemon.
+                filling.location = None
+                filling.refused += 1
+                filling.generation += 1
             case OriginNotFound():
                 if current:
                     filling.location = None

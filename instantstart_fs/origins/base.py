@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 
 from instantstart_fs.core.manifest import ManifestFile, ModelManifest
+from instantstart_fs.core.refusals import Service
 
 
 class OriginKey(msgspec.Struct, frozen=True):
@@ -38,6 +39,7 @@ class Location(msgspec.Struct, frozen=True):
     the wall clock after which to locate again, None = does not expire. ``identity`` (file URLs): what ``fstat`` must
     say, as ``directory.identity_of`` writes it, checked around every read.
     ``trusted``: whether the way there protects the bytes (TLS, loopback, a local file).
+    ``service``: who answers there, "" = somebody on the source's behalf (a CDN), whose refusals are not the source's.
     """
 
     url: str
@@ -46,6 +48,7 @@ class Location(msgspec.Struct, frozen=True):
     expires_at: float | None = None
     identity: str | None = None
     trusted: bool = True
+    service: Service = ""
 
 
 class Origin(Protocol):

@@ -34,6 +34,7 @@ from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-d
 from huggingface_hub.utils._http import default_client_factory
 
 from instantstart_fs.core.manifest import Digest, ManifestFile, ModelManifest, ModelSpec
+from instantstart_fs.core.refusals import Word, hub_word, refusal
 from instantstart_fs.core.source import HubSource
 from instantstart_fs.errors import (
     AccessRefused,
@@ -179,12 +180,19 @@ class HuggingFaceOrigin:
             raise OriginMisbehaved(f"{file.path}: {self._endpoint} {refusal}")
         headers: tuple[tuple[str, str], ...] = ()
         expires_at = signature_expiry(found.location, time.time())
-        if _same_host(found.location, self._endpoint):
+        own = _same_host(found.location, self._endpoint)
+        if own:
             if token:
                 headers = (("Authorization", f"Bearer {token}"),)
         elif expires_at is None:
             expires_at = time.time() + DEFAULT_LIFETIME
-        return Location(url=found.location, headers=headers, expires_at=expires_at, trusted=is_trusted(found.location))
+        return Location(
+            url=found.location,
+            headers=headers,
+            expires_at=expires_at,
+            trusted=is_trusted(found.location),
+            service="hub" if own else "",
+        )
 
     def check(self) -> None:
         info = self._info(files_metadata=False)
@@ -264,22 +272,27 @@ class HuggingFaceOrigin:
         response = error.response
         status = response.status_code
         headers = response.headers
-        who = f"with the token of {self._token_file}" if self._token_file else "with the machine's token, or none"
+        who = f"with the token of {self._token_file}" if self._token_file else "with the machine's token, or none,"
+        message = hub_word(headers).message
+        said = f" (it says: {message})" if message else ""
         if isinstance(error, GatedRepoError):
             return AccessRefused(
-                f"{what}: the repository is gated, and {who} it may not be fetched; request access at "
-                f"{self._endpoint}/{self._source.repo} and pass --token-file with a token of that account"
+                f"{what}: the repository is gated, and {who} it may not be fetched{said}; request access "
+                f"at {without_query(self._endpoint)}/{self._source.repo} and pass --token-file with a token of that "
+                "account"
             )
         if isinstance(error, DisabledRepoError):
-            return AccessRefused(f"{what}: the hub has disabled this repository")
+            return AccessRefused(f"{what}: the hub has disabled this repository{said}")
         if isinstance(error, RevisionNotFoundError):
-            return OriginNotFound(f"{what}: the repository has no revision {self._source.revision!r}")
+            return OriginNotFound(f"{what}: the repository has no revision {self._source.revision!r}{said}")
         if isinstance(error, RemoteEntryNotFoundError):
-            return OriginNotFound(f"{what}: there is no such file at the pinned commit")
+            return OriginNotFound(
+                f"{what}: there is no such file at the pinned commit{said}; `update` pins what is there now"
+            )
         if isinstance(error, RepositoryNotFoundError):
             return OriginHidden(
-                f"{what}: no such repository, or it is private and {who} it is not shown; check the name, or pass "
-                "--token-file"
+                f"{what}: no such repository, or it is private and {who} it is not shown{said}; check the name, or "
+                "pass --token-file"
             )
         if status in (429, 503):
             wait = retry_after(headers.get("Retry-After"), time.time())
@@ -287,14 +300,17 @@ class HuggingFaceOrigin:
             if wait is None and limit is not None and limit.remaining == 0:
                 wait = float(limit.reset_in_seconds)
             told = f"; it asks to wait {wait:g} s" if wait is not None else ""
-            return OriginThrottled(f"{what}: the hub answers {status}{told}", retry_after=wait)
+            return OriginThrottled(f"{what}: the hub answers {status}{said}{told}", retry_after=wait)
         if status in (401, 403):
-            return AccessRefused(f"{what}: the hub refuses access {who} ({status}); pass --token-file with a valid one")
+            return AccessRefused(
+                f"{what}: the hub refuses access {who} ({status}){said}; pass --token-file with a valid one"
+            )
+        where = without_query(str(response.url))
         if status in (404, 410):
-            return OriginNotFound(f"{what}: not found at {without_query(str(response.url))}")
-        if status >= 500 or status == 408:
-            return OriginUnavailable(f"{what}: the hub answers {status}")
-        return OriginUnsupported(f"{what}: the hub answers {status} at {without_query(str(response.url))}")
+            return OriginNotFound(f"{what}: not found at {where}{said}")
+        if status in (402, 408, 451) or status >= 500:
+            return refusal(status, f"{what}: the hub", word=Word(message=message))
+        return OriginUnsupported(f"{what}: the hub answers {status} at {where}{said}")
 
 
 def _same_host(url: str, endpoint: str) -> bool:

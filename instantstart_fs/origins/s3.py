@@ -129,7 +129,12 @@ class S3Origin:
             expires_at = time.time() + self._lifetime()
             url = client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=SIGNATURE_LIFETIME)
         return Location(
-            url=url, headers=(("If-Match", etag),), etag=etag, expires_at=expires_at, trusted=is_trusted(url)
+            url=url,
+            headers=(("If-Match", etag),),
+            etag=etag,
+            expires_at=expires_at,
+            trusted=is_trusted(url),
+            service="s3",
         )
 
     def check(self) -> None:

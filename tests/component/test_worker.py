@@ -14,13 +14,14 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from instantstart_fs.core.manifest import Algorithm, Digest
+from instantstart_fs.core.refusals import Service
 from instantstart_fs.filler.fetch import parse_retry_after, shown
 from instantstart_fs.filler.messages import (
     PAUSE,
@@ -433,3 +434,46 @@ def test_a_local_file_that_no_directory_source_pinned_is_never_read(tmp_path: Pa
         finally:
             worker.close()
         assert os.pread(file.fileno(), CHUNK, 0) == bytes(CHUNK)
+
+
+def _s3_error(code: str, message: str = "", status: int = 403) -> Callable[[Handler, str, int, int], bool]:
+    def refuse(handler: Handler, path: str, start: int, stop: int) -> bool:
+        body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("word", "service", "code"),
+    [
+        ("InvalidObjectState", "s3", "origin-unsupported"),
+        ("AccessDenied", "s3", "access-refused"),
+        ("AccessDenied", "", "location-expired"),
+    ],
+)
+def test_the_reason_that_a_service_gives_is_read_and_told(
+    worker: RunningWorker, server: ByteServer, blob: int, word: str, service: Service, code: str
+) -> None:
+    server.fault = _s3_error(word)
+    report = answer_of(worker, server.url + "/a", b"x" * CHUNK, blob, service=service)
+    assert isinstance(report, Failed) and report.code == code and word in report.message
+
+
+def test_a_reason_without_end_is_read_in_part(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    def endless(handler: Handler, path: str, start: int, stop: int) -> bool:
+        handler.send_response(403)
+        handler.end_headers()
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(b"<Error><Code>AccessDenied</Code>" + b" " * 65536)
+        return True
+
+    server.fault = endless
+    report = answer_of(worker, server.url + "/a", b"x" * CHUNK, blob, service="s3")
+    assert isinstance(report, Failed) and report.code == "access-refused"
