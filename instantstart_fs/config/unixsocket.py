@@ -9,6 +9,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from typing import NamedTuple, Protocol
 
 SO_PEERGROUPS = 59
@@ -16,6 +17,7 @@ SO_PEERGROUPS = 59
 MAX_PATH = 107
 """Bytes: sun_path with its NUL."""
 PROBE_SECONDS = 1.0
+_TIMEVAL = struct.Struct("@ll")
 
 
 class Connection(Protocol):
@@ -65,6 +67,36 @@ def listen(path: str, *, mode: int, directory_mode: int, backlog: int) -> socket
         listener.close()
         raise
     return listener
+
+
+def connect(connection: socket.socket, path: str, deadline: float) -> None:
+    """Connect to ``path``; while its backlog is full, wait in the kernel's queue, for ``deadline`` seconds at most.
+
+    A socket with Python's own timeout does not block, and a full backlog then is EAGAIN at once. The socket has no
+    timeout afterwards. Raises OSError; TimeoutError for a backlog that stayed full: somebody listens, and is busy.
+    """
+    connection.settimeout(None)
+    end = time.monotonic() + deadline
+    try:
+        while True:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), path)
+            whole = int(left)
+            microseconds = max(int((left - whole) * 1e6), 1)  # 0 would be no limit at all
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(whole, microseconds))
+            with contextlib.suppress(BlockingIOError):
+                connection.connect(path)
+            try:
+                connection.getpeername()
+            except OSError as error:
+                # Timed out, or a signal came while it waited: Python takes that for a connection under way.
+                if error.errno != errno.ENOTCONN:
+                    raise
+            else:
+                return
+    finally:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(0, 0))
 
 
 def _remove_dead(path: str) -> None:

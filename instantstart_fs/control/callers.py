@@ -36,6 +36,9 @@ from instantstart_fs.errors import PermissionRefused, PipelineBusy
 
 MAX_CONNECTIONS = 256
 """Leases and waits are few; beyond this a client is told to come again rather than the daemon to run out of files."""
+MAX_WAITING = 1024
+ROOM_DEADLINE = 15.0
+"""So many more of those who administer wait, and so many seconds, for one of the MAX_CONNECTIONS to end."""
 MAX_CONNECTIONS_PER_OWNER = 32
 """For users who do not administer: none of them can use the others' share up."""
 REQUEST_RATE = 20.0
@@ -57,6 +60,7 @@ class Callers:
         self._group = group
         self._group_access = group_access
         self._connections: dict[int, int] = {}
+        self._waiting: dict[int, trio.lowlevel.ParkingLot] = {}
         self._allowances: dict[int, Bucket] = {}
         self._owners: frozenset[tuple[int, int]] = frozenset()
         self._owners_at = -OWNERS_REFRESH
@@ -99,6 +103,17 @@ class Callers:
 
     # -- how much --------------------------------------------------------------------------------------------------
 
+    async def wait_room(self, peer: Peer) -> None:
+        """Before ``connected``, for those who administer: hundreds of them at once are a fleet's scripts, and each is
+        soon done. Returns when there is room, or when there was none for too long."""
+        if not self.administers(peer):
+            return
+        share = self._share(peer)
+        waiting = self._waiting.setdefault(share, trio.lowlevel.ParkingLot())
+        with trio.move_on_after(ROOM_DEADLINE):
+            while self._connections.get(share, 0) >= MAX_CONNECTIONS and len(waiting) < MAX_WAITING:
+                await waiting.park()
+
     @contextlib.contextmanager
     def connected(self, peer: Peer) -> Iterator[PipelineBusy | None]:
         """Around one connection: why it is turned away before it says anything; None for most."""
@@ -114,6 +129,8 @@ class Callers:
             self._connections[share] -= 1
             if not self._connections[share]:
                 del self._connections[share]
+            if share in self._waiting:
+                self._waiting[share].unpark()
 
     async def wait_turn(self, peer: Peer) -> None:
         """Return when this peer's next request may cost the loop something: at once for those who administer, else

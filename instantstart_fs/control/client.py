@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
+from instantstart_fs.config import unixsocket
 from instantstart_fs.config.places import SOCKET_NAME, SYSTEM_RUN_DIRECTORY, default_socket
 from instantstart_fs.control.protocol import (
     MAX_HANDED_FILES,
@@ -58,8 +59,8 @@ from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, PermissionRefused, UsageError
 
 _T = TypeVar("_T")
-CONNECT_DEADLINE = 5.0
-"""Seconds to be accepted."""
+CONNECT_DEADLINE = 20.0
+"""Seconds to be accepted. One waits only while the backlog is full: hundreds of others came at the same moment."""
 ANSWER_DEADLINE = 50.0
 """Seconds for an answer that comes from memory: a loaded daemon is not a dead one."""
 RESOLVE_DEADLINE = 660.0
@@ -85,11 +86,10 @@ class Client:
         """``deadline``: seconds to be accepted."""
         self.path = find_socket(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(deadline)
         self._buffer = LineBuffer(MAX_MESSAGE)
         self._descriptors: collections.deque[int] = collections.deque()
         try:
-            self._socket.connect(self.path)
+            unixsocket.connect(self._socket, self.path, deadline)
         except OSError as error:
             self._socket.close()
             raise self._unreachable(error, deadline) from error
@@ -102,7 +102,10 @@ class Client:
         elif isinstance(error, ConnectionRefusedError):
             reason = "the daemon that listened there is gone"
         elif isinstance(error, TimeoutError):
-            reason = f"it did not answer within {deadline:g} s"
+            return DaemonUnreachable(
+                f"{self.path}: the daemon is busy, it accepted nobody else within {deadline:g} s; try again, and look "
+                "into its log (`journalctl -u instantstart`) if it stays so"
+            )
         else:
             reason = error.strerror or str(error)
         return DaemonUnreachable(

@@ -12,7 +12,8 @@ from instantstart_fs.errors import ControlError
 
 __all__ = ["Peer", "listen", "peer_of"]
 
-BACKLOG = 128
+BACKLOG = 4096
+"""The kernel takes no more than net.core.somaxconn of it (4096 since Linux 5.4)."""
 
 
 def listen(path: str) -> trio.socket.SocketType:

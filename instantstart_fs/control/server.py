@@ -144,6 +144,7 @@ class ControlServer:
         try:
             async with stream:
                 peer = self._peer(stream.socket)
+                await self.callers.wait_room(peer)
                 with self.callers.connected(peer) as refusal:
                     await _Connection(self, stream, peer).run(refusal)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):

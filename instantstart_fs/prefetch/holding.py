@@ -42,6 +42,7 @@ MAX_REQUEST = 64 * 1024
 MAX_CONNECTIONS = 64
 ANSWER_DEADLINE = 20.0
 """Seconds for an answer beyond what a request itself allows."""
+BACKLOG = 128
 _SUFFIX = ".sock"
 _T = TypeVar("_T")
 
@@ -370,10 +371,15 @@ class HoldClient:
     def __init__(self, pipeline: str, path: str | None = None) -> None:
         self._path = path or hold_socket(pipeline)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(ANSWER_DEADLINE)
         try:
-            self._socket.connect(self._path)
+            unixsocket.connect(self._socket, self._path, ANSWER_DEADLINE)
+            self._socket.settimeout(ANSWER_DEADLINE)
             owner = peer_of(self._socket).uid
+        except TimeoutError as error:
+            self._socket.close()
+            raise PrefetchError(
+                f"{pipeline}: whoever holds it is busy, and accepted nobody else within {ANSWER_DEADLINE:g} s; try again"
+            ) from error
         except OSError as error:
             self._socket.close()
             raise PrefetchError(
@@ -495,7 +501,7 @@ def _listen(path: str) -> socket.socket:
     try:
         if os.path.isdir(directory) and os.stat(directory).st_uid != os.geteuid():
             raise PrefetchError(f"{directory}: belongs to somebody else")
-        return unixsocket.listen(path, mode=0o600, directory_mode=0o700, backlog=16)
+        return unixsocket.listen(path, mode=0o600, directory_mode=0o700, backlog=BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             name = os.path.basename(path).removesuffix(_SUFFIX)

@@ -17,6 +17,7 @@ import pytest
 import trio
 import trio.testing
 
+from instantstart_fs.config import unixsocket
 from instantstart_fs.control import callers as callers_module
 from instantstart_fs.control import server as server_module
 from instantstart_fs.control.client import Client
@@ -538,6 +539,34 @@ async def test_one_user_cannot_use_up_all_connections(
             client.close()
         await library.wait_leases(0)
         await ask(path, lambda client: client.touch("x"))
+
+
+async def test_administrators_wait_for_room_and_are_told_when_there_is_none(
+    library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callers_module, "MAX_CONNECTIONS", 2)
+    async with run(library, path):
+        async with trio.open_nursery() as nursery:  # many at once, each of which is soon done
+            for _ in range(20):
+                nursery.start_soon(ask, path, lambda client: client.ping())
+        monkeypatch.setattr(callers_module, "ROOM_DEADLINE", 0.05)
+        clients = [await trio.to_thread.run_sync(Client, path) for _ in range(2)]
+        for client in clients:
+            await trio.to_thread.run_sync(client.lease, "x")
+        with pytest.raises(PipelineBusy, match="2 control connections"):
+            await ask(path, lambda client: client.touch("x"))
+        for client in clients:
+            client.close()
+
+
+def test_a_full_backlog_is_waited_for(tmp_path: Path) -> None:
+    listener = unixsocket.listen(str(tmp_path / "s"), mode=0o600, directory_mode=0o700, backlog=0)
+    with listener, Client(str(tmp_path / "s")):
+        with pytest.raises(DaemonUnreachable, match=r"is busy.*within 0.1 s; try again") as caught:
+            Client(str(tmp_path / "s"), deadline=0.1)
+        assert "start one" not in str(caught.value)
+        threading.Timer(0.1, lambda: listener.accept()[0].close()).start()
+        Client(str(tmp_path / "s"), deadline=10).close()
 
 
 async def test_configured_pipelines_that_could_not_be_added_are_shown(library: FakeLibrary, path: str) -> None:
