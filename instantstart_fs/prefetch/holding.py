@@ -378,7 +378,7 @@ class HoldClient:
         except TimeoutError as error:
             self._socket.close()
             raise PrefetchError(
-                f"{pipeline}: whoever holds it is busy, and accepted nobody else within {ANSWER_DEADLINE:g} s; try again"
+                f"{pipeline}: its holder is busy, it accepted nobody else within {ANSWER_DEADLINE:g} s; try again"
             ) from error
         except OSError as error:
             self._socket.close()
