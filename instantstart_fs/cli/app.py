@@ -309,7 +309,7 @@ def verify(
 ) -> None:
     """Hash what is cached again; heal what is wrong."""
     from instantstart_fs.cli.waiting import verify_progress
-    from instantstart_fs.config.units import parse_size
+    from instantstart_fs.config.units import option, parse_rate
 
     if access:
         with Client(socket) as client:
@@ -317,9 +317,7 @@ def verify(
         listed = printable(" ".join(sources))
         print(show.as_json({"sources": sources}) if json else f"{pipeline}: may be fetched: {listed}")
         return
-    limit = None if rate is None else parse_size(rate)
-    if limit == 0:
-        raise UsageError("--rate: must be more than 0")
+    limit = None if rate is None else option("--rate", parse_rate, rate)
     with Client(socket) as client, verify_progress(pipeline, quiet=json) as progress:
         found = client.verify(pipeline, progress, rate=limit)
     if json:
@@ -403,13 +401,19 @@ def prefetch(
         str, typer.Option("--devices", metavar="LIST", help="cuda:0,cuda:1 … or cpu; auto: every GPU, else the CPU.")
     ] = "auto",
     tensor_parallel: Annotated[
-        int | None, typer.Option("--tensor-parallel", metavar="N", help="Ranks that will load (default: the devices).")
+        int | None,
+        typer.Option(
+            "--tensor-parallel", metavar="N", min=1, max=65536, help="Ranks that will load (default: the devices)."
+        ),
     ] = None,
     backend: Annotated[
         str, typer.Option("--backend", metavar="NAME", help="auto, direct, mmap, or gds (tried first if named).")
     ] = "auto",
     readers: Annotated[
-        int, typer.Option("--readers", metavar="N", help="Reading threads of each device (0: the backend's choice).")
+        int,
+        typer.Option(
+            "--readers", metavar="N", min=0, max=256, help="Reading threads of each device (0: the backend's choice)."
+        ),
     ] = 0,
     deadline: Annotated[
         list[str] | None,
@@ -427,7 +431,7 @@ def prefetch(
 ) -> None:
     """Bring a pipeline's weights into GPU (or CPU) memory."""
     from instantstart_fs.cli import prefetching
-    from instantstart_fs.config.units import parse_duration
+    from instantstart_fs.config.units import option, parse_duration
 
     prefetching.run(
         pipeline,
@@ -438,7 +442,7 @@ def prefetch(
         deadlines=deadline or (),
         what_fits=what_fits,
         hold=hold,
-        timeout=parse_duration(timeout),
+        timeout=option("--timeout", parse_duration, timeout),
         socket=socket,
         quiet=json,
         on_staged=lambda stage: print(

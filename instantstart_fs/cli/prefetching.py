@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from instantstart_fs.cli.show import table as columns
+from instantstart_fs.core.limits import MAX_SECONDS
 from instantstart_fs.core.words import human_bytes, human_seconds
 from instantstart_fs.errors import DaemonUnreachable, InstantStartError, PrefetchError, UsageError
 from instantstart_fs.prefetch import DeviceReport, LeaseSource, Stage, Stager, plan
@@ -50,7 +51,7 @@ def deadlines_of(given: Sequence[str]) -> dict[str, float]:
             found[model] = float(seconds)
         except ValueError:
             equals = ""
-        if not equals or math.isnan(found[model]) or found[model] == -math.inf:
+        if not equals or not (found[model] == math.inf or abs(found[model]) < MAX_SECONDS):
             raise UsageError(f"--deadline: {word!r} is not MODEL=SECONDS")
     return found
 

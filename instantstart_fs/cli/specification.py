@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from instantstart_fs.config.units import parse_mode, parse_owner, parse_size
+from instantstart_fs.config.units import option, parse_mode, parse_owner, parse_size
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
 from instantstart_fs.core.source import parse_source
@@ -43,15 +43,15 @@ def specification(
         token_file = os.path.abspath(os.path.expanduser(token_file))
         if not os.path.isfile(token_file):
             raise UsageError(f"--token-file: there is no file {token_file}")
-    uid, gid = parse_owner(owner) if owner is not None else (os.geteuid(), os.getegid())
+    uid, gid = option("--owner", parse_owner, owner) if owner is not None else (os.geteuid(), os.getegid())
     return PipelineSpec(
         id=pipeline,
         models=tuple(models),
         uid=uid,
         gid=gid,
-        mode=parse_mode(mode),
+        mode=option("--mode", parse_mode, mode),
         token_file=token_file,
         aws_profile=aws_profile,
         endpoint_url=endpoint_url,
-        quota=parse_size(quota) if quota is not None else None,
+        quota=option("--quota", parse_size, quota) if quota is not None else None,
     )

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from instantstart_fs.cli.show import human_time
 from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, phases
+from instantstart_fs.core.limits import MAX_TIME_NS
 from instantstart_fs.core.words import human_bytes
 from instantstart_fs.errors import UsageError, printable
 
@@ -41,14 +42,16 @@ def parse_moment(word: str) -> Moment:
 def parse_time(text: str) -> int:
     """RFC 3339, or seconds since 1970, as nanoseconds. Raises UsageError."""
     try:
-        return int(float(text) * 1e9)
+        at_ns = int(float(text) * 1e9)
     except (ValueError, OverflowError):
-        pass
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f"{text!r} is neither an RFC 3339 time nor seconds since 1970") from None
-    return int((moment if moment.tzinfo else moment.astimezone()).timestamp() * 1e9)
+        try:
+            moment = datetime.fromisoformat(text)
+            at_ns = int((moment if moment.tzinfo else moment.astimezone()).timestamp() * 1e9)
+        except (ValueError, OverflowError):
+            raise UsageError(f"{text!r} is neither an RFC 3339 time nor seconds since 1970") from None
+    if not 0 <= at_ns <= MAX_TIME_NS:
+        raise UsageError(f"{text!r} is no time between 1970 and 2262")
+    return at_ns
 
 
 def seconds(value: float) -> str:

@@ -3,46 +3,60 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 from instantstart_fs.config.sections import Capacity
-from instantstart_fs.errors import ConfigError
+from instantstart_fs.core.limits import MAX_BYTES, MAX_DIGITS, MAX_ID, MAX_SECONDS, MIN_RATE
+from instantstart_fs.errors import ConfigError, UsageError
 
+_T = TypeVar("_T")
 _UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4, "P": 1024**5} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("KMGTP", 1)
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)\Z")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)\Z")
+_NUMBER = rf"[0-9]{{1,{MAX_DIGITS}}}(?:\.[0-9]{{1,{MAX_DIGITS}}})?"
+_SIZE = re.compile(rf"({_NUMBER})\s*([A-Za-z]*)\Z")
+_SHARE = re.compile(rf"({_NUMBER})\s*%\Z")
+_DURATION = re.compile(rf"({_NUMBER})\s*(ms|s|m|h|d)\Z")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_size(value: str | int) -> int:
     """Bytes from 8388608, "8MiB" (1024s), "8MB" (1000s) or "8M" (1024s, as in GNU tools). Raises ConfigError."""
     if isinstance(value, int) and not isinstance(value, bool):
-        if value < 0:
-            raise ConfigError(f"{value} is not a size")
-        return value
-    match = _SIZE.match(value.strip()) if isinstance(value, str) else None
-    if match is None or match[2] not in _UNITS:
-        raise ConfigError(f'{value!r} is not a size such as "8MiB" or "500GB"')
-    return int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+        size = value
+    else:
+        match = _SIZE.match(value.strip()) if isinstance(value, str) else None
+        if match is None or match[2] not in _UNITS:
+            raise ConfigError(f'{_brief(value)} is not a size such as "8MiB" or "500GB"')
+        size = int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]
+    if not 0 <= size <= MAX_BYTES:
+        raise ConfigError(f"{_brief(value)} is not a size: it has to be from 0 to 8 EiB")
+    return size
+
+
+def parse_rate(value: str | int) -> int:
+    """Bytes a second, as a size. Raises ConfigError; also for one so small that nothing would ever end."""
+    rate = parse_size(value)
+    if rate < MIN_RATE:
+        raise ConfigError(f"{_brief(value)} is less than 1MB a second: a terabyte would take weeks")
+    return rate
 
 
 def parse_capacity(value: str | int) -> Capacity:
     """A size, or a share such as "80%". Raises ConfigError."""
     if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            percent = float(value.strip()[:-1])
-        except ValueError:
-            percent = 0.0
+        match = _SHARE.match(value.strip())
+        percent = float(match[1]) if match is not None else 0.0
         if not 0 < percent <= 100:
-            raise ConfigError(f"{value!r} is not a share between 0% and 100%")
+            raise ConfigError(f"{_brief(value)} is not a share between 0% and 100%")
         return Capacity(fraction=percent / 100)
     try:
         size = parse_size(value)
     except ConfigError:
-        raise ConfigError(f'{value!r} is neither a size such as "500GiB" nor a share such as "80%"') from None
+        raise ConfigError(f'{_brief(value)} is neither a size such as "500GiB" nor a share such as "80%"') from None
     if size == 0:
         raise ConfigError("must be more than 0")
     return Capacity(bytes=size)
@@ -58,13 +72,15 @@ def parse_floor(value: str | int) -> Capacity:
 def parse_duration(value: str | float) -> float:
     """Seconds from 60, "60s", "500ms", "15m", "48h" or "7d". Raises ConfigError."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not 0 <= value < 1e10:
-            raise ConfigError(f"{value} is not a duration")
-        return float(value)
-    match = _DURATION.match(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise ConfigError(f'{value!r} is not a duration such as "60s", "15m", "48h" or "7d"')
-    return float(match[1]) * _SECONDS[match[2]]
+        seconds = value
+    else:
+        match = _DURATION.match(value.strip()) if isinstance(value, str) else None
+        if match is None:
+            raise ConfigError(f'{_brief(value)} is not a duration such as "60s", "15m", "48h" or "7d"')
+        seconds = float(match[1]) * _SECONDS[match[2]]
+    if not 0 <= seconds < MAX_SECONDS:  # a nan is neither
+        raise ConfigError(f"{_brief(value)} is not a duration: it has to be from 0 to 300 years")
+    return float(seconds)
 
 
 def parse_interval(value: str | float) -> float | None:
@@ -74,7 +90,7 @@ def parse_interval(value: str | float) -> float | None:
     try:
         seconds = parse_duration(value)
     except ConfigError:
-        raise ConfigError(f'{value!r} is neither "off" nor a duration such as "24h" or "30d"') from None
+        raise ConfigError(f'{_brief(value)} is neither "off" nor a duration such as "24h" or "30d"') from None
     if seconds < 1:
         raise ConfigError(f'{value!r} is less than a second; "off" is never')
     return seconds
@@ -103,17 +119,17 @@ def parse_owner(value: str) -> tuple[int, int]:
         raise ConfigError(f"{value!r} is not UID:GID")
     try:
         if user.isdecimal():
-            uid = int(user)
+            uid = _number(user)
             gid = uid if colon else _group_of(uid)
         else:
             entry = pwd.getpwnam(user)
             uid, gid = entry.pw_uid, entry.pw_gid
         if group:
-            gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+            gid = _number(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
     except KeyError:
         raise ConfigError(f"{value!r} names a user or group that this machine does not know") from None
-    if uid >= 2**32 - 1 or gid >= 2**32 - 1:
-        raise ConfigError(f"{value!r} is out of range")
+    if uid > MAX_ID or gid > MAX_ID:
+        raise ConfigError(f"{_brief(value)} is out of range")
     return uid, gid
 
 
@@ -126,10 +142,31 @@ def parse_group(value: str | int) -> int:
             return grp.getgrnam(value).gr_gid
         except KeyError:
             raise ConfigError(f"{value!r} names a group that this machine does not know") from None
-    gid = int(value)
-    if isinstance(value, bool) or not 0 <= gid < 2**32 - 1:
-        raise ConfigError(f"{value!r} is not a group")
+    gid = value if isinstance(value, int) else _number(value)
+    if isinstance(value, bool) or not 0 <= gid <= MAX_ID:
+        raise ConfigError(f"{_brief(value)} is not a group")
     return gid
+
+
+def option(name: str, parse: Callable[[str], _T], value: str) -> _T:
+    """``parse(value)`` of the command line's option ``name``, which a refusal names. Raises UsageError."""
+    try:
+        return parse(value)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error.message}") from error
+
+
+def _number(digits: str) -> int:
+    """MAX_ID + 1, which nobody may have, for more digits than any id has."""
+    return int(digits) if len(digits) <= MAX_DIGITS else MAX_ID + 1
+
+
+def _brief(value: object) -> str:
+    """For a message: Python itself refuses to write numbers of some thousand digits."""
+    if isinstance(value, int) and abs(value) > MAX_BYTES:
+        return "a number beyond 8 EiB"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:60]}…"
 
 
 def _group_of(uid: int) -> int:

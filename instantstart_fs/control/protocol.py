@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import msgspec
 
 from instantstart_fs.core.coldstart import Moment
+from instantstart_fs.core.limits import MAX_BYTES, MAX_TIME_NS, MIN_RATE
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import ControlProtocolError, InstantStartError, from_code
@@ -98,7 +99,7 @@ class Verify(_Request, frozen=True, tag="verify"):
     """→ VerifyResult, with ``progress`` (done_bytes, total_bytes) on the way. ``rate``: bytes a second at most."""
 
     pipeline: str
-    rate: float | None = None
+    rate: Annotated[float, msgspec.Meta(ge=MIN_RATE, le=MAX_BYTES)] | None = None
 
 
 class Access(_Request, frozen=True, tag="access"):
@@ -148,7 +149,7 @@ class Mark(_Request, frozen=True, tag="mark"):
 
     pipeline: str
     moment: Moment
-    at_ns: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    at_ns: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIME_NS)] | None = None
 
 
 class ColdStarts(_Request, frozen=True, tag="cold-starts"):

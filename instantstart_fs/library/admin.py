@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from instantstart_fs.core.chunks import MAX_CHUNKS
+from instantstart_fs.core.limits import MAX_BYTES, MAX_ID
 from instantstart_fs.core.manifest import Manifest, ModelManifest, ModelSpec, PipelineSpec, same_bytes
 from instantstart_fs.core.names import validate_model_name, validate_origin_paths, validate_pipeline_id
 from instantstart_fs.errors import (
@@ -34,6 +35,7 @@ from instantstart_fs.errors import (
     PipelineExists,
     StoreDamaged,
     StoreError,
+    UsageError,
 )
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
@@ -516,3 +518,8 @@ def _validate(spec: PipelineSpec) -> None:
         raise InvalidName(f"{spec.id}: with several models, each needs a name (--model NAME=SOURCE)")
     if spec.mode & ~0o777:
         raise InvalidName(f"{spec.id}: mode {spec.mode:o} is not a permission mode")
+    # A client may be anybody's program: what the kernel's protocol or the index cannot say would fail later, for all.
+    if not (0 <= spec.uid <= MAX_ID and 0 <= spec.gid <= MAX_ID):
+        raise UsageError(f"{spec.id}: owner {spec.uid}:{spec.gid} is out of range")
+    if spec.quota is not None and not 0 <= spec.quota <= MAX_BYTES:
+        raise UsageError(f"{spec.id}: quota {spec.quota} is not a size")

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -21,6 +22,7 @@ from instantstart_fs.errors import (
     PipelineExists,
     PipelineNotFound,
     StoreFull,
+    UsageError,
 )
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
@@ -352,3 +354,15 @@ async def test_a_pipeline_that_is_added_again_was_never_requested(tmp_path: Path
             attributes = library.attributes(find(library, "p", "config.json"))
             assert attributes.atime_ns > attributes.mtime_ns
             await library.remove("p")
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"uid": -1}, {"gid": 2**32 - 1}, {"quota": -1}, {"quota": 2**63}, {"mode": -1}, {"mode": 0o1777}]
+)
+async def test_numbers_that_no_kernel_can_say_are_refused_whoever_sends_them(
+    tmp_path: Path, numbers: dict[str, int]
+) -> None:
+    async with running(tmp_path) as library:
+        with pytest.raises(UsageError):
+            await library.add(msgspec.structs.replace(spec("x", make_source(tmp_path / "source")), **numbers))
+        assert library.list() == []

@@ -146,6 +146,40 @@ def test_a_client_that_does_not_read_does_not_keep_the_server_from_ending() -> N
         client.close()
 
 
+def said_to(served: Served, request: bytes, enough: bytes = b"") -> bytes:
+    """All that the server says to those bytes, until it closes, or has said ``enough``."""
+    port = urllib.parse.urlparse(served.url).port
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(request)
+        answer = b""
+        while not enough or enough not in answer:
+            with contextlib.suppress(ConnectionResetError):
+                if data := connection.recv(65536):
+                    answer += data
+                    continue
+            break
+        return answer
+
+
+HTTP2_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+
+def test_http2_is_refused_and_an_upgrade_is_not_heard() -> None:
+    """By prior knowledge: 505. By `Upgrade`, to HTTP/2 or a web socket: an answer, as if it were not said."""
+    with serving() as served:
+        refused = said_to(served, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS)
+        assert refused.startswith(b"HTTP/1.1 505 ") and HTTP2_SETTINGS[3:] not in refused
+        upgrades = (
+            b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",
+            b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: YWFhYWFhYWFhYWFhYWFhYQ==\r\n",
+        )
+        for upgrade in upgrades:
+            answer = said_to(served, b"GET /badge/x.svg HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n")
+            assert answer.startswith(b"HTTP/1.1 404 ") and b"101" not in answer.partition(b"\r\n")[0]
+        assert get(served)
+
+
 def test_an_event_says_what_has_changed_and_silence_that_nothing_has() -> None:
     with serving() as served:
         served.library.pipelines["m"] = pipeline("m", "filling", cached_bytes=GB, fill=FillStatus(1, 1))

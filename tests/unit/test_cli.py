@@ -154,6 +154,19 @@ def test_each_command_asks_for_what_it_says(
     assert call in client.calls
 
 
+@pytest.mark.parametrize("rate", ["1e-300", "nan", "inf", "0", "-1", "1KB", "9" * 5000])
+def test_a_rate_that_would_never_end_is_a_usage_error(client: type[FakeClient], capsys: Any, rate: str) -> None:
+    assert run(["verify", "x", "--rate", rate]) == 2
+    assert "--rate" in capsys.readouterr().err
+    assert client.calls == []
+
+
+@pytest.mark.parametrize("at", ["-1", "1e300", "1e11", "nan", "inf", "0001-01-01T00:00:00Z"])
+def test_a_time_that_nobody_can_mean_is_a_usage_error(client: type[FakeClient], at: str) -> None:
+    assert run(["mark", "x", "ready", f"--at={at}"]) == 2
+    assert client.calls == []
+
+
 def test_add_sends_the_whole_specification(client: type[FakeClient], tmp_path: Path, capsys: Any) -> None:
     token = tmp_path / "token"
     token.write_text("secret")

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from instantstart_fs.config import Capacity, load_config
-from instantstart_fs.config.units import parse_capacity, parse_duration, parse_mode, parse_owner, parse_size
+from instantstart_fs.config.units import (
+    parse_capacity,
+    parse_duration,
+    parse_group,
+    parse_mode,
+    parse_owner,
+    parse_rate,
+    parse_size,
+)
 from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.errors import ConfigError
 
@@ -150,7 +160,7 @@ def test_pipelines_d_holds_one_pipeline_per_file(write, tmp_path: Path) -> None:
         ('[fill]\nchunk_size = "8 Mega"', "fill.chunk_size", "not a size"),
         ('[fill]\nchunk_size = "5000"', "fill.chunk_size", "multiple of 4 KiB"),
         ('[fill]\nread_deadline = "soon"', "fill.read_deadline", "not a duration"),
-        ("[fill]\nread_deadline = 0", "fill.read_deadline", "more than 0"),
+        ("[fill]\nread_deadline = 0", "fill.read_deadline", "less than 100ms"),
         ('[fill]\nserve_unsealed = "maybe"', "fill.serve_unsealed", "Invalid enum value"),
         ('[fill]\nworkers = "lots"', "fill.workers", "neither"),
         ('[store]\ncapacity = "120%"', "store.capacity", "between 0% and 100%"),
@@ -240,3 +250,56 @@ def test_capacity_modes_and_owners() -> None:
     for bad_mode in ("999", 0o1555, "0755", -1):
         with pytest.raises(ConfigError):
             parse_mode(bad_mode)
+
+
+NINES = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-300", "nan", "inf", "-1", "0", "0.5", "999KB", "1e9", "9" * 30, NINES, "8EiB", "٣MB", ""]
+)
+def test_a_rate_that_nothing_would_ever_end_at_is_none(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_rate(text)
+
+
+def test_rates_that_are_some() -> None:
+    assert [parse_rate(text) for text in ("1MB", "200MB", 2_000_000)] == [1_000_000, 200_000_000, 2_000_000]
+
+
+@pytest.mark.parametrize(
+    ("parse", "values"),
+    [
+        (parse_size, [NINES, int("9" * 30), "9" * 20, "9000000TiB", "1e3", "nan", "inf", -1]),
+        (parse_capacity, ["1e-300%", "nan%", "inf%", NINES + "%", "1_0%", "9" * 25]),
+        (parse_duration, [NINES + "d", "9" * 19 + "d", "1e3s", "inf", "nan", math.nan, math.inf, -1, 10**400]),
+        (parse_group, [NINES, 2**32 - 1, 10**400, -1]),
+        (parse_owner, [f"{NINES}:0", f"0:{NINES}", f"{2**32 - 1}:0", "-1:0"]),
+    ],
+)
+def test_numbers_without_bounds_are_refused_in_one_short_line(
+    parse: Callable[[object], object], values: list[object]
+) -> None:
+    for value in values:
+        with pytest.raises(ConfigError) as refused:
+            parse(value)
+        assert len(refused.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"[fill]\nconnections = {NINES}",
+        "[fill]\nread_deadline = nan",
+        "[fill]\nread_deadline = 1e-300",
+        "[store]\nlow_watermark = nan",
+        "[store]\nhigh_watermark = inf",
+        '[store]\nscrub_rate = "1KB"',
+        f'[http]\nlisten = "127.0.0.1:{NINES}"',
+        f"a = {'[' * 5000}{']' * 5000}",
+    ],
+)
+def test_a_file_with_such_numbers_is_refused_by_name(write, line: str) -> None:
+    path = write(line)
+    with pytest.raises(ConfigError, match=r"config\.toml"):
+        load_config(path)

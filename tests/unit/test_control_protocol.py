@@ -145,3 +145,11 @@ def test_a_moment_beyond_all_clocks_is_refused(at: str) -> None:
     line = '{"v": 1, "request": {"op": "mark", "pipeline": "p", "moment": "ready", "at_ns": ' + at + "}}"
     with pytest.raises(ControlProtocolError):
         decode_request(line.encode())
+
+
+@pytest.mark.parametrize("rate", ["1e-300", "0", "-1", "1e999", "NaN", "Infinity", "999999", "9" * 400, '"1MB"'])
+def test_a_rate_that_would_never_end_is_refused_by_the_daemon_too(rate: str) -> None:
+    line = b'{"v":1,"request":{"op":"verify","pipeline":"x","rate":%b}}' % rate.encode()
+    with pytest.raises(ControlProtocolError):
+        decode_request(line)
+    assert decode_request(line.replace(rate.encode(), b"1e6")) == Verify("x", 1e6)
