@@ -26,7 +26,9 @@ import trio
 from instantstart_fs import __version__
 from instantstart_fs.config import Config, default_socket
 from instantstart_fs.config.descriptors import raise_file_limit
+from instantstart_fs.config.directories import make_directory
 from instantstart_fs.config.loading import load_pipelines
+from instantstart_fs.config.places import make_run_directory
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.control.server import ControlServer
 from instantstart_fs.core.manifest import PipelineSpec
@@ -78,7 +80,7 @@ def run(
         # Before the umask: what lies above the mountpoint is for everybody to pass. Never of a mount itself: one that
         # waits for us to take over would not answer.
         if kernel.find_mount(os.path.abspath(config.mount.path)) is None:
-            os.makedirs(config.mount.path, 0o755, exist_ok=True)
+            make_directory(config.mount.path)
     os.umask(0o077)
     try:
         trio.run(serve, config, socket_path or default_socket())
@@ -165,7 +167,7 @@ def _write_mountpoint(directory: str, path: str) -> None:
     if "\n" in path:
         return
     try:
-        os.makedirs(directory, 0o755, exist_ok=True)
+        make_run_directory(directory)
         with open(os.path.join(directory, "mountpoint"), "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(f"{path}\n")
     except OSError as error:

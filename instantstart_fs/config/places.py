@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from instantstart_fs.config.directories import make_directory, open_up
+
 SYSTEM_CONFIG = "/etc/instantstart/config.toml"
 SYSTEM_RUN_DIRECTORY = "/run/instantstart"
 SOCKET_NAME = "control.sock"
@@ -34,6 +36,15 @@ def run_directory() -> str:
     if os.path.isabs(runtime) and os.path.isdir(runtime):
         return os.path.join(runtime, "instantstart")
     return os.path.join(_home("XDG_CACHE_HOME", "~/.cache"), "instantstart")
+
+
+def make_run_directory(directory: str) -> None:
+    """``directory``, below which sockets lie, passable for all. Where it is the default one and this user's own, one
+    that was made too private is opened, unless systemd made it: its modes are the unit's. Raises OSError."""
+    make_directory(directory)
+    given = os.environ.get("RUNTIME_DIRECTORY", "").split(":")
+    if directory == run_directory() and directory not in given:
+        open_up(directory)
 
 
 def default_socket() -> str:

@@ -12,6 +12,8 @@ import struct
 import time
 from typing import NamedTuple, Protocol
 
+from instantstart_fs.config.directories import make_directory
+
 SO_PEERGROUPS = 59
 """From asm-generic/socket.h; Python's socket module does not name it."""
 MAX_PATH = 107
@@ -52,10 +54,7 @@ def listen(path: str, *, mode: int, directory_mode: int, backlog: int) -> socket
     """
     if len(os.fsencode(path)) > MAX_PATH:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
-    directory = os.path.dirname(path)
-    if not os.path.isdir(directory):
-        os.makedirs(directory, directory_mode)
-        os.chmod(directory, directory_mode)  # a umask of 077 must not keep out who is to get through
+    make_directory(os.path.dirname(path), directory_mode)
     _remove_dead(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
 
 import trio
 
 from instantstart_fs.config import unixsocket
+from instantstart_fs.config.directories import PASSABLE, obstacle
+from instantstart_fs.config.places import make_run_directory
 from instantstart_fs.config.unixsocket import Peer, peer_of
 from instantstart_fs.errors import ControlError
 
 __all__ = ["Peer", "listen", "peer_of"]
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 4096
 """The kernel takes no more than net.core.somaxconn of it (4096 since Linux 5.4)."""
@@ -19,8 +25,16 @@ BACKLOG = 4096
 def listen(path: str) -> trio.socket.SocketType:
     """A listening socket at ``path``, made with its directory. A dead daemon's file is replaced; of a living one
     ControlError is raised."""
+    directory = os.path.dirname(path)
     try:
-        listener = unixsocket.listen(path, mode=0o666, directory_mode=0o755, backlog=BACKLOG)
+        make_run_directory(directory)
+        if os.geteuid() == 0 and (closed := obstacle(directory)) is not None:
+            log.warning(
+                "not everybody may pass %s: owners of pipelines who may not cannot ask for theirs; chmod o+x, or "
+                "choose another --socket",
+                closed,
+            )
+        listener = unixsocket.listen(path, mode=0o666, directory_mode=PASSABLE, backlog=BACKLOG)
     except OSError as error:
         raise ControlError(f"{path}: {_reason(error)}") from error
     listener.setblocking(False)

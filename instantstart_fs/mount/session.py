@@ -23,6 +23,7 @@ import msgspec
 import pyfuse3
 import trio
 
+from instantstart_fs.config.directories import make_directory
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.library.view import Invalidation, View
 from instantstart_fs.mount import kernel
@@ -292,7 +293,7 @@ def prepare_mountpoint(settings: MountSettings) -> str:
         if os.path.commonpath([path, store]) in (path, store):
             raise MountFailed(f"the mountpoint {path} and the store {store} may not lie in one another")
     try:
-        os.makedirs(path, mode=0o755, exist_ok=True)
+        make_directory(path)
         names = os.listdir(path)
     except FileExistsError as error:
         raise MountFailed(f"the mountpoint {path} is not a directory") from error

@@ -28,7 +28,7 @@ from typing import NamedTuple, Self, TypeVar
 import msgspec
 
 from instantstart_fs.config import unixsocket
-from instantstart_fs.config.places import run_directory
+from instantstart_fs.config.places import make_run_directory, run_directory
 from instantstart_fs.config.unixsocket import peer_of
 from instantstart_fs.core.names import validate_pipeline_id
 from instantstart_fs.errors import InstantStartError, PermissionRefused, PrefetchError, from_code
@@ -501,6 +501,8 @@ def _listen(path: str) -> socket.socket:
     try:
         if os.path.isdir(directory) and os.stat(directory).st_uid != os.geteuid():
             raise PrefetchError(f"{directory}: belongs to somebody else")
+        if os.path.dirname(directory) == run_directory():
+            make_run_directory(run_directory())  # the daemon's socket lies there, too
         return unixsocket.listen(path, mode=0o600, directory_mode=0o700, backlog=BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

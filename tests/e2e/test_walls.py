@@ -416,3 +416,30 @@ def test_ids_that_collide_or_escape_are_refused(daemon: Daemon, model: Path, nam
     done = daemon.cli("add", "--", name, f"file://{model}")
     assert done.returncode == 2, done.stderr
     assert sorted(os.listdir(daemon.mount)) == before
+
+
+# ---------------------------------------------------------------- the way to the control socket
+
+
+@pytest.mark.parametrize("before", [None, 0o755, 0o700], ids=["made by serve", "there", "there, and private"])
+def test_owners_reach_the_socket_of_a_daemon_that_made_its_directory(
+    open_directory: Path, model: Path, before: int | None
+) -> None:
+    """`serve` by hand under a umask of 077. Where somebody made the directory private, that is said and left."""
+    directory = open_directory / f"run-{before}" / "deep"
+    running = Daemon(open_directory / f"s-{before}", prefix=("sh", "-c", 'umask 077; exec "$0" "$@"'))
+    running.socket = directory / "control.sock"
+    running.env["INSTANTSTART_SOCKET"] = str(running.socket)
+    if before is not None:
+        directory.mkdir(parents=True)
+        directory.parent.chmod(0o755)
+        directory.chmod(before)
+    with running:
+        running.ok("add", "bobs", f"file://{model}", "--owner", owner(BOB), "--mode", "0500")
+        if before == 0o700:
+            assert f"not everybody may pass {directory}" in running.text()
+            directory.chmod(0o711)
+        for arguments in (("status", "bobs"), ("lease", "bobs", "--", "true")):
+            status, _, err = cli_as(running, BOB, *arguments)
+            assert status == 0, (arguments, err)
+        assert python_as(BOB, READS["open"], running.path("bobs"), running.path("bobs", FIRST)) is None
