@@ -279,7 +279,9 @@ class Daemon:
         mount = self._config.mount
         settings = session.MountSettings(path=mount.path, store=self._config.store.path, transport=mount.transport)
         await session.serve(self._library, settings, handover, task_status=task_status)
-        raise MountFailed(f"{self._config.mount.path} was unmounted by somebody else")
+        raise MountFailed(
+            f"{self._config.mount.path} was unmounted by somebody else; the next start of the daemon mounts it again"
+        )
 
     # -- the page --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import re
+import select
 import shutil
 import struct
 import subprocess
@@ -32,6 +33,9 @@ MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 CAP_SYS_ADMIN_BIT: Final = 21
 FUSERMOUNT_DEADLINE: Final = 10.0
+
+TABLE_PAUSE: Final = 0.2
+"""Seconds between two looks at a mount table that changes all the time."""
 
 FUSECTL: Final = "/sys/fs/fuse/connections"
 
@@ -84,6 +88,36 @@ def mounts() -> tuple[Mount, ...]:
 def find_mount(path: str) -> Mount | None:
     """The topmost mount whose mountpoint is exactly ``path`` (absolute, without symlinks)."""
     return next((mount for mount in reversed(mounts()) if mount.path == path), None)
+
+
+def is_mounted(mount: Mount) -> bool:
+    """Whether that very mount is still there, at whatever path and under whatever else."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        # Not parsed: a host of containers has thousands of lines, and changes them all the time.
+        return re.search(rb"^%d \d+ %s " % (mount.mount_id, mount.device.encode()), table.read(), re.M) is not None
+
+
+def wait_unmounted(mount: Mount, end: int) -> bool:
+    """Block until that very mount has left the mount table (True), or nobody holds the other end of the pipe ``end``,
+    which is closed here (False). Where its connection lives on, since files of it are open, nothing else tells.
+
+    The kernel tells of changes; nothing is asked again and again. Raises OSError.
+    """
+    try:
+        with open("/proc/self/mountinfo", "rb", buffering=0) as table:
+            changes, ending = select.poll(), select.poll()
+            changes.register(table, select.POLLPRI | select.POLLERR)
+            for poll in (changes, ending):
+                poll.register(end, 0)  # POLLHUP
+            while True:
+                # An older kernel may skip a line while others go: what is missing is looked for twice.
+                if not is_mounted(mount) and not is_mounted(mount):
+                    return True
+                changes.poll()
+                if ending.poll(TABLE_PAUSE * 1000):
+                    return False
+    finally:
+        os.close(end)
 
 
 def filesystem_of(path: str) -> Mount | None:

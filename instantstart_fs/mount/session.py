@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 PROBE_DEADLINE: Final = 5.0
 """Seconds that somebody else's mount gets to prove that it is alive."""
 TEARDOWN_DEADLINE: Final = 10.0
+WATCH_RETRY: Final = 5.0
 INVALIDATIONS_AT_ONCE: Final = 1000
 
 _mounted = False
@@ -215,6 +216,8 @@ async def _serve_on(
     inherited: Inherited | None = None,
 ) -> None:
     invalidator = _Invalidator(view, transport)
+    mounted: Mounted | None = None
+    unmounted = trio.Event()
     allow_other = may_allow_other(settings)
     serving = trio.CancelScope(shield=True)
     leave = False
@@ -228,7 +231,8 @@ async def _serve_on(
         raise
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_main, transport, settings, nursery.cancel_scope, serving)
+            nursery.start_soon(_main, transport, unmounted, serving)
+            nursery.start_soon(_end_when_unmounted, settings, unmounted, nursery.cancel_scope)
             nursery.start_soon(_end_serving, serving, invalidator)
             mounted = await _wait_ready(path, settings)
             mounted = msgspec.structs.replace(
@@ -239,6 +243,7 @@ async def _serve_on(
             )
             for note in mounted.notes:
                 log.warning("%s", note)
+            nursery.start_soon(_watch_table, mounted.mount, unmounted)
             view.settle(resumed=inherited is not None)
             nursery.start_soon(invalidator.run)
             if binder is not None:
@@ -253,12 +258,14 @@ async def _serve_on(
         raise _first(failed) from None
     finally:
         with trio.CancelScope(shield=True):
+            if unmounted.is_set():
+                leave = False
             if leave and serving.cancelled_caught and isinstance(transport, DevFuse) and transport.kept:
                 # Whoever waits goes on waiting, for the next daemon or for the supervisor to say that none comes.
                 log.info("the mount stays for the next daemon")
                 transport.leave()
             else:
-                await _take_down(path, transport, invalidator)
+                await _take_down(path, mounted.mount if mounted else None, settings, transport, invalidator)
 
 
 def _first(group: BaseExceptionGroup[MountFailed]) -> MountFailed:
@@ -341,14 +348,37 @@ def may_allow_other(settings: MountSettings) -> bool:
     return False
 
 
-async def _main(
-    transport: Transport, settings: MountSettings, outside: trio.CancelScope, serving: trio.CancelScope
-) -> None:
+async def _main(transport: Transport, unmounted: trio.Event, serving: trio.CancelScope) -> None:
     with serving:
         await transport.main()
     if not serving.cancelled_caught:
-        log.warning("%s was unmounted by somebody else", settings.path)
-        outside.cancel()
+        unmounted.set()
+
+
+async def _watch_table(mount: kernel.Mount, unmounted: trio.Event) -> None:
+    """A lazy unmount leaves the connection to those who have files open: requests still come, and nobody new can open
+    anything. What is mounted over it, or done to a mount above it, is no unmount."""
+    while True:
+        end, other_end = os.pipe2(os.O_CLOEXEC)
+        try:
+            gone = await trio.to_thread.run_sync(
+                kernel.wait_unmounted, mount, end, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+            )
+        except OSError as error:
+            log.warning("the mount table cannot be watched, trying on: %s", error.strerror)
+            await trio.sleep(WATCH_RETRY)
+            continue
+        finally:
+            os.close(other_end)
+        if gone:
+            unmounted.set()
+            return
+
+
+async def _end_when_unmounted(settings: MountSettings, unmounted: trio.Event, outside: trio.CancelScope) -> None:
+    await unmounted.wait()
+    log.warning("%s was unmounted by somebody else", settings.path)
+    outside.cancel()
 
 
 async def _end_serving(serving: trio.CancelScope, invalidator: _Invalidator) -> None:
@@ -404,7 +434,8 @@ class _Pyfuse3:
     def close(self) -> None:
         if self._open:
             self._open = False
-            pyfuse3.close(unmount=True)
+            # It was unmounted before; libfuse would unmount by its path what somebody else may have mounted there.
+            pyfuse3.close(unmount=False)
 
 
 _session_loop = pyfuse3._session_loop  # type: ignore[attr-defined]  # private: see _steadied_loop
@@ -515,19 +546,34 @@ def _send_invalidation(transport: Transport, invalidation: Invalidation) -> None
 # The end
 
 
-async def _take_down(path: str, transport: Transport, invalidator: _Invalidator) -> None:
+async def _take_down(
+    path: str,
+    ours: kernel.Mount | None,
+    settings: MountSettings,
+    transport: Transport,
+    invalidator: _Invalidator,
+) -> None:
     """Abort, detach, free. Aborting comes first: it ends every wait in the mount, so that nothing after it can hang,
-    and the connection is known by a device number that is surely ours only while the mount is there."""
-    mount = kernel.find_mount(path)
-    if mount is not None:
+    and the connection is known by a device number that is surely ours only while the mount is there.
+
+    What somebody else mounted over it, or in its place, is left alone. ``ours`` None: it was not looked for yet."""
+    found = kernel.find_mount(path)
+    if found is not None and found.filesystem != f"fuse.{settings.subtype}":
+        found = None
+    if ours is None:
+        ours = found
+    if ours is not None and kernel.is_mounted(ours):
         try:
-            kernel.abort_connection(mount)
+            kernel.abort_connection(ours)
         except OSError as error:
             log.debug("the connection was not aborted: %s; closing its descriptor will end it", error)
-        try:
-            await _in_thread(kernel.umount_lazily, path, deadline=TEARDOWN_DEADLINE, what="unmounting")
-        except MountFailed as error:
-            log.error("%s", error)
+        if found is None or found.mount_id != ours.mount_id:
+            log.warning("%s: something else is mounted over it; unmount both", path)
+        else:
+            try:
+                await _in_thread(kernel.umount_lazily, path, deadline=TEARDOWN_DEADLINE, what="unmounting")
+            except MountFailed as error:
+                log.error("%s", error)
     with trio.move_on_after(TEARDOWN_DEADLINE) as waiting:
         await invalidator.wait_idle()
     if waiting.cancelled_caught:

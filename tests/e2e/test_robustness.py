@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from instantstart_fs.control.client import Client
 from instantstart_fs.errors import InstantStartError
-from tests.harness import Daemon
+from instantstart_fs.mount import kernel
+from tests.harness import Daemon, mounted, must, unmount, wait_for
 
 
 def test_500_clients_at_once_are_all_answered(make_daemon: Callable[..., Daemon], model: Path) -> None:
@@ -34,3 +40,56 @@ def test_500_clients_at_once_are_all_answered(make_daemon: Callable[..., Daemon]
     for thread in threads:
         thread.join(60)
     assert not failed, f"{len(failed)} of 500: {failed[0]}"
+
+
+def ended(daemon: Daemon) -> int:
+    """Its exit status, once it has ended by itself."""
+    process, daemon._process = daemon._process, None
+    assert process is not None
+    return process.wait(20)
+
+
+@pytest.mark.parametrize("transport", ["pyfuse3", "passthrough", "bind"], indirect=True)
+@pytest.mark.parametrize("way", ["umount -l", "abort"])
+def test_an_unmount_under_open_files_ends_the_daemon(
+    make_daemon: Callable[..., Daemon], model: Path, transport: None, way: str
+) -> None:
+    """It would serve nobody new, and nothing would start it again."""
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{model}")
+    with contextlib.suppress(OSError), daemon.path("m", "config.json").open("rb") as held:  # the close tells of it
+        held.read(1)
+        if way == "abort":
+            mount = kernel.find_mount(str(daemon.mount))
+            assert mount is not None
+            kernel.abort_connection(mount)
+        else:
+            must("umount", "-l", daemon.mount)
+        assert ended(daemon) == 1
+    assert "was unmounted by somebody else; the next start" in daemon.text().splitlines()[-1]
+    assert not mounted(daemon.mount)
+    daemon.start()
+    assert json.loads(daemon.path("m", "config.json").read_bytes())
+
+
+@pytest.mark.parametrize("transport", ["pyfuse3", "passthrough"], indirect=True)
+def test_what_is_mounted_over_it_or_in_its_place_is_left_alone(
+    make_daemon: Callable[..., Daemon], model: Path, transport: None
+) -> None:
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{model}")
+    must("mount", "-t", "tmpfs", "over", daemon.mount)
+    try:
+        must("mount", "-o", "remount,size=1m", daemon.mount)
+        daemon.ok("status", "m")
+        assert daemon.running
+        must("umount", daemon.mount)
+        with daemon.path("m", "config.json").open("rb") as held:
+            held.read(1)
+            must("umount", "-l", daemon.mount)
+            must("mount", "-t", "tmpfs", "instead", daemon.mount)
+            assert ended(daemon) == 1
+        found = kernel.find_mount(str(daemon.mount))
+        assert found is not None and found.source == "instead"
+    finally:
+        unmount(daemon.mount)
