@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from instantstart_fs.control.client import Client
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.mount import kernel
-from tests.harness import Daemon, mounted, must, unmount, wait_for
+from tests.harness import Daemon, mounted, must, unmount
 
 
 def test_500_clients_at_once_are_all_answered(make_daemon: Callable[..., Daemon], model: Path) -> None:
