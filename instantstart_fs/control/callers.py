@@ -9,6 +9,7 @@ requests and connections, and all who own nothing share one: no local user can k
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 
@@ -31,6 +32,7 @@ from instantstart_fs.control.protocol import (
 )
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.ratelimit import Bucket
+from instantstart_fs.core.seats import Seat, Seats
 from instantstart_fs.core.weights import may_read
 from instantstart_fs.errors import PermissionRefused, PipelineBusy
 
@@ -40,7 +42,13 @@ MAX_WAITING = 1024
 ROOM_DEADLINE = 15.0
 """So many more of those who administer wait, and so many seconds, for one of the MAX_CONNECTIONS to end."""
 MAX_CONNECTIONS_PER_OWNER = 32
-"""For users who do not administer: none of them can use the others' share up."""
+"""For each user who does not administer: none of them can use the others' share up."""
+MAX_STRANGERS = 128
+"""For all together who own nothing, with any number of uids. Owners, and those who administer, have places of their
+own."""
+MAX_KNOWN = 4096
+IDLE_SECONDS = 60.0
+"""For which somebody who does not administer may sit there without a request."""
 REQUEST_RATE = 20.0
 REQUEST_BURST = 40.0
 """Requests a second, and at once after a rest, of one owner, or of all who own nothing together. Beyond it answers
@@ -52,6 +60,25 @@ OWNERS_REFRESH = 1.0
 """Seconds for which the set of owners is kept: computing it walks over all pipelines."""
 
 
+class Place:
+    """One connection's place. ``refusal``: why it has none. ``patience``: seconds for which it may be idle."""
+
+    def __init__(self, seat: Seat | None, patience: float, refusal: PipelineBusy | None = None) -> None:
+        self._seat = seat
+        self.patience = patience
+        self.refusal = refusal
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """From a whole request to its answer: meanwhile it gives way to nobody."""
+        assert self._seat is not None
+        self._seat.at_work()
+        try:
+            yield
+        finally:
+            self._seat.idle(trio.current_time())
+
+
 class Callers:
     """Owned by the ControlServer; on the trio thread. ``group``: its members administer."""
 
@@ -59,7 +86,8 @@ class Callers:
         self._library = library
         self._group = group
         self._group_access = group_access
-        self._connections: dict[int, int] = {}
+        self._administrators, self._owners_seats, self._strangers = Seats(), Seats(), Seats()
+        self._scopes: dict[Seat, trio.CancelScope] = {}
         self._waiting: dict[int, trio.lowlevel.ParkingLot] = {}
         self._allowances: dict[int, Bucket] = {}
         self._owners: frozenset[tuple[int, int]] = frozenset()
@@ -108,29 +136,38 @@ class Callers:
         soon done. Returns when there is room, or when there was none for too long."""
         if not self.administers(peer):
             return
-        share = self._share(peer)
-        waiting = self._waiting.setdefault(share, trio.lowlevel.ParkingLot())
+        waiting = self._waiting.setdefault(peer.uid, trio.lowlevel.ParkingLot())
         with trio.move_on_after(ROOM_DEADLINE):
-            while self._connections.get(share, 0) >= MAX_CONNECTIONS and len(waiting) < MAX_WAITING:
+            while self._administrators.taken(peer.uid) >= MAX_CONNECTIONS and len(waiting) < MAX_WAITING:
                 await waiting.park()
 
     @contextlib.contextmanager
-    def connected(self, peer: Peer) -> Iterator[PipelineBusy | None]:
-        """Around one connection: why it is turned away before it says anything; None for most."""
-        share = self._share(peer)
-        self._connections[share] = self._connections.get(share, 0) + 1
-        limit = MAX_CONNECTIONS if self.administers(peer) else MAX_CONNECTIONS_PER_OWNER
+    def connected(self, peer: Peer) -> Iterator[Place]:
+        """Around one connection. Whoever may not stay is told why; what is idle gives way to others meanwhile."""
+        administers, share = self.administers(peer), self._share(peer)
+        known = not administers and share == peer.uid
+        seats = self._administrators if administers else self._owners_seats if known else self._strangers
+        each = MAX_CONNECTIONS if administers else MAX_CONNECTIONS_PER_OWNER
+        total = MAX_STRANGERS if seats is self._strangers else MAX_KNOWN
+        seat, leaves = seats.enter(peer.uid, trio.current_time(), each=each, total=total)
+        if leaves is not None:
+            self._scopes[leaves].cancel()
+        if not isinstance(seat, Seat):
+            reason = (
+                f"uid {peer.uid} has {each} control connections open already, all of them at work"
+                if seat == "share"
+                else f"{total} control connections of other users are open, all of them at work; try again"
+            )
+            yield Place(None, math.inf, PipelineBusy(reason))
+            return
         try:
-            if self._connections[share] > limit:
-                yield PipelineBusy(f"uid {peer.uid} has {limit} control connections open already")
-            else:
-                yield None
+            with trio.CancelScope() as self._scopes[seat]:
+                yield Place(seat, math.inf if administers else IDLE_SECONDS)
         finally:
-            self._connections[share] -= 1
-            if not self._connections[share]:
-                del self._connections[share]
-            if share in self._waiting:
-                self._waiting[share].unpark()
+            del self._scopes[seat]
+            seats.leave(seat)
+            if peer.uid in self._waiting:
+                self._waiting[peer.uid].unpark()
 
     async def wait_turn(self, peer: Peer) -> None:
         """Return when this peer's next request may cost the loop something: at once for those who administer, else

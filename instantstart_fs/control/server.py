@@ -12,7 +12,6 @@ from __future__ import annotations
 import array
 import contextlib
 import logging
-import math
 import os
 import socket
 import time
@@ -24,7 +23,7 @@ import msgspec
 import trio
 
 from instantstart_fs.control.administration import Administration, Report
-from instantstart_fs.control.callers import Callers
+from instantstart_fs.control.callers import Callers, Place
 from instantstart_fs.control.listening import Peer, listen, peer_of
 from instantstart_fs.control.protocol import (
     MAX_HANDED_FILES,
@@ -145,8 +144,8 @@ class ControlServer:
             async with stream:
                 peer = self._peer(stream.socket)
                 await self.callers.wait_room(peer)
-                with self.callers.connected(peer) as refusal:
-                    await _Connection(self, stream, peer).run(refusal)
+                with self.callers.connected(peer) as place:
+                    await _Connection(self, stream, peer, place).run()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         except* Exception:
@@ -236,42 +235,46 @@ class _Change:
 class _Connection:
     """One client: its requests in turn, each ended when the client goes."""
 
-    def __init__(self, server: ControlServer, stream: trio.SocketStream, peer: Peer) -> None:
+    def __init__(self, server: ControlServer, stream: trio.SocketStream, peer: Peer, place: Place) -> None:
         self._server = server
+        self._place = place
         self._library = server.library
         self._stream = stream
         self._peer = peer
         self._buffer = LineBuffer(MAX_REQUEST)
 
-    async def run(self, refusal: InstantStartError | None) -> None:
-        """``refusal``: all that it is told."""
-        if refusal is not None:
-            await self._send(_failed(refusal))
+    async def run(self) -> None:
+        if self._place.refusal is not None:
+            await self._send(_failed(self._place.refusal))
             return
         while True:
             try:
                 line = await self._read_line()
                 if line is None:
                     return
-                await self._server.callers.wait_turn(self._peer)
-                request = decode_request(line)
+                with self._place.at_work():
+                    await self._server.callers.wait_turn(self._peer)
+                    if not await self._answer(decode_request(line)):
+                        return
             except ControlProtocolError as error:
                 await self._send(_failed(error))
                 return
-            if not await self._answer(request):
-                return
 
     async def _read_line(self) -> bytes | None:
-        """The next request; None at the end. A client may be silent between requests, not within one."""
+        """The next request; None at the end. A client may be silent between requests for as long as its place has
+        patience, and not within one."""
+        silent_until = trio.current_time() + self._place.patience
         begun: float | None = None
         while True:
             for line in self._buffer.lines():
                 return line
             # From its first byte on, however many come: one now and then would hold a connection for ever.
             begun = (begun or trio.current_time()) if len(self._buffer) else None
-            with trio.move_on_at(math.inf if begun is None else begun + REQUEST_DEADLINE) as scope:
+            with trio.move_on_at(silent_until if begun is None else begun + REQUEST_DEADLINE) as scope:
                 data = await self._stream.receive_some(65536)
             if scope.cancelled_caught:
+                if begun is None:
+                    return None
                 raise ControlProtocolError(f"half a request, and not the rest within {REQUEST_DEADLINE:g} s")
             if not data:
                 return None

@@ -510,18 +510,72 @@ async def test_strangers_share_one_allowance_and_owners_have_their_own(
     assert max(waited["owner"]) == max(waited["root"]) == 0.0
 
 
-async def test_strangers_of_many_uids_cannot_use_up_all_connections(
+async def connected(path: str) -> Client:
+    return await trio.to_thread.run_sync(Client, path)
+
+
+async def test_strangers_who_only_sit_there_give_way(
     library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither one uid with many connections nor many uids with one each keep anybody out by being idle."""
+    monkeypatch.setattr(callers_module, "MAX_STRANGERS", 3)
     monkeypatch.setattr(callers_module, "MAX_CONNECTIONS_PER_OWNER", 2)
-    uids = iter(range(5000, 6000))
-    async with run(library, path, peer=lambda _: Peer(1, next(uids), frozenset())):
-        clients = [await trio.to_thread.run_sync(Client, path) for _ in range(2)]
+    uid = 5000
+    async with run(library, path, peer=lambda _: Peer(1, uid, frozenset())):
+        clients = [await connected(path) for _ in range(4)]
+        for uid in range(6000, 6010):  # noqa: B007
+            clients.append(await connected(path))
+            await trio.to_thread.run_sync(clients[-1].ping)
+        with pytest.raises(DaemonUnreachable):  # it gave way
+            await trio.to_thread.run_sync(clients[0].ping)
+        await trio.to_thread.run_sync(clients[-1].ping)
         for client in clients:
-            await trio.to_thread.run_sync(client.ping)
-        with pytest.raises(PipelineBusy, match="2 control connections"):
+            client.close()
+
+
+async def test_strangers_at_work_fill_their_own_places_and_are_named_by_their_uid(
+    library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody may open what everybody may read, for as long as they like; owners and root have other places."""
+    monkeypatch.setattr(callers_module, "MAX_STRANGERS", 3)
+    monkeypatch.setattr(callers_module, "MAX_CONNECTIONS_PER_OWNER", 2)
+    uid = 5000
+    async with run(library, path, peer=lambda _: Peer(1, uid, frozenset())):
+        clients = [await connected(path) for _ in range(2)]
+        for client in clients:
+            await trio.to_thread.run_sync(client.open, "x")
+        with pytest.raises(PipelineBusy, match="uid 5000 has 2 control connections open already"):
             await ask(path, lambda client: client.ping())
+        uid = 6000
+        clients.append(await connected(path))
+        await trio.to_thread.run_sync(clients[-1].open, "x")
+        uid = 7000
+        with pytest.raises(PipelineBusy, match="3 control connections of other users"):
+            await ask(path, lambda client: client.ping())
+        for uid in (1234, 0):  # noqa: B007
+            await ask(path, lambda client: client.touch("x"))
         for client in clients:
+            client.close()
+
+
+async def test_who_says_nothing_for_long_is_sent_away(
+    library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callers_module, "IDLE_SECONDS", 0.1)
+    uid = 1234
+    async with run(library, path, peer=lambda _: Peer(1, uid, frozenset())):
+        holding, idle = await connected(path), await connected(path)
+        await trio.to_thread.run_sync(holding.lease, "x")
+        with pytest.raises(DaemonUnreachable), trio.fail_after(20):
+            while True:
+                await trio.to_thread.run_sync(idle.ping)
+                await trio.sleep(0.3)
+        assert library.leases == 1, "a lease is no silence"
+        uid = 0
+        patient = await connected(path)
+        await trio.sleep(0.3)
+        await trio.to_thread.run_sync(patient.ping)
+        for client in (holding, idle, patient):
             client.close()
 
 

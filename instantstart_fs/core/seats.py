@@ -1,0 +1,85 @@
+"""How many may be connected at once, and who gives way when there is no room. Pure: time is a parameter.
+
+Each connection has a seat, which counts for its share: a uid, say. Who is at work keeps its seat; who only sits there
+gives it up when another needs it. So nobody keeps others out by doing nothing, with however many connections, and
+however many shares it draws on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Literal
+
+Refusal = Literal["share", "all"]
+"""No seat: those of one's own share are all at work, or those of everybody."""
+
+
+class Seat:
+    """``idle_since``: None while at work. ``given_up``: another has it now."""
+
+    __slots__ = ("given_up", "idle_since", "share")
+
+    def __init__(self, share: Hashable, now: float) -> None:
+        self.share = share
+        self.idle_since: float | None = now
+        self.given_up = False
+
+    def at_work(self) -> None:
+        self.idle_since = None
+
+    def idle(self, now: float) -> None:
+        self.idle_since = now
+
+
+class Seats:
+    """Seconds of any clock that never goes back."""
+
+    def __init__(self) -> None:
+        self._taken: dict[Hashable, dict[Seat, None]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def taken(self, share: Hashable) -> int:
+        return len(self._taken.get(share, ()))
+
+    def enter(self, share: Hashable, now: float, *, each: int, total: int) -> tuple[Seat | Refusal, Seat | None]:
+        """A seat, idle at first, or why there is none; and the seat that was given up for it.
+
+        ``each``: seats of one share; ``total``: of all. Beyond the first the longest idle one of the same share gives
+        way; beyond the second that of the share that has most seats, and an idle one.
+        """
+        refusal: Refusal | None = None
+        leaves: Seat | None = None
+        if self.taken(share) >= each:
+            leaves, refusal = self._longest_idle(share), "share"
+        elif self._count >= total:
+            largest = sorted(self._taken, key=self.taken, reverse=True)
+            found = (self._longest_idle(other) for other in largest)
+            leaves, refusal = next((seat for seat in found if seat is not None), None), "all"
+        if leaves is not None:
+            leaves.given_up = True
+            self._remove(leaves)
+        elif refusal is not None:
+            return refusal, None
+        seat = Seat(share, now)
+        self._taken.setdefault(share, {})[seat] = None
+        self._count += 1
+        return seat, leaves
+
+    def leave(self, seat: Seat) -> None:
+        """At the end of the connection, whether the seat was given up or not."""
+        if not seat.given_up:
+            self._remove(seat)
+
+    def _remove(self, seat: Seat) -> None:
+        seats = self._taken[seat.share]
+        del seats[seat]
+        self._count -= 1
+        if not seats:
+            del self._taken[seat.share]
+
+    def _longest_idle(self, share: Hashable) -> Seat | None:
+        idle = [(seat.idle_since, seat) for seat in self._taken.get(share, ()) if seat.idle_since is not None]
+        return min(idle, key=lambda one: one[0], default=(0.0, None))[1]
