@@ -364,12 +364,15 @@ def mark(
     socket: Socket = None,
 ) -> None:
     """Add an outside moment to a cold start."""
-    from instantstart_fs.cli.timeline import parse_moment, parse_time
+    from instantstart_fs.cli.timeline import marked, parse_moment, parse_time
 
     found = parse_moment(moment)
     at_ns = None if at is None else parse_time(at)
     with Client(socket) as client:
         client.mark(pipeline, found, at_ns)
+        note = marked(client.cold_starts(pipeline), found) if found != "requested" else ""
+    if note:
+        print(f"instantstart: {note}", file=sys.stderr)
 
 
 staging = typer.Typer(cls=VerbOrPipeline, help="Bring a pipeline's weights into GPU (or CPU) memory.")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from instantstart_fs.cli.show import human_time
-from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, phases
+from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, late, phases, scale
 from instantstart_fs.core.limits import MAX_TIME_NS
-from instantstart_fs.core.words import human_bytes
+from instantstart_fs.core.words import human_bytes, human_seconds
 from instantstart_fs.errors import UsageError, printable
 
 WIDTH = 44
@@ -24,8 +24,8 @@ _LOOKS = {
 }
 MEANINGS = {
     "scheduling": "requested → first open",
-    "fetching": "→ last weight file sealed",
-    "loading": "→ last weight file opened, staged or read",
+    "fetching": "until the last weight file was sealed, and reads that waited for the origin",
+    "loading": "the rest, → last weight file opened, staged or read",
     "engine": "→ ready",
     "first-token": "→ first token",
 }
@@ -74,18 +74,18 @@ def draw(pipeline: str, records: Sequence[ColdStart]) -> None:
     console = Console(
         width=None if sys.stdout.isatty() else 200, highlight=False, no_color=not coloured, soft_wrap=True
     )
-    longest = max((phases(record)[-1].end - phases(record)[0].start for record in records if phases(record)), default=0)
+    longest = scale(records)
     used = set()
     for record in records:
         console.print(Text(_title(record), style="bold"))
         for phase in (found := phases(record)):
             used.add(phase.name)
             sign, colour = _LOOKS[phase.name]
-            offset = round((phase.start - found[0].start) / longest * WIDTH) if longest else 0
-            length = max(1, round(phase.seconds / longest * WIDTH)) if longest else 1
+            offset = min(round((phase.start - found[0].start) / longest * WIDTH), WIDTH - 1)
+            length = max(1, round(phase.seconds / longest * WIDTH))
             bar = Text(f"  {phase.name:<12}{' ' * offset}")
-            bar.append(sign * length, style=colour)
-            bar.append(f" {seconds(phase.seconds)}")
+            bar.append(sign * min(length, WIDTH - offset), style=colour)
+            bar.append(f"{' …' if offset + length > WIDTH + 1 else ''} {seconds(phase.seconds)}")
             console.print(bar)
         for line in details(record):
             console.print(Text(f"  {line}"))
@@ -106,8 +106,15 @@ def _title(record: ColdStart) -> str:
 def details(record: ColdStart) -> list[str]:
     """The figures under a bar."""
     had = f"had {human_bytes(record.cached_bytes)} of {human_bytes(record.total_bytes)}"
-    moved = [f"fetched {human_bytes(record.fetched_bytes)}"] if record.fetched_bytes else ["fetched nothing"]
+    moved = (
+        [f"fetched {human_bytes(record.fetched_bytes)}"]
+        if record.fetched_bytes
+        else ["fetched nothing"]
+        if not record.uncached_bytes
+        else []
+    )
     for name, count in (
+        ("straight from the origin and not kept (uncached)", record.uncached_bytes),
         ("staged", record.staged_bytes),
         ("read by the kernel itself, up to", record.passthrough_bytes),
         ("read through the daemon", record.daemon_bytes),
@@ -128,5 +135,29 @@ def details(record: ColdStart) -> list[str]:
         file = printable(record.slowest_file or "")
         slowest = f"slowest {seconds(record.slowest_wait)} ({file})"
         failed = f", {record.errors} failed" if record.errors else ""
-        lines.append(f"{record.waits} reads waited for bytes, {slowest}{failed}")
+        waited = f" for {seconds(record.waited_seconds)} in all" if record.waited_seconds else ""
+        lines.append(f"{record.waits} reads waited for the origin{waited}, {slowest}{failed}")
+    lines += [late_line(record, moment, after) for moment, after in late(record).items()]
     return lines
+
+
+def late_line(record: ColdStart, moment: Moment, after: float) -> str:
+    """What to think of a mark that came ``after`` so many seconds of nothing, and what to do about it."""
+    return (
+        f"{moment} came {human_seconds(after)} after what went before it; if it was told late, "
+        f"`instantstart mark {record.pipeline} {moment} --at TIME` says when it was"
+    )
+
+
+def marked(records: Sequence[ColdStart], moment: Moment) -> str:
+    """What `mark` says of the record that took it: "" when nothing is odd."""
+    taken = [record for record in records if record.after(moment) is not None]
+    record = max(taken, key=lambda found: _at(found, moment), default=None)
+    if record is None or moment not in (found := late(record)):
+        return ""
+    started = human_time(datetime.fromtimestamp(record.started_ns / 1e9, UTC).isoformat())
+    return f"{record.pipeline}: counted for the cold start of {started}; {late_line(record, moment, found[moment])}"
+
+
+def _at(record: ColdStart, moment: Moment) -> float:
+    return record.started_ns / 1e9 + (record.after(moment) or 0.0)

@@ -121,6 +121,10 @@ class Direct:
         for key in [key for key in self._locations if key.pipeline == pipeline]:
             del self._locations[key]
 
+    def in_memory(self, key: FileKey, offset: int, length: int) -> bool:
+        """Whether these bytes are here from the last reads."""
+        return all((key, block) in self._blocks for block in range(offset // BLOCK, -(-(offset + length) // BLOCK)))
+
     async def read(self, key: FileKey, entry: FileEntry, source: Source, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the file's bytes from ``offset``, all of which must lie within it.
 

@@ -238,6 +238,10 @@ class Filler(CommitEvents, DeliveryEvents):
         """What to refuse opens with while this origin is known to be down; None while it is not."""
         return self._breakers.broken(key)
 
+    def in_memory(self, key: FileKey, offset: int, length: int) -> bool:
+        """Whether ``read_through`` has these bytes already."""
+        return self._direct.in_memory(key, offset, length)
+
     async def read_through(self, key: FileKey, entry: FileEntry, origin: Source, offset: int, view: memoryview) -> None:
         """Fill ``view`` straight from the origin; nothing is kept (filler/direct.py). Raises InstantStartError."""
         refusal = self._quarantine.refusal(key, entry.path, trio.current_time())

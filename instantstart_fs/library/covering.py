@@ -21,6 +21,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import trio
 
+from instantstart_fs.core.coldstart_tracker import Starts
 from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.errors import PipelineBusy, StoreDamaged, StoreError
 from instantstart_fs.index.access_log import AccessLog
@@ -69,6 +70,8 @@ class Covering:
         self._keep_hot = keep_hot
         self._uncovered: Counter[str] = Counter()
         self._held: dict[Coverable, CachedFile] = {}
+        self._starts: dict[Coverable, Starts] = {}
+        """The cold starts that those opens belong to."""
         """What somebody was seen to open and not yet found to have let go of; also where its cover is gone by now."""
         self._changed: set[str] = set()
         self._wake = trio.Event()
@@ -188,8 +191,7 @@ class Covering:
         self._access.record_request(covered.pipeline, now)
         self._access.record_read(covered.pipeline, covered.generation, covered.key, now)
         if covered in self._held:
-            self._observer.opened(file, passthrough=True, mode="bind")
-            self._observer.closed(file)
+            self._observer.closed(self._observer.opened(file, passthrough=True, mode="bind"))
         else:
             self._hold(covered, file)
 
@@ -226,7 +228,7 @@ class Covering:
 
     def _hold(self, covered: Coverable, file: CachedFile) -> None:
         self._keep_reader(file)
-        self._observer.opened(file, passthrough=True, mode="bind")
+        self._starts[covered] = self._observer.opened(file, passthrough=True, mode="bind")
         self._open_files.hold(file)
         self._held[covered] = file
 
@@ -239,7 +241,7 @@ class Covering:
 
     def _let_go(self, covered: Coverable) -> None:
         file = self._held.pop(covered)
-        self._observer.closed(file)
+        self._observer.closed(self._starts.pop(covered))
         self._open_files.let_go(file)
 
     def last_request(self, pipeline: str) -> int | None:

@@ -8,11 +8,12 @@ loses history, never a read.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import heapq
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -21,6 +22,7 @@ import trio
 from instantstart_fs.core import coldstart
 from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
+from instantstart_fs.core.coldstart_tracker import Starts, Tracker
 from instantstart_fs.errors import InstantStartError, NoColdStart
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.transactions import WriteTxn
@@ -103,7 +105,7 @@ class Observer:
         self._now_ns = now_ns
         self._facts = facts
         self._clock = clock
-        self._tracker = coldstart.Tracker()
+        self._tracker = Tracker()
         self._history: dict[str, dict[int, ColdStart]] = {}
         self._count = 0
         self._wake = trio.Event()
@@ -111,45 +113,58 @@ class Observer:
 
     # -- what happens ------------------------------------------------------------------------------------------------
 
-    def opened(self, file: CachedFile, *, passthrough: bool, mode: str = "") -> None:
-        """``passthrough``: whether the kernel reads it itself; ``mode``: what to count it as instead."""
+    def opened(self, file: CachedFile, *, passthrough: bool, mode: str = "") -> Starts:
+        """``passthrough``: whether the kernel reads it itself; ``mode``: what to count it as instead. What the reads
+        and the close of this open are to be told with."""
         self.totals.opens[mode or ("passthrough" if passthrough else "daemon")] += 1
         self.totals.open_files += 1
         if not counts_as_request(file):
-            return
-        pipeline, tracker = file.generation.pipeline.id, self._tracker
+            return ()
+        pipeline, tracker, now = file.generation.pipeline.id, self._tracker, self._clock()
         facts = None
-        if tracker.begins(pipeline):
+        if tracker.begins(pipeline, now):
             facts = self._facts(file.generation.pipeline)
             self.totals.cold_starts[facts.state] += 1
-        tracker.opened(
+        starts = tracker.opened(
             pipeline,
             file.entry.path,
             size=file.size,
             passthrough=passthrough,
-            now=self._clock(),
+            now=now,
             wall_ns=self._now_ns(),
             facts=facts,
         )
         if tracker.changed:
             self._wake.set()
+        return starts
 
-    def closed(self, file: CachedFile) -> None:
+    def closed(self, starts: Starts) -> None:
         self.totals.open_files -= 1
-        if counts_as_request(file):
-            self._tracker.closed(file.generation.pipeline.id, self._clock())
+        self._tracker.closed(starts, self._clock())
 
-    def read(self, file: CachedFile, count: int) -> None:
+    def read(self, file: CachedFile, starts: Starts, count: int) -> None:
         """A READ was answered by the daemon."""
         self.totals.reads += 1
         self.totals.read_bytes += count
         file.served_bytes += count
-        self._tracker.read(file.generation.pipeline.id, count, self._clock())
+        self._tracker.read(starts, count, self._clock())
 
-    def waited(self, file: CachedFile, seconds: float, *, failed: bool) -> None:
-        """A read waited for bytes that were not here."""
-        self.totals.waits.observe(seconds)
-        self._tracker.waited(file.generation.pipeline.id, file.entry.path, seconds, self._clock(), failed=failed)
+    @contextlib.contextmanager
+    def waiting(self, file: CachedFile, starts: Starts) -> Iterator[None]:
+        """Around a read's wait for bytes that are not here."""
+        since, failed = self._clock(), True
+        self._tracker.waiting(starts, since)
+        try:
+            yield
+            failed = False
+        finally:
+            now = self._clock()
+            self.totals.waits.observe(now - since)
+            self._tracker.waited(starts, file.entry.path, now - since, now, failed=failed)
+
+    def uncached(self, starts: Starts, count: int) -> None:
+        """``count`` bytes came straight from the origin to a reader, and are not kept."""
+        self._tracker.uncached(starts, count, self._clock())
 
     def failed(self, operation: str, error: InstantStartError) -> None:
         """``operation``: open or read."""
@@ -203,9 +218,13 @@ class Observer:
     # -- cold starts -------------------------------------------------------------------------------------------------
 
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None) -> None:
-        """``at_ns``: wall clock, None for now. Raises NoColdStart when there is none that it could be about."""
-        latest = next(iter(self.cold_starts(pipeline)), None)
-        marked = self._tracker.mark(pipeline, moment, self._now_ns() if at_ns is None else at_ns, latest)
+        """``at_ns``: wall clock, None for now. Raises NoColdStart when there is none that it could be about, UsageError
+        for a time that cannot be meant."""
+        wall_ns = self._now_ns()
+        if at_ns is not None:
+            coldstart.check_mark(moment, at_ns, wall_ns)
+        known = list(self._history.get(pipeline, {}).values())
+        marked = self._tracker.mark(pipeline, moment, at_ns, known, now=self._clock(), wall_ns=wall_ns)
         if marked is None:
             if moment != "requested":
                 raise NoColdStart(
@@ -218,10 +237,9 @@ class Observer:
         self._wake.set()
 
     def cold_starts(self, pipeline: str) -> list[ColdStart]:
-        """Newest first, the live one included."""
+        """Newest first, the live ones included."""
         known = dict(self._history.get(pipeline, {}))
-        live = self._tracker.starting(pipeline)
-        if live is not None:
+        for live in self._tracker.running(pipeline, self._clock()):
             known[live.started_ns] = live
         return [known[at] for at in sorted(known, reverse=True)]
 
@@ -232,8 +250,10 @@ class Observer:
         return [self._current(record) for record in found]
 
     def _current(self, record: ColdStart) -> ColdStart:
-        live = self._tracker.starting(record.pipeline)
-        return live if live is not None and live.started_ns == record.started_ns else record
+        for live in self._tracker.running(record.pipeline, self._clock()):
+            if live.started_ns == record.started_ns:
+                return live
+        return record
 
     # -- keeping them ------------------------------------------------------------------------------------------------
 
@@ -257,7 +277,7 @@ class Observer:
                 # Sixteen shards opened in a row are one write.
                 await trio.sleep(WRITE_SECONDS)
         finally:
-            self._tracker.note_live()
+            self._tracker.note_live(self._clock())
             with trio.CancelScope(shield=True), trio.move_on_after(5):
                 await self._write()
 

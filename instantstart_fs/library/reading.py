@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.coldstart_tracker import Starts
 from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, is_weight_file, safetensors_header_length
 from instantstart_fs.errors import (
     InstantStartError,
@@ -48,13 +49,15 @@ FILL_SLICE = 1000
 class Handle:
     """One open of one file incarnation, by one of its two nodeids; ``backing``: see view.OpenFile."""
 
-    __slots__ = ("backing", "file", "nodeid", "released")
+    __slots__ = ("backing", "file", "nodeid", "released", "starts")
 
     def __init__(self, file: CachedFile, nodeid: int, backing: int | None) -> None:
         self.file = file
         self.nodeid = nodeid
         self.backing = backing
         self.released = False
+        self.starts: Starts = ()
+        """The cold starts that its reads belong to."""
 
     @property
     def pipeline(self) -> str:
@@ -129,7 +132,7 @@ class Reading:
         except InstantStartError as error:
             self._observer.failed("open", error)
             raise
-        self._observer.opened(handle.file, passthrough=handle.backing is not None)
+        handle.starts = self._observer.opened(handle.file, passthrough=handle.backing is not None)
         return handle
 
     def _take(self, nodeid: int) -> Handle:
@@ -177,7 +180,7 @@ class Reading:
         if not handles:
             raise NoSuchEntry(f"node {nodeid}")
         handle = handles.pop()
-        self._observer.opened(handle.file, passthrough=handle.backing is not None)
+        handle.starts = self._observer.opened(handle.file, passthrough=handle.backing is not None)
         return handle
 
     def drop_inherited(self) -> None:
@@ -185,7 +188,7 @@ class Reading:
         inherited, self._inherited = self._inherited, {}
         for handles in inherited.values():
             for handle in handles:
-                self._observer.opened(handle.file, passthrough=handle.backing is not None)
+                handle.starts = self._observer.opened(handle.file, passthrough=handle.backing is not None)
                 self.release(handle)
         self._open_files.tell_drained()
 
@@ -207,7 +210,7 @@ class Reading:
         except InstantStartError as error:
             self._observer.failed("read", error)
             raise
-        self._observer.read(handle.file, count)
+        self._observer.read(handle.file, handle.starts, count)
         return count
 
     async def _read_into(self, handle: Handle, offset: int, buffer: memoryview) -> int:
@@ -216,8 +219,8 @@ class Reading:
         if length <= 0:
             return 0
         self._access.record_read(*file.triple, self._shelf.now_ns())
-        if not file.complete and not await self._wait_readable(file, ByteRange(offset, offset + length)):
-            return await self._read_through(file, offset, buffer[:length])
+        if not file.complete and not await self._wait_readable(handle, ByteRange(offset, offset + length)):
+            return await self._read_through(handle, offset, buffer[:length])
         if file.gone is not None:
             raise file.gone
         view = buffer[:length]
@@ -238,13 +241,14 @@ class Reading:
         if handle.released:
             return
         handle.released = True
-        self._observer.closed(handle.file)
+        self._observer.closed(handle.starts)
         self._open_files.let_go(handle.file)
 
     # -- asking the filler ---------------------------------------------------------------------------------------
 
-    async def _wait_readable(self, file: CachedFile, wanted: ByteRange) -> bool:
+    async def _wait_readable(self, handle: Handle, wanted: ByteRange) -> bool:
         """Return when the store has these bytes; False when it has no room for them."""
+        file = handle.file
         if file.gone is not None:
             raise file.gone
         target: FillTarget | None = None
@@ -265,12 +269,10 @@ class Reading:
             raise ReadDeadline(f"{file.entry.path}: no room was made for it within {self._read_deadline:g} s")
         try:
             self.filler.demand(target, wanted)
-            since, failed = trio.current_time(), True
             try:
-                await target.wait_readable(wanted, self._read_deadline)
-                failed = False
+                with self._observer.waiting(file, handle.starts):
+                    await target.wait_readable(wanted, self._read_deadline)
             finally:
-                self._observer.waited(file, trio.current_time() - since, failed=failed)
                 if target.failed:
                     file.generation.unpromise(file)
         except StoreFull as error:
@@ -285,12 +287,16 @@ class Reading:
         chunks = target.present.chunks_of(wanted) if target.serve_unsealed else range(target.present.chunks)
         return await self._admissions.some(file, target.present, chunks)
 
-    async def _read_through(self, file: CachedFile, offset: int, view: memoryview) -> int:
+    async def _read_through(self, handle: Handle, offset: int, view: memoryview) -> int:
         """Straight from the origin; nothing of it is kept."""
+        file = handle.file
         origin = file.generation.opened_origin(file.entry.model)
         assert origin is not None, "target() opened it"
         file.passed = True
-        await self.filler.read_through(file.key, file.entry, origin, offset, view)
+        near = self.filler.in_memory(file.key, offset, len(view))
+        with contextlib.nullcontext() if near else self._observer.waiting(file, handle.starts):
+            await self.filler.read_through(file.key, file.entry, origin, offset, view)
+        self._observer.uncached(handle.starts, len(view))
         if file.gone is not None:
             raise file.gone
         return len(view)

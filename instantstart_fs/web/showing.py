@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from instantstart_fs.core.coldstart import ColdStart, phases
+from instantstart_fs.core.coldstart import ColdStart, late, length, phases, scale
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.core.words import human_bytes, human_seconds
 from instantstart_fs.library.overview import Overview
@@ -53,12 +53,14 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Bar(msgspec.Struct, frozen=True):
-    """One stretch of a cold start: ``left`` and ``width`` in percent of the longest one shown."""
+    """One stretch of a cold start: ``left`` and ``width`` in percent of the scale that all shown have; ``cut``: it is
+    longer than what is drawn."""
 
     name: str
     left: float
     width: float
     seconds: str
+    cut: bool = False
 
 
 class ColdStartRow(msgspec.Struct, frozen=True):
@@ -180,25 +182,19 @@ def _store(overview: Overview) -> StoreView:
 
 def cold_starts(records: Sequence[ColdStart], now: float) -> tuple[ColdStartRow, ...]:
     """All on one scale, so that a long bar is a slow start."""
-    cut = [(record, phases(record)) for record in records]
-    longest = max((found[-1].end - found[0].start for _, found in cut if found), default=0.0)
+    width = scale(records)
     rows = []
-    for record, found in cut:
-        first = found[0].start if found else 0.0
-        bars = tuple(
-            Bar(
-                phase.name,
-                round(100 * (phase.start - first) / longest, 2),
-                round(max(100 * phase.seconds / longest, 0.3), 2),
-                precise_seconds(phase.seconds),
-            )
-            for phase in found
-        )
+    for record in records:
         moved = [f"fetched {human_bytes(record.fetched_bytes)}"] if record.fetched_bytes else []
+        if record.uncached_bytes:
+            moved.append(f"uncached: {human_bytes(record.uncached_bytes)} came from the origin and were not kept")
         if record.staged_bytes:
             moved.append(f"staged {human_bytes(record.staged_bytes)}")
         if record.waits:
             moved.append(f"slowest read waited {precise_seconds(record.slowest_wait)}")
+        moved += [
+            f"{moment} came {human_seconds(after)} later, or was told late" for moment, after in late(record).items()
+        ]
         at = datetime.fromtimestamp(record.started_ns / 1e9).astimezone()
         rows.append(
             ColdStartRow(
@@ -206,13 +202,27 @@ def cold_starts(records: Sequence[ColdStart], now: float) -> tuple[ColdStartRow,
                 state=record.state,
                 when=_since(now - record.started_ns / 1e9),
                 started_at=at.isoformat(timespec="seconds"),
-                total=precise_seconds(found[-1].end - first) if found else "0 ms",
+                total=precise_seconds(length(record)),
                 running=record.live,
-                bars=bars,
+                bars=_bars(record, width),
                 summary=", ".join(moved) or "nothing fetched",
             )
         )
     return tuple(rows)
+
+
+def _bars(record: ColdStart, width: float) -> tuple[Bar, ...]:
+    """``width``: how many seconds are drawn."""
+    bars = []
+    found = phases(record)
+    for phase in found:
+        left = min(100 * (phase.start - found[0].start) / width, 99.7)
+        wide = max(100 * phase.seconds / width, 0.3)
+        cut = left + wide > 100.5
+        bars.append(
+            Bar(phase.name, round(left, 2), round(min(wide, 100 - left), 2), precise_seconds(phase.seconds), cut)
+        )
+    return tuple(bars)
 
 
 def as_json(shown: View) -> Any:
