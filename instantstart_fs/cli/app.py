@@ -219,7 +219,8 @@ def _show_pinned(client: Client, status: PipelineStatus, json: bool, note: str) 
     if json:
         print(show.as_json(_without_files(status)))
         return
-    files = (status if status.files is not None else client.status(status.pipeline)).files or ()
+    full = status if status.files is not None else client.status(status.pipeline)
+    files = full.files or ()
     mounted = os.path.join(client.ping().mount, status.pipeline)
     print(f"{status.pipeline}: pinned generation {status.generation}{f' ({note})' if note else ''}")
     print(f"  source    {printable(' '.join(status.source))}")
@@ -228,6 +229,8 @@ def _show_pinned(client: Client, status: PipelineStatus, json: bool, note: str) 
         f"  files     {len(files)}, {human_bytes(sum(file.size for file in files))} "
         f"(an engine loads {human_bytes(status.total_bytes)})"
     )
+    if full.skipped is not None:
+        print(f"  skipped   {show.skipped(full.skipped)}")
     print(f"  path      {mounted}")
 
 

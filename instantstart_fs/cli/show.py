@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from instantstart_fs.control.protocol import DaemonInfo
-from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.status import PipelineStatus, SkippedStatus
 from instantstart_fs.core.words import human_bytes, human_seconds
 from instantstart_fs.errors import printable
 
@@ -239,6 +239,8 @@ def pipeline(status: PipelineStatus) -> str:
         rows.append(("scrubbed", proven if status.scrub.state == "waiting" else f"{proven}; {status.scrub.state} now"))
     if status.uncached:
         rows.append(("uncached", printable(status.uncached)))
+    if status.skipped is not None:
+        rows.append(("skipped", skipped(status.skipped)))
     if status.error is not None:
         when = human_time(status.error.since)
         rows.append(("last error", f"{printable(status.error.message)} ({status.error.code}, {when})"))
@@ -254,7 +256,14 @@ def pipeline(status: PipelineStatus) -> str:
     return "\n".join(lines)
 
 
-OPTIONAL = frozenset({"files", "uncached", "scrub", "access"})
+def skipped(found: SkippedStatus) -> str:
+    """How many files of the source cannot be shown, and which."""
+    more = found.count - len(found.first)
+    names = "; ".join(printable(name) for name in found.first) + (f"; and {more} more" if more > 0 else "")
+    return f"{found.count} file{'s' if found.count != 1 else ''} that cannot be shown: {names}"
+
+
+OPTIONAL = frozenset({"files", "uncached", "scrub", "access", "skipped"})
 
 
 def as_json(value: Any) -> str:

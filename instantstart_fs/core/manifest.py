@@ -61,16 +61,29 @@ def same_bytes(old: ManifestFile, new: ManifestFile) -> bool:
     return bool(new.version) and (old.address, old.version) == (new.address, new.version)
 
 
+class Skipped(msgspec.Struct, frozen=True):
+    """What the source holds and nobody can be shown: ``count`` files, the ``first`` of them as "name: reason"."""
+
+    count: int
+    first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = self.count - len(self.first)
+        return "; ".join(self.first) + (f"; and {more} more" if more > 0 else "")
+
+
 class ModelManifest(msgspec.Struct, frozen=True):
     """One model: ``name`` ("" = the pipeline's root), ``source`` as the user wrote it, ``revision`` as it was pinned.
 
-    ``files`` is sorted by path and already filtered by the model's include/exclude globs.
+    ``files`` is sorted by path and already filtered by the model's include/exclude globs. ``skipped``: what the globs
+    chose and no filesystem can show; None: nothing.
     """
 
     name: str
     source: str
     revision: str
     files: tuple[ManifestFile, ...]
+    skipped: Skipped | None = None
 
 
 class FileEntry(msgspec.Struct, frozen=True, gc=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from instantstart_fs.errors import InvalidName
 
@@ -68,6 +68,29 @@ def _path_problem(path: str) -> str | None:
         if len(component.encode("utf-8")) > MAX_COMPONENT_BYTES:
             return f"holds a component longer than {MAX_COMPONENT_BYTES} bytes"
     return None
+
+
+def unservable(paths: Sequence[str]) -> dict[int, str]:
+    """Which of an origin's paths no filesystem can show beside the others, by position, and why ("holds a NUL", say).
+
+    Where one is a file and another needs a directory of that name, the file gives way: what lies below it is more.
+    """
+    problems: dict[int, str] = {}
+    files: dict[str, int] = {}
+    for position, path in enumerate(paths):
+        problem = _path_problem(path)
+        if problem:
+            problems[position] = problem
+        else:
+            files[path] = position
+    below: set[str] = set()
+    for path in files:
+        parent, _, _ = path.rpartition("/")
+        while parent and parent not in below:
+            below.add(parent)
+            parent, _, _ = parent.rpartition("/")
+    problems.update((files[path], "is the name of a directory, too") for path in below & files.keys())
+    return problems
 
 
 def validate_origin_paths(paths: Iterable[str]) -> None:

@@ -37,6 +37,13 @@ class AccessStatus(msgspec.Struct, frozen=True):
     trouble: str | None
 
 
+class SkippedStatus(msgspec.Struct, frozen=True):
+    """Files of the source that no filesystem can show: how many, and the first of them as "name: reason"."""
+
+    count: int
+    first: tuple[str, ...]
+
+
 class FileStatus(msgspec.Struct, frozen=True):
     path: str
     state: str
@@ -48,7 +55,8 @@ class FileStatus(msgspec.Struct, frozen=True):
 class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     """``cached_bytes``/``total_bytes`` speak of the load set (docs/SEMANTICS.md). ``revision``: what each model was
     pinned to, joined by spaces. ``files`` is None in `ls`. ``uncached`` is null unless a miss is served without being
-    kept, ``scrub`` without `store.scrub`, ``access`` without `origins.recheck_access` or where there is nobody to ask.
+    kept, ``scrub`` without `store.scrub`, ``access`` without `origins.recheck_access` or where there is nobody to ask,
+    ``skipped`` where the source holds nothing that cannot be shown, and in `ls`.
     """
 
     pipeline: str
@@ -67,4 +75,5 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     uncached: str | None = None
     scrub: ScrubStatus | None = None
     access: AccessStatus | None = None
+    skipped: SkippedStatus | None = None
     files: tuple[FileStatus, ...] | None = None

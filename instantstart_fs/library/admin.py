@@ -21,7 +21,7 @@ import trio
 
 from instantstart_fs.core.chunks import MAX_CHUNKS
 from instantstart_fs.core.limits import MAX_BYTES, MAX_ID
-from instantstart_fs.core.manifest import Manifest, ModelManifest, ModelSpec, PipelineSpec, same_bytes
+from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest, ModelSpec, PipelineSpec, same_bytes
 from instantstart_fs.core.names import validate_model_name, validate_origin_paths, validate_pipeline_id
 from instantstart_fs.errors import (
     FillCancelled,
@@ -363,16 +363,23 @@ class Admin:
 
         Asks with fresh clients: what an earlier one was allowed proves nothing. Raises what an origin answers.
         """
-        spec = self._shelf.pipeline(pipeline_id).spec
-        for model in spec.models:
-            await self.check_source(spec, model)
-        return tuple(model.source for model in spec.models)
+        pipeline = self._shelf.pipeline(pipeline_id)
+        await self._shelf.look_into(pipeline)  # its own files are the best proof
+        for model in pipeline.spec.models:
+            await self.check_source(pipeline.spec, model)
+        return tuple(model.source for model in pipeline.spec.models)
 
     async def check_source(self, spec: PipelineSpec, model: ModelSpec) -> None:
-        """The same of one source."""
+        """The same of one source: by files that are pinned, as far as they are in memory."""
+        pipeline = self._shelf.pipelines.get(spec.id)
+        pinned: tuple[ManifestFile, ...] = ()
+        if pipeline is not None and isinstance(pipeline.outline, Generation):
+            for found in pipeline.outline.manifest.models:
+                if (found.name, found.source) == (model.name, model.source):
+                    pinned = found.files
 
         def check() -> None:
-            self._shelf.open_origin(spec, model).check()
+            self._shelf.open_origin(spec, model).check(pinned)
 
         with trio.move_on_after(CHECK_DEADLINE) as scope:
             try:

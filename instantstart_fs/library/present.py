@@ -17,6 +17,7 @@ from instantstart_fs.core.status import (
     PipelineState,
     PipelineStatus,
     ScrubStatus,
+    SkippedStatus,
 )
 from instantstart_fs.errors import AccessRefused
 from instantstart_fs.filler.target import FileState
@@ -24,6 +25,7 @@ from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trou
 from instantstart_fs.library.view import Attributes, Private
 
 BLOCK = 512
+SKIPS_SHOWN = 10
 
 
 class Clocks(Protocol):
@@ -252,8 +254,20 @@ def pipeline_status(
         uncached=pipeline.uncached.text if pipeline.uncached is not None else None,
         scrub=scrub,
         access=access,
+        skipped=_skipped(pipeline),
         files=tuple(_file_status(file) for file in listed.files) if listed is not None else None,
     )
+
+
+def _skipped(pipeline: Pipeline) -> SkippedStatus | None:
+    """Of a pipeline that is in memory (``status`` and ``add`` see to that)."""
+    if not isinstance(pipeline.outline, Generation):
+        return None
+    found = [model.skipped for model in pipeline.outline.manifest.models if model.skipped is not None]
+    if not found:
+        return None
+    first = tuple(name for skipped in found for name in skipped.first)
+    return SkippedStatus(sum(skipped.count for skipped in found), first[:SKIPS_SHOWN])
 
 
 def _file_status(file: CachedFile) -> FileStatus:

@@ -6,15 +6,25 @@ import datetime
 import email.utils
 import fnmatch
 import ipaddress
+import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from urllib.parse import parse_qsl, urlsplit
 
-from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec
-from instantstart_fs.core.names import validate_origin_paths
-from instantstart_fs.errors import OriginMisbehaved, OriginNotFound, OriginUnsupported
+from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec, Skipped
+from instantstart_fs.core.names import unservable
+from instantstart_fs.errors import OriginMisbehaved, OriginNotFound, OriginUnsupported, printable
 
-MAX_FILES = 4_000_000
-"""Of one source. A listing that has no end must not take all memory; a million records are what is measured."""
+log = logging.getLogger(__name__)
+
+MAX_FILES = 1_000_000
+"""That one model may have, after its globs: a million records are what is measured (docs/BENCHMARKS.md)."""
+MAX_LISTED = 4_000_000
+"""That are looked at for it. A listing that has no end must come to one."""
+SKIPS_TOLD = 10
+"""Names that a manifest remembers of what was left out."""
+MAX_SHOWN = 120
+"""Characters of such a name."""
 MAX_FILE_BYTES = 1 << 62
 _HEX = frozenset("0123456789abcdef")
 DEFAULT_LIFETIME = 300.0
@@ -32,29 +42,79 @@ def selected(path: str, model: ModelSpec) -> bool:
     return (not model.include or matches(path, model.include)) and not matches(path, model.exclude)
 
 
-def finish_manifest(model: ModelSpec, revision: str, files: Sequence[ManifestFile], held: int) -> ModelManifest:
-    """The manifest of already chosen ``files`` (of ``held`` at the origin): names validated, sorted by path.
+class Skips:
+    """Collects what a source holds and cannot be shown; ``result`` is what a manifest says of it."""
 
-    Raises InvalidName for a hostile name, OriginMisbehaved for sizes and digests that are none, OriginUnsupported for
-    too many, and OriginNotFound where nothing is left to serve.
+    def __init__(self) -> None:
+        self._count = 0
+        self._first: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, path: object, reason: str) -> None:
+        self._count += 1
+        if len(self._first) < SKIPS_TOLD:
+            self._first.append((_shown(path), reason))
+
+    def result(self) -> Skipped | None:
+        if not self._count:
+            return None
+        return Skipped(self._count, tuple(f"{path}: {reason}" for path, reason in self._first))
+
+
+def _shown(path: object) -> str:
+    text = path if isinstance(path, str) else repr(path)
+    return printable(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…")
+
+
+def finish_manifest(
+    model: ModelSpec, revision: str, files: Sequence[ManifestFile], held: int, skips: Skips | None = None
+) -> ModelManifest:
+    """The manifest of already chosen ``files`` (of ``held`` at the origin), sorted by path. What no filesystem can show
+    is left out, and told in ``skipped`` beside ``skips``.
+
+    Raises OriginMisbehaved for sizes and digests that are none and a name given twice, OriginUnsupported for too many
+    and where nothing can be shown, and OriginNotFound where nothing is left to serve.
     """
-    refuse_endless(model.source, held)
+    refuse_endless(model.source, len(files), held)
     for file in files:
         _check_file(model.source, file)
-    validate_origin_paths(file.path for file in files)
-    if not files:
+    if len({file.path for file in files}) != len(files):
+        twice = next(path for path, count in Counter(file.path for file in files).items() if count > 1)
+        raise OriginMisbehaved(f"{model.source}: lists {_shown(twice)!r} twice: its listing does not add up")
+    skips = skips if skips is not None else Skips()
+    below = f"{model.name}/" if model.name else ""
+    problems = unservable([below + file.path if file.path else "" for file in files])
+    for position, problem in sorted(problems.items()):
+        skips.add(files[position].path, problem)
+    shown = [file for position, file in enumerate(files) if position not in problems] if problems else files
+    skipped = skips.result()
+    if not shown and skipped is not None:
+        raise OriginUnsupported(f"{model.source}: none of its files can be shown in a filesystem ({skipped})")
+    if not shown:
         if held:
             raise OriginNotFound(
                 f"{model.source}: none of its {held} files is chosen by the include and exclude globs; loosen them"
             )
         raise OriginNotFound(f"{model.source}: there are no files; check the address")
-    return ModelManifest(model.name, model.source, revision, tuple(sorted(files, key=lambda file: file.path)))
+    if skipped is not None:
+        log.warning("%s: %d file(s) cannot be shown and are left out: %s", model.source, skipped.count, skipped)
+    return ModelManifest(model.name, model.source, revision, tuple(sorted(shown, key=lambda file: file.path)), skipped)
 
 
-def refuse_endless(source: str, count: int) -> None:
-    """Raises OriginUnsupported for a listing of more than MAX_FILES."""
-    if count > MAX_FILES:
-        raise OriginUnsupported(f"{source}: more than {MAX_FILES} files; choose a narrower prefix or repository")
+def refuse_endless(source: str, chosen: int, listed: int) -> None:
+    """Raises OriginUnsupported beyond MAX_FILES chosen, or MAX_LISTED listed."""
+    if chosen > MAX_FILES:
+        raise OriginUnsupported(
+            f"{source}: more than {MAX_FILES} files, which is the limit for one model; choose some of them by "
+            "--include and --exclude, or a narrower prefix"
+        )
+    if listed > MAX_LISTED:
+        raise OriginUnsupported(
+            f"{source}: its listing goes on beyond {MAX_LISTED} files, which is the limit; choose a narrower prefix, "
+            "or another repository"
+        )
 
 
 def _check_file(source: str, file: ManifestFile) -> None:

@@ -6,10 +6,10 @@ identity (device, inode, size, mtime) and end as ``unverified``.
 **Links.** The daemon usually runs as root, while whoever owns the directory need not: a link to /etc/shadow in it must
 not become a file that everybody reads in the mount. So a link to a file is followed when it belongs to root or to the
 owner of the file that it leads to (who could have put the bytes there as well; the kernel's protected_symlinks reasons
-alike); that covers a Hugging Face cache, whose snapshots link to ../../blobs. Other links, links to directories and
-links to nothing are refused by name, unless excluded: to skip a weight file in silence would show only when an engine
-fails. Sockets, pipes and devices are skipped. Directories are walked by descriptor, so that none can be exchanged for
-a link meanwhile, and later reads are held to the pinned identity.
+alike); that covers a Hugging Face cache, whose snapshots link to ../../blobs. Other links and links to directories are
+refused by name, unless excluded: many files may lie behind them. One entry that nobody can be shown (a link to nothing,
+a socket, a pipe, a device, a name that is not UTF-8) is left out and told of. Directories are walked by descriptor, so
+that none can be exchanged for a link meanwhile, and later reads are held to the pinned identity.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import NoReturn
 from urllib.parse import quote
 
 from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec
-from instantstart_fs.core.names import validate_origin_path
 from instantstart_fs.core.source import DirectorySource
 from instantstart_fs.errors import (
     AccessRefused,
@@ -32,7 +31,7 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.origins.common import finish_manifest, matches, selected
+from instantstart_fs.origins.common import Skips, finish_manifest, matches, refuse_endless, selected
 
 
 def identity_of(status: os.stat_result) -> str:
@@ -43,6 +42,15 @@ def identity_of(status: os.stat_result) -> str:
 def file_url(path: str) -> str:
     """``path`` as a Location's URL: percent-encoded, so take ``urllib.parse.unquote`` of what follows ``file://``."""
     return "file://" + quote(os.fsencode(path))
+
+
+_KINDS = {
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFDIR: "a directory by now",
+}
 
 
 class DirectoryOrigin:
@@ -59,15 +67,18 @@ class DirectoryOrigin:
 
     def resolve(self) -> ModelManifest:
         files: list[ManifestFile] = []
+        skips = Skips()
         held = 0
         for relative, name, directory in self._walk():
             held += 1
+            refuse_endless(self._model.source, len(files), held)
             if selected(relative, self._model):
-                validate_origin_path(relative)
-                file = self._pin(relative, name, directory)
-                if file is not None:
-                    files.append(file)
-        return finish_manifest(self._model, "", files, held)
+                found = self._pin(relative, name, directory)
+                if isinstance(found, ManifestFile):
+                    files.append(found)
+                else:
+                    skips.add(relative, found)
+        return finish_manifest(self._model, "", files, held, skips)
 
     def locate(self, file: ManifestFile) -> Location:
         path = f"{self._root}/{file.address}"
@@ -122,16 +133,20 @@ class DirectoryOrigin:
             matches(name, include) or glob.startswith(names[1]) for name in names for glob in include
         )
 
-    def _pin(self, relative: str, name: str, directory: int) -> ManifestFile | None:
+    def _pin(self, relative: str, name: str, directory: int) -> ManifestFile | str:
+        """The file, or why nobody can be shown it."""
         path = f"{self._root}/{relative}"
         try:
             own = os.stat(name, dir_fd=directory, follow_symlinks=False)
             if stat.S_ISLNK(own.st_mode):
-                status = self._follow(path, name, directory, own)
+                followed = self._follow(path, name, directory, own)
+                if followed is None:
+                    return "a link that leads nowhere"
+                status = followed
             else:
                 status = own
             if not stat.S_ISREG(status.st_mode):
-                return None
+                return _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
             if not os.access(name, os.R_OK, dir_fd=directory, effective_ids=True):
                 raise AccessRefused(f"{path}: the daemon may not read it; give it permission, or exclude the file")
         except OSError as error:
@@ -144,12 +159,13 @@ class DirectoryOrigin:
             mtime_ns=status.st_mtime_ns,
         )
 
-    def _follow(self, path: str, name: str, directory: int, link: os.stat_result) -> os.stat_result:
+    def _follow(self, path: str, name: str, directory: int, link: os.stat_result) -> os.stat_result | None:
+        """What the link leads to; None: nothing."""
         try:
             status = os.stat(name, dir_fd=directory)  # one call: owner and identity are those of the same file
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
-                raise OriginUnsupported(f"{path}: a link that leads nowhere; repair it, or exclude it") from None
+                return None
             raise
         if stat.S_ISREG(status.st_mode) and link.st_uid not in (0, status.st_uid):
             raise OriginUnsupported(

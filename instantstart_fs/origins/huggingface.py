@@ -5,8 +5,10 @@ files are proven by their sha256, the others by git's blob sha1. ``locate`` asks
 pinned commit: big files live on a CDN behind a signed address that gets no Authorization; what the hub serves itself
 gets the token, and only there.
 
-Only calls that take a time-out and do not sleep are used: list_repo_tree waits through a Retry-After by itself, five
-times, without any time-out, while callers here have their own deadlines and breakers. Nothing is written to disk.
+The files are those of the tree, page by page (origins/hubtree.py). huggingface_hub's own list_repo_tree waits through a
+Retry-After by itself, five times, without any time-out, and holds what comes without a bound, while callers here have
+their own deadlines and breakers: so its client and its errors are used, and the pages are read here. Nothing is written
+to disk.
 """
 
 from __future__ import annotations
@@ -14,11 +16,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
-from urllib.parse import urlsplit
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote, urlsplit
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, set_client_factory
+from huggingface_hub import (
+    HfFileMetadata,
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    get_token,
+    hf_hub_url,
+    set_client_factory,
+)
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -29,11 +40,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub.utils._datetime import parse_datetime
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import default_client_factory, hf_raise_for_status
 
-from instantstart_fs.core.manifest import Digest, ManifestFile, ModelManifest, ModelSpec
+from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, ModelManifest, ModelSpec
 from instantstart_fs.core.refusals import Word, hub_word, refusal
 from instantstart_fs.core.source import HubSource
 from instantstart_fs.errors import (
@@ -50,22 +62,36 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.origins.base import Location, OriginKey
+from instantstart_fs.origins.bounds import Bounds, TooLarge
 from instantstart_fs.origins.common import (
     DEFAULT_LIFETIME,
     finish_manifest,
     is_trusted,
     redirect_refusal,
-    refuse_endless,
     retry_after,
     selected,
     signature_expiry,
     without_query,
 )
 from instantstart_fs.origins.credentials import read_token
+from instantstart_fs.origins.hubtree import (
+    LISTING_SECONDS,
+    PAGE,
+    Answer,
+    Description,
+    Listed,
+    add_up,
+    decode,
+    listed_sibling,
+    read_tree,
+)
 
 MAX_BODY = 1 << 30
 """Bytes of one answer: the list of a repository with a million files has 300 MB."""
 BODY_SECONDS = 240.0
+HEAD_THREADS = 16
+SHOWN_TO_ALL = frozenset({"readme.md", ".gitattributes"})
+_HEX = frozenset("0123456789abcdef")
 
 
 class _Bounded(httpx2.SyncByteStream):
@@ -120,7 +146,14 @@ class HuggingFaceOrigin:
     """
 
     def __init__(
-        self, source: HubSource, model: ModelSpec, *, endpoint: str | None, token_file: str | None, timeout: float
+        self,
+        source: HubSource,
+        model: ModelSpec,
+        *,
+        endpoint: str | None,
+        token_file: str | None,
+        timeout: float,
+        bounds: Bounds,
     ) -> None:
         self._source = source
         self._model = model
@@ -128,7 +161,7 @@ class HuggingFaceOrigin:
         self._endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self._token_file = token_file
         self._timeout = timeout
-        self._api = HfApi(endpoint=self._endpoint, token=False, library_name="instantstart-fs")
+        self._bounds = bounds
         whose = "machine token" if token_file is None else f"token-file {token_file}"
         self._key = OriginKey("hf", urlsplit(self._endpoint).netloc.rpartition("@")[2], whose)
 
@@ -137,33 +170,35 @@ class HuggingFaceOrigin:
         return self._key
 
     def resolve(self) -> ModelManifest:
-        info = self._info(files_metadata=True)
-        commit = self._commit(info)
-        siblings = info.siblings or []
-        refuse_endless(str(self._source), len(siblings))
-        modified = info.last_modified
-        mtime_ns = int(modified.timestamp()) * 1_000_000_000 if modified else 0
-        with self._translated(str(self._source)):  # what the list holds is the hub's to say
-            files = [
-                self._pin(sibling, commit, mtime_ns) for sibling in siblings if selected(sibling.rfilename, self._model)
-            ]
-        manifest = finish_manifest(self._model, commit, files, len(siblings))
-        # a gated repository shows its list to everybody: prove that the bytes may be had, too
-        self.locate(manifest.files[0])
+        description = self._describe()
+        commit = self._commit(description)
+        found = self._files(description, commit)
+        chosen = [file for file in found if selected(file.path, self._model)]
+        unsized = [file for file in chosen if file.size is None]
+        if unsized:
+            sized = {file.path: file for file in self._ask_sizes(unsized, commit)}
+            chosen = [sized.get(file.path, file) for file in chosen]
+        mtime_ns = _nanoseconds(description.lastModified)
+        files = [
+            ManifestFile(
+                path=file.path,
+                size=file.size if file.size is not None else -1,
+                address=file.path,
+                version=commit,
+                digest=file.digest,
+                mtime_ns=mtime_ns,
+            )
+            for file in chosen
+        ]
+        manifest = finish_manifest(self._model, commit, files, len(found))
+        # a gated repository, and a token that may list, show the list to everybody: prove that the bytes may be had
+        self._prove(_samples(manifest.files), follow=False)
         return manifest
 
     def locate(self, file: ManifestFile) -> Location:
         commit = file.version
         token = self._token()
-        url = hf_hub_url(self._source.repo, file.address, revision=commit, endpoint=self._endpoint)
-        with self._translated(f"{self._source}: {file.path}"):
-            found = get_hf_file_metadata(
-                url,
-                token=token or False,
-                timeout=self._timeout,
-                endpoint=self._endpoint,
-                library_name="instantstart-fs",
-            )
+        found = self._head(file.address, commit, token)
         if found.commit_hash is None:
             raise OriginMisbehaved(
                 f"{self._endpoint} answers for {file.path} without X-Repo-Commit: not a Hugging Face hub, or a proxy "
@@ -194,48 +229,162 @@ class HuggingFaceOrigin:
             service="hub" if own else "",
         )
 
-    def check(self) -> None:
-        info = self._info(files_metadata=False)
-        commit = self._commit(info)
-        for sibling in info.siblings or []:
-            if selected(sibling.rfilename, self._model):
-                self.locate(ManifestFile(sibling.rfilename, -1, sibling.rfilename, commit))
-                return
-        finish_manifest(self._model, commit, [], len(info.siblings or []))
-
-    def _info(self, *, files_metadata: bool) -> ModelInfo:
-        token = self._token()
-        with self._translated(str(self._source)):
-            return self._api.model_info(
-                self._source.repo,
-                revision=self._source.revision,
-                files_metadata=files_metadata,
+    def _head(self, path: str, commit: str, token: str | None = None) -> HfFileMetadata:
+        url = hf_hub_url(self._source.repo, path, revision=commit, endpoint=self._endpoint)
+        with self._translated(f"{self._source}: {path}"):
+            return get_hf_file_metadata(
+                url,
+                token=token or self._token() or False,
                 timeout=self._timeout,
-                token=token or False,
+                endpoint=self._endpoint,
+                library_name="instantstart-fs",
             )
 
-    def _commit(self, info: ModelInfo) -> str:
-        if not info.sha:
-            raise OriginMisbehaved(f"{self._endpoint} does not say which commit {self._source} is")
-        return info.sha
+    def check(self) -> None:
+        description = self._describe()
+        commit = self._commit(description)
+        self._prove(self._find_samples(commit, description), follow=True)
 
-    def _pin(self, sibling: RepoSibling, commit: str, mtime_ns: int) -> ManifestFile:
-        size = sibling.size if sibling.size is not None else sibling.lfs.size if sibling.lfs else None
-        if size is None:
-            raise OriginMisbehaved(f"{self._endpoint} does not say how long {sibling.rfilename!r} is")
-        digest = None
-        if sibling.lfs:
-            digest = Digest("sha256", sibling.lfs.sha256.lower())
-        elif sibling.blob_id:
-            digest = Digest("git-sha1", sibling.blob_id.lower())
-        return ManifestFile(
-            path=sibling.rfilename,
-            size=size,
-            address=sibling.rfilename,
-            version=commit,
-            digest=digest,
-            mtime_ns=mtime_ns,
-        )
+    def _find_samples(self, commit: str, description: Description) -> list[ManifestFile]:
+        """Of the first page on which a chosen file lies."""
+        held = 0
+        for page in self._pages(commit, description):
+            held += len(page)
+            files = [
+                ManifestFile(file.path, -1 if file.size is None else file.size, file.path, commit, file.digest)
+                for file in page
+                if selected(file.path, self._model)
+            ]
+            if files:
+                return _samples(files)
+        finish_manifest(self._model, commit, [], held)
+        return []
+
+    def _prove(self, samples: Sequence[ManifestFile], *, follow: bool) -> None:
+        """Fetch one byte of each just as the fetch workers do. ``follow``: also from where the hub sends us, whose
+        refusal is not the hub's."""
+        for file in samples:
+            try:
+                location = self.locate(file)
+                own = _same_host(location.url, self._endpoint)
+                if own:
+                    self._fetch_byte(file, location)
+                elif follow and not self._fetch_byte(file, location) and not self._fetch_byte(file, self.locate(file)):
+                    raise OriginUnavailable(
+                        f"{self._source}: the hub allows {file.path}, but {urlsplit(location.url).netloc}, to which it "
+                        "sends us for it, refuses a fresh address; is there a proxy or a firewall in between?"
+                    )
+            except CredentialsUnusable:
+                raise
+            except AccessRefused as error:
+                raise AccessRefused(
+                    f"{error.message}. Its files are listed, but may not be downloaded: the token needs read access to "
+                    "the contents of this repository"
+                ) from None
+
+    def _fetch_byte(self, file: ManifestFile, location: Location) -> bool:
+        """Whether one byte of the file is given there; raises what else is answered."""
+        headers = {**dict(location.headers), "Range": "bytes=0-0", "Accept-Encoding": "identity"}
+        own = _same_host(location.url, self._endpoint)
+        where = f"{self._source}: {file.path}"
+        host = urlsplit(location.url).netloc.rpartition("@")[2]
+        with (
+            self._translated(where, self._endpoint if own else host),
+            get_session().stream("GET", location.url, headers=headers, timeout=self._timeout) as response,
+        ):
+            if response.status_code in (200, 206) or (response.status_code == 416 and file.size <= 0):
+                return True
+            if not own and response.status_code in (401, 403):
+                return False
+            if own:
+                hf_raise_for_status(response)
+            raise OriginUnavailable(f"{where}: {host} answers {response.status_code}")
+
+    def _ask(self, path: str, query: str) -> Answer:
+        """One answer of the hub's API. Raises OriginError, TooLarge."""
+        headers = build_hf_headers(token=self._token() or False, library_name="instantstart-fs")
+        body = bytearray()
+        with self._translated(str(self._source)):
+            url = f"{self._endpoint}/api/models/{self._source.repo}/{path}"
+            with get_session().stream(
+                "GET", f"{url}?{query}" if query else url, headers=headers, timeout=self._timeout
+            ) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 200:
+                    raise OriginMisbehaved(f"{self._source}: {self._endpoint} answers {response.status_code}")
+                for part in response.iter_bytes():
+                    body += part
+                    self._bounds.allow(str(self._source), body=len(body))
+                return Answer(bytes(body), response.links.get("next", {}).get("url"))
+
+    def _describe(self, query: str = "") -> Description:
+        answer = self._ask(f"revision/{quote(self._source.revision, safe='')}", query)
+        with self._translated(str(self._source)):
+            return decode(answer.body, Description)
+
+    def _files(self, description: Description, commit: str) -> list[Listed]:
+        """Every file at the commit."""
+        files: list[Listed] = []
+        pages: list[int] = []
+        for page in self._pages(commit, description, pages):
+            files += page
+            self._bounds.allow(str(self._source), files=len(files))
+        add_up(str(self._source), pages, files, description.siblings)
+        return files
+
+    def _pages(self, commit: str, description: Description, counts: list[int] | None = None) -> Iterator[list[Listed]]:
+        """Of the tree; where there is none (mirrors), the description's own list. ``counts``: gets the entries of each
+        page."""
+
+        def ask(query: str) -> Answer:
+            return self._ask(f"tree/{quote(commit, safe='')}", query)
+
+        try:
+            with self._translated(str(self._source)):
+                for page, count in read_tree(str(self._source), ask):
+                    if counts is not None:
+                        counts.append(count)
+                    yield page
+            return
+        except (OriginNotFound, OriginUnsupported) as error:
+            if isinstance(error, TooLarge | OriginHidden) or counts or not description.siblings:
+                raise
+        siblings = self._describe("blobs=true").siblings or description.siblings
+        if len(siblings) >= PAGE and len(siblings) % PAGE == 0:
+            raise OriginMisbehaved(
+                f"{self._source}: {self._endpoint} has no tree of it, and lists exactly {len(siblings)} files: that "
+                "may be cut; ask the hub itself, or a mirror that passes on its tree"
+            )
+        if counts is not None:
+            counts.append(0)
+        yield [listed_sibling(sibling) for sibling in siblings]
+
+    def _ask_sizes(self, files: Sequence[Listed], commit: str) -> list[Listed]:
+        """The same with what HEAD of each says: some mirrors list names alone."""
+        end = time.monotonic() + LISTING_SECONDS
+
+        def ask(file: Listed) -> Listed:
+            if time.monotonic() > end:
+                raise OriginUnavailable(
+                    f"{self._source}: {self._endpoint} lists no sizes, and did not tell those of {len(files)} files "
+                    f"one by one within {LISTING_SECONDS:g} s"
+                )
+            found = self._head(file.path, commit)
+            if found.size is None:
+                raise OriginMisbehaved(f"{self._source}: {self._endpoint} does not say how long {file.path!r:.300} is")
+            return Listed(file.path, found.size, file.digest or _digest_of(found.etag))
+
+        with ThreadPoolExecutor(HEAD_THREADS, thread_name_prefix="hub-head") as pool:
+            try:
+                return list(pool.map(ask, files))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _commit(self, description: Description) -> str:
+        if not description.sha:
+            raise OriginMisbehaved(f"{self._endpoint} does not say which commit {self._source} is")
+        return description.sha
 
     def _token(self) -> str | None:
         if self._token_file is None:
@@ -246,8 +395,10 @@ class HuggingFaceOrigin:
         return read_token(self._token_file)
 
     @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
-        """The seam: huggingface_hub's and httpx2's exceptions become ours, without tokens and signed queries."""
+    def _translated(self, what: str, where: str = "") -> Iterator[None]:
+        """The seam: huggingface_hub's and httpx2's exceptions become ours, without tokens and signed queries.
+        ``where``: who was asked, if not the hub."""
+        where = where or self._endpoint
         try:
             yield
         except HfHubHTTPError as error:
@@ -257,15 +408,15 @@ class HuggingFaceOrigin:
         except OfflineModeIsEnabled:
             raise OriginUnavailable(f"{what}: HF_HUB_OFFLINE is set for the daemon; unset it") from None
         except httpx2.TimeoutException:
-            raise OriginUnavailable(f"{what}: {self._endpoint} did not answer within {self._timeout:g} s") from None
+            raise OriginUnavailable(f"{what}: {where} did not answer within {self._timeout:g} s") from None
         except httpx2.HTTPError as error:
             raise OriginUnavailable(
-                f"{what}: {self._endpoint} cannot be reached ({type(error).__name__}: {_one_line(str(error))})"
+                f"{what}: {where} cannot be reached ({type(error).__name__}: {_one_line(str(error))})"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, httpx2.InvalidURL) as error:
             # a body that is no JSON, or JSON of another shape: a captive portal, a proxy's error page
             raise OriginMisbehaved(
-                f"{what}: {self._endpoint} gave an answer that cannot be understood ({type(error).__name__})"
+                f"{what}: {where} gave an answer that cannot be understood ({type(error).__name__})"
             ) from None
 
     def _from_response(self, what: str, error: HfHubHTTPError) -> OriginError:
@@ -311,6 +462,36 @@ class HuggingFaceOrigin:
         if status in (402, 408, 451) or status >= 500:
             return refusal(status, f"{what}: the hub", word=Word(message=message))
         return OriginUnsupported(f"{what}: the hub answers {status} at {where}{said}")
+
+
+def _samples(files: Sequence[ManifestFile]) -> list[ManifestFile]:
+    """One file of each way in which a hub gives them (from a CDN, by itself), the largest, and none of those that a
+    gated repository shows to everybody if there are others."""
+
+    def weight(file: ManifestFile) -> tuple[bool, int]:
+        return file.path.lower() not in SHOWN_TO_ALL, file.size
+
+    ways: dict[bool, ManifestFile] = {}
+    for file in files:
+        way = file.digest is not None and file.digest.algorithm == "sha256"
+        if way not in ways or weight(file) > weight(ways[way]):
+            ways[way] = file
+    found = list(ways.values())
+    return [file for file in found if weight(file)[0]] or found
+
+
+def _digest_of(etag: str | None) -> Digest | None:
+    """What the ETag of a hub's own answer is: the sha256 of an LFS file, else the git blob's sha1."""
+    kinds: dict[int, Algorithm] = {64: "sha256", 40: "git-sha1"}
+    kind = kinds.get(len(etag or ""))
+    return Digest(kind, etag.lower()) if etag and kind and _HEX.issuperset(etag.lower()) else None
+
+
+def _nanoseconds(stamp: str | None) -> int:
+    try:
+        return int(parse_datetime(stamp).timestamp()) * 1_000_000_000 if stamp else 0
+    except ValueError:
+        return 0
 
 
 def _same_host(url: str, endpoint: str) -> bool:

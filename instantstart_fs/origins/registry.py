@@ -30,6 +30,7 @@ def open_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) 
                 endpoint=settings.huggingface.endpoint,
                 token_file=spec.token_file or settings.huggingface.token_file,
                 timeout=settings.timeout,
+                bounds=settings.bounds,
             )
         case S3Source():
             from instantstart_fs.origins.s3 import S3Origin

@@ -165,7 +165,7 @@ class S3Origin:
                 if key.endswith("/") and entry["Size"] == 0:
                     continue  # what consoles make to show an empty directory
                 found.append((key[len(directory) :], key))
-            refuse_endless(str(self._source), len(found))
+            refuse_endless(str(self._source), 0, len(found))
         if not found and self._source.prefix:
             with contextlib.suppress(botocore.exceptions.ClientError):
                 client.head_object(Bucket=self._source.bucket, Key=self._source.prefix)

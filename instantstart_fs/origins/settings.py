@@ -5,11 +5,14 @@ from __future__ import annotations
 import msgspec
 
 from instantstart_fs.config import HuggingFaceConfig, S3Config
+from instantstart_fs.origins.bounds import Bounds
 
 
 class OriginSettings(msgspec.Struct, frozen=True):
-    """``timeout``: seconds without an answer (connecting, or between two bytes) after which a request is given up."""
+    """``timeout``: seconds without an answer (connecting, or between two bytes) after which a request is given up.
+    ``bounds``: of a listing."""
 
     huggingface: HuggingFaceConfig = HuggingFaceConfig()
     s3: S3Config = S3Config()
     timeout: float = 20.0
+    bounds: Bounds = Bounds()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from instantstart_fs.errors import AccessRefused, InvalidName, OriginChanged, OriginNotFound, OriginUnsupported
+from instantstart_fs.errors import AccessRefused, OriginChanged, OriginNotFound, OriginUnsupported
 from instantstart_fs.origins.directory import identity_of
 from tests.contract.worlds import DirectoryWorld, fetch
 
@@ -60,7 +60,7 @@ def test_a_chain_of_links_is_judged_by_its_first(world: DirectoryWorld, tmp_path
         world.origin().resolve()
 
 
-def test_links_to_directories_and_to_nothing_are_refused_by_name(world: DirectoryWorld, tmp_path: Path) -> None:
+def test_links_to_directories_are_refused_by_name(world: DirectoryWorld, tmp_path: Path) -> None:
     link = world.directory / "unet"
     link.symlink_to(world.directory / "sub")
     with pytest.raises(OriginUnsupported, match="unet: a link to a directory"):
@@ -69,17 +69,28 @@ def test_links_to_directories_and_to_nothing_are_refused_by_name(world: Director
         world.origin(include=("unet/*.bin",)).resolve()
     assert paths(world, exclude=("unet/",)) == ["config.json", "sub/model.bin"]
     assert paths(world, include=("*.json",)) == ["config.json"]
-    link.unlink()
-    link.symlink_to("nowhere")
-    with pytest.raises(OriginUnsupported, match="leads nowhere"):
-        world.origin().resolve()
 
 
-def test_special_files_are_skipped(world: DirectoryWorld) -> None:
+def test_what_nobody_can_be_shown_is_left_out_and_told_of(world: DirectoryWorld) -> None:
+    (world.directory / "gone.bin").symlink_to("nowhere")
+    (world.directory / "loop.bin").symlink_to("loop.bin")
     os.mkfifo(world.directory / "pipe.json")
+    with open(os.fsencode(world.directory) + b"/caf\xe9.bin", "wb"):
+        pass
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(world.directory / "socket"))
-        assert paths(world) == ["config.json", "sub/model.bin"]
+        manifest = world.origin().resolve()
+    assert [file.path for file in manifest.files] == ["config.json", "sub/model.bin"]
+    assert manifest.skipped is not None
+    assert manifest.skipped.count == 5
+    assert set(manifest.skipped.first) == {
+        "gone.bin: a link that leads nowhere",
+        "loop.bin: a link that leads nowhere",
+        "pipe.json: a named pipe",
+        "socket: a socket",
+        "caf\\udce9.bin: is not valid UTF-8",
+    }
+    assert world.origin(include=("*.json",), exclude=("pipe*",)).resolve().skipped is None
 
 
 def test_the_root_may_be_a_link_since_the_administrator_named_it(world: DirectoryWorld, tmp_path: Path) -> None:
@@ -87,13 +98,6 @@ def test_the_root_may_be_a_link_since_the_administrator_named_it(world: Director
     origin = world.origin(f"file://{tmp_path}/current")
     assert [file.path for file in origin.resolve().files] == ["config.json", "sub/model.bin"]
     assert fetch(origin.locate(origin.resolve().files[1]), 0, 7) == b"weights"
-
-
-def test_names_that_are_no_utf8_are_refused(world: DirectoryWorld) -> None:
-    with open(os.fsencode(world.directory) + b"/caf\xe9.bin", "wb"):
-        pass
-    with pytest.raises(InvalidName, match="UTF-8"):
-        world.origin().resolve()
 
 
 def test_a_file_and_an_empty_directory_are_no_models(world: DirectoryWorld, tmp_path: Path) -> None:

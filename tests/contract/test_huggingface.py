@@ -14,13 +14,13 @@ import pytest
 from instantstart_fs.core.manifest import Digest, ManifestFile
 from instantstart_fs.errors import (
     AccessRefused,
-    InvalidName,
     OriginChanged,
     OriginError,
     OriginMisbehaved,
     OriginNotFound,
     OriginThrottled,
     OriginUnavailable,
+    OriginUnsupported,
 )
 from instantstart_fs.origins.base import Location
 from tests.contract.worlds import HubWorld, fetch, write_files
@@ -197,17 +197,36 @@ def test_other_content_under_the_pinned_commit_is_noticed(world: HubWorld) -> No
         origin.locate(longer)
 
 
-def test_a_hostile_name_is_refused_unless_excluded(world: HubWorld, tmp_path: Path) -> None:
+ODD_NAMES = ("../../etc/cron.d/evil", "/etc/passwd", "a//b", "./x", "nul\0byte", "x" * 300, "lone\udcff")
+
+
+def test_odd_names_are_left_out_and_told_of(world: HubWorld, tmp_path: Path) -> None:
     real = tmp_path / "payload"
     real.write_bytes(b"x")
-    for name in ("../../etc/cron.d/evil", "/etc/passwd", "a//b", "./x", "nul\0byte", "x" * 300):
+    for name in ODD_NAMES:
         world.hub.publish_names(world.repo, ["config.json", name], real)
-        with pytest.raises(InvalidName, match="refused"):
-            world.origin().resolve()
-        assert len(world.origin(include=("config.json",)).resolve().files) == 1
-    world.hub.publish_names(world.repo, ["config.json", "config.json/x"], real)
-    with pytest.raises(InvalidName, match="both as a file and as a directory"):
-        world.origin().resolve()
+        manifest = world.origin().resolve()
+        assert [file.path for file in manifest.files] == ["config.json"]
+        assert manifest.skipped is not None
+        assert manifest.skipped.count == 1
+        assert world.origin(include=("config.json",)).resolve().skipped is None
+        with pytest.raises(OriginUnsupported, match="can be shown"):
+            world.origin(exclude=("config.json",)).resolve()
+    world.hub.publish_names(world.repo, ["config.json", "config.json/x", "CONFIG.json"], real)
+    manifest = world.origin().resolve()
+    assert [file.path for file in manifest.files] == ["CONFIG.json", "config.json/x"]
+    assert str(manifest.skipped) == "config.json: is the name of a directory, too"
+
+
+def test_many_odd_names_are_counted_and_the_first_are_named(world: HubWorld, tmp_path: Path) -> None:
+    real = tmp_path / "payload"
+    real.write_bytes(b"x")
+    world.hub.publish_names(world.repo, ["config.json", *(f"m//{number:03}" for number in range(150))], real)
+    skipped = world.origin().resolve().skipped
+    assert skipped is not None
+    assert (skipped.count, len(skipped.first)) == (150, 10)
+    assert skipped.first[0].startswith("m//000: ")
+    assert str(skipped).endswith("and 140 more")
 
 
 def test_a_file_that_is_gone_is_not_found(world: HubWorld) -> None:

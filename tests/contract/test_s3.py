@@ -14,7 +14,7 @@ import pytest
 
 from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.core.manifest import ManifestFile
-from instantstart_fs.errors import AccessRefused, InvalidName, OriginThrottled
+from instantstart_fs.errors import AccessRefused, OriginThrottled
 from tests.contract.worlds import S3World, fetch
 from tests.servers.seaweed import SeaweedServer
 
@@ -228,14 +228,18 @@ def canned() -> Iterator[Canned]:
 
 
 @pytest.mark.parametrize("name", ["../../etc/cron.d/evil", "/absolute", "a//b", "./x", "x" * 300])
-def test_hostile_keys_are_refused(world: S3World, canned: Canned, name: str) -> None:
+def test_odd_keys_are_left_out_and_told_of(world: S3World, canned: Canned, name: str) -> None:
     canned.body = (
         "<?xml version='1.0'?><ListBucketResult xmlns='http://s3.amazonaws.com/doc/2006-03-01/'>"
         "<IsTruncated>false</IsTruncated>"
-        f"<Contents><Key>{world.prefix}/{name}</Key><Size>0</Size></Contents></ListBucketResult>"
+        f"<Contents><Key>{world.prefix}/{name}</Key><Size>0</Size></Contents>"
+        f"<Contents><Key>{world.prefix}/config.json</Key><Size>0</Size></Contents></ListBucketResult>"
     ).encode()
-    with pytest.raises(InvalidName, match="refused"):
-        world.origin(endpoint=canned.url).resolve()
+    manifest = world.origin(endpoint=canned.url).resolve()
+    assert [file.path for file in manifest.files] == ["config.json"]
+    assert manifest.skipped is not None
+    assert manifest.skipped.count == 1
+    assert manifest.skipped.first[0].startswith(name[:100])
 
 
 def test_slow_down_is_told_with_its_wait(world: S3World, canned: Canned) -> None:

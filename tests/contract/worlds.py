@@ -13,12 +13,14 @@ from urllib.parse import unquote
 from instantstart_fs.config import HuggingFaceConfig, S3Config
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.origins.base import Location, Origin
+from instantstart_fs.origins.bounds import Bounds
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from tests.servers.hub import HubServer
 from tests.servers.seaweed import SeaweedServer
 
 _numbers = itertools.count(1)
 TIMEOUT = 2.0
+UNBOUNDED = Bounds()
 
 
 def write_files(directory: Path, files: dict[str, bytes]) -> Path:
@@ -76,11 +78,12 @@ class HubWorld:
         *,
         token_file: str | None = None,
         endpoint: str | None = None,
+        bounds: Bounds = UNBOUNDED,
         **globs: tuple[str, ...],
     ) -> Origin:
         model = ModelSpec(source or self.source, **globs)
         settings = OriginSettings(
-            huggingface=HuggingFaceConfig(endpoint=endpoint or self.hub.endpoint), timeout=TIMEOUT
+            huggingface=HuggingFaceConfig(endpoint=endpoint or self.hub.endpoint), timeout=TIMEOUT, bounds=bounds
         )
         return open_origin(PipelineSpec("p", (model,), token_file=token_file), model, settings)
 

@@ -71,9 +71,11 @@ class HubServer:
         private: bool = False,
         gated: bool = False,
         tokens: tuple[str, ...] | list[str] = (),
+        listers: tuple[str, ...] | list[str] = (),
     ) -> str:
         """Make ``revision`` of ``repo`` what lies in ``directory`` now; the commit. Earlier commits stay fetchable as
-        long as their files lie where they lay: publish a changed model from another directory."""
+        long as their files lie where they lay: publish a changed model from another directory. ``listers``: tokens that
+        may list it and not fetch from it."""
         order = {
             "do": "publish",
             "repo": repo,
@@ -82,6 +84,7 @@ class HubServer:
             "private": private,
             "gated": gated,
             "tokens": list(tokens),
+            "listers": list(listers),
         }
         self._published.append(order)
         return str(self._control(**order)["commit"])
@@ -97,6 +100,7 @@ class HubServer:
             "private": False,
             "gated": False,
             "tokens": [],
+            "listers": [],
         }
         self._published.append(order)
         return str(self._control(**order)["commit"])
@@ -149,9 +153,22 @@ class HubServer:
         """Every CDN address handed out so far answers 403 from now on."""
         self._control(do="expire")
 
-    def configure(self, *, lifetime: float | None = None, page: int | None = None) -> None:
-        """``lifetime``: seconds of a CDN signature (3600); ``page``: entries per page of a tree (1000)."""
-        wanted = {"lifetime": lifetime, "page": page}
+    def configure(
+        self,
+        *,
+        lifetime: float | None = None,
+        page: int | None = None,
+        siblings: int | None = None,
+        drop: list[str] | None = None,
+    ) -> None:
+        """``lifetime``: seconds of a CDN signature (3600); ``page``: entries per page of a tree (1000); ``siblings``:
+        how many files a repository's description names (all).
+
+        ``drop``: what a bad mirror leaves out. blobs: sizes and oids of the description · sizes: those of the tree ·
+        tree: all of it (404) · link: the address of the next page · link-host: the right host of it · cursor: its
+        progress.
+        """
+        wanted = {"lifetime": lifetime, "page": page, "siblings": siblings, "drop": drop}
         self._control(do="set", **{name: value for name, value in wanted.items() if value is not None})
 
     def requests(self, port: str | None = None) -> list[Request]:
@@ -166,7 +183,7 @@ class HubServer:
         """No faults, no log, default settings; published repositories stay."""
         self.clear()
         self.forget_requests()
-        self.configure(lifetime=3600, page=1000)
+        self.configure(lifetime=3600, page=1000, siblings=10**9, drop=[])
 
     def pause(self) -> None:
         """SIGSTOP: the kernel still accepts, nobody answers."""

@@ -43,6 +43,7 @@ class Repo:
     private: bool = False
     gated: bool = False
     tokens: frozenset[str] = frozenset()
+    listers: frozenset[str] = frozenset()
     revisions: dict[str, str] = dataclasses.field(default_factory=dict)
     commits: dict[str, dict[str, Entry]] = dataclasses.field(default_factory=dict)
 
@@ -79,29 +80,49 @@ class State:
         self.epoch = 0
         self.lifetime = 3600.0
         self.page = 1000
+        self.siblings: int | None = None
+        self.drop: list[str] = []
         self.hub = ""
         self.cdn = ""
 
-    def publish(self, repo: str, directory: str, revision: str, private: bool, gated: bool, tokens: list[str]) -> str:
+    def publish(
+        self,
+        repo: str,
+        directory: str,
+        revision: str,
+        private: bool,
+        gated: bool,
+        tokens: list[str],
+        listers: list[str],
+    ) -> str:
         files: dict[str, Entry] = {}
         for parent, _, names in os.walk(directory, followlinks=True):
             for name in names:
                 real = os.path.join(parent, name)
                 relative = os.path.relpath(real, directory)
                 files[relative] = self.entry(relative, real)
-        return self.publish_entries(repo, files, revision, private, gated, tokens)
+        return self.publish_entries(repo, files, revision, private, gated, tokens, listers)
 
     def publish_entries(
-        self, repo: str, files: dict[str, Entry], revision: str, private: bool, gated: bool, tokens: list[str]
+        self,
+        repo: str,
+        files: dict[str, Entry],
+        revision: str,
+        private: bool,
+        gated: bool,
+        tokens: list[str],
+        listers: list[str],
     ) -> str:
         listing = json.dumps(sorted((entry.path, entry.sha1, entry.size) for entry in files.values()))
         commit = hashlib.sha1(f"{repo} {listing}".encode()).hexdigest()
         with self.lock:
             known = self.repos.setdefault(repo, Repo())
             known.private, known.gated, known.tokens = private, gated, frozenset(tokens)
+            known.listers = frozenset(listers)
             known.revisions[revision] = commit
             known.commits[commit] = files
             self.tokens.update(tokens)
+            self.tokens.update(listers)
             for entry in files.values():
                 if entry.sha256:
                     self.blobs[entry.sha256] = entry.real
@@ -176,7 +197,7 @@ class State:
                 self.epoch += 1
             case "set":
                 for name, value in order.items():
-                    if name not in ("lifetime", "page"):
+                    if name not in ("lifetime", "page", "siblings", "drop"):
                         raise ValueError(name)
                     setattr(self, name, value)
             case "requests":
@@ -283,11 +304,13 @@ class Handler(BaseHTTPRequestHandler):
         if token and token not in state.tokens:
             raise Refused(401, message="Invalid credentials in Authorization header")
         repo = state.repos.get(repo_id)
-        if repo is None or (repo.private and token not in repo.tokens):
+        if repo is None or (repo.private and token not in repo.tokens | repo.listers):
             raise Refused(401 if not token else 404, "RepoNotFound", "Repository not found")
         if content and repo.gated and token not in repo.tokens:
             text = f"Access to model {repo_id} is restricted."
             raise Refused(403 if token else 401, "GatedRepo", text)
+        if content and token in repo.listers:
+            raise Refused(403, message="Forbidden: this token may list the repository, and not read its contents")
         return repo
 
     def open_commit(self, repo: Repo, revision: str) -> tuple[str, dict[str, Entry]]:
@@ -299,10 +322,10 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo_id: str, revision: str, query: dict[str, list[str]]) -> None:
         repo = self.open_repo(repo_id, content=False)
         commit, files = self.open_commit(repo, revision)
-        siblings = []
-        for entry in files.values():
+        drop, siblings = self.server.state.drop, []
+        for entry in list(files.values())[: self.server.state.siblings]:
             sibling: dict[str, Any] = {"rfilename": entry.path}
-            if "blobs" in query:
+            if "blobs" in query and "blobs" not in drop:
                 sibling |= {"size": entry.size, "blobId": entry.sha1}
                 if entry.sha256:
                     sibling["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": 134}
@@ -326,28 +349,35 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def tree(self, repo_id: str, revision: str, query: dict[str, list[str]]) -> None:
-        repo = self.open_repo(repo_id, content=False)
+        repo, drop = self.open_repo(repo_id, content=False), self.server.state.drop
+        if "tree" in drop:
+            raise Refused(404, message="Not Found")
         _, files = self.open_commit(repo, revision)
         items: dict[str, dict[str, Any]] = {}
         for entry in files.values():
             parent = os.path.dirname(entry.path)
-            while parent:
+            while parent.strip("/"):
                 oid = hashlib.sha1(parent.encode()).hexdigest()
                 items.setdefault(parent, {"type": "directory", "oid": oid, "size": 0, "path": parent})
                 parent = os.path.dirname(parent)
             item: dict[str, Any] = {"type": "file", "oid": entry.sha1, "size": entry.size, "path": entry.path}
             if entry.sha256:
                 item["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": 134}
+            if "sizes" in drop:
+                item = {"type": "file", "path": entry.path}
             items[entry.path] = item
         names = sorted(items)
         if query.get("recursive", ["false"])[0].lower() != "true":
             names = [name for name in names if "/" not in name]
         start, page = int(query.get("cursor", ["0"])[0]), self.server.state.page
         headers = {"Content-Type": "application/json"}
-        if start + page < len(names):
+        if start + page < len(names) and "link" not in drop:
             base = f"{self.server.state.hub}{urlsplit(self.path).path}"
+            if "link-host" in drop:  # a mirror that passes on what the hub behind it says
+                base = "https://hub.invalid/elsewhere"
             recursive = query.get("recursive", ["false"])[0]
-            headers["Link"] = f'<{base}?recursive={recursive}&expand=false&cursor={start + page}>; rel="next"'
+            cursor = 1 if "cursor" in drop else start + page
+            headers["Link"] = f'<{base}?recursive={recursive}&expand=false&cursor={cursor}>; rel="next"'
         self.reply(200, json.dumps([items[name] for name in names[start : start + page]]).encode(), headers)
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
