@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import trio
 
+from instantstart_fs.core import access
 from instantstart_fs.core.chunks import MAX_CHUNKS
 from instantstart_fs.core.limits import MAX_BYTES, MAX_ID
 from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest, ModelSpec, PipelineSpec, same_bytes
@@ -40,6 +41,7 @@ from instantstart_fs.errors import (
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.folded import summary_of
+from instantstart_fs.library.proof import prove_access
 from instantstart_fs.library.reading import Reading
 from instantstart_fs.library.rehash import Pace, rehash
 from instantstart_fs.library.reports import drop_target
@@ -359,18 +361,18 @@ class Admin:
         return VerifyReport(files=len(files), bytes=total, healed=tuple(healed), unproven=tuple(unproven))
 
     async def check_access(self, pipeline_id: str) -> tuple[str, ...]:
-        """Prove that every source may be fetched with the pipeline's own credentials; the sources.
+        """Prove that every source may be fetched with the pipeline's own credentials, by a byte of it; the sources.
 
         Asks with fresh clients: what an earlier one was allowed proves nothing. Raises what an origin answers.
         """
         pipeline = self._shelf.pipeline(pipeline_id)
         await self._shelf.look_into(pipeline)  # its own files are the best proof
         for model in pipeline.spec.models:
-            await self.check_source(pipeline.spec, model)
+            await self.check_source(pipeline.spec, model, fetch=True)
         return tuple(model.source for model in pipeline.spec.models)
 
-    async def check_source(self, spec: PipelineSpec, model: ModelSpec) -> None:
-        """The same of one source: by files that are pinned, as far as they are in memory."""
+    async def check_source(self, spec: PipelineSpec, model: ModelSpec, *, fetch: bool = False) -> None:
+        """The same of one source; ``fetch``: also by one byte of its pinned files, as far as they are in memory."""
         pipeline = self._shelf.pipelines.get(spec.id)
         pinned: tuple[ManifestFile, ...] = ()
         if pipeline is not None and isinstance(pipeline.outline, Generation):
@@ -379,7 +381,10 @@ class Admin:
                     pinned = found.files
 
         def check() -> None:
-            self._shelf.open_origin(spec, model).check(pinned)
+            origin = self._shelf.open_origin(spec, model)
+            origin.check()
+            if fetch and access.asks_somebody([model.source]):
+                prove_access(origin, pinned)
 
         with trio.move_on_after(CHECK_DEADLINE) as scope:
             try:

@@ -66,6 +66,6 @@ class Origin(Protocol):
         ...
 
     def check(self) -> None:
-        """Prove that the source may be fetched with these credentials, cheaply: it is there, and one byte of a file
-        comes by the same way as its reads. Raises OriginError."""
+        """Prove that the source may be fetched with these credentials, cheaply: it is there, and files
+        that stand for all are given to them. Raises OriginError."""
         ...

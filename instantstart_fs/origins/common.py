@@ -23,6 +23,7 @@ MAX_LISTED = 4_000_000
 """That are looked at for it. A listing that has no end must come to one."""
 SKIPS_TOLD = 10
 """Names that a manifest remembers of what was left out."""
+SHOWN_TO_ALL = frozenset({"readme.md", ".gitattributes"})
 MAX_SHOWN = 120
 """Characters of such a name."""
 MAX_FILE_BYTES = 1 << 62
@@ -125,6 +126,22 @@ def _check_file(source: str, file: ManifestFile) -> None:
         raise OriginMisbehaved(f"{source}: lists {file.path!r:.300} with a size of {size!r:.40}")
     if digest is not None and (not digest.value or len(digest.value) > 128 or not _HEX.issuperset(digest.value)):
         raise OriginMisbehaved(f"{source}: gives {file.path!r:.300} a digest that is none")
+
+
+def samples(files: Sequence[ManifestFile]) -> list[ManifestFile]:
+    """Of pinned files those that stand for all: one of each way in which a hub gives them (from a CDN, by itself), the
+    largest, and none of those that a gated repository shows to everybody if there are others."""
+
+    def weight(file: ManifestFile) -> tuple[bool, int]:
+        return file.path.lower() not in SHOWN_TO_ALL, file.size
+
+    ways: dict[bool, ManifestFile] = {}
+    for file in files:
+        way = file.digest is not None and file.digest.algorithm == "sha256"
+        if way not in ways or weight(file) > weight(ways[way]):
+            ways[way] = file
+    found = list(ways.values())
+    return [file for file in found if weight(file)[0]] or found
 
 
 def redirect_refusal(url: str, endpoint: str) -> str | None:

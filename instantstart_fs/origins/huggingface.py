@@ -69,6 +69,7 @@ from instantstart_fs.origins.common import (
     is_trusted,
     redirect_refusal,
     retry_after,
+    samples,
     selected,
     signature_expiry,
     without_query,
@@ -90,7 +91,6 @@ MAX_BODY = 1 << 30
 """Bytes of one answer: the list of a repository with a million files has 300 MB."""
 BODY_SECONDS = 240.0
 HEAD_THREADS = 16
-SHOWN_TO_ALL = frozenset({"readme.md", ".gitattributes"})
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -192,7 +192,7 @@ class HuggingFaceOrigin:
         ]
         manifest = finish_manifest(self._model, commit, files, len(found))
         # a gated repository, and a token that may list, show the list to everybody: prove that the bytes may be had
-        self._prove(_samples(manifest.files), follow=False)
+        self._prove(samples(manifest.files))
         return manifest
 
     def locate(self, file: ManifestFile) -> Location:
@@ -243,7 +243,7 @@ class HuggingFaceOrigin:
     def check(self) -> None:
         description = self._describe()
         commit = self._commit(description)
-        self._prove(self._find_samples(commit, description), follow=True)
+        self._prove(self._find_samples(commit, description))
 
     def _find_samples(self, commit: str, description: Description) -> list[ManifestFile]:
         """Of the first page on which a chosen file lies."""
@@ -256,24 +256,15 @@ class HuggingFaceOrigin:
                 if selected(file.path, self._model)
             ]
             if files:
-                return _samples(files)
+                return samples(files)
         finish_manifest(self._model, commit, [], held)
         return []
 
-    def _prove(self, samples: Sequence[ManifestFile], *, follow: bool) -> None:
-        """Fetch one byte of each just as the fetch workers do. ``follow``: also from where the hub sends us, whose
-        refusal is not the hub's."""
-        for file in samples:
+    def _prove(self, files: Sequence[ManifestFile]) -> None:
+        """Raises what the hub answers for these files. Where it sends us for them is not asked: that is no hub."""
+        for file in files:
             try:
-                location = self.locate(file)
-                own = _same_host(location.url, self._endpoint)
-                if own:
-                    self._fetch_byte(file, location)
-                elif follow and not self._fetch_byte(file, location) and not self._fetch_byte(file, self.locate(file)):
-                    raise OriginUnavailable(
-                        f"{self._source}: the hub allows {file.path}, but {urlsplit(location.url).netloc}, to which it "
-                        "sends us for it, refuses a fresh address; is there a proxy or a firewall in between?"
-                    )
+                self.locate(file)
             except CredentialsUnusable:
                 raise
             except AccessRefused as error:
@@ -281,24 +272,6 @@ class HuggingFaceOrigin:
                     f"{error.message}. Its files are listed, but may not be downloaded: the token needs read access to "
                     "the contents of this repository"
                 ) from None
-
-    def _fetch_byte(self, file: ManifestFile, location: Location) -> bool:
-        """Whether one byte of the file is given there; raises what else is answered."""
-        headers = {**dict(location.headers), "Range": "bytes=0-0", "Accept-Encoding": "identity"}
-        own = _same_host(location.url, self._endpoint)
-        where = f"{self._source}: {file.path}"
-        host = urlsplit(location.url).netloc.rpartition("@")[2]
-        with (
-            self._translated(where, self._endpoint if own else host),
-            get_session().stream("GET", location.url, headers=headers, timeout=self._timeout) as response,
-        ):
-            if response.status_code in (200, 206) or (response.status_code == 416 and file.size <= 0):
-                return True
-            if not own and response.status_code in (401, 403):
-                return False
-            if own:
-                hf_raise_for_status(response)
-            raise OriginUnavailable(f"{where}: {host} answers {response.status_code}")
 
     def _ask(self, path: str, query: str) -> Answer:
         """One answer of the hub's API. Raises OriginError, TooLarge."""
@@ -395,10 +368,8 @@ class HuggingFaceOrigin:
         return read_token(self._token_file)
 
     @contextlib.contextmanager
-    def _translated(self, what: str, where: str = "") -> Iterator[None]:
-        """The seam: huggingface_hub's and httpx2's exceptions become ours, without tokens and signed queries.
-        ``where``: who was asked, if not the hub."""
-        where = where or self._endpoint
+    def _translated(self, what: str) -> Iterator[None]:
+        """The seam: huggingface_hub's and httpx2's exceptions become ours, without tokens and signed queries."""
         try:
             yield
         except HfHubHTTPError as error:
@@ -408,15 +379,15 @@ class HuggingFaceOrigin:
         except OfflineModeIsEnabled:
             raise OriginUnavailable(f"{what}: HF_HUB_OFFLINE is set for the daemon; unset it") from None
         except httpx2.TimeoutException:
-            raise OriginUnavailable(f"{what}: {where} did not answer within {self._timeout:g} s") from None
+            raise OriginUnavailable(f"{what}: {self._endpoint} did not answer within {self._timeout:g} s") from None
         except httpx2.HTTPError as error:
             raise OriginUnavailable(
-                f"{what}: {where} cannot be reached ({type(error).__name__}: {_one_line(str(error))})"
+                f"{what}: {self._endpoint} cannot be reached ({type(error).__name__}: {_one_line(str(error))})"
             ) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, httpx2.InvalidURL) as error:
             # a body that is no JSON, or JSON of another shape: a captive portal, a proxy's error page
             raise OriginMisbehaved(
-                f"{what}: {where} gave an answer that cannot be understood ({type(error).__name__})"
+                f"{what}: {self._endpoint} gave an answer that cannot be understood ({type(error).__name__})"
             ) from None
 
     def _from_response(self, what: str, error: HfHubHTTPError) -> OriginError:
@@ -462,22 +433,6 @@ class HuggingFaceOrigin:
         if status in (402, 408, 451) or status >= 500:
             return refusal(status, f"{what}: the hub", word=Word(message=message))
         return OriginUnsupported(f"{what}: the hub answers {status} at {where}{said}")
-
-
-def _samples(files: Sequence[ManifestFile]) -> list[ManifestFile]:
-    """One file of each way in which a hub gives them (from a CDN, by itself), the largest, and none of those that a
-    gated repository shows to everybody if there are others."""
-
-    def weight(file: ManifestFile) -> tuple[bool, int]:
-        return file.path.lower() not in SHOWN_TO_ALL, file.size
-
-    ways: dict[bool, ManifestFile] = {}
-    for file in files:
-        way = file.digest is not None and file.digest.algorithm == "sha256"
-        if way not in ways or weight(file) > weight(ways[way]):
-            ways[way] = file
-    found = list(ways.values())
-    return [file for file in found if weight(file)[0]] or found
 
 
 def _digest_of(etag: str | None) -> Digest | None:

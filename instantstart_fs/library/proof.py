@@ -1,0 +1,58 @@
+"""The proof that a pinned file may be fetched: one byte of it, by the very code that fetches all the others.
+
+Runs in a thread of the daemon; nothing is written.
+"""
+
+from __future__ import annotations
+
+from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.manifest import ManifestFile
+from instantstart_fs.errors import (
+    LocationExpired,
+    OriginChanged,
+    OriginMisbehaved,
+    OriginNotFound,
+    OriginUnavailable,
+    OriginUnsupported,
+)
+from instantstart_fs.filler.messages import WorkerSettings
+from instantstart_fs.origins.base import Origin
+from instantstart_fs.origins.common import samples
+
+
+class _Nowhere:
+    """A sink for bytes that nobody wants."""
+
+    def write(self, data: memoryview, offset: int) -> None:
+        pass
+
+    def before_read(self) -> None:
+        pass
+
+    def progress(self, count: int) -> None:
+        pass
+
+
+def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: float = 10.0) -> None:
+    """Raises OriginError where one of the ``pinned`` files that stand for all may not be fetched. That it is not what
+    was pinned any more is `update`'s business: whoever is told so was let in. Blocks, ``timeout`` seconds for each
+    silence."""
+    from instantstart_fs.filler.fetch import Fetcher, new_buffer  # late: not everybody who imports this fetches
+
+    fetcher = Fetcher(WorkerSettings(connect_timeout=timeout, stall_timeout=timeout, slow_window=timeout))
+    for file in samples(pinned):
+        if not file.size:
+            continue
+        for last in (False, True):
+            try:
+                location = origin.locate(file)
+                fetcher.fetch(location, ByteRange(0, 1), file.size, new_buffer(), _Nowhere())
+            except (OriginChanged, OriginNotFound, OriginMisbehaved, OriginUnsupported):
+                break
+            except LocationExpired as error:
+                if last:
+                    raise OriginUnavailable(
+                        f"{error.message}, also at a fresh address; is there a proxy or a firewall in between?"
+                    ) from error
+            else:
+                break
