@@ -85,11 +85,24 @@ class FileRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     allocated: int = 0
 
 
+class TroubleRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What went wrong last with a pipeline, so that a restart does not hide it. ``file``: its index in the manifest, -1
+    where it is of no single one. ``since_ns``: wall clock."""
+
+    code: str
+    message: str
+    since_ns: int
+    final: bool
+    generation: int
+    file: int = -1
+
+
 class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
     """What is done about a pipeline in the background, so that a restart does not begin anew."""
 
     scrubbed: Pass = Pass()
     access: Access = Access()
+    trouble: TroubleRecord | None = None
 
 
 class SummaryRecord(msgspec.Struct, frozen=True, array_like=True):

@@ -23,7 +23,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 
 import trio
 
@@ -196,6 +196,7 @@ class Library:
             nursery.start_soon(self._reading.run_replacements)
             nursery.start_soon(self._drop_drained)
             nursery.start_soon(self.folding.run)
+            nursery.start_soon(self._shelf.keep_trouble)
             nursery.start_soon(self._evictor.run)
             self._evictor.nudge()
             if self.scrubber is not None:
@@ -209,6 +210,8 @@ class Library:
                 trio.lowlevel.spawn_system_task(self._give_up_later, ending)
                 with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
                     await self._access.flush()
+                    with suppress(InstantStartError):
+                        await self._shelf.save_trouble()
                 nursery.cancel_scope.cancel()
 
     async def _give_up_later(self, ending: trio.CancelScope) -> None:

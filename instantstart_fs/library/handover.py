@@ -88,7 +88,7 @@ class Handover:
             if not file.complete and file.gone is None:
                 await pipeline.wait_changed(timeout)
         trouble = pipeline.trouble
-        if trouble is not None and trouble.final:
+        if trouble is not None and trouble.final and not trouble.recalled:
             raise trouble.error
 
     def _open(self, file: CachedFile) -> list[int]:

@@ -85,7 +85,7 @@ class Reports(FillEvents):
         file.generation.admitted.pop((file.entry.index, chunk), None)
         self._observer.fetched(file, length)
         pipeline = file.generation.pipeline
-        if pipeline.trouble is not None and pipeline.trouble.final and pipeline.trouble.file is file:
+        if pipeline.trouble is not None and pipeline.trouble.lifted_by(file):
             pipeline.trouble = None  # it goes on after all; the trouble of another file stays
         pipeline.grown_at_ns = self._shelf.now_ns()
         self._on_growth()

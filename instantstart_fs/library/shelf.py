@@ -20,10 +20,18 @@ import msgspec
 import trio
 
 from instantstart_fs.core.manifest import Manifest
-from instantstart_fs.errors import FillCancelled, InstantStartError, PipelineNotFound, StoreDamaged
+from instantstart_fs.errors import (
+    DigestMismatch,
+    FillCancelled,
+    InstantStartError,
+    OriginError,
+    PipelineNotFound,
+    StoreDamaged,
+    from_code,
+)
 from instantstart_fs.filler.target import FileKey, FileState
 from instantstart_fs.index.environment import Index
-from instantstart_fs.index.schema import UpkeepRecord
+from instantstart_fs.index.schema import TroubleRecord, UpkeepRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.collecting import out_of_reach
 from instantstart_fs.library.folded import Folded, summary_of
@@ -33,6 +41,8 @@ from instantstart_fs.store.blobstore import BlobStore
 
 log = logging.getLogger(__name__)
 
+UPKEEP_SECONDS = 1.0
+"""Between two writes of what troubles pipelines: an origin that comes and goes costs a write a second at most."""
 SPARE_NODEIDS = 4096
 """Reserved ahead, so that a poisoned file gets its new nodeid without waiting for the disk."""
 
@@ -89,6 +99,9 @@ class Shelf:
         self._reading: dict[Folded, trio.Event] = {}
         """What is being read in a thread."""
         self._spare = range(0)
+        self._unsaved: dict[str, Pipeline] = {}
+        """Whose trouble the index does not know yet."""
+        self._saving = trio.Event()
         self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
 
     # -- loading -------------------------------------------------------------------------------------------------
@@ -122,6 +135,9 @@ class Shelf:
             if name in self.pipelines:
                 self.pipelines[name].scrubbed = upkeep.scrubbed
                 self.pipelines[name].access = upkeep.access
+                self._recall(self.pipelines[name], upkeep.trouble)
+        for pipeline in self.pipelines.values():
+            pipeline.on_trouble = self._save_trouble_soon
         if not self._spare:
             # Now: when a file proves wrong there may be no room, or no index, to reserve any.
             self._reserve_spare()
@@ -392,9 +408,47 @@ class Shelf:
         await trio.to_thread.run_sync(fill_in)
         return made
 
+    @staticmethod
+    def _recall(pipeline: Pipeline, record: TroubleRecord | None) -> None:
+        outline = pipeline.outline
+        if record is None or pipeline.trouble is not None or outline is None or outline.number != record.generation:
+            return
+        error = from_code(record.code, record.message)
+        pipeline.trouble = Trouble(error, record.since_ns, final=record.final, index=record.file, recalled=True)
+
+    def _save_trouble_soon(self, pipeline: Pipeline) -> None:
+        self._unsaved[pipeline.id] = pipeline
+        self._saving.set()
+
+    async def keep_trouble(self) -> None:
+        """Write what troubles pipelines, until cancelled. What cannot be written costs no more than an error that a
+        restart forgets."""
+        failing = False
+        while True:
+            await self._saving.wait()
+            try:
+                await self.save_trouble()
+                failing = False
+            except InstantStartError as error:
+                if not failing:
+                    log.warning("errors of pipelines are not noted, trying on: %s", error.message)
+                failing = True
+            await trio.sleep(UPKEEP_SECONDS)
+
+    async def save_trouble(self) -> None:
+        """Raises StoreError."""
+        self._saving = trio.Event()
+        while self._unsaved:
+            _, pipeline = self._unsaved.popitem()
+            try:
+                await self.save_upkeep(pipeline)
+            except BaseException:
+                self._save_trouble_soon(pipeline)
+                raise
+
     async def save_upkeep(self, pipeline: Pipeline) -> None:
-        """Note what is done about it in the background. Raises StoreError."""
-        record = UpkeepRecord(pipeline.scrubbed, pipeline.access)
+        """Note what is done about it in the background, and what troubles it. Raises StoreError."""
+        record = UpkeepRecord(pipeline.scrubbed, pipeline.access, _trouble_record(pipeline))
 
         def write(txn: WriteTxn) -> None:
             if txn.get_pipeline(pipeline.id) is not None:
@@ -452,6 +506,7 @@ class Shelf:
     def publish(self, pipeline: Pipeline) -> None:
         """Show a new pipeline in the mount."""
         self.pipelines[pipeline.id] = pipeline
+        pipeline.on_trouble = self._save_trouble_soon
         self.nodes.add_pipeline(pipeline)
         self.invalidate(1, pipeline.id)
 
@@ -607,6 +662,23 @@ def _ended_unless_done(generation: Generation) -> Iterator[None]:
     except BaseException:
         generation.end()
         raise
+
+
+def _trouble_record(pipeline: Pipeline) -> TroubleRecord | None:
+    """None for what a start finds out by itself, or what is of this moment and this machine."""
+    trouble, outline = pipeline.trouble, pipeline.outline
+    if trouble is None or outline is None:
+        return None
+    if not trouble.final and not isinstance(trouble.error, OriginError | DigestMismatch):
+        return None
+    return TroubleRecord(
+        trouble.error.code,
+        trouble.error.message,
+        trouble.since_ns,
+        trouble.final,
+        trouble.file.generation.number if trouble.file is not None else outline.number,
+        trouble.index,
+    )
 
 
 def _forget_bitmap(file: CachedFile, lost: bytes, txn: WriteTxn) -> None:

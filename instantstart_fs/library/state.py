@@ -411,15 +411,33 @@ class Generation:
 
 
 class Trouble:
-    """What went wrong last with a pipeline. ``final``: filling has stopped because of it. ``file``: with which one."""
+    """What went wrong last with a pipeline. ``final``: filling has stopped because of it. ``file``: with which one.
+    ``recalled``: of an earlier daemon, with the file of that index (-1: with none)."""
 
-    __slots__ = ("error", "file", "final", "since_ns")
+    __slots__ = ("error", "file", "final", "index", "recalled", "since_ns")
 
-    def __init__(self, error: InstantStartError, since_ns: int, *, final: bool, file: CachedFile | None = None) -> None:
+    def __init__(
+        self,
+        error: InstantStartError,
+        since_ns: int,
+        *,
+        final: bool,
+        file: CachedFile | None = None,
+        index: int = -1,
+        recalled: bool = False,
+    ) -> None:
         self.error = error
         self.since_ns = since_ns
         self.final = final
         self.file = file
+        self.index = index if file is None else file.entry.index
+        self.recalled = recalled
+
+    def lifted_by(self, file: CachedFile) -> bool:
+        """Whether bytes of that file, which have come, show that it goes on after all."""
+        if self.recalled:
+            return self.index in (-1, file.entry.index)
+        return self.final and self.file is file
 
 
 class Pipeline:
@@ -444,7 +462,9 @@ class Pipeline:
         self.draining: list[Generation] = []
         """Superseded generations that somebody still holds open."""
         self.leases = 0
-        self.trouble: Trouble | None = None
+        self._trouble: Trouble | None = None
+        self.on_trouble: Callable[[Pipeline], None] = lambda pipeline: None
+        """Told when ``trouble`` was set or lifted."""
         self.uncached: Uncached | None = None
         self.scrubbed = Pass()
         """How far the scrub has come with it (library/scrubbing.py)."""
@@ -460,6 +480,16 @@ class Pipeline:
     @property
     def id(self) -> str:
         return self.spec.id
+
+    @property
+    def trouble(self) -> Trouble | None:
+        return self._trouble
+
+    @trouble.setter
+    def trouble(self, trouble: Trouble | None) -> None:
+        if trouble is not self._trouble:
+            self._trouble = trouble
+            self.on_trouble(self)
 
     @property
     def current(self) -> Generation | None:

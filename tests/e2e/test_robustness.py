@@ -13,7 +13,8 @@ import pytest
 from instantstart_fs.control.client import Client
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.mount import kernel
-from tests.harness import Daemon, mounted, must, unmount
+from tests.harness import Daemon, mounted, must, run, unmount
+from tests.servers.hub import HubServer
 
 
 def test_500_clients_at_once_are_all_answered(make_daemon: Callable[..., Daemon], model: Path) -> None:
@@ -92,3 +93,28 @@ def test_what_is_mounted_over_it_or_in_its_place_is_left_alone(
         assert found is not None and found.source == "instead"
     finally:
         unmount(daemon.mount)
+
+
+def test_an_error_outlives_restarts_until_a_fetch_succeeds(
+    make_daemon: Callable[..., Daemon], hub: HubServer, model: Path
+) -> None:
+    hub.publish("org/model", model)
+    endpoint = {"origins": {"huggingface": {"endpoint": hub.endpoint}}}
+    daemon = make_daemon("forget", config=endpoint, allow=["access-refused", "refused"])
+    daemon.ok("add", "p", "hf://org/model")
+    hub.fault("status", status=403, path="/resolve/")
+    assert daemon.cli("warm", "p", "--wait", timeout=60).returncode == 1
+    error = daemon.status("p")["error"]
+    assert error["code"] == "access-refused"
+    daemon.restart()
+    daemon.kill()
+    daemon.start()
+    status = daemon.status("p")
+    assert (status["state"], status["error"]) == ("error", error)
+    assert run("getfattr", "-n", "user.instantstart.error", daemon.path("p")).stdout.count("access-refused") == 1
+    hub.clear()
+    daemon.warm("p")
+    assert daemon.status("p")["error"] is None
+    daemon.kill()
+    daemon.start()
+    assert (daemon.status("p")["state"], daemon.status("p")["error"]) == ("warm", None)
