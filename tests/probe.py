@@ -21,6 +21,7 @@ bound DIRECTORY TARGET               (in a mount namespace of its own) binds DIR
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import errno
 import hashlib
@@ -271,6 +272,12 @@ def read_error(path: str, offset: str) -> dict[str, Any]:
     return {"errno": errno.errorcode.get(number, ""), "seconds": time.perf_counter() - before}
 
 
+def read_errors(offset: str, *paths: str) -> list[dict[str, Any]]:
+    """``read_error`` of all of them at once."""
+    with concurrent.futures.ThreadPoolExecutor(len(paths)) as pool:
+        return list(pool.map(lambda path: read_error(path, offset), paths))
+
+
 def forked(how: str, count: str, *pairs: str) -> int:
     files = list(zip(pairs[::2], pairs[1::2], strict=True))
     maps = [_map(mounted) for _, mounted in files] if how == "one-map" else None
@@ -368,6 +375,7 @@ def main() -> None:
         "timed-stat": timed_stat,
         "first-byte": first_byte,
         "read-error": read_error,
+        "read-errors": read_errors,
         "forked": forked,
         "advise": advise,
         "listing": listing,

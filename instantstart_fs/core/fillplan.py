@@ -90,6 +90,8 @@ class _Entry(Generic[K]):
         "rank",
         "todo",
         "version",
+        "wanted",
+        "whole",
     )
 
     def __init__(self, key: K, pipeline: str, pool: _Pool[K], lane: _Lane[K], present: ChunkMap) -> None:
@@ -102,7 +104,12 @@ class _Entry(Generic[K]):
         if present.count:
             self.todo = bytearray(0 if chunk in present else 1 for chunk in range(present.chunks))
         self.in_flight: dict[int, tuple[_Pool[K], _Lane[K], bool]] = {}
+        self.wanted: set[int] = set()
+        """Chunks that readers wait for: from ``demand`` until they arrive or nobody waits any more."""
         self.demands: dict[int, None] = {}
+        """Those of them that are not in flight, in the order in which they are to be asked for."""
+        self.whole = False
+        """Readers wait for all of it."""
         self.background = False
         self.rank = 0
         self.version = 0
@@ -158,8 +165,9 @@ class FillPlan(Generic[K]):
         for chunk in list(entry.in_flight):
             self._landed(entry, chunk)
         entry.version += 1
-        entry.background = False
+        entry.background = entry.whole = False
         entry.demands.clear()
+        entry.wanted.clear()
         entry.lane.demanded.pop(key, None)
         self._leave_lane(entry)
         siblings = self._pipelines[entry.pipeline]
@@ -184,18 +192,23 @@ class FillPlan(Generic[K]):
         entry = self._entries[key]
         for chunk in range(entry.present.chunks):
             entry.todo[chunk] = 0 if chunk in entry.present or chunk in entry.in_flight else 1
+        for chunk in entry.wanted:
+            if entry.todo[chunk]:
+                entry.demands[chunk] = None
         self._ready(entry)
 
     # -- what is wanted ------------------------------------------------------------------------------------------
 
     def demand(self, key: K, chunks: Iterable[int]) -> bool:
-        """Readers wait for these chunks. True if any of them must still be asked for (or was, just before)."""
+        """Readers wait for these chunks, until they arrive, ``undemand`` is called or the file is removed: a failed
+        request changes nothing about that. True if any of them must still be asked for (or was, just before)."""
         entry = self._entries[key]
         fresh = False
         for chunk in chunks:
             if chunk in entry.present:
                 continue
             entry.last_demand = chunk
+            entry.wanted.add(chunk)
             if chunk in entry.in_flight:
                 continue
             if chunk not in entry.demands:
@@ -211,15 +224,40 @@ class FillPlan(Generic[K]):
             self._ready(entry)
         return fresh
 
+    def undemand(self, key: K, chunks: Iterable[int]) -> None:
+        """Nobody waits for these chunks any more. What is in flight goes on; it is not asked for again on their behalf.
+        No effect if the file is unknown."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        for chunk in chunks:
+            entry.wanted.discard(chunk)
+            entry.demands.pop(chunk, None)
+        if not entry.demands:
+            entry.lane.demanded.pop(key, None)
+
+    def demand_whole(self, key: K) -> None:
+        """Readers wait for all of this file, until ``undemand_whole``: it is filled whatever the order says."""
+        self._entries[key].whole = True
+        self.add_background(key)
+
+    def undemand_whole(self, key: K) -> None:
+        """Nobody waits for all of it any more; it keeps its place in the order that holds now. No effect if the file is
+        unknown."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            entry.whole = False
+
     def set_background(self, pipeline: str, keys: Sequence[K]) -> None:
         """Fill these files of the pipeline in this order; others of it only on demand. Replaces the last order.
 
-        The file demanded last, if it is among them, goes first, from behind the demanded chunk onward.
+        The file demanded last, if it is among them, goes first, from behind the demanded chunk onward. Files that
+        readers wait for as a whole stay, in front.
         """
         wanted = {key: rank for rank, key in enumerate(keys) if key in self._entries}
         latest = self._latest_demand.get(pipeline)
         for entry in self._pipelines.get(pipeline, {}).values():
-            rank = wanted.get(entry.key)
+            rank = wanted.get(entry.key, -1 if entry.whole else None)
             entry.version += 1
             entry.background = rank is not None
             if rank is None:
@@ -268,6 +306,7 @@ class FillPlan(Generic[K]):
         self._landed(entry, chunk)
         entry.todo[chunk] = 0
         entry.demands.pop(chunk, None)
+        entry.wanted.discard(chunk)
         if not entry.demands:
             entry.lane.demanded.pop(key, None)
 
@@ -276,12 +315,11 @@ class FillPlan(Generic[K]):
         entry = self._entries.get(key)
         if entry is None or chunk not in entry.in_flight:
             return
-        demand = entry.in_flight[chunk][2] or chunk == entry.last_demand
         self._landed(entry, chunk)
         if chunk in entry.present:
             return
         entry.todo[chunk] = 1
-        if demand:
+        if chunk in entry.wanted:
             entry.demands[chunk] = None
         if chunk < entry.cursor:
             entry.cursor = chunk

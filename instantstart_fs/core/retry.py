@@ -14,6 +14,41 @@ MAX_RETRY_AFTER = 600.0
 """A server's Retry-After is believed up to 10 minutes (design rule 3)."""
 
 
+REPEAT_SECONDS = 2.0
+"""For so long the error of a wait that came to nothing is repeated at once: a page whose readahead failed is asked for
+once more by the kernel, and who waited for its deadline must not wait for it twice."""
+SLOWEST = 4096
+"""Bytes per second. What comes more slowly is no progress: a body that drips would keep its reader for ever."""
+QUANTUM = 256 * 1024
+
+
+class Effort:
+    """What was undertaken for one chunk, over all its requests. ``moved``: when it last came further.
+
+    Progress is what no earlier request had brought: a server that sends the same half again and again brings nothing.
+    ``quantum``: bytes that count as a step.
+    """
+
+    __slots__ = ("_best", "moved", "quantum")
+
+    def __init__(self, moved: float, quantum: int) -> None:
+        self.moved = moved
+        self.quantum = quantum
+        self._best = 0
+
+    def received(self, count: int, now: float) -> bool:
+        """The running request has brought ``count`` bytes so far. True if that is progress."""
+        if count < self._best + self.quantum:
+            return False
+        self._best, self.moved = count, now
+        return True
+
+
+def quantum(no_progress: float) -> int:
+    """Bytes that have to come within a deadline of ``no_progress`` seconds."""
+    return int(min(QUANTUM, SLOWEST * no_progress)) or 1
+
+
 class Backoff(msgspec.Struct, frozen=True):
     """Exponential delays with full-range jitter: ``base`` · 2^(n−1), at most ``cap``, times 0.5 … 1."""
 

@@ -23,7 +23,7 @@ import trio
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.core.manifest import FileEntry
-from instantstart_fs.core.retry import believed_retry_after
+from instantstart_fs.core.retry import REPEAT_SECONDS, believed_retry_after
 from instantstart_fs.core.serving import may_serve_unsealed
 from instantstart_fs.errors import (
     AccessRefused,
@@ -101,6 +101,8 @@ class Direct:
         self._threads = trio.CapacityLimiter(THREADS)
         self._blocks: OrderedDict[tuple[FileKey, int], bytearray] = OrderedDict()
         self._loading: dict[tuple[FileKey, int], _Loading] = {}
+        self._gave_up: dict[tuple[FileKey, int], tuple[float, ReadDeadline]] = {}
+        """Waits that have just ended without their block."""
         self._locations: OrderedDict[FileKey, Location] = OrderedDict()
         self._random = random.Random()
         self.bytes = 0
@@ -125,18 +127,36 @@ class Direct:
         """Whether these bytes are here from the last reads."""
         return all((key, block) in self._blocks for block in range(offset // BLOCK, -(-(offset + length) // BLOCK)))
 
-    async def read(self, key: FileKey, entry: FileEntry, source: Source, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the file's bytes from ``offset``, all of which must lie within it.
+    async def read(
+        self,
+        key: FileKey,
+        entry: FileEntry,
+        source: Source,
+        offset: int,
+        view: memoryview,
+        since: float | None = None,
+    ) -> None:
+        """Fill ``view`` with the file's bytes from ``offset``, all of which must lie within it. ``since``:
+        trio.current_time() from which on somebody waits; None = now.
 
-        Raises InstantStartError; ReadDeadline after ``read_deadline`` seconds without them.
+        Raises InstantStartError; ReadDeadline after ``read_deadline`` seconds without a block, repeated at once to
+        whoever asks for it within REPEAT_SECONDS (see FillTarget.wait_readable).
         """
-        done = 0
+        done, since = 0, trio.current_time() if since is None else since
         while done < len(view):
             block, skip = divmod(offset + done, BLOCK)
-            with trio.move_on_after(self._settings.read_deadline) as scope:
+            place, now = (key, block), trio.current_time()
+            if place not in self._blocks:
+                self._gave_up = {where: what for where, what in self._gave_up.items() if what[0] > now - REPEAT_SECONDS}
+                if place in self._gave_up:
+                    raise self._gave_up[place][1]
+            with trio.move_on_at(since + self._settings.read_deadline) as scope:
                 data = await self._block(key, entry, source, block)
             if scope.cancelled_caught:
-                raise ReadDeadline(f"{entry.path}: no bytes within {self._settings.read_deadline:g} s")
+                error = ReadDeadline(f"{entry.path}: no bytes within {self._settings.read_deadline:g} s")
+                self._gave_up.setdefault(place, (trio.current_time(), error))
+                raise error
+            since = trio.current_time()
             count = min(len(data) - skip, len(view) - done)
             view[done : done + count] = memoryview(data)[skip : skip + count]
             done += count

@@ -15,6 +15,7 @@ REVIVE_SECONDS later. Everything else is retried with backoff, and readers wait 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,6 +25,7 @@ import trio
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.manifest import FileEntry
+from instantstart_fs.core.retry import Effort, quantum
 from instantstart_fs.core.serving import endpoint_trusted, may_serve_unsealed
 from instantstart_fs.errors import (
     AccessRefused,
@@ -90,6 +92,8 @@ class Filler(CommitEvents, DeliveryEvents):
         self._rates = Rates()
         self._fillings: dict[FileKey, Filling] = {}
         self._background: dict[str, set[FileKey]] = {}
+        self._moved: dict[str, float] = {}
+        """When something last came for a pipeline that is being filled."""
         self._breakers = Breakers()
         self._delivery = Delivery(store, settings, self._locator, self)
         self._pacing = Pacing(self._plan, self._fillings, self._breakers, settings)
@@ -157,7 +161,7 @@ class Filler(CommitEvents, DeliveryEvents):
             return
         self._plan.demand(target.key, target.present.chunks_of(wanted))
         if not target.serve_unsealed:
-            self._plan.add_background(target.key)  # the reader waits for the seal, and that for every chunk
+            self._plan.demand_whole(target.key)  # the reader waits for the seal, and that for every chunk
         self._pacing.show_breaker(filling)
         self._check_complete(filling)
         self._wakeup.set()
@@ -215,6 +219,7 @@ class Filler(CommitEvents, DeliveryEvents):
             self.cancel_target(filling.target, error)
         self._committer.forget_pipeline(pipeline)
         self._background.pop(pipeline, None)
+        self._moved.pop(pipeline, None)
         self._direct.forget(pipeline)
 
     async def wait_quiet(self, pipeline: str) -> None:
@@ -242,12 +247,15 @@ class Filler(CommitEvents, DeliveryEvents):
         """Whether ``read_through`` has these bytes already."""
         return self._direct.in_memory(key, offset, length)
 
-    async def read_through(self, key: FileKey, entry: FileEntry, origin: Source, offset: int, view: memoryview) -> None:
-        """Fill ``view`` straight from the origin; nothing is kept (filler/direct.py). Raises InstantStartError."""
+    async def read_through(
+        self, key: FileKey, entry: FileEntry, origin: Source, offset: int, view: memoryview, since: float | None = None
+    ) -> None:
+        """Fill ``view`` straight from the origin; nothing is kept (filler/direct.py). ``since``: trio.current_time()
+        from which on somebody waits; None = now. Raises InstantStartError."""
         refusal = self._quarantine.refusal(key, entry.path, trio.current_time())
         if refusal is not None:
             raise refusal
-        await self._direct.read(key, entry, origin, offset, view)
+        await self._direct.read(key, entry, origin, offset, view, since)
 
     def forgive(self, pipeline: str) -> None:
         """Somebody asked for it again on purpose (`warm`): quarantined and failed files of it may be tried at once."""
@@ -312,12 +320,35 @@ class Filler(CommitEvents, DeliveryEvents):
         filling = Filling(target, chain_for(target, () if mismatches else self._tiers))
         self._fillings[key] = filling
         self._plan.add(key, key.pipeline, filling.source.key, target.present)
+        target.on_unwaited = functools.partial(self._unwaited, target)
+        target.queue_moved = functools.partial(self._queue_moved, filling)
         origin = target.origin.key
         trusted = endpoint_trusted(origin.scheme, origin.endpoint)
         target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, trusted)
         if mismatches:
             self._plan.hold(key, now + self._pacing.backoff(mismatches + 1))
         return filling
+
+    def _unwaited(self, target: FillTarget, chunks: list[int]) -> None:
+        """Its readers have gone without these chunks: nothing is fetched for nobody."""
+        filling = self._fillings.get(target.key)
+        if filling is None or filling.target is not target:
+            return
+        self._plan.undemand(target.key, chunks)
+        if not target.waiting:
+            self._plan.undemand_whole(target.key)
+
+    def _queue_moved(self, filling: Filling) -> float:
+        """When something last came for what a chunk of it that was not asked for yet stands in line with: its pipeline;
+        its own file where that is held back."""
+        target = filling.target
+        if filling.failures:
+            return target.last_progress
+        return max(target.last_progress, self._moved.get(target.key.pipeline, -math.inf))
+
+    def _demand_again(self, target: FillTarget) -> None:
+        """Bytes that were here are not any more: whoever waits for them waits on."""
+        self._plan.demand(target.key, [chunk for chunk in target.waiting if chunk not in target.present])
 
     def _leave(self, filling: Filling) -> None:
         """Forget a filling: its requests come to nothing, its worker closes the file."""
@@ -359,7 +390,11 @@ class Filler(CommitEvents, DeliveryEvents):
                 if breaker.probe_at is not None and breaker.probe_at > now:
                     times.append(breaker.probe_at)
             for request in self._plan.next_requests(now, background=self._committer.stuck is None):
-                self._delivery.dispatch(request, self._fillings[request.key])
+                filling = self._fillings[request.key]
+                filling.target.efforts.setdefault(
+                    request.chunk, Effort(self._queue_moved(filling), quantum(self._settings.read_deadline))
+                )
+                self._delivery.dispatch(request, filling)
             times.append(self._plan.next_time(now) or math.inf)
             with trio.move_on_at(min(times)):
                 await self._wakeup.wait()
@@ -372,17 +407,20 @@ class Filler(CommitEvents, DeliveryEvents):
 
     def on_emptied(self, filling: Filling) -> None:
         self._plan.refill(filling.target.key)
+        self._demand_again(filling.target)
         self._wakeup.set()
 
     def on_located(self, filling: Filling) -> None:
-        if not filling.target.serve_unsealed:
-            self._plan.add_background(filling.target.key)  # readers wait for the seal, and that for every chunk
+        if not filling.target.serve_unsealed and filling.target.waiting:
+            self._plan.demand_whole(filling.target.key)  # readers wait for the seal, and that for every chunk
             self._wakeup.set()
 
     def on_progress(self, sent: Sent, count: int) -> None:
         target, now = sent.filling.target, trio.current_time()
         sent.counted += count
-        target.last_progress = now
+        effort = target.efforts.get(sent.chunk)
+        if effort is not None and effort.received(sent.counted, now):
+            target.last_progress = self._moved[target.key.pipeline] = now
         self._rates.add(target.key.pipeline, count, now)
 
     def on_hashed(self, filling: Filling) -> None:
@@ -414,7 +452,8 @@ class Filler(CommitEvents, DeliveryEvents):
         self._plan.arrived(key, chunk)
         if target.state is FileState.ABSENT:
             target.state = FileState.FILLING
-        target.last_progress = now
+        target.last_progress = self._moved[key.pipeline] = now
+        target.efforts.pop(chunk, None)
         filling.failures = filling.refused = filling.missing = 0
         if filling.held_until:
             filling.held_until = 0.0
@@ -518,6 +557,7 @@ class Filler(CommitEvents, DeliveryEvents):
         filling.waiting.clear()
         self._delivery.close_at_worker(filling)  # what it hashed is not what will lie there
         self._plan.refill(target.key)
+        self._demand_again(target)
         target.error = error
         self._events.trouble(target, error)
         self._pacing.hold(filling)

@@ -7,7 +7,8 @@ it; readers wait on it. It lives on the trio thread alone.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,6 +16,7 @@ import trio
 
 from instantstart_fs.core.chunks import ByteRange, ChunkMap
 from instantstart_fs.core.manifest import FileEntry
+from instantstart_fs.core.retry import MAX_RETRY_AFTER, REPEAT_SECONDS, Effort
 from instantstart_fs.errors import InstantStartError, OriginBroken, ReadDeadline
 
 if TYPE_CHECKING:
@@ -41,6 +43,14 @@ class FileKey(msgspec.Struct, frozen=True, order=True):
     index: int
 
 
+EXACT_CHUNKS = 64
+"""A wait for more chunks than this goes by what the whole file receives: it is looked at again with each arrival."""
+
+
+def _nothing(chunks: list[int]) -> None:
+    """Nobody fills this target."""
+
+
 class FillTarget:
     """One file being filled.
 
@@ -48,18 +58,23 @@ class FillTarget:
     ``state``: absent | filling | sealed | unverified | poisoned. ``error``: the last failure, None while all is well;
     ``failed`` says that it is final for this incarnation (origin changed, refused, cancelled …) and readers must stop
     waiting. ``failed_at``: trio.current_time() of that; a later demand may try again (``Filler.demand``).
-    ``broken``: set while the origin's breaker is open; readers that would wait fail at once, though the file has not
+    ``broken``: set while a breaker of the origin is open; readers that would wait fail at once, though the file has not
     failed. ``deadline_extended_to``: trio.current_time() until which a Retry-After excuses the lack of progress.
+    ``waiting``: how many readers wait for each chunk; ``on_unwaited`` is told which of them nobody waits for any more
+    although they did not come. ``efforts``: what was undertaken for each chunk that is not here. ``queue_moved``: when
+    something last came for those in whose line a chunk waits that was not asked for yet.
     ``allocated``: bytes of disk that it took when it was sealed.
     """
 
     __slots__ = (
+        "_gave_up",
         "_waiters",
         "allocated",
         "blob",
         "broken",
         "deadline_extended_to",
         "durable",
+        "efforts",
         "entry",
         "error",
         "failed",
@@ -68,11 +83,14 @@ class FillTarget:
         "incarnation",
         "key",
         "last_progress",
+        "on_unwaited",
         "open_blob",
         "origin",
         "present",
+        "queue_moved",
         "serve_unsealed",
         "state",
+        "waiting",
     )
 
     def __init__(
@@ -103,7 +121,13 @@ class FillTarget:
         self.allocated = 0
         self.has_reader: Callable[[], bool] = lambda: True
         """Whether somebody has its pipeline open: then its pages stay in the page cache after they were hashed."""
+        self.waiting: dict[int, int] = {}
+        self.on_unwaited: Callable[[list[int]], None] = _nothing
+        self.efforts: dict[int, Effort] = {}
+        self.queue_moved: Callable[[], float] = lambda: -math.inf
         self._waiters: set[trio.Event] = set()
+        self._gave_up: dict[int, tuple[float, ReadDeadline]] = {}
+        """Per chunk, the last wait for it that ended without it; those of the last REPEAT_SECONDS."""
 
     def readable(self, wanted: ByteRange) -> bool:
         """Whether these bytes may be served now: sealed, or present, not poisoned and allowed to be served unsealed."""
@@ -117,27 +141,89 @@ class FillTarget:
         for event in waiters:
             event.set()
 
-    async def wait_readable(self, wanted: ByteRange, no_progress: float) -> None:
-        """Return once ``readable(wanted)``.
+    async def wait_readable(self, wanted: ByteRange, no_progress: float, since: float | None = None) -> None:
+        """Return once ``readable(wanted)``. ``since``: trio.current_time() from which on somebody waits; None = now.
 
-        Raises the target's error when it has failed for good, OriginBroken at once while the origin's breaker is open
-        (the file has not failed: a later read may succeed), and ReadDeadline after ``no_progress`` seconds in which
-        no chunk of this file arrived (a Retry-After extends that, as the filler decides). Cancellation is safe.
+        Raises the target's error when it has failed for good, OriginBroken at once while a breaker of the origin is
+        open (the file has not failed: a later read may succeed), and ReadDeadline after ``no_progress`` seconds in
+        which nothing of what is waited for came (a Retry-After extends that, as the filler decides, by MAX_RETRY_AFTER
+        at most). A ReadDeadline is repeated at once to whoever asks for the same chunk within REPEAT_SECONDS: the
+        kernel asks a second time for a page whose readahead failed. Cancellation is safe.
         """
-        started = trio.current_time()
-        while not self.readable(wanted):
-            if self.failed:
-                raise self.error or ReadDeadline(f"{self.entry.path}: the fill failed")
-            if self.broken is not None:
-                raise self.broken
-            limit = max(max(started, self.last_progress) + no_progress, self.deadline_extended_to)
-            if trio.current_time() >= limit:
-                reason = f" ({self.error.message})" if self.error else ""
-                raise ReadDeadline(f"{self.entry.path}: no progress for {no_progress:g} s{reason}")
-            event = trio.Event()
-            self._waiters.add(event)
-            try:
-                with trio.move_on_at(limit):
-                    await event.wait()
-            finally:
-                self._waiters.discard(event)
+        since = trio.current_time() if since is None else since
+        if self.readable(wanted):
+            return
+        if not self.failed and self.broken is None:
+            self._repeat(wanted)
+        chunks = list(self.present.chunks_of(wanted))
+        for chunk in chunks:
+            self.waiting[chunk] = self.waiting.get(chunk, 0) + 1
+        done = False
+        try:
+            while not self.readable(wanted):
+                if self.failed:
+                    raise (self.error or ReadDeadline(f"{self.entry.path}: the fill failed")).with_traceback(None)
+                if self.broken is not None:
+                    done = True  # it stays asked for: nothing else would find out that the origin is back
+                    raise self.broken.with_traceback(None)  # one for all: it must not keep every reader's frames
+                excused = min(self.deadline_extended_to, since + MAX_RETRY_AFTER + no_progress)
+                limit = max(max(since, self._moved(wanted)) + no_progress, excused)
+                if trio.current_time() >= limit:
+                    raise self._give_up(wanted, no_progress)
+                event = trio.Event()
+                self._waiters.add(event)
+                try:
+                    with trio.move_on_at(limit):
+                        await event.wait()
+                finally:
+                    self._waiters.discard(event)
+            done = True
+        finally:
+            self._leave(chunks, done=done)
+
+    def _missing(self, wanted: ByteRange) -> Iterator[int]:
+        return (chunk for chunk in self.present.chunks_of(wanted) if chunk not in self.present)
+
+    def _moved(self, wanted: ByteRange) -> float:
+        """When something of what is waited for last came."""
+        if not self.serve_unsealed or len(self.present.chunks_of(wanted)) > EXACT_CHUNKS:
+            return self.last_progress
+        times = [
+            effort.moved if (effort := self.efforts.get(chunk)) is not None else self.queue_moved()
+            for chunk in self._missing(wanted)
+        ]
+        return max(times, default=self.last_progress)
+
+    def _repeat(self, wanted: ByteRange) -> None:
+        """Raises the error of a wait that has just ended without these bytes."""
+        if not self._gave_up:
+            return
+        self._forget_old()
+        for chunk in self._missing(wanted):
+            when, error = self._gave_up.get(chunk, (math.inf, None))
+            effort = self.efforts.get(chunk)
+            if error is not None and (effort is None or effort.moved <= when):
+                raise error.with_traceback(None)
+
+    def _give_up(self, wanted: ByteRange, no_progress: float) -> ReadDeadline:
+        reason = f" ({self.error.message})" if self.error else ""
+        error = ReadDeadline(f"{self.entry.path}: no progress for {no_progress:g} s{reason}")
+        now = trio.current_time()
+        self._forget_old()
+        for chunk in self._missing(wanted):
+            self._gave_up.setdefault(chunk, (now, error))
+        return error
+
+    def _forget_old(self) -> None:
+        since = trio.current_time() - REPEAT_SECONDS
+        self._gave_up = {chunk: what for chunk, what in self._gave_up.items() if what[0] > since}
+
+    def _leave(self, chunks: list[int], *, done: bool) -> None:
+        gone = []
+        for chunk in chunks:
+            self.waiting[chunk] -= 1
+            if not self.waiting[chunk]:
+                del self.waiting[chunk]
+                gone.append(chunk)
+        if gone and not done:
+            self.on_unwaited(gone)

@@ -219,8 +219,9 @@ class Reading:
         if length <= 0:
             return 0
         self._access.record_read(*file.triple, self._shelf.now_ns())
-        if not file.complete and not await self._wait_readable(handle, ByteRange(offset, offset + length)):
-            return await self._read_through(handle, offset, buffer[:length])
+        since = trio.current_time()
+        if not file.complete and not await self._wait_readable(handle, ByteRange(offset, offset + length), since):
+            return await self._read_through(handle, offset, buffer[:length], since)
         if file.gone is not None:
             raise file.gone
         view = buffer[:length]
@@ -246,14 +247,15 @@ class Reading:
 
     # -- asking the filler ---------------------------------------------------------------------------------------
 
-    async def _wait_readable(self, handle: Handle, wanted: ByteRange) -> bool:
-        """Return when the store has these bytes; False when it has no room for them."""
+    async def _wait_readable(self, handle: Handle, wanted: ByteRange, since: float) -> bool:
+        """Return when the store has these bytes; False when it has no room for them. ``since``: when the read came;
+        whatever it waits for on its way, it has one ``read_deadline``."""
         file = handle.file
         if file.gone is not None:
             raise file.gone
         target: FillTarget | None = None
         # Room may have to be made, from others whose bytes take a while to go.
-        with trio.move_on_after(self._read_deadline) as asking:
+        with trio.move_on_at(since + self._read_deadline) as asking:
             target = await self.target(file)
             if target is None:
                 return True
@@ -271,7 +273,7 @@ class Reading:
             self.filler.demand(target, wanted)
             try:
                 with self._observer.waiting(file, handle.starts):
-                    await target.wait_readable(wanted, self._read_deadline)
+                    await target.wait_readable(wanted, self._read_deadline, since)
             finally:
                 if target.failed:
                     file.generation.unpromise(file)
@@ -287,7 +289,7 @@ class Reading:
         chunks = target.present.chunks_of(wanted) if target.serve_unsealed else range(target.present.chunks)
         return await self._admissions.some(file, target.present, chunks)
 
-    async def _read_through(self, handle: Handle, offset: int, view: memoryview) -> int:
+    async def _read_through(self, handle: Handle, offset: int, view: memoryview, since: float) -> int:
         """Straight from the origin; nothing of it is kept."""
         file = handle.file
         origin = file.generation.opened_origin(file.entry.model)
@@ -295,7 +297,7 @@ class Reading:
         file.passed = True
         near = self.filler.in_memory(file.key, offset, len(view))
         with contextlib.nullcontext() if near else self._observer.waiting(file, handle.starts):
-            await self.filler.read_through(file.key, file.entry, origin, offset, view)
+            await self.filler.read_through(file.key, file.entry, origin, offset, view, since)
         self._observer.uncached(handle.starts, len(view))
         if file.gone is not None:
             raise file.gone

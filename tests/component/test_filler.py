@@ -695,6 +695,60 @@ def small_filesystem(tmp_path: Path) -> Iterator[Path]:
         yield mountpoint
 
 
+async def test_a_reader_that_waits_for_the_seal_outlives_the_order(
+    server: ByteServer, store: BlobStore, index: Index
+) -> None:
+    data = server.files["a"] = content(6 * CHUNK, 31)
+    server.gate.clear()
+    target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
+    other = make_target(store, FakeOrigin(server.url), "b", CHUNK, index=1)
+    server.files["b"] = content(CHUNK, 32)
+    async with filling(store, index, msgspec.structs.replace(QUICK, serve_unsealed="never")) as (filler, _):
+        filler.fill("p", [target])
+        async with trio.open_nursery() as nursery:
+            filler.demand(target, ByteRange(0, 1))
+            nursery.start_soon(target.wait_readable, ByteRange(0, 1), 10)
+            await until(lambda: len(server.log) >= QUICK.connections)
+            filler.fill("p", [other])
+            server.gate.set()
+        assert target.state is FileState.SEALED
+
+
+async def test_what_its_readers_have_left_is_not_fetched_for_nobody(
+    server: ByteServer, store: BlobStore, index: Index
+) -> None:
+    def refuse(handler: Handler, path: str, start: int, stop: int) -> bool:
+        handler.answer(500)
+        return True
+
+    server.fault = refuse
+    server.files["a"] = content(4 * CHUNK, 33)
+    target = make_target(store, FakeOrigin(server.url), "a", 4 * CHUNK)
+    async with filling(store, index) as (filler, _):
+        filler.demand(target, ByteRange(0, 4 * CHUNK))
+        with pytest.raises(ReadDeadline):
+            await target.wait_readable(ByteRange(0, 4 * CHUNK), 0.3)
+        await until(lambda: filler.statistics().in_flight == 0 and filler.statistics().queued == 0)
+        asked = len(server.log)
+        await trio.sleep(0.5)
+        assert len(server.log) == asked
+
+
+async def test_a_read_through_that_is_stuck_ends_with_its_deadline_once(store: BlobStore, index: Index) -> None:
+    with black_hole() as url:
+        origin = FakeOrigin(url)
+        target = make_target(store, origin, "a", 4 * CHUNK)
+        async with filling(store, index, msgspec.structs.replace(QUICK, read_deadline=0.5, stall_timeout=20)) as (
+            filler,
+            _,
+        ):
+            begun = trio.current_time()
+            for _ in range(2):  # the kernel asks again
+                with pytest.raises(ReadDeadline):
+                    await filler.read_through(target.key, target.entry, origin, 0, memoryview(bytearray(10)), begun)
+            assert trio.current_time() - begun < 0.9
+
+
 async def test_a_full_store_fails_that_pipeline_or_waits_for_room(
     server: ByteServer, tmp_path: Path, small_filesystem: Path
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,3 +131,39 @@ def test_a_stuck_read_ends_with_its_deadline(make_daemon: Callable[..., Daemon],
     assert found["errno"] == "EIO"
     assert 1.5 <= found["seconds"] <= 8
     hub.clear()
+
+
+BAD_SERVERS: dict[str, dict[str, Any]] = {
+    "accepts and is silent": {"kind": "blackhole"},
+    "closes at once": {"kind": "reset"},
+    "falls silent after the headers": {"kind": "stall"},
+    "falls silent in the body": {"kind": "stall", "after": 300_000},
+    "ends its body early": {"kind": "cut", "after": 300_000},
+    "drips": {"kind": "bandwidth", "rate": 20},
+    "answers 500": {"kind": "status", "status": 500},
+    "answers 503": {"kind": "status", "status": 503},
+    "answers 429 without Retry-After": {"kind": "status", "status": 429},
+    "answers late": {"kind": "latency", "seconds": 100.0},
+    "lies about ranges": {"kind": "range"},
+    "redirects in a loop": {"kind": "status", "status": 302, "headers": {"Location": "/again"}},
+}
+
+
+def test_a_read_of_whatever_bad_server_ends_at_its_deadline_once(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path
+) -> None:
+    """Also where the kernel asks twice: for a page whose readahead failed it sends a READ of its own."""
+    deadline = 4.0
+    daemon = make_daemon("d", config=config(hub.endpoint, read_deadline="4s"))
+    paths = {}
+    for number, (name, fault) in enumerate(BAD_SERVERS.items()):
+        file = safetensors_file(tmp_path / f"s{number}" / "model.safetensors", 3 * MIB, 900 + number)
+        hub.publish(f"org/bad{number}", file.parent)
+        daemon.ok("add", f"p{number}", f"hf://org/bad{number}")
+        hub.fault(port="cdn", path=hashlib.sha256(file.read_bytes()).hexdigest(), **fault)
+        paths[name] = daemon.path(f"p{number}", "model.safetensors")
+    found = probe("read-errors", 2 * MIB, *paths.values(), timeout=60)
+    took = dict(zip(paths, found, strict=True))
+    print({name: round(result["seconds"], 2) for name, result in took.items()})
+    assert {name: result["errno"] for name, result in took.items()} == dict.fromkeys(paths, "EIO")
+    assert {name: result["seconds"] for name, result in took.items() if result["seconds"] > deadline + 2} == {}

@@ -27,6 +27,8 @@ class PlanMachine(RuleBasedStateMachine):
         self.origin: dict[str, str] = {}
         self.flying: dict[tuple[str, int], str] = {}
         self.wanted: set[tuple[str, int]] = set()
+        """Each chunk that somebody waits for, whatever became of the requests for it."""
+        self.whole: set[str] = set()
         self.background: dict[str, list[str]] = {"p": [], "q": []}
         self.held: dict[str, float] = {}
         self.origin_held = dict.fromkeys(ORIGINS, 0.0)
@@ -50,10 +52,35 @@ class PlanMachine(RuleBasedStateMachine):
             if chunk not in self.present[file]:
                 self.wanted.add((file, chunk))
 
+    @rule(file=st.sampled_from(FILES), chunk=st.integers(0, CHUNKS - 1))
+    def undemand(self, file: str, chunk: int) -> None:
+        self.plan.undemand(file, [chunk])
+        self.wanted.discard((file, chunk))
+
+    @rule(file=st.sampled_from(FILES))
+    def demand_whole(self, file: str) -> None:
+        if file in self.present:
+            self.plan.demand_whole(file)
+            self.whole.add(file)
+            if file not in self.background[PIPELINE[file]]:
+                self.background[PIPELINE[file]].append(file)
+
+    @rule(file=st.sampled_from(FILES))
+    def undemand_whole(self, file: str) -> None:
+        self.plan.undemand_whole(file)
+        self.whole.discard(file)
+
+    @rule(pipeline=st.sampled_from(("p", "q")), files=st.permutations(FILES), count=st.integers(0, 4))
+    def fill_more(self, pipeline: str, files: list[str], count: int) -> None:
+        chosen = [file for file in files[:count] if PIPELINE[file] == pipeline and file in self.present]
+        self.background[pipeline] += [file for file in chosen if file not in self.background[pipeline]]
+        self.plan.append_background(pipeline, chosen)
+
     @rule(pipeline=st.sampled_from(("p", "q")), files=st.permutations(FILES), count=st.integers(0, 4))
     def fill(self, pipeline: str, files: list[str], count: int) -> None:
         chosen = [file for file in files[:count] if PIPELINE[file] == pipeline and file in self.present]
-        self.background[pipeline] = chosen
+        kept = [file for file in sorted(self.whole) if PIPELINE[file] == pipeline and file not in chosen]
+        self.background[pipeline] = chosen + kept
         self.plan.set_background(pipeline, chosen)
 
     @rule(file=st.sampled_from(FILES))
@@ -74,6 +101,7 @@ class PlanMachine(RuleBasedStateMachine):
         self.plan.remove(file)
         self.present.pop(file, None)
         self.held.pop(file, None)
+        self.whole.discard(file)
         self.wanted = {item for item in self.wanted if item[0] != file}
         self.flying = {item: origin for item, origin in self.flying.items() if item[0] != file}
         for files in self.background.values():
@@ -109,6 +137,7 @@ class PlanMachine(RuleBasedStateMachine):
                 assert item in self.wanted, "only what somebody asked for"
                 assert in_use < CONNECTIONS + HEADROOM
             else:
+                assert item not in self.wanted, "what somebody waits for is asked for as a demand"
                 assert background and request.key in self.background[PIPELINE[request.key]]
                 assert in_use < CONNECTIONS
                 waiting = [

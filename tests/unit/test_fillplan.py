@@ -162,6 +162,66 @@ def test_a_failed_demand_stays_a_demand() -> None:
     assert started(plan) == [("a", 0, True)]
 
 
+def test_every_demand_outlives_a_failed_flight() -> None:
+    plan: FillPlan[str] = FillPlan(3, 1)
+    present = chunk_map(5)
+    plan.add("a", "p", "o", present)
+    plan.set_background("p", ["a"])
+    assert started(plan) == [("a", 0, False), ("a", 1, False), ("a", 2, False)]
+    plan.demand("a", [0])
+    plan.demand("a", [1])
+    plan.set_background("p", [])
+    for _ in range(3):
+        for chunk in (0, 1, 2):
+            plan.failed("a", chunk)
+        assert started(plan) == [("a", 0, True), ("a", 1, True)], "both, and what nobody waits for is not asked again"
+    land(plan, "a", present, 0, 1)
+    assert started(plan) == []
+
+
+def test_demands_outlive_a_move_a_hold_and_lost_bytes() -> None:
+    plan: FillPlan[str] = FillPlan(3, 1)
+    present = chunk_map(5)
+    plan.add("a", "p", "tier", present)
+    plan.set_background("p", ["a"])
+    assert len(started(plan)) == 3
+    plan.demand("a", [0, 1])
+    plan.set_background("p", [])
+    plan.move("a", "origin")
+    plan.failed("a", 0, held_until=5.0)
+    plan.failed("a", 1)
+    plan.refill("a")
+    assert started(plan, 4.9) == []
+    assert plan.next_time(4.9) == 5.0
+    assert started(plan, 5.0) == [("a", 0, True), ("a", 1, True)]
+
+
+def test_what_nobody_waits_for_any_more_is_not_asked_for_again() -> None:
+    plan: FillPlan[str] = FillPlan(1, 0)
+    plan.add("a", "p", "o", chunk_map(5))
+    plan.demand("a", [0, 1])
+    assert started(plan) == [("a", 0, True)]
+    plan.undemand("a", [0, 1])
+    plan.failed("a", 0)
+    assert started(plan) == [] and plan.queued() == 0
+    plan.undemand("gone", [0])
+
+
+def test_a_wait_for_the_whole_file_outlives_the_background_order() -> None:
+    plan: FillPlan[str] = FillPlan(2, 0)
+    maps = {name: chunk_map(2) for name in "ab"}
+    for name in "ab":
+        plan.add(name, "p", "o", maps[name])
+    plan.demand_whole("a")
+    plan.set_background("p", ["b"])
+    assert started(plan) == [("a", 0, False), ("a", 1, False)], "and it stays in front"
+    plan.undemand_whole("a")
+    plan.set_background("p", ["b"])
+    plan.failed("a", 0)
+    plan.failed("a", 1)
+    assert started(plan) == [("b", 0, False), ("b", 1, False)]
+
+
 def test_retry_after_holds_the_origin() -> None:
     plan: FillPlan[str] = FillPlan(1)
     plan.add("a", "p", "o", chunk_map(9))
