@@ -1,5 +1,5 @@
-"""Servers for every test that asks for one: one each per session, started by the first that wants it, faults lifted
-between tests. The machine's own credentials, endpoints and caches are out of sight.
+"""Servers for every test that asks for one: one each per session (of each of pytest-xdist's workers), started by the
+first that wants it, faults lifted between tests. The machine's own credentials, endpoints and caches are out of sight.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ os.environ |= {
     "AWS_SHARED_CREDENTIALS_FILE": f"{_HOME.name}/aws-credentials",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+
+pytest_plugins = ["tests.timeouts", "tests.randomness", "tests.parallel"]
 
 from tests.servers.blackhole import BlackHole  # noqa: E402
 from tests.servers.hub import HubServer  # noqa: E402
