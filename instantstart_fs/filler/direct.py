@@ -103,6 +103,8 @@ class Direct:
         self._loading: dict[tuple[FileKey, int], _Loading] = {}
         self._gave_up: dict[tuple[FileKey, int], tuple[float, ReadDeadline]] = {}
         """Waits that have just ended without their block."""
+        self._trouble: dict[FileKey, str] = {}
+        """What the last fetch of a file met, until one succeeds."""
         self._locations: OrderedDict[FileKey, Location] = OrderedDict()
         self._random = random.Random()
         self.bytes = 0
@@ -122,6 +124,8 @@ class Direct:
             del self._blocks[blocks]
         for key in [key for key in self._locations if key.pipeline == pipeline]:
             del self._locations[key]
+        for key in [key for key in self._trouble if key.pipeline == pipeline]:
+            del self._trouble[key]
 
     def in_memory(self, key: FileKey, offset: int, length: int) -> bool:
         """Whether these bytes are here from the last reads."""
@@ -153,7 +157,8 @@ class Direct:
             with trio.move_on_at(since + self._settings.read_deadline) as scope:
                 data = await self._block(key, entry, source, block)
             if scope.cancelled_caught:
-                error = ReadDeadline(f"{entry.path}: no bytes within {self._settings.read_deadline:g} s")
+                said = f" ({self._trouble[key]})" if key in self._trouble else ""
+                error = ReadDeadline(f"{entry.path}: no bytes within {self._settings.read_deadline:g} s{said}")
                 self._gave_up.setdefault(place, (trio.current_time(), error))
                 raise error
             since = trio.current_time()
@@ -191,7 +196,7 @@ class Direct:
 
     async def _load(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
         """Ask until it comes, with backoff; the caller has a deadline. Raises what trying again will not mend."""
-        failures = refused = 0
+        failures = refused = stale = 0
         while True:
             broken = self._broken(source.key)
             if broken is not None:
@@ -200,10 +205,12 @@ class Direct:
             try:
                 data = await self._fetch(key, entry, source, block)
             except LocationExpired as error:
+                # Access is the source's to refuse, when it is asked for a fresh address.
                 self._locations.pop(key, None)
-                refused += 1
-                if refused > 1:
-                    raise AccessRefused(error.message + ", also at a fresh address: check the credentials") from error
+                self._trouble[key] = error.message
+                stale += 1
+                if stale > 1:
+                    await trio.sleep(self._settings.backoff.delay(stale - 1, self._random.random()))
                 continue
             except AccessRefused:
                 refused += 1
@@ -212,6 +219,7 @@ class Direct:
                 continue
             except OriginUnavailable as error:
                 self._locations.pop(key, None)
+                self._trouble[key] = error.message
                 failures += 1
                 pause = self._settings.backoff.delay(failures, self._random.random())
                 if isinstance(error, OriginThrottled):
@@ -221,6 +229,7 @@ class Direct:
                 await trio.sleep(pause)
                 continue
             self._answered(source.key)
+            self._trouble.pop(key, None)
             return data
 
     async def _fetch(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:

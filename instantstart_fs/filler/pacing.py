@@ -44,9 +44,8 @@ class Pacing:
         if filling.link + 1 >= len(filling.links):
             return False
         filling.link += 1
-        filling.location = None
-        filling.generation += 1
-        filling.refused = filling.missing = 0
+        filling.renew()
+        filling.refused = filling.stale = filling.missing = 0
         self._plan.move(filling.target.key, filling.source.key)
         return True
 

@@ -8,9 +8,10 @@ Owns the state of every FillTarget that is not complete, on the trio thread: it 
 ``state``, ``error``. It never closes ``target.blob`` (readers may be inside a call): that is the library's, once the
 target is sealed, poisoned or failed and ``wait_quiet`` has returned.
 
-What ends a target for good: the pinned object changed, is gone, or is refused twice in a row; a digest mismatch; a full
-or broken store; cancellation. All but change, mismatch and cancellation are tried again by a demand that comes
-REVIVE_SECONDS later. Everything else is retried with backoff, and readers wait up to their own deadline.
+What ends a target for good: the pinned object changed, is gone, or is refused by its source, twice in a row; a digest
+mismatch; a full or broken store; cancellation. All but change, mismatch and cancellation are tried again by a demand
+that comes REVIVE_SECONDS later. Everything else is retried with backoff, a CDN's refusal too, and readers wait up to
+their own deadline.
 """
 
 from __future__ import annotations
@@ -454,7 +455,7 @@ class Filler(CommitEvents, DeliveryEvents):
             target.state = FileState.FILLING
         target.last_progress = self._moved[key.pipeline] = now
         target.efforts.pop(chunk, None)
-        filling.failures = filling.refused = filling.missing = 0
+        filling.failures = filling.refused = filling.stale = filling.missing = 0
         if filling.held_until:
             filling.held_until = 0.0
             self._plan.release(key)
@@ -593,22 +594,20 @@ class Filler(CommitEvents, DeliveryEvents):
         final: InstantStartError | None = None
         match error:
             case LocationExpired():
-                if current:
-                    filling.location = None
-                    filling.refused += 1
-                    filling.generation += 1
-                if filling.refused > 1:
-                    final = AccessRefused(error.message + ", also at a fresh address: check the credentials")
+                # Somebody on the way refuses. Access is the source's to refuse, when it is asked for a fresh address.
+                filling.renew()
+                filling.stale += 1
+                if filling.stale > 1:
+                    if self._pacing.next_link(filling):
+                        return self._requeue(sent)
+                    self._pacing.hold(filling)
             case AccessRefused() if filling.location is not None and filling.refused == 0:
                 # The service's own word, of one address: credentials are replaced under a running daemon.
-                filling.location = None
+                filling.renew()
                 filling.refused += 1
-                filling.generation += 1
             case OriginNotFound():
-                if current:
-                    filling.location = None
-                    filling.missing += 1
-                    filling.generation += 1
+                filling.renew()
+                filling.missing += 1
                 if filling.missing > 1:
                     final = error
             case OriginThrottled():

@@ -117,11 +117,19 @@ class Filling:
         self.failures = 0
         self.held_until = 0.0
         self.refused = 0
+        """How often in a row its source refused it."""
+        self.stale = 0
+        """How often in a row an address was refused by who is no source (a CDN, a proxy)."""
         self.missing = 0
         self.hash_failures = 0
         self.hashed: str | None = None
         self.sealing = False
         self.done = False
+
+    def renew(self) -> None:
+        """Its address is no good: ask for another before the next fetch."""
+        self.location = None
+        self.generation += 1
 
     @property
     def source(self) -> Source:

@@ -406,6 +406,7 @@ async def test_what_is_refused_twice_fails_for_good(
 
     server.fault = refuse
     origin = FakeOrigin(server.url)
+    origin.on_locate = lambda file: Location(f"{server.url}/a?signature=secret", service="hub")
     target = make_target(store, origin, "a", 3 * CHUNK)
     async with filling(store, index) as (filler, events):
         filler.demand(target, ByteRange(0, 1))
@@ -414,6 +415,41 @@ async def test_what_is_refused_twice_fails_for_good(
         assert "secret" not in str(caught.value)
         assert len(events.of("failed")) == 1
     assert len(origin.located) == (1 if status == 412 else 2)
+
+
+@pytest.mark.parametrize("through", [False, True])
+async def test_what_somebody_on_the_way_refuses_is_asked_for_anew_until_the_deadline(
+    server: ByteServer, store: BlobStore, index: Index, through: bool
+) -> None:
+    data = server.files["a"] = content(3 * CHUNK, 34)
+    refused: list[int] = []
+    patience = 6
+
+    def refuse(handler: Handler, path: str, start: int, stop: int) -> bool:
+        refused.append(start)
+        if len(refused) <= patience:
+            handler.answer(403)
+        return len(refused) <= patience
+
+    server.fault = refuse
+    origin = FakeOrigin(server.url)
+    target = make_target(store, origin, "a", len(data), digest=sha256(data))
+
+    async def read(filler: Filler, seconds: float) -> None:
+        if through:
+            await filler.read_through(target.key, target.entry, origin, 0, memoryview(bytearray(10)))
+        else:
+            filler.demand(target, ByteRange(0, 10))
+            await target.wait_readable(ByteRange(0, 10), seconds)
+
+    async with filling(store, index, msgspec.structs.replace(QUICK, read_deadline=3.0)) as (filler, events):
+        await read(filler, 3.0)
+        assert len(origin.located) == patience + 1, "with a fresh signature each time"
+        patience = 10**9
+        target = make_target(store, origin, "a", len(data), digest=sha256(data), index=1)
+        with pytest.raises(ReadDeadline, match="answers 403"):
+            await read(filler, 3.0)
+        assert not events.of("failed") and len(refused) < 60, "at a pace, and never called a refusal"
 
 
 async def test_an_expired_address_is_located_again(server: ByteServer, store: BlobStore, index: Index) -> None:

@@ -167,3 +167,21 @@ def test_a_read_of_whatever_bad_server_ends_at_its_deadline_once(
     print({name: round(result["seconds"], 2) for name, result in took.items()})
     assert {name: result["errno"] for name, result in took.items()} == dict.fromkeys(paths, "EIO")
     assert {name: result["seconds"] for name, result in took.items() if result["seconds"] > deadline + 2} == {}
+
+
+def test_access_is_the_hubs_to_refuse_and_not_its_cdns(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path
+) -> None:
+    daemon = make_daemon("d", config=config(hub.endpoint, read_deadline="4s"))
+    files = [safetensors_file(tmp_path / name / "model.safetensors", 3 * MIB, ord(name)) for name in "abc"]
+    for file in files:
+        hub.publish(f"org/{file.parent.name}", file.parent)
+        daemon.ok("add", file.parent.name, f"hf://org/{file.parent.name}")
+    burst, ill, _ = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    hub.fault("status", port="cdn", path=burst, status=403, count=4)
+    hub.fault("status", port="cdn", path=ill, status=403)
+    hub.fault("status", port="hub", path="/org/c/", status=403)
+    found = probe("read-errors", 2 * MIB, *(daemon.path(name, "model.safetensors") for name in "abc"), timeout=60)
+    assert [result["errno"] for result in found] == ["", "EIO", "EACCES"], found
+    assert found[1]["seconds"] >= 3.5 and found[2]["seconds"] < 3
+    assert run("cmp", daemon.path("a", "model.safetensors"), files[0]).returncode == 0
