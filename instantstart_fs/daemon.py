@@ -136,7 +136,7 @@ async def serve(
                             await nursery.start(daemon.staging.run)
                             # Tells it of what engines have open since before this daemon, too.
                             library.watch(daemon.staging)
-                        daemon.transport = mounted.transport + (f" ({mounted.reason})" if mounted.reason else "")
+                        daemon.mounted = mounted
                         daemon.requests = mounted.requests
                         server = ControlServer(
                             library,
@@ -211,12 +211,18 @@ class Daemon:
         self._failed: dict[str, tuple[PipelineSpec, ErrorStatus]] = {}
         self.ready = False
         self.staging: Staging | None = None
-        self.transport = ""
-        """Who serves the mount, and why nobody faster does; "" until it is mounted."""
+        self.mounted: session.Mounted | None = None
         self.http = ""
         """Where the page is."""
         self.requests: Mapping[str, int] = {}
         """How often each handler of the mount was called."""
+
+    @property
+    def transport(self) -> str:
+        """Who serves the mount, and why nobody faster does; "" until it is mounted."""
+        if self.mounted is None:
+            return ""
+        return self.mounted.transport + (f" ({self.mounted.reason})" if self.mounted.reason else "")
 
     def info(self) -> DaemonInfo:
         return DaemonInfo(

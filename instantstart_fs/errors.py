@@ -28,6 +28,8 @@
     │   ├── StoreLocked            another daemon has this store
     │   ├── StoreUnsupported       overlayfs, FUSE, a newer format
     │   ├── StoreDamaged           an I/O error, or a record that cannot be read
+    │   ├── OutOfResources         descriptors are used up for the moment: nothing is wrong with what was asked for
+    │   │   └── OutOfMemory        the same of the kernel's memory
     │   ├── IndexFull              the LMDB map has no room left
     │   └── IndexStuck             no commit comes to an end; what was to be written may still happen
     ├── DigestMismatch             bytes came whole and are not those of the manifest
@@ -182,6 +184,14 @@ class StoreUnsupported(StoreError):
 
 class StoreDamaged(StoreError):
     code = "store-damaged"
+
+
+class OutOfResources(StoreError):
+    code = "out-of-resources"
+
+
+class OutOfMemory(OutOfResources):
+    code = "out-of-memory"
 
 
 class IndexFull(StoreError):

@@ -23,7 +23,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import trio
 
@@ -209,9 +209,11 @@ class Library:
                 # What is under way then (a commit, half an eviction) is finished; unless the disk hangs.
                 trio.lowlevel.spawn_system_task(self._give_up_later, ending)
                 with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
-                    await self._access.flush()
-                    with suppress(InstantStartError):
-                        await self._shelf.save_trouble()
+                    for flush in (self._access.flush, self._shelf.save_trouble):
+                        try:
+                            await flush()
+                        except InstantStartError as error:
+                            log.warning("not written at the end: %s", error.message)
                 nursery.cancel_scope.cancel()
 
     async def _give_up_later(self, ending: trio.CancelScope) -> None:

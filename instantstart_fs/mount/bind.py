@@ -24,7 +24,6 @@ import errno
 import logging
 import os
 import stat
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple, TypeVar
@@ -34,7 +33,9 @@ import trio
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineBusy
 from instantstart_fs.library.covering import Coverable, Covering
 from instantstart_fs.mount import kernel
+from instantstart_fs.store.layout import BIND
 from instantstart_fs.store.locks import used_elsewhere
+from instantstart_fs.store.translate import passing
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ DEAF_INTERVAL: Final = 1.0
 """Seconds until the events are looked at again when the kernel could not tell of them."""
 REFRESH_INTERVAL: Final = 1.0
 """Least seconds between two updates of what stat and getfattr show of bound files."""
-STAGE: Final = "bind"
-"""In the store: where ``slots`` is bound read-only while binds are made from it."""
+PROBE_INTERVAL: Final = 10.0
+"""Seconds until it is asked again what could not be known."""
 PREFIX: Final = "user.instantstart."
 
 _T = TypeVar("_T")
@@ -57,6 +58,10 @@ _T = TypeVar("_T")
 
 class BindRefused(MountFailed):
     """This machine or process cannot bind; the message says why."""
+
+
+class BindUnknown(BindRefused):
+    """It could not be tried, for want of something that comes back."""
 
 
 class Plan(NamedTuple):
@@ -131,12 +136,30 @@ class Binder:
                 self._store_mount = kernel.mount_id(slots)
             finally:
                 os.close(slots)
-            if not _tells_of_use(self._store):
+            if not _tells_of_use():
                 raise BindRefused(
                     "no binds: nobody tells whether a file is in use (that needs Linux 5.3 and CAP_LEASE)"
                 )
         except OSError as error:
-            raise BindRefused(f"no binds from {self._store}: {error.strerror}") from error
+            kind = BindUnknown if passing(error.errno) else BindRefused
+            raise kind(f"no binds from {self._store}: {error.strerror}") from error
+
+    async def run_when_known(self, mountpoint: str, decided: Callable[[str | None], None]) -> None:
+        """The same for where ``probe`` raised BindUnknown: it is tried again and again. ``decided`` is told why not, or
+        None."""
+        while True:
+            await trio.sleep(PROBE_INTERVAL)
+            try:
+                await self._in_thread(self.probe)
+            except BindUnknown:
+                continue
+            except BindRefused as error:
+                decided(error.message)
+                return
+            except MountFailed:
+                continue  # it hangs
+            decided(None)
+            await self.run(mountpoint)
 
     async def run(self, mountpoint: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep complete files bound until cancelled. Started when those that are complete already are.
@@ -145,7 +168,10 @@ class Binder:
         """
         assert self._covering is not None
         self._mountpoint = mountpoint
-        self._fanotify = kernel.fanotify()
+        try:
+            self._fanotify = kernel.fanotify()
+        except OSError as error:
+            raise MountFailed(f"nobody would tell of opens of bound files: {error.strerror}") from error
         self._covering.attach(self._take_away)
         try:
             await self._in_thread(self._clear, f"{mountpoint}/")
@@ -442,7 +468,7 @@ class Binder:
         """The slots, read-only, at a place of the store's that nobody else can reach. Raises OSError."""
         assert self._store is not None
         store = os.path.realpath(self._store)
-        stage = f"{store}/{STAGE}"
+        stage = f"{store}/{BIND}"
         os.makedirs(stage, 0o700, exist_ok=True)
         while kernel.find_mount(stage) is not None:
             kernel.umount(stage, lazily=True)  # a killed daemon's
@@ -512,19 +538,25 @@ def _busy(pipeline: str) -> PipelineBusy:
     return PipelineBusy(f"{pipeline}: somebody has files of it open")
 
 
-def _tells_of_use(store: str) -> bool:
+def _tells_of_use() -> bool:
     """Whether a write lease is refused on a file that somebody else has open, and granted when nobody has. In old
-    kernels a mark counts as an open. Raises OSError."""
+    kernels a mark counts as an open. Of a file in memory: that is the kernel's, whatever the filesystem, and a full disk
+    is no answer. Raises OSError."""
     with contextlib.ExitStack() as stack:
         fan = kernel.fanotify()
         stack.callback(os.close, fan)
-        with tempfile.TemporaryFile(dir=store) as file:
-            os.fchown(file.fileno(), 1, 1)
-            own = f"/proc/self/fd/{file.fileno()}"
-            kernel.fan_mark(fan, own, add=True)
-            fd = os.open(own, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, fd)
+        file = os.memfd_create("instantstart-lease", os.MFD_CLOEXEC)
+        stack.callback(os.close, file)
+        os.fchown(file, 1, 1)
+        own = f"/proc/self/fd/{file}"
+        kernel.fan_mark(fan, own, add=True)
+        fd = os.open(own, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        other = os.open(own, os.O_RDONLY | os.O_CLOEXEC)  # the one that made it counts as nobody's open
+        try:
             refused = used_elsewhere(fd)
+        finally:
+            os.close(other)
         return refused and not used_elsewhere(fd)
 
 

@@ -22,7 +22,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import trio
 from pyfuse3 import FUSEError
@@ -43,6 +43,8 @@ from instantstart_fs.mount.handover import (
     Terms,
 )
 from instantstart_fs.mount.operations import Entry, Operations
+from instantstart_fs.store.layout import Layout
+from instantstart_fs.store.translate import passing
 
 log = logging.getLogger(__name__)
 
@@ -418,9 +420,13 @@ class DevFuse:
 
     def _probe(self, store: str) -> None:
         try:
-            with tempfile.TemporaryFile(dir=store) as file:
+            with _probe_file(store) as file:
                 self._backings.unregister(self._backings.register(file.fileno()))
         except OSError as error:
+            if passing(error.errno):
+                # For life, the slow way, because of a moment's want? The kernel and the rights are there: it is tried.
+                log.warning("FUSE passthrough to %s cannot be tried now (%s): it is taken for granted", store, error)
+                return
             if error.errno == errno.EPERM:
                 reason = "the kernel wants CAP_SYS_ADMIN of the first user namespace for FUSE passthrough"
             elif error.errno in (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL):
@@ -459,7 +465,7 @@ class DevFuse:
                 # Never another mode instead: somebody may hold this nodeid in the one it has.
                 log.error("the kernel refused to pass a file through: %s", error)
                 await self._operations.release(fh)
-                raise FUSEError(errno.EIO) from error
+                raise FUSEError(error.errno if passing(error.errno) and error.errno else errno.EIO) from error
             self._passed[fh] = backing[0]
             open_flags = wire.FOPEN_PASSTHROUGH
         if self._table is not None:
@@ -551,6 +557,14 @@ INLINE: Final[dict[int, _Inline]] = {
 
 def _reply_directory(listing: wire.Listing, name: bytes, entry: Entry, next_id: int) -> bool:
     return listing.add(name, entry.nodeid, entry, next_id)
+
+
+def _probe_file(store: str) -> IO[bytes]:
+    """A file on the store's filesystem: its lock, which is there on a full disk too. Raises OSError."""
+    try:
+        return open(os.open(Layout(store).lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
+    except FileNotFoundError:
+        return tempfile.TemporaryFile(dir=store)
 
 
 def _sized(value: bytes, size: int) -> tuple[bytes, ...]:

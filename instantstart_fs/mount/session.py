@@ -13,6 +13,7 @@ block the whole event loop, and no exception from inside pyfuse3 may end the mou
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from instantstart_fs.config.directories import make_directory
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.library.view import Invalidation, View
 from instantstart_fs.mount import kernel
-from instantstart_fs.mount.bind import Binder, BindRefused
+from instantstart_fs.mount.bind import Binder, BindRefused, BindUnknown
 from instantstart_fs.mount.devfuse import DevFuse, PassthroughRefused
 from instantstart_fs.mount.handover import Handover, HandoverRefused, Inherited
 from instantstart_fs.mount.operations import Operations
@@ -64,9 +65,10 @@ class MountSettings(msgspec.Struct, frozen=True):
     ready_deadline: float = 10.0
 
 
-class Mounted(msgspec.Struct, frozen=True):
+class Mounted(msgspec.Struct):
     """What was made. ``notes`` say which tunings were not permitted; ``reason`` why reads are not passed through, ""
-    where they are or nobody asked; ``requests``: how often each handler of Operations was called, as it goes on."""
+    where they are or nobody asked; ``requests``: how often each handler of Operations was called, as it goes on.
+    ``transport`` and ``reason`` change when it is found out later that files can be bound."""
 
     path: str
     mount: kernel.Mount
@@ -140,16 +142,21 @@ async def serve(
                 reason = error.message
                 log.info("reads are not passed through: %s", reason)
         binder: Binder | None = None
+        known = True
         if settings.transport in ("auto", "bind"):
             binder = Binder(view.covering, settings.store)
             try:
                 await _in_thread(binder.probe, deadline=PROBE_DEADLINE, what="a bind within the store")
+            except BindUnknown as error:
+                known = False
+                reason = f"{reason}; {error.message}, tried again" if reason else f"{error.message}, tried again"
+                log.warning("whether files can be bound cannot be known now, and is tried again: %s", error.message)
             except BindRefused as error:
                 if settings.transport == "bind":
                     raise
                 log.info("files are not bound: %s", error.message)
                 reason, binder = f"{reason}; {error.message}", None
-        await _serve_on(_Pyfuse3(view, settings), view, path, settings, reason, task_status, binder)
+        await _serve_on(_Pyfuse3(view, settings), view, path, settings, reason, task_status, binder, known=known)
     finally:
         _mounted = False
 
@@ -214,7 +221,10 @@ async def _serve_on(
     task_status: trio.TaskStatus[Mounted],
     binder: Binder | None = None,
     inherited: Inherited | None = None,
+    *,
+    known: bool = True,
 ) -> None:
+    """``known``: whether ``binder`` is sure to work."""
     invalidator = _Invalidator(view, transport)
     mounted: Mounted | None = None
     unmounted = trio.Event()
@@ -237,7 +247,7 @@ async def _serve_on(
             mounted = await _wait_ready(path, settings)
             mounted = msgspec.structs.replace(
                 mounted,
-                transport=transport.name if binder is None else "bind",
+                transport=transport.name if binder is None or not known else "bind",
                 reason=reason,
                 requests=transport.requests,
             )
@@ -246,8 +256,10 @@ async def _serve_on(
             nursery.start_soon(_watch_table, mounted.mount, unmounted)
             view.settle(resumed=inherited is not None)
             nursery.start_soon(invalidator.run)
-            if binder is not None:
+            if binder is not None and known:
                 await nursery.start(binder.run, path)
+            elif binder is not None:
+                nursery.start_soon(binder.run_when_known, path, functools.partial(_decided, mounted))
             log.info("mounted at %s by %s", path, mounted.transport)
             task_status.started(mounted)
             leave = True
@@ -266,6 +278,16 @@ async def _serve_on(
                 transport.leave()
             else:
                 await _take_down(path, mounted.mount if mounted else None, settings, transport, invalidator)
+
+
+def _decided(mounted: Mounted, problem: str | None) -> None:
+    mounted.reason = mounted.reason.rpartition("; ")[0]
+    if problem is None:
+        mounted.transport = "bind"
+        log.info("complete files are bound from now on")
+    else:
+        mounted.reason = f"{mounted.reason}; {problem}" if mounted.reason else problem
+        log.warning("files are not bound: %s", problem)
 
 
 def _first(group: BaseExceptionGroup[MountFailed]) -> MountFailed:

@@ -44,6 +44,7 @@ from instantstart_fs.store import filesystem, locks, slices
 from instantstart_fs.store.blobfile import BlobFile, punch_hole, read_seal
 from instantstart_fs.store.filesystem import StoreUsage
 from instantstart_fs.store.layout import (
+    BIND,
     DIRECTORY_MODE,
     FILE_MODE,
     FILES,
@@ -129,6 +130,10 @@ class BlobStore:
                 for name in (SLOTS, TRASH):
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(name, DIRECTORY_MODE, dir_fd=root_fd)
+                with contextlib.suppress(
+                    OSError
+                ):  # for later, when there may be no room for it; not every machine binds
+                    os.mkdir(BIND, DIRECTORY_MODE, dir_fd=root_fd)
                 os.fsync(root_fd)
                 slots_fd = os.open(SLOTS, _DIRECTORY, dir_fd=root_fd)
                 undo.callback(os.close, slots_fd)

@@ -7,6 +7,7 @@
     <root>/slots/<pipeline>/pipeline.json
     <root>/slots/<pipeline>/<generation>/manifest.json
     <root>/slots/<pipeline>/<generation>/files/<path> what lies there is what it says
+    <root>/bind/                                      empty; where slots/ is bound while files are bound over the mount
     <root>/trash/                                     what is being deleted or not yet written; emptied at open
 
 Directories are 0700 and files 0600: the mount shows them with their pipeline's owner and mode, the store to nobody.
@@ -29,6 +30,7 @@ NODEIDS = "nodeids"
 INDEX = "index"
 SLOTS = "slots"
 TRASH = "trash"
+BIND = "bind"
 PIPELINE_FILE = "pipeline.json"
 MANIFEST_FILE = "manifest.json"
 FILES = "files"

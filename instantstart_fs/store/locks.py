@@ -6,6 +6,7 @@ flock(2) locks: they end with the last descriptor of their open file, so a kille
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -48,8 +49,11 @@ def lock_store(path: str, root: str) -> int:
                     f"the store {root} is in use by {who}: one daemon per store; "
                     "stop that one, or give this one another store"
                 )
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            note = f"{os.getpid()}\n".encode()
+            # Over the old one, in its block: on a full disk there is no other, and the note is a courtesy.
+            with contextlib.suppress(OSError):
+                os.pwrite(fd, note, 0)
+                os.ftruncate(fd, len(note))
     except BaseException:
         os.close(fd)
         raise

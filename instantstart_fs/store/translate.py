@@ -6,7 +6,23 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from instantstart_fs.errors import StoreDamaged, StoreError, StoreFull, StoreReadOnly
+from instantstart_fs.errors import (
+    OutOfMemory,
+    OutOfResources,
+    StoreDamaged,
+    StoreError,
+    StoreFull,
+    StoreReadOnly,
+)
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.EBUSY})
+
+
+def passing(number: int | None) -> bool:
+    """Whether an errno tells of a want of this moment (room, descriptors, memory, a signal), and so of nothing that is
+    wrong with, or cannot be done to, what it was met at. The one list of these."""
+    return number in _FULL or number in _OUT_OF or number == errno.ENOMEM
 
 
 def translate(error: OSError, what: str) -> StoreError:
@@ -19,6 +35,14 @@ def translate(error: OSError, what: str) -> StoreError:
             return StoreFull(f"{what}: the disk quota of the store is used up")
         case errno.EFBIG:
             return StoreFull(f"{what}: the file is larger than the store's filesystem or a limit (ulimit -f) allows")
+        case errno.EMFILE:
+            return OutOfResources(f"{what}: this process has no descriptor left; raise LimitNOFILE= (ulimit -n)")
+        case errno.ENFILE:
+            return OutOfResources(f"{what}: the machine has no descriptor left; raise fs.file-max")
+        case errno.ENOMEM:
+            return OutOfMemory(f"{what}: the kernel has no memory for it")
+        case number if number in _OUT_OF:
+            return OutOfResources(f"{what}: {reason}; try again")
         case errno.EROFS:
             return StoreReadOnly(f"{what}: the store's filesystem is mounted read-only")
         case errno.EIO:

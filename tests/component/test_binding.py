@@ -29,7 +29,7 @@ class FakeKernel:
     """Mounts are symbolic links; what fanotify tells is what tests say."""
 
     def __init__(self, store: Path) -> None:
-        self.stage, self.slots = f"{store}/{bind.STAGE}", f"{store}/slots"
+        self.stage, self.slots = f"{store}/{bind.BIND}", f"{store}/slots"
         self.mounted: dict[str, list[str]] = {}
         """Where → what lies there, the topmost last."""
         self.after_bind: Callable[[str], None] = lambda target: None

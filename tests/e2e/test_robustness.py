@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import pytest
 from instantstart_fs.control.client import Client
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.mount import kernel
-from tests.harness import Daemon, mounted, must, run, unmount
+from tests import harness
+from tests.harness import MIB, Daemon, loop_ext4, mounted, must, run, unmount, wait_for
 from tests.servers.hub import HubServer
 
 
@@ -118,3 +121,55 @@ def test_an_error_outlives_restarts_until_a_fetch_succeeds(
     daemon.kill()
     daemon.start()
     assert (daemon.status("p")["state"], daemon.status("p")["error"]) == ("warm", None)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with loop_ext4(tmp_path, 64 * MIB) as mountpoint:
+        yield mountpoint
+
+
+def use_up(directory: Path) -> None:
+    """Every inode, then every block."""
+    directory.mkdir()
+    with contextlib.suppress(OSError):
+        for number in itertools.count():
+            (directory / str(number)).touch()
+    with contextlib.suppress(OSError), (directory / "0").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("transport", ["passthrough", "bind"], indirect=True)
+def test_a_full_disk_at_the_start_makes_nothing_slow(
+    make_daemon: Callable[..., Daemon], model: Path, small_disk: Path, transport: None
+) -> None:
+    daemon = make_daemon(store=small_disk / "store", allow=["no space is left"], config={"staging": {"enabled": False}})
+    chosen = harness.TRANSPORT
+    daemon.ok("add", "m", f"file://{model}", "--include", "*.json")
+    daemon.warm("m", "--all")
+    daemon.stop()
+    daemon.configure({"mount": {"transport": "auto" if chosen == "passthrough" else "bind"}})
+    use_up(small_disk / "full")
+    daemon.start()
+    assert f"transport {chosen}" in daemon.text().splitlines()[-1]
+    assert json.loads(daemon.path("m", "config.json").read_bytes())
+
+
+def test_binds_that_could_not_be_tried_at_the_start_begin_later(
+    make_daemon: Callable[..., Daemon], model: Path, small_disk: Path
+) -> None:
+    """A store of an earlier version, without the directory that binds need, and a full disk."""
+    if not kernel.has_sys_admin():
+        pytest.skip("binds need CAP_SYS_ADMIN")
+    daemon = make_daemon(
+        store=small_disk / "store", allow=["no space is left"], config={"mount": {"transport": "bind"}}
+    )
+    daemon.stop()
+    (daemon.store / "bind").rmdir()
+    use_up(small_disk / "full")
+    daemon.start()
+    assert "transport pyfuse3 (no binds from" in daemon.text().splitlines()[-1]
+    shutil.rmtree(small_disk / "full")
+    wait_for(lambda: "complete files are bound from now on" in daemon.text(), "the binds", 30)
+    assert daemon.ok("status").splitlines()[-1].endswith("bind")
