@@ -540,8 +540,8 @@ def _busy(pipeline: str) -> PipelineBusy:
 
 def _tells_of_use() -> bool:
     """Whether a write lease is refused on a file that somebody else has open, and granted when nobody has. In old
-    kernels a mark counts as an open. Of a file in memory: that is the kernel's, whatever the filesystem, and a full disk
-    is no answer. Raises OSError."""
+    kernels a mark counts as an open. Of a file in memory: that is the kernel's, whatever the filesystem, and a full
+    disk is no answer. Raises OSError."""
     with contextlib.ExitStack() as stack:
         fan = kernel.fanotify()
         stack.callback(os.close, fan)

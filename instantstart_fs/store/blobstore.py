@@ -130,9 +130,7 @@ class BlobStore:
                 for name in (SLOTS, TRASH):
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(name, DIRECTORY_MODE, dir_fd=root_fd)
-                with contextlib.suppress(
-                    OSError
-                ):  # for later, when there may be no room for it; not every machine binds
+                with contextlib.suppress(OSError):  # for later, when there may be no room
                     os.mkdir(BIND, DIRECTORY_MODE, dir_fd=root_fd)
                 os.fsync(root_fd)
                 slots_fd = os.open(SLOTS, _DIRECTORY, dir_fd=root_fd)
