@@ -6,22 +6,35 @@ huggingface_hub, pyfuse3, and rich only where something is drawn.
 
 from __future__ import annotations
 
-import os
+import contextlib
+import errno
 import sys
 from typing import NoReturn
 
-from instantstart_fs.cli import serving
+from instantstart_fs.cli import serving, terminal
 from instantstart_fs.errors import InstantStartError, UsageError
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run ``instantstart`` with ``arguments`` (default: sys.argv) and exit."""
-    given = sys.argv[1:] if arguments is None else arguments
-    sys.exit(run(given))
+    if arguments is None:
+        terminal.ensure_utf8_names()
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: list[str]) -> int:
     """The exit status. Every error that this project raises becomes one line; others are bugs, and show themselves."""
+    terminal.prepare()
+    streams = sys.stdout, sys.stderr
+    status = _run(arguments)
+    if (sys.stdout, sys.stderr) != streams:  # typer met a reader that has gone
+        sys.stdout, sys.stderr = streams
+        status = terminal.let_go(sys.stdout, 141)
+    written = terminal.flush()
+    return status or written
+
+
+def _run(arguments: list[str]) -> int:
     try:
         if (plain := serving.plain(arguments)) is not None:
             serving.serve(**plain)
@@ -31,27 +44,29 @@ def run(arguments: list[str]) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
     except InstantStartError as error:
-        _flush()
+        return _fail(error, arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `instantstart ls | head`: whoever read has had enough.
+        return terminal.let_go(sys.stdout, 141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        print(f"instantstart: cannot write: {error.strerror}", file=sys.stderr)
+        return terminal.let_go(sys.stdout, 1)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(error: InstantStartError, arguments: list[str]) -> int:
+    terminal.flush()  # what was said before it comes first
+    with contextlib.suppress(OSError):
         print(f"instantstart: {error.message}", file=sys.stderr)
         if "--json" in arguments:
             import json
 
             print(json.dumps({"error": {"code": error.code, "message": error.message}}))
-        return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # `instantstart ls | head`: whoever read has had enough. Python would complain again while closing stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return status if isinstance(status, int) else 0
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

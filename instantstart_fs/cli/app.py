@@ -404,7 +404,7 @@ def prefetch(
         ),
     ],
     devices: Annotated[
-        str, typer.Option("--devices", metavar="LIST", help="cuda:0,cuda:1 … or cpu; auto: every GPU, else the CPU.")
+        str, typer.Option("--devices", metavar="LIST", help="cuda:0,cuda:1 ... or cpu; auto: every GPU, else the CPU.")
     ] = "auto",
     tensor_parallel: Annotated[
         int | None,

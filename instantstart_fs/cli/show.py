@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from instantstart_fs.cli.terminal import escaped, unicode_capable
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.status import PipelineStatus, SkippedStatus
 from instantstart_fs.core.words import human_bytes, human_seconds
@@ -268,7 +269,8 @@ OPTIONAL = frozenset({"files", "uncached", "scrub", "access", "skipped"})
 
 def as_json(value: Any) -> str:
     """Two spaces of indent. A PipelineStatus shows only what there is of OPTIONAL."""
-    return msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2).decode()
+    text = msgspec.json.format(msgspec.json.encode(_plain(value)), indent=2).decode()
+    return text if unicode_capable(sys.stdout) else escaped(text)
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from instantstart_fs.core.coldstart import Moment
 from instantstart_fs.core.limits import MAX_BYTES, MAX_TIME_NS, MIN_RATE
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.weights import WeightSet
-from instantstart_fs.errors import ControlProtocolError, InstantStartError, from_code
+from instantstart_fs.errors import ControlProtocolError, InstantStartError, UsageError, from_code
 
 VERSION = 1
 MAX_MESSAGE = 16 * 1024 * 1024
@@ -265,13 +265,22 @@ _responses = msgspec.json.Decoder(Progress | Opening | Handed | Done | Failed)
 
 
 def encode_request(request: Request) -> bytes:
-    """One line. Raises ControlProtocolError when it is longer than MAX_REQUEST."""
-    return _line(_encoder.encode(_Envelope(VERSION, request)), MAX_REQUEST)
+    """One line. Raises ControlProtocolError when it is longer than MAX_REQUEST, UsageError for text that is no Unicode:
+    an argument of the command line, as this process's locale made it."""
+    try:
+        return _line(_encoder.encode(_Envelope(VERSION, request)), MAX_REQUEST)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{error.object!r} is not UTF-8 in this locale: use ASCII, or a UTF-8 locale (LC_ALL=C.UTF-8)"
+        ) from error
 
 
 def encode_response(response: Response) -> bytes:
-    """One line. Raises ControlProtocolError when it is longer than MAX_MESSAGE."""
-    return _line(_encoder.encode(response), MAX_MESSAGE)
+    """One line. Raises ControlProtocolError when it is longer than MAX_MESSAGE, or holds text that is no Unicode."""
+    try:
+        return _line(_encoder.encode(response), MAX_MESSAGE)
+    except UnicodeEncodeError as error:
+        raise ControlProtocolError(f"the answer holds a name that is not UTF-8: {error.object!r}") from error
 
 
 def _line(message: bytes, limit: int) -> bytes:

@@ -1,0 +1,136 @@
+"""The streams that a command writes to, whatever they are: a terminal that knows no UTF-8, a closed descriptor, a pipe
+whose reader has gone, a full disk. What is shown degrades; a command never fails by what it wanted to show.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import os
+import re
+import sys
+from typing import Any
+
+HANDLER = "instantstart-plain"
+ASCII = "instantstart_ascii"
+ENCODING = "_INSTANTSTART_ENCODING"
+"""From ``ensure_utf8_names`` to the process that it begins: what the terminal takes."""
+_PLAIN = str.maketrans(
+    {
+        "●": "*",
+        "○": "o",
+        "█": "#",
+        "▓": "=",
+        "▒": ":",
+        "░": ".",
+        "■": "@",
+        "━": "-",
+        "╸": "-",
+        "╺": " ",
+        "→": "->",
+        "…": "...",
+        "—": "-",
+        "–": "-",
+        "·": "-",
+        "×": "x",
+        "÷": "/",
+        "≤": "<=",
+        "≥": ">=",
+        "’": "'",
+        "“": '"',
+        "”": '"',
+        "\u202f": " ",
+        "\u00a0": " ",
+    }
+)
+"""What our own words and drawings use; whatever else a name or a message holds is shown as an escape."""
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """For ``codecs.register_error``."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wanted = error.object[error.start : error.end].translate(_PLAIN)
+    return wanted.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
+def _ascii(name: str) -> codecs.CodecInfo | None:
+    """For ``codecs.register``: ASCII under another name. Typer takes a stream whose encoding is called ascii for
+    misconfigured, and writes UTF-8 to it."""
+    if name != ASCII:
+        return None
+    known = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        known.encode,
+        known.decode,
+        known.streamreader,
+        known.streamwriter,
+        known.incrementalencoder,
+        known.incrementaldecoder,
+        name=ASCII,
+    )
+
+
+def ensure_utf8_names() -> None:
+    """Where the locale is not UTF-8, begin anew in Python's UTF-8 mode: names of files and arguments are UTF-8,
+    whatever the terminal shows. The streams keep the terminal's encoding."""
+    if sys.getfilesystemencoding().lower() in ("utf-8", "utf8") or ENCODING in os.environ or not sys.executable:
+        return
+    environment = {**os.environ, ENCODING: getattr(sys.stdout, "encoding", None) or "ascii"}
+    if sys.argv[1:2] == ["serve"]:
+        environment["PYTHONUTF8"] = "1"  # for its worker processes
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], environment)
+
+
+def prepare() -> None:
+    """Make stdout and stderr take everything. Called once, before anything is written."""
+    codecs.register_error(HANDLER, _plain)
+    codecs.register(_ascii)
+    encoding = os.environ.pop(ENCODING, None)
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # it was closed when this process began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the process's life
+        else:
+            with contextlib.suppress(AttributeError, OSError, ValueError, LookupError):
+                known = encoding or stream.encoding
+                stream.reconfigure(encoding=ASCII if codecs.lookup(known).name == "ascii" else known, errors=HANDLER)
+
+
+def unicode_capable(stream: Any) -> bool:
+    return (getattr(stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
+
+
+def escaped(text: str) -> str:
+    """JSON in ASCII alone: the same values, for streams that take no more."""
+    import json
+
+    return re.sub("[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def flush() -> int:
+    """Write out what is buffered; the exit status for what kept that from happening, 0 for nothing.
+
+    Python would complain once more while closing the stream, so it is let go.
+    """
+    status = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            status = status or let_go(stream, 141)
+        except (OSError, ValueError) as error:
+            status = status or let_go(stream, 1)
+            if stream is sys.stdout:
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"instantstart: cannot write to stdout: {getattr(error, 'strerror', error)}", file=sys.stderr)
+    return status
+
+
+def let_go(stream: Any, status: int) -> int:
+    """``stream`` goes nowhere from now on. Returns ``status``."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    return status
