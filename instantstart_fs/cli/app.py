@@ -235,19 +235,34 @@ def _show_pinned(client: Client, status: PipelineStatus, json: bool, note: str) 
 
 
 @app.command()
-def remove(pipeline: Pipeline, socket: Socket = None) -> None:
+def remove(
+    pipeline: Pipeline,
+    force: Annotated[bool, typer.Option("--force", help="Also while it is leased: the leases end.")] = False,
+    socket: Socket = None,
+) -> None:
     """Forget the pipeline and its bytes."""
     with Client(socket) as client:
-        client.remove(pipeline)
+        held = client.remove(pipeline, force=force)
     print(f"{pipeline}: removed")
+    _show_held(held)
 
 
 @app.command()
-def evict(pipeline: Pipeline, socket: Socket = None) -> None:
+def evict(
+    pipeline: Pipeline,
+    force: Annotated[bool, typer.Option("--force", help="Also while it is leased or open: the leases end.")] = False,
+    socket: Socket = None,
+) -> None:
     """Drop the pipeline's bytes; it stays, cold."""
     with Client(socket) as client:
-        client.evict(pipeline)
+        held = client.evict(pipeline, force=force)
     print(f"{pipeline}: evicted, cold now")
+    _show_held(held)
+
+
+def _show_held(held: list[str]) -> None:
+    if held:
+        print(f"  still open  by {printable(', '.join(held))}: that space is free once they close it")
 
 
 @app.command()

@@ -138,11 +138,17 @@ class Client:
     def update(self, pipeline: str) -> PipelineStatus:
         return self._ask(Update(pipeline), PipelineStatus, deadline=RESOLVE_DEADLINE)
 
-    def remove(self, pipeline: str) -> None:
-        self._ask(Remove(pipeline), type(None), deadline=RESOLVE_DEADLINE)
+    def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
+        """Who still has files of it open, in words. ``force``: leases are ended rather than in the way."""
+        return self._held_by(Remove(pipeline, force))
 
-    def evict(self, pipeline: str) -> None:
-        self._ask(Evict(pipeline), type(None), deadline=RESOLVE_DEADLINE)
+    def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
+        """The same. ``force``: opens are not in the way either."""
+        return self._held_by(Evict(pipeline, force))
+
+    def _held_by(self, request: Request) -> list[str]:
+        answer: Any = self._ask(request, object, deadline=RESOLVE_DEADLINE)
+        return [] if answer is None else _as(answer, list[str])
 
     def set_pinned(self, pipeline: str, pinned: bool) -> None:
         self._ask(Pin(pipeline, pinned), type(None))

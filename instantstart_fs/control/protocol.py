@@ -62,16 +62,19 @@ class Update(_Request, frozen=True, tag="update"):
     pipeline: str
 
 
-class Remove(_Request, frozen=True, tag="remove"):
-    """→ null."""
+class Remove(_Request, frozen=True, tag="remove", omit_defaults=True):
+    """→ null, or a list of those (as messages name them) who still have files of it open: their space is free once
+    they close them. ``force``: leases do not keep it from going, they are ended."""
 
     pipeline: str
+    force: bool = False
 
 
-class Evict(_Request, frozen=True, tag="evict"):
-    """→ null."""
+class Evict(_Request, frozen=True, tag="evict", omit_defaults=True):
+    """→ as for ``remove``. ``force``: neither leases nor opens keep its bytes from going."""
 
     pipeline: str
+    force: bool = False
 
 
 class Pin(_Request, frozen=True, tag="pin"):

@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -72,6 +72,7 @@ from instantstart_fs.errors import (
     StoreFull,
     from_code,
 )
+from instantstart_fs.library.state import Lessee
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class ControlServer:
         self._peer = peer
         self._pending = pending
         self._nursery: trio.Nursery | None = None
+        self._leases: dict[str, dict[trio.CancelScope, None]] = {}
         self.callers = Callers(library, group=group, group_access=group_access)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -186,6 +188,29 @@ class ControlServer:
             return change.result()
         raise PipelineBusy(f"still under way after {CHANGE_DEADLINE:g} s; it goes on, `instantstart status` shows it")
 
+    async def take_away(
+        self, operation: Callable[..., Awaitable[list[str]]], pipeline: str, force: bool
+    ) -> list[str] | None:
+        """Remove or evict it; by ``force`` no lease is in the way, and all of them end with it."""
+        held = await operation(pipeline, force=force)
+        if force:
+            for scope in list(self._leases.get(pipeline, ())):
+                scope.cancel()
+        return held or None
+
+    @contextlib.contextmanager
+    def leased(self, pipeline: str) -> Iterator[trio.CancelScope]:
+        """Around a lease: what ``take_away`` ends."""
+        scopes = self._leases.setdefault(pipeline, {})
+        with trio.CancelScope() as scope:
+            scopes[scope] = None
+            try:
+                yield scope
+            finally:
+                del scopes[scope]
+                if not scopes and self._leases.get(pipeline) is scopes:
+                    del self._leases[pipeline]
+
     async def status(self, pipeline: str) -> PipelineStatus:
         try:
             await self._library.look_into(pipeline)
@@ -241,6 +266,7 @@ class _Connection:
         self._library = server.library
         self._stream = stream
         self._peer = peer
+        self._lessee = Lessee(peer.pid, peer.uid)
         self._buffer = LineBuffer(MAX_REQUEST)
 
     async def run(self) -> None:
@@ -309,12 +335,8 @@ class _Connection:
         """What is to be answered; a lease never returns, it is ended by the connection's end."""
         try:
             self._server.callers.authorize(self._peer, request)
-            if isinstance(request, Lease):
-                with self._library.lease(request.pipeline):
-                    await self._send(Done())
-                    await trio.sleep_forever()
-            if isinstance(request, Open):
-                await self._hand_over(request)
+            if isinstance(request, Lease | Open):
+                await self._hold(request)
             return Done(await self._perform(request))
         except InstantStartError as error:
             return _failed(error)
@@ -347,10 +369,10 @@ class _Connection:
                 return await change(lambda: self._add(spec, warm))
             case Update(pipeline):
                 return await change(lambda: library.update(pipeline))
-            case Remove(pipeline):
-                return await change(lambda: library.remove(pipeline))
-            case Evict(pipeline):
-                return await change(lambda: library.evict(pipeline))
+            case Remove(pipeline, force):
+                return await change(lambda: self._server.take_away(library.remove, pipeline, force))
+            case Evict(pipeline, force):
+                return await change(lambda: self._server.take_away(library.evict, pipeline, force))
             case Pin(pipeline, pinned):
                 return await change(lambda: library.set_pinned(pipeline, pinned))
             case Warm(pipeline, everything, wait):
@@ -365,9 +387,21 @@ class _Connection:
             case Lease() | Open():
                 raise AssertionError("handled by the caller")
 
+    async def _hold(self, request: Lease | Open) -> None:
+        """Returns only by an exception: the lease lasts as long as the connection, and is ended with it."""
+        with self._server.leased(request.pipeline) as scope:
+            await (self._hand_over(request) if isinstance(request, Open) else self._lease(request))
+        if scope.cancelled_caught:
+            await self._send(_failed(PipelineBusy(f"{request.pipeline}: an administrator took it away by force")))
+        raise trio.BrokenResourceError("the lease has ended")
+
+    async def _lease(self, request: Lease) -> None:
+        with self._library.lease(request.pipeline, self._lessee):
+            await self._send(Done())
+            await trio.sleep_forever()
+
     async def _hand_over(self, request: Open) -> None:
-        """Returns only by an exception: the lease lasts as long as the connection."""
-        async with self._library.opening(request.pipeline, request.deadlines) as handover:
+        async with self._library.opening(request.pipeline, request.deadlines, self._lessee) as handover:
             await self._send(Opening(handover.weights))
             while not handover.finished:
                 handed = await handover.next_files(MAX_HANDED_FILES, 1.0)

@@ -57,7 +57,7 @@ from instantstart_fs.library.rechecking import Rechecker
 from instantstart_fs.library.reports import Reports
 from instantstart_fs.library.scrubbing import Scrubber
 from instantstart_fs.library.shelf import Shelf
-from instantstart_fs.library.state import Generation, Pipeline
+from instantstart_fs.library.state import Generation, Lessee, Pipeline
 from instantstart_fs.library.view import Attributes, Filesystem, Invalidation, NotInMemory, OpenFile
 from instantstart_fs.library.watching import Watcher
 from instantstart_fs.origins.base import Origin
@@ -149,7 +149,7 @@ class Library:
             self._filler,
             self._admissions,
         )
-        self._admin = Admin(self._shelf, self._reading, config.fill.chunk_size)
+        self._admin = Admin(self._shelf, self._reading, self._open_files, config.fill.chunk_size)
         self._covering = Covering(self._shelf, self._access, self._open_files, self.observer, config.eviction.keep_hot)
         self.scrubber: Scrubber | None = None
         if config.store.scrub is not None:
@@ -337,18 +337,22 @@ class Library:
         if self.rechecker is not None:
             await self.rechecker.note(pipeline, None)
 
-    async def remove(self, pipeline: str) -> None:
-        """Raises PipelineNotFound, PipelineBusy (leased)."""
-        await self._admin.remove(pipeline)
+    async def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
+        """Who still has files of it open, whose space is free once they are closed. Raises PipelineNotFound,
+        PipelineBusy (leased; not by ``force``)."""
+        holders = await self._admin.remove(pipeline, force=force)
         self.observer.forget(pipeline)
         if pipeline not in self._shelf.pipelines:
             self._access.forget(pipeline)
+        return [str(holder) for holder in holders]
 
-    async def evict(self, pipeline: str) -> None:
-        """Raises PipelineNotFound, PipelineBusy (pinned, leased or open)."""
+    async def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
+        """As ``remove`` says. Raises PipelineNotFound, PipelineBusy (pinned; leased or open, but by ``force``)."""
         self._covering.look_again(pipeline)
-        self.observer.evicted(await self._admin.evict(pipeline))
+        dropped, holders = await self._admin.evict_by_hand(pipeline, force=force)
+        self.observer.evicted(dropped)
         self._evictor.nudge()
+        return [str(holder) for holder in holders]
 
     async def evict_unused(self, pipeline: str) -> None:
         """``evict`` for the evictor: PipelineBusy, too, if it was requested since it was chosen, or is being changed:
@@ -495,26 +499,33 @@ class Library:
         return tuple(model.source for model in found.spec.models)
 
     @contextmanager
-    def lease(self, pipeline: str) -> Iterator[None]:
-        """While held the pipeline counts as requested and in use."""
+    def lease(self, pipeline: str, lessee: Lessee | None = None) -> Iterator[None]:
+        """While held the pipeline counts as requested and in use. ``lessee``: whom to name to those in whose way it
+        is."""
         found = self._shelf.pipeline(pipeline)
         found.leases += 1
+        if lessee is not None:
+            found.lessees.append(lessee)
         self._access.record_request(found.id, self._shelf.now_ns())
         found.changed()
         try:
             yield
         finally:
             found.leases -= 1
+            if lessee is not None:
+                found.lessees.remove(lessee)
             if not found.removed:
                 self._access.record_request(found.id, self._shelf.now_ns())
             found.changed()
 
     @asynccontextmanager
-    async def opening(self, pipeline: str, deadlines: Mapping[str, float]) -> AsyncIterator[Handover]:
+    async def opening(
+        self, pipeline: str, deadlines: Mapping[str, float], lessee: Lessee | None = None
+    ) -> AsyncIterator[Handover]:
         """Under a lease: its weight files, to be handed to a process that reads them itself, in the order of
         core.weights.schedule. A pipeline that is not warm is filled; nothing of it is staged. Raises PipelineNotFound,
         and what forbids filling it."""
-        with self.lease(pipeline), self.rest_staging(pipeline):
+        with self.lease(pipeline, lessee), self.rest_staging(pipeline):
             found = self._visible(pipeline)
             generation = await self._shelf.look_into(found)
             if generation is None or not generation.load_set_complete:

@@ -13,7 +13,9 @@ Each holds the pipeline's lock, so one of them runs at a time. Orders that a cra
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -41,6 +43,8 @@ from instantstart_fs.errors import (
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.folded import summary_of
+from instantstart_fs.library.holders import Holder, holders_of, known, listed
+from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.proof import prove_access
 from instantstart_fs.library.reading import Reading
 from instantstart_fs.library.rehash import Pace, rehash
@@ -55,6 +59,18 @@ RESOLVE_DEADLINE = 300.0
 
 RESOLVE_AT_ONCE = 32
 """Sources that are listed at the same time; the others wait, and their deadline with them."""
+
+HOLDERS_DEADLINE = 5.0
+"""Seconds for a look through /proc: a busy host's takes one."""
+
+MOST_HELD = 2000
+"""Files whose inode numbers in the store are looked up for it."""
+
+NOBODY = (
+    "nobody whom this daemon can see (a process that it may not look at, the kernel itself, or its own verify or scrub)"
+)
+SOMEBODY = "somebody has files of it open"
+"""How a refusal ends that says no more."""
 
 CHECK_DEADLINE = 60.0
 """Seconds for one source to say whether it may be fetched: a few small requests."""
@@ -72,9 +88,11 @@ class VerifyReport(msgspec.Struct, frozen=True):
 class Admin:
     """Owned by the Library. ``chunk_size`` in bytes, for new generations."""
 
-    def __init__(self, shelf: Shelf, reading: Reading, chunk_size: int) -> None:
+    def __init__(self, shelf: Shelf, reading: Reading, open_files: OpenFiles, chunk_size: int) -> None:
         self._shelf = shelf
         self._reading = reading
+        self._open_files = open_files
+        self._looking = trio.CapacityLimiter(1)
         self._chunk_size = chunk_size
         self._adding: set[str] = set()
         self._resolving = trio.Semaphore(RESOLVE_AT_ONCE)
@@ -218,15 +236,25 @@ class Admin:
                 "generation %d is not deleted: %s", generation.number, error.message, extra={"pipeline": pipeline.id}
             )
 
-    async def remove(self, pipeline_id: str) -> None:
-        """Forget the pipeline and its bytes. Open sealed files stay readable for those who hold them."""
+    async def remove(self, pipeline_id: str, *, force: bool = False) -> list[Holder]:
+        """Forget the pipeline and its bytes. Complete files stay readable for those who hold them open, and take their
+        space until then: those are returned, as far as they can be seen.
+
+        Raises PipelineBusy while it is leased, unless by ``force``.
+        """
         pipeline = self._shelf.pipeline(pipeline_id)
         async with pipeline.lock:
             self._still_there(pipeline)
-            if pipeline.leases:
-                raise PipelineBusy(f"{pipeline_id}: {pipeline.leases} lease(s) hold it; end them first")
+            if pipeline.leases and not force:
+                by_force = f"end that first, or `instantstart remove --force {pipeline_id}`"
+                raise PipelineBusy(f"{pipeline_id}: {_leased(pipeline)}; {by_force}")
+            holders = await self._holders(pipeline)
+            self._still_there(pipeline)
             async with self._shelf.uncovered(pipeline):
                 taken = self._shelf.deleting(*pipeline.outlines())
+                for generation in pipeline.outlines():
+                    if isinstance(generation, Generation):
+                        self._open_files.keep_for_holders(generation)
                 self._shelf.withdraw(pipeline)
                 self._adding.add(pipeline_id)
                 try:
@@ -243,24 +271,84 @@ class Admin:
                     self._adding.discard(pipeline_id)
                     self._shelf.end(pipeline)
         log.info("removed", extra={"pipeline": pipeline_id})
+        return holders
 
-    async def evict(self, pipeline_id: str, refuse: Callable[[Pipeline], None] | None = None) -> int:
+    async def evict_by_hand(self, pipeline_id: str, *, force: bool = False) -> tuple[int, list[Holder]]:
+        """``evict``, and a refusal says who is in the way. By ``force`` neither leases nor opens are: complete files
+        stay readable for those who hold them open, of others they get an error, and the space is free once they close
+        them: who they are, as far as can be seen, is returned as well."""
+        pipeline = self._shelf.pipeline(pipeline_id)
+        if force:
+            self._refuse_pinned(pipeline)
+            holders = await self._holders(pipeline)
+            return await self.evict(pipeline_id, force=True), holders
+        try:
+            return await self.evict(pipeline_id), []
+        except PipelineBusy as error:
+            if pipeline.removed or pipeline.pinned or not (pipeline.leases or error.message.endswith(SOMEBODY)):
+                raise
+            by_force = f"end that first, or `instantstart evict --force {pipeline_id}`"
+            if pipeline.leases:
+                raise PipelineBusy(f"{pipeline_id}: {_leased(pipeline)}; {by_force}") from error
+            found = await self._holders(pipeline)
+            who = (
+                listed(found)
+                if found
+                else "nobody whom this daemon can see: a container's process, or the kernel's own"
+            )
+            raise PipelineBusy(f"{error.message}: {who}; {by_force}") from error
+
+    async def _holders(self, pipeline: Pipeline) -> list[Holder]:
+        """Which processes have files of it open or mapped, or were handed them; nobody after HOLDERS_DEADLINE."""
+        generations = [found for found in pipeline.outlines() if isinstance(found, Generation)]
+        if not any(generation.handles for generation in generations) and not pipeline.leases:
+            return []
+        files = [file for generation in generations for file in generation.files if file.handles or file.complete]
+        inodes: dict[str, set[int]] = {}
+        for file in files:
+            inodes.setdefault(file.entry.path.rpartition("/")[2], set()).add(file.nodeid)
+        held = [(file.triple, file.entry.path) for file in files if file.complete][:MOST_HELD]
+
+        def look() -> list[Holder]:
+            # Whom a file was handed, or who has it bound over the mount, has the store's own open.
+            for (name, generation, _), path in held:
+                with contextlib.suppress(InstantStartError):
+                    blob = self._shelf.store.existing_blob(name, generation, path)
+                    if blob is not None:
+                        with blob:
+                            inodes[path.rpartition("/")[2]].add(os.fstat(blob.fd).st_ino)
+            return holders_of(inodes)
+
+        with trio.move_on_after(HOLDERS_DEADLINE):
+            return await trio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._looking)
+        return []
+
+    async def evict(
+        self, pipeline_id: str, refuse: Callable[[Pipeline], None] | None = None, *, force: bool = False
+    ) -> int:
         """Drop the pipeline's bytes, keep its manifest; the number of bytes dropped. ``refuse`` is asked at the moment
         from which on nothing can come in between, and may raise.
 
-        Raises PipelineBusy while it is pinned, leased or open.
+        Raises PipelineBusy while it is pinned, leased or open; by ``force`` only while it is pinned.
         """
+        refuse_in_use = self._refuse_pinned if force else self._refuse_in_use
         shelf = self._shelf
         pipeline = shelf.pipeline(pipeline_id)
         async with pipeline.lock:
             self._still_there(pipeline)
-            self._refuse_in_use(pipeline)
+            refuse_in_use(pipeline)
             old = await shelf.look_into(pipeline)
             if old is None:
                 return 0
-            async with shelf.making(pipeline, old.manifest) as new, shelf.uncovered(pipeline, idle_only=True):
+            if force:
+                for superseded in list(pipeline.draining):
+                    self._open_files.keep_for_holders(superseded)
+                    with shelf.deleting(superseded):
+                        await self._drop_generation(superseded)
+            async with shelf.making(pipeline, old.manifest) as new, shelf.uncovered(pipeline, idle_only=not force):
                 # From here to the switch nothing awaits: nobody can open the old generation in between.
-                self._refuse_in_use(pipeline)
+                refuse_in_use(pipeline)
+                self._open_files.keep_for_holders(old)
                 if refuse is not None:
                     refuse(pipeline)
                 dropped = sum(file.cached_bytes for file in old.files)
@@ -355,7 +443,7 @@ class Admin:
                 problem = await rehash(self._shelf.store, file, pace.wait, read)
                 done = began + file.size
                 progress(done, total)
-                if problem is not None and file.gone is None and not pipeline.removed:
+                if problem is not None and self._shelf.file(file.key) is file:
                     healed.append(file.entry.path)
                     await self._reading.discard(file, problem, wanted=True, found_by="verify")
         return VerifyReport(files=len(files), bytes=total, healed=tuple(healed), unproven=tuple(unproven))
@@ -481,18 +569,28 @@ class Admin:
         )
 
     @staticmethod
-    def _refuse_in_use(pipeline: Pipeline) -> None:
+    def _refuse_pinned(pipeline: Pipeline) -> None:
         if pipeline.pinned:
             raise PipelineBusy(f"{pipeline.id}: it is pinned; `instantstart unpin {pipeline.id}` first")
+
+    @classmethod
+    def _refuse_in_use(cls, pipeline: Pipeline) -> None:
+        cls._refuse_pinned(pipeline)
         if pipeline.leases:
-            raise PipelineBusy(f"{pipeline.id}: {pipeline.leases} lease(s) hold it")
+            raise PipelineBusy(f"{pipeline.id}: {_leased(pipeline)}")
         if pipeline.in_use:
-            raise PipelineBusy(f"{pipeline.id}: somebody has files of it open")
+            raise PipelineBusy(f"{pipeline.id}: {SOMEBODY}")
 
     def _still_there(self, pipeline: Pipeline) -> None:
         if pipeline.removed:
             self._shelf.pipeline(pipeline.id)
             raise PipelineBusy(f"{pipeline.id}: it was removed and added again meanwhile")
+
+
+def _leased(pipeline: Pipeline) -> str:
+    """``2 lease(s) hold it: pid 7 (vllm, uid 1000), …``"""
+    holders = [known(lessee.pid, lessee.uid) for lessee in pipeline.lessees]
+    return f"{pipeline.leases} lease(s) hold it" + (f": {listed(holders)}" if holders else "")
 
 
 def drop_targets(generation: Generation) -> None:

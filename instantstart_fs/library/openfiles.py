@@ -54,6 +54,14 @@ class OpenFiles:
         if file.handles == 1 and _watched(file):
             self.watcher.opened(file.key)
 
+    def keep_for_holders(self, generation: Generation) -> None:
+        """Before its names go: whoever has a complete file open can read it to the end by our own descriptor."""
+        if generation.handles:
+            for file in generation.files:
+                if file.handles and file.complete and file.gone is None:
+                    with contextlib.suppress(StoreError):
+                        self.reader(file)
+
     def let_go(self, file: CachedFile) -> None:
         """One less."""
         file.handles -= 1

@@ -124,6 +124,13 @@ OVERHEAD_BLOCKS = 3
 extents."""
 
 
+class Lessee(NamedTuple):
+    """Who holds a lease, as the kernel says of the other end of a connection; ``pid``: 0 where it is not in sight."""
+
+    pid: int
+    uid: int
+
+
 class Uncached(NamedTuple):
     """A pipeline's reads are served straight from its origin. ``retry_at``: trio.current_time() from which on it is
     asked for room again."""
@@ -462,6 +469,8 @@ class Pipeline:
         self.draining: list[Generation] = []
         """Superseded generations that somebody still holds open."""
         self.leases = 0
+        self.lessees: list[Lessee] = []
+        """Those of the leases whose holder is known."""
         self._trouble: Trouble | None = None
         self.on_trouble: Callable[[Pipeline], None] = lambda pipeline: None
         """Told when ``trouble`` was set or lifted."""

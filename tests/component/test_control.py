@@ -37,6 +37,7 @@ from instantstart_fs.errors import (
     PipelineExists,
     PipelineNotFound,
 )
+from instantstart_fs.library.state import Lessee
 
 INFO = DaemonInfo("0", os.getpid(), "/models", "/store", 1.0, 1, True)
 COLD = PipelineStatus(
@@ -131,11 +132,14 @@ class FakeLibrary:
         await self._held("update")
         return self.status(pipeline)
 
-    async def remove(self, pipeline: str) -> None:
+    async def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
         await self._held("remove")
         self.spec(pipeline)
+        if self.leases and not force:
+            raise PipelineBusy("leased")
+        return ["pid 7 (engine, uid 1)"] if force else []
 
-    async def evict(self, pipeline: str) -> None:
+    async def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
         raise ZeroDivisionError("a defect")
 
     async def set_pinned(self, pipeline: str, pinned: bool) -> None:
@@ -185,7 +189,7 @@ class FakeLibrary:
         return Report(1, 100, ("a",), ())
 
     @contextmanager
-    def lease(self, pipeline: str) -> Iterator[None]:
+    def lease(self, pipeline: str, lessee: Lessee | None = None) -> Iterator[None]:
         self.spec(pipeline)
         self._leased(1)
         try:
@@ -194,8 +198,10 @@ class FakeLibrary:
             self._leased(-1)
 
     @asynccontextmanager
-    async def opening(self, pipeline: str, deadlines: Mapping[str, float]) -> AsyncIterator[FakeHandover]:
-        with self.lease(pipeline):
+    async def opening(
+        self, pipeline: str, deadlines: Mapping[str, float], lessee: Lessee | None = None
+    ) -> AsyncIterator[FakeHandover]:
+        with self.lease(pipeline, lessee):
             yield self.handover
 
     def _leased(self, change: int) -> None:
@@ -762,3 +768,21 @@ async def test_more_files_than_fit_in_one_message(library: FakeLibrary, path: st
         found = await ask(path, opened)
     assert isinstance(found, dict) and len(found) == 160
     assert all(contents == [path.partition("-")[2].encode()] * 2 for path, contents in found.items())
+
+
+@pytest.mark.parametrize("how", ["lease", "open"])
+async def test_by_force_the_leases_end_and_whoever_held_them_is_told(library: FakeLibrary, path: str, how: str) -> None:
+    library.handover = FakeHandover([("a", b"one")])
+    async with run(library, path):
+        holder, other = await connected(path), await connected(path)
+        await trio.to_thread.run_sync(getattr(holder, how), "x")
+        with pytest.raises(PipelineBusy):
+            await trio.to_thread.run_sync(other.remove, "x")
+        assert library.leases == 1
+        assert await trio.to_thread.run_sync(lambda: other.remove("x", force=True)) == ["pid 7 (engine, uid 1)"]
+        await library.wait_leases(0)
+        with trio.fail_after(10):
+            while not await trio.to_thread.run_sync(holder.wait_ended, 1.0):
+                pass
+        holder.close()
+        other.close()

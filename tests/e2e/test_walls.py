@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -443,3 +447,117 @@ def test_owners_reach_the_socket_of_a_daemon_that_made_its_directory(
             status, _, err = cli_as(running, BOB, *arguments)
             assert status == 0, (arguments, err)
         assert python_as(BOB, READS["open"], running.path("bobs"), running.path("bobs", FIRST)) is None
+
+
+# ---------------------------------------------------------------- a stranger's open, and root who wants the disk
+
+STRANGER = (54321, 54321)
+HOLD = (
+    "import hashlib, mmap, os, sys\n"
+    "fd = os.open(sys.argv[1], os.O_RDONLY)\n"
+    "mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ) if sys.argv[2] == 'mapped' else None\n"
+    "print('held', flush=True)\n"
+    "sys.stdin.readline()\n"
+    "data = mapped[:] if mapped else open(fd, 'rb').read()\n"
+    "print(hashlib.sha256(data).hexdigest(), flush=True)\n"
+    "sys.stdin.readline()\n"
+)
+
+
+@contextlib.contextmanager
+def held_by_a_stranger(path: Path, how: str = "open") -> Iterator[subprocess.Popen[str]]:
+    user = [f"--reuid={STRANGER[0]}", f"--regid={STRANGER[1]}", "--clear-groups"]
+    command = ["setpriv", *user, sys.executable, "-c", HOLD, str(path), how]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def hash_seen_by(process: subprocess.Popen[str]) -> str:
+    assert process.stdin is not None and process.stdout is not None
+    print(file=process.stdin, flush=True)
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("how", ["open", "mapped"])
+@pytest.mark.parametrize("transport", ["auto", "pyfuse3"])
+def test_a_strangers_open_keeps_root_from_nothing_for_long(
+    open_directory: Path, model: Path, transport: str, how: str
+) -> None:
+    """Root is told whose it is. By force the pipeline goes; whoever holds a complete file reads it to the end, and its
+    space is free with the last close."""
+    expected = hashlib.sha256((model / FIRST).read_bytes()).hexdigest()
+    directory = open_directory / f"force-{transport}-{how}"
+    with Daemon(directory, config={"mount": {"transport": transport}}) as running:
+        slots = running.store / "slots"
+
+        def used() -> int:
+            return int(must("du", "-sB1", slots).split()[0])
+
+        for verb in ("evict", "remove"):
+            running.ok("add", "p", f"file://{model}")
+            running.warm("p")
+            with held_by_a_stranger(running.path("p", FIRST), how) as stranger:
+                if verb == "evict":
+                    refused = running.refused(1, verb, "p")
+                    assert f"pid {stranger.pid} (python" in refused and f"uid {STRANGER[0]}" in refused, refused
+                    assert "evict --force p" in refused
+                done = running.ok(verb, "--force", "p")
+                assert f"pid {stranger.pid} (python" in done and "space is free once" in done, done
+                assert used() < 64 * 1024, "names of deleted files"
+                if verb == "evict":
+                    assert running.status("p")["cached_bytes"] == 0
+                    running.warm("p")  # another generation of the same files, beside the one that is held
+                    assert running.path("p", FIRST).read_bytes() == (model / FIRST).read_bytes()
+                assert hash_seen_by(stranger) == expected
+            if verb == "evict":
+                wait_for(lambda: running.cli("evict", "p").returncode == 0, "the kernel's release of the file")
+                running.ok("remove", "p")
+
+        def let_go() -> bool:
+            names = [os.readlink(fd) for fd in Path(f"/proc/{running.pid}/fd").iterdir() if fd.is_symlink()]
+            return not any(name.endswith(".safetensors (deleted)") for name in names)
+
+        wait_for(let_go, "the daemon's last descriptor of what was deleted")
+
+
+def test_of_a_partial_file_that_was_taken_away_nobody_reads_anything_wrong(
+    open_directory: Path, hub: HubServer, model: Path
+) -> None:
+    """What was not here yet is an error to whoever holds it, and the next fill begins anew."""
+    hub.publish("org/model", model)
+    config = {"fill": {"chunk_size": "1MiB"}, "origins": {"huggingface": {"endpoint": hub.endpoint}}}
+    with Daemon(open_directory / "partial", config=config, allow=["."]) as running:
+        running.ok("add", "p", "hf://org/model")
+        with open(running.path("p", FIRST), "rb", buffering=0) as file:
+            assert file.read(4096) == (model / FIRST).read_bytes()[:4096]
+            running.ok("evict", "--force", "p")
+            size = os.path.getsize(model / FIRST)
+            with pytest.raises(OSError):
+                os.pread(file.fileno(), 65536, size - 65536)
+            running.warm("p")
+            assert running.path("p", FIRST).read_bytes() == (model / FIRST).read_bytes()
+
+
+def test_a_strangers_lease_is_named_and_ends_by_force(open_directory: Path, model: Path) -> None:
+    with Daemon(open_directory / "leases") as running:
+        running.ok("add", "bobs", f"file://{model}", "--owner", owner(BOB), "--mode", "0500")
+        running.warm("bobs")
+        environment = {**os.environ, "INSTANTSTART_SOCKET": str(running.socket), "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-m", "instantstart_fs.cli", "lease", "bobs", "--", "sleep", "60"]
+        user = [f"--reuid={BOB[0]}", f"--regid={BOB[1]}", "--clear-groups"]
+        with subprocess.Popen(["setpriv", *user, *command], env=environment, start_new_session=True) as holder:
+            try:
+                wait_for(lambda: running.status("bobs")["leases"] == 1, "the lease", 20)
+                for verb in ("evict", "remove"):
+                    refused = running.refused(1, verb, "bobs")
+                    assert f"1 lease(s) hold it: pid {holder.pid} (" in refused and f"uid {BOB[0]}" in refused, refused
+                running.ok("evict", "--force", "bobs")
+                assert running.status("bobs")["cached_bytes"] == 0
+                running.ok("remove", "--force", "bobs")
+                assert json.loads(running.ok("ls", "--json")) == []
+            finally:
+                os.killpg(holder.pid, signal.SIGKILL)

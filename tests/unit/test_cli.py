@@ -82,11 +82,13 @@ class FakeClient:
         self._call("ls")
         return [msgspec.structs.replace(STATUS, files=None)]
 
-    def remove(self, pipeline: str) -> None:
-        self._call("remove", pipeline)
+    def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
+        self._call("remove", pipeline, *(("force",) if force else ()))
+        return []
 
-    def evict(self, pipeline: str) -> None:
-        self._call("evict", pipeline)
+    def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
+        self._call("evict", pipeline, *(("force",) if force else ()))
+        return ["pid 7 (engine, uid 1)"] if force else []
 
     def touch(self, pipeline: str) -> None:
         self._call("touch", pipeline)
@@ -132,6 +134,8 @@ def client(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
     [
         (["remove", "x"], ("remove", "x")),
         (["evict", "x"], ("evict", "x")),
+        (["remove", "x", "--force"], ("remove", "x", "force")),
+        (["evict", "x", "--force"], ("evict", "x", "force")),
         (["pin", "x"], ("pin", "x", True)),
         (["unpin", "x"], ("pin", "x", False)),
         (["touch", "x"], ("touch", "x")),
