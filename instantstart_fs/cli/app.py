@@ -181,6 +181,12 @@ def add(
     quota: Annotated[
         str | None, typer.Option("--quota", metavar="SIZE", help="How much of the disk it may take, such as 50GiB.")
     ] = None,
+    anonymous: Annotated[
+        bool, typer.Option("--anonymous", help="Ask S3 without credentials: the bucket is public.")
+    ] = False,
+    requester_pays: Annotated[
+        bool, typer.Option("--requester-pays", help="The bucket's requester pays: these credentials are charged.")
+    ] = False,
     warm: Annotated[bool, typer.Option("--warm", help="Start filling at once.")] = False,
     socket: Socket = None,
     json: Json = False,
@@ -199,6 +205,8 @@ def add(
         token_file=token_file,
         aws_profile=aws_profile,
         endpoint_url=endpoint_url,
+        anonymous=anonymous,
+        requester_pays=requester_pays,
         quota=quota,
     )
     with Client(socket) as client:

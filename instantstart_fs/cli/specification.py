@@ -24,6 +24,8 @@ def specification(
     aws_profile: str | None = None,
     endpoint_url: str | None = None,
     quota: str | None = None,
+    anonymous: bool = False,
+    requester_pays: bool = False,
 ) -> PipelineSpec:
     """``named``: NAME=SOURCE each. Raises UsageError, InvalidName, InvalidSource, ConfigError."""
     validate_pipeline_id(pipeline)
@@ -39,6 +41,8 @@ def specification(
         raise UsageError("--model: two models have the same name")
     for model in models:
         parse_source(model.source)
+    if anonymous and aws_profile is not None:
+        raise UsageError("--anonymous and --aws-profile exclude each other")
     if token_file is not None:
         token_file = os.path.abspath(os.path.expanduser(token_file))
         if not os.path.isfile(token_file):
@@ -53,5 +57,7 @@ def specification(
         token_file=token_file,
         aws_profile=aws_profile,
         endpoint_url=endpoint_url,
+        anonymous=anonymous,
+        requester_pays=requester_pays,
         quota=option("--quota", parse_size, quota) if quota is not None else None,
     )

@@ -106,6 +106,8 @@ class _S3(Table):
     endpoint_url: str | None = None
     region_name: str | None = None
     profile: str | None = None
+    anonymous: bool = False
+    requester_pays: bool = False
 
 
 class _Origins(Table):
@@ -241,7 +243,13 @@ def _build(
         http=_http(at, raw.http),
         origins=OriginsConfig(
             HuggingFaceConfig(hub.endpoint, at.secret_file("origins.huggingface.token_file", hub.token_file)),
-            S3Config(raw.origins.s3.endpoint_url, raw.origins.s3.region_name, raw.origins.s3.profile),
+            S3Config(
+                raw.origins.s3.endpoint_url,
+                raw.origins.s3.region_name,
+                raw.origins.s3.profile,
+                raw.origins.s3.anonymous,
+                raw.origins.s3.requester_pays,
+            ),
             at.parsed("origins.recheck_access", parse_interval, raw.origins.recheck_access),
             raw.origins.on_refusal,
         ),

@@ -34,6 +34,8 @@ class PipelineTable(Table):
     endpoint_url: str | None = None
     pinned: bool = False
     quota: str | int | None = None
+    anonymous: bool = False
+    requester_pays: bool = False
 
 
 def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str, key: str) -> PipelineSpec:
@@ -58,6 +60,8 @@ def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str
             parse_source(spec.source)
         uid, gid = parse_owner(raw.owner) if raw.owner is not None else (os.geteuid(), os.getegid())
         mode = parse_mode(raw.mode)
+        if raw.anonymous and raw.aws_profile is not None:
+            raise ConfigError("anonymous and aws_profile exclude each other")
     except UsageError as error:
         raise at.fail(key, error.message) from error
     at.url(f"{prefix}endpoint_url", raw.endpoint_url)
@@ -71,5 +75,7 @@ def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str
         aws_profile=raw.aws_profile,
         endpoint_url=raw.endpoint_url,
         pinned=raw.pinned,
+        anonymous=raw.anonymous,
+        requester_pays=raw.requester_pays,
         quota=None if raw.quota is None else at.parsed(f"{prefix}quota", parse_size, raw.quota),
     )

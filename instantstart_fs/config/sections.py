@@ -114,11 +114,14 @@ class HuggingFaceConfig(msgspec.Struct, frozen=True):
 
 
 class S3Config(msgspec.Struct, frozen=True):
-    """None leaves it to boto3: AWS_* and ~/.aws."""
+    """None leaves it to boto3: AWS_* and ~/.aws. ``anonymous``: no credentials are looked for; ``requester_pays``:
+    whose they are pays for the requests."""
 
     endpoint_url: str | None = None
     region_name: str | None = None
     profile: str | None = None
+    anonymous: bool = False
+    requester_pays: bool = False
 
 
 OnRefusal = Literal["hide", "report"]

@@ -47,6 +47,12 @@ class ManifestFile(msgspec.Struct, frozen=True, gc=False):
     mtime_ns: int = 0
 
 
+def rests_on_etag(file: ManifestFile) -> bool:
+    """Whether the digest is the origin's ETag taken for an MD5, which some engines' ETags only look like."""
+    digest = file.digest
+    return digest is not None and digest.algorithm == "md5" and f'etag="{digest.value}' in file.version
+
+
 _CHECKSUMS = frozenset({"crc32", "crc32c", "crc64nvme"})
 """They find accidents. That two objects with one checksum are the same, they do not say."""
 
@@ -136,7 +142,8 @@ class PipelineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A pipeline as configured. Holds where credentials lie, never the credentials themselves.
 
     ``mode`` is the mode of its directories (files have it without the x bits); uid/gid own what the mount shows.
-    ``quota``: bytes of disk that its files may take, None = as many as there are.
+    ``quota``: bytes of disk that its files may take, None = as many as there are. ``anonymous``: its S3 buckets are
+    asked without credentials; ``requester_pays``: their requests are paid by who makes them.
     """
 
     id: str
@@ -149,3 +156,5 @@ class PipelineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     endpoint_url: str | None = None
     pinned: bool = False
     quota: int | None = None
+    anonymous: bool = False
+    requester_pays: bool = False

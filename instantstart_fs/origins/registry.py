@@ -35,13 +35,18 @@ def open_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) 
         case S3Source():
             from instantstart_fs.origins.s3 import S3Origin
 
+            # A pipeline's own profile is more than the machine's "ask without".
+            anonymous = spec.anonymous or (settings.s3.anonymous and not spec.aws_profile)
             return S3Origin(
                 source,
                 model,
                 endpoint_url=spec.endpoint_url or settings.s3.endpoint_url,
                 region_name=settings.s3.region_name,
-                profile=spec.aws_profile or settings.s3.profile,
+                profile=None if anonymous else spec.aws_profile or settings.s3.profile,
                 timeout=settings.timeout,
+                bounds=settings.bounds,
+                anonymous=anonymous,
+                requester_pays=spec.requester_pays or settings.s3.requester_pays,
             )
         case DirectorySource():
             from instantstart_fs.origins.directory import DirectoryOrigin

@@ -1,12 +1,15 @@
 """``s3://bucket/prefix`` through boto3: any S3-compatible engine.
 
 The prefix is a directory; where nothing lies below it, it may name one object. Objects are pinned by VersionId where
-the bucket keeps versions, and always by ETag: If-Match is signed into every GET, so that a replaced object answers 412
-and never other bytes. Digests come from HEAD with ChecksumMode: SHA256, CRC64NVME, SHA1, CRC32C, CRC32, whole or
-composite; else from the ETag, where that is an MD5 (one part, not SSE-KMS or SSE-C, no directory bucket) or a multipart
-composite whose parts are of one size (HEAD PartNumber tells). What fits none of these has no digest.
+the bucket keeps versions and these may be read, and always by ETag: If-Match is signed into every GET, so that a
+replaced object answers 412 and never other bytes. Digests come from HEAD with ChecksumMode: SHA256, CRC64NVME, SHA1,
+CRC32C, CRC32, whole or composite; else from the ETag, where that is an MD5 (one part, not SSE-KMS or SSE-C, no
+directory bucket) or a multipart composite whose parts are of one size (HEAD PartNumber tells). That an engine's ETags
+are MD5s is tried with the smallest object. What fits none of these has no digest.
 
-``locate`` signs a URL here, without asking anybody (but once for the bucket's region, on AWS itself).
+``resolve`` ends with a byte of an object, fetched just as the reads are: what lists and heads need proves nothing about
+GET with a VersionId. ``locate`` signs a URL here, without asking anybody (but once for the bucket's region, on AWS
+itself, and once whether it is public, where there are no credentials). Credentials: origins/s3access.py.
 """
 
 from __future__ import annotations
@@ -14,21 +17,25 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import boto3
 import botocore.exceptions
 import botocore.parsers
-from botocore.config import Config
+import msgspec
 
-from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, ModelManifest, ModelSpec
+from instantstart_fs.core.digests import new_hasher
+from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, ModelManifest, ModelSpec, rests_on_etag
+from instantstart_fs.core.refusals import Word, s3_advice, s3_word
 from instantstart_fs.core.source import S3Source
 from instantstart_fs.errors import (
     AccessRefused,
@@ -39,45 +46,52 @@ from instantstart_fs.errors import (
     OriginThrottled,
     OriginUnavailable,
     OriginUnsupported,
+    printable,
 )
 from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.origins.common import finish_manifest, is_trusted, refuse_endless, retry_after, selected
-from instantstart_fs.origins.credentials import require_private
+from instantstart_fs.origins.bounds import Bounds
+from instantstart_fs.origins.common import (
+    finish_manifest,
+    is_trusted,
+    refuse_endless,
+    retry_after,
+    selected,
+)
+from instantstart_fs.origins.s3access import AT_ONCE, BAD_CREDENTIALS, Answered, S3Access
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
-SIGNATURE_LIFETIME = 3600
-"""Seconds that a presigned URL is good for; temporary credentials may end it sooner."""
-HEAD_THREADS = 16
+log = logging.getLogger(__name__)
+
 _CHECKSUMS: tuple[tuple[str, Algorithm], ...] = (
-    ("ChecksumSHA256", "sha256"),
-    ("ChecksumCRC64NVME", "crc64nvme"),
-    ("ChecksumSHA1", "sha1"),
-    ("ChecksumCRC32C", "crc32c"),
-    ("ChecksumCRC32", "crc32"),
+    ("x-amz-checksum-sha256", "sha256"),
+    ("x-amz-checksum-crc64nvme", "crc64nvme"),
+    ("x-amz-checksum-sha1", "sha1"),
+    ("x-amz-checksum-crc32c", "crc32c"),
+    ("x-amz-checksum-crc32", "crc32"),
 )
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 _COMPOSITE = re.compile(r"([0-9a-f]{32})-([0-9]{1,5})\Z")
-_BAD_CREDENTIALS = frozenset(
-    {
-        "InvalidAccessKeyId",
-        "SignatureDoesNotMatch",
-        "ExpiredToken",
-        "InvalidToken",
-        "TokenRefreshRequired",
-        "AuthorizationHeaderMalformed",
-    }
-)
 _THROTTLED = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"})
+TRIED_WHOLE = 8 * 1024 * 1024
+"""Bytes of the largest object by which it is tried whether ETags are MD5s; beyond, the first fetch tells."""
+REMEMBERED = 4096
+"""Addresses that were handed out, the latest: one that is asked for again before its end was refused."""
+EARLY = 60.0
+"""Seconds before its end."""
+LISTING_SECONDS = 290.0
+"""For all pages together: less than whoever waits has (library/admin.py), so that it is told the reason."""
+CANNOT_TELL = frozenset({400, 404, 405, 416, 501})
+"""How engines answer that do not know HEAD with a part's number."""
 
 
 class S3Origin:
     """One prefix of one bucket, asked with one pipeline's credentials. Thread-safe.
 
     ``profile`` names a section of the AWS files; when it is given, neither AWS_ACCESS_KEY_ID nor the machine's own role
-    is used in its place. Without it, boto3's usual chain applies.
+    is used in its place. Without it, boto3's usual chain applies, and where that finds nothing the bucket may be a
+    public one. ``anonymous``: it is, and no credentials are looked for. ``requester_pays``: its owner does not pay.
     """
 
     def __init__(
@@ -89,119 +103,182 @@ class S3Origin:
         region_name: str | None,
         profile: str | None,
         timeout: float,
+        bounds: Bounds,
+        anonymous: bool = False,
+        requester_pays: bool = False,
     ) -> None:
         self._source = source
         self._model = model
-        self._endpoint_url = endpoint_url
-        self._region_name = region_name
         self._profile = profile
         self._timeout = timeout
+        self._bounds = bounds
+        self._access = S3Access(
+            source.bucket,
+            endpoint_url=endpoint_url,
+            region_name=region_name,
+            profile=profile,
+            timeout=timeout,
+            anonymous=anonymous,
+            requester_pays=requester_pays,
+        )
         self._lock = threading.Lock()
-        self._session: boto3.Session | None = None
-        self._cached_client: S3Client | None = None
+        self._given: OrderedDict[str, float] = OrderedDict()
         endpoint = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         host = urlsplit(endpoint).netloc.rpartition("@")[2]
-        self._key = OriginKey("s3", host or "aws", f"profile {profile}" if profile else "machine credentials")
+        whose = "anonymous" if anonymous else f"profile {profile}" if profile else "machine credentials"
+        self._key = OriginKey("s3", host or "aws", whose)
 
     @property
     def key(self) -> OriginKey:
         return self._key
 
     def resolve(self) -> ModelManifest:
-        with self._translated(str(self._source)):
-            found = self._list()
-            wanted = [(path, key) for path, key in found if selected(path, self._model)]
-            with ThreadPoolExecutor(HEAD_THREADS, thread_name_prefix="s3-head") as pool:
-                try:
-                    files = list(pool.map(lambda pair: self._pin(*pair), wanted))
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
+        with self._translated(str(self._source), "s3:ListBucket"):
+            found = self._access.ask(self._list)
+            if not found and self._source.prefix:
+                found = self._single()
+        wanted = [(path, key) for path, key in found if selected(path, self._model)]
+        refuse_endless(self._model.source, len(wanted), len(found))
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="s3-head") as pool:
+            try:
+                files = list(pool.map(lambda pair: self._pin(*pair), wanted))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        files = self._without_false_digests(self._readable(files))
         return finish_manifest(self._model, "", files, len(found))
 
     def locate(self, file: ManifestFile) -> Location:
         version, etag = _unpack(file.version)
-        parameters = {"Bucket": self._source.bucket, "Key": file.address, "IfMatch": etag}
-        if version:
-            parameters["VersionId"] = version
-        with self._translated(f"{self._source}: {file.path}"):
-            client = self._client()
-            expires_at = time.time() + self._lifetime()
-            url = client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=SIGNATURE_LIFETIME)
+        with self._translated(f"{self._source}: {file.path}", "s3:GetObject"):
+            if self._is_early(file.address):
+                self._access.renew()
+            access = self._access
+            url, expires_at = access.sign(file.address, version, etag)
+            if access.unsigned and not access.anonymous and not access.let_in:
+                self._expect(access.head(file.address, etag=etag), file.path, "s3:GetObject", denied_only=True)
+        with self._lock:
+            self._given[file.address] = expires_at
+            self._given.move_to_end(file.address)
+            while len(self._given) > REMEMBERED:
+                self._given.popitem(last=False)
         return Location(
             url=url,
-            headers=(("If-Match", etag),),
+            headers=tuple(access.signed_headers(etag=etag).items()),
             etag=etag,
             expires_at=expires_at,
             trusted=is_trusted(url),
             service="s3",
         )
 
+    def _is_early(self, address: str) -> bool:
+        """Whether an address of it was given out and should still be good: then somebody was refused there."""
+        with self._lock:
+            return self._given.get(address, 0.0) > time.time() + EARLY
+
     def check(self) -> None:
-        with self._translated(str(self._source)):
-            client = self._client()
-            for prefix in self._prefixes():
-                page = client.list_objects_v2(Bucket=self._source.bucket, Prefix=prefix, MaxKeys=20)
-                for entry in page.get("Contents", []):
-                    key = entry["Key"]
-                    if not key.endswith("/") and (prefix.endswith("/") or key == prefix or not prefix):
-                        client.head_object(Bucket=self._source.bucket, Key=key)
-                        return
-        finish_manifest(self._model, "", [], 0)
+        with self._translated(str(self._source), "s3:ListBucket"):
+            found = self._access.ask(self._first)
+            if found is None and self._source.prefix:
+                found = next(iter(self._single()), None)
+        if found is None:
+            finish_manifest(self._model, "", [], 0)
+            return
+        path, key = found
+        head = self._expect(self._head(path, key), path, "s3:GetObject")
+        self._readable([self._pinned(path, key, head, None)])
 
-    def _prefixes(self) -> tuple[str, ...]:
-        """Where to look: below the prefix as a directory, then at it as an object."""
-        prefix = self._source.prefix
-        return (prefix + "/", prefix) if prefix else ("",)
+    # -- listing -----------------------------------------------------------------------------------------------------
 
-    def _list(self) -> list[tuple[str, str]]:
-        """(path within the model, key) of every object."""
-        client = self._client()
-        directory = self._prefixes()[0]
-        found: list[tuple[str, str]] = []
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=self._source.bucket, Prefix=directory):
+    def _directory(self) -> str:
+        return self._source.prefix + "/" if self._source.prefix else ""
+
+    def _keys(self, client: S3Client) -> Iterator[tuple[str, str, int]]:
+        """(path within the model, key, size) of every object below the prefix as a directory."""
+        directory = self._directory()
+        pages = client.get_paginator("list_objects_v2").paginate(**self._access.parameters(), Prefix=directory)
+        end = time.monotonic() + LISTING_SECONDS
+        count = 0
+        for page in pages:
             for entry in page.get("Contents", []):
-                key = entry["Key"]
-                if key.endswith("/") and entry["Size"] == 0:
-                    continue  # what consoles make to show an empty directory
-                found.append((key[len(directory) :], key))
-            refuse_endless(str(self._source), 0, len(found))
-        if not found and self._source.prefix:
-            with contextlib.suppress(botocore.exceptions.ClientError):
-                client.head_object(Bucket=self._source.bucket, Key=self._source.prefix)
-                found.append((self._source.prefix.rpartition("/")[2], self._source.prefix))
+                count += 1
+                if not (entry["Key"].endswith("/") and entry["Size"] == 0):  # consoles make those for directories
+                    yield entry["Key"][len(directory) :], entry["Key"], entry["Size"]
+            if time.monotonic() > end:
+                raise OriginUnavailable(
+                    f"{self._source}: after {LISTING_SECONDS:g} s and {count} keys its listing goes on; try again later"
+                )
+
+    def _list(self, client: S3Client) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+        for path, key, _ in self._keys(client):
+            found.append((path, key))
+            if len(found) % 1000 == 0:
+                refuse_endless(self._model.source, 0, len(found))
+                self._bounds.allow(str(self._source), files=len(found))
         return found
 
+    def _first(self, client: S3Client) -> tuple[str, str] | None:
+        """Of the first page that holds a chosen one; rather one that has bytes."""
+        empty = None
+        for count, (path, key, size) in enumerate(self._keys(client)):
+            if selected(path, self._model):
+                if size:
+                    return path, key
+                empty = empty or (path, key)
+            if empty is not None and count > 1000:
+                break
+        return empty
+
+    def _single(self) -> list[tuple[str, str]]:
+        """The prefix as the name of one object."""
+        key = self._source.prefix
+        answer = self._head(key, key)
+        return [(key.rpartition("/")[2], key)] if answer.status == 200 else []
+
+    # -- pinning -----------------------------------------------------------------------------------------------------
+
+    def _head(self, path: str, key: str) -> Answered:
+        with self._translated(f"{self._source}: {path}", "s3:GetObject"):
+            answer = self._access.head(key)
+            if answer.status == 403:
+                # Checksums of what KMS encrypts need kms:Decrypt; the object itself may be had without them.
+                plain = self._access.head(key, checksums=False)
+                answer = plain if plain.status == 200 else answer
+            return answer
+
     def _pin(self, path: str, key: str) -> ManifestFile:
-        try:
-            head = self._client().head_object(Bucket=self._source.bucket, Key=key, ChecksumMode="ENABLED")
-        except botocore.exceptions.ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
-                raise OriginUnavailable(f"{self._source}: {path!r} vanished while it was listed; try again") from None
-            raise
+        answer = self._head(path, key)
+        if answer.status == 404:
+            raise OriginUnavailable(f"{self._source}: {path!r} vanished while it was listed; try again")
+        self._expect(answer, path, "s3:GetObject", key=key)
+        head = answer.headers
+        storage = head.get("x-amz-storage-class", "")
+        if storage in ("GLACIER", "DEEP_ARCHIVE") and 'ongoing-request="false"' not in head.get("x-amz-restore", ""):
+            raise OriginUnsupported(f"{self._source}: {path!r} lies in {storage}; restore it first")
+        with self._translated(f"{self._source}: {path}", "s3:GetObject"):
+            digest = self._digest(path, key, head)
+        return self._pinned(path, key, answer, digest)
+
+    def _pinned(self, path: str, key: str, answer: Answered, digest: Digest | None) -> ManifestFile:
+        head = answer.headers
         etag = head.get("ETag", "")
         if not etag:
             raise OriginUnsupported(f"{self._source}: {path!r} has no ETag, so that it cannot be pinned")
-        if head.get("StorageClass") in ("GLACIER", "DEEP_ARCHIVE") and 'ongoing-request="false"' not in head.get(
-            "Restore", ""
-        ):
-            raise OriginUnsupported(f"{self._source}: {path!r} lies in {head.get('StorageClass')}; restore it first")
-        version = head.get("VersionId", "")
-        modified = head.get("LastModified")
+        version = head.get("x-amz-version-id", "")
         return ManifestFile(
             path=path,
-            size=head["ContentLength"],
+            size=_length(head),
             address=key,
             version=_pack("" if version == "null" else version, etag),  # "null": may be overwritten in place
-            digest=self._digest(key, head),
-            mtime_ns=int(modified.timestamp()) * 1_000_000_000 if modified else 0,
+            digest=digest,
+            mtime_ns=_moment(head.get("Last-Modified", "")),
         )
 
-    def _digest(self, key: str, head: HeadObjectOutputTypeDef) -> Digest | None:
-        size = head["ContentLength"]
-        fields: dict[str, Any] = dict(head)
+    def _digest(self, path: str, key: str, head: Mapping[str, str]) -> Digest | None:
+        size, etag = _length(head), head.get("ETag", "")
         for field, algorithm in _CHECKSUMS:
-            value = fields.get(field)
+            value = head.get(field)
             if not value:
                 continue
             encoded, dash, parts = value.partition("-")
@@ -209,109 +286,173 @@ class S3Origin:
                 raw = base64.b64decode(encoded, validate=True).hex()
             except (binascii.Error, ValueError):
                 continue
-            if not dash and fields.get("ChecksumType") != "COMPOSITE":
+            if not dash and head.get("x-amz-checksum-type") != "COMPOSITE":
                 return Digest(algorithm, raw)
-            part_size = self._part_size(key, fields["ETag"], size, int(parts) if parts.isdigit() else 0)
+            part_size = self._part_size(path, key, etag, size, int(parts) if parts.isdigit() else 0)
             if part_size:
                 return Digest(algorithm, raw, part_size)
-        etag = fields["ETag"].strip('"')
-        opaque = str(fields.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in fields
+        opaque = (
+            head.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+            or "x-amz-server-side-encryption-customer-algorithm" in head
+        )
         if opaque or self._source.bucket.endswith("--x-s3"):
             return None
-        if _MD5.match(etag):
-            return Digest("md5", etag)
-        composite = _COMPOSITE.match(etag)
+        bare = etag.strip('"')
+        if _MD5.match(bare):
+            return Digest("md5", bare)
+        composite = _COMPOSITE.match(bare)
         if composite:
-            part_size = self._part_size(key, fields["ETag"], size, int(composite[2]))
+            part_size = self._part_size(path, key, etag, size, int(composite[2]))
             if part_size:
                 return Digest("md5", composite[1], part_size)
         return None
 
-    def _part_size(self, key: str, etag: str, size: int, parts: int) -> int:
-        """The size of each part but the last, 0 if unknown or if the parts are not of one size.
+    def _part_size(self, path: str, key: str, etag: str, size: int, parts: int) -> int:
+        """The size of each part but the last, 0 where the engine does not tell or if the parts are not of one size.
 
         The first and the last part are asked for: with the count right and the last one what the others leave over,
-        parts of mixed sizes would have to balance out exactly.
+        parts of mixed sizes would have to balance out exactly. Raises OriginError for what passes: a throttled HEAD
+        must not make a file unverified for good.
         """
 
         def length(number: int) -> int:
-            part = self._client().head_object(Bucket=self._source.bucket, Key=key, PartNumber=number, IfMatch=etag)
-            return part["ContentLength"] if part.get("PartsCount", parts) == parts else 0
+            answer = self._access.head(key, etag=etag, part=number)
+            if answer.status in CANNOT_TELL:
+                return 0
+            if answer.status == 412:
+                raise OriginUnavailable(f"{self._source}: {path!r} was replaced while it was listed; try again")
+            self._expect(answer, path, "s3:GetObject", key=key)
+            count = answer.headers.get("x-amz-mp-parts-count", str(parts))
+            return _length(answer.headers) if count == str(parts) else 0
 
         if parts < 1:
             return 0
-        try:
-            first = length(1)
-            if first <= 0 or -(-size // first) != parts:
-                return 0
-            if parts > 1 and length(parts) != size - (parts - 1) * first:
-                return 0
-        except botocore.exceptions.ClientError:
+        first = length(1)
+        if first <= 0 or -(-size // first) != parts:
+            return 0
+        if parts > 1 and length(parts) != size - (parts - 1) * first:
             return 0
         return first
 
-    def _client(self) -> S3Client:
-        with self._lock:
-            if self._cached_client is None:
-                try:
-                    self._cached_client = self._new_client()
-                except ValueError as error:
-                    raise AccessRefused(f"{self._source}: the S3 settings are unusable: {error}") from None
-            return self._cached_client
+    # -- proving -----------------------------------------------------------------------------------------------------
 
-    def _new_client(self) -> S3Client:
-        session = boto3.Session(profile_name=self._profile, region_name=self._region_name)
-        credentials = session.get_credentials()
-        if credentials is None:
-            raise botocore.exceptions.NoCredentialsError
-        if credentials.method == "shared-credentials-file":
-            path = os.path.expanduser(str(session._session.get_config_variable("credentials_file")))
-            with contextlib.suppress(OSError):
-                require_private(path, os.stat(path), "AWS credentials file")
-        if self._profile and credentials.method in ("iam-role", "container-role", "env"):
-            # slots are walls: a profile without keys must not borrow the machine's role
-            raise CredentialsUnusable(f"the AWS profile {self._profile!r} holds no credentials")
-        self._session = session
-        config = Config(
-            connect_timeout=min(self._timeout, 10.0),
-            read_timeout=self._timeout,
-            retries={"total_max_attempts": 2, "mode": "standard"},
-            max_pool_connections=HEAD_THREADS,
-            signature_version="s3v4",
-            user_agent_extra="instantstart-fs",
+    def _readable(self, files: list[ManifestFile]) -> list[ManifestFile]:
+        """The same, proven by a byte of one; without their versions where these may not be read."""
+        versioned = [file for file in files if _unpack(file.version)[0]]
+        candidates = versioned or files
+        sample = min(candidates, key=lambda file: (file.size == 0, file.size), default=None)
+        if sample is None:
+            return files
+        error = self._fetch_byte(sample)
+        if isinstance(error, AccessRefused) and not isinstance(error, CredentialsUnusable) and versioned:
+            plain = _without_version(sample)
+            if self._fetch_byte(plain) is None:
+                log.warning(
+                    "%s: versions of its objects may not be read (s3:GetObjectVersion is refused): they are pinned by "
+                    "ETag alone, and one that is replaced fails until `update`",
+                    self._source,
+                )
+                return [_without_version(file) for file in files]
+        if error is not None:
+            raise error
+        return files
+
+    def _fetch_byte(self, file: ManifestFile) -> OriginError | None:
+        version, etag = _unpack(file.version)
+        with self._translated(f"{self._source}: {file.path}", "s3:GetObject"):
+            answer = self._access.get(file.address, version, etag, last=0 if file.size else None)
+        if answer.status in (200, 206) or (answer.status == 416 and not file.size):
+            return None
+        if answer.status == 412:
+            return OriginUnavailable(f"{self._source}: {file.path!r} was replaced while it was listed; try again")
+        right = "s3:GetObjectVersion" if version else "s3:GetObject"
+        return self._refused(answer, file.path, right)
+
+    def _without_false_digests(self, files: list[ManifestFile]) -> list[ManifestFile]:
+        """Some engines' ETags look like MD5s and are none: the smallest object that rests on one is compared."""
+        resting = [file for file in files if 0 < file.size <= TRIED_WHOLE and rests_on_etag(file)]
+        if not resting:
+            return files
+        sample = min(resting, key=lambda file: (file.size, file.path))
+        assert sample.digest is not None
+        version, etag = _unpack(sample.version)
+        with self._translated(f"{self._source}: {sample.path}", "s3:GetObject"):
+            body = self._access.get_whole(sample.address, version, etag, sample.size)
+        if body is None:
+            return files
+        hasher = new_hasher(sample.digest, sample.size)
+        hasher.update(body)
+        if hasher.hexdigest() == sample.digest.value:
+            return files
+        log.warning(
+            "%s: the ETag of %r is not the MD5 of its bytes: what has no other digest there is served unverified",
+            self._source,
+            sample.path,
         )
+        return [msgspec.structs.replace(file, digest=None) if rests_on_etag(file) else file for file in files]
 
-        def make(region: str | None) -> S3Client:
-            return session.client("s3", endpoint_url=self._endpoint_url, region_name=region, config=config)
+    # -- refusals ----------------------------------------------------------------------------------------------------
 
-        client = make(session.region_name or "us-east-1")
-        if not client.meta.endpoint_url.rstrip("/").endswith(".amazonaws.com"):
-            return client
-        # signatures name the bucket's region; HEAD tells it even where it answers 301 or 403
-        try:
-            region = client.head_bucket(Bucket=self._source.bucket)["ResponseMetadata"]["HTTPHeaders"].get(
-                "x-amz-bucket-region"
-            )
-        except botocore.exceptions.ClientError as error:
-            region = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
-        return make(region) if region and region != client.meta.region_name else client
+    def _expect(
+        self, answer: Answered, path: str, right: str, *, key: str | None = None, denied_only: bool = False
+    ) -> Answered:
+        """The answer, if it is one. A HEAD's refusal has no body: ``key``'s first byte is asked for to hear the reason.
+        ``denied_only``: only a refusal of access is raised."""
+        if answer.status in (200, 206) or (denied_only and answer.status not in (401, 403)):
+            return answer
+        if key is not None and answer.status in (400, 403):
+            told = self._access.get(key, "", "", last=0)
+            if told.status == answer.status:
+                answer = told
+        raise self._refused(answer, path, right)
 
-    def _lifetime(self) -> float:
-        """Seconds that a URL signed now is good for: temporary credentials take it with them when they end."""
-        credentials = self._session.get_credentials() if self._session else None
-        ends = getattr(credentials, "_expiry_time", None)
-        left = ends.timestamp() - time.time() if ends is not None else SIGNATURE_LIFETIME
-        return float(max(30.0, min(left, SIGNATURE_LIFETIME)))
+    def _refused(self, answer: Answered, path: str, right: str) -> OriginError:
+        word = s3_word(answer.body)
+        wait = retry_after(answer.headers.get("Retry-After"), time.time())
+        return self._error(f"{self._source}: {path}", answer.status, word, right, wait)
+
+    def _error(self, what: str, status: int, word: Word, right: str, wait: float | None) -> OriginError:
+        """What an answer with ``status`` means for one who needed ``right``."""
+        whose = f"the AWS profile {self._profile!r}" if self._profile else "the machine's AWS credentials"
+        code, said = word.code, f" ({word})" if str(word) else ""
+        if code == "NoSuchBucket":
+            return OriginNotFound(f"{what}: there is no bucket {self._source.bucket!r}")
+        if code in _THROTTLED or status in (429, 503):
+            return OriginThrottled(f"{what}: the origin answers {code or status}", retry_after=wait)
+        if code in BAD_CREDENTIALS:
+            return AccessRefused(f"{what}: {whose} are refused{said}; check them, or pass --aws-profile")
+        known = s3_advice(word) if (code and code != "AccessDenied") or "kms:" in word.message.lower() else None
+        if known is not None:
+            kind, advice = known
+            return kind(f"{what}: the origin answers {status}{said}: {advice}", retry_after=wait)
+        if status in (401, 403):
+            pays = "" if self._access.requester_pays else "; a bucket whose requester pays: --requester-pays"
+            if self._access.unsigned and not self._access.anonymous:
+                return CredentialsUnusable(
+                    f"{what}: there are no usable credentials, and without any the origin answers {status}{said}; set "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for the daemon, or pass --aws-profile"
+                )
+            if self._access.unsigned:
+                return AccessRefused(f"{what}: not open to everybody{said}; add it without --anonymous{pays}")
+            return AccessRefused(f"{what}: access denied for {whose}{said}; they need {right} there{pays}")
+        if status == 404:
+            return OriginNotFound(f"{what}: not found ({code or status})")
+        if status >= 500 or status == 408:
+            return OriginUnavailable(f"{what}: the origin answers {status}{said}")
+        if status == 400 and not code:
+            return OriginUnsupported(f"{what}: the origin answers 400: encrypted with a customer's own key (SSE-C)?")
+        return OriginUnsupported(f"{what}: the origin answers {status}{said}")
 
     @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
-        """The seam: botocore's exceptions become ours. Messages name the profile, never a key."""
+    def _translated(self, what: str, right: str) -> Iterator[None]:
+        """The seam: botocore's exceptions become ours. Messages name the profile, never a key. ``right``: what is
+        needed inside."""
         whose = f"the AWS profile {self._profile!r}" if self._profile else "the machine's AWS credentials"
         where = self._key.endpoint
         try:
             yield
         except botocore.exceptions.ClientError as error:
-            raise self._from_response(what, whose, error) from None
+            raise self._from_response(what, right, error) from None
         except botocore.exceptions.ProfileNotFound:
             raise CredentialsUnusable(f"{what}: there is no AWS profile {self._profile!r}; see --aws-profile") from None
         except (
@@ -328,6 +469,10 @@ class S3Origin:
             raise OriginUnavailable(f"{what}: {where} did not answer within {self._timeout:g} s") from None
         except (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError) as error:
             raise OriginUnavailable(f"{what}: {where} cannot be reached ({type(error).__name__})") from None
+        except botocore.exceptions.PaginationError:
+            raise OriginMisbehaved(f"{what}: the pages of its listing repeat themselves: it has no end") from None
+        except ValueError as error:
+            raise AccessRefused(f"{what}: the S3 settings are unusable: {error}") from None
         except botocore.exceptions.ParamValidationError:
             raise OriginNotFound(f"{what}: not a valid bucket or key name") from None
         except (botocore.parsers.ResponseParserError, KeyError) as error:
@@ -337,26 +482,25 @@ class S3Origin:
         except botocore.exceptions.BotoCoreError as error:
             raise OriginUnavailable(f"{what}: {type(error).__name__}") from None
 
-    def _from_response(self, what: str, whose: str, error: botocore.exceptions.ClientError) -> OriginError:
-        code = str(error.response.get("Error", {}).get("Code", ""))
+    def _from_response(self, what: str, right: str, error: botocore.exceptions.ClientError) -> OriginError:
+        told = error.response.get("Error", {})
         metadata = error.response.get("ResponseMetadata", {})
         status = int(metadata.get("HTTPStatusCode", 0))
-        if code == "NoSuchBucket":
-            return OriginNotFound(f"{what}: there is no bucket {self._source.bucket!r}")
-        if code == "RequestTimeTooSkewed":
-            return CredentialsUnusable(f"{what}: this machine's clock is too far from the origin's: set it")
-        if code in _BAD_CREDENTIALS:
-            return AccessRefused(f"{what}: {whose} are refused ({code}); check them, or pass --aws-profile")
-        if code in _THROTTLED or status in (429, 503):
-            wait = retry_after(metadata.get("HTTPHeaders", {}).get("retry-after"), time.time())
-            return OriginThrottled(f"{what}: the origin answers {code or status}", retry_after=wait)
-        if status in (401, 403):
-            return AccessRefused(f"{what}: access denied for {whose}; they need s3:ListBucket and s3:GetObject there")
-        if status == 404:
-            return OriginNotFound(f"{what}: not found ({code or status})")
-        if status >= 500:
-            return OriginUnavailable(f"{what}: the origin answers {status} {code}")
-        return OriginUnsupported(f"{what}: the origin answers {status} {code}")
+        code = str(told.get("Code", ""))
+        word = Word("" if code.isdigit() else code, printable(str(told.get("Message", "")))[:300])
+        wait = retry_after(metadata.get("HTTPHeaders", {}).get("retry-after"), time.time())
+        return self._error(what, status, word, right, wait)
+
+
+def _length(head: Mapping[str, str]) -> int:
+    return int(head.get("Content-Length") or -1)
+
+
+def _moment(stamp: str) -> int:
+    try:
+        return int(parsedate_to_datetime(stamp).timestamp()) * 1_000_000_000
+    except (ValueError, TypeError, OverflowError):
+        return 0
 
 
 def _pack(version: str, etag: str) -> str:
@@ -367,3 +511,7 @@ def _pack(version: str, etag: str) -> str:
 def _unpack(packed: str) -> tuple[str, str]:
     before, _, etag = packed.partition("etag=")
     return before.removeprefix("version-id=").strip(), etag
+
+
+def _without_version(file: ManifestFile) -> ManifestFile:
+    return msgspec.structs.replace(file, version=_pack("", _unpack(file.version)[1]))

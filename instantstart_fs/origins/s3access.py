@@ -1,0 +1,328 @@
+"""How one bucket is asked: with which credentials, read anew when they were replaced, or with none; and how it answers.
+
+Credentials rotate under a running daemon. Whenever a client is wanted, the files that boto3 reads them from are looked
+at (stat); where they changed, they are read again. What tells nothing by stat (a credential_process, a role that was
+assumed) is read again when the service refuses: once, and not sooner than RENEW_SECONDS after the last time.
+
+Heads and proofs go the way of the reads: by an address that is signed here. That costs a quarter of what boto3's own
+call takes of the processor, and what it proves holds for the reads. Passing troubles are waited out, then told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.exceptions
+from botocore import UNSIGNED
+from botocore.awsrequest import AWSRequest
+from botocore.config import Config
+from botocore.httpsession import URLLib3Session
+from botocore.utils import get_environ_proxies
+
+from instantstart_fs.core.refusals import MOST_ERROR_BODY
+from instantstart_fs.errors import CredentialsUnusable
+from instantstart_fs.origins.common import retry_after
+from instantstart_fs.origins.credentials import require_private
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+SIGNATURE_LIFETIME = 3600
+"""Seconds that a presigned URL is good for; temporary credentials may end it sooner."""
+AT_ONCE = 32
+RENEW_SECONDS = 5.0
+TRIES = 4
+FIRST_PAUSE = 0.2
+LAST_PAUSE = 5.0
+"""Seconds; tripled after each try. A Retry-After within it is believed."""
+PASSING = frozenset({408, 429, 500, 502, 503, 504})
+"""What is asked again."""
+BAD_CREDENTIALS = frozenset(
+    {
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "ExpiredToken",
+        "InvalidToken",
+        "TokenRefreshRequired",
+        "AuthorizationHeaderMalformed",
+    }
+)
+_FILES = (
+    ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
+    ("AWS_CONFIG_FILE", "~/.aws/config"),
+    ("AWS_WEB_IDENTITY_TOKEN_FILE", ""),
+    ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", ""),
+)
+_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+
+_T = TypeVar("_T")
+Stamp = tuple[object, ...]
+
+
+class Answered:
+    """An answer of S3 to one request. ``body``: the first MOST_ERROR_BODY bytes of a GET's."""
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+
+def _stamp() -> Stamp:
+    """What changes when somebody replaces credentials."""
+    found: list[object] = [os.environ.get(name) for name in _VARIABLES]
+    for variable, default in _FILES:
+        path = os.path.expanduser(os.environ.get(variable) or default)
+        if not path:
+            continue
+        try:
+            status = os.stat(path)
+            found.append((path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        except OSError:
+            found.append((path, None))
+    return tuple(found)
+
+
+class S3Access:
+    """Thread-safe. ``anonymous``: ask without a signature. Without credentials at all that is tried by itself."""
+
+    def __init__(
+        self,
+        bucket: str,
+        *,
+        endpoint_url: str | None,
+        region_name: str | None,
+        profile: str | None,
+        timeout: float,
+        anonymous: bool,
+        requester_pays: bool,
+    ) -> None:
+        self.bucket = bucket
+        self.profile = profile
+        self.timeout = timeout
+        self.anonymous = anonymous
+        self.requester_pays = requester_pays
+        self.unsigned = anonymous
+        """Whether what is asked now goes without a signature."""
+        self.let_in = False
+        """Whether somebody was let in without one."""
+        self._endpoint_url = endpoint_url
+        self._region_name = region_name
+        self._lock = threading.RLock()
+        self._session: boto3.Session | None = None
+        self._client: S3Client | None = None
+        self._secrets: tuple[object, ...] = ()
+        self._stamp: Stamp = ()
+        self._renewed_at = -RENEW_SECONDS
+        self._http: URLLib3Session | None = None
+
+    def client(self) -> S3Client:
+        """With the credentials of now. Raises botocore's exceptions, ValueError, CredentialsUnusable."""
+        with self._lock:
+            stamp = _stamp()
+            if self._client is None or stamp != self._stamp:
+                self._make()
+                self._stamp = stamp
+            assert self._client is not None
+            return self._client
+
+    def renew(self) -> bool:
+        """The service refuses: read the credentials anew. Whether there are others now."""
+        with self._lock:
+            if self.anonymous or time.monotonic() < self._renewed_at + RENEW_SECONDS:
+                return False
+            self._renewed_at = time.monotonic()
+            before = self._secrets
+            self._make()
+            return self._secrets != before
+
+    def ask(self, call: Callable[[S3Client], _T]) -> _T:
+        """``call(client)``; once more with other credentials, where these are refused and there are others."""
+        try:
+            found = call(self.client())
+        except botocore.exceptions.ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            if (code not in BAD_CREDENTIALS and status not in (401, 403)) or not self.renew():
+                raise
+            found = call(self.client())
+        self.let_in = self.let_in or self.unsigned
+        return found
+
+    def parameters(self, key: str | None = None, **more: Any) -> dict[str, Any]:
+        """What every call has; ``more`` as far as it is set."""
+        found: dict[str, Any] = {"Bucket": self.bucket} | {name: value for name, value in more.items() if value}
+        if key is not None:
+            found["Key"] = key
+        if self.requester_pays:
+            found["RequestPayer"] = "requester"
+        return found
+
+    def signed_headers(self, *, etag: str = "") -> dict[str, str]:
+        """What has to go with an address that was signed for the same."""
+        headers = {"If-Match": etag} if etag else {}
+        if self.requester_pays:
+            headers["x-amz-request-payer"] = "requester"
+        return headers
+
+    def sign(self, key: str, version: str, etag: str) -> tuple[str, float]:
+        """The address of an object's bytes, and until when it is good."""
+        client = self.client()
+        expires_at = time.time() + self._lifetime()
+        url = client.generate_presigned_url(
+            "get_object",
+            Params=self.parameters(key, IfMatch=etag, VersionId=version),
+            ExpiresIn=SIGNATURE_LIFETIME,
+        )
+        return url, expires_at
+
+    def head(self, key: str, *, etag: str = "", part: int = 0, checksums: bool = True) -> Answered:
+        """HEAD of an object. Passing troubles are waited out; what is left of them is answered, or raised."""
+
+        def once() -> Answered:
+            parameters = self.parameters(
+                key, IfMatch=etag, PartNumber=part, ChecksumMode="ENABLED" if checksums else ""
+            )
+            url = self.client().generate_presigned_url("head_object", Params=parameters, ExpiresIn=SIGNATURE_LIFETIME)
+            headers = self.signed_headers(etag=etag)
+            if checksums:
+                headers["x-amz-checksum-mode"] = "ENABLED"
+            return self._send("HEAD", url, headers)
+
+        return self._patiently(once)
+
+    def get(self, key: str, version: str, etag: str, *, last: int | None) -> Answered:
+        """Bytes 0 to ``last`` (None: no range; at most MOST_ERROR_BODY) of an object, as the reads ask for them."""
+
+        def once() -> Answered:
+            url, _ = self.sign(key, version, etag)
+            headers = self.signed_headers(etag=etag)
+            if last is not None:
+                headers["Range"] = f"bytes=0-{last}"
+            return self._send("GET", url, headers)
+
+        return self._patiently(once)
+
+    def get_whole(self, key: str, version: str, etag: str, size: int) -> bytes | None:
+        """The bytes of a small object; None where they do not come."""
+        url, _ = self.sign(key, version, etag)
+        answer = self._send("GET", url, self.signed_headers(etag=etag), most=size + 1)
+        return answer.body if answer.status == 200 and len(answer.body) == size else None
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _patiently(self, once: Callable[[], Answered]) -> Answered:
+        renewed = False
+        tried = 0
+        while True:
+            tried += 1
+            pause = FIRST_PAUSE * 3.0 ** (tried - 1) * (0.5 + random.random())
+            try:
+                answer = once()
+            except (botocore.exceptions.HTTPClientError, botocore.exceptions.ConnectionError):
+                if tried >= TRIES // 2:  # each may have waited for a time-out
+                    raise
+            else:
+                if answer.status in (401, 403) and not renewed and self.renew():
+                    renewed = True
+                    continue
+                if answer.status not in PASSING or tried >= TRIES:
+                    self.let_in = self.let_in or (self.unsigned and answer.status < 300)
+                    return answer
+                asked = retry_after(answer.headers.get("Retry-After"), time.time())
+                if asked is not None and asked > LAST_PAUSE:
+                    return answer
+                pause = max(pause, asked or 0.0)
+            time.sleep(min(pause, LAST_PAUSE))
+
+    def _send(self, method: str, url: str, headers: dict[str, str], most: int = MOST_ERROR_BODY) -> Answered:
+        request = AWSRequest(
+            method,
+            url,
+            headers={**headers, "Accept-Encoding": "identity", "User-Agent": "instantstart-fs"},
+            stream_output=method == "GET",
+        )
+        response = self._connections(url).send(request.prepare())
+        body = b""
+        if method == "GET":
+            try:
+                body = response.raw.read(most, decode_content=False)
+            finally:
+                response.raw.close()
+        return Answered(response.status_code, response.headers, body)
+
+    def _connections(self, url: str) -> URLLib3Session:
+        with self._lock:
+            if self._http is None:
+                parts = urlsplit(url)
+                self._http = URLLib3Session(
+                    verify=os.environ.get("AWS_CA_BUNDLE") or True,  # type: ignore[arg-type]
+                    proxies=get_environ_proxies(f"{parts.scheme}://{parts.netloc}"),
+                    timeout=(min(self.timeout, 10.0), self.timeout),  # type: ignore[arg-type]
+                    max_pool_connections=AT_ONCE,
+                )
+            return self._http
+
+    def _make(self) -> None:
+        session = boto3.Session(profile_name=self.profile, region_name=self._region_name)
+        credentials = None if self.anonymous else session.get_credentials()
+        if credentials is None and not self.anonymous and self.profile:
+            raise botocore.exceptions.NoCredentialsError
+        if credentials is not None:
+            if credentials.method == "shared-credentials-file":
+                path = os.path.expanduser(str(session._session.get_config_variable("credentials_file")))
+                with contextlib.suppress(OSError):
+                    require_private(path, os.stat(path), "AWS credentials file")
+            if self.profile and credentials.method in ("iam-role", "container-role", "env"):
+                # slots are walls: a profile without keys must not borrow the machine's role
+                raise CredentialsUnusable(f"the AWS profile {self.profile!r} holds no credentials")
+        frozen = credentials.get_frozen_credentials() if credentials is not None else None
+        client = self._new_client(session, signed=credentials is not None)
+        self._session = session
+        self._client = client
+        self.unsigned, self.let_in = credentials is None, False
+        self._secrets = (frozen.access_key, frozen.secret_key, frozen.token) if frozen is not None else ()
+
+    def _new_client(self, session: boto3.Session, *, signed: bool) -> S3Client:
+        config = Config(
+            connect_timeout=min(self.timeout, 10.0),
+            read_timeout=self.timeout,
+            retries={"total_max_attempts": 2, "mode": "standard"},
+            max_pool_connections=AT_ONCE,
+            signature_version="s3v4" if signed else UNSIGNED,
+            user_agent_extra="instantstart-fs",
+        )
+
+        def make(region: str | None) -> S3Client:
+            return session.client("s3", endpoint_url=self._endpoint_url, region_name=region, config=config)
+
+        client = make(session.region_name or "us-east-1")
+        if not client.meta.endpoint_url.rstrip("/").endswith(".amazonaws.com"):
+            return client
+        # signatures name the bucket's region; HEAD tells it even where it answers 301 or 403
+        try:
+            region = client.head_bucket(Bucket=self.bucket)["ResponseMetadata"]["HTTPHeaders"].get(
+                "x-amz-bucket-region"
+            )
+        except botocore.exceptions.ClientError as error:
+            region = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+        return make(region) if region and region != client.meta.region_name else client
+
+    def _lifetime(self) -> float:
+        """Seconds that a URL signed now is good for: temporary credentials take it with them when they end."""
+        if self.unsigned:
+            return SIGNATURE_LIFETIME
+        credentials = self._session.get_credentials() if self._session else None
+        ends = getattr(credentials, "_expiry_time", None)
+        left = ends.timestamp() - time.time() if ends is not None else SIGNATURE_LIFETIME
+        return float(max(30.0, min(left, SIGNATURE_LIFETIME)))

@@ -1,0 +1,291 @@
+"""With which credentials a bucket is asked, what rights that takes, and what becomes of refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from instantstart_fs.config import S3Config
+from instantstart_fs.core.manifest import ManifestFile, ModelSpec, PipelineSpec
+from instantstart_fs.errors import (
+    AccessRefused,
+    CredentialsUnusable,
+    OriginThrottled,
+    OriginUnavailable,
+    OriginUnsupported,
+)
+from instantstart_fs.library.proof import prove_access
+from instantstart_fs.origins import s3access
+from instantstart_fs.origins.base import Origin
+from instantstart_fs.origins.registry import OriginSettings, open_origin
+from tests.contract.test_s3 import PART, multipart
+from tests.contract.worlds import S3World, fetch
+from tests.servers.s3_gate import S3Gate
+from tests.servers.seaweed import SeaweedServer
+
+FILES = {"config.json": b'{"hidden": 1}', "model.safetensors": random.Random(1).randbytes(100_000)}
+
+
+def bucket(seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch, *, versioning: bool) -> S3World:
+    for name, value in seaweed.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(s3access, "FIRST_PAUSE", 0.001)
+    found = S3World(seaweed, versioning=versioning)
+    found.put(FILES)
+    return found
+
+
+@pytest.fixture
+def world(seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> S3World:
+    return bucket(seaweed, monkeypatch, versioning=False)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "versioned"])
+def both(request: pytest.FixtureRequest, seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> S3World:
+    return bucket(seaweed, monkeypatch, versioning=request.param)
+
+
+@pytest.fixture
+def gate(seaweed: SeaweedServer) -> Iterator[S3Gate]:
+    with S3Gate(seaweed) as gate:
+        yield gate
+
+
+def through(gate: S3Gate, world: S3World, **options: object) -> Origin:
+    model = ModelSpec(world.source)
+    spec = PipelineSpec("p", (model,), endpoint_url=gate.url, **options)  # type: ignore[arg-type]
+    return open_origin(spec, model, OriginSettings(timeout=5.0))
+
+
+def read(origin: Origin, files: tuple[ManifestFile, ...]) -> None:
+    for file in files:
+        assert fetch(origin.locate(file), 0, file.size) == FILES[file.path]
+
+
+def test_what_is_added_can_be_read_whichever_right_is_denied(both: S3World, gate: S3Gate) -> None:
+    """Either `add` names the right, or every read succeeds."""
+    world, named = both, {}
+    versioned = world.bucket.endswith("versioned")
+    for right in ("ListBucket", "ListBucketVersions", "GetObject", "GetObjectVersion", "GetObjectAttributes"):
+        gate.denied = {f"s3:{right}"}
+        origin = through(gate, world)
+        try:
+            manifest = origin.resolve()
+        except AccessRefused as error:
+            named[right] = error.message
+            with pytest.raises(AccessRefused, match=f"s3:{right} "):
+                origin.check()
+            continue
+        read(origin, manifest.files)
+        origin.check()
+        prove_access(origin, manifest.files)
+        assert all(file.version.startswith("version-id=") for file in manifest.files) == (
+            versioned and right != "GetObjectVersion"
+        )
+    assert named.keys() == {"ListBucket", "GetObject"}
+    for right, message in named.items():
+        assert f"need s3:{right} " in message and "AccessDenied" in message
+
+
+def test_versions_that_may_not_be_read_any_more_are_found_out(world: S3World, gate: S3Gate) -> None:
+    origin = through(gate, world)
+    pinned = origin.resolve().files
+    gate.denied = {"s3:GetObject", "s3:GetObjectVersion"}
+    with pytest.raises(AccessRefused):
+        prove_access(origin, pinned)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        ("InvalidObjectState", OriginUnsupported, "archived"),
+        ("KMS.DisabledException", OriginUnsupported, "key"),
+        ("KMS.AccessDeniedException", AccessRefused, "kms:Decrypt"),
+        ("AllAccessDisabled", AccessRefused, "AllAccessDisabled"),
+    ],
+)
+def test_refusals_that_are_not_about_credentials_say_so(
+    world: S3World, gate: S3Gate, code: str, kind: type[Exception], words: str
+) -> None:
+    gate.denied, gate.code = {"s3:GetObject", "s3:GetObjectVersion"}, code
+    with pytest.raises(kind, match=words) as refused:
+        through(gate, world).resolve()
+    assert code in str(refused.value)
+
+
+def test_a_bucket_whose_requester_pays(world: S3World, gate: S3Gate) -> None:
+    gate.requester_pays = True
+    with pytest.raises(AccessRefused, match="--requester-pays"):
+        through(gate, world).resolve()
+    origin = through(gate, world, requester_pays=True)
+    manifest = origin.resolve()
+    read(origin, manifest.files)
+    origin.check()
+
+
+def write_keys(path: Path, key: str, section: str = "default") -> None:
+    path.write_text(f"[{section}]\naws_access_key_id = {key}\naws_secret_access_key = secret-of-{key}\n")
+    path.chmod(0o600)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(s3access, "RENEW_SECONDS", 0.0)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("profile", [None, "tenant"])
+def test_replaced_keys_serve_an_origin_that_is_open(
+    world: S3World, gate: S3Gate, home: Path, profile: str | None
+) -> None:
+    section = profile or "default"
+    write_keys(home / "credentials", "old", section)
+    gate.keys = {"old"}
+    origin = through(gate, world, aws_profile=profile)
+    files = origin.resolve().files
+    read(origin, files)
+    gate.keys = {"new"}
+    with pytest.raises(AccessRefused):
+        origin.check()
+    write_keys(home / "credentials", "new", section)
+    read(origin, files)
+    origin.check()
+    origin.resolve()
+
+
+def test_keys_of_a_process_are_asked_for_again_once_they_are_refused(world: S3World, gate: S3Gate, home: Path) -> None:
+    """Nothing shows that they were replaced: neither a file nor an end of their time."""
+    script, key = home / "keys.py", home / "key"
+    calls = home / "calls"
+    script.write_text(
+        f"open({str(calls)!r}, 'a').write('x'); key = open({str(key)!r}).read()\n"
+        'print(\'{"Version": 1, "AccessKeyId": "%s", "SecretAccessKey": "s"}\' % key)\n'
+    )
+    (home / "config").write_text(f"[profile tenant]\ncredential_process = {sys.executable} {script}\n")
+    key.write_text("old")
+    gate.keys = {"old"}
+    origin = through(gate, world, aws_profile="tenant")
+    files = origin.resolve().files
+    first = [origin.locate(file) for file in files]
+    assert first
+    key.write_text("new")
+    gate.keys = {"new"}
+    read(origin, files)  # asked for again before their time: those that were given out were refused
+    origin.check()
+    assert len(calls.read_text()) < 8
+    gate.keys = set()
+    before = len(calls.read_text())
+    with pytest.raises(AccessRefused):
+        origin.check()
+    assert len(calls.read_text()) - before <= 2, "one refusal, one look"
+
+
+def test_a_refusal_is_followed_by_one_look_at_the_credentials(
+    world: S3World, gate: S3Gate, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_keys(home / "credentials", "old")
+    gate.keys = set()
+    monkeypatch.setattr(s3access, "RENEW_SECONDS", 60.0)
+    with pytest.raises(AccessRefused, match="InvalidAccessKeyId"):
+        through(gate, world).resolve()
+    assert len(gate.seen) == 1, "the same keys are not tried again"
+
+
+def test_a_public_bucket_needs_no_credentials(world: S3World, gate: S3Gate, home: Path) -> None:
+    gate.public = True
+    origin = through(gate, world)
+    files = origin.resolve().files
+    read(origin, files)
+    origin.check()
+    assert {key for _, key in gate.seen} == {""}
+    assert all("Signature" not in origin.locate(file).url for file in files)
+
+
+def test_anonymous_looks_for_no_credentials(world: S3World, gate: S3Gate, home: Path) -> None:
+    write_keys(home / "credentials", "unknown-there")
+    gate.public, gate.keys = True, set()
+    with pytest.raises(AccessRefused):
+        through(gate, world).resolve()
+    gate.seen.clear()
+    origin = through(gate, world, anonymous=True)
+    read(origin, origin.resolve().files)
+    assert {key for _, key in gate.seen} == {""}
+    gate.public = False
+    with pytest.raises(AccessRefused, match="--anonymous"):
+        origin.check()
+    model = ModelSpec(world.source)
+    of_all = OriginSettings(s3=S3Config(endpoint_url=gate.url, anonymous=True))
+    assert open_origin(PipelineSpec("p", (model,)), model, of_all).key.credentials == "anonymous"
+    assert open_origin(PipelineSpec("p", (model,), aws_profile="x"), model, of_all).key.credentials == "profile x"
+
+
+def test_a_profile_without_keys_is_not_asked_for_without(world: S3World, gate: S3Gate, home: Path) -> None:
+    gate.public = True
+    (home / "config").write_text("[profile tenant]\nregion = us-east-1\n")
+    for profile in ("tenant", "missing"):
+        with pytest.raises(CredentialsUnusable, match=profile):
+            through(gate, world, aws_profile=profile).resolve()
+    assert not gate.seen
+
+
+def test_lost_credentials_are_no_refusal(world: S3World, gate: S3Gate, home: Path) -> None:
+    write_keys(home / "credentials", "old")
+    origin = through(gate, world)
+    files = origin.resolve().files
+    (home / "credentials").unlink()
+    for call in (origin.check, lambda: origin.locate(files[0])):
+        with pytest.raises(CredentialsUnusable, match="--aws-profile"):
+            call()
+    write_keys(home / "credentials", "back")
+    read(origin, files)
+
+
+def part_heads(count: int, status: int) -> object:
+    left = [count]
+
+    def trouble(method: str, query: dict[str, list[str]]) -> int | None:
+        if method == "HEAD" and "partNumber" in query and left[0]:
+            left[0] -= 1
+            return status
+        return None
+
+    return trouble
+
+
+@pytest.mark.parametrize("status", [503, 500, 429])
+def test_a_throttled_head_of_a_part_makes_nothing_unverified(world: S3World, gate: S3Gate, status: int) -> None:
+    multipart(world, "big.bin", [os.urandom(PART), b"rest"])
+    whole = through(gate, world).resolve()
+    big = next(file for file in whole.files if file.path == "big.bin")
+    assert big.digest is not None
+    gate.trouble = part_heads(3, status)  # type: ignore[assignment]
+    assert through(gate, world).resolve() == whole
+    gate.trouble = part_heads(10**6, status)  # type: ignore[assignment]
+    with pytest.raises(OriginUnavailable if status == 500 else OriginThrottled):
+        through(gate, world).resolve()
+    gate.trouble = part_heads(10**6, 501)  # type: ignore[assignment]
+    told = {file.path: file.digest for file in through(gate, world).resolve().files}
+    assert told["big.bin"] is None or not told["big.bin"].part_size, "the engine does not know parts"
+
+
+def test_etags_that_are_no_md5_prove_nothing(world: S3World, gate: S3Gate, caplog: pytest.LogCaptureFixture) -> None:
+    honest = through(gate, world).resolve()
+    gate.fake_etags = True
+    origin = through(gate, world)
+    files = origin.resolve().files
+    assert [file.digest for file in files] == [None, None]
+    assert "is not the MD5 of its bytes" in caplog.text
+    read(origin, files)
+    etags = {hashlib.md5(content).hexdigest() for content in FILES.values()}
+    assert all(any(etag in file.version for etag in etags) for file in honest.files)
