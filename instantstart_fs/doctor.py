@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import os
 import shutil
 import tempfile
@@ -15,16 +16,29 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
 from instantstart_fs.config import Config, load_config
 from instantstart_fs.control.client import Client, find_socket
 from instantstart_fs.control.protocol import DaemonInfo
+from instantstart_fs.core.access import asks_somebody
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
-from instantstart_fs.errors import AccessRefused, ConfigError, DaemonUnreachable, InstantStartError
+from instantstart_fs.errors import (
+    AccessRefused,
+    ConfigError,
+    ControlProtocolError,
+    DaemonUnreachable,
+    InstantStartError,
+    OriginBroken,
+    OriginUnavailable,
+    PermissionRefused,
+    from_code,
+)
+from instantstart_fs.library.origin_checks import MOST_CHECKS, choose
+from instantstart_fs.library.proof import prove_access
 from instantstart_fs.mount import kernel
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store import filesystem
@@ -81,10 +95,13 @@ def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) 
     skew: list[float] = []
     if not any(model.source.startswith("hf://") for spec in wanted for model in spec.models):
         yield check_hub(config.origins.huggingface.endpoint or os.environ.get("HF_ENDPOINT") or HUB, skew)
-    settings = OriginSettings(config.origins.huggingface, config.origins.s3, timeout=ORIGIN_DEADLINE / 2)
-    for spec in wanted:
-        for model in spec.models:
-            yield check_origin(spec, model, settings)
+    asked, found = ask_daemon(socket) if info is not None else (False, [])
+    yield from found
+    mine = [spec for spec in wanted if not asked or spec.id not in known]
+    if mine:
+        found_by = "the daemon does not know these pipelines yet" if asked else "no daemon could be asked"
+        yield Check("origins", "ok", f"{found_by}: tried from here, with this shell's environment and credentials")
+    yield from check_origins(mine, OriginSettings(config.origins.huggingface, config.origins.s3, timeout=10.0))
     yield check_clock(skew[0] if skew else None)
 
 
@@ -185,7 +202,10 @@ def check_daemon(
     path = find_socket(socket)
     try:
         with Client(path) as client:
-            info, specs = client.ping(), client.specs()
+            info = client.ping()
+            specs: list[PipelineSpec] = []
+            with contextlib.suppress(PermissionRefused):  # an owner of some pipelines, or nobody it knows
+                specs = client.specs()
     except DaemonUnreachable as error:
         found = f"none runs ({error.message.partition(';')[0]})"
         advice = "start it: `systemctl start instantstart` or `instantstart serve`"
@@ -273,22 +293,84 @@ _NAMESPACE = "it may run in another mount namespace (container): look from there
 # ---------------------------------------------------------------- origins
 
 
-def check_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) -> Check:
-    name = f"{spec.id}/{model.name}" if model.name else spec.id
-    label = "origin"
+def ask_daemon(socket: str | None) -> tuple[bool, list[Check]]:
+    """What the daemon gets when it fetches a byte from each of its origins; False where it does not say."""
     try:
-        _within(ORIGIN_DEADLINE, lambda: open_origin(spec, model, settings).check())
-    except AccessRefused as error:
-        advice = "give the pipeline a token file or an AWS profile that may read it (--token-file, --aws-profile)"
-        return Check(label, "fail", f"{name}: {error.message}", advice)
-    except TimeoutError:
-        advice = "is the network there? cached pipelines work without it"
-        return Check(label, "fail", f"{name}: {model.source}: no answer within {ORIGIN_DEADLINE:g} s", advice)
+        with Client(find_socket(socket)) as client:
+            answers = client.check_origins()
+    except ControlProtocolError:
+        return False, []  # of an earlier version
     except InstantStartError as error:
-        return Check(label, "fail", f"{name}: {error.message}", "correct the source, or mend the way to it")
-    except Exception as error:
-        return Check(label, "fail", f"{name}: {type(error).__name__}: {error}", "this is a defect: please report it")
-    return Check(label, "ok", f"{name}: {model.source} can be read")
+        advice = "look at its log, and ask once more"
+        return False, [Check("origins", "warn", f"the daemon does not say what it can fetch: {error.message}", advice)]
+    checks = [
+        _origin_check(answer.pipeline, answer.model, answer.source, from_code(answer.code, answer.message))
+        if answer.code
+        else _origin_check(answer.pipeline, answer.model, answer.source, None)
+        for answer in answers
+    ]
+    unasked = sum(answer.unasked for answer in answers)
+    if unasked:
+        note = f"{unasked} more sources share an origin and credentials with these, and were not asked one by one"
+        checks.append(Check("origins", "ok", note))
+    return True, checks
+
+
+def check_origins(specs: Sequence[PipelineSpec], settings: OriginSettings) -> Iterator[Check]:
+    """Try them from this process, all at once, within ORIGIN_DEADLINE."""
+    deadline = time.monotonic() + ORIGIN_DEADLINE
+    started = [
+        (spec, model, _Attempt(functools.partial(_fetch_a_byte, spec, model, settings)))
+        for spec, model, _ in choose(specs, MOST_CHECKS)
+    ]
+    for spec, model, attempt in started:
+        yield _judged(spec, model, functools.partial(_result, attempt, deadline))
+
+
+def _result(attempt: _Attempt[None], deadline: float) -> None:
+    attempt.result(deadline - time.monotonic())
+
+
+def check_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) -> Check:
+    """Try one from this process."""
+    return _judged(spec, model, lambda: _within(ORIGIN_DEADLINE, lambda: _fetch_a_byte(spec, model, settings)))
+
+
+def _fetch_a_byte(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) -> None:
+    origin = open_origin(spec, model, settings)
+    origin.check()
+    if asks_somebody([model.source]):
+        prove_access(origin, origin.resolve().files, settings.timeout)
+
+
+def _judged(spec: PipelineSpec, model: ModelSpec, work: Callable[[], None]) -> Check:
+    try:
+        work()
+    except TimeoutError:
+        error: InstantStartError | None = OriginUnavailable(f"no answer within {ORIGIN_DEADLINE:g} s")
+    except InstantStartError as found:
+        error = found
+    except Exception as found:
+        name = f"{spec.id}/{model.name}" if model.name else spec.id
+        return Check("origin", "fail", f"{name}: {type(found).__name__}: {found}", "this is a defect: please report it")
+    else:
+        error = None
+    return _origin_check(spec.id, model.name, model.source, error)
+
+
+def _origin_check(pipeline: str, model: str, source: str, error: InstantStartError | None) -> Check:
+    name = f"{pipeline}/{model}" if model else pipeline
+    if error is None:
+        return Check("origin", "ok", f"{name}: {source} can be read")
+    said = source.partition("://")[2] in error.message
+    reason = error.message if said else f"{source}: {error.message}"
+    if isinstance(error, AccessRefused):
+        advice = "give the pipeline a token file or an AWS profile that may read it (--token-file, --aws-profile)"
+    elif isinstance(error, OriginUnavailable | OriginBroken):
+        advice = "open the way to that host: firewall, DNS, the daemon's HTTPS_PROXY; warm pipelines work without it"
+    else:
+        advice = "correct the source, or mend the way to it"
+    return Check("origin", "fail", f"{name}: {reason}", advice)
 
 
 def check_hub(endpoint: str, skew: list[float]) -> Check:
@@ -320,22 +402,32 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
     return Check("hub", "ok", f"{endpoint} answers")
 
 
+class _Attempt(Generic[_T]):
+    """Work in a thread of its own, which is given up when it takes too long."""
+
+    def __init__(self, work: Callable[[], _T]) -> None:
+        self._work = work
+        self._values: list[_T] = []
+        self._errors: list[Exception] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._values.append(self._work())
+        except Exception as error:
+            self._errors.append(error)
+
+    def result(self, seconds: float) -> _T:
+        """Within ``seconds``. Raises TimeoutError, or what the work raised."""
+        self._thread.join(max(seconds, 0.0))
+        if self._errors:
+            raise self._errors[0]
+        if not self._values:
+            raise TimeoutError
+        return self._values[0]
+
+
 def _within(seconds: float, work: Callable[[], _T]) -> _T:
     """``work()`` in a thread that is given up after ``seconds``. Raises TimeoutError, or what it raised."""
-    values: list[_T] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            values.append(work())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not values:
-        raise TimeoutError
-    return values[0]
+    return _Attempt(work).result(seconds)

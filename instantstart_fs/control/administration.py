@@ -8,7 +8,7 @@ from typing import Protocol
 
 from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.manifest import PipelineSpec
-from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.status import OriginCheck, PipelineStatus
 from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.library.state import Lessee
 
@@ -59,6 +59,7 @@ class Administration(Protocol):
     async def verify(
         self, pipeline: str, progress: Callable[[int, int], None], rate: float | None = None
     ) -> Report: ...
+    async def check_origins(self, shown: Callable[[PipelineSpec], bool]) -> Sequence[OriginCheck]: ...
     async def check_access(self, pipeline: str) -> tuple[str, ...]: ...
     def lease(self, pipeline: str, lessee: Lessee | None = None) -> AbstractContextManager[None]: ...
     def opening(

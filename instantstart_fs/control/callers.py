@@ -18,6 +18,7 @@ import trio
 from instantstart_fs.control.administration import Administration
 from instantstart_fs.control.listening import Peer
 from instantstart_fs.control.protocol import (
+    CheckOrigins,
     ColdStarts,
     Lease,
     Ls,
@@ -101,13 +102,17 @@ class Callers:
     def owns(self, peer: Peer, spec: PipelineSpec) -> bool:
         return self._is_owner(peer, spec.uid, spec.gid)
 
+    def oversees(self, peer: Peer, spec: PipelineSpec) -> bool:
+        """Whether it administers, or owns the pipeline."""
+        return self.administers(peer) or self.owns(peer, spec)
+
     def may_ask_for(self, peer: Peer, spec: PipelineSpec) -> bool:
         """Whether it owns the pipeline or may read its files."""
         return self.owns(peer, spec) or _may_read(peer, spec)
 
     def authorize(self, peer: Peer, request: Request) -> None:
         """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
-        if self.administers(peer) or isinstance(request, Ping | Ls | Names):
+        if self.administers(peer) or isinstance(request, Ping | Ls | Names | CheckOrigins):
             return
         if isinstance(request, Status | Touch | Lease | Warm | Mark | ColdStarts) and self.owns(
             peer, self._library.spec(request.pipeline)

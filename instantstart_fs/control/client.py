@@ -23,6 +23,7 @@ from instantstart_fs.control.protocol import (
     MAX_MESSAGE,
     Access,
     Add,
+    CheckOrigins,
     ColdStarts,
     DaemonInfo,
     Done,
@@ -54,7 +55,7 @@ from instantstart_fs.control.protocol import (
 )
 from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.manifest import PipelineSpec
-from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.status import OriginCheck, PipelineStatus
 from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, PermissionRefused, UsageError
 
@@ -63,6 +64,8 @@ CONNECT_DEADLINE = 20.0
 """Seconds to be accepted. One waits only while the backlog is full: hundreds of others came at the same moment."""
 ANSWER_DEADLINE = 50.0
 """Seconds for an answer that comes from memory: a loaded daemon is not a dead one."""
+CHECK_DEADLINE = 120.0
+"""For ``check_origins``: the daemon takes 25 s at most, after those of others who asked before."""
 RESOLVE_DEADLINE = 660.0
 """Seconds for what lists an origin or deletes bytes; the daemon's own limit is a minute shorter."""
 
@@ -196,6 +199,10 @@ class Client:
     def check_access(self, pipeline: str) -> list[str]:
         """The sources, when all of them may be fetched with the pipeline's own credentials; else raises why not."""
         return self._ask(Access(pipeline), list[str], deadline=RESOLVE_DEADLINE)
+
+    def check_origins(self) -> list[OriginCheck]:
+        """What the daemon itself gets from the origins of the pipelines that this user owns, or of all."""
+        return self._ask(CheckOrigins(), list[OriginCheck], deadline=CHECK_DEADLINE)
 
     def verify(
         self, pipeline: str, progress: Callable[[int, int], None] | None = None, *, rate: float | None = None

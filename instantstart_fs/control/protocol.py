@@ -111,6 +111,11 @@ class Access(_Request, frozen=True, tag="access"):
     pipeline: str
 
 
+class CheckOrigins(_Request, frozen=True, tag="check-origins"):
+    """→ list of core.status.OriginCheck: what the daemon gets when it fetches one byte from each of its origins. Of the
+    pipelines that the caller owns, or of all."""
+
+
 class Lease(_Request, frozen=True, tag="lease"):
     """→ null; holds until the connection ends."""
 
@@ -174,6 +179,7 @@ Request = (
     | Warm
     | Verify
     | Access
+    | CheckOrigins
     | Lease
     | Open
     | Ls

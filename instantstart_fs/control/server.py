@@ -31,6 +31,7 @@ from instantstart_fs.control.protocol import (
     MAX_REQUEST,
     Access,
     Add,
+    CheckOrigins,
     ColdStarts,
     DaemonInfo,
     Done,
@@ -382,6 +383,8 @@ class _Connection:
                 return library.status(pipeline)
             case Verify(pipeline, rate):
                 return await self._verify(pipeline, rate)
+            case CheckOrigins():
+                return await library.check_origins(lambda spec: self._server.callers.oversees(self._peer, spec))
             case Access(pipeline):
                 return await change(lambda: library.check_access(pipeline))
             case Lease() | Open():

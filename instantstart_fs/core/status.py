@@ -44,6 +44,19 @@ class SkippedStatus(msgspec.Struct, frozen=True):
     first: tuple[str, ...]
 
 
+class OriginCheck(msgspec.Struct, frozen=True):
+    """Whether the daemon could fetch a byte of a source: ``code`` is "" where it could, else that of the error with
+    this ``message``. ``model``: its name within the pipeline. ``unasked``: so many other sources were not asked, being
+    the same, or too many."""
+
+    pipeline: str
+    model: str
+    source: str
+    unasked: int = 0
+    code: str = ""
+    message: str = ""
+
+
 class FileStatus(msgspec.Struct, frozen=True):
     path: str
     state: str

@@ -33,7 +33,7 @@ from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import Activity
-from instantstart_fs.core.status import PipelineState, PipelineStatus
+from instantstart_fs.core.status import OriginCheck, PipelineState, PipelineStatus
 from instantstart_fs.errors import InstantStartError, PipelineBusy, ReadDeadline, StoreDamaged, StoreFull
 from instantstart_fs.filler.evictor import Evictor, boot_identity, boottime
 from instantstart_fs.filler.scheduler import Filler, FillSettings, FillStatistics
@@ -51,6 +51,7 @@ from instantstart_fs.library.folding import Folding
 from instantstart_fs.library.handover import Handover
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.openfiles import OpenFiles
+from instantstart_fs.library.origin_checks import OriginChecks
 from instantstart_fs.library.overview import Overview, OverviewBuilder, ScrubOverview
 from instantstart_fs.library.reading import Handle, Reading
 from instantstart_fs.library.rechecking import Rechecker
@@ -150,6 +151,7 @@ class Library:
             self._admissions,
         )
         self._admin = Admin(self._shelf, self._reading, self._open_files, config.fill.chunk_size)
+        self._origin_checks = OriginChecks(self._shelf, self._admin)
         self._covering = Covering(self._shelf, self._access, self._open_files, self.observer, config.eviction.keep_hot)
         self.scrubber: Scrubber | None = None
         if config.store.scrub is not None:
@@ -488,6 +490,10 @@ class Library:
     ) -> VerifyReport:
         """See Admin.verify. ``rate``: bytes a second at most."""
         return await self._admin.verify(pipeline, progress, rate)
+
+    async def check_origins(self, shown: Callable[[PipelineSpec], bool]) -> Sequence[OriginCheck]:
+        """See OriginChecks.run."""
+        return await self._origin_checks.run(shown)
 
     async def check_access(self, pipeline: str) -> tuple[str, ...]:
         """The pipeline's sources, all of which its own credentials may fetch. Raises what an origin answers. With

@@ -5,6 +5,8 @@ Runs in a thread of the daemon; nothing is written.
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import ManifestFile
 from instantstart_fs.errors import (
@@ -16,7 +18,7 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.filler.messages import WorkerSettings
-from instantstart_fs.origins.base import Origin
+from instantstart_fs.origins.base import Location, Origin
 from instantstart_fs.origins.common import samples
 
 
@@ -37,13 +39,14 @@ def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: floa
     """Raises OriginError where one of the ``pinned`` files that stand for all may not be fetched. That it is not what
     was pinned any more is `update`'s business: whoever is told so was let in. Blocks, ``timeout`` seconds for each
     silence."""
-    from instantstart_fs.filler.fetch import Fetcher, new_buffer  # late: not everybody who imports this fetches
+    from instantstart_fs.filler.fetch import Fetcher, new_buffer, shown  # late: not everybody who imports this fetches
 
     fetcher = Fetcher(WorkerSettings(connect_timeout=timeout, stall_timeout=timeout, slow_window=timeout))
     for file in samples(pinned):
         if not file.size:
             continue
         for last in (False, True):
+            location: Location | None = None
             try:
                 location = origin.locate(file)
                 fetcher.fetch(location, ByteRange(0, 1), file.size, new_buffer(), _Nowhere())
@@ -54,5 +57,14 @@ def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: floa
                     raise OriginUnavailable(
                         f"{error.message}, also at a fresh address; is there a proxy or a firewall in between?"
                     ) from error
+            except OriginUnavailable as error:
+                host = urlsplit(location.url).netloc if location is not None else ""
+                if not host:
+                    raise  # the origin itself did not say where the bytes are
+                reason = error.message.removeprefix(f"{shown(location.url)}: ") if location is not None else ""
+                raise type(error)(
+                    f"the origin answers, but its files come from {host}, and that fails: {reason}",
+                    retry_after=error.retry_after,
+                ) from error
             else:
                 break
