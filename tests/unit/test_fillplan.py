@@ -293,3 +293,100 @@ def test_a_terabyte_costs_next_to_nothing() -> None:
             fetched += 1
     assert fetched == chunks
     assert time.perf_counter() - begun < 20, "a decision takes about 10 µs; quadratic would take minutes"
+
+
+def test_one_pipeline_leaves_room_for_another() -> None:
+    plan: FillPlan[str] = FillPlan(16, headroom=4)
+    plan.add("a", "p", "o", chunk_map(8000))
+    plan.demand("a", range(8000))
+    assert len(started(plan)) == 18
+    plan.add("b", "q", "o", chunk_map(9))
+    plan.demand("b", [3])
+    assert started(plan) == [("b", 3, True)]
+
+
+def test_a_pipeline_with_nothing_in_flight_is_filled_although_others_have_demands_without_end() -> None:
+    plan: FillPlan[str] = FillPlan(4, headroom=0)
+    present = chunk_map(1000)
+    plan.add("a", "p", "o", present)
+    plan.demand("a", range(1000))
+    assert [key for key, _, _ in started(plan)] == ["a"] * 4
+    plan.add("b", "q", "o", chunk_map(9))
+    plan.set_background("q", ["b"])
+    seen = []
+    for chunk in range(4):
+        land(plan, "a", present, chunk)
+        seen += [key for key, _, _ in started(plan)]
+    assert seen.count("b") == 1, "one at a time"
+
+
+def test_slow_requests_give_way_to_who_has_less_than_a_share_and_to_nobody_else() -> None:
+    plan: FillPlan[str] = FillPlan(4, headroom=0)
+    plan.add("a", "p", "o", chunk_map(100))
+    plan.demand("a", range(100))
+    assert len(started(plan)) == 4
+    assert plan.give_way(60.0) == [], "nobody waits"
+    plan.add("b", "q", "o", chunk_map(9))
+    plan.demand("b", range(3))
+    plan.progressed("a", 0, 1 << 20, 59.0)
+    plan.progressed("a", 1, 1 << 20, 60.0)
+    assert started(plan, 60.0) == []
+    assert [(request.key, request.chunk) for request in plan.give_way(60.0)] == [("a", 2), ("a", 3)]
+    assert started(plan, 60.0) == [("b", 0, True), ("b", 1, True)], "half of it each, however many wait"
+    assert plan.give_way(70.0) == []
+
+
+def test_a_slow_file_has_one_request_in_flight_until_it_proves_good() -> None:
+    plan: FillPlan[str] = FillPlan(4, headroom=0)
+    present = chunk_map(100)
+    plan.add("a", "p", "o", present)
+    plan.demand("a", range(100))
+    assert len(started(plan)) == 4
+    for chunk in range(4):
+        plan.failed("a", chunk, suspect=True)
+    assert started(plan) == [("a", 4, True)]
+    assert started(plan) == []
+    land(plan, "a", present, 4)
+    assert len(started(plan)) == 4
+
+
+def test_who_gives_way_is_given_more_time_the_next_time() -> None:
+    plan: FillPlan[str] = FillPlan(2, headroom=0)
+    for key, pipeline in (("a", "p"), ("b", "q"), ("c", "r")):
+        plan.add(key, pipeline, "o", chunk_map(9))
+        plan.demand(key, [0])
+    # Everybody is slow to begin: the only request of a pipeline gives way late, and later each time.
+    since = {key: 0.0 for key, _, _ in started(plan)}
+    lasted: dict[str, list[float]] = {"a": [], "b": [], "c": []}
+    for tick in range(1, 200):
+        now = tick / 2
+        for request in plan.give_way(now):
+            lasted[request.key].append(now - since[request.key])
+        since.update({key: now for key, _, _ in started(plan, now)})
+    assert [times[:2] for times in lasted.values()] == [[8.0, 16.0], [8.5, 16.0], [8.0, 16.0]]
+
+
+def test_a_pause_is_not_held_against_a_background_request() -> None:
+    plan: FillPlan[str] = FillPlan(2, headroom=0)
+    plan.add("a", "p", "o", chunk_map(9))
+    plan.set_background("p", ["a"])
+    assert len(started(plan)) == 2
+    plan.add("b", "q", "o", chunk_map(9))
+    plan.demand("b", [0])
+    plan.pause(10.0)
+    assert plan.give_way(11.9) == []
+    assert plan.next_time(11.0) == 12.0
+    assert len(plan.give_way(12.0)) == 1
+
+
+def test_the_breaker_of_one_pipeline_stops_that_pipeline() -> None:
+    plan: FillPlan[str] = FillPlan(4, headroom=0)
+    plan.set_limit("o", 0, "p")
+    for key, pipeline in (("a", "p"), ("b", "q")):
+        plan.add(key, pipeline, "o", chunk_map(2))
+        plan.demand(key, [0, 1])
+    assert started(plan) == [("b", 0, True), ("b", 1, True)]
+    plan.set_limit("o", 1, "p")
+    assert started(plan) == [("a", 0, True)]
+    plan.set_limit("o", None, "p")
+    assert started(plan) == [("a", 1, True)]
