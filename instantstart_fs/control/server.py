@@ -436,8 +436,9 @@ class _Connection:
         told_at = -PROGRESS_INTERVAL
         while True:
             began = time.perf_counter()
-            status = self._library.status(pipeline)
-            brief = msgspec.structs.replace(status, files=None)
+            brief = status = self._library.status(pipeline, with_files=everything)
+            if everything:
+                brief = msgspec.structs.replace(status, files=None)
             if _is_warm(status, everything):
                 return brief
             if status.state == "error":

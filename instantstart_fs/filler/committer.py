@@ -2,8 +2,8 @@
 
 Every ``commit_bytes`` of new chunks, or ``commit_seconds`` after the first, and at once when a file awaits its seal:
 1. take what is dirty now; chunks that arrive from here on wait for the next commit;
-2. fdatasync each file that has some; BlobFile.seal each file that is complete (in a few threads, so that thousands of
-   small files share the journal's commits);
+2. fdatasync each file that has some; seal each file that is complete (small ones many at a time, so that they share the
+   journal's commits);
 3. ONE index transaction with all bitmaps and all seals;
 4. only then: ``durable`` grows, ``state`` becomes sealed.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import Literal, Protocol
 
 import msgspec
@@ -32,7 +33,7 @@ from instantstart_fs.filler.target import FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
-from instantstart_fs.store.blobfile import SealRecord
+from instantstart_fs.store.blobfile import Seal, SealRecord, seal_all
 from instantstart_fs.store.blobstore import BlobStore
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ SYNC_THREADS = 8
 SEAL_SECONDS = 0.05
 SEAL_GROUP = 256
 """A seal waits so long for others, or until they are so many: thousands of small files share their commits."""
+SMALL_FILE = 1024 * 1024
+SEAL_TOGETHER = 64
+"""So many files of at most SMALL_FILE bytes are sealed by one call; a larger one by its own."""
 RETRY_SECONDS = 5.0
 FLUSH_SECONDS = 10.0
 
@@ -171,8 +175,8 @@ class Committer:
             async with trio.open_nursery() as nursery:
                 for target in dirty:
                     nursery.start_soon(self._sync, target, failed)
-                for target, state in seals.items():
-                    nursery.start_soon(self._seal, target, state, failed)
+                for together in _in_groups(seals):
+                    nursery.start_soon(self._seal, together, failed)
             gone = self._forgotten | failed.keys()
             synced = {target: chunks for target, chunks in dirty.items() if target not in gone}
             sealed = {target: state for target, state in seals.items() if target not in gone}
@@ -217,28 +221,33 @@ class Committer:
 
     async def _seal(
         self,
-        target: FillTarget,
-        state: Literal["sealed", "unverified"],
+        targets: list[tuple[FillTarget, Literal["sealed", "unverified"]]],
         failed: dict[FillTarget, InstantStartError],
     ) -> None:
-        blob = target.blob
-        assert blob is not None
-        file = target.entry.file
-        digest = str(file.digest) if file.digest is not None and state == "sealed" else None
-        record = SealRecord(size=file.size, state=state, digest=digest, sealed_at_ns=time.time_ns())
+        now = time.time_ns()
+        seals: dict[FillTarget, Seal] = {}
+        for target, state in targets:
+            assert target.blob is not None
+            file = target.entry.file
+            digest = str(file.digest) if file.digest is not None and state == "sealed" else None
+            record = SealRecord(size=file.size, state=state, digest=digest, sealed_at_ns=now)
+            seals[target] = Seal(target.blob, record, mtime_ns=file.mtime_ns or None)
+        keep_pages = {target for target in seals if target.has_reader()}
 
-        keep_pages = target.has_reader()
+        def seal() -> dict[FillTarget, InstantStartError]:
+            errors = seal_all(list(seals.values()))
+            found = {target: errors[seal.blob] for target, seal in seals.items() if seal.blob in errors}
+            for target in seals.keys() - found.keys():
+                blob = seals[target].blob
+                try:
+                    target.allocated = blob.allocated_bytes()
+                except InstantStartError as error:
+                    found[target] = error
+                if target not in keep_pages:
+                    blob.drop_pages()  # clean by now, and hashed
+            return found
 
-        def seal() -> None:
-            blob.seal(record, mtime_ns=file.mtime_ns or None)
-            target.allocated = blob.allocated_bytes()
-            if not keep_pages:
-                blob.drop_pages()  # clean by now, and hashed
-
-        try:
-            await trio.to_thread.run_sync(seal, limiter=self._limiter)
-        except InstantStartError as error:
-            failed[target] = error
+        failed |= await trio.to_thread.run_sync(seal, limiter=self._limiter)
 
     async def _record(
         self,
@@ -315,6 +324,16 @@ class Committer:
         for target in condemned:
             if target not in forgotten:
                 self._poisoned[target] = None
+
+
+def _in_groups(
+    seals: dict[FillTarget, Literal["sealed", "unverified"]],
+) -> Iterator[list[tuple[FillTarget, Literal["sealed", "unverified"]]]]:
+    """Those that are sealed by one call."""
+    small = [item for item in seals.items() if item[0].entry.file.size <= SMALL_FILE]
+    for start in range(0, len(small), SEAL_TOGETHER):
+        yield small[start : start + SEAL_TOGETHER]
+    yield from ([item] for item in seals.items() if item[0].entry.file.size > SMALL_FILE)
 
 
 def _put(txn: WriteTxn, key: FileKey, record: FileRecord) -> None:

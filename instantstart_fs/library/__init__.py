@@ -407,8 +407,8 @@ class Library:
         found.check_visible()
         return found
 
-    def status(self, pipeline: str) -> PipelineStatus:
-        return self._status(self._shelf.pipeline(pipeline), with_files=True)
+    def status(self, pipeline: str, *, with_files: bool = True) -> PipelineStatus:
+        return self._status(self._shelf.pipeline(pipeline), with_files=with_files)
 
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
         """A moment of a cold start that a filesystem cannot see; wall clock, None for now. Raises PipelineNotFound,

@@ -6,7 +6,8 @@ closed descriptor's number is soon another file's.
 
 What a crash leaves: bytes are durable after ``datasync``, which also makes the file's directory entry durable the
 first time; a seal record exists only if every byte before it was fsynced, because the record is an xattr of the very
-inode and is set after the first fsync (fsync file, setxattr, fsync file, fsync directory).
+inode and is set after the first fsync (fsync file, setxattr, fsync file, fsync directory). Many files are sealed in one
+go, step by step for all of them (``seal_all``): the journal is then written once a step, and not once a file and step.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import msgspec
 
 from instantstart_fs.core.chunks import ByteRange
-from instantstart_fs.errors import StoreDamaged, StoreUnsupported
+from instantstart_fs.errors import InstantStartError, StoreDamaged, StoreUnsupported
 from instantstart_fs.store.layout import FORMAT, SEAL_XATTR
 from instantstart_fs.store.translate import translate, translated
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_SYNC_FILE_RANGE_WRITE = 2
+_LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _LIBC.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -54,19 +57,29 @@ class BlobFile:
     """An open file of the store. Made by BlobStore; a context manager.
 
     ``size``: bytes. ``created``: this open made it (or found it without any byte of its length), so whatever the index
-    says about its presence is wrong and must be dropped. ``writable``: opened by ``BlobStore.blob``.
+    says about its presence is wrong and must be dropped. ``writable``: opened by ``BlobStore.blob``. ``directory``:
+    what files of one directory have in common, None = not known.
     """
 
-    __slots__ = ("_entry_durable", "_sync_entry", "created", "fd", "name", "size", "writable")
+    __slots__ = ("_entry_durable", "_sync_entry", "created", "directory", "fd", "name", "size", "writable")
 
     def __init__(
-        self, fd: int, size: int, name: str, *, writable: bool, created: bool, sync_entry: Callable[[], None]
+        self,
+        fd: int,
+        size: int,
+        name: str,
+        *,
+        writable: bool,
+        created: bool,
+        sync_entry: Callable[[], None],
+        directory: Hashable = None,
     ) -> None:
         self.fd = fd
         self.size = size
         self.name = name
         self.writable = writable
         self.created = created
+        self.directory = directory
         self._sync_entry = sync_entry
         self._entry_durable = False
 
@@ -189,29 +202,29 @@ class BlobFile:
         with translated(f"sync {self.name}"):
             os.fdatasync(self.fd)
             if not self._entry_durable:
-                self._sync_entry()
-                self._entry_durable = True
+                self.sync_entry()
+
+    def start_writing(self) -> None:
+        """Have what was written on its way to the disk, without waiting. A favour to the fsync that comes: never
+        fails."""
+        _LIBC.sync_file_range(self.fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+    def sync_entry(self) -> None:
+        """Make its directory entry durable. Raises OSError."""
+        self._sync_entry()
+        self._entry_durable = True
+
+    def entry_is_durable(self) -> None:
+        """Somebody has synced its directory since it was made."""
+        self._entry_durable = True
 
     def seal(self, record: SealRecord, *, atime_ns: int | None = None, mtime_ns: int | None = None) -> None:
         """Make the whole file durable, then say so on it. ``atime_ns``, ``mtime_ns``: set these times as well.
 
         Only for a file whose every byte is written and, unless ``record.state`` is "unverified", proven.
         """
-        if record.size != self.size:
-            raise ValueError(f"{self.name}: a record of {record.size} bytes cannot seal {self.size}")
-        with translated(f"seal {self.name}"):
-            os.fsync(self.fd)
-            os.setxattr(self.fd, SEAL_XATTR, msgspec.json.encode(record))
-            if atime_ns is not None or mtime_ns is not None:
-                status = os.fstat(self.fd)
-                times = (
-                    status.st_atime_ns if atime_ns is None else atime_ns,
-                    status.st_mtime_ns if mtime_ns is None else mtime_ns,
-                )
-                os.utime(self.fd, ns=times)
-            os.fsync(self.fd)
-            self._sync_entry()
-        self._entry_durable = True
+        for error in seal_all([Seal(self, record, atime_ns, mtime_ns)]).values():
+            raise error
 
     def seal_record(self) -> SealRecord | None:
         """The record on the file; None if it has none. Raises StoreDamaged if it cannot be understood."""
@@ -247,6 +260,66 @@ class BlobFile:
         """Bytes of disk that it takes (512 × st_blocks)."""
         with translated(f"stat {self.name}"):
             return os.fstat(self.fd).st_blocks * 512
+
+
+class Seal(NamedTuple):
+    """What ``BlobFile.seal`` is called with."""
+
+    blob: BlobFile
+    record: SealRecord
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+def seal_all(seals: Sequence[Seal]) -> dict[BlobFile, InstantStartError]:
+    """``BlobFile.seal`` for all of these, each with the same guarantees; the errors of those that failed.
+
+    Step by step for all: what one file's fsync has written to the journal, the next one's need not. Each directory is
+    synced once.
+    """
+    failed: dict[BlobFile, InstantStartError] = {}
+
+    def each(step: Callable[[Seal], None]) -> None:
+        for seal in seals:
+            if seal.blob not in failed:
+                try:
+                    with translated(f"seal {seal.blob.name}"):
+                        step(seal)
+                except InstantStartError as error:
+                    failed[seal.blob] = error
+
+    for blob, record, _, _ in seals:
+        if record.size != blob.size:
+            raise ValueError(f"{blob.name}: a record of {record.size} bytes cannot seal {blob.size}")
+    if len(seals) > 1:
+        each(lambda seal: seal.blob.start_writing())
+    each(lambda seal: os.fsync(seal.blob.fd))
+    each(_write_record)
+    each(lambda seal: os.fsync(seal.blob.fd))
+    synced: set[Hashable] = set()
+
+    def sync_entry(seal: Seal) -> None:
+        directory = seal.blob.directory
+        if directory is None or directory not in synced:
+            seal.blob.sync_entry()
+            synced.add(directory)
+        else:
+            seal.blob.entry_is_durable()
+
+    each(sync_entry)
+    return failed
+
+
+def _write_record(seal: Seal) -> None:
+    fd = seal.blob.fd
+    os.setxattr(fd, SEAL_XATTR, msgspec.json.encode(seal.record))
+    if seal.atime_ns is not None or seal.mtime_ns is not None:
+        status = os.fstat(fd)
+        times = (
+            status.st_atime_ns if seal.atime_ns is None else seal.atime_ns,
+            status.st_mtime_ns if seal.mtime_ns is None else seal.mtime_ns,
+        )
+        os.utime(fd, ns=times)
 
 
 def punch_hole(fd: int, byte_range: ByteRange) -> None:

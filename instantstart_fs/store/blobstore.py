@@ -339,7 +339,7 @@ class BlobStore:
             finally:
                 os.close(parent)
 
-        return BlobFile(fd, size, shown, writable=writable, created=created, sync_entry=sync_entry)
+        return BlobFile(fd, size, shown, writable=writable, created=created, sync_entry=sync_entry, directory=directory)
 
     def share(self, pipeline: str, old: int, new: int, paths: Sequence[str]) -> dict[str, int]:
         """Give complete files of generation ``old`` to ``new`` too, under the same paths: one file, a name in each.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -196,16 +198,60 @@ async def test_a_failed_seal_is_told_and_not_recorded(
 ) -> None:
     target = written(store, "f")
 
-    def seal(blob: BlobFile, *_: object, **__: object) -> None:
-        raise StoreDamaged("seal f: input/output error")
+    other = written(store, "other", number=1)
+    assert target.blob is not None
+    broken, real_fsync = target.blob.fd, os.fsync
 
-    monkeypatch.setattr(BlobFile, "seal", seal)
+    def fsync(fd: int) -> None:
+        if fd == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real_fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     async with running(store, index) as (committer, told):
-        arrive(committer, target, 0, 1, 2)
-        committer.seal(target, "sealed")
-        await until(lambda: len(told.lost) == 1)
-        assert target.state is not FileState.SEALED and not told.sealed
+        for each in (target, other):
+            arrive(committer, each, 0, 1, 2)
+            committer.seal(each, "sealed")
+        await until(lambda: len(told.lost) == 1 and len(told.sealed) == 1)
+        assert told.lost[0][0] is target and told.sealed == [other], "each by itself, though one call sealed both"
+        assert target.state is not FileState.SEALED and target.blob.seal_record() is None
     assert record(index, target) is None
+    assert record(index, other) == FileRecord("sealed", allocated=other.allocated)
+
+
+async def test_many_small_files_are_sealed_step_by_step(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file's bytes before its record, every record before the directory, the directory once: no journal's commit
+    for each file, and the order for each that makes its record true."""
+    targets = [written(store, f"f{number}", number=number) for number in range(20)]
+    files = {target.blob.fd: target.entry.path for target in targets if target.blob is not None}
+    steps: list[tuple[str, str]] = []
+    real_fsync, real_setxattr = os.fsync, os.setxattr
+
+    def fsync(fd: int) -> None:
+        steps.append(("fsync", files.get(fd, "the directory")))
+        real_fsync(fd)
+
+    def setxattr(fd: int, name: str, value: bytes) -> None:
+        steps.append(("record", files[fd]))
+        real_setxattr(fd, name, value)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "setxattr", setxattr)
+    async with running(store, index, seconds=3600) as (committer, told):
+        for target in targets:
+            arrive(committer, target, 0, 1, 2)
+            committer.seal(target, "sealed")
+        await until(lambda: len(told.sealed) == len(targets))
+        assert committer.commits == 1
+    names = [target.entry.path for target in targets]
+    assert steps == [
+        *(("fsync", name) for name in names),
+        *(("record", name) for name in names),
+        *(("fsync", name) for name in names),
+        ("fsync", "the directory"),
+    ]
 
 
 async def test_a_full_index_is_tried_again_with_nothing_lost(

@@ -154,9 +154,10 @@ class FakeLibrary:
         self.calls.append(f"warm {everything}")
         self.entered.set()
 
-    def status(self, pipeline: str) -> PipelineStatus:
+    def status(self, pipeline: str, *, with_files: bool = True) -> PipelineStatus:
         self.spec(pipeline)
-        return self.statuses[pipeline]
+        found = self.statuses[pipeline]
+        return found if with_files else msgspec.structs.replace(found, files=None)
 
     def list(self) -> list[PipelineStatus]:
         return [msgspec.structs.replace(status, files=None) for status in self.statuses.values()]

@@ -74,7 +74,7 @@ class FakeClient:
         self._call("update", pipeline)
         return STATUS
 
-    def status(self, pipeline: str) -> PipelineStatus:
+    def status(self, pipeline: str, *, with_files: bool = True) -> PipelineStatus:
         self._call("status", pipeline)
         return STATUS
 
