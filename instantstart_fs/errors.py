@@ -28,6 +28,7 @@
     │   ├── StoreLocked            another daemon has this store
     │   ├── StoreUnsupported       overlayfs, FUSE, a newer format
     │   ├── StoreDamaged           an I/O error, or a record that cannot be read
+    │   │   └── StoreLost          a file that the store had is not there any more, or something else is in its place
     │   ├── OutOfResources         descriptors are used up for the moment: nothing is wrong with what was asked for
     │   │   └── OutOfMemory        the same of the kernel's memory
     │   ├── IndexFull              the LMDB map has no room left
@@ -184,6 +185,10 @@ class StoreUnsupported(StoreError):
 
 class StoreDamaged(StoreError):
     code = "store-damaged"
+
+
+class StoreLost(StoreDamaged):
+    code = "store-lost"
 
 
 class OutOfResources(StoreError):

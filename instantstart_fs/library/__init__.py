@@ -153,6 +153,7 @@ class Library:
         self._admin = Admin(self._shelf, self._reading, self._open_files, config.fill.chunk_size)
         self._origin_checks = OriginChecks(self._shelf, self._admin)
         self._covering = Covering(self._shelf, self._access, self._open_files, self.observer, config.eviction.keep_hot)
+        self._covering.discard = reports.discard
         self.scrubber: Scrubber | None = None
         if config.store.scrub is not None:
             self.scrubber = Scrubber(

@@ -189,9 +189,8 @@ class Admin:
             if (file := before.get(entry.path)) is not None and same_bytes(file.entry.file, entry.file)
         }
         states = {path: before[path].state for path in wanted}
-        given = await trio.to_thread.run_sync(
-            self._shelf.store.share, old.pipeline.id, old.number, new.number, sorted(wanted)
-        )
+        proofs = {path: before[path].proof for path in sorted(wanted)}
+        given = await trio.to_thread.run_sync(self._shelf.store.share, old.pipeline.id, old.number, new.number, proofs)
         return {wanted[path]: Kept(before[path], states[path], allocated) for path, allocated in given.items()}
 
     async def _distrust(self, new: Generation, kept: Mapping[int, Kept]) -> None:

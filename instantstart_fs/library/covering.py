@@ -17,20 +17,22 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import msgspec
 import trio
 
 from instantstart_fs.core.coldstart_tracker import Starts
 from instantstart_fs.core.loadset import is_weight_file
-from instantstart_fs.errors import PipelineBusy, StoreDamaged, StoreError
+from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreError
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.library import present
-from instantstart_fs.library.observing import Observer
+from instantstart_fs.library.observing import FoundBy, Observer
 from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Pipeline
 from instantstart_fs.store.blobfile import BlobFile
+from instantstart_fs.store.blobstore import Proof
 
 MOST_FILES = 1024
 """Of one pipeline with more weight files none is covered: each costs an entry in every mount table that sees it."""
@@ -41,6 +43,14 @@ away for a moment."""
 
 TakeAway = Callable[[str, bool], Awaitable[None]]
 """(pipeline, only if nobody has them open). Raises PipelineBusy, MountFailed."""
+
+
+class Discard(Protocol):
+    """See reports.Reports.discard."""
+
+    async def __call__(
+        self, file: CachedFile, problem: InstantStartError, *, wanted: bool, found_by: FoundBy
+    ) -> None: ...
 
 
 class Coverable(msgspec.Struct, frozen=True):
@@ -55,6 +65,7 @@ class Coverable(msgspec.Struct, frozen=True):
     uid: int
     gid: int
     mtime_ns: int
+    proof: Proof = Proof(0, None)
 
 
 class Covering:
@@ -77,6 +88,7 @@ class Covering:
         self._wake = trio.Event()
         self._busy_until: dict[str, float] = {}
         self._take_away: TakeAway | None = None
+        self.discard: Discard | None = None
         shelf.uncovered = self.uncovered
         shelf.on_complete = lambda file: self.nudge(file.generation.pipeline.id)
 
@@ -164,22 +176,20 @@ class Covering:
                 uid=spec.uid,
                 gid=spec.gid,
                 mtime_ns=file.entry.file.mtime_ns,
+                proof=file.proof,
             )
             for file in files
         }
 
     def descriptor(self, wanted: Coverable) -> BlobFile:
         """The store's file, which must be the one that was sealed; in a thread. Raises StoreError."""
-        blob = self._shelf.store.existing_blob(wanted.pipeline, wanted.generation, wanted.path)
-        if blob is None:
-            raise StoreDamaged(f"{wanted.path}: missing from the store; run `instantstart verify`")
-        try:
-            if blob.seal_record() is None:
-                raise StoreDamaged(f"{wanted.path}: the store's file is not the one that was sealed")
-        except BaseException:
-            blob.close()
-            raise
-        return blob
+        return self._shelf.store.open_sealed(wanted.pipeline, wanted.generation, wanted.path, wanted.proof)
+
+    async def lost(self, covered: Coverable, problem: InstantStartError) -> None:
+        """The store has lost it: it is dropped, and fetched again. Nothing else of the binder's may be under way."""
+        file = self._file(covered)
+        if file is not None and self.discard is not None:
+            await self.discard(file, problem, wanted=True, found_by="open")
 
     def opened(self, covered: Coverable) -> None:
         """Somebody opened the covered file: a request, and an access. ``look_into`` first, as before ``found_open``,

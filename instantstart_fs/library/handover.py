@@ -94,14 +94,9 @@ class Handover:
     def _open(self, file: CachedFile) -> list[int]:
         """Blocks. Raises StoreDamaged when the file is not what its record says."""
         generation = self._generation
-        blob = self._store.handed_blob(generation.pipeline.id, generation.number, file.entry.path)
-        if blob is None:
-            raise StoreDamaged(f"{file.entry.path}: missing from the store")
-        with blob:
-            if blob.size != file.size:
-                raise StoreDamaged(f"{file.entry.path}: the store's file has {blob.size} bytes of {file.size}")
-            if blob.seal_record() is None:
-                raise StoreDamaged(f"{file.entry.path}: the store's file is not the one that was sealed")
+        with self._store.open_sealed(
+            generation.pipeline.id, generation.number, file.entry.path, file.proof, handed=True
+        ) as blob:
             # Descriptions of their own: the receiver may change flags and readahead of what it gets.
             place = f"/proc/self/fd/{blob.fd}"
             try:

@@ -7,6 +7,7 @@ never outlives the incarnation: nobody could open that again, and its deleted by
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 from collections import OrderedDict
@@ -14,12 +15,13 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreError
+from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreError, StoreLost
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, counts_as_request
 from instantstart_fs.library.watching import Nobody, Watcher
 from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.locks import used_elsewhere
+from instantstart_fs.store.translate import translate, translated
 
 IDLE_READERS = 256
 """Descriptors of files that were open a while ago: the shards of some pipelines, and a quarter of the least limit of
@@ -37,6 +39,8 @@ class OpenFiles:
         self.closing: Callable[[int], None] | None = None
         """See view.View.use_passthrough."""
         self.watcher: Watcher = Nobody()
+        self._stale: dict[CachedFile, list[BlobFile]] = {}
+        """Descriptors of what the store has lost since, while somebody may be inside a read of them."""
         shelf.retire = self._retire
 
     @property
@@ -89,7 +93,10 @@ class OpenFiles:
 
     def _settle_reader(self, file: CachedFile) -> None:
         """Keep the descriptor of a file that nobody has open for the next one, if there may be a next one."""
-        if file.handles or file.reader is None:
+        if file.handles:
+            return
+        if file.reader is None or file in self._stale:
+            self.close_reader(file)
             return
         generation = file.generation
         if file.passable and generation is generation.pipeline.outline and not generation.pipeline.removed:
@@ -112,6 +119,8 @@ class OpenFiles:
 
     def close_reader(self, file: CachedFile) -> None:
         self._idle.pop(file, None)
+        for stale in self._stale.pop(file, ()):
+            stale.close()
         if file.reader is not None:
             if self.closing is not None:
                 self.closing(file.passthrough_nodeid)
@@ -138,18 +147,31 @@ class OpenFiles:
         """The descriptor that the kernel is to read. Raises NoSuchEntry, StoreDamaged."""
         if not file.passable:
             raise NoSuchEntry(f"{file.entry.path}: is not complete any more")
+        return self.check(file)
+
+    def check(self, file: CachedFile) -> int:
+        """The descriptor of a complete file, which the store still has. Raises StoreDamaged, StoreError."""
         fd = self.reader(file)
-        found = os.fstat(fd)
-        if found.st_size != file.size or not found.st_nlink:
-            raise StoreDamaged(
-                f"{file.entry.path}: the store's file has {found.st_size} bytes of {file.size}, {found.st_nlink} names"
-            )
+        found, generation = os.fstat(fd), file.generation
+        if found.st_size != file.size:
+            raise StoreLost(f"{file.entry.path}: the store's file has {found.st_size} bytes of {file.size}")
+        try:
+            # A kept descriptor is right whatever became of its name; the next start finds only the name.
+            where = self._shelf.store.layout.blob(generation.pipeline.id, generation.number, file.entry.path)
+            there = os.stat(where, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreLost(f"{file.entry.path}: missing from the store") from None
+        except OSError as error:
+            raise translate(error, f"look at {file.entry.path}") from error
+        if not os.path.samestat(found, there):
+            raise StoreLost(f"{file.entry.path}: something else lies in its place in the store")
         return fd
 
     def duplicate(self, file: CachedFile) -> int:
         """Another descriptor of the same description, the caller's to close: whoever has it does not count as somebody
         who has the file open. Raises StoreDamaged."""
-        fd = os.dup(self.reader(file))
+        with translated(f"open {file.entry.path}"):
+            fd = os.dup(self.reader(file))
         self._settle_reader(file)
         return fd
 
@@ -179,41 +201,67 @@ class OpenFiles:
             # read meets again.
             return 0
 
-    def read_blocking(self, file: CachedFile, offset: int, view: memoryview) -> None:
-        done = 0
-        try:
-            while done < len(view):
-                count = os.preadv(self.reader(file), [view[done:]], offset + done)
-                if count == 0:
-                    raise StoreDamaged(f"{file.entry.path}: the store's file is shorter than the manifest says")
-                done += count
-        except OSError as error:
-            raise StoreDamaged(f"{file.entry.path}: cannot be read from the store: {error.strerror}") from error
+    @staticmethod
+    def read_blocking(file: CachedFile, fd: int, offset: int, view: memoryview) -> None:
+        """``fd``: its ``reader``, which whoever has it open keeps. In a thread. Raises StoreDamaged, OutOfResources."""
+        done, again = 0, True
+        while done < len(view):
+            try:
+                count = os.preadv(fd, [view[done:]], offset + done)
+            except OSError as error:
+                if error.errno == errno.EIO and again:
+                    again = False  # a path to the disk that failed over, a bus that was reset: damage says it twice
+                    continue
+                raise translate(error, f"read {file.entry.path}") from error
+            if count == 0:
+                raise StoreLost(f"{file.entry.path}: the store's file is shorter than the manifest says")
+            done += count
 
     def reader(self, file: CachedFile) -> int:
+        """Its descriptor, for as long as nothing is awaited. Raises StoreError."""
+        if file.reader is not None and not file.complete and self._filled_elsewhere(file):
+            # The store lost the file under a fill that has begun anew. Others may be inside a read of the old one.
+            self._stale.setdefault(file, []).append(file.reader)
+            file.reader = None
         if file.reader is None:
-            generation = file.generation
-            blob = self._shelf.store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
-            if blob is None:
-                raise StoreDamaged(f"{file.entry.path}: missing from the store; run `instantstart verify`")
-            try:
-                if file.complete and not _sealed_as(blob, file):
-                    # The index is wrong about it (what was never written reads as zeros), or it was exchanged.
-                    raise StoreDamaged(f"{file.entry.path}: the store's file is not the one that was sealed")
-                _join(blob, file)
-            except BaseException:
-                blob.close()
-                raise
-            file.reader = blob
+            file.reader = self._open_reader(file)
         return file.reader.fd
 
+    def _open_reader(self, file: CachedFile) -> BlobFile:
+        store, generation = self._shelf.store, file.generation
+        where = (generation.pipeline.id, generation.number, file.entry.path)
+        if file.complete:
+            blob = store.open_sealed(*where, file.proof)
+        elif (filled := _filled(file)) is not None:
+            # Whatever became of its name: what is filled is what is read.
+            return store.again(filled)
+        elif (found := store.existing_blob(*where)) is not None:
+            blob = found
+        else:
+            raise StoreLost(f"{file.entry.path}: missing from the store")
+        try:
+            _join(blob, file)
+        except BaseException:
+            blob.close()
+            raise
+        return blob
 
-def _sealed_as(blob: BlobFile, file: CachedFile) -> bool:
-    """Whether it has a seal, and that of this file."""
-    seal, digest = blob.seal_record(), file.entry.file.digest
-    if seal is None or (seal.size, blob.size) != (file.size, file.size):
-        return False
-    return seal.digest is None or digest is None or seal.digest == str(digest)
+    @staticmethod
+    def _filled_elsewhere(file: CachedFile) -> bool:
+        filled = _filled(file)
+        return filled is not None and file.reader is not None and not os.path.sameopenfile(filled.fd, file.reader.fd)
+
+    def sealed(self, file: CachedFile) -> None:
+        """It is complete from now on; while its target still says which file of the store was filled."""
+        if file.reader is not None and self._filled_elsewhere(file):
+            self._stale.setdefault(file, []).append(file.reader)
+            file.reader = None
+
+
+def _filled(file: CachedFile) -> BlobFile | None:
+    """The store's file that is being filled, open."""
+    blob = file.target.blob if file.target is not None else None
+    return blob if blob is not None and blob.fd >= 0 else None
 
 
 def _join(blob: BlobFile, file: CachedFile) -> None:

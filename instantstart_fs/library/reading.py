@@ -109,7 +109,7 @@ class Reading:
             return self._open(nodeid)
         except StoreDamaged as error:
             file = self._shelf.nodes.find(nodeid)
-            if not isinstance(file, CachedFile) or nodeid != file.passthrough_nodeid:
+            if not isinstance(file, CachedFile) or not file.complete:
                 self._observer.failed("open", error)
                 raise
             if not file.handles:
@@ -150,6 +150,9 @@ class Reading:
             backing = self._open_files.backing(file)
             # Nobody will tell of its reads.
             self._access.record_read(*file.triple, self._shelf.now_ns())
+        elif file.complete:
+            # What is lost is found out here, where its reader can be given another; at a read it would be an error.
+            self._open_files.check(file)
         return self._handle(file, nodeid, backing)
 
     def _handle(self, file: CachedFile, nodeid: int, backing: int | None) -> Handle:
@@ -228,7 +231,8 @@ class Reading:
         try:
             done = self._open_files.read_cached(file, offset, view)
             if done < length:
-                await trio.to_thread.run_sync(self._open_files.read_blocking, file, offset + done, view[done:])
+                fd = self._open_files.reader(file)
+                await trio.to_thread.run_sync(self._open_files.read_blocking, file, fd, offset + done, view[done:])
         except StoreDamaged as error:
             await self.discard(file, error, wanted=True, found_by="read")
             raise
@@ -400,7 +404,7 @@ class Reading:
         if file.target is None and not file.complete:
             assert origin is not None
             opener = functools.partial(
-                self._shelf.store.blob,
+                self._shelf.store.fresh_blob,
                 *(generation.pipeline.id, generation.number, file.entry.path, file.entry.file.size),
             )
             file.target = FillTarget(file.key, file.entry, file.incarnation, file.chunk_map(), origin, opener)

@@ -45,15 +45,9 @@ async def rehash(
     buffer = mmap.mmap(-1, BLOCK)
     try:
         blob = await trio.to_thread.run_sync(
-            store.existing_blob, generation.pipeline.id, generation.number, file.entry.path
+            store.open_sealed, generation.pipeline.id, generation.number, file.entry.path, file.proof
         )
-        if blob is None:
-            return StoreDamaged(f"{file.entry.path}: missing from the store")
         with blob:
-            if blob.size != file.size:
-                return StoreDamaged(
-                    f"{file.entry.path}: has {blob.size} bytes in the store and should have {file.size}"
-                )
             hasher = new_hasher(digest, file.size) if digest is not None else None
             read = blob.read_past_cache()
 

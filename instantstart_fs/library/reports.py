@@ -15,17 +15,26 @@ from typing import NamedTuple
 import trio
 
 from instantstart_fs.core.manifest import same_bytes
-from instantstart_fs.errors import FillCancelled, IndexStuck, InstantStartError, StoreDamaged, StoreFull
+from instantstart_fs.errors import (
+    FillCancelled,
+    IndexStuck,
+    InstantStartError,
+    StoreDamaged,
+    StoreError,
+    StoreFull,
+    StoreLost,
+)
 from instantstart_fs.filler.state import FillEvents
 from instantstart_fs.filler.target import FileState, FillTarget
 from instantstart_fs.index.schema import FileRecord
+from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.errands import Errands
 from instantstart_fs.library.holders import processes_holding
 from instantstart_fs.library.observing import FoundBy, Observer
 from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.shelf import Shelf
-from instantstart_fs.library.state import CachedFile, Pipeline, Trouble
+from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +106,7 @@ class Reports(FillEvents):
             return
         file.state = target.state
         file.bitmap = b""
+        self._open_files.sealed(file)
         drop_target(file)
         generation = file.generation
         generation.completed(file, target.allocated)
@@ -172,6 +182,8 @@ class Reports(FillEvents):
                             return  # evicted, before this was begun
                         await self._discard(file, problem, wanted=wanted)
                         self._observer.damaged(found_by)
+                        if isinstance(problem, StoreLost):
+                            await self._discard_lost(file.generation, found_by)
                 await self._discard_shared(file, problem)
             finally:
                 self._discarding.discard(file)
@@ -202,6 +214,33 @@ class Reports(FillEvents):
                         await self.discard(twin, problem, wanted=current, found_by="update")
                     break
 
+    async def _discard_lost(self, generation: Generation, found_by: FoundBy) -> None:
+        """Where the store has lost one file of a generation, it may have lost others (somebody removed a directory):
+        they are dropped at once, so that its state is true, and fetched again beside each other."""
+        pipeline, store = generation.pipeline, self._shelf.store
+        there = await trio.to_thread.run_sync(store.survey, pipeline.id, generation.number)
+        lost = [file for file in generation.files if file.complete and there.get(file.entry.path) != file.size]
+        lost = [file for file in lost if file not in self._discarding and file.gone is None]
+        if not lost:
+            return
+        self._discarding.update(lost)
+        try:
+            log.error("%d more files are lost from the store, and dropped", len(lost), extra={"pipeline": pipeline.id})
+            records = [(file.entry.index, FileRecord(FileState.ABSENT.value, file.incarnation + 1)) for file in lost]
+
+            def write(txn: WriteTxn) -> None:
+                for index, record in records:
+                    txn.put_file(pipeline.id, generation.number, index, record)
+
+            await self._shelf.index.write(write)
+            for file in lost:
+                if file.gone is None and not pipeline.removed and self._shelf.file(file.key) is file:
+                    problem = StoreLost(f"{file.entry.path}: missing from the store")
+                    self._poison(file, problem, wanted=generation.in_load_set(file.entry.index), quiet=True)
+                    self._observer.damaged(found_by)
+        finally:
+            self._discarding.difference_update(lost)
+
     async def _discard(self, file: CachedFile, problem: InstantStartError, *, wanted: bool) -> None:
         generation, index = file.generation, file.entry.index
         record = FileRecord(FileState.ABSENT.value, file.incarnation + 1)
@@ -209,13 +248,17 @@ class Reports(FillEvents):
         await self._shelf.index.write(
             lambda txn: txn.put_file(generation.pipeline.id, generation.number, index, record)
         )
-        await trio.to_thread.run_sync(
-            self._shelf.store.delete_blob, generation.pipeline.id, generation.number, file.entry.path
-        )
+        try:
+            await trio.to_thread.run_sync(
+                self._shelf.store.delete_blob, generation.pipeline.id, generation.number, file.entry.path
+            )
+        except StoreError as error:
+            # The index speaks of it no more; whoever fills it anew makes room for it, or says why not.
+            log.error("%s: cannot be removed: %s", file.entry.path, error.message)
         if file.gone is None and not generation.pipeline.removed:
             self._poison(file, problem, wanted=wanted)
 
-    def _poison(self, file: CachedFile, error: InstantStartError, *, wanted: bool) -> None:
+    def _poison(self, file: CachedFile, error: InstantStartError, *, wanted: bool, quiet: bool = False) -> None:
         """Put a fresh incarnation in the place of one whose bytes are wrong, and fetch it again if it is wanted.
 
         The store's file was unlinked and the index told (incarnation + 1) by whoever found out.
@@ -225,15 +268,25 @@ class Reports(FillEvents):
         self._observer.poisoned(file)
         file.generation.unpromise(file)
         drop_target(file)
-        harm = Harm(pipeline.id, file.entry.path, error.message, file.handles) if file.handles else None
+        harmed = file.handles and not isinstance(error, StoreLost)  # what is lost was right to the end
+        harm = Harm(pipeline.id, file.entry.path, error.message, file.handles) if harmed else None
         new = self._shelf.replace_file(file, error)
-        self.set_trouble(pipeline, error, final=False)
+        if isinstance(error, StoreLost):
+            file.generation.suspect = True
+        self.set_trouble(pipeline, error, final=False, quiet=quiet)
         self._replaced[0].send_nowait(Replacement(new, wanted, harm))
 
     def set_trouble(
-        self, pipeline: Pipeline, error: InstantStartError, *, final: bool, file: CachedFile | None = None
+        self,
+        pipeline: Pipeline,
+        error: InstantStartError,
+        *,
+        final: bool,
+        file: CachedFile | None = None,
+        quiet: bool = False,
     ) -> None:
-        log.warning("%s: %s", error.code, error.message, extra={"pipeline": pipeline.id})
+        if not quiet:
+            log.warning("%s: %s", error.code, error.message, extra={"pipeline": pipeline.id})
         pipeline.trouble = Trouble(error, self._shelf.now_ns(), final=final, file=file)
         pipeline.changed()
 

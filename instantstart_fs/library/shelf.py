@@ -27,6 +27,7 @@ from instantstart_fs.errors import (
     OriginError,
     PipelineNotFound,
     StoreDamaged,
+    StoreLost,
     from_code,
 )
 from instantstart_fs.filler.target import FileKey, FileState
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 UPKEEP_SECONDS = 1.0
 """Between two writes of what troubles pipelines: an origin that comes and goes costs a write a second at most."""
+LOOK_SECONDS = 5.0
+"""Between two looks whether the slot of what is being filled is whole."""
 SPARE_NODEIDS = 4096
 """Reserved ahead, so that a poisoned file gets its new nodeid without waiting for the disk."""
 
@@ -272,6 +275,9 @@ class Shelf:
             self.check_present(file)
             await self.mark(generation.pipeline)
             self.check_present(file)
+            if generation.suspect or trio.current_time() >= generation.looked_at + LOOK_SECONDS:
+                await self._restore_slot(generation)
+                self.check_present(file)
             if (forget := generation.unforgotten) is not None:
                 await self.index.write(forget, patience=self.index.commit_deadline)
                 generation.unforgotten = None
@@ -285,9 +291,25 @@ class Shelf:
                     generation.measured(file, 0)
                     generation.counts_changed()
 
+    async def _restore_slot(self, generation: Generation) -> None:
+        """What its slot says of itself, where somebody removed that under the daemon: the next start has need of it.
+        Raises StoreError."""
+        generation.suspect, generation.looked_at = False, trio.current_time()
+        pipeline = generation.pipeline
+        restored = await trio.to_thread.run_sync(
+            self.store.restore_slot, pipeline.spec, pipeline.created_at_ns, generation.manifest
+        )
+        if restored:
+            log.warning("its description was removed from the store, and is restored", extra={"pipeline": pipeline.id})
+            if pipeline.removed and pipeline.id not in self.pipelines:
+                await trio.to_thread.run_sync(self.store.delete_pipeline, pipeline.id)
+
     def _is_there(self, file: CachedFile) -> bool:
-        """Blocks. Raises StoreDamaged for what the daemon did not put there."""
-        blob = self.store.existing_blob(*file.triple[:2], file.entry.path)
+        """Blocks."""
+        try:
+            blob = self.store.existing_blob(*file.triple[:2], file.entry.path)
+        except StoreLost:
+            return False  # something else is; whoever fills it removes that
         if blob is None:
             return False
         with blob:

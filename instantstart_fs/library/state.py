@@ -8,6 +8,7 @@ holds the old one can never see the new bytes, nor the other way round.
 from __future__ import annotations
 
 import bisect
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from instantstart_fs.errors import AccessRefused
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
 from instantstart_fs.library.folded import Counts, Folded
 from instantstart_fs.library.view import NotInMemory
+from instantstart_fs.store.blobstore import Proof
 
 if TYPE_CHECKING:
     from instantstart_fs.errors import InstantStartError
@@ -91,6 +93,12 @@ class CachedFile:
     @property
     def size(self) -> int:
         return self.entry.file.size
+
+    @property
+    def proof(self) -> Proof:
+        """What its seal must say once it is complete."""
+        digest = self.entry.file.digest
+        return Proof(self.size, None if digest is None else str(digest))
 
     @property
     def complete(self) -> bool:
@@ -176,6 +184,10 @@ class Generation:
         """Of a superseded generation: files that the one after it shares; there they are counted."""
         self.ready: trio.Event | None = None
         """Set while the store's files are being taken away (eviction): fills wait for it."""
+        self.suspect = False
+        """Whether the store has lost something of it, and perhaps what its slot says of itself."""
+        self.looked_at = -math.inf
+        """When that was looked at last; trio.current_time()."""
         self.unforgotten: Callable[[WriteTxn], None] | None = None
         """What an eviction could not write: until then the index may speak of bytes that are gone."""
         self._root_nodeids = {

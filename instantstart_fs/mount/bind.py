@@ -30,7 +30,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import trio
 
-from instantstart_fs.errors import InstantStartError, MountFailed, PipelineBusy
+from instantstart_fs.errors import InstantStartError, MountFailed, PipelineBusy, StoreLost
 from instantstart_fs.library.covering import Coverable, Covering
 from instantstart_fs.mount import kernel
 from instantstart_fs.store.layout import BIND
@@ -109,6 +109,8 @@ class Binder:
         """pipeline → the last request that its bound files show."""
         self._refused: dict[Coverable, int] = {}
         """What could not be bound → how often it was tried; said once, tried again later and later."""
+        self._lost: list[tuple[Coverable, StoreLost]] = []
+        """Whose store file was not there, or not the one that was sealed, when it was to be bound."""
         self._checks = 0
         self._overdue: threading.Event | None = None
         """Set when the last batch has ended; its deadline may have come first."""
@@ -217,6 +219,12 @@ class Binder:
                     await self._attach(pipeline, todo.attach)
                 except MountFailed as error:
                     log.error("%s", error.message, extra={"pipeline": pipeline})
+            while self._lost:  # without the lock: dropping a file takes all binds of its pipeline away
+                file, lost = self._lost.pop()
+                try:
+                    await self._covering.lost(file, lost)
+                except InstantStartError as error:
+                    log.error("%s: is not dropped: %s", file.path, error.message, extra={"pipeline": pipeline})
 
     async def _take_away(self, pipeline: str, idle_only: bool) -> None:
         """See covering.TakeAway."""
@@ -281,6 +289,9 @@ class Binder:
                         return
                     try:
                         done.append(self._bind(stage, file, *shown))
+                    except StoreLost as error:
+                        self._lost.append((file, error))
+                        failed.append((file, error.message))
                     except InstantStartError as error:
                         failed.append((file, error.message))
                     except OSError as error:

@@ -42,6 +42,7 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
     errors.StoreLocked: errno.EIO,
     errors.StoreUnsupported: errno.EIO,
     errors.StoreDamaged: errno.EIO,
+    errors.StoreLost: errno.EIO,
     errors.OutOfResources: errno.ENFILE,  # EMFILE would send its reader to look at its own limit
     errors.OutOfMemory: errno.ENOMEM,
     errors.IndexFull: errno.ENOSPC,

@@ -25,6 +25,7 @@ import contextlib
 import errno
 import functools
 import itertools
+import logging
 import os
 import shutil
 import stat
@@ -32,14 +33,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import msgspec
 
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.manifest import Manifest, PipelineSpec
 from instantstart_fs.core.names import validate_origin_path, validate_pipeline_id
-from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreUnsupported
+from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreLost, StoreUnsupported
 from instantstart_fs.store import filesystem, locks, slices
 from instantstart_fs.store.blobfile import BlobFile, punch_hole, read_seal
 from instantstart_fs.store.filesystem import StoreUsage
@@ -58,6 +59,8 @@ from instantstart_fs.store.layout import (
 )
 from instantstart_fs.store.translate import translated
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 _NOT_SHARED = frozenset({errno.ENOENT, errno.EEXIST, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP})
@@ -67,6 +70,13 @@ _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError)
 """What decoding JSON raises; the second for a byte that is not UTF-8."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Proof(NamedTuple):
+    """What the seal of a complete file must say: bytes, and the manifest's digest (None: the origin offers none)."""
+
+    size: int
+    digest: str | None
 
 
 class _PipelineFile(msgspec.Struct, frozen=True):
@@ -276,7 +286,7 @@ class BlobStore:
                 if created:
                     os.ftruncate(fd, size)
                 elif status.st_size != size:
-                    raise StoreDamaged(f"{shown} has {status.st_size} bytes in the store and should have {size}")
+                    raise StoreLost(f"{shown} has {status.st_size} bytes in the store and should have {size}")
                 blob = self._blob_file(fd, size, directory, shown, writable=True, created=created)
                 if read_seal(fd, shown) is not None:
                     blob.unseal()
@@ -284,6 +294,132 @@ class BlobStore:
                 os.close(fd)
                 raise
         return blob
+
+    def fresh_blob(self, pipeline: str, generation: int, path: str, size: int) -> BlobFile:
+        """``blob``, once whatever else lies in its place, or in that of a directory on the way, is out of the way: the
+        store is the daemon's alone, and what it cannot use would otherwise keep the file from ever being fetched."""
+        try:
+            return self.blob(pipeline, generation, path, size)
+        except StoreLost as error:
+            if not self.clear_way(pipeline, generation, path):
+                raise
+            log.warning("%s; it was removed, the file is fetched anew", error.message, extra={"pipeline": pipeline})
+            return self.blob(pipeline, generation, path, size)
+
+    def clear_way(self, pipeline: str, generation: int, path: str) -> bool:
+        """Remove a file of the slot, whatever it is, and the first component above it that is no directory, durably.
+        Whether there was any. Raises StoreError (a mount point, say, is not removed)."""
+        directory, name = self._blob_place(pipeline, generation, path)
+        with translated(f"clear {_shown((*directory, name))}"):
+            for depth in range(1, len(directory) + 1):
+                if self._is_obstacle(directory[:depth]):
+                    self._delete(directory[:depth])
+                    return True
+            try:
+                parent = self._walk(directory)
+            except NoSuchEntry:
+                return False
+            try:
+                os.stat(name, dir_fd=parent, follow_symlinks=False)
+            except FileNotFoundError:
+                return False
+            finally:
+                os.close(parent)
+        self._delete((*directory, name))
+        return True
+
+    def _is_obstacle(self, components: tuple[str, ...]) -> bool:
+        """Whether something lies there that is no directory. Raises OSError."""
+        try:
+            parent = self._walk(components[:-1])
+        except NoSuchEntry:
+            return False
+        try:
+            return not stat.S_ISDIR(os.stat(components[-1], dir_fd=parent, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            return False
+        finally:
+            os.close(parent)
+
+    def restore_slot(self, spec: PipelineSpec, created_at_ns: int, manifest: Manifest) -> bool:
+        """Write what a slot says of itself again where somebody removed it or put something else there; whether that
+        was so. Raises StoreError."""
+        written = False
+        for directory, name in (((spec.id,), PIPELINE_FILE), ((spec.id, str(manifest.generation)), MANIFEST_FILE)):
+            if self._is_file(directory, name):
+                continue
+            with translated(f"clear {_shown((*directory, name))}"):
+                for depth in range(1, len(directory) + 1):
+                    if self._is_obstacle(directory[:depth]):
+                        self._delete(directory[:depth])
+            self._delete((*directory, name))
+            if name == PIPELINE_FILE:
+                self.write_pipeline(spec, created_at_ns=created_at_ns)
+            else:
+                self.write_manifest(manifest)
+            written = True
+        return written
+
+    def _is_file(self, directory: tuple[str, ...], name: str) -> bool:
+        with translated(f"look at {_shown((*directory, name))}"):
+            try:
+                parent = self._walk(directory)
+            except (NoSuchEntry, NotADirectoryError):
+                return False
+            try:
+                return stat.S_ISREG(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+            except FileNotFoundError:
+                return False
+            finally:
+                os.close(parent)
+
+    def survey(self, pipeline: str, generation: int) -> dict[str, int]:
+        """The regular files of a generation, by path, with their sizes. Raises StoreError."""
+        found: dict[str, int] = {}
+        with translated(f"look at {_shown((pipeline, str(generation)))}"):
+            try:
+                root = self._walk((validate_pipeline_id(pipeline), str(generation), FILES))
+            except (NoSuchEntry, NotADirectoryError):
+                return found
+            try:
+                for directory, _, names, fd in os.fwalk(".", dir_fd=root, follow_symlinks=False):
+                    prefix = "" if directory == "." else directory[2:] + "/"
+                    for name in names:
+                        with contextlib.suppress(FileNotFoundError):
+                            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                            if stat.S_ISREG(status.st_mode):
+                                found[prefix + name] = status.st_size
+            finally:
+                os.close(root)
+        return found
+
+    def open_sealed(self, pipeline: str, generation: int, path: str, proof: Proof, *, handed: bool = False) -> BlobFile:
+        """Open a complete file for reading: the one check of whether it is the one that was sealed, for everybody who
+        reads one (by size, by its seal, and by the seal's digest). ``handed``: see ``handed_blob``.
+
+        Raises StoreLost where it is not, StoreDamaged for what cannot be read, StoreError.
+        """
+        blob = (self.handed_blob if handed else self.existing_blob)(pipeline, generation, path)
+        if blob is None:
+            raise StoreLost(f"{path}: missing from the store")
+        try:
+            if blob.size != proof.size:
+                raise StoreLost(f"{path}: the store's file has {blob.size} bytes and should have {proof.size}")
+            seal = blob.seal_record()
+            if seal is None or (seal.size, seal.digest) != proof:
+                # The index is wrong about it (what was never written reads as zeros), or it was exchanged.
+                raise StoreLost(f"{path}: the store's file is not the one that was sealed")
+        except BaseException:
+            blob.close()
+            raise
+        return blob
+
+    @staticmethod
+    def again(blob: BlobFile) -> BlobFile:
+        """The same file opened once more, for reading, whether or not it still has a name. Raises StoreError."""
+        with translated(f"open {blob.name}"):
+            fd = _open_for_reading(f"/proc/self/fd/{blob.fd}", None, follow=True)
+        return BlobFile(fd, blob.size, blob.name, writable=False, created=False, sync_entry=lambda: None)
 
     def existing_blob(self, pipeline: str, generation: int, path: str) -> BlobFile | None:
         """Open a file for reading; None if it is not there. Raises StoreDamaged as ``blob`` does."""
@@ -341,22 +477,17 @@ class BlobStore:
 
         return BlobFile(fd, size, shown, writable=writable, created=created, sync_entry=sync_entry, directory=directory)
 
-    def share(self, pipeline: str, old: int, new: int, paths: Sequence[str]) -> dict[str, int]:
+    def share(self, pipeline: str, old: int, new: int, paths: Mapping[str, Proof]) -> dict[str, int]:
         """Give complete files of generation ``old`` to ``new`` too, under the same paths: one file, a name in each.
 
-        Those that were given, durably, with the bytes of disk that each takes. Left out is what is not there or has no
-        seal. Raises StoreFull, StoreReadOnly, StoreDamaged.
+        Those that were given, durably, with the bytes of disk that each takes. Left out is what is not the file that
+        was sealed. Raises StoreFull, StoreReadOnly, StoreDamaged.
         """
         given: dict[str, int] = {}
         touched: set[tuple[str, ...]] = set()
-        for path in paths:
+        for path, proof in paths.items():
             try:
-                blob = self.existing_blob(pipeline, old, path)
-                if blob is None:
-                    continue
-                with blob:
-                    if blob.seal_record() is None:
-                        continue
+                with self.open_sealed(pipeline, old, path, proof) as blob:
                     allocated = blob.allocated_bytes()
             except StoreDamaged:
                 continue  # its next reader finds out
@@ -392,18 +523,20 @@ class BlobStore:
         return found[0] is not None and found[0] == found[1]
 
     def _stat_blob(self, pipeline: str, generation: int, path: str) -> tuple[int, int] | None:
-        """(device, inode) of what lies there."""
+        """(device, inode) of what lies there. Raises StoreError where that cannot be known: a want of descriptors must
+        not make a file that generations share look as if a stranger had linked it."""
         directory, name = self._blob_place(pipeline, generation, path)
-        try:
-            parent = self._walk(directory)
-        except (NoSuchEntry, OSError):
-            return None
-        try:
-            status = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        except OSError:
-            return None
-        finally:
-            os.close(parent)
+        with translated(f"look at {pipeline}/{generation}/{path}"):
+            try:
+                parent = self._walk(directory)
+            except (NoSuchEntry, NotADirectoryError):
+                return None
+            try:
+                status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            except FileNotFoundError:
+                return None
+            finally:
+                os.close(parent)
         return status.st_dev, status.st_ino
 
     def _check_slots_own(self, fd: int, pipeline: str, path: str, shown: str) -> os.stat_result:
@@ -436,20 +569,25 @@ class BlobStore:
     # -- deletion --------------------------------------------------------------------------------------------------
 
     def delete_blob(self, pipeline: str, generation: int, path: str) -> None:
-        """Unlink a file, durably; those who hold it open keep it. No effect if it is not there."""
+        """Unlink a file, or whatever lies in its place, durably; those who hold it open keep it. No effect if it is not
+        there."""
         directory, name = self._blob_place(pipeline, generation, path)
         with translated(f"delete {pipeline}/{generation}/{path}"):
             try:
                 parent = self._walk(directory)
-            except NoSuchEntry:
+            except (NoSuchEntry, NotADirectoryError):
                 return
             try:
                 os.unlink(name, dir_fd=parent)
                 os.fsync(parent)
+                return
             except FileNotFoundError:
-                pass
+                return
+            except IsADirectoryError:
+                pass  # not ours: it goes as a tree
             finally:
                 os.close(parent)
+        self._delete((*directory, name))
 
     def delete_generation(self, pipeline: str, generation: int) -> None:
         """Remove a generation with all that it holds. No effect if it is not there."""
@@ -549,7 +687,13 @@ class BlobStore:
                     os.fsync(fd)
                     with self._mutex:
                         self._durable.add(walked)
-                below = os.open(name, _DIRECTORY, dir_fd=fd)
+                try:
+                    below = os.open(name, _DIRECTORY, dir_fd=fd)
+                except FileNotFoundError:
+                    if not create:
+                        raise
+                    self._make_again(tuple(components[:depth]), fd)
+                    below = os.open(name, _DIRECTORY, dir_fd=fd)
                 os.close(fd)
                 fd = below
         except FileNotFoundError as error:
@@ -559,6 +703,16 @@ class BlobStore:
             os.close(fd)
             raise
         return fd
+
+    def _make_again(self, components: tuple[str, ...], parent: int) -> None:
+        """A directory that was durable, and that somebody removed under the daemon. Raises OSError."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(components[-1], DIRECTORY_MODE, dir_fd=parent)
+        os.fsync(parent)
+        with self._mutex:
+            length = len(components)
+            self._durable = {known for known in self._durable if known[:length] != components}
+            self._durable.add(components)
 
     def _unique_name(self) -> str:
         return f"{time.time_ns()}-{os.getpid()}-{next(self._unique)}"
@@ -619,9 +773,9 @@ def _shown(components: Sequence[str]) -> str:
 
 def _check_ours(status: os.stat_result, shown: str, names: int = 1) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise StoreDamaged(f"{shown} is not a regular file: the daemon did not put it there; remove it")
+        raise StoreLost(f"{shown} is not a regular file: the daemon did not put it there")
     if status.st_nlink > names:
-        raise StoreDamaged(f"{shown} has {status.st_nlink} names: somebody linked a file into or out of the store")
+        raise StoreLost(f"{shown} has {status.st_nlink} names: somebody linked a file into or out of the store")
     if status.st_nlink == 0:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown)
 
@@ -638,9 +792,9 @@ def _decode(raw: bytes, kind: type[T], shown: str) -> T:
         raise StoreDamaged(f"{shown} cannot be read: {error}") from error
 
 
-def _open_for_reading(name: str, parent: int) -> int:
+def _open_for_reading(name: str, parent: int | None, *, follow: bool = False) -> int:
     """What the daemon reads is nobody's access: where a file is bound, its own st_atime is what `ls -lu` shows."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
         return os.open(name, flags | os.O_NOATIME, dir_fd=parent)
     except PermissionError:  # another's file, and no CAP_FOWNER

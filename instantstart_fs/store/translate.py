@@ -12,6 +12,7 @@ from instantstart_fs.errors import (
     StoreDamaged,
     StoreError,
     StoreFull,
+    StoreLost,
     StoreReadOnly,
 )
 
@@ -49,8 +50,8 @@ def translate(error: OSError, what: str) -> StoreError:
             return StoreDamaged(f"{what}: the disk reported an I/O error; look into the kernel's log")
         case errno.EUCLEAN:
             return StoreDamaged(f"{what}: the store's filesystem is corrupted; check it with its fsck")
-        case errno.ELOOP | errno.ENOTDIR | errno.EISDIR:
-            return StoreDamaged(f"{what}: something that the daemon did not put there lies in the store ({reason})")
+        case errno.ELOOP | errno.ENOTDIR | errno.EISDIR | errno.ENXIO | errno.ENODEV:
+            return StoreLost(f"{what}: something that the daemon did not put there lies in the store ({reason})")
         case errno.EACCES | errno.EPERM:
             return StoreError(f"{what}: {reason}; the daemon needs to own the store")
         case _:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +23,13 @@ from instantstart_fs.errors import (
     StoreDamaged,
     StoreFull,
     StoreLocked,
+    StoreLost,
     StoreReadOnly,
     StoreUnsupported,
 )
 from instantstart_fs.store import filesystem
 from instantstart_fs.store.blobfile import SealRecord
-from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.store.blobstore import BlobStore, Proof
 from instantstart_fs.store.layout import generation_number
 
 SPEC = PipelineSpec("p", (ModelSpec("hf://org/repo"),), uid=5, mode=0o550, pinned=True)
@@ -134,8 +136,7 @@ def test_a_symlink_on_the_way_is_never_followed(store: BlobStore, root: Path, tm
     ):
         with pytest.raises(StoreDamaged):
             call()
-    with pytest.raises(StoreDamaged):
-        store.delete_blob("p", 1, "sub/a")
+    store.delete_blob("p", 1, "sub/a")  # nothing of the store's is there
     assert [path.name for path in outside.rglob("*") if path.is_file()] == ["a"]
 
 
@@ -154,6 +155,61 @@ def test_what_is_planted_in_place_of_a_file_is_refused(store: BlobStore, root: P
             store.existing_blob("p", 1, name)
     with pytest.raises(StoreDamaged, match="has 6 bytes"):
         store.blob("p", 1, "real", 7)
+    for name in ("symlink", "hardlink", "fifo", "directory", "real"):
+        with store.fresh_blob("p", 1, name, 7) as blob:
+            assert blob.created
+    assert (tmp_path / "secret").read_bytes() == b"secret"
+    with store.fresh_blob("p", 1, "real", 7) as blob:
+        assert not blob.created
+    store.fresh_blob("p", 1, "real/below", 7).close()
+    assert (files / "real/below").is_file()
+
+
+@pytest.mark.parametrize("where", ["slots/p", "slots/p/1", "slots/p/1/files", "slots/p/1/files/sub"])
+@pytest.mark.parametrize("instead", ["nothing", "file", "symlink", "fifo"])
+def test_what_was_removed_under_the_daemon_is_made_again(
+    store: BlobStore, root: Path, tmp_path: Path, where: str, instead: str
+) -> None:
+    manifest = Manifest("p", 1, 1024, (), 0)
+    spec = SPEC
+    store.write_pipeline(spec, created_at_ns=5)
+    store.write_manifest(manifest)
+    store.blob("p", 1, "sub/a", 3).close()
+    shutil.rmtree(root / where)
+    if instead == "file":
+        (root / where).write_bytes(b"x")
+    elif instead == "symlink":
+        (tmp_path / "outside").mkdir()
+        (root / where).symlink_to(tmp_path / "outside")
+    elif instead == "fifo":
+        os.mkfifo(root / where)
+    slot = where in ("slots/p", "slots/p/1")
+    assert store.restore_slot(spec, 5, manifest) is slot
+    with store.fresh_blob("p", 1, "sub/a", 3) as blob:
+        assert blob.created
+        blob.datasync()
+    assert not store.restore_slot(spec, 5, manifest)
+    assert (store.load_pipeline("p"), store.pipeline_created_at("p")) == (spec, 5)
+    assert store.load_manifest("p", 1) == manifest
+    assert store.survey("p", 1) == {"sub/a": 3}
+
+
+def test_sealed_means_size_seal_and_digest(store: BlobStore) -> None:
+    for name, record in (
+        ("good", SealRecord(3, "sealed", "sha256:aa")),
+        ("other", SealRecord(3, "sealed", "sha256:bb")),
+        ("unproven", SealRecord(3, "unverified")),
+        ("unsealed", None),
+    ):
+        with store.blob("p", 1, name, 3) as blob:
+            if record is not None:
+                blob.seal(record)
+    store.open_sealed("p", 1, "good", Proof(3, "sha256:aa")).close()
+    for name in ("other", "unproven", "unsealed", "nowhere"):
+        with pytest.raises(StoreLost):
+            store.open_sealed("p", 1, name, Proof(3, "sha256:aa"))
+    with pytest.raises(StoreLost, match="3 bytes and should have 4"):
+        store.open_sealed("p", 1, "good", Proof(4, "sha256:aa"))
 
 
 def sealed(store: BlobStore, generation: int, path: str, data: bytes) -> None:
@@ -162,12 +218,16 @@ def sealed(store: BlobStore, generation: int, path: str, data: bytes) -> None:
         blob.seal(SealRecord(len(data), "unverified"))
 
 
+def proofs(*paths: str) -> dict[str, Proof]:
+    return dict.fromkeys(paths, Proof(3, None))
+
+
 def test_generations_share_a_complete_file_and_each_may_go_first(store: BlobStore, root: Path) -> None:
     for path in ("a", "sub/b"):
         sealed(store, 1, path, b"abc")
     store.blob("p", 1, "partial", 3).close()
     before = store.usage().used
-    given = store.share("p", 1, 2, ["a", "sub/b", "partial", "nowhere"])
+    given = store.share("p", 1, 2, proofs("a", "sub/b", "partial", "nowhere"))
     assert given.keys() == {"a", "sub/b"}
     assert store.shared("p", 1, 2, "sub/b") and not store.shared("p", 1, 2, "partial")
     directories = 2 * 4096 * 2  # generation and files of 2, and its sub/
@@ -200,7 +260,7 @@ def test_what_is_dropped_while_it_is_shared_is_left_out(
         link(source, *arguments, **keywords)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "link", late)
-    assert store.share("p", 1, 2, ["a", "b"]).keys() == {"b"}
+    assert store.share("p", 1, 2, proofs("a", "b")).keys() == {"b"}
     assert store.existing_blob("p", 2, "a") is None
 
 
@@ -209,7 +269,7 @@ def test_a_shared_file_is_its_slots_own_while_a_generation_is_deleted(
 ) -> None:
     """Between the renaming of the old generation into the trash and its end, the file has a name there."""
     sealed(store, 1, "sub/b", b"abc")
-    store.share("p", 1, 2, ["sub/b"])
+    store.share("p", 1, 2, proofs("sub/b"))
     seen = []
     remove = BlobStore._remove_trashed
 
@@ -229,7 +289,7 @@ def test_a_name_elsewhere_is_refused_beside_one_in_another_generation(
     store: BlobStore, root: Path, tmp_path: Path
 ) -> None:
     sealed(store, 1, "a", b"abc")
-    store.share("p", 1, 2, ["a"])
+    store.share("p", 1, 2, proofs("a"))
     os.link(root / "slots/p/1/files/a", tmp_path / "outside")
     for generation in (1, 2):
         with pytest.raises(StoreDamaged, match="3 names"):
@@ -369,7 +429,7 @@ CHILD = """
 import hashlib, random, sys
 from instantstart_fs.core.manifest import *
 from instantstart_fs.store.blobfile import SealRecord
-from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.store.blobstore import BlobStore, Proof
 store = BlobStore.open(sys.argv[1])
 rng = random.Random(int(sys.argv[2]))
 print("ready", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from instantstart_fs.control.client import Client
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.mount import kernel
 from tests import harness
-from tests.harness import MIB, Daemon, loop_ext4, mounted, must, run, unmount, wait_for
+from tests.harness import MIB, Daemon, loop_ext4, model_directory, mounted, must, run, unmount, wait_for
 from tests.servers.hub import HubServer
 
 
@@ -173,3 +174,85 @@ def test_binds_that_could_not_be_tried_at_the_start_begin_later(
     shutil.rmtree(small_disk / "full")
     wait_for(lambda: "complete files are bound from now on" in daemon.text(), "the binds", 30)
     assert daemon.ok("status").splitlines()[-1].endswith("bind")
+
+
+def spoil(slot: Path, kind: str) -> None:
+    """Do something to a warm slot, under its daemon."""
+    files = slot / "1/files"
+    weights = next(path for path in files.iterdir() if path.name.startswith("model-00001"))
+    match kind:
+        case "files":
+            shutil.rmtree(files)
+        case "generation":
+            shutil.rmtree(slot / "1")
+        case "slot":
+            shutil.rmtree(slot)
+        case "pipeline.json":
+            (slot / "pipeline.json").unlink()
+            (slot / "pipeline.json").mkdir()
+            weights.unlink()
+        case "manifest.json":
+            (slot / "1/manifest.json").unlink()
+            weights.unlink()
+        case "files is a link":
+            files.rename(slot.parent.parent / "elsewhere")
+            files.symlink_to(slot.parent.parent / "elsewhere")
+        case "directory":
+            weights.unlink()
+            (weights / "x").mkdir(parents=True)
+        case "symlink":
+            weights.rename(slot.parent.parent / "other")
+            weights.symlink_to(slot.parent.parent / "other")
+        case "fifo":
+            weights.unlink()
+            os.mkfifo(weights)
+        case "truncated":
+            os.truncate(weights, 5)
+        case "oversized":
+            os.truncate(weights, weights.stat().st_size + 4096)
+        case "another sealed file":
+            other = next(path for path in files.iterdir() if path.name.startswith("model-00002"))
+            must("cp", "--preserve=all", other, f"{weights}.new")
+            os.truncate(f"{weights}.new", weights.stat().st_size)
+            os.rename(f"{weights}.new", weights)
+        case "small file is a directory":
+            (files / "config.json").unlink()
+            (files / "config.json").mkdir()
+
+
+SPOILED = (
+    "files", "generation", "slot", "pipeline.json", "manifest.json", "files is a link", "directory", "symlink", "fifo",
+    "truncated", "oversized", "another sealed file", "small file is a directory",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("transport", ["pyfuse3", "passthrough", "bind"], indirect=True)
+def test_what_somebody_did_to_a_warm_slot_is_mended_within_the_same_read(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path, transport: None
+) -> None:
+    source = model_directory(tmp_path / "source", weights=(2 * MIB, 2 * MIB + 12345))
+    hub.publish("org/model", source)
+    endpoint = {"origins": {"huggingface": {"endpoint": hub.endpoint}}, "staging": {"enabled": False}}
+    daemon = make_daemon(config=endpoint, allow=["dropped", "lost", "wrong bytes were served"])
+    daemon.ok("add", "p", "hf://org/model")
+    daemon.warm("p")
+    names = [path.name for path in source.iterdir() if path.name.startswith("model-0") or path.name == "config.json"]
+    for kind in SPOILED:
+        must("sh", "-c", 'cat "$0"/*.safetensors "$0"/config.json > /dev/null', daemon.path("p"))
+        spoil(daemon.store / "slots/p", kind)
+        bound = any(mount.path.startswith(str(daemon.path("p"))) for mount in kernel.mounts())
+        if bound:  # what is bound is the file itself, and right to the end; a new bind is checked
+            for mount in kernel.mounts():
+                if mount.path.startswith(f"{daemon.path('p')}/"):
+                    kernel.umount(mount.path, lazily=True)
+        for name in names:
+            done = run("cmp", daemon.path("p", name), source / name, timeout=60)
+            assert done.returncode == 0, f"{kind}: {name}: {done.stdout}{done.stderr}"
+        with Client(str(daemon.socket)) as client:
+            wait_for(lambda: client.status("p").state == "warm", f"{kind}: warm again", 30)
+            assert client.status("p").error is None, kind
+        stored = daemon.store / "slots/p/1/files"
+        assert all((stored / name).is_file() and not (stored / name).is_symlink() for name in names), kind
+    daemon.restart()
+    assert daemon.status("p")["state"] == "warm"
+    must("cmp", daemon.path("p", names[0]), source / names[0])
