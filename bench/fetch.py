@@ -52,7 +52,7 @@ class _Origin:
         self._url = url
 
     def locate(self, file: ManifestFile) -> Location:
-        return Location(f"{self._url}/{file.address}")
+        return Location(f"{self._url}/{file.address}", named=("127.0.0.1",))
 
 
 def _cpu() -> float:

@@ -101,7 +101,9 @@ def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) 
     if mine:
         found_by = "the daemon does not know these pipelines yet" if asked else "no daemon could be asked"
         yield Check("origins", "ok", f"{found_by}: tried from here, with this shell's environment and credentials")
-    yield from check_origins(mine, OriginSettings(config.origins.huggingface, config.origins.s3, timeout=10.0))
+    origins = config.origins
+    settings = OriginSettings(origins.huggingface, origins.s3, timeout=10.0, allow_private=origins.allow_private)
+    yield from check_origins(mine, settings)
     yield check_clock(skew[0] if skew else None)
 
 

@@ -21,6 +21,7 @@
     │   ├── OriginNotFound         repository, revision, bucket or key is not there
     │   │   └── OriginHidden       the whole source is not there, or not shown to these credentials: nobody can tell
     │   ├── OriginChanged          the pinned object was replaced at the origin: `update` is needed
+    │   ├── OriginIncompatible     a server, or a redirect, that will not do: final until `warm` or `update`
     │   └── OriginUnsupported      what the origin holds cannot be served (a manifest with hostile names, say)
     ├── StoreError                 the NVMe side
     │   ├── StoreFull              no space, or no quota
@@ -67,16 +68,34 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+_USER = re.compile(r"""(https?://)[^\s/?#"'<>]*@""", re.IGNORECASE)
+_QUERY = re.compile(r"""[?#&][^\s"'<>?#&=]+=[^\s"'<>]*""")
+_KNOWN_SECRETS = re.compile(r"\b(Bearer|Basic) +[^\s,;\"']+|\bhf_[A-Za-z0-9]{16,}")
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without what may be a secret in it: user and password of http addresses, queries (signatures live
+    there), tokens. For whatever is shown, logged or handed on: other people's exceptions hold whole addresses."""
+    if "://" in text:
+        text = _USER.sub(r"\1", text)
+    if "=" in text:
+        text = _QUERY.sub("?…", text)
+    return _KNOWN_SECRETS.sub("…", text)
+
+
 class InstantStartError(Exception):
-    """Base of all errors raised on purpose. ``retry_after`` is in seconds, where the other side named one."""
+    """Base of all errors raised on purpose. ``retry_after`` is in seconds, where the other side named one. ``fault``:
+    what a server did wrong (core/faults.py), "" where that is not known."""
 
     code = "error"
 
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, fault: str = "") -> None:
+        message = without_secrets(message)
         message = printable(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…")
         super().__init__(message)
         self.message = message
         self.retry_after = retry_after
+        self.fault = fault
 
 
 class UsageError(InstantStartError):
@@ -157,6 +176,10 @@ class OriginHidden(OriginNotFound):
 
 class OriginChanged(OriginError):
     code = "origin-changed"
+
+
+class OriginIncompatible(OriginError):
+    code = "origin-incompatible"
 
 
 class OriginUnsupported(OriginError):
@@ -263,9 +286,9 @@ def all_errors() -> tuple[type[InstantStartError], ...]:
     return tuple(_tree(InstantStartError))
 
 
-def from_code(code: str, message: str, *, retry_after: float | None = None) -> InstantStartError:
+def from_code(code: str, message: str, *, retry_after: float | None = None, fault: str = "") -> InstantStartError:
     """The error of that ``code``, for messages that crossed a process boundary; an unknown code gives the base."""
     for cls in all_errors():
         if cls.code == code:
-            return cls(message, retry_after=retry_after)
-    return InstantStartError(message, retry_after=retry_after)
+            return cls(message, retry_after=retry_after, fault=fault)
+    return InstantStartError(message, retry_after=retry_after, fault=fault)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal
 
-from instantstart_fs.errors import printable
+from instantstart_fs.errors import printable, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ class ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         pipeline = getattr(record, "pipeline", None)
-        message = printable(record.getMessage())
+        message = printable(without_secrets(record.getMessage()))
         line = f"{record.levelname.lower():<7} {f'[{pipeline}] ' if pipeline else ''}{message}"
         if self._timed:
             line = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')} {line}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            line += "\n" + without_secrets(self.formatException(record.exc_info))
         return line
 
 
@@ -53,13 +53,13 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": without_secrets(record.getMessage()),
         }
         pipeline = getattr(record, "pipeline", None)
         if pipeline:
             found["pipeline"] = str(pipeline)
         if record.exc_info:
-            found["traceback"] = self.formatException(record.exc_info)
+            found["traceback"] = without_secrets(self.formatException(record.exc_info))
         return json.dumps(found, ensure_ascii=True)
 
 

@@ -8,6 +8,7 @@ from instantstart_fs.config.units import option, parse_mode, parse_owner, parse_
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
 from instantstart_fs.core.source import parse_source
+from instantstart_fs.core.urls import s3_url_problem
 from instantstart_fs.errors import UsageError
 
 
@@ -47,6 +48,9 @@ def specification(
         token_file = os.path.abspath(os.path.expanduser(token_file))
         if not os.path.isfile(token_file):
             raise UsageError(f"--token-file: there is no file {token_file}")
+    problem = s3_url_problem(endpoint_url) if endpoint_url is not None else None
+    if problem is not None:
+        raise UsageError(f"--endpoint-url: {problem}")
     uid, gid = option("--owner", parse_owner, owner) if owner is not None else (os.geteuid(), os.getegid())
     return PipelineSpec(
         id=pipeline,

@@ -42,6 +42,7 @@ from instantstart_fs.config.units import (
     parse_rate,
     parse_size,
 )
+from instantstart_fs.core.addresses import is_named
 from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.errors import ConfigError
@@ -113,6 +114,7 @@ class _S3(Table):
 class _Origins(Table):
     recheck_access: str | int | float = "off"
     on_refusal: OnRefusal = "hide"
+    allow_private: tuple[str, ...] = ()
     huggingface: _HuggingFace = msgspec.field(default_factory=_HuggingFace)
     s3: _S3 = msgspec.field(default_factory=_S3)
 
@@ -214,11 +216,10 @@ def _build(
         problem = _path_problem(path)
         at.require(problem is None, key, problem or "")
     hub = raw.origins.huggingface
-    for key, url in (
-        ("origins.huggingface.endpoint", hub.endpoint),
-        ("origins.s3.endpoint_url", raw.origins.s3.endpoint_url),
-    ):
-        at.url(key, url)
+    at.url("origins.huggingface.endpoint", hub.endpoint)
+    at.s3_url("origins.s3.endpoint_url", raw.origins.s3.endpoint_url)
+    for entry in raw.origins.allow_private:
+        at.require(is_named(entry), "origins.allow_private", f"{entry[:80]!r} is no host, address or network ")
     specs: dict[str, PipelineSpec] = {}
     for name, table in raw.pipelines.items():
         specs[name] = read_pipeline(name, table, file or "configuration", f"pipelines.{name}")
@@ -252,6 +253,7 @@ def _build(
             ),
             at.parsed("origins.recheck_access", parse_interval, raw.origins.recheck_access),
             raw.origins.on_refusal,
+            raw.origins.allow_private,
         ),
         control=ControlConfig(
             None if raw.control.group is None else at.parsed("control.group", parse_group, raw.control.group),

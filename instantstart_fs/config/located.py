@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from instantstart_fs.core.urls import s3_url_problem, url_problem
 from instantstart_fs.errors import ConfigError, UsageError
 
 _V = TypeVar("_V")
@@ -63,11 +64,12 @@ class At:
         return None if value is None else self.path(key, value)
 
     def url(self, key: str, value: str | None) -> None:
-        self.require(
-            value is None or re.match(r"https?://[^/\s]", value) is not None,
-            key,
-            f"{value!r} is not an http:// or https:// address",
-        )
+        problem = url_problem(value) if value is not None else None
+        self.require(problem is None, key, problem or "")
+
+    def s3_url(self, key: str, value: str | None) -> None:
+        problem = s3_url_problem(value) if value is not None else None
+        self.require(problem is None, key, problem or "")
 
     def parsed(self, key: str, parse: Callable[[_V], _R], value: _V) -> _R:
         """``parse(value)``; its UsageError is told with the place."""

@@ -64,7 +64,7 @@ def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str
             raise ConfigError("anonymous and aws_profile exclude each other")
     except UsageError as error:
         raise at.fail(key, error.message) from error
-    at.url(f"{prefix}endpoint_url", raw.endpoint_url)
+    at.s3_url(f"{prefix}endpoint_url", raw.endpoint_url)
     return PipelineSpec(
         id=name,
         models=tuple(models),

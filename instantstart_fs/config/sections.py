@@ -129,12 +129,15 @@ OnRefusal = Literal["hide", "report"]
 
 class OriginsConfig(msgspec.Struct, frozen=True):
     """``recheck_access``: seconds between two questions whether a pipeline's credentials may still fetch its source,
-    None = it is never asked; ``on_refusal``: whether it then goes out of view, or is only told of."""
+    None = it is never asked; ``on_refusal``: whether it then goes out of view, or is only told of. ``allow_private``:
+    hosts, addresses and networks, beside the endpoints, that an origin may send the daemon to though they are private.
+    """
 
     huggingface: HuggingFaceConfig = HuggingFaceConfig()
     s3: S3Config = S3Config()
     recheck_access: float | None = None
     on_refusal: OnRefusal = "hide"
+    allow_private: tuple[str, ...] = ()
 
 
 class Config(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from instantstart_fs.core.faults import Fault
 from instantstart_fs.errors import (
     AccessRefused,
     CredentialsUnusable,
@@ -24,6 +25,7 @@ from instantstart_fs.errors import (
     OriginThrottled,
     OriginUnavailable,
     OriginUnsupported,
+    without_secrets,
 )
 
 Service = Literal["s3", "hub", ""]
@@ -34,8 +36,6 @@ MOST_ERROR_BODY = 16 * 1024
 _MOST_SHOWN = 300
 _CODE = re.compile(rb"<Code>\s*([A-Za-z0-9_.\-]{1,100})\s*</Code>")
 _MESSAGE = re.compile(rb"<Message>([^<]{1,2000})</Message>")
-_QUERY = re.compile(r"(https?://[^\s?#\"'<>]*)[?#][^\s\"'<>]*")
-_USER = re.compile(r"(https?://)[^\s/?#\"'<>]*@")
 
 
 class Word(msgspec.Struct, frozen=True):
@@ -70,8 +70,7 @@ def hub_word(headers: Mapping[str, str]) -> Word:
 
 def _shown(text: str) -> str:
     """One line of what a service says, without the signatures and passwords of addresses in it."""
-    line = " ".join(html.unescape(text).split())
-    line = _USER.sub(r"\1", _QUERY.sub(r"\1", line))
+    line = without_secrets(" ".join(html.unescape(text).split()))
     return line if len(line) <= _MOST_SHOWN else line[:_MOST_SHOWN] + "…"
 
 
@@ -173,4 +172,4 @@ def refusal(
         return OriginUnsupported(f"{answers}: the proxy wants credentials; put them into HTTPS_PROXY")
     if status >= 500 or status == 408:
         return OriginUnavailable(answers, retry_after=retry_after)
-    return OriginMisbehaved(answers)
+    return OriginMisbehaved(answers, fault=Fault.ANSWER)

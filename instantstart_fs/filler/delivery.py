@@ -30,6 +30,8 @@ from instantstart_fs.filler.messages import (
     Progress,
     Report,
     SetLocation,
+    Streamed,
+    Waits,
     WorkerSettings,
 )
 from instantstart_fs.filler.pool import Worker, WorkerPool
@@ -56,6 +58,14 @@ class DeliveryEvents(Protocol):
 
     def on_progress(self, sent: Sent, count: int) -> None:
         """``count`` more of its bytes came."""
+        ...
+
+    def on_streamed(self, sent: Sent, chunk: int) -> None:
+        """The request takes all of its file: this chunk of it is whole and written."""
+        ...
+
+    def on_waits(self, sent: Sent) -> None:
+        """It came to nothing, since another request takes all of its file."""
         ...
 
     def on_failed(self, sent: Sent, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
@@ -292,10 +302,18 @@ class Delivery:
                 sent = self._sent.get(number)
                 if sent is not None:
                     self._events.on_progress(sent, count)
+            case Streamed(request=number, chunk=chunk):
+                sent = self._sent.get(number)
+                if sent is not None:
+                    self._events.on_streamed(sent, chunk)
+            case Waits(request=number):
+                sent = self._sent.get(number)
+                if sent is not None:
+                    self._events.on_waits(sent)
             case Failed():
                 sent = self._sent.get(report.request)
                 if sent is not None:
-                    error = from_code(report.code, report.message, retry_after=report.retry_after)
+                    error = from_code(report.code, report.message, retry_after=report.retry_after, fault=report.fault)
                     self._events.on_failed(sent, error, report.silent)
             case Hashed(file=number, digest=digest):
                 filling = self._files.get(number)

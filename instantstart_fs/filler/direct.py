@@ -22,6 +22,7 @@ import trio
 
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.digests import new_hasher
+from instantstart_fs.core.faults import Streak
 from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.retry import REPEAT_SECONDS, believed_retry_after
 from instantstart_fs.core.serving import may_serve_unsealed
@@ -73,6 +74,9 @@ class _Memory:
 
     def progress(self, count: int) -> None:
         pass
+
+    def take_whole(self) -> None:
+        """Nothing is kept here: a whole file for each block would be fetched a thousand times."""
 
 
 class _Loading:
@@ -197,6 +201,7 @@ class Direct:
     async def _load(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
         """Ask until it comes, with backoff; the caller has a deadline. Raises what trying again will not mend."""
         failures = refused = stale = 0
+        streak = Streak()
         while True:
             broken = self._broken(source.key)
             if broken is not None:
@@ -208,6 +213,9 @@ class Direct:
                 # Access is the source's to refuse, when it is asked for a fresh address.
                 self._locations.pop(key, None)
                 self._trouble[key] = error.message
+                final = streak.failed(error)
+                if final is not None:
+                    raise final from error
                 stale += 1
                 if stale > 1:
                     await trio.sleep(self._settings.backoff.delay(stale - 1, self._random.random()))
@@ -220,6 +228,9 @@ class Direct:
             except OriginUnavailable as error:
                 self._locations.pop(key, None)
                 self._trouble[key] = error.message
+                final = streak.failed(error)
+                if final is not None:
+                    raise final from error
                 failures += 1
                 pause = self._settings.backoff.delay(failures, self._random.random())
                 if isinstance(error, OriginThrottled):

@@ -1,9 +1,11 @@
 """Fetching one chunk: ranged GET → reused buffer → pwrite. Runs in threads of the fetch workers; blocks.
 
-A chunk counts as arrived only if the answer was exactly what was asked for: 206 with this Content-Range and length (or
-200 where the whole file was asked for), the pinned ETag where the origin binds it, no content encoding, no byte more or
-less. Redirects are not followed (a Location already is the last hop). Foreign exceptions become OriginErrors here, and
-no message holds a query string, since signatures live there.
+A chunk counts as arrived only if the answer was exactly what was asked for: this Content-Range and length (with 206, or
+with 200 as some servers say it), or the whole file; the pinned ETag where the origin binds it; no byte more or less.
+Bodies are never decoded: a stored encoding belongs to the pinned bytes. A server that ignores ranges sends the whole
+file, which the sink may take instead (``Sink.take_whole``). A few redirects are followed, each to an address that was
+judged (origins/guard.py), and credentials do not go along to another host. Foreign exceptions become OriginErrors here,
+and no message holds a query string, since signatures live there.
 """
 
 from __future__ import annotations
@@ -33,12 +35,16 @@ from urllib3.exceptions import (
     SSLError,
 )
 
+from instantstart_fs.core.addresses import Permit, permit
 from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.refusals import MOST_ERROR_BODY, hub_word, refusal, s3_word
+from instantstart_fs.core.urls import shown_url, without_user
 from instantstart_fs.errors import (
     AccessRefused,
     OriginChanged,
     OriginError,
+    OriginIncompatible,
     OriginMisbehaved,
     OriginNotFound,
     OriginUnavailable,
@@ -46,6 +52,8 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.origins.base import Location
+from instantstart_fs.origins.common import is_trusted
+from instantstart_fs.origins.guard import MOST_REDIRECTS, check_behind_proxy, connect, next_address, same_origin
 
 BUFFER_BYTES = 1024 * 1024
 """One per fetching thread. Measured in docs/decisions/http-client.md."""
@@ -59,6 +67,9 @@ byte."""
 ERROR_BODY_SECONDS = 5.0
 """A refusal's body has so long: it only tells why."""
 
+_REDIRECTS = (301, 302, 303, 307, 308)
+_NO_SECRETS = ("user-agent", "accept-encoding", "range", "if-match")
+"""What goes along to another host."""
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
 _SOCKET = "instantstart_socket"
 """Where a response keeps the socket that it comes over."""
@@ -84,14 +95,10 @@ class Sink(Protocol):
 
     def progress(self, count: int) -> None: ...
 
-
-def shown(url: str) -> str:
-    """The address without user, query or fragment: those hold secrets."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.port:
-        host += f":{parts.port}"
-    return f"{parts.scheme}://{host}{parts.path}"
+    def take_whole(self) -> Sink | None:
+        """The server ignores ranges, and begins to send the whole file: who takes it, from its first byte; None where
+        nobody does. May raise Abandoned."""
+        ...
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
@@ -161,8 +168,28 @@ class Overdue:
                             socket.socket.shutdown(found.connection, socket.SHUT_RDWR)
 
 
-def _watched_pools(overdue: Overdue, seconds: float) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """urllib3's pools, whose connections have ``seconds`` for status and headers together."""
+def _watched_pools(
+    overdue: Overdue, seconds: float, permit: Permit | None
+) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """urllib3's pools, whose connections have ``seconds`` for status and headers together, and are made to addresses
+    that ``permit`` allows (None: to a proxy, which the administrator chose)."""
+
+    def dial(connection: HTTPConnection) -> socket.socket:
+        timeout = connection.timeout
+        assert permit is not None
+        try:
+            return connect(
+                connection._dns_host,
+                connection.port,
+                permit,
+                timeout if isinstance(timeout, int | float) else None,
+                source_address=connection.source_address,
+                options=connection.socket_options or (),
+            )
+        except TimeoutError as error:
+            raise ConnectTimeoutError(connection, "no connection within the time-out") from error
+        except OSError as error:
+            raise NewConnectionError(connection, f"no connection: {error}") from error
 
     def answer(connection: HTTPConnection, receive: Callable[[], urllib3.BaseHTTPResponse]) -> Any:
         # The connection lets go of its socket when the body ends it.
@@ -176,10 +203,16 @@ def _watched_pools(overdue: Overdue, seconds: float) -> dict[str, type[urllib3.H
         return response
 
     class Plain(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            return super()._new_conn() if permit is None else dial(self)
+
         def getresponse(self) -> Any:
             return answer(self, super().getresponse)
 
     class Secure(HTTPSConnection):
+        def _new_conn(self) -> socket.socket:
+            return super()._new_conn() if permit is None else dial(self)
+
         def getresponse(self) -> Any:
             return answer(self, super().getresponse)
 
@@ -199,10 +232,11 @@ class Fetcher:
         self._settings = settings
         self._identity_of = identity_of
         self._lock = threading.Lock()
-        self._managers: dict[str, urllib3.PoolManager] = {}
+        self._managers: dict[tuple[str, tuple[str, ...]], urllib3.PoolManager] = {}
+        """By proxy, and by what else than public addresses may be connected to: a connection is used again only by
+        those who could have made it."""
         self._timeout = urllib3.Timeout(connect=settings.connect_timeout, read=settings.stall_timeout)
         self._overdue = Overdue()
-        self._pools = _watched_pools(self._overdue, HEADER_TIMEOUTS * settings.stall_timeout)
         # Kept off the class: reading the environment once is what requests does per session as well.
         self._proxies = urllib.request.getproxies()
 
@@ -218,59 +252,57 @@ class Fetcher:
 
     # -- http ----------------------------------------------------------------------------------------------------
 
-    def _manager(self, url: str) -> urllib3.PoolManager:
+    def _manager(self, url: str, named: tuple[str, ...]) -> urllib3.PoolManager:
         parts = urlsplit(url)
         host = parts.hostname or ""
         if parts.scheme not in ("http", "https") or not host:
-            raise OriginUnsupported(f"{shown(url)} is no http, https or file address")
+            raise OriginUnsupported(f"{shown_url(url)} is no http, https or file address")
         proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
         if proxy and urllib.request.proxy_bypass(host):
             proxy = None
-        key = proxy or ""
+        if proxy:
+            check_behind_proxy(host, permit(named))
+        key = (proxy, ()) if proxy else ("", named)
         with self._lock:
             manager = self._managers.get(key)
             if manager is None:
                 bundle = next((os.environ[name] for name in _CA_VARIABLES if os.environ.get(name)), None)
                 if proxy:
+                    proxy, authorization = without_user(proxy if "//" in proxy else f"http://{proxy}")
                     manager = urllib3.ProxyManager(
-                        proxy if "//" in proxy else f"http://{proxy}", num_pools=64, maxsize=32, ca_certs=bundle
+                        proxy,
+                        num_pools=64,
+                        maxsize=32,
+                        ca_certs=bundle,
+                        proxy_headers={"Proxy-Authorization": authorization} if authorization else None,
                     )
                 else:
                     manager = urllib3.PoolManager(num_pools=64, maxsize=32, ca_certs=bundle)
-                manager.pool_classes_by_scheme = self._pools
+                seconds = HEADER_TIMEOUTS * self._settings.stall_timeout
+                manager.pool_classes_by_scheme = _watched_pools(
+                    self._overdue, seconds, None if proxy else permit(named)
+                )
                 self._managers[key] = manager
             return manager
 
     def _get(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> None:
-        headers = {
-            "User-Agent": "instantstart-fs",
-            **dict(location.headers),
-            "Accept-Encoding": "identity",
-            "Range": f"bytes={wanted.start}-{wanted.stop - 1}",
-        }
         sink.before_read()
-        where = shown(location.url)
-        try:
-            response = self._manager(location.url).urlopen(
-                "GET",
-                location.url,
-                headers=headers,
-                redirect=False,
-                retries=False,
-                preload_content=False,
-                decode_content=False,
-                timeout=self._timeout,
-            )
-        except LocationParseError as error:
-            raise OriginUnsupported(f"{where} cannot be parsed as an address") from error
-        except (HTTPError, OSError, http.client.HTTPException) as error:
-            raise _unreachable(error, where) from error
+        response, where = self._open(location, wanted)
         whole = False
         try:
             if response.status not in (200, 206):
                 raise self._refused(response, location, where)
-            _check_answer(response, location, wanted, size, where)
-            self._receive(response, wanted, buffer, sink, where)
+            if _check_answer(response, location, wanted, size, where) == wanted:
+                self._receive(response, wanted, buffer, sink, where)
+            else:
+                taker = sink.take_whole()
+                if taker is None:
+                    raise OriginIncompatible(
+                        f"{where}: the server ignores ranges (it answers with the whole file): only a file that is "
+                        "kept can be had from it; make room in the store, or use another endpoint",
+                        fault=Fault.WHOLE,
+                    )
+                self._receive(response, ByteRange(0, size), buffer, taker, where)
             whole = True
         finally:
             # Only a connection that was read to its body's end may be used again.
@@ -279,6 +311,59 @@ class Fetcher:
             else:
                 with contextlib.suppress(Exception):
                     response.close()
+
+    def _open(self, location: Location, wanted: ByteRange) -> tuple[urllib3.BaseHTTPResponse, str]:
+        """The answer to the GET, and where it came from as messages may show it. Follows MOST_REDIRECTS redirects."""
+        url, authorization = without_user(location.url)
+        headers = {"User-Agent": "instantstart-fs", **dict(location.headers)}
+        if authorization is not None:
+            headers.setdefault("Authorization", authorization)
+        headers |= {"Accept-Encoding": "identity", "Range": f"bytes={wanted.start}-{wanted.stop - 1}"}
+        for _ in range(MOST_REDIRECTS + 1):
+            where = shown_url(url)
+            try:
+                response = self._manager(url, location.named).urlopen(
+                    "GET",
+                    url,
+                    headers=headers,
+                    redirect=False,
+                    retries=False,
+                    preload_content=False,
+                    decode_content=False,
+                    timeout=self._timeout,
+                )
+            except LocationParseError as error:
+                raise OriginUnsupported(f"{where} cannot be parsed as an address") from error
+            except (HTTPError, OSError, http.client.HTTPException) as error:
+                raise _unreachable(error, where) from error
+            except (OriginMisbehaved, OriginIncompatible) as error:
+                first = shown_url(location.url)
+                sent = where if where == first else f"{first} sends us to {where}"
+                raise type(error)(f"{sent}: {error.message}", fault=error.fault) from None
+            if response.status not in _REDIRECTS:
+                return response, where
+            there = response.headers.get("Location")
+            with contextlib.suppress(Exception):
+                response.close()
+            if not there:
+                raise OriginMisbehaved(f"{where} answers {response.status} without a Location", fault=Fault.ANSWER)
+            try:
+                there, authorization = without_user(next_address(url, there))
+            except OriginIncompatible as error:
+                raise OriginIncompatible(f"{where}: {error.message}") from None
+            if location.trusted and not is_trusted(there):
+                raise OriginIncompatible(
+                    f"{where} sends us from a protected address to an open one, {shown_url(there)}"
+                )
+            if not same_origin(url, there):
+                headers = {name: value for name, value in headers.items() if name.lower() in _NO_SECRETS}
+                if authorization is not None:  # its own, for that host
+                    headers["Authorization"] = authorization
+            url = there
+        raise OriginMisbehaved(
+            f"{shown_url(location.url)}: more than {MOST_REDIRECTS} redirects, the last to {shown_url(url)}",
+            fault=Fault.REDIRECTS,
+        )
 
     def _refused(self, response: urllib3.BaseHTTPResponse, location: Location, where: str) -> OriginError:
         """What a refusal says: status, headers, and the beginning of its body, which has ERROR_BODY_SECONDS to come."""
@@ -320,14 +405,17 @@ class Fetcher:
                         raise OriginUnavailable(f"{where}: less than {len(part)} bytes came in {window:g} s")
                     if not count:
                         raise OriginMisbehaved(
-                            f"{where}: the body ended after {offset + filled - wanted.start} of {wanted.length} bytes"
+                            f"{where}: the body ended after {offset + filled - wanted.start} of {wanted.length} bytes",
+                            fault=Fault.CUT,
                         )
                     filled += count
                     sink.progress(count)
                 sink.write(buffer[:filled], offset)
                 offset += filled
             if readinto(buffer[:1]):
-                raise OriginMisbehaved(f"{where}: the body is longer than the {wanted.length} bytes asked for")
+                raise OriginMisbehaved(
+                    f"{where}: the body is longer than the {wanted.length} bytes asked for", fault=Fault.LONG
+                )
         except (HTTPError, OSError, http.client.HTTPException) as error:
             raise _unreachable(error, where) from error
 
@@ -377,31 +465,50 @@ class Fetcher:
 
 def _check_answer(
     response: urllib3.BaseHTTPResponse, location: Location, wanted: ByteRange, size: int, where: str
-) -> None:
+) -> ByteRange:
+    """Which bytes the body holds: ``wanted``, or the whole file. Raises OriginError for anything else."""
     status = response.status
-    length = response.headers.get("Content-Length")
-    if length is not None and length.strip() != str(wanted.length) and status == 206:
-        raise OriginMisbehaved(f"{where}: {length} bytes came where {wanted.length} were asked for")
-    if status == 206:
-        given = response.headers.get("Content-Range", "")
-        match = _CONTENT_RANGE.match(given.strip())
-        if match is None or (int(match[1]), int(match[2])) != (wanted.start, wanted.stop - 1):
-            raise OriginMisbehaved(f"{where}: Content-Range is {given!r}, asked was {wanted.start}-{wanted.stop - 1}")
+    length = (response.headers.get("Content-Length") or "").strip() or None
+    given = (response.headers.get("Content-Range") or "").strip()
+    match = _CONTENT_RANGE.match(given)
+    body = wanted
+    if match is not None and (int(match[1]), int(match[2])) == (wanted.start, wanted.stop - 1):
+        # Also with 200, as `rclone serve s3` says it.
         if match[3] != "*" and int(match[3]) != size:
             raise OriginChanged(f"{where}: the object now has {match[3]} bytes, {size} are pinned")
-    elif length is not None and length.strip() != str(size):
-        raise OriginChanged(f"{where}: the object now has {length} bytes, {size} are pinned")
-    elif wanted.length != size:
-        raise OriginMisbehaved(f"{where}: the server ignores ranges (200 where 206 was asked for)")
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity", "aws-chunked"):
-        raise OriginMisbehaved(f"{where}: the body is encoded ({encoding})")
-    if location.etag is not None:
-        etag = response.headers.get("ETag")
-        if etag is None or _bare(etag) != _bare(location.etag):
-            raise OriginChanged(
-                f"{where}: the ETag is {etag}, {location.etag} is pinned; `update` pins what is there now"
+        if length not in (None, str(wanted.length)):
+            raise OriginMisbehaved(
+                f"{where}: {length} bytes came where {wanted.length} were asked for", fault=Fault.RANGE
             )
+    elif status == 206 or given:
+        raise OriginMisbehaved(
+            f"{where}: Content-Range is {given!r}, asked was {wanted.start}-{wanted.stop - 1}", fault=Fault.RANGE
+        )
+    elif length not in (None, str(size)) and not _encoded(response):
+        raise OriginChanged(f"{where}: the object now has {length} bytes, {size} are pinned")
+    else:
+        body = ByteRange(0, size)
+    pinned = location.etag
+    etag = response.headers.get("ETag")
+    encoding = _encoded(response)
+    if encoding:
+        # Stored so, then range and length speak of the pinned bytes; encoded on the way, then of something else.
+        exact = match is not None and match[3] != "*"
+        strong = pinned is not None and etag is not None and etag.strip() == pinned.strip() and length == str(size)
+        if not exact and not strong:
+            raise OriginMisbehaved(
+                f"{where}: the body is encoded ({encoding}) on the way, though nobody asked for that",
+                fault=Fault.ENCODED,
+            )
+    if pinned is not None and (etag is None or _bare(etag) != _bare(pinned)):
+        raise OriginChanged(f"{where}: the ETag is {etag}, {pinned} is pinned; `update` pins what is there now")
+    return body
+
+
+def _encoded(response: urllib3.BaseHTTPResponse) -> str:
+    """The encoding of the body, "" for none."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()[:40]
+    return "" if encoding in ("identity", "aws-chunked") else encoding
 
 
 def _bare(etag: str) -> str:
@@ -425,7 +532,7 @@ def _unreachable(error: BaseException, where: str) -> OriginError:
             continue
         break
     if isinstance(cause, http.client.IncompleteRead):
-        return OriginMisbehaved(f"{where}: the body was cut short")
+        return OriginMisbehaved(f"{where}: the body was cut short", fault=Fault.CUT)
     if isinstance(cause, ConnectionRefusedError) or "refused" in str(cause):
         return OriginUnavailable(f"{where}: connection refused")
     if isinstance(cause, OSError) and cause.strerror:

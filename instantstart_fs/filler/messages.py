@@ -88,6 +88,20 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
     retry_after: float | None = None
     silent: float = 0.0
+    fault: str = ""
+
+
+class Streamed(msgspec.Struct, frozen=True, tag="streamed"):
+    """The server ignores ranges, and the request takes the whole file: this chunk of it is whole and written."""
+
+    request: int
+    chunk: int
+
+
+class Waits(msgspec.Struct, frozen=True, tag="waits"):
+    """Nothing was fetched: another request of this file takes all of it (Streamed)."""
+
+    request: int
 
 
 class Hashed(msgspec.Struct, frozen=True, tag="hashed"):
@@ -114,7 +128,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 
 Order = OpenFile | SetLocation | Fetch | CloseFile | Ping
-Report = Ready | Arrived | Progress | Failed | Hashed | HashFailed | Closed | Pong
+Report = Ready | Arrived | Progress | Failed | Streamed | Waits | Hashed | HashFailed | Closed | Pong
 
 
 class WorkerSettings(msgspec.Struct, frozen=True):

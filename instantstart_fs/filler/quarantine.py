@@ -1,11 +1,12 @@
-"""Files whose bytes did not match their digest, several times in a row: they rest before they are fetched again.
+"""Files that are not to be asked for now: those whose bytes did not match their digest several times in a row rest for
+a while; those whose server will not do (core/faults.py) are left alone until ``forgive``.
 
 Bookkeeping on the trio thread; times are trio.current_time().
 """
 
 from __future__ import annotations
 
-from instantstart_fs.errors import DigestMismatch
+from instantstart_fs.errors import DigestMismatch, OriginIncompatible
 from instantstart_fs.filler.target import FileKey
 
 MISMATCHES = 3
@@ -19,6 +20,14 @@ class Quarantine:
     def __init__(self) -> None:
         self._mismatches: dict[FileKey, int] = {}
         self._until: dict[FileKey, float] = {}
+        self._refused: dict[FileKey, OriginIncompatible] = {}
+
+    def refuse(self, key: FileKey, error: OriginIncompatible) -> None:
+        """Its server will not do: nobody asks for it before ``forgive``."""
+        self._refused.pop(key, None)
+        self._refused[key] = error
+        if len(self._refused) > MOST:
+            del self._refused[next(iter(self._refused))]
 
     def mismatch(self, key: FileKey, now: float) -> None:
         """The bytes that came were wrong once more."""
@@ -33,8 +42,11 @@ class Quarantine:
         """How many in a row."""
         return self._mismatches.get(key, 0)
 
-    def refusal(self, key: FileKey, path: str, now: float) -> DigestMismatch | None:
+    def refusal(self, key: FileKey, path: str, now: float) -> DigestMismatch | OriginIncompatible | None:
         """What to say to whoever wants the file now; None if it may be fetched."""
+        refused = self._refused.get(key)
+        if refused is not None:
+            return refused
         if self._until.get(key, 0.0) <= now:
             return None
         return DigestMismatch(
@@ -53,3 +65,8 @@ class Quarantine:
         """Its files may be fetched at once."""
         for key in [key for key in (*self._until, *self._mismatches) if key.pipeline == pipeline]:
             self.proven(key)
+        self.forget_refusals(pipeline)
+
+    def forget_refusals(self, pipeline: str) -> None:
+        for key in [key for key in self._refused if key.pipeline == pipeline]:
+            del self._refused[key]

@@ -9,9 +9,10 @@ Owns the state of every FillTarget that is not complete, on the trio thread: it 
 target is sealed, poisoned or failed and ``wait_quiet`` has returned.
 
 What ends a target for good: the pinned object changed, is gone, or is refused by its source, twice in a row; a digest
-mismatch; a full or broken store; cancellation. All but change, mismatch and cancellation are tried again by a demand
-that comes REVIVE_SECONDS later. Everything else is retried with backoff, a CDN's refusal too, and readers wait up to
-their own deadline.
+mismatch; a server that misbehaves in one way again and again (core/faults.py); a full or broken store; cancellation.
+All but change, mismatch, misbehaviour (until ``forgive``) and cancellation are tried again by a demand that comes
+REVIVE_SECONDS later. Everything else is retried with backoff, a CDN's refusal too, and readers wait up to their own
+deadline.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.retry import Effort, quantum
@@ -36,6 +38,7 @@ from instantstart_fs.errors import (
     LocationExpired,
     OriginBroken,
     OriginChanged,
+    OriginIncompatible,
     OriginMisbehaved,
     OriginNotFound,
     OriginThrottled,
@@ -222,6 +225,7 @@ class Filler(CommitEvents, DeliveryEvents):
         self._background.pop(pipeline, None)
         self._moved.pop(pipeline, None)
         self._direct.forget(pipeline)
+        self._quarantine.forget_refusals(pipeline)  # whatever has this name later is another pipeline
 
     async def wait_quiet(self, pipeline: str) -> None:
         """Return when no cancelled file of the pipeline is written any more, by workers or by a commit."""
@@ -256,7 +260,12 @@ class Filler(CommitEvents, DeliveryEvents):
         refusal = self._quarantine.refusal(key, entry.path, trio.current_time())
         if refusal is not None:
             raise refusal
-        await self._direct.read(key, entry, origin, offset, view, since)
+        try:
+            await self._direct.read(key, entry, origin, offset, view, since)
+        except OriginIncompatible as error:
+            if error.fault != Fault.WHOLE:  # who keeps the file can have it all the same
+                self._quarantine.refuse(key, error)
+            raise
 
     def forgive(self, pipeline: str) -> None:
         """Somebody asked for it again on purpose (`warm`): quarantined and failed files of it may be tried at once."""
@@ -293,6 +302,8 @@ class Filler(CommitEvents, DeliveryEvents):
             return None
         if isinstance(target.error, OriginChanged | DigestMismatch | FillCancelled):
             return target.error
+        if isinstance(target.error, OriginIncompatible):
+            return self._quarantine.refusal(target.key, target.entry.path, trio.current_time())
         return target.error if trio.current_time() < target.failed_at + REVIVE_SECONDS else None
 
     def _revive(self, target: FillTarget) -> bool:
@@ -434,14 +445,54 @@ class Filler(CommitEvents, DeliveryEvents):
         for sent in lost:
             self._retries += 1
             self._plan.failed(filling.target.key, sent.chunk)
+        self._stream_ended(filling)
         self._check_complete(filling)
         self._wakeup.set()
 
     def on_arrived(self, sent: Sent) -> None:
         filling, chunk = sent.filling, sent.chunk
         target = filling.target
-        key, now = target.key, trio.current_time()
         self._delivery.unsend(sent)
+        self._stream_ended(filling)
+        self._plan.arrived(target.key, chunk)
+        if chunk not in target.present:  # else it came with the whole file
+            self._came(sent, chunk)
+        self._check_complete(filling)
+        self._wakeup.set()
+
+    def on_streamed(self, sent: Sent, chunk: int) -> None:
+        target = sent.filling.target
+        if chunk in target.present:
+            return
+        if chunk != sent.chunk:  # that one is in flight as long as the stream is
+            self._plan.arrived(target.key, chunk)
+        self._came(sent, chunk)
+        self._check_complete(sent.filling)
+        self._wakeup.set()
+
+    def on_waits(self, sent: Sent) -> None:
+        filling = sent.filling
+        self._delivery.unsend(sent)
+        self._plan.failed(filling.target.key, sent.chunk)
+        filling.target.efforts.pop(sent.chunk, None)  # what the stream brings is what its readers wait for
+        if any(other.worker is not None for other in filling.sent):
+            filling.streaming = True
+            self._plan.hold(filling.target.key, math.inf)
+        self._stream_ended(filling)
+        self._wakeup.set()
+
+    def _stream_ended(self, filling: Filling) -> None:
+        """Ask for chunks again when the last of the requests is over of which one took the whole file."""
+        if filling.streaming and not any(sent.worker is not None for sent in filling.sent):
+            filling.streaming = False
+            self._plan.release(filling.target.key)
+            self._plan.hold(filling.target.key, filling.held_until)
+
+    def _came(self, sent: Sent, chunk: int) -> None:
+        """A chunk is whole and written: readers may have it."""
+        filling = sent.filling
+        target = filling.target
+        key, now = target.key, trio.current_time()
         length = target.present.byte_range(chunk).length
         self._fetched += length
         origin = filling.source.key
@@ -449,14 +500,15 @@ class Filler(CommitEvents, DeliveryEvents):
         label = origin.scheme if origin.scheme == "file" else f"{origin.scheme}://{origin.endpoint}"
         self._fetched_from[label] = self._fetched_from.get(label, 0) + length
         self._rates.add(key.pipeline, max(length - sent.counted, 0), now)
+        sent.counted = max(sent.counted - length, 0)
         target.present.add(chunk)
-        self._plan.arrived(key, chunk)
         if target.state is FileState.ABSENT:
             target.state = FileState.FILLING
         target.last_progress = self._moved[key.pipeline] = now
         target.efforts.pop(chunk, None)
         filling.failures = filling.refused = filling.stale = filling.missing = 0
-        if filling.held_until:
+        filling.streak.answered()
+        if filling.held_until and not filling.streaming:
             filling.held_until = 0.0
             self._plan.release(key)
         self._pacing.origin_answers(filling.source.key)
@@ -466,8 +518,6 @@ class Filler(CommitEvents, DeliveryEvents):
         self._committer.dirty(target, chunk)
         target.wake()
         self._events.chunk_present(target, chunk)
-        self._check_complete(filling)
-        self._wakeup.set()
 
     # -- completion ----------------------------------------------------------------------------------------------
 
@@ -556,6 +606,7 @@ class Filler(CommitEvents, DeliveryEvents):
             self._delivery.unsend(sent)
             self._plan.failed(target.key, sent.chunk)
         filling.waiting.clear()
+        self._stream_ended(filling)
         self._delivery.close_at_worker(filling)  # what it hashed is not what will lie there
         self._plan.refill(target.key)
         self._demand_again(target)
@@ -581,6 +632,7 @@ class Filler(CommitEvents, DeliveryEvents):
         self._delivery.unsend(sent)
         if filling.done:
             return None
+        self._stream_ended(filling)
         target = filling.target
         key, now = target.key, trio.current_time()
         current = sent.generation == filling.generation
@@ -615,7 +667,8 @@ class Filler(CommitEvents, DeliveryEvents):
             case OriginMisbehaved():
                 if self._pacing.next_link(filling):
                     return self._requeue(sent)
-                filling.location = None
+                final = filling.streak.failed(error)
+                filling.renew()  # others of the same burst say nothing more
                 self._pacing.hold(filling)
             case OriginUnavailable():
                 if self._pacing.next_link(filling):
@@ -632,6 +685,8 @@ class Filler(CommitEvents, DeliveryEvents):
         if final is not None and not isinstance(final, StoreError) and self._pacing.next_link(filling):
             final = None
         if final is not None:
+            if isinstance(final, OriginIncompatible):
+                self._quarantine.refuse(key, final)
             self._end(filling, final)
         else:
             self._requeue(sent)

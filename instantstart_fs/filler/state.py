@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from instantstart_fs.core.faults import Streak
 from instantstart_fs.core.retry import Backoff
 from instantstart_fs.core.serving import ServeUnsealed
 
@@ -121,6 +122,9 @@ class Filling:
         self.stale = 0
         """How often in a row an address was refused by who is no source (a CDN, a proxy)."""
         self.missing = 0
+        self.streak = Streak()
+        self.streaming = False
+        """One request takes all of the file (a server that ignores ranges), and nothing else is asked for meanwhile."""
         self.hash_failures = 0
         self.hashed: str | None = None
         self.sealing = False

@@ -49,6 +49,8 @@ from instantstart_fs.filler.messages import (
     Ready,
     Report,
     SetLocation,
+    Streamed,
+    Waits,
     WorkerSettings,
     decode_order,
     encode,
@@ -83,12 +85,19 @@ class _File:
         self.users = 0
         """Threads that use the descriptor: fetches and a hashing pass."""
         self.writers = 0
+        self.streamer: _Work | None = None
+        """The request that takes all of the file, from a server that ignores ranges."""
         self.hashing = False
         self.hashed = 0
         self.keep_pages = True
         self.dropped = 0
         """Offset up to which pages were dropped, by the hashing thread."""
         self.hasher = new_hasher(order.digest, order.size) if order.digest is not None else None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether one request takes all of it at the moment."""
+        return self.streamer is not None
 
     def enter(self) -> None:
         with self.lock:
@@ -131,6 +140,10 @@ class _File:
                 os.close(nothing)
 
 
+class _Waits(Exception):
+    """Another request takes the whole file: nothing is to be fetched for this one."""
+
+
 class _Work:
     """One fetch: the Sink that its bytes go through."""
 
@@ -159,6 +172,56 @@ class _Work:
         if now - self._reported >= PROGRESS_SECONDS:
             self._worker.report(Progress(self._order.request, self._count))
             self._reported, self._count = now, 0
+
+    def take_whole(self) -> _Whole:
+        """The first request of the file that learns of it takes it; the others wait, which costs no connection."""
+        with self._file.lock:
+            if self._file.closed:
+                raise Abandoned
+            if self._file.streamer is not None:
+                raise _Waits
+            self._file.streamer = self
+        return _Whole(self._worker, self._file, self._order, self)
+
+
+class _Whole:
+    """The Sink of a whole file from a server that ignores ranges: each chunk that is not here yet is kept."""
+
+    def __init__(self, worker: Worker, file: _File, order: Fetch, work: _Work) -> None:
+        self._worker = worker
+        self._file = file
+        self._order = order
+        self.before_read = work.before_read
+        self.progress = work.progress
+
+    def write(self, data: memoryview, offset: int) -> None:
+        file, present = self._file, self._file.present
+        while data:
+            chunk = offset // present.chunk_size
+            place = present.byte_range(chunk)
+            piece = data[: place.stop - offset]
+            with file.writing() as blob:
+                if chunk not in present:
+                    if offset == place.start:
+                        blob.reserve(place)
+                    blob.pwrite(offset, piece)
+            data, offset = data[len(piece) :], offset + len(piece)
+            if offset == place.stop:
+                self._whole_chunk(chunk)
+
+    def _whole_chunk(self, chunk: int) -> None:
+        file = self._file
+        with file.lock:
+            if file.closed:
+                raise Abandoned
+            fresh = chunk not in file.present
+            file.present.add(chunk)
+        if fresh:
+            self._worker.report(Streamed(self._order.request, chunk))
+            self._worker.schedule_hash(file)
+
+    def take_whole(self) -> None:
+        return None
 
 
 class Worker:
@@ -198,7 +261,7 @@ class Worker:
         match decode_order(packet):
             case OpenFile() as order:
                 file = self._files[order.file] = _File(order, descriptors.pop())
-                self._schedule_hash(file)
+                self.schedule_hash(file)
             case SetLocation(file=number, location=location):
                 if number in self._files:
                     self._files[number].location = location
@@ -271,21 +334,29 @@ class Worker:
             location = file.location
             if location is None:
                 raise OriginMisbehaved("no location is known")
+            if file.streamed:
+                raise _Waits
             wanted = file.present.byte_range(order.chunk)
             with file.writing() as blob:
                 blob.reserve(wanted)
-            self._fetcher.fetch(location, wanted, file.size, buffer, work)
+            try:
+                self._fetcher.fetch(location, wanted, file.size, buffer, work)
+            finally:
+                if file.streamer is work:
+                    file.streamer = None
             with file.lock:
                 if file.closed:
                     raise Abandoned
                 file.present.add(order.chunk)
             self.report(Arrived(order.request))
-            self._schedule_hash(file)
+            self.schedule_hash(file)
         except Abandoned:
             pass
+        except _Waits:
+            self.report(Waits(order.request))
         except InstantStartError as error:
             silent = time.monotonic() - work.last_byte
-            self.report(Failed(order.request, error.code, error.message, error.retry_after, silent))
+            self.report(Failed(order.request, error.code, error.message, error.retry_after, silent, error.fault))
         except Exception as error:  # a fault of ours in one fetch must not end the others
             unforeseen = OriginMisbehaved(f"the fetch failed: {type(error).__name__}: {error}")
             self.report(Failed(order.request, unforeseen.code, unforeseen.message))
@@ -294,7 +365,7 @@ class Worker:
 
     # -- hashing -------------------------------------------------------------------------------------------------
 
-    def _schedule_hash(self, file: _File) -> None:
+    def schedule_hash(self, file: _File) -> None:
         """Hash on, if there is something in order and nobody is at it."""
         with file.lock:
             if file.hasher is None or file.closed or file.hashing:
@@ -328,7 +399,7 @@ class Worker:
             with file.lock:
                 file.hashing = False
             file.leave()
-            self._schedule_hash(file)
+            self.schedule_hash(file)
 
     def _hash_on(self, file: _File, buffer: memoryview) -> bool:
         """Hash what lies in order; True if that was the file's end. Only one thread at a time per file."""

@@ -108,7 +108,9 @@ class Library:
         self._config = config
         self._store = store
         self._index = index
-        origin_settings = OriginSettings(huggingface=config.origins.huggingface, s3=config.origins.s3)
+        origin_settings = OriginSettings(
+            config.origins.huggingface, config.origins.s3, allow_private=config.origins.allow_private
+        )
 
         def opener(spec: PipelineSpec, model: ModelSpec) -> Origin:
             return open_origin(spec, model, origin_settings)
@@ -331,7 +333,12 @@ class Library:
 
     async def update(self, pipeline: str) -> PipelineStatus:
         """Resolve again and switch to a new generation if anything changed. Raises like add, and PipelineNotFound."""
-        await self._admin.update(pipeline)
+        if not await self._admin.update(pipeline):
+            # Asked again on purpose: what failed for good at the same pins may be tried anew.
+            generation = await self._shelf.look_into(self._shelf.pipeline(pipeline))
+            if generation is not None:
+                with generation.kept():
+                    await self._reading.forgive(generation)
         await self._may_be_fetched(self._shelf.pipeline(pipeline))
         return self.status(pipeline)
 

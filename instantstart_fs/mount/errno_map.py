@@ -35,6 +35,7 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
     errors.OriginNotFound: errno.EIO,
     errors.OriginHidden: errno.EIO,
     errors.OriginChanged: errno.EIO,
+    errors.OriginIncompatible: errno.EIO,
     errors.OriginUnsupported: errno.EIO,
     errors.StoreError: errno.EIO,
     errors.StoreFull: errno.ENOSPC,

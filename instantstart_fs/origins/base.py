@@ -39,6 +39,8 @@ class Location(msgspec.Struct, frozen=True):
     the wall clock after which to locate again, None = does not expire. ``identity`` (file URLs): what ``fstat`` must
     say, as ``directory.identity_of`` writes it, checked around every read.
     ``trusted``: whether the way there protects the bytes (TLS, loopback, a local file).
+    ``named``: hosts, addresses and networks that the configuration names: only these may lie inside this machine or its
+    network, there or behind a redirect (core/addresses.py).
     ``service``: who answers there, "" = somebody on the source's behalf (a CDN), whose refusals are not the source's.
     """
 
@@ -49,6 +51,7 @@ class Location(msgspec.Struct, frozen=True):
     identity: str | None = None
     trusted: bool = True
     service: Service = ""
+    named: tuple[str, ...] = ()
 
 
 class Origin(Protocol):

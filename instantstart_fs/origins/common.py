@@ -144,38 +144,6 @@ def samples(files: Sequence[ManifestFile]) -> list[ManifestFile]:
     return [file for file in found if weight(file)[0]] or found
 
 
-def redirect_refusal(url: str, endpoint: str) -> str | None:
-    """Why the daemon does not go where the origin at ``endpoint`` sends it; None where it may.
-
-    It may read what others may not: files, services of this very machine, a cloud's metadata. Only names are looked at,
-    not what they resolve to.
-    """
-    try:
-        scheme, host, known = urlsplit(url).scheme, urlsplit(url).hostname, urlsplit(endpoint).hostname or ""
-    except ValueError:
-        return "sends us to an address that is none"
-    if scheme not in ("http", "https") or not host:
-        return f"sends us to a {scheme or 'strange'} address"
-    if _is_inside(host) and not _is_inside(known):
-        return f"sends us to {host}, which is this machine's own"
-    return None
-
-
-def _is_inside(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_link_local or address.is_unspecified
-
-
-def without_query(url: str) -> str:
-    """``url`` as messages may show it: no query (signatures live there), no user and password."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
-
-
 def is_trusted(url: str) -> bool:
     """Whether the way to ``url`` protects the bytes: TLS, this very machine, or a local file."""
     parts = urlsplit(url)

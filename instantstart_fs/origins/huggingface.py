@@ -15,12 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
+import httpcore2
 import httpx2
+from httpcore2._backends.sync import SyncStream
 from huggingface_hub import (
     HfFileMetadata,
     constants,
@@ -43,11 +50,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils._datetime import parse_datetime
 from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._http import default_client_factory, hf_raise_for_status
+from huggingface_hub.utils._http import hf_raise_for_status, hf_request_event_hook
 
+from instantstart_fs.core.addresses import Permit, host_of, parse_address, permit
+from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, ModelManifest, ModelSpec
 from instantstart_fs.core.refusals import Word, hub_word, refusal
 from instantstart_fs.core.source import HubSource
+from instantstart_fs.core.urls import shown_url, without_user
 from instantstart_fs.errors import (
     AccessRefused,
     CredentialsUnusable,
@@ -55,6 +65,7 @@ from instantstart_fs.errors import (
     OriginChanged,
     OriginError,
     OriginHidden,
+    OriginIncompatible,
     OriginMisbehaved,
     OriginNotFound,
     OriginThrottled,
@@ -67,14 +78,20 @@ from instantstart_fs.origins.common import (
     DEFAULT_LIFETIME,
     finish_manifest,
     is_trusted,
-    redirect_refusal,
     retry_after,
     samples,
     selected,
     signature_expiry,
-    without_query,
 )
 from instantstart_fs.origins.credentials import read_token
+from instantstart_fs.origins.guard import (
+    HOW_TO_ALLOW,
+    MOST_REDIRECTS,
+    check_behind_proxy,
+    connect,
+    next_address,
+    same_origin,
+)
 from instantstart_fs.origins.hubtree import (
     LISTING_SECONDS,
     PAGE,
@@ -92,6 +109,8 @@ MAX_BODY = 1 << 30
 BODY_SECONDS = 240.0
 HEAD_THREADS = 16
 _HEX = frozenset("0123456789abcdef")
+_NODELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+_CREDENTIALS = ("Authorization", "Cookie")
 
 
 class _Bounded(httpx2.SyncByteStream):
@@ -114,25 +133,113 @@ class _Bounded(httpx2.SyncByteStream):
         self._stream.close()
 
 
-def _ask_plain(request: httpx2.Request) -> None:
-    request.headers["Accept-Encoding"] = "identity"
+class _Asking(NamedTuple):
+    """On whose behalf the client asks. ``endpoint``: the one that credentials may go to; ``authorization``: what it
+    wants beside a token."""
+
+    endpoint: str
+    named: tuple[str, ...]
+    authorization: str | None
 
 
-def _bound(response: httpx2.Response) -> None:
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        # A few kilobytes of it may be gigabytes.
-        raise httpx2.RemoteProtocolError(f"an answer in {encoding[:20]!r}, which nobody asked for")
-    if isinstance(response.stream, httpx2.SyncByteStream):
-        response.stream = _Bounded(response.stream)
+_asking: ContextVar[_Asking] = ContextVar("_asking", default=_Asking("", (), None))  # noqa: B039 (immutable)
+
+
+class _Backend(httpcore2.SyncBackend):
+    """Connects where it may (origins/guard.py)."""
+
+    def __init__(self, allowed: Permit) -> None:
+        self._allowed = allowed
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Any = None,
+    ) -> httpcore2.NetworkStream:
+        try:
+            found = connect(host, port, self._allowed, timeout, options=[*(socket_options or ()), _NODELAY])
+        except TimeoutError as error:
+            raise httpcore2.ConnectTimeout(str(error)) from error
+        except OSError as error:
+            raise httpcore2.ConnectError(str(error)) from error
+        return SyncStream(found)
+
+
+class _Transport(httpx2.HTTPTransport):
+    """One set of connections that may be made."""
+
+    def __init__(self, named: tuple[str, ...], proxy: str | None) -> None:
+        super().__init__(proxy=proxy)
+        if proxy is None:
+            self._pool.close()
+            self._pool = httpcore2.ConnectionPool(
+                ssl_context=httpx2.create_ssl_context(), network_backend=_Backend(permit(named))
+            )
+
+
+class _Guarded(httpx2.BaseTransport):
+    """Every request of the hub's client passes here, those that follow a redirect, too: the address that is connected
+    to is judged, credentials go to the endpoint alone, bodies are bounded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._transports: dict[tuple[str, tuple[str, ...]], _Transport] = {}
+        self._proxies = urllib.request.getproxies()
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        asking = _asking.get()
+        if not same_origin(str(request.url), asking.endpoint):
+            for name in _CREDENTIALS:
+                request.headers.pop(name, None)
+        elif asking.authorization is not None:
+            request.headers["Authorization"] = asking.authorization
+        request.headers["Accept-Encoding"] = "identity"
+        response = self._transport(request.url, asking.named).handle_request(request)
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            # A few kilobytes of it may be gigabytes.
+            response.close()
+            raise OriginMisbehaved(
+                f"{shown_url(str(request.url))}: an answer in {encoding[:20]!r}, which nobody asked for",
+                fault=Fault.ENCODED,
+            )
+        if isinstance(response.stream, httpx2.SyncByteStream):
+            response.stream = _Bounded(response.stream)
+        return response
+
+    def _transport(self, url: httpx2.URL, named: tuple[str, ...]) -> _Transport:
+        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
+        if proxy and urllib.request.proxy_bypass(url.host):
+            proxy = None
+        if proxy:
+            check_behind_proxy(url.host, permit(named))
+            proxy = proxy if "//" in proxy else f"http://{proxy}"
+        key = (proxy, ()) if proxy else ("", named)
+        with self._lock:
+            known = self._transports.get(key)
+            if known is None:
+                known = self._transports[key] = _Transport(named, proxy or None)
+            return known
+
+    def close(self) -> None:
+        with self._lock:
+            for transport in self._transports.values():
+                transport.close()
+            self._transports.clear()
 
 
 def _client() -> httpx2.Client:
-    """huggingface_hub's own, which reads whatever comes: what a hub answers must not take all memory."""
-    client = default_client_factory()
-    hooks = client.event_hooks
-    client.event_hooks = {"request": [*hooks["request"], _ask_plain], "response": [*hooks["response"], _bound]}
-    return client
+    """huggingface_hub's own reads whatever comes, and goes wherever it is sent."""
+    return httpx2.Client(
+        event_hooks={"request": [hf_request_event_hook]},
+        transport=_Guarded(),
+        follow_redirects=True,
+        max_redirects=MOST_REDIRECTS,
+        timeout=None,
+    )
 
 
 set_client_factory(_client)
@@ -154,11 +261,14 @@ class HuggingFaceOrigin:
         token_file: str | None,
         timeout: float,
         bounds: Bounds,
+        allow_private: tuple[str, ...] = (),
     ) -> None:
         self._source = source
         self._model = model
         # HF_ENDPOINT is read when huggingface_hub is imported, hence passed on explicitly
-        self._endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        address = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self._endpoint, self._basic = without_user(address)
+        self._named = (host_of(self._endpoint), *allow_private)
         self._token_file = token_file
         self._timeout = timeout
         self._bounds = bounds
@@ -202,7 +312,8 @@ class HuggingFaceOrigin:
         if found.commit_hash is None:
             raise OriginMisbehaved(
                 f"{self._endpoint} answers for {file.path} without X-Repo-Commit: not a Hugging Face hub, or a proxy "
-                "that drops its headers"
+                "that drops its headers",
+                fault=Fault.ANSWER,
             )
         if found.commit_hash != commit:
             raise OriginChanged(f"{file.path}: the hub answers for commit {found.commit_hash}, pinned was {commit}")
@@ -210,24 +321,34 @@ class HuggingFaceOrigin:
             raise OriginChanged(f"{file.path}: the hub now names other content for commit {commit}; run update")
         if found.size is not None and file.size >= 0 and found.size != file.size:
             raise OriginChanged(f"{file.path}: the hub now says {found.size} bytes, pinned were {file.size}")
-        refusal = redirect_refusal(found.location, self._endpoint)
-        if refusal is not None:
-            raise OriginMisbehaved(f"{file.path}: {self._endpoint} {refusal}")
+        location = self._sent_to(file, found.location)
         headers: tuple[tuple[str, str], ...] = ()
-        expires_at = signature_expiry(found.location, time.time())
-        own = _same_host(found.location, self._endpoint)
+        expires_at = signature_expiry(location, time.time())
+        own = same_origin(location, self._endpoint)
         if own:
-            if token:
-                headers = (("Authorization", f"Bearer {token}"),)
+            if authorization := self._basic or (f"Bearer {token}" if token else None):
+                headers = (("Authorization", authorization),)
         elif expires_at is None:
             expires_at = time.time() + DEFAULT_LIFETIME
         return Location(
-            url=found.location,
+            url=location,
             headers=headers,
             expires_at=expires_at,
-            trusted=is_trusted(found.location),
+            trusted=is_trusted(location),
             service="hub" if own else "",
+            named=self._named,
         )
+
+    def _sent_to(self, file: ManifestFile, told: str) -> str:
+        """Where the bytes are to be had: judged by its text here, and again by the fetch that connects to it."""
+        try:
+            location = next_address(f"{self._endpoint}/", told)
+            address = parse_address(host_of(location))
+            if address is not None and not permit(self._named).allows(host_of(location), address):
+                raise OriginIncompatible(f"it sends us to {address}, which is no public address; {HOW_TO_ALLOW}")
+        except OriginIncompatible as error:
+            raise OriginIncompatible(f"{file.path}: {self._endpoint}: {error.message}") from None
+        return location
 
     def _head(self, path: str, commit: str, token: str | None = None) -> HfFileMetadata:
         url = hf_hub_url(self._source.repo, path, revision=commit, endpoint=self._endpoint)
@@ -360,6 +481,13 @@ class HuggingFaceOrigin:
         return description.sha
 
     def _token(self) -> str | None:
+        if self._basic is not None:
+            if self._token_file is not None:
+                raise CredentialsUnusable(
+                    f"{self._endpoint} is configured with a user and password, and a request can carry those or a "
+                    "token, not both: remove the password from the endpoint, or the token file"
+                )
+            return None
         if self._token_file is None:
             token = get_token()
             if token and not all("!" <= character <= "~" for character in token):
@@ -370,8 +498,14 @@ class HuggingFaceOrigin:
     @contextlib.contextmanager
     def _translated(self, what: str) -> Iterator[None]:
         """The seam: huggingface_hub's and httpx2's exceptions become ours, without tokens and signed queries."""
+        before = _asking.get()
+        _asking.set(_Asking(self._endpoint, self._named, self._basic))
         try:
             yield
+        except (OriginMisbehaved, OriginIncompatible) as error:
+            if error.message.startswith(str(self._source)):
+                raise
+            raise type(error)(f"{what}: {error.message}", fault=error.fault) from None
         except HfHubHTTPError as error:
             raise self._from_response(what, error) from None
         except HFValidationError as error:
@@ -380,6 +514,12 @@ class HuggingFaceOrigin:
             raise OriginUnavailable(f"{what}: HF_HUB_OFFLINE is set for the daemon; unset it") from None
         except httpx2.TimeoutException:
             raise OriginUnavailable(f"{what}: {self._endpoint} did not answer within {self._timeout:g} s") from None
+        except httpx2.TooManyRedirects:
+            raise OriginMisbehaved(
+                f"{what}: {self._endpoint} answers with more than {MOST_REDIRECTS} redirects", fault=Fault.REDIRECTS
+            ) from None
+        except httpx2.UnsupportedProtocol:
+            raise OriginIncompatible(f"{what}: {self._endpoint} sends us to what is not http or https") from None
         except httpx2.HTTPError as error:
             raise OriginUnavailable(
                 f"{what}: {self._endpoint} cannot be reached ({type(error).__name__}: {_one_line(str(error))})"
@@ -387,8 +527,11 @@ class HuggingFaceOrigin:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, httpx2.InvalidURL) as error:
             # a body that is no JSON, or JSON of another shape: a captive portal, a proxy's error page
             raise OriginMisbehaved(
-                f"{what}: {self._endpoint} gave an answer that cannot be understood ({type(error).__name__})"
+                f"{what}: {self._endpoint} gave an answer that cannot be understood ({type(error).__name__})",
+                fault=Fault.ANSWER,
             ) from None
+        finally:
+            _asking.set(before)
 
     def _from_response(self, what: str, error: HfHubHTTPError) -> OriginError:
         response = error.response
@@ -400,7 +543,7 @@ class HuggingFaceOrigin:
         if isinstance(error, GatedRepoError):
             return AccessRefused(
                 f"{what}: the repository is gated, and {who} it may not be fetched{said}; request access "
-                f"at {without_query(self._endpoint)}/{self._source.repo} and pass --token-file with a token of that "
+                f"at {self._endpoint}/{self._source.repo} and pass --token-file with a token of that "
                 "account"
             )
         if isinstance(error, DisabledRepoError):
@@ -427,7 +570,7 @@ class HuggingFaceOrigin:
             return AccessRefused(
                 f"{what}: the hub refuses access {who} ({status}){said}; pass --token-file with a valid one"
             )
-        where = without_query(str(response.url))
+        where = shown_url(str(response.url))
         if status in (404, 410):
             return OriginNotFound(f"{what}: not found at {where}{said}")
         if status in (402, 408, 451) or status >= 500:
@@ -447,17 +590,6 @@ def _nanoseconds(stamp: str | None) -> int:
         return int(parse_datetime(stamp).timestamp()) * 1_000_000_000 if stamp else 0
     except ValueError:
         return 0
-
-
-def _same_host(url: str, endpoint: str) -> bool:
-    """Whether both have one origin in the browser's sense; the token goes nowhere else."""
-    one, other = urlsplit(url), urlsplit(endpoint)
-    ports = {"http": 80, "https": 443}
-    return (one.scheme, one.hostname, one.port or ports.get(one.scheme)) == (
-        other.scheme,
-        other.hostname,
-        other.port or ports.get(other.scheme),
-    )
 
 
 def _one_line(text: str) -> str:

@@ -31,6 +31,7 @@ def open_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) 
                 token_file=spec.token_file or settings.huggingface.token_file,
                 timeout=settings.timeout,
                 bounds=settings.bounds,
+                allow_private=settings.allow_private,
             )
         case S3Source():
             from instantstart_fs.origins.s3 import S3Origin
@@ -47,6 +48,7 @@ def open_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) 
                 bounds=settings.bounds,
                 anonymous=anonymous,
                 requester_pays=spec.requester_pays or settings.s3.requester_pays,
+                allow_private=settings.allow_private,
             )
         case DirectorySource():
             from instantstart_fs.origins.directory import DirectoryOrigin

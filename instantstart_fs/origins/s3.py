@@ -33,6 +33,7 @@ import botocore.exceptions
 import botocore.parsers
 import msgspec
 
+from instantstart_fs.core.addresses import host_of
 from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, ModelManifest, ModelSpec, rests_on_etag
 from instantstart_fs.core.refusals import Word, s3_advice, s3_word
@@ -106,12 +107,14 @@ class S3Origin:
         bounds: Bounds,
         anonymous: bool = False,
         requester_pays: bool = False,
+        allow_private: tuple[str, ...] = (),
     ) -> None:
         self._source = source
         self._model = model
         self._profile = profile
         self._timeout = timeout
         self._bounds = bounds
+        self._allow_private = allow_private
         self._access = S3Access(
             source.bucket,
             endpoint_url=endpoint_url,
@@ -169,6 +172,8 @@ class S3Origin:
             expires_at=expires_at,
             trusted=is_trusted(url),
             service="s3",
+            # The address is made here, from what the administrator configured; where it redirects to is not.
+            named=(host_of(url), *self._allow_private),
         )
 
     def _is_early(self, address: str) -> bool:
@@ -362,6 +367,8 @@ class S3Origin:
         with self._translated(f"{self._source}: {file.path}", "s3:GetObject"):
             answer = self._access.get(file.address, version, etag, last=0 if file.size else None)
         if answer.status in (200, 206) or (answer.status == 416 and not file.size):
+            return None
+        if answer.status in (301, 302, 303, 307, 308):  # let in; where it sends us is the fetch's to judge
             return None
         if answer.status == 412:
             return OriginUnavailable(f"{self._source}: {file.path!r} was replaced while it was listed; try again")

@@ -28,6 +28,7 @@ from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 
 from instantstart_fs.core.refusals import MOST_ERROR_BODY
+from instantstart_fs.core.urls import s3_url_problem
 from instantstart_fs.errors import CredentialsUnusable
 from instantstart_fs.origins.common import retry_after
 from instantstart_fs.origins.credentials import require_private
@@ -274,6 +275,9 @@ class S3Access:
             return self._http
 
     def _make(self) -> None:
+        for endpoint in (self._endpoint_url, *map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))):
+            if endpoint and (problem := s3_url_problem(endpoint)) is not None:
+                raise CredentialsUnusable(f"the endpoint of s3://{self.bucket}: {problem}")
         session = boto3.Session(profile_name=self.profile, region_name=self._region_name)
         credentials = None if self.anonymous else session.get_credentials()
         if credentials is None and not self.anonymous and self.profile:

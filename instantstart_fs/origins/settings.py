@@ -16,3 +16,5 @@ class OriginSettings(msgspec.Struct, frozen=True):
     s3: S3Config = S3Config()
     timeout: float = 20.0
     bounds: Bounds = Bounds()
+    allow_private: tuple[str, ...] = ()
+    """[origins] allow_private."""

@@ -169,7 +169,9 @@ class FakeOrigin:
             if found is not None:
                 return found
         etag = file.version if self.etag else None
-        return Location(f"{self.url}/{file.address}?signature=secret", etag=etag, trusted=self.trusted)
+        return Location(
+            f"{self.url}/{file.address}?signature=secret", etag=etag, trusted=self.trusted, named=("127.0.0.1",)
+        )
 
     def check(self) -> None:
         pass

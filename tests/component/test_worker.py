@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import array
+import base64
 import contextlib
+import gzip
 import hashlib
 import mmap
 import os
@@ -12,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,9 +23,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from instantstart_fs.core.addresses import LOOPBACK
 from instantstart_fs.core.manifest import Algorithm, Digest
 from instantstart_fs.core.refusals import Service
-from instantstart_fs.filler.fetch import parse_retry_after, shown
+from instantstart_fs.core.urls import shown_url
+from instantstart_fs.filler.fetch import BUFFER_BYTES, parse_retry_after
 from instantstart_fs.filler.messages import (
     PAUSE,
     PAUSE_SIZE,
@@ -40,11 +45,14 @@ from instantstart_fs.filler.messages import (
     Ready,
     Report,
     SetLocation,
+    Streamed,
+    Waits,
     WorkerSettings,
     decode_report,
     encode,
 )
 from instantstart_fs.origins.base import Location
+from instantstart_fs.origins.guard import MOST_REDIRECTS
 from tests.component.byteserver import ByteServer, Handler, black_hole, byte_server, content
 
 CHUNK = 64 * 1024
@@ -127,7 +135,7 @@ def open_order(data: bytes, digest: Digest | None, present: int = 0) -> OpenFile
 def answer_of(worker: RunningWorker, url: str, data: bytes, blob: int, **location: object) -> Report:
     os.ftruncate(blob, len(data))
     worker.tell(open_order(data, None), blob)
-    worker.tell(SetLocation(1, Location(url, **location)))  # type: ignore[arg-type]
+    worker.tell(SetLocation(1, Location(url, named=LOOPBACK, **location)))  # type: ignore[arg-type]
     worker.tell(Fetch(7, 1, 0, True))
     return worker.hear()
 
@@ -139,7 +147,7 @@ def test_chunks_in_any_order_are_written_and_hashed(
     data = server.files["a"] = content(5 * CHUNK + 77, 1)
     os.ftruncate(blob, len(data))
     worker.tell(open_order(data, Digest(algorithm, "00")), blob)
-    worker.tell(SetLocation(1, Location(server.url + "/a")))
+    worker.tell(SetLocation(1, Location(server.url + "/a", named=LOOPBACK)))
     for number, chunk in enumerate((5, 0, 3, 1, 4, 2)):
         worker.tell(Fetch(number, 1, chunk, False))
     reports = worker.hear_all(7)
@@ -165,7 +173,7 @@ def test_what_is_present_already_is_hashed_from_the_store(worker: RunningWorker,
     os.pwrite(blob, data[: 2 * CHUNK], 0)
     os.ftruncate(blob, len(data))
     worker.tell(open_order(data, Digest("sha256", ""), present=0b011), blob)
-    worker.tell(SetLocation(1, Location(server.url + "/a")))
+    worker.tell(SetLocation(1, Location(server.url + "/a", named=LOOPBACK)))
     worker.tell(Fetch(1, 1, 2, False))
     reports = worker.hear_all(2)
     assert Hashed(1, hashlib.sha256(data).hexdigest()) in reports
@@ -188,7 +196,7 @@ def test_an_empty_file_is_hashed_at_once(worker: RunningWorker, blob: int) -> No
         (429, {"Retry_After": "3"}, "origin-throttled"),
         (503, {}, "origin-throttled"),
         (500, {}, "origin-unavailable"),
-        (302, {"Location": "http://elsewhere.invalid/"}, "origin-misbehaved"),
+        (302, {}, "origin-misbehaved"),
         (418, {}, "origin-misbehaved"),
     ],
 )
@@ -222,24 +230,205 @@ def test_another_size_at_the_origin_is_a_change(worker: RunningWorker, server: B
     assert isinstance(report, Failed) and report.code == "origin-changed"
 
 
-def test_a_whole_file_may_come_as_200_a_part_may_not(worker: RunningWorker, server: ByteServer, blob: int) -> None:
-    data = content(2 * CHUNK, 5)
+def test_a_whole_file_may_come_as_200(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    data = content(CHUNK, 5)
+    server.fault = _plain(data)
+    assert answer_of(worker, server.url + "/small", data, blob) == Arrived(7)
+    assert os.pread(blob, CHUNK, 0) == data
 
-    def whole(handler: object, path: str, start: int, stop: int) -> bool:
-        body = data[: len(data) // 2] if path == "small" else data
-        handler.send_response(200)  # type: ignore[attr-defined]
-        handler.send_header("Content-Length", str(len(body)))  # type: ignore[attr-defined]
-        handler.end_headers()  # type: ignore[attr-defined]
-        handler.wfile.write(body)  # type: ignore[attr-defined]
+
+def _plain(data: bytes, **headers: str) -> Callable[[Handler, str, int, int], bool]:
+    """A server that knows no ranges."""
+
+    def whole(handler: Handler, path: str, start: int, stop: int) -> bool:
+        handler.send_response(200)
+        for name, value in ({"Content_Length": str(len(data))} | headers).items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(data)
         return True
 
-    server.fault = whole
-    assert answer_of(worker, server.url + "/small", data[:CHUNK], blob) == Arrived(7)
+    return whole
+
+
+def test_a_server_that_ignores_ranges_is_read_by_one_stream(
+    worker: RunningWorker, server: ByteServer, blob: int
+) -> None:
+    data = content(20 * CHUNK + 99, 5)
+    gate = threading.Event()
+
+    def slowly(handler: Handler, path: str, start: int, stop: int) -> bool:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[:BUFFER_BYTES])
+        gate.wait(10)
+        handler.wfile.write(data[BUFFER_BYTES:])
+        return True
+
+    server.fault = slowly
+    os.ftruncate(blob, len(data))
+    os.pwrite(blob, data[CHUNK : 2 * CHUNK], CHUNK)
+    digest = Digest("sha256", hashlib.sha256(data).hexdigest())
+    worker.tell(open_order(data, digest, present=0b10), blob)
+    worker.tell(SetLocation(1, Location(server.url + "/a", named=LOOPBACK)))
+    worker.tell(Fetch(7, 1, 3, True))
+    came = [chunk for chunk in range(BUFFER_BYTES // CHUNK) if chunk != 1]
+    assert worker.hear_all(len(came)) == [Streamed(7, chunk) for chunk in came]
+    for request, chunk in ((8, 19), (9, 2)):  # asked for meanwhile: they wait for the stream, and cost no connection
+        worker.tell(Fetch(request, 1, chunk, True))
+        assert worker.hear() == Waits(request)
+    assert len(server.log) == 1
+    gate.set()
+    heard = worker.hear_all(7)
+    assert [report for report in heard if isinstance(report, Streamed)] == [Streamed(7, at) for at in range(16, 21)]
+    assert Arrived(7) in heard and Hashed(1, digest.value) in heard
+    assert os.pread(blob, len(data), 0) == data
+
+
+@pytest.mark.parametrize("fault", ["short", "long", "other"])
+def test_a_stream_of_another_length_is_not_the_file(
+    worker: RunningWorker, server: ByteServer, blob: int, fault: str
+) -> None:
+    data = content(3 * CHUNK, 6)
+    match fault:
+        case "short":
+            server.fault = _plain(data[:-5], Content_Length=str(len(data)), Connection="close")
+        case "long":
+            server.fault = _plain(data + b"x", Content_Length="", Connection="close")
+        case _:
+            server.fault = _plain(data + b"x")
+
+    def close(handler: Handler, path: str, start: int, stop: int) -> bool:
+        handler.close_connection = True
+        assert fault_of is not None
+        return fault_of(handler, path, start, stop)
+
+    fault_of, server.fault = server.fault, close
+    reports = [answer_of(worker, server.url + "/a", data, blob)]
+    while isinstance(reports[-1], Streamed):
+        reports.append(worker.hear())
+    failed = reports[-1]
+    assert isinstance(failed, Failed)
+    expected = {
+        "short": ("origin-misbehaved", "cut"),
+        "long": ("origin-misbehaved", "long"),
+        "other": ("origin-changed", ""),
+    }
+    assert (failed.code, failed.fault) == expected[fault]
+
+
+def test_200_with_the_right_content_range_is_the_range(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    """As `rclone serve s3` answers."""
+    data = content(3 * CHUNK, 7)
+
+    def odd(handler: Handler, path: str, start: int, stop: int) -> bool:
+        shift = 1 if path == "wrong" else 0
+        handler.send_response(200)
+        handler.send_header("Content-Range", f"bytes {start + shift}-{stop - 1 + shift}/{len(data)}")
+        handler.send_header("Content-Length", str(stop - start))
+        handler.end_headers()
+        handler.wfile.write(data[start:stop])
+        return True
+
+    server.fault = odd
+    assert answer_of(worker, server.url + "/right", data, blob) == Arrived(7)
     assert os.pread(blob, CHUNK, 0) == data[:CHUNK]
     worker.tell(CloseFile(1))
     assert worker.hear() == Closed(1)
-    report = answer_of(worker, server.url + "/large", data, blob)
-    assert isinstance(report, Failed) and report.code == "origin-misbehaved"
+    report = answer_of(worker, server.url + "/wrong", data, blob)
+    assert isinstance(report, Failed) and (report.code, report.fault) == ("origin-misbehaved", "range")
+
+
+@pytest.mark.parametrize(
+    ("stored", "headers", "code"),
+    [
+        (True, {}, ""),
+        (True, {"ETag": '"one"'}, ""),
+        # What an intermediary made of the bytes is not what was pinned.
+        (False, {"ETag": 'W/"one"'}, "origin-misbehaved"),
+        (False, {}, "origin-misbehaved"),
+    ],
+)
+def test_a_stored_encoding_belongs_to_the_bytes(
+    worker: RunningWorker, server: ByteServer, blob: int, stored: bool, headers: dict[str, str], code: str
+) -> None:
+    data = gzip.compress(content(2 * CHUNK, 8))
+
+    def encoded(handler: Handler, path: str, start: int, stop: int) -> bool:
+        body = data[start:stop] if stored else gzip.compress(data[start:stop])
+        handler.send_response(206 if stored else 200)
+        if stored:
+            handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.send_header("Content-Encoding", "gzip")
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    server.fault = encoded
+    report = answer_of(worker, server.url + "/a", data, blob, etag='"one"' if headers else None)
+    if code:
+        assert isinstance(report, Failed) and (report.code, report.fault) == (code, "encoded")
+    else:
+        assert report == Arrived(7)
+        assert os.pread(blob, CHUNK, 0) == data[:CHUNK]
+
+
+def test_a_few_redirects_are_followed_without_credentials(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    data = server.files["end"] = content(2 * CHUNK, 9)
+    seen: list[tuple[str, str | None, str | None]] = []
+    with byte_server() as other:
+        other.files["end"] = data
+
+        def hop(handler: Handler, path: str, start: int, stop: int) -> bool:
+            seen.append((path, handler.headers.get("Authorization"), handler.headers.get("If-Match")))
+            match path:
+                case "one":
+                    handler.answer(307, Location="/two")
+                case "two":
+                    handler.answer(302, Location=f"{other.url}/end?signature=secret#x")
+                case "loop":
+                    handler.answer(301, Location="/loop")
+                case "file":
+                    handler.answer(302, Location="file:///etc/hostname")
+                case _:
+                    return False
+            return True
+
+        server.fault = other.fault = hop
+        headers = (("Authorization", "Bearer hf_x"), ("If-Match", '"e"'))
+        assert answer_of(worker, server.url + "/one", data, blob, headers=headers) == Arrived(7)
+        assert os.pread(blob, CHUNK, 0) == data[:CHUNK]
+        assert seen == [("one", "Bearer hf_x", '"e"'), ("two", "Bearer hf_x", '"e"'), ("end", None, '"e"')]
+        for path, code, fault in (("loop", "origin-misbehaved", "redirects"), ("file", "origin-incompatible", "")):
+            worker.tell(CloseFile(1))
+            assert worker.hear() == Closed(1)
+            seen.clear()
+            report = answer_of(worker, f"{server.url}/{path}", data, blob)
+            assert isinstance(report, Failed) and (report.code, report.fault) == (code, fault)
+            assert len(seen) <= MOST_REDIRECTS + 1
+
+
+def test_a_protected_address_does_not_lead_to_an_open_one(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    server.fault = lambda handler, path, start, stop: (
+        bool(handler.answer(302, Location="http://93.184.216.34/x")) or True
+    )
+    report = answer_of(worker, server.url + "/a", content(CHUNK, 1), blob)
+    assert isinstance(report, Failed) and report.code == "origin-incompatible" and "open one" in report.message
+
+
+def test_a_password_in_an_address_is_used_and_not_shown(worker: RunningWorker, server: ByteServer, blob: int) -> None:
+    data = server.files["a"] = content(CHUNK, 1)
+    address = server.url.replace("//", "//me:sec%40ret@")
+    assert answer_of(worker, address + "/a", data, blob) == Arrived(7)
+    assert server.headers[0]["Authorization"] == "Basic " + base64.b64encode(b"me:sec@ret").decode()
+    worker.tell(CloseFile(1))
+    assert worker.hear() == Closed(1)
+    report = answer_of(worker, address + "/gone", data, blob)
+    assert isinstance(report, Failed) and "ret" not in report.message and "127.0.0.1" in report.message
 
 
 def test_a_refused_connection_and_a_black_hole(worker: RunningWorker, blob: int) -> None:
@@ -249,7 +438,7 @@ def test_a_refused_connection_and_a_black_hole(worker: RunningWorker, blob: int)
     assert isinstance(report, Failed) and report.code == "origin-unavailable"
     assert "refused" in report.message and "secret" not in report.message
     with black_hole() as url:
-        worker.tell(SetLocation(1, Location(url + "/a")))
+        worker.tell(SetLocation(1, Location(url + "/a", named=LOOPBACK)))
         worker.tell(Fetch(8, 1, 0, True))
         report = worker.hear()
     assert isinstance(report, Failed) and report.code == "origin-unavailable"
@@ -283,7 +472,7 @@ def test_background_leaves_its_sockets_unread_while_a_demand_has_the_line(
     data = server.files["a"] = content(2 * CHUNK, 7)
     os.ftruncate(blob, len(data))
     worker.tell(open_order(data, None), blob)
-    worker.tell(SetLocation(1, Location(server.url + "/a")))
+    worker.tell(SetLocation(1, Location(server.url + "/a", named=LOOPBACK)))
     PAUSE.pack_into(worker.pause, 0, time.monotonic() + 60)
     begun = time.monotonic()
     worker.tell(Fetch(1, 1, 0, False))
@@ -300,7 +489,7 @@ def test_after_closed_nothing_is_written(worker: RunningWorker, server: ByteServ
     os.ftruncate(blob, len(data))
     server.gate.clear()
     worker.tell(open_order(data, None), blob)
-    worker.tell(SetLocation(1, Location(server.url + "/a")))
+    worker.tell(SetLocation(1, Location(server.url + "/a", named=LOOPBACK)))
     worker.tell(Fetch(1, 1, 0, False))
     worker.tell(CloseFile(1))
     assert worker.hear() == Closed(1)
@@ -331,7 +520,7 @@ def test_it_ends_with_its_parent_whatever_its_threads_do(blob: int) -> None:
     with black_hole() as url:
         os.ftruncate(blob, CHUNK)
         running.tell(open_order(b"x" * CHUNK, None), blob)
-        running.tell(SetLocation(1, Location(url)))
+        running.tell(SetLocation(1, Location(url, named=LOOPBACK)))
         running.tell(Fetch(1, 1, 0, True))
         running.tell(Ping(1))
         assert running.hear() == Pong(1)
@@ -367,7 +556,7 @@ def test_a_proxy_of_the_environment_is_used(server: ByteServer, blob: int) -> No
 
 
 def test_shown_addresses_hold_no_secret() -> None:
-    assert shown("https://user:pass@host.example:8443/a/b?X-Amz-Signature=s#f") == "https://host.example:8443/a/b"
+    assert shown_url("https://user:pass@host.example:8443/a/b?X-Amz-Signature=s#f") == "https://host.example:8443/a/b"
 
 
 def test_retry_after() -> None:
@@ -407,7 +596,7 @@ def test_a_server_that_drips_is_given_up(part: str, tmp_path: Path) -> None:
         worker = RunningWorker(WorkerSettings(stall_timeout=0.5, slow_window=1.0), {})
         try:
             worker.tell(OpenFile(1, "f", CHUNK, CHUNK, None, b"\0"), file.fileno())
-            worker.tell(SetLocation(1, Location(f"{server.url}/f")))
+            worker.tell(SetLocation(1, Location(f"{server.url}/f", named=LOOPBACK)))
             worker.tell(Fetch(1, 1, 0, True))
             began = time.monotonic()
             while not isinstance(report := worker.hear(), Failed):

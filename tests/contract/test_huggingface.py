@@ -255,11 +255,18 @@ def test_a_paused_hub_does_not_hang_the_caller(world: HubWorld) -> None:
         world.hub.resume()
 
 
-def test_the_real_client_downloads_from_the_test_hub(world: HubWorld, tmp_path: Path) -> None:
+def test_the_real_client_downloads_from_the_test_hub(
+    world: HubWorld, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """The hub is a fair stand-in: huggingface_hub's own snapshot_download works on it, with pages and all."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import set_client_factory, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils._http import default_client_factory
 
+    from instantstart_fs.origins import huggingface
+
+    request.addfinalizer(lambda: set_client_factory(huggingface._client))
+    set_client_factory(default_client_factory)  # ours goes nowhere but on behalf of an origin
     disable_progress_bars()
     files = FILES | {f"many/{number:03}.json": b"{}" for number in range(30)}
     world.put(files)

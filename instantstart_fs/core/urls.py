@@ -1,0 +1,52 @@
+"""Addresses of the web: how one is shown, and what it holds of credentials. Pure."""
+
+from __future__ import annotations
+
+import base64
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+
+def shown_url(url: str) -> str:
+    """``url`` as it may be shown: without user and password, query and fragment, where signatures and tokens live."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "an address that is none"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def url_problem(url: str) -> str | None:
+    """Why ``url`` is no address of a server; None where it is one. Does not repeat it: it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment or any(character <= " " for character in url):
+        return (
+            "not an http:// or https:// address of a host, port and path (in a password, '@', '/', ':', '?' and '#' "
+            "are written %40, %2F, %3A, %3F and %23)"
+        )
+    return None
+
+
+def s3_url_problem(url: str) -> str | None:
+    """The same for the address of an S3 service, whose requests are signed: a password would never be sent."""
+    problem = url_problem(url)
+    if problem is None and "@" in urlsplit(url).netloc:
+        return (
+            "S3 requests are signed, so that user and password of the address would not be sent: remove them, and give "
+            "the keys as an AWS profile"
+        )
+    return problem
+
+
+def without_user(url: str) -> tuple[str, str | None]:
+    """``url`` without user and password, and the Authorization (basic) that they make; None without them."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, None
+    name, _, password = user.partition(":")
+    secret = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode()).decode("ascii")
+    return urlunsplit((parts.scheme, host, parts.path, parts.query, parts.fragment)), f"Basic {secret}"

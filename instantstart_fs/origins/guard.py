@@ -1,0 +1,108 @@
+"""Connections to where an origin sends the daemon: resolved once, judged, and made to what was judged.
+
+Used by the fetch processes (urllib3) and the hub's client (httpx2), below TLS: certificates and Host headers keep
+speaking of the name. Blocks. core/addresses.py decides. Behind a proxy (HTTPS_PROXY) it is the proxy that resolves and
+connects: then the name is judged by what this machine resolves it to, if it can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from instantstart_fs.core.addresses import Permit, parse_address, plain_host
+from instantstart_fs.core.faults import Fault
+from instantstart_fs.errors import OriginIncompatible, OriginMisbehaved
+
+MOST_REDIRECTS = 5
+"""Followed for one request."""
+HOW_TO_ALLOW = "name it in [origins] allow_private if it is yours"
+
+
+def _refusal(host: str, address: str) -> OriginMisbehaved | OriginIncompatible:
+    if plain_host(host) == address:
+        return OriginIncompatible(f"{host} is no public address, and no origin may send us there; {HOW_TO_ALLOW}")
+    # A name may resolve to something else the next time.
+    return OriginMisbehaved(
+        f"{host} resolves to {address}, which is no public address, and no origin may send us there; {HOW_TO_ALLOW}",
+        fault=Fault.INSIDE,
+    )
+
+
+def resolve(host: str, port: int, permit: Permit) -> list[tuple[int, int, int, tuple[Any, ...]]]:
+    """(family, type, protocol, address) of each place where ``host`` may be connected to. Raises OSError where it
+    cannot be resolved, OriginMisbehaved or OriginIncompatible where none of its addresses may be connected to."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise OriginIncompatible(f"{host[:80]!r} is no host name") from None
+    found = socket.getaddrinfo(host.strip("[]"), port, socket.AF_UNSPEC, socket.SOCK_STREAM)
+    allowed = []
+    for family, kind, protocol, _, place in found:
+        address = parse_address(str(place[0]))
+        if address is not None and permit.allows(host, address):
+            allowed.append((int(family), int(kind), protocol, place))
+    if not allowed:
+        raise _refusal(host, str(found[0][4][0]) if found else "nothing")
+    return allowed
+
+
+def check_behind_proxy(host: str, permit: Permit) -> None:
+    """The same judgement for a host that a proxy will connect to. A name that this machine cannot resolve is the
+    proxy's to judge."""
+    with contextlib.suppress(OSError):
+        resolve(host, 0, permit)
+
+
+def connect(
+    host: str,
+    port: int,
+    permit: Permit,
+    timeout: float | None,
+    *,
+    source_address: tuple[str, int] | None = None,
+    options: Iterable[Sequence[Any]] = (),
+) -> socket.socket:
+    """A connection to the first place of ``host`` that answers; ``timeout``: seconds for each. Raises like resolve."""
+    last: OSError | None = None
+    for family, kind, protocol, place in resolve(host, port, permit):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            for option in options:
+                connection.setsockopt(*option)
+            connection.settimeout(timeout)
+            if source_address:
+                connection.bind(source_address)
+            connection.connect(place)
+            return connection
+        except OSError as error:
+            connection.close()
+            last = error
+    raise last or OSError("nothing to connect to")
+
+
+def next_address(here: str, location: str) -> str:
+    """The address that a redirect from ``here`` names. Raises OriginIncompatible for one that is never followed."""
+    try:
+        there = urljoin(here, location.strip()).partition("#")[0]
+        parts = urlsplit(there)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise OriginIncompatible("it sends us to an address that is none") from None
+    if parts.scheme not in ("http", "https") or not host:
+        raise OriginIncompatible(f"it sends us to a {parts.scheme[:20] or 'strange'} address")
+    return there
+
+
+def same_origin(one: str, other: str) -> bool:
+    """Whether both are one origin in the browser's sense: credentials for the one may go to the other."""
+    ports = {"http": 80, "https": 443}
+    first, second = urlsplit(one), urlsplit(other)
+    return (first.scheme, plain_host(first.hostname or ""), first.port or ports.get(first.scheme)) == (
+        second.scheme,
+        plain_host(second.hostname or ""),
+        second.port or ports.get(second.scheme),
+    )

@@ -1,0 +1,176 @@
+"""Servers and proxies that do not do what HTTP says: what is made of them, and where asking ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.errors import OriginIncompatible
+from instantstart_fs.filler.fetch import BUFFER_BYTES
+from instantstart_fs.filler.target import FileState
+from instantstart_fs.index.environment import Index
+from instantstart_fs.store.blobstore import BlobStore
+from tests.component.byteserver import ByteServer, FakeOrigin, Handler, content, make_target, sha256
+from tests.component.test_filler import CHUNK, filling, index, server, store, stored, wait_state
+
+__all__ = ["index", "server", "store"]
+
+
+def _whole(data: bytes, pause: Callable[[Handler, int], None] = lambda handler, sent: None) -> Callable[..., bool]:
+    """The whole file whatever is asked for; ``pause`` is called after each buffer of it."""
+
+    def answer(handler: Handler, path: str, start: int, stop: int) -> bool:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            for offset in range(0, len(data), BUFFER_BYTES):
+                handler.wfile.write(data[offset : offset + BUFFER_BYTES])
+                pause(handler, offset + BUFFER_BYTES)
+        return True
+
+    return answer
+
+
+async def test_a_file_comes_by_one_stream_where_ranges_are_ignored(
+    server: ByteServer, store: BlobStore, index: Index
+) -> None:
+    data = content(3 * BUFFER_BYTES + 4321, 1)
+    begun, gate = threading.Event(), threading.Event()
+
+    def wait(handler: Handler, sent: int) -> None:
+        begun.set()
+        gate.wait(20)
+
+    server.fault = _whole(data, wait)
+    target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
+    async with filling(store, index) as (filler, events):
+        filler.fill("p", [target])
+        await trio.to_thread.run_sync(begun.wait, 20)
+        await target.wait_readable(ByteRange(0, BUFFER_BYTES), 10)
+        last = ByteRange(len(data) - 10, len(data))
+        filler.demand(target, last)  # behind what the stream has brought so far: it waits
+        asked = len(server.log)
+        assert not target.readable(last)
+        gate.set()
+        await target.wait_readable(last, 10)
+        await wait_state([target], FileState.SEALED)
+        assert len(server.log) == asked <= 8, "one stream; what was asked for at once with it came to nothing"
+        assert filler.statistics().fetched_bytes == len(data)
+        assert filler.statistics().in_flight == 0
+    assert stored(target) == data
+    assert not [error for error in events.of("trouble") if error is not None]
+
+
+@pytest.mark.parametrize("loss", ["connection", "worker"])
+async def test_a_stream_that_breaks_begins_again(server: ByteServer, store: BlobStore, index: Index, loss: str) -> None:
+    data = content(3 * BUFFER_BYTES, 2)
+    broken: list[int] = []
+    begun, gate = threading.Event(), threading.Event()
+
+    def once(handler: Handler, sent: int) -> None:
+        if sent == 2 * BUFFER_BYTES and not gate.is_set():
+            broken.append(sent)
+            begun.set()
+            gate.wait(20)
+            if loss == "connection":
+                handler.close_connection = True
+                raise BrokenPipeError
+
+    server.fault = _whole(data, once)
+    target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
+    async with filling(store, index) as (filler, _):
+        filler.fill("p", [target])
+        await trio.to_thread.run_sync(begun.wait, 20)
+        if loss == "worker":
+            os.kill(filler.worker_pids()[0], signal.SIGKILL)
+        gate.set()
+        await wait_state([target], FileState.SEALED)
+    assert stored(target) == data and broken
+
+
+def _answer(status: int, body: bytes, **headers: str) -> Callable[[Handler, str, int, int], bool]:
+    def answer(handler: Handler, path: str, start: int, stop: int) -> bool:
+        handler.send_response(status)
+        given = {"Content_Length": str(len(body)), "Content_Range": f"bytes {start}-{stop - 1}/{3 * CHUNK}"} | headers
+        for name, value in given.items():
+            if value:
+                handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    return answer
+
+
+FAULTS = {
+    "encoded on the way": _answer(200, b"x" * 77, Content_Encoding="gzip", Content_Range=""),
+    "the wrong range": _answer(206, b"x" * CHUNK, Content_Range=f"bytes 1-{CHUNK}/{3 * CHUNK}"),
+    "no range": _answer(206, b"x" * CHUNK, Content_Range=""),
+    "too few bytes": _answer(206, b"x" * 9),
+    "a loop": _answer(302, b"", Location="/a"),
+    "inside": _answer(302, b"", Location="http://127.0.0.2:1/"),
+    "a local file": _answer(302, b"", Location="file:///etc/shadow"),
+    "no place to go": _answer(302, b""),
+    "a status of its own": _answer(299, b""),
+    "a login page": _answer(418, b"who are you?"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_what_never_mends_is_not_asked_for_ever(
+    server: ByteServer, store: BlobStore, index: Index, fault: str
+) -> None:
+    data = server.files["a"] = content(3 * CHUNK, 3)
+    server.fault = FAULTS[fault]
+    target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
+    async with filling(store, index) as (filler, events):
+        filler.fill("p", [target])
+        with pytest.raises(OriginIncompatible) as caught:
+            await target.wait_readable(ByteRange(0, 1), 20)
+        assert "secret" not in str(caught.value) and "127.0.0.1" in str(caught.value)
+        assert not filler.is_filling("p")
+        assert len(events.of("failed")) == 1
+        asked = len(server.log)
+        assert asked <= 10 * 4
+        # A reader that comes later is told at once, however much later.
+        target.failed_at -= 3600.0
+        filler.demand(target, ByteRange(0, 1))
+        with pytest.raises(OriginIncompatible):
+            await target.wait_readable(ByteRange(0, 1), 20)
+        again = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data), incarnation=1)
+        filler.demand(again, ByteRange(0, 1))
+        with pytest.raises(OriginIncompatible):
+            await again.wait_readable(ByteRange(0, 1), 20)
+        assert len(server.log) == asked
+        # Somebody mended it, and asks on purpose.
+        server.fault = None
+        filler.forgive("p")
+        filler.fill("p", [target])
+        await wait_state([target], FileState.SEALED)
+    assert stored(target) == data
+
+
+async def test_a_misbehaviour_that_passes_ends_nothing(server: ByteServer, store: BlobStore, index: Index) -> None:
+    """Every chunk meets each fault once: never the same one often enough in a row."""
+    data = server.files["a"] = content(3 * CHUNK, 4)
+    kinds = ["encoded on the way", "the wrong range", "no place to go", "too few bytes"]
+    met: dict[int, int] = {}
+
+    def some(handler: Handler, path: str, start: int, stop: int) -> bool:
+        count = met[start] = met.get(start, -1) + 1
+        return FAULTS[kinds[count]](handler, path, start, stop) if count < len(kinds) else False
+
+    server.fault = some
+    target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
+    async with filling(store, index) as (filler, _):
+        filler.fill("p", [target])
+        await wait_state([target], FileState.SEALED)
+    assert stored(target) == data
