@@ -467,6 +467,9 @@ class Filler(CommitEvents, DeliveryEvents):
         if chunk != sent.chunk:  # that one is in flight as long as the stream is
             self._plan.arrived(target.key, chunk)
         self._came(sent, chunk)
+        if chunk != sent.chunk:
+            moved = Effort(trio.current_time(), quantum(self._settings.read_deadline))
+            target.efforts[sent.chunk] = moved  # its own readers wait for what the stream brings before it
         self._check_complete(sent.filling)
         self._wakeup.set()
 

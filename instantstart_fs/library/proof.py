@@ -8,10 +8,12 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.manifest import ManifestFile
 from instantstart_fs.errors import (
     LocationExpired,
     OriginChanged,
+    OriginIncompatible,
     OriginMisbehaved,
     OriginNotFound,
     OriginUnavailable,
@@ -34,6 +36,9 @@ class _Nowhere:
     def progress(self, count: int) -> None:
         pass
 
+    def take_whole(self) -> None:
+        pass
+
 
 def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: float = 10.0) -> None:
     """Raises OriginError where one of the ``pinned`` files that stand for all may not be fetched. That it is not what
@@ -52,6 +57,10 @@ def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: floa
                 fetcher.fetch(location, ByteRange(0, 1), file.size, new_buffer(), _Nowhere())
             except (OriginChanged, OriginNotFound, OriginMisbehaved, OriginUnsupported):
                 break
+            except OriginIncompatible as error:
+                if error.fault != Fault.WHOLE:
+                    raise
+                break  # all of it was offered where one byte was asked for
             except LocationExpired as error:
                 if last:
                     raise OriginUnavailable(

@@ -404,7 +404,7 @@ async def test_what_is_refused_twice_fails_for_good(
 
     server.fault = refuse
     origin = FakeOrigin(server.url)
-    origin.on_locate = lambda file: Location(f"{server.url}/a?signature=secret", service="hub")
+    origin.on_locate = lambda file: Location(f"{server.url}/a?signature=secret", service="hub", named=LOOPBACK)
     target = make_target(store, origin, "a", 3 * CHUNK)
     async with filling(store, index) as (filler, events):
         filler.demand(target, ByteRange(0, 1))

@@ -25,6 +25,7 @@ from instantstart_fs.filler.fetch import Fetcher, new_buffer
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.origins import guard
 from instantstart_fs.origins.base import Location
+from instantstart_fs.origins.bounds import Bounds
 from instantstart_fs.origins.huggingface import HuggingFaceOrigin
 from instantstart_fs.origins.s3 import S3Origin
 
@@ -154,6 +155,7 @@ def _origin(hub: Site, host: str = "127.0.0.1", **settings: Any) -> HuggingFaceO
         endpoint=f"http://{host}:{hub.port}",
         token_file=settings.pop("token_file", None),
         timeout=2,
+        bounds=Bounds(),
         **settings,
     )
 
@@ -248,13 +250,13 @@ def test_the_api_is_followed_without_credentials_to_another_host(hub: Site, cana
     head = {"X-Repo-Commit": COMMIT, "Content-Length": "1", "ETag": '"e"'}
     hub.answers[f"/org/model/resolve/{COMMIT}/a"] = (200, head | {"ETag": f'"{"b" * 40}"'}, b"x")
     origin = _origin(hub, token_file=str(token_file), allow_private=("127.0.0.2",))
-    origin._info(files_metadata=True)
+    assert origin._describe().sha == COMMIT
     assert hub.seen[0][1] == "Bearer hf_secretsecretsecret"
     assert [authorization for _, authorization in canary.seen] == [None]
     for path in ("/api/models/org/model", "/api/models/org/model/revision/main"):
         hub.answers[path] = (307, {"Location": path}, b"")
     with pytest.raises(OriginMisbehaved, match="redirects"):
-        origin._info(files_metadata=True)
+        origin._describe()
 
 
 def test_s3_follows_no_redirect_of_its_api(canary: Site, monkeypatch: pytest.MonkeyPatch) -> None:
