@@ -287,7 +287,7 @@ class Fetcher:
 
     def _get(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> None:
         sink.before_read()
-        response, where = self._open(location, wanted)
+        response, where = self._open(location, wanted, sink)
         whole = False
         try:
             if response.status not in (200, 206):
@@ -312,7 +312,7 @@ class Fetcher:
                 with contextlib.suppress(Exception):
                     response.close()
 
-    def _open(self, location: Location, wanted: ByteRange) -> tuple[urllib3.BaseHTTPResponse, str]:
+    def _open(self, location: Location, wanted: ByteRange, sink: Sink) -> tuple[urllib3.BaseHTTPResponse, str]:
         """The answer to the GET, and where it came from as messages may show it. Follows MOST_REDIRECTS redirects."""
         url, authorization = without_user(location.url)
         headers = {"User-Agent": "instantstart-fs", **dict(location.headers)}
@@ -360,6 +360,7 @@ class Fetcher:
                 if authorization is not None:  # its own, for that host
                     headers["Authorization"] = authorization
             url = there
+            sink.before_read()
         raise OriginMisbehaved(
             f"{shown_url(location.url)}: more than {MOST_REDIRECTS} redirects, the last to {shown_url(url)}",
             fault=Fault.REDIRECTS,

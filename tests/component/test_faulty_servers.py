@@ -18,7 +18,7 @@ from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.store.blobstore import BlobStore
 from tests.component.byteserver import ByteServer, FakeOrigin, Handler, content, make_target, sha256
-from tests.component.test_filler import CHUNK, filling, index, server, store, stored, wait_state
+from tests.component.test_filler import CHUNK, filling, index, server, store, stored, until, wait_state
 
 __all__ = ["index", "server", "store"]
 
@@ -138,6 +138,9 @@ async def test_what_never_mends_is_not_asked_for_ever(
         assert "secret" not in str(caught.value) and "127.0.0.1" in str(caught.value)
         assert not filler.is_filling("p")
         assert len(events.of("failed")) == 1
+        await filler.wait_quiet("p")
+        await until(lambda: server.running == 0)
+        await trio.sleep(0.05)  # a request that was just being sent
         asked = len(server.log)
         assert asked <= 10 * 4
         # A reader that comes later is told at once, however much later.
