@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.manifest import ManifestFile
+from instantstart_fs.core.urls import shown_url
 from instantstart_fs.errors import (
     LocationExpired,
     OriginChanged,
@@ -44,7 +45,7 @@ def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: floa
     """Raises OriginError where one of the ``pinned`` files that stand for all may not be fetched. That it is not what
     was pinned any more is `update`'s business: whoever is told so was let in. Blocks, ``timeout`` seconds for each
     silence."""
-    from instantstart_fs.filler.fetch import Fetcher, new_buffer, shown  # late: not everybody who imports this fetches
+    from instantstart_fs.filler.fetch import Fetcher, new_buffer  # late: not everybody who imports this fetches
 
     fetcher = Fetcher(WorkerSettings(connect_timeout=timeout, stall_timeout=timeout, slow_window=timeout))
     for file in samples(pinned):
@@ -70,7 +71,7 @@ def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: floa
                 host = urlsplit(location.url).netloc if location is not None else ""
                 if not host:
                     raise  # the origin itself did not say where the bytes are
-                reason = error.message.removeprefix(f"{shown(location.url)}: ") if location is not None else ""
+                reason = error.message.removeprefix(f"{shown_url(location.url)}: ") if location is not None else ""
                 raise type(error)(
                     f"the origin answers, but its files come from {host}, and that fails: {reason}",
                     retry_after=error.retry_after,
