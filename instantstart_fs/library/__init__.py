@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
+import msgspec
 import trio
 
 from instantstart_fs.config import Config
@@ -62,6 +63,7 @@ from instantstart_fs.library.state import Generation, Lessee, Pipeline
 from instantstart_fs.library.view import Attributes, Filesystem, Invalidation, NotInMemory, OpenFile
 from instantstart_fs.library.watching import Watcher
 from instantstart_fs.origins.base import Origin
+from instantstart_fs.origins.bounds import IN_THE_DAEMON
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.store.layout import generation_number
@@ -112,8 +114,10 @@ class Library:
             config.origins.huggingface, config.origins.s3, allow_private=config.origins.allow_private
         )
 
+        here = msgspec.structs.replace(origin_settings, bounds=IN_THE_DAEMON)
+
         def opener(spec: PipelineSpec, model: ModelSpec) -> Origin:
-            return open_origin(spec, model, origin_settings)
+            return open_origin(spec, model, here)
 
         self._shelf = Shelf(store, index, opener, now_ns)
         self._access = AccessLog(index, clock=now_ns)
@@ -152,7 +156,7 @@ class Library:
             self._filler,
             self._admissions,
         )
-        self._admin = Admin(self._shelf, self._reading, self._open_files, config.fill.chunk_size)
+        self._admin = Admin(self._shelf, self._reading, self._open_files, config.fill.chunk_size, origin_settings)
         self._origin_checks = OriginChecks(self._shelf, self._admin)
         self._covering = Covering(self._shelf, self._access, self._open_files, self.observer, config.eviction.keep_hot)
         self._covering.discard = reports.discard

@@ -51,6 +51,9 @@ from instantstart_fs.library.rehash import Pace, rehash
 from instantstart_fs.library.reports import drop_target
 from instantstart_fs.library.shelf import Kept, Shelf
 from instantstart_fs.library.state import Generation, Pipeline
+from instantstart_fs.origins.bounds import TooLarge
+from instantstart_fs.origins.lister import Lister, Order, What
+from instantstart_fs.origins.settings import OriginSettings
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +89,23 @@ class VerifyReport(msgspec.Struct, frozen=True):
 
 
 class Admin:
-    """Owned by the Library. ``chunk_size`` in bytes, for new generations."""
+    """Owned by the Library. ``chunk_size`` in bytes, for new generations. ``settings``: of the
+    origins, for listing processes."""
 
-    def __init__(self, shelf: Shelf, reading: Reading, open_files: OpenFiles, chunk_size: int) -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        reading: Reading,
+        open_files: OpenFiles,
+        chunk_size: int,
+        settings: OriginSettings = OriginSettings(),  # noqa: B008 (frozen)
+    ) -> None:
         self._shelf = shelf
         self._reading = reading
         self._open_files = open_files
         self._looking = trio.CapacityLimiter(1)
         self._chunk_size = chunk_size
+        self._settings = settings
         self._adding: set[str] = set()
         self._resolving = trio.Semaphore(RESOLVE_AT_ONCE)
 
@@ -139,7 +151,7 @@ class Admin:
             self._still_there(pipeline)
             models = await self._resolve(pipeline.spec)
             old = await shelf.look_into(pipeline)
-            if old is not None and old.manifest.models == models:
+            if old is not None and await trio.to_thread.run_sync(old.manifest.models.__eq__, models):
                 pipeline.trouble = None
                 return False
             numbers = await trio.to_thread.run_sync(shelf.store.generations, pipeline_id)
@@ -467,9 +479,14 @@ class Admin:
                 if (found.name, found.source) == (model.name, model.source):
                     pinned = found.files
 
+        lister = self._lister("check", spec, model, CHECK_DEADLINE)
+
         def check() -> None:
             origin = self._shelf.open_origin(spec, model)
-            origin.check()
+            try:
+                origin.check()
+            except TooLarge:
+                lister.run()
             if fetch and access.asks_somebody([model.source]):
                 prove_access(origin, pinned)
 
@@ -480,6 +497,8 @@ class Admin:
                 raise
             except Exception as error:
                 raise _unforeseen(spec, model, error) from error
+            finally:
+                lister.end()
         if scope.cancelled_caught:
             raise OriginUnavailable(f"{model.source}: no answer within {CHECK_DEADLINE:g} s")
 
@@ -492,8 +511,14 @@ class Admin:
         async def one(position: int) -> None:
             model = spec.models[position]
 
-            def resolve() -> ModelManifest:
-                return self._shelf.open_origin(spec, model).resolve()
+            lister = self._lister("resolve", spec, model, RESOLVE_DEADLINE)
+
+            def resolve() -> ModelManifest | None:
+                try:
+                    return self._shelf.open_origin(spec, model).resolve()
+                except TooLarge:
+                    log.info("%s is large: a process of its own lists it", model.source, extra={"pipeline": spec.id})
+                    return lister.run()
 
             try:
                 # Threads of their own: an origin that hangs must not use up those that read the store.
@@ -511,6 +536,8 @@ class Admin:
                 failures.append(error)
             except Exception as error:
                 failures.append(_unforeseen(spec, model, error))
+            finally:
+                lister.end()
 
         async with trio.open_nursery() as nursery:
             for position in range(len(spec.models)):
@@ -518,6 +545,11 @@ class Admin:
         if failures:
             raise failures[0]
         models = tuple(model for model in resolved if model is not None)
+        await trio.to_thread.run_sync(self._refuse_unservable, models)
+        return models
+
+    def _refuse_unservable(self, models: Sequence[ModelManifest]) -> None:
+        """In a thread: a hundred thousand files take a moment."""
         for model in models:
             for file in model.files:
                 if file.size > MAX_CHUNKS * self._chunk_size:
@@ -529,7 +561,9 @@ class Admin:
         validate_origin_paths(
             f"{model.name}/{file.path}" if model.name else file.path for model in models for file in model.files
         )
-        return models
+
+    def _lister(self, what: What, spec: PipelineSpec, model: ModelSpec, seconds: float) -> Lister:
+        return Lister(Order(what, spec, model, self._settings, seconds))
 
     def _write_slot(self, spec: PipelineSpec, manifest: Manifest, fresh: bool) -> None:
         store = self._shelf.store

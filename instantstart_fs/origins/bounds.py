@@ -9,26 +9,28 @@ from instantstart_fs.errors import OriginUnsupported
 MIB = 1024 * 1024
 
 
-class TooLarge(OriginUnsupported):
-    """A listing outgrew its bounds. Within the daemon: it goes on in a process of its own (library/listing.py)."""
+class TooLarge(Exception):
+    """A listing outgrew the daemon: it goes on in a process of its own (origins/lister.py)."""
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """``body``: bytes of one answer. ``files``: of one listing, 0 = as many as MAX_FILES and MAX_LISTED allow."""
+    """``body``: bytes of one answer. ``files``: of one listing, 0 = as many as MAX_FILES and MAX_LISTED allow.
+    ``final``: beyond them the source is refused."""
 
     body: int = 256 * MIB
     files: int = 0
+    final: bool = True
 
     def allow(self, source: str, *, files: int = 0, body: int = 0) -> None:
-        """Raises TooLarge."""
-        if self.files and files > self.files:
-            raise TooLarge(f"{source}: more than {self.files} files")
+        """Raises OriginUnsupported, or TooLarge where it may go on elsewhere."""
+        if not self.final and ((self.files and files > self.files) or body > self.body):
+            raise TooLarge(source)
         if body > self.body:
-            raise TooLarge(
+            raise OriginUnsupported(
                 f"{source}: one answer of its listing has more than {self.body // MIB} MiB, which is the limit; ask a "
                 "hub that lists in pages"
             )
 
 
-IN_THE_DAEMON = Bounds(body=4 * MIB, files=20_000)
-"""Decoding an answer of 4 MiB holds up the others for some 10 ms; 20,000 files take 12 MB of memory for a while."""
+IN_THE_DAEMON = Bounds(body=4 * MIB, files=10_000, final=False)
+"""Decoding an answer of 4 MiB holds up the others for some 10 ms; 10,000 files take 6 MB of memory for a while."""

@@ -17,8 +17,9 @@ from instantstart_fs.errors import OriginMisbehaved, OriginNotFound, OriginUnsup
 
 log = logging.getLogger(__name__)
 
-MAX_FILES = 1_000_000
-"""That one model may have, after its globs: a million records are what is measured (docs/BENCHMARKS.md)."""
+MAX_FILES = 500_000
+"""That one model may have, after its globs. What is shown is in the daemon's memory while it is looked at: some 1 KB
+for each."""
 MAX_LISTED = 4_000_000
 """That are looked at for it. A listing that has no end must come to one."""
 SKIPS_TOLD = 10

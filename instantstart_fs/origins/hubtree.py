@@ -58,6 +58,14 @@ class Entry(msgspec.Struct, frozen=True):
     lfs: Lfs | None = None
 
 
+class NoTree(Exception):
+    """This hub has no tree endpoint."""
+
+
+NOT_KNOWN = frozenset({404, 405, 410, 501})
+"""How servers answer at an endpoint that they do not have."""
+
+
 class Listed(NamedTuple):
     """A file of the repository. ``size`` None: the hub did not say."""
 
@@ -142,19 +150,36 @@ def read_tree(source: str, ask: Callable[[str], Answer]) -> Iterator[tuple[list[
     raise OriginMisbehaved(f"{source}: its listing has more than {MAX_PAGES} pages")
 
 
-def add_up(source: str, pages: Sequence[int], files: Sequence[Listed], siblings: Sequence[Sibling] | None) -> None:
-    """Raises OriginMisbehaved where tree and description do not speak of the same repository. ``pages``: how many
-    entries each page had."""
-    there = {file.path for file in files}
-    named = [sibling.rfilename for sibling in siblings or ()]
-    missing = [name for name in named if name not in there]
-    if missing:
-        raise OriginMisbehaved(
-            f"{source}: its listing does not add up: {len(missing)} of the {len(named)} files that its description "
-            f"names, {missing[0]!r:.150} first, are not in its tree of {len(there)}; is there a mirror that cuts it?"
-        )
-    if len(pages) == 1 and pages[0] >= PAGE and pages[0] % PAGE == 0 and len(named) != len(there):
-        raise OriginMisbehaved(
-            f"{source}: its listing ends after exactly {pages[0]} entries, without a next page: it may be cut; ask the "
-            "hub itself, or a mirror that passes on Link headers"
-        )
+class Witness:
+    """Holds the pages of a tree against the files that the description names (None: none)."""
+
+    def __init__(self, source: str, siblings: Sequence[Sibling] | None) -> None:
+        self._source = source
+        self._named = len(siblings or ())
+        self._missing = dict.fromkeys(sibling.rfilename for sibling in siblings or ())
+        self._pages = 0
+        self._last = 0
+        self.files = 0
+
+    def saw(self, files: Sequence[Listed], entries: int) -> None:
+        """The next page: its files, and how many entries it had."""
+        self._pages += 1
+        self._last = entries
+        self.files += len(files)
+        for file in files:
+            self._missing.pop(file.path, None)
+
+    def add_up(self) -> None:
+        """After the last page. Raises OriginMisbehaved where both do not speak of the same repository."""
+        if self._missing:
+            first = next(iter(self._missing))
+            raise OriginMisbehaved(
+                f"{self._source}: its listing does not add up: {len(self._missing)} of the {self._named} files that "
+                f"its description names, {first!r:.150} first, are not in its tree of {self.files}; is there a mirror "
+                "that cuts it?"
+            )
+        if self._pages == 1 and self._last >= PAGE and self._last % PAGE == 0 and self._named != self.files:
+            raise OriginMisbehaved(
+                f"{self._source}: its listing ends after exactly {self._last} entries, without a next page: it may be "
+                "cut; ask the hub itself, or a mirror that passes on Link headers"
+            )

@@ -73,11 +73,12 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.origins.bounds import Bounds, TooLarge
+from instantstart_fs.origins.bounds import Bounds
 from instantstart_fs.origins.common import (
     DEFAULT_LIFETIME,
     finish_manifest,
     is_trusted,
+    refuse_endless,
     retry_after,
     samples,
     selected,
@@ -94,11 +95,13 @@ from instantstart_fs.origins.guard import (
 )
 from instantstart_fs.origins.hubtree import (
     LISTING_SECONDS,
+    NOT_KNOWN,
     PAGE,
     Answer,
     Description,
     Listed,
-    add_up,
+    NoTree,
+    Witness,
     decode,
     listed_sibling,
     read_tree,
@@ -282,8 +285,7 @@ class HuggingFaceOrigin:
     def resolve(self) -> ModelManifest:
         description = self._describe()
         commit = self._commit(description)
-        found = self._files(description, commit)
-        chosen = [file for file in found if selected(file.path, self._model)]
+        chosen, held = self._files(description, commit)
         unsized = [file for file in chosen if file.size is None]
         if unsized:
             sized = {file.path: file for file in self._ask_sizes(unsized, commit)}
@@ -300,7 +302,7 @@ class HuggingFaceOrigin:
             )
             for file in chosen
         ]
-        manifest = finish_manifest(self._model, commit, files, len(found))
+        manifest = finish_manifest(self._model, commit, files, held)
         # a gated repository, and a token that may list, show the list to everybody: prove that the bytes may be had
         self._prove(samples(manifest.files))
         return manifest
@@ -369,7 +371,7 @@ class HuggingFaceOrigin:
     def _find_samples(self, commit: str, description: Description) -> list[ManifestFile]:
         """Of the first page on which a chosen file lies."""
         held = 0
-        for page in self._pages(commit, description):
+        for page, _ in self._pages(commit, description):
             held += len(page)
             files = [
                 ManifestFile(file.path, -1 if file.size is None else file.size, file.path, commit, file.digest)
@@ -394,8 +396,8 @@ class HuggingFaceOrigin:
                     "the contents of this repository"
                 ) from None
 
-    def _ask(self, path: str, query: str) -> Answer:
-        """One answer of the hub's API. Raises OriginError, TooLarge."""
+    def _ask(self, path: str, query: str, *, optional: bool = False) -> Answer:
+        """One answer of the hub's API. Raises OriginError, TooLarge; NoTree where ``optional`` is not known there."""
         headers = build_hf_headers(token=self._token() or False, library_name="instantstart-fs")
         body = bytearray()
         with self._translated(str(self._source)):
@@ -403,6 +405,8 @@ class HuggingFaceOrigin:
             with get_session().stream(
                 "GET", f"{url}?{query}" if query else url, headers=headers, timeout=self._timeout
             ) as response:
+                if optional and response.status_code in NOT_KNOWN and not response.headers.get("X-Error-Code"):
+                    raise NoTree
                 hf_raise_for_status(response)
                 if response.status_code != 200:
                     raise OriginMisbehaved(f"{self._source}: {self._endpoint} answers {response.status_code}")
@@ -416,42 +420,41 @@ class HuggingFaceOrigin:
         with self._translated(str(self._source)):
             return decode(answer.body, Description)
 
-    def _files(self, description: Description, commit: str) -> list[Listed]:
-        """Every file at the commit."""
-        files: list[Listed] = []
-        pages: list[int] = []
-        for page in self._pages(commit, description, pages):
-            files += page
-            self._bounds.allow(str(self._source), files=len(files))
-        add_up(str(self._source), pages, files, description.siblings)
-        return files
+    def _files(self, description: Description, commit: str) -> tuple[list[Listed], int]:
+        """Every chosen file at the commit, and how many files there are."""
+        chosen: list[Listed] = []
+        witness = Witness(str(self._source), description.siblings)
+        for page, entries in self._pages(commit, description):
+            witness.saw(page, entries)
+            chosen += [file for file in page if selected(file.path, self._model)]
+            refuse_endless(self._model.source, len(chosen), witness.files)
+            self._bounds.allow(str(self._source), files=witness.files)
+        witness.add_up()
+        return chosen, witness.files
 
-    def _pages(self, commit: str, description: Description, counts: list[int] | None = None) -> Iterator[list[Listed]]:
-        """Of the tree; where there is none (mirrors), the description's own list. ``counts``: gets the entries of each
-        page."""
+    def _pages(self, commit: str, description: Description) -> Iterator[tuple[list[Listed], int]]:
+        """Of the tree: files, and how many entries the page had; where there is none (mirrors), the description's own
+        list."""
 
         def ask(query: str) -> Answer:
-            return self._ask(f"tree/{quote(commit, safe='')}", query)
+            return self._ask(f"tree/{quote(commit, safe='')}", query, optional=True)
 
         try:
             with self._translated(str(self._source)):
-                for page, count in read_tree(str(self._source), ask):
-                    if counts is not None:
-                        counts.append(count)
-                    yield page
+                yield from read_tree(str(self._source), ask)
             return
-        except (OriginNotFound, OriginUnsupported) as error:
-            if isinstance(error, TooLarge | OriginHidden) or counts or not description.siblings:
-                raise
+        except NoTree:
+            if not description.siblings:
+                raise OriginMisbehaved(
+                    f"{self._source}: {self._endpoint} has neither a tree of it nor names files; is it a hub?"
+                ) from None
         siblings = self._describe("blobs=true").siblings or description.siblings
         if len(siblings) >= PAGE and len(siblings) % PAGE == 0:
             raise OriginMisbehaved(
                 f"{self._source}: {self._endpoint} has no tree of it, and lists exactly {len(siblings)} files: that "
                 "may be cut; ask the hub itself, or a mirror that passes on its tree"
             )
-        if counts is not None:
-            counts.append(0)
-        yield [listed_sibling(sibling) for sibling in siblings]
+        yield [listed_sibling(sibling) for sibling in siblings], 0
 
     def _ask_sizes(self, files: Sequence[Listed], commit: str) -> list[Listed]:
         """The same with what HEAD of each says: some mirrors list names alone."""

@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
@@ -83,8 +83,33 @@ EARLY = 60.0
 """Seconds before its end."""
 LISTING_SECONDS = 290.0
 """For all pages together: less than whoever waits has (library/admin.py), so that it is told the reason."""
+MANY = 64
+"""Objects; so many are asked about one by one."""
+SMALL = 1024 * 1024
+"""Bytes of an object that is pinned by the listing: should its ETag be no MD5 after all, it is soon fetched again."""
+SAMPLES = 16
+_STRONG = frozenset({"SHA256", "SHA1"})
 CANNOT_TELL = frozenset({400, 404, 405, 416, 501})
 """How engines answer that do not know HEAD with a part's number."""
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """What a listing says of an object. ``strong``: it has a checksum that is better than an MD5."""
+
+    path: str
+    key: str
+    size: int
+    etag: str
+    mtime_ns: int
+    storage: str
+    strong: bool
+
+    @property
+    def tells_enough(self) -> bool:
+        """Whether this may be all that there is to be said of it: small, of one part, neither archived nor proven by
+        more."""
+        plain = self.storage in ("", "STANDARD") and not self.strong
+        return plain and self.size <= SMALL and _MD5.match(self.etag.strip('"')) is not None
 
 
 class S3Origin:
@@ -140,15 +165,9 @@ class S3Origin:
             found = self._access.ask(self._list)
             if not found and self._source.prefix:
                 found = self._single()
-        wanted = [(path, key) for path, key in found if selected(path, self._model)]
+        wanted = [found_one for found_one in found if selected(found_one.path, self._model)]
         refuse_endless(self._model.source, len(wanted), len(found))
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="s3-head") as pool:
-            try:
-                files = list(pool.map(lambda pair: self._pin(*pair), wanted))
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        files = self._without_false_digests(self._readable(files))
+        files = self._without_false_digests(self._readable(self._pin_all(wanted)))
         return finish_manifest(self._model, "", files, len(found))
 
     def locate(self, file: ManifestFile) -> Location:
@@ -189,17 +208,16 @@ class S3Origin:
         if found is None:
             finish_manifest(self._model, "", [], 0)
             return
-        path, key = found
-        head = self._expect(self._head(path, key), path, "s3:GetObject")
-        self._readable([self._pinned(path, key, head, None)])
+        head = self._expect(self._head(found), found.path, "s3:GetObject", key=found.key)
+        self._readable([self._pinned(found, head, None)])
 
     # -- listing -----------------------------------------------------------------------------------------------------
 
     def _directory(self) -> str:
         return self._source.prefix + "/" if self._source.prefix else ""
 
-    def _keys(self, client: S3Client) -> Iterator[tuple[str, str, int]]:
-        """(path within the model, key, size) of every object below the prefix as a directory."""
+    def _objects(self, client: S3Client) -> Iterator[Listed]:
+        """Every object below the prefix as a directory."""
         directory = self._directory()
         pages = client.get_paginator("list_objects_v2").paginate(**self._access.parameters(), Prefix=directory)
         end = time.monotonic() + LISTING_SECONDS
@@ -207,66 +225,116 @@ class S3Origin:
         for page in pages:
             for entry in page.get("Contents", []):
                 count += 1
-                if not (entry["Key"].endswith("/") and entry["Size"] == 0):  # consoles make those for directories
-                    yield entry["Key"][len(directory) :], entry["Key"], entry["Size"]
+                if entry["Key"].endswith("/") and entry["Size"] == 0:
+                    continue  # consoles make those for directories
+                modified = entry.get("LastModified")
+                yield Listed(
+                    path=entry["Key"][len(directory) :],
+                    key=entry["Key"],
+                    size=entry["Size"],
+                    etag=entry.get("ETag", ""),
+                    mtime_ns=int(modified.timestamp()) * 1_000_000_000 if modified else 0,
+                    storage=entry.get("StorageClass", ""),
+                    strong=not _STRONG.isdisjoint(entry.get("ChecksumAlgorithm", ())),
+                )
             if time.monotonic() > end:
                 raise OriginUnavailable(
                     f"{self._source}: after {LISTING_SECONDS:g} s and {count} keys its listing goes on; try again later"
                 )
 
-    def _list(self, client: S3Client) -> list[tuple[str, str]]:
-        found: list[tuple[str, str]] = []
-        for path, key, _ in self._keys(client):
-            found.append((path, key))
+    def _list(self, client: S3Client) -> list[Listed]:
+        found: list[Listed] = []
+        for listed in self._objects(client):
+            found.append(listed)
             if len(found) % 1000 == 0:
                 refuse_endless(self._model.source, 0, len(found))
                 self._bounds.allow(str(self._source), files=len(found))
         return found
 
-    def _first(self, client: S3Client) -> tuple[str, str] | None:
+    def _first(self, client: S3Client) -> Listed | None:
         """Of the first page that holds a chosen one; rather one that has bytes."""
         empty = None
-        for count, (path, key, size) in enumerate(self._keys(client)):
-            if selected(path, self._model):
-                if size:
-                    return path, key
-                empty = empty or (path, key)
+        for count, listed in enumerate(self._objects(client)):
+            if selected(listed.path, self._model):
+                if listed.size:
+                    return listed
+                empty = empty or listed
             if empty is not None and count > 1000:
                 break
         return empty
 
-    def _single(self) -> list[tuple[str, str]]:
+    def _single(self) -> list[Listed]:
         """The prefix as the name of one object."""
         key = self._source.prefix
-        answer = self._head(key, key)
-        return [(key.rpartition("/")[2], key)] if answer.status == 200 else []
+        listed = Listed(key.rpartition("/")[2], key, -1, "", 0, "", strong=False)
+        return [listed] if self._head(listed).status == 200 else []
 
     # -- pinning -----------------------------------------------------------------------------------------------------
 
-    def _head(self, path: str, key: str) -> Answered:
-        with self._translated(f"{self._source}: {path}", "s3:GetObject"):
-            answer = self._access.head(key)
+    def _pin_all(self, wanted: Sequence[Listed]) -> list[ManifestFile]:
+        """A HEAD of each; of small ones among many, where samples say that it would tell nothing more than the listing,
+        none."""
+        told = [listed for listed in wanted if listed.tells_enough] if len(wanted) > MANY else []
+        samples = told[:: max(1, len(told) // SAMPLES)]
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="s3-head") as pool:
+            try:
+                if told and all(pool.map(self._tells_no_more, samples)):
+                    enough = {listed.key for listed in told}
+                    small = [
+                        ManifestFile(
+                            path=listed.path,
+                            size=listed.size,
+                            address=listed.key,
+                            version=_pack("", listed.etag),
+                            digest=Digest("md5", listed.etag.strip('"')),
+                            mtime_ns=listed.mtime_ns,
+                        )
+                        for listed in told
+                    ]
+                    return small + list(pool.map(self._pin, (one for one in wanted if one.key not in enough)))
+                return list(pool.map(self._pin, wanted))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _tells_no_more(self, listed: Listed) -> bool:
+        """Whether HEAD says of it what the listing does, and nothing that matters beside."""
+        answer = self._head(listed)
+        head = answer.headers
+        return (
+            answer.status == 200
+            and head.get("ETag") == listed.etag
+            and head.get("x-amz-version-id", "null") == "null"
+            and not self._is_opaque(head)
+            and head.get("x-amz-checksum-sha256") is None
+        )
+
+    def _head(self, listed: Listed) -> Answered:
+        with self._translated(f"{self._source}: {listed.path}", "s3:GetObject"):
+            answer = self._access.head(listed.key)
             if answer.status == 403:
                 # Checksums of what KMS encrypts need kms:Decrypt; the object itself may be had without them.
-                plain = self._access.head(key, checksums=False)
+                plain = self._access.head(listed.key, checksums=False)
                 answer = plain if plain.status == 200 else answer
             return answer
 
-    def _pin(self, path: str, key: str) -> ManifestFile:
-        answer = self._head(path, key)
+    def _pin(self, listed: Listed) -> ManifestFile:
+        path, key = listed.path, listed.key
+        answer = self._head(listed)
         if answer.status == 404:
             raise OriginUnavailable(f"{self._source}: {path!r} vanished while it was listed; try again")
         self._expect(answer, path, "s3:GetObject", key=key)
         head = answer.headers
         storage = head.get("x-amz-storage-class", "")
-        if storage in ("GLACIER", "DEEP_ARCHIVE") and 'ongoing-request="false"' not in head.get("x-amz-restore", ""):
-            raise OriginUnsupported(f"{self._source}: {path!r} lies in {storage}; restore it first")
+        archived = storage in ("GLACIER", "DEEP_ARCHIVE") or head.get("x-amz-archive-status")
+        if archived and 'ongoing-request="false"' not in head.get("x-amz-restore", ""):
+            raise OriginUnsupported(f"{self._source}: {path!r} lies in {storage} (archived); restore it first")
         with self._translated(f"{self._source}: {path}", "s3:GetObject"):
             digest = self._digest(path, key, head)
-        return self._pinned(path, key, answer, digest)
+        return self._pinned(listed, answer, digest)
 
-    def _pinned(self, path: str, key: str, answer: Answered, digest: Digest | None) -> ManifestFile:
-        head = answer.headers
+    def _pinned(self, listed: Listed, answer: Answered, digest: Digest | None) -> ManifestFile:
+        path, head = listed.path, answer.headers
         etag = head.get("ETag", "")
         if not etag:
             raise OriginUnsupported(f"{self._source}: {path!r} has no ETag, so that it cannot be pinned")
@@ -274,7 +342,7 @@ class S3Origin:
         return ManifestFile(
             path=path,
             size=_length(head),
-            address=key,
+            address=listed.key,
             version=_pack("" if version == "null" else version, etag),  # "null": may be overwritten in place
             digest=digest,
             mtime_ns=_moment(head.get("Last-Modified", "")),
@@ -296,11 +364,7 @@ class S3Origin:
             part_size = self._part_size(path, key, etag, size, int(parts) if parts.isdigit() else 0)
             if part_size:
                 return Digest(algorithm, raw, part_size)
-        opaque = (
-            head.get("x-amz-server-side-encryption", "").startswith("aws:kms")
-            or "x-amz-server-side-encryption-customer-algorithm" in head
-        )
-        if opaque or self._source.bucket.endswith("--x-s3"):
+        if self._is_opaque(head):
             return None
         bare = etag.strip('"')
         if _MD5.match(bare):
@@ -311,6 +375,14 @@ class S3Origin:
             if part_size:
                 return Digest("md5", composite[1], part_size)
         return None
+
+    def _is_opaque(self, head: Mapping[str, str]) -> bool:
+        """Whether the ETag is known to be no MD5."""
+        return (
+            head.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+            or "x-amz-server-side-encryption-customer-algorithm" in head
+            or self._source.bucket.endswith("--x-s3")
+        )
 
     def _part_size(self, path: str, key: str, etag: str, size: int, parts: int) -> int:
         """The size of each part but the last, 0 where the engine does not tell or if the parts are not of one size.

@@ -201,7 +201,8 @@ class BlobStore:
         """Store ``manifest`` under its pipeline and generation, atomically and durably. Names were validated before."""
         validate_pipeline_id(manifest.pipeline)
         where = (manifest.pipeline, str(manifest.generation))
-        self._write(where, MANIFEST_FILE, msgspec.json.encode(_ManifestFile(FORMAT, manifest)))
+        frame = msgspec.json.encode(_ManifestFile(FORMAT, msgspec.structs.replace(manifest, models=())))
+        self._write(where, MANIFEST_FILE, slices.encode(frame, manifest.models))
 
     def load_manifest(self, pipeline: str, generation: int) -> Manifest:
         """Raises NoSuchEntry if there is none, StoreDamaged if it cannot be read or is another generation's."""

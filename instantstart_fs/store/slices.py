@@ -1,5 +1,5 @@
-"""Decoding a large manifest without holding up the other threads: msgspec holds the interpreter's lock while it
-decodes, 60 ms for the 100,000 files of one call.
+"""Decoding and encoding a large manifest without holding up the other threads: msgspec holds the interpreter's lock
+meanwhile, 60 ms for the 100,000 files of one call.
 
 What this daemon writes has no blanks, so ``},{"path":`` stands between two files of one model and nowhere else: within
 a string of JSON a quotation mark has a backslash before it. All but a few files are cut out there, decoded some at a
@@ -9,11 +9,11 @@ time, and put back into what is left. A manifest that somebody laid out anew is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from instantstart_fs.core.manifest import Manifest, ManifestFile
+from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest
 
 SLICE = 1000
 """Files decoded at a time: under a millisecond."""
@@ -21,7 +21,24 @@ _BETWEEN = b'},{"path":'
 _FILE = b'{"path":'
 _MODEL = b'"files":['
 
+_NO_FILES = b'"files":[]'
+_NO_MODELS = b'"models":[]'
+"""As keys: within a string, their quotation marks have a backslash before them."""
+
+_encode = msgspec.json.encode
 _files = msgspec.json.Decoder(list[ManifestFile])
+
+
+def encode(frame: bytes, models: Iterable[ModelManifest]) -> bytes:
+    """The whole, of what msgspec makes of it without its models (``frame``), and of these, some files at a time."""
+    written: list[bytes] = []
+    for model in models:
+        before, _, after = _encode(msgspec.structs.replace(model, files=())).partition(_NO_FILES)
+        files = model.files
+        pieces = (_encode(files[start : start + SLICE])[1:-1] for start in range(0, len(files), SLICE))
+        written.append(before + _MODEL + b",".join(pieces) + b"]" + after)
+    before, _, after = frame.partition(_NO_MODELS)
+    return before + _NO_MODELS[:-1] + b",".join(written) + b"]" + after
 
 
 def cut(raw: bytes) -> tuple[bytes, list[tuple[int, bytes]]]:

@@ -135,7 +135,7 @@ def test_a_listing_has_limits_that_are_said(world: HubWorld, tmp_path: Path, mon
         world.origin(include=("part-0000*",)).resolve()
 
 
-@pytest.mark.parametrize("bounds", [Bounds(files=20), Bounds(body=1000)])
+@pytest.mark.parametrize("bounds", [Bounds(files=20, final=False), Bounds(body=1000, final=False)])
 def test_a_listing_outgrows_its_bounds(world: HubWorld, tmp_path: Path, bounds: Bounds) -> None:
     many(world, tmp_path, 25)
     with pytest.raises(TooLarge):

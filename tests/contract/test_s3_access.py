@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from instantstart_fs.config import S3Config
+from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.core.manifest import ManifestFile, ModelSpec, PipelineSpec
 from instantstart_fs.errors import (
     AccessRefused,
@@ -289,3 +290,26 @@ def test_etags_that_are_no_md5_prove_nothing(world: S3World, gate: S3Gate, caplo
     read(origin, files)
     etags = {hashlib.md5(content).hexdigest() for content in FILES.values()}
     assert all(any(etag in file.version for etag in etags) for file in honest.files)
+
+
+def heads(gate: S3Gate) -> int:
+    return sum(1 for right, _ in gate.seen if right == "s3:GetObject")
+
+
+def test_of_many_small_objects_the_listing_tells_enough(both: S3World, gate: S3Gate) -> None:
+    """But for samples, and for those of which it does not: large ones, and all of a bucket that keeps versions."""
+    contents = {f"{number:03}.json": b"{}" * (number + 1) for number in range(100)}
+    both.put(contents)
+    manifest = through(gate, both).resolve()
+    versioned = both.bucket.endswith("versioned")
+    assert heads(gate) > 100 if versioned else heads(gate) < 25
+    assert len(manifest.files) == 100 + len(FILES)
+    for file in manifest.files:
+        content = contents.get(file.path) or FILES[file.path]
+        hasher = new_hasher(file.digest, file.size)
+        hasher.update(content)
+        assert file.digest is not None and hasher.hexdigest() == file.digest.value
+        assert file.size == len(content) and file.version.startswith("version-id=") == versioned
+        assert file.mtime_ns > 1_500_000_000 * 10**9
+    gate.fake_etags = True
+    assert all(file.digest is None for file in through(gate, both).resolve().files)

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from instantstart_fs.core.manifest import Digest, Manifest, ManifestFile, ModelManifest
 from instantstart_fs.store import slices
 
-_HOSTILE = st.sampled_from(['},{"path":', '"files":[', "\\", '\\"},{"path":"', '{"path":', "a", "é\n", "]},{"])
+_HOSTILE = st.sampled_from(
+    ['},{"path":', '"files":[', '"files":[]', '"models":[]', "\\", '\\"},{"path":"', '{"path":', "a", "é\n", "]},{"]
+)
 _TEXT = st.lists(_HOSTILE, max_size=4).map("".join)
 _FILES = st.builds(
     ManifestFile,
@@ -49,3 +51,11 @@ def test_nearly_all_of_a_large_one_is_cut_out_and_nothing_of_one_that_was_laid_o
     assert len(left) < len(raw) / 5
     laid_out = msgspec.json.format(raw)
     assert slices.cut(laid_out) == (laid_out, [])
+
+
+@given(_MANIFESTS, st.integers(1, 5))
+def test_encoded_in_slices_is_at_once(manifest: Manifest, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices, "SLICE", size)
+        frame = msgspec.json.encode(msgspec.structs.replace(manifest, models=()))
+        assert slices.encode(frame, manifest.models) == msgspec.json.encode(manifest)
