@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,9 +24,9 @@ import msgspec
 import trio
 
 from instantstart_fs import __version__
-from instantstart_fs.config import Config, default_socket
+from instantstart_fs.config import Config, default_socket, unixsocket
 from instantstart_fs.config.descriptors import raise_file_limit
-from instantstart_fs.config.directories import make_directory
+from instantstart_fs.config.directories import PASSABLE, make_directory
 from instantstart_fs.config.loading import load_pipelines
 from instantstart_fs.config.places import make_run_directory
 from instantstart_fs.control.protocol import DaemonInfo
@@ -48,13 +48,12 @@ from instantstart_fs.service import (
     watchdog_interval,
 )
 from instantstart_fs.store.blobstore import BlobStore
-from instantstart_fs.web.binding import address, bind
+from instantstart_fs.web.binding import BACKLOG, address, bind
 from instantstart_fs.web.health import HealthProbe
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
     from instantstart_fs.web.app import Site
+    from instantstart_fs.web.visitors import SightOf, Visitors
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +147,8 @@ async def serve(
                         )
                         await nursery.start(server.run)
                         nursery.start_soon(daemon.keep_pipelines)
-                        if (listener := daemon.bind_page()) is not None:
-                            nursery.start_soon(daemon.keep_page, listener)
+                        if listeners := daemon.bind_page():
+                            nursery.start_soon(daemon.keep_page, listeners, server.callers.sight)
                         daemon.ready = True
                         task_status.started()
                         line = f"ready: {library.count} pipelines at {config.mount.path}, socket {socket_path}"
@@ -291,32 +290,42 @@ class Daemon:
 
     # -- the page --------------------------------------------------------------------------------------------------
 
-    def bind_page(self) -> socket.socket | None:
-        """The page's listening socket; None where there is to be none, or none can be had (with a line in the log)."""
+    def bind_page(self) -> list[socket.socket]:
+        """The page's listening sockets; none where there are to be none, or none can be had (the log says why)."""
         http = self._config.http
-        if http.port is None:
-            return None
-        try:
-            listener = bind(http.host, http.port)
-        except OSError as error:
-            log.warning("no page and no metrics: %s port %d: %s", http.host, http.port, error.strerror or error)
-            return None
-        self.http = address(listener)
-        return listener
+        listeners: list[socket.socket] = []
+        if http.port is not None:
+            try:
+                listeners.append(bind(http.host, http.port))
+                self.http = address(listeners[0])
+            except OSError as error:
+                log.warning("no page and no metrics: %s port %d: %s", http.host, http.port, error.strerror or error)
+        if http.socket is not None:
+            try:
+                # For all: what each sees is what the kernel says that he is.
+                listeners.append(unixsocket.listen(http.socket, mode=0o666, directory_mode=PASSABLE, backlog=BACKLOG))
+            except OSError as error:
+                log.warning("no page and no metrics at %s: %s", http.socket, error.strerror or error)
+        return listeners
 
-    async def keep_page(self, listener: socket.socket) -> None:
+    async def keep_page(self, listeners: Sequence[socket.socket], sight_of: SightOf) -> None:
         """Serve page, metrics and health. What fails here is logged, and ends nothing else."""
         try:
             # Its libraries take a good part of a second to import, which the mount must not wait for.
-            serve_page, site = await trio.to_thread.run_sync(_import_web)
+            serve_page, site, make_visitors = await trio.to_thread.run_sync(_import_web)
             health = HealthProbe(
                 self._config.mount.path, self._library.prove_index_writable, self._library.fill_statistics
             )
-            made = site(self._library, self.info, self._config.http, health, pending=self.pending)
-            await serve_page(made.app(), listener)
+            visitors = make_visitors(self._config.http, sight_of)
+            made = site(self._library, self.info, self._config.http, health, visitors, pending=self.pending)
+            await serve_page(made.app(), listeners, visitors.welcome)
         except Exception:
             log.exception("the page and the metrics have ended; the mount goes on")
             self.http = ""
+        finally:
+            if self._config.http.socket is not None and len(listeners) > (self._config.http.port is not None):
+                with contextlib.suppress(OSError):
+                    os.unlink(self._config.http.socket)
 
     async def handle_signals(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         """SIGHUP: pipelines again. SIGTERM, SIGINT: stop, within STOP_DEADLINE."""
@@ -411,11 +420,12 @@ class Daemon:
             )
 
 
-def _import_web() -> tuple[Callable[[ASGIApp, socket.socket], Awaitable[None]], type[Site]]:
+def _import_web() -> tuple[Callable[..., Awaitable[None]], type[Site], type[Visitors]]:
     from instantstart_fs.web.app import Site
     from instantstart_fs.web.server import serve
+    from instantstart_fs.web.visitors import Visitors
 
-    return serve, Site
+    return serve, Site, Visitors
 
 
 # ---------------------------------------------------------------- the process

@@ -41,7 +41,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Source(msgspec.Struct, frozen=True):
-    """All that a scrape looks at. ``healthy``: what /healthz says, None where it was not asked. ``requests``: of the
+    """All that a scrape looks at. ``everything``: whoever asks sees all pipelines; else ``overview`` has those that he
+    sees, and only what is ``open`` is told. ``healthy``: what /healthz says, None where it was not asked. ``requests``: of the
     kernel, by kind, since the mount."""
 
     version: str
@@ -52,6 +53,7 @@ class Source(msgspec.Struct, frozen=True):
     healthy: bool | None
     per_pipeline: int
     requests: Mapping[str, int] = {}
+    everything: bool = True
 
 
 Value = float | Histogram
@@ -67,6 +69,8 @@ class Definition(msgspec.Struct, frozen=True):
     help: str
     samples: Callable[[Source], Samples]
     labels: tuple[str, ...] = ()
+    open: bool = False
+    """Whether it is told to everybody: it says nothing of pipelines, or goes by those of the overview alone."""
 
 
 def _one(value: Callable[[Source], float]) -> Callable[[Source], Samples]:
@@ -123,11 +127,11 @@ def _last_cold_starts(source: Source) -> Samples:
 
 
 DEFINITIONS: tuple[Definition, ...] = (
-    Definition("instantstart_info", "gauge", "", "1, with the daemon's version.", lambda s: [((s.version,), 1.0)], ("version",)),
-    Definition("instantstart_uptime_seconds", "gauge", "seconds", "Since the daemon started.", _one(lambda s: s.uptime)),
+    Definition("instantstart_info", "gauge", "", "1, with the daemon's version.", lambda s: [((s.version,), 1.0)], ("version",), open=True),
+    Definition("instantstart_uptime_seconds", "gauge", "seconds", "Since the daemon started.", _one(lambda s: s.uptime), open=True),
     Definition(
         "instantstart_healthy", "gauge", "", "1 while /healthz says 200: the mount answers, the index takes writes, fetch workers live.",
-        lambda s: [] if s.healthy is None else [((), float(s.healthy))],
+        lambda s: [] if s.healthy is None else [((), float(s.healthy))], open=True,
     ),
     Definition("instantstart_fuse_requests_total", "counter", "", "Requests of the kernel since the mount, by kind. What is read in passthrough sends none.", _counted(lambda s: s.requests), ("kind",)),
     Definition("instantstart_opens_total", "counter", "", "Opens of files, by who answers the reads: passthrough (the kernel itself), bind (the same, bound over the mount) or daemon.", _counted(lambda s: s.totals.opens), ("mode",)),
@@ -166,16 +170,16 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_store_evictable_bytes", "gauge", "bytes", "Cached bytes of pipelines that are not hot, pinned, open, leased or being filled.", _one(lambda s: s.overview.evictable_bytes)),
     Definition("instantstart_evictions_total", "counter", "", "Pipelines whose bytes were dropped, by the evictor or by hand.", _one(lambda s: s.totals.evictions)),
     Definition("instantstart_evicted_bytes_total", "counter", "bytes", "Bytes dropped that way.", _one(lambda s: s.totals.evicted_bytes)),
-    Definition("instantstart_pipelines", "gauge", "", "Pipelines by state.", lambda s: [((state,), float(s.overview.states.get(state, 0))) for state in STATES], ("state",)),
+    Definition("instantstart_pipelines", "gauge", "", "Pipelines by state.", lambda s: [((state,), float(s.overview.states.get(state, 0))) for state in STATES], ("state",), open=True),
     Definition("instantstart_pipelines_filling_without_bytes", "gauge", "", "Pipelines that are being filled and got no byte for the last 5 s.", _one(lambda s: s.overview.silent)),
     Definition("instantstart_cold_starts_total", "counter", "", "Cold starts, by the pipeline's state at the first open.", _counted(lambda s: s.totals.cold_starts), ("state",)),
     Definition("instantstart_cold_start_seconds", "histogram", "seconds", "Cold starts that have ended: from the first open to the last sign of loading.", lambda s: [((), s.totals.cold_start_seconds)]),
-    Definition("instantstart_pipeline_state", "gauge", "", "1 for the state that the pipeline is in.", lambda s: [((status.pipeline, status.state), 1.0) for status in _shown(s)], ("pipeline", "state")),
-    Definition("instantstart_pipeline_cached_bytes", "gauge", "bytes", "Of the pipeline's load set.", _each(lambda status: status.cached_bytes), ("pipeline",)),
-    Definition("instantstart_pipeline_total_bytes", "gauge", "bytes", "Of the pipeline's load set.", _each(lambda status: status.total_bytes), ("pipeline",)),
-    Definition("instantstart_pipeline_fill_bytes_per_second", "gauge", "bytes per second", "While it is being filled: what came over the last 5 s.", _each(lambda status: status.fill.bytes_per_second if status.fill else None), ("pipeline",)),
-    Definition("instantstart_pipeline_last_request_timestamp_seconds", "gauge", "seconds since 1970", "When it was last requested.", _each(_last_request), ("pipeline",)),
-    Definition("instantstart_pipeline_last_cold_start_seconds", "gauge", "seconds", "Its last cold start: from the first open to the last sign of loading. Only while it is among the newest of all.", _last_cold_starts, ("pipeline",)),
+    Definition("instantstart_pipeline_state", "gauge", "", "1 for the state that the pipeline is in.", lambda s: [((status.pipeline, status.state), 1.0) for status in _shown(s)], ("pipeline", "state"), open=True),
+    Definition("instantstart_pipeline_cached_bytes", "gauge", "bytes", "Of the pipeline's load set.", _each(lambda status: status.cached_bytes), ("pipeline",), open=True),
+    Definition("instantstart_pipeline_total_bytes", "gauge", "bytes", "Of the pipeline's load set.", _each(lambda status: status.total_bytes), ("pipeline",), open=True),
+    Definition("instantstart_pipeline_fill_bytes_per_second", "gauge", "bytes per second", "While it is being filled: what came over the last 5 s.", _each(lambda status: status.fill.bytes_per_second if status.fill else None), ("pipeline",), open=True),
+    Definition("instantstart_pipeline_last_request_timestamp_seconds", "gauge", "seconds since 1970", "When it was last requested.", _each(_last_request), ("pipeline",), open=True),
+    Definition("instantstart_pipeline_last_cold_start_seconds", "gauge", "seconds", "Its last cold start: from the first open to the last sign of loading. Only while it is among the newest of all.", _last_cold_starts, ("pipeline",), open=True),
 )  # fmt: skip
 
 
@@ -202,7 +206,8 @@ class _Once(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for definition in DEFINITIONS:
-            yield _family(definition, self._source)
+            if definition.open or self._source.everything:
+                yield _family(definition, self._source)
 
 
 def render(source: Source) -> bytes:
@@ -217,7 +222,9 @@ def table() -> str:
     lines = ["| metric | kind | unit | labels | |", "|---|---|---|---|---|"]
     for definition in DEFINITIONS:
         labels = ", ".join(f"`{label}`" for label in definition.labels)
-        lines.append(f"| `{definition.name}` | {definition.kind} | {definition.unit} | {labels} | {definition.help} |")
+        lines.append(
+            f"| `{definition.name}` | {definition.kind} | {definition.unit} | {labels} | {definition.help}{' *Open.*' if definition.open else ''} |"
+        )
     return "\n".join(lines)
 
 

@@ -96,6 +96,9 @@ class _Http(Table):
     details: bool = False
     hosts: tuple[str, ...] = ()
     metrics_pipelines: int = 200
+    public: bool = False
+    token_file: str | None = None
+    socket: str | None = None
 
 
 class _HuggingFace(Table):
@@ -307,8 +310,15 @@ def _http(at: At, raw: _Http) -> HttpConfig:
         "http.metrics_pipelines",
         f"{raw.metrics_pipelines} is not from 0 to 10000",
     )
+    more: dict[str, Any] = {
+        "details": raw.details,
+        "metrics_pipelines": raw.metrics_pipelines,
+        "public": raw.public,
+        "token_file": at.secret_file("http.token_file", raw.token_file),
+        "socket": None if raw.socket is None else at.path("http.socket", raw.socket),
+    }
     if raw.listen == "off":
-        return HttpConfig(port=None)
+        return HttpConfig(port=None, hosts=raw.hosts, **more)
     host, _, port = raw.listen.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     try:
@@ -320,11 +330,10 @@ def _http(at: At, raw: _Http) -> HttpConfig:
     at.require(
         address.is_loopback or raw.allow_remote,
         "http.listen",
-        f"{host} can be reached from other machines, and whoever reaches it sees every pipeline's id and state; "
-        "set http.allow_remote = true if that is wanted",
+        f"{host} can be reached from other machines, without TLS; set http.allow_remote = true if that is wanted",
     )
     hosts = raw.hosts or (() if address.is_loopback else ("*",))
-    return HttpConfig(str(address), number, raw.details, hosts, raw.metrics_pipelines)
+    return HttpConfig(str(address), number, hosts=hosts, **more)
 
 
 def _is_our_mount(path: str) -> bool:

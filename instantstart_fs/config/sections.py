@@ -95,6 +95,8 @@ class StagingConfig(msgspec.Struct, frozen=True):
 class HttpConfig(msgspec.Struct, frozen=True):
     """Page, metrics and health. ``host`` and ``port``: where; port 0 takes a free one, None serves nothing.
 
+    ``public``: whoever reaches it sees every pipeline; else each caller what the mount would show him. ``token_file``:
+    the file of a token, the bearer of which sees every pipeline. ``socket``: a unix socket to be served on as well.
     ``details``: show sources, revisions and error messages too. ``hosts``: names by which browsers may call it, beside
     the loopback ones; ("*",) = any. ``metrics_pipelines``: how many pipelines get metrics of their own.
     """
@@ -104,6 +106,9 @@ class HttpConfig(msgspec.Struct, frozen=True):
     details: bool = False
     hosts: tuple[str, ...] = ()
     metrics_pipelines: int = 200
+    public: bool = False
+    token_file: str | None = None
+    socket: str | None = None
 
 
 class HuggingFaceConfig(msgspec.Struct, frozen=True):

@@ -34,6 +34,7 @@ from instantstart_fs.control.protocol import (
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.ratelimit import Bucket
 from instantstart_fs.core.seats import Seat, Seats
+from instantstart_fs.core.sight import EVERYTHING, Sight
 from instantstart_fs.core.weights import may_read
 from instantstart_fs.errors import PermissionRefused, PipelineBusy
 
@@ -97,18 +98,19 @@ class Callers:
     # -- what they may ---------------------------------------------------------------------------------------------
 
     def administers(self, peer: Peer) -> bool:
-        return peer.uid in (0, os.geteuid()) or (self._group is not None and self._group in peer.groups)
+        return self.sight(peer.uid, peer.groups).everything
 
     def owns(self, peer: Peer, spec: PipelineSpec) -> bool:
-        return self._is_owner(peer, spec.uid, spec.gid)
+        return self.sight(peer.uid, peer.groups).owns(spec)
 
     def oversees(self, peer: Peer, spec: PipelineSpec) -> bool:
         """Whether it administers, or owns the pipeline."""
         return self.administers(peer) or self.owns(peer, spec)
 
-    def may_ask_for(self, peer: Peer, spec: PipelineSpec) -> bool:
-        """Whether it owns the pipeline or may read its files."""
-        return self.owns(peer, spec) or _may_read(peer, spec)
+    def sight(self, uid: int | None, groups: frozenset[int] | None) -> Sight:
+        """What a caller sees, by whatever door it comes; None: the kernel does not say."""
+        administers = uid in (0, os.geteuid()) or (self._group is not None and self._group in (groups or ()))
+        return EVERYTHING if administers else Sight(False, uid, groups, self._group_access)
 
     def authorize(self, peer: Peer, request: Request) -> None:
         """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""

@@ -62,6 +62,7 @@ from instantstart_fs.control.protocol import (
     decode_request,
     encode_response,
 )
+from instantstart_fs.core.eviction import without_others
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.ratelimit import Bucket
 from instantstart_fs.core.status import PipelineStatus
@@ -161,7 +162,8 @@ class ControlServer:
             known = {status.pipeline for status in found}
             waiting = [status for name, status in self._pending().items() if name not in known]
             return sorted([*found, *waiting], key=lambda status: status.pipeline)
-        return list(self._library.list_where(lambda spec: self.callers.owns(peer, spec)))
+        owned = self._library.list_where(lambda spec: self.callers.owns(peer, spec))
+        return [_without_others(status) for status in owned]
 
     def names(self, peer: Peer, prefix: str) -> list[str]:
         """The first ids that begin with ``prefix``, of those that this peer may ask for."""
@@ -169,7 +171,7 @@ class ControlServer:
             found = {*self._library.names_where(prefix, lambda spec: True)}
             found.update(name for name in self._pending() if name.startswith(prefix))
         else:
-            found = {*self._library.names_where(prefix, lambda spec: self.callers.may_ask_for(peer, spec))}
+            found = {*self._library.names_where(prefix, self.callers.sight(peer.uid, peer.groups).sees)}
         return sorted(found)[:MAX_NAMES]
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -339,6 +341,10 @@ class _Connection:
             if isinstance(request, Lease | Open):
                 await self._hold(request)
             return Done(await self._perform(request))
+        except StoreFull as error:
+            # Which others are hot or pinned is theirs to know.
+            knows = self._server.callers.administers(self._peer)
+            return Failed(error.code, error.message if knows else without_others(error.message), error.retry_after)
         except InstantStartError as error:
             return _failed(error)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -359,7 +365,7 @@ class _Connection:
             case Specs():
                 return [library.spec(status.pipeline) for status in library.list()]
             case Status(pipeline):
-                return await self._server.status(pipeline)
+                return self._shown(await self._server.status(pipeline))
             case Touch(pipeline):
                 return library.touch(pipeline)
             case Mark(pipeline, moment, at_ns):
@@ -380,7 +386,7 @@ class _Connection:
                 await change(lambda: library.warm(pipeline, everything=everything))
                 if wait:
                     return await self._wait_warm(pipeline, everything)
-                return library.status(pipeline)
+                return self._shown(library.status(pipeline))
             case Verify(pipeline, rate):
                 return await self._verify(pipeline, rate)
             case CheckOrigins():
@@ -413,15 +419,19 @@ class _Connection:
                         message = Handed(tuple(HandedFile(path, len(fds)) for path, fds in handed))
                         await self._send(message, [fd for _, fds in handed for fd in fds])
                     else:
-                        await self._send(
-                            Progress(status=msgspec.structs.replace(self._library.status(request.pipeline), files=None))
-                        )
+                        await self._send(Progress(status=self._brief(request.pipeline)))
                 finally:
                     for _, fds in handed:
                         for fd in fds:
                             os.close(fd)
             await self._send(Done())
             await trio.sleep_forever()
+
+    def _shown(self, status: PipelineStatus) -> PipelineStatus:
+        return status if self._server.callers.administers(self._peer) else _without_others(status)
+
+    def _brief(self, pipeline: str) -> PipelineStatus:
+        return self._shown(msgspec.structs.replace(self._library.status(pipeline), files=None))
 
     async def _add(self, spec: PipelineSpec, warm: bool) -> PipelineStatus:
         status = await self._library.add(spec)
@@ -436,9 +446,8 @@ class _Connection:
         told_at = -PROGRESS_INTERVAL
         while True:
             began = time.perf_counter()
-            brief = status = self._library.status(pipeline, with_files=everything)
-            if everything:
-                brief = msgspec.structs.replace(status, files=None)
+            status = self._library.status(pipeline, with_files=everything)
+            brief = self._shown(msgspec.structs.replace(status, files=None) if everything else status)
             if _is_warm(status, everything):
                 return brief
             if status.state == "error":
@@ -497,6 +506,13 @@ class _Connection:
                 await self._stream.send_all(line)
         if scope.cancelled_caught:
             raise trio.BrokenResourceError("the client does not read its answers")
+
+
+def _without_others(status: PipelineStatus) -> PipelineStatus:
+    """As its owner may see it, who may not know which others are hot."""
+    if status.uncached is None:
+        return status
+    return msgspec.structs.replace(status, uncached=without_others(status.uncached))
 
 
 def _is_warm(status: PipelineStatus, everything: bool) -> bool:

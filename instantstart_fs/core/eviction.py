@@ -74,6 +74,11 @@ class Refusal(msgspec.Struct, frozen=True):
         return f"{text}; {self.kept}" if self.kept else f"{text} of a budget of {_human(self.limit)}"
 
 
+def without_others(text: str) -> str:
+    """Of a ``Refusal`` in words what those may know who see no more than their own: not what others do."""
+    return text.partition(";")[0]
+
+
 class Admission(msgspec.Struct, frozen=True):
     """``evict`` first, in this order; or ``refusal``, and then nobody is evicted."""
 

@@ -34,6 +34,7 @@ from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import Activity
+from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import OriginCheck, PipelineState, PipelineStatus
 from instantstart_fs.errors import InstantStartError, PipelineBusy, ReadDeadline, StoreDamaged, StoreFull
 from instantstart_fs.filler.evictor import Evictor, boot_identity, boottime
@@ -484,6 +485,14 @@ class Library:
         return [
             name for name, pipeline in self._shelf.pipelines.items() if name.startswith(prefix) and shown(pipeline.spec)
         ]
+
+    def shown_to(self, pipeline: str, sight: Sight) -> bool:
+        """Whether that caller sees more of it than its name. What is out of view is shown to its owner alone, and to
+        those who administer; what is not there to nobody."""
+        found = self._shelf.pipelines.get(pipeline)
+        if found is None:
+            return False
+        return sight.sees(found.spec) and (found.hidden is None or sight.everything or sight.owns(found.spec))
 
     def owners(self) -> frozenset[tuple[int, int]]:
         """(uid, gid) of all pipelines."""

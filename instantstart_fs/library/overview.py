@@ -40,6 +40,17 @@ class Overview(msgspec.Struct, frozen=True):
     scrub: ScrubOverview | None = None
     access: dict[Outcome, int] | None = None
 
+    def narrowed(self, shown: Sequence[PipelineStatus]) -> Overview:
+        """Of these pipelines alone, in that order. What counts bytes, nodes and checks of all stays: who sees only some
+        is not told it."""
+        names = {status.pipeline for status in shown}
+        return msgspec.structs.replace(
+            self,
+            pipelines=tuple(shown),
+            states=dict(Counter(status.state for status in shown)),
+            cold_starts=tuple(record for record in self.cold_starts if record.pipeline in names),
+        )
+
 
 class OverviewBuilder:
     """Takes pipelines one by one. Not a snapshot of one instant: those first asked are a few milliseconds older."""

@@ -9,6 +9,7 @@ import datetime
 import stat
 from typing import Protocol
 
+from instantstart_fs.core.eviction import without_others
 from instantstart_fs.core.status import (
     AccessStatus,
     ErrorStatus,
@@ -199,7 +200,7 @@ def pipeline_xattrs(pipeline: Pipeline, state: PipelineState, clocks: Clocks, ke
         values["last_access"] = rfc3339(requested) or ""
         values["hot_until"] = rfc3339(hot_until_ns(requested, keep_hot)) or ""
     if pipeline.uncached is not None:
-        values["uncached"] = pipeline.uncached.text
+        values["uncached"] = without_others(pipeline.uncached.text)
     if pipeline.hidden is not None:
         values["error"] = f"{AccessRefused.code}: {pipeline.hidden}"
     elif pipeline.trouble is not None:

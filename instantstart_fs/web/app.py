@@ -1,7 +1,8 @@
 """The routes: / page, /api/pipelines, /api/cold-starts/ID, /api/events, /badge/ID.svg, /metrics, /healthz.
 
-All GET; nothing here changes anything. One overview at a time is taken, kept for a second (longer where taking it is
-dear) and shared by everybody who asks; without anybody asking none is taken at all. Requests and event streams are
+All GET; nothing here changes anything. Each caller sees what visitors.py and core/sight.py say; of what it does not see
+the answers are those of what is not there. One overview at a time is taken, kept for a second (longer where taking it
+is dear) and shared by everybody who asks; without anybody asking none is taken at all. Requests and event streams are
 counted and bounded. Pages hold no inline script or style, so that the Content-Security-Policy can forbid all of it, and
 every name is escaped by the templates besides.
 """
@@ -12,7 +13,9 @@ import contextlib
 import hashlib
 import importlib.resources
 import time
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jinja2
 import msgspec
@@ -29,14 +32,22 @@ from instantstart_fs import metrics
 from instantstart_fs.config import HttpConfig
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.coldstart import as_plain
+from instantstart_fs.core.ratelimit import Bucket
+from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.library import Library
 from instantstart_fs.library.overview import Overview
 from instantstart_fs.web import showing
 from instantstart_fs.web.health import HealthProbe
+from instantstart_fs.web.visitors import STRANGER, Visitor, Visitors
 
-MAX_REQUESTS = 64
 MAX_STREAMS = 32
+"""Of each who administers, and of all others together; of those, each has MAX_STREAMS_EACH."""
+MAX_STREAMS_EACH = 8
+REQUEST_RATE, REQUEST_BURST = 50.0, 200.0
+REQUEST_RATE_EACH, REQUEST_BURST_EACH = 20.0, 80.0
+"""Requests a second, and at once after a rest, of all who do not administer, and of each; beyond it answers wait."""
+MAX_ALLOWANCES = 1024
 STREAM_SECONDS = 900.0
 """Then the browser connects anew: what forgot its stream does not keep it for ever."""
 TICK_SECONDS = 1.0
@@ -44,6 +55,10 @@ HEARTBEAT_SECONDS = 15.0
 KEEP_SECONDS = 1.0
 SHARE = 20
 """An overview is kept SHARE times as long as it took: watching costs at most a twentieth of the daemon's time."""
+MAX_SIGHTS = 64
+"""Callers who see different things, of one overview."""
+LOOKS_AT_ONCE = 256
+"""Pipelines between two pauses, while that is found out."""
 MAX_VIEWS = 64
 """Different pages of one overview that are kept: whoever is at the door may ask for any."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
@@ -59,37 +74,65 @@ HEADERS = {
 STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
+class Seen(NamedTuple):
+    """What one kind of caller sees of an overview, and the pages that were made of it."""
+
+    overview: Overview
+    views: dict[showing.Query, showing.View]
+
+
 class Overviews:
     """The overview that everybody shares. ``pending``: pipelines that are configured and not there yet."""
 
-    def __init__(self, library: Library, pending: Callable[[], Mapping[str, PipelineStatus]]) -> None:
+    def __init__(self, library: Library, pending: Callable[[], Mapping[str, PipelineStatus]], details: bool) -> None:
         self._library = library
         self._pending = pending
+        self._details = details
         self._lock = trio.Lock()
-        self._kept: Overview | None = None
         self._good_until = -1.0
-        self._views: dict[tuple[showing.Query, bool], showing.View] = {}
+        self._kept: Overview | None = None
+        self._seen: dict[Sight, Seen] = {}
 
-    async def view(self, query: showing.Query, *, details: bool) -> showing.View:
-        """A page of it; pages that look at the same get the same one."""
-        overview = await self.get()
-        found = self._views.get((query, details))
+    async def view(self, query: showing.Query, sight: Sight) -> showing.View:
+        """A page of it; those who see and look at the same get the same one."""
+        seen = await self._look(sight)
+        found = seen.views.get(query)
         if found is None:
-            if len(self._views) >= MAX_VIEWS:
-                del self._views[next(iter(self._views))]
-            found = self._views[query, details] = showing.view(overview, query, details=details)
+            if len(seen.views) >= MAX_VIEWS:
+                del seen.views[next(iter(seen.views))]
+            found = showing.view(seen.overview, query, details=self._details, everything=sight.everything)
+            seen.views[query] = found
         return found
 
-    async def get(self) -> Overview:
-        """At most KEEP_SECONDS old, or SHARE times as old as it took to make."""
+    async def get(self, sight: Sight) -> Overview:
+        """At most KEEP_SECONDS old, or SHARE times as old as it took to make; what that caller sees of it."""
+        return (await self._look(sight)).overview
+
+    async def _look(self, sight: Sight) -> Seen:
         async with self._lock:
             if self._kept is None or trio.current_time() >= self._good_until:
                 began = time.thread_time()
                 self._kept = showing.ordered(self._with_pending(await self._library.overview()))
-                self._views.clear()
+                self._seen.clear()
                 took = time.thread_time() - began
                 self._good_until = trio.current_time() + max(KEEP_SECONDS, SHARE * took)
-            return self._kept
+            found = self._seen.get(sight)
+            if found is None:
+                if len(self._seen) >= MAX_SIGHTS:
+                    del self._seen[next(iter(self._seen))]
+                found = self._seen[sight] = Seen(await self._narrowed(self._kept, sight), {})
+            return found
+
+    async def _narrowed(self, overview: Overview, sight: Sight) -> Overview:
+        if sight.everything:
+            return overview
+        shown: list[PipelineStatus] = []
+        for position, status in enumerate(overview.pipelines):
+            if self._library.shown_to(status.pipeline, sight):
+                shown.append(status)
+            if position % LOOKS_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        return overview.narrowed(shown)
 
     def _with_pending(self, overview: Overview) -> Overview:
         known = {status.pipeline for status in overview.pipelines}
@@ -111,14 +154,17 @@ class Site:
         info: Callable[[], DaemonInfo],
         config: HttpConfig,
         health: HealthProbe,
+        visitors: Visitors,
         pending: Callable[[], Mapping[str, PipelineStatus]] = dict,
     ) -> None:
         self._library = library
         self._info = info
         self._config = config
         self._health = health
-        self._overviews = Overviews(library, pending)
-        self._streams = 0
+        self._visitors = visitors
+        self._overviews = Overviews(library, pending, config.details)
+        self._streams: Counter[str] = Counter()
+        self._privileged_streams: Counter[str] = Counter()
         files = importlib.resources.files("instantstart_fs.web")
         self._static = {name: files.joinpath("static", name).read_bytes() for name in STATIC}
         sources = {
@@ -146,13 +192,13 @@ class Site:
         hosts = [*LOCAL_NAMES, self._config.host, *self._config.hosts]
         # A page elsewhere may point its own name at 127.0.0.1 and read what it finds: only known names are answered.
         trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-        return _Bounded(Starlette(routes=routes, middleware=[trusted]))
+        return _Bounded(Starlette(routes=routes, middleware=[trusted]), self._visitors)
 
     # -- pages -----------------------------------------------------------------------------------------------------
 
     async def page(self, request: Request) -> Response:
         query = query_of(request.query_params)
-        shown = await self._overviews.view(query, details=self._config.details)
+        shown = await self._overviews.view(query, sight_of(request))
         text = self._render("page.html", shown, link=request.url.query)
         return Response(text, media_type="text/html; charset=utf-8")
 
@@ -172,7 +218,9 @@ class Site:
     async def badge(self, request: Request) -> Response:
         """For a deployment card: an SVG that says ``cache: warm``."""
         pipeline = request.path_params["pipeline"]
-        found = next((it for it in (await self._overviews.get()).pipelines if it.pipeline == pipeline), None)
+        found = next(
+            (it for it in (await self._overviews.get(sight_of(request))).pipelines if it.pipeline == pipeline), None
+        )
         words = showing.chip(found) if found is not None else "unknown"
         state = found.state if found is not None else "unknown"
         # 5.9 px a character is what 11 px fonts take, about; textLength makes each of them take just that.
@@ -183,13 +231,13 @@ class Site:
     # -- values ----------------------------------------------------------------------------------------------------
 
     async def pipelines(self, request: Request) -> Response:
-        shown = await self._overviews.view(query_of(request.query_params), details=self._config.details)
+        shown = await self._overviews.view(query_of(request.query_params), sight_of(request))
         return JSONResponse(showing.as_json(shown))
 
     async def cold_starts(self, request: Request) -> Response:
         """The last ones of a pipeline, as `explain --json` prints them; file names need details."""
         pipeline = request.path_params["pipeline"]
-        known = {status.pipeline for status in (await self._overviews.get()).pipelines}
+        known = {status.pipeline for status in (await self._overviews.get(sight_of(request))).pipelines}
         if pipeline not in known:
             return JSONResponse({"error": "pipeline-not-found"}, 404)
         records = [as_plain(record) for record in self._library.observer.cold_starts(pipeline)]
@@ -199,7 +247,8 @@ class Site:
         return JSONResponse(records)
 
     async def metrics(self, request: Request) -> Response:
-        overview = await self._overviews.get()
+        sight = sight_of(request)
+        overview = await self._overviews.get(sight)
         info = self._info()
         health = self._health.last
         source = metrics.Source(
@@ -211,6 +260,7 @@ class Site:
             healthy=health.ok if health is not None else None,
             per_pipeline=self._config.metrics_pipelines,
             requests=info.requests,
+            everything=sight.everything,
         )
         return Response(metrics.render(source), headers={"Content-Type": metrics.CONTENT_TYPE})
 
@@ -223,20 +273,28 @@ class Site:
 
     async def events(self, request: Request) -> Response:
         """Server-sent events: the page's live part, drawn anew, whenever it is not what was sent last."""
-        if self._streams >= MAX_STREAMS:
+        visitor = visitor_of(request)
+        privileged = visitor.sight.everything
+        streams = self._privileged_streams if privileged else self._streams
+        each = MAX_STREAMS if privileged else MAX_STREAMS_EACH
+        if streams[visitor.share] >= each or (not privileged and streams.total() >= MAX_STREAMS):
             return Response("too many pages are open\n", 503, headers={"Retry-After": "30"}, media_type="text/plain")
         query = query_of(request.query_params)
-        return StreamingResponse(self._follow(query), media_type="text/event-stream")
+        return StreamingResponse(
+            self._follow(query, sight_of(request), streams, visitor.share), media_type="text/event-stream"
+        )
 
-    async def _follow(self, query: showing.Query) -> AsyncIterator[bytes]:
-        self._streams += 1
+    async def _follow(
+        self, query: showing.Query, sight: Sight, streams: Counter[str], share: str
+    ) -> AsyncIterator[bytes]:
+        streams[share] += 1
         try:
             last: showing.View | None = None
             sent_at = trio.current_time()
             end = sent_at + STREAM_SECONDS
             yield b"retry: 3000\n\n"
             while trio.current_time() < end:
-                shown = await self._overviews.view(query, details=self._config.details)
+                shown = await self._overviews.view(query, sight)
                 if shown != last:
                     last = shown
                     sent_at = trio.current_time()
@@ -246,7 +304,23 @@ class Site:
                     yield b": still here\n\n"
                 await trio.sleep(TICK_SECONDS)
         finally:
-            self._streams -= 1
+            streams[share] -= 1
+            if not streams[share]:
+                del streams[share]
+
+
+def visitor_of(request: Request) -> Visitor:
+    """Who is at the other end of its connection."""
+    found = request.scope.get("state", {}).get("visitor", STRANGER)
+    assert isinstance(found, Visitor)
+    return found
+
+
+def sight_of(request: Request) -> Sight:
+    """What whoever sent it sees, as _Bounded found."""
+    found = request.scope["sight"]
+    assert isinstance(found, Sight)
+    return found
 
 
 def event(text: str) -> bytes:
@@ -286,15 +360,17 @@ def link_to(query: showing.Query, **changes: object) -> str:
 
 
 class _Bounded:
-    """Refuses what is not GET or HEAD, or too much at once; adds the headers that every answer has."""
+    """Refuses what is not GET or HEAD, or has a wrong token, and slows down what is too much; finds out what the caller
+    sees; adds the headers that every answer has."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, visitors: Visitors) -> None:
         self._app = app
-        self._running = 0
+        self._visitors = visitors
+        self._all: Bucket | None = None
+        self._each: OrderedDict[str, Bucket] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
             return
 
         async def with_headers(message: Message) -> None:
@@ -310,12 +386,27 @@ class _Bounded:
         if scope["method"] not in ("GET", "HEAD"):
             await Response("read-only\n", 405, media_type="text/plain")(scope, receive, with_headers)
             return
-        if self._running >= MAX_REQUESTS:
-            busy = Response("busy\n", 503, headers={"Retry-After": "1"}, media_type="text/plain")
-            await busy(scope, receive, with_headers)
+        visitor = visitor_of(Request(scope))
+        sight = self._visitors.sight(visitor, Request(scope).headers)
+        if sight is None:
+            asked = {"WWW-Authenticate": "Bearer"}
+            refused = Response("the token is not the right one\n", 401, headers=asked, media_type="text/plain")
+            await self._wait_turn(visitor)
+            await refused(scope, receive, with_headers)
             return
-        self._running += 1
-        try:
-            await self._app(scope, receive, with_headers)
-        finally:
-            self._running -= 1
+        scope["sight"] = sight
+        if not visitor.sight.everything:
+            await self._wait_turn(visitor)
+        await self._app(scope, receive, with_headers)
+
+    async def _wait_turn(self, visitor: Visitor) -> None:
+        """A page costs the loop some milliseconds, which readers of the mount wait for."""
+        now = trio.current_time()
+        self._all = self._all or Bucket(REQUEST_RATE, REQUEST_BURST, now)
+        each = self._each.get(visitor.share)
+        if each is None:
+            if len(self._each) >= MAX_ALLOWANCES:  # who rested long has a full one, as a new one is
+                self._each.popitem(last=False)
+            each = self._each[visitor.share] = Bucket(REQUEST_RATE_EACH, REQUEST_BURST_EACH, now)
+        self._each.move_to_end(visitor.share)
+        await trio.sleep(max(each.take(now), self._all.take(now)))

@@ -1,8 +1,8 @@
 """The HTTP server in the daemon: hypercorn's connection handling on this trio loop, behind a door of our own.
 
-The door is what keeps the daemon safe from its page: a bounded number of connections (further ones wait in the kernel's
-backlog), a peer that takes nothing for a while is cut off (TCP_USER_TIMEOUT), and at the end every connection is closed
-at once, because hypercorn shields its sends from cancellation. What fails in here is logged and never ends the daemon.
+The door is what keeps the daemon safe from its page: a bounded number of connections of each caller and of all, of
+which the longest idle gives way; a peer that takes its answer too slowly is cut off, and at the end every connection is
+closed at once, because sends are shielded from cancellation. What fails in here is logged and never ends the daemon.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import h11
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.events import Request
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
@@ -26,47 +27,57 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
 from starlette.types import ASGIApp
 
+from instantstart_fs.core.ratelimit import Bucket
+from instantstart_fs.core.seats import Seat, Seats
+from instantstart_fs.web.visitors import Visitor
+
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 128
+"""Of those who administer, and as many of all others together."""
+MAX_EACH = 64
+"""Of one user, or one address where the user is not known."""
+ACCEPT_RATE, ACCEPT_BURST = 500.0, 512.0
+"""New connections a second."""
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 5\r\n\r\nbusy\n"
+BUSY_SECONDS = 1.0
+"""In which it has to be taken."""
 STALLED_SECONDS = 20
 """A peer that acknowledges nothing for so long is gone."""
 IDLE_SECONDS = 5.0
 
 
-class Door(trio.abc.Listener[trio.SocketStream]):
-    """Accepts while there is room."""
+class Door:
+    """Who may come in, and who goes. Each caller has places, and so have all together; those who administer have
+    others. Whoever is only connected gives its place to the next (core/seats.py)."""
 
-    def __init__(self, listener: socket.socket) -> None:
-        listener.setblocking(False)
-        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
-        self._room = trio.Semaphore(MAX_CONNECTIONS)
-        self._inside: set[trio.SocketStream] = set()
+    def __init__(self, welcome: Callable[[trio.SocketStream], Visitor]) -> None:
+        self._welcome = welcome
+        self._privileged, self._others = Seats(), Seats()
+        self._inside: dict[Seat, trio.SocketStream] = {}
 
-    async def accept(self) -> trio.SocketStream:
-        await self._room.acquire()
+    @contextlib.contextmanager
+    def entering(self, stream: trio.SocketStream) -> Iterator[tuple[Visitor, Seat] | None]:
+        """Around one connection; None: there is no room for it."""
+        visitor = self._welcome(stream)
+        seats = self._privileged if visitor.sight.everything else self._others
+        seat, leaves = seats.enter(visitor.share, trio.current_time(), each=MAX_EACH, total=MAX_CONNECTIONS)
+        if leaves is not None:
+            self._inside.pop(leaves).socket.close()
+        if not isinstance(seat, Seat):
+            yield None
+            return
+        self._inside[seat] = stream
         try:
-            stream = await self._listener.accept()
-        except BaseException:
-            self._room.release()
-            raise
-        self._inside.add(stream)
-        with contextlib.suppress(OSError):
-            stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
-        return stream
-
-    def leave(self, stream: trio.SocketStream) -> None:
-        stream.socket.close()
-        self._inside.discard(stream)
-        self._room.release()
+            yield visitor, seat
+        finally:
+            self._inside.pop(seat, None)
+            seats.leave(seat)
 
     def close_all(self) -> None:
         """Everybody inside is cut off."""
-        for stream in self._inside:
+        for stream in self._inside.values():
             stream.socket.close()
-
-    async def aclose(self) -> None:
-        await self._listener.aclose()
 
 
 class Http1(H11Protocol):
@@ -104,7 +115,9 @@ class Http1(H11Protocol):
 
 
 class Connection(TCPServer):
-    """One of them, without TLS."""
+    """One of them, without TLS, by the visitor in ``state``. ``seat``: idle between its requests."""
+
+    seat: Seat
 
     async def run(self) -> None:
         try:
@@ -126,6 +139,11 @@ class Connection(TCPServer):
 
     async def protocol_send(self, event: Event) -> None:
         if not isinstance(event, RawData):
+            if isinstance(event, Updated):
+                if event.idle:
+                    self.seat.idle(trio.current_time())
+                else:
+                    self.seat.at_work()
             await super().protocol_send(event)
             return
         # A byte now and then is not reading: whoever takes an answer so slowly holds a connection for nothing.
@@ -141,8 +159,10 @@ class Connection(TCPServer):
             await self.protocol.handle(Closed())
 
 
-async def serve(app: ASGIApp, listener: socket.socket) -> None:
-    """Until cancelled. Owns the listener."""
+async def serve(
+    app: ASGIApp, listeners: Sequence[socket.socket], welcome: Callable[[trio.SocketStream], Visitor]
+) -> None:
+    """Until cancelled. Owns the listeners. ``welcome``: who is at the other end of a connection."""
     config = Config()
     config.errorlog = logging.getLogger("instantstart_fs.web.http")
     config.accesslog = None
@@ -150,19 +170,53 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
     config.keep_alive_timeout = IDLE_SECONDS
     config.h11_max_incomplete_size = 16 * 1024
     config.wsgi_max_body_size = 0
-    door = Door(listener)
+    door = Door(welcome)
     wrapped = ASGIWrapper(cast(ASGIFramework, app))
     context = WorkerContext(None)
 
     async def handle(stream: trio.SocketStream) -> None:
         try:
-            await Connection(wrapped, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
+            with door.entering(stream) as entered:
+                if entered is None:
+                    with trio.move_on_after(BUSY_SECONDS):
+                        await stream.send_all(BUSY)
+                        await stream.send_eof()
+                        await stream.receive_some(65536)  # what is not read when it is closed takes the answer away
+                    return
+                visitor, seat = entered
+                connection = Connection(
+                    wrapped,
+                    config,
+                    context,
+                    ConnectionState({"visitor": visitor}),
+                    stream,  # type: ignore[arg-type]
+                )
+                connection.seat = seat
+                await connection.run()
         except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             pass  # the peer left in the middle
         except* Exception:
             log.exception("a connection to the page failed")
         finally:
-            door.leave(stream)
+            stream.socket.close()
+
+    async def accept(listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        accepts = Bucket(ACCEPT_RATE, ACCEPT_BURST, trio.current_time())
+        with listener:
+            while True:
+                try:
+                    connection, _ = await listener.accept()
+                except OSError as error:
+                    # Out of descriptors or memory: what runs goes on, and those who wait are accepted later.
+                    log.warning("the page: accept: %s", error.strerror or error)
+                    await trio.sleep(0.1)
+                    continue
+                if connection.family != socket.AF_UNIX:
+                    with contextlib.suppress(OSError):
+                        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
+                nursery.start_soon(handle, trio.SocketStream(connection))
+                await trio.sleep(accepts.take(trio.current_time()))
 
     async def cut_off_at_the_end() -> None:
         try:
@@ -172,4 +226,6 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cut_off_at_the_end)
-        await trio.serve_listeners(handle, [door], handler_nursery=nursery)
+        for listener in listeners:
+            listener.setblocking(False)
+            nursery.start_soon(accept, trio.socket.from_stdlib_socket(listener), nursery)

@@ -1,7 +1,8 @@
 """What the page and its JSON show of an overview: plain values, already worded. Pure.
 
-HTTP tells nothing about who asks, so what is shown is what anybody who can list /models may know: ids, states, sizes,
-times. Sources, revisions and error messages (which name them) need ``details``; credentials and paths are in neither.
+An overview holds what its caller sees (visitors.py): ids, states, sizes, times of the pipelines that the mount would
+show him. The sums over all need ``everything``. Sources, revisions and error messages (which name them) need
+``details``; credentials and paths are in neither.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class View(msgspec.Struct, frozen=True):
     matching: int
     query: Query
     states: dict[str, int]
-    store: StoreView
+    store: StoreView | None
     cold_starts: tuple[ColdStartRow, ...]
 
 
@@ -104,8 +105,8 @@ def ordered(overview: Overview) -> Overview:
     return msgspec.structs.replace(overview, pipelines=tuple(found))
 
 
-def view(overview: Overview, query: Query, *, details: bool) -> View:
-    """In the order that the overview has."""
+def view(overview: Overview, query: Query, *, details: bool, everything: bool) -> View:
+    """In the order that the overview has. ``everything``: the caller sees all pipelines."""
     wanted: Sequence[PipelineStatus] = overview.pipelines
     if query.text or query.state:
         wanted = [status for status in wanted if _matches(status, query)]
@@ -113,12 +114,12 @@ def view(overview: Overview, query: Query, *, details: bool) -> View:
     shown = wanted[offset : offset + query.limit]
     now = overview.at_ns / 1e9
     return View(
-        rows=tuple(row(status, now, details=details) for status in shown),
+        rows=tuple(row(status, now, details=details, everything=everything) for status in shown),
         total=len(overview.pipelines),
         matching=len(wanted),
         query=msgspec.structs.replace(query, offset=offset),
         states={state: overview.states.get(state, 0) for state in ORDER},
-        store=_store(overview),
+        store=_store(overview) if everything else None,
         cold_starts=cold_starts(overview.cold_starts[:10], now),
     )
 
@@ -127,7 +128,7 @@ def _matches(status: PipelineStatus, query: Query) -> bool:
     return query.text.lower() in status.pipeline.lower() and query.state in ("", status.state)
 
 
-def row(status: PipelineStatus, now: float, *, details: bool) -> Row:
+def row(status: PipelineStatus, now: float, *, details: bool, everything: bool) -> Row:
     """``now``: the wall clock in seconds."""
     fill, share = status.fill, percent(status)
     error = status.error
@@ -149,7 +150,9 @@ def row(status: PipelineStatus, now: float, *, details: bool) -> Row:
         leases=status.leases,
         error=None if error is None else f"{error.code}: {error.message}" if details else error.code,
         # The whole reason names other pipelines and sizes.
-        uncached=status.uncached if details or status.uncached is None else status.uncached.partition(":")[0],
+        uncached=status.uncached
+        if (details and everything) or status.uncached is None
+        else status.uncached.partition(":")[0],
         sources=status.source if details else (),
     )
 

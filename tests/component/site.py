@@ -19,6 +19,7 @@ from instantstart_fs.config import HttpConfig
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import Budget, Candidate
+from instantstart_fs.core.sight import EVERYTHING, Sight
 from instantstart_fs.core.status import ErrorStatus, FillStatus, PipelineState, PipelineStatus
 from instantstart_fs.filler.state import FillStatistics
 from instantstart_fs.library import Library
@@ -28,6 +29,7 @@ from instantstart_fs.web.app import Site
 from instantstart_fs.web.binding import address, bind
 from instantstart_fs.web.health import HealthProbe
 from instantstart_fs.web.server import serve
+from instantstart_fs.web.visitors import Visitors
 
 GB = 1_000_000_000
 
@@ -71,6 +73,8 @@ class FakeLibrary:
     def __init__(self) -> None:
         self.pipelines: dict[str, PipelineStatus] = {}
         self.observer = FakeObserver()
+        self.hidden: set[str] = set()
+        """Which of them only those who administer see."""
         self.looks = 0
 
     async def overview(self) -> Overview:
@@ -85,6 +89,9 @@ class FakeLibrary:
     def fill_statistics(self) -> FillStatistics:
         return FillStatistics(2, 0, 0, 0, 0, 0, 0, 0, 0, False, (), ())
 
+    def shown_to(self, name: str, sight: Sight) -> bool:
+        return name in self.pipelines and (sight.everything or name not in self.hidden)
+
     async def prove_index_writable(self) -> None:
         pass
 
@@ -98,8 +105,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(config: HttpConfig | None = None, *, mount: str = "/") -> Iterator[Served]:
-    """A site on a loop of its own."""
+def serving(
+    config: HttpConfig | None = None, *, mount: str = "/", sight: Sight = EVERYTHING, uids: bool = False
+) -> Iterator[Served]:
+    """A site on a loop of its own. ``sight``: of every caller, but for root's where ``uids`` are looked at."""
     config = config or HttpConfig(port=0)
     library = FakeLibrary()
     listener = bind(config.host, config.port or 0)
@@ -117,12 +126,14 @@ def serving(config: HttpConfig | None = None, *, mount: str = "/") -> Iterator[S
     async def main() -> None:
         info = DaemonInfo("0", 1, "/models", "/store", 1.0, 1, True)
         health = HealthProbe(mount, library.prove_index_writable, library.fill_statistics)
-        site = Site(cast(Library, library), lambda: info, config, health)
+        known = {0: EVERYTHING} if uids else {}
+        visitors = Visitors(config, lambda uid, _: known.get(uid, sight) if uid is not None else sight)
+        site = Site(cast(Library, library), lambda: info, config, health, visitors)
         token.append(trio.lowlevel.current_trio_token())
         with scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch_the_loop)
-                nursery.start_soon(serve, site.app(), listener)
+                nursery.start_soon(serve, site.app(), [listener], visitors.welcome)
                 started.set()
 
     thread = threading.Thread(target=trio.run, args=(main,))

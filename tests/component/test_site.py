@@ -104,9 +104,9 @@ def test_nobody_asking_costs_nothing_and_many_asking_cost_one_look() -> None:
         assert served.library.looks <= 3
 
 
-def test_connections_and_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_are_bounded_and_who_sits_there_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "MAX_STREAMS", 3)
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(server, "MAX_EACH", 8)
     with serving() as served, contextlib.ExitStack() as stack:
         for _ in range(3):
             stream = stack.enter_context(urllib.request.urlopen(served.url + "api/events", timeout=20))
@@ -115,15 +115,24 @@ def test_connections_and_streams_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
             get(served, "api/events")
         with refused.value as answer:
             assert answer.code == 503
-        # Five more that say nothing: then there is room for nobody, and when they go, for everybody again.
+        # However many say nothing, or half of something: they give way to whoever does, and the streams do not.
         port = urllib.parse.urlparse(served.url).port
-        silent = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(5)]
-        time.sleep(0.2)
-        with pytest.raises(TimeoutError):
-            urllib.request.urlopen(served.url + "healthz", timeout=0.5)
-        for connection in silent:
-            connection.close()
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in range(20)]
+        for connection in silent[10:]:
+            with contextlib.suppress(OSError):
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: local")
         assert get(served, "healthz")
+        assert stream.readline()
+
+
+def test_who_is_at_work_keeps_its_place_and_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_EACH", 2)
+    with serving() as served, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            stream = stack.enter_context(urllib.request.urlopen(served.url + "api/events", timeout=20))
+            assert stream.readline()
+        assert said_to(served, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 503 ")
+        assert stream.readline()
 
 
 def test_a_client_that_does_not_read_does_not_keep_the_server_from_ending() -> None:

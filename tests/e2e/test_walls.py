@@ -561,3 +561,105 @@ def test_a_strangers_lease_is_named_and_ends_by_force(open_directory: Path, mode
                 assert json.loads(running.ok("ls", "--json")) == []
             finally:
                 os.killpg(holder.pid, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- the page and the metrics
+
+ASK = (
+    "import http.client, socket, sys\n"
+    "class Unix(http.client.HTTPConnection):\n"
+    "    def connect(self):\n"
+    "        self.sock = socket.socket(socket.AF_UNIX)\n"
+    "        self.sock.settimeout(20)\n"
+    "        self.sock.connect(self.path)\n"
+    "where, path = sys.argv[1:3]\n"
+    "c = Unix('localhost') if where.startswith('/') else http.client.HTTPConnection(where, timeout=20)\n"
+    "c.path = where\n"
+    "c.request('GET', path, headers=dict(h.split(': ', 1) for h in sys.argv[3:]))\n"
+    "a = c.getresponse()\n"
+    "print(a.status)\n"
+    "print(a.read().decode())"
+)
+
+
+def asked_as(who: tuple[int, int], where: str, path: str, *headers: str, groups: str = "") -> tuple[int, str]:
+    status, out, err = as_user(who, sys.executable, "-c", ASK, where, path, *headers, groups=groups)
+    assert status == 0, err
+    code, _, text = out.partition("\n")
+    return int(code), text
+
+
+@pytest.fixture(scope="module")
+def open_page(open_directory: Path, model: Path) -> Iterator[tuple[Daemon, str, str]]:
+    """A daemon, its page's address, and its page's unix socket."""
+    unix, token = open_directory / "page.sock", open_directory / "page-token"
+    token.touch(0o600)
+    token.write_text(PAGE_TOKEN)
+    http = {"listen": "127.0.0.1:0", "socket": str(unix), "token_file": str(token)}
+    with Daemon(open_directory / "page", config={"http": http}) as running:
+        running.ok("add", "alices", f"file://{model}", "--owner", owner(ALICE), "--mode", "0550")
+        running.ok("add", "bobs", f"file://{model}", "--owner", owner(BOB), "--mode", "0500")
+        running.ok("add", "everybodys", f"file://{model}")
+        running.warm("bobs")
+        must("cksum", running.path("bobs", FIRST))
+        yield running, re.findall(r"page http://([^/\s]+)", running.text())[-1], str(unix)
+
+
+PAGE_TOKEN = "a-token-of-the-walls-0123456789"
+EVERY_WAY = ("/", "/?q=bobs", "/?state=unverified", "/api/pipelines", "/metrics", "/healthz")
+
+
+def test_the_page_and_the_metrics_tell_each_user_what_the_mount_would(open_page: tuple[Daemon, str, str]) -> None:
+    """By the uid of who is connected; what is hidden and what is not there are answered alike."""
+    running, tcp, unix = open_page
+    for where in (tcp, unix):
+        for who, sees in ((STRANGER, set()), (ALICE, {"alices"}), (BOB, {"bobs"}), ((0, 0), {"alices", "bobs"})):
+            for path in EVERY_WAY if where == tcp else ("/", "/metrics"):
+                status, text = asked_as(who, where, path)
+                assert status == 200
+                for name in {"alices", "bobs"} - sees:
+                    assert name not in re.sub('(value="|q=)bobs', "", text), (where, who, path)
+            pipelines = json.loads(asked_as(who, where, "/api/pipelines")[1])
+            assert {row["pipeline"] for row in pipelines["rows"]} == {"everybodys", *sees}
+            # What the mount says.
+            listed = python_as(
+                who, "[n for n in os.listdir(a[0]) if n[0] != '.' and os.access(a[0] + '/' + n, 5)]", running.mount
+            )
+            assert set(listed) == {"everybodys", *sees}  # type: ignore[call-overload]
+            metrics = asked_as(who, where, "/metrics")[1]
+            assert set(re.findall(r'pipeline="([^"]+)"', metrics)) == {"everybodys", *sees}
+        for path in ("/badge/{}.svg", "/api/cold-starts/{}"):
+            assert asked_as(ALICE, where, path.format("bobs")) == asked_as(ALICE, where, path.format("nobodys"))
+            assert asked_as(BOB, where, path.format("bobs"))[0] == 200
+    # A group is known where the kernel says it: on the unix socket.
+    for where, seen in ((unix, True), (tcp, False)):
+        assert ("alices" in asked_as(BOB, where, "/api/pipelines", groups=str(ALICE[1]))[1]) is seen
+
+
+def test_a_scraper_without_rights_needs_the_token(open_page: tuple[Daemon, str, str]) -> None:
+    _, tcp, _ = open_page
+    bearer = f"Authorization: Bearer {PAGE_TOKEN}"
+    status, text = asked_as(STRANGER, tcp, "/metrics", bearer)
+    assert status == 200 and 'pipeline="bobs"' in text and "instantstart_store_used_bytes" in text
+    assert asked_as(STRANGER, tcp, "/metrics", bearer + "x")[0] == 401
+    assert "instantstart_store_used_bytes" not in asked_as(STRANGER, tcp, "/metrics")[1]
+
+
+def test_whoever_idles_on_the_pages_connections_keeps_nobody_out(open_page: tuple[Daemon, str, str]) -> None:
+    """Connections without a request, and half requests, of one user, as many as he gets."""
+    _, tcp, _ = open_page
+    idle = (
+        "import socket, sys, time\nhost, port = sys.argv[1].rsplit(':', 1)\nheld = []\n"
+        "for n in range(300):\n"
+        "    held.append(socket.create_connection((host, int(port)), 20))\n"
+        "    held[-1].sendall(b'GET / HTTP/1.1\\r\\nHost: x' if n % 2 else b'')\n"
+        "print('idle', flush=True)\nsys.stdin.readline()"
+    )
+    command = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", sys.executable, "-c", idle, tcp]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as stranger:
+        try:
+            assert stranger.stdout is not None and stranger.stdout.readline() == "idle\n"
+            for who in ((0, 0), ALICE, STRANGER):
+                assert asked_as(who, tcp, "/healthz")[0] == 200
+        finally:
+            stranger.kill()

@@ -1,0 +1,113 @@
+"""Who asks the page, and what he therefore sees.
+
+HTTP says nothing of that; the kernel does: SO_PEERCRED on a unix socket, the uid of the socket at the other end of a
+TCP connection on this machine (tcppeer.py). A token stands for the operator, and with `public = true` the operator has
+opened the page. Who is none of these sees what everybody on the machine may see.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+
+import trio
+
+from instantstart_fs.config import HttpConfig
+from instantstart_fs.config.unixsocket import peer_of
+from instantstart_fs.core.sight import ANYBODY, EVERYTHING, Sight
+from instantstart_fs.errors import InstantStartError
+from instantstart_fs.origins.credentials import read_token
+from instantstart_fs.web.tcppeer import uid_of_peer
+
+log = logging.getLogger(__name__)
+
+LEAST_TOKEN = 16
+"""Characters: less could be guessed."""
+PROXIES = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+"""Headers by which a proxy says that it asks for somebody else."""
+
+SightOf = Callable[[int | None, frozenset[int] | None], Sight]
+
+
+class Visitor:
+    """One connection's other end. ``sight``: by who it is alone. ``share``: whose places and requests it takes."""
+
+    __slots__ = ("share", "sight")
+
+    def __init__(self, sight: Sight, share: str) -> None:
+        self.sight = sight
+        self.share = share
+
+
+STRANGER = Visitor(ANYBODY, "unknown")
+
+
+class Visitors:
+    """``sight_of``: what a uid with these groups sees; None: not known."""
+
+    def __init__(self, config: HttpConfig, sight_of: SightOf) -> None:
+        self._config = config
+        self._sight_of = sight_of
+        self._token: str | None = None
+        self._token_of: tuple[int, int, int] | None = None
+        """(inode, mtime, ctime) of the file that it was read from."""
+
+    def welcome(self, stream: trio.SocketStream) -> Visitor:
+        """Who is at the other end of a connection that was just accepted."""
+        connection = stream.socket
+        if connection.family == socket.AF_UNIX:
+            peer = peer_of(connection)
+            return Visitor(self._sight_of(peer.uid, peer.groups), f"uid {peer.uid}")
+        with socket.socket(fileno=os.dup(connection.fileno())) as plain:
+            uid = uid_of_peer(plain)
+        if uid is None:
+            return Visitor(ANYBODY, _address(connection))
+        return Visitor(self._sight_of(uid, None), f"uid {uid}")
+
+    def sight(self, visitor: Visitor, headers: Mapping[str, str]) -> Sight | None:
+        """What a request sees; None: its token is not the right one."""
+        if self._config.public:
+            return EVERYTHING
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if self._config.token_file is not None and scheme.lower() == "bearer":
+            return EVERYTHING if self._is_token(given.strip()) else None
+        # Somebody else than who is connected: behind a proxy, or a page of another site in this user's browser.
+        elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        if elsewhere or any(name in headers for name in PROXIES):
+            return ANYBODY
+        return visitor.sight
+
+    def _is_token(self, given: str) -> bool:
+        wanted = self._read()
+        return wanted is not None and hmac.compare_digest(given.encode(), wanted.encode())
+
+    def _read(self) -> str | None:
+        """The token; read again when its file has changed. None: there is none to be had, as the log says."""
+        path = self._config.token_file
+        assert path is not None
+        try:
+            found = os.stat(path)
+            version = found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+            if version != self._token_of:
+                self._token, self._token_of = None, version
+                token = read_token(path)
+                if len(token) < LEAST_TOKEN:
+                    log.error("http.token_file: %s has less than %d characters: nobody gets in", path, LEAST_TOKEN)
+                else:
+                    self._token = token
+        except OSError as error:
+            self._token, self._token_of = None, None
+            log.error("http.token_file: %s: %s: nobody gets in", path, error.strerror)
+        except InstantStartError as error:
+            log.error("http.token_file: %s: nobody gets in", error.message)
+        return self._token
+
+
+def _address(connection: trio.socket.SocketType) -> str:
+    try:
+        return str(connection.getpeername()[0])
+    except OSError:
+        return STRANGER.share
