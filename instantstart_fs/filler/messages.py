@@ -1,6 +1,8 @@
 """What daemon and fetch workers say to each other, over one AF_UNIX SOCK_SEQPACKET socket per worker.
 
-Each message is one packet: msgpack with a tag. A file's descriptor travels with OpenFile (SCM_RIGHTS). Errors cross as
+A packet is a list of messages, each msgpack with a tag: what waits to be sent goes together, since with thousands of
+small files the packets cost more than what they say. A file's descriptor travels with OpenFile (SCM_RIGHTS, in the
+order of the packet's OpenFiles). Errors cross as
 (code, message, retry_after) and become exceptions again by ``errors.from_code``. ``file`` and ``request`` are numbers
 that the daemon gives out, never twice in its life.
 
@@ -11,6 +13,7 @@ background fetches leave their sockets unread, so that a demanded chunk has the 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import msgspec
 
@@ -142,9 +145,20 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     """Within which fetch.READ_BYTES have to come, once a body has begun."""
 
 
+MOST_DESCRIPTORS = 64
+"""Of one packet."""
+FULL_PACKET = 32 * 1024
+"""Bytes of messages in one packet, but for one that is larger by itself. Far below what a receiver has room for."""
+
+
 def encode(message: Order | Report) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
-decode_order = msgspec.msgpack.Decoder(Order).decode
-decode_report = msgspec.msgpack.Decoder(Report).decode
+def packet(messages: Sequence[bytes]) -> bytes:
+    """Of encoded messages, fewer than 65,536."""
+    return b"\xdc" + len(messages).to_bytes(2, "big") + b"".join(messages)
+
+
+decode_orders = msgspec.msgpack.Decoder(list[Order]).decode
+decode_reports = msgspec.msgpack.Decoder(list[Report]).decode

@@ -24,6 +24,8 @@ import trio
 from instantstart_fs.core.retry import Backoff
 from instantstart_fs.errors import InstantStartError, StoreError
 from instantstart_fs.filler.messages import (
+    FULL_PACKET,
+    MOST_DESCRIPTORS,
     PAUSE,
     PAUSE_SIZE,
     Order,
@@ -31,8 +33,9 @@ from instantstart_fs.filler.messages import (
     Ready,
     Report,
     WorkerSettings,
-    decode_report,
+    decode_reports,
     encode,
+    packet,
 )
 from instantstart_fs.store.blobstore import BlobStore
 
@@ -57,6 +60,8 @@ class Worker:
         self.in_flight = 0
         self.alive = False
         self.last_heard = trio.current_time()
+        self._next: tuple[bytes, int] | None = None
+        """Taken out of the outbox, and for the next packet."""
         self._outbox_send, self.outbox = trio.open_memory_channel[tuple[bytes, int]](math.inf)
 
     @property
@@ -72,11 +77,34 @@ class Worker:
             raise StoreError(f"no descriptor for a file to fill: {error.strerror}; raise LimitNOFILE") from error
         self._outbox_send.send_nowait((encode(order), copy))
 
+    async def next_packet(self) -> tuple[list[bytes], list[int]]:
+        """The next orders, as many as wait and fit in one packet, and the descriptors that go along. A larger one goes
+        alone."""
+        orders: list[bytes] = []
+        fds: list[int] = []
+        size = 0
+        while True:
+            try:
+                order, fd = self._next or (self.outbox.receive_nowait() if orders else await self.outbox.receive())
+            except trio.WouldBlock:
+                return orders, fds
+            self._next = None
+            size += len(order)
+            if orders and (size > FULL_PACKET or len(fds) == MOST_DESCRIPTORS):
+                self._next = order, fd
+                return orders, fds
+            orders.append(order)
+            if fd >= 0:
+                fds.append(fd)
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
 
     def drop_outbox(self) -> None:
+        if self._next is not None and self._next[1] >= 0:
+            os.close(self._next[1])
+        self._next = None
         while True:
             try:
                 _, fd = self.outbox.receive_nowait()
@@ -226,40 +254,42 @@ class WorkerPool:
     async def _read(self, worker: Worker) -> None:
         while True:
             try:
-                packet = await worker.connection.recv(MAX_REPORT)
+                received = await worker.connection.recv(MAX_REPORT)
             except OSError:
                 return
-            if not packet:
+            if not received:
                 return
             worker.last_heard = trio.current_time()
             try:
-                report = decode_report(packet)
+                reports = decode_reports(received)
             except msgspec.MsgspecError as error:
                 log.error("the fetch worker %d reports what cannot be read (%s); it is killed", worker.pid, error)
                 worker.kill()
                 return
-            if isinstance(report, Ready):
-                worker.alive = True
-                self.workers.append(worker)
-                arrival, self._arrival = self._arrival, trio.Event()
-                arrival.set()
-            else:
-                self._on_report(worker, report)
+            for report in reports:
+                if isinstance(report, Ready):
+                    worker.alive = True
+                    self.workers.append(worker)
+                    arrival, self._arrival = self._arrival, trio.Event()
+                    arrival.set()
+                else:
+                    self._on_report(worker, report)
 
     async def _write(self, worker: Worker) -> None:
-        async for packet, fd in worker.outbox:
+        while True:
+            orders, fds = await worker.next_packet()
             try:
-                if fd < 0:
-                    await worker.connection.send(packet)
+                if not fds:
+                    await worker.connection.send(packet(orders))
                 else:
-                    rights = array.array("i", [fd]).tobytes()
+                    rights = array.array("i", fds).tobytes()
                     await worker.connection.sendmsg(
-                        [packet], [(stdlib_socket.SOL_SOCKET, stdlib_socket.SCM_RIGHTS, rights)]
+                        [packet(orders)], [(stdlib_socket.SOL_SOCKET, stdlib_socket.SCM_RIGHTS, rights)]
                     )
             except OSError:
                 return  # it is dying: the reader sees the end
             finally:
-                if fd >= 0:
+                for fd in fds:
                     os.close(fd)
 
     async def _watch(self, worker: Worker) -> None:

@@ -32,7 +32,9 @@ from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved
 from instantstart_fs.filler.fetch import Abandoned, Fetcher, new_buffer
 from instantstart_fs.filler.messages import (
+    FULL_PACKET,
     MAX_MESSAGE,
+    MOST_DESCRIPTORS,
     PAUSE,
     PAUSE_SIZE,
     Arrived,
@@ -43,6 +45,7 @@ from instantstart_fs.filler.messages import (
     Hashed,
     HashFailed,
     OpenFile,
+    Order,
     Ping,
     Pong,
     Progress,
@@ -52,8 +55,9 @@ from instantstart_fs.filler.messages import (
     Streamed,
     Waits,
     WorkerSettings,
-    decode_order,
+    decode_orders,
     encode,
+    packet,
 )
 from instantstart_fs.origins.base import Location
 from instantstart_fs.store.blobfile import BlobFile
@@ -231,7 +235,10 @@ class Worker:
         self._settings = settings
         self._fetcher = Fetcher(settings)
         self._files: dict[int, _File] = {}
-        self._sending = threading.Lock()
+        self._reporting = threading.Lock()
+        self._reports: list[bytes] = []
+        self._sends = False
+        """Whether a thread is sending reports: it takes those of the others along."""
         self._fetches: queue.SimpleQueue[tuple[_File, Fetch]] = queue.SimpleQueue()
         self._idle = 0
         self._idle_lock = threading.Lock()
@@ -242,12 +249,12 @@ class Worker:
         for _ in range(self._settings.hash_threads):
             threading.Thread(target=self._hash_forever, daemon=True).start()
         self.report(Ready(os.getpid()))
-        descriptor_space = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+        descriptor_space = socket.CMSG_SPACE(MOST_DESCRIPTORS * array.array("i").itemsize)
         while True:
-            packet, ancillary, flags, _ = self._connection.recvmsg(
+            received, ancillary, flags, _ = self._connection.recvmsg(
                 MAX_MESSAGE, descriptor_space, socket.MSG_CMSG_CLOEXEC
             )
-            if not packet:
+            if not received:
                 return
             descriptors = array.array("i")
             for level, kind, data in ancillary:
@@ -255,12 +262,14 @@ class Worker:
                     descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise RuntimeError("an order was cut short")
-            self._obey(packet, list(descriptors))
+            numbers = iter(descriptors)
+            for order in decode_orders(received):
+                self._obey(order, numbers)
 
-    def _obey(self, packet: bytes, descriptors: list[int]) -> None:
-        match decode_order(packet):
+    def _obey(self, what: Order, descriptors: Iterator[int]) -> None:
+        match what:
             case OpenFile() as order:
-                file = self._files[order.file] = _File(order, descriptors.pop())
+                file = self._files[order.file] = _File(order, next(descriptors))
                 self.schedule_hash(file)
             case SetLocation(file=number, location=location):
                 if number in self._files:
@@ -278,9 +287,25 @@ class Worker:
                 self.report(Pong(number))
 
     def report(self, message: Report) -> None:
-        with self._sending:
+        """What other threads report while one is sending goes with its next packet."""
+        encoded = encode(message)
+        with self._reporting:
+            self._reports.append(encoded)
+            if self._sends:
+                return
+            self._sends = True
+        while True:
+            with self._reporting:
+                if not self._reports:
+                    self._sends = False
+                    return
+                count, size = 0, 0
+                while count < len(self._reports) and size < FULL_PACKET:
+                    size += len(self._reports[count])
+                    count += 1
+                going, self._reports = self._reports[:count], self._reports[count:]
             try:
-                self._connection.send(encode(message))
+                self._connection.send(packet(going))
             except OSError:
                 os._exit(0)  # the daemon is gone
 

@@ -48,8 +48,9 @@ from instantstart_fs.filler.messages import (
     Streamed,
     Waits,
     WorkerSettings,
-    decode_report,
+    decode_reports,
     encode,
+    packet,
 )
 from instantstart_fs.origins.base import Location
 from instantstart_fs.origins.guard import MOST_REDIRECTS
@@ -63,6 +64,7 @@ class RunningWorker:
     def __init__(self, settings: WorkerSettings, environment: dict[str, str]) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(20)
+        self.heard: list[Report] = []
         self.pause_fd = os.memfd_create("pause")
         os.ftruncate(self.pause_fd, PAUSE_SIZE)
         self.pause = mmap.mmap(self.pause_fd, PAUSE_SIZE)
@@ -85,12 +87,14 @@ class RunningWorker:
 
     def tell(self, order: Order, fd: int | None = None) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else []
-        self.socket.sendmsg([encode(order)], rights)
+        self.socket.sendmsg([packet([encode(order)])], rights)
 
     def hear(self) -> Report:
-        packet = self.socket.recv(1 << 20)
-        assert packet, "the worker is gone"
-        return decode_report(packet)
+        while not self.heard:
+            received = self.socket.recv(1 << 20)
+            assert received, "the worker is gone"
+            self.heard += decode_reports(received)
+        return self.heard.pop(0)
 
     def hear_all(self, count: int) -> list[Report]:
         return [self.hear() for _ in range(count)]
