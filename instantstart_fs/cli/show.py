@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,7 +15,7 @@ import msgspec
 from instantstart_fs.cli.terminal import escaped, unicode_capable
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.status import PipelineStatus, SkippedStatus
-from instantstart_fs.core.words import human_bytes, human_seconds
+from instantstart_fs.core.words import human_bytes, human_seconds, reason_first
 from instantstart_fs.errors import printable
 
 _COLOURS = {
@@ -55,11 +57,18 @@ def human_time(value: str | None, now: datetime | None = None) -> str:
     return f"{local} ({human_seconds(distance)} ago)" if distance >= 0 else f"{local} (in {human_seconds(-distance)})"
 
 
+def progress(status: PipelineStatus) -> int:
+    """Bytes: what is cached, and what came of chunks that are not whole yet."""
+    return status.cached_bytes + (status.fill.received_bytes if status.fill is not None else 0)
+
+
 def percent(status: PipelineStatus) -> int:
-    """Of the bytes; 100 only when all are there."""
+    """Of the bytes, those on their way included; 100 only when all are there."""
     if status.total_bytes <= 0:
         return 100 if status.state in ("warm", "unverified") else 0
-    return min(100, status.cached_bytes * 100 // status.total_bytes)
+    if status.cached_bytes >= status.total_bytes:
+        return 100
+    return min(99, progress(status) * 100 // status.total_bytes)
 
 
 def bar(share: int, width: int = 30) -> str:
@@ -91,7 +100,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column:
 
 CHIP = "●"
 HEADER = ("", "PIPELINE", "STATE", "%", "SIZE", "FILL", "LAST ACCESS", "HOT UNTIL", "SOURCE", "")
-NAME, FILL, LAST_ACCESS, HOT_UNTIL, SOURCE, NOTE = 1, 5, 6, 7, 8, 9
+CHIP_COLUMN, NAME, STATE, SIZE, FILL, LAST_ACCESS, HOT_UNTIL, SOURCE, NOTE = 0, 1, 2, 4, 5, 6, 7, 8, 9
 
 
 def pipelines(statuses: Sequence[PipelineStatus], *, width: int | None = None) -> str:
@@ -101,8 +110,11 @@ def pipelines(statuses: Sequence[PipelineStatus], *, width: int | None = None) -
         return "no pipelines yet: `instantstart add my-model hf://org/repo` makes one"
     rows = [_row(status) for status in statuses]
     if not sys.stdout.isatty() and width is None:
-        return table(HEADER[1:], [row[1:] for row in rows])
-    return _drawn(rows, width)
+        told = [(*row[1:NOTE], printable(_note(status))) for row, status in zip(rows, statuses, strict=True)]
+        return table(HEADER[1:], told)
+    if width is None:
+        width = shutil.get_terminal_size().columns
+    return _drawn(rows, [_troubles(status) for status in statuses], width)
 
 
 def _row(status: PipelineStatus) -> tuple[str, ...]:
@@ -119,7 +131,7 @@ def _row(status: PipelineStatus) -> tuple[str, ...]:
         _distance(status.last_request) or "never",
         _distance(status.hot_until) or "-",
         printable(" ".join(status.source)),
-        printable(_note(status)),
+        _short_note(status),
     )
 
 
@@ -128,37 +140,49 @@ def _distance(value: str | None) -> str:
     return human_time(value).partition(" (")[2].rstrip(")")
 
 
-def _drawn(rows: Sequence[tuple[str, ...]], width: int | None) -> str:
-    from rich.cells import cell_len
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _drawn(rows: Sequence[tuple[str, ...]], troubles: Sequence[Sequence[str]], width: int) -> str:
+    """``troubles``: of each row, what goes below it, on lines of their own."""
+    from rich.cells import cell_len, chop_cells, set_cell_size
 
-    console = Console(width=width, force_terminal=sys.stdout.isatty(), no_color=bool(os.environ.get("NO_COLOR")))
     natural = [max(cell_len(line[position]) for line in (HEADER, *rows)) for position in range(len(HEADER))]
-    widths = _fitting(natural, console.width, filling=any(row[FILL] != "-" for row in rows))
-    drawn = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
-    for position, size in widths.items():
-        name = HEADER[position]
-        drawn.add_column(
-            name,
-            width=size,
-            no_wrap=position != NAME,
-            overflow="fold" if position == NAME else "ellipsis",  # a name is to be copied: it goes on in the next line
-            justify="right" if name == "%" else "left",
-        )
-    for row in rows:
-        style = _STYLES.get(row[2], "")
-        drawn.add_row(*(Text(row[position], style=style if position in (0, 2) else "") for position in widths))
-    console.width = max(console.width, sum(widths.values()) + len(widths) - 1)
-    with console.capture() as captured:
-        console.print(drawn)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    widths = _fitting(natural, width, filling=any(row[FILL] != "-" for row in rows))
+    least = max(width, sum(widths.values()) + len(widths) - 1)
+
+    def cell(row: Sequence[str], position: int) -> str:
+        text, size = row[position], widths[position]
+        if HEADER[position] == "%":
+            return text.rjust(size)
+        if cell_len(text) > size:
+            text = set_cell_size(text, size - 1) + "…" if position == SOURCE else chop_cells(text, size)[0]
+        padded = set_cell_size(text, size)
+        return coloured(row[STATE], padded) if position in (CHIP_COLUMN, STATE) else padded
+
+    def lines(row: Sequence[str]) -> Iterator[str]:
+        yield " ".join(cell(row, position) for position in widths).rstrip()
+        # A name is to be copied: it goes on in the next line.
+        for rest in chop_cells(row[NAME], widths[NAME])[1:]:
+            yield f"{' ' * (widths[CHIP_COLUMN] + 1)}{rest}".rstrip()
+
+    drawn = list(lines(HEADER))
+    for row, below in zip(rows, troubles, strict=True):
+        drawn.extend(lines(row))
+        for trouble in below:
+            drawn.extend(textwrap.wrap(trouble, least, initial_indent="  ", subsequent_indent="    "))
+    return "\n".join(drawn)
+
+
+def _troubles(status: PipelineStatus) -> list[str]:
+    found = []
+    if status.uncached:
+        found.append(printable(f"uncached: {status.uncached}"))
+    if status.error:
+        found.append(printable(reason_first(status.error.message, status.pipeline)))
+    return found
 
 
 def _fitting(natural: Sequence[int], room: int, *, filling: bool) -> dict[int, int]:
-    """Column → width, within ``room`` as far as that goes: sources and notes are cut short, names go on in the next
-    line, and then whole columns give way, those first that say least. What remains is never cut."""
+    """Column → width, within ``room`` as far as that goes: the source is cut short, then whole columns give way, those
+    first that say least, and a name goes on in the next line. What remains is never cut."""
     widths = {position: size for position, size in enumerate(natural) if size}
 
     def excess() -> int:
@@ -173,14 +197,17 @@ def _fitting(natural: Sequence[int], room: int, *, filling: bool) -> dict[int, i
             widths.pop(position, None)
 
     shrink(SOURCE, 12)
-    shrink(NOTE, 24)
     if not filling:
         drop(FILL)
     drop(SOURCE)
     shrink(NAME, 16)
-    shrink(NOTE, 8)
-    for position in (HOT_UNTIL, LAST_ACCESS, FILL, NOTE):
+    for position in (HOT_UNTIL, NOTE, LAST_ACCESS):
         drop(position)
+    if filling and FILL in widths and 0 < excess() <= widths[SIZE] + 1:
+        drop(SIZE)  # beside the share, how fast and how long yet say more
+    drop(FILL)
+    if NOTE not in widths and 0 < natural[NOTE] + 1 <= -excess():
+        widths[NOTE] = natural[NOTE]  # what is broader had to go as well, and left room for it
     if SOURCE in widths:
         widths[SOURCE] = min(natural[SOURCE], widths[SOURCE] + max(0, -excess()))
     elif NAME in widths:
@@ -188,25 +215,20 @@ def _fitting(natural: Sequence[int], room: int, *, filling: bool) -> dict[int, i
     return widths
 
 
-_STYLES = {
-    "warm": "green",
-    "unverified": "cyan",
-    "filling": "yellow",
-    "partial": "yellow",
-    "cold": "blue",
-    "error": "red",
-}
-
-
 def mounted(info: DaemonInfo) -> str:
     """Where the mount is, who serves it, and why nobody faster does."""
     return f"{info.mount}: {info.transport or 'not mounted yet'}"
 
 
-def _note(status: PipelineStatus) -> str:
+def _short_note(status: PipelineStatus) -> str:
     notes = ["pinned"] if status.pinned else []
     if status.leases:
         notes.append(f"{status.leases} lease{'s' if status.leases > 1 else ''}")
+    return "; ".join(notes)
+
+
+def _note(status: PipelineStatus) -> str:
+    notes = [_short_note(status)] if _short_note(status) else []
     if status.uncached:
         notes.append(f"uncached: {status.uncached}")
     if status.error:
@@ -217,9 +239,15 @@ def _note(status: PipelineStatus) -> str:
 def pipeline(status: PipelineStatus) -> str:
     """`status PIPELINE`."""
     share = percent(status)
+    amount = f"{human_bytes(status.cached_bytes)} of {human_bytes(status.total_bytes)}"
+    received = progress(status) - status.cached_bytes
+    coming = f", {human_bytes(received)} of the next chunks" if received else ""
     rows = [
         ("state", coloured(status.state)),
-        ("cached", f"{bar(share)} {share} %  {human_bytes(status.cached_bytes)} of {human_bytes(status.total_bytes)}"),
+        (
+            "cached",
+            f"{bar(share)} {share} %  {amount}{coming}",
+        ),
     ]
     if status.fill is not None:
         rows.append(("filling", rate_line(status)))
@@ -244,7 +272,8 @@ def pipeline(status: PipelineStatus) -> str:
         rows.append(("skipped", skipped(status.skipped)))
     if status.error is not None:
         when = human_time(status.error.since)
-        rows.append(("last error", f"{printable(status.error.message)} ({status.error.code}, {when})"))
+        rows.append(("last error", printable(reason_first(status.error.message, status.pipeline))))
+        rows.append(("", f"({status.error.code}, {when})"))
     lines = [status.pipeline, *(f"  {name:<12}  {value}" for name, value in rows)]
     if status.files is not None:
         lines.append(f"  {len(status.files)} files")

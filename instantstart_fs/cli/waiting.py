@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,11 +12,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from instantstart_fs.cli.progress import Bar, fits
 from instantstart_fs.cli.show import percent, rate_line
+from instantstart_fs.cli.show import progress as fetched
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
-from instantstart_fs.core.words import human_bytes
-from instantstart_fs.errors import InstantStartError
+from instantstart_fs.core.words import human_bytes, reason_first
+from instantstart_fs.errors import InstantStartError, printable
 
 if TYPE_CHECKING:
     from instantstart_fs.library.fsck import FsckProgress
@@ -43,7 +44,7 @@ def wait_warm(client: Client, pipeline: str, everything: bool, *, quiet: bool) -
 
             def progress(status: PipelineStatus) -> None:
                 seen(status)
-                report(status.cached_bytes, status.total_bytes, status)
+                report(fetched(status), status.total_bytes, status)
 
             status = client.wait_warm(pipeline, everything=everything, progress=progress)
     except KeyboardInterrupt:
@@ -97,36 +98,21 @@ Report = Callable[[int, int, PipelineStatus | None], None]
 def _reporter(pipeline: str, quiet: bool) -> Iterator[Report]:
     if quiet:
         yield lambda done, total, status: None
-    elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        with _bar(pipeline) as report:
-            yield report
+    elif fits(sys.stderr):
+        with Bar(pipeline) as bar:
+            yield lambda done, total, status: bar.report(done, total, _rate(status), _reason(status))
     else:
         yield _Lines(pipeline).report
 
 
-@contextmanager
-def _bar(pipeline: str) -> Iterator[Report]:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+def _rate(status: PipelineStatus | None) -> str:
+    return rate_line(status) if status is not None else ""
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        DownloadColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(pipeline, total=None, rate="")
 
-        def report(done: int, total: int, status: PipelineStatus | None) -> None:
-            rate = rate_line(status) if status else ""
-            if status is not None and status.error is not None:
-                rate = f"[red]{escape(status.error.message)}"
-            progress.update(task, completed=done, total=total or None, rate=rate)
-
-        yield report
+def _reason(status: PipelineStatus | None) -> str:
+    if status is None or status.error is None:
+        return ""
+    return printable(reason_first(status.error.message, status.pipeline))
 
 
 class _Lines:
@@ -145,9 +131,8 @@ class _Lines:
         self._tenth, self._at = max(self._tenth, share // 10), now
         line = f"{self._pipeline}: {share} %, {human_bytes(done)} of {human_bytes(total)}"
         if status is not None:
-            rate = rate_line(status)
-            line += f", {rate}" if rate else ""
-            line += f"; {status.error.message}" if status.error is not None else ""
+            line += f", {_rate(status)}" if _rate(status) else ""
+            line += f"; {_reason(status)}" if status.error is not None else ""
         print(line, file=sys.stderr, flush=True)
 
 

@@ -9,9 +9,12 @@ import msgspec
 PipelineState = Literal["cold", "filling", "partial", "warm", "unverified", "error"]
 
 
-class FillStatus(msgspec.Struct, frozen=True):
+class FillStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``received_bytes``: came so far of chunks that are not whole, and so no part of ``cached_bytes``."""
+
     bytes_per_second: int
     eta_seconds: int | None
+    received_bytes: int = 0
 
 
 class ErrorStatus(msgspec.Struct, frozen=True):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from urllib.parse import urlsplit
+
 
 def human_bytes(count: float) -> str:
     """Decimal units, as disks and networks are sold: 90.9 MB."""
@@ -12,6 +15,25 @@ def human_bytes(count: float) -> str:
         if count < 999.5 or unit == "PB":
             break
     return f"{count:.2f} {unit}" if count < 10 else f"{count:.1f} {unit}" if count < 100 else f"{count:.0f} {unit}"
+
+
+_ADDRESS = re.compile(r"https?://[^\s\"'()]*[^\s\"'():,.;]")
+
+
+def reason_first(message: str, subject: str = "") -> str:
+    """An error's message as one line that may be cut: first what went wrong, then, in brackets, of what; hosts in the
+    place of addresses, which are in `--json` and in the log. ``subject``: what need not be said once more.
+
+    "m.safetensors: http://hub:80/a/b?c: connection refused" → "connection refused (hub:80, m.safetensors)".
+    """
+    parts = _ADDRESS.sub(lambda found: urlsplit(found[0]).netloc.rpartition("@")[2] or found[0], message).split(": ")
+    subjects: list[str] = []
+    while len(parts) > 1 and " " not in parts[0]:
+        of_what = parts.pop(0)
+        if of_what not in (subject, *subjects):
+            subjects.insert(0, of_what)
+    reason = ": ".join(parts)
+    return f"{reason} ({', '.join(subjects)})" if subjects else reason
 
 
 def human_seconds(seconds: float) -> str:

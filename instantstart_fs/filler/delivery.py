@@ -130,6 +130,10 @@ class Delivery:
         self._quiet = trio.Event()
         self._open_limiter = trio.CapacityLimiter(OPEN_THREADS)
 
+    def received(self, pipeline: str) -> int:
+        """Bytes of its chunks that came so far and are not whole."""
+        return sum(sent.counted for sent in self._sent.values() if sent.filling.target.key.pipeline == pipeline)
+
     @property
     def in_flight(self) -> int:
         """Requests that are waiting for a worker, or with one."""

@@ -60,6 +60,8 @@ BUFFER_BYTES = 1024 * 1024
 READ_BYTES = 256 * 1024
 """One read of the socket: it returns when full, and only between reads can a demand have the line for itself. It has
 WorkerSettings.slow_window to come: a body that drips would hold a connection, and its chunk, for hours."""
+FIRST_PIECE, LEAST_PIECE = 16 * 1024, 4 * 1024
+"""Of READ_BYTES so much is waited for at a time, and told of: on a slow line less, on a fast one soon all of it."""
 HEADER_TIMEOUTS = 2.0
 """Status and headers have so many stall time-outs to come in whole: a time-out of the socket begins anew with each
 byte."""
@@ -99,6 +101,14 @@ class Sink(Protocol):
         """The server ignores ranges, and begins to send the whole file: who takes it, from its first byte; None where
         nobody does. May raise Abandoned."""
         ...
+
+
+def next_piece(piece: int, seconds: float) -> int:
+    """How much to wait for next, when ``piece`` bytes took so long: progress is to be seen every second, and a fast
+    line is not to be asked more often than it must."""
+    if seconds > 0.5:
+        return max(piece // 4, LEAST_PIECE)
+    return min(piece * 4, READ_BYTES) if seconds < 0.1 else piece
 
 
 def parse_retry_after(value: str | None, now: float) -> float | None:
@@ -392,6 +402,7 @@ class Fetcher:
         readinto = getattr(source, "readinto")  # noqa: B009 (typed by neither)
         connection = getattr(response, _SOCKET, None)
         window = self._settings.slow_window
+        piece = FIRST_PIECE
         offset = wanted.start
         try:
             while offset < wanted.stop:
@@ -400,17 +411,24 @@ class Fetcher:
                 while filled < limit:
                     sink.before_read()
                     part = buffer[filled : min(filled + READ_BYTES, limit)]
+                    count = 0
                     with self._overdue.cut(connection, window) as cut:
-                        count = readinto(part)
+                        while count < len(part):
+                            began = time.monotonic()
+                            got = readinto(part[count : count + piece])
+                            if not got:
+                                break
+                            count += got
+                            sink.progress(got)
+                            piece = next_piece(piece, time.monotonic() - began)
                     if cut.off:
                         raise OriginUnavailable(f"{where}: less than {len(part)} bytes came in {window:g} s")
-                    if not count:
+                    filled += count
+                    if count < len(part):
                         raise OriginMisbehaved(
                             f"{where}: the body ended after {offset + filled - wanted.start} of {wanted.length} bytes",
                             fault=Fault.CUT,
                         )
-                    filled += count
-                    sink.progress(count)
                 sink.write(buffer[:filled], offset)
                 offset += filled
             if readinto(buffer[:1]):

@@ -244,6 +244,10 @@ class Filler(CommitEvents, DeliveryEvents):
         """Bytes per second that came for it over the last few seconds."""
         return self._rates.rate(pipeline, trio.current_time())
 
+    def received(self, pipeline: str) -> int:
+        """Bytes that came for it and are no whole chunks yet: progress, not presence."""
+        return self._delivery.received(pipeline)
+
     def breaker_open(self, key: OriginKey) -> OriginBroken | None:
         """What to refuse opens with while this origin is known to be down; None while it is not."""
         return self._breakers.broken(key)

@@ -720,6 +720,7 @@ class Library:
             self._access,
             filling=self._filler.is_filling(pipeline.id),
             rate=self._filler.rate(pipeline.id),
+            received=self._filler.received(pipeline.id),
             keep_hot=self._config.eviction.keep_hot,
             with_files=with_files,
             scrub=self.scrubber.status(pipeline) if self.scrubber is not None else None,

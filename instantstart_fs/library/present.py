@@ -218,12 +218,13 @@ def pipeline_status(
     *,
     filling: bool,
     rate: float,
+    received: int = 0,
     keep_hot: float,
     with_files: bool,
     scrub: ScrubStatus | None = None,
     access: AccessStatus | None = None,
 ) -> PipelineStatus:
-    """``rate`` in bytes per second."""
+    """``rate`` in bytes per second. ``received``: bytes of chunks that are on their way."""
     listed = pipeline.current if with_files else None
     generation = pipeline.outline
     cached = generation.counts.cached if generation else 0
@@ -231,8 +232,9 @@ def pipeline_status(
     requested = clocks.last_request(pipeline.id)
     fill = None
     if filling:
-        eta = round((total - cached) / rate) if rate > 0 else None
-        fill = FillStatus(bytes_per_second=round(rate), eta_seconds=eta)
+        received = max(min(received, total - cached), 0)
+        eta = round((total - cached - received) / rate) if rate > 0 else None
+        fill = FillStatus(bytes_per_second=round(rate), eta_seconds=eta, received_bytes=received)
     trouble = pipeline.trouble
     if pipeline.hidden is not None:
         trouble = Trouble(AccessRefused(pipeline.hidden), pipeline.access.since_ns, final=True)

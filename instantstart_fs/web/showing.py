@@ -163,10 +163,13 @@ def chip(status: PipelineStatus) -> str:
 
 
 def percent(status: PipelineStatus) -> int:
-    """Of the bytes; 100 only when all are there."""
+    """Of the bytes, those on their way included; 100 only when all are there."""
     if status.total_bytes <= 0:
         return 100 if status.state in ("warm", "unverified") else 0
-    return min(100, status.cached_bytes * 100 // status.total_bytes)
+    if status.cached_bytes >= status.total_bytes:
+        return 100
+    received = status.fill.received_bytes if status.fill is not None else 0
+    return min(99, (status.cached_bytes + received) * 100 // status.total_bytes)
 
 
 def _store(overview: Overview) -> StoreView:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import MIB, REPOSITORY, START_DEADLINE, Daemon, model_directory
+from tests.servers.hub import HubServer
 
 CLI = [sys.executable, "-m", "instantstart_fs.cli"]
 ODD = "模型 é●.txt"
@@ -162,6 +164,112 @@ def test_odd_terminals(daemon: Daemon, env: dict[str, str]) -> None:
         assert status == 0 and b"Traceback" not in shown, (arguments, shown.decode())
         if "NO_COLOR" in env and arguments[0] != "warm":
             assert b"\x1b[3" not in shown
+
+
+def test_what_others_write_has_lines_of_its_own_beside_a_bar(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path
+) -> None:
+    """A cold fill on a slow line, with an error on the way, and a daemon's log on the same terminal."""
+    hub.publish("org/m", model_directory(tmp_path / "source", weights=(6 * MIB, MIB)))
+    daemon = make_daemon(config={"origins": {"huggingface": {"endpoint": hub.endpoint}}})
+    daemon.ok("add", "m", "hf://org/m")
+    hub.fault("bandwidth", port="cdn", rate=300_000)
+    outer, inner = pty.openpty()
+    termios.tcsetwinsize(inner, (24, 80))
+    env = {**os.environ, **daemon.env, "TERM": "xterm"}
+    command = [*CLI, "warm", "m", "--wait"]
+    process = subprocess.Popen(command, env=env, cwd=REPOSITORY, stdin=inner, stdout=inner, stderr=inner)
+    screen, written, told, deadline = Screen(24, 80), b"", 0, time.monotonic() + 60
+    seen: list[str] = []
+    while told < 3 and time.monotonic() < deadline:
+        if not select.select([outer], [], [], 0.5)[0]:
+            continue
+        data = os.read(outer, 65536)
+        written += data
+        screen.feed(data.decode())
+        bar = screen.lines[-2]
+        if bar.startswith("m  ") and "%" in bar and bar not in seen:
+            seen.append(bar)
+            if len(seen) % 2 == 0:
+                os.write(inner, f"warning [m] line {told} of the log\n".encode())
+                told += 1
+    hub.clear()
+    while True:
+        if not select.select([outer], [], [], 0.5)[0]:
+            if process.poll() is not None:
+                break
+            continue
+        screen.feed(os.read(outer, 65536).decode())
+    os.close(inner)
+    os.close(outer)
+    assert process.wait(60) == 0
+    shown = screen.lines
+    for number in range(told):
+        assert f"warning [m] line {number} of the log" in shown, shown
+    assert not any("█" in line or "░" in line for line in shown), f"the bar was left behind: {shown}"
+    # Nothing is whole yet: one chunk of 8 MiB and one of 1 MiB, and the bar moves all the same.
+    assert len({bar.split("%")[0] for bar in seen}) >= 3, seen
+    assert any("/s" in bar for bar in seen), seen
+
+
+class Screen:
+    """As much of a terminal as the bar uses: a cursor, a region that scrolls, lines that are erased."""
+
+    SEQUENCE = re.compile(r"\x1b\[([0-9;]*)([A-Za-z])|\x1b([78])|([\r\n])|([^\x1b\r\n])")
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self._cells = [[" "] * columns for _ in range(rows)]
+        self._rows, self._columns = rows, columns
+        self._row = self._column = 0
+        self._saved = (0, 0)
+        self._bottom = rows
+        self._rest = ""
+
+    @property
+    def lines(self) -> list[str]:
+        return ["".join(line).rstrip() for line in self._cells]
+
+    def feed(self, text: str) -> None:
+        text, self._rest = self._rest + text, ""
+        at = 0
+        while at < len(text):
+            found = self.SEQUENCE.match(text, at)
+            if found is None:
+                self._rest = text[at:]
+                return
+            at = found.end()
+            self._do(found)
+
+    def _do(self, found: re.Match[str]) -> None:
+        numbers = [int(number) for number in (found[1] or "").split(";") if number]
+        match found[2] or found[3] or found[4]:
+            case "\r":
+                self._column = 0
+            case "\n":
+                if self._row == self._bottom - 1:
+                    self._cells.insert(self._bottom, [" "] * self._columns)
+                    del self._cells[0]
+                else:
+                    self._row = min(self._row + 1, self._rows - 1)
+            case "7":
+                self._saved = (self._row, self._column)
+            case "8":
+                self._row, self._column = self._saved
+            case "A":
+                self._row = max(self._row - numbers[0], 0)
+            case "H":
+                self._row, self._column = numbers[0] - 1, numbers[1] - 1
+            case "K":
+                self._cells[self._row][self._column :] = [" "] * (self._columns - self._column)
+            case "J":
+                for row in range(self._row, self._rows):
+                    self._cells[row] = [" "] * self._columns
+            case "r":
+                self._bottom = numbers[1] if numbers else self._rows
+                self._row = self._column = 0
+            case None:
+                self._cells[self._row][min(self._column, self._columns - 1)] = found[5]
+                self._column += 1
 
 
 def test_a_daemon_without_a_utf8_locale_serves_names_of_all_kinds(

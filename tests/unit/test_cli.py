@@ -434,6 +434,10 @@ def test_ls_cuts_nothing_short_that_is_no_source_in_a_narrow_terminal(
     statuses = [msgspec.structs.replace(status, pipeline=name), msgspec.structs.replace(status, pipeline="other")]
     drawn = show.pipelines(statuses, width=width).splitlines()
     assert all(len(line) <= max(width, 60) for line in drawn)
+    if error is not None:
+        below = [line for line in drawn if line.startswith("  ") and "nobody answers" in line]
+        assert len(below) == 2 and all(line.strip().startswith("nobody answers at hub.example") for line in below)
+        drawn = [line for line in drawn if line not in below]
     rows = [line for line in drawn if line.startswith("●")]
     assert len(rows) == 2
     for row in rows:
