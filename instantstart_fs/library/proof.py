@@ -68,7 +68,7 @@ def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: floa
                         f"{error.message}, also at a fresh address; is there a proxy or a firewall in between?"
                     ) from error
             except OriginUnavailable as error:
-                host = urlsplit(location.url).netloc if location is not None else ""
+                host = urlsplit(location.url).netloc.rpartition("@")[2] if location is not None else ""
                 if not host:
                     raise  # the origin itself did not say where the bytes are
                 reason = error.message.removeprefix(f"{shown_url(location.url)}: ") if location is not None else ""
