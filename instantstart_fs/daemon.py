@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import logging
 import os
 import signal
@@ -34,8 +35,8 @@ from instantstart_fs.control.server import ControlServer
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, PipelineStatus
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineExists, PipelineNotFound, StoreLocked
-from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
+from instantstart_fs.library.recovery import open_index
 from instantstart_fs.logs import LogFormat, announce, configure_logging
 from instantstart_fs.mount import kernel, session
 from instantstart_fs.mount.handover import Handover, Inherited
@@ -61,6 +62,8 @@ STOP_DEADLINE = 25.0
 """Seconds from the signal to the end, whatever hangs; below systemd's TimeoutStopSec (30 s in our unit)."""
 PREDECESSOR_DEADLINE = 5.0
 """Seconds for the daemon whose mount we inherited to be gone."""
+REBUILD_PATIENCE = 60_000_000
+"""Microseconds more that systemd waits for the start, at each sign of life while the index is made anew."""
 STATUS_INTERVAL = 30.0
 """Seconds between two looks at what the status line says; the watchdog may want them more often."""
 FIRST_RETRY = 5.0
@@ -111,7 +114,12 @@ async def serve(
         with contextlib.closing(store):
             for warning in store.warnings:
                 log.warning("%s", warning)
-            index = await trio.to_thread.run_sync(Index.open, store.layout.index)
+
+            def told(line: str) -> None:
+                notifier.send(f"EXTEND_TIMEOUT_USEC={REBUILD_PATIENCE}\nSTATUS={line}")
+
+            opener = functools.partial(open_index, store, rest=config.eviction.keep_hot, told=told)
+            index = await trio.to_thread.run_sync(opener)
             with contextlib.closing(index):
                 async with trio.open_nursery() as watch:
                     await watch.start(index.run)

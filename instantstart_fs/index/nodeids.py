@@ -53,6 +53,10 @@ class HighWater:
         except OSError as error:
             raise os_error(error, f"read {self.path}") from error
 
+    def set(self, value: int) -> None:
+        """Nodeids below ``value`` count as taken from now on. Raises StoreError."""
+        self._raise_to(value)
+
     def take(self, counter: int | None, count: int) -> int:
         """The first of ``count`` nodeids, given the index's ``counter`` (the next free one; None: the index is new)."""
         first = max(self._value, FIRST_NODEID) if counter is None else counter

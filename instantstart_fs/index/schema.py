@@ -13,6 +13,7 @@ and everything of a generation in manifest order, is one range:
     summaries      <pipeline>                                     SummaryRecord; none = read it whole
     meta           format, nodeids, health                        u64
                    clock                                          core.eviction.ClockState
+                   store                                          the identity of the store that it belongs to, ASCII
 
 Integers are big-endian; a pipeline id is ASCII without NUL, so that no id's range runs into another's.
 """
@@ -39,6 +40,7 @@ META_FORMAT = b"format"
 META_NODEIDS = b"nodeids"
 META_HEALTH = b"health"
 META_CLOCK = b"clock"
+META_STORE = b"store"
 FIRST_NODEID = 1024
 """Below it are the mount's own (the root is 1; .warm, .filling, .cold)."""
 

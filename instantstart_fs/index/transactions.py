@@ -116,6 +116,11 @@ class ReadTxn:
         value = self._get("meta", schema.META_CLOCK)
         return None if value is None else schema.decode_clock(value)
 
+    def store_identity(self) -> str | None:
+        """Of the store that this is the index of; None: an earlier version made it, or it is new."""
+        value = self._get("meta", schema.META_STORE)
+        return None if value is None else value.decode("ascii", "replace")
+
     def dump(self) -> dict[str, dict[bytes, bytes]]:
         """Everything, raw: for tests and for probing a suspect index."""
         return {database: dict(self._scan(database)) for database in schema.DATABASES}
@@ -238,6 +243,9 @@ class WriteTxn(ReadTxn):
 
     def put_clock(self, state: ClockState) -> None:
         self._put("meta", schema.META_CLOCK, schema.encode(state))
+
+    def put_store_identity(self, identity: str) -> None:
+        self._put("meta", schema.META_STORE, identity.encode("ascii"))
 
     def prove_writable(self, at_ns: int) -> None:
         """Write something small; raises what a real write would."""

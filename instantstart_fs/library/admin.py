@@ -580,6 +580,8 @@ class Admin:
         generation = _generation_record(new)
 
         def write(txn: WriteTxn) -> None:
+            # Where a manifest was removed by hand, an earlier generation may have had this number.
+            txn.delete_files(pipeline.id, number)
             txn.put_generation(generation)
             txn.put_pipeline(record)
             for index, found in (kept or {}).items():

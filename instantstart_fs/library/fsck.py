@@ -25,10 +25,12 @@ from typing import Literal
 import msgspec
 
 from instantstart_fs.core.digests import new_hasher
+from instantstart_fs.core.eviction import ClockState
 from instantstart_fs.core.manifest import FileEntry, Manifest, PipelineSpec
 from instantstart_fs.core.names import validate_origin_paths, validate_pipeline_id
 from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
-from instantstart_fs.errors import InstantStartError, InvalidName, StoreDamaged, StoreUnsupported
+from instantstart_fs.errors import InvalidName, NoSuchEntry, StoreDamaged, StoreUnsupported
+from instantstart_fs.filler.evictor import boot_identity, boottime
 from instantstart_fs.index.environment import DEFAULT_MAP_SIZE, Index
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
 from instantstart_fs.index.transactions import WriteTxn
@@ -74,9 +76,15 @@ class _Restored(msgspec.Struct):
 
 
 class _Run:
-    def __init__(self, store: BlobStore, deep: bool, report: Callable[[FsckProgress], None]) -> None:
+    """``keep``: of what is no use nothing is removed."""
+
+    def __init__(
+        self, store: BlobStore, deep: bool, report: Callable[[FsckProgress], None], *, keep: bool = False
+    ) -> None:
         self.store = store
         self.deep = deep
+        self.keep = keep
+        self.fate = "left alone" if keep else "removed"
         self.report = report
         self.restored: list[_Restored] = []
         self.remove: list[tuple[str, ...]] = []
@@ -91,11 +99,9 @@ class _Run:
             try:
                 validate_pipeline_id(name)
                 spec = self.store.load_pipeline(name)
-            except StoreUnsupported:
-                raise
-            except InstantStartError as error:
+            except (StoreDamaged, NoSuchEntry, InvalidName) as error:  # nothing else: a want of ours is no reason
                 # Without its pipeline.json nobody knows whose it is; it may hold a gated model: never shown again.
-                self._orphan((name,), f"{name}: removed, its {PIPELINE_FILE} cannot be used ({error.message})")
+                self._orphan((name,), f"{name}: {self.fate}, its {PIPELINE_FILE} cannot be used ({error.message})")
                 continue
             self._look_at_pipeline(spec, current.get(name, 0))
 
@@ -112,7 +118,7 @@ class _Run:
             if number is not None:
                 numbers.append(number)
             elif name != PIPELINE_FILE:
-                self._orphan((pipeline, name), f"{pipeline}/{name}: removed, nothing of this store has that name")
+                self._orphan((pipeline, name), f"{pipeline}/{name}: {self.fate}, nothing of this store has that name")
         restored = _Restored(spec, self.store.pipeline_created_at(pipeline), None, sorted(numbers), {})
         self.restored.append(restored)
         # An update that the daemon did not live to finish may have left a newer manifest than the one in use.
@@ -126,8 +132,8 @@ class _Run:
             except StoreUnsupported:
                 raise
             except (StoreDamaged, InvalidName) as error:
-                self._orphan((pipeline, str(number)), f"{pipeline}/{number}: removed, {error.message}")
-            except InstantStartError:
+                self._orphan((pipeline, str(number)), f"{pipeline}/{number}: {self.fate}, {error.message}")
+            except NoSuchEntry:
                 # No manifest: a resolve that the daemon did not live to finish.
                 self.remove.append((pipeline, str(number)))
                 self.orphans += 1
@@ -143,7 +149,8 @@ class _Run:
         where = (manifest.pipeline, str(manifest.generation))
         for name in self.store.list_directory(*where):
             if name not in (MANIFEST_FILE, FILES):
-                self._orphan((*where, name), f"{'/'.join(where)}/{name}: removed, nothing of this store has that name")
+                shown = "/".join((*where, name))
+                self._orphan((*where, name), f"{shown}: {self.fate}, nothing of this store has that name")
         entries = {entry.path: entry for entry in manifest.files}
         directories = {""}
         for path in entries:
@@ -168,7 +175,7 @@ class _Run:
                         self.dropped += 1
                         self.remove.append((*components, name))
                 else:
-                    self._orphan((*components, name), f"{'/'.join(where)}/{path}: removed, not in the manifest")
+                    self._orphan((*components, name), f"{'/'.join(where)}/{path}: {self.fate}, not in the manifest")
 
     def _judge(self, manifest: Manifest, entry: FileEntry) -> State | None:
         """What the file may be restored as; None: it is to be dropped (and a problem is noted, unless it was merely
@@ -258,7 +265,7 @@ class _Run:
         return list(txn.accesses(restored.spec.id, manifest.generation)) if manifest is not None else []
 
     def finish(self) -> FsckReport:
-        for components in self.remove:
+        for components in () if self.keep else self.remove:
             self.store.delete_entry(*components)
         states = [state for restored in self.restored for state in restored.files.values()]
         return FsckReport(
@@ -300,6 +307,26 @@ def fsck(
     run = _Run(store, deep, report or (lambda progress: None))
     run.look(index.read(lambda txn: {record.spec.id: record.generation for record in txn.pipelines()}))
     index.write_sync(run.write)
+    return run.finish()
+
+
+def rebuild(
+    store: BlobStore, index: Index, report: Callable[[FsckProgress], None] | None = None, *, rest: float
+) -> FsckReport:
+    """The same for an index that knows nothing (library/recovery.py), by the seals; of the slots nothing is removed.
+    Nothing is evicted for ``rest`` seconds, since nobody knows when anything was requested."""
+    run = _Run(store, False, report or (lambda progress: None), keep=True)
+    run.look({})
+    clock = ClockState(boot_identity(), time.time(), boottime(), rest)
+
+    def write(txn: WriteTxn) -> None:
+        run.write(txn)
+        if store.identity:
+            txn.put_store_identity(store.identity)
+        if rest > 0 and run.restored:
+            txn.put_clock(clock)
+
+    index.write_sync(write)
     return run.finish()
 
 

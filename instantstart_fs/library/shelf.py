@@ -24,6 +24,7 @@ from instantstart_fs.errors import (
     DigestMismatch,
     FillCancelled,
     InstantStartError,
+    NoSuchEntry,
     OriginError,
     PipelineNotFound,
     StoreDamaged,
@@ -117,6 +118,7 @@ class Shelf:
         A pipeline that has a summary is not read any further. One whose manifest cannot be read is shown in the state
         ``error``; the others are not touched by it.
         """
+        slots = set(self.store.list_directory())
         summaries = self.index.read(lambda txn: dict(txn.summaries()))
         folded: list[Folded] = []
         for record in self.index.read(lambda txn: list(txn.pipelines())):
@@ -124,7 +126,7 @@ class Shelf:
                 record.spec, dict(record.directory_nodeids), pinned=record.pinned, created_at_ns=record.created_at_ns
             )
             summary = summaries.get(pipeline.id)
-            if summary is not None and summary.generation == record.generation:
+            if summary is not None and summary.generation == record.generation and pipeline.id in slots:
                 found = Folded(pipeline, summary, self._unfold)
                 folded.append(found)
                 pipeline.current = found
@@ -144,7 +146,7 @@ class Shelf:
         if not self._spare:
             # Now: when a file proves wrong there may be no room, or no index, to reserve any.
             self._reserve_spare()
-        strangers = set(self.store.list_directory()) - self.pipelines.keys()
+        strangers = slots - self.pipelines.keys()
         unknown = sorted(name for name in strangers if self.store.has_pipeline(name))
         if unknown:
             log.warning(
@@ -369,7 +371,12 @@ class Shelf:
             ) from error
 
     def _decode_generation(self, pipeline: Pipeline, number: int) -> Generation:
-        manifest = self.store.load_manifest(pipeline.id, number)
+        try:
+            manifest = self.store.load_manifest(pipeline.id, number)
+        except NoSuchEntry as error:
+            raise StoreLost(
+                f"{pipeline.id}: its manifest is gone; `instantstart update {pipeline.id}` resolves it anew"
+            ) from error
         record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
         if record is None:
             raise StoreDamaged(

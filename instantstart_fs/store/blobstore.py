@@ -27,6 +27,7 @@ import functools
 import itertools
 import logging
 import os
+import secrets
 import shutil
 import stat
 import threading
@@ -50,6 +51,7 @@ from instantstart_fs.store.layout import (
     FILE_MODE,
     FILES,
     FORMAT,
+    IDENTITY,
     MANIFEST_FILE,
     PIPELINE_FILE,
     SLOTS,
@@ -57,7 +59,7 @@ from instantstart_fs.store.layout import (
     Layout,
     generation_number,
 )
-from instantstart_fs.store.translate import translated
+from instantstart_fs.store.translate import translate, translated
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,10 @@ class BlobStore:
         self._trash_fd = trash_fd
         self._view_fd = -1
         self._view_tried = False
+        self.identity = ""
+        """Random, made with the store; "" while there is no room to note one."""
+        self.identity_is_new = False
+        """Whether this process made it."""
         self._unique = itertools.count()
         self._mutex = threading.Lock()
         self._deleting: dict[str, tuple[str, ...]] = {}
@@ -150,10 +156,40 @@ class BlobStore:
             store = cls(layout, os.dup(lock_fd), os.dup(slots_fd), os.dup(trash_fd), (warning,) if warning else ())
         try:
             store._empty_trash()
+            store._identify()
         except BaseException:
             store.close()
             raise
         return store
+
+    def _identify(self) -> None:
+        try:
+            with open(os.path.join(self.root, IDENTITY), encoding="ascii", errors="replace") as file:
+                self.identity = file.read(64).strip()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise translate(error, f"read the identity of {self.root}") from error
+        if not self.identity:
+            self.identity_is_new = True
+            self.take_identity(secrets.token_hex(16))
+
+    def take_identity(self, identity: str) -> None:
+        """Note it, durably, if there is room."""
+        temporary = self._unique_name()
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(temporary, flags, FILE_MODE, dir_fd=self._trash_fd), "w", encoding="ascii") as file:
+                file.write(f"{identity}\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, os.path.join(self.root, IDENTITY), src_dir_fd=self._trash_fd)
+        except OSError as error:
+            log.warning("the store's identity is not noted: %s", error.strerror)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=self._trash_fd)
+            return
+        self.identity = identity
 
     def close(self) -> None:
         """Give the store up. Idempotent. Open BlobFiles stay usable but must not be written any more."""
@@ -251,7 +287,8 @@ class BlobStore:
         return sorted(number for number in found if MANIFEST_FILE in self.list_directory(pipeline, str(number)))
 
     def list_directory(self, *components: str) -> list[str]:
-        """The names below slots/``components``, sorted; none if it is no directory or not there."""
+        """The names below slots/``components``, sorted; none if it is no directory or not there. Raises StoreError:
+        what cannot be read now is not empty."""
         try:
             with translated(f"list {_shown(components)}"):
                 fd = self._walk(components)
@@ -259,7 +296,7 @@ class BlobStore:
                     return sorted(os.listdir(fd))
                 finally:
                     os.close(fd)
-        except (NoSuchEntry, StoreDamaged):
+        except (NoSuchEntry, StoreLost):
             return []
 
     # -- files -----------------------------------------------------------------------------------------------------

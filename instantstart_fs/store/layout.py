@@ -2,6 +2,7 @@
 
     <root>/lock                                       one daemon per store (flock; holds its pid)
     <root>/workers.lock                               shared by living fetch workers
+    <root>/id                                         the store's identity: its index names it
     <root>/nodeids                                    high-water mark of the nodeids (the index writes it)
     <root>/index/                                     LMDB
     <root>/slots/<pipeline>/pipeline.json
@@ -27,6 +28,7 @@ FORMAT = 1
 LOCK = "lock"
 WORKERS_LOCK = "workers.lock"
 NODEIDS = "nodeids"
+IDENTITY = "id"
 INDEX = "index"
 SLOTS = "slots"
 TRASH = "trash"

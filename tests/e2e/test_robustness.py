@@ -15,7 +15,9 @@ import pytest
 
 from instantstart_fs.control.client import Client
 from instantstart_fs.errors import InstantStartError
+from instantstart_fs.library.recovery import open_index
 from instantstart_fs.mount import kernel
+from instantstart_fs.store.blobstore import BlobStore
 from tests import harness
 from tests.harness import MIB, Daemon, loop_ext4, model_directory, mounted, must, run, unmount, wait_for
 from tests.servers.hub import HubServer
@@ -256,3 +258,90 @@ def test_what_somebody_did_to_a_warm_slot_is_mended_within_the_same_read(
     daemon.restart()
     assert daemon.status("p")["state"] == "warm"
     must("cmp", daemon.path("p", names[0]), source / names[0])
+
+
+def lose_index(store: Path, kind: str, other: Path) -> None:
+    index = store / "index"
+    match kind:
+        case "gone":
+            shutil.rmtree(index)
+        case "gone with the nodeids and the identity":
+            shutil.rmtree(index)
+            (store / "nodeids").unlink()
+            (store / "id").unlink()
+        case "only its lock":
+            (index / "data.mdb").unlink()
+        case "empty":
+            (index / "data.mdb").write_bytes(b"")
+        case "garbage":
+            (index / "data.mdb").write_bytes(b"not an index" * 1000)
+        case "cut short":
+            os.truncate(index / "data.mdb", 3 * 4096)
+        case "of another store" | "of another store, of an earlier version":
+            shutil.rmtree(index)
+            must("cp", "-a", "--sparse=always", other / "index", index)
+            if "," in kind:
+                (store / "id").unlink()
+
+
+def test_a_lost_index_is_made_anew_at_the_start(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """From the slots alone: the source is gone. Never an empty mount, never a slot that is removed."""
+    source = model_directory(tmp_path / "source", weights=(MIB, MIB + 12345))
+    kept = tmp_path / "kept"
+    shutil.copytree(source, kept)
+    stranger = make_daemon("stranger")
+    stranger.ok("add", "x", f"file://{source}")
+    stranger.stop()
+    daemon = make_daemon(allow=["index cannot be used"])
+    daemon.ok("add", "m", f"file://{source}", "--owner", "5:6", "--quota", "1GB")
+    daemon.ok("pin", "m")
+    daemon.ok("add", "cold", f"file://{source}")
+    daemon.warm("m")
+    (daemon.store / "slots/odd").mkdir()
+    (daemon.store / "slots/odd/precious").touch()
+    shutil.rmtree(source)
+    given: set[int] = {daemon.path("m", "config.json").stat().st_ino}
+    daemon.stop()
+    for kind in (
+        "gone", "gone with the nodeids and the identity", "only its lock", "empty", "garbage", "cut short",
+        "of another store", "of another store, of an earlier version",
+    ):  # fmt: skip
+        lose_index(daemon.store, kind, stranger.store)
+        for again in (False, True):
+            with BlobStore.open(str(daemon.store)) as store, open_index(store, rest=3600) as index:
+                records = {record.spec.id: record for record in index.read(lambda txn: list(txn.pipelines()))}
+                clock = index.read(lambda txn: txn.clock())
+                complete = index.read(lambda txn: [file.state for _, file in txn.files("m", 1)])
+            assert records.keys() == {"m", "cold"} and records["m"].pinned and records["m"].spec.uid == 5, kind
+            assert complete == ["unverified"] * 8, kind
+            assert clock is not None and clock.rest == 3600, kind
+            assert (min(records["m"].directory_nodeids.values()) in given) is again, f"{kind}: a nodeid was given twice"
+            given.update(nodeid for record in records.values() for nodeid in record.directory_nodeids.values())
+    lose_index(daemon.store, "gone", stranger.store)
+    daemon.start()
+    assert "the index was made anew" in daemon.text() and "2 pipelines, 8 complete files" in daemon.text()
+    assert (daemon.status("m")["state"], daemon.status("cold")["state"]) == ("unverified", "cold")
+    for path in kept.iterdir():
+        if path.name.startswith("model-0") or path.suffix == ".json":
+            assert daemon.path("m", path.name).read_bytes() == path.read_bytes()
+    assert (daemon.store / "slots/odd/precious").exists()
+
+
+def test_a_slot_that_was_removed_while_no_daemon_ran_is_resolved_anew_by_update(
+    make_daemon: Callable[..., Daemon], hub: HubServer, model: Path
+) -> None:
+    hub.publish("org/model", model)
+    endpoint = {"origins": {"huggingface": {"endpoint": hub.endpoint}}}
+    daemon = make_daemon(config=endpoint, allow=["cannot be served"])
+    daemon.ok("add", "p", "hf://org/model")
+    daemon.warm("p")
+    daemon.stop()
+    shutil.rmtree(daemon.store / "slots/p")
+    daemon.start()
+    status = daemon.status("p")
+    assert (status["state"], status["error"]["code"]) == ("error", "store-lost")
+    assert "instantstart update p" in status["error"]["message"]
+    daemon.ok("update", "p")
+    assert daemon.status("p")["state"] == "cold"
+    daemon.warm("p")
+    must("cmp", daemon.path("p", "config.json"), model / "config.json")
