@@ -112,6 +112,7 @@ class _S3(Table):
     profile: str | None = None
     anonymous: bool = False
     requester_pays: bool = False
+    etags_are_md5: bool = True
 
 
 class _Origins(Table):
@@ -253,6 +254,7 @@ def _build(
                 raw.origins.s3.profile,
                 raw.origins.s3.anonymous,
                 raw.origins.s3.requester_pays,
+                raw.origins.s3.etags_are_md5,
             ),
             at.parsed("origins.recheck_access", parse_interval, raw.origins.recheck_access),
             raw.origins.on_refusal,

@@ -120,13 +120,14 @@ class HuggingFaceConfig(msgspec.Struct, frozen=True):
 
 class S3Config(msgspec.Struct, frozen=True):
     """None leaves it to boto3: AWS_* and ~/.aws. ``anonymous``: no credentials are looked for; ``requester_pays``:
-    whose they are pays for the requests."""
+    whose they are pays for the requests; ``etags_are_md5``: False where an engine's only look like it."""
 
     endpoint_url: str | None = None
     region_name: str | None = None
     profile: str | None = None
     anonymous: bool = False
     requester_pays: bool = False
+    etags_are_md5: bool = True
 
 
 OnRefusal = Literal["hide", "report"]

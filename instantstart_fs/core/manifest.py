@@ -53,6 +53,13 @@ def rests_on_etag(file: ManifestFile) -> bool:
     return digest is not None and digest.algorithm == "md5" and f'etag="{digest.value}' in file.version
 
 
+ETAG_HINT = (
+    "; this digest is the origin's ETag: if that is no MD5 there, set etags_are_md5 = false in [origins.s3], "
+    "then `update`"
+)
+"""For who finds that bytes do not match a digest that ``rests_on_etag``."""
+
+
 _CHECKSUMS = frozenset({"crc32", "crc32c", "crc64nvme"})
 """They find accidents. That two objects with one checksum are the same, they do not say."""
 

@@ -42,8 +42,10 @@ class Quarantine:
         """How many in a row."""
         return self._mismatches.get(key, 0)
 
-    def refusal(self, key: FileKey, path: str, now: float) -> DigestMismatch | OriginIncompatible | None:
-        """What to say to whoever wants the file now; None if it may be fetched."""
+    def refusal(
+        self, key: FileKey, path: str, now: float, hint: str = ""
+    ) -> DigestMismatch | OriginIncompatible | None:
+        """What to say to whoever wants the file now; None if it may be fetched. ``hint``: what may help beside."""
         refused = self._refused.get(key)
         if refused is not None:
             return refused
@@ -51,7 +53,7 @@ class Quarantine:
             return None
         return DigestMismatch(
             f"{path}: the origin's bytes did not match the manifest {self.mismatches(key)} times in a row; "
-            "`warm` tries again, `update` pins what is there now"
+            f"`warm` tries again, `update` pins what is there now{hint}"
         )
 
     def __len__(self) -> int:

@@ -27,7 +27,7 @@ import trio
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.fillplan import FillPlan
-from instantstart_fs.core.manifest import FileEntry
+from instantstart_fs.core.manifest import ETAG_HINT, FileEntry, ManifestFile, rests_on_etag
 from instantstart_fs.core.retry import Effort, quantum
 from instantstart_fs.core.serving import endpoint_trusted, may_serve_unsealed
 from instantstart_fs.errors import (
@@ -261,7 +261,7 @@ class Filler(CommitEvents, DeliveryEvents):
     ) -> None:
         """Fill ``view`` straight from the origin; nothing is kept (filler/direct.py). ``since``: trio.current_time()
         from which on somebody waits; None = now. Raises InstantStartError."""
-        refusal = self._quarantine.refusal(key, entry.path, trio.current_time())
+        refusal = self._quarantine.refusal(key, entry.path, trio.current_time(), _hint(entry.file))
         if refusal is not None:
             raise refusal
         try:
@@ -307,7 +307,9 @@ class Filler(CommitEvents, DeliveryEvents):
         if isinstance(target.error, OriginChanged | DigestMismatch | FillCancelled):
             return target.error
         if isinstance(target.error, OriginIncompatible):
-            return self._quarantine.refusal(target.key, target.entry.path, trio.current_time())
+            return self._quarantine.refusal(
+                target.key, target.entry.path, trio.current_time(), _hint(target.entry.file)
+            )
         return target.error if trio.current_time() < target.failed_at + REVIVE_SECONDS else None
 
     def _revive(self, target: FillTarget) -> bool:
@@ -322,7 +324,7 @@ class Filler(CommitEvents, DeliveryEvents):
         if filling is not None and filling.target is target:
             return filling
         now = trio.current_time()
-        error = self._quarantine.refusal(key, target.entry.path, now)
+        error = self._quarantine.refusal(key, target.entry.path, now, _hint(target.entry.file))
         if error is not None:
             target.failed, target.failed_at, target.error = True, now, error
             target.wake()
@@ -558,7 +560,7 @@ class Filler(CommitEvents, DeliveryEvents):
         assert digest is not None
         error = DigestMismatch(
             f"{target.entry.path}: the bytes that came have {digest.algorithm} {found}, the manifest says "
-            f"{digest.value}"
+            f"{digest.value}{_hint(target.entry.file)}"
         )
         log.error("%s", error.message, extra={"pipeline": key.pipeline})
         self._poisonings += 1
@@ -733,3 +735,7 @@ class Filler(CommitEvents, DeliveryEvents):
             elif not filling.sealing:
                 self._end(filling, StoreFull(error.message))
         self._wakeup.set()
+
+
+def _hint(file: ManifestFile) -> str:
+    return ETAG_HINT if rests_on_etag(file) else ""

@@ -81,7 +81,8 @@ def choose(specs: Sequence[PipelineSpec], most: int) -> list[tuple[PipelineSpec,
     for spec in sorted(specs, key=lambda spec: spec.id):
         for model in spec.models:
             scheme = model.source.partition("://")[0]
-            first.setdefault((scheme, spec.endpoint_url, spec.token_file, spec.aws_profile), []).append((spec, model))
+            who = "anonymous" if spec.anonymous else spec.aws_profile
+            first.setdefault((scheme, spec.endpoint_url, spec.token_file, who), []).append((spec, model))
     chosen: list[tuple[PipelineSpec, ModelSpec]] = []
     seen: set[tuple[str | None, ...]] = set()
     depth = 0

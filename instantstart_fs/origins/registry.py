@@ -48,6 +48,7 @@ def open_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) 
                 bounds=settings.bounds,
                 anonymous=anonymous,
                 requester_pays=spec.requester_pays or settings.s3.requester_pays,
+                etags_are_md5=settings.s3.etags_are_md5,
                 allow_private=settings.allow_private,
             )
         case DirectorySource():

@@ -75,8 +75,9 @@ _CHECKSUMS: tuple[tuple[str, Algorithm], ...] = (
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 _COMPOSITE = re.compile(r"([0-9a-f]{32})-([0-9]{1,5})\Z")
 _THROTTLED = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"})
-TRIED_WHOLE = 8 * 1024 * 1024
-"""Bytes of the largest object by which it is tried whether ETags are MD5s; beyond, the first fetch tells."""
+TRIED_WHOLE = 64 * 1024 * 1024
+"""Bytes of the largest object by which it is tried whether ETags are MD5s: the smallest there is. Beyond, the first
+fetch tells (`digest-mismatch`)."""
 REMEMBERED = 4096
 """Addresses that were handed out, the latest: one that is asked for again before its end was refused."""
 EARLY = 60.0
@@ -132,6 +133,7 @@ class S3Origin:
         bounds: Bounds,
         anonymous: bool = False,
         requester_pays: bool = False,
+        etags_are_md5: bool = True,
         allow_private: tuple[str, ...] = (),
     ) -> None:
         self._source = source
@@ -139,6 +141,7 @@ class S3Origin:
         self._profile = profile
         self._timeout = timeout
         self._bounds = bounds
+        self._etags_are_md5 = etags_are_md5
         self._allow_private = allow_private
         self._access = S3Access(
             source.bucket,
@@ -382,6 +385,7 @@ class S3Origin:
             head.get("x-amz-server-side-encryption", "").startswith("aws:kms")
             or "x-amz-server-side-encryption-customer-algorithm" in head
             or self._source.bucket.endswith("--x-s3")
+            or not self._etags_are_md5
         )
 
     def _part_size(self, path: str, key: str, etag: str, size: int, parts: int) -> int:
@@ -455,13 +459,10 @@ class S3Origin:
         sample = min(resting, key=lambda file: (file.size, file.path))
         assert sample.digest is not None
         version, etag = _unpack(sample.version)
-        with self._translated(f"{self._source}: {sample.path}", "s3:GetObject"):
-            body = self._access.get_whole(sample.address, version, etag, sample.size)
-        if body is None:
-            return files
         hasher = new_hasher(sample.digest, sample.size)
-        hasher.update(body)
-        if hasher.hexdigest() == sample.digest.value:
+        with self._translated(f"{self._source}: {sample.path}", "s3:GetObject"):
+            count = self._access.read(sample.address, version, etag, sample.size, hasher.update)
+        if count != sample.size or hasher.hexdigest() == sample.digest.value:
             return files
         log.warning(
             "%s: the ETag of %r is not the MD5 of its bytes: what has no other digest there is served unverified",

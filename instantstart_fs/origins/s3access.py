@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions
+import urllib3
 from botocore import UNSIGNED
 from botocore.awsrequest import AWSRequest
 from botocore.config import Config
@@ -44,6 +45,8 @@ TRIES = 4
 FIRST_PAUSE = 0.2
 LAST_PAUSE = 5.0
 """Seconds; tripled after each try. A Retry-After within it is believed."""
+READ_SECONDS = 60.0
+BLOCK = 1024 * 1024
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 """What is asked again."""
 BAD_CREDENTIALS = frozenset(
@@ -214,11 +217,26 @@ class S3Access:
 
         return self._patiently(once)
 
-    def get_whole(self, key: str, version: str, etag: str, size: int) -> bytes | None:
-        """The bytes of a small object; None where they do not come."""
+    def read(self, key: str, version: str, etag: str, size: int, take: Callable[[bytes], None]) -> int:
+        """Give all bytes of an object of ``size`` to ``take``; how many came within READ_SECONDS."""
         url, _ = self.sign(key, version, etag)
-        answer = self._send("GET", url, self.signed_headers(etag=etag), most=size + 1)
-        return answer.body if answer.status == 200 and len(answer.body) == size else None
+        count, end = 0, time.monotonic() + READ_SECONDS
+        request = self._request("GET", url, self.signed_headers(etag=etag))
+        response = self._connections(url).send(request.prepare())
+        try:
+            if response.status_code != 200:
+                return 0
+            while count <= size and time.monotonic() < end:
+                block = response.raw.read(BLOCK, decode_content=False)
+                if not block:
+                    break
+                take(block)
+                count += len(block)
+        except urllib3.exceptions.HTTPError:
+            return 0  # cut short, or silent
+        finally:
+            response.raw.close()
+        return count
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -246,18 +264,23 @@ class S3Access:
                 pause = max(pause, asked or 0.0)
             time.sleep(min(pause, LAST_PAUSE))
 
-    def _send(self, method: str, url: str, headers: dict[str, str], most: int = MOST_ERROR_BODY) -> Answered:
-        request = AWSRequest(
+    @staticmethod
+    def _request(method: str, url: str, headers: dict[str, str]) -> AWSRequest:
+        return AWSRequest(
             method,
             url,
             headers={**headers, "Accept-Encoding": "identity", "User-Agent": "instantstart-fs"},
             stream_output=method == "GET",
         )
-        response = self._connections(url).send(request.prepare())
+
+    def _send(self, method: str, url: str, headers: dict[str, str]) -> Answered:
+        response = self._connections(url).send(self._request(method, url, headers).prepare())
         body = b""
         if method == "GET":
             try:
-                body = response.raw.read(most, decode_content=False)
+                body = response.raw.read(MOST_ERROR_BODY, decode_content=False)
+            except urllib3.exceptions.HTTPError:
+                pass  # the status says enough
             finally:
                 response.raw.close()
         return Answered(response.status_code, response.headers, body)

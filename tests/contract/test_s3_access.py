@@ -13,7 +13,7 @@ import pytest
 
 from instantstart_fs.config import S3Config
 from instantstart_fs.core.digests import new_hasher
-from instantstart_fs.core.manifest import ManifestFile, ModelSpec, PipelineSpec
+from instantstart_fs.core.manifest import ETAG_HINT, ManifestFile, ModelSpec, PipelineSpec, rests_on_etag
 from instantstart_fs.errors import (
     AccessRefused,
     CredentialsUnusable,
@@ -22,7 +22,7 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.library.proof import prove_access
-from instantstart_fs.origins import s3access
+from instantstart_fs.origins import s3, s3access
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from tests.contract.test_s3 import PART, multipart
@@ -313,3 +313,15 @@ def test_of_many_small_objects_the_listing_tells_enough(both: S3World, gate: S3G
         assert file.mtime_ns > 1_500_000_000 * 10**9
     gate.fake_etags = True
     assert all(file.digest is None for file in through(gate, both).resolve().files)
+
+
+def test_etags_can_be_said_to_be_no_md5(world: S3World, gate: S3Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing small shows it, a mismatch names the setting."""
+    gate.fake_etags = True
+    monkeypatch.setattr(s3, "TRIED_WHOLE", 0)
+    model = ModelSpec(world.source)
+    spec = PipelineSpec("p", (model,), endpoint_url=gate.url)
+    believed = open_origin(spec, model, OriginSettings()).resolve().files
+    assert all(rests_on_etag(file) for file in believed) and "etags_are_md5" in ETAG_HINT
+    told = OriginSettings(s3=S3Config(etags_are_md5=False))
+    assert [file.digest for file in open_origin(spec, model, told).resolve().files] == [None, None]
