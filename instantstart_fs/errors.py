@@ -9,6 +9,7 @@
     ├── PipelineNotFound           no such pipeline
     ├── PipelineExists             the id is taken
     ├── PipelineBusy               an operation that excludes this one is under way, or the pipeline is in use
+    ├── VariantNotChosen           a source holds several quantisations of one model: somebody has to say which
     ├── NoColdStart                a mark for a cold start that nobody has seen
     ├── OriginError                where bytes are born
     │   ├── OriginUnavailable      could not be reached, timed out, 5xx: worth trying again
@@ -128,6 +129,10 @@ class PipelineExists(InstantStartError):
 
 class PipelineBusy(InstantStartError):
     code = "pipeline-busy"
+
+
+class VariantNotChosen(InstantStartError):
+    code = "variant-not-chosen"
 
 
 class NoColdStart(InstantStartError):

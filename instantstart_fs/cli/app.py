@@ -239,6 +239,8 @@ def _show_pinned(client: Client, status: PipelineStatus, json: bool, note: str) 
     )
     if full.skipped is not None:
         print(f"  skipped   {show.skipped(full.skipped)}")
+    for name, value in show.variants(full):
+        print(f"  {name:<8}  {value}")
     print(f"  path      {mounted}")
 
 
@@ -301,6 +303,10 @@ def warm(
     pipeline: Pipeline,
     wait: Annotated[bool, typer.Option("--wait", help="Until all is there; shows progress.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Every file, not only what an engine loads.")] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="GLOB", help="These files too, from now on; chooses a variant. May repeat."),
+    ] = None,
     socket: Socket = None,
     json: Json = False,
 ) -> None:
@@ -308,6 +314,8 @@ def warm(
     from instantstart_fs.cli.waiting import wait_warm
 
     with Client(socket) as client:
+        if include:
+            client.include(pipeline, include)
         if wait:
             status = wait_warm(client, pipeline, everything, quiet=json)
         else:
@@ -585,6 +593,5 @@ def status(
 
 
 def _without_files(found: PipelineStatus) -> PipelineStatus:
-    import msgspec
 
-    return msgspec.structs.replace(found, files=None)
+    return found.brief

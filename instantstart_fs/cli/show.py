@@ -14,7 +14,7 @@ import msgspec
 
 from instantstart_fs.cli.terminal import escaped, unicode_capable
 from instantstart_fs.control.protocol import DaemonInfo
-from instantstart_fs.core.status import PipelineStatus, SkippedStatus
+from instantstart_fs.core.status import FileStatus, PipelineStatus, SkippedStatus
 from instantstart_fs.core.words import human_bytes, human_seconds, reason_first
 from instantstart_fs.errors import printable
 
@@ -229,6 +229,8 @@ def _short_note(status: PipelineStatus) -> str:
 
 def _note(status: PipelineStatus) -> str:
     notes = [_short_note(status)] if _short_note(status) else []
+    if status.undecided:
+        notes.append(f"{status.undecided} variants, none chosen")
     if status.uncached:
         notes.append(f"uncached: {status.uncached}")
     if status.error:
@@ -274,13 +276,15 @@ def pipeline(status: PipelineStatus) -> str:
         when = human_time(status.error.since)
         rows.append(("last error", printable(reason_first(status.error.message, status.pipeline))))
         rows.append(("", f"({status.error.code}, {when})"))
+    rows += variants(status)
     lines = [status.pipeline, *(f"  {name:<12}  {value}" for name, value in rows)]
     if status.files is not None:
         lines.append(f"  {len(status.files)} files")
         for file in status.files[:MAX_FILES]:
             partly = f" ({human_bytes(file.cached_bytes)} here)" if 0 < file.cached_bytes < file.size else ""
             state = coloured(file.state, f"{file.state:<10}")
-            lines.append(f"    {state}  {human_bytes(file.size):>8}  {printable(file.path)}{partly}")
+            shown = f"{printable(file.path)}{partly}{_explained(file)}"
+            lines.append(f"    {state}  {human_bytes(file.size):>8}  {shown}")
         if len(status.files) > MAX_FILES:
             lines.append(f"    … and {len(status.files) - MAX_FILES} more (--json lists them all)")
     return "\n".join(lines)
@@ -293,7 +297,32 @@ def skipped(found: SkippedStatus) -> str:
     return f"{found.count} file{'s' if found.count != 1 else ''} that cannot be shown: {names}"
 
 
-OPTIONAL = frozenset({"files", "uncached", "scrub", "access", "skipped"})
+def variants(status: PipelineStatus) -> list[tuple[str, str]]:
+    """What there is to choose from: rows of `status` and `add`."""
+    found = status.variants
+    if not found:
+        return []
+    chosen = [variant.label for variant in found if variant.chosen]
+    named = ", ".join(variant.label for variant in found)
+    rows = [("variants", printable(f"{len(found)} ({named}); chosen: {', '.join(chosen) or 'none'}"))]
+    if status.undecided:
+        example = printable(found[len(found) // 2].include)
+        rows += [
+            ("", f"an engine loads one: `instantstart warm {status.pipeline} --include '{example}'` takes it,"),
+            ("", f"and so does the engine's first read; `add … --include '{example}'` shows no other"),
+        ]
+    return rows
+
+
+def _explained(file: FileStatus) -> str:
+    if file.left_out is not None:
+        return f"  (left out: {printable(file.left_out)})"
+    if file.untouched:
+        return "  (not opened by the last 3 starts)"
+    return "  (learned)" if file.learned else ""
+
+
+OPTIONAL = frozenset({"files", "variants", "undecided", "uncached", "scrub", "access", "skipped"})
 
 
 def as_json(value: Any) -> str:

@@ -20,6 +20,7 @@ from instantstart_fs.control.listening import Peer
 from instantstart_fs.control.protocol import (
     CheckOrigins,
     ColdStarts,
+    Include,
     Lease,
     Ls,
     Mark,
@@ -116,7 +117,7 @@ class Callers:
         """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
         if self.administers(peer) or isinstance(request, Ping | Ls | Names | CheckOrigins):
             return
-        if isinstance(request, Status | Touch | Lease | Warm | Mark | ColdStarts) and self.owns(
+        if isinstance(request, Status | Touch | Lease | Warm | Include | Mark | ColdStarts) and self.owns(
             peer, self._library.spec(request.pipeline)
         ):
             return

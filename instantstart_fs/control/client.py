@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import msgspec
@@ -30,6 +30,7 @@ from instantstart_fs.control.protocol import (
     Evict,
     Failed,
     Handed,
+    Include,
     Lease,
     LineBuffer,
     Ls,
@@ -183,6 +184,10 @@ class Client:
     def warm(self, pipeline: str, *, everything: bool = False) -> PipelineStatus:
         """Start filling; its status at once."""
         return self._ask(Warm(pipeline, everything), PipelineStatus)
+
+    def include(self, pipeline: str, globs: Sequence[str]) -> None:
+        """What these match belongs to the load set from now on."""
+        self._ask(Include(pipeline, tuple(globs)), type(None))
 
     def wait_warm(
         self, pipeline: str, *, everything: bool = False, progress: Callable[[PipelineStatus], None] | None = None

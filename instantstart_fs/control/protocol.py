@@ -98,6 +98,13 @@ class Warm(_Request, frozen=True, tag="warm"):
     wait: bool = False
 
 
+class Include(_Request, frozen=True, tag="include"):
+    """→ null. What these globs match belongs to the load set from now on: it chooses a variant, say."""
+
+    pipeline: str
+    globs: tuple[str, ...]
+
+
 class Verify(_Request, frozen=True, tag="verify"):
     """→ VerifyResult, with ``progress`` (done_bytes, total_bytes) on the way. ``rate``: bytes a second at most."""
 
@@ -177,6 +184,7 @@ Request = (
     | Pin
     | Touch
     | Warm
+    | Include
     | Verify
     | Access
     | CheckOrigins

@@ -39,6 +39,7 @@ from instantstart_fs.control.protocol import (
     Failed,
     Handed,
     HandedFile,
+    Include,
     Lease,
     LineBuffer,
     Ls,
@@ -72,6 +73,7 @@ from instantstart_fs.errors import (
     PipelineBusy,
     PipelineNotFound,
     StoreFull,
+    VariantNotChosen,
     from_code,
 )
 from instantstart_fs.library.state import Lessee
@@ -387,6 +389,8 @@ class _Connection:
                 if wait:
                     return await self._wait_warm(pipeline, everything)
                 return self._shown(library.status(pipeline))
+            case Include(pipeline, globs):
+                return await change(lambda: library.include(pipeline, globs))
             case Verify(pipeline, rate):
                 return await self._verify(pipeline, rate)
             case CheckOrigins():
@@ -431,12 +435,15 @@ class _Connection:
         return status if self._server.callers.administers(self._peer) else _without_others(status)
 
     def _brief(self, pipeline: str) -> PipelineStatus:
-        return self._shown(msgspec.structs.replace(self._library.status(pipeline), files=None))
+        return self._shown(self._library.status(pipeline, with_files=False))
 
     async def _add(self, spec: PipelineSpec, warm: bool) -> PipelineStatus:
         status = await self._library.add(spec)
         if warm:
-            await self._library.warm(spec.id)
+            try:
+                await self._library.warm(spec.id)
+            except VariantNotChosen as error:
+                raise VariantNotChosen(f"{spec.id} was added, and is not filled: {error.message}") from error
             status = self._library.status(spec.id)
         return status
 
@@ -447,7 +454,7 @@ class _Connection:
         while True:
             began = time.perf_counter()
             status = self._library.status(pipeline, with_files=everything)
-            brief = self._shown(msgspec.structs.replace(status, files=None) if everything else status)
+            brief = self._shown(status.brief if everything else status)
             if _is_warm(status, everything):
                 return brief
             if status.state == "error":

@@ -1,68 +1,197 @@
 """Which files an engine loads, and in which order. A repository that carries safetensors and PyTorch and ONNX weights
-must not cost four times the bytes."""
+must not cost four times the bytes; and one that is called warm must have whatever its engine opens.
+
+What one file is for says core/roles.py; which of several with the same weights is kept, core/twins.py. When in doubt, a
+file is fetched: a byte too much costs seconds, a byte too few an outage.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import msgspec
 
 from instantstart_fs.core.manifest import FileEntry
+from instantstart_fs.core.roles import Role, role_of
+from instantstart_fs.core.twins import Choice, Weights, sort_out
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".engine", ".ckpt")
-"""Opening one of these is a request for the pipeline."""
-
-_SECONDARY_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt")
-"""Loaded only where no safetensors exist in the same model."""
-
-_ALWAYS = (".gguf", ".engine")
-
-_SMALL_SUFFIXES = (
-    ".json",
-    ".txt",
-    ".model",
-    ".tiktoken",
-    ".jinja",
-    ".py",
-    ".vocab",
-    ".merges",
-    ".yaml",
-    ".yml",
-    ".spm",
-)
-"""Configuration, tokenizers, chat templates and remote code: what engines read beside the weights."""
-
-_SKIPPED_DIRECTORIES = frozenset({"onnx", "openvino", "original", "coreml", "tflite", "flax", "docs", "images", ".git"})
-
-_SKIPPED_SUFFIXES = (
-    ".h5",
-    ".msgpack",
-    ".ot",
-    ".onnx",
-    ".tflite",
-    ".md",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".gif",
-    ".svg",
-    ".pdf",
-)
-
-_SKIPPED_NAMES = frozenset({"LICENSE", "license", ".gitattributes", ".gitignore", "USE_POLICY.md", "training_args.bin"})
-
-_NOT_WEIGHTS = frozenset(
-    {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin", "scheduler.pt", "rng_state.pth"}
-)
+RULES = 1
+"""Of this module and those it uses. To be raised with every change of what they say: summaries of generations, which
+hold counts of the load set, are made anew then."""
 
 READAHEAD_ALLOWANCE = 1024 * 1024
 """The kernel reads ahead up to this much (the bdi's read_ahead_kb that the mount sets), so a READ below it may be
 nobody's wish beyond the header."""
 
 
-def is_weight_file(path: str) -> bool:
-    """Whether opening ``path`` counts as a request for its pipeline."""
-    name = path.rpartition("/")[2]
-    return name.endswith(WEIGHT_SUFFIXES) and name not in _NOT_WEIGHTS
+class LoadSet(msgspec.Struct, frozen=True):
+    """What is decided of a generation's files, by their indices in the manifest.
+
+    ``order``: those that an engine loads, in load order. ``weights``: whose open is a request, also outside the load
+    set. ``left_out``: the others, and why. ``choices``: between variants. ``open``: those of them that somebody has to
+    make before an engine could start.
+    """
+
+    order: tuple[int, ...]
+    weights: frozenset[int]
+    left_out: dict[int, str]
+    choices: tuple[Choice, ...]
+    open: tuple[Choice, ...]
+
+    @property
+    def undecided(self) -> int:
+        """How many variants there are to choose from; 0: nothing is to be chosen."""
+        return sum(len(choice.variants) for choice in self.open)
+
+
+class Hints(msgspec.Struct, frozen=True):
+    """What is known beside the names. ``include``: model (its position) → the globs that it was added with. ``wanted``:
+    paths within the pipeline that belong to the load set whatever the rules say."""
+
+    include: Mapping[int, Sequence[str]] = {}
+    wanted: Collection[str] = ()
+
+
+_NO_HINTS = Hints()
+
+
+def sort_files(files: Sequence[FileEntry], hints: Hints = _NO_HINTS) -> LoadSet:
+    """Model by model; within one, configuration and tokenizer first (small, and read first), then the weights in
+    natural order.
+
+    Where this finds no weights (a repository of unknown formats), every file counts.
+    """
+    by_model: dict[int, list[FileEntry]] = {}
+    for entry in files:
+        by_model.setdefault(entry.model, []).append(entry)
+    order: list[int] = []
+    weights: set[int] = set()
+    left_out: dict[int, str] = {}
+    choices: list[Choice] = []
+    open_ones: list[Choice] = []
+    for model in sorted(by_model):
+        entries = by_model[model]
+        found = _Model(entries, hints.include.get(model, ()), frozenset(hints.wanted))
+        order += [entry.index for entry in found.in_order()]
+        weights |= found.weights
+        left_out.update(found.left_out)
+        choices += found.choices
+        open_ones += found.open
+    return LoadSet(tuple(order), frozenset(weights), left_out, tuple(choices), tuple(open_ones))
+
+
+def with_wanted(known: LoadSet, indices: Collection[int]) -> LoadSet:
+    """The same with these files (all of a variant's, where one is of it) in it, at the end of its order. What is left
+    out beside them stays so: ``sort_files`` with them in its hints says the same of every file."""
+    more = dict.fromkeys(index for index in indices)
+    choices = []
+    for choice in known.choices:
+        newly = [at for at, variant in enumerate(choice.variants) if not more.keys().isdisjoint(variant.files)]
+        for at in newly:
+            more.update(dict.fromkeys(choice.variants[at].files))
+        choices.append(choice._replace(chosen=tuple(sorted({*choice.chosen, *newly}))) if newly else choice)
+    inside = frozenset(known.order)
+    return LoadSet(
+        order=known.order + tuple(index for index in more if index not in inside),
+        weights=known.weights,
+        left_out={index: reason for index, reason in known.left_out.items() if index not in more},
+        choices=tuple(choices),
+        open=tuple(_open(choices)),
+    )
+
+
+def _open(choices: Iterable[Choice]) -> list[Choice]:
+    """Once a variant of a model is chosen, its others are not asked for."""
+    choices = list(choices)
+    decided = {(choice.model, choice.kind) for choice in choices if choice.chosen}
+    return [choice for choice in choices if (choice.model, choice.kind) not in decided]
+
+
+def load_set(files: Sequence[FileEntry]) -> tuple[int, ...]:
+    """The indices of the files that an engine loads, in load order, as far as names and sizes tell."""
+    return sort_files(files).order
+
+
+class _Model:
+    """One model's files, sorted."""
+
+    def __init__(self, entries: Sequence[FileEntry], include: Sequence[str], wanted: Collection[str]) -> None:
+        self._entries = entries
+        self.weights: set[int] = set()
+        self.left_out: dict[int, str] = {}
+        unknown: list[int] = []
+        names: dict[str, list[str]] = {}
+        found: list[Weights] = []
+        for entry in entries:
+            file = entry.file
+            if _of_git(file.path):
+                self.left_out[entry.index] = "git's own"
+                continue
+            role = role_of(file.path, file.size)
+            if role is Role.WEIGHTS:
+                found.append(Weights(entry.index, file.path, file.size))
+                continue
+            if role is Role.UNKNOWN:
+                unknown.append(entry.index)
+            elif role is not Role.CONFIG:
+                self.left_out[entry.index] = role.value
+            directory, _, name = file.path.rpartition("/")
+            names.setdefault(directory, []).append(name)
+        self.choices: tuple[Choice, ...] = ()
+        self.open: list[Choice] = []
+        self.weights.update(file.index for file in found)
+        if not found:
+            # What it is made of is not known here: all of it, then.
+            self.left_out = {index: why for index, why in self.left_out.items() if why == "git's own"}
+            self.weights.update(unknown)
+            return
+        kept = {entry.index for entry in entries if entry.path in wanted} if wanted else frozenset()
+        twins = sort_out(found, names, include, kept)
+        self.left_out.update(twins.left_out)
+        self._leave_out_companions()
+        for index in kept:
+            self.left_out.pop(index, None)
+        self.choices = tuple(choice._replace(model=entries[0].model) for choice in twins.choices)
+        self.open = _open(self.choices)
+
+    def _leave_out_companions(self) -> None:
+        """``pytorch_model.bin.index.json`` and ``openvino_model.xml`` go with the weights that they describe."""
+        if not self.left_out.keys() & self.weights:
+            return
+        reasons: dict[str, str | None] = {}
+        for entry in self._entries:
+            if entry.index in self.weights:
+                described = _described(entry.file.path)
+                reason = self.left_out.get(entry.index)
+                # One of the weights that is kept keeps it.
+                reasons[described] = reason if described not in reasons or reasons[described] else reasons[described]
+        for entry in self._entries:
+            path = entry.file.path
+            if path.endswith((".index.json", ".xml")):
+                reason = reasons.get(path.removesuffix(".index.json").removesuffix(".xml"))
+                if reason is not None:
+                    self.left_out[entry.index] = reason
+
+    def in_order(self) -> list[FileEntry]:
+        chosen = [entry for entry in self._entries if entry.index not in self.left_out]
+        chosen.sort(key=lambda entry: f"{entry.index in self.weights:d}{natural_key(entry.file.path)}")
+        return chosen
+
+
+_SHARD_NUMBER = re.compile(r"[-_.]\d{1,6}-of-\d{1,6}")
+
+
+def _described(path: str) -> str:
+    """What an index or a graph that describes these weights is called, without its suffix: ``pytorch_model.bin`` for
+    its shards, ``openvino_model`` for ``openvino_model.bin``."""
+    if path.rpartition("/")[2].startswith("openvino_"):
+        return path.removesuffix(".bin")
+    return _SHARD_NUMBER.sub("", path)
+
+
+def _of_git(path: str) -> bool:
+    return ".git/" in path or ".cache/huggingface/" in path
 
 
 def natural_key(path: str) -> str:
@@ -80,58 +209,14 @@ def _with_length(number: re.Match[str]) -> str:
     return f"\0{len(digits):03}{digits}"
 
 
-def _wanted(path: str, has_safetensors: bool) -> bool:
-    name = path.rpartition("/")[2]
-    if _in_skipped_directory(path):
-        return False
-    if name in _SKIPPED_NAMES or name in _NOT_WEIGHTS or name.lower().endswith(_SKIPPED_SUFFIXES):
-        return False
-    if name.startswith("consolidated"):
-        return not has_safetensors
-    if name.endswith(".safetensors") or name.endswith(_ALWAYS):
-        return True
-    if name.endswith(_SECONDARY_WEIGHTS):
-        return not has_safetensors
-    if name.endswith(".index.json"):
-        # model.safetensors.index.json or pytorch_model.bin.index.json: only that of the weights that are loaded
-        return ".safetensors." in name or not has_safetensors
-    return name.lower().endswith(_SMALL_SUFFIXES) or "." not in name
-
-
-def load_set(files: Sequence[FileEntry]) -> tuple[int, ...]:
-    """The indices of the files that an engine loads, in load order: model by model, configuration and tokenizer first
-    (small, and read first), then the weights in natural order.
-
-    Where this finds nothing (a repository of unknown formats), every file counts.
-    """
-    by_model: dict[int, list[FileEntry]] = {}
-    for entry in files:
-        by_model.setdefault(entry.model, []).append(entry)
-    ordered: list[int] = []
-    for model in sorted(by_model):
-        entries = by_model[model]
-        has_safetensors = any(
-            entry.file.path.endswith(".safetensors") and not _in_skipped_directory(entry.file.path) for entry in entries
-        )
-        chosen = [entry for entry in entries if _wanted(entry.file.path, has_safetensors)]
-        if not any(is_weight_file(entry.file.path) for entry in chosen):
-            chosen = entries
-        chosen.sort(key=lambda entry: f"{is_weight_file(entry.file.path):d}{natural_key(entry.file.path)}")
-        ordered.extend(entry.index for entry in chosen)
-    return tuple(ordered)
-
-
-def _in_skipped_directory(path: str) -> bool:
-    return any(part in _SKIPPED_DIRECTORIES for part in path.rpartition("/")[0].split("/"))
-
-
-def fill_threshold(path: str, size: int, header: int | None) -> int:
-    """The offset in bytes at which a READ of ``path`` means that its weights are wanted, not only its header.
+def fill_threshold(size: int, header: int | None, *, weights: bool) -> int:
+    """The offset in bytes at which a READ of a file of ``size`` bytes means that its weights are wanted, not only its
+    header.
 
     ``header``: the length of a safetensors header (with its 8-byte length field) where it is known. A READ that starts
-    below the threshold starts no fill of the load set. For a file that is no weight file that is every READ.
+    below the threshold starts no fill of the load set. For a file that holds no weights that is every READ.
     """
-    if not is_weight_file(path):
+    if not weights:
         return size
     return min(max(header or 0, READAHEAD_ALLOWANCE), max(size // 2, 1))
 

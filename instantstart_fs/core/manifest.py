@@ -9,6 +9,8 @@ walks over a hundred thousand of them would stop everybody for a tenth of a seco
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -143,6 +145,12 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str = ""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+
+def matches(path: str, globs: Iterable[str]) -> bool:
+    """Whether any glob matches, in huggingface_hub's way: fnmatch over the whole path, so that ``*`` crosses ``/``;
+    a glob that ends with ``/`` means everything below it."""
+    return any(fnmatch.fnmatchcase(path, glob + "*" if glob.endswith("/") else glob) for glob in globs)
 
 
 class PipelineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -60,12 +60,30 @@ class OriginCheck(msgspec.Struct, frozen=True):
     message: str = ""
 
 
-class FileStatus(msgspec.Struct, frozen=True):
+class FileStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``left_out``: why it is not in the load set, where it is not. ``learned``: it is in the load set since an engine
+    read it, or somebody asked for it. ``untouched``: weights of the load set that none of the last three starts has
+    opened."""
+
     path: str
     state: str
     size: int
     cached_bytes: int
     digest: str | None
+    left_out: str | None = None
+    learned: bool = False
+    untouched: bool = False
+
+
+class VariantStatus(msgspec.Struct, frozen=True):
+    """``label``: what tells it from the others, its name where nothing does; ``include``: a glob that chooses it;
+    ``size`` in bytes, of all its files."""
+
+    kind: str
+    label: str
+    include: str
+    size: int
+    chosen: bool
 
 
 class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
@@ -73,6 +91,7 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     pinned to, joined by spaces. ``files`` is None in `ls`. ``uncached`` is null unless a miss is served without being
     kept, ``scrub`` without `store.scrub`, ``access`` without `origins.recheck_access` or where there is nobody to ask,
     ``skipped`` where the source holds nothing that cannot be shown, and in `ls`.
+    ``undecided`` unless one of so many variants is to be chosen; ``variants`` come with ``files``, where there are any.
     """
 
     pipeline: str
@@ -92,4 +111,11 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     scrub: ScrubStatus | None = None
     access: AccessStatus | None = None
     skipped: SkippedStatus | None = None
+    undecided: int | None = None
+    variants: tuple[VariantStatus, ...] | None = None
     files: tuple[FileStatus, ...] | None = None
+
+    @property
+    def brief(self) -> PipelineStatus:
+        """Without what there is one of for each file."""
+        return msgspec.structs.replace(self, files=None, variants=None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from instantstart_fs.core.loadset import is_weight_file, load_set
+from instantstart_fs.core.loadset import LoadSet, sort_files
 from instantstart_fs.core.manifest import FileEntry, Manifest
 
 _SHARDED_STATE = re.compile(r"model-rank-(\d{1,5})-part-(\d{1,7})\.safetensors")
@@ -50,17 +50,15 @@ class WeightSet(msgspec.Struct, frozen=True):
         return tuple(dict.fromkeys(file.model for file in self.files))
 
 
-def weight_entries(manifest: Manifest) -> tuple[FileEntry, ...]:
-    """The manifest's weight files that an engine loads, in load order."""
-    return _weights(manifest.files)
+def weight_entries(files: Sequence[FileEntry], known: LoadSet) -> tuple[FileEntry, ...]:
+    """The weight files that an engine loads, in load order."""
+    return tuple(files[index] for index in known.order if index in known.weights)
 
 
-def _weights(files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
-    return tuple(files[index] for index in load_set(files) if is_weight_file(files[index].file.path))
-
-
-def weight_set(manifest: Manifest) -> WeightSet:
-    return WeightSet(manifest.pipeline, manifest.generation, _described(manifest, weight_entries(manifest)))
+def weight_set(manifest: Manifest, known: LoadSet | None = None) -> WeightSet:
+    """``known``: the generation's load set; without it, what names and sizes tell."""
+    entries = weight_entries(manifest.files, known or sort_files(manifest.files))
+    return WeightSet(manifest.pipeline, manifest.generation, _described(manifest, entries))
 
 
 def schedule(weights: WeightSet, deadlines: Mapping[str, float]) -> list[str]:

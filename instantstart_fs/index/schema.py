@@ -27,6 +27,7 @@ import msgspec
 from instantstart_fs.core.access import Access
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import ClockState
+from instantstart_fs.core.learned import Learned
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.scrub import Pass
 from instantstart_fs.errors import StoreDamaged
@@ -100,11 +101,13 @@ class TroubleRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
-    """What is done about a pipeline in the background, so that a restart does not begin anew."""
+    """What is done about a pipeline in the background, so that a restart does not begin anew. ``learned``: None where
+    an earlier version wrote this; the slot has it then."""
 
     scrubbed: Pass = Pass()
     access: Access = Access()
     trouble: TroubleRecord | None = None
+    learned: Learned | None = None
 
 
 class SummaryRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -119,7 +122,8 @@ class SummaryRecord(msgspec.Struct, frozen=True, array_like=True):
 
     ``nodes`` of the tree; ``load_files``, ``load_bytes`` of the load set; ``subdirectories``: "" and each model's name
     → how many directories lie in its directory; ``counts``: library.folded.Counts; ``nodeids`` of files that are not in
-    the generation's block.
+    the generation's block. ``rules``: core.loadset.RULES by which the load set was found: by others it is another one.
+    ``undecided``: how many variants there are of which somebody has to choose one.
     """
 
     generation: int
@@ -134,6 +138,8 @@ class SummaryRecord(msgspec.Struct, frozen=True, array_like=True):
     subdirectories: dict[str, int]
     counts: tuple[int, ...]
     nodeids: tuple[int, ...] = ()
+    rules: int = 0
+    undecided: int = 0
 
 
 _summary_decoder = msgspec.msgpack.Decoder(SummaryRecord)

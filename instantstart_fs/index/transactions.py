@@ -101,6 +101,10 @@ class ReadTxn:
         for key, value in self._scan("upkeep"):
             yield key.decode("ascii"), schema.decode_upkeep(value)
 
+    def get_upkeep(self, pipeline: str) -> UpkeepRecord | None:
+        value = self._get("upkeep", schema.pipeline_key(pipeline))
+        return None if value is None else schema.decode_upkeep(value)
+
     def summaries(self) -> Iterator[tuple[str, SummaryRecord]]:
         """(pipeline, record), by id."""
         for key, value in self._scan("summaries"):

@@ -31,19 +31,25 @@ import trio
 from instantstart_fs.config import Config
 from instantstart_fs.core import eviction, staging
 from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
-from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import Activity
 from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import OriginCheck, PipelineState, PipelineStatus
-from instantstart_fs.errors import InstantStartError, PipelineBusy, ReadDeadline, StoreDamaged, StoreFull
+from instantstart_fs.errors import (
+    InstantStartError,
+    PipelineBusy,
+    ReadDeadline,
+    StoreDamaged,
+    StoreFull,
+    VariantNotChosen,
+)
 from instantstart_fs.filler.evictor import Evictor, boot_identity, boottime
 from instantstart_fs.filler.scheduler import Filler, FillSettings, FillStatistics
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.transactions import WriteTxn
-from instantstart_fs.library import present
+from instantstart_fs.library import loadsets, present
 from instantstart_fs.library.admin import Admin, VerifyReport
 from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.browsing import Browsing
@@ -51,6 +57,7 @@ from instantstart_fs.library.covering import Covering
 from instantstart_fs.library.errands import Errands
 from instantstart_fs.library.folding import Folding
 from instantstart_fs.library.handover import Handover
+from instantstart_fs.library.learning import Learning
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.origin_checks import OriginChecks
@@ -122,8 +129,10 @@ class Library:
 
         self._shelf = Shelf(store, index, opener, now_ns)
         self._access = AccessLog(index, clock=now_ns)
-        self.observer = Observer(index, self._shelf.now_ns, self._facts)
+        self._learning = Learning(self._shelf)
+        self.observer = Observer(index, self._shelf.now_ns, self._facts, learning=self._learning)
         self._open_files = OpenFiles(self._shelf)
+        self._open_files.on_release = self._learning.closed
         settings = FillSettings(
             workers=config.fill.worker_count,
             connections=config.fill.connections,
@@ -156,6 +165,7 @@ class Library:
             reports,
             self._filler,
             self._admissions,
+            self._learning,
         )
         self._admin = Admin(self._shelf, self._reading, self._open_files, config.fill.chunk_size, origin_settings)
         self._origin_checks = OriginChecks(self._shelf, self._admin)
@@ -201,6 +211,7 @@ class Library:
             await trio.to_thread.run_sync(self._remove_superseded)
             await trio.to_thread.run_sync(self.observer.load)
             nursery.start_soon(self.observer.run)
+            nursery.start_soon(self._learning.run)
             await nursery.start(self._errands.run)
             await nursery.start(self._filler.run)
             nursery.start_soon(self._reading.run_replacements)
@@ -355,7 +366,9 @@ class Library:
     async def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
         """Who still has files of it open, whose space is free once they are closed. Raises PipelineNotFound,
         PipelineBusy (leased; not by ``force``)."""
+        found = self._shelf.pipeline(pipeline)
         holders = await self._admin.remove(pipeline, force=force)
+        self._learning.forget(found)
         self.observer.forget(pipeline)
         if pipeline not in self._shelf.pipelines:
             self._access.forget(pipeline)
@@ -401,18 +414,31 @@ class Library:
         """Count a request now."""
         self._access.record_request(self._shelf.pipeline(pipeline).id, self._shelf.now_ns())
 
+    async def include(self, pipeline: str, globs: Sequence[str]) -> None:
+        """What these match, as those of `add` do, belongs to the load set from now on. Raises PipelineNotFound, and
+        UsageError where a glob matches nothing."""
+        generation = await self._readable(pipeline)
+        self._learning.want(generation, loadsets.included(generation, globs))
+
     async def warm(self, pipeline: str, *, everything: bool = False) -> None:
-        """Start filling the load set (``everything``: all files) in the background. Raises what forbids it now;
-        StoreFull when there is no room for it, with what would have to go."""
-        found = self._visible(pipeline)
-        generation = await self._shelf.look_into(found)
-        if generation is None:
-            raise found.trouble.error if found.trouble else InstantStartError(f"{pipeline}: cannot be served")
+        """Start filling the load set (``everything``: all files) in the background. Raises what forbids it now:
+        VariantNotChosen; StoreFull when there is no room for it, with what would have to go."""
+        generation = await self._readable(pipeline)
+        if generation.undecided and not (everything or generation.load_set_complete):
+            raise VariantNotChosen(loadsets.question(generation))
         with generation.kept():
             await self._reading.forgive(generation)
             refused = await self._reading.start_fill(generation, everything=everything)
         if refused is not None:
             raise StoreFull(f"{pipeline}: {refused.text}")
+
+    async def _readable(self, pipeline: str) -> Generation:
+        """Raises PipelineNotFound, why it is out of view, and why its manifest cannot be read."""
+        found = self._visible(pipeline)
+        generation = await self._shelf.look_into(found)
+        if generation is None:
+            raise found.trouble.error if found.trouble else InstantStartError(f"{pipeline}: cannot be served")
+        return generation
 
     def _visible(self, pipeline: str) -> Pipeline:
         """Raises PipelineNotFound, and why it is out of view."""
@@ -699,8 +725,7 @@ class Library:
         generation = pipeline.current
         if generation is None:
             return Facts(self._state_of(pipeline), 0, 0, 0)
-        files = generation.manifest.files
-        weights = sum(is_weight_file(files[index].file.path) for index in generation.load_set)
+        weights = sum(index in generation.known.weights for index in generation.load_set)
         return Facts(self._state_of(pipeline), generation.counts.cached, generation.load_bytes, weights)
 
     def _activity(self) -> Activity:

@@ -178,6 +178,8 @@ class Admin:
                     await trio.to_thread.run_sync(shelf.store.delete_generation, pipeline_id, manifest.generation)
                     raise
             pipeline.trouble = None
+            weights = frozenset(new.files[index].entry.path for index in new.known.weights)
+            pipeline.learned = pipeline.learned.after_update(weights)
             if old is not None:
                 await self._distrust(new, kept)
                 log.info(

@@ -23,14 +23,13 @@ import msgspec
 import trio
 
 from instantstart_fs.core.coldstart_tracker import Starts
-from instantstart_fs.core.loadset import is_weight_file
 from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreError
 from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.library import present
 from instantstart_fs.library.observing import FoundBy, Observer
 from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.shelf import Shelf
-from instantstart_fs.library.state import CachedFile, Pipeline
+from instantstart_fs.library.state import CachedFile, Pipeline, counts_as_request
 from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.blobstore import Proof
 
@@ -162,7 +161,7 @@ class Covering:
         generation = found.current
         if generation is None:
             return {}
-        files = [file for file in generation.files if file.passable and is_weight_file(file.entry.path)]
+        files = [file for file in generation.files if file.passable and counts_as_request(file)]
         if len(files) > MOST_FILES:
             return {}
         return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from instantstart_fs.core.loadset import RULES
 from instantstart_fs.core.tree import NODEIDS_PER_NODE
 from instantstart_fs.index.schema import SummaryRecord
 
@@ -49,6 +50,7 @@ class Folded:
         self.revision = summary.revision
         self.resolved_at_ns = summary.resolved_at_ns
         self.counts = Counts(*summary.counts)
+        self.undecided = summary.undecided
         self.handles = 0
         self.promised_bytes = 0
 
@@ -57,7 +59,8 @@ class Folded:
 
     @property
     def load_set_complete(self) -> bool:
-        return self.counts.complete == self.summary.load_files
+        complete = self.counts.complete == self.summary.load_files and not self.undecided
+        return complete or self.counts.finished == self.file_count
 
     @property
     def own_allocated(self) -> int:
@@ -88,4 +91,6 @@ def summary_of(generation: Generation) -> SummaryRecord:
         subdirectories={name: count for name, count in found.items() if count is not None},
         counts=tuple(generation.counts),
         nodeids=tuple(file.nodeid for file in generation.files if file.nodeid not in block),
+        rules=RULES,
+        undecided=generation.undecided,
     )

@@ -36,7 +36,7 @@ from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineR
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.blobstore import BlobStore
-from instantstart_fs.store.layout import FILES, MANIFEST_FILE, PIPELINE_FILE, generation_number
+from instantstart_fs.store.layout import FILES, LEARNED_FILE, MANIFEST_FILE, PIPELINE_FILE, generation_number
 
 _BLOCK = 4 << 20
 _PROBE_DEADLINE = 600.0
@@ -117,7 +117,7 @@ class _Run:
             number = generation_number(name)
             if number is not None:
                 numbers.append(number)
-            elif name != PIPELINE_FILE:
+            elif name not in (PIPELINE_FILE, LEARNED_FILE):
                 self._orphan((pipeline, name), f"{pipeline}/{name}: {self.fate}, nothing of this store has that name")
         restored = _Restored(spec, self.store.pipeline_created_at(pipeline), None, sorted(numbers), {})
         self.restored.append(restored)

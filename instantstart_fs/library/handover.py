@@ -33,12 +33,13 @@ class Handover:
         read_deadline: float,
         deadlines: Mapping[str, float],
     ) -> None:
-        self.weights: WeightSet = weight_set(generation.manifest)
+        self.weights: WeightSet = weight_set(generation.manifest, generation.known)
         self._reading = reading
         self._store = store
         self._generation = generation
         self._read_deadline = read_deadline
-        indices = {entry.path: entry.index for entry in weight_entries(generation.manifest)}
+        entries = weight_entries(generation.manifest.files, generation.known)
+        indices = {entry.path: entry.index for entry in entries}
         self._pending = [indices[file.path] for file in scheduled(self.weights, deadlines)]
 
     @property

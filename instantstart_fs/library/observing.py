@@ -26,6 +26,7 @@ from instantstart_fs.core.coldstart_tracker import Starts, Tracker
 from instantstart_fs.errors import InstantStartError, NoColdStart
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.library.learning import Learning
 from instantstart_fs.library.state import CachedFile, Pipeline, counts_as_request
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Totals:
 
 
 class Observer:
-    """Owned by the Library. ``facts``: a pipeline's load set as it is now."""
+    """Owned by the Library. ``facts``: a pipeline's load set as it is now. ``learning``: is told of opens and reads."""
 
     def __init__(
         self,
@@ -100,11 +101,13 @@ class Observer:
         now_ns: Callable[[], int],
         facts: Callable[[Pipeline], Facts],
         clock: Callable[[], float] = trio.current_time,
+        learning: Learning | None = None,
     ) -> None:
         self._index = index
         self._now_ns = now_ns
         self._facts = facts
         self._clock = clock
+        self._learning = learning
         self._tracker = Tracker()
         self._history: dict[str, dict[int, ColdStart]] = {}
         self._count = 0
@@ -118,6 +121,8 @@ class Observer:
         and the close of this open are to be told with."""
         self.totals.opens[mode or ("passthrough" if passthrough else "daemon")] += 1
         self.totals.open_files += 1
+        if self._learning is not None:
+            self._learning.opened(file, passthrough=passthrough)
         if not counts_as_request(file):
             return ()
         pipeline, tracker, now = file.generation.pipeline.id, self._tracker, self._clock()
@@ -147,6 +152,8 @@ class Observer:
         self.totals.reads += 1
         self.totals.read_bytes += count
         file.served_bytes += count
+        if file.served_bytes >= file.size and self._learning is not None:
+            self._learning.read_whole(file)
         self._tracker.read(starts, count, self._clock())
 
     @contextlib.contextmanager

@@ -39,6 +39,8 @@ class OpenFiles:
         self.closing: Callable[[int], None] | None = None
         """See view.View.use_passthrough."""
         self.watcher: Watcher = Nobody()
+        self.on_release: Callable[[CachedFile], None] = lambda file: None
+        """Told of every open that has ended."""
         self._stale: dict[CachedFile, list[BlobFile]] = {}
         """Descriptors of what the store has lost since, while somebody may be inside a read of them."""
         shelf.retire = self._retire
@@ -69,6 +71,7 @@ class OpenFiles:
     def let_go(self, file: CachedFile) -> None:
         """One less."""
         file.handles -= 1
+        self.on_release(file)
         if file.handles == 0 and _watched(file):
             self.watcher.released(file.key)
         self._settle_reader(file)

@@ -22,6 +22,7 @@ from instantstart_fs.core.status import (
 )
 from instantstart_fs.errors import AccessRefused
 from instantstart_fs.filler.target import FileState
+from instantstart_fs.library import loadsets
 from instantstart_fs.library.state import CachedFile, Generation, Pipeline, Trouble
 from instantstart_fs.library.view import Attributes, Private
 
@@ -258,7 +259,9 @@ def pipeline_status(
         scrub=scrub,
         access=access,
         skipped=_skipped(pipeline),
-        files=tuple(_file_status(file) for file in listed.files) if listed is not None else None,
+        undecided=(generation.undecided or None) if generation is not None else None,
+        variants=loadsets.variants(listed) if listed is not None else None,
+        files=_file_statuses(listed) if listed is not None else None,
     )
 
 
@@ -273,7 +276,12 @@ def _skipped(pipeline: Pipeline) -> SkippedStatus | None:
     return SkippedStatus(sum(skipped.count for skipped in found), first[:SKIPS_SHOWN])
 
 
-def _file_status(file: CachedFile) -> FileStatus:
+def _file_statuses(generation: Generation) -> tuple[FileStatus, ...]:
+    explained = loadsets.Explained(generation)
+    return tuple(_file_status(file, explained) for file in generation.files)
+
+
+def _file_status(file: CachedFile, explained: loadsets.Explained) -> FileStatus:
     digest = file.entry.file.digest
     state = file.state
     if file.target is not None and state is not FileState.POISONED:
@@ -284,4 +292,7 @@ def _file_status(file: CachedFile) -> FileStatus:
         size=file.size,
         cached_bytes=file.cached_bytes,
         digest=str(digest) if digest else None,
+        left_out=explained.left_out(file.entry),
+        learned=explained.learned(file.entry),
+        untouched=explained.untouched(file.entry),
     )

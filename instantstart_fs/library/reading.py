@@ -19,7 +19,7 @@ import trio
 
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.coldstart_tracker import Starts
-from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, is_weight_file, safetensors_header_length
+from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, safetensors_header_length
 from instantstart_fs.errors import (
     InstantStartError,
     NoSuchEntry,
@@ -33,6 +33,7 @@ from instantstart_fs.index.access_log import AccessLog
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.admission import Admissions
+from instantstart_fs.library.learning import Learning
 from instantstart_fs.library.observing import Observer
 from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.reports import Reports, drop_target
@@ -86,6 +87,7 @@ class Reading:
         reports: Reports,
         filler: Filler,
         admissions: Admissions,
+        learning: Learning,
     ) -> None:
         self._shelf = shelf
         self._access = access
@@ -95,6 +97,7 @@ class Reading:
         self._reports = reports
         self.filler = filler
         self._admissions = admissions
+        self._learning = learning
         self._inherited: dict[int, list[Handle]] = {}
         self.using = open_files.using
         self.discard = reports.discard
@@ -264,6 +267,7 @@ class Reading:
             if target is None:
                 return True
             if self._wants_weights(file, target, wanted.start):
+                self._learning.begins_to_load(file)
                 refused = await self.start_fill(file.generation, first=file)
                 if refused is not None:
                     return target.readable(wanted)
@@ -311,7 +315,7 @@ class Reading:
         path, chunk_size = file.entry.file.path, target.present.chunk_size
         if file.generation.filling_load_set and file.generation.in_load_set(file.entry.index):
             return False
-        if not is_weight_file(path):
+        if not counts_as_request(file):
             # A large file of another kind, read on and on: fetch ahead of its reader, but nothing else.
             return offset >= chunk_size and file.size > chunk_size
         if offset < min(READAHEAD_ALLOWANCE, file.size // 2):
@@ -321,7 +325,7 @@ class Reading:
             prefix = bytearray(8)
             if self._open_files.read_cached(file, 0, memoryview(prefix)) == 8:
                 header = safetensors_header_length(bytes(prefix))
-        return offset >= fill_threshold(path, file.size, header)
+        return offset >= fill_threshold(file.size, header, weights=True)
 
     async def start_fill(
         self, generation: Generation, first: CachedFile | None = None, *, everything: bool = False

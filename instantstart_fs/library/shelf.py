@@ -19,6 +19,8 @@ from typing import NamedTuple, Protocol
 import msgspec
 import trio
 
+from instantstart_fs.core.learned import Learned
+from instantstart_fs.core.loadset import RULES
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.errors import (
     DigestMismatch,
@@ -120,13 +122,18 @@ class Shelf:
         """
         slots = set(self.store.list_directory())
         summaries = self.index.read(lambda txn: dict(txn.summaries()))
+        upkeep = self.index.read(lambda txn: dict(txn.upkeep()))
         folded: list[Folded] = []
         for record in self.index.read(lambda txn: list(txn.pipelines())):
             pipeline = Pipeline(
                 record.spec, dict(record.directory_nodeids), pinned=record.pinned, created_at_ns=record.created_at_ns
             )
             summary = summaries.get(pipeline.id)
-            if summary is not None and summary.generation == record.generation and pipeline.id in slots:
+            known = upkeep.get(pipeline.id, UpkeepRecord())
+            pipeline.scrubbed, pipeline.access = known.scrubbed, known.access
+            pipeline.learned, pipeline.learned_read = known.learned or Learned(), known.learned is not None
+            settled = summary is not None and summary.rules == RULES and pipeline.id in slots
+            if summary is not None and settled and summary.generation == record.generation:
                 found = Folded(pipeline, summary, self._unfold)
                 folded.append(found)
                 pipeline.current = found
@@ -136,11 +143,9 @@ class Shelf:
             self.pipelines[pipeline.id] = pipeline
             self.nodes.add_pipeline(pipeline)
         self.nodes.load_blocks(folded)
-        for name, upkeep in self.index.read(lambda txn: list(txn.upkeep())):
+        for name, known in upkeep.items():
             if name in self.pipelines:
-                self.pipelines[name].scrubbed = upkeep.scrubbed
-                self.pipelines[name].access = upkeep.access
-                self._recall(self.pipelines[name], upkeep.trouble)
+                self._recall(self.pipelines[name], known.trouble)
         for pipeline in self.pipelines.values():
             pipeline.on_trouble = self._save_trouble_soon
         if not self._spare:
@@ -377,6 +382,10 @@ class Shelf:
             raise StoreLost(
                 f"{pipeline.id}: its manifest is gone; `instantstart update {pipeline.id}` resolves it anew"
             ) from error
+        if not pipeline.learned_read:
+            # An earlier version, or fsck without an index, wrote nothing of it there.
+            pipeline.learned = self.store.load_learned(pipeline.id)
+            pipeline.learned_read = True
         record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
         if record is None:
             raise StoreDamaged(
@@ -477,7 +486,7 @@ class Shelf:
 
     async def save_upkeep(self, pipeline: Pipeline) -> None:
         """Note what is done about it in the background, and what troubles it. Raises StoreError."""
-        record = UpkeepRecord(pipeline.scrubbed, pipeline.access, _trouble_record(pipeline))
+        record = _upkeep_record(pipeline)
 
         def write(txn: WriteTxn) -> None:
             if txn.get_pipeline(pipeline.id) is not None:
@@ -485,6 +494,31 @@ class Shelf:
 
         if not pipeline.removed:
             await self.index.write(write)
+
+    async def save_learned(self, pipeline: Pipeline) -> bool:
+        """Note what it has learned, in its slot and in the index; False: not now, somebody is changing it. Raises
+        StoreError."""
+        try:
+            pipeline.lock.acquire_nowait()  # else it might be written into a slot that is being deleted
+        except trio.WouldBlock:
+            return False
+        try:
+            if not pipeline.removed:
+                learned, record = pipeline.learned, _upkeep_record(pipeline)
+                await trio.to_thread.run_sync(self.store.write_learned, pipeline.id, learned)
+
+                def write(txn: WriteTxn) -> None:
+                    if txn.get_pipeline(pipeline.id) is None:
+                        return
+                    before = (txn.get_upkeep(pipeline.id) or UpkeepRecord()).learned or Learned()
+                    if before.wanted != learned.wanted:
+                        txn.delete_summary(pipeline.id)  # it counts another load set
+                    txn.put_upkeep(pipeline.id, record)
+
+                await self.index.write(write)
+        finally:
+            pipeline.lock.release()
+        return True
 
     # -- nodeids -------------------------------------------------------------------------------------------------
 
@@ -593,6 +627,8 @@ class Shelf:
         The superseded generation keeps its nodeids while somebody holds it open: drop it with ``forget_generation``.
         """
         pipeline = new.pipeline
+        if new.sorted_with != pipeline.learned.wanted:
+            new.sort_again()  # it has learned something since that one was made
         old = pipeline.current
         for index, found in kept.items():
             new.files[index].state = found.state
@@ -682,6 +718,11 @@ class Shelf:
 
     def _invalidate_listing(self, directory: int) -> None:
         self._send.send_nowait(Invalidation(directory, None, directory, listing=True))
+
+
+def _upkeep_record(pipeline: Pipeline) -> UpkeepRecord:
+    learned = pipeline.learned if pipeline.learned_read else None
+    return UpkeepRecord(pipeline.scrubbed, pipeline.access, _trouble_record(pipeline), learned)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +18,8 @@ import trio
 
 from instantstart_fs.core.access import Access
 from instantstart_fs.core.chunks import ChunkMap
-from instantstart_fs.core.loadset import is_weight_file, load_set
+from instantstart_fs.core.learned import Learned
+from instantstart_fs.core.loadset import Hints, LoadSet, sort_files, with_wanted
 from instantstart_fs.core.manifest import FileEntry, Manifest, ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import Pass
 from instantstart_fs.core.staging import Shard
@@ -162,8 +163,10 @@ class Generation:
         self._open_origin = open_origin
         self._origins: dict[int, Origin] = {}
         self.tree = Tree(manifest.files, [model.name for model in manifest.models])
-        self.load_set = load_set(manifest.files)
-        self._in_load_set = frozenset(self.load_set)
+        self.sorted_with = pipeline.learned.wanted
+        self.known = sort_files(manifest.files, self._hints())
+        """Which files are its load set, which are weights, what is left out; ``sorted_with``: and what was learned."""
+        self._in_load_set: Collection[int] = frozenset(self.known.order)
         self.load_bytes = sum(manifest.files[index].file.size for index in self.load_set)
         self.total_bytes = manifest.total_bytes
         self.files: list[CachedFile] = []
@@ -194,6 +197,40 @@ class Generation:
             self.tree.child(0, name) if name else 0: nodeid for name, nodeid in pipeline.directory_nodeids.items()
         }
         self._root_nodes = {nodeid: node for node, nodeid in self._root_nodeids.items() if node is not None}
+
+    def _hints(self) -> Hints:
+        include = {model.name: model.include for model in self.pipeline.spec.models}
+        return Hints(
+            include={at: include.get(model.name, ()) for at, model in enumerate(self.manifest.models)},
+            wanted=frozenset(self.pipeline.learned.wanted),
+        )
+
+    @property
+    def load_set(self) -> tuple[int, ...]:
+        """File indices, in load order."""
+        return self.known.order
+
+    @property
+    def undecided(self) -> int:
+        """How many variants there are of which somebody has to choose one; 0: nothing is to be chosen."""
+        return self.known.undecided
+
+    def want(self, indices: Collection[int]) -> None:
+        """These belong to the load set from now on, with the other parts of what they are part of. What the pipeline
+        has learned says so as well, as soon as nothing awaits."""
+        self._know(with_wanted(self.known, indices))
+
+    def sort_again(self) -> None:
+        """What the pipeline has learned has changed in another way. Walks over all files."""
+        self._know(sort_files(self.manifest.files, self._hints()))
+        self.sorted_with = self.pipeline.learned.wanted
+
+    def _know(self, known: LoadSet) -> None:
+        self.known = known
+        self._in_load_set = frozenset(known.order)
+        self.load_bytes = sum(self.manifest.files[index].file.size for index in known.order)
+        self.counts_changed()
+        self.pipeline.changed()
 
     @property
     def file_count(self) -> int:
@@ -426,7 +463,10 @@ class Generation:
 
     @property
     def load_set_complete(self) -> bool:
-        return self.counts.complete == len(self.load_set)
+        """Whether an engine can start: all that it loads is here (and somebody has said what that is), or all there
+        is."""
+        complete = self.counts.complete == len(self.load_set) and not self.known.open
+        return complete or self.counts.finished == len(self.manifest.files)
 
 
 class Trouble:
@@ -489,6 +529,10 @@ class Pipeline:
         self.uncached: Uncached | None = None
         self.scrubbed = Pass()
         """How far the scrub has come with it (library/scrubbing.py)."""
+        self.learned = Learned()
+        """What engines were seen to load (library/learning.py)."""
+        self.learned_read = True
+        """Whether that is what the store has of it; else it is read with the manifest."""
         self.access = Access()
         """What its origins said last to its credentials (library/rechecking.py)."""
         self.hidden: str | None = None
@@ -693,5 +737,5 @@ class NodeTable:
 
 
 def counts_as_request(file: CachedFile) -> bool:
-    """Whether opening this file is a request for its pipeline."""
-    return is_weight_file(file.entry.file.path)
+    """Whether opening this file is a request for its pipeline: whether it holds weights."""
+    return file.entry.index in file.generation.known.weights

@@ -24,6 +24,7 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
     errors.PipelineExists: errno.EEXIST,
     errors.PipelineBusy: errno.EBUSY,
     errors.NoColdStart: errno.ENOENT,
+    errors.VariantNotChosen: errno.EINVAL,
     errors.OriginError: errno.EIO,
     errors.OriginUnavailable: errno.EIO,
     errors.OriginThrottled: errno.EIO,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import datetime
 import email.utils
-import fnmatch
 import ipaddress
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from urllib.parse import parse_qsl, urlsplit
 
-from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec, Skipped
+from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec, Skipped, matches
 from instantstart_fs.core.names import unservable
 from instantstart_fs.errors import OriginMisbehaved, OriginNotFound, OriginUnsupported, printable
 
@@ -31,12 +30,6 @@ MAX_FILE_BYTES = 1 << 62
 _HEX = frozenset("0123456789abcdef")
 DEFAULT_LIFETIME = 300.0
 """Seconds that an address of unknown expiry is used. Short: to locate again costs one HEAD, a stale address a 403."""
-
-
-def matches(path: str, globs: Iterable[str]) -> bool:
-    """Whether any glob matches, in huggingface_hub's way: fnmatch over the whole path, so that ``*`` crosses ``/``;
-    a glob that ends with ``/`` means everything below it."""
-    return any(fnmatch.fnmatchcase(path, glob + "*" if glob.endswith("/") else glob) for glob in globs)
 
 
 def selected(path: str, model: ModelSpec) -> bool:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 from urllib.parse import quote
 
-from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec
+from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec, matches
 from instantstart_fs.core.source import DirectorySource
 from instantstart_fs.errors import (
     AccessRefused,
@@ -31,7 +31,7 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.origins.common import Skips, finish_manifest, matches, refuse_endless, selected
+from instantstart_fs.origins.common import Skips, finish_manifest, refuse_endless, selected
 
 
 def identity_of(status: os.stat_result) -> str:

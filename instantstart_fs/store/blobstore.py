@@ -39,6 +39,7 @@ from typing import NamedTuple, Self, TypeVar
 import msgspec
 
 from instantstart_fs.core.chunks import ChunkMap
+from instantstart_fs.core.learned import Learned
 from instantstart_fs.core.manifest import Manifest, PipelineSpec
 from instantstart_fs.core.names import validate_origin_path, validate_pipeline_id
 from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreLost, StoreUnsupported
@@ -52,6 +53,7 @@ from instantstart_fs.store.layout import (
     FILES,
     FORMAT,
     IDENTITY,
+    LEARNED_FILE,
     MANIFEST_FILE,
     PIPELINE_FILE,
     SLOTS,
@@ -87,6 +89,13 @@ class _PipelineFile(msgspec.Struct, frozen=True):
     format: int
     created_at_ns: int
     pipeline: PipelineSpec
+
+
+class _LearnedFile(msgspec.Struct, frozen=True):
+    """learned.json"""
+
+    format: int
+    learned: Learned
 
 
 class _ManifestFile(msgspec.Struct, frozen=True):
@@ -232,6 +241,19 @@ class BlobStore:
             except (NoSuchEntry, StoreDamaged):
                 created_at_ns = time.time_ns()
         self._write((spec.id,), PIPELINE_FILE, msgspec.json.encode(_PipelineFile(FORMAT, created_at_ns, spec)))
+
+    def write_learned(self, pipeline: str, learned: Learned) -> None:
+        """Store what was learned of a pipeline, atomically and durably."""
+        validate_pipeline_id(pipeline)
+        self._write((pipeline,), LEARNED_FILE, msgspec.json.encode(_LearnedFile(FORMAT, learned)))
+
+    def load_learned(self, pipeline: str) -> Learned:
+        """Nothing where there is none, or where it cannot be read: it is learned again."""
+        validate_pipeline_id(pipeline)
+        try:
+            return _decode(self._read((pipeline,), LEARNED_FILE), _LearnedFile, f"{pipeline}/{LEARNED_FILE}").learned
+        except (NoSuchEntry, StoreDamaged, StoreUnsupported):
+            return Learned()
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Store ``manifest`` under its pipeline and generation, atomically and durably. Names were validated before."""

@@ -6,6 +6,7 @@
     <root>/nodeids                                    high-water mark of the nodeids (the index writes it)
     <root>/index/                                     LMDB
     <root>/slots/<pipeline>/pipeline.json
+    <root>/slots/<pipeline>/learned.json              what engines were seen to load; need not be there
     <root>/slots/<pipeline>/<generation>/manifest.json
     <root>/slots/<pipeline>/<generation>/files/<path> what lies there is what it says
     <root>/bind/                                      empty; where slots/ is bound while files are bound over the mount
@@ -34,6 +35,7 @@ SLOTS = "slots"
 TRASH = "trash"
 BIND = "bind"
 PIPELINE_FILE = "pipeline.json"
+LEARNED_FILE = "learned.json"
 MANIFEST_FILE = "manifest.json"
 FILES = "files"
 

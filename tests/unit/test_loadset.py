@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from instantstart_fs.core.loadset import (
     fill_threshold,
-    is_weight_file,
     load_set,
     natural_key,
     safetensors_header_length,
+    sort_files,
 )
 from instantstart_fs.core.manifest import FileEntry, Manifest, ManifestFile, ModelManifest
 
@@ -49,14 +49,14 @@ def test_safetensors_win_over_everything_else() -> None:
 
 
 def test_shards_come_in_natural_order_after_their_index() -> None:
+    shards = [f"model-{number}-of-11.safetensors" for number in range(1, 12)]
     assert chosen(
-        "model-10-of-11.safetensors",
-        "model-2-of-11.safetensors",
+        *shards,
         "model.safetensors.index.json",
+        "pytorch_model-1-of-1.bin",
         "pytorch_model.bin.index.json",
         "original/consolidated.00.pth",
-        "consolidated.safetensors",
-    ) == ["model.safetensors.index.json", "model-2-of-11.safetensors", "model-10-of-11.safetensors"]
+    ) == ["model.safetensors.index.json", *shards]
 
 
 def test_pytorch_weights_where_there_is_nothing_better() -> None:
@@ -87,17 +87,16 @@ def test_models_follow_one_another() -> None:
 
 
 def test_requests_are_opens_of_weight_files() -> None:
-    assert is_weight_file("a/model.safetensors")
-    assert not is_weight_file("config.json")
-    assert not is_weight_file("training_args.bin")
+    files = entries("a/model.safetensors", "config.json", "training_args.bin")
+    assert [files[index].path for index in sort_files(files).weights] == ["a/model.safetensors"]
 
 
 def test_the_threshold_lies_beyond_header_and_readahead() -> None:
-    assert fill_threshold("m.safetensors", 100 * MIB, 5 * MIB) == 5 * MIB
-    assert fill_threshold("m.safetensors", 100 * MIB, 100) == MIB
-    assert fill_threshold("m.gguf", 100 * MIB, None) == MIB
-    assert fill_threshold("tiny.safetensors", 1000, 100) == 500
-    assert fill_threshold("config.json", 1000, None) == 1000
+    assert fill_threshold(100 * MIB, 5 * MIB, weights=True) == 5 * MIB
+    assert fill_threshold(100 * MIB, 100, weights=True) == MIB
+    assert fill_threshold(100 * MIB, None, weights=True) == MIB
+    assert fill_threshold(1000, 100, weights=True) == 500
+    assert fill_threshold(1000, None, weights=False) == 1000
 
 
 def test_the_header_length_is_believed_only_where_it_can_be_one() -> None:

@@ -1,0 +1,56 @@
+"""What was seen of how engines start from a pipeline: which files they read that the rules leave out, and which they
+never touched. Pure values; library/learning.py keeps them.
+
+Paths are those within the pipeline: they outlive an update of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import msgspec
+
+UNTOUCHED_STARTS = 3
+"""So many starts in a row without an open of it, and a file is shown as untouched."""
+MOST_TRACKED = 1000
+"""Weight files whose opens are counted; a pipeline with more is not watched in this way."""
+MOST_WANTED = 10_000
+"""Paths that one pipeline may learn."""
+
+
+class Learned(msgspec.Struct, frozen=True, array_like=True):
+    """``wanted``: paths that belong to the load set whatever the rules say. ``starts``: how many were seen.
+    ``touched``: path → the number of the last start that opened it, of those after the start ``since``."""
+
+    wanted: tuple[str, ...] = ()
+    starts: int = 0
+    touched: dict[str, int] = {}
+    since: int = 0
+
+    def wanting(self, paths: Iterable[str]) -> Learned:
+        """With these as well, oldest first."""
+        wanted = tuple(dict.fromkeys([*self.wanted, *paths]))[:MOST_WANTED]
+        return self if wanted == self.wanted else msgspec.structs.replace(self, wanted=wanted)
+
+    def without(self, paths: Collection[str]) -> Learned:
+        return msgspec.structs.replace(self, wanted=tuple(path for path in self.wanted if path not in paths))
+
+    def after_start(self, opened: Collection[str]) -> Learned:
+        """One more start has ended that opened these weight files."""
+        number = self.starts + 1
+        touched = {**self.touched, **dict.fromkeys(opened, number)}
+        if len(touched) > MOST_TRACKED:
+            return msgspec.structs.replace(self, starts=number, touched={}, since=number)
+        return msgspec.structs.replace(self, starts=number, touched=touched)
+
+    def after_update(self, paths: Collection[str]) -> Learned:
+        """The pipeline has these files from now on. What is wanted stays so: a later revision may have it again."""
+        touched = {path: at for path, at in self.touched.items() if path in paths}
+        return msgspec.structs.replace(self, touched=touched, since=self.starts) if self.starts else self
+
+    def untouched(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Those of these weight files that none of the last UNTOUCHED_STARTS starts has opened."""
+        latest = self.starts - UNTOUCHED_STARTS
+        if latest < 0:
+            return ()
+        return tuple(path for path in paths if self.touched.get(path, self.since) <= latest)

@@ -1,0 +1,73 @@
+"""A generation's load set as it looks from outside: what is left out and why, which variants there are, what was
+learned. Decides nothing, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from instantstart_fs.core.manifest import FileEntry, matches
+from instantstart_fs.core.status import VariantStatus
+from instantstart_fs.core.twins import Choice
+from instantstart_fs.errors import UsageError
+from instantstart_fs.library.state import Generation
+
+MOST_EXPLAINED = 10_000
+"""Files of a generation of which every one is explained; of a larger one only those that hold weights: an answer has a
+bound."""
+
+
+class Explained:
+    """Of each file of a generation: why it is in the load set, or not."""
+
+    def __init__(self, generation: Generation) -> None:
+        files, learned = generation.manifest.files, generation.pipeline.learned
+        self._known = generation.known
+        self._all = len(files) <= MOST_EXPLAINED
+        self._learned = frozenset(learned.wanted)
+        weights = (files[index].path for index in self._known.order if index in self._known.weights)
+        self._untouched = frozenset(learned.untouched(weights))
+
+    def left_out(self, entry: FileEntry) -> str | None:
+        reason = self._known.left_out.get(entry.index)
+        return reason if self._all or entry.index in self._known.weights else None
+
+    def learned(self, entry: FileEntry) -> bool:
+        return entry.path in self._learned
+
+    def untouched(self, entry: FileEntry) -> bool:
+        return entry.path in self._untouched
+
+
+def variants(generation: Generation) -> tuple[VariantStatus, ...] | None:
+    """All that there are, chosen or not; None where there are none."""
+    return tuple(_variants(generation.known.choices)) or None
+
+
+def _variants(choices: Iterable[Choice]) -> Iterable[VariantStatus]:
+    for choice in choices:
+        for at, variant in enumerate(choice.variants):
+            label = variant.label or variant.paths[0].rpartition("/")[2]
+            yield VariantStatus(choice.kind, label, choice.glob(at), variant.size, at in choice.chosen)
+
+
+def included(generation: Generation, globs: Sequence[str]) -> list[int]:
+    """The files that match any of them, by their path within the model, as with `add`. Raises UsageError for a glob
+    that matches nothing."""
+    found: set[int] = set()
+    for glob in globs:
+        matching = [entry.index for entry in generation.manifest.files if matches(entry.file.path, (glob,))]
+        if not matching:
+            raise UsageError(f"--include {glob!r}: no file of {generation.pipeline.id} matches")
+        found.update(matching)
+    return sorted(found)
+
+
+def question(generation: Generation) -> str:
+    """What somebody has to decide before an engine could start, and how."""
+    offered = list(_variants(generation.known.open))
+    named = ", ".join(variant.label for variant in offered)
+    kind, example, name = offered[0].kind, offered[len(offered) // 2].include, generation.pipeline.id
+    return (
+        f"{name}: {len(offered)} {kind} variants, of which an engine loads one, and none is chosen: "
+        f"`instantstart warm {name} --include '{example}'` takes that one, `--all` takes every file; there are {named}"
+    )
