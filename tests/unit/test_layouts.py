@@ -2,8 +2,8 @@
 
 ``needs`` of a layout: by engine, the files that it opens to start. transformers' own code says the same here, run on
 each layout (below). The others' are from their sources: vLLM's DefaultModelLoader._prepare_weights and
-filter_duplicate_safetensors_files, diffusers' _get_model_file and its variants, sentence-transformers' modules.json, and
-what the projects of the speech and video models load by name.
+filter_duplicate_safetensors_files, diffusers' _get_model_file and its variants, sentence-transformers' modules.json,
+and what the projects of the speech and video models load by name.
 """
 
 from __future__ import annotations
