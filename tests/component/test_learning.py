@@ -1,0 +1,282 @@
+"""What counts as a request, which of several variants is fetched, and what the library learns from how engines read;
+on a real store, without a mount."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.errors import UsageError, VariantNotChosen
+from instantstart_fs.index.environment import Index
+from instantstart_fs.index.schema import SummaryRecord
+from instantstart_fs.library import Library
+from instantstart_fs.library.fsck import repair
+from instantstart_fs.library.learning import QUIET_SECONDS
+from instantstart_fs.library.state import Generation
+from tests.component.test_library import MIB, find, read_all, running, spec, wait_state
+
+pytestmark = pytest.mark.timeout(60)
+SHARDS = ["Llama-Q8_0-00001-of-00002.gguf", "Llama-Q8_0-00002-of-00002.gguf"]
+GGUFS = {
+    "config.json": 10,
+    "Llama-Q2_K.gguf": MIB,
+    "Llama-Q4_K_M.gguf": 3 * MIB,
+    **dict.fromkeys(SHARDS, 2 * MIB),
+    "mmproj-F16.gguf": MIB,
+}
+TWINS = {"config.json": 10, "model.safetensors": 3 * MIB, "pytorch_model.bin": 3 * MIB, "README.md": 100}
+
+
+def make(root: Path, files: dict[str, int]) -> Path:
+    for path, size in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(os.urandom(size))
+    return root
+
+
+def states(library: Library, pipeline: str = "p") -> dict[str, str]:
+    return {file.path: file.state for file in library.status(pipeline).files or ()}
+
+
+def here(library: Library, pipeline: str = "p") -> set[str]:
+    return {path for path, state in states(library, pipeline).items() if state == "unverified"}
+
+
+def fields(library: Library, name: str, pipeline: str = "p") -> dict[str, object]:
+    return {file.path: getattr(file, name) for file in library.status(pipeline).files or () if getattr(file, name)}
+
+
+async def evicted_and_warmed(library: Library) -> set[str]:
+    await library.evict("p")
+    assert here(library) == set()
+    await library.warm("p")
+    await wait_state(library, "p", "unverified")
+    return here(library)
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+LARGE = 17 * MIB
+WEIGHTS = (
+    *("model.nemo", "model.onnx", "1/model.plan", "voices.npz", "model.ckpt", "model.pt2", "model.tflite"),
+    *("ggml-base.ggml", "gemma.task", "model.bin", "model.onnx_data", "weights.unheard_of", "no-suffix", "model.json"),
+    *("flow.pt", "voices/af.pt", "embeddings.vec", "lm.arpa", "x.gguf-split-a", "model.tar", "big.model"),
+)
+OTHERS = (
+    *("config.json", "tokenizer.model", "tokenizer.model.v3", "merges.txt", "chat_template.jinja", "modeling.py"),
+    *("config.pbtxt", "sentencepiece.bpe.model", "spiece.model", "README.md", "logo.png", "training_args.bin"),
+    *("optimizer.pt", "model.safetensors.index.json", "model.onnx.json", "LICENSE", ".gitattributes", "prompt.wav"),
+)
+
+
+async def test_opening_weights_of_any_kind_is_a_request_and_a_cold_start(tmp_path: Path) -> None:
+    async with running(tmp_path, keep_hot=3600) as library:
+        for number, path in enumerate(WEIGHTS):
+            size = LARGE if path in ("model.json", "big.model") else 2 * MIB
+            source = make(tmp_path / f"source{number}", {path: 0, "vocabulary.json": 10, "tokens.txt": 10})
+            os.truncate(source / path, size)
+            pipeline = f"p{number}"
+            await library.add(spec(pipeline, source))
+            for quiet in ("vocabulary.json", "tokens.txt"):
+                await read_all(library, pipeline, quiet)
+            assert library.status(pipeline).last_request is None, path
+            library.release(await library.open(find(library, pipeline, *path.split("/"))))
+            status = library.status(pipeline)
+            assert status.last_request is not None and status.hot_until is not None, path
+            assert [record.opened_files for record in library.cold_starts(pipeline)] == [1], path
+
+
+async def test_reading_anything_else_is_none(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", {**dict.fromkeys(OTHERS, 2 * MIB), "a.safetensors": MIB})
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        for path in OTHERS:
+            await read_all(library, "p", path)
+            assert library.status("p").last_request is None, path
+
+
+# -- variants ----------------------------------------------------------------------------------------------------------
+
+
+async def test_reading_one_variant_fetches_its_parts_and_projectors_and_no_other(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", GGUFS)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        status = library.status("p")
+        assert (status.state, status.undecided) == ("cold", 3)
+        handle = await library.open(find(library, "p", SHARDS[0]))
+        await library.read_into(handle, MIB + 1, memoryview(bytearray(100)))
+        library.release(handle)
+        await wait_state(library, "p", "unverified")
+        assert here(library) == {"config.json", "mmproj-F16.gguf", *SHARDS}
+        assert library.status("p").undecided is None
+        # Another one is read through, and is not what the pipeline is made of before it is read to its end.
+        handle = await library.open(find(library, "p", "Llama-Q2_K.gguf"))
+        await library.read_into(handle, 0, memoryview(bytearray(100)))
+        library.release(handle)
+        assert (await evicted_and_warmed(library)) == {"config.json", "mmproj-F16.gguf", *SHARDS}
+    async with running(tmp_path) as library:
+        assert library.status("p").state == "unverified"
+
+
+async def test_looking_into_the_headers_of_variants_chooses_none(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", {path: max(size, 4 * MIB) for path, size in GGUFS.items()})
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        for path in GGUFS:
+            handle = await library.open(find(library, "p", path))
+            await library.read_into(handle, 0, memoryview(bytearray(4096)))
+            library.release(handle)
+        assert library.status("p").undecided == 3
+
+
+async def test_warm_asks_which_variant_and_takes_the_answer(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", GGUFS)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        with pytest.raises(VariantNotChosen) as asked:
+            await library.warm("p")
+        for expected in (
+            "3 GGUF variants",
+            "Q2_K",
+            "Q4_K_M",
+            "Q8_0",
+            "`instantstart warm p --include '*Q4_K_M*'`",
+            "--all",
+        ):
+            assert expected in asked.value.message
+        assert library.status("p").state == "cold"
+        with pytest.raises(UsageError, match="no file of p matches"):
+            await library.include("p", ["*Q9*"])
+        await library.include("p", ["*Q4_K_M*"])
+        await library.warm("p")
+        await wait_state(library, "p", "unverified")
+        assert here(library) == {"config.json", "mmproj-F16.gguf", "Llama-Q4_K_M.gguf"}
+        chosen = {variant.label: variant.chosen for variant in library.status("p").variants or ()}
+        assert chosen == {"Q2_K": False, "Q4_K_M": True, "Q8_0": False}
+        assert set(fields(library, "left_out")) == {"Llama-Q2_K.gguf", *SHARDS}
+
+
+async def test_with_everything_here_nobody_has_to_choose(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", GGUFS)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.warm("p", everything=True)
+        await wait_state(library, "p", "unverified")
+        assert here(library) == set(GGUFS)
+        await library.warm("p")
+
+
+@pytest.mark.parametrize(("globs", "undecided"), [(["*Q4_K_M*"], None), (["*.gguf"], 3), (["*Q4*", "*Q2*"], None)])
+async def test_include_at_add_chooses_where_a_glob_means_one_variant(
+    tmp_path: Path, globs: list[str], undecided: int | None
+) -> None:
+    source = make(tmp_path / "source", GGUFS)
+    async with running(tmp_path) as library:
+        model = ModelSpec(source=f"file://{source}", include=tuple(globs))
+        await library.add(PipelineSpec(id="p", models=(model,)))
+        assert library.status("p").undecided == undecided
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_an_engine_has_read_to_its_end_belongs_to_the_load_set(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", TWINS)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        assert fields(library, "left_out")["pytorch_model.bin"] == "twin of model.safetensors"
+        await read_all(library, "p", "config.json")
+        await read_all(library, "p", "pytorch_model.bin")
+        assert fields(library, "learned") == {"pytorch_model.bin": True}
+        assert "pytorch_model.bin" in await evicted_and_warmed(library)
+    async with running(tmp_path) as library:  # from the index
+        assert "pytorch_model.bin" in await evicted_and_warmed(library)
+        # In another revision, too.
+        (source / "config.json").unlink()
+        (source / "config.json").write_bytes(b"another")
+        await library.update("p")
+        assert library.status("p").generation == 2
+        assert "pytorch_model.bin" in await evicted_and_warmed(library)
+    shutil.rmtree(tmp_path / "store/index")
+    report = repair(str(tmp_path / "store"), False, lambda progress: None)
+    assert report.problems == ()
+    async with running(tmp_path) as library:  # from the slot
+        assert fields(library, "learned") == {"pytorch_model.bin": True}
+        assert "pytorch_model.bin" in await evicted_and_warmed(library)
+
+
+async def test_a_look_at_its_header_teaches_nothing(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", TWINS)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        handle = await library.open(find(library, "p", "pytorch_model.bin"))
+        await library.read_into(handle, 3 * MIB - 4096, memoryview(bytearray(4096)))  # a zip's directory is its end
+        library.release(handle)
+        assert fields(library, "learned") == {}
+
+
+async def test_a_copy_of_everything_teaches_nothing(tmp_path: Path) -> None:
+    for order, names in enumerate((sorted(TWINS), sorted(TWINS, reverse=True))):
+        source = make(tmp_path / f"source{order}", TWINS)
+        async with running(tmp_path / str(order)) as library:
+            await library.add(spec("p", source))
+            for name in names:
+                await read_all(library, "p", name)
+            assert fields(library, "learned") == {}, names
+            assert await evicted_and_warmed(library) == {"config.json", "model.safetensors"}
+
+
+async def test_a_copy_of_all_variants_chooses_none_of_them(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", {**GGUFS, "README.md": 10})
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        for name in sorted(GGUFS):
+            await read_all(library, "p", name)
+        assert library.status("p").undecided is None
+        await read_all(library, "p", "README.md")
+        assert library._shelf.pipelines["p"].learned.wanted == ()
+
+
+async def test_what_no_start_touches_is_said(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", {"a.safetensors": MIB, "b.safetensors": MIB, "config.json": 2})
+    async with running(tmp_path) as library:
+        now = [0.0]
+        library._learning._clock = lambda: now[0]
+        await library.add(spec("p", source))
+        for start in range(4):
+            assert fields(library, "untouched") == ({} if start < 3 else {"b.safetensors": True}), start
+            library.release(await library.open(find(library, "p", "a.safetensors")))
+            now[0] += QUIET_SECONDS
+            library._learning.end_all() if start == 2 else None
+        library.release(await library.open(find(library, "p", "b.safetensors")))
+        library._learning.end_all()
+        assert fields(library, "untouched") == {}
+
+
+async def test_a_summary_that_counts_another_load_set_is_not_believed(tmp_path: Path) -> None:
+    """An earlier version called it warm, by rules that leave out what an engine opens."""
+    source = make(tmp_path / "source", {"llm.pt": MIB, "blank/model.safetensors": MIB})
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await read_all(library, "p", "blank", "model.safetensors")
+        generation = library._shelf.pipelines["p"].current
+        assert isinstance(generation, Generation)
+        with trio.fail_after(10):
+            while generation.files[0].target is not None:
+                await trio.sleep(0.01)
+        await library.folding.look()
+        await library.folding.look()
+    with Index.open(str(tmp_path / "store/index")) as index:
+        found = dict(index.read(lambda txn: list(txn.summaries())))["p"]
+        old = SummaryRecord(**{**msgspec.structs.asdict(found), "load_files": 1, "load_bytes": MIB, "rules": 0})
+        index.write_sync(lambda txn: txn.put_summary("p", old))
+    async with running(tmp_path) as library:
+        assert library.status("p").state == "partial"
