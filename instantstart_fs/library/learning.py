@@ -32,8 +32,8 @@ RETRY_SECONDS = 10.0
 
 
 class _Start:
-    """``last``: when a weight file was opened, or closed; ``opened``: weight files, by path; ``learned``: paths that this
-    start has added."""
+    """``last``: when a weight file was opened, or closed; ``opened``: weight files, by path; ``learned``: paths that
+    this start has added."""
 
     __slots__ = ("last", "learned", "opened")
 
