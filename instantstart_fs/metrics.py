@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Literal, get_args
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -27,14 +27,16 @@ from prometheus_client.registry import Collector
 
 from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.filler.state import FillStatistics
-from instantstart_fs.library.observing import FoundBy, Histogram, Totals
+from instantstart_fs.library.observing import FoundBy, Served, Totals
 from instantstart_fs.library.overview import Overview
 
 ORIGINS = 32
 STATES: tuple[PipelineState, ...] = ("cold", "filling", "partial", "warm", "unverified", "error")
 FOUND_BY: tuple[FoundBy, ...] = get_args(FoundBy)
+SERVED: tuple[Served, ...] = get_args(Served)
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -88,6 +90,27 @@ def _bounded(found: Sequence[tuple[str, int]]) -> dict[str, int]:
     return kept
 
 
+def _retries(source: Source) -> Samples:
+    shown = {origin: None for (origin, _), _ in source.fills.retried}
+    kept = set(list(shown)[:ORIGINS])
+    counts: dict[tuple[str, str], int] = {}
+    for (origin, code), count in source.fills.retried:
+        key = (origin if origin in kept else "other", code)
+        counts[key] = counts.get(key, 0) + count
+    return sorted(counts.items())
+
+
+def _answers(source: Source) -> Samples:
+    found = source.fills.answers
+    samples: list[tuple[tuple[str, ...], Value]] = [((origin,), histogram) for origin, histogram in found[:ORIGINS]]
+    if len(found) > ORIGINS:
+        other = Histogram(found[0][1].bounds)
+        for _, histogram in found[ORIGINS:]:
+            other.add(histogram)
+        samples.append((("other",), other))
+    return samples
+
+
 def _breakers(source: Source) -> Samples:
     worst: dict[str, int] = {}
     for state in source.fills.origins:
@@ -135,6 +158,8 @@ DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition("instantstart_fuse_requests_total", "counter", "", "Requests of the kernel since the mount, by kind. What is read in passthrough sends none.", _counted(lambda s: s.requests), ("kind",)),
     Definition("instantstart_opens_total", "counter", "", "Opens of files, by who answers the reads: passthrough (the kernel itself), bind (the same, bound over the mount) or daemon.", _counted(lambda s: s.totals.opens), ("mode",)),
+    Definition("instantstart_weight_opens_total", "counter", "", "Opens of weight files: hit (all of it was here) or miss.", _counted(lambda s: {name: s.totals.weight_opens[name] for name in ("hit", "miss")}), ("result",)),
+    Definition("instantstart_served_bytes_total", "counter", "bytes", "Bytes of READs that the daemon answered, by where they were: store (here), fetched (waited for, and kept), passed (straight from the origin, not kept).", _counted(lambda s: {name: s.totals.served[name] for name in SERVED}), ("source",)),
     Definition("instantstart_open_files", "gauge", "", "Files that somebody has open; a bound file counts once, however often it is open.", _one(lambda s: s.totals.open_files)),
     Definition("instantstart_nodes", "gauge", "", "Entries of the table of nodeids: directories, generations (one each), and files that were fetched anew.", _one(lambda s: s.overview.nodes)),
     Definition("instantstart_reads_total", "counter", "", "READ requests that the daemon answered. Reads in passthrough, and of pages that the kernel has, are none.", _one(lambda s: s.totals.reads)),
@@ -142,7 +167,8 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_read_wait_seconds", "histogram", "seconds", "How long reads of bytes that were not here waited for them.", lambda s: [((), s.totals.waits)]),
     Definition("instantstart_errors_total", "counter", "", "Opens and reads that failed, by the error's code.", lambda s: [(key, count) for key, count in sorted(s.totals.errors.items())], ("operation", "code")),
     Definition("instantstart_fetched_bytes_total", "counter", "bytes", "Bytes that came from origins, in whole chunks.", _counted(lambda s: _bounded(s.fills.fetched_from)), ("origin",)),
-    Definition("instantstart_fetch_retries_total", "counter", "", "Fetches of a chunk that failed and were tried again.", _one(lambda s: s.fills.retries)),
+    Definition("instantstart_fetch_retries_total", "counter", "", "Requests to origins that failed, and were made again unless that was in vain; by the error's code (429 and 503 are origin-throttled), or worker-lost where the fetch process ended.", _retries, ("origin", "code")),
+    Definition("instantstart_origin_answer_seconds", "histogram", "seconds", "From a request for bytes to the first byte of its good answer: connecting, TLS and redirects included, fetching them not.", _answers, ("origin",)),
     Definition("instantstart_fetches_in_flight", "gauge", "", "Chunks that are being fetched.", _one(lambda s: s.fills.in_flight)),
     Definition("instantstart_fetches_queued", "gauge", "", "Chunks that are wanted and not being fetched yet.", _one(lambda s: s.fills.queued)),
     Definition("instantstart_files_filling", "gauge", "", "Files that are being filled.", _one(lambda s: s.fills.files)),
@@ -214,6 +240,7 @@ def render(source: Source) -> bytes:
     """Prometheus's text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Once(source))
+    ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 
@@ -222,9 +249,8 @@ def table() -> str:
     lines = ["| metric | kind | unit | labels | |", "|---|---|---|---|---|"]
     for definition in DEFINITIONS:
         labels = ", ".join(f"`{label}`" for label in definition.labels)
-        lines.append(
-            f"| `{definition.name}` | {definition.kind} | {definition.unit} | {labels} | {definition.help}{' *Open.*' if definition.open else ''} |"
-        )
+        text = definition.help + (" *Open.*" if definition.open else "")
+        lines.append(f"| `{definition.name}` | {definition.kind} | {definition.unit} | {labels} | {text} |")
     return "\n".join(lines)
 
 

@@ -298,9 +298,10 @@ class Delivery:
 
     def _on_report(self, worker: Worker, report: Report) -> None:
         match report:
-            case Arrived(request=number):
+            case Arrived(request=number, answered=answered):
                 sent = self._sent.get(number)
                 if sent is not None:
+                    sent.answered = answered
                     self._events.on_arrived(sent)
             case Progress(request=number, bytes=count):
                 sent = self._sent.get(number)

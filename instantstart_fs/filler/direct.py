@@ -41,6 +41,7 @@ from instantstart_fs.errors import (
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.filler.sources import Locator, Source, expired
 from instantstart_fs.filler.state import FillSettings
+from instantstart_fs.filler.tally import Tally
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.origins.base import Location, OriginKey
 
@@ -60,6 +61,7 @@ class _Memory:
     def __init__(self, wanted: ByteRange) -> None:
         self.data = bytearray(wanted.length)
         self.abandoned = False
+        self.answered: float | None = None
         self._start = wanted.start
 
     def write(self, data: memoryview, offset: int) -> None:
@@ -96,7 +98,9 @@ class Direct:
         broken: Callable[[OriginKey], OriginBroken | None],
         answered: Callable[[OriginKey], None],
         failed: Callable[[OriginKey, float, InstantStartError], None],
+        tally: Tally,
     ) -> None:
+        self._tally = tally
         self._locator = locator
         self._settings = settings
         self._broken = broken
@@ -211,6 +215,7 @@ class Direct:
                 data = await self._fetch(key, entry, source, block)
             except LocationExpired as error:
                 # Access is the source's to refuse, when it is asked for a fresh address.
+                self._tally.failed(source.key, error.code)
                 self._locations.pop(key, None)
                 self._trouble[key] = error.message
                 final = streak.failed(error)
@@ -220,12 +225,14 @@ class Direct:
                 if stale > 1:
                     await trio.sleep(self._settings.backoff.delay(stale - 1, self._random.random()))
                 continue
-            except AccessRefused:
+            except AccessRefused as error:
+                self._tally.failed(source.key, error.code)
                 refused += 1
                 if self._locations.pop(key, None) is None or refused > 1:
                     raise
                 continue
             except OriginUnavailable as error:
+                self._tally.failed(source.key, error.code)
                 self._locations.pop(key, None)
                 self._trouble[key] = error.message
                 final = streak.failed(error)
@@ -263,7 +270,7 @@ class Direct:
         def get() -> None:
             from instantstart_fs.filler.fetch import new_buffer
 
-            self._fetcher.fetch(where, wanted, size, new_buffer(), sink)
+            sink.answered = self._fetcher.fetch(where, wanted, size, new_buffer(), sink)
             if digest is not None and provable:
                 hasher = new_hasher(digest, size)
                 hasher.update(bytes(sink.data))
@@ -275,4 +282,6 @@ class Direct:
         except trio.Cancelled:
             sink.abandoned = True
             raise
+        if sink.answered is not None:
+            self._tally.answered(source.key, sink.answered)
         return sink.data

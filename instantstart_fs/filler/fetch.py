@@ -250,15 +250,16 @@ class Fetcher:
         # Kept off the class: reading the environment once is what requests does per session as well.
         self._proxies = urllib.request.getproxies()
 
-    def fetch(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> None:
-        """Bring ``wanted`` of a file of ``size`` bytes into ``sink``. Raises InstantStartError, Abandoned."""
+    def fetch(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> float | None:
+        """Bring ``wanted`` of a file of ``size`` bytes into ``sink``. How many seconds after the request the answer
+        began; None: nobody was asked over a network. Raises InstantStartError, Abandoned."""
         if location.url.startswith("file:"):
             if location.identity is None:
                 # Only a directory's origin names local files, and pins them.
                 raise OriginUnsupported("an address of a local file that nobody pinned is not read")
             self._copy(location, wanted, size, buffer, sink)
-        else:
-            self._get(location, wanted, size, buffer, sink)
+            return None
+        return self._get(location, wanted, size, buffer, sink)
 
     # -- http ----------------------------------------------------------------------------------------------------
 
@@ -295,9 +296,11 @@ class Fetcher:
                 self._managers[key] = manager
             return manager
 
-    def _get(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> None:
+    def _get(self, location: Location, wanted: ByteRange, size: int, buffer: memoryview, sink: Sink) -> float:
         sink.before_read()
+        asked = time.monotonic()
         response, where = self._open(location, wanted, sink)
+        answered = time.monotonic() - asked
         whole = False
         try:
             if response.status not in (200, 206):
@@ -321,6 +324,7 @@ class Fetcher:
             else:
                 with contextlib.suppress(Exception):
                     response.close()
+        return answered
 
     def _open(self, location: Location, wanted: ByteRange, sink: Sink) -> tuple[urllib3.BaseHTTPResponse, str]:
         """The answer to the GET, and where it came from as messages may show it. Follows MOST_REDIRECTS redirects."""

@@ -71,9 +71,11 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Arrived(msgspec.Struct, frozen=True, tag="arrived"):
-    """The chunk is whole and written."""
+    """The chunk is whole and written. ``answered``: seconds from its request to the first byte of the answer; None
+    where nobody was asked over a network."""
 
     request: int
+    answered: float | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

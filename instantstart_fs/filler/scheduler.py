@@ -55,6 +55,7 @@ from instantstart_fs.filler.quarantine import Quarantine
 from instantstart_fs.filler.rates import Rates
 from instantstart_fs.filler.sources import Locator, Source, Tier, chain_for
 from instantstart_fs.filler.state import BreakerState, FillEvents, Filling, FillSettings, FillStatistics, Sent
+from instantstart_fs.filler.tally import WORKER_LOST, Tally
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
 from instantstart_fs.origins.base import OriginKey
@@ -101,12 +102,14 @@ class Filler(CommitEvents, DeliveryEvents):
         self._breakers = Breakers()
         self._delivery = Delivery(store, settings, self._locator, self)
         self._pacing = Pacing(self._plan, self._fillings, self._breakers, settings)
+        self._tally = Tally()
         self._direct = Direct(
             self._locator,
             settings,
             broken=self._breakers.broken,
             answered=self._pacing.origin_answers,
             failed=self._pacing.origin_fails,
+            tally=self._tally,
         )
         self._quarantine = Quarantine()
         self._making_room: set[str] = set()
@@ -115,9 +118,7 @@ class Filler(CommitEvents, DeliveryEvents):
         self._nursery: trio.Nursery | None = None
         self._workers_wanted: trio.Event | None = None
         """Where the workers are to be started later: when."""
-        self._retries = 0
         self._fetched = 0
-        self._fetched_from: dict[str, int] = {}
         self._poisonings = 0
 
     # -- the library's side --------------------------------------------------------------------------------------
@@ -283,12 +284,14 @@ class Filler(CommitEvents, DeliveryEvents):
             files=len(self._fillings),
             in_flight=self._delivery.in_flight,
             queued=self._plan.queued(),
-            retries=self._retries,
+            retries=self._tally.retried.total(),
             fetched_bytes=self._fetched,
             commits=self._committer.commits,
             poisoned=self._poisonings,
             index_stuck=self._committer.stuck is not None,
-            fetched_from=tuple(sorted(self._fetched_from.items())),
+            fetched_from=tuple(sorted(self._tally.fetched.items())),
+            retried=tuple(sorted(self._tally.retried.items())),
+            answers=tuple(sorted(self._tally.answers.items())),
             origins=tuple(
                 BreakerState(str(key), breaker.state(now), self._plan.in_flight(key))
                 for key, breaker in self._breakers.items()
@@ -449,7 +452,7 @@ class Filler(CommitEvents, DeliveryEvents):
 
     def on_worker_lost(self, filling: Filling, lost: list[Sent]) -> None:
         for sent in lost:
-            self._retries += 1
+            self._tally.failed(filling.source.key, WORKER_LOST)
             self._plan.failed(filling.target.key, sent.chunk)
         self._stream_ended(filling)
         self._check_complete(filling)
@@ -461,6 +464,8 @@ class Filler(CommitEvents, DeliveryEvents):
         self._delivery.unsend(sent)
         self._stream_ended(filling)
         self._plan.arrived(target.key, chunk)
+        if sent.answered is not None:
+            self._tally.answered(filling.source.key, sent.answered)
         if chunk not in target.present:  # else it came with the whole file
             self._came(sent, chunk)
         self._check_complete(filling)
@@ -504,10 +509,7 @@ class Filler(CommitEvents, DeliveryEvents):
         key, now = target.key, trio.current_time()
         length = target.present.byte_range(chunk).length
         self._fetched += length
-        origin = filling.source.key
-        # Of a directory the endpoint is its path, which is nobody's business and would be a label each.
-        label = origin.scheme if origin.scheme == "file" else f"{origin.scheme}://{origin.endpoint}"
-        self._fetched_from[label] = self._fetched_from.get(label, 0) + length
+        self._tally.came(filling.source.key, length)
         self._rates.add(key.pipeline, max(length - sent.counted, 0), now)
         sent.counted = max(sent.counted - length, 0)
         target.present.add(chunk)
@@ -645,7 +647,7 @@ class Filler(CommitEvents, DeliveryEvents):
         target = filling.target
         key, now = target.key, trio.current_time()
         current = sent.generation == filling.generation
-        self._retries += 1
+        self._tally.failed(filling.source.key, error.code)
         if not current and not isinstance(error, StoreError):
             # Of a link or an address that was given up meanwhile: it says nothing of the present one.
             return self._requeue(sent)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from instantstart_fs.core.faults import Streak
+from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.retry import Backoff
 from instantstart_fs.core.serving import ServeUnsealed
 
@@ -83,12 +84,16 @@ class FillStatistics(msgspec.Struct, frozen=True):
     index_stuck: bool
     fetched_from: tuple[tuple[str, int], ...]
     origins: tuple[BreakerState, ...]
+    retried: tuple[tuple[tuple[str, str], int], ...] = ()
+    """Requests that failed, by origin (as in ``fetched_from``) and error code."""
+    answers: tuple[tuple[str, Histogram], ...] = ()
+    """Seconds from a request to the first byte of its answer, by origin."""
 
 
 class Sent:
     """A request on its way. ``worker`` is None until it was given to one; ``counted`` bytes are in the rate already."""
 
-    __slots__ = ("chunk", "counted", "demand", "filling", "generation", "number", "worker")
+    __slots__ = ("answered", "chunk", "counted", "demand", "filling", "generation", "number", "worker")
 
     def __init__(self, number: int, filling: Filling, chunk: int, demand: bool) -> None:
         self.number = number
@@ -97,6 +102,8 @@ class Sent:
         self.demand = demand
         self.worker: Worker | None = None
         self.counted = 0
+        self.answered: float | None = None
+        """Seconds until its answer began."""
         self.generation = 0
 
 

@@ -365,7 +365,7 @@ class Worker:
             with file.writing() as blob:
                 blob.reserve(wanted)
             try:
-                self._fetcher.fetch(location, wanted, file.size, buffer, work)
+                answered = self._fetcher.fetch(location, wanted, file.size, buffer, work)
             finally:
                 if file.streamer is work:
                     file.streamer = None
@@ -373,7 +373,7 @@ class Worker:
                 if file.closed:
                     raise Abandoned
                 file.present.add(order.chunk)
-            self.report(Arrived(order.request))
+            self.report(Arrived(order.request, answered))
             self.schedule_hash(file)
         except Abandoned:
             pass

@@ -7,7 +7,6 @@ loses history, never a read.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import heapq
 import logging
@@ -23,6 +22,7 @@ from instantstart_fs.core import coldstart
 from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.core.coldstart_tracker import Starts, Tracker
+from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.errors import InstantStartError, NoColdStart
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.transactions import WriteTxn
@@ -37,29 +37,12 @@ LOAD_BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 WRITE_SECONDS = 1.0
 
 
+Served = Literal["store", "fetched", "passed"]
+"""Where the bytes of a READ came from: they were here; it waited for them to come into the store; they came straight
+from the origin and were not kept."""
+
 FoundBy = Literal["open", "read", "verify", "scrub", "update"]
 """Who finds a complete file damaged; update: another generation has the same file."""
-
-
-class Histogram:
-    """Counts by upper bound, as Prometheus wants them; ``total`` in the unit of what is observed."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """(upper bound as text, count of what was at most that)."""
-        found, so_far = [], 0
-        for bound, count in zip([*(f"{bound:g}" for bound in self.bounds), "+Inf"], self.counts, strict=True):
-            so_far += count
-            found.append((bound, float(so_far)))
-        return found
 
 
 class Totals:
@@ -68,6 +51,10 @@ class Totals:
     def __init__(self) -> None:
         self.opens: Counter[str] = Counter()
         """By mode: passthrough (the kernel reads the store's file itself), bind (the same, bound), or daemon."""
+        self.weight_opens: Counter[str] = Counter()
+        """Of weight files: hit (all of it was here) or miss."""
+        self.served: Counter[Served] = Counter()
+        """Bytes of READs, by where they were."""
         self.open_files = 0
         """Opens that were not closed yet."""
         self.reads = 0
@@ -125,6 +112,7 @@ class Observer:
             self._learning.opened(file, passthrough=passthrough)
         if not counts_as_request(file):
             return ()
+        self.totals.weight_opens["hit" if file.complete else "miss"] += 1
         pipeline, tracker, now = file.generation.pipeline.id, self._tracker, self._clock()
         facts = None
         if tracker.begins(pipeline, now):
@@ -146,6 +134,10 @@ class Observer:
     def closed(self, starts: Starts) -> None:
         self.totals.open_files -= 1
         self._tracker.closed(starts, self._clock())
+
+    def served(self, source: Served, count: int) -> None:
+        """Bytes of a READ, by where they were."""
+        self.totals.served[source] += count
 
     def read(self, file: CachedFile, starts: Starts, count: int) -> None:
         """A READ was answered by the daemon."""

@@ -34,7 +34,7 @@ from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.learning import Learning
-from instantstart_fs.library.observing import Observer
+from instantstart_fs.library.observing import Observer, Served
 from instantstart_fs.library.openfiles import OpenFiles
 from instantstart_fs.library.reports import Reports, drop_target
 from instantstart_fs.library.shelf import Shelf
@@ -226,7 +226,10 @@ class Reading:
             return 0
         self._access.record_read(*file.triple, self._shelf.now_ns())
         since = trio.current_time()
-        if not file.complete and not await self._wait_readable(handle, ByteRange(offset, offset + length), since):
+        source: Served | None = "store"
+        if not file.complete:
+            source = await self._wait_readable(handle, ByteRange(offset, offset + length), since)
+        if source is None:
             return await self._read_through(handle, offset, buffer[:length], since)
         if file.gone is not None:
             raise file.gone
@@ -242,6 +245,7 @@ class Reading:
         # Poisoned while the bytes were copied: nobody may see them.
         if file.gone is not None:
             raise file.gone
+        self._observer.served(source, length)
         return length
 
     def release(self, handle: Handle) -> None:
@@ -254,9 +258,9 @@ class Reading:
 
     # -- asking the filler ---------------------------------------------------------------------------------------
 
-    async def _wait_readable(self, handle: Handle, wanted: ByteRange, since: float) -> bool:
-        """Return when the store has these bytes; False when it has no room for them. ``since``: when the read came;
-        whatever it waits for on its way, it has one ``read_deadline``."""
+    async def _wait_readable(self, handle: Handle, wanted: ByteRange, since: float) -> Served | None:
+        """Return when the store has these bytes, and whether it had them before; None when it has no room for them.
+        ``since``: when the read came; whatever it waits for on its way, it has one ``read_deadline``."""
         file = handle.file
         if file.gone is not None:
             raise file.gone
@@ -265,16 +269,16 @@ class Reading:
         with trio.move_on_at(since + self._read_deadline) as asking:
             target = await self.target(file)
             if target is None:
-                return True
+                return "store"
             if self._wants_weights(file, target, wanted.start):
                 self._learning.begins_to_load(file)
                 refused = await self.start_fill(file.generation, first=file)
                 if refused is not None:
-                    return target.readable(wanted)
+                    return "store" if target.readable(wanted) else None
             if target.readable(wanted):
-                return True
+                return "store"
             if not await self._admitted(file, target, wanted):
-                return target.readable(wanted)
+                return "store" if target.readable(wanted) else None
         if asking.cancelled_caught or target is None:
             raise ReadDeadline(f"{file.entry.path}: no room was made for it within {self._read_deadline:g} s")
         try:
@@ -287,8 +291,8 @@ class Reading:
                     file.generation.unpromise(file)
         except StoreFull as error:
             self._admissions.disk_full(file.generation.pipeline, error)
-            return False
-        return True
+            return None
+        return "fetched"
 
     async def _admitted(self, file: CachedFile, target: FillTarget, wanted: ByteRange) -> bool:
         """Whether the chunks of ``wanted`` may come into the store."""
@@ -309,6 +313,7 @@ class Reading:
         self._observer.uncached(handle.starts, len(view))
         if file.gone is not None:
             raise file.gone
+        self._observer.served("passed", len(view))
         return len(view)
 
     def _wants_weights(self, file: CachedFile, target: FillTarget, offset: int) -> bool:

@@ -19,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.harness import MIB, Daemon, model_directory, must, run, wait_for
+from tests.servers.hub import HubServer
 
 PORT_0 = {"http": {"listen": "127.0.0.1:0"}}
 LIMIT = 20.0
@@ -261,3 +262,37 @@ def test_json_logs_name_the_pipeline(make_daemon: Callable[..., Daemon], source:
     for line in lines:
         if "unique-name" in line["message"] or "model-00001" in line["message"]:
             assert line.get("pipeline") == "unique-name", line
+
+
+def test_what_an_origin_refuses_and_how_long_it_takes_is_counted_by_origin(
+    make_daemon: Callable[..., Daemon], hub: HubServer, source: Path
+) -> None:
+    """429 is visible as such; what was here when it was asked for, and what was not."""
+    hub.publish("org/model", source)
+    daemon = make_daemon(
+        config={**PORT_0, "fill": {"chunk_size": "1MiB"}, "origins": {"huggingface": {"endpoint": hub.endpoint}}},
+        allow=["."],
+    )
+    daemon.ok("add", "m", "hf://org/model")
+    hub.fault("status", port="cdn", status=429, count=2)
+    weights = daemon.path("m", "model-00001-of-00002.safetensors")
+    must("cksum", str(weights))
+    hub.clear()
+    daemon.warm("m")
+    must("cksum", str(weights))
+    found = values(daemon)
+    (origin,) = {name.partition("|")[2] for name in found if name.startswith("instantstart_fetched_bytes_total|")}
+    assert origin.startswith("hf://")
+    assert found[f"instantstart_fetch_retries_total|origin-throttled|{origin}"] >= 2
+    assert found[f"instantstart_origin_answer_seconds_count|{origin}"] >= 6
+    assert 0 < found[f"instantstart_origin_answer_seconds_sum|{origin}"] < 60
+    assert found["instantstart_weight_opens_total|miss"] >= 1 and found["instantstart_weight_opens_total|hit"] >= 1
+    assert found["instantstart_served_bytes_total|fetched"] > 0
+    assert found["process_open_fds"] > 10 and found["process_resident_memory_bytes"] > 10 * MIB
+
+
+def test_a_scrape_by_the_nodes_name_needs_it_in_hosts(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(config={"http": {**PORT_0["http"], "hosts": ["node7.example"]}})
+    assert get(daemon, "/metrics", Host="node7.example:9847").status == 200
+    refused = get(daemon, "/metrics", Host="node8.example")
+    assert refused.status == 400 and "Invalid host header" in refused.text

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,8 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from instantstart_fs import metrics
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import Budget
+from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.status import FillStatus, PipelineStatus
 from instantstart_fs.filler.state import BreakerState, FillStatistics
+from instantstart_fs.filler.tally import ANSWER_BUCKETS
 from instantstart_fs.library.observing import Totals
 from instantstart_fs.library.overview import Overview, ScrubOverview
 
@@ -44,6 +47,12 @@ def status(number: int, **changes: Any) -> PipelineStatus:
     return PipelineStatus(**{**given, **changes})
 
 
+def answered(seconds: float) -> Histogram:
+    found = Histogram(ANSWER_BUCKETS)
+    found.observe(seconds)
+    return found
+
+
 def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> metrics.Source:
     totals = Totals()
     totals.opens["passthrough"] = 2
@@ -56,6 +65,8 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
     totals.fill_failures["access-refused"] = 1
     totals.cold_starts["cold"] = 1
     totals.damaged["scrub"] = 2
+    totals.weight_opens["hit"] = 3
+    totals.served["passed"] = 100
     fills = FillStatistics(
         workers=2,
         worker_deaths=0,
@@ -68,6 +79,8 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
         poisoned=1,
         index_stuck=False,
         fetched_from=tuple((f"s3://h{number:03}", 1) for number in range(origins)),
+        retried=tuple(((f"s3://h{number:03}", "origin-throttled"), 2) for number in range(origins)),
+        answers=tuple((f"s3://h{number:03}", answered(0.3)) for number in range(origins)),
         origins=(BreakerState("s3://h000 as a1b2", "closed", 0), BreakerState("s3://h000 as c3d4", "open", 0)),
     )
     found = tuple(status(number) for number in range(pipelines))
@@ -101,7 +114,10 @@ def test_the_document_says_what_the_code_says() -> None:
 
 def test_every_metric_is_rendered_with_its_help_and_its_labels() -> None:
     text = metrics.render(source()).decode()
-    families = {family.name: family for family in text_string_to_metric_families(text)}
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    families = {name: family for name, family in found.items() if not name.startswith("process_")}
+    for name in ("cpu_seconds", "resident_memory_bytes", "open_fds", "max_fds", "start_time_seconds"):
+        assert found[f"process_{name}"].samples
     assert len(families) == len(metrics.DEFINITIONS)
     for definition in metrics.DEFINITIONS:
         family = families[definition.name.removesuffix("_total")]
@@ -137,6 +153,11 @@ def test_values() -> None:
     assert found["instantstart_access_checks_total", (("outcome", "unknown"),)] == 0
     assert found["instantstart_pipelines", (("state", "warm"),)] == 0
     assert found["instantstart_pipeline_last_cold_start_seconds", (("pipeline", "p00000"),)] == 2.5
+    assert found["instantstart_weight_opens_total", (("result", "miss"),)] == 0
+    assert found["instantstart_served_bytes_total", (("source", "passed"),)] == 100
+    throttled = (("code", "origin-throttled"), ("origin", "s3://h000"))
+    assert found["instantstart_fetch_retries_total", throttled] == 2
+    assert found["instantstart_origin_answer_seconds_bucket", (("le", "0.5"), ("origin", "s3://h000"))] == 1
     # Two credentials at one endpoint are one origin here, the worse one shown, and no fingerprint leaves.
     assert found["instantstart_origin_breaker_state", (("origin", "s3://h000"),)] == 2
 
@@ -148,12 +169,25 @@ def test_labels_are_bounded() -> None:
     fetched = {dict(labels)["origin"]: value for (name, labels), value in found.items() if "fetched" in name}
     assert len(fetched) == metrics.ORIGINS + 1
     assert fetched["other"] == 100 - metrics.ORIGINS
+    for name in ("instantstart_fetch_retries_total", "instantstart_origin_answer_seconds_count"):
+        counts = {dict(labels)["origin"]: value for (found_name, labels), value in found.items() if found_name == name}
+        assert len(counts) == metrics.ORIGINS + 1
+        assert sum(counts.values()) == (200 if "retries" in name else 100)
+
+
+def test_who_does_not_see_everything_is_told_of_the_daemon_and_of_what_he_sees() -> None:
+    """No count over all pipelines, from which one could subtract those that one knows; no origin's name."""
+    told = samples(msgspec.structs.replace(source(pipelines=1), everything=False))
+    names = {name.removesuffix("_total") for name, _ in told if not name.startswith("process_")}
+    by_pipeline = {it.name for it in metrics.DEFINITIONS if "pipeline" in it.labels}
+    mine = {f"instantstart_{name}" for name in ("info", "uptime_seconds", "healthy", "pipelines")}
+    assert names == by_pipeline | mine
+    assert not any("origin" in dict(labels) for _, labels in told)
 
 
 def test_hostile_names_stay_inside_their_label() -> None:
     hostile = status(1, pipeline='a"} 1\nevil{x="')
     given = source()
-    import msgspec
 
     overview = msgspec.structs.replace(given.overview, pipelines=(hostile,))
     found = samples(msgspec.structs.replace(given, overview=overview))
@@ -165,7 +199,7 @@ def test_hostile_names_stay_inside_their_label() -> None:
 
 
 def known_names() -> set[str]:
-    names = set()
+    names = {"process_cpu_seconds_total", "process_open_fds", "process_max_fds"}
     for definition in metrics.DEFINITIONS:
         names.add(definition.name)
         if definition.kind == "histogram":
@@ -174,7 +208,7 @@ def known_names() -> set[str]:
 
 
 def used_names(expression: str) -> set[str]:
-    return set(re.findall(r"\binstantstart_\w+", expression))
+    return set(re.findall(r"\b(?:instantstart|process)_\w+", expression))
 
 
 def rules() -> list[dict[str, Any]]:
