@@ -11,9 +11,12 @@ import contextlib
 import errno
 import functools
 import ipaddress
+import logging
 import os
 import socket
 import struct
+
+log = logging.getLogger(__name__)
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
@@ -35,8 +38,12 @@ def uid_of_peer(connection: socket.socket) -> int | None:
     """Of the process that made the other end; None: not known. Raises nothing."""
     try:
         here, there = connection.getsockname()[:2], connection.getpeername()[:2]
+    except OSError:
+        return None  # it has gone
+    try:
         return uid_of(there, here)
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError, struct.error) as error:
+        _say_once(error.strerror or str(error) if isinstance(error, OSError) else str(error))
         return None
 
 
@@ -78,6 +85,11 @@ def _ask(theirs: tuple[bytes, int], ours: tuple[bytes, int]) -> int | None:
     # nobody, and would be called root's.
     found = answer[_HEADER.size + 4 :][: len(ends)]
     return int(uid) if found == ends and state in OPEN and inode else None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning("the kernel does not say who connects to the page (%s): it shows what everybody may see", reason)
 
 
 @functools.cache
