@@ -8,6 +8,7 @@ import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec, Skipped, matches
@@ -63,6 +64,24 @@ def _shown(path: object) -> str:
     return printable(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…")
 
 
+class Named(Protocol):
+    @property
+    def path(self) -> str: ...
+
+
+_N = TypeVar("_N", bound=Named)
+
+
+def leave_out(model: ModelSpec, files: Sequence[_N], skips: Skips) -> Sequence[_N]:
+    """Those of the files that a filesystem can show; ``skips`` gets the others. Before anybody asks for one of them: an
+    address with ``..`` or ``//`` in it becomes that of something else on the way."""
+    below = f"{model.name}/" if model.name else ""
+    problems = unservable([below + file.path if file.path else "" for file in files])
+    for position, problem in sorted(problems.items()):
+        skips.add(files[position].path, problem)
+    return [file for position, file in enumerate(files) if position not in problems] if problems else files
+
+
 def finish_manifest(
     model: ModelSpec, revision: str, files: Sequence[ManifestFile], held: int, skips: Skips | None = None
 ) -> ModelManifest:
@@ -79,11 +98,7 @@ def finish_manifest(
         twice = next(path for path, count in Counter(file.path for file in files).items() if count > 1)
         raise OriginMisbehaved(f"{model.source}: lists {_shown(twice)!r} twice: its listing does not add up")
     skips = skips if skips is not None else Skips()
-    below = f"{model.name}/" if model.name else ""
-    problems = unservable([below + file.path if file.path else "" for file in files])
-    for position, problem in sorted(problems.items()):
-        skips.add(files[position].path, problem)
-    shown = [file for position, file in enumerate(files) if position not in problems] if problems else files
+    shown = leave_out(model, files, skips)
     skipped = skips.result()
     if not shown and skipped is not None:
         raise OriginUnsupported(f"{model.source}: none of its files can be shown in a filesystem ({skipped})")

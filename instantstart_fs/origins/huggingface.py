@@ -76,8 +76,10 @@ from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.origins.bounds import Bounds
 from instantstart_fs.origins.common import (
     DEFAULT_LIFETIME,
+    Skips,
     finish_manifest,
     is_trusted,
+    leave_out,
     refuse_endless,
     retry_after,
     samples,
@@ -285,7 +287,9 @@ class HuggingFaceOrigin:
     def resolve(self) -> ModelManifest:
         description = self._describe()
         commit = self._commit(description)
-        chosen, held = self._files(description, commit)
+        found, held = self._files(description, commit)
+        skips = Skips()
+        chosen = leave_out(self._model, found, skips)
         unsized = [file for file in chosen if file.size is None]
         if unsized:
             sized = {file.path: file for file in self._ask_sizes(unsized, commit)}
@@ -302,7 +306,7 @@ class HuggingFaceOrigin:
             )
             for file in chosen
         ]
-        manifest = finish_manifest(self._model, commit, files, held)
+        manifest = finish_manifest(self._model, commit, files, held, skips)
         # a gated repository, and a token that may list, show the list to everybody: prove that the bytes may be had
         self._prove(samples(manifest.files))
         return manifest
@@ -378,8 +382,9 @@ class HuggingFaceOrigin:
                 for file in page
                 if selected(file.path, self._model)
             ]
-            if files:
-                return samples(files)
+            shown = leave_out(self._model, files, Skips())
+            if shown:
+                return samples(shown)
         finish_manifest(self._model, commit, [], held)
         return []
 

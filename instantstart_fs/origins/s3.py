@@ -52,8 +52,10 @@ from instantstart_fs.errors import (
 from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.origins.bounds import Bounds
 from instantstart_fs.origins.common import (
+    Skips,
     finish_manifest,
     is_trusted,
+    leave_out,
     refuse_endless,
     retry_after,
     selected,
@@ -170,8 +172,10 @@ class S3Origin:
                 found = self._single()
         wanted = [found_one for found_one in found if selected(found_one.path, self._model)]
         refuse_endless(self._model.source, len(wanted), len(found))
-        files = self._without_false_digests(self._readable(self._pin_all(wanted)))
-        return finish_manifest(self._model, "", files, len(found))
+        skips = Skips()
+        files = self._pin_all(leave_out(self._model, wanted, skips))
+        files = self._without_false_digests(self._readable(files))
+        return finish_manifest(self._model, "", files, len(found), skips)
 
     def locate(self, file: ManifestFile) -> Location:
         version, etag = _unpack(file.version)
@@ -258,7 +262,7 @@ class S3Origin:
         """Of the first page that holds a chosen one; rather one that has bytes."""
         empty = None
         for count, listed in enumerate(self._objects(client)):
-            if selected(listed.path, self._model):
+            if selected(listed.path, self._model) and leave_out(self._model, [listed], Skips()):
                 if listed.size:
                     return listed
                 empty = empty or listed

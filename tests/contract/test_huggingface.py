@@ -210,6 +210,11 @@ def test_odd_names_are_left_out_and_told_of(world: HubWorld, tmp_path: Path) -> 
         assert manifest.skipped is not None
         assert manifest.skipped.count == 1
         assert world.origin(include=("config.json",)).resolve().skipped is None
+        world.hub.forget_requests()
+        world.origin().check()
+        world.origin().resolve()
+        asked = [request.path for request in world.hub.requests() if "/resolve/" in request.path]
+        assert asked and all(path.endswith("/config.json") for path in asked), "of odd names nothing is asked"
         with pytest.raises(OriginUnsupported, match="can be shown"):
             world.origin(exclude=("config.json",)).resolve()
     world.hub.publish_names(world.repo, ["config.json", "config.json/x", "CONFIG.json"], real)

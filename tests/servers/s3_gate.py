@@ -26,7 +26,8 @@ _KEY = re.compile(r"Credential=([^/%]+)")
 
 
 class S3Gate:
-    """``denied``: rights by their names in a policy. ``trouble(method, query)``: a status to answer instead, or None.
+    """``denied``: rights by their names in a policy. ``renamed``: (is, shown as) in
+    listings. ``trouble(method, query)``: a status to answer instead, or None.
     ``seen``: (right, access key or "") of each request. A context manager."""
 
     def __init__(self, seaweed: SeaweedServer) -> None:
@@ -36,6 +37,7 @@ class S3Gate:
         self.public = False
         self.requester_pays = False
         self.fake_etags = False
+        self.renamed = (b"", b"")
         self.code = "AccessDenied"
         self.trouble: Callable[[str, dict[str, list[str]]], int | None] = lambda method, query: None
         self.seen: list[tuple[str, str]] = []
@@ -123,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             body = answer.read()
         finally:
             connection.close()
+        if gate.renamed[0] and "list-type" in query:
+            body = body.replace(*gate.renamed)
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() in ("connection", "transfer-encoding"):
