@@ -173,7 +173,9 @@ class ControlServer:
             found = {*self._library.names_where(prefix, lambda spec: True)}
             found.update(name for name in self._pending() if name.startswith(prefix))
         else:
-            found = {*self._library.names_where(prefix, self.callers.sight(peer.uid, peer.groups).sees)}
+            sight = self.callers.sight(peer.uid, peer.groups)
+            named = self._library.names_where(prefix, sight.sees)
+            found = {name for name in named if self._library.shown_to(name, sight)}
         return sorted(found)[:MAX_NAMES]
 
     # -- requests --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from instantstart_fs.control.listening import Peer, listen, peer_of
 from instantstart_fs.control.protocol import MAX_REQUEST, DaemonInfo
 from instantstart_fs.control.server import ControlServer, serving
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineStatus
 from instantstart_fs.core.weights import WeightFile, WeightSet
 from instantstart_fs.errors import (
@@ -164,6 +165,9 @@ class FakeLibrary:
 
     def names_where(self, prefix: str, shown: Callable[[PipelineSpec], bool]) -> list[str]:
         return [name for name, spec in self.specs.items() if name.startswith(prefix) and shown(spec)]
+
+    def shown_to(self, pipeline: str, sight: Sight) -> bool:
+        return sight.sees(self.specs[pipeline])
 
     def list_where(self, shown: Callable[[PipelineSpec], bool]) -> list[PipelineStatus]:
         return [status for status in self.list() if shown(self.specs[status.pipeline])]

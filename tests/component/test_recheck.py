@@ -24,6 +24,7 @@ from instantstart_fs.config import (
 )
 from instantstart_fs.core.access import CONFIRM_SECONDS, REFUSED_SECONDS
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.sight import ANYBODY, EVERYTHING, Sight
 from instantstart_fs.errors import AccessRefused, CredentialsUnusable, NoSuchEntry, OriginHidden, OriginUnavailable
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
@@ -135,6 +136,10 @@ async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
         with pytest.raises(AccessRefused):
             library.open_nowait(shard)
         assert library.covering.files("p") == {}
+        # Nor by another door, but to its owner, and to those who administer.
+        owner = library.spec("p").uid
+        assert not library.shown_to("p", ANYBODY) and not library.shown_to("p", Sight(False, owner + 1, frozenset()))
+        assert library.shown_to("p", EVERYTHING) and library.shown_to("p", Sight(False, owner, frozenset()))
         with pytest.raises(AccessRefused):
             await library.warm("p")
         with pytest.raises(AccessRefused):

@@ -483,7 +483,7 @@ def hash_seen_by(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("how", ["open", "mapped"])
-@pytest.mark.parametrize("transport", ["auto", "pyfuse3"])
+@pytest.mark.parametrize("transport", ["auto", "pyfuse3", "bind"])
 def test_a_strangers_open_keeps_root_from_nothing_for_long(
     open_directory: Path, model: Path, transport: str, how: str
 ) -> None:
