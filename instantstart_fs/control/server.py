@@ -91,6 +91,9 @@ PROGRESS_INTERVAL = 0.25
 """Seconds between two progress messages, at least; about twice that at most."""
 IDLE_LIMIT = 15.0
 """Seconds without any filling after which a wait is given up: nothing would ever end it."""
+WAIT_PATIENCE = 900.0
+"""Seconds without a byte, though it is being filled, after which a wait is given up. Longer than a Retry-After that is
+believed (core/retry.py)."""
 
 
 class ControlServer:
@@ -451,7 +454,8 @@ class _Connection:
 
     async def _wait_warm(self, pipeline: str, everything: bool) -> PipelineStatus:
         """Until the wanted files are all there. Raises what made the fill stop."""
-        busy_at = trio.current_time()
+        busy_at = moved_at = trio.current_time()
+        cached = -1
         told_at = -PROGRESS_INTERVAL
         while True:
             began = time.perf_counter()
@@ -465,6 +469,11 @@ class _Connection:
                     error.code if error else InstantStartError.code,
                     f"{pipeline}: {error.message}" if error else f"{pipeline}: the fill failed",
                 )
+            if status.cached_bytes != cached or (status.fill is not None and status.fill.bytes_per_second):
+                cached, moved_at = status.cached_bytes, trio.current_time()
+            elif trio.current_time() > moved_at + WAIT_PATIENCE:
+                reason = status.error.message if status.error else "nobody says why"
+                raise InstantStartError(f"{pipeline}: nothing came for {WAIT_PATIENCE / 60:g} min: {reason}")
             if status.fill is not None:
                 busy_at = trio.current_time()
             elif status.uncached:

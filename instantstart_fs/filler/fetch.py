@@ -53,7 +53,14 @@ from instantstart_fs.errors import (
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.origins.base import Location
 from instantstart_fs.origins.common import is_trusted
-from instantstart_fs.origins.guard import MOST_REDIRECTS, check_behind_proxy, connect, next_address, same_origin
+from instantstart_fs.origins.guard import (
+    MOST_REDIRECTS,
+    check_behind_proxy,
+    check_text,
+    connect,
+    next_address,
+    same_origin,
+)
 
 BUFFER_BYTES = 1024 * 1024
 """One per fetching thread. Measured in docs/decisions/http-client.md."""
@@ -363,6 +370,7 @@ class Fetcher:
                 raise OriginMisbehaved(f"{where} answers {response.status} without a Location", fault=Fault.ANSWER)
             try:
                 there, authorization = without_user(next_address(url, there))
+                check_text(there, permit(location.named))
             except OriginIncompatible as error:
                 raise OriginIncompatible(f"{where}: {error.message}") from None
             if location.trusted and not is_trusted(there):

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -98,11 +99,6 @@ class _File:
         """Offset up to which pages were dropped, by the hashing thread."""
         self.hasher = new_hasher(order.digest, order.size) if order.digest is not None else None
 
-    @property
-    def streamed(self) -> bool:
-        """Whether one request takes all of it at the moment."""
-        return self.streamer is not None
-
     def enter(self) -> None:
         with self.lock:
             if self.closed:
@@ -155,6 +151,8 @@ class _Work:
         self._worker = worker
         self._file = file
         self._order = order
+        self.host = ""
+        self.took_whole = False
         self.last_byte = time.monotonic()
         self._reported = self.last_byte
         self._count = 0
@@ -182,9 +180,11 @@ class _Work:
         with self._file.lock:
             if self._file.closed:
                 raise Abandoned
-            if self._file.streamer is not None:
+            if self._file.streamer not in (None, self):
                 raise _Waits
             self._file.streamer = self
+        self.took_whole = True
+        self._worker.whole.add(self.host)
         return _Whole(self._worker, self._file, self._order, self)
 
 
@@ -235,6 +235,8 @@ class Worker:
         self._settings = settings
         self._fetcher = Fetcher(settings)
         self._files: dict[int, _File] = {}
+        self.whole: set[str] = set()
+        """Hosts that ignored ranges."""
         self._reporting = threading.Lock()
         self._reports: list[bytes] = []
         self._sends = False
@@ -359,13 +361,19 @@ class Worker:
             location = file.location
             if location is None:
                 raise OriginMisbehaved("no location is known")
-            if file.streamed:
-                raise _Waits
+            work.host = urlsplit(location.url).netloc
+            with file.lock:
+                if file.streamer is not None:
+                    raise _Waits
+                if work.host in self.whole:  # it ignored ranges before: not each chunk has to learn of that
+                    file.streamer = work
             wanted = file.present.byte_range(order.chunk)
             with file.writing() as blob:
                 blob.reserve(wanted)
             try:
                 answered = self._fetcher.fetch(location, wanted, file.size, buffer, work)
+                if file.streamer is work and not work.took_whole:
+                    self.whole.discard(work.host)  # it has changed its mind
             finally:
                 if file.streamer is work:
                     file.streamer = None

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from instantstart_fs.core.addresses import Permit, parse_address, plain_host
+from instantstart_fs.core.addresses import Permit, host_of, parse_address, plain_host
 from instantstart_fs.core.faults import Fault
 from instantstart_fs.errors import OriginIncompatible, OriginMisbehaved
 
@@ -95,6 +95,14 @@ def next_address(here: str, location: str) -> str:
     if parts.scheme not in ("http", "https") or not host:
         raise OriginIncompatible(f"it sends us to a {parts.scheme[:20] or 'strange'} address")
     return there
+
+
+def check_text(url: str, permit: Permit) -> None:
+    """What can be told of where ``url`` leads without asking anybody; the connection is judged again."""
+    host = host_of(url)
+    address = parse_address(host)
+    if address is not None and not permit.allows(host, address):
+        raise _refusal(host, host)
 
 
 def same_origin(one: str, other: str) -> bool:

@@ -52,7 +52,7 @@ from huggingface_hub.utils._datetime import parse_datetime
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status, hf_request_event_hook
 
-from instantstart_fs.core.addresses import Permit, host_of, parse_address, permit
+from instantstart_fs.core.addresses import Permit, host_of, permit
 from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, ModelManifest, ModelSpec
 from instantstart_fs.core.refusals import Word, hub_word, refusal
@@ -88,9 +88,9 @@ from instantstart_fs.origins.common import (
 )
 from instantstart_fs.origins.credentials import read_token
 from instantstart_fs.origins.guard import (
-    HOW_TO_ALLOW,
     MOST_REDIRECTS,
     check_behind_proxy,
+    check_text,
     connect,
     next_address,
     same_origin,
@@ -349,11 +349,9 @@ class HuggingFaceOrigin:
         """Where the bytes are to be had: judged by its text here, and again by the fetch that connects to it."""
         try:
             location = next_address(f"{self._endpoint}/", told)
-            address = parse_address(host_of(location))
-            if address is not None and not permit(self._named).allows(host_of(location), address):
-                raise OriginIncompatible(f"it sends us to {address}, which is no public address; {HOW_TO_ALLOW}")
+            check_text(location, permit(self._named))
         except OriginIncompatible as error:
-            raise OriginIncompatible(f"{file.path}: {self._endpoint}: {error.message}") from None
+            raise OriginIncompatible(f"{file.path}: {self._endpoint} sends us on: {error.message}") from None
         return location
 
     def _head(self, path: str, commit: str, token: str | None = None) -> HfFileMetadata:

@@ -342,6 +342,17 @@ async def test_a_wait_that_nothing_would_end_is_given_up(
             await ask(path, lambda client: client.wait_warm("x"))
 
 
+async def test_a_wait_for_an_origin_that_stays_away_ends_with_its_reason(
+    library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "WAIT_PATIENCE", 0.3)
+    error = ErrorStatus("origin-unavailable", "http://hub: connection refused", "2026-01-01T00:00:00Z")
+    library.change(state="filling", fill=FillStatus(0, None), error=error)
+    async with run(library, path):
+        with pytest.raises(Exception, match=r"nothing came for .* connection refused"):
+            await ask(path, lambda client: client.wait_warm("x"))
+
+
 async def test_verify_reports_progress(library: FakeLibrary, path: str) -> None:
     library.hold = trio.Event()
 
