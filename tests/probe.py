@@ -22,6 +22,7 @@ bound DIRECTORY TARGET               (in a mount namespace of its own) binds DIR
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -219,6 +220,24 @@ def stuck(count: str, *paths: str) -> None:
         thread.join()
 
 
+def stuck_direct(count: str, path: str) -> None:
+    """So many O_DIRECT readers of a file that does not come; never returns while they wait: kill it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    size, number = os.fstat(descriptor).st_size, int(count)
+    threading.stack_size(64 * 1024)
+
+    def read(position: int) -> None:
+        with contextlib.suppress(OSError):
+            os.preadv(descriptor, [mmap.mmap(-1, 4096)], (size // number * position) & ~4095)
+
+    threads = [threading.Thread(target=read, args=(position,), daemon=True) for position in range(number)]
+    for thread in threads:
+        thread.start()
+    print(json.dumps("ready"), flush=True)
+    for thread in threads:
+        thread.join()
+
+
 def _buffer(mapped: mmap.mmap) -> Any:
     """The mapping as a ctypes object. A read-only mapping gives ctypes no pointer, so ask through the buffer API."""
 
@@ -372,6 +391,7 @@ def main() -> None:
         "write-attempts": write_attempts,
         "hold": hold,
         "stuck": stuck,
+        "stuck-direct": stuck_direct,
         "timed-stat": timed_stat,
         "first-byte": first_byte,
         "read-error": read_error,
@@ -382,7 +402,7 @@ def main() -> None:
         "patient": patient,
         "bound": bound,
     }[what](*arguments)
-    if what not in ("hold", "stuck", "bound"):
+    if what not in ("hold", "stuck", "stuck-direct", "bound"):
         print(json.dumps(found))
 
 

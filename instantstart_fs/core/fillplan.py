@@ -503,10 +503,17 @@ class FillPlan(Generic[K]):
         pool = self._pools.get(origin)
         return pool.in_flight if pool is not None else 0
 
-    def keys_of(self, origin: Hashable) -> list[K]:
-        """The files that are asked of this origin. O(files): for rare events only."""
+    def idle(self, origin: Hashable, pipeline: str) -> bool:
+        """Whether nothing of the pipeline is in flight there or would be sent if it might."""
         pool = self._pools.get(origin)
-        return [entry.key for entry in self._entries.values() if entry.pool is pool]
+        lane = pool.lanes.get(pipeline) if pool is not None else None
+        return lane is None or not (lane.flights or lane.demanded or self._top(lane) is not None)
+
+    def keys_of(self, origin: Hashable, pipeline: str | None = None) -> list[K]:
+        """The files (of one pipeline) that are asked of this origin. O(files): for rare events only."""
+        pool = self._pools.get(origin)
+        entries = self._entries.values() if pipeline is None else self._pipelines.get(pipeline, {}).values()
+        return [entry.key for entry in entries if entry.pool is pool]
 
     def queued(self) -> int:
         """How many chunks are wanted and not in flight. O(files)."""

@@ -68,7 +68,7 @@ def believed_retry_after(seconds: float | None) -> float | None:
 
 
 class Breaker:
-    """The circuit breaker of one origin with one set of credentials.
+    """The circuit breaker of one pipeline at one host, or of one file.
 
     closed → open: ``threshold`` failures in a row over at least ``grace`` seconds, or two in a row over ``window``
     seconds, with no success between. The time a request spent in silence counts (a black hole is known after its first
@@ -122,8 +122,9 @@ class Breaker:
         self._probe_delay = self._first
         return was_open
 
-    def failed(self, now: float, silent: float = 0.0) -> bool:
-        """The origin failed after ``silent`` seconds without a byte. True if that opened it (anew after a probe)."""
+    def failed(self, now: float, silent: float = 0.0, *, may_open: bool = True) -> bool:
+        """The origin failed after ``silent`` seconds without a byte. True if that opened it (anew after a probe).
+        ``may_open``: whether it may, or the failure is counted alone."""
         if self._probe_at is not None:
             if now < self._probe_at:
                 return False
@@ -134,6 +135,8 @@ class Breaker:
         self._streak_start = start if self._failures == 0 else min(self._streak_start, start)
         self._failures += 1
         lasted = now - self._streak_start
+        if not may_open:
+            return False
         if (self._failures >= self._threshold and lasted >= self._grace) or (
             self._failures >= 2 and lasted >= self._window
         ):

@@ -18,6 +18,7 @@ import trio
 from instantstart_fs.core.fillplan import Request
 from instantstart_fs.core.serving import may_serve_unsealed
 from instantstart_fs.errors import InstantStartError, from_code
+from instantstart_fs.filler.breakers import host_of
 from instantstart_fs.filler.messages import (
     Arrived,
     Closed,
@@ -30,7 +31,9 @@ from instantstart_fs.filler.messages import (
     Progress,
     Report,
     SetLocation,
+    Stop,
     Streamed,
+    Urge,
     Waits,
     WorkerSettings,
 )
@@ -38,7 +41,7 @@ from instantstart_fs.filler.pool import Worker, WorkerPool
 from instantstart_fs.filler.sources import Locator, expired
 from instantstart_fs.filler.state import Filling, FillSettings, Sent
 from instantstart_fs.filler.target import FileKey
-from instantstart_fs.origins.base import Location
+from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.blobstore import BlobStore
 
@@ -73,6 +76,10 @@ class DeliveryEvents(Protocol):
         same reason."""
         ...
 
+    def on_paused(self, seconds: float) -> None:
+        """For so long background fetches bring nothing, 0 = they go on."""
+        ...
+
     def on_opened(self, filling: Filling) -> None:
         """Its blob is open."""
         ...
@@ -102,6 +109,38 @@ class DeliveryEvents(Protocol):
         ...
 
 
+PAUSE_SHARE = 0.5
+"""Demands may have the line for themselves for so much of the time: somebody's demands have no end."""
+PAUSE_SAVED = 4.0
+"""Seconds of it that are saved up."""
+
+
+class Pausing:
+    """How long background may be paused for a demand. Times are seconds of one monotonic clock."""
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self._left = PAUSE_SAVED
+        self._at = 0.0
+        self._until = 0.0
+
+    def pause(self, now: float) -> float:
+        """When the pause that begins, or goes on, now must end."""
+        self._settle(now)
+        self._until = now + max(min(self._longest, self._left), 0.0)
+        return self._until
+
+    def end(self, now: float) -> None:
+        """It ends earlier."""
+        self._settle(now)
+        self._until = min(self._until, now)
+
+    def _settle(self, now: float) -> None:
+        paused = max(min(now, self._until) - self._at, 0.0)
+        self._left = min(self._left - paused + PAUSE_SHARE * (now - self._at - paused), PAUSE_SAVED)
+        self._at = now
+
+
 class Delivery:
     """``nursery``: where its tasks run; None while nobody fills."""
 
@@ -124,6 +163,7 @@ class Delivery:
         self._sent: dict[int, Sent] = {}
         self._files: dict[int, Filling] = {}
         self._closing: dict[int, tuple[str, Worker]] = {}
+        self._pausing = Pausing(settings.demand_pause)
         self._opening: set[Filling] = set()
         """Those whose blob is being made."""
         self._numbers = 0
@@ -138,6 +178,12 @@ class Delivery:
     def in_flight(self) -> int:
         """Requests that are waiting for a worker, or with one."""
         return len(self._sent)
+
+    def in_flight_at(self, host: str, origin: OriginKey) -> int:
+        """How many of them are meant for this host, as ``breakers.host_of`` names it. O(requests in flight)."""
+        return sum(
+            1 for sent in self._sent.values() if sent.filling.source.key == origin and host_of(origin, sent.url) == host
+        )
 
     async def wait_quiet(self, pipeline: str) -> None:
         """Return when no worker writes into a cancelled file of the pipeline. One that does not say so within
@@ -178,10 +224,39 @@ class Delivery:
         assert worker is not None
         sent.worker = worker
         sent.generation = filling.generation
+        sent.url = filling.location.url if filling.location is not None else None
         worker.in_flight += 1
         worker.send(Fetch(sent.number, filling.file, sent.chunk, sent.demand, filling.target.has_reader()))
-        if sent.demand and len(self._sent) > 1:
-            self.pool.pause_background_until(time.monotonic() + self._settings.demand_pause)
+        if sent.demand:
+            self._pause_for(sent)
+
+    def _pause_for(self, sent: Sent) -> None:
+        """Background leaves the line to a demand, unless that may well be stuck itself."""
+        if len(self._sent) > 1 and not sent.filling.failures and not sent.filling.slow:
+            self._set_pause(self._pausing.pause(time.monotonic()))
+
+    def _set_pause(self, until: float) -> None:
+        self.pool.pause_background_until(until)
+        self._events.on_paused(max(until - time.monotonic(), 0.0))
+
+    def urge(self, filling: Filling, chunks: range) -> None:
+        """A reader waits for these chunks, which may be in flight for nobody in particular."""
+        for sent in filling.sent:
+            if sent.chunk in chunks and not sent.demand:
+                sent.demand = True
+                if sent.worker is not None:
+                    sent.worker.send(Urge(sent.number))
+                    self._pause_for(sent)
+
+    def stop(self, filling: Filling, chunk: int) -> None:
+        """Give the request for this chunk up: its connection is wanted by others."""
+        for sent in list(filling.sent):
+            if sent.chunk == chunk:
+                if sent.worker is not None:
+                    sent.worker.send(Stop(sent.number, filling.file, chunk))
+                elif sent in filling.waiting:
+                    filling.waiting.remove(sent)
+                self.unsend(sent)
 
     def unsend(self, sent: Sent) -> None:
         """It is over, whichever way."""
@@ -191,7 +266,8 @@ class Delivery:
         if sent.worker is not None:
             sent.worker.in_flight -= 1
             if sent.demand and not any(other.demand and other.worker is not None for other in self._sent.values()):
-                self.pool.pause_background_until(0.0)
+                self._pausing.end(time.monotonic())
+                self._set_pause(0.0)
 
     def prepare_soon(self, filling: Filling) -> None:
         if not filling.preparing and self.nursery is not None:
@@ -215,7 +291,9 @@ class Delivery:
             while not (filling.done or filling.sealing):
                 # One that comes expired (this clock is ahead, the credentials end) is tried: the server knows better.
                 if filling.waiting and (filling.location is None or (expired(filling.location) and not fresh)):
-                    self._located(filling, await self._locator.locate(filling.source, target.entry))
+                    self._located(
+                        filling, await self._locator.locate(filling.source, target.entry, target.key.pipeline)
+                    )
                     fresh = True
                     continue
                 if filling.worker is None:

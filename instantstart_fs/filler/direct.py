@@ -1,8 +1,9 @@
 """Serving through: bytes of what cannot be kept go from the origin to their reader, and nowhere else.
 
-Used while the store has no room for a pipeline (docs/SEMANTICS.md, Room). Fetches blocks of BLOCK bytes in a few
-threads of the daemon; the last ones stay for the next read of a sequential reader, so that memory is bounded by
-CACHE_BLOCKS + THREADS blocks whatever is read, and by how many. Readers of one block share one fetch.
+Used while the store has no room for a pipeline (docs/SEMANTICS.md, Room). Fetches blocks of BLOCK bytes in THREADS
+threads of the daemon for each pipeline, so that one whose source is stuck holds up no other. The last blocks stay for
+the next read of a sequential reader: memory is bounded by CACHE_BLOCKS, and THREADS for each pipeline that is read so,
+whatever is read and by how many. Readers of one block share one fetch.
 
 Each block passes the checks that a chunk on its way into the store passes (filler/fetch.py: length, Content-Range, the
 pinned ETag). A whole digest cannot be computed over what is not kept, so ``serve_unsealed`` decides as for unsealed
@@ -38,6 +39,7 @@ from instantstart_fs.errors import (
     ReadDeadline,
     StoreFull,
 )
+from instantstart_fs.filler.breakers import host_of
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.filler.sources import Locator, Source, expired
 from instantstart_fs.filler.state import FillSettings
@@ -95,9 +97,9 @@ class Direct:
         locator: Locator,
         settings: FillSettings,
         *,
-        broken: Callable[[OriginKey], OriginBroken | None],
-        answered: Callable[[OriginKey], None],
-        failed: Callable[[OriginKey, float, InstantStartError], None],
+        broken: Callable[[OriginKey, FileKey], OriginBroken | None],
+        answered: Callable[[OriginKey, str, FileKey], None],
+        failed: Callable[[OriginKey, str, FileKey, float, InstantStartError], None],
         tally: Tally,
     ) -> None:
         self._tally = tally
@@ -106,7 +108,7 @@ class Direct:
         self._broken = broken
         self._answered = answered
         self._failed = failed
-        self._threads = trio.CapacityLimiter(THREADS)
+        self._threads: dict[str, trio.CapacityLimiter] = {}
         self._blocks: OrderedDict[tuple[FileKey, int], bytearray] = OrderedDict()
         self._loading: dict[tuple[FileKey, int], _Loading] = {}
         self._gave_up: dict[tuple[FileKey, int], tuple[float, ReadDeadline]] = {}
@@ -130,6 +132,7 @@ class Direct:
         """Nothing of it is served from memory any more."""
         for blocks in [block for block in self._blocks if block[0].pipeline == pipeline]:
             del self._blocks[blocks]
+        self._threads.pop(pipeline, None)
         for key in [key for key in self._locations if key.pipeline == pipeline]:
             del self._locations[key]
         for key in [key for key in self._trouble if key.pipeline == pipeline]:
@@ -207,10 +210,10 @@ class Direct:
         failures = refused = stale = 0
         streak = Streak()
         while True:
-            broken = self._broken(source.key)
+            broken = self._broken(source.key, key)
             if broken is not None:
                 raise broken
-            started = trio.current_time()
+            started, known = trio.current_time(), self._locations.get(key)
             try:
                 data = await self._fetch(key, entry, source, block)
             except LocationExpired as error:
@@ -233,7 +236,7 @@ class Direct:
                 continue
             except OriginUnavailable as error:
                 self._tally.failed(source.key, error.code)
-                self._locations.pop(key, None)
+                asked = self._locations.pop(key, known)
                 self._trouble[key] = error.message
                 final = streak.failed(error)
                 if final is not None:
@@ -243,10 +246,12 @@ class Direct:
                 if isinstance(error, OriginThrottled):
                     pause = max(pause, believed_retry_after(error.retry_after) or 0.0)
                 elif not isinstance(error, OriginMisbehaved):
-                    self._failed(source.key, trio.current_time() - started, error)
+                    host = host_of(source.key, asked.url if asked is not None else None)
+                    self._failed(source.key, host, key, trio.current_time() - started, error)
                 await trio.sleep(pause)
                 continue
-            self._answered(source.key)
+            used = self._locations.get(key)
+            self._answered(source.key, host_of(source.key, used.url if used is not None else None), key)
             self._trouble.pop(key, None)
             return data
 
@@ -255,7 +260,7 @@ class Direct:
         wanted = ByteRange(block * BLOCK, min((block + 1) * BLOCK, size))
         location = self._locations.get(key)
         if location is None or expired(location):
-            location = self._locations[key] = await self._locator.locate(source, entry)
+            location = self._locations[key] = await self._locator.locate(source, entry, key.pipeline)
             while len(self._locations) > LOCATIONS:
                 self._locations.popitem(last=False)
         provable = digest is not None and wanted.length == size
@@ -278,7 +283,8 @@ class Direct:
                     raise DigestMismatch(f"{entry.path}: the bytes that came are not those that were pinned")
 
         try:
-            await trio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=self._threads)
+            threads = self._threads.setdefault(key.pipeline, trio.CapacityLimiter(THREADS))
+            await trio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=threads)
         except trio.Cancelled:
             sink.abandoned = True
             raise

@@ -136,14 +136,15 @@ class Overdue:
     """Cuts connections off when their time is up. A thread looks after them while there are any. Thread-safe."""
 
     class Cut:
-        """``off``: it happened."""
+        """``off``: it happened. ``thread``: who is inside."""
 
-        __slots__ = ("at", "connection", "off")
+        __slots__ = ("at", "connection", "off", "thread")
 
         def __init__(self, connection: socket.socket | None, at: float) -> None:
             self.connection = connection
             self.at = at
             self.off = False
+            self.thread = threading.get_ident()
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -170,6 +171,14 @@ class Overdue:
         finally:
             with self._changed:
                 self._pending.discard(found)
+
+    def interrupt(self, thread: int) -> None:
+        """What this thread is inside of is overdue now."""
+        with self._changed:
+            for found in self._pending:
+                if found.thread == thread:
+                    found.at = 0.0
+            self._changed.notify()
 
     def _look(self) -> None:
         with self._changed:
@@ -267,6 +276,10 @@ class Fetcher:
             self._copy(location, wanted, size, buffer, sink)
             return None
         return self._get(location, wanted, size, buffer, sink)
+
+    def interrupt(self, thread: int) -> None:
+        """End the read of the socket that this thread of execution is inside of, if it is inside of any."""
+        self._overdue.interrupt(thread)
 
     # -- http ----------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,21 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     keep_pages: bool = True
 
 
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """Give this fetch up: nothing of it is written any more, and nothing reported. Others wait for its connection.
+    Where the chunk has just come, the next order to fetch it is answered at once."""
+
+    request: int
+    file: int
+    chunk: int
+
+
+class Urge(msgspec.Struct, frozen=True, tag="urge"):
+    """A reader waits for this fetch now, which was begun for nobody in particular."""
+
+    request: int
+
+
 class CloseFile(msgspec.Struct, frozen=True, tag="close"):
     """Write nothing more into the file, forget it, answer Closed."""
 
@@ -132,7 +147,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
     number: int
 
 
-Order = OpenFile | SetLocation | Fetch | CloseFile | Ping
+Order = OpenFile | SetLocation | Fetch | Stop | Urge | CloseFile | Ping
 Report = Ready | Arrived | Progress | Failed | Streamed | Waits | Hashed | HashFailed | Closed | Pong
 
 

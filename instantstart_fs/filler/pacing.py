@@ -74,24 +74,32 @@ class Pacing:
             other.deadline_extended_to = max(other.deadline_extended_to, until + self._settings.read_deadline)
             other.error = error
 
-    def origin_answers(self, origin: OriginKey) -> None:
-        if self._breakers.succeeded(origin):
-            for key in self._plan.keys_of(origin):
-                target = self._fillings[key].target
-                target.broken = None
-                if isinstance(target.error, OriginBroken):
-                    target.error = None
-
-    def origin_fails(self, origin: OriginKey, silent: float, error: InstantStartError) -> None:
-        if not self._breakers.failed(origin, silent, error):
+    def origin_answers(self, origin: OriginKey, host: str, file: FileKey) -> None:
+        if not self._breakers.succeeded(origin, host, file):
             return
-        for key in self._plan.keys_of(origin):
+        self._plan.set_limit(origin, None, file.pipeline)
+        for key in self._plan.keys_of(origin, file.pipeline):
             filling = self._fillings[key]
             self.show_breaker(filling)
-            # The breaker paces the probes: a file's own backoff must not hold up the one that closes it.
-            filling.held_until = 0.0
-            self._plan.release(key)
-            filling.target.wake()
+            if filling.target.broken is None and isinstance(filling.target.error, OriginBroken):
+                filling.target.error = None
+
+    def origin_fails(
+        self, origin: OriginKey, host: str, file: FileKey, silent: float, error: InstantStartError
+    ) -> None:
+        opened = self._breakers.failed(origin, host, file, silent, error)
+        if opened == "pipeline":
+            for key in self._plan.keys_of(origin, file.pipeline):
+                filling = self._fillings[key]
+                self.show_breaker(filling)
+                # The breaker paces the probes: a file's own backoff must not hold up the one that closes it.
+                filling.held_until = 0.0
+                self._plan.release(key)
+                filling.target.wake()
+        elif opened == "file" and file in self._fillings:
+            self.show_breaker(self._fillings[file])
+            self._plan.hold(file, self._breakers.probe_at(file) or 0.0)
+            self._fillings[file].target.wake()
 
     def show_breaker(self, filling: Filling) -> None:
-        filling.target.broken = self._breakers.broken(filling.source.key)
+        filling.target.broken = self._breakers.broken(filling.source.key, filling.target.key)

@@ -46,7 +46,7 @@ from instantstart_fs.errors import (
     StoreError,
     StoreFull,
 )
-from instantstart_fs.filler.breakers import Breakers
+from instantstart_fs.filler.breakers import Breakers, host_of
 from instantstart_fs.filler.committer import CommitEvents, Committer
 from instantstart_fs.filler.delivery import Delivery, DeliveryEvents
 from instantstart_fs.filler.direct import Direct
@@ -106,7 +106,7 @@ class Filler(CommitEvents, DeliveryEvents):
         self._direct = Direct(
             self._locator,
             settings,
-            broken=self._breakers.broken,
+            broken=functools.partial(self._breakers.broken, half_open=False),
             answered=self._pacing.origin_answers,
             failed=self._pacing.origin_fails,
             tally=self._tally,
@@ -164,7 +164,9 @@ class Filler(CommitEvents, DeliveryEvents):
         filling = self._enter(target)
         if filling is None:
             return
-        self._plan.demand(target.key, target.present.chunks_of(wanted))
+        chunks = target.present.chunks_of(wanted)
+        self._delivery.urge(filling, chunks)
+        self._plan.demand(target.key, chunks)
         if not target.serve_unsealed:
             self._plan.demand_whole(target.key)  # the reader waits for the seal, and that for every chunk
         self._pacing.show_breaker(filling)
@@ -225,6 +227,9 @@ class Filler(CommitEvents, DeliveryEvents):
         self._committer.forget_pipeline(pipeline)
         self._background.pop(pipeline, None)
         self._moved.pop(pipeline, None)
+        for origin in self._breakers.forget(pipeline):
+            self._plan.set_limit(origin, None, pipeline)
+        self._locator.forget(pipeline)
         self._direct.forget(pipeline)
         self._quarantine.forget_refusals(pipeline)  # whatever has this name later is another pipeline
 
@@ -249,9 +254,12 @@ class Filler(CommitEvents, DeliveryEvents):
         """Bytes that came for it and are no whole chunks yet: progress, not presence."""
         return self._delivery.received(pipeline)
 
-    def breaker_open(self, key: OriginKey) -> OriginBroken | None:
-        """What to refuse opens with while this origin is known to be down; None while it is not."""
-        return self._breakers.broken(key)
+    def breaker_open(self, key: OriginKey, file: FileKey | None = None) -> OriginBroken | None:
+        """What to refuse opens (of this file) with while it is known that its origin fails; None while it is not, and
+        where nobody but who opens it would find out that it answers again."""
+        if file is None:
+            return self._breakers.broken_for_anyone(key)
+        return self._breakers.broken(key, file, half_open=not self._plan.idle(key, file.pipeline))
 
     def in_memory(self, key: FileKey, offset: int, length: int) -> bool:
         """Whether ``read_through`` has these bytes already."""
@@ -277,7 +285,6 @@ class Filler(CommitEvents, DeliveryEvents):
         self._quarantine.forgive(pipeline)
 
     def statistics(self) -> FillStatistics:
-        now = trio.current_time()
         return FillStatistics(
             workers=len(self._delivery.pool.workers),
             worker_deaths=self._delivery.pool.deaths,
@@ -293,8 +300,8 @@ class Filler(CommitEvents, DeliveryEvents):
             retried=tuple(sorted(self._tally.retried.items())),
             answers=tuple(sorted(self._tally.answers.items())),
             origins=tuple(
-                BreakerState(str(key), breaker.state(now), self._plan.in_flight(key))
-                for key, breaker in self._breakers.items()
+                BreakerState(host, state, self._delivery.in_flight_at(host, origin))
+                for host, origin, state in self._breakers.states()
             ),
         )
 
@@ -406,19 +413,29 @@ class Filler(CommitEvents, DeliveryEvents):
             self._wakeup = trio.Event()
             now = trio.current_time()
             times = [math.inf]
-            for key, breaker in self._breakers.items():
-                self._plan.set_limit(key, breaker.limit(now))
-                if breaker.probe_at is not None and breaker.probe_at > now:
-                    times.append(breaker.probe_at)
-            for request in self._plan.next_requests(now, background=self._committer.stuck is None):
-                filling = self._fillings[request.key]
-                filling.target.efforts.setdefault(
-                    request.chunk, Effort(self._queue_moved(filling), quantum(self._settings.read_deadline))
-                )
-                self._delivery.dispatch(request, filling)
+            for origin, pipeline, limit, probe_at in self._breakers.limits():
+                self._plan.set_limit(origin, limit, pipeline)
+                if probe_at > now:
+                    times.append(probe_at)
+            self._send(now)
+            if stopped := self._plan.give_way(now):
+                for request in stopped:
+                    filling = self._fillings[request.key]
+                    filling.slow = True
+                    self._delivery.stop(filling, request.chunk)
+                    self._stream_ended(filling)
+                self._send(now)
             times.append(self._plan.next_time(now) or math.inf)
             with trio.move_on_at(min(times)):
                 await self._wakeup.wait()
+
+    def _send(self, now: float) -> None:
+        for request in self._plan.next_requests(now, background=self._committer.stuck is None):
+            filling = self._fillings[request.key]
+            filling.target.efforts.setdefault(
+                request.chunk, Effort(self._queue_moved(filling), quantum(self._settings.read_deadline))
+            )
+            self._delivery.dispatch(request, filling)
 
     # -- what comes back from the workers ------------------------------------------------------------------------
 
@@ -439,10 +456,14 @@ class Filler(CommitEvents, DeliveryEvents):
     def on_progress(self, sent: Sent, count: int) -> None:
         target, now = sent.filling.target, trio.current_time()
         sent.counted += count
+        self._plan.progressed(target.key, sent.chunk, count, now)
         effort = target.efforts.get(sent.chunk)
         if effort is not None and effort.received(sent.counted, now):
             target.last_progress = self._moved[target.key.pipeline] = now
         self._rates.add(target.key.pipeline, count, now)
+
+    def on_paused(self, seconds: float) -> None:
+        self._plan.pause(trio.current_time() + seconds)
 
     def on_hashed(self, filling: Filling) -> None:
         self._check_complete(filling)
@@ -518,11 +539,12 @@ class Filler(CommitEvents, DeliveryEvents):
         target.last_progress = self._moved[key.pipeline] = now
         target.efforts.pop(chunk, None)
         filling.failures = filling.refused = filling.stale = filling.missing = 0
+        filling.slow = False
         filling.streak.answered()
         if filling.held_until and not filling.streaming:
             filling.held_until = 0.0
             self._plan.release(key)
-        self._pacing.origin_answers(filling.source.key)
+        self._pacing.origin_answers(filling.source.key, host_of(filling.source.key, sent.url), key)
         if target.error is not None and self._committer.stuck is None:
             target.error = None
             self._events.trouble(target, None)
@@ -655,6 +677,7 @@ class Filler(CommitEvents, DeliveryEvents):
             target.error = error
             self._events.trouble(target, error)
         final: InstantStartError | None = None
+        suspect = False
         match error:
             case LocationExpired():
                 # Somebody on the way refuses. Access is the source's to refuse, when it is asked for a fresh address.
@@ -681,12 +704,16 @@ class Filler(CommitEvents, DeliveryEvents):
                 final = filling.streak.failed(error)
                 filling.renew()  # others of the same burst say nothing more
                 self._pacing.hold(filling)
+                suspect = True
             case OriginUnavailable():
                 if self._pacing.next_link(filling):
                     return self._requeue(sent)
                 if counts:
-                    self._pacing.origin_fails(filling.source.key, silent, error)
+                    self._pacing.origin_fails(
+                        filling.source.key, host_of(filling.source.key, sent.url), key, silent, error
+                    )
                 self._pacing.hold(filling)
+                suspect = True
             case StoreFull():
                 self._plan.failed(key, sent.chunk)
                 self._store_full(filling, error)
@@ -700,12 +727,12 @@ class Filler(CommitEvents, DeliveryEvents):
                 self._quarantine.refuse(key, final)
             self._end(filling, final)
         else:
-            self._requeue(sent)
+            self._requeue(sent, suspect=suspect)
         return None
 
-    def _requeue(self, sent: Sent) -> None:
+    def _requeue(self, sent: Sent, *, suspect: bool = False) -> None:
         filling = sent.filling
-        self._plan.failed(filling.target.key, sent.chunk, held_until=filling.held_until)
+        self._plan.failed(filling.target.key, sent.chunk, held_until=filling.held_until, suspect=suspect)
         if not filling.done:
             self._pacing.show_breaker(filling)
         self._wakeup.set()

@@ -2,7 +2,8 @@
 
 The last link is the file's origin; a regional tier is a link before it (``Tier``), and nothing else changes.
 ``Locator`` asks a link where a file lies: once per file and signature lifetime, in a thread, with a deadline, at most
-``LOCATE_THREADS`` at a time per origin key, so that a stuck service holds up nobody else.
+``LOCATE_THREADS`` at a time per origin key and pipeline, so that a service, or a repository, that is stuck holds up
+nobody else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 
 LOCATE_THREADS = 8
 MOST_UNANSWERED = 64
-"""Threads of one origin key, those included that were given up and still wait: beyond it nothing is asked."""
+"""Threads of one origin key and pipeline, those included that were given up and still wait: beyond it nothing is
+asked."""
 EXPIRY_MARGIN = 30.0
 """Seconds before its end at which a signature counts as used up: a fetch takes a while."""
 
@@ -55,7 +57,8 @@ def expired(location: Location) -> bool:
 
 
 class _Line:
-    """Questions to one origin key. ``out``: threads that have not come back, those that were given up included."""
+    """One pipeline's questions to one origin key. ``out``: threads that have not come back, those that were given up
+    included."""
 
     def __init__(self) -> None:
         self.asking = trio.Semaphore(LOCATE_THREADS)
@@ -73,11 +76,15 @@ class Locator:
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
-        self._lines: dict[OriginKey, _Line] = {}
+        self._lines: dict[tuple[OriginKey, str], _Line] = {}
 
-    async def locate(self, link: Source, entry: FileEntry) -> Location:
+    def forget(self, pipeline: str) -> None:
+        for place in [place for place, line in self._lines.items() if place[1] == pipeline and not line.out]:
+            del self._lines[place]
+
+    async def locate(self, link: Source, entry: FileEntry, pipeline: str) -> Location:
         """Raises OriginError."""
-        line = self._lines.setdefault(link.key, _Line())
+        line = self._lines.setdefault((link.key, pipeline), _Line())
         if line.out >= MOST_UNANSWERED:
             raise OriginUnavailable(f"{link.key}: {line.out} questions are still unanswered")
         token = trio.lowlevel.current_trio_token()

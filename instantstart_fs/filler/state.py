@@ -91,9 +91,10 @@ class FillStatistics(msgspec.Struct, frozen=True):
 
 
 class Sent:
-    """A request on its way. ``worker`` is None until it was given to one; ``counted`` bytes are in the rate already."""
+    """A request on its way. ``worker`` is None until it was given to one; ``counted`` bytes are in the rate already;
+    ``url``: the address that it is fetched from, None while that is not known."""
 
-    __slots__ = ("answered", "chunk", "counted", "demand", "filling", "generation", "number", "worker")
+    __slots__ = ("answered", "chunk", "counted", "demand", "filling", "generation", "number", "url", "worker")
 
     def __init__(self, number: int, filling: Filling, chunk: int, demand: bool) -> None:
         self.number = number
@@ -105,6 +106,7 @@ class Sent:
         self.answered: float | None = None
         """Seconds until its answer began."""
         self.generation = 0
+        self.url: str | None = None
 
 
 class Filling:
@@ -123,6 +125,8 @@ class Filling:
         self.waiting: list[Sent] = []
         self.sent: set[Sent] = set()
         self.failures = 0
+        self.slow = False
+        """One of its requests gave way to others' since a chunk of it last came."""
         self.held_until = 0.0
         self.refused = 0
         """How often in a row its source refused it."""

@@ -53,7 +53,9 @@ from instantstart_fs.filler.messages import (
     Ready,
     Report,
     SetLocation,
+    Stop,
     Streamed,
+    Urge,
     Waits,
     WorkerSettings,
     decode_orders,
@@ -95,6 +97,7 @@ class _File:
         self.hashing = False
         self.hashed = 0
         self.keep_pages = True
+        self._kept: set[int] = set()
         self.dropped = 0
         """Offset up to which pages were dropped, by the hashing thread."""
         self.hasher = new_hasher(order.digest, order.size) if order.digest is not None else None
@@ -125,6 +128,20 @@ class _File:
                 self.writers -= 1
                 self.lock.notify_all()
 
+    def keep(self, chunk: int) -> None:
+        """A fetch of it was stopped: if it had just come it may be hashed, and must not be written again."""
+        with self.lock:
+            if chunk in self.present:
+                self._kept.add(chunk)
+
+    def kept(self, chunk: int) -> bool:
+        """Whether it is here although its arrival was not heard of."""
+        with self.lock:
+            if chunk not in self._kept:
+                return False
+            self._kept.discard(chunk)
+            return True
+
     def close(self) -> None:
         """Returns when nobody writes any more and the file is let go, so that unlinking it frees its space."""
         with self.lock:
@@ -153,20 +170,45 @@ class _Work:
         self._order = order
         self.host = ""
         self.took_whole = False
+        self.demand = order.demand
+        self.thread: int | None = None
+        """Which one fetches it, as long as one does."""
+        self.stopped = False
+        self._writing = False
         self.last_byte = time.monotonic()
         self._reported = self.last_byte
         self._count = 0
 
+    def stop(self) -> None:
+        """Returns when nothing of it is written any more."""
+        with self._file.lock:
+            self.stopped = True
+            while self._writing:
+                self._file.lock.wait()
+
+    @property
+    def over(self) -> bool:
+        return self._file.closed or self.stopped
+
     def before_read(self) -> None:
-        if self._file.closed:
+        if self.over:
             raise Abandoned
-        if not self._order.demand:
-            self._worker.wait_pause(self._file)
+        if not self.demand:
+            self._worker.wait_pause(self)
             self.last_byte = time.monotonic()
 
     def write(self, data: memoryview, offset: int) -> None:
         with self._file.writing() as blob:
-            blob.pwrite(offset, data)
+            with self._file.lock:
+                if self.stopped:
+                    raise Abandoned
+                self._writing = True
+            try:
+                blob.pwrite(offset, data)
+            finally:
+                with self._file.lock:
+                    self._writing = False
+                    self._file.lock.notify_all()
 
     def progress(self, count: int) -> None:
         self.last_byte = now = time.monotonic()
@@ -241,7 +283,9 @@ class Worker:
         self._reports: list[bytes] = []
         self._sends = False
         """Whether a thread is sending reports: it takes those of the others along."""
-        self._fetches: queue.SimpleQueue[tuple[_File, Fetch]] = queue.SimpleQueue()
+        self._fetches: queue.SimpleQueue[tuple[_File, Fetch, _Work]] = queue.SimpleQueue()
+        self._running: dict[int, _Work] = {}
+        """By request; those too that wait for their thread."""
         self._idle = 0
         self._idle_lock = threading.Lock()
         self._to_hash: queue.SimpleQueue[_File] = queue.SimpleQueue()
@@ -280,6 +324,18 @@ class Worker:
                 if order.file in self._files:
                     self._files[order.file].keep_pages = order.keep_pages
                 self._start(self._files[order.file], order)
+            case Stop(request=number) as order:
+                work = self._running.get(number)
+                if work is not None:
+                    work.stop()
+                    if work.thread is not None:
+                        self._fetcher.interrupt(work.thread)
+                if order.file in self._files:
+                    self._files[order.file].keep(order.chunk)
+            case Urge(request=number):
+                work = self._running.get(number)
+                if work is not None:
+                    work.demand = True
             case CloseFile(file=number):
                 closing = self._files.pop(number, None)
                 if closing is not None:
@@ -311,12 +367,12 @@ class Worker:
             except OSError:
                 os._exit(0)  # the daemon is gone
 
-    def wait_pause(self, file: _File) -> None:
+    def wait_pause(self, work: _Work) -> None:
         """Leave the socket unread while a demand has the line, at most ``pause_limit`` seconds at a time."""
         started = time.monotonic()
         until = min(PAUSE.unpack_from(self._pause)[0], started + self._settings.pause_limit)
-        while time.monotonic() < until:
-            if file.closed:
+        while time.monotonic() < until and not work.demand:
+            if work.over:
                 raise Abandoned
             time.sleep(PAUSE_STEP)
             until = min(PAUSE.unpack_from(self._pause)[0], started + self._settings.pause_limit)
@@ -330,34 +386,42 @@ class Worker:
                 spawn = False
             else:
                 spawn = True
-        self._fetches.put((file, order))
+        work = self._running[order.request] = _Work(self, file, order)
+        self._fetches.put((file, order, work))
         if spawn:
             threading.Thread(target=self._fetch_forever, daemon=True).start()
 
     def _fetch_forever(self) -> None:
         buffer = new_buffer()
-        file, order = self._fetches.get()
+        file, order, work = self._fetches.get()
         while True:
-            self._fetch(file, order, buffer)
-            del file, order
+            work.thread = threading.get_ident()
+            try:
+                self._fetch(file, order, work, buffer)
+            finally:
+                work.thread = None
+                self._running.pop(order.request, None)
+            del file, order, work
             with self._idle_lock:
                 self._idle += 1
             try:
-                file, order = self._fetches.get(timeout=IDLE_THREAD_SECONDS)
+                file, order, work = self._fetches.get(timeout=IDLE_THREAD_SECONDS)
             except queue.Empty:
                 with self._idle_lock:
                     if self._idle:
                         self._idle -= 1
                         return
-                file, order = self._fetches.get()  # just promised to somebody
+                file, order, work = self._fetches.get()  # just promised to somebody
 
-    def _fetch(self, file: _File, order: Fetch, buffer: memoryview) -> None:
-        work = _Work(self, file, order)
+    def _fetch(self, file: _File, order: Fetch, work: _Work, buffer: memoryview) -> None:
         try:
             file.enter()
         except Abandoned:
             return
         try:
+            if file.kept(order.chunk):
+                self.report(Arrived(order.request))
+                return
             location = file.location
             if location is None:
                 raise OriginMisbehaved("no location is known")
@@ -378,7 +442,7 @@ class Worker:
                 if file.streamer is work:
                     file.streamer = None
             with file.lock:
-                if file.closed:
+                if file.closed or work.stopped:
                     raise Abandoned
                 file.present.add(order.chunk)
             self.report(Arrived(order.request, answered))
@@ -388,6 +452,8 @@ class Worker:
         except _Waits:
             self.report(Waits(order.request))
         except InstantStartError as error:
+            if work.stopped:
+                return
             silent = time.monotonic() - work.last_byte
             self.report(Failed(order.request, error.code, error.message, error.retry_after, silent, error.fault))
         except Exception as error:  # a fault of ours in one fetch must not end the others

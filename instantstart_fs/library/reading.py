@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import trio
@@ -43,6 +43,8 @@ from instantstart_fs.library.view import NotInMemory
 
 log = logging.getLogger(__name__)
 
+MOST_WAITING = 16_384
+"""Reads of one pipeline that wait at a time; more fail at once. All that wait share the mount's tasks and memory."""
 FILL_SLICE = 1000
 """Files that are ordered without a pause: a million of them must not stop everybody else."""
 
@@ -99,6 +101,8 @@ class Reading:
         self._admissions = admissions
         self._learning = learning
         self._inherited: dict[int, list[Handle]] = {}
+        self._waiting: dict[str, int] = {}
+        """Reads that wait, by pipeline."""
         self.using = open_files.using
         self.discard = reports.discard
         self.doubt = reports.doubt
@@ -205,7 +209,7 @@ class Reading:
             raise refusal
         origin = file.generation.opened_origin(file.entry.model)
         if origin is not None:
-            broken = self.filler.breaker_open(origin.key)
+            broken = self.filler.breaker_open(origin.key, file.key)
             if broken is not None:
                 raise broken
 
@@ -226,11 +230,13 @@ class Reading:
             return 0
         self._access.record_read(*file.triple, self._shelf.now_ns())
         since = trio.current_time()
-        source: Served | None = "store"
+        source: Served = "store"
         if not file.complete:
-            source = await self._wait_readable(handle, ByteRange(offset, offset + length), since)
-        if source is None:
-            return await self._read_through(handle, offset, buffer[:length], since)
+            with self._one_more_waits(file):
+                found = await self._wait_readable(handle, ByteRange(offset, offset + length), since)
+                if found is None:
+                    return await self._read_through(handle, offset, buffer[:length], since)
+                source = found
         if file.gone is not None:
             raise file.gone
         view = buffer[:length]
@@ -255,6 +261,21 @@ class Reading:
         handle.released = True
         self._observer.closed(handle.starts)
         self._open_files.let_go(handle.file)
+
+    @contextlib.contextmanager
+    def _one_more_waits(self, file: CachedFile) -> Iterator[None]:
+        """Raises ReadDeadline where too many of the pipeline do."""
+        pipeline = file.generation.pipeline.id
+        count = self._waiting.get(pipeline, 0)
+        if count >= MOST_WAITING:
+            raise ReadDeadline(f"{file.entry.path}: {count} reads of this pipeline wait already")
+        self._waiting[pipeline] = count + 1
+        try:
+            yield
+        finally:
+            self._waiting[pipeline] -= 1
+            if not self._waiting[pipeline]:
+                del self._waiting[pipeline]
 
     # -- asking the filler ---------------------------------------------------------------------------------------
 

@@ -49,7 +49,9 @@ class MountSettings(msgspec.Struct, frozen=True):
 
     ``allow_other`` is given up with a note where the kernel does not let this user have it. ``max_tasks`` bounds the
     requests served at once; it must stay above ``max_background``, or stuck faults would take every task and a stat
-    would wait behind them (a task costs about 10 KiB, only while it is needed).
+    would wait behind them, as ``max_background`` is above what one pipeline's waiting reads may take
+    (library/reading.py, MOST_WAITING): when it is reached, readahead and O_DIRECT reads of all pipelines stand in one
+    line of the kernel's. A task costs about 10 KiB, only while it is needed.
     """
 
     path: str
@@ -58,9 +60,9 @@ class MountSettings(msgspec.Struct, frozen=True):
     allow_other: bool = True
     fsname: str = "instantstart"
     subtype: str = "instantstart"
-    max_tasks: int = 4096
+    max_tasks: int = 65_536
     idle_tasks: int = 8
-    max_background: int = 1024
+    max_background: int = 32_768
     readahead_kb: int = 1024
     ready_deadline: float = 10.0
 

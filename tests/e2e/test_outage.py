@@ -25,11 +25,12 @@ def config(endpoint: str, **fill: object) -> dict[str, object]:
 
 
 class Stuck:
-    """A process with ``count`` threads in page faults of one file each waits for; killed in the end."""
+    """A process with ``count`` threads in page faults (or O_DIRECT reads) of one file each waits for; killed in the
+    end."""
 
-    def __init__(self, count: int, path: Path) -> None:
+    def __init__(self, count: int, path: Path, how: str = "stuck") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.probe", "stuck", str(count), str(path)],
+            [sys.executable, "-m", "tests.probe", how, str(count), str(path)],
             stdout=subprocess.PIPE,
             text=True,
             cwd=REPOSITORY,
@@ -45,6 +46,12 @@ class Stuck:
         assert self.process.stdout is not None
         self.process.stdout.close()
         return time.monotonic() - before
+
+
+def memory_of(daemon: Daemon) -> str:
+    """Resident memory of its process."""
+    lines = Path(f"/proc/{daemon.pid}/status").read_text().splitlines()
+    return next(line for line in lines if line.startswith("VmRSS"))
 
 
 def waiting_requests(mount: Path) -> int:
@@ -185,3 +192,36 @@ def test_access_is_the_hubs_to_refuse_and_not_its_cdns(
     assert [result["errno"] for result in found] == ["", "EIO", "EACCES"], found
     assert found[1]["seconds"] >= 3.5 and found[2]["seconds"] < 3
     assert run("cmp", daemon.path("a", "model.safetensors"), files[0]).returncode == 0
+
+
+@pytest.mark.parametrize("fault", ["drips", "is silent"])
+def test_a_slow_file_of_one_pipeline_leaves_others_of_the_same_hub_quick(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path, fault: str
+) -> None:
+    daemon = make_daemon("d", config=config(hub.endpoint, read_deadline="60s"))
+    sick = safetensors_file(tmp_path / "sick" / "model.safetensors", 64 * MIB, 41)
+    well = [
+        safetensors_file(tmp_path / f"well{number}" / "model.safetensors", 3 * MIB, 42 + number) for number in (0, 1)
+    ]
+    for file in (sick, *well):
+        hub.publish(f"org/{file.parent.name}", file.parent)
+        daemon.ok("add", file.parent.name, f"hf://org/{file.parent.name}")
+    rule: dict[str, Any] = {"kind": "bandwidth", "rate": 2} if fault == "drips" else {"kind": "blackhole"}
+    hub.fault(port="cdn", path=hashlib.sha256(sick.read_bytes()).hexdigest(), **rule)
+    count = 20 if fault == "drips" else 8000
+    stuck = Stuck(count, daemon.path("sick", sick.name), "stuck" if fault == "drips" else "stuck-direct")
+    try:
+        wait_for(lambda: waiting_requests(daemon.mount) >= count * 0.99, "the readers", 60)
+        for number, file in enumerate(well):
+            if number:
+                time.sleep(16)  # now the first of the stuck requests have failed, and counted
+            before = time.monotonic()
+            assert run("cmp", daemon.path(file.parent.name, file.name), file, timeout=60).returncode == 0
+            took = time.monotonic() - before
+            print(f"{count} readers of a file that {fault}: a healthy pipeline's cold {3} MB took {took:.2f} s")
+            assert took < (3 if number or count < 100 else 20)  # at first 8,000 reads are taken up, on two shared cores
+        stat = probe("timed-stat", 1, daemon.mount, timeout=30)
+        print(stat, memory_of(daemon))
+        assert stat["max"] <= 500
+    finally:
+        stuck.kill()
