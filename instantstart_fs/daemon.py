@@ -16,7 +16,6 @@ import signal
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NoReturn
@@ -279,11 +278,8 @@ class Daemon:
         return None
 
     def _status_line(self) -> str:
-        found = self._library.list()
-        states = Counter(status.state for status in found)
-        parts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-        line = f"ready: {len(found)} pipelines" + (f" ({parts})" if parts else "")
-        return f"{line} at {self._config.mount.path}, transport {self.transport}"
+        """How many pipelines, and not in which states: systemd tells it to everybody."""
+        return f"ready: {self._library.count} pipelines at {self._config.mount.path}, transport {self.transport}"
 
     async def keep_mounted(
         self, handover: Handover, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED

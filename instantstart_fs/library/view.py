@@ -73,7 +73,7 @@ class Invalidation(msgspec.Struct, frozen=True):
 
 
 class Filesystem(msgspec.Struct, frozen=True):
-    """Capacity of the store, for statfs. Bytes; ``files`` is how many files the mount shows."""
+    """Capacity of the store, for statfs. Bytes; ``files`` is how many pipelines there are."""
 
     total_bytes: int
     available_bytes: int

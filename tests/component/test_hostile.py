@@ -493,6 +493,14 @@ async def test_a_mount_that_answers_with_an_error_ends_no_daemon(
     assert os.strerror(errno.ENOTCONN) in caplog.text
 
 
+async def test_systemd_is_told_no_states_since_it_tells_everybody(tmp_path: Path) -> None:
+    async with running(tmp_path) as library:
+        await library.add(spec("hidden", make_source(tmp_path / "source")))
+        config = Config(mount=MountConfig(path="/mnt"), store=StoreConfig(path=str(tmp_path)))
+        line = daemon.Daemon(config, library, str(tmp_path / "s"))._status_line()
+    assert line == "ready: 1 pipelines at /mnt, transport "
+
+
 async def test_a_pin_that_cannot_be_written_down_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:

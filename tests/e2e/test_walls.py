@@ -119,6 +119,7 @@ def test_of_the_others_pipeline_the_name_is_visible_and_nothing_else(daemon: Dae
     after = os.stat(daemon.path("bobs"))
     assert time_and_links == (after.st_mtime_ns, after.st_nlink)
     assert after.st_nlink == 1, "the number of its directories"
+    assert python_as(ALICE, "os.statvfs(a[0]).f_files", daemon.mount) == len(json.loads(daemon.ok("ls", "--json")))
 
 
 def cli_as(daemon: Daemon, who: tuple[int, int], *arguments: str, groups: str = "") -> tuple[int, str, str]:
