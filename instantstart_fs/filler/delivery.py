@@ -291,9 +291,10 @@ class Delivery:
             while not (filling.done or filling.sealing):
                 # One that comes expired (this clock is ahead, the credentials end) is tried: the server knows better.
                 if filling.waiting and (filling.location is None or (expired(filling.location) and not fresh)):
-                    self._located(
-                        filling, await self._locator.locate(filling.source, target.entry, target.key.pipeline)
+                    location = await self._locator.locate(
+                        filling.source, target.entry, target.key.pipeline, foresee=filling.may_foresee
                     )
+                    self._located(filling, location)
                     fresh = True
                     continue
                 if filling.worker is None:

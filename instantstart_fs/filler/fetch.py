@@ -546,6 +546,8 @@ def _check_answer(
             )
     if pinned is not None and (etag is None or _bare(etag) != _bare(pinned)):
         raise OriginChanged(f"{where}: the ETag is {etag}, {pinned} is pinned; `update` pins what is there now")
+    if location.commit is not None and (commit := response.headers.get("X-Repo-Commit")) != location.commit:
+        raise OriginChanged(f"{where}: the answer is of commit {commit}, pinned was {location.commit}")
     return body
 
 

@@ -533,6 +533,8 @@ class Filler(CommitEvents, DeliveryEvents):
         self._tally.came(filling.source.key, length)
         self._rates.add(key.pipeline, max(length - sent.counted, 0), now)
         sent.counted = max(sent.counted - length, 0)
+        if filling.location is not None and filling.location.foreseen:
+            self._locator.foresaw(filling.source.key, key.pipeline, rightly=True)
         target.present.add(chunk)
         if target.state is FileState.ABSENT:
             target.state = FileState.FILLING
@@ -673,6 +675,8 @@ class Filler(CommitEvents, DeliveryEvents):
         if not current and not isinstance(error, StoreError):
             # Of a link or an address that was given up meanwhile: it says nothing of the present one.
             return self._requeue(sent)
+        if self._foreseen_wrongly(filling, error):
+            return self._requeue(sent)
         if current:
             target.error = error
             self._events.trouble(target, error)
@@ -729,6 +733,17 @@ class Filler(CommitEvents, DeliveryEvents):
         else:
             self._requeue(sent, suspect=suspect)
         return None
+
+    def _foreseen_wrongly(self, filling: Filling, error: InstantStartError) -> bool:
+        """Whether that is the answer of an address that nobody gave: what it means, the origin's own word tells."""
+        if filling.location is None or not filling.location.foreseen or isinstance(error, OriginThrottled | StoreError):
+            return False
+        if isinstance(error, OriginUnavailable) and not isinstance(error, OriginMisbehaved | LocationExpired):
+            return False
+        self._locator.foresaw(filling.source.key, filling.target.key.pipeline, rightly=False)
+        filling.may_foresee = False
+        filling.renew()
+        return True
 
     def _requeue(self, sent: Sent, *, suspect: bool = False) -> None:
         filling = sent.filling

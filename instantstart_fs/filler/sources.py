@@ -3,13 +3,14 @@
 The last link is the file's origin; a regional tier is a link before it (``Tier``), and nothing else changes.
 ``Locator`` asks a link where a file lies: once per file and signature lifetime, in a thread, with a deadline, at most
 ``LOCATE_THREADS`` at a time per origin key and pipeline, so that a service, or a repository, that is stuck holds up
-nobody else.
+nobody else. Where a link can foresee it (small files of a hub), nobody is asked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -19,7 +20,7 @@ import trio
 from instantstart_fs.core.manifest import FileEntry, ManifestFile
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.target import FillTarget
-from instantstart_fs.origins.base import Location, OriginKey
+from instantstart_fs.origins.base import Foresight, Location, OriginKey
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ LOCATE_THREADS = 8
 MOST_UNANSWERED = 64
 """Threads of one origin key and pipeline, those included that were given up and still wait: beyond it nothing is
 asked."""
+MOST_WRONG = 3
+ASKED_SECONDS = 600.0
+"""After so many files that were not where they were foreseen, an origin is asked for so long."""
 EXPIRY_MARGIN = 30.0
 """Seconds before its end at which a signature counts as used up: a fetch takes a while."""
 
@@ -58,11 +62,14 @@ def expired(location: Location) -> bool:
 
 class _Line:
     """One pipeline's questions to one origin key. ``out``: threads that have not come back, those that were given up
-    included."""
+    included. ``wrong``: what was foreseen wrongly in a row; ``asked_until``: trio.current_time() until which nothing
+    is."""
 
     def __init__(self) -> None:
         self.asking = trio.Semaphore(LOCATE_THREADS)
         self.out = 0
+        self.wrong = 0
+        self.asked_until = -math.inf
 
     def went(self) -> None:
         self.out += 1
@@ -82,9 +89,20 @@ class Locator:
         for place in [place for place, line in self._lines.items() if place[1] == pipeline and not line.out]:
             del self._lines[place]
 
-    async def locate(self, link: Source, entry: FileEntry, pipeline: str) -> Location:
-        """Raises OriginError."""
+    def foresaw(self, key: OriginKey, pipeline: str, *, rightly: bool) -> None:
+        """What came of a location that was foreseen. An origin whose files were not there a few times in a row is
+        asked for a while: else each file would cost one request more, and not one less."""
+        line = self._lines.setdefault((key, pipeline), _Line())
+        line.wrong = 0 if rightly else line.wrong + 1
+        if line.wrong >= MOST_WRONG:
+            line.wrong, line.asked_until = 0, trio.current_time() + ASKED_SECONDS
+
+    async def locate(self, link: Source, entry: FileEntry, pipeline: str, *, foresee: bool = False) -> Location:
+        """``foresee``: without asking, if the link can. Raises OriginError."""
         line = self._lines.setdefault((link.key, pipeline), _Line())
+        foresight = (
+            link if foresee and isinstance(link, Foresight) and trio.current_time() >= line.asked_until else None
+        )
         if line.out >= MOST_UNANSWERED:
             raise OriginUnavailable(f"{link.key}: {line.out} questions are still unanswered")
         token = trio.lowlevel.current_trio_token()
@@ -96,7 +114,8 @@ class Locator:
         def ask() -> Location:
             tell(line.went)
             try:
-                return link.locate(entry.file)
+                found = foresight.foresee(entry.file) if foresight is not None else None
+                return found if found is not None else link.locate(entry.file)
             finally:
                 tell(line.came_back)
 

@@ -119,6 +119,8 @@ class Filling:
         self.location: Location | None = None
         self.generation = 0
         """Counts the locations, so that a late failure of an old one does not spend the new one."""
+        self.may_foresee = True
+        """False once it was not where it had been foreseen."""
         self.worker: Worker | None = None
         self.file = 0
         self.preparing = False

@@ -8,7 +8,7 @@ seconds without an answer), and translate every foreign exception into ``errors.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -42,6 +42,8 @@ class Location(msgspec.Struct, frozen=True):
     ``named``: hosts, addresses and networks that the configuration names: only these may lie inside this machine or its
     network, there or behind a redirect (core/addresses.py).
     ``service``: who answers there, "" = somebody on the source's behalf (a CDN), whose refusals are not the source's.
+    ``foreseen``: nobody was asked; if the answer is not as expected, the origin is (``Origin.locate``). ``commit``:
+    what each response's X-Repo-Commit must equal, None where nothing is expected.
     """
 
     url: str
@@ -52,6 +54,8 @@ class Location(msgspec.Struct, frozen=True):
     trusted: bool = True
     service: Service = ""
     named: tuple[str, ...] = ()
+    foreseen: bool = False
+    commit: str | None = None
 
 
 class Origin(Protocol):
@@ -71,4 +75,13 @@ class Origin(Protocol):
     def check(self) -> None:
         """Prove that the source may be fetched with these credentials, cheaply: it is there, and files
         that stand for all are given to them. Raises OriginError."""
+        ...
+
+
+@runtime_checkable
+class Foresight(Protocol):
+    """An origin that knows of some files where they will be found: one request for them, without a question first."""
+
+    def foresee(self, file: ManifestFile) -> Location | None:
+        """Asks nobody, but may read a token's file. None where only asking tells. Raises OriginError."""
         ...

@@ -332,8 +332,7 @@ class HuggingFaceOrigin:
         expires_at = signature_expiry(location, time.time())
         own = same_origin(location, self._endpoint)
         if own:
-            if authorization := self._basic or (f"Bearer {token}" if token else None):
-                headers = (("Authorization", authorization),)
+            headers = self._authorization(token)
         elif expires_at is None:
             expires_at = time.time() + DEFAULT_LIFETIME
         return Location(
@@ -344,6 +343,28 @@ class HuggingFaceOrigin:
             service="hub" if own else "",
             named=self._named,
         )
+
+    def foresee(self, file: ManifestFile) -> Location | None:
+        """A file that is no LFS file is served by the hub itself, at its resolve address, whose answer says what a HEAD
+        would: the commit, and git's sha1 as the ETag."""
+        if file.digest is None or file.digest.algorithm != "git-sha1":
+            return None
+        with self._translated(f"{self._source}: {file.path}"):
+            url = hf_hub_url(self._source.repo, file.address, revision=file.version, endpoint=self._endpoint)
+        return Location(
+            url=self._sent_to(file, url),
+            headers=self._authorization(self._token()),
+            etag=file.digest.value,
+            trusted=is_trusted(url),
+            service="hub",
+            named=self._named,
+            foreseen=True,
+            commit=file.version,
+        )
+
+    def _authorization(self, token: str | None) -> tuple[tuple[str, str], ...]:
+        authorization = self._basic or (f"Bearer {token}" if token else None)
+        return (("Authorization", authorization),) if authorization else ()
 
     def _sent_to(self, file: ManifestFile, told: str) -> str:
         """Where the bytes are to be had: judged by its text here, and again by the fetch that connects to it."""

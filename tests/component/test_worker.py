@@ -146,6 +146,14 @@ def answer_of(worker: RunningWorker, url: str, data: bytes, blob: int, **locatio
     return worker.hear()
 
 
+def test_an_answer_of_another_commit_than_expected_is_refused(
+    worker: RunningWorker, server: ByteServer, blob: int
+) -> None:
+    data = server.files["a"] = content(1000, 1)
+    report = answer_of(worker, server.url + "/a", data, blob, commit="c" * 40)  # it names none
+    assert isinstance(report, Failed) and report.code == "origin-changed" and "c" * 40 in report.message
+
+
 @pytest.mark.parametrize("algorithm", ["sha256", "sha1", "md5", "git-sha1", "crc32", "crc32c"])
 def test_chunks_in_any_order_are_written_and_hashed(
     worker: RunningWorker, server: ByteServer, blob: int, algorithm: Algorithm
