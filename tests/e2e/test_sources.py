@@ -104,3 +104,23 @@ def test_access_is_proven_by_a_byte_and_not_by_a_list(
     token.write_text("hf_lists")
     assert "listed, but may not be downloaded" in daemon.refused(1, "verify", "p", "--access")
     assert "listed, but may not be downloaded" in daemon.refused(1, "add", "q", "hf://org/lists", "--token-file", token)
+
+
+def test_an_etag_that_is_no_md5_can_be_told_to_the_daemon(
+    make_daemon: Callable[..., Daemon], gate: S3Gate, keys: Path
+) -> None:
+    """Small objects of the same bucket have honest ones: only the fetch finds out, says what to set, and that helps."""
+    write_keys(keys, "first")
+    gate.fake_etags = "model.safetensors"
+    s3: dict[str, object] = {"endpoint_url": gate.url}
+    daemon = make_daemon(config={"origins": {"s3": s3}}, allow=["."])
+    daemon.ok("add", "p", "s3://sources/m")
+    told = daemon.cli("warm", "p", "--wait")
+    assert told.returncode == 1 and "etags_are_md5" in told.stdout + told.stderr
+    assert "etags_are_md5" in daemon.status("p")["error"]["message"]
+    daemon.configure({"origins": {"s3": {**s3, "etags_are_md5": False}}})
+    daemon.restart()
+    daemon.ok("update", "p")
+    daemon.warm("p")
+    assert daemon.status("p")["state"] == "unverified"
+    assert daemon.path("p", "model.safetensors").read_bytes() == FILES["model.safetensors"]

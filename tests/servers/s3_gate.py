@@ -36,7 +36,8 @@ class S3Gate:
         self.keys: set[str] | None = None
         self.public = False
         self.requester_pays = False
-        self.fake_etags = False
+        self.fake_etags: bool | str = False
+        """Of all objects, or of those whose keys end so; without any other checksum."""
         self.renamed = (b"", b"")
         self.code = "AccessDenied"
         self.trouble: Callable[[str, dict[str, list[str]]], int | None] = lambda method, query: None
@@ -114,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name: value for name, value in self.headers.items() if not name.lower().startswith(_OWN)}
         if checksums := self.headers.get("x-amz-checksum-mode"):
             headers["x-amz-checksum-mode"] = checksums
-        if gate.fake_etags and "If-Match" in headers:
+        fake = path.endswith(gate.fake_etags) if isinstance(gate.fake_etags, str) else gate.fake_etags
+        if fake and "If-Match" in headers:
             headers["If-Match"] = _disguise(headers["If-Match"].encode()).decode()
         request = AWSRequest(self.command, f"{gate.seaweed.endpoint_url}{path}{'?' + kept if kept else ''}", headers)
         S3SigV4Auth(Credentials(gate.seaweed.access_key, gate.seaweed.secret_key), "s3", "us-east-1").add_auth(request)
@@ -131,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in answer.getheaders():
             if name.lower() in ("connection", "transfer-encoding"):
                 continue
-            if gate.fake_etags and name.lower() in ("etag", "seaweed-x-amz-etag"):
+            if fake and name.lower() in ("etag", "seaweed-x-amz-etag"):
                 value = _disguise(value.encode()).decode()
             if gate.fake_etags and name.lower().startswith("x-amz-checksum"):
                 continue
