@@ -65,6 +65,7 @@ REBUILD_PATIENCE = 60_000_000
 """Microseconds more that systemd waits for the start, at each sign of life while the index is made anew."""
 STATUS_INTERVAL = 30.0
 """Seconds between two looks at what the status line says; the watchdog may want them more often."""
+PAGE_RETRY = 5.0
 FIRST_RETRY = 5.0
 LAST_RETRY = 300.0
 """Seconds between attempts to add a configured pipeline whose origin is down, doubling."""
@@ -313,7 +314,15 @@ class Daemon:
         return listeners
 
     async def keep_page(self, listeners: Sequence[socket.socket], sight_of: SightOf) -> None:
-        """Serve page, metrics and health. What fails here is logged, and ends nothing else."""
+        """Serve page, metrics and health. What fails here is logged, ends nothing else, and is begun again."""
+        while True:
+            await self._serve_page(listeners, sight_of)
+            await trio.sleep(PAGE_RETRY)
+            listeners = self.bind_page()
+
+    async def _serve_page(self, listeners: Sequence[socket.socket], sight_of: SightOf) -> None:
+        if not listeners:
+            return
         try:
             # Its libraries take a good part of a second to import, which the mount must not wait for.
             serve_page, site, make_visitors = await trio.to_thread.run_sync(_import_web)
@@ -324,8 +333,10 @@ class Daemon:
             made = site(self._library, self.info, self._config.http, health, visitors, pending=self.pending)
             await serve_page(made.app(), listeners, visitors.welcome)
         except Exception:
-            log.exception("the page and the metrics have ended; the mount goes on")
+            log.exception("the page and the metrics have failed, and are begun again; the mount goes on")
             self.http = ""
+            for listener in listeners:
+                listener.close()
         finally:
             if self._config.http.socket is not None and len(listeners) > (self._config.http.port is not None):
                 with contextlib.suppress(OSError):

@@ -1,11 +1,20 @@
-"""How many files a process may have open."""
+"""How many files a process may have open, and what of them it keeps for its own work.
+
+The kernel gives the lowest free number, so a new descriptor's number says how many are taken, at no cost. What is held
+for somebody else for long (a file that a reader has open, a file being filled) may not have one of the last
+``reserve()``, a client's connection none of the last half of those: so a manifest can be read, a worker started and a
+connection answered however many shards an engine holds open. What is refused is refused with a word, at open.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import resource
 
 NO_MORE = "this process may not open more files (ulimit -n)"
+MOST_RESERVED = 512
 
 
 def raise_file_limit() -> None:
@@ -14,3 +23,42 @@ def raise_file_limit() -> None:
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def limit() -> int:
+    """How many descriptors this process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 30
+
+
+def reserve() -> int:
+    """How many are kept for the daemon's own work: a quarter, of a large limit MOST_RESERVED."""
+    return min(limit() // 4, MOST_RESERVED)
+
+
+def may_be_held(fd: int) -> bool:
+    """Whether a new descriptor may be held for somebody else."""
+    return fd < limit() - reserve()
+
+
+def room() -> bool:
+    """Whether one more may be held."""
+    try:
+        fd = os.dup(0)
+    except OSError as error:
+        return error.errno not in (errno.EMFILE, errno.ENFILE)
+    os.close(fd)
+    return may_be_held(fd)
+
+
+def may_connect(fd: int) -> bool:
+    """The same for the connection of a client."""
+    return fd < limit() - reserve() // 2
+
+
+def held(fd: int) -> int:
+    """``fd``, if it may be held; else it is closed, and OSError (EMFILE) raised."""
+    if may_be_held(fd):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

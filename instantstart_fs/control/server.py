@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -22,6 +23,7 @@ from typing import Any
 import msgspec
 import trio
 
+from instantstart_fs.config.descriptors import may_connect
 from instantstart_fs.control.administration import Administration, Report
 from instantstart_fs.control.callers import Callers, Place
 from instantstart_fs.control.listening import Peer, listen, peer_of
@@ -130,14 +132,21 @@ class ControlServer:
                 self._nursery = nursery
                 accepts = Bucket(ACCEPT_RATE, ACCEPT_BURST, trio.current_time())
                 task_status.started()
+                short = False
                 while True:
                     try:
                         connection, _ = await listener.accept()
+                        if not may_connect(connection.fileno()):
+                            connection.close()
+                            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                     except OSError as error:
                         # Out of descriptors or memory: what runs goes on, and those who wait are accepted later.
-                        log.warning("control socket: accept: %s", error.strerror or error)
+                        if not short:
+                            log.warning("control socket: accept: %s; trying on", error.strerror or error)
+                        short = True
                         await trio.sleep(0.1)
                         continue
+                    short = False
                     nursery.start_soon(self._serve, trio.SocketStream(connection))
                     await trio.sleep(accepts.take(trio.current_time()))
         finally:

@@ -17,7 +17,7 @@ import trio
 
 from instantstart_fs.core.fillplan import Request
 from instantstart_fs.core.serving import may_serve_unsealed
-from instantstart_fs.errors import InstantStartError, from_code
+from instantstart_fs.errors import InstantStartError, OutOfResources, from_code
 from instantstart_fs.filler.breakers import host_of
 from instantstart_fs.filler.messages import (
     Arrived,
@@ -47,6 +47,8 @@ from instantstart_fs.store.blobstore import BlobStore
 
 log = logging.getLogger(__name__)
 
+RESOURCE_SECONDS = 1.0
+"""Until what found no descriptor is tried again."""
 QUIET_SECONDS = 10.0
 """How long ``wait_quiet`` waits for a worker's word before that worker is killed."""
 OPEN_THREADS = 8
@@ -308,7 +310,9 @@ class Delivery:
                 for sent in waiting:
                     self._send(sent)
         except InstantStartError as error:
-            if not filling.done:
+            if isinstance(error, OutOfResources) and not filling.waiting and self.nursery is not None:
+                self.nursery.start_soon(self._prepare_later, filling)  # for its hash alone; nobody else would ask again
+            elif not filling.done:
                 if not filling.waiting:  # opened for its hash alone
                     self._events.on_unhashable(filling, error)
                 waiting, filling.waiting = filling.waiting, []
@@ -317,6 +321,11 @@ class Delivery:
                     self._events.on_failed(sent, error, 0.0, counts=position == 0)
         finally:
             filling.preparing = False
+
+    async def _prepare_later(self, filling: Filling) -> None:
+        await trio.sleep(RESOURCE_SECONDS)
+        if not filling.done and filling.worker is None:
+            self.prepare_soon(filling)
 
     def _located(self, filling: Filling, location: Location) -> None:
         if filling.done:
@@ -350,17 +359,17 @@ class Delivery:
         target = filling.target
         assert target.blob is not None
         self._numbers += 1
-        filling.file = self._numbers
-        filling.worker = worker
-        filling.hashed = None
-        self._files[filling.file] = filling
-        worker.files.add(filling.file)
-        present = target.present
-        file = target.entry.file
+        number, present, file = self._numbers, target.present, target.entry.file
+        # Before anything is noted: there may be no descriptor for it, and then the worker knows nothing of the file.
         worker.send(
-            OpenFile(filling.file, target.entry.path, file.size, present.chunk_size, file.digest, present.to_bytes()),
+            OpenFile(number, target.entry.path, file.size, present.chunk_size, file.digest, present.to_bytes()),
             target.blob.fd,
         )
+        filling.file = number
+        filling.worker = worker
+        filling.hashed = None
+        self._files[number] = filling
+        worker.files.add(number)
         if filling.location is not None:
             worker.send(SetLocation(filling.file, filling.location))
 

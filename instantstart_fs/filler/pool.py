@@ -22,7 +22,7 @@ import msgspec
 import trio
 
 from instantstart_fs.core.retry import Backoff
-from instantstart_fs.errors import InstantStartError, StoreError
+from instantstart_fs.errors import InstantStartError
 from instantstart_fs.filler.messages import (
     FULL_PACKET,
     MOST_DESCRIPTORS,
@@ -38,6 +38,7 @@ from instantstart_fs.filler.messages import (
     packet,
 )
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.store.translate import translated
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +70,10 @@ class Worker:
         return self.process.pid
 
     def send(self, order: Order, fd: int | None = None) -> None:
-        """Queue an order, with a copy of ``fd``. Never waits; lost when the worker dies. Raises StoreError when the
-        daemon is out of descriptors."""
-        try:
+        """Queue an order, with a copy of ``fd``. Never waits; lost when the worker dies. Raises OutOfResources when the
+        daemon is out of descriptors; then nothing is queued."""
+        with translated("hand a file to a fetch worker"):
             copy = os.dup(fd) if fd is not None else -1
-        except OSError as error:
-            raise StoreError(f"no descriptor for a file to fill: {error.strerror}; raise LimitNOFILE") from error
         self._outbox_send.send_nowait((encode(order), copy))
 
     async def next_packet(self) -> tuple[list[bytes], list[int]]:

@@ -43,6 +43,7 @@ from instantstart_fs.errors import (
     OriginNotFound,
     OriginThrottled,
     OriginUnavailable,
+    OutOfResources,
     StoreError,
     StoreFull,
 )
@@ -718,6 +719,8 @@ class Filler(CommitEvents, DeliveryEvents):
                     )
                 self._pacing.hold(filling)
                 suspect = True
+            case OutOfResources():
+                self._pacing.hold(filling)  # it passes; the file is as it was
             case StoreFull():
                 self._plan.failed(key, sent.chunk)
                 self._store_full(filling, error)

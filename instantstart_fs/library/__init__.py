@@ -37,6 +37,7 @@ from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import OriginCheck, PipelineState, PipelineStatus
 from instantstart_fs.errors import (
     InstantStartError,
+    OutOfResources,
     PipelineBusy,
     ReadDeadline,
     StoreDamaged,
@@ -55,6 +56,7 @@ from instantstart_fs.library.admission import Admissions
 from instantstart_fs.library.browsing import Browsing
 from instantstart_fs.library.covering import Covering
 from instantstart_fs.library.errands import Errands
+from instantstart_fs.library.folded import Folded
 from instantstart_fs.library.folding import Folding
 from instantstart_fs.library.handover import Handover
 from instantstart_fs.library.learning import Learning
@@ -287,8 +289,8 @@ class Library:
     async def look_into(self, pipeline: str) -> None:
         """Read what is not in memory of it, so that what asks for all of it (``status``) need not."""
         found = self._shelf.pipelines.get(pipeline)
-        if found is not None:
-            await self._shelf.look_into(found)
+        if found is not None and await self._shelf.look_into(found) is None and isinstance(found.outline, Folded):
+            raise found.trouble.error if found.trouble else OutOfResources(f"{pipeline}: cannot be read now")
 
     def lookup(self, parent: int, name: str) -> Attributes:
         return self._browsing.lookup(parent, name)

@@ -33,10 +33,11 @@ class Counts(NamedTuple):
 
 class Folded:
     """What is known of a generation that is not in memory; the same names as ``state.Generation`` has for it.
-    ``unfold`` reads the rest: None, and the pipeline in trouble, where that cannot be read."""
+    ``unfold`` reads the rest: None, and the pipeline in trouble, where that cannot be read; this very object, where it
+    cannot be read now."""
 
     def __init__(
-        self, pipeline: Pipeline, summary: SummaryRecord, unfold: Callable[[Folded], Generation | None]
+        self, pipeline: Pipeline, summary: SummaryRecord, unfold: Callable[[Folded], Generation | Folded | None]
     ) -> None:
         self.pipeline = pipeline
         self.summary = summary
@@ -54,7 +55,7 @@ class Folded:
         self.handles = 0
         self.promised_bytes = 0
 
-    def unfold(self) -> Generation | None:
+    def unfold(self) -> Generation | Folded | None:
         return self._unfold(self)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import os
 from collections import OrderedDict
@@ -15,7 +16,8 @@ from collections.abc import Callable, Iterator
 
 import trio
 
-from instantstart_fs.errors import NoSuchEntry, StoreDamaged, StoreError, StoreLost
+from instantstart_fs.config import descriptors
+from instantstart_fs.errors import NoSuchEntry, OutOfResources, StoreDamaged, StoreError, StoreLost
 from instantstart_fs.library.shelf import Shelf
 from instantstart_fs.library.state import CachedFile, Generation, counts_as_request
 from instantstart_fs.library.watching import Nobody, Watcher
@@ -26,6 +28,8 @@ from instantstart_fs.store.translate import translate, translated
 IDLE_READERS = 256
 """Descriptors of files that were open a while ago: the shards of some pipelines, and a quarter of the least limit of
 open files (1024) that a daemon may be given."""
+GIVE_UP = 16
+"""Of these, so many at once, when a descriptor is wanted."""
 
 
 class OpenFiles:
@@ -110,7 +114,7 @@ class OpenFiles:
     def _keep_idle(self, file: CachedFile) -> None:
         self._idle[file] = None
         self._idle.move_to_end(file)
-        if len(self._idle) > IDLE_READERS:
+        if len(self._idle) > min(IDLE_READERS, descriptors.limit() // 4):
             oldest, _ = self._idle.popitem(last=False)
             self.close_reader(oldest)
 
@@ -174,7 +178,7 @@ class OpenFiles:
         """Another descriptor of the same description, the caller's to close: whoever has it does not count as somebody
         who has the file open. Raises StoreDamaged."""
         with translated(f"open {file.entry.path}"):
-            fd = os.dup(self.reader(file))
+            fd = descriptors.held(os.dup(self.reader(file)))
         self._settle_reader(file)
         return fd
 
@@ -227,8 +231,38 @@ class OpenFiles:
             self._stale.setdefault(file, []).append(file.reader)
             file.reader = None
         if file.reader is None:
-            file.reader = self._open_reader(file)
+            file.reader = self._within_reserve(file)
         return file.reader.fd
+
+    def _within_reserve(self, file: CachedFile) -> BlobFile:
+        """Those that nobody has open give theirs up first. Raises OutOfResources: more must not be opened for readers,
+        or the daemon could do nothing else any more."""
+        while True:
+            try:
+                blob = self._open_reader(file)
+            except OutOfResources:
+                if not self._give_up_idle():
+                    raise
+                continue
+            if descriptors.may_be_held(blob.fd):
+                return blob
+            blob.close()
+            if not self._give_up_idle():
+                raise _too_many(file)
+
+    def check_room(self, file: CachedFile) -> None:
+        """Of a file that is not complete: what reading it takes is refused at its open, and not waited for in a read.
+        Raises OutOfResources."""
+        while file.reader is None and not descriptors.room():
+            if not self._give_up_idle():
+                raise _too_many(file)
+
+    def _give_up_idle(self) -> bool:
+        """Some of those whose descriptor is kept without need; False: there are none."""
+        there_are = bool(self._idle)
+        for oldest in list(itertools.islice(self._idle, GIVE_UP)):
+            self.close_reader(oldest)
+        return there_are
 
     def _open_reader(self, file: CachedFile) -> BlobFile:
         store, generation = self._shelf.store, file.generation
@@ -259,6 +293,13 @@ class OpenFiles:
         if file.reader is not None and self._filled_elsewhere(file):
             self._stale.setdefault(file, []).append(file.reader)
             file.reader = None
+
+
+def _too_many(file: CachedFile) -> OutOfResources:
+    return OutOfResources(
+        f"{file.entry.path}: too many files are open: the daemon may have {descriptors.limit()} descriptors, and "
+        f"{descriptors.reserve()} of them are its own; raise LimitNOFILE= (ulimit -n)"
+    )
 
 
 def _filled(file: CachedFile) -> BlobFile | None:

@@ -160,6 +160,8 @@ class Reading:
         elif file.complete:
             # What is lost is found out here, where its reader can be given another; at a read it would be an error.
             self._open_files.check(file)
+        else:
+            self._open_files.check_room(file)
         return self._handle(file, nodeid, backing)
 
     def _handle(self, file: CachedFile, nodeid: int, backing: int | None) -> Handle:

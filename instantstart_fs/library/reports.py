@@ -297,9 +297,11 @@ class Reports(FillEvents):
 
     async def tell_harm(self, harm: Harm) -> None:
         """Log who holds it. In a thread, one at a time: /proc of a busy host takes seconds."""
-        holders = await trio.to_thread.run_sync(
-            processes_holding, f"/{harm.pipeline}/{harm.path}", abandon_on_cancel=True, limiter=self._looking
-        )
+        holders: list[str] = []
+        with contextlib.suppress(OSError):  # no descriptor to look with
+            holders = await trio.to_thread.run_sync(
+                processes_holding, f"/{harm.pipeline}/{harm.path}", abandon_on_cancel=True, limiter=self._looking
+            )
         log.error(
             "%s: wrong bytes were served before the digest proved it (%s); %d opens hold it, processes: %s",
             harm.path,

@@ -28,6 +28,7 @@ from instantstart_fs.errors import (
     InstantStartError,
     NoSuchEntry,
     OriginError,
+    OutOfResources,
     PipelineNotFound,
     StoreDamaged,
     StoreLost,
@@ -49,6 +50,7 @@ UPKEEP_SECONDS = 1.0
 """Between two writes of what troubles pipelines: an origin that comes and goes costs a write a second at most."""
 LOOK_SECONDS = 5.0
 """Between two looks whether the slot of what is being filled is whole."""
+PATIENCE_TRIES, PATIENCE_SECONDS = 20, 0.25
 SPARE_NODEIDS = 4096
 """Reserved ahead, so that a poisoned file gets its new nodeid without waiting for the disk."""
 
@@ -166,6 +168,8 @@ class Shelf:
             pipeline.current = self._load_generation(pipeline, number)
             if held:
                 self._load_draining(pipeline, held)
+        except OutOfResources:
+            raise  # nothing is wrong with it
         except InstantStartError as error:
             self._unreadable(pipeline, error)
 
@@ -187,27 +191,48 @@ class Shelf:
             done = self._reading[folded] = trio.Event()
             read: Generation | InstantStartError
             try:
-                read = await trio.to_thread.run_sync(self._read_settled, folded)
+                read = await trio.to_thread.run_sync(self._read_patiently, folded)
             except InstantStartError as error:
                 read = error
             finally:
                 del self._reading[folded]
                 done.set()
             # Meanwhile it may have been removed, or read by somebody who could not wait.
+            if isinstance(read, OutOfResources):
+                self._want(folded.pipeline, read)
+                return None
             if pipeline.outline is folded and not pipeline.removed:
                 pipeline.current = self._put_in_place(folded, read)
             elif isinstance(read, Generation):
                 read.end()
         return pipeline.current if not pipeline.removed else None
 
-    def _unfold(self, folded: Folded) -> Generation | None:
+    def _unfold(self, folded: Folded) -> Generation | Folded | None:
         """The same for who cannot wait. Blocks, for as long as it takes to read and decode one manifest."""
         read: Generation | InstantStartError
         try:
             read = self._read_settled(folded)
+        except OutOfResources as error:
+            self._want(folded.pipeline, error)
+            return folded
         except InstantStartError as error:
             read = error
         return self._put_in_place(folded, read)
+
+    def _want(self, pipeline: Pipeline, error: OutOfResources) -> None:
+        """It cannot be read now; nothing is wrong with it, and whoever asks next tries again."""
+        if pipeline.trouble is None or not isinstance(pipeline.trouble.error, OutOfResources):
+            log.warning("cannot be read now: %s", error.message, extra={"pipeline": pipeline.id})
+            pipeline.trouble = Trouble(error, self.now_ns(), final=False)
+
+    def _read_patiently(self, folded: Folded) -> Generation:
+        """The same in a thread, which waits for descriptors or memory that are wanting, for some seconds."""
+        for _ in range(PATIENCE_TRIES):
+            try:
+                return self._read_settled(folded)
+            except OutOfResources:
+                time.sleep(PATIENCE_SECONDS)
+        return self._read_settled(folded)
 
     def _read_settled(self, folded: Folded) -> Generation:
         """Blocks, and may run in a thread: it changes nothing. Raises InstantStartError."""
@@ -231,6 +256,9 @@ class Shelf:
             self._unreadable(folded.pipeline, read)
             return None
         self._place(read)
+        trouble = folded.pipeline.trouble
+        if trouble is not None and isinstance(trouble.error, OutOfResources):
+            folded.pipeline.trouble = None
         return read
 
     def fold(self, generation: Generation) -> None:

@@ -565,8 +565,9 @@ class Pipeline:
         self.used_at = time.monotonic()
         found = self._outline
         if isinstance(found, Folded):
-            found = found.unfold()
-            self._outline = found
+            read = found.unfold()
+            self._outline = read
+            return None if isinstance(read, Folded) else read
         return found
 
     @current.setter

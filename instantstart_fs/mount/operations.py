@@ -19,8 +19,10 @@ import errno
 import functools
 import itertools
 import logging
+import math
 import mmap
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, Concatenate, Final, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
@@ -29,7 +31,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 
 from instantstart_fs.core.weights import may_read
-from instantstart_fs.errors import InstantStartError, NoSuchEntry
+from instantstart_fs.errors import InstantStartError, NoSuchEntry, OutOfResources
 from instantstart_fs.library.view import ROOT, Attributes, NotInMemory, OpenFile, View
 from instantstart_fs.mount.errno_map import errno_of
 
@@ -42,6 +44,8 @@ CHANGING_TIMEOUT: Final = 1.0
 STABLE_NEGATIVE_TIMEOUT: Final = 10.0
 """Seconds for an absent name in a pinned directory: engines probe for optional files many times in one start."""
 
+WANT_SECONDS: Final = 10.0
+"""Between two lines about descriptors that are wanting."""
 NAME_MAX: Final = 255
 BLOCK_SIZE: Final = 4096
 PREFERRED_IO: Final = 128 * 1024
@@ -88,10 +92,24 @@ def _guarded(handler: _Handler[_P, _T]) -> _Handler[_P, _T]:
     return guard
 
 
+_told_at = -math.inf
+
+
+def _tell_want(handler: str, error: OutOfResources, about: dict[str, str | None]) -> None:
+    """An engine that opens a thousand shards too many meets the same want a thousand times."""
+    global _told_at
+    now = time.monotonic()
+    if now >= _told_at + WANT_SECONDS:
+        _told_at = now
+        log.warning("%s: %s: %s", handler, error.code, error.message, extra=about)
+
+
 def _as_fuse_error(handler: str, error: Exception, pipeline: str | None) -> FUSEError:
     about = {"pipeline": pipeline}
     if isinstance(error, InstantStartError):
-        if not isinstance(error, NoSuchEntry):
+        if isinstance(error, OutOfResources):
+            _tell_want(handler, error, about)
+        elif not isinstance(error, NoSuchEntry):
             log.warning("%s: %s: %s", handler, error.code, error.message, extra=about)
         return FUSEError(errno_of(error, gone=errno.ESTALE))
     log.error("%s failed in a way nobody foresaw; its caller sees EIO", handler, exc_info=error, extra=about)

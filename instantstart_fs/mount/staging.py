@@ -38,7 +38,7 @@ from instantstart_fs.core.staging import (
     staging_budget,
     start_time,
 )
-from instantstart_fs.errors import InstantStartError
+from instantstart_fs.errors import InstantStartError, OutOfResources
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.mount import readahead
 
@@ -111,6 +111,8 @@ class _Session:
         self.jobs: dict[int, int] = {}
         self.started = False
         self.order: dict[int, int] | None = None
+        self.short = False
+        """Whether it was said that descriptors do not suffice."""
         self.wakeup = trio.Event()
         self.scope = trio.CancelScope()
 
@@ -263,7 +265,11 @@ class Staging:
                 log.warning("staging in the order of names: %s", error.message, extra={"pipeline": session.pipeline})
                 order = ()
             session.order = {index: position for position, index in enumerate(order)}
-        memory = await trio.to_thread.run_sync(self._memory)
+        try:
+            memory = await trio.to_thread.run_sync(self._memory)
+        except OSError as error:
+            log.debug("staging waits: the memory that is left cannot be read: %s", error)
+            return False
         if session.wakeup.is_set():
             return True  # something was opened, released, retired or put to rest meanwhile: decide again
         budget = staging_budget(memory.available, self._config.max_memory.of(memory.available), memory.cgroups_left)
@@ -286,6 +292,12 @@ class Staging:
             key = FileKey(session.pipeline, session.generation, index)
             try:
                 fd = self._shelves.open_stored(key)
+            except OutOfResources as error:
+                # Readers come first. What is left is staged when some of them have closed theirs.
+                if not session.short:
+                    log.warning("not all is staged: %s", error.message, extra={"pipeline": session.pipeline})
+                session.short = True
+                return False
             except InstantStartError as error:
                 log.warning("not staged: %s", error.message, extra={"pipeline": session.pipeline})
                 session.done.add(index)

@@ -113,11 +113,14 @@ class BlobFile:
     def pread_into(self, offset: int, buffer: memoryview) -> int:
         """Like ``pread``, into ``buffer``; the number of bytes, short only at the end of the file."""
         wanted = min(len(buffer), self.size - offset)
-        done = 0
+        done, again = 0, True
         while done < wanted:
             try:
                 count = os.preadv(self.fd, [buffer[done:wanted]], offset + done)
             except OSError as error:
+                if error.errno == errno.EIO and again:
+                    again = False  # a disk that stumbled says it once
+                    continue
                 raise translate(error, f"read {self.name}") from error
             if count == 0:
                 raise StoreDamaged(f"{self.name} ends at byte {offset + done} of {self.size}: it was cut short")
@@ -152,12 +155,15 @@ class BlobFile:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) | os.O_DIRECT)
 
         def read(offset: int, buffer: memoryview) -> int:
-            wanted, done = min(len(buffer), self.size - offset), 0
+            wanted, done, again = min(len(buffer), self.size - offset), 0, True
             while done < wanted:
                 try:
                     # The whole buffer, also where the file ends within it: O_DIRECT wants whole blocks.
                     count = os.preadv(self.fd, [buffer[done:]], offset + done)
                 except OSError as error:
+                    if error.errno == errno.EIO and again:
+                        again = False
+                        continue
                     raise translate(error, f"read {self.name}") from error
                 if count == 0 or (done + count < wanted and count % 512):
                     raise StoreDamaged(

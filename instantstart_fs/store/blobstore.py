@@ -38,6 +38,7 @@ from typing import NamedTuple, Self, TypeVar
 
 import msgspec
 
+from instantstart_fs.config import descriptors
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.learned import Learned
 from instantstart_fs.core.manifest import Manifest, PipelineSpec
@@ -336,7 +337,7 @@ class BlobStore:
             parent = self._walk(directory, create=True)
             try:
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                fd = os.open(name, flags, FILE_MODE, dir_fd=parent)
+                fd = descriptors.held(os.open(name, flags, FILE_MODE, dir_fd=parent))
             finally:
                 os.close(parent)
             try:
@@ -798,6 +799,14 @@ class BlobStore:
 
     def _read(self, directory: tuple[str, ...], name: str) -> bytes:
         shown = _shown((*directory, name))
+        try:
+            return self._read_once(directory, name, shown)
+        except StoreDamaged as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EIO:
+                raise
+        return self._read_once(directory, name, shown)  # a disk that stumbled says it once
+
+    def _read_once(self, directory: tuple[str, ...], name: str, shown: str) -> bytes:
         with translated(f"read {shown}"):
             parent = self._walk(directory)
             try:

@@ -8,7 +8,9 @@ closed at once, because sends are shielded from cancellation. What fails in here
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -27,6 +29,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
 from starlette.types import ASGIApp
 
+from instantstart_fs.config.descriptors import may_connect
 from instantstart_fs.core.ratelimit import Bucket
 from instantstart_fs.core.seats import Seat, Seats
 from instantstart_fs.web.visitors import Visitor
@@ -202,15 +205,22 @@ async def serve(
 
     async def accept(listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         accepts = Bucket(ACCEPT_RATE, ACCEPT_BURST, trio.current_time())
+        short = False
         with listener:
             while True:
                 try:
                     connection, _ = await listener.accept()
+                    if not may_connect(connection.fileno()):
+                        connection.close()
+                        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 except OSError as error:
                     # Out of descriptors or memory: what runs goes on, and those who wait are accepted later.
-                    log.warning("the page: accept: %s", error.strerror or error)
+                    if not short:
+                        log.warning("the page: accept: %s; trying on", error.strerror or error)
+                    short = True
                     await trio.sleep(0.1)
                     continue
+                short = False
                 if connection.family != socket.AF_UNIX:
                     with contextlib.suppress(OSError):
                         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
+import re
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +23,18 @@ from instantstart_fs.library.recovery import open_index
 from instantstart_fs.mount import kernel
 from instantstart_fs.store.blobstore import BlobStore
 from tests import harness
-from tests.harness import MIB, Daemon, loop_ext4, model_directory, mounted, must, run, unmount, wait_for
+from tests.harness import (
+    MIB,
+    Daemon,
+    loop_ext4,
+    model_directory,
+    mounted,
+    must,
+    run,
+    safetensors_file,
+    unmount,
+    wait_for,
+)
 from tests.servers.hub import HubServer
 
 
@@ -345,3 +360,90 @@ def test_a_slot_that_was_removed_while_no_daemon_ran_is_resolved_anew_by_update(
     assert daemon.status("p")["state"] == "cold"
     daemon.warm("p")
     must("cmp", daemon.path("p", "config.json"), model / "config.json")
+
+
+SHARDS = 300
+LIMIT = 256
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("many") / "model"
+    root.mkdir()
+    for number in range(1, SHARDS + 1):
+        safetensors_file(root / f"model-{number:05}-of-{SHARDS:05}.safetensors", 5000 + number, number)
+    (root / "config.json").write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize("transport", ["pyfuse3", "passthrough"], indirect=True)
+def test_more_shards_than_descriptors_harm_nobody_else(
+    make_daemon: Callable[..., Daemon], many_shards: Path, model: Path, transport: None
+) -> None:
+    daemon = make_daemon(
+        prefix=["prlimit", f"--nofile={LIMIT}:{LIMIT}"], config={"http": {"listen": "127.0.0.1:0"}, "mount": {}}
+    )
+    daemon.ok("add", "many", f"file://{many_shards}")
+    daemon.ok("add", "other", f"file://{model}")
+    daemon.warm("many")
+    daemon.warm("other")
+    daemon.restart()  # both are read anew
+    page = re.findall(r"page (http://\S+)", daemon.text())[-1].rstrip("/")
+    held: list[int] = []
+    connections: list[socket.socket] = []
+    refused = 0
+    try:
+        for path in sorted(daemon.path("many").glob("*.safetensors")):
+            try:
+                held.append(os.open(path, os.O_RDONLY))
+                assert os.pread(held[-1], 8, 0), path
+            except OSError as error:
+                assert error.errno == errno.ENFILE, path
+                refused += 1
+        assert len(held) > LIMIT / 2 and refused, (len(held), refused)
+        for _ in range(LIMIT):
+            connections.append(socket.socket(socket.AF_UNIX))
+            connections[-1].connect(str(daemon.socket))
+        time.sleep(0.3)  # they are accepted, as far as they are
+        fds = len(os.listdir(f"/proc/{daemon.pid}/fd"))
+        assert fds <= LIMIT - LIMIT // 16, f"{fds} descriptors of {LIMIT}"
+        for connection in connections:
+            connection.close()
+        assert wait_for(lambda: daemon.cli("status", "other", "--json").returncode == 0, "an answer", 30)
+        assert daemon.status("other")["error"] is None
+        assert "instantstart_" in run("curl", "-sf", f"{page}/metrics").stdout
+        while held:
+            os.close(held.pop())
+        for name in ("config.json", "model.safetensors.index.json"):
+            assert daemon.path("other", name).read_bytes() == (model / name).read_bytes()
+        for path in sorted(daemon.path("many").glob("*.safetensors")):
+            assert path.read_bytes() == (many_shards / path.name).read_bytes()
+    finally:
+        for fd in held:
+            os.close(fd)
+        for connection in connections:
+            connection.close()
+    assert (daemon.status("many")["state"], daemon.status("many")["error"]) == ("unverified", None)
+
+
+@pytest.mark.parametrize("transport", ["pyfuse3", "passthrough"], indirect=True)
+def test_a_cold_fill_under_want_of_descriptors_is_no_error(
+    make_daemon: Callable[..., Daemon], many_shards: Path, transport: None
+) -> None:
+    daemon = make_daemon(prefix=["prlimit", f"--nofile={LIMIT}:{LIMIT}"])
+    daemon.ok("add", "many", f"file://{many_shards}")
+    held = []
+    try:
+        for path in sorted(daemon.path("many").glob("*.safetensors")):
+            with contextlib.suppress(OSError):
+                held.append(os.open(path, os.O_RDONLY))
+                os.pread(held[-1], 8, 0)
+        daemon.ok("warm", "many")
+        time.sleep(1.0)
+        assert daemon.status("many")["state"] in ("filling", "partial", "unverified")
+    finally:
+        for fd in held:
+            os.close(fd)
+    daemon.warm("many")
+    for path in sorted(daemon.path("many").glob("*.safetensors")):
+        assert path.read_bytes() == (many_shards / path.name).read_bytes()
