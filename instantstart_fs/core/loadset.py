@@ -105,7 +105,7 @@ def _open(choices: Iterable[Choice]) -> list[Choice]:
     """Once a variant of a model is chosen, its others are not asked for."""
     choices = list(choices)
     decided = {(choice.model, choice.kind) for choice in choices if choice.chosen}
-    return [choice for choice in choices if (choice.model, choice.kind) not in decided]
+    return [choice for choice in choices if not choice.optional and (choice.model, choice.kind) not in decided]
 
 
 def load_set(files: Sequence[FileEntry]) -> tuple[int, ...]:

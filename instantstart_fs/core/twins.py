@@ -43,12 +43,14 @@ class Variant(NamedTuple):
 
 class Choice(NamedTuple):
     """``variants`` in one format ("GGUF", "ONNX"), of which an engine reads one. ``chosen``: positions of those that
-    are kept; none where nobody has said. ``model``: its position in the pipeline."""
+    are kept; none where nobody has said. ``model``: its position in the pipeline. ``optional``: the model is there in
+    another format, too, so nobody has to choose."""
 
     kind: str
     variants: tuple[Variant, ...]
     chosen: tuple[int, ...]
     model: int = 0
+    optional: bool = False
 
     def glob(self, position: int) -> str:
         """A short glob that matches all files of that variant and of no other."""
@@ -414,8 +416,7 @@ def _gguf_choices(
                 if beside is not None:
                     reason += f" beside {beside.shown}"
                 left_out.update(dict.fromkeys(variant.files, reason))
-        if beside is None or choice.chosen:
-            choices.append(choice)
+        choices.append(choice._replace(optional=beside is not None))
     return choices
 
 

@@ -9,14 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instantstart_fs.core.learned import MOST_WANTED, Learned
 from instantstart_fs.core.loadset import (
+    Hints,
     fill_threshold,
     load_set,
     natural_key,
     safetensors_header_length,
     sort_files,
+    with_wanted,
 )
-from instantstart_fs.core.manifest import FileEntry, Manifest, ManifestFile, ModelManifest
+from instantstart_fs.core.manifest import FileEntry, Manifest, ManifestFile, ModelManifest, matches
 
 MIB = 1024 * 1024
 
@@ -122,3 +125,152 @@ def test_numbers_are_sorted_by_their_value(names: list[str]) -> None:
 
 def test_digits_that_are_no_numbers_are_letters() -> None:
     assert sorted(["²1.bin", "10.bin", "9.bin"], key=natural_key) == ["9.bin", "10.bin", "²1.bin"]
+
+
+# -- twins and variants --------------------------------------------------------------------------------------------------
+
+
+def left_out(*paths: str, sizes: dict[str, int] | None = None) -> dict[str, str]:
+    files = tuple(ManifestFile(path, (sizes or {}).get(path, 1), path) for path in sorted(paths))
+    listing = Manifest("p", 1, 8 * MIB, (ModelManifest("", "hf://a/b", "r", files),), 0).files
+    return {listing[index].path: reason for index, reason in sort_files(listing).left_out.items()}
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ("model.safetensors", "other.bin"),
+        ("unet/model.safetensors", "vae/pytorch_model.bin"),
+        ("model-00001-of-00002.safetensors", "pytorch_model.bin"),  # a shard is missing
+        ("voices.bin", "model.onnx"),
+        ("pytorch_model.bin", "model.bin", "vocabulary.json"),
+        ("model.safetensors", "model.bin", "shared_vocabulary.json"),  # CTranslate2's
+        ("adapter_model.safetensors", "pytorch_model.bin"),
+        ("consolidated.safetensors", "model-00001-of-00001.safetensors"),
+        ("model.safetensors", "model.fp32.safetensors"),  # vLLM reads both
+        ("model.safetensors", "asr.nemo", "model.plan", "conds.pt"),
+        ("drafter/model.safetensors", "consolidated.safetensors"),
+        ("onnx/model.onnx", "onnx/model_quantized.onnx"),
+        ("onnx/model.onnx", "projector.safetensors"),
+        ("llm-Q4_K_M.gguf", "vocoder-F16.gguf"),
+        ("a.gguf", "mmproj-F16.gguf", "mmproj-BF16.gguf"),
+        ("model.pt", "tf_model.h5"),
+    ],
+)
+def test_what_is_no_twin_is_kept(paths: tuple[str, ...]) -> None:
+    assert left_out(*paths) == {}
+
+
+@pytest.mark.parametrize(
+    ("kept", "twin"),
+    [
+        ("model.safetensors", "pytorch_model.bin"),
+        ("model.safetensors", "tf_model.h5"),
+        ("model.safetensors", "flax_model.msgpack"),
+        ("model.safetensors", "rust_model.ot"),
+        ("pytorch_model.bin", "tf_model.h5"),
+        ("model.safetensors", "model.pt"),
+        ("ve.safetensors", "ve.pt"),
+        ("a/v1-5.safetensors", "a/v1-5.ckpt"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.bin"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet/model.onnx_data"),
+        ("adapter_model.safetensors", "adapter_model.bin"),
+        ("adapter_model.safetensors", "checkpoint-500/adapter_model.safetensors"),
+        ("model.safetensors", "checkpoint-500/model.safetensors"),
+        ("model.safetensors", "consolidated.00.pth"),
+        ("consolidated.safetensors", "consolidated.00.pth"),
+        ("model.safetensors", "original/consolidated.00.pth"),
+        ("model.safetensors", "metal/model.bin"),
+        ("model.safetensors", "openvino_model.bin"),
+        ("model.safetensors", "onnx/decoder_model_merged_q4.onnx"),
+        ("model.safetensors", "coreml/x.mlpackage/Data/weight.bin"),
+        ("unet/model.safetensors", "onnx/unet/model.onnx"),
+    ],
+)
+def test_a_twin_is_left_out_and_named(kept: str, twin: str) -> None:
+    found = left_out(kept, twin)
+    assert found.keys() == {twin}
+    assert kept.rpartition("/")[2] in found[twin]
+
+
+def test_only_alike_sizes_make_twins_of_files_with_one_stem() -> None:
+    sizes = {"a.safetensors": 10 * MIB, "a.pt": 100 * MIB}
+    assert left_out(*sizes, sizes=sizes) == {}
+    assert left_out(*sizes, sizes={**sizes, "a.pt": 20 * MIB}) == {"a.pt": "twin of a.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["a.Q4_K_M.gguf", "a.Q8_0.gguf", "a.i1-IQ2_XXS.gguf"], ["Q4_K_M", "Q8_0", "i1-IQ2_XXS"]),
+        (["llama-3.1-8b-q4_0.gguf", "llama-3.1-8b-f16.gguf"], ["f16", "q4_0"]),
+        (["Q4_K_M/x-Q4_K_M-00001-of-00002.gguf", "BF16/x-BF16-00001-of-00002.gguf"], ["BF16", "Q4_K_M"]),
+        (["m-UD-Q4_K_XL.gguf", "m-Q4_K_XL.gguf", "m-MXFP4_MOE.gguf"], ["MXFP4_MOE", "Q4_K_XL", "UD-Q4_K_XL"]),
+        (["ggml-base.bin", "ggml-base-q5_1.bin"], ["", "q5_1"]),
+        (["x_int8.onnx", "x_fp16.onnx", "x_q4f16.onnx"], ["fp16", "int8", "q4f16"]),
+    ],
+)
+def test_variants_are_told_apart_and_each_has_a_glob_of_its_own(names: list[str], labels: list[str]) -> None:
+    (choice,) = sort_files(entries(*names)).open
+    assert [variant.label for variant in choice.variants] == labels
+    for position, variant in enumerate(choice.variants):
+        glob = choice.glob(position)
+        assert [path for path in sorted(names) if matches(path, [glob])] == sorted(variant.paths)
+
+
+def test_beside_a_model_in_safetensors_variants_are_no_question() -> None:
+    known = sort_files(entries("config.json", "model.safetensors", "a-Q4_0.gguf", "a-Q8_0.gguf"))
+    assert known.open == ()
+    assert set(known.left_out.values()) == {"one of 2 GGUF variants beside model.safetensors"}
+
+
+def test_the_onnx_file_without_a_tag_is_taken_and_others_come_when_they_are_read() -> None:
+    files = entries("onnx/m.onnx", "onnx/m_q4.onnx", "onnx/m_q4.onnx_data", "onnx/m_fp16.onnx")
+    assert [files[index].path for index in sort_files(files).order] == ["onnx/m.onnx"]
+    learned = sort_files(files, Hints(wanted=["onnx/m_q4.onnx"]))
+    assert {files[index].path for index in learned.order} == {"onnx/m.onnx", "onnx/m_q4.onnx", "onnx/m_q4.onnx_data"}
+
+
+_NAMES = st.sampled_from(
+    [
+        *("config.json", "README.md", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx", "a-Q4_0.gguf"),
+        *(
+            "a-Q8_0-00001-of-00002.gguf",
+            "a-Q8_0-00002-of-00002.gguf",
+            "b-Q4_0.gguf",
+            "b-Q6_K.gguf",
+            "x.pt",
+            "mmproj.gguf",
+        ),
+    ]
+)
+
+
+@given(st.sets(_NAMES, min_size=1), st.data())
+def test_what_is_learned_now_and_what_was_learned_before_a_start_come_to_the_same(
+    names: set[str], data: st.DataObject
+) -> None:
+    files = entries(*names)
+    wanted = data.draw(st.sets(st.sampled_from(range(len(files)))))
+    now = with_wanted(sort_files(files), wanted)
+    later = sort_files(files, Hints(wanted=frozenset(files[index].path for index in now.order)))
+    assert set(now.order) == set(later.order) >= wanted
+    assert (now.left_out.keys(), now.weights) == (later.left_out.keys(), later.weights)
+    assert now.open == later.open or wanted == set()
+
+
+def test_what_is_learned_has_a_bound_and_outlives_its_file() -> None:
+    learned = Learned().wanting(["a", "b", "a"])
+    assert learned.wanted == ("a", "b")
+    assert learned.after_update(frozenset()).wanted == ("a", "b")
+    assert len(Learned().wanting(str(number) for number in range(3 * MOST_WANTED)).wanted) == MOST_WANTED
+
+
+def test_untouched_is_what_three_starts_in_a_row_did_not_open() -> None:
+    learned = Learned()
+    for opened in (["a", "b"], ["a"], ["a"], ["a"]):
+        learned = learned.after_start(opened)
+    assert learned.untouched(["a", "b"]) == ("b",)
+    assert learned.after_update(frozenset({"a", "b", "new"})).untouched(["a", "new"]) == ()
