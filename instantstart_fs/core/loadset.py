@@ -38,6 +38,8 @@ class LoadSet(msgspec.Struct, frozen=True):
     left_out: dict[int, str]
     choices: tuple[Choice, ...]
     open: tuple[Choice, ...]
+    useless: int = 0
+    """How many of ``left_out`` hold no weights: nothing that an engine could load."""
 
     @property
     def undecided(self) -> int:
@@ -78,7 +80,8 @@ def sort_files(files: Sequence[FileEntry], hints: Hints = _NO_HINTS) -> LoadSet:
         left_out.update(found.left_out)
         choices += found.choices
         open_ones += found.open
-    return LoadSet(tuple(order), frozenset(weights), left_out, tuple(choices), tuple(open_ones))
+    useless = len(left_out.keys() - weights)
+    return LoadSet(tuple(order), frozenset(weights), left_out, tuple(choices), tuple(open_ones), useless)
 
 
 def with_wanted(known: LoadSet, indices: Collection[int]) -> LoadSet:
@@ -92,12 +95,14 @@ def with_wanted(known: LoadSet, indices: Collection[int]) -> LoadSet:
             more.update(dict.fromkeys(choice.variants[at].files))
         choices.append(choice._replace(chosen=tuple(sorted({*choice.chosen, *newly}))) if newly else choice)
     inside = frozenset(known.order)
+    left_out = {index: reason for index, reason in known.left_out.items() if index not in more}
     return LoadSet(
         order=known.order + tuple(index for index in more if index not in inside),
         weights=known.weights,
-        left_out={index: reason for index, reason in known.left_out.items() if index not in more},
+        left_out=left_out,
         choices=tuple(choices),
         open=tuple(_open(choices)),
+        useless=len(left_out.keys() - known.weights),
     )
 
 

@@ -99,6 +99,8 @@ class Learning:
         """These files belong to the load set from now on, with the other parts of the variants that they are of; which
         paths are new in it."""
         before = frozenset(generation.load_set)
+        if (aside := self._aside.get(generation.pipeline)) is not None:
+            aside[1].difference_update(indices)
         generation.want(indices)
         paths = {generation.files[index].entry.path for index in generation.load_set if index not in before}
         pipeline = generation.pipeline
@@ -157,10 +159,7 @@ class Learning:
     def _copied(self, generation: Generation) -> bool:
         """Whether somebody has opened every file that an engine has no use for."""
         number, seen = self._aside.get(generation.pipeline, (0, set()))
-        if number != generation.number or not seen:
-            return False
-        known = generation.known
-        return all(index in seen for index in known.left_out if index not in known.weights)
+        return bool(seen) and number == generation.number and len(seen) >= generation.known.useless
 
     def _unlearn(self, generation: Generation, start: _Start) -> None:
         pipeline = generation.pipeline

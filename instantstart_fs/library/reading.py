@@ -415,7 +415,7 @@ class Reading:
             order(generation.pipeline.id, targets)
             generation.pipeline.changed()
             await trio.lowlevel.checkpoint()
-        if generation.load_set_complete:
+        if generation.load_set_complete or generation.fill_is_over:
             generation.filling_load_set = False
 
     async def target(self, file: CachedFile) -> FillTarget | None:

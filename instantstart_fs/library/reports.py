@@ -119,6 +119,8 @@ class Reports(FillEvents):
             generation.filling_load_set = False
             generation.pipeline.trouble = None
             log.info("warm: %d bytes", generation.load_bytes, extra={"pipeline": generation.pipeline.id})
+        elif generation.undecided and generation.fill_is_over:
+            generation.filling_load_set = False
         generation.pipeline.changed()
         self._shelf.on_complete(file)
 

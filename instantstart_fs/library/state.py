@@ -468,6 +468,14 @@ class Generation:
         complete = self.counts.complete == len(self.load_set) and not self.known.open
         return complete or self.counts.finished == len(self.manifest.files)
 
+    @property
+    def fill_is_over(self) -> bool:
+        """Whether what was to be filled is here, which is not all that an engine loads while a variant is to be
+        chosen."""
+        if self.filling_everything:
+            return self.counts.finished == len(self.manifest.files)
+        return self.counts.complete == len(self.load_set)
+
 
 class Trouble:
     """What went wrong last with a pipeline. ``final``: filling has stopped because of it. ``file``: with which one.

@@ -28,7 +28,7 @@ GGUFS = {
     "Llama-Q2_K.gguf": MIB,
     "Llama-Q4_K_M.gguf": 3 * MIB,
     **dict.fromkeys(SHARDS, 2 * MIB),
-    "mmproj-F16.gguf": MIB,
+    "mmproj-F16.gguf": 2 * MIB,
 }
 TWINS = {"config.json": 10, "model.safetensors": 3 * MIB, "pytorch_model.bin": 3 * MIB, "README.md": 100}
 
@@ -135,6 +135,23 @@ async def test_looking_into_the_headers_of_variants_chooses_none(tmp_path: Path)
             await library.read_into(handle, 0, memoryview(bytearray(4096)))
             library.release(handle)
         assert library.status("p").undecided == 3
+
+
+async def test_what_goes_with_any_variant_is_fetched_before_one_is_chosen_and_the_choice_is_still_open(
+    tmp_path: Path,
+) -> None:
+    source = make(tmp_path / "source", GGUFS)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await read_all(library, "p", "mmproj-F16.gguf")
+        with trio.fail_after(10):
+            while here(library) != {"config.json", "mmproj-F16.gguf"} or library.status("p").fill is not None:
+                await library.wait_changed("p", 0.1)
+        assert (library.status("p").state, library.status("p").undecided) == ("partial", 3)
+        assert library._shelf.pipelines["p"].current.promised_bytes == 0  # type: ignore[union-attr]
+        await read_all(library, "p", "Llama-Q2_K.gguf")
+        await wait_state(library, "p", "unverified")
+        assert here(library) == {"config.json", "mmproj-F16.gguf", "Llama-Q2_K.gguf"}
 
 
 async def test_warm_asks_which_variant_and_takes_the_answer(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_digits_that_are_no_numbers_are_letters() -> None:
     assert sorted(["²1.bin", "10.bin", "9.bin"], key=natural_key) == ["9.bin", "10.bin", "²1.bin"]
 
 
-# -- twins and variants --------------------------------------------------------------------------------------------------
+# -- twins and variants ----------------------------------------------------------------------------------------------
 
 
 def left_out(*paths: str, sizes: dict[str, int] | None = None) -> dict[str, str]:
