@@ -357,6 +357,8 @@ class Shelf:
                 continue
             try:
                 generation = self._load_generation(pipeline, number)
+            except OutOfResources:
+                raise  # what is open must not be taken for superseded, and deleted
             except InstantStartError as error:
                 log.warning("generation %d: %s", number, error.message, extra={"pipeline": pipeline.id})
                 continue
