@@ -465,6 +465,7 @@ class Reading:
         """Somebody asks again on purpose: what failed for good may be tried anew at once."""
         pipeline = generation.pipeline
         self.filler.forgive(pipeline.id)
+        self._reports.begin_anew(pipeline)
         failed = [file for file in generation.files if file.target is not None and file.target.failed]
         if failed:
             await self.filler.wait_quiet(pipeline.id)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import trio
 
+from instantstart_fs.core.incidents import Incident
 from instantstart_fs.core.manifest import same_bytes
 from instantstart_fs.errors import (
     FillCancelled,
@@ -77,6 +78,8 @@ class Reports(FillEvents):
         self._looking = trio.CapacityLimiter(1)
         self._discarding: set[CachedFile] = set()
         self._errands = errands
+        self._incidents: dict[str, dict[str, Incident]] = {}
+        """What goes wrong, by pipeline and code."""
 
     @property
     def replaced(self) -> trio.MemoryReceiveChannel[Replacement]:
@@ -159,6 +162,7 @@ class Reports(FillEvents):
                 return  # room is made, or target_failed says that there is none
             self.set_trouble(pipeline, error, final=False)
         elif pipeline.trouble is not None and not pipeline.trouble.final:
+            self._tell_over(pipeline)
             pipeline.trouble = None
             pipeline.changed()
 
@@ -288,9 +292,39 @@ class Reports(FillEvents):
         quiet: bool = False,
     ) -> None:
         if not quiet:
-            log.warning("%s: %s", error.code, error.message, extra={"pipeline": pipeline.id})
+            self._tell(pipeline, error)
         pipeline.trouble = Trouble(error, self._shelf.now_ns(), final=final, file=file)
         pipeline.changed()
+
+    def _tell(self, pipeline: Pipeline, error: InstantStartError) -> None:
+        """Log it, once for all files and requests that meet the same; then how often, from time to time."""
+        now = trio.current_time()
+        known = self._incidents.setdefault(pipeline.id, {})
+        incident = known.setdefault(error.code, Incident(now))
+        if incident.noticed(now):
+            often = f" ({incident.count} times in {now - incident.since:.0f} s)" if incident.count > 1 else ""
+            log.warning("%s: %s%s", error.code, error.message, often, extra={"pipeline": pipeline.id})
+
+    def _tell_over(self, pipeline: Pipeline) -> None:
+        now = trio.current_time()
+        known = self._incidents.get(pipeline.id, {})
+        for code, incident in list(known.items()):
+            if incident.ended(now):
+                del known[code]
+            elif incident.over(now):
+                log.info(
+                    "%s is over: %d times in %.0f s",
+                    code,
+                    incident.count,
+                    now - incident.since,
+                    extra={"pipeline": pipeline.id},
+                )
+        if not known:
+            self._incidents.pop(pipeline.id, None)
+
+    def begin_anew(self, pipeline: Pipeline) -> None:
+        """Somebody asks again on purpose: what goes wrong from now on is said again."""
+        self._incidents.pop(pipeline.id, None)
 
     def _file_of(self, target: FillTarget) -> CachedFile | None:
         """The file that this target fills; None when another incarnation has taken its place."""

@@ -569,6 +569,46 @@ async def test_a_dead_origin_opens_its_breaker_and_starves_nobody(
             await filler.wait_quiet("dead")
 
 
+async def test_one_pipelines_failures_open_no_other_pipelines_breaker(
+    server: ByteServer, store: BlobStore, index: Index
+) -> None:
+    """Of one origin with one set of credentials; and one file's failures open no other file's."""
+
+    def fail(handler: Handler, path: str, start: int, stop: int) -> bool:
+        if path.startswith("sick"):
+            handler.answer(500)
+        return path.startswith("sick")
+
+    server.fault = fail
+    origin = FakeOrigin(server.url)
+    for name in ("sick0", "sick1", "well"):
+        server.files[name] = content(2 * CHUNK, 16)
+    sick = [make_target(store, origin, f"sick{number}", 2 * CHUNK, pipeline="p", index=number) for number in (0, 1)]
+    beside = make_target(store, origin, "well", 2 * CHUNK, pipeline="p", index=2)
+    other = make_target(store, origin, "well", 2 * CHUNK, pipeline="q")
+    async with filling(store, index) as (filler, _):
+
+        async def broken(target: FillTarget) -> None:
+            filler.demand(target, ByteRange(0, 1))
+            with pytest.raises(OriginBroken):
+                await target.wait_readable(ByteRange(0, 1), 30)
+
+        await broken(sick[0])
+        assert isinstance(filler.breaker_open(origin.key, sick[0].key), OriginBroken)
+        filler.demand(beside, ByteRange(0, 1))
+        await beside.wait_readable(ByteRange(0, 1), 5)
+        assert filler.breaker_open(origin.key, beside.key) is None
+        async with trio.open_nursery() as nursery:
+            for target in sick:
+                nursery.start_soon(broken, target)
+        await until(lambda: filler.breaker_open(origin.key, sick[1].key) is not None)
+        begun = trio.current_time()
+        filler.demand(other, ByteRange(0, 2 * CHUNK))
+        await other.wait_readable(ByteRange(0, 2 * CHUNK), 5)
+        assert trio.current_time() - begun < 2
+        assert filler.breaker_open(origin.key, other.key) is None
+
+
 async def test_a_read_succeeds_after_the_breaker_closes(server: ByteServer, store: BlobStore, index: Index) -> None:
     data = server.files["a"] = content(2 * CHUNK, 16)
     down = True

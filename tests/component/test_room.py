@@ -23,6 +23,7 @@ from instantstart_fs.errors import DigestMismatch, InstantStartError, OriginBrok
 from instantstart_fs.filler.direct import BLOCK, CACHE_BLOCKS, Direct
 from instantstart_fs.filler.sources import Locator
 from instantstart_fs.filler.state import FillSettings
+from instantstart_fs.filler.tally import Tally
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
@@ -394,14 +395,16 @@ def entry_of(path: Path, *, wrong: bool = False) -> FileEntry:
 
 
 def direct(**settings: Any) -> Direct:
-    def broken(origin: OriginKey) -> OriginBroken | None:
+    def broken(origin: OriginKey, file: FileKey) -> OriginBroken | None:
         return None
 
-    def answered(origin: OriginKey) -> None: ...
+    def answered(origin: OriginKey, host: str, file: FileKey) -> None: ...
 
-    def failed(origin: OriginKey, silent: float, error: InstantStartError) -> None: ...
+    def failed(origin: OriginKey, host: str, file: FileKey, silent: float, error: InstantStartError) -> None: ...
 
-    return Direct(Locator(5.0), FillSettings(**settings), broken=broken, answered=answered, failed=failed)
+    return Direct(
+        Locator(5.0), FillSettings(**settings), broken=broken, answered=answered, failed=failed, tally=Tally()
+    )
 
 
 async def read(served: Direct, source: Source, entry: FileEntry, wanted: ByteRange) -> bytes:

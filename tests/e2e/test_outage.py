@@ -225,3 +225,21 @@ def test_a_slow_file_of_one_pipeline_leaves_others_of_the_same_hub_quick(
         assert stat["max"] <= 500
     finally:
         stuck.kill()
+
+
+def test_one_event_is_one_line_however_many_reads_meet_it(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path
+) -> None:
+    daemon = make_daemon("d", config=config(hub.endpoint, read_deadline="4s"))
+    file = safetensors_file(tmp_path / "sick" / "model.safetensors", 32 * MIB, 71)
+    hub.publish("org/sick", file.parent)
+    daemon.ok("add", "sick", "hf://org/sick")
+    hub.fault("reset", port="cdn")
+    paths = [daemon.path("sick", file.name)] * 20
+    assert {found["errno"] for found in probe("read-errors", 20 * MIB, *paths, timeout=60)} == {"EIO"}
+    hub.clear()
+    assert run("cmp", paths[0], file, timeout=60).returncode == 0
+    lines = [line for line in daemon.text().splitlines() if "origin-unavailable" in line]
+    print(*lines, sep="\n")
+    assert len([line for line in lines if "warning" in line]) == 1
+    assert any("is over: " in line and " times in " in line for line in lines)

@@ -44,7 +44,7 @@ def test_the_mount_is_tuned(start_daemon: StartDaemon) -> None:
     assert Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").read_text().strip() == "1024"
     minor = mount.device.split(":")[1]
     for name in ("max_background", "congestion_threshold"):
-        assert Path(f"{kernel.FUSECTL}/{minor}/{name}").read_text().strip() == "1024"
+        assert Path(f"{kernel.FUSECTL}/{minor}/{name}").read_text().strip() == str(MountSettings("/m").max_background)
 
 
 def test_sigterm_leaves_no_mount(start_daemon: StartDaemon) -> None:

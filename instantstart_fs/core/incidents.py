@@ -1,0 +1,52 @@
+"""One event that many notice: said once, then counted. Pure: time is a parameter (seconds of one monotonic clock)."""
+
+from __future__ import annotations
+
+REMIND_SECONDS = 60.0
+"""What goes on is said again after this, then after twice as long, up to MOST_REMIND."""
+MOST_REMIND = 3600.0
+QUIET_SECONDS = 30.0
+"""What comes back sooner after it was over is the same event: a connection that fails every other time."""
+
+
+class Incident:
+    """Something that goes wrong, for as long as it does. ``count``: how often it was noticed; ``since``: first when."""
+
+    __slots__ = ("_over_at", "_over_told", "_pause", "_told_at", "count", "since")
+
+    def __init__(self, now: float) -> None:
+        self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        self.since = now
+        self.count = 0
+        self._told_at = now
+        self._pause = 0.0
+        self._over_at: float | None = None
+        self._over_told = False
+
+    def noticed(self, now: float) -> bool:
+        """Once more. True if it is to be said."""
+        if self._over_at is not None and now - self._over_at >= QUIET_SECONDS:
+            self._begin(now)
+        self._over_at = None
+        self.count += 1
+        if now - self._told_at < self._pause:
+            return False
+        self._told_at = now
+        self._pause = min(max(self._pause * 2, REMIND_SECONDS), MOST_REMIND)
+        self._over_told = False
+        return True
+
+    def over(self, now: float) -> bool:
+        """It is over, as it seems. True if that is to be said: it was noticed more often than was said."""
+        if self._over_at is None:
+            self._over_at = now
+        if self.count < 2 or self._over_told:
+            return False
+        self._over_told = True
+        return True
+
+    def ended(self, now: float) -> bool:
+        """Whether it has been over for so long that it may be forgotten."""
+        return self._over_at is not None and now - self._over_at >= QUIET_SECONDS
