@@ -418,7 +418,12 @@ class Daemon:
                 before = self._failed.get(spec.id)
                 since = before[1].since if before else datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
                 self._failed[spec.id] = (spec, ErrorStatus(error.code, error.message, since))
-                log.error("cannot be added, next try in %.0f s: %s", delay, error.message, extra={"pipeline": spec.id})
+                log.error(
+                    "it cannot be added, next try in %.0f s: %s",
+                    delay,
+                    error.message,
+                    extra={"pipeline": spec.id},
+                )
             except Exception:
                 log.exception("cannot be added", extra={"pipeline": spec.id})
                 return
@@ -429,7 +434,7 @@ class Daemon:
     def _compare(wanted: PipelineSpec, found: PipelineSpec) -> None:
         if msgspec.structs.replace(wanted, pinned=found.pinned, quota=found.quota) != found:
             log.warning(
-                "differs from its configuration; `instantstart remove %s` and SIGHUP make it anew",
+                "the pipeline differs from its configuration; `instantstart remove %s` and SIGHUP make it anew",
                 wanted.id,
                 extra={"pipeline": wanted.id},
             )

@@ -559,10 +559,26 @@ def explain(
 
 
 @app.command()
-def ls(socket: Socket = None, json: Json = False) -> None:
+def ls(
+    pipelines: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PIPELINE]...",
+            help="Only these; patterns too ('llama-*').",
+            show_default=False,
+            autocompletion=completion.pipelines,
+        ),
+    ] = None,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
     """List the pipelines and what of them is cached."""
+    _ls(pipelines or [], socket, json)
+
+
+def _ls(wanted: list[str], socket: str | None, json: bool) -> None:
     with Client(socket) as client:
-        found = client.pipelines()
+        found = show.chosen(client.pipelines(), wanted)
     print(show.as_json([_without_files(status) for status in found]) if json else show.pipelines(found))
 
 
@@ -582,7 +598,7 @@ def status(
 ) -> None:
     """Show state, rate and last error of one, or of all."""
     if pipeline is None:
-        ls(socket, json)
+        _ls([], socket, json)
         if not json:
             with Client(socket) as client:
                 print(f"\n{show.mounted(client.ping())}")

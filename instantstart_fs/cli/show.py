@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 import sys
@@ -15,8 +16,8 @@ import msgspec
 from instantstart_fs.cli.terminal import escaped, unicode_capable
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.status import FileStatus, PipelineStatus, SkippedStatus
-from instantstart_fs.core.words import human_bytes, human_seconds, reason_first
-from instantstart_fs.errors import printable
+from instantstart_fs.core.words import did_you_mean, human_bytes, human_seconds, reason_first
+from instantstart_fs.errors import PipelineNotFound, printable
 
 _COLOURS = {
     "warm": "32",
@@ -96,6 +97,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(header, False), *(line(row, True) for row in rows)])
+
+
+def chosen(statuses: Sequence[PipelineStatus], wanted: Sequence[str]) -> list[PipelineStatus]:
+    """Those that the ids and patterns name; all without any. Raises PipelineNotFound for one that names none."""
+    if not wanted:
+        return list(statuses)
+    names = [status.pipeline for status in statuses]
+    found: set[str] = set()
+    for pattern in wanted:
+        matching = {pattern} & set(names) or set(fnmatch.filter(names, pattern))
+        if not matching:
+            what = (
+                f"no pipeline matches {pattern!r}" if set(pattern) & set("*?[") else f"there is no pipeline {pattern!r}"
+            )
+            raise PipelineNotFound(f"{what}{did_you_mean(pattern, names)}; `instantstart ls` lists them")
+        found |= matching
+    return [status for status in statuses if status.pipeline in found]
 
 
 CHIP = "●"

@@ -7,7 +7,7 @@ import os
 from instantstart_fs.config.units import option, parse_mode, parse_owner, parse_size
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
-from instantstart_fs.core.source import parse_source
+from instantstart_fs.core.source import normalize_source, parse_source
 from instantstart_fs.core.urls import s3_url_problem
 from instantstart_fs.errors import UsageError
 
@@ -31,13 +31,17 @@ def specification(
     """``named``: NAME=SOURCE each. Raises UsageError, InvalidName, InvalidSource, ConfigError."""
     validate_pipeline_id(pipeline)
     if (source is None) == (not named):
-        raise UsageError("give either SOURCE or --model NAME=SOURCE, not both" if source else "what is its SOURCE?")
-    models = [ModelSpec(source, "", include, exclude)] if source is not None else []
+        raise UsageError(
+            "give either SOURCE or --model NAME=SOURCE, not both"
+            if source
+            else f"SOURCE is missing: instantstart add {pipeline} hf://org/repo"
+        )
+    models = [ModelSpec(normalize_source(source), "", include, exclude)] if source is not None else []
     for text in named:
         name, equals, address = text.partition("=")
         if not equals or not name:
             raise UsageError(f"--model {text!r}: write NAME=SOURCE")
-        models.append(ModelSpec(address, validate_model_name(name), include, exclude))
+        models.append(ModelSpec(normalize_source(address), validate_model_name(name), include, exclude))
     if len({model.name for model in models}) != len(models):
         raise UsageError("--model: two models have the same name")
     for model in models:

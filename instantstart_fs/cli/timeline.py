@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from instantstart_fs.cli.show import human_time
 from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, late, phases, scale
 from instantstart_fs.core.limits import MAX_TIME_NS
-from instantstart_fs.core.words import human_bytes, human_seconds
+from instantstart_fs.core.words import did_you_mean, human_bytes, human_seconds
 from instantstart_fs.errors import UsageError, printable
 
 WIDTH = 44
@@ -36,7 +36,7 @@ def parse_moment(word: str) -> Moment:
     for moment in MOMENTS:
         if word == moment:
             return moment
-    raise UsageError(f"{word!r} is none of {', '.join(MOMENTS)}")
+    raise UsageError(f"{word!r} is none of {', '.join(MOMENTS)}{did_you_mean(word, MOMENTS)}")
 
 
 def parse_time(text: str) -> int:

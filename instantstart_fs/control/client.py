@@ -58,7 +58,15 @@ from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import OriginCheck, PipelineStatus
 from instantstart_fs.core.weights import WeightSet
-from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, PermissionRefused, UsageError
+from instantstart_fs.core.words import did_you_mean
+from instantstart_fs.errors import (
+    ControlProtocolError,
+    DaemonUnreachable,
+    InstantStartError,
+    PermissionRefused,
+    PipelineNotFound,
+    UsageError,
+)
 
 _T = TypeVar("_T")
 CONNECT_DEADLINE = 20.0
@@ -67,6 +75,8 @@ ANSWER_DEADLINE = 50.0
 """Seconds for an answer that comes from memory: a loaded daemon is not a dead one."""
 CHECK_DEADLINE = 120.0
 """For ``check_origins``: the daemon takes 25 s at most, after those of others who asked before."""
+NAMES_DEADLINE = 2.0
+"""For the names that may have been meant: an error message waits for them."""
 RESOLVE_DEADLINE = 660.0
 """Seconds for what lists an origin or deletes bytes; the daemon's own limit is a minute shorter."""
 
@@ -237,7 +247,11 @@ class Client:
         message = self._receive(ANSWER_DEADLINE)
         if isinstance(message, Opening):
             return message.weights
-        raise message.error() if isinstance(message, Failed) else ControlProtocolError("the daemon opened nothing")
+        raise (
+            message.error()
+            if isinstance(message, Failed)
+            else ControlProtocolError("the daemon answered something else; use the same release of both")
+        )
 
     def opened_files(self) -> Iterator[tuple[str, list[int]]]:
         """(path, descriptors) of each file, as it is complete: open for reading, and, where its filesystem can, the
@@ -296,9 +310,21 @@ class Client:
                 case Done(result):
                     return _as(result, kind)
                 case Failed() as failed:
-                    raise failed.error()
+                    raise self._with_advice(failed.error(), request)
                 case _:
-                    raise ControlProtocolError("the daemon answered something else")
+                    raise ControlProtocolError("the daemon answered something else; use the same release of both")
+
+    def _with_advice(self, error: InstantStartError, request: Request) -> InstantStartError:
+        """For a pipeline that is not there, the name that may have been meant, of those that this user may see."""
+        wanted = getattr(request, "pipeline", None)
+        if not isinstance(error, PipelineNotFound) or not wanted:
+            return error
+        with contextlib.suppress(InstantStartError, OSError, ValueError):
+            known = {*self.names(wanted[:2], deadline=NAMES_DEADLINE), *self.names(deadline=NAMES_DEADLINE)}
+            if meant := did_you_mean(wanted, sorted(known)):
+                first, semicolon, rest = error.message.partition(";")
+                return PipelineNotFound(f"{first}{meant}{semicolon}{rest}")
+        return error
 
     def _send(self, request: Request, deadline: float) -> None:
         self._socket.settimeout(deadline)
@@ -321,7 +347,9 @@ class Client:
                 )
                 self._descriptors.extend(descriptors)
             except TimeoutError as error:
-                raise DaemonUnreachable(f"{self.path}: the daemon said nothing for {deadline:g} s") from error
+                raise DaemonUnreachable(
+                    f"{self.path}: the daemon said nothing for {deadline:g} s; its log may say why"
+                ) from error
             except OSError as error:
                 raise DaemonUnreachable(f"{self.path}: {error.strerror or error}") from error
             if not data:

@@ -205,7 +205,9 @@ class ControlServer:
         with trio.move_on_after(CHANGE_DEADLINE):
             await change.finished.wait()
             return change.result()
-        raise PipelineBusy(f"still under way after {CHANGE_DEADLINE:g} s; it goes on, `instantstart status` shows it")
+        raise PipelineBusy(
+            f"still under way after {CHANGE_DEADLINE:g} s: the change goes on, `instantstart status` shows it"
+        )
 
     async def take_away(
         self, operation: Callable[..., Awaitable[list[str]]], pipeline: str, force: bool
@@ -320,7 +322,7 @@ class _Connection:
             if scope.cancelled_caught:
                 if begun is None:
                     return None
-                raise ControlProtocolError(f"half a request, and not the rest within {REQUEST_DEADLINE:g} s")
+                raise ControlProtocolError(f"half a request came, and the rest did not within {REQUEST_DEADLINE:g} s")
             if not data:
                 return None
             self._buffer.feed(data)

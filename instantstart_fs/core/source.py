@@ -4,6 +4,7 @@
     s3://bucket              s3://bucket/prefix            (the prefix is a directory, or names one object)
     file:///absolute/path    (percent-encoding is decoded, as in any file URL)
 
+``normalize_source`` makes hf:// of a hub's own web address and of other spellings that can mean nothing else.
 ``str(source)`` gives the address back in one spelling. Messages never repeat what may hold a password.
 """
 
@@ -19,6 +20,21 @@ from instantstart_fs.errors import InvalidSource
 _REPO_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?\Z")
 _REVISION = re.compile(r"[A-Za-z0-9._/+-]{1,255}\Z")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
+_REPO = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_HUB = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/"
+_HUB_PAGE = re.compile(
+    rf"{_HUB}(?!datasets/|spaces/|api/|docs/|collections/|papers/|blog/|models/)({_REPO})"
+    r"(?:/tree/([A-Za-z0-9._%+-]{1,255}))?/?(?:\?[^@#]*)?(?:#[^@]*)?"
+)
+_HUB_FILE = re.compile(rf"{_HUB}({_REPO})/(?:blob|resolve|raw|tree)/[A-Za-z0-9._%+-]+/([A-Za-z0-9._/-]+)(?:\?.*)?")
+_HUB_OTHER = re.compile(_HUB)
+_SHORT = re.compile(rf"hf:(?:/(?!/))?({_REPO}(?:@[A-Za-z0-9._/+-]+)?)")
+_BARE_REPO = re.compile(rf"{_REPO}(?:@[A-Za-z0-9._+-]+)?")
+_COLON_REVISION = re.compile(
+    r"([A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?):([A-Za-z0-9][A-Za-z0-9._/+-]{0,254})"
+)
+_USUAL_REVISION = re.compile(r"main|master|v?[0-9][0-9.]*|[0-9a-f]{40}|refs/pr/[0-9]+")
+_S3_PAGE = re.compile(r"https?://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])\.s3[a-z0-9.-]*\.amazonaws\.com(/[A-Za-z0-9._/-]*)?")
 _EXAMPLES = "write hf://org/repo@revision, s3://bucket/prefix or file:///directory"
 
 
@@ -54,11 +70,52 @@ class DirectorySource(msgspec.Struct, frozen=True):
 Source = HubSource | S3Source | DirectorySource
 
 
+def normalize_source(text: str) -> str:
+    """The address that is meant by what people paste; all else, also what is wrong, as it is.
+
+    https://huggingface.co/org/repo[/tree/revision], hf.co/org/repo, hf:org/repo → hf://org/repo[@revision]
+    """
+    text = text.strip()
+    found = _HUB_PAGE.fullmatch(text)
+    if found is not None:
+        return f"hf://{found[1]}@{unquote(found[2])}" if found[2] else f"hf://{found[1]}"
+    found = _SHORT.fullmatch(text)
+    return f"hf://{found[1]}" if found is not None else text
+
+
+def _meant(text: str) -> str:
+    """What may have been meant by an address that is none, as the end of a message; "" where nobody can tell. Only what
+    looks harmless is repeated: there may be a password in it."""
+    if _BARE_REPO.fullmatch(text):
+        return f"; did you mean hf://{text}?"
+    if colon := _with_colon(text):
+        return colon
+    if (file := _HUB_FILE.fullmatch(text)) is not None:
+        return f"; did you mean hf://{file[1]} with --include {file[2]!r}?"
+    if _HUB_OTHER.match(text):
+        return "; a pipeline is made of a model's repository, not of a dataset, a space or a page of the hub"
+    if (bucket := _S3_PAGE.fullmatch(text)) is not None:
+        return f"; did you mean s3://{bucket[1]}{bucket[2] or ''}?"
+    if text.startswith(("/", "./", "../", "~")):
+        return "; did you mean a directory? Write file:// and its absolute path"
+    return ""
+
+
+def _with_colon(text: str) -> str:
+    """The same for repo:revision."""
+    found = _COLON_REVISION.fullmatch(text)
+    if found is None:
+        return ""
+    if "/" in found[1] or _USUAL_REVISION.fullmatch(found[2]):
+        return f"; did you mean hf://{found[1]}@{found[2]}?"
+    return "; a revision follows @ and not a colon"  # user:password looks the same
+
+
 def parse_source(text: str) -> Source:
     """The source that ``text`` names. Raises InvalidSource saying what is wrong and what would be right."""
     scheme, separator, rest = text.partition("://")
     if not separator:
-        raise InvalidSource(f"a source needs a scheme: {_EXAMPLES}")
+        raise InvalidSource(f"a source needs a scheme: {_EXAMPLES}{_meant(text)}")
     if "\0" in text or "\n" in text:
         raise InvalidSource("a source may not hold control characters")
     if scheme == "hf":
@@ -67,7 +124,9 @@ def parse_source(text: str) -> Source:
         return _parse_s3(rest)
     if scheme == "file":
         return _parse_directory(rest)
-    raise InvalidSource(f"unknown scheme {scheme[:40]!r}: {_EXAMPLES}")
+    if scheme.lower() in ("hf", "s3", "file"):
+        raise InvalidSource(f"unknown scheme {scheme!r}: write it in small letters, {scheme.lower()}://")
+    raise InvalidSource(f"unknown scheme {scheme[:40]!r}: {_EXAMPLES}{_meant(text)}")
 
 
 def _parse_hub(rest: str) -> HubSource:
@@ -75,7 +134,9 @@ def _parse_hub(rest: str) -> HubSource:
     parts = repo.split("/")
     if not 1 <= len(parts) <= 2 or not all(_REPO_PART.match(part) and ".." not in part for part in parts):
         hint = " (choose files of a repository by include/exclude globs)" if len(parts) > 2 else ""
-        raise InvalidSource(f"not a hub repository: write hf://org/repo or hf://org/repo@revision{hint}")
+        raise InvalidSource(
+            f"not a hub repository: write hf://org/repo or hf://org/repo@revision{hint}{_with_colon(rest)}"
+        )
     if at and (not _REVISION.match(revision) or ".." in revision or revision.startswith("/")):
         raise InvalidSource(f"hf://{repo}@…: the revision must be a branch, a tag, refs/pr/N or a commit")
     return HubSource(repo, revision or "main") if at else HubSource(repo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 
@@ -45,3 +46,14 @@ def human_seconds(seconds: float) -> str:
     if seconds < 48 * 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60} min"
     return f"{seconds // 86400} days"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """For the middle of a message: `` (did you mean 'b'?)`` of what is ``known``; "" where nothing is like ``word``."""
+    import difflib  # late: for mistakes only
+
+    small = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), list(small), n=1, cutoff=0.6)
+    longer = [name for name in known if len(word) >= 3 and name.lower().startswith(word.lower())]
+    meant = small[found[0]] if found else longer[0] if longer else None
+    return "" if meant is None else f" (did you mean {meant!r}?)"

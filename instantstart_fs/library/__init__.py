@@ -389,7 +389,7 @@ class Library:
         """``evict`` for the evictor: PipelineBusy, too, if it was requested since it was chosen, or is being changed:
         an update may take minutes, and whoever waits for room waits for this."""
         if self._shelf.pipeline(pipeline).lock.locked():
-            raise PipelineBusy(f"{pipeline}: is being changed")
+            raise PipelineBusy(f"{pipeline} is being changed")
 
         def refuse(found: Pipeline) -> None:
             if self._evictor.rests() or not self._candidate(found, locked=False).evictable:

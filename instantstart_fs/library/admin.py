@@ -438,7 +438,7 @@ class Admin:
         pipeline = self._shelf.pipeline(pipeline_id)
         generation = await self._shelf.look_into(pipeline)
         if generation is None:
-            raise pipeline.trouble.error if pipeline.trouble else StoreDamaged(f"{pipeline_id}: has no manifest")
+            raise pipeline.trouble.error if pipeline.trouble else StoreDamaged(f"{pipeline_id} has no manifest")
         files = [file for file in generation.files if file.complete]
         total, done, healed, unproven = sum(file.size for file in files), 0, [], []
         pace = Pace(rate)

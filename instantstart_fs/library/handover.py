@@ -103,7 +103,7 @@ class Handover:
             try:
                 descriptors = [os.open(place, os.O_RDONLY | os.O_CLOEXEC)]
             except OSError as error:
-                raise InstantStartError(f"{file.entry.path}: cannot be opened: {error.strerror}") from error
+                raise InstantStartError(f"{file.entry.path} cannot be opened: {error.strerror}") from error
             with contextlib.suppress(OSError):  # this filesystem has no direct reads: the receiver does without
                 descriptors.append(os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
             return descriptors

@@ -153,7 +153,7 @@ class OpenFiles:
     def backing(self, file: CachedFile) -> int:
         """The descriptor that the kernel is to read. Raises NoSuchEntry, StoreDamaged."""
         if not file.passable:
-            raise NoSuchEntry(f"{file.entry.path}: is not complete any more")
+            raise NoSuchEntry(f"{file.entry.path} is not complete any more")
         return self.check(file)
 
     def check(self, file: CachedFile) -> int:
@@ -167,7 +167,7 @@ class OpenFiles:
             where = self._shelf.store.layout.blob(generation.pipeline.id, generation.number, file.entry.path)
             there = os.stat(where, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
-            raise StoreLost(f"{file.entry.path}: missing from the store") from None
+            raise StoreLost(f"{file.entry.path} is missing from the store") from None
         except OSError as error:
             raise translate(error, f"look at {file.entry.path}") from error
         if not os.path.samestat(found, there):
@@ -275,7 +275,7 @@ class OpenFiles:
         elif (found := store.existing_blob(*where)) is not None:
             blob = found
         else:
-            raise StoreLost(f"{file.entry.path}: missing from the store")
+            raise StoreLost(f"{file.entry.path} is missing from the store")
         try:
             _join(blob, file)
         except BaseException:

@@ -122,7 +122,7 @@ class Reading:
             if not file.handles:
                 self._open_files.close_reader(file)
             await self.discard(file, error, wanted=True, found_by="open")
-            raise NoSuchEntry(f"{file.entry.path}: was dropped: {error.message}") from error
+            raise NoSuchEntry(f"{file.entry.path} was dropped: {error.message}") from error
 
     def open_nowait(self, nodeid: int) -> Handle | None:
         """See view.View.open_nowait."""

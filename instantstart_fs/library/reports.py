@@ -241,7 +241,7 @@ class Reports(FillEvents):
             await self._shelf.index.write(write)
             for file in lost:
                 if file.gone is None and not pipeline.removed and self._shelf.file(file.key) is file:
-                    problem = StoreLost(f"{file.entry.path}: missing from the store")
+                    problem = StoreLost(f"{file.entry.path} is missing from the store")
                     self._poison(file, problem, wanted=generation.in_load_set(file.entry.index), quiet=True)
                     self._observer.damaged(found_by)
         finally:

@@ -254,7 +254,7 @@ class Binder:
                     if error.errno == errno.EBUSY and not lazily:
                         return False
                     if error.errno not in (errno.EINVAL, errno.ENOENT, errno.ENOTCONN):
-                        raise MountFailed(f"{path}: cannot be unbound: {error.strerror}") from error
+                        raise MountFailed(f"{path} cannot be unbound: {error.strerror}") from error
                 done.append(path)
             return True
 
@@ -534,7 +534,7 @@ class Binder:
                 try:
                     kernel.umount(mount.path, lazily=True)
                 except OSError as error:
-                    raise MountFailed(f"{mount.path}: cannot be unbound: {error.strerror}") from error
+                    raise MountFailed(f"{mount.path} cannot be unbound: {error.strerror}") from error
 
 
 def _mounts() -> tuple[kernel.Mount, ...]:

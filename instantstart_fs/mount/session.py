@@ -331,7 +331,7 @@ def prepare_mountpoint(settings: MountSettings) -> str:
     except OSError as error:
         raise MountFailed(f"the mountpoint {path} cannot be used: {error.strerror}") from error
     if names:
-        raise MountFailed(f"the mountpoint {path} is not empty ({sorted(names)[0]!r} lies there)")
+        raise MountFailed(f"the mountpoint {path} is not empty (it holds {sorted(names)[0]!r}); empty it")
     return path
 
 

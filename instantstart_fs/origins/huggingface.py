@@ -560,18 +560,21 @@ class HuggingFaceOrigin:
         finally:
             _asking.set(before)
 
+    def _missing_part(self) -> str:
+        repo = self._source.repo
+        return "" if "/" in repo else f" (if {repo!r} is an organization, its repository is missing: hf://{repo}/REPO)"
+
     def _from_response(self, what: str, error: HfHubHTTPError) -> OriginError:
         response = error.response
         status = response.status_code
         headers = response.headers
-        who = f"with the token of {self._token_file}" if self._token_file else "with the machine's token, or none,"
+        whom = f"the token in {self._token_file}" if self._token_file else "the machine's token (if it has one)"
         message = hub_word(headers).message
         said = f" (it says: {message})" if message else ""
         if isinstance(error, GatedRepoError):
             return AccessRefused(
-                f"{what}: the repository is gated, and {who} it may not be fetched{said}; request access "
-                f"at {self._endpoint}/{self._source.repo} and pass --token-file with a token of that "
-                "account"
+                f"{what}: the repository is gated, and {whom} does not give access to it{said}; request access "
+                f"at {self._endpoint}/{self._source.repo} and pass --token-file with a token of that account"
             )
         if isinstance(error, DisabledRepoError):
             return AccessRefused(f"{what}: the hub has disabled this repository{said}")
@@ -583,8 +586,8 @@ class HuggingFaceOrigin:
             )
         if isinstance(error, RepositoryNotFoundError):
             return OriginHidden(
-                f"{what}: no such repository, or it is private and {who} it is not shown{said}; check the name, or "
-                "pass --token-file"
+                f"{what}: the hub has no such repository, or does not show it with {whom}{said}; check the name"
+                f"{self._missing_part()}, or pass --token-file"
             )
         if status in (429, 503):
             wait = retry_after(headers.get("Retry-After"), time.time())
@@ -595,7 +598,7 @@ class HuggingFaceOrigin:
             return OriginThrottled(f"{what}: the hub answers {status}{said}{told}", retry_after=wait)
         if status in (401, 403):
             return AccessRefused(
-                f"{what}: the hub refuses access {who} ({status}){said}; pass --token-file with a valid one"
+                f"{what}: the hub refuses access with {whom} ({status}){said}; pass --token-file with a valid token"
             )
         where = shown_url(str(response.url))
         if status in (404, 410):

@@ -531,7 +531,7 @@ class S3Origin:
     def _translated(self, what: str, right: str) -> Iterator[None]:
         """The seam: botocore's exceptions become ours. Messages name the profile, never a key. ``right``: what is
         needed inside."""
-        whose = f"the AWS profile {self._profile!r}" if self._profile else "the machine's AWS credentials"
+        whose = f"the AWS profile {self._profile!r} gives" if self._profile else "the machine's AWS settings give"
         where = self._key.endpoint
         try:
             yield
@@ -546,7 +546,7 @@ class S3Origin:
             botocore.exceptions.TokenRetrievalError,
         ):
             raise CredentialsUnusable(
-                f"{what}: no usable credentials from {whose}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for the "
+                f"{what}: {whose} no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for the "
                 "daemon, or pass --aws-profile"
             ) from None
         except (botocore.exceptions.ReadTimeoutError, botocore.exceptions.ConnectTimeoutError):

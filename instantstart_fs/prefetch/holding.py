@@ -333,7 +333,7 @@ class Holder:
     def _let_go(self, path: str, asker: socket.socket) -> None:
         with self._lock:
             if asker not in self._engines:
-                raise PrefetchError(f"{path}: was not taken by this engine")
+                raise PrefetchError(f"{path} was not taken by this engine")
             done = self._done_with.setdefault(path, set())
             done.add(asker)
             if len(done) < self._ranks:
@@ -388,7 +388,7 @@ class HoldClient:
         if owner not in (0, os.geteuid()):
             # Weights from somebody else's memory could be anything.
             self._socket.close()
-            raise PermissionRefused(f"{pipeline}: is held by uid {owner}")
+            raise PermissionRefused(f"{pipeline} is held by uid {owner}")
         self._reader = _Lines(self._socket, MAX_LINE, descriptors=True)
 
     def __enter__(self) -> Self:
@@ -412,7 +412,7 @@ class HoldClient:
         taken = self._ask(Take(path, timeout), Taken, timeout)
         fd = self._reader.take_descriptor() if taken.handle is None else None
         if taken.handle is None and fd is None:
-            raise PrefetchError(f"{path}: came without its memory: this process may not open more files (ulimit -n)")
+            raise PrefetchError(f"{path} came without its memory: this process may not open more files (ulimit -n)")
         return TakenFile(taken.path, taken.size, taken.device, taken.layout, fd, taken.handle)
 
     def release_file(self, path: str) -> None:
@@ -430,7 +430,7 @@ class HoldClient:
             while self._socket.recv(4096):
                 pass
         except TimeoutError as error:
-            raise PrefetchError(f"{self._path}: was released and is still there after {timeout:.0f} s") from error
+            raise PrefetchError(f"{self._path} was released and is still there after {timeout:.0f} s") from error
         except OSError:
             return  # reset: it is gone
 
@@ -452,7 +452,7 @@ class HoldClient:
         if isinstance(answer, Refused):
             raise from_code(answer.code, answer.message)
         if not isinstance(answer, kind):
-            raise PrefetchError(f"{self._path}: answered something else")
+            raise PrefetchError(f"{self._path}: the holder answered something else; use the same release of both")
         return answer
 
 
@@ -500,12 +500,12 @@ def _listen(path: str) -> socket.socket:
     directory = os.path.dirname(path)
     try:
         if os.path.isdir(directory) and os.stat(directory).st_uid != os.geteuid():
-            raise PrefetchError(f"{directory}: belongs to somebody else")
+            raise PrefetchError(f"{directory} belongs to somebody else")
         if os.path.dirname(directory) == run_directory():
             make_run_directory(run_directory())  # the daemon's socket lies there, too
         return unixsocket.listen(path, mode=0o600, directory_mode=0o700, backlog=BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             name = os.path.basename(path).removesuffix(_SUFFIX)
-            raise PrefetchError(f"{name}: is held already; `instantstart prefetch release {name}` ends that") from error
+            raise PrefetchError(f"{name} is held already; `instantstart prefetch release {name}` ends that") from error
         raise PrefetchError(f"{path}: cannot listen there: {error.strerror or error}") from error

@@ -81,9 +81,9 @@ def header_length(prefix: bytes, size: int, name: str = "file") -> int:
         raise BadWeights(f"{name}: {size} bytes are too few for a safetensors file; it is cut short")
     length = int.from_bytes(prefix[:PREFIX], "little")
     if length > MAX_HEADER:
-        raise BadWeights(f"{name}: claims a header of {length} bytes; safetensors allows {MAX_HEADER}")
+        raise BadWeights(f"{name} claims a header of {length} bytes; safetensors allows {MAX_HEADER}")
     if PREFIX + length > size:
-        raise BadWeights(f"{name}: claims a header of {length} bytes and has {size} in all; it is cut short, or lies")
+        raise BadWeights(f"{name} claims a header of {length} bytes and has {size} in all; it is cut short, or wrong")
     return length
 
 
@@ -106,7 +106,7 @@ def parse_header(header: bytes, size: int, name: str = "file") -> FileLayout:
     for tensor in tensors:
         if tensor.start != position:
             what = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
-            raise BadWeights(f"{name}: {tensor.name}: begins at byte {tensor.start} where {position} is due: it {what}")
+            raise BadWeights(f"{name}: {tensor.name} begins at byte {tensor.start} where {position} is due: it {what}")
         position = tensor.end
     if position != size:
         what = "is cut short" if position > size else "has bytes that belong to no tensor"
@@ -117,19 +117,19 @@ def parse_header(header: bytes, size: int, name: str = "file") -> FileLayout:
 def _tensor(key: str, entry: _Entry, data_start: int, size: int, name: str) -> TensorLayout:
     bits = BITS.get(entry.dtype)
     if bits is None:
-        raise BadWeights(f"{name}: {key}: has the dtype {entry.dtype!r}, which safetensors does not know")
+        raise BadWeights(f"{name}: {key} has the dtype {entry.dtype!r}, which safetensors does not know")
     begin, end = entry.data_offsets
     if not 0 <= begin <= end:
-        raise BadWeights(f"{name}: {key}: lies from {begin} to {end}")
+        raise BadWeights(f"{name}: {key} lies from {begin} to {end}")
     if any(dimension < 0 for dimension in entry.shape):
-        raise BadWeights(f"{name}: {key}: has the shape {list(entry.shape)}")
+        raise BadWeights(f"{name}: {key} has the shape {list(entry.shape)}")
     wanted = math.prod(entry.shape) * bits
     if wanted != (end - begin) * 8:
         raise BadWeights(
             f"{name}: {key}: {entry.dtype}{list(entry.shape)} needs {wanted} bits and lies on {end - begin} bytes"
         )
     if data_start + end > size:
-        raise BadWeights(f"{name}: {key}: ends at byte {data_start + end} of {size}: the file is cut short, or lies")
+        raise BadWeights(f"{name}: {key} ends at byte {data_start + end} of {size}: the file is cut short, or wrong")
     return TensorLayout(key, entry.dtype, entry.shape, data_start + begin, data_start + end)
 
 
@@ -142,7 +142,7 @@ def read_layout(fd: int, name: str = "file") -> FileLayout:
     while done < length:
         count = os.preadv(fd, [memoryview(header)[done:]], PREFIX + done)
         if count == 0:
-            raise BadWeights(f"{name}: ends within its header")
+            raise BadWeights(f"{name} ends within its header")
         done += count
     return parse_header(bytes(header), size, name)
 

@@ -22,7 +22,7 @@ def take(held: HoldClient, path: str, timeout: float = 600.0) -> dict[str, Any]:
     On the CPU a private view: writing into it changes nobody else's. Raises PrefetchError."""
     taken = held.take(path, timeout)
     if taken.layout is None:
-        raise PrefetchError(f"{path}: is no safetensors file")
+        raise PrefetchError(f"{path} is no safetensors file")
     if taken.handle is not None:
         return views(from_ipc(taken.handle, taken.size), taken.layout, path)
     assert taken.fd is not None
@@ -83,7 +83,7 @@ def _taken(held: HoldClient, pipeline: str, device: str, model: str | None, sock
     place = place_of(device)
     files = [file for file in manifest.files if model is None or file.model == model]
     if not files or any(file.place != place for file in files) or manifest.freed:
-        raise PrefetchError(f"{pipeline}: is not held on {device} as a whole")
+        raise PrefetchError(f"{pipeline} is not held on {device} as a whole")
     found: dict[str, Any] = {}
     for file in files:
         if file.path.endswith(".safetensors"):
@@ -106,7 +106,7 @@ def _staged(source: Source, device: str, model: str | None, timeout: float | Non
     try:
         weights = source.weights
         if model is not None and model not in weights.models:
-            raise UsageError(f"{weights.pipeline}: has no model {model!r}")
+            raise UsageError(f"{weights.pipeline} has no model {model!r}")
         planned = plan(weights, None, [device])
         if model is not None:
             planned = planned.without([name for name in weights.models if name != model])
@@ -131,5 +131,5 @@ def _owned(tensors: dict[str, Any]) -> dict[str, Any]:
 def _join(found: dict[str, Any], tensors: dict[str, Any], path: str) -> None:
     for name, tensor in tensors.items():
         if name in found:
-            raise UsageError(f"{name}: is in {path} and in a file before it; name the model")
+            raise UsageError(f"{name} is in {path} and in a file before it; name the model")
         found[name] = tensor

@@ -114,11 +114,11 @@ def plan(
     if ranks < 1:
         raise UsageError(f"tensor parallel size {ranks}: at least 1")
     if not manifest.files:
-        raise UsageError(f"{manifest.pipeline}: has no weight files that could be staged")
+        raise UsageError(f"{manifest.pipeline} has no weight files that could be staged")
     deadlines = dict(deadlines or {})
     unknown = sorted(set(deadlines) - set(manifest.models))
     if unknown:
-        raise UsageError(f"{manifest.pipeline}: has no model {unknown[0]!r} to set a deadline for")
+        raise UsageError(f"{manifest.pipeline} has no model {unknown[0]!r} to set a deadline for")
     if strange := [model for model, seconds in deadlines.items() if math.isnan(seconds)]:
         raise UsageError(f"{manifest.pipeline}: the deadline of {strange[0]!r} is no number")
     layouts = dict(files or {})
@@ -185,7 +185,7 @@ def check_devices(devices: Sequence[str]) -> None:
     for device in devices:
         kind, _, number = device.partition(":")
         if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or (kind == "cuda" and not number):
-            raise UsageError(f"device {device!r}: is neither cpu nor cuda:N")
+            raise UsageError(f"device {device!r} is neither cpu nor cuda:N")
     twice = [device for device in devices if list(devices).count(device) > 1]
     if twice:
         raise UsageError(f"device {twice[0]!r} is named twice")
@@ -203,10 +203,10 @@ def _check_layouts(manifest: WeightSet, layouts: Mapping[str, FileLayout]) -> No
         for tensor in layout.tensors:
             other = names.setdefault((file.model, file.rank, tensor.name), file.path)
             if other != file.path:
-                raise BadWeights(f"{tensor.name}: is in {other} and in {file.path}")
+                raise BadWeights(f"{tensor.name} is in {other} and in {file.path}")
     foreign = sorted(set(layouts) - set(sizes))
     if foreign:
-        raise BadWeights(f"{foreign[0]}: is no weight file of {manifest.pipeline}")
+        raise BadWeights(f"{foreign[0]} is no weight file of {manifest.pipeline}")
 
 
 def _by_rank(pipeline: str, group: Sequence[WeightFile], ranks: int, devices: int) -> dict[str, int]:
@@ -217,7 +217,7 @@ def _by_rank(pipeline: str, group: Sequence[WeightFile], ranks: int, devices: in
     highest = max(rank for rank in found if rank is not None)
     if highest + 1 != ranks:
         raise UsageError(
-            f"{pipeline}: was saved for tensor parallel size {highest + 1} and {ranks} is asked for (--tensor-parallel)"
+            f"{pipeline} was saved for tensor parallel size {highest + 1} and {ranks} is asked for (--tensor-parallel)"
         )
     return {file.path: (file.rank or 0) * devices // ranks for file in group}
 

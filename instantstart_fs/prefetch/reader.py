@@ -40,12 +40,12 @@ def read_extent(
         while done < length:
             count = os.preadv(plain, [memory[done:length]], start + done)
             if count == 0:
-                raise StoreDamaged(f"{path}: ends at byte {start + done}, before its size: it was cut short")
+                raise StoreDamaged(f"{path} ends at byte {start + done}, before its size: it was cut short")
             done += count
     except OSError as error:
         if error.errno in NO_MEMORY:
             raise OutOfBudget(f"{path}: no memory left at byte {start}: {error.strerror}") from error
-        raise StoreDamaged(f"{path}: cannot be read at byte {start}: {error.strerror or error}") from error
+        raise StoreDamaged(f"{path} cannot be read at byte {start}: {error.strerror or error}") from error
     kept = min(cached - cached % BLOCK, length)
     return kept, length - kept
 

@@ -80,11 +80,11 @@ def open_file(location: str, path: str, size: int) -> OpenedFile:
     try:
         fd = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise PrefetchError(f"{path}: cannot be opened: {error.strerror}") from error
+        raise PrefetchError(f"{path} cannot be opened: {error.strerror}") from error
     found = os.fstat(fd).st_size
     if found != size:
         os.close(fd)
-        raise BadWeights(f"{path}: has {found} bytes and should have {size}")
+        raise BadWeights(f"{path} has {found} bytes and should have {size}")
     try:
         direct = os.open(location, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
@@ -102,7 +102,7 @@ def _weights_below(root: str, name: str, models: bool) -> WeightSet:
                 model, _, rest = path.partition(os.sep) if models and os.sep in path else ("", "", path)
                 found.setdefault(model, []).append(ManifestFile(rest, os.stat(location).st_size, address=""))
     except OSError as error:
-        raise PrefetchError(f"{root}: cannot be listed: {error.strerror}") from error
+        raise PrefetchError(f"{root} cannot be listed: {error.strerror}") from error
     manifests = tuple(
         ModelManifest(model, root, "", tuple(sorted(files, key=lambda file: file.path)))
         for model, files in sorted(found.items())
@@ -138,7 +138,7 @@ class LeaseSource:
             found = os.fstat(opened.fd).st_size
             if found != opened.size:
                 opened.close()
-                raise BadWeights(f"{path}: has {found} bytes in the store and should have {opened.size}")
+                raise BadWeights(f"{path} has {found} bytes in the store and should have {opened.size}")
             yield opened
 
     def wait_ended(self, timeout: float) -> bool:

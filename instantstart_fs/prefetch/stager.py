@@ -288,7 +288,7 @@ class Stage:
                 self._refuse_what_does_not_fit({devices[0]: free})
                 return
             raise OutOfBudget(
-                f"{self.plan.pipeline}: needs {wanted} bytes of memory and {free} may be taken (90 % of what is free)"
+                f"{self.plan.pipeline} needs {wanted} bytes of memory and {free} may be taken (90 % of what is free)"
             )
 
     def _check_device_budget(self) -> None:
@@ -310,7 +310,7 @@ class Stage:
         )
         self.refused_models += refused
         if not self._stager.what_fits or not self.plan.without(self.refused_models).total_bytes:
-            raise OutOfBudget(f"{self.plan.pipeline}: does not fit: {described}")
+            raise OutOfBudget(f"{self.plan.pipeline} does not fit: {described}")
         for path in [path for path, file in self._files.items() if file.planned.model in refused]:
             del self._numbers[self._files.pop(path).number]
 
@@ -341,7 +341,7 @@ class Stage:
         planned, worker = file.planned, file.worker
         try:
             if opened.size != planned.size:
-                raise BadWeights(f"{planned.path}: has {opened.size} bytes and {planned.size} were planned for")
+                raise BadWeights(f"{planned.path} has {opened.size} bytes and {planned.size} were planned for")
             if planned.path.endswith(".safetensors"):
                 # Before anything is allocated: a file that lies is refused for the price of its header.
                 file.layout = read_layout(opened.fd, planned.path)
@@ -442,7 +442,8 @@ class Stage:
                 case messages.Failed(number, code, text):
                     file = self._numbers.get(number)
                     prefix = f"{file.planned.path}: " if file is not None and file.planned.path not in text else ""
-                    raise from_code(code, f"{worker.plan.device}: {prefix}{text}")
+                    who = "" if text.startswith(f"{worker.plan.device}: ") else f"{worker.plan.device}: "
+                    raise from_code(code, f"{who}{prefix}{text}")
             self._changed.notify_all()
 
     def _fail(self, error: InstantStartError) -> None:
@@ -475,7 +476,7 @@ class Stage:
     def wait_file(self, path: str, timeout: float | None = None) -> None:
         """Until this file is in place. Raises as ``wait``, and PrefetchError for a path that is not in the plan."""
         file = self._file(path)
-        self._wait_for(lambda: file.ready_at is not None or file.released, timeout, f"{path}: is not staged")
+        self._wait_for(lambda: file.ready_at is not None or file.released, timeout, f"{path} is not staged")
 
     def wait_changed(self, timeout: float) -> None:
         """Return at the next progress, at the latest after ``timeout`` seconds. Raises what made the stage fail."""
@@ -561,7 +562,7 @@ class Stage:
                 continue
             for name, tensor in self.file_tensors(path).items():
                 if name in found:
-                    raise PrefetchError(f"{name}: is in more than one file on {device}; name the model, or the file")
+                    raise PrefetchError(f"{name} is in more than one file on {device}; name the model, or the file")
                 found[name] = tensor
         return found
 
@@ -569,7 +570,7 @@ class Stage:
         """The same for one safetensors file."""
         file = self._ready(path)
         if file.layout is None:
-            raise PrefetchError(f"{path}: is no safetensors file; take its bytes")
+            raise PrefetchError(f"{path} is no safetensors file; take its bytes")
         return views(self._base(file), file.layout, path)
 
     def bytes_of(self, path: str) -> Any:
@@ -587,7 +588,7 @@ class Stage:
             try:
                 return Exported(path, file.planned.size, file.layout, os.dup(file.memory), None)
             except OSError as error:
-                raise PrefetchError(f"{path}: cannot be handed over: {NO_MORE}") from error
+                raise PrefetchError(f"{path} cannot be handed over: {NO_MORE}") from error
         with self._changed:
             token = next(self._tokens)
             self._exports[token] = None
@@ -601,7 +602,7 @@ class Stage:
             with self._changed:
                 self._exports.pop(token, None)
         if answer is None or answer.handle is None:
-            raise PrefetchError(f"{path}: cannot be handed over: {answer.error if answer else 'no answer'}")
+            raise PrefetchError(f"{path} cannot be handed over: {answer.error if answer else 'no answer'}")
         return Exported(path, file.planned.size, file.layout, None, answer.handle)
 
     def release(self, path: str) -> None:
@@ -662,7 +663,7 @@ class Stage:
     def _file(self, path: str) -> _File:
         file = self._files.get(path)
         if file is None:
-            raise PrefetchError(f"{path}: is not among what is staged")
+            raise PrefetchError(f"{path} is not among what is staged")
         return file
 
     def _ready(self, path: str) -> _File:
@@ -670,9 +671,9 @@ class Stage:
             raise self._error
         file = self._file(path)
         if file.released or self._closed:
-            raise PrefetchError(f"{path}: was released")
+            raise PrefetchError(f"{path} was released")
         if file.ready_at is None:
-            raise PrefetchError(f"{path}: is not in place yet; wait() first")
+            raise PrefetchError(f"{path} is not in place yet; wait() first")
         return file
 
     def _base(self, file: _File) -> Any:

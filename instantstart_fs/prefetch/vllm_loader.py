@@ -94,11 +94,11 @@ class InstantStartLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is n
             inside = pipeline_of(location)
             file = held.get(inside[1]) if inside else None
             if file is None:
-                raise PrefetchError(f"{location}: is not held")
+                raise PrefetchError(f"{location} is not held")
             # Sources without digests have files that differ in nothing but their generation.
             same = _attribute(location, GENERATION) == str(manifest.generation)
             if not same or file.size != os.stat(location).st_size or file.digest != _attribute(location, DIGEST):
-                raise PrefetchError(f"{location}: is not the file that is held (an update came between)")
+                raise PrefetchError(f"{location} is not the file that is held (an update came between)")
             matched.append((location, file))
         return matched
 
@@ -133,7 +133,7 @@ class InstantStartLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is n
 def _connected(path: str) -> HoldClient:
     inside = pipeline_of(path)
     if inside is None:
-        raise PrefetchError(f"{path}: lies on no instantstart mount")
+        raise PrefetchError(f"{path} lies on no instantstart mount")
     return HoldClient(inside[0])
 
 

@@ -462,7 +462,7 @@ class BlobStore:
         """
         blob = (self.handed_blob if handed else self.existing_blob)(pipeline, generation, path)
         if blob is None:
-            raise StoreLost(f"{path}: missing from the store")
+            raise StoreLost(f"{path} is missing from the store")
         try:
             if blob.size != proof.size:
                 raise StoreLost(f"{path}: the store's file has {blob.size} bytes and should have {proof.size}")
@@ -494,7 +494,7 @@ class BlobStore:
         blob = self._existing_blob(pipeline, generation, path, self._slots_fd if view is None else view)
         if blob is not None and view is None and os.fstat(blob.fd).st_uid != os.geteuid():
             blob.close()
-            raise StoreUnsupported(f"{path}: belongs to its reader, and is handed over from Linux 5.12 on only")
+            raise StoreUnsupported(f"{path} belongs to its reader, and is handed over from Linux 5.12 on only")
         return blob
 
     def _view(self) -> int | None:

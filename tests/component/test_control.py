@@ -245,6 +245,18 @@ async def ask(path: str, work: Callable[[Client], object]) -> object:
         return await trio.to_thread.run_sync(call)
 
 
+async def test_a_missing_pipeline_is_said_with_the_one_that_was_meant(library: FakeLibrary, path: str) -> None:
+    library.specs["my-llm"] = library.specs["x"]
+    library.statuses["my-llm"] = msgspec.structs.replace(COLD, pipeline="my-llm")
+    async with run(library, path):
+        for work in (lambda client: client.status("my-lm"), lambda client: client.lease("MY-LLM")):
+            with pytest.raises(PipelineNotFound, match="did you mean 'my-llm'"):
+                await ask(path, work)
+        with pytest.raises(PipelineNotFound) as refused:
+            await ask(path, lambda client: client.status("quite-another"))
+        assert "did you mean" not in refused.value.message
+
+
 async def test_every_request_reaches_the_library(library: FakeLibrary, path: str) -> None:
     async with run(library, path):
         assert await ask(path, lambda client: client.ping()) == INFO

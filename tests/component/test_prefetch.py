@@ -176,7 +176,7 @@ def test_a_truncated_file_is_a_clear_error(checkpoint: Path, cut: int) -> None:
 def test_a_lying_header_costs_no_memory(checkpoint: Path) -> None:
     header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 50], "data_offsets": [0, 1 << 52]}}).encode()
     (checkpoint / "model-00000-of-00003.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with start(checkpoint) as stage, pytest.raises(BadWeights, match="cut short, or lies"):
+    with start(checkpoint) as stage, pytest.raises(BadWeights, match="cut short, or"):
         stage.wait(60)
 
 
@@ -512,5 +512,5 @@ def test_a_device_that_is_not_there_is_said(checkpoint: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     source = DirectorySource(str(checkpoint))
-    with pytest.raises(PrefetchError, match="finds no CUDA device"):
+    with pytest.raises(PrefetchError, match=r"^cuda:\d+: torch \S+ finds no CUDA device"):
         Stager(source).start(plan(source.weights, None, ["cuda:0"]))

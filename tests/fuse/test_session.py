@@ -143,7 +143,7 @@ def test_mountpoints_that_cannot_be(tmp_path: Path) -> None:
         _prepare(tmp_path / "file")
     with pytest.raises(MountFailed, match=r"cannot be used: Not a directory"):
         _prepare(tmp_path / "file" / "below")
-    with pytest.raises(MountFailed, match=r"not empty .'file' lies there."):
+    with pytest.raises(MountFailed, match=r"is not empty \(it holds 'file'\); empty it"):
         _prepare(tmp_path)
     for mountpoint, store in (("store/mnt", "store"), ("mnt", "mnt/store"), ("same", "same")):
         with pytest.raises(MountFailed, match="may not lie in one another"):

@@ -20,7 +20,7 @@ from instantstart_fs.cli.specification import specification
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineStatus
-from instantstart_fs.core.words import human_seconds
+from instantstart_fs.core.words import did_you_mean, human_seconds
 from instantstart_fs.errors import InvalidName, InvalidSource, OriginUnavailable, PipelineNotFound, UsageError
 
 FILES = (FileStatus("a.json", "sealed", 1000, 1000, "sha256:ab"), FileStatus("b.safetensors", "absent", 9000, 0, None))
@@ -148,6 +148,8 @@ def client(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
         (["status", "x"], ("status", "x")),
         (["status"], ("ls",)),
         (["ls"], ("ls",)),
+        (["ls", "x"], ("ls",)),
+        (["ls", "x", "?"], ("ls",)),
     ],
 )
 def test_each_command_asks_for_what_it_says(
@@ -479,3 +481,20 @@ def test_names_that_an_origin_made_up_are_shown_and_not_obeyed() -> None:
 )
 def test_seconds_are_rounded_before_they_are_split(seconds: float, words: str) -> None:
     assert human_seconds(seconds) == words
+
+
+def test_ls_of_some_and_what_was_meant() -> None:
+    statuses = [msgspec.structs.replace(STATUS, pipeline=name, files=None) for name in ("llama-8b", "llama-70b", "asr")]
+
+    def named(*wanted: str) -> list[str]:
+        return [status.pipeline for status in show.chosen(statuses, wanted)]
+
+    assert named() == ["llama-8b", "llama-70b", "asr"]
+    assert named("asr", "llama-8b") == ["llama-8b", "asr"]
+    assert named("llama-*") == ["llama-8b", "llama-70b"]
+    with pytest.raises(PipelineNotFound, match=r"no pipeline 'lama-8b' .did you mean 'llama-8b'"):
+        named("lama-8b")
+    with pytest.raises(PipelineNotFound, match=r"no pipeline matches 'x\*'; `instantstart ls` lists them"):
+        named("x*")
+    assert did_you_mean("ASR", ["asr"]) == " (did you mean 'asr'?)"
+    assert did_you_mean("nothing", ["asr"]) == ""

@@ -25,7 +25,7 @@ def order(wanted: str) -> tuple[str, ...]:
     if wanted == "auto":
         return ("direct", "mmap")
     if wanted not in NAMES:
-        raise UsageError(f"backend {wanted!r}: is none of auto, {', '.join(NAMES)}")
+        raise UsageError(f"backend {wanted!r} is none of auto, {', '.join(NAMES)}")
     return tuple(dict.fromkeys((wanted, "direct", "mmap")))
 
 
