@@ -113,6 +113,9 @@ MAX_BODY = 1 << 30
 """Bytes of one answer: the list of a repository with a million files has 300 MB."""
 BODY_SECONDS = 240.0
 HEAD_THREADS = 16
+CONNECTIONS = 100
+KEEP_SECONDS = 5.0
+"""httpx2's own limits."""
 _HEX = frozenset("0123456789abcdef")
 _NODELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 _CREDENTIALS = ("Authorization", "Cookie")
@@ -181,7 +184,11 @@ class _Transport(httpx2.HTTPTransport):
         if proxy is None:
             self._pool.close()
             self._pool = httpcore2.ConnectionPool(
-                ssl_context=httpx2.create_ssl_context(), network_backend=_Backend(permit(named))
+                ssl_context=httpx2.create_ssl_context(),
+                max_connections=CONNECTIONS,
+                max_keepalive_connections=CONNECTIONS,
+                keepalive_expiry=KEEP_SECONDS,
+                network_backend=_Backend(permit(named)),
             )
 
 
