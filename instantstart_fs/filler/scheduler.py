@@ -680,7 +680,8 @@ class Filler(CommitEvents, DeliveryEvents):
             return self._requeue(sent)
         if current:
             target.error = error
-            self._events.trouble(target, error)
+            if not isinstance(error, OriginIncompatible):  # that is final, and told as such
+                self._events.trouble(target, error)
         final: InstantStartError | None = None
         suspect = False
         match error:

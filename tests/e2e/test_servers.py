@@ -77,7 +77,7 @@ def test_what_never_mends_ends_the_wait_and_is_said_once(
     time.sleep(0.1)
     assert len(hub.requests("cdn")) - asked <= 8, "its other files may be asked for"
     lines = daemon.text().splitlines()
-    final = [line.partition("origin-incompatible: ")[2] for line in lines if "origin-incompatible: " in line]
+    final = [line.partition("[p] origin-incompatible: ")[2] for line in lines if "[p] origin-incompatible: " in line]
     assert final and len(final) == len(set(final)), "said once for each file"
     hub.clear()
     daemon.warm("p", "--all")
