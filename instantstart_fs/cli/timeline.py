@@ -55,7 +55,9 @@ def parse_time(text: str) -> int:
 
 
 def seconds(value: float) -> str:
-    """As precise as it matters: 840 ms, 4.21 s, 93 s."""
+    """As precise as it matters: 840 ms, 4.21 s, 93 s, 21 min 2 s."""
+    if abs(value) >= 600:
+        return human_seconds(value)
     if abs(value) < 1:
         return f"{value * 1000:.0f} ms"
     return f"{value:.2f} s" if abs(value) < 10 else f"{value:.1f} s" if abs(value) < 60 else f"{value:.0f} s"

@@ -23,7 +23,7 @@ FUTURE_SECONDS = 60.0
 """How far ahead of this machine's clock a mark's time may be: another machine's clock told it."""
 LATE_SECONDS = 600.0
 """A ``ready`` or ``first-token`` so long after what went before it is called late."""
-SCALE_FACTOR = 5.0
+SCALE_FACTOR = 3.0
 """What is only marked, and not seen, stretches the scale of a drawing to this many usual cold starts at most."""
 PER_PIPELINE = 20
 OVERALL = 5000

@@ -7,7 +7,8 @@ import textwrap
 import msgspec
 import pytest
 
-from instantstart_fs.cli import progress, show
+from instantstart_fs.cli import progress, show, timeline
+from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.status import ErrorStatus, FillStatus, PipelineStatus
 from instantstart_fs.core.words import reason_first
 
@@ -128,3 +129,17 @@ def test_bytes_on_their_way_are_progress_and_not_presence() -> None:
     assert show.percent(slow) == 50 and show.progress(slow) == 50
     assert "50 %  0 B of 100 B, 50 B of the next chunks" in show.pipeline(slow)
     assert show.percent(msgspec.structs.replace(slow, fill=FillStatus(10, 5, received_bytes=100))) == 99
+
+
+def test_explain_and_mark_say_that_a_mark_came_late(capsys: pytest.CaptureFixture[str]) -> None:
+    second = 1_000_000_000
+    usual = ColdStart(pipeline="m", started_ns=second, state="warm", read_after=4.0, ready_ns=9 * second)
+    late = ColdStart(pipeline="m", started_ns=60 * second, state="warm", read_after=4.0, ready_ns=1320 * second)
+    timeline.draw("m", [late, usual])
+    drawn = capsys.readouterr().out
+    assert max(len(line) for line in drawn.splitlines() if line.startswith("  engine")) <= 2 + 12 + timeline.WIDTH + 16
+    assert "… 20 min 56 s" in drawn and "mark m ready --at TIME" in drawn
+    assert drawn.count("█") >= 2 * timeline.WIDTH * 4 // 24, "the scale is the late one's"
+    told = timeline.marked([late, usual], "ready")
+    assert "counted for the cold start of 1970-01-01" in told and "20 min 56 s after what went before it" in told
+    assert timeline.marked([usual], "ready") == "" == timeline.marked([], "ready")
