@@ -238,7 +238,7 @@ def test_one_event_is_one_line_however_many_reads_meet_it(
     paths = [daemon.path("sick", file.name)] * 20
     assert {found["errno"] for found in probe("read-errors", 20 * MIB, *paths, timeout=60)} == {"EIO"}
     hub.clear()
-    assert run("cmp", paths[0], file, timeout=60).returncode == 0
+    wait_for(lambda: run("cmp", paths[0], file, timeout=60).returncode == 0, "the origin's answers", 40)
     lines = [line for line in daemon.text().splitlines() if "origin-unavailable" in line]
     print(*lines, sep="\n")
     assert len([line for line in lines if "warning" in line]) == 1
