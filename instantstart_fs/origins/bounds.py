@@ -32,5 +32,6 @@ class Bounds(msgspec.Struct, frozen=True):
             )
 
 
+WHOLE = Bounds()
 IN_THE_DAEMON = Bounds(body=4 * MIB, files=10_000, final=False)
 """Decoding an answer of 4 MiB holds up the others for some 10 ms; 10,000 files take 6 MB of memory for a while."""

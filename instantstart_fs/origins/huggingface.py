@@ -73,7 +73,7 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.origins.bounds import Bounds
+from instantstart_fs.origins.bounds import WHOLE, Bounds
 from instantstart_fs.origins.common import (
     DEFAULT_LIFETIME,
     Skips,
@@ -272,7 +272,7 @@ class HuggingFaceOrigin:
         endpoint: str | None,
         token_file: str | None,
         timeout: float,
-        bounds: Bounds,
+        bounds: Bounds = WHOLE,
         allow_private: tuple[str, ...] = (),
     ) -> None:
         self._source = source
@@ -292,7 +292,7 @@ class HuggingFaceOrigin:
         return self._key
 
     def resolve(self) -> ModelManifest:
-        description = self._describe()
+        description = self._info()
         commit = self._commit(description)
         found, held = self._files(description, commit)
         skips = Skips()
@@ -394,7 +394,7 @@ class HuggingFaceOrigin:
             )
 
     def check(self) -> None:
-        description = self._describe()
+        description = self._info()
         commit = self._commit(description)
         self._prove(self._find_samples(commit, description))
 
@@ -446,7 +446,7 @@ class HuggingFaceOrigin:
                     self._bounds.allow(str(self._source), body=len(body))
                 return Answer(bytes(body), response.links.get("next", {}).get("url"))
 
-    def _describe(self, query: str = "") -> Description:
+    def _info(self, query: str = "") -> Description:
         answer = self._ask(f"revision/{quote(self._source.revision, safe='')}", query)
         with self._translated(str(self._source)):
             return decode(answer.body, Description)
@@ -479,7 +479,7 @@ class HuggingFaceOrigin:
                 raise OriginMisbehaved(
                     f"{self._source}: {self._endpoint} has neither a tree of it nor names files; is it a hub?"
                 ) from None
-        siblings = self._describe("blobs=true").siblings or description.siblings
+        siblings = self._info("blobs=true").siblings or description.siblings
         if len(siblings) >= PAGE and len(siblings) % PAGE == 0:
             raise OriginMisbehaved(
                 f"{self._source}: {self._endpoint} has no tree of it, and lists exactly {len(siblings)} files: that "

@@ -50,7 +50,7 @@ from instantstart_fs.errors import (
     printable,
 )
 from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.origins.bounds import Bounds
+from instantstart_fs.origins.bounds import WHOLE, Bounds
 from instantstart_fs.origins.common import (
     Skips,
     finish_manifest,
@@ -132,7 +132,7 @@ class S3Origin:
         region_name: str | None,
         profile: str | None,
         timeout: float,
-        bounds: Bounds,
+        bounds: Bounds = WHOLE,
         anonymous: bool = False,
         requester_pays: bool = False,
         etags_are_md5: bool = True,
@@ -167,15 +167,14 @@ class S3Origin:
 
     def resolve(self) -> ModelManifest:
         with self._translated(str(self._source), "s3:ListBucket"):
-            found = self._access.ask(self._list)
-            if not found and self._source.prefix:
+            wanted, held = self._access.ask(self._list, self._client)
+            if not held and self._source.prefix:
                 found = self._single()
-        wanted = [found_one for found_one in found if selected(found_one.path, self._model)]
-        refuse_endless(self._model.source, len(wanted), len(found))
+                wanted, held = [listed for listed in found if selected(listed.path, self._model)], len(found)
         skips = Skips()
         files = self._pin_all(leave_out(self._model, wanted, skips))
         files = self._without_false_digests(self._readable(files))
-        return finish_manifest(self._model, "", files, len(found), skips)
+        return finish_manifest(self._model, "", files, held, skips)
 
     def locate(self, file: ManifestFile) -> Location:
         version, etag = _unpack(file.version)
@@ -209,7 +208,7 @@ class S3Origin:
 
     def check(self) -> None:
         with self._translated(str(self._source), "s3:ListBucket"):
-            found = self._access.ask(self._first)
+            found = self._access.ask(self._first, self._client)
             if found is None and self._source.prefix:
                 found = next(iter(self._single()), None)
         if found is None:
@@ -249,14 +248,20 @@ class S3Origin:
                     f"{self._source}: after {LISTING_SECONDS:g} s and {count} keys its listing goes on; try again later"
                 )
 
-    def _list(self, client: S3Client) -> list[Listed]:
-        found: list[Listed] = []
-        for listed in self._objects(client):
-            found.append(listed)
-            if len(found) % 1000 == 0:
-                refuse_endless(self._model.source, 0, len(found))
-                self._bounds.allow(str(self._source), files=len(found))
-        return found
+    def _client(self) -> S3Client:
+        return self._access.client()
+
+    def _list(self, client: S3Client) -> tuple[list[Listed], int]:
+        """The chosen ones, and how many there are."""
+        chosen: list[Listed] = []
+        held = 0
+        for held, listed in enumerate(self._objects(client), 1):
+            if selected(listed.path, self._model):
+                chosen.append(listed)
+            if held % 100 == 0:
+                refuse_endless(self._model.source, len(chosen), held)
+                self._bounds.allow(str(self._source), files=held)
+        return chosen, held
 
     def _first(self, client: S3Client) -> Listed | None:
         """Of the first page that holds a chosen one; rather one that has bytes."""

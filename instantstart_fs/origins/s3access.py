@@ -150,16 +150,16 @@ class S3Access:
             self._make()
             return self._secrets != before
 
-    def ask(self, call: Callable[[S3Client], _T]) -> _T:
-        """``call(client)``; once more with other credentials, where these are refused and there are others."""
+    def ask(self, call: Callable[[S3Client], _T], client: Callable[[], S3Client]) -> _T:
+        """``call(client())``; once more with other credentials, where these are refused and there are others."""
         try:
-            found = call(self.client())
+            found = call(client())
         except botocore.exceptions.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
             if (code not in BAD_CREDENTIALS and status not in (401, 403)) or not self.renew():
                 raise
-            found = call(self.client())
+            found = call(client())
         self.let_in = self.let_in or self.unsigned
         return found
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gzip
 import io
+import json
 import os
 import socket
 import threading
@@ -47,6 +48,7 @@ from instantstart_fs.library import reports
 from instantstart_fs.mount import kernel
 from instantstart_fs.origins import common, huggingface
 from instantstart_fs.origins.base import Location, OriginKey
+from instantstart_fs.origins.hubtree import Answer
 from instantstart_fs.origins.huggingface import HuggingFaceOrigin
 from instantstart_fs.origins.s3 import S3Origin
 from instantstart_fs.prefetch import DirectorySource, messages, plan, stager
@@ -137,32 +139,33 @@ async def test_an_address_that_is_expired_when_it_comes_is_tried_and_not_asked_f
         assert len(origin.located) <= 4
 
 
-class _Sibling(SimpleNamespace):
-    def __init__(self, **changes: Any) -> None:
-        super().__init__(**{"rfilename": "model.safetensors", "size": 10, "lfs": None, "blob_id": "ab" * 20} | changes)
-
-
 @pytest.mark.parametrize(
-    "sibling",
+    "entry",
     [
-        _Sibling(size=-1),
-        _Sibling(size=1 << 70),
-        _Sibling(size="12"),
-        _Sibling(size=1.5),
-        _Sibling(rfilename=7),
-        _Sibling(rfilename=None),
-        _Sibling(blob_id=17),
-        _Sibling(blob_id="x" * 100_000),
-        _Sibling(lfs=SimpleNamespace(sha256=None, size=10)),
-        _Sibling(lfs=SimpleNamespace(sha256="../../etc/passwd", size=10)),
+        {"size": -1},
+        {"size": 1 << 70},
+        {"size": "12"},
+        {"size": 1.5},
+        {"path": 7},
+        {"path": None},
+        {"oid": 17},
+        {"oid": "x" * 100_000},
+        {"lfs": {"oid": "../../etc/passwd", "size": 10}},
+        {"lfs": "x"},
+        {"type": 3},
     ],
 )
-def test_a_hub_that_lists_nonsense_is_refused(sibling: _Sibling, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_lists_nonsense_is_refused(entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     origin = HuggingFaceOrigin(
         HubSource("o/r"), ModelSpec("hf://o/r"), endpoint="http://127.0.0.1:9", token_file=None, timeout=1.0
     )
-    info = SimpleNamespace(sha="c" * 40, siblings=[sibling], last_modified=None)
-    monkeypatch.setattr(origin, "_info", lambda **_: info)
+    good = {"type": "file", "path": "model.safetensors", "size": 10, "oid": "ab" * 20}
+
+    def ask(path: str, query: str, *, optional: bool = False) -> Answer:
+        said: object = [good | entry] if path.startswith("tree/") else {"sha": "c" * 40}
+        return Answer(json.dumps(said).encode(), None)
+
+    monkeypatch.setattr(origin, "_ask", ask)
     monkeypatch.setattr(origin, "locate", lambda file: None)
     with pytest.raises(OriginError):
         origin.resolve()
