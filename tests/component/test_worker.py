@@ -45,6 +45,7 @@ from instantstart_fs.filler.messages import (
     Ready,
     Report,
     SetLocation,
+    Stop,
     Streamed,
     Waits,
     WorkerSettings,
@@ -152,6 +153,43 @@ def test_an_answer_of_another_commit_than_expected_is_refused(
     data = server.files["a"] = content(1000, 1)
     report = answer_of(worker, server.url + "/a", data, blob, commit="c" * 40)  # it names none
     assert isinstance(report, Failed) and report.code == "origin-changed" and "c" * 40 in report.message
+
+
+def test_a_fetch_that_is_stopped_lets_go_of_its_connection_and_writes_nothing(
+    worker: RunningWorker, server: ByteServer, blob: int
+) -> None:
+    data = server.files["a"] = content(2 * CHUNK, 1)
+    let_go, asked = threading.Event(), threading.Event()
+
+    def hang(handler: Handler, path: str, start: int, stop: int) -> bool:
+        if asked.is_set():
+            return False
+        asked.set()
+        handler.request.settimeout(20)
+        if handler.request.recv(1) == b"":
+            let_go.set()
+        handler.close_connection = True
+        return True
+
+    server.fault = hang
+    os.ftruncate(blob, len(data))
+    worker.tell(open_order(data, None), blob)
+    worker.tell(SetLocation(1, Location(server.url + "/a", named=LOOPBACK)))
+    worker.tell(Fetch(7, 1, 0, True))
+    assert asked.wait(10)
+    worker.tell(Stop(7, 1, 0))
+    assert let_go.wait(5), "not only when its time is up"
+    worker.tell(Fetch(8, 1, 0, True))
+    report = worker.hear()
+    assert isinstance(report, Arrived) and report.request == 8, "and nothing was said of the first"
+    # One that has just come when it is stopped is not fetched again: it may be hashed.
+    fetched = len(server.log)
+    worker.tell(Stop(8, 1, 0))
+    worker.tell(Fetch(9, 1, 0, True))
+    report = worker.hear()
+    assert isinstance(report, Arrived) and report.request == 9
+    assert len(server.log) == fetched
+    assert os.pread(blob, CHUNK, 0) == data[:CHUNK]
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha1", "md5", "git-sha1", "crc32", "crc32c"])
