@@ -26,6 +26,7 @@ from instantstart_fs.control.client import Client, find_socket
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.access import asks_somebody
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.urls import url_problem, without_user
 from instantstart_fs.errors import (
     AccessRefused,
     ConfigError,
@@ -377,9 +378,17 @@ def _origin_check(pipeline: str, model: str, source: str, error: InstantStartErr
 
 def check_hub(endpoint: str, skew: list[float]) -> Check:
     """Whether the hub answers at all; appends how far the clock is ahead of its."""
+    problem = url_problem(endpoint)
+    if problem is not None:
+        return Check(
+            "hub", "fail", f"the hub's endpoint is {problem}", "correct [origins.huggingface] endpoint, or HF_ENDPOINT"
+        )
+    endpoint, authorization = without_user(endpoint)
 
     def ask() -> str | None:
-        request = urllib.request.Request(f"{endpoint.rstrip('/')}/api/models?limit=1", method="GET")
+        headers = {"Authorization": authorization} if authorization is not None else {}
+        address = f"{endpoint.rstrip('/')}/api/models?limit=1"
+        request = urllib.request.Request(address, headers=headers, method="GET")
         try:
             with urllib.request.urlopen(request, timeout=ORIGIN_DEADLINE / 2) as response:
                 date: str | None = response.headers.get("Date")

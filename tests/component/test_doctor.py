@@ -82,6 +82,13 @@ def test_privileges_of_ordinary_users(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_privileges(root=False, sys_admin=False, allow_other=True).outcome == "fail"
 
 
+def test_a_password_in_the_hubs_endpoint_is_not_shown() -> None:
+    found = doctor.check_hub("http://me:PlantedPassword@127.0.0.1:9", [])
+    assert found.outcome == "warn" and "http://127.0.0.1:9" in found.found and "PlantedPassword" not in repr(found)
+    found = doctor.check_hub("http://me:Planted/Password@127.0.0.1:9", [])
+    assert found.outcome == "warn" and "Planted" not in repr(found)
+
+
 def test_libfuse_and_clock() -> None:
     assert doctor.check_libfuse("3.14.0").outcome == "ok"
     assert doctor.check_libfuse(None).outcome == "fail"
