@@ -53,6 +53,7 @@ class Learning:
         self._aside: dict[Pipeline, tuple[int, set[int]]] = {}
         """Of each pipeline: (generation, files opened since the last start ended that an engine has no use for)."""
         self._unsaved: dict[Pipeline, None] = {}
+        self._failing = False
         self._wake = trio.Event()
 
     # -- what happens ----------------------------------------------------------------------------------------------
@@ -198,19 +199,19 @@ class Learning:
                 await self._write()
 
     async def _write(self) -> bool:
-        failed = False
         for pipeline in list(self._unsaved):
             del self._unsaved[pipeline]
-            if pipeline.removed:
-                continue
+            written = pipeline.removed
             try:
-                written = await self._shelf.save_learned(pipeline)
+                if not written:
+                    written = await self._shelf.save_learned(pipeline)
+                self._failing = False
             except InstantStartError as error:
-                written = False
-                log.warning(
-                    "what it has learned is not written down: %s", error.message, extra={"pipeline": pipeline.id}
-                )
-            if not written:
-                failed = True
-                self._unsaved[pipeline] = None
-        return not failed
+                if not self._failing:
+                    told = {"pipeline": pipeline.id}
+                    log.warning("what it has learned is not written down, trying on: %s", error.message, extra=told)
+                self._failing = True
+            finally:
+                if not written:
+                    self._unsaved[pipeline] = None
+        return not self._unsaved

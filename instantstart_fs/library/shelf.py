@@ -535,7 +535,6 @@ class Shelf:
         try:
             if not pipeline.removed:
                 learned, record = pipeline.learned, _upkeep_record(pipeline)
-                await trio.to_thread.run_sync(self.store.write_learned, pipeline.id, learned)
 
                 def write(txn: WriteTxn) -> None:
                     if txn.get_pipeline(pipeline.id) is None:
@@ -545,7 +544,9 @@ class Shelf:
                         txn.delete_summary(pipeline.id)  # it counts another load set
                     txn.put_upkeep(pipeline.id, record)
 
+                # The index first: it is what the next start believes. The slot is asked where there is none.
                 await self.index.write(write)
+                await trio.to_thread.run_sync(self.store.write_learned, pipeline.id, learned)
         finally:
             pipeline.lock.release()
         return True

@@ -297,3 +297,39 @@ async def test_a_summary_that_counts_another_load_set_is_not_believed(tmp_path: 
         index.write_sync(lambda txn: txn.put_summary("p", old))
     async with running(tmp_path) as library:
         assert library.status("p").state == "partial"
+
+
+async def test_what_cannot_be_written_down_is_known_and_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instantstart_fs.library.learning.RETRY_SECONDS", 0.01)
+    source = make(tmp_path / "source", TWINS)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        place = tmp_path / "store/slots/p/learned.json"
+        place.mkdir()  # the slot takes none
+        (place / "x").touch()
+        await read_all(library, "p", "pytorch_model.bin")
+        assert fields(library, "learned") == {"pytorch_model.bin": True}
+        await trio.sleep(0.1)
+        assert place.is_dir()
+        shutil.rmtree(place)
+        with trio.fail_after(10):
+            while not place.is_file():
+                await trio.sleep(0.01)
+
+
+async def test_a_slot_that_an_earlier_version_has_written_to_is_asked(tmp_path: Path) -> None:
+    """It writes the index's record of a pipeline without what it does not know."""
+    source = make(tmp_path / "source", TWINS)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        await library.include("p", ["pytorch_model.bin"])
+    with Index.open(str(tmp_path / "store/index")) as index:
+        known = index.read(lambda txn: txn.get_upkeep("p"))
+        assert known is not None and known.learned is not None
+        index.write_sync(lambda txn: txn.put_upkeep("p", msgspec.structs.replace(known, learned=None)))
+        index.write_sync(lambda txn: txn.delete_summary("p"))
+    async with running(tmp_path) as library:
+        assert fields(library, "learned") == {"pytorch_model.bin": True}
+        assert "pytorch_model.bin" not in fields(library, "left_out")
