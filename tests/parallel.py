@@ -87,18 +87,57 @@ def shares_with_its_module(item: pytest.Item) -> bool:
 
 
 STARTED = time.monotonic()
-TOTAL = [0.0]
+SLOWEST = 10
+
+
+class Totals:
+    """Over all tests: seconds that they took, and CPU seconds of them and of the processes that they waited for. The
+    second says what a test costs on a machine that has other things to do as well."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.cpu: dict[str, float] = {}
+
+
+TOTALS = Totals()
+
+
+def cpu_seconds() -> float:
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, object, object]:
+    if call.when == "teardown":
+        item.user_properties.append(("cpu", cpu_seconds() - item.stash[BEGAN]))
+    return (yield)
+
+
+BEGAN = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[BEGAN] = cpu_seconds()
 
 
 @pytest.hookimpl
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    TOTAL[0] += report.duration
+    TOTALS.seconds += report.duration
+    if report.when == "teardown":
+        TOTALS.cpu[report.nodeid.partition("@")[0]] = float(dict(report.user_properties).get("cpu", 0.0))  # type: ignore[arg-type]
 
 
 @pytest.hookimpl
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    workers = terminalreporter.config.getoption("numprocesses", None) or 1
+    config = terminalreporter.config
+    if config.getoption("durations") is not None and len(TOTALS.cpu) > SLOWEST:
+        terminalreporter.write_sep("=", f"the {SLOWEST} that take most CPU")
+        for name, seconds in sorted(TOTALS.cpu.items(), key=lambda item: -item[1])[:SLOWEST]:
+            terminalreporter.write_line(f"{seconds:.2f}s {name}")
+    processes = config.getoption("numprocesses", None) or 1
     terminalreporter.write_line(
-        f"{(time.monotonic() - STARTED) / 60:.1f} min, for {TOTAL[0] / 60:.1f} min of tests in {workers} processes; "
-        f"the whole suite's budget is {BUDGET // 60} min on two quiet cores (load average: {os.getloadavg()[1]:.1f})"
+        f"{(time.monotonic() - STARTED) / 60:.1f} min, for {TOTALS.seconds / 60:.1f} min of tests with "
+        f"{sum(TOTALS.cpu.values()) / 60:.1f} min of CPU in {processes} processes; the "
+        f"whole suite's budget is {BUDGET // 60} min on two quiet cores (load average: {os.getloadavg()[1]:.1f})"
     )

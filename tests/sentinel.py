@@ -47,7 +47,7 @@ def descendants(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             for task in os.listdir(f"/proc/{parent}/task"):
                 with contextlib.suppress(OSError), open(f"/proc/{parent}/task/{task}/children") as file:
-                    born = [int(word) for word in file.read().split() if int(word) != os.getpid()]
+                    born = [int(word) for word in file.read().split()]
                     found += born
                     waiting += born
     return found
@@ -93,4 +93,7 @@ def main(pid: int, below: str, grace: float) -> None:
 
 
 if __name__ == "__main__":
+    if os.fork():  # nobody's child: tests look for what theirs left behind
+        os._exit(0)
+    os.setsid()
     main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]))

@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 import trio
 from _pytest.outcomes import OutcomeException
+from trio._core._run import GLOBAL_RUN_CONTEXT
 
 GRACE = float(os.environ.get("INSTANTSTART_TEST_GRACE", "10"))
 
@@ -45,11 +46,14 @@ class Watch:
         self._sentinel = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(__file__).with_name("sentinel.py")), str(os.getpid()), str(below),
              str(GRACE)],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         )  # fmt: skip
+        self._sentinel.wait(30)  # it has left a child of its own
         self.item: pytest.Item | None = None
         self.seconds = 0.0
         self.fired = 0
+        self.inside = False
+        """Whether an exception raised now fails the test, and not the run."""
 
     def _tell(self, line: str) -> None:
         assert self._sentinel.stdin is not None
@@ -68,6 +72,9 @@ class Watch:
         if self.item is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             self._tell("end")
+            if self.fired > 1:
+                # Raised inside of trio itself, it may have left a run that nobody is in: no later test could begin one.
+                GLOBAL_RUN_CONTEXT.__dict__.clear()
         self.item = None
 
     def close(self) -> None:
@@ -76,7 +83,6 @@ class Watch:
         assert self._sentinel.stdin is not None
         with contextlib.suppress(OSError):
             self._sentinel.stdin.close()
-        self._sentinel.wait(30)
 
     def error(self) -> TimedOut:
         return TimedOut(f"the test took longer than {self.seconds:g} s")
@@ -97,11 +103,15 @@ class Watch:
 
     def _alarm(self, number: int, frame: FrameType | None) -> None:
         __tracebackhide__ = True
-        if self.item is None or sys.gettrace() is not None:  # a debugger's test takes as long as it likes
+        if not self.inside or self.item is None:  # pytest's own steps: the next alarm comes soon
+            return
+        if sys.gettrace() is not None:  # a debugger's test takes as long as it likes
             return
         self.fired += 1
         if self.fired == 1:
+            self.inside = False  # the next alarm may come before this one is done with
             self.item.add_report_section("call", "stacks when the time was over", stacks())
+            self.inside = True
             with contextlib.suppress(RuntimeError):  # no trio run
                 trio.lowlevel.current_trio_token().run_sync_soon(cancel_main_task)
                 return
@@ -119,10 +129,14 @@ def cancel_main_task() -> None:
 def stacks() -> str:
     """Of all threads, and of trio's tasks."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = [
-        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()
-    ]
+    parts = []
+    for ident, innermost in sys._current_frames().items():
+        # Not traceback's own format: it parses source, and to be interrupted in that spoils the parser.
+        lines = [
+            f"  {frame.f_code.co_filename}:{line} {frame.f_code.co_name}"
+            for frame, line in traceback.walk_stack(innermost)
+        ]
+        parts.append("\n".join([f"thread {names.get(ident, ident)}, innermost first:", *lines]))
     with contextlib.suppress(RuntimeError):
         trio.lowlevel.current_trio_token()
         for task in tasks_below(trio.lowlevel.current_root_task()):
@@ -189,6 +203,32 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         watch = item.config.stash.get(WATCH, None)
         if watch is not None:
             watch.disarm()
+
+
+def _phase(item: pytest.Item) -> Generator[None, object, object]:
+    watch = item.config.stash.get(WATCH, None)
+    if watch is None:
+        return (yield)
+    watch.inside = True
+    try:
+        return (yield)
+    finally:
+        watch.inside = False
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from _phase(item))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from _phase(item))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    return (yield from _phase(item))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -151,7 +151,8 @@ def test_what_the_page_cache_has_is_taken_from_there_and_the_rest_from_the_disk(
     with start(tmp_path) as stage:
         stage.wait(60)
         (report,) = stage.progress()
-        assert report.cached == there and report.disk == 4 * EXTENT - there
+        # Asking whether a page is there may bring it in, where the disk is quick: a page of each extent.
+        assert there <= report.cached <= there + 4 * BLOCK and report.cached + report.disk == 4 * EXTENT
         # What came from the disk left nothing there but what asking brought in: a step, and a page of each extent.
         assert resident_bytes(path) <= there + CACHE_STEP + 4 * BLOCK
         exported = stage.export("half.gguf")

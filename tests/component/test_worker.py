@@ -518,6 +518,7 @@ def test_a_file_origin_checks_who_it_reads(worker: RunningWorker, blob: int, tmp
     assert isinstance(report, Failed) and report.code == "origin-not-found"
 
 
+@pytest.mark.alone
 def test_background_leaves_its_sockets_unread_while_a_demand_has_the_line(
     worker: RunningWorker, server: ByteServer, blob: int
 ) -> None:
@@ -567,6 +568,7 @@ def test_progress_of_a_slow_body_is_told(server: ByteServer, blob: int) -> None:
         running.close()
 
 
+@pytest.mark.alone
 def test_it_ends_with_its_parent_whatever_its_threads_do(blob: int) -> None:
     running = RunningWorker(WorkerSettings(stall_timeout=60), {})
     with black_hole() as url:

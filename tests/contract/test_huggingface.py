@@ -141,6 +141,7 @@ def test_a_private_repository_looks_missing_without_its_token(world: HubWorld, t
         (503, {}, None),
     ],
 )
+@pytest.mark.alone
 def test_throttling_is_told_at_once_with_its_wait(
     world: HubWorld, status: int, headers: dict[str, str], wait: float | None
 ) -> None:

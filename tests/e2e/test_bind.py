@@ -234,6 +234,7 @@ def test_a_bind_that_somebody_else_unmounts_comes_back(daemon: Daemon, p: str, m
     wait_bound(daemon, f"{p}/{FIRST}")
 
 
+@pytest.mark.alone
 def test_a_killed_daemon_leaves_binds_that_work_and_the_next_one_clears_them(
     make_daemon: Callable[..., Daemon], hub: HubServer, model: Path
 ) -> None:

@@ -46,6 +46,7 @@ def test_the_log_says_which_transport(make_daemon: Callable[..., Daemon], hub: H
     assert "transport pyfuse3\n" in slow.text()
 
 
+@pytest.mark.alone
 def test_warm_files_are_read_and_mapped_while_the_daemon_is_stopped(
     make_daemon: Callable[..., Daemon], hub: HubServer, model: Path
 ) -> None:
@@ -64,6 +65,7 @@ def test_warm_files_are_read_and_mapped_while_the_daemon_is_stopped(
     assert probe("tree", model, daemon.path("p"), timeout=60)["files"] > 5
 
 
+@pytest.mark.alone
 def test_a_file_that_is_sealed_under_its_reader(
     make_daemon: Callable[..., Daemon], hub: HubServer, model: Path
 ) -> None:

@@ -118,6 +118,7 @@ def test_xattrs_as_getfattr_asks(shared_daemon: FakeDaemon) -> None:
     assert shown.splitlines() == ["user.instantstart.state b'warm'", "user.instantstart.error b''"]
 
 
+@pytest.mark.alone
 def test_ten_thousand_files(shared_daemon: FakeDaemon) -> None:
     many = str(shared_daemon.path / "many")
     started = time.monotonic()
@@ -157,6 +158,7 @@ def test_errors_reach_their_caller_and_nobody_else(shared_daemon: FakeDaemon, na
     assert shared_daemon.process.poll() is None
 
 
+@pytest.mark.alone
 def test_a_new_name_shows_at_once_though_its_absence_was_cached(daemon: FakeDaemon) -> None:
     """The parent is stable: without the invalidation its absence would be remembered for 10 s."""
     path = str(daemon.path / "live" / "later")
@@ -197,6 +199,7 @@ STUCK = {
 
 
 @pytest.mark.parametrize("way", STUCK)
+@pytest.mark.alone
 def test_a_killed_reader_exits_at_once(daemon: FakeDaemon, readers: Readers, way: str) -> None:
     reader = readers.start(
         f"import mmap, os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); {STUCK[way]}", str(daemon.path / "model/stuck")
@@ -232,6 +235,7 @@ print(worst, time.monotonic() - start)
 
 
 @pytest.mark.parametrize("shape", ["one file", "64 files"])
+@pytest.mark.alone
 def test_64_stuck_faults_delay_nobody_else(daemon: FakeDaemon, readers: Readers, shape: str) -> None:
     """The readers are processes: a thread that faults keeps its interpreter's lock. In the one file each faults in the
     middle of a region of its own, since the kernel reads around a fault."""

@@ -57,6 +57,7 @@ def test_sigterm_leaves_no_mount(start_daemon: StartDaemon) -> None:
 
 @pytest.mark.parametrize("way", ["os.read(fd, 10)", "mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)[0]",
                                  "os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM); os.read(fd, 10)"])  # fmt: skip
+@pytest.mark.alone
 def test_sigterm_ends_soon_with_readers_stuck(start_daemon: StartDaemon, readers: Readers, way: str) -> None:
     daemon = start_daemon()
     stuck = [

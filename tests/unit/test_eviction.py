@@ -138,6 +138,7 @@ def test_a_suspension_begins_again_on_a_machine_that_was_started_anew() -> None:
     assert back.rests(106.0)
 
 
+@pytest.mark.alone
 def test_ten_thousand_pipelines_are_planned_in_a_moment() -> None:
     """10 ms is the aim (bench/scale.py measures it); here only that it is no matter of seconds."""
     generator = random.Random(1)
