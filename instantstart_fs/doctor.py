@@ -381,7 +381,7 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
     problem = url_problem(endpoint)
     if problem is not None:
         return Check(
-            "hub", "fail", f"the hub's endpoint is {problem}", "correct [origins.huggingface] endpoint, or HF_ENDPOINT"
+            "hub", "warn", f"the hub's endpoint is {problem}", "correct [origins.huggingface] endpoint, or HF_ENDPOINT"
         )
     endpoint, authorization = without_user(endpoint)
 
