@@ -386,9 +386,9 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
     endpoint, authorization = without_user(endpoint)
 
     def ask() -> str | None:
-        headers = {"Authorization": authorization} if authorization is not None else {}
-        address = f"{endpoint.rstrip('/')}/api/models?limit=1"
-        request = urllib.request.Request(address, headers=headers, method="GET")
+        request = urllib.request.Request(f"{endpoint.rstrip('/')}/api/models?limit=1", method="GET")
+        if authorization is not None:
+            request.add_unredirected_header("Authorization", authorization)  # not for whoever it is sent on to
         try:
             with urllib.request.urlopen(request, timeout=ORIGIN_DEADLINE / 2) as response:
                 date: str | None = response.headers.get("Date")

@@ -69,18 +69,19 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-_USER = re.compile(r"""(https?://)[^\s/?#"'<>]*@""", re.IGNORECASE)
-_QUERY = re.compile(r"""[?#&][^\s"'<>?#&=]+=[^\s"'<>]*""")
-_KNOWN_SECRETS = re.compile(r"\b(Bearer|Basic) +[^\s,;\"']+|\bhf_[A-Za-z0-9]{16,}")
+_USER = re.compile(r"(https?://)[^\s/?#]*@|(://)[^\s/?#:]*:[^\s/?#]*@", re.IGNORECASE)
+"""A quote is no end: it may be part of a password. Of other schemes a revision may stand there, as hf://org@main."""
+_QUERY = re.compile(r"""(://[^\s"'<>?#]*)[?#][^\s"'<>]+|[?#&][^\s"'<>?#&=]+=[^\s"'<>]*""")
+_KNOWN_SECRETS = re.compile(r"\b([Bb]earer|Basic) +[^\s,;\"']+|\bhf_[A-Za-z0-9]{16,}")
 
 
 def without_secrets(text: str) -> str:
     """``text`` without what may be a secret in it: user and password of http addresses, queries (signatures live
     there), tokens. For whatever is shown, logged or handed on: other people's exceptions hold whole addresses."""
     if "://" in text:
-        text = _USER.sub(r"\1", text)
-    if "=" in text:
-        text = _QUERY.sub("?…", text)
+        text = _USER.sub(r"\1\2", text)
+    if "=" in text or "://" in text:
+        text = _QUERY.sub(r"\1?…", text)
     return _KNOWN_SECRETS.sub("…", text)
 
 

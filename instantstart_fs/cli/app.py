@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from instantstart_fs.cli import completion, serving, show
-from instantstart_fs.cli.verbs import Unnamed, VerbOrPipeline
+from instantstart_fs.cli.verbs import Unnamed, VerbOrPipeline, Verbs
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.words import human_bytes
@@ -17,6 +17,7 @@ from instantstart_fs.errors import InstantStartError, UsageError, printable
 
 app = typer.Typer(
     name="instantstart",
+    cls=Verbs,
     help="Model weights on NVMe, read through a mount: add a pipeline, point the engine at its directory.",
     no_args_is_help=True,
     rich_markup_mode=None,

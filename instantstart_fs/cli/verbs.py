@@ -1,10 +1,26 @@
-"""A command whose first word is one of its verbs, and else a pipeline: `prefetch status` beside `prefetch PIPELINE`."""
+"""The commands' groups: what all have in common, and one whose first word is one of its verbs, and else a pipeline:
+`prefetch status` beside `prefetch PIPELINE`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
+
+from instantstart_fs.errors import without_secrets
+
+
+class Verbs(TyperGroup):
+    """All of them. What a complaint about the words of a line repeats of it goes into logs of scripts, too."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if hasattr(error, "format_message") and hasattr(error, "message"):  # click's, which typer has a copy of
+                error.message = without_secrets(error.message)
+            raise
 
 
 class VerbOrPipeline(TyperGroup):

@@ -30,6 +30,8 @@ _REQUEST = struct.Struct("=BBBxI")
 _PORTS = struct.Struct("!HH")
 _REST = struct.Struct("=IIIIIIII")
 """Of inet_diag_sockid: interface, cookie (2); of inet_diag_msg: expires, rqueue, wqueue, uid, inode."""
+_MAPPED = bytes(10) + b"\xff\xff"
+"""An IPv4 address as an IPv6 one begins so."""
 
 Address = tuple[str, int]
 
@@ -79,11 +81,14 @@ def _ask(theirs: tuple[bytes, int], ours: tuple[bytes, int]) -> int | None:
         if code == errno.ENOENT:
             return None
         raise OSError(code, os.strerror(code))
-    state = answer[_HEADER.size + 1]
+    of_family, state = answer[_HEADER.size : _HEADER.size + 2]
     uid, inode = _REST.unpack_from(answer, _HEADER.size + 4 + len(ends))[-2:]
     # Where there is no such connection a listener may be found in its stead; what its process has closed belongs to
     # nobody, and would be called root's.
     found = answer[_HEADER.size + 4 :][: len(ends)]
+    if family == socket.AF_INET and of_family == socket.AF_INET6:
+        # The caller's socket is one of both families, as Java's are.
+        ends = ends[: _PORTS.size] + _MAPPED + theirs[0] + _MAPPED + ours[0]
     return int(uid) if found == ends and state in OPEN and inode else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import json
 import threading
 from pathlib import Path
@@ -87,6 +89,30 @@ def test_a_password_in_the_hubs_endpoint_is_not_shown() -> None:
     assert found.outcome == "warn" and "http://127.0.0.1:9" in found.found and "PlantedPassword" not in repr(found)
     found = doctor.check_hub("http://me:Planted/Password@127.0.0.1:9", [])
     assert found.outcome == "warn" and "Planted" not in repr(found)
+
+
+def test_a_hub_that_sends_doctor_on_does_not_send_the_password_on() -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_response(200 if self.path == "/elsewhere" else 302)
+            self.send_header("Location", f"http://localhost:{server.server_port}/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.timeout = 10
+        thread = threading.Thread(target=lambda: [server.handle_request() for _ in range(2)])
+        thread.start()
+        found = doctor.check_hub(f"http://me:it'sSecret@127.0.0.1:{server.server_port}", [])
+        thread.join()
+    basic = "Basic " + base64.b64encode(b"me:it'sSecret").decode()
+    assert found.outcome == "ok" and "Secret" not in found.found
+    assert asked == [("/api/models?limit=1", basic), ("/elsewhere", None)]
 
 
 def test_libfuse_and_clock() -> None:

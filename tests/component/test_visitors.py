@@ -63,6 +63,23 @@ def test_a_socket_of_both_families_knows_an_ipv4_caller() -> None:
             assert address[0] == "::ffff:127.0.0.1" and uid_of_peer(accepted) == os.geteuid()
 
 
+@pytest.mark.parametrize("listening", ["127.0.0.1", "::"])
+def test_an_ipv4_caller_with_a_socket_of_both_families_is_known(listening: str) -> None:
+    """As Java makes them all."""
+    family = socket.AF_INET6 if ":" in listening else socket.AF_INET
+    with (
+        socket.create_server((listening, 0), family=family, dualstack_ipv6=family == socket.AF_INET6) as listener,
+        socket.socket(socket.AF_INET6) as client,
+    ):
+        client.connect(("::ffff:127.0.0.1", listener.getsockname()[1]))
+        accepted, _ = listener.accept()
+        with accepted:
+            assert uid_of_peer(accepted) == os.geteuid()
+            assert uid_of(("127.0.0.2", client.getsockname()[1]), ("127.0.0.1", listener.getsockname()[1])) is None
+            client.close()
+            assert uid_of_peer(accepted) is None
+
+
 def test_neither_a_listener_nor_another_connection_is_taken_for_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, connected(socket.AF_INET, "127.0.0.1") as (ours, _):
         assert uid_of(other.getsockname(), ours.getsockname()) is None

@@ -147,7 +147,23 @@ def test_addresses_are_shown_without_secrets() -> None:
     for secret in ("sig", "pw", "me:", "u@", "abc.def", "abcdefghijkl", "token=t"):
         assert secret not in shown
     assert "host:1/p" in shown and "Max retries" in shown
-    for harmless in ("hf://org/repo@main", "is it there? yes = no", "a=b", "s3://bucket/prefix", "http://host/a@b"):
+    for hidden in (
+        "http://me:it'ssecret@host/x",
+        'refused: http://me:a"secret<@host',
+        "socks5://me:secret@proxy:1",
+        "s3://AKIA:secret@bucket/x",
+        "{'authorization': 'bearer secret'}",
+        "to https://host/path?secret now",
+    ):
+        assert "secret" not in without_secrets(hidden), hidden
+    for harmless in (
+        "hf://org/repo@main",
+        "hf://gpt2@main, hf://org/b:c@main",
+        "is it there? yes = no",
+        "a=b",
+        "s3://bucket/prefix",
+        "http://host/a@b",
+    ):
         assert without_secrets(harmless) == harmless
 
 

@@ -498,3 +498,19 @@ def test_ls_of_some_and_what_was_meant() -> None:
         named("x*")
     assert did_you_mean("ASR", ["asr"]) == " (did you mean 'asr'?)"
     assert did_you_mean("nothing", ["asr"]) == ""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["add", "p", "hf://a/b", "http://me:it'ssecret@host"],
+        ["http://me:secret@host"],
+        ["warm", "p", "--http://me:secret@host"],
+        ["prefetch", "p", "s3://key:secret@bucket"],
+    ],
+)
+def test_a_complaint_about_a_line_repeats_no_password(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(line) == 2
+    said = capsys.readouterr()
+    assert "host" in said.err or "bucket" in said.err
+    assert "secret" not in said.out + said.err
