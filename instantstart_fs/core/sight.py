@@ -9,7 +9,6 @@ from __future__ import annotations
 import msgspec
 
 from instantstart_fs.core.manifest import PipelineSpec
-from instantstart_fs.core.weights import may_read
 
 
 class Sight(msgspec.Struct, frozen=True):
@@ -28,15 +27,12 @@ class Sight(msgspec.Struct, frozen=True):
         """Whether that pipeline is more to this caller than a name in the mount."""
         if self.everything or self.owns(spec):
             return True
-        uids = [self.uid] if self.uid is not None else [spec.uid, ELSE]
-        groups = [self.groups] if self.groups is not None else [frozenset({spec.gid}), frozenset[int]()]
-        return all(
-            may_read(uid, mine, owner=spec.uid, group=spec.gid, mode=spec.mode) for uid in uids for mine in groups
-        )
+        # As core.weights.may_read decides, of each class that it may belong to; asked 10,000 times for each look.
+        member = None if self.groups is None else spec.gid in self.groups
+        needed = (0o500 if self.uid is None else 0) | (0 if member is False else 0o050) | (0 if member else 0o005)
+        return self.uid == 0 or spec.mode & needed == needed
 
 
-ELSE = -2
-"""A uid that nobody has."""
 ANYBODY = Sight()
 """Nobody knows who: it sees what every user of the machine may see."""
 EVERYTHING = Sight(everything=True)

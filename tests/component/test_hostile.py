@@ -28,6 +28,7 @@ from instantstart_fs.config import Config, MountConfig, StoreConfig
 from instantstart_fs.control.protocol import Done, encode_response
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import FileEntry, ManifestFile, ModelSpec, PipelineSpec
+from instantstart_fs.core.sight import EVERYTHING, Sight
 from instantstart_fs.core.source import HubSource, S3Source
 from instantstart_fs.core.status import ErrorStatus
 from instantstart_fs.errors import (
@@ -562,10 +563,14 @@ def test_an_export_that_fails_without_a_word_is_answered() -> None:
 
 
 async def test_a_thousand_different_searches_keep_no_thousand_pages() -> None:
-    overviews = app.Overviews(cast(Any, FakeLibrary()), dict)
+    overviews = app.Overviews(cast(Any, FakeLibrary()), dict, details=False)
     for number in range(1000):
-        await overviews.view(showing.Query(text=str(number)), details=False)
-    assert len(overviews._views) <= app.MAX_VIEWS
+        await overviews.view(showing.Query(text=str(number)), Sight(uid=number % 200))
+    kept = [len(seen.views) for seen in overviews._seen.values()]
+    assert len(kept) <= app.MAX_SIGHTS and max(kept) <= app.MAX_VIEWS
+    for number in range(1000):
+        await overviews.view(showing.Query(text=str(number)), EVERYTHING)
+    assert len(overviews._seen[EVERYTHING].views) <= app.MAX_VIEWS
 
 
 async def test_half_a_request_byte_by_byte_is_no_reason_to_wait_for_ever(
