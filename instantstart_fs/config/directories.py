@@ -7,6 +7,7 @@ gives what lies above the last one the umask's modes. A daemon has a umask of 07
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -22,7 +23,10 @@ def make_directory(path: str, mode: int = PASSABLE) -> None:
         return
     parent = os.path.dirname(path)
     if parent != path:
-        make_directory(parent, PASSABLE)
+        try:
+            make_directory(parent, PASSABLE)
+        except FileExistsError as error:  # as os.mkdir says it of what lies below
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from error
     try:
         os.mkdir(path, 0o700)
     except FileExistsError:

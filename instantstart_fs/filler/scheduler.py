@@ -384,6 +384,7 @@ class Filler(CommitEvents, DeliveryEvents):
         if filling.done:
             return
         filling.done = True
+        filling.target.left()
         key = filling.target.key
         del self._fillings[key]
         self._plan.remove(key)

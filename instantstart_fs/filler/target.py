@@ -51,6 +51,10 @@ def _nothing(chunks: list[int]) -> None:
     """Nobody fills this target."""
 
 
+def _never() -> float:
+    return -math.inf
+
+
 class FillTarget:
     """One file being filled.
 
@@ -124,10 +128,15 @@ class FillTarget:
         self.waiting: dict[int, int] = {}
         self.on_unwaited: Callable[[list[int]], None] = _nothing
         self.efforts: dict[int, Effort] = {}
-        self.queue_moved: Callable[[], float] = lambda: -math.inf
+        self.queue_moved: Callable[[], float] = _never
         self._waiters: set[trio.Event] = set()
         self._gave_up: dict[int, tuple[float, ReadDeadline]] = {}
         """Per chunk, the last wait for it that ended without it; those of the last REPEAT_SECONDS."""
+
+    def left(self) -> None:
+        """Nobody fills it any more. What asked its filler refers back to it: as a cycle it would stay in memory, and
+        its generation with it, until the collector came by."""
+        self.on_unwaited, self.queue_moved = _nothing, _never
 
     def readable(self, wanted: ByteRange) -> bool:
         """Whether these bytes may be served now: sealed, or present, not poisoned and allowed to be served unsealed."""
