@@ -4,7 +4,8 @@ A record begins with the first open of a weight file while none is live, and wit
 It is live until ``first-token``, or until the pipeline has been quiet: QUIET_SECONDS with no weight file open, or
 HELD_QUIET_SECONDS with one (an engine that keeps its files mapped), or MAX_SECONDS in all. Opening, reading, waiting,
 fetching, staging and closing are no quiet. So of replicas that mark nothing, one that starts within half a minute after
-another's load belongs to the same record.
+another's load belongs to the same record, and where the first token of one ends it, what another had left to open
+begins no record.
 
 What a filesystem cannot see (the request that made the replica start, the engine being ready, the first token) is told
 by ``mark``. Where one replica is requested while another still loads, both records are live: what is opened, fetched
@@ -71,7 +72,8 @@ class _Live:
         self.last = now
         self.ended = False
         self.held = 0
-        self.opened: set[str] = set()
+        self.opened: dict[str, int] = {}
+        """How often each weight file was opened."""
         self.daemon_bytes = 0
         self.fetched_bytes = 0
         self.staged_bytes = 0
@@ -172,14 +174,17 @@ class Tracker:
     ) -> Starts:
         """A weight file was opened; what the reads and the close of this open belong to. ``facts`` may be None unless
         ``begins``."""
+        starts: Starts = ()
         if facts is not None and self.begins(pipeline, now):
-            self._begin(pipeline, facts, now, wall_ns)
-        starts = tuple(self._live.get(pipeline, ()))
+            starts = self._still_loading(pipeline, file, now)
+            if not starts:
+                self._begin(pipeline, facts, now, wall_ns)
+        starts = starts or tuple(self._live.get(pipeline, ()))
         for live in starts:
             live.last = now
             live.held += 1
-            if file not in live.opened:
-                live.opened.add(file)
+            live.opened[file] = live.opened.get(file, 0) + 1
+            if live.opened[file] == 1 and not live.ended:
                 live.set(
                     opened_files=len(live.opened),
                     opened_after=round(now - live.began, 6),
@@ -187,6 +192,20 @@ class Tracker:
                 )
                 self._note(live, now)
         return starts
+
+    def _still_loading(self, pipeline: str, file: str, now: float) -> Starts:
+        """The record that has just ended with a first token, if this open is of another replica that had begun to load
+        within it, and was not requested by name: another file was opened more often than this one. What is left of such
+        a load is no start of its own."""
+        if pipeline in self._live or self._is_requested(pipeline, now) or pipeline not in self._ended:
+            return ()
+        live = self._ended[pipeline][-1]
+        if live.record.first_token_ns is None or live.record.requested_ns is not None:
+            return ()
+        quiet = QUIET_SECONDS if live.held > 0 else SHARD_GAP_SECONDS
+        if now - live.last >= quiet or live.opened.get(file, 0) >= max(live.opened.values(), default=0):
+            return ()
+        return (live,)
 
     def _begin(self, pipeline: str, facts: Facts, now: float, wall_ns: int) -> None:
         for live in list(self._live.get(pipeline, ())):
@@ -234,15 +253,15 @@ class Tracker:
         """A weight file was closed that ``opened`` gave these for."""
         for live in starts:
             live.held -= 1
-            if not live.ended:
-                live.last = now
+            live.last = now
 
     def read(self, starts: Starts, count: int, now: float) -> None:
         """The daemon answered a READ with ``count`` bytes."""
         for live in starts:
+            live.last = now
             if not live.ended:
                 live.daemon_bytes += count
-                live.last = live.read_at = now
+                live.read_at = now
 
     def waiting(self, starts: Starts, now: float) -> None:
         """A read begins to wait for bytes that are not here; ``waited`` has to follow."""

@@ -74,6 +74,7 @@ async def test_a_start_reads_no_manifest_and_no_file_record_of_what_is_settled(t
         assert everything(library) == before
         assert [candidate.pipeline for candidate in library.candidates()] == ["warm"]
         assert library.filesystem().files == 21
+        assert library.status("warm").files
         assert library.list_directory(library.lookup(ROOT, ".warm").nodeid) == ["warm"]
         for name in before:
             root = library.lookup(ROOT, name)

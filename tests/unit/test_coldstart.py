@@ -233,6 +233,33 @@ def test_two_replicas_at_once_have_a_record_each() -> None:
     assert tracker.starting("p") is None
 
 
+def test_what_a_replica_that_nobody_requested_by_name_still_loads_is_no_start_of_its_own() -> None:
+    """Two load at once; the first token of one ends the record that they share."""
+    tracker = Tracker()
+    for file, moment in (("a", 100.0), ("a", 100.5), ("b", 101.0)):
+        opened(tracker, file, moment)
+    mark(tracker, "first-token", 102.0)
+    rest = opened(tracker, "b", 120.0)
+    assert not tracker.running("p")
+    tracker.read(rest, 10, 140.0)
+    tracker.closed(rest, 141.0)
+    assert mark(tracker, "first-token", 142.0) is not None
+    assert [record.started_ns for record in tracker.take_changed()] == [at(100.0)]
+    opened(tracker, "a", 143.0)  # a third one
+    opened(tracker, "b", 144.0)
+    assert live(tracker).started_ns == at(143.0)
+    assert live(tracker).opened_files == 2
+
+
+def test_a_start_after_another_has_ended_is_one_whatever_it_opens_first() -> None:
+    tracker = Tracker()
+    for file, moment in (("a", 100.0), ("a", 100.5), ("b", 101.0)):
+        tracker.closed(opened(tracker, file, moment), moment + 0.1)
+    mark(tracker, "first-token", 102.0)
+    opened(tracker, "b", 103.0)
+    assert live(tracker).started_ns == at(103.0)
+
+
 def test_replicas_that_come_faster_than_they_load_are_bounded() -> None:
     tracker = Tracker()
     for now in range(3 * MAX_LIVE):
