@@ -26,8 +26,19 @@ log = logging.getLogger(__name__)
 
 LEAST_TOKEN = 16
 """Characters: less could be guessed."""
-PROXIES = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
-"""Headers by which a proxy says that it asks for somebody else."""
+PROXIES = (
+    "forwarded",
+    "via",
+    "x-forwarded",
+    "x-real-ip",
+    "x-client-ip",
+    "x-original-",
+    "x-envoy-",
+    "cf-",
+    "true-client-ip",
+)
+"""How headers begin by which a proxy says that it asks for somebody else. Not every one names its caller's address:
+Envoy as it comes says `X-Forwarded-Proto` alone."""
 
 SightOf = Callable[[int | None, frozenset[int] | None], Sight]
 
@@ -76,7 +87,7 @@ class Visitors:
             return EVERYTHING if self._is_token(given.strip()) else None
         # Somebody else than who is connected: behind a proxy, or a page of another site in this user's browser.
         elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-        if elsewhere or any(name in headers for name in PROXIES):
+        if elsewhere or any(name.lower().startswith(PROXIES) for name in headers):
             return ANYBODY
         return visitor.sight
 

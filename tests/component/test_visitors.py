@@ -160,7 +160,16 @@ def test_root_sees_all_of_it_and_a_live_page_shows_each_his_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["X-Forwarded-For: 10.0.0.1", "Forwarded: for=10.0.0.1", "Via: 1.1 nginx", "Sec-Fetch-Site: cross-site"]
+    "header",
+    [
+        "X-Forwarded-For: 10.0.0.1",
+        "x-forwarded-proto: http",
+        "X-Envoy-Expected-Rq-Timeout-Ms: 15000",
+        "CF-Connecting-IP: 10.0.0.1",
+        "Forwarded: for=10.0.0.1",
+        "Via: 1.1 nginx",
+        "Sec-Fetch-Site: cross-site",
+    ],
 )
 def test_who_asks_for_somebody_else_is_not_taken_for_himself(header: str) -> None:
     """A proxy that runs as root would hand out what root sees; and so would root's browser, to any web page."""
