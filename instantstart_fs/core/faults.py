@@ -44,6 +44,8 @@ _FINAL_AFTER = {
     Fault.INSIDE: 3,
     Fault.WHOLE: 1,
 }
+_OF_ANY_KIND = 12
+"""Misbehaviours in a row that are final though no two are of one kind."""
 _ADVICE = {
     Fault.ANSWER: "is it what it should be, or does a proxy answer in its place?",
     Fault.RANGE: "a server or proxy that cannot answer ranged requests; use another endpoint",
@@ -62,9 +64,10 @@ class Streak:
     def __init__(self) -> None:
         self._fault: Fault | None = None
         self._count = 0
+        self._of_any_kind = 0
 
     def answered(self) -> None:
-        self._fault, self._count = None, 0
+        self._fault, self._count, self._of_any_kind = None, 0, 0
 
     def failed(self, error: InstantStartError) -> OriginIncompatible | None:
         """Count ``error``, one for a burst of requests; what the file fails with for good, None while asking again may
@@ -76,11 +79,16 @@ class Streak:
         fault = Fault(error.fault) if error.fault in _KNOWN else Fault.ANSWER
         self._count = self._count + 1 if fault is self._fault else 1
         self._fault = fault
-        if self._count < _FINAL_AFTER[fault]:
+        self._of_any_kind += 1
+        if self._count >= _FINAL_AFTER[fault]:
+            often = f"this is so for the {_ordinal(self._count)} time in a row"
+        elif self._of_any_kind >= _OF_ANY_KIND:
+            often = f"it is the {_ordinal(self._of_any_kind)} answer in a row that is of no use"
+        else:
             return None
         return OriginIncompatible(
-            f"{error.message}; this is so for the {_ordinal(self._count)} time in a row, so that it is not asked any "
-            f"more: {_ADVICE[fault]}; `warm` and `update` try again",
+            f"{error.message}; {often}, so that it is not asked any more: {_ADVICE[fault]}; `warm` and `update` try "
+            "again",
             fault=fault,
         )
 

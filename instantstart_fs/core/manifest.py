@@ -153,7 +153,7 @@ def matches(path: str, globs: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, glob + "*" if glob.endswith("/") else glob) for glob in globs)
 
 
-class PipelineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PipelineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A pipeline as configured. Holds where credentials lie, never the credentials themselves.
 
     ``mode`` is the mode of its directories (files have it without the x bits); uid/gid own what the mount shows.

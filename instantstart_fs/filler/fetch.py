@@ -515,6 +515,8 @@ def _check_answer(
     length = (response.headers.get("Content-Length") or "").strip() or None
     given = (response.headers.get("Content-Range") or "").strip()
     match = _CONTENT_RANGE.match(given)
+    pinned = location.etag
+    etag = response.headers.get("ETag")
     body = wanted
     if match is not None and (int(match[1]), int(match[2])) == (wanted.start, wanted.stop - 1):
         # Also with 200, as `rclone serve s3` says it.
@@ -529,11 +531,14 @@ def _check_answer(
             f"{where}: Content-Range is {given!r}, asked was {wanted.start}-{wanted.stop - 1}", fault=Fault.RANGE
         )
     elif length not in (None, str(size)) and not _encoded(response):
+        if length == "0" or (pinned is not None and (etag is None or _bare(etag) == _bare(pinned))):
+            # Not another object: somebody on the way answers in its place.
+            raise OriginMisbehaved(
+                f"{where}: an answer of {length} bytes that is not the file of {size}", fault=Fault.ANSWER
+            )
         raise OriginChanged(f"{where}: the object now has {length} bytes, {size} are pinned")
     else:
         body = ByteRange(0, size)
-    pinned = location.etag
-    etag = response.headers.get("ETag")
     encoding = _encoded(response)
     if encoding:
         # Stored so, then range and length speak of the pinned bytes; encoded on the way, then of something else.

@@ -32,9 +32,12 @@ def _refusal(host: str, address: str) -> OriginMisbehaved | OriginIncompatible:
     )
 
 
-def resolve(host: str, port: int, permit: Permit) -> list[tuple[int, int, int, tuple[Any, ...]]]:
+def resolve(
+    host: str, port: int, permit: Permit, *, all_of_them: bool = False
+) -> list[tuple[int, int, int, tuple[Any, ...]]]:
     """(family, type, protocol, address) of each place where ``host`` may be connected to. Raises OSError where it
-    cannot be resolved, OriginMisbehaved or OriginIncompatible where none of its addresses may be connected to."""
+    cannot be resolved, OriginMisbehaved or OriginIncompatible where none of its addresses (``all_of_them``: not each)
+    may be connected to."""
     try:
         host.encode("idna")
     except UnicodeError:
@@ -45,16 +48,18 @@ def resolve(host: str, port: int, permit: Permit) -> list[tuple[int, int, int, t
         address = parse_address(str(place[0]))
         if address is not None and permit.allows(host, address):
             allowed.append((int(family), int(kind), protocol, place))
+        elif all_of_them:
+            raise _refusal(host, str(place[0]))
     if not allowed:
         raise _refusal(host, str(found[0][4][0]) if found else "nothing")
     return allowed
 
 
 def check_behind_proxy(host: str, permit: Permit) -> None:
-    """The same judgement for a host that a proxy will connect to. A name that this machine cannot resolve is the
-    proxy's to judge."""
+    """The same judgement for a host that a proxy will connect to, at whichever of its addresses. A name that this
+    machine cannot resolve is the proxy's to judge."""
     with contextlib.suppress(OSError):
-        resolve(host, 0, permit)
+        resolve(host, 0, permit, all_of_them=True)
 
 
 def connect(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -80,6 +81,18 @@ def test_pipelines_and_manifests_come_back_as_written(store: BlobStore, root: Pa
         store.load_manifest("p", 2)
     with pytest.raises(NoSuchEntry):
         store.load_pipeline("q")
+
+
+def test_a_pipeline_is_written_so_that_an_earlier_daemon_can_read_it(store: BlobStore, root: Path) -> None:
+    """Which refuses keys that it does not know: they are there for who uses them only."""
+    spec = PipelineSpec(id="plain", models=(ModelSpec(source="hf://o/r"),), uid=7, mode=0o500)
+    store.write_pipeline(spec)
+    written = json.loads((root / "slots" / "plain" / "pipeline.json").read_bytes())["pipeline"]
+    assert {"quota", "anonymous", "requester_pays"}.isdisjoint(written)
+    assert store.load_pipeline("plain") == spec
+    paid = msgspec.structs.replace(spec, requester_pays=True)
+    store.write_pipeline(paid)
+    assert store.load_pipeline("plain") == paid
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,14 @@ FAULTS = {
     "no place to go": _answer(302, b""),
     "a status of its own": _answer(299, b""),
     "a login page": _answer(418, b"who are you?"),
+    "nothing, and content with it": _answer(204, b"", Content_Length="", Content_Range=""),
+    "not modified": _answer(304, b"", Content_Length="", Content_Range=""),
+    "an empty file": _answer(200, b"", Content_Range="", ETag='"pinned"'),
+    "parts": _answer(
+        206, b"--x\r\n\r\nabc\r\n--x--", Content_Range="", Content_Type="multipart/byteranges; boundary=x"
+    ),
+    "a range of another length": _answer(206, b"x" * 9, Content_Range="bytes 0-8/9"),
+    "the same place again": _answer(307, b"", Location=""),
 }
 
 

@@ -286,7 +286,16 @@ def test_behind_a_proxy_the_name_is_judged_too(
     hub.answers[""] = (200, {}, SECRET)
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{hub.port}")
     monkeypatch.setenv("no_proxy", "")
-    for host in ("inside.example", "127.0.0.2", "2130706434"):
+    lookup = socket.getaddrinfo
+
+    def both(host: Any, *args: Any, **keywords: Any) -> Any:
+        if host == "both.example":
+            return [*lookup("127.0.0.1", *args, **keywords), *lookup("127.0.0.2", *args, **keywords)]
+        return lookup(host, *args, **keywords)
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    # Of several addresses it is the proxy that chooses.
+    for host in ("inside.example", "127.0.0.2", "2130706434", "both.example"):
         with pytest.raises((OriginIncompatible, OriginMisbehaved), match="allow_private"):
             _fetch(f"http://{host}:{canary.port}/x")
     assert hub.seen == []

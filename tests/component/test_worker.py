@@ -282,6 +282,16 @@ def test_another_size_at_the_origin_is_a_change(worker: RunningWorker, server: B
     assert isinstance(report, Failed) and report.code == "origin-changed"
 
 
+@pytest.mark.parametrize("etag", [None, '"one"'])
+def test_a_page_in_place_of_an_object_is_no_change_of_it(
+    worker: RunningWorker, server: ByteServer, blob: int, etag: str | None
+) -> None:
+    """A store's answers have the object's ETag: with none, or with the pinned one, somebody else speaks."""
+    server.fault = _plain(b"please log in", **({"ETag": etag} if etag else {}))
+    report = answer_of(worker, server.url + "/a", content(CHUNK, 4), blob, etag='"one"')
+    assert isinstance(report, Failed) and report.code == "origin-misbehaved"
+
+
 def test_a_whole_file_may_come_as_200(worker: RunningWorker, server: ByteServer, blob: int) -> None:
     data = content(CHUNK, 5)
     server.fault = _plain(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from instantstart_fs.core.faults import Fault, Streak
@@ -27,12 +29,21 @@ def test_a_misbehaviour_of_one_kind_in_a_row_is_final_at_last(fault: Fault) -> N
 
 def test_kinds_are_counted_apart_and_bytes_end_a_row() -> None:
     streak = Streak()
-    for _ in range(20):
+    for _ in range(4):
         assert streak.failed(OriginMisbehaved("x", fault=Fault.RANGE)) is None
         assert streak.failed(OriginMisbehaved("x", fault=Fault.ENCODED)) is None
+    streak.answered()
     for _ in range(20):
         assert streak.failed(OriginMisbehaved("x", fault=Fault.RANGE)) is None
         streak.answered()
+
+
+def test_a_server_that_misbehaves_in_ever_other_ways_is_given_up_too() -> None:
+    streak = Streak()
+    kinds = itertools.cycle([Fault.RANGE, Fault.CUT, Fault.ANSWER])
+    found = [streak.failed(OriginMisbehaved("x", fault=next(kinds))) for _ in range(12)]
+    assert found[:11] == [None] * 11
+    assert isinstance(found[11], OriginIncompatible) and "12th answer" in found[11].message
 
 
 @pytest.mark.parametrize("error", [OriginUnavailable, OriginThrottled, LocationExpired])
