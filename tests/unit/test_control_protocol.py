@@ -15,6 +15,7 @@ from instantstart_fs.control.protocol import (
     Done,
     Evict,
     Failed,
+    Include,
     Lease,
     LineBuffer,
     Ls,
@@ -153,3 +154,11 @@ def test_a_rate_that_would_never_end_is_refused_by_the_daemon_too(rate: str) -> 
     with pytest.raises(ControlProtocolError):
         decode_request(line)
     assert decode_request(line.replace(rate.encode(), b"1e6")) == Verify("x", 1e6)
+
+
+def test_an_owner_cannot_keep_the_loop_busy_with_globs() -> None:
+    """A request has room for 100,000 of them, and each is compared with every file of the pipeline."""
+    for globs in (("*",) * 33, ("*" * 5000,)):
+        with pytest.raises(ControlProtocolError):
+            decode_request(encode_request(Include("x", globs)))
+    assert decode_request(encode_request(Include("x", ("*",) * 32))) == Include("x", ("*",) * 32)
