@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import signal
 import subprocess
@@ -203,6 +204,19 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         watch = item.config.stash.get(WATCH, None)
         if watch is not None:
             watch.disarm()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, object, object]:
+    """A report parses the source of what failed. A collection in the midst of that may run finalizers whose complaint
+    parses source too, and CPython's parser cannot be entered twice: a SystemError that ends the worker's run."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _phase(item: pytest.Item) -> Generator[None, object, object]:

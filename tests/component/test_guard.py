@@ -250,13 +250,13 @@ def test_the_api_is_followed_without_credentials_to_another_host(hub: Site, cana
     head = {"X-Repo-Commit": COMMIT, "Content-Length": "1", "ETag": '"e"'}
     hub.answers[f"/org/model/resolve/{COMMIT}/a"] = (200, head | {"ETag": f'"{"b" * 40}"'}, b"x")
     origin = _origin(hub, token_file=str(token_file), allow_private=("127.0.0.2",))
-    assert origin._describe().sha == COMMIT
+    assert origin._info().sha == COMMIT
     assert hub.seen[0][1] == "Bearer hf_secretsecretsecret"
     assert [authorization for _, authorization in canary.seen] == [None]
     for path in ("/api/models/org/model", "/api/models/org/model/revision/main"):
         hub.answers[path] = (307, {"Location": path}, b"")
     with pytest.raises(OriginMisbehaved, match="redirects"):
-        origin._describe()
+        origin._info()
 
 
 def test_s3_follows_no_redirect_of_its_api(canary: Site, monkeypatch: pytest.MonkeyPatch) -> None:
