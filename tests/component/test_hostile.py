@@ -23,7 +23,7 @@ import pytest
 import trio
 
 from instantstart_fs import daemon, doctor
-from instantstart_fs.cli import waiting
+from instantstart_fs.cli import progress, waiting
 from instantstart_fs.config import Config, MountConfig, StoreConfig
 from instantstart_fs.control.protocol import Done, encode_response
 from instantstart_fs.core.chunks import ByteRange
@@ -302,12 +302,12 @@ async def test_questions_that_nobody_answers_block_no_later_ones() -> None:
 
             async def ask_in_vain() -> None:
                 with pytest.raises(OriginUnavailable):
-                    await locator.locate(hub, entry)
+                    await locator.locate(hub, entry, "p")
 
             for _ in range(2 * LOCATE_THREADS):
                 nursery.start_soon(ask_in_vain)
         hub.answers = True
-        assert (await locator.locate(hub, entry)).url == "https://x/"
+        assert (await locator.locate(hub, entry, "p")).url == "https://x/"
     finally:
         silent.set()
 
@@ -338,12 +338,14 @@ async def test_a_directory_whose_name_is_no_utf8_is_a_source_like_others(tmp_pat
 
 @pytest.mark.parametrize("message", ["[/] and [/red]", "[Errno 5] x", "[link=file:///etc/passwd]"])
 def test_a_progress_bar_shows_what_an_origin_says_and_does_not_parse_it(
-    message: str, capsys: pytest.CaptureFixture[str]
+    message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress, "_size", lambda _: os.terminal_size((120, 24)))
     error = ErrorStatus("origin-unavailable", message, "2026-01-01T00:00:00Z")
-    with waiting._bar("p") as report:
+    monkeypatch.setattr(waiting, "fits", lambda _: True)
+    with waiting._reporter("p", quiet=False) as report:
         report(1, 2, pipeline("p", error=error))
-    capsys.readouterr()
+    assert message in capsys.readouterr().err
 
 
 def test_doctor_is_not_upset_by_a_hub_that_has_no_idea_of_the_date(monkeypatch: pytest.MonkeyPatch) -> None:
