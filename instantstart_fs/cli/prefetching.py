@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from instantstart_fs.cli.progress import Bar, fits
 from instantstart_fs.cli.show import table as columns
 from instantstart_fs.core.limits import MAX_SECONDS
 from instantstart_fs.core.words import human_bytes, human_seconds
@@ -144,8 +145,8 @@ def _watch(stage: Stage, holder: Holder | None, quiet: bool) -> None:
     if quiet:
         for _ in changes:
             pass
-    elif sys.stderr.isatty():
-        _bars(stage, changes)
+    elif fits(sys.stderr):
+        _bar(stage, changes)
     else:
         _lines(stage, changes)
     if holder is None or not holder.over:
@@ -158,22 +159,16 @@ def _changes(stage: Stage, holder: Holder | None) -> Iterator[None]:
         yield
 
 
-def _bars(stage: Stage, changes: Iterator[None]) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tasks = [progress.add_task(report.device, total=report.total or None) for report in stage.progress()]
+def _bar(stage: Stage, changes: Iterator[None]) -> None:
+    """One for all devices, and below it each device's share."""
+    started = time.monotonic()
+    with Bar(stage.plan.pipeline) as bar:
         for _ in changes:
-            for task, report in zip(tasks, stage.progress(), strict=True):
-                progress.update(task, completed=report.bytes)
+            reports = stage.progress()
+            done = sum(report.bytes for report in reports)
+            rate = f"{human_bytes(done / max(time.monotonic() - started, 0.001))}/s"
+            shares = [f"{report.device} {report.bytes * 100 // max(report.total, 1)} %" for report in reports]
+            bar.report(done, sum(report.total for report in reports), rate, "  ".join(shares))
 
 
 def _lines(stage: Stage, changes: Iterator[None]) -> None:

@@ -1,4 +1,4 @@
-"""The progress bar of `warm --wait` and `verify`: two lines at the bottom of the terminal.
+"""The progress bar of `warm --wait`, `verify` and `prefetch`: two lines at the bottom of the terminal.
 
 The terminal scrolls above them, so whatever else is written to it meanwhile, by this process or another one (a daemon
 in the foreground), has lines of its own: it neither lands in the bar nor wipes it away.
@@ -67,8 +67,13 @@ def _size(stream: TextIO) -> os.terminal_size:
         return shutil.get_terminal_size((0, 0))
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
+"""What ends or stops a command without an exception."""
+
+
 class Bar:
-    """A context manager. The lines are taken from the terminal while it is entered, and given back however it ends."""
+    """A context manager. The lines are taken from the terminal while it is entered, and given back however it ends, but
+    by SIGKILL. A job in the background takes none: the terminal is somebody else's."""
 
     def __init__(self, name: str, stream: TextIO | None = None) -> None:
         self._name = name
@@ -80,8 +85,10 @@ class Bar:
     def __enter__(self) -> Bar:
         self._take()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
-                self._handlers[number] = signal.signal(number, self._leave)
+            for number in SIGNALS:
+                if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._leave)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,7 +98,7 @@ class Bar:
 
     def report(self, done: int, total: int, rate: str, reason: str) -> None:
         self._last = (done, total, rate, reason)
-        if _size(self._stream).lines != self._rows:
+        if self._room() != self._rows:
             self._give_back()
             self._take()
         if self._rows:
@@ -100,10 +107,17 @@ class Bar:
             # One write: nobody else's comes in between. The cursor goes back to where it was.
             self._write(f"\x1b7\x1b[{top};1H{shown}\x1b[K\x1b[{top + 1};1H{below}\x1b[K\r\x1b8")
 
-    def _take(self) -> None:
+    def _room(self) -> int:
+        """The terminal's rows; 0 where no bar may be drawn now."""
+        with contextlib.suppress(OSError):  # it is not this session's terminal: no shell runs jobs on it
+            if os.tcgetpgrp(self._stream.fileno()) != os.getpgrp():
+                return 0
         rows = _size(self._stream).lines
-        self._rows = rows if rows >= LEAST_ROWS else 0
-        if self._rows:
+        return rows if rows >= LEAST_ROWS else 0
+
+    def _take(self) -> None:
+        self._rows = rows = self._room()
+        if rows:
             self._write("\n" * LINES + f"\x1b[{LINES}A\x1b7\x1b[1;{rows - LINES}r\x1b8")
 
     def _give_back(self) -> None:
@@ -113,9 +127,11 @@ class Bar:
             self._rows = 0
 
     def _write(self, text: str) -> None:
+        """At once, past the stream's buffer, in which a signal may have come: that cannot be entered twice."""
         with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-            self._stream.flush()
+            data = text.encode(self._stream.encoding or "ascii", self._stream.errors or "replace")
+            while data:
+                data = data[os.write(self._stream.fileno(), data) :]
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         """The signal does what it does without a bar; after SIGTSTP the bar comes back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -284,3 +285,60 @@ def test_a_daemon_without_a_utf8_locale_serves_names_of_all_kinds(
     assert daemon.path("m", ODD).read_text() == "x" * 100
     daemon.stop()
     assert " 0 partial" in daemon.ok("fsck", "--store", str(daemon.store))
+
+
+DRAWS = """
+import os, sys
+from instantstart_fs.cli.progress import Bar
+if "background" in sys.argv:
+    os.setpgid(0, 0)
+with Bar("m") as bar:
+    for done in range(10**9):
+        bar.report(done, 10**9, "1 B/s", "")
+        if done == 100:
+            os.write(1, b"<drawn>")
+            if "background" in sys.argv:
+                break
+            if "raise" in sys.argv:
+                raise ValueError("a fault")
+"""
+
+
+@pytest.mark.parametrize("how", ["TERM", "HUP", "QUIT", "INT", "raise", "background"])
+def test_the_terminal_is_given_back_however_a_bar_ends(how: str) -> None:
+    """The signal comes while it draws without a pause."""
+    process, outer = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-c", DRAWS, how])
+    try:
+        termios.tcsetwinsize(outer, (24, 80))
+        written, told, deadline = b"", False, time.monotonic() + START_DEADLINE
+        status: int | None = None
+        while time.monotonic() < deadline:
+            if select.select([outer], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # nobody has the other end any more
+                    written += os.read(outer, 65536)
+            if b"<drawn>" in written and not told and how.isupper():
+                os.kill(process, getattr(signal, f"SIG{how}"))
+                told = True
+            if status is None:
+                ended, found = os.waitpid(process, os.WNOHANG)
+                status = found if ended else None
+            elif not select.select([outer], [], [], 0.1)[0] or os.WIFEXITED(status) or os.WIFSIGNALED(status):
+                break
+        while select.select([outer], [], [], 0.1)[0]:
+            try:
+                written += os.read(outer, 65536)
+            except OSError:
+                break
+        assert status is not None
+        if how in ("TERM", "HUP", "QUIT"):
+            assert os.WIFSIGNALED(status), written[-2000:]
+            assert os.WTERMSIG(status) == getattr(signal, f"SIG{how}")
+        assert written.rfind(b"\x1b[r") >= written.rfind(b"\x1b[1;22r"), written[-500:]
+        assert (b"\x1b[1;22r" in written) == (how != "background")
+    finally:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        os.close(outer)
