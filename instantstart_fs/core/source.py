@@ -88,6 +88,8 @@ def _meant(text: str) -> str:
     looks harmless is repeated: there may be a password in it."""
     if _BARE_REPO.fullmatch(text):
         return f"; did you mean hf://{text}?"
+    if text.startswith(("s3:", "file:")) and "://" not in text:
+        return "; after the colon come two slashes"
     if colon := _with_colon(text):
         return colon
     if (file := _HUB_FILE.fullmatch(text)) is not None:

@@ -115,6 +115,8 @@ def test_what_people_paste_is_understood_where_it_can_mean_one_thing(pasted: str
         ("https://huggingface.co/Qwen", "not of a dataset, a space or a page"),
         ("https://models.s3.eu-west-1.amazonaws.com/llama/8b", "did you mean s3://models/llama/8b?"),
         ("/data/model", "file://"),
+        ("s3:bucket/model", "come two slashes"),
+        ("file:/data/model", "come two slashes"),
         ("./model", "file://"),
         ("HF://org/model", "small letters, hf://"),
     ],
