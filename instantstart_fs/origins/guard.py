@@ -20,6 +20,8 @@ from instantstart_fs.errors import OriginIncompatible, OriginMisbehaved
 MOST_REDIRECTS = 5
 """Followed for one request."""
 HOW_TO_ALLOW = "name it in [origins] allow_private if it is yours"
+_DROPPED = str.maketrans("", "", "\t\r\n")
+"""urlsplit overlooks these; what connects does not."""
 
 
 def _refusal(host: str, address: str) -> OriginMisbehaved | OriginIncompatible:
@@ -92,11 +94,13 @@ def connect(
 def next_address(here: str, location: str) -> str:
     """The address that a redirect from ``here`` names. Raises OriginIncompatible for one that is never followed."""
     try:
-        there = urljoin(here, location.strip()).partition("#")[0]
+        there = urljoin(here, location.strip()).partition("#")[0].translate(_DROPPED)
         parts = urlsplit(there)
         host, _ = parts.hostname, parts.port
     except ValueError:
         raise OriginIncompatible("it sends us to an address that is none") from None
+    if "\\" in parts.netloc:
+        raise OriginIncompatible("it sends us to an address that each program reads in another way")
     if parts.scheme not in ("http", "https") or not host:
         raise OriginIncompatible(f"it sends us to a {parts.scheme[:20] or 'strange'} address")
     return there

@@ -278,6 +278,13 @@ def test_s3_follows_no_redirect_of_its_api(canary: Site, monkeypatch: pytest.Mon
     assert s3.seen and canary.seen == []
 
 
+@pytest.mark.parametrize("written", ["http://evil.example\\@hub.example/x", "http://evil.example\\@u:p@hub.example/"])
+def test_an_address_that_is_read_in_two_ways_is_not_followed(written: str) -> None:
+    """urlsplit finds one host in it, urllib3 the other: the one would be judged, and get the token, for the other."""
+    with pytest.raises(OriginIncompatible, match="another way"):
+        guard.next_address("http://hub.example/", written)
+
+
 def test_behind_a_proxy_the_name_is_judged_too(
     hub: Site, canary: Site, monkeypatch: pytest.MonkeyPatch, names: dict[str, list[str]]
 ) -> None:
