@@ -219,7 +219,7 @@ def add(
 def update(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
     """Resolve the source again; switch if it changed."""
     with Client(socket) as client:
-        before = client.status(pipeline).generation
+        before = client.status(pipeline, brief=True).generation
         status = client.update(pipeline)
         _show_pinned(client, status, json, "nothing has changed" if status.generation == before else "switched")
 
@@ -228,16 +228,13 @@ def _show_pinned(client: Client, status: PipelineStatus, json: bool, note: str) 
     if json:
         print(show.as_json(_without_files(status)))
         return
-    full = status if status.files is not None else client.status(status.pipeline)
-    files = full.files or ()
+    full = client.status(status.pipeline, brief=True)
+    count, size = (full.listed.count, full.listed.size) if full.listed is not None else (0, 0)
     mounted = os.path.join(client.ping().mount, status.pipeline)
     print(f"{status.pipeline}: pinned generation {status.generation}{f' ({note})' if note else ''}")
     print(f"  source    {printable(' '.join(status.source))}")
     print(f"  revision  {printable(status.revision) or '-'}")
-    print(
-        f"  files     {len(files)}, {human_bytes(sum(file.size for file in files))} "
-        f"(an engine loads {human_bytes(status.total_bytes)})"
-    )
+    print(f"  files     {count}, {human_bytes(size)} (an engine loads {human_bytes(status.total_bytes)})")
     if full.skipped is not None:
         print(f"  skipped   {show.skipped(full.skipped)}")
     for name, value in show.variants(full):

@@ -340,7 +340,7 @@ def _explained(file: FileStatus) -> str:
     return "  (learned)" if file.learned else ""
 
 
-OPTIONAL = frozenset({"files", "variants", "undecided", "uncached", "scrub", "access", "skipped"})
+OPTIONAL = frozenset({"files", "listed", "variants", "undecided", "uncached", "scrub", "access", "skipped"})
 
 
 def as_json(value: Any) -> str:

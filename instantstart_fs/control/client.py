@@ -188,8 +188,9 @@ class Client:
     def specs(self) -> list[PipelineSpec]:
         return self._ask(Specs(), list[PipelineSpec])
 
-    def status(self, pipeline: str) -> PipelineStatus:
-        return self._ask(Status(pipeline), PipelineStatus)
+    def status(self, pipeline: str, *, brief: bool = False) -> PipelineStatus:
+        """``brief``: with ``listed`` in place of ``files``, which may be a hundred thousand."""
+        return self._ask(Status(pipeline, brief), PipelineStatus)
 
     def warm(self, pipeline: str, *, everything: bool = False) -> PipelineStatus:
         """Start filling; its status at once."""

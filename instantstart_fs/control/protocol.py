@@ -158,10 +158,11 @@ class Specs(_Request, frozen=True, tag="specs"):
     """→ list of PipelineSpec: how they were asked for. For those who administer."""
 
 
-class Status(_Request, frozen=True, tag="status"):
-    """→ PipelineStatus with files."""
+class Status(_Request, frozen=True, tag="status", omit_defaults=True):
+    """→ PipelineStatus with files; ``brief``: with ``listed`` in their place."""
 
     pipeline: str
+    brief: bool = False
 
 
 class Mark(_Request, frozen=True, tag="mark"):

@@ -232,10 +232,10 @@ class ControlServer:
                 if not scopes and self._leases.get(pipeline) is scopes:
                     del self._leases[pipeline]
 
-    async def status(self, pipeline: str) -> PipelineStatus:
+    async def status(self, pipeline: str, *, with_files: bool) -> PipelineStatus:
         try:
             await self._library.look_into(pipeline)
-            return self._library.status(pipeline)
+            return self._library.status(pipeline, with_files=with_files)
         except PipelineNotFound:
             waiting = self._pending().get(pipeline)
             if waiting is None:
@@ -382,8 +382,8 @@ class _Connection:
                 return self._server.names(self._peer, prefix)
             case Specs():
                 return [library.spec(status.pipeline) for status in library.list()]
-            case Status(pipeline):
-                return self._shown(await self._server.status(pipeline))
+            case Status(pipeline, brief):
+                return self._shown(await self._server.status(pipeline, with_files=not brief))
             case Touch(pipeline):
                 return library.touch(pipeline)
             case Mark(pipeline, moment, at_ns):

@@ -47,6 +47,13 @@ class SkippedStatus(msgspec.Struct, frozen=True):
     first: tuple[str, ...]
 
 
+class ListedStatus(msgspec.Struct, frozen=True):
+    """How many files a pipeline has, and their bytes."""
+
+    count: int
+    size: int
+
+
 class OriginCheck(msgspec.Struct, frozen=True):
     """Whether the daemon could fetch a byte of a source: ``code`` is "" where it could, else that of the error with
     this ``message``. ``model``: its name within the pipeline. ``unasked``: so many other sources were not asked, being
@@ -91,6 +98,7 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     pinned to, joined by spaces. ``files`` is None in `ls`. ``uncached`` is null unless a miss is served without being
     kept, ``scrub`` without `store.scrub`, ``access`` without `origins.recheck_access` or where there is nobody to ask,
     ``skipped`` where the source holds nothing that cannot be shown, and in `ls`.
+    ``listed`` stands for ``files`` where somebody asked for those in brief.
     ``undecided`` unless one of so many variants is to be chosen; ``variants`` come with ``files``, where there are any.
     """
 
@@ -113,9 +121,10 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     skipped: SkippedStatus | None = None
     undecided: int | None = None
     variants: tuple[VariantStatus, ...] | None = None
+    listed: ListedStatus | None = None
     files: tuple[FileStatus, ...] | None = None
 
     @property
     def brief(self) -> PipelineStatus:
         """Without what there is one of for each file."""
-        return msgspec.structs.replace(self, files=None, variants=None)
+        return msgspec.structs.replace(self, files=None, variants=None, listed=None)

@@ -450,7 +450,7 @@ class Library:
         return found
 
     def status(self, pipeline: str, *, with_files: bool = True) -> PipelineStatus:
-        return self._status(self._shelf.pipeline(pipeline), with_files=with_files)
+        return self._status(self._shelf.pipeline(pipeline), with_files=with_files, in_brief=not with_files)
 
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
         """A moment of a cold start that a filesystem cannot see; wall clock, None for now. Raises PipelineNotFound,
@@ -742,7 +742,7 @@ class Library:
     def _state_of(self, pipeline: Pipeline) -> PipelineState:
         return present.pipeline_state(pipeline, filling=self._filler.is_filling(pipeline.id))
 
-    def _status(self, pipeline: Pipeline, *, with_files: bool) -> PipelineStatus:
+    def _status(self, pipeline: Pipeline, *, with_files: bool, in_brief: bool = False) -> PipelineStatus:
         return present.pipeline_status(
             pipeline,
             self._access,
@@ -751,6 +751,7 @@ class Library:
             received=self._filler.received(pipeline.id),
             keep_hot=self._config.eviction.keep_hot,
             with_files=with_files,
+            in_brief=in_brief,
             scrub=self.scrubber.status(pipeline) if self.scrubber is not None else None,
             access=self.rechecker.status(pipeline) if self.rechecker is not None else None,
         )

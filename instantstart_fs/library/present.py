@@ -15,6 +15,7 @@ from instantstart_fs.core.status import (
     ErrorStatus,
     FileStatus,
     FillStatus,
+    ListedStatus,
     PipelineState,
     PipelineStatus,
     ScrubStatus,
@@ -222,11 +223,15 @@ def pipeline_status(
     received: int = 0,
     keep_hot: float,
     with_files: bool,
+    in_brief: bool = False,
     scrub: ScrubStatus | None = None,
     access: AccessStatus | None = None,
 ) -> PipelineStatus:
-    """``rate`` in bytes per second. ``received``: bytes of chunks that are on their way."""
+    """``rate`` in bytes per second. ``received``: bytes of chunks that are on their way.
+    ``in_brief``: with how many files there are, if the pipeline is in memory."""
     listed = pipeline.current if with_files else None
+    brief = pipeline.outline if in_brief and isinstance(pipeline.outline, Generation) else None
+    choices = listed or brief
     generation = pipeline.outline
     cached = generation.counts.cached if generation else 0
     total = generation.load_bytes if generation else 0
@@ -260,7 +265,8 @@ def pipeline_status(
         access=access,
         skipped=_skipped(pipeline),
         undecided=(generation.undecided or None) if generation is not None else None,
-        variants=loadsets.variants(listed) if listed is not None else None,
+        variants=loadsets.variants(choices) if choices is not None else None,
+        listed=ListedStatus(len(brief.files), brief.total_bytes) if brief is not None else None,
         files=_file_statuses(listed) if listed is not None else None,
     )
 

@@ -366,3 +366,15 @@ async def test_numbers_that_no_kernel_can_say_are_refused_whoever_sends_them(
         with pytest.raises(UsageError):
             await library.add(msgspec.structs.replace(spec("x", make_source(tmp_path / "source")), **numbers))
         assert library.list() == []
+
+
+async def test_how_many_files_there_are_is_told_without_each_of_them(tmp_path: Path) -> None:
+    """`add` and `update` say no more; a hundred thousand files would hold up everybody while they are described."""
+    source = make_source(tmp_path / "m")
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        full, brief = library.status("p"), library.status("p", with_files=False)
+        assert full.files and full.listed is None and brief.files is None and brief.listed is not None
+        assert (brief.listed.count, brief.listed.size) == (len(full.files), sum(file.size for file in full.files))
+        assert brief.variants == full.variants and brief.brief.listed is None
+        assert all(status.listed is None for status in library.list())
