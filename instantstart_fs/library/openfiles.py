@@ -40,6 +40,7 @@ class OpenFiles:
         self._drained = trio.open_memory_channel[Generation](math.inf)
         self._idle: OrderedDict[CachedFile, None] = OrderedDict()
         """Complete files that nobody has open, whose descriptor is kept. The least recently used comes first."""
+        self._most_idle = min(IDLE_READERS, descriptors.limit() // 4)
         self.closing: Callable[[int], None] | None = None
         """See view.View.use_passthrough."""
         self.watcher: Watcher = Nobody()
@@ -114,7 +115,7 @@ class OpenFiles:
     def _keep_idle(self, file: CachedFile) -> None:
         self._idle[file] = None
         self._idle.move_to_end(file)
-        if len(self._idle) > min(IDLE_READERS, descriptors.limit() // 4):
+        if len(self._idle) > self._most_idle:
             oldest, _ = self._idle.popitem(last=False)
             self.close_reader(oldest)
 
@@ -158,20 +159,23 @@ class OpenFiles:
 
     def check(self, file: CachedFile) -> int:
         """The descriptor of a complete file, which the store still has. Raises StoreDamaged, StoreError."""
-        fd = self.reader(file)
-        found, generation = os.fstat(fd), file.generation
-        if found.st_size != file.size:
-            raise StoreLost(f"{file.entry.path}: the store's file has {found.st_size} bytes of {file.size}")
+        fd, blob = self.reader(file), file.reader
+        assert blob is not None
+        if blob.path is None:
+            generation = file.generation
+            blob.path = self._shelf.store.layout.blob(generation.pipeline.id, generation.number, file.entry.path)
         try:
-            # A kept descriptor is right whatever became of its name; the next start finds only the name.
-            where = self._shelf.store.layout.blob(generation.pipeline.id, generation.number, file.entry.path)
-            there = os.stat(where, follow_symlinks=False)
+            # A kept descriptor is right whatever became of its name; the next start finds only the name. At each open,
+            # so one system call.
+            there = os.stat(blob.path, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreLost(f"{file.entry.path} is missing from the store") from None
         except OSError as error:
             raise translate(error, f"look at {file.entry.path}") from error
-        if not os.path.samestat(found, there):
+        if not blob.is_at(there):
             raise StoreLost(f"{file.entry.path}: something else lies in its place in the store")
+        if there.st_size != file.size:
+            raise StoreLost(f"{file.entry.path}: the store's file has {there.st_size} bytes of {file.size}")
         return fd
 
     def duplicate(self, file: CachedFile) -> int:

@@ -61,7 +61,18 @@ class BlobFile:
     what files of one directory have in common, None = not known.
     """
 
-    __slots__ = ("_entry_durable", "_sync_entry", "created", "directory", "fd", "name", "size", "writable")
+    __slots__ = (
+        "_entry_durable",
+        "_inode",
+        "_sync_entry",
+        "created",
+        "directory",
+        "fd",
+        "name",
+        "path",
+        "size",
+        "writable",
+    )
 
     def __init__(
         self,
@@ -80,8 +91,18 @@ class BlobFile:
         self.writable = writable
         self.created = created
         self.directory = directory
+        self.path: str | None = None
+        """Where it lies in the filesystem, if its holder has asked."""
+        self._inode: tuple[int, int] | None = None
         self._sync_entry = sync_entry
         self._entry_durable = False
+
+    def is_at(self, found: os.stat_result) -> bool:
+        """Whether ``found`` is this very file. Only the first call asks the kernel."""
+        if self._inode is None:
+            own = os.fstat(self.fd)
+            self._inode = own.st_dev, own.st_ino
+        return (found.st_dev, found.st_ino) == self._inode
 
     def __enter__(self) -> Self:
         return self

@@ -311,6 +311,28 @@ async def test_a_store_whose_index_was_lost_says_what_to_do(tmp_path: Path, capl
     assert "fsck" in caplog.text
 
 
+async def test_the_next_open_of_a_complete_file_costs_one_system_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    async with running(tmp_path) as library:
+        library.use_passthrough(True, lambda nodeid: None)
+        await library.add(spec("p", source))
+        await library.warm("p", everything=True)
+        await wait_state(library, "p", "unverified")
+        nodeid = find(library, "p", "pytorch_model.bin")
+        library.release(await library.open(nodeid))
+        asked: list[str] = []
+        with monkeypatch.context() as patch:
+            for name in ("stat", "fstat", "lstat", "open", "dup", "readlink", "getxattr"):
+                call = getattr(os, name)
+                patch.setattr(os, name, lambda *a, _n=name, _c=call, **k: (asked.append(_n), _c(*a, **k))[1])
+            handle = library.open_nowait(nodeid)
+            assert handle is not None
+            library.release(handle)
+        assert asked == ["stat"]
+
+
 async def test_descriptors_of_closed_files_are_kept_for_their_next_open_but_not_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
