@@ -29,6 +29,7 @@ from instantstart_fs.config.descriptors import raise_file_limit
 from instantstart_fs.config.directories import PASSABLE, make_directory
 from instantstart_fs.config.loading import load_pipelines
 from instantstart_fs.config.places import make_run_directory
+from instantstart_fs.config.threads import keep_spare_threads
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.control.server import ControlServer
 from instantstart_fs.core.manifest import PipelineSpec
@@ -78,6 +79,7 @@ def run(
     configure_logging(log_level, log_format)
     faulthandler.enable()  # the watchdog's SIGABRT: say where every thread was
     raise_file_limit()
+    keep_spare_threads()
     with contextlib.suppress(OSError):
         # Before the umask: what lies above the mountpoint is for everybody to pass. Never of a mount itself: one that
         # waits for us to take over would not answer.

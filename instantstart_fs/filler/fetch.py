@@ -49,6 +49,7 @@ from instantstart_fs.errors import (
     OriginNotFound,
     OriginUnavailable,
     OriginUnsupported,
+    OutOfResources,
 )
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.origins.base import Location
@@ -161,8 +162,13 @@ class Overdue:
         with self._changed:
             self._pending.add(found)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._look, name="overdue", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._look, name="overdue", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    self._pending.discard(found)
+                    raise OutOfResources(f"{error}; raise TasksMax= (pids.max)") from error
+                self._thread = thread
             elif self._asleep:
                 self._asleep = False
                 self._changed.notify()

@@ -287,6 +287,8 @@ class Worker:
         self._running: dict[int, _Work] = {}
         """By request; those too that wait for their thread."""
         self._idle = 0
+        """Threads that wait for a fetch, less the fetches that wait for a thread that could not be started."""
+        self._threads = 0
         self._idle_lock = threading.Lock()
         self._to_hash: queue.SimpleQueue[_File] = queue.SimpleQueue()
 
@@ -294,6 +296,9 @@ class Worker:
         """Read orders until the daemon is gone."""
         for _ in range(self._settings.hash_threads):
             threading.Thread(target=self._hash_forever, daemon=True).start()
+        # One that stays: under a limit of pids there may be no other when it is wanted.
+        threading.Thread(target=self._fetch_forever, daemon=True).start()
+        self._idle = self._threads = 1
         self.report(Ready(os.getpid()))
         descriptor_space = socket.CMSG_SPACE(MOST_DESCRIPTORS * array.array("i").itemsize)
         while True:
@@ -381,19 +386,27 @@ class Worker:
 
     def _start(self, file: _File, order: Fetch) -> None:
         with self._idle_lock:
-            if self._idle:
+            if self._idle > 0:
                 self._idle -= 1
                 spawn = False
             else:
                 spawn = True
         work = self._running[order.request] = _Work(self, file, order)
         self._fetches.put((file, order, work))
-        if spawn:
+        if not spawn:
+            return
+        try:
             threading.Thread(target=self._fetch_forever, daemon=True).start()
+        except RuntimeError:  # a limit of pids: whoever of the others is through first takes it
+            with self._idle_lock:
+                self._idle -= 1
+            return
+        with self._idle_lock:
+            self._threads += 1
 
     def _fetch_forever(self) -> None:
-        buffer = new_buffer()
         file, order, work = self._fetches.get()
+        buffer = new_buffer()
         while True:
             work.thread = threading.get_ident()
             try:
@@ -408,10 +421,13 @@ class Worker:
                 file, order, work = self._fetches.get(timeout=IDLE_THREAD_SECONDS)
             except queue.Empty:
                 with self._idle_lock:
-                    if self._idle:
+                    if self._idle > 0 and self._threads > 1:
                         self._idle -= 1
+                        self._threads -= 1
                         return
-                file, order, work = self._fetches.get()  # just promised to somebody
+                del buffer
+                file, order, work = self._fetches.get()  # just promised to somebody, or the last that is left
+                buffer = new_buffer()
 
     def _fetch(self, file: _File, order: Fetch, work: _Work, buffer: memoryview) -> None:
         try:

@@ -233,7 +233,11 @@ class Holder:
             if not self._connections.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(target=self._serve, args=(connection,), name="hold-client", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(connection,), name="hold-client", daemon=True).start()
+            except RuntimeError:  # a limit of pids: the client sees that it is gone, and may ask again
+                connection.close()
+                self._connections.release()
 
     def _serve(self, connection: socket.socket) -> None:
         try:

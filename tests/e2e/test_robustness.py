@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -448,3 +449,44 @@ def test_a_cold_fill_under_want_of_descriptors_is_no_error(
     daemon.warm("many")
     for path in sorted(daemon.path("many").glob("*.safetensors")):
         assert path.read_bytes() == (many_shards / path.name).read_bytes()
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pids() -> Iterator[Path]:
+    """A control group of our own that limits pids."""
+    for root in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup")):
+        if (root / "cgroup.procs").exists():
+            group = root / f"instantstart-test-{os.getpid()}"
+            with contextlib.suppress(OSError):
+                group.mkdir()
+                if (group / "pids.max").exists():
+                    break
+                group.rmdir()
+    else:
+        pytest.skip("no control group with pids can be made here")
+    yield group
+    (group / "pids.max").write_text("max")
+    wait_for(lambda: not (group / "cgroup.procs").read_text().strip(), "the group to be empty", 30)
+    group.rmdir()
+
+
+def test_where_no_thread_can_be_started_the_work_goes_on(
+    make_daemon: Callable[..., Daemon], many_shards: Path, pids: Path
+) -> None:
+    daemon = make_daemon(prefix=["sh", "-c", f'echo $$ > {pids}/cgroup.procs; exec "$@"', "sh"])
+    try:
+        daemon.ok("add", "many", f"file://{many_shards}")
+        (pids / "pids.max").write_text((pids / "pids.current").read_text().strip())
+        shards = sorted(daemon.path("many").glob("*.safetensors"))[:40]
+        with ThreadPoolExecutor(20) as readers:
+            found = list(readers.map(Path.read_bytes, shards))
+        assert found == [(many_shards / path.name).read_bytes() for path in shards]
+        daemon.ok("evict", "many")
+        assert daemon.status("many")["error"] is None
+        assert "Traceback" not in daemon.text()
+    finally:
+        (pids / "pids.max").write_text("max")
+        daemon.stop()

@@ -1,0 +1,66 @@
+"""What is to run in a thread runs, also where no thread can be started (a limit of pids, of memory).
+
+Whatever blocks goes through ``trio.to_thread``, which starts threads as it needs them. Where the kernel refuses one,
+each of its callers would fail in its own way, and one of them is enough to end the daemon. A few threads that are
+started with it take the work then: it is slower, and nothing fails. So this is done once, where trio starts threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import outcome
+import trio
+
+log = logging.getLogger(__name__)
+
+SPARE = 4
+"""Several, since some of what runs in threads takes a while: a filesystem that hangs, a server that does not answer."""
+TELL_SECONDS = 60.0
+
+_Job = tuple[Callable[[], Any], Callable[[outcome.Outcome[Any]], object]]
+_Start = Callable[..., None]
+
+
+class _Spare:
+    def __init__(self, start: _Start) -> None:
+        self._start = start
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._told_at = 0.0
+        for number in range(SPARE):
+            threading.Thread(target=self._work, name=f"spare-{number}", daemon=True).start()
+
+    def start(
+        self, fn: Callable[[], Any], deliver: Callable[[outcome.Outcome[Any]], object], name: str | None = None
+    ) -> None:
+        """As trio.lowlevel.start_thread_soon."""
+        try:
+            self._start(fn, deliver, name)
+        except RuntimeError as error:  # "can't start new thread": CPython has no class of its own for it
+            now = time.monotonic()
+            if now >= self._told_at + TELL_SECONDS:
+                self._told_at = now
+                log.warning("%s: the work goes on in %d threads; raise TasksMax= (pids.max)", error, SPARE)
+            self._jobs.put((fn, deliver))
+
+    def _work(self) -> None:
+        while True:
+            fn, deliver = self._jobs.get()
+            found = outcome.capture(fn)
+            try:
+                deliver(found)
+            except Exception:
+                log.exception("a result could not be delivered")
+            del fn, deliver, found
+
+
+def keep_spare_threads() -> None:
+    """Once, before trio runs. Raises RuntimeError where not even these can be started."""
+    module: Any = trio._threads  # it offers no hook
+    if not isinstance(getattr(module.start_thread_soon, "__self__", None), _Spare):
+        module.start_thread_soon = _Spare(module.start_thread_soon).start
