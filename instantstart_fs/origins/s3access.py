@@ -2,7 +2,8 @@
 
 Credentials rotate under a running daemon. Whenever a client is wanted, the files that boto3 reads them from are looked
 at (stat); where they changed, they are read again. What tells nothing by stat (a credential_process, a role that was
-assumed) is read again when the service refuses: once, and not sooner than RENEW_SECONDS after the last time.
+assumed) is read again when the service refuses: once, and not sooner than RENEW_SECONDS after the last time. Sessions
+that end are renewed before: what the service that lends them answers then is no answer of the bucket.
 
 Heads and proofs go the way of the reads: by an address that is signed here. That costs a quarter of what boto3's own
 call takes of the processor, and what it proves holds for the reads. Passing troubles are waited out, then told.
@@ -15,7 +16,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -30,7 +31,7 @@ from botocore.utils import get_environ_proxies
 
 from instantstart_fs.core.refusals import MOST_ERROR_BODY
 from instantstart_fs.core.urls import s3_url_problem
-from instantstart_fs.errors import CredentialsUnusable
+from instantstart_fs.errors import CredentialsUnusable, OriginThrottled, OriginUnavailable, printable
 from instantstart_fs.origins.common import retry_after
 from instantstart_fs.origins.credentials import require_private
 
@@ -59,6 +60,7 @@ BAD_CREDENTIALS = frozenset(
         "AuthorizationHeaderMalformed",
     }
 )
+_THROTTLED = frozenset({"Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"})
 _FILES = (
     ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
     ("AWS_CONFIG_FILE", "~/.aws/config"),
@@ -131,12 +133,15 @@ class S3Access:
         self._http: URLLib3Session | None = None
 
     def client(self) -> S3Client:
-        """With the credentials of now. Raises botocore's exceptions, ValueError, CredentialsUnusable."""
+        """With the credentials of now. Raises botocore's exceptions, ValueError, CredentialsUnusable, and
+        OriginUnavailable where a service that lends them is."""
         with self._lock:
             stamp = _stamp()
             if self._client is None or stamp != self._stamp:
                 self._make()
                 self._stamp = stamp
+            else:
+                self._renew_what_ends()
             assert self._client is not None
             return self._client
 
@@ -302,7 +307,10 @@ class S3Access:
             if endpoint and (problem := s3_url_problem(endpoint)) is not None:
                 raise CredentialsUnusable(f"the endpoint of s3://{self.bucket}: {problem}")
         session = boto3.Session(profile_name=self.profile, region_name=self._region_name)
-        credentials = None if self.anonymous else session.get_credentials()
+        # for the services that lend credentials, too: boto3's own patience is many minutes
+        session._session.set_default_client_config(self._patience())
+        with self._borrowing():
+            credentials = None if self.anonymous else session.get_credentials()
         if credentials is None and not self.anonymous and self.profile:
             raise botocore.exceptions.NoCredentialsError
         if credentials is not None:
@@ -313,18 +321,71 @@ class S3Access:
             if self.profile and credentials.method in ("iam-role", "container-role", "env"):
                 # slots are walls: a profile without keys must not borrow the machine's role
                 raise CredentialsUnusable(f"the AWS profile {self.profile!r} holds no credentials")
-        frozen = credentials.get_frozen_credentials() if credentials is not None else None
+        with self._borrowing():
+            frozen = credentials.get_frozen_credentials() if credentials is not None else None
         client = self._new_client(session, signed=credentials is not None)
         self._session = session
         self._client = client
         self.unsigned, self.let_in = credentials is None, False
         self._secrets = (frozen.access_key, frozen.secret_key, frozen.token) if frozen is not None else ()
 
-    def _new_client(self, session: boto3.Session, *, signed: bool) -> S3Client:
-        config = Config(
+    def _renew_what_ends(self) -> None:
+        """A session at its end gets a successor here; signing would ask for one, too, and know nobody by name."""
+        credentials = self._session.get_credentials() if self._session and not self.unsigned else None
+        if credentials is None:
+            return
+        try:
+            with self._borrowing():
+                credentials.get_frozen_credentials()
+        except CredentialsUnusable:
+            if not self.renew():  # what they are borrowed with may have been replaced
+                raise
+
+    @contextlib.contextmanager
+    def _borrowing(self) -> Iterator[None]:
+        """The seam to what lends credentials (STS, above all): none of its answers is a refusal of the bucket."""
+        whose = f"the AWS profile {self.profile!r}" if self.profile else "the machine"
+        what = f"s3://{self.bucket}: the credentials of {whose} cannot be had now"
+        try:
+            yield
+        except botocore.exceptions.ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            message = str(error.response.get("Error", {}).get("Message", ""))[:300]
+            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            said = f"{error.operation_name} answers {status} ({printable(f'{code}: {message}')})"
+            if status in (429, 503) or code in _THROTTLED:
+                raise OriginThrottled(f"{what}: {said}") from None
+            if status in PASSING or status >= 500 or code == "IDPCommunicationError":
+                raise OriginUnavailable(f"{what}: {said}") from None
+            raise CredentialsUnusable(f"{what}: {said}; check the role, and the token or the keys it is for") from None
+        except (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError) as error:
+            raise OriginUnavailable(f"{what}: {printable(str(error))}") from None
+        except botocore.exceptions.ParamValidationError:
+            raise CredentialsUnusable(
+                f"{what}: the role's name or its token is not a valid one (half written?)"
+            ) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise CredentialsUnusable(f"{what}: {error.filename}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise CredentialsUnusable(f"{what}: the token is no text") from None
+        except RuntimeError as error:
+            if "expired" not in str(error):
+                raise
+            raise CredentialsUnusable(
+                f"{what}: they have ended when they come; is this machine's clock right?"
+            ) from None
+
+    def _patience(self) -> Config:
+        return Config(
             connect_timeout=min(self.timeout, 10.0),
             read_timeout=self.timeout,
             retries={"total_max_attempts": 2, "mode": "standard"},
+        )
+
+    def _new_client(self, session: boto3.Session, *, signed: bool) -> S3Client:
+        config = Config(
             max_pool_connections=AT_ONCE,
             signature_version="s3v4" if signed else UNSIGNED,
             user_agent_extra="instantstart-fs",

@@ -58,10 +58,10 @@ def gate(seaweed: SeaweedServer) -> Iterator[S3Gate]:
         yield gate
 
 
-def through(gate: S3Gate, world: S3World, **options: object) -> Origin:
+def through(gate: S3Gate, world: S3World, *, timeout: float = 5.0, **options: object) -> Origin:
     model = ModelSpec(world.source)
     spec = PipelineSpec("p", (model,), endpoint_url=gate.url, **options)  # type: ignore[arg-type]
-    return open_origin(spec, model, OriginSettings(timeout=5.0))
+    return open_origin(spec, model, OriginSettings(timeout=timeout))
 
 
 def read(origin: Origin, files: tuple[ManifestFile, ...]) -> None:
