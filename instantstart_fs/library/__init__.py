@@ -420,8 +420,14 @@ class Library:
     async def include(self, pipeline: str, globs: Sequence[str]) -> None:
         """What these match, as those of `add` do, belongs to the load set from now on. Raises PipelineNotFound, and
         UsageError where a glob matches nothing."""
-        generation = await self._readable(pipeline)
-        self._learning.want(generation, loadsets.included(generation, globs))
+        while True:
+            generation = await self._readable(pipeline)
+            name, files = generation.pipeline.id, generation.manifest.files
+            with generation.kept():
+                indices = await trio.to_thread.run_sync(loadsets.included, name, files, globs)
+            if generation is self._visible(pipeline).outline:  # an update may have come meanwhile
+                break
+        self._learning.want(generation, indices)
 
     async def warm(self, pipeline: str, *, everything: bool = False) -> None:
         """Start filling the load set (``everything``: all files) in the background. Raises what forbids it now:

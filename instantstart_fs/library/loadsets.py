@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from instantstart_fs.core.manifest import FileEntry, matches
+from instantstart_fs.core.manifest import FileEntry, matcher
 from instantstart_fs.core.status import VariantStatus
 from instantstart_fs.core.twins import Choice
 from instantstart_fs.errors import UsageError
@@ -50,14 +50,15 @@ def _variants(choices: Iterable[Choice]) -> Iterable[VariantStatus]:
             yield VariantStatus(choice.kind, label, choice.glob(at), variant.size, at in choice.chosen)
 
 
-def included(generation: Generation, globs: Sequence[str]) -> list[int]:
-    """The files that match any of them, by their path within the model, as with `add`. Raises UsageError for a glob
-    that matches nothing."""
+def included(pipeline: str, files: Sequence[FileEntry], globs: Sequence[str]) -> list[int]:
+    """Which of a manifest's files match any of the globs, by their path within the model, as with `add`. Raises
+    UsageError for a glob that matches nothing. Slow for many files: call it in a thread."""
     found: set[int] = set()
     for glob in globs:
-        matching = [entry.index for entry in generation.manifest.files if matches(entry.file.path, (glob,))]
+        wanted = matcher(glob)
+        matching = [index for index, entry in enumerate(files) if wanted(entry.file.path)]
         if not matching:
-            raise UsageError(f"--include {glob!r}: no file of {generation.pipeline.id} matches")
+            raise UsageError(f"--include {glob!r}: no file of {pipeline} matches")
         found.update(matching)
     return sorted(found)
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
 
-from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.manifest import FileEntry, ModelSpec, PipelineSpec
 from instantstart_fs.errors import UsageError, VariantNotChosen
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import SummaryRecord
-from instantstart_fs.library import Library
+from instantstart_fs.library import Library, loadsets
 from instantstart_fs.library.fsck import repair
 from instantstart_fs.library.learning import QUIET_SECONDS
 from instantstart_fs.library.state import Generation
@@ -333,3 +335,33 @@ async def test_a_slot_that_an_earlier_version_has_written_to_is_asked(tmp_path: 
     async with running(tmp_path) as library:
         assert fields(library, "learned") == {"pytorch_model.bin": True}
         assert "pytorch_model.bin" not in fields(library, "left_out")
+
+
+async def test_globs_are_matched_while_others_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again, where an update came meanwhile: the numbers of the files are others then."""
+    source = make(tmp_path / "source", GGUFS)
+    seen: list[list[str]] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(pipeline: str, files: Sequence[FileEntry], globs: Sequence[str]) -> list[int]:
+        seen.append([entry.path for entry in files])
+        begun.set()
+        assert go_on.wait(20)
+        return included(pipeline, files, globs)
+
+    included = loadsets.included
+    monkeypatch.setattr(loadsets, "included", slow)
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(library.include, "p", ["*Q4_K_M*"])
+            with trio.fail_after(20):
+                await trio.to_thread.run_sync(begun.wait)
+                assert library.status("p").state == "cold"
+                make(source, {"A-new-one.json": 10})
+                await library.update("p")
+            go_on.set()
+        assert len(seen) == 2
+        assert "A-new-one.json" in seen[1] and "A-new-one.json" not in seen[0]
+        wanted = set(fields(library, "left_out"))
+        assert wanted == {"Llama-Q2_K.gguf", *SHARDS}
