@@ -143,7 +143,8 @@ def refusal(
     """The error of an answer with ``status`` (not 200 or 206) from ``where`` (an address as it may be shown).
 
     A 401 or 403 is AccessRefused only where the source's own service says so; elsewhere, and from S3 without a code of
-    S3's, it is LocationExpired: somebody on the way refused, and a fresh address may be served.
+    S3's, it is LocationExpired: somebody on the way refused, and a fresh address may be served. So is a CDN's 404: what
+    there is, is the source's to say, and an edge may be ill.
     """
     said = f" ({word})" if str(word) else ""
     answers = f"{where} answers {status}{said}"
@@ -163,6 +164,8 @@ def refusal(
     if status == 451:
         return AccessRefused(f"{answers}: withheld for legal reasons")
     if status in (404, 410):
+        if not service:
+            return LocationExpired(f"{answers}: it is not there, although the source gave this address")
         return OriginNotFound(f"{answers}: it is not there; `update` pins what is there now")
     if status in (412, 416):
         return OriginChanged(f"{answers}: the pinned object was replaced; `update` pins the new one")

@@ -44,7 +44,7 @@ def host_of(origin: OriginKey, url: str | None) -> str:
 
 
 class _Scope:
-    """``files``: those that failed since the last success."""
+    """``files``: of those that failed since the last success, the first FILES."""
 
     def __init__(self, origin: OriginKey, host: str) -> None:
         self.origin = origin
@@ -114,7 +114,8 @@ class Breakers:
         if len(self._hosts) > MOST_HOSTS:
             del self._hosts[next(iter(self._hosts))]
         scope = self._scopes.setdefault(file.pipeline, {}).setdefault(host, _Scope(origin, host))
-        scope.files.add(file)
+        if len(scope.files) < FILES:  # of a pipeline with a million files, more need not be known
+            scope.files.add(file)
         scope.last = error.message
         was_closed = scope.breaker.closed
         opened = scope.breaker.failed(now, silent, may_open=len(scope.files) >= FILES)

@@ -242,7 +242,7 @@ def test_an_empty_file_is_hashed_at_once(worker: RunningWorker, blob: int) -> No
     [
         (401, {}, "location-expired"),
         (403, {}, "location-expired"),
-        (404, {}, "origin-not-found"),
+        (404, {}, "location-expired"),
         (412, {}, "origin-changed"),
         (416, {}, "origin-changed"),
         (429, {"Retry_After": "3"}, "origin-throttled"),

@@ -176,17 +176,19 @@ def test_a_read_of_whatever_bad_server_ends_at_its_deadline_once(
     assert {name: result["seconds"] for name, result in took.items() if result["seconds"] > deadline + 2} == {}
 
 
+@pytest.mark.parametrize("status", [403, 404])
 def test_access_is_the_hubs_to_refuse_and_not_its_cdns(
-    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path, status: int
 ) -> None:
+    """Nor is it the CDN's to say that there is no such file."""
     daemon = make_daemon("d", config=config(hub.endpoint, read_deadline="4s"))
     files = [safetensors_file(tmp_path / name / "model.safetensors", 3 * MIB, ord(name)) for name in "abc"]
     for file in files:
         hub.publish(f"org/{file.parent.name}", file.parent)
         daemon.ok("add", file.parent.name, f"hf://org/{file.parent.name}")
     burst, ill, _ = (hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
-    hub.fault("status", port="cdn", path=burst, status=403, count=4)
-    hub.fault("status", port="cdn", path=ill, status=403)
+    hub.fault("status", port="cdn", path=burst, status=status, count=4)
+    hub.fault("status", port="cdn", path=ill, status=status)
     hub.fault("status", port="hub", path="/org/c/", status=403)
     found = probe("read-errors", 2 * MIB, *(daemon.path(name, "model.safetensors") for name in "abc"), timeout=60)
     assert [result["errno"] for result in found] == ["", "EIO", "EACCES"], found

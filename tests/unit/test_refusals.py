@@ -79,3 +79,9 @@ def test_a_body_is_looked_at_in_part_and_holds_no_secrets() -> None:
     assert len(long.message) < 400
     told = str(s3_word(_xml("A", "see https://me:pw@host/x?X-Amz-Signature=sig now")))
     assert told == "A: see https://host/x?… now"
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_what_a_cdn_does_not_have_is_asked_for_anew(status: int) -> None:
+    assert type(refusal(status, "http://cdn/x")) is LocationExpired
+    assert type(refusal(status, "http://hub/x", service="hub")) is OriginNotFound
