@@ -16,7 +16,7 @@ from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.roles import Role, role_of
 from instantstart_fs.core.twins import Choice, Weights, sort_out
 
-RULES = 1
+RULES = 2
 """Of this module and those it uses. To be raised with every change of what they say: summaries of generations, which
 hold counts of the load set, are made anew then."""
 
@@ -107,10 +107,16 @@ def with_wanted(known: LoadSet, indices: Collection[int]) -> LoadSet:
 
 
 def _open(choices: Iterable[Choice]) -> list[Choice]:
-    """Once a variant of a model is chosen, its others are not asked for."""
+    """Once a variant of a model is chosen, its others are not asked for, but those of the other parts of that model."""
     choices = list(choices)
+    begun = {(choice.model, choice.kind, choice.whole) for choice in choices if choice.chosen and choice.whole}
     decided = {(choice.model, choice.kind) for choice in choices if choice.chosen}
-    return [choice for choice in choices if not choice.optional and (choice.model, choice.kind) not in decided]
+    return [
+        choice
+        for choice in choices
+        if not (choice.optional or choice.chosen)
+        and ((choice.model, choice.kind) not in decided or (choice.model, choice.kind, choice.whole) in begun)
+    ]
 
 
 def load_set(files: Sequence[FileEntry]) -> tuple[int, ...]:
@@ -143,6 +149,10 @@ class _Model:
                 self.left_out[entry.index] = role.value
             directory, _, name = file.path.rpartition("/")
             names.setdefault(directory, []).append(name)
+        for entry in entries:
+            directory, _, name = entry.file.path.rpartition("/")
+            if name == "README.md" and "modules.json" in names.get(directory, ()):
+                self.left_out.pop(entry.index, None)  # sentence-transformers reads it
         self.choices: tuple[Choice, ...] = ()
         self.open: list[Choice] = []
         self.weights.update(file.index for file in found)

@@ -52,12 +52,17 @@ _CONFIG = _CONFIG_OF_ANY_SIZE | frozenset(
         *(".index", ".meta"),  # of TensorFlow's checkpoints
     }
 )
-_AUDIO = frozenset({".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a"})
-"""Voice prompts, as far as they are small."""
+_PROMPTS = frozenset(
+    {
+        *(".wav", ".mp3", ".flac", ".ogg", ".opus", ".m4a"),
+        *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"),
+    }
+)
+"""Voice prompts, masks, reference pictures, as far as they are small."""
 _DOCS = frozenset(
     {
         *(".md", ".rst", ".pdf", ".html", ".htm", ".ipynb", ".tex", ".bib", ".cff", ".log"),
-        *(".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".bmp", ".ico", ".tif", ".tiff", ".psd", ".avif"),
+        *(".gif", ".svg", ".ico", ".psd", ".avif"),
         *(".mp4", ".webm", ".mov", ".avi", ".mkv", ".m4v"),
     }
 )
@@ -111,7 +116,7 @@ def role_of(path: str, size: int) -> Role:
     if suffix in _DOCS or lowered in _NOBODYS or lowered.startswith(_DOC_NAMES):
         return Role.DOCS
     documentation = _DOCUMENTATION.search(path) is not None
-    if suffix in _AUDIO:
+    if suffix in _PROMPTS:
         return Role.DOCS if documentation or size >= SMALL else Role.CONFIG
     if suffix in _CONFIG or is_tokenizer(name):
         if size < SMALL or suffix in _CONFIG_OF_ANY_SIZE or is_tokenizer(name) or name.endswith(".index.json"):

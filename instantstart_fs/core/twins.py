@@ -44,13 +44,15 @@ class Variant(NamedTuple):
 class Choice(NamedTuple):
     """``variants`` in one format ("GGUF", "ONNX"), of which an engine reads one. ``chosen``: positions of those that
     are kept; none where nobody has said. ``model``: its position in the pipeline. ``optional``: the model is there in
-    another format, too, so nobody has to choose."""
+    another format, too, so nobody has to choose. ``whole``: of a model in several parts (two experts, an encoder and a
+    decoder) what is common to their names: a choice in one is none in the others."""
 
     kind: str
     variants: tuple[Variant, ...]
     chosen: tuple[int, ...]
     model: int = 0
     optional: bool = False
+    whole: str = ""
 
     def glob(self, position: int) -> str:
         """A short glob that matches all files of that variant and of no other."""
@@ -97,6 +99,8 @@ _RUNTIME = re.compile(
     r"(?P<name>onnx|openvino|coreml|tflite|flax|tensorflow|tf|jax|metal|mlx|original|rust)([-_.].*)?", re.IGNORECASE
 )
 _APPLE = re.compile(r"\.ml(package|modelc)/")
+_FEWER_BITS = re.compile(r"(b?fp?|int)\d+", re.IGNORECASE)
+"""A variant that engines are told to load ("fp16"), and no state of training ("non_ema")."""
 _CHECKPOINT = re.compile(r"(checkpoint-|global_step)\d+\Z")
 
 
@@ -242,8 +246,9 @@ def _leave_out_twins(here: _Directory, others: Collection[str], pipeline: bool, 
         first = here.whole(stem, "", SAFETENSORS)
         same = here.whole(stem, variant, SAFETENSORS) if variant else first
         torch = here.whole(stem, "", (".bin",))
-        # Elsewhere vLLM reads every safetensors file that lies there, variants too.
-        on_request = bool(variant) and first is not None and (pipeline or stem == "diffusion_pytorch_model")
+        # vLLM reads every safetensors file that lies there, and the model cards of diffusers ask for variant="fp16".
+        of_diffusers = pipeline or stem == "diffusion_pytorch_model"
+        on_request = bool(variant) and first is not None and of_diffusers and not _FEWER_BITS.match(variant)
         for group in groups:
             reason = None
             if suffix in SAFETENSORS:
@@ -306,6 +311,8 @@ def _originals(directory: str, directories: Mapping[str, _Directory]) -> list[_O
 
 def _copy_of(file: Weights, name: str, here: _Group | None, originals: Sequence[_Original]) -> str | None:
     """``here``: what a library would load from its own directory."""
+    if ".onnx" in name and not _EXPORTED_PART.match(name):
+        originals = ()  # a vocoder, say, that is there in no other format
     for original in originals:
         if file.size <= MOST_TIMES * max(original.model.size, 1):
             return original.label.format(original.model.shown)
@@ -314,6 +321,10 @@ def _copy_of(file: Weights, name: str, here: _Group | None, originals: Sequence[
     return None
 
 
+_EXPORTED_PART = re.compile(
+    r"(\w*model|\w*encoder|\w*decoder|embed_tokens|unet|transformer|vae|weights)([-_.].*)?\.onnx", re.IGNORECASE
+)
+"""What exporters call a model and its parts."""
 _EXPORTED = re.compile(r"(?P<stem>.+?)\.(onnx([._-]data(_\d+)?)?|tflite|mlmodel(c\.zip)?)\Z")
 
 
@@ -338,6 +349,8 @@ _ONNX_TAG = re.compile(
     r"|optimized)\Z",
     re.IGNORECASE,
 )
+_PART = re.compile(r"(high|low)[-_]?noise|encoder|decoder|thinker|talker", re.IGNORECASE)
+"""In the names of parts of one model of which an engine loads all."""
 _WORDS = re.compile(r"[-_.]")
 _SPLIT = re.compile(r"\.(gguf|ggml)[-.](split|part)[-.]?\w+\Z", re.IGNORECASE)
 
@@ -405,7 +418,7 @@ def _gguf_choices(
             label = next((found for folder in reversed(folders) if (found := _quantisation(folder)[1])), "")
         families.setdefault(("/".join(above), base), {}).setdefault(label, []).append(file)
     choices = []
-    for (directory, _), by_label in families.items():
+    for (directory, base), by_label in families.items():
         if len(by_label) < 2:
             continue
         beside = directories[directory].model() if directory in directories else None
@@ -416,7 +429,8 @@ def _gguf_choices(
                 if beside is not None:
                     reason += f" beside {beside.shown}"
                 left_out.update(dict.fromkeys(variant.files, reason))
-        choices.append(choice._replace(optional=beside is not None))
+        whole, parts = _PART.subn("", f"{directory}/{base}")
+        choices.append(choice._replace(optional=beside is not None, whole=whole if parts else ""))
     return choices
 
 

@@ -431,15 +431,18 @@ class Library:
 
     async def warm(self, pipeline: str, *, everything: bool = False) -> None:
         """Start filling the load set (``everything``: all files) in the background. Raises what forbids it now:
-        VariantNotChosen; StoreFull when there is no room for it, with what would have to go."""
+        VariantNotChosen, while all that is no variant is filled; StoreFull when there is no room for it, with what
+        would have to go."""
         generation = await self._readable(pipeline)
-        if generation.undecided and not (everything or generation.load_set_complete):
-            raise VariantNotChosen(loadsets.question(generation))
+        asked = generation.undecided and not (everything or generation.load_set_complete)
+        question = loadsets.question(generation) if asked else ""
         with generation.kept():
             await self._reading.forgive(generation)
             refused = await self._reading.start_fill(generation, everything=everything)
         if refused is not None:
             raise StoreFull(f"{pipeline}: {refused.text}")
+        if question:
+            raise VariantNotChosen(question)
 
     async def _readable(self, pipeline: str) -> Generation:
         """Raises PipelineNotFound, why it is out of view, and why its manifest cannot be read."""

@@ -65,10 +65,14 @@ def included(pipeline: str, files: Sequence[FileEntry], globs: Sequence[str]) ->
 
 def question(generation: Generation) -> str:
     """What somebody has to decide before an engine could start, and how."""
-    offered = list(_variants(generation.known.open))
+    first = generation.known.open[0]
+    # One model at a time, and one part of it.
+    offered = list(_variants(choice for choice in generation.known.open if choice.model == first.model))
+    model = generation.manifest.models[first.model].name
+    of_model = f" of its model {model}" if model else ""
     named = ", ".join(variant.label for variant in offered)
     kind, example, name = offered[0].kind, offered[len(offered) // 2].include, generation.pipeline.id
     return (
-        f"{name}: {len(offered)} {kind} variants, of which an engine loads one, and none is chosen: "
+        f"{name}: {len(offered)} {kind} variants{of_model}, of which an engine loads one, and none is chosen: "
         f"`instantstart warm {name} --include '{example}'` takes that one, `--all` takes every file; there are {named}"
     )

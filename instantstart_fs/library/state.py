@@ -213,7 +213,18 @@ class Generation:
     @property
     def undecided(self) -> int:
         """How many variants there are of which somebody has to choose one; 0: nothing is to be chosen."""
-        return self.known.undecided
+        if not self.known.open:
+            return 0
+        # An earlier version fetched all variants: whichever the engine loads is here.
+        missing = [
+            choice
+            for choice in self.known.open
+            if not all(self._here(index) for variant in choice.variants for index in variant.files)
+        ]
+        return sum(len(choice.variants) for choice in missing)
+
+    def _here(self, index: int) -> bool:
+        return index < len(self.files) and self.files[index].complete
 
     def want(self, indices: Collection[int]) -> None:
         """These belong to the load set from now on, with the other parts of what they are part of. What the pipeline
@@ -465,7 +476,7 @@ class Generation:
     def load_set_complete(self) -> bool:
         """Whether an engine can start: all that it loads is here (and somebody has said what that is), or all there
         is."""
-        complete = self.counts.complete == len(self.load_set) and not self.known.open
+        complete = self.counts.complete == len(self.load_set) and not self.undecided
         return complete or self.counts.finished == len(self.manifest.files)
 
     @property

@@ -19,7 +19,7 @@ from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import SummaryRecord
 from instantstart_fs.library import Library, loadsets
 from instantstart_fs.library.fsck import repair
-from instantstart_fs.library.learning import QUIET_SECONDS
+from instantstart_fs.library.learning import QUIET_SECONDS, Learning
 from instantstart_fs.library.state import Generation
 from tests.component.test_library import MIB, find, read_all, running, spec, wait_state
 
@@ -171,7 +171,8 @@ async def test_warm_asks_which_variant_and_takes_the_answer(tmp_path: Path) -> N
             "--all",
         ):
             assert expected in asked.value.message
-        assert library.status("p").state == "cold"
+        assert here(library) <= {"config.json", "mmproj-F16.gguf"}
+        assert library.status("p").state != "unverified"
         with pytest.raises(UsageError, match="no file of p matches"):
             await library.include("p", ["*Q9*"])
         await library.include("p", ["*Q4_K_M*"])
@@ -181,6 +182,42 @@ async def test_warm_asks_which_variant_and_takes_the_answer(tmp_path: Path) -> N
         chosen = {variant.label: variant.chosen for variant in library.status("p").variants or ()}
         assert chosen == {"Q2_K": False, "Q4_K_M": True, "Q8_0": False}
         assert set(fields(library, "left_out")) == {"Llama-Q2_K.gguf", *SHARDS}
+
+
+async def test_where_one_model_has_variants_the_others_are_warmed_and_the_question_names_it(tmp_path: Path) -> None:
+    speech = make(tmp_path / "speech", {"config.json": 10, "model.safetensors": 3 * MIB})
+    language = make(tmp_path / "language", GGUFS)
+    models = (ModelSpec(f"file://{speech}", "asr"), ModelSpec(f"file://{language}", "llm"))
+    async with running(tmp_path) as library:
+        await library.add(PipelineSpec(id="agent", models=models))
+        with pytest.raises(VariantNotChosen, match="3 GGUF variants of its model llm"):
+            await library.warm("agent")
+        with trio.fail_after(20):
+            while "asr/model.safetensors" not in here(library, "agent"):
+                await trio.sleep(0.01)
+        assert library.status("agent").state != "unverified"
+        await library.include("agent", ["*Q4_K_M*"])
+        await library.warm("agent")
+        await wait_state(library, "agent", "unverified")
+
+
+async def test_what_an_earlier_version_warmed_with_all_variants_stays_warm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learning, "begins_to_load", lambda *_: None)  # it knew neither
+    monkeypatch.setattr(Learning, "read_whole", lambda *_: None)
+    source = make(tmp_path / "source", {**GGUFS, "README.md": 10})
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        for name in GGUFS:
+            await read_all(library, "p", name)
+        await wait_state(library, "p", "unverified")
+        assert here(library) == set(GGUFS)
+    for _ in range(2):
+        async with running(tmp_path) as library:
+            assert (library.status("p").state, library.status("p").undecided) == ("unverified", None)
+            await library.warm("p")
+            assert here(library) == set(GGUFS)
 
 
 async def test_with_everything_here_nobody_has_to_choose(tmp_path: Path) -> None:

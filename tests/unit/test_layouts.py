@@ -1,9 +1,8 @@
 """What is kept of real repositories (tests/layouts.json: their names and sizes), against what engines open of them.
 
-``needs`` of a layout: by engine, the files that it opens to start. transformers' own code says the same here, run on
-each layout (below). The others' are from their sources: vLLM's DefaultModelLoader._prepare_weights and
-filter_duplicate_safetensors_files, diffusers' _get_model_file and its variants, sentence-transformers' modules.json,
-and what the projects of the speech and video models load by name.
+``needs`` of a layout: by engine, the files that it opens to start. Names and sizes are from knowledge of the
+repositories, not downloaded. Only transformers' own search for weights is run on its layouts (below); of vLLM the
+loader's source was read; all other needs are from knowledge of how these engines load, and were not run.
 """
 
 from __future__ import annotations
@@ -40,11 +39,12 @@ def entries(layout: dict[str, Any]) -> tuple[FileEntry, ...]:
 
 def sorted_for(files: tuple[FileEntry, ...], needed: list[str]) -> LoadSet:
     """As it is once the engine has begun to read a variant, where there are some to choose from."""
-    known = sort_files(files)
-    of_variants = {path for choice in known.open for variant in choice.variants for path in variant.paths}
-    first = next((path for path in needed if path in of_variants), None)
-    assert (first is not None) == bool(known.open)
-    return sort_files(files, Hints(wanted=[first])) if first is not None else known
+    known, wanted = sort_files(files), []
+    while known.open:
+        of_variants = {path for choice in known.open for variant in choice.variants for path in variant.paths}
+        wanted.append(next(path for path in needed if path in of_variants))
+        known = sort_files(files, Hints(wanted=wanted))
+    return known
 
 
 def names(case: tuple[dict[str, Any], str]) -> str:

@@ -152,6 +152,10 @@ def left_out(*paths: str, sizes: dict[str, int] | None = None) -> dict[str, str]
         ("drafter/model.safetensors", "consolidated.safetensors"),
         ("onnx/model.onnx", "onnx/model_quantized.onnx"),
         ("onnx/model.onnx", "projector.safetensors"),
+        ("model.safetensors", "onnx/vocoder.onnx"),  # in no other format
+        ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"),  # variant="fp16"
+        ("model.safetensors", "assets/mask.png"),
+        ("modules.json", "model.safetensors", "README.md"),  # sentence-transformers reads it
         ("llm-Q4_K_M.gguf", "vocoder-F16.gguf"),
         ("a.gguf", "mmproj-F16.gguf", "mmproj-BF16.gguf"),
         ("model.pt", "tf_model.h5"),
@@ -173,7 +177,8 @@ def test_what_is_no_twin_is_kept(paths: tuple[str, ...]) -> None:
         ("ve.safetensors", "ve.pt"),
         ("a/v1-5.safetensors", "a/v1-5.ckpt"),
         ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"),
-        ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"),
+        ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors"),
+        ("vae/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.bin"),
         ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.bin"),
         ("unet/diffusion_pytorch_model.safetensors", "unet/model.onnx_data"),
         ("adapter_model.safetensors", "adapter_model.bin"),
@@ -218,6 +223,16 @@ def test_variants_are_told_apart_and_each_has_a_glob_of_its_own(names: list[str]
     for position, variant in enumerate(choice.variants):
         glob = choice.glob(position)
         assert [path for path in sorted(names) if matches(path, [glob])] == sorted(variant.paths)
+
+
+def test_a_choice_in_one_part_of_a_model_is_none_in_the_other() -> None:
+    """Both experts are loaded; of models that merely lie side by side one is."""
+    experts = [f"{part}Noise/w-{part}Noise-{tag}.gguf" for part in ("High", "Low") for tag in ("Q4_0", "Q8_0")]
+    for names, still_open in ((experts, 2), (["a-Q4_0.gguf", "a-Q8_0.gguf", "b-Q4_0.gguf", "b-Q8_0.gguf"], 0)):
+        files = entries(*names)
+        assert sort_files(files).undecided == 4
+        assert sort_files(files, Hints(wanted=[names[0]])).undecided == still_open
+        assert sort_files(files, Hints(wanted=[names[0], names[2]])).undecided == 0
 
 
 def test_beside_a_model_in_safetensors_variants_are_no_question() -> None:
