@@ -329,7 +329,10 @@ class Daemon:
             # Its libraries take a good part of a second to import, which the mount must not wait for.
             serve_page, site, make_visitors = await trio.to_thread.run_sync(_import_web)
             health = HealthProbe(
-                self._config.mount.path, self._library.prove_index_writable, self._library.fill_statistics
+                self._config.mount.path,
+                self._library.prove_index_writable,
+                self._library.fill_statistics,
+                store_problem=self._library.store_problem,
             )
             visitors = make_visitors(self._config.http, sight_of)
             made = site(self._library, self.info, self._config.http, health, visitors, pending=self.pending)

@@ -153,7 +153,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_info", "gauge", "", "1, with the daemon's version.", lambda s: [((s.version,), 1.0)], ("version",), open=True),
     Definition("instantstart_uptime_seconds", "gauge", "seconds", "Since the daemon started.", _one(lambda s: s.uptime), open=True),
     Definition(
-        "instantstart_healthy", "gauge", "", "1 while /healthz says 200: the mount answers, the index takes writes, fetch workers live.",
+        "instantstart_healthy", "gauge", "", "1 while /healthz says 200: the mount answers, the index takes writes, fetch workers live, the store is there.",
         lambda s: [] if s.healthy is None else [((), float(s.healthy))], open=True,
     ),
     Definition("instantstart_fuse_requests_total", "counter", "", "Requests of the kernel since the mount, by kind. What is read in passthrough sends none.", _counted(lambda s: s.requests), ("kind",)),

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -75,7 +74,7 @@ from instantstart_fs.library.watching import Watcher
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.origins.bounds import IN_THE_DAEMON
 from instantstart_fs.origins.registry import OriginSettings, open_origin
-from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.store.blobstore import REMOVED, BlobStore
 from instantstart_fs.store.layout import generation_number
 
 __all__ = ["Library", "VerifyReport"]
@@ -141,6 +140,7 @@ class Library:
             read_deadline=config.fill.read_deadline,
             serve_unsealed=config.fill.serve_unsealed,
         )
+        self._removal_told = False
         self._evictor = Evictor(
             self,
             lambda: self._shelf.now_ns() / 1e9,
@@ -311,7 +311,7 @@ class Library:
         return self._browsing.xattrs(nodeid)
 
     def filesystem(self) -> Filesystem:
-        space = os.statvfs(self._store.root)
+        space = self._store.space()
         return Filesystem(
             total_bytes=space.f_blocks * space.f_frsize,
             available_bytes=space.f_bavail * space.f_frsize,
@@ -490,6 +490,15 @@ class Library:
     async def prove_index_writable(self) -> None:
         """Raises StoreError."""
         await self._index.write(lambda txn: txn.prove_writable(self._shelf.now_ns()))
+
+    def store_problem(self) -> str | None:
+        """What is wrong with the store's directory; logged once."""
+        if not self._store.removed():
+            return None
+        if not self._removal_told:
+            self._removal_told = True
+            log.error("the store %s: %s", self._store.root, REMOVED)
+        return "removed"
 
     def pipeline_of(self, nodeid: int) -> str | None:
         """Whose file or directory that is; None for the mount's own, and for what is gone."""
@@ -681,7 +690,7 @@ class Library:
 
     def budget(self) -> eviction.Budget:
         """The store's capacity and watermarks."""
-        space = os.statvfs(self._store.root)
+        space = self._store.space()
         store = self._config.store
         capacity = store.capacity.of(space.f_blocks * space.f_frsize)
         return eviction.Budget(

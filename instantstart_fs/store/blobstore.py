@@ -110,6 +110,9 @@ class _Format(msgspec.Struct, frozen=True):
     format: int
 
 
+REMOVED = "its directory was removed under the daemon; restart the daemon, which makes it anew, then `update` or `add`"
+
+
 class BlobStore:
     """Made by ``open``; a context manager. Thread-safe, but for deletion against use of the same generation."""
 
@@ -224,8 +227,20 @@ class BlobStore:
     @functools.cached_property
     def block_size(self) -> int:
         """In what the filesystem allocates, bytes."""
+        return self.space().f_frsize
+
+    def space(self) -> os.statvfs_result:
+        """Of its filesystem; also where its directory is gone. Raises StoreError."""
         with translated(f"look at {self.root}"):
-            return os.statvfs(self.root).f_frsize
+            return os.fstatvfs(self._slots_fd)
+
+    def removed(self) -> bool:
+        """Whether somebody removed slots/, or the whole store, under the daemon: nothing can be written until the next
+        start makes it anew."""
+        try:
+            return os.fstat(self._slots_fd).st_nlink == 0
+        except OSError:
+            return False
 
     def usage(self) -> StoreUsage:
         """Capacity, and what the slots take. Walks every file (seconds for a million): call it rarely."""
@@ -759,7 +774,8 @@ class BlobStore:
                 fd = below
         except FileNotFoundError as error:
             os.close(fd)
-            raise NoSuchEntry(f"{_shown(components)} is not in the store") from error
+            why = f": {REMOVED}" if self.removed() else ""
+            raise NoSuchEntry(f"{_shown(components)} is not in the store{why}") from error
         except BaseException:
             os.close(fd)
             raise

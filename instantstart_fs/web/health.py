@@ -1,4 +1,4 @@
-"""Is the daemon well? The mount answers, the index takes writes, the fetch workers live.
+"""Is the daemon well? The mount answers, the index takes writes, the fetch workers live, the store is there.
 
 An answer is kept for a moment, so that a probe every second costs one durable write in five; a probe that hangs is
 reported, and not started again while it hangs.
@@ -44,8 +44,11 @@ class HealthProbe:
         prove_index: Callable[[], Awaitable[None]],
         statistics: Callable[[], FillStatistics],
         look: Callable[[str], str | None] | None = None,
+        store_problem: Callable[[], str | None] | None = None,
     ) -> None:
-        """``look``: what is wrong with a mount, in a thread; for tests."""
+        """``look``: what is wrong with a mount, in a thread; for tests. ``store_problem``: what is wrong
+        with the store."""
+        self._store_problem = store_problem
         self._mount = mount
         self._prove_index = prove_index
         self._statistics = statistics
@@ -68,6 +71,7 @@ class HealthProbe:
                     Check("mount", await self._probe_mount()),
                     Check("index", await self._probe_index()),
                     Check("workers", self._probe_workers()),
+                    *([Check("store", self._store_problem())] if self._store_problem else []),
                 )
                 self._kept = trio.current_time(), Health(checks)
             return self._kept[1]

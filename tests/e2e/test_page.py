@@ -70,7 +70,7 @@ def test_page_metrics_and_health_follow_a_cold_start(daemon: Daemon, source: Pat
     daemon.ok("add", "my-llm", f"file://{source}")
     daemon.ok("mark", "my-llm", "requested")
     health = json.loads(get(daemon, "/healthz").text)
-    assert health == {"ok": True, "checks": {"mount": "ok", "index": "ok", "workers": "ok"}}
+    assert health == {"ok": True, "checks": {"mount": "ok", "index": "ok", "workers": "ok", "store": "ok"}}
     page = get(daemon, "/")
     assert page.status == 200 and "my-llm" in page.text and '<span class="chip cold">cold</span>' in page.text
     assert "file://" not in page.text, "sources are not for everybody"

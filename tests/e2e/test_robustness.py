@@ -12,6 +12,8 @@ import shutil
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -490,3 +492,42 @@ def test_where_no_thread_can_be_started_the_work_goes_on(
     finally:
         (pids / "pids.max").write_text("max")
         daemon.stop()
+
+
+@pytest.mark.parametrize("transport", ["pyfuse3"], indirect=True)
+@pytest.mark.parametrize("what", ["slots", "."])
+def test_a_store_that_is_removed_under_the_daemon_ends_nothing(
+    make_daemon: Callable[..., Daemon], model: Path, transport: None, what: str
+) -> None:
+    """Nothing can be kept any more. It is said, and nobody gets other bytes or waits."""
+    daemon = make_daemon(
+        config={"http": {"listen": "127.0.0.1:0"}}, allow=["from the store", "removed under", "manifest is gone"]
+    )
+    daemon.ok("add", "m", f"file://{model}")
+    daemon.warm("m")
+    page = wait_for(lambda: re.search(r"page (http://\S+)", daemon.text()), "the page")[1]
+    whole = (model / "config.json").read_bytes()
+    with daemon.path("m", "config.json").open("rb") as held:
+        held.read(1)
+        shutil.rmtree(daemon.store / what)
+        for path in (path for path in model.iterdir() if path.is_file()):
+            began = time.monotonic()
+            with contextlib.suppress(OSError):
+                assert daemon.path("m", path.name).read_bytes() == path.read_bytes()
+            assert time.monotonic() - began < 30
+        held.seek(0)
+        with contextlib.suppress(OSError):
+            assert held.read() == whole
+    with pytest.raises(urllib.error.HTTPError) as unwell:
+        urllib.request.urlopen(page + "healthz", timeout=20)
+    with unwell.value as answer:
+        assert json.load(answer)["checks"]["store"] == "removed"
+    assert daemon.text().count(f"the store {daemon.store}: its directory was removed under the daemon; restart") == 1
+    asked = daemon.cli("add", "n", f"file://{model}", timeout=60)
+    assert asked.returncode == 1 and "was removed under the daemon; restart" in asked.stderr
+    assert daemon.running and "Traceback" not in daemon.text()
+    daemon.kill()
+    daemon.start()
+    if daemon.cli("update", "m", timeout=60).returncode != 0:
+        daemon.ok("add", "m", f"file://{model}")
+    assert daemon.path("m", "config.json").read_bytes() == whole
