@@ -3,7 +3,8 @@
 The kernel gives the lowest free number, so a new descriptor's number says how many are taken, at no cost. What is held
 for somebody else for long (a file that a reader has open, a file being filled) may not have one of the last
 ``reserve()``, a client's connection none of the last half of those: so a manifest can be read, a worker started and a
-connection answered however many shards an engine holds open. What is refused is refused with a word, at open.
+connection answered however many shards an engine holds open. What is refused is refused with a word, at open. A
+``spare`` one, without which something is only slower (reading ahead), leaves half of what may be held to readers.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ def reserve() -> int:
     return min(limit() // 4, MOST_RESERVED)
 
 
-def may_be_held(fd: int) -> bool:
+def may_be_held(fd: int, *, spare: bool = False) -> bool:
     """Whether a new descriptor may be held for somebody else."""
-    return fd < limit() - reserve()
+    return fd < (limit() - reserve()) // (2 if spare else 1)
 
 
-def room() -> bool:
+def room(*, spare: bool = False) -> bool:
     """Whether one more may be held."""
     try:
         fd = os.dup(0)
     except OSError as error:
         return error.errno not in (errno.EMFILE, errno.ENFILE)
     os.close(fd)
-    return may_be_held(fd)
+    return may_be_held(fd, spare=spare)
 
 
 def may_connect(fd: int) -> bool:
@@ -56,9 +57,9 @@ def may_connect(fd: int) -> bool:
     return fd < limit() - reserve() // 2
 
 
-def held(fd: int) -> int:
+def held(fd: int, *, spare: bool = False) -> int:
     """``fd``, if it may be held; else it is closed, and OSError (EMFILE) raised."""
-    if may_be_held(fd):
+    if may_be_held(fd, spare=spare):
         return fd
     os.close(fd)
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -22,6 +22,7 @@ from typing import Protocol
 import msgspec
 import trio
 
+from instantstart_fs.config import descriptors
 from instantstart_fs.core.coldstart_tracker import Starts
 from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreError
 from instantstart_fs.index.access_log import AccessLog
@@ -244,7 +245,7 @@ class Covering:
     def _keep_reader(self, file: CachedFile) -> None:
         """To ask of this one, whatever lies at its path later; without opening it each time, which would be told of as
         an open that ended, and asked about again. Another time where that cannot be now."""
-        if file.gone is None:
+        if file.gone is None and (file.reader is not None or descriptors.room(spare=True)):
             with contextlib.suppress(StoreError):
                 self._open_files.reader(file)
 

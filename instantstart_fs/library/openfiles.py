@@ -179,12 +179,17 @@ class OpenFiles:
         return fd
 
     def duplicate(self, file: CachedFile) -> int:
-        """Another descriptor of the same description, the caller's to close: whoever has it does not count as somebody
-        who has the file open. Raises StoreDamaged."""
-        with translated(f"open {file.entry.path}"):
-            fd = descriptors.held(os.dup(self.reader(file)))
-        self._settle_reader(file)
-        return fd
+        """Another descriptor of the same description, the caller's to close, to read the file ahead: whoever has it
+        does not count as somebody who has the file open. Raises StoreDamaged, OutOfResources."""
+        kept = file.reader is not None
+        try:
+            with translated(f"open {file.entry.path}"):
+                return descriptors.held(os.dup(self.reader(file)), spare=True)
+        finally:
+            if file.handles and not kept:
+                self.close_reader(file)  # whoever has it open reads what is bound, and needs none of ours
+            else:
+                self._settle_reader(file)
 
     def used_elsewhere(self, file: CachedFile) -> bool:
         """Whether somebody has the store's file open or mapped, past this daemon. True, too, while that cannot be

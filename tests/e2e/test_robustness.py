@@ -430,6 +430,31 @@ def test_more_shards_than_descriptors_harm_nobody_else(
     assert (daemon.status("many")["state"], daemon.status("many")["error"]) == ("unverified", None)
 
 
+@pytest.mark.parametrize("transport", ["bind"], indirect=True)
+def test_read_ahead_leaves_descriptors_to_readers(
+    make_daemon: Callable[..., Daemon], many_shards: Path, model: Path, transport: None
+) -> None:
+    """What is bound costs the daemon no descriptor to be read, but one to be read ahead."""
+    daemon = make_daemon(prefix=["prlimit", f"--nofile={LIMIT}:{LIMIT}"])
+    daemon.ok("add", "many", f"file://{many_shards}")
+    daemon.ok("add", "other", f"file://{model}")
+    daemon.warm("many")
+    daemon.warm("other")
+    held: list[int] = []
+    try:
+        for path in sorted(daemon.path("many").glob("*.safetensors")):
+            held.append(os.open(path, os.O_RDONLY))
+            assert os.pread(held[-1], 8, 0), path
+        assert len(held) > LIMIT
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            assert daemon.path("other", "config.json").read_bytes() == (model / "config.json").read_bytes()
+            time.sleep(0.02)
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
 @pytest.mark.parametrize("transport", ["pyfuse3", "passthrough"], indirect=True)
 def test_a_cold_fill_under_want_of_descriptors_is_no_error(
     make_daemon: Callable[..., Daemon], many_shards: Path, transport: None
