@@ -26,6 +26,9 @@ from typing import Any
 
 import pytest
 
+from instantstart_fs.cli.show import as_json
+from instantstart_fs.control.client import Client
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
 START_DEADLINE = 30.0
@@ -351,7 +354,9 @@ class Daemon:
         return str(lines[0])
 
     def status(self, pipeline: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.ok("status", pipeline, "--json"))
+        """What `status --json` prints, without the quarter of a second that a process of its own takes."""
+        with Client(str(self.socket)) as client:
+            found: dict[str, Any] = json.loads(as_json(client.status(pipeline)))
         return found
 
     def warm(self, pipeline: str, *more: str, timeout: float = 120.0) -> None:
