@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
-import io
 import json
 import os
 import socket
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 from urllib.parse import quote
 
 import pytest
@@ -338,23 +337,29 @@ async def test_a_directory_whose_name_is_no_utf8_is_a_source_like_others(tmp_pat
 
 @pytest.mark.parametrize("message", ["[/] and [/red]", "[Errno 5] x", "[link=file:///etc/passwd]"])
 def test_a_progress_bar_shows_what_an_origin_says_and_does_not_parse_it(
-    message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "_size", lambda _: os.terminal_size((120, 24)))
     error = ErrorStatus("origin-unavailable", message, "2026-01-01T00:00:00Z")
     monkeypatch.setattr(waiting, "fits", lambda _: True)
     with waiting._reporter("p", quiet=False) as report:
         report(1, 2, pipeline("p", error=error))
-    assert message in capsys.readouterr().err
+    assert message in capfd.readouterr().err
 
 
-def test_doctor_is_not_upset_by_a_hub_that_has_no_idea_of_the_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Answer(io.BytesIO):
-        headers: ClassVar[dict[str, str]] = {"Date": "0 Jan 1 1:1:1 " + "9" * 40}
+def test_doctor_is_not_upset_by_a_hub_that_has_no_idea_of_the_date() -> None:
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response_only(200)
+            self.send_header("Date", "0 Jan 1 1:1:1 " + "9" * 40)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
-    monkeypatch.setattr(doctor.urllib.request, "urlopen", lambda *_, **__: Answer())
     skew: list[float] = []
-    assert doctor.check_hub("http://127.0.0.1:9", skew).outcome == "ok"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        assert doctor.check_hub(f"http://127.0.0.1:{server.server_port}", skew).outcome == "ok"
+        server.shutdown()
     assert skew == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -119,9 +120,9 @@ def pytest_run(
     ) as process:  # fmt: skip
         try:
             text, _ = process.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # a killed worker's daemons too
+                os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, text
 
 
