@@ -156,6 +156,7 @@ BAD_SERVERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.alone
 def test_a_read_of_whatever_bad_server_ends_at_its_deadline_once(
     make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_read_of_whatever_bad_server_ends_at_its_deadline_once(
     assert {name: result["seconds"] for name, result in took.items() if result["seconds"] > deadline + 2} == {}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("status", [403, 404])
 def test_access_is_the_hubs_to_refuse_and_not_its_cdns(
     make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path, status: int
@@ -196,6 +198,7 @@ def test_access_is_the_hubs_to_refuse_and_not_its_cdns(
     assert run("cmp", daemon.path("a", "model.safetensors"), files[0]).returncode == 0
 
 
+@pytest.mark.alone  # it measures, and its 8,000 readers would be in everybody's way
 @pytest.mark.parametrize("fault", ["drips", "is silent"])
 def test_a_slow_file_of_one_pipeline_leaves_others_of_the_same_hub_quick(
     make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path, fault: str
