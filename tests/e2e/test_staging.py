@@ -24,7 +24,7 @@ from tests.harness import MIB, Daemon, alive, children, memory_cgroup, model_dir
 from tests.servers.hub import HubServer
 from tests.supervisor import Supervised
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.alone]  # what is in the page cache is the whole machine's
 SHARD = 24 * MIB
 
 
