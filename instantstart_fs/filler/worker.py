@@ -222,8 +222,8 @@ class _Work:
         with self._file.lock:
             if self._file.closed:
                 raise Abandoned
-            if self._file.streamer not in (None, self):
-                raise _Waits
+            if self._file.streamer not in (None, self) or self._order.chunk in self._file.present:
+                raise _Waits  # a stream that has ended since brought it: it is asked for again, and is there
             self._file.streamer = self
         self.took_whole = True
         self._worker.whole.add(self.host)

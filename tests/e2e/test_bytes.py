@@ -50,7 +50,7 @@ def test_equal_during_the_fill_and_after(daemon: Daemon, hub: HubServer, model: 
     ]
     try:
         wait_for(lambda: daemon.status(pipeline)["cached_bytes"] > 0, "the first chunk", 20)
-        assert daemon.status(pipeline)["state"] == "filling"
+        wait_for(lambda: daemon.status(pipeline)["state"] == "filling", "the fill", 20)
         hub.clear()
         for process in running:
             _, err = process.communicate(timeout=60)

@@ -19,7 +19,7 @@ from instantstart_fs.cli.app import app
 from instantstart_fs.cli.specification import specification
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
-from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, PipelineStatus
+from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, ListedStatus, PipelineStatus
 from instantstart_fs.core.words import did_you_mean, human_seconds
 from instantstart_fs.errors import InvalidName, InvalidSource, OriginUnavailable, PipelineNotFound, UsageError
 
@@ -74,9 +74,9 @@ class FakeClient:
         self._call("update", pipeline)
         return STATUS
 
-    def status(self, pipeline: str, *, with_files: bool = True) -> PipelineStatus:
+    def status(self, pipeline: str, *, brief: bool = False) -> PipelineStatus:
         self._call("status", pipeline)
-        return STATUS
+        return msgspec.structs.replace(STATUS, files=None, listed=ListedStatus(2, 10_000)) if brief else STATUS
 
     def pipelines(self) -> list[PipelineStatus]:
         self._call("ls")
