@@ -15,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-from instantstart_fs.core.fillplan import Request
+from instantstart_fs.core.fillqueue import Request
 from instantstart_fs.core.serving import may_serve_unsealed
 from instantstart_fs.errors import InstantStartError, OutOfResources, from_code
 from instantstart_fs.filler.breakers import host_of

@@ -420,7 +420,7 @@ class Filler(CommitEvents, DeliveryEvents):
                 if probe_at > now:
                     times.append(probe_at)
             self._send(now)
-            if stopped := self._plan.give_way(now):
+            if stopped := self._plan.preempt(now):
                 for request in stopped:
                     filling = self._fillings[request.key]
                     filling.slow = True

@@ -1,19 +1,18 @@
 """The fetch process: ``python -m instantstart_fs.filler.worker SOCKET_FD LOCK_FD PAUSE_FD SETTINGS``.
 
-Spawned by filler/pool.py, never forked from the daemon's threads; it holds the store's workers lock (``LOCK_FD``) for
-as long as it lives, and ends with its socket: on EOF it leaves by ``os._exit`` at once, whatever its threads wait for
-(there is no PDEATHSIG: that follows a thread). SIGINT is the daemon's affair.
+It carries out orders and decides nothing: a failed fetch is reported and forgotten.
 
-One thread reads orders; a thread per running fetch, reused, each with one buffer; a few hashing threads follow the
-contiguous prefix of each file behind its write head, out of the page cache. It decides nothing: a failed fetch is
-reported and forgotten. Nothing here imports trio, and awscrt only where a digest needs it (a worker stays under
-120 MiB).
+Spawned by filler/pool.py, never forked from the daemon's threads. It holds the store's workers lock (``LOCK_FD``) for
+its whole life and ends with its socket: on EOF it calls ``os._exit`` at once, whatever its threads wait for
+(PR_SET_PDEATHSIG is of no use: it follows a thread). It ignores SIGINT, which the daemon handles.
+
+One thread reads orders; each running fetch has a thread, reused, with one buffer; a few threads hash
+(filler/hashing.py). Nothing here imports trio, and awscrt only where a digest needs it (a worker stays under 120 MiB).
 """
 
 from __future__ import annotations
 
 import array
-import contextlib
 import mmap
 import os
 import queue
@@ -28,10 +27,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from instantstart_fs.config.descriptors import raise_file_limit
-from instantstart_fs.core.chunks import ByteRange, ChunkMap
-from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved
 from instantstart_fs.filler.fetch import Abandoned, Fetcher, new_buffer
+from instantstart_fs.filler.fillfile import FetchSink, FillFile, WaitsForStream
+from instantstart_fs.filler.hashing import HashThreads
 from instantstart_fs.filler.messages import (
     FULL_PACKET,
     MAX_MESSAGE,
@@ -43,18 +42,14 @@ from instantstart_fs.filler.messages import (
     CloseFile,
     Failed,
     Fetch,
-    Hashed,
-    HashFailed,
     OpenFile,
     Order,
     Ping,
     Pong,
-    Progress,
     Ready,
     Report,
     SetLocation,
     Stop,
-    Streamed,
     Urge,
     Waits,
     WorkerSettings,
@@ -62,241 +57,40 @@ from instantstart_fs.filler.messages import (
     encode,
     packet,
 )
-from instantstart_fs.origins.base import Location
-from instantstart_fs.store.blobfile import BlobFile
 
 IDLE_THREAD_SECONDS = 20.0
 """An idle fetching thread gives its buffer back after this."""
-PROGRESS_SECONDS = 1.0
 PAUSE_STEP = 0.002
-HASH_TURN_BYTES = 64 * 1024 * 1024
-"""After so much, a file goes to the back of the queue, so that small files are not held up behind a large one."""
-
-DROP_LAG = 512 * 1024 * 1024
-"""Pages of a file that nobody reads are dropped so far behind its hashing: by then a group commit (every 256 MiB) has
-written them, and only clean pages can be dropped. What is left goes when the file is sealed."""
-
-
-class _File:
-    """A file being filled. ``lock`` guards every field below it; ``idle`` is set while no thread writes into it."""
-
-    def __init__(self, order: OpenFile, fd: int) -> None:
-        self.number = order.file
-        self.digest = order.digest
-        self.size = order.size
-        self.blob = BlobFile(fd, order.size, order.name, writable=True, created=False, sync_entry=_nothing)
-        self.present = ChunkMap(order.size, order.chunk_size, order.present)
-        self.location: Location | None = None
-        self.lock = threading.Condition()
-        self.closed = False
-        self.users = 0
-        """Threads that use the descriptor: fetches and a hashing pass."""
-        self.writers = 0
-        self.streamer: _Work | None = None
-        """The request that takes all of the file, from a server that ignores ranges."""
-        self.hashing = False
-        self.hashed = 0
-        self.keep_pages = True
-        self._kept: set[int] = set()
-        self.dropped = 0
-        """Offset up to which pages were dropped, by the hashing thread."""
-        self.hasher = new_hasher(order.digest, order.size) if order.digest is not None else None
-
-    def enter(self) -> None:
-        with self.lock:
-            if self.closed:
-                raise Abandoned
-            self.users += 1
-
-    def leave(self) -> None:
-        with self.lock:
-            self.users -= 1
-            if self.closed and not self.users:
-                self.blob.close()
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[BlobFile]:
-        """Nobody is told that the file is closed meanwhile. Raises Abandoned when it is."""
-        with self.lock:
-            if self.closed:
-                raise Abandoned
-            self.writers += 1
-        try:
-            yield self.blob
-        finally:
-            with self.lock:
-                self.writers -= 1
-                self.lock.notify_all()
-
-    def keep(self, chunk: int) -> None:
-        """A fetch of it was stopped: if it had just come it may be hashed, and must not be written again."""
-        with self.lock:
-            if chunk in self.present:
-                self._kept.add(chunk)
-
-    def kept(self, chunk: int) -> bool:
-        """Whether it is here although its arrival was not heard of."""
-        with self.lock:
-            if chunk not in self._kept:
-                return False
-            self._kept.discard(chunk)
-            return True
-
-    def close(self) -> None:
-        """Returns when nobody writes any more and the file is let go, so that unlinking it frees its space."""
-        with self.lock:
-            self.closed = True
-            while self.writers:
-                self.lock.wait()
-            if not self.users:
-                self.blob.close()
-            else:
-                # A thread may be stuck in recv for the whole time-out: it keeps a number, not the file.
-                nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-                os.dup2(nothing, self.blob.fd, inheritable=False)
-                os.close(nothing)
-
-
-class _Waits(Exception):
-    """Another request takes the whole file: nothing is to be fetched for this one."""
-
-
-class _Work:
-    """One fetch: the Sink that its bytes go through."""
-
-    def __init__(self, worker: Worker, file: _File, order: Fetch) -> None:
-        self._worker = worker
-        self._file = file
-        self._order = order
-        self.host = ""
-        self.took_whole = False
-        self.demand = order.demand
-        self.thread: int | None = None
-        """Which one fetches it, as long as one does."""
-        self.stopped = False
-        self._writing = False
-        self.last_byte = time.monotonic()
-        self._reported = self.last_byte
-        self._count = 0
-
-    def stop(self) -> None:
-        """Returns when nothing of it is written any more."""
-        with self._file.lock:
-            self.stopped = True
-            while self._writing:
-                self._file.lock.wait()
-
-    @property
-    def over(self) -> bool:
-        return self._file.closed or self.stopped
-
-    def before_read(self) -> None:
-        if self.over:
-            raise Abandoned
-        if not self.demand:
-            self._worker.wait_pause(self)
-            self.last_byte = time.monotonic()
-
-    def write(self, data: memoryview, offset: int) -> None:
-        with self._file.writing() as blob:
-            with self._file.lock:
-                if self.stopped:
-                    raise Abandoned
-                self._writing = True
-            try:
-                blob.pwrite(offset, data)
-            finally:
-                with self._file.lock:
-                    self._writing = False
-                    self._file.lock.notify_all()
-
-    def progress(self, count: int) -> None:
-        self.last_byte = now = time.monotonic()
-        self._count += count
-        if now - self._reported >= PROGRESS_SECONDS:
-            self._worker.report(Progress(self._order.request, self._count))
-            self._reported, self._count = now, 0
-
-    def take_whole(self) -> _Whole:
-        """The first request of the file that learns of it takes it; the others wait, which costs no connection."""
-        with self._file.lock:
-            if self._file.closed:
-                raise Abandoned
-            if self._file.streamer not in (None, self) or self._order.chunk in self._file.present:
-                raise _Waits  # a stream that has ended since brought it: it is asked for again, and is there
-            self._file.streamer = self
-        self.took_whole = True
-        self._worker.whole.add(self.host)
-        return _Whole(self._worker, self._file, self._order, self)
-
-
-class _Whole:
-    """The Sink of a whole file from a server that ignores ranges: each chunk that is not here yet is kept."""
-
-    def __init__(self, worker: Worker, file: _File, order: Fetch, work: _Work) -> None:
-        self._worker = worker
-        self._file = file
-        self._order = order
-        self.before_read = work.before_read
-        self.progress = work.progress
-
-    def write(self, data: memoryview, offset: int) -> None:
-        file, present = self._file, self._file.present
-        while data:
-            chunk = offset // present.chunk_size
-            place = present.byte_range(chunk)
-            piece = data[: place.stop - offset]
-            with file.writing() as blob:
-                if chunk not in present:
-                    if offset == place.start:
-                        blob.reserve(place)
-                    blob.pwrite(offset, piece)
-            data, offset = data[len(piece) :], offset + len(piece)
-            if offset == place.stop:
-                self._whole_chunk(chunk)
-
-    def _whole_chunk(self, chunk: int) -> None:
-        file = self._file
-        with file.lock:
-            if file.closed:
-                raise Abandoned
-            fresh = chunk not in file.present
-            file.present.add(chunk)
-        if fresh:
-            self._worker.report(Streamed(self._order.request, chunk))
-            self._worker.schedule_hash(file)
-
-    def take_whole(self) -> None:
-        return None
 
 
 class Worker:
+    """The process: its socket, its files and its fetching threads."""
+
     def __init__(self, connection: socket.socket, pause: mmap.mmap, settings: WorkerSettings) -> None:
         self._connection = connection
         self._pause = pause
         self._settings = settings
         self._fetcher = Fetcher(settings)
-        self._files: dict[int, _File] = {}
-        self.whole: set[str] = set()
+        self._files: dict[int, FillFile] = {}
+        self._ignoring: set[str] = set()
         """Hosts that ignored ranges."""
         self._reporting = threading.Lock()
         self._reports: list[bytes] = []
         self._sends = False
-        """Whether a thread is sending reports: it takes those of the others along."""
-        self._fetches: queue.SimpleQueue[tuple[_File, Fetch, _Work]] = queue.SimpleQueue()
-        self._running: dict[int, _Work] = {}
-        """By request; those too that wait for their thread."""
+        """Whether a thread is sending reports: it also sends those that other threads add."""
+        self._fetches: queue.SimpleQueue[tuple[FillFile, Fetch, FetchSink]] = queue.SimpleQueue()
+        self._running: dict[int, FetchSink] = {}
+        """By request, including those that wait for a thread."""
         self._idle = 0
-        """Threads that wait for a fetch, less the fetches that wait for a thread that could not be started."""
+        """Threads that wait for a fetch, minus fetches whose thread could not be started."""
         self._threads = 0
         self._idle_lock = threading.Lock()
-        self._to_hash: queue.SimpleQueue[_File] = queue.SimpleQueue()
+        self._hashing = HashThreads(self.report)
 
     def run(self) -> None:
-        """Read orders until the daemon is gone."""
-        for _ in range(self._settings.hash_threads):
-            threading.Thread(target=self._hash_forever, daemon=True).start()
-        # One that stays: under a limit of pids there may be no other when it is wanted.
+        """Carry out orders until the daemon closes the socket."""
+        self._hashing.start(self._settings.hash_threads)
+        # One thread from the start: under a pid limit none may be available later.
         threading.Thread(target=self._fetch_forever, daemon=True).start()
         self._idle = self._threads = 1
         self.report(Ready(os.getpid()))
@@ -320,8 +114,8 @@ class Worker:
     def _obey(self, what: Order, descriptors: Iterator[int]) -> None:
         match what:
             case OpenFile() as order:
-                file = self._files[order.file] = _File(order, next(descriptors))
-                self.schedule_hash(file)
+                file = self._files[order.file] = FillFile(order, next(descriptors))
+                self._hashing.schedule(file)
             case SetLocation(file=number, location=location):
                 if number in self._files:
                     self._files[number].location = location
@@ -336,7 +130,7 @@ class Worker:
                     if work.thread is not None:
                         self._fetcher.interrupt(work.thread)
                 if order.file in self._files:
-                    self._files[order.file].keep(order.chunk)
+                    self._files[order.file].note_unreported(order.chunk)
             case Urge(request=number):
                 work = self._running.get(number)
                 if work is not None:
@@ -350,7 +144,7 @@ class Worker:
                 self.report(Pong(number))
 
     def report(self, message: Report) -> None:
-        """What other threads report while one is sending goes with its next packet."""
+        """Send ``message``. While one thread sends, messages of others go into its next packet."""
         encoded = encode(message)
         with self._reporting:
             self._reports.append(encoded)
@@ -372,8 +166,8 @@ class Worker:
             except OSError:
                 os._exit(0)  # the daemon is gone
 
-    def wait_pause(self, work: _Work) -> None:
-        """Leave the socket unread while a demand has the line, at most ``pause_limit`` seconds at a time."""
+    def wait_pause(self, work: FetchSink) -> None:
+        """Leave the socket unread while a demand has the bandwidth, at most ``pause_limit`` seconds at a time."""
         started = time.monotonic()
         until = min(PAUSE.unpack_from(self._pause)[0], started + self._settings.pause_limit)
         while time.monotonic() < until and not work.demand:
@@ -382,22 +176,30 @@ class Worker:
             time.sleep(PAUSE_STEP)
             until = min(PAUSE.unpack_from(self._pause)[0], started + self._settings.pause_limit)
 
+    def chunk_written(self, file: FillFile) -> None:
+        """Hash on, if the chunk continues the prefix."""
+        self._hashing.schedule(file)
+
+    def ignores_ranges(self, host: str) -> None:
+        """Remember that ``host`` answered a range request with the whole file."""
+        self._ignoring.add(host)
+
     # -- fetching ------------------------------------------------------------------------------------------------
 
-    def _start(self, file: _File, order: Fetch) -> None:
+    def _start(self, file: FillFile, order: Fetch) -> None:
         with self._idle_lock:
             if self._idle > 0:
                 self._idle -= 1
                 spawn = False
             else:
                 spawn = True
-        work = self._running[order.request] = _Work(self, file, order)
+        work = self._running[order.request] = FetchSink(self, file, order)
         self._fetches.put((file, order, work))
         if not spawn:
             return
         try:
             threading.Thread(target=self._fetch_forever, daemon=True).start()
-        except RuntimeError:  # a limit of pids: whoever of the others is through first takes it
+        except RuntimeError:  # a pid limit: the next thread that is free takes it
             with self._idle_lock:
                 self._idle -= 1
             return
@@ -426,16 +228,17 @@ class Worker:
                         self._threads -= 1
                         return
                 del buffer
-                file, order, work = self._fetches.get()  # just promised to somebody, or the last that is left
+                # A fetch was just assigned to this thread, or it is the last thread.
+                file, order, work = self._fetches.get()
                 buffer = new_buffer()
 
-    def _fetch(self, file: _File, order: Fetch, work: _Work, buffer: memoryview) -> None:
+    def _fetch(self, file: FillFile, order: Fetch, work: FetchSink, buffer: memoryview) -> None:
         try:
             file.enter()
         except Abandoned:
             return
         try:
-            if file.kept(order.chunk):
+            if file.take_unreported(order.chunk):
                 self.report(Arrived(order.request))
                 return
             location = file.location
@@ -444,8 +247,8 @@ class Worker:
             work.host = urlsplit(location.url).netloc
             with file.lock:
                 if file.streamer is not None:
-                    raise _Waits
-                if work.host in self.whole:  # it ignored ranges before: not each chunk has to learn of that
+                    raise WaitsForStream
+                if work.host in self._ignoring:  # it ignored ranges before: not every chunk needs to find out
                     file.streamer = work
             wanted = file.present.byte_range(order.chunk)
             with file.writing() as blob:
@@ -453,7 +256,7 @@ class Worker:
             try:
                 answered = self._fetcher.fetch(location, wanted, file.size, buffer, work)
                 if file.streamer is work and not work.took_whole:
-                    self.whole.discard(work.host)  # it has changed its mind
+                    self._ignoring.discard(work.host)  # it honours ranges now
             finally:
                 if file.streamer is work:
                     file.streamer = None
@@ -462,87 +265,21 @@ class Worker:
                     raise Abandoned
                 file.present.add(order.chunk)
             self.report(Arrived(order.request, answered))
-            self.schedule_hash(file)
+            self._hashing.schedule(file)
         except Abandoned:
             pass
-        except _Waits:
+        except WaitsForStream:
             self.report(Waits(order.request))
         except InstantStartError as error:
             if work.stopped:
                 return
             silent = time.monotonic() - work.last_byte
             self.report(Failed(order.request, error.code, error.message, error.retry_after, silent, error.fault))
-        except Exception as error:  # a fault of ours in one fetch must not end the others
+        except Exception as error:  # a bug in one fetch must not end the others
             unforeseen = OriginMisbehaved(f"the fetch failed: {type(error).__name__}: {error}")
             self.report(Failed(order.request, unforeseen.code, unforeseen.message))
         finally:
             file.leave()
-
-    # -- hashing -------------------------------------------------------------------------------------------------
-
-    def schedule_hash(self, file: _File) -> None:
-        """Hash on, if there is something in order and nobody is at it."""
-        with file.lock:
-            if file.hasher is None or file.closed or file.hashing:
-                return
-            if file.present.prefix_bytes <= file.hashed and file.size > 0:
-                return
-            file.hashing = True
-            file.users += 1
-        self._to_hash.put(file)
-
-    def _hash_forever(self) -> None:
-        buffer = new_buffer()
-        while True:
-            file = self._to_hash.get()
-            try:
-                finished = self._hash_on(file, buffer)
-            except InstantStartError as error:
-                self.report(HashFailed(file.number, error.code, error.message))
-                finished = False
-                with file.lock:
-                    file.hasher = None
-            except Exception as error:
-                self.report(HashFailed(file.number, InstantStartError.code, f"{type(error).__name__}: {error}"))
-                finished = False
-                with file.lock:
-                    file.hasher = None
-            if finished and file.hasher is not None:
-                self.report(Hashed(file.number, file.hasher.hexdigest()))
-                with file.lock:
-                    file.hasher = None
-            with file.lock:
-                file.hashing = False
-            file.leave()
-            self.schedule_hash(file)
-
-    def _hash_on(self, file: _File, buffer: memoryview) -> bool:
-        """Hash what lies in order; True if that was the file's end. Only one thread at a time per file."""
-        hasher = file.hasher
-        assert hasher is not None
-        stop = file.hashed + HASH_TURN_BYTES
-        while True:
-            with file.lock:
-                if file.closed:
-                    return False
-                available = file.present.prefix_bytes
-            if available <= file.hashed:
-                return file.hashed == file.size
-            if file.hashed >= stop:
-                return False
-            while file.hashed < min(available, stop) and not file.closed:
-                piece = ByteRange(file.hashed, min(file.hashed + len(buffer), available))
-                part = buffer[: piece.length]
-                file.blob.pread_into(piece.start, part)
-                hasher.update(part)
-                file.hashed = piece.stop
-            if not file.keep_pages and file.hashed - file.dropped >= DROP_LAG + HASH_TURN_BYTES:
-                file.blob.drop_pages(file.dropped, file.hashed - DROP_LAG)
-                file.dropped = file.hashed - DROP_LAG
-
-
-def _nothing() -> None:
-    """Directory entries are the daemon's to make durable."""
 
 
 def main(arguments: list[str]) -> None:
@@ -564,7 +301,7 @@ def main(arguments: list[str]) -> None:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
-    # Not sys.exit: that would wait for threads that are stuck in recv.
+    # Not sys.exit, which waits for threads that are in recv.
     os._exit(0)
 
 

@@ -27,7 +27,8 @@ from instantstart_fs.core.addresses import LOOPBACK
 from instantstart_fs.core.manifest import Algorithm, Digest
 from instantstart_fs.core.refusals import Service
 from instantstart_fs.core.urls import shown_url
-from instantstart_fs.filler.fetch import BUFFER_BYTES, parse_retry_after
+from instantstart_fs.filler.answers import parse_retry_after
+from instantstart_fs.filler.fetch import BUFFER_BYTES
 from instantstart_fs.filler.messages import (
     PAUSE,
     PAUSE_SIZE,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from instantstart_fs.core.chunks import ChunkMap
-from instantstart_fs.core.fillplan import SLOW_RATE, SLOW_SECONDS, FillPlan
+from instantstart_fs.core.fillplan import FillPlan
+from instantstart_fs.core.fillqueue import SLOW_RATE, SLOW_SECONDS
 
 # Small alphabets, so that things collide.
 FILES = ("a", "b", "c", "d")
@@ -247,7 +248,7 @@ class PlanMachine(RuleBasedStateMachine):
             )
         }
         share = CEILING // 2
-        stopped = self.plan.give_way(self.now)
+        stopped = self.plan.preempt(self.now)
         for request in stopped:
             item = (request.key, request.chunk)
             origin, pipeline = self.flying.pop(item), PIPELINE[request.key]

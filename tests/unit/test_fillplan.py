@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from instantstart_fs.core.chunks import ChunkMap
-from instantstart_fs.core.fillplan import FillPlan, Request
+from instantstart_fs.core.fillplan import FillPlan
+from instantstart_fs.core.fillqueue import Request
 
 
 def chunk_map(chunks: int) -> ChunkMap:
@@ -325,15 +326,15 @@ def test_slow_requests_give_way_to_who_has_less_than_a_share_and_to_nobody_else(
     plan.add("a", "p", "o", chunk_map(100))
     plan.demand("a", range(100))
     assert len(started(plan)) == 4
-    assert plan.give_way(60.0) == [], "nobody waits"
+    assert plan.preempt(60.0) == [], "nobody waits"
     plan.add("b", "q", "o", chunk_map(9))
     plan.demand("b", range(3))
     plan.progressed("a", 0, 1 << 20, 59.0)
     plan.progressed("a", 1, 1 << 20, 60.0)
     assert started(plan, 60.0) == []
-    assert [(request.key, request.chunk) for request in plan.give_way(60.0)] == [("a", 2), ("a", 3)]
+    assert [(request.key, request.chunk) for request in plan.preempt(60.0)] == [("a", 2), ("a", 3)]
     assert started(plan, 60.0) == [("b", 0, True), ("b", 1, True)], "half of it each, however many wait"
-    assert plan.give_way(70.0) == []
+    assert plan.preempt(70.0) == []
 
 
 def test_a_slow_file_has_one_request_in_flight_until_it_proves_good() -> None:
@@ -360,7 +361,7 @@ def test_who_gives_way_is_given_more_time_the_next_time() -> None:
     lasted: dict[str, list[float]] = {"a": [], "b": [], "c": []}
     for tick in range(1, 200):
         now = tick / 2
-        for request in plan.give_way(now):
+        for request in plan.preempt(now):
             lasted[request.key].append(now - since[request.key])
         since.update({key: now for key, _, _ in started(plan, now)})
     assert [times[:2] for times in lasted.values()] == [[8.0, 16.0], [8.5, 16.0], [8.0, 16.0]]
@@ -374,9 +375,9 @@ def test_a_pause_is_not_held_against_a_background_request() -> None:
     plan.add("b", "q", "o", chunk_map(9))
     plan.demand("b", [0])
     plan.pause(10.0)
-    assert plan.give_way(11.9) == []
+    assert plan.preempt(11.9) == []
     assert plan.next_time(11.0) == 12.0
-    assert len(plan.give_way(12.0)) == 1
+    assert len(plan.preempt(12.0)) == 1
 
 
 def test_the_breaker_of_one_pipeline_stops_that_pipeline() -> None:

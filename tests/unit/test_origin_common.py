@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from instantstart_fs.core.manifest import ModelSpec
-from instantstart_fs.filler.fetch import parse_retry_after
+from instantstart_fs.filler.answers import parse_retry_after
 from instantstart_fs.origins.common import (
     is_trusted,
     retry_after,
