@@ -132,8 +132,8 @@ def fill_store(root: Path, count: int, files: int, *, warm: bool = False, first:
             name = f"p{number:06}"
             spec = PipelineSpec(name, (ModelSpec("file:///x"),))
             manifest = Manifest(name, 1, 8 << 20, (ModelManifest("", "file:///x", "r", entries),), 0)
-            store.write_pipeline(spec)
-            store.write_manifest(manifest)
+            store.metadata.write_pipeline(spec)
+            store.metadata.write_manifest(manifest)
 
             def record(
                 txn: WriteTxn, name: str = name, spec: PipelineSpec = spec, manifest: Manifest = manifest

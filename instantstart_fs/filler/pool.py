@@ -38,7 +38,7 @@ from instantstart_fs.filler.messages import (
     packet,
 )
 from instantstart_fs.store.blobstore import BlobStore
-from instantstart_fs.store.translate import translated
+from instantstart_fs.store.os_errors import translated
 
 log = logging.getLogger(__name__)
 

@@ -74,8 +74,9 @@ from instantstart_fs.library.watching import Watcher
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.origins.bounds import IN_THE_DAEMON
 from instantstart_fs.origins.registry import OriginSettings, open_origin
-from instantstart_fs.store.blobstore import REMOVED, BlobStore
+from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.store.layout import generation_number
+from instantstart_fs.store.tree import REMOVED
 
 __all__ = ["Library", "VerifyReport"]
 
@@ -258,7 +259,7 @@ class Library:
                 continue
             kept = {generation.number for generation in pipeline.generations()}
             try:
-                for name in self._store.list_directory(pipeline.id):
+                for name in self._store.tree.list_directory(pipeline.id):
                     number = generation_number(name)
                     if number is not None and number not in kept:
                         self._store.delete_generation(pipeline.id, number)
@@ -493,7 +494,7 @@ class Library:
 
     def store_problem(self) -> str | None:
         """What is wrong with the store's directory; logged once."""
-        if not self._store.removed():
+        if not self._store.tree.removed():
             return None
         if not self._removal_told:
             self._removal_told = True

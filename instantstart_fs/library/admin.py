@@ -154,7 +154,7 @@ class Admin:
             if old is not None and await trio.to_thread.run_sync(old.manifest.models.__eq__, models):
                 pipeline.trouble = None
                 return False
-            numbers = await trio.to_thread.run_sync(shelf.store.generations, pipeline_id)
+            numbers = await trio.to_thread.run_sync(shelf.store.metadata.generations, pipeline_id)
             manifest = Manifest(
                 pipeline=pipeline_id,
                 generation=max([*numbers, old.number if old else 0]) + 1,
@@ -408,7 +408,7 @@ class Admin:
             spec = msgspec.structs.replace(pipeline.spec, pinned=pinned)
             number = pipeline.outline.number if pipeline.outline else 0
             record = msgspec.structs.replace(self._pipeline_record(pipeline, number, pinned), spec=spec)
-            await trio.to_thread.run_sync(self._shelf.store.write_pipeline, spec)
+            await trio.to_thread.run_sync(self._shelf.store.metadata.write_pipeline, spec)
             await self._shelf.index.write(lambda txn: txn.put_pipeline(record))
             pipeline.spec, pipeline.pinned = spec, pinned
             pipeline.changed()
@@ -421,7 +421,7 @@ class Admin:
             spec = msgspec.structs.replace(pipeline.spec, quota=quota)
             number = pipeline.outline.number if pipeline.outline else 0
             record = msgspec.structs.replace(self._pipeline_record(pipeline, number, pipeline.pinned), spec=spec)
-            await trio.to_thread.run_sync(self._shelf.store.write_pipeline, spec)
+            await trio.to_thread.run_sync(self._shelf.store.metadata.write_pipeline, spec)
             await self._shelf.index.write(lambda txn: txn.put_pipeline(record))
             pipeline.spec = spec
             pipeline.uncached = None  # what the old one refused is asked anew
@@ -569,10 +569,10 @@ class Admin:
 
     def _write_slot(self, spec: PipelineSpec, manifest: Manifest, fresh: bool) -> None:
         store = self._shelf.store
-        if fresh and spec.id in store.pipelines():
+        if fresh and spec.id in store.metadata.pipelines():
             store.delete_pipeline(spec.id)
-        store.write_pipeline(spec)
-        store.write_manifest(manifest)
+        store.metadata.write_pipeline(spec)
+        store.metadata.write_manifest(manifest)
 
     async def _record(
         self, new: Generation, kept: Mapping[int, Kept] | None = None, summary: SummaryRecord | None = None

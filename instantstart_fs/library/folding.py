@@ -103,7 +103,7 @@ class Folding:
 
     def _alone(self, numbers: Mapping[str, int]) -> list[str]:
         """Those in whose slots nothing lies but that generation; in a thread."""
-        listed = self._shelf.store.list_directory
+        listed = self._shelf.store.tree.list_directory
         return [
             name
             for name, number in numbers.items()

@@ -95,10 +95,10 @@ class _Run:
         self.hashed = 0
 
     def look(self, current: dict[str, int]) -> None:
-        for name in self.store.list_directory():
+        for name in self.store.tree.list_directory():
             try:
                 validate_pipeline_id(name)
-                spec = self.store.load_pipeline(name)
+                spec = self.store.metadata.load_pipeline(name)
             except (StoreDamaged, NoSuchEntry, InvalidName) as error:  # nothing else: a want of ours is no reason
                 # Without its pipeline.json nobody knows whose it is; it may hold a gated model: never shown again.
                 self._orphan((name,), f"{name}: {self.fate}, its {PIPELINE_FILE} cannot be used ({error.message})")
@@ -113,13 +113,13 @@ class _Run:
     def _look_at_pipeline(self, spec: PipelineSpec, current: int) -> None:
         pipeline = spec.id
         numbers: list[int] = []
-        for name in self.store.list_directory(pipeline):
+        for name in self.store.tree.list_directory(pipeline):
             number = generation_number(name)
             if number is not None:
                 numbers.append(number)
             elif name not in (PIPELINE_FILE, LEARNED_FILE):
                 self._orphan((pipeline, name), f"{pipeline}/{name}: {self.fate}, nothing of this store has that name")
-        restored = _Restored(spec, self.store.pipeline_created_at(pipeline), None, sorted(numbers), {})
+        restored = _Restored(spec, self.store.metadata.pipeline_created_at(pipeline), None, sorted(numbers), {})
         self.restored.append(restored)
         # An update that the daemon did not live to finish may have left a newer manifest than the one in use.
         for number in sorted(restored.numbers, key=lambda number: (number == current, number), reverse=True):
@@ -127,7 +127,7 @@ class _Run:
                 self.remove.append((pipeline, str(number)))
                 continue
             try:
-                manifest = self.store.load_manifest(pipeline, number)
+                manifest = self.store.metadata.load_manifest(pipeline, number)
                 validate_origin_paths(entry.path for entry in manifest.files)
             except StoreUnsupported:
                 raise
@@ -147,7 +147,7 @@ class _Run:
 
     def _look_at_generation(self, restored: _Restored, manifest: Manifest) -> None:
         where = (manifest.pipeline, str(manifest.generation))
-        for name in self.store.list_directory(*where):
+        for name in self.store.tree.list_directory(*where):
             if name not in (MANIFEST_FILE, FILES):
                 shown = "/".join((*where, name))
                 self._orphan((*where, name), f"{shown}: {self.fate}, nothing of this store has that name")
@@ -161,7 +161,7 @@ class _Run:
         while pending:
             directory = pending.pop()
             components = (*where, FILES, *directory.split("/")) if directory else (*where, FILES)
-            for name in self.store.list_directory(*components):
+            for name in self.store.tree.list_directory(*components):
                 path = f"{directory}/{name}" if directory else name
                 if path in directories:
                     pending.append(path)

@@ -23,7 +23,7 @@ from instantstart_fs.library.state import CachedFile, Generation, counts_as_requ
 from instantstart_fs.library.watching import Nobody, Watcher
 from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.locks import used_elsewhere
-from instantstart_fs.store.translate import translate, translated
+from instantstart_fs.store.os_errors import translate, translated
 
 IDLE_READERS = 256
 """Descriptors of files that were open a while ago: the shards of some pipelines, and a quarter of the least limit of

@@ -22,7 +22,7 @@ from instantstart_fs.errors import StoreDamaged
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.nodeids import HighWater
 from instantstart_fs.store.blobstore import BlobStore
-from instantstart_fs.store.translate import translated
+from instantstart_fs.store.os_errors import translated
 
 if TYPE_CHECKING:
     from instantstart_fs.library.fsck import FsckProgress
@@ -54,7 +54,7 @@ def open_index(store: BlobStore, *, rest: float, told: Callable[[str], None] = l
 
 def _open(store: BlobStore) -> tuple[str | None, Index | None]:
     """(Why it is to be rebuilt, None where it is not; the index, None where it cannot be used.)"""
-    slots = store.list_directory()
+    slots = store.tree.list_directory()
     if not os.path.exists(os.path.join(store.layout.index, "data.mdb")):
         _keep_nodeids_apart(store, slots)
     for again in (True, False):
@@ -75,7 +75,7 @@ def _open(store: BlobStore) -> tuple[str | None, Index | None]:
 def _judge(store: BlobStore, index: Index, slots: list[str]) -> tuple[str | None, Index | None]:
     known = index.read(lambda txn: {record.spec.id for record in txn.pipelines()})
     identity = index.read(lambda txn: txn.store_identity())
-    if not known and any(store.has_pipeline(name) for name in slots):
+    if not known and any(store.metadata.has_pipeline(name) for name in slots):
         return "it is empty, and pipelines lie in the store", index
     if identity is None or store.identity_is_new:
         foreign = bool(known) and bool(slots) and known.isdisjoint(slots)

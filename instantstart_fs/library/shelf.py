@@ -122,7 +122,7 @@ class Shelf:
         A pipeline that has a summary is not read any further. One whose manifest cannot be read is shown in the state
         ``error``; the others are not touched by it.
         """
-        slots = set(self.store.list_directory())
+        slots = set(self.store.tree.list_directory())
         summaries = self.index.read(lambda txn: dict(txn.summaries()))
         upkeep = self.index.read(lambda txn: dict(txn.upkeep()))
         folded: list[Folded] = []
@@ -154,7 +154,7 @@ class Shelf:
             # Now: when a file proves wrong there may be no room, or no index, to reserve any.
             self._reserve_spare()
         strangers = slots - self.pipelines.keys()
-        unknown = sorted(name for name in strangers if self.store.has_pipeline(name))
+        unknown = sorted(name for name in strangers if self.store.metadata.has_pipeline(name))
         if unknown:
             log.warning(
                 "%d pipeline(s) lie in the store and not in the index (%s): stop the daemon, `instantstart fsck` "
@@ -332,7 +332,7 @@ class Shelf:
         generation.suspect, generation.looked_at = False, trio.current_time()
         pipeline = generation.pipeline
         restored = await trio.to_thread.run_sync(
-            self.store.restore_slot, pipeline.spec, pipeline.created_at_ns, generation.manifest
+            self.store.metadata.restore_slot, pipeline.spec, pipeline.created_at_ns, generation.manifest
         )
         if restored:
             log.warning("its description was removed from the store, and is restored", extra={"pipeline": pipeline.id})
@@ -407,14 +407,14 @@ class Shelf:
 
     def _decode_generation(self, pipeline: Pipeline, number: int) -> Generation:
         try:
-            manifest = self.store.load_manifest(pipeline.id, number)
+            manifest = self.store.metadata.load_manifest(pipeline.id, number)
         except NoSuchEntry as error:
             raise StoreLost(
                 f"{pipeline.id}: its manifest is gone; `instantstart update {pipeline.id}` resolves it anew"
             ) from error
         if not pipeline.learned_read:
             # An earlier version, or fsck without an index, wrote nothing of it there.
-            pipeline.learned = self.store.load_learned(pipeline.id)
+            pipeline.learned = self.store.metadata.load_learned(pipeline.id)
             pipeline.learned_read = True
         record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
         if record is None:
@@ -546,7 +546,7 @@ class Shelf:
 
                 # The index first: it is what the next start believes. The slot is asked where there is none.
                 await self.index.write(write)
-                await trio.to_thread.run_sync(self.store.write_learned, pipeline.id, learned)
+                await trio.to_thread.run_sync(self.store.metadata.write_learned, pipeline.id, learned)
         finally:
             pipeline.lock.release()
         return True

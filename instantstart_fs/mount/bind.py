@@ -35,7 +35,7 @@ from instantstart_fs.library.covering import Coverable, Covering
 from instantstart_fs.mount import kernel
 from instantstart_fs.store.layout import BIND
 from instantstart_fs.store.locks import used_elsewhere
-from instantstart_fs.store.translate import passing
+from instantstart_fs.store.os_errors import passing
 
 log = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ from instantstart_fs.mount.handover import (
 )
 from instantstart_fs.mount.operations import Entry, Operations
 from instantstart_fs.store.layout import Layout
-from instantstart_fs.store.translate import passing
+from instantstart_fs.store.os_errors import passing
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ import msgspec
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.errors import InstantStartError, StoreDamaged, StoreUnsupported
 from instantstart_fs.store.layout import FORMAT, SEAL_XATTR
-from instantstart_fs.store.translate import translate, translated
+from instantstart_fs.store.os_errors import translate, translated
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2

@@ -1,16 +1,14 @@
-"""What the store lies on: which filesystems are fit, and how full they are."""
+"""The filesystem below the store: which kinds are fit for it, and what a directory of it can do. It measures no
+space."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
-import stat
-
-import msgspec
 
 from instantstart_fs.errors import StoreUnsupported
-from instantstart_fs.store.translate import translate, translated
+from instantstart_fs.store.os_errors import translate
 
 _ADVICE = "give the store a directory on ext4 or xfs (in a container: a volume, not the image's own filesystem)"
 
@@ -44,14 +42,6 @@ _OPEN_TREE, _MOUNT_SETATTR = 428, 442
 _OPEN_TREE_CLONE, _AT_EMPTY_PATH = 1, 0x1000
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV = 1, 2, 4
 _PROBE_XATTR = "user.instantstart.probe"
-
-
-class StoreUsage(msgspec.Struct, frozen=True):
-    """Bytes. ``total`` and ``available`` (to the daemon) are the filesystem's; ``used`` is what the slots take."""
-
-    total: int
-    available: int
-    used: int
 
 
 def filesystem_type(fd: int) -> int:
@@ -104,34 +94,3 @@ def probe_xattrs(fd: int, root: str) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return  # it can, and has no room for it now: what is there is served all the same
         raise translate(error, f"write an xattr in {root}") from error
-
-
-def usage_of(root: str, slots: str) -> StoreUsage:
-    """Walks every file of the slots: seconds for a million files. What disappears meanwhile is not counted."""
-    with translated(f"look at {root}"):
-        status = os.statvfs(root)
-    used = 0
-    several: set[tuple[int, int]] = set()
-    """Files with more names than one: generations share them, the disk holds them once."""
-    pending = [slots]
-    while pending:
-        directory = pending.pop()
-        try:
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    try:
-                        found = entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:
-                        continue
-                    if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
-                        if (found.st_dev, found.st_ino) in several:
-                            continue
-                        several.add((found.st_dev, found.st_ino))
-                    used += found.st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise translate(error, f"look at {directory}") from error
-    return StoreUsage(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize, used)

@@ -16,7 +16,7 @@ import time
 
 from instantstart_fs.errors import StoreLocked
 from instantstart_fs.store.layout import FILE_MODE
-from instantstart_fs.store.translate import translated
+from instantstart_fs.store.os_errors import translated
 
 _LIBC = ctypes.PyDLL(None, use_errno=True)
 """Keeps the interpreter lock."""

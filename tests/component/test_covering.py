@@ -19,7 +19,7 @@ from instantstart_fs.library.covering import Coverable
 from instantstart_fs.library.state import CachedFile
 from instantstart_fs.library.watching import Nobody
 from instantstart_fs.store.locks import used_elsewhere
-from instantstart_fs.store.translate import translate
+from instantstart_fs.store.os_errors import translate
 from tests.component.test_library import find, make_source, spec
 from tests.component.test_room import WEIGHTS, fills, running
 

@@ -27,7 +27,7 @@ from instantstart_fs.library.folded import Folded
 from instantstart_fs.library.state import CachedFile, Generation
 from instantstart_fs.library.view import ROOT
 from instantstart_fs.mount.operations import Operations
-from instantstart_fs.store import slices
+from instantstart_fs.store import manifest_json
 from tests.component.test_library import find, make_source, read_all, spec
 from tests.component.test_room import MIB, WEIGHTS, blocks, fills, running
 
@@ -304,7 +304,8 @@ def _of_another_size(root: Path, index: Index) -> None:
 async def test_whatever_is_wrong_with_what_is_recorded_of_one_pipeline_costs_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path, Index], None], folded: bool
 ) -> None:
-    monkeypatch.setattr(slices, "SLICE", 1)  # files are decoded apart from the rest, as those of a large manifest are
+    # Files are decoded apart from the rest, as those of a large manifest are.
+    monkeypatch.setattr(manifest_json, "SLICE", 1)
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         for name in ("bad", "good"):
@@ -325,9 +326,9 @@ class Gate:
 
     def __init__(self, library: Library) -> None:
         self.entered, self._open, self.reads = trio.Event(), threading.Event(), 0
-        self._real = library._store.load_manifest
+        self._real = library._store.metadata.load_manifest
         self._token = trio.lowlevel.current_trio_token()
-        library._store.load_manifest = self._load  # type: ignore[method-assign]
+        library._store.metadata.load_manifest = self._load  # type: ignore[method-assign]
 
     def _load(self, pipeline: str, generation: int) -> Manifest:
         self.reads += 1
@@ -472,13 +473,13 @@ async def test_the_collector_walks_over_no_large_generation(tmp_path: Path, monk
     monkeypatch.setattr(collecting, "LARGE", 5)
     async with settled(tmp_path, "x") as library:
         enabled: list[bool] = []
-        real = library._store.load_manifest
+        real = library._store.metadata.load_manifest
 
         def watched(pipeline: str, generation: int) -> Manifest:
             enabled.append(gc.isenabled())
             return real(pipeline, generation)
 
-        library._store.load_manifest = watched  # type: ignore[method-assign]
+        library._store.metadata.load_manifest = watched  # type: ignore[method-assign]
         gc.unfreeze()
         await library.look_into("x")
         assert enabled == [False]

@@ -56,8 +56,8 @@ def root(tmp_path: Path) -> str:
     with BlobStore.open(root) as store:
         for pipeline in ("full", "part"):
             spec = PipelineSpec(pipeline, (ModelSpec("hf://org/repo", "m"),), uid=7, pinned=pipeline == "full")
-            store.write_pipeline(spec, created_at_ns=1000)
-            store.write_manifest(manifest_of(pipeline, 3))
+            store.metadata.write_pipeline(spec, created_at_ns=1000)
+            store.metadata.write_manifest(manifest_of(pipeline, 3))
         for path in CONTENTS:
             seal(store, "full", 3, path)
         seal(store, "part", 3, "a.safetensors")
@@ -96,7 +96,7 @@ def check(root: str) -> None:
         blocks: list[range] = []
         for record in records:
             assert (record.generation, record.next_generation, record.spec.uid) == (3, 4, 7)
-            assert record.spec == store.load_pipeline(record.spec.id)
+            assert record.spec == store.metadata.load_pipeline(record.spec.id)
             assert set(record.directory_nodeids) == {"", "m"}
             generation = generations[record.spec.id]
             assert generation is not None
@@ -164,8 +164,8 @@ def test_a_damaged_index_is_moved_aside(root: str, damage: str) -> None:
 
 def test_a_healthy_index_keeps_times_and_its_generation(opened: tuple[BlobStore, Index], root: str) -> None:
     store, index = opened
-    spec = store.load_pipeline("full")
-    store.write_manifest(manifest_of("full", 4))  # an update that died before its index record
+    spec = store.metadata.load_pipeline("full")
+    store.metadata.write_manifest(manifest_of("full", 4))  # an update that died before its index record
 
     refused = UpkeepRecord(access=Access(checked_at_ns=5, refusals=2, code="access-refused"))
 
@@ -186,7 +186,7 @@ def test_a_healthy_index_keeps_times_and_its_generation(opened: tuple[BlobStore,
     assert report.problems == ()
     assert states(index, "full") == ALL_SEALED
     assert states(index, "part") == {"a.safetensors": "sealed"}
-    assert store.generations("full") == [3]
+    assert store.metadata.generations("full") == [3]
     with index.reading() as txn:
         record = txn.get_pipeline("full")
         assert record is not None
@@ -200,12 +200,12 @@ def test_a_healthy_index_keeps_times_and_its_generation(opened: tuple[BlobStore,
 def test_without_an_index_the_newest_readable_generation_wins(opened: tuple[BlobStore, Index], root: str) -> None:
     store, index = opened
     for number in (4, 10, 11):
-        store.write_manifest(manifest_of("full", number))
+        store.metadata.write_manifest(manifest_of("full", number))
     seal(store, "full", 10, "a.safetensors")
     (Path(root) / "slots/full/11/manifest.json").write_bytes(b"{")
     (Path(root) / "slots/full/12/files").mkdir(parents=True)
     report = fsck(store, index)
-    assert store.list_directory("full") == ["10", "pipeline.json"]
+    assert store.tree.list_directory("full") == ["10", "pipeline.json"]
     assert states(index, "full", 10) == {"a.safetensors": "sealed"}
     assert len(report.problems) == 1
     assert "full/11" in report.problems[0]
@@ -303,7 +303,7 @@ def test_what_a_newer_version_wrote_is_left_alone(opened: tuple[BlobStore, Index
 def test_hostile_names_in_a_manifest_are_not_believed(opened: tuple[BlobStore, Index], root: str) -> None:
     store, index = opened
     file = ManifestFile("../../../../escape", 1, "x")
-    store.write_manifest(Manifest("part", 4, 4096, (ModelManifest("m", "hf://org/repo", "abc", (file,)),), 7))
+    store.metadata.write_manifest(Manifest("part", 4, 4096, (ModelManifest("m", "hf://org/repo", "abc", (file,)),), 7))
     report = fsck(store, index)
     assert "escape" in report.problems[0]
     assert states(index, "part") == {"a.safetensors": "sealed"}
@@ -328,6 +328,7 @@ def test_killed_while_it_works_it_can_be_run_again(root: str, moment: int) -> No
 import os, signal, sys
 from instantstart_fs.library import fsck
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.store.tree import StoreTree
 steps = 0
 def step(real):
     def wrapped(*args, **kwargs):
@@ -339,15 +340,15 @@ def step(real):
     return wrapped
 fsck._Run.write = step(fsck._Run.write)
 fsck._Run.finish = step(fsck._Run.finish)
-for name in ("delete_entry", "_remove_trashed", "close"):
-    setattr(BlobStore, name, step(getattr(BlobStore, name)))
+for kind, name in ((BlobStore, "delete_entry"), (StoreTree, "_remove_trashed"), (BlobStore, "close")):
+    setattr(kind, name, step(getattr(kind, name)))
 fsck.repair(sys.argv[1])
 """
     with BlobStore.open(root) as store:
-        store.write_manifest(manifest_of("part", 2))
+        store.metadata.write_manifest(manifest_of("part", 2))
     child = subprocess.run([sys.executable, "-c", code, root], timeout=60, check=False)
     assert child.returncode == -signal.SIGKILL
     repair(root)
     check(root)
     with BlobStore.open(root) as store:
-        assert store.generations("part") == [3]
+        assert store.metadata.generations("part") == [3]

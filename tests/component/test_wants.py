@@ -15,8 +15,9 @@ from instantstart_fs.index.environment import Index
 from instantstart_fs.library import shelf as shelf_module
 from instantstart_fs.library.folded import Folded
 from instantstart_fs.library.fsck import fsck
-from instantstart_fs.store import translate
+from instantstart_fs.store import os_errors
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.store.metadata import SlotMetadata
 from tests.component.test_folding import settle
 from tests.component.test_library import find, make_source, read_all, spec
 from tests.component.test_room import WEIGHTS, fills, running
@@ -39,9 +40,9 @@ from tests.component.test_room import WEIGHTS, fills, running
     ],
 )
 def test_the_one_list_of_what_passes(number: int, kind: type[StoreError]) -> None:
-    found = translate.translate(OSError(number, os.strerror(number)), "read x")
+    found = os_errors.translate(OSError(number, os.strerror(number)), "read x")
     assert type(found) is kind
-    assert translate.passing(number) is (kind in (OutOfResources, OutOfMemory, StoreFull))
+    assert os_errors.passing(number) is (kind in (OutOfResources, OutOfMemory, StoreFull))
 
 
 @pytest.fixture
@@ -95,15 +96,15 @@ async def test_what_cannot_be_read_now_is_read_later_and_is_no_error(
         await fills(library, "p")
         await settle(library)
     wanting = [100]
-    original = BlobStore.load_manifest
+    original = SlotMetadata.load_manifest
 
-    def load_manifest(store: BlobStore, pipeline: str, generation: int) -> Manifest:
+    def load_manifest(metadata: SlotMetadata, pipeline: str, generation: int) -> Manifest:
         if wanting[0]:
             wanting[0] -= 1
             raise OutOfResources("read manifest.json: no descriptor is left")
-        return original(store, pipeline, generation)
+        return original(metadata, pipeline, generation)
 
-    monkeypatch.setattr(BlobStore, "load_manifest", load_manifest)
+    monkeypatch.setattr(SlotMetadata, "load_manifest", load_manifest)
     async with running(tmp_path) as library:
         with pytest.raises(OutOfResources):
             await library.look_into("p")
@@ -120,12 +121,12 @@ async def test_what_cannot_be_read_now_is_read_later_and_is_no_error(
 def test_fsck_removes_nothing_for_want_of_a_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "store"
     with BlobStore.open(str(root)) as store, Index.open(store.layout.index) as index:
-        store.write_pipeline(spec("p", tmp_path))
+        store.metadata.write_pipeline(spec("p", tmp_path))
 
-        def refuse(self: BlobStore, pipeline: str) -> None:
+        def refuse(self: SlotMetadata, pipeline: str) -> None:
             raise OutOfResources("read pipeline.json: no descriptor is left")
 
-        monkeypatch.setattr(BlobStore, "load_pipeline", refuse)
+        monkeypatch.setattr(SlotMetadata, "load_pipeline", refuse)
         with pytest.raises(OutOfResources):
             fsck(store, index)
     assert (root / "slots/p/pipeline.json").exists()
