@@ -11,6 +11,7 @@ import errno
 import sys
 from typing import NoReturn
 
+from instantstart_fs import __version__
 from instantstart_fs.cli import serving, terminal
 from instantstart_fs.errors import InstantStartError, UsageError
 
@@ -38,6 +39,9 @@ def _run(arguments: list[str]) -> int:
     try:
         if (plain := serving.plain(arguments)) is not None:
             serving.serve(**plain)
+        if arguments == ["--version"]:  # without the imports of the commands
+            print(version_line())
+            return 0
         from instantstart_fs.cli.app import app
 
         status = app(args=arguments, prog_name="instantstart", standalone_mode=True)
@@ -56,6 +60,11 @@ def _run(arguments: list[str]) -> int:
         print(f"instantstart: cannot write: {error.strerror}", file=sys.stderr)
         return terminal.let_go(sys.stdout, 1)
     return status if isinstance(status, int) else 0
+
+
+def version_line() -> str:
+    """What ``--version`` prints."""
+    return f"instantstart {__version__}"
 
 
 def _fail(error: InstantStartError, arguments: list[str]) -> int:

@@ -125,7 +125,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
         raises = None
         verified = VerifyResult(2, 10_000, (), ())
 
-    monkeypatch.setattr("instantstart_fs.cli.app.Client", Fresh)
+    monkeypatch.setattr("instantstart_fs.control.client.Client", Fresh)
     return Fresh
 
 

@@ -23,6 +23,25 @@ def test_a_start_imports_nothing_that_the_mount_does_not_need() -> None:
     assert LATER & imported == set()
 
 
+def test_version_is_told_without_the_imports_of_the_commands() -> None:
+    program = "import sys; from instantstart_fs.cli import run; run(['--version']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    told, imported = done.stdout.splitlines()
+    assert told.startswith("instantstart ")
+    # As the commands say it, who understand it beside other words.
+    assert printed_by(["--version", "ls"]) == told
+    assert not LATER & set(imported.split())
+    assert "msgspec" not in imported.split()
+
+
+def printed_by(words: list[str]) -> str:
+    """What the command with these words prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "instantstart_fs.cli", *words], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.strip()
+
+
 def test_a_daemon_whose_output_is_closed_ends_as_well_as_any() -> None:
     program = (
         "import sys; from instantstart_fs import daemon; from instantstart_fs.cli import serving\n"

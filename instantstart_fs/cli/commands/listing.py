@@ -1,0 +1,63 @@
+"""Commands that show which pipelines there are and what they do: ls, status. They change nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from instantstart_fs.cli import completion, show
+from instantstart_fs.cli.options import Json, Socket
+from instantstart_fs.control import client as control
+
+commands = typer.Typer()
+
+
+@commands.command()
+def ls(
+    pipelines: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PIPELINE]...",
+            help="Only these; patterns too ('llama-*').",
+            show_default=False,
+            autocompletion=completion.pipelines,
+        ),
+    ] = None,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """List the pipelines and what of them is cached."""
+    with control.Client(socket) as client:
+        _list(client, pipelines or [], json)
+
+
+@commands.command()
+def status(
+    pipeline: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PIPELINE",
+            help="All of them if left out.",
+            show_default=False,
+            autocompletion=completion.pipelines,
+        ),
+    ] = None,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Show state, rate and last error of one, or of all."""
+    with control.Client(socket) as client:
+        if pipeline is not None:
+            found = client.status(pipeline)
+            print(show.as_json(found) if json else show.pipeline(found))
+            return
+        _list(client, [], json)
+        if not json:
+            print(f"\n{show.mounted(client.ping())}")
+
+
+def _list(client: control.Client, wanted: list[str], json: bool) -> None:
+    """Print the pipelines that ``wanted`` names (all if it is empty), as both commands do."""
+    found = show.chosen(client.pipelines(), wanted)
+    print(show.as_json([status.brief for status in found]) if json else show.pipelines(found))

@@ -1,0 +1,257 @@
+"""Commands that change a pipeline or fetch its bytes: add, update, remove, evict, pin, touch, warm, verify, lease."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from instantstart_fs.cli import show
+from instantstart_fs.cli.options import Json, NewPipeline, Pipeline, Socket
+from instantstart_fs.control import client as control
+from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.words import human_bytes
+from instantstart_fs.errors import InstantStartError, UsageError, printable
+
+commands = typer.Typer()
+
+
+@commands.command()
+def add(
+    pipeline: NewPipeline,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="hf://org/repo[@revision], s3://bucket/prefix or file:///directory.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="NAME=SOURCE", help="Instead of SOURCE: a named model; may be repeated."),
+    ] = None,
+    owner: Annotated[
+        str | None, typer.Option("--owner", metavar="UID:GID", help="Who owns its files (default: you).")
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", metavar="MODE", help="Mode of its directories.")] = "0555",
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these files; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these files; may be repeated.")
+    ] = None,
+    token_file: Annotated[
+        str | None, typer.Option("--token-file", metavar="FILE", help="The hub token of this pipeline.")
+    ] = None,
+    aws_profile: Annotated[
+        str | None, typer.Option("--aws-profile", metavar="PROFILE", help="The AWS profile of this pipeline.")
+    ] = None,
+    endpoint_url: Annotated[
+        str | None, typer.Option("--endpoint-url", metavar="URL", help="The S3 endpoint of this pipeline.")
+    ] = None,
+    quota: Annotated[
+        str | None, typer.Option("--quota", metavar="SIZE", help="How much of the disk it may take, such as 50GiB.")
+    ] = None,
+    anonymous: Annotated[
+        bool, typer.Option("--anonymous", help="Ask S3 without credentials: the bucket is public.")
+    ] = False,
+    requester_pays: Annotated[
+        bool, typer.Option("--requester-pays", help="The bucket's requester pays: these credentials are charged.")
+    ] = False,
+    warm: Annotated[bool, typer.Option("--warm", help="Start filling at once.")] = False,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Resolve and pin a source, and show it under the mount."""
+    from instantstart_fs.cli.specification import specification
+
+    spec = specification(
+        pipeline,
+        source,
+        tuple(model or ()),
+        owner=owner,
+        mode=mode,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        token_file=token_file,
+        aws_profile=aws_profile,
+        endpoint_url=endpoint_url,
+        anonymous=anonymous,
+        requester_pays=requester_pays,
+        quota=quota,
+    )
+    with control.Client(socket) as client:
+        status = client.add(spec, warm=warm)
+        _show_pinned(client, status, json, "filling has begun" if warm else "")
+
+
+@commands.command()
+def update(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
+    """Resolve the source again; switch if it changed."""
+    with control.Client(socket) as client:
+        before = client.status(pipeline, brief=True).generation
+        status = client.update(pipeline)
+        _show_pinned(client, status, json, "nothing has changed" if status.generation == before else "switched")
+
+
+def _show_pinned(client: control.Client, status: PipelineStatus, json: bool, note: str) -> None:
+    if json:
+        print(show.as_json(status.brief))
+        return
+    full = client.status(status.pipeline, brief=True)
+    count, size = (full.listed.count, full.listed.size) if full.listed is not None else (0, 0)
+    mounted = os.path.join(client.ping().mount, status.pipeline)
+    print(f"{status.pipeline}: pinned generation {status.generation}{f' ({note})' if note else ''}")
+    print(f"  source    {printable(' '.join(status.source))}")
+    print(f"  revision  {printable(status.revision) or '-'}")
+    print(f"  files     {count}, {human_bytes(size)} (an engine loads {human_bytes(status.total_bytes)})")
+    if full.skipped is not None:
+        print(f"  skipped   {show.skipped(full.skipped)}")
+    for name, value in show.variants(full):
+        print(f"  {name:<8}  {value}")
+    print(f"  path      {mounted}")
+
+
+@commands.command()
+def remove(
+    pipeline: Pipeline,
+    force: Annotated[bool, typer.Option("--force", help="Also while it is leased: the leases end.")] = False,
+    socket: Socket = None,
+) -> None:
+    """Forget the pipeline and its bytes."""
+    with control.Client(socket) as client:
+        _show_freed(f"{pipeline}: removed", client.remove(pipeline, force=force))
+
+
+@commands.command()
+def evict(
+    pipeline: Pipeline,
+    force: Annotated[bool, typer.Option("--force", help="Also while it is leased or open: the leases end.")] = False,
+    socket: Socket = None,
+) -> None:
+    """Drop the pipeline's bytes; it stays, cold."""
+    with control.Client(socket) as client:
+        _show_freed(f"{pipeline}: evicted, cold now", client.evict(pipeline, force=force))
+
+
+def _show_freed(done: str, held: list[str]) -> None:
+    """Print what was done. ``held``: who still has files open, whose space is free later."""
+    print(done)
+    if held:
+        print(f"  still open  by {printable(', '.join(held))}: that space is free once they close it")
+
+
+@commands.command()
+def pin(pipeline: Pipeline, socket: Socket = None) -> None:
+    """Never evict it."""
+    with control.Client(socket) as client:
+        client.set_pinned(pipeline, True)
+    print(f"{pipeline}: pinned")
+
+
+@commands.command()
+def unpin(pipeline: Pipeline, socket: Socket = None) -> None:
+    """Let it be evicted again when space is needed."""
+    with control.Client(socket) as client:
+        client.set_pinned(pipeline, False)
+    print(f"{pipeline}: no longer pinned")
+
+
+@commands.command()
+def touch(pipeline: Pipeline, socket: Socket = None) -> None:
+    """Count a request now: it stays hot."""
+    with control.Client(socket) as client:
+        client.touch(pipeline)
+
+
+@commands.command()
+def warm(
+    pipeline: Pipeline,
+    wait: Annotated[bool, typer.Option("--wait", help="Until all is there; shows progress.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every file, not only what an engine loads.")] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="GLOB", help="These files too, from now on; chooses a variant. May repeat."),
+    ] = None,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Fetch a pipeline's weights now."""
+    from instantstart_fs.cli.waiting import wait_warm
+
+    with control.Client(socket) as client:
+        if include:
+            client.include(pipeline, include)
+        if wait:
+            status = wait_warm(client, pipeline, everything, quiet=json)
+        else:
+            status = client.warm(pipeline, everything=everything)
+            if not json:
+                print(
+                    f"{pipeline}: {status.state}, {human_bytes(status.cached_bytes)} of "
+                    f"{human_bytes(status.total_bytes)}"
+                )
+    if json:
+        print(show.as_json(status.brief))
+
+
+@commands.command()
+def verify(
+    pipeline: Pipeline,
+    access: Annotated[
+        bool, typer.Option("--access", help="Instead: may its credentials still fetch its source?")
+    ] = False,
+    rate: Annotated[
+        str | None, typer.Option("--rate", metavar="SIZE", help="Read at most so much a second (200MB).")
+    ] = None,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Hash what is cached again; heal what is wrong."""
+    from instantstart_fs.cli.waiting import verify_progress
+    from instantstart_fs.config.units import option, parse_rate
+
+    if access:
+        with control.Client(socket) as client:
+            sources = client.check_access(pipeline)
+        listed = printable(" ".join(sources))
+        print(show.as_json({"sources": sources}) if json else f"{pipeline}: may be fetched: {listed}")
+        return
+    limit = None if rate is None else option("--rate", parse_rate, rate)
+    with control.Client(socket) as client, verify_progress(pipeline, quiet=json) as progress:
+        found = client.verify(pipeline, progress, rate=limit)
+    if json:
+        print(show.as_json(found))
+    else:
+        print(f"{pipeline}: {found.files} complete files, {human_bytes(found.bytes)} read again")
+        if found.unproven:
+            print(f"  unproven  {len(found.unproven)} of them: their origin offers nothing to prove them by")
+        for path in found.healed:
+            print(f"  wrong     {printable(path)} (dropped; it is fetched again)")
+    if found.healed:
+        wrong = f"{pipeline}: {len(found.healed)} files did not hold the bytes that were sealed"
+        if json:
+            # stdout holds the report already: one JSON document, not two
+            print(f"instantstart: {wrong}", file=sys.stderr)
+            raise typer.Exit(1)
+        raise InstantStartError(wrong)
+
+
+@commands.command(context_settings={"allow_interspersed_args": False})
+def lease(
+    pipeline: Pipeline,
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND", show_default=False)],
+    socket: Socket = None,
+) -> None:
+    """Run a command that keeps the pipeline in use."""
+    from instantstart_fs.cli.waiting import run_leased
+
+    wanted = command[1:] if command[0] == "--" else command
+    if not wanted:
+        raise UsageError("lease needs a command: instantstart lease PIPELINE -- COMMAND…")
+    with control.Client(socket) as client:
+        status = run_leased(client, pipeline, wanted)
+    raise typer.Exit(status)
