@@ -26,14 +26,14 @@ from typing import Any, NoReturn
 
 from bench import common, daemon
 from bench.common import run, show_size, summary, table
+from instantstart_fs.catalog.model import Generation, Pipeline
+from instantstart_fs.catalog.unloaded import summary_of
 from instantstart_fs.core.eviction import Budget, Candidate, admit, plan
 from instantstart_fs.core.manifest import Digest, Manifest, ManifestFile, ModelManifest, ModelSpec, PipelineSpec
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
-from instantstart_fs.library.folded import summary_of
-from instantstart_fs.library.state import Generation, Pipeline
 from instantstart_fs.store.blobstore import BlobStore
 
 TARGETS = {"first look": 0.020, "planner": 0.010, "index": 1.0, "ls": 0.5, "start": 1.0}
@@ -147,7 +147,7 @@ def fill_store(root: Path, count: int, files: int, *, warm: bool = False, first:
                 txn.put_generation(GenerationRecord(name, 1, base, files, 8 << 20))
                 for file in generation.files if warm else ():
                     file.state = FileState.SEALED
-                    generation.measured(file, size)
+                    generation.set_allocated(file, size)
                     txn.put_file(name, 1, file.entry.index, FileRecord("sealed", allocated=size))
                 txn.put_summary(name, summary_of(generation))
 
@@ -240,7 +240,7 @@ def library(work: Path, files: int, each: int, rounds: int, rests: float) -> dic
         if found != files:
             raise SystemExit("files are missing")
         result["rss after all"] = daemon.memory(served.child.pid)["rss"]
-        # Once nobody looks any more, most of it is let go of (library/folding.py).
+        # Once nobody looks any more, most of it is let go of (catalog/residency.py).
         time.sleep(rests)
         result[f"rss {rests:.0f} s later"] = daemon.memory(served.child.pid)["rss"]
     return result

@@ -36,7 +36,6 @@ from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, PipelineStatus
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineExists, PipelineNotFound, StoreLocked
 from instantstart_fs.library import Library
-from instantstart_fs.library.recovery import open_index
 from instantstart_fs.logs import LogFormat, announce, configure_logging
 from instantstart_fs.mount import kernel, session
 from instantstart_fs.mount.handover import Handover, Inherited
@@ -49,6 +48,7 @@ from instantstart_fs.service import (
     watchdog_interval,
 )
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.upkeep.index_recovery import open_index
 from instantstart_fs.web.binding import BACKLOG, address, bind
 from instantstart_fs.web.health import HealthProbe
 
@@ -144,7 +144,7 @@ async def serve(
                             daemon.staging = Staging(library, config.staging)
                             await nursery.start(daemon.staging.run)
                             # Tells it of what engines have open since before this daemon, too.
-                            library.watch(daemon.staging)
+                            library.notify_opens(daemon.staging)
                         daemon.mounted = mounted
                         daemon.requests = mounted.requests
                         server = ControlServer(

@@ -21,6 +21,8 @@ from typing import Generic, Literal, TypeVar
 
 import msgspec
 
+from instantstart_fs.admin.access_proof import prove_access
+from instantstart_fs.admin.origin_checks import MOST_CHECKS, choose
 from instantstart_fs.config import Config, load_config
 from instantstart_fs.control.client import Client, find_socket
 from instantstart_fs.control.protocol import DaemonInfo
@@ -38,8 +40,6 @@ from instantstart_fs.errors import (
     PermissionRefused,
     from_code,
 )
-from instantstart_fs.library.origin_checks import MOST_CHECKS, choose
-from instantstart_fs.library.proof import prove_access
 from instantstart_fs.mount import kernel
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store import filesystem

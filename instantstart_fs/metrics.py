@@ -1,7 +1,7 @@
 """Every metric: its name, unit, help text and labels are here and nowhere else; docs/METRICS.md says the same.
 
 ``render`` turns what the library counted into Prometheus's text. It reads, and keeps nothing: what is counted is
-counted where it happens (library.observing.Totals, filler.state.FillStatistics, library.overview.Overview).
+counted where it happens (telemetry.telemetry.Totals, filler.state.FillStatistics, views.store_summary.Overview).
 
 Labels are bounded. ``pipeline`` is given to at most ``http.metrics_pipelines`` pipelines, those requested last;
 ``origin`` to ORIGINS addresses, the rest count as "other"; all others have a handful of values fixed by the code.
@@ -30,8 +30,8 @@ from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.filler.state import FillStatistics
-from instantstart_fs.library.observing import FoundBy, Served, Totals
-from instantstart_fs.library.overview import Overview
+from instantstart_fs.telemetry.telemetry import FoundBy, Served, Totals
+from instantstart_fs.views.store_summary import StoreSummary
 
 ORIGINS = 32
 STATES: tuple[PipelineState, ...] = ("cold", "filling", "partial", "warm", "unverified", "error")
@@ -43,7 +43,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Source(msgspec.Struct, frozen=True):
-    """All that a scrape looks at. ``everything``: whoever asks sees all pipelines; else ``overview`` has those that he
+    """All that a scrape looks at. ``everything``: whoever asks sees all pipelines; else ``store_summary`` has those that he
     sees, and only what is ``open`` is told. ``healthy``: what /healthz says, None where it was not asked. ``requests``: of the
     kernel, by kind, since the mount."""
 
@@ -51,7 +51,7 @@ class Source(msgspec.Struct, frozen=True):
     uptime: float
     totals: Totals
     fills: FillStatistics
-    overview: Overview
+    store_summary: StoreSummary
     healthy: bool | None
     per_pipeline: int
     requests: Mapping[str, int] = {}
@@ -122,7 +122,7 @@ def _breakers(source: Source) -> Samples:
 
 
 def _shown(source: Source) -> list[PipelineStatus]:
-    latest = sorted(source.overview.pipelines, key=lambda status: status.last_request or "", reverse=True)
+    latest = sorted(source.store_summary.pipelines, key=lambda status: status.last_request or "", reverse=True)
     return latest[: source.per_pipeline]
 
 
@@ -143,7 +143,7 @@ def _last_request(status: PipelineStatus) -> float | None:
 def _last_cold_starts(source: Source) -> Samples:
     shown = {status.pipeline for status in _shown(source)}
     latest: dict[str, ColdStart] = {}
-    for record in source.overview.cold_starts:
+    for record in source.store_summary.cold_starts:
         if record.pipeline in shown and not record.live:
             latest.setdefault(record.pipeline, record)
     return [((pipeline,), record.loaded_after) for pipeline, record in sorted(latest.items())]
@@ -161,7 +161,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_weight_opens_total", "counter", "", "Opens of weight files: hit (all of it was here) or miss.", _counted(lambda s: {name: s.totals.weight_opens[name] for name in ("hit", "miss")}), ("result",)),
     Definition("instantstart_served_bytes_total", "counter", "bytes", "Bytes of READs that the daemon answered, by where they were: store (here), fetched (waited for, and kept), passed (straight from the origin, not kept).", _counted(lambda s: {name: s.totals.served[name] for name in SERVED}), ("source",)),
     Definition("instantstart_open_files", "gauge", "", "Files that somebody has open; a bound file counts once, however often it is open.", _one(lambda s: s.totals.open_files)),
-    Definition("instantstart_nodes", "gauge", "", "Entries of the table of nodeids: directories, generations (one each), and files that were fetched anew.", _one(lambda s: s.overview.nodes)),
+    Definition("instantstart_nodes", "gauge", "", "Entries of the table of nodeids: directories, generations (one each), and files that were fetched anew.", _one(lambda s: s.store_summary.nodes)),
     Definition("instantstart_reads_total", "counter", "", "READ requests that the daemon answered. Reads in passthrough, and of pages that the kernel has, are none.", _one(lambda s: s.totals.reads)),
     Definition("instantstart_read_bytes_total", "counter", "bytes", "Bytes served through the daemon.", _one(lambda s: s.totals.read_bytes)),
     Definition("instantstart_read_wait_seconds", "histogram", "seconds", "How long reads of bytes that were not here waited for them.", lambda s: [((), s.totals.waits)]),
@@ -182,22 +182,22 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_origin_breaker_state", "gauge", "", "0 closed (all is well), 1 half-open (probing), 2 open (it counts as down for some pipeline, or for a file there). Only hosts that have failed: an origin, or its CDN.", _breakers, ("origin",)),
     Definition("instantstart_damaged_files_total", "counter", "", "Complete files whose bytes in the store were lost or not those that were sealed, by who found out: open, read, verify, scrub, or update (another generation had the same file). They were dropped and fetched again.", _counted(lambda s: {name: s.totals.damaged[name] for name in FOUND_BY}), ("found_by",)),
     Definition("instantstart_scrubbed_bytes_total", "counter", "bytes", "Bytes of complete files that the scrub has read and compared.", _one(lambda s: s.totals.scrubbed_bytes)),
-    Definition("instantstart_scrub_resting", "gauge", "", "1 while demand keeps the scrub waiting. Only with store.scrub.", lambda s: [((), float(s.overview.scrub.resting))] if s.overview.scrub else []),
-    Definition("instantstart_scrub_overdue_seconds", "gauge", "seconds", "By how much the pipeline that was not scrubbed for the longest time is late. Only with store.scrub.", lambda s: [((), s.overview.scrub.overdue)] if s.overview.scrub else []),
+    Definition("instantstart_scrub_resting", "gauge", "", "1 while demand keeps the scrub waiting. Only with store.scrub.", lambda s: [((), float(s.store_summary.scrub.resting))] if s.store_summary.scrub else []),
+    Definition("instantstart_scrub_overdue_seconds", "gauge", "seconds", "By how much the pipeline that was not scrubbed for the longest time is late. Only with store.scrub.", lambda s: [((), s.store_summary.scrub.overdue)] if s.store_summary.scrub else []),
     Definition("instantstart_access_checks_total", "counter", "", "Questions to origins whether a pipeline's credentials may still fetch its source, by outcome: allowed, refused, or unknown (no answer). Those of add, update and verify --access are among them.", _counted(lambda s: {name: s.totals.access_checks[name] for name in OUTCOMES}), ("outcome",)),
-    Definition("instantstart_pipelines_access", "gauge", "", "Pipelines by verdict of the access check: allowed, refused (said twice; out of view unless on_refusal says otherwise), unknown (the last question was not answered). Only with origins.recheck_access.", lambda s: [((name,), float(count)) for name, count in s.overview.access.items()] if s.overview.access is not None else [], ("verdict",)),
+    Definition("instantstart_pipelines_access", "gauge", "", "Pipelines by verdict of the access check: allowed, refused (said twice; out of view unless on_refusal says otherwise), unknown (the last question was not answered). Only with origins.recheck_access.", lambda s: [((name,), float(count)) for name, count in s.store_summary.access.items()] if s.store_summary.access is not None else [], ("verdict",)),
     Definition("instantstart_commits_total", "counter", "", "Group commits: fdatasync, then one index transaction.", _one(lambda s: s.fills.commits)),
     Definition("instantstart_index_stuck", "gauge", "", "1 while the index takes no commit; background filling waits.", _one(lambda s: float(s.fills.index_stuck))),
     Definition("instantstart_staged_bytes_total", "counter", "bytes", "Bytes of weight files brought into the page cache ahead of their readers.", _one(lambda s: s.totals.staged_bytes)),
-    Definition("instantstart_store_used_bytes", "gauge", "bytes", "Cached bytes of all pipelines.", _one(lambda s: s.overview.used_bytes)),
-    Definition("instantstart_store_capacity_bytes", "gauge", "bytes", "What the store may use.", _one(lambda s: s.overview.budget.capacity)),
-    Definition("instantstart_store_low_watermark_bytes", "gauge", "bytes", "Eviction goes down to this.", _one(lambda s: s.overview.budget.low * s.overview.budget.capacity)),
-    Definition("instantstart_store_high_watermark_bytes", "gauge", "bytes", "Eviction begins above this.", _one(lambda s: s.overview.budget.high * s.overview.budget.capacity)),
-    Definition("instantstart_store_evictable_bytes", "gauge", "bytes", "Cached bytes of pipelines that are not hot, pinned, open, leased or being filled.", _one(lambda s: s.overview.evictable_bytes)),
+    Definition("instantstart_store_used_bytes", "gauge", "bytes", "Cached bytes of all pipelines.", _one(lambda s: s.store_summary.used_bytes)),
+    Definition("instantstart_store_capacity_bytes", "gauge", "bytes", "What the store may use.", _one(lambda s: s.store_summary.budget.capacity)),
+    Definition("instantstart_store_low_watermark_bytes", "gauge", "bytes", "Eviction goes down to this.", _one(lambda s: s.store_summary.budget.low * s.store_summary.budget.capacity)),
+    Definition("instantstart_store_high_watermark_bytes", "gauge", "bytes", "Eviction begins above this.", _one(lambda s: s.store_summary.budget.high * s.store_summary.budget.capacity)),
+    Definition("instantstart_store_evictable_bytes", "gauge", "bytes", "Cached bytes of pipelines that are not hot, pinned, open, leased or being filled.", _one(lambda s: s.store_summary.evictable_bytes)),
     Definition("instantstart_evictions_total", "counter", "", "Pipelines whose bytes were dropped, by the evictor or by hand.", _one(lambda s: s.totals.evictions)),
     Definition("instantstart_evicted_bytes_total", "counter", "bytes", "Bytes dropped that way.", _one(lambda s: s.totals.evicted_bytes)),
-    Definition("instantstart_pipelines", "gauge", "", "Pipelines by state.", lambda s: [((state,), float(s.overview.states.get(state, 0))) for state in STATES], ("state",), open=True),
-    Definition("instantstart_pipelines_filling_without_bytes", "gauge", "", "Pipelines that are being filled and got no byte for the last 5 s.", _one(lambda s: s.overview.silent)),
+    Definition("instantstart_pipelines", "gauge", "", "Pipelines by state.", lambda s: [((state,), float(s.store_summary.states.get(state, 0))) for state in STATES], ("state",), open=True),
+    Definition("instantstart_pipelines_filling_without_bytes", "gauge", "", "Pipelines that are being filled and got no byte for the last 5 s.", _one(lambda s: s.store_summary.silent)),
     Definition("instantstart_cold_starts_total", "counter", "", "Cold starts, by the pipeline's state at the first open.", _counted(lambda s: s.totals.cold_starts), ("state",)),
     Definition("instantstart_cold_start_seconds", "histogram", "seconds", "Cold starts that have ended: from the first open to the last sign of loading.", lambda s: [((), s.totals.cold_start_seconds)]),
     Definition("instantstart_pipeline_state", "gauge", "", "1 for the state that the pipeline is in.", lambda s: [((status.pipeline, status.state), 1.0) for status in _shown(s)], ("pipeline", "state"), open=True),

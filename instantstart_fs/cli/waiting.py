@@ -21,7 +21,7 @@ from instantstart_fs.core.words import human_bytes, reason_first
 from instantstart_fs.errors import InstantStartError, printable
 
 if TYPE_CHECKING:
-    from instantstart_fs.library.fsck import FsckProgress
+    from instantstart_fs.upkeep.fsck import FsckProgress
 
 LINE_SECONDS = 5.0
 """Where no terminal is: a line at each tenth, and at the latest after this long."""

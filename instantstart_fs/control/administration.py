@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Protocol
 
+from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import OriginCheck, PipelineStatus
 from instantstart_fs.core.weights import WeightSet
-from instantstart_fs.library.state import Lessee
 
 
 class Report(Protocol):
@@ -28,7 +28,7 @@ class Report(Protocol):
 
 
 class FileHandover(Protocol):
-    """See ``library.handover.Handover``."""
+    """See ``serving.export.Handover``."""
 
     @property
     def weights(self) -> WeightSet: ...
@@ -50,7 +50,7 @@ class Administration(Protocol):
     async def warm(self, pipeline: str, *, everything: bool = False) -> None: ...
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None: ...
     def cold_starts(self, pipeline: str) -> Sequence[ColdStart]: ...
-    async def look_into(self, pipeline: str) -> None: ...
+    async def ensure_loaded(self, pipeline: str) -> None: ...
     def status(self, pipeline: str, *, with_files: bool = True) -> PipelineStatus: ...
     def list(self) -> list[PipelineStatus]: ...
     def list_where(self, shown: Callable[[PipelineSpec], bool]) -> Sequence[PipelineStatus]: ...

@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import trio
 
+from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.config.descriptors import may_connect
 from instantstart_fs.control.administration import Administration, Report
 from instantstart_fs.control.callers import Callers, Place
@@ -78,7 +79,6 @@ from instantstart_fs.errors import (
     VariantNotChosen,
     from_code,
 )
-from instantstart_fs.library.state import Lessee
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class ControlServer:
             f"still under way after {CHANGE_DEADLINE:g} s: the change goes on, `instantstart status` shows it"
         )
 
-    async def take_away(
+    async def withdraw(
         self, operation: Callable[..., Awaitable[list[str]]], pipeline: str, force: bool
     ) -> list[str] | None:
         """Remove or evict it; by ``force`` no lease is in the way, and all of them end with it."""
@@ -221,7 +221,7 @@ class ControlServer:
 
     @contextlib.contextmanager
     def leased(self, pipeline: str) -> Iterator[trio.CancelScope]:
-        """Around a lease: what ``take_away`` ends."""
+        """Around a lease: what ``withdraw`` ends."""
         scopes = self._leases.setdefault(pipeline, {})
         with trio.CancelScope() as scope:
             scopes[scope] = None
@@ -234,7 +234,7 @@ class ControlServer:
 
     async def status(self, pipeline: str, *, with_files: bool) -> PipelineStatus:
         try:
-            await self._library.look_into(pipeline)
+            await self._library.ensure_loaded(pipeline)
             return self._library.status(pipeline, with_files=with_files)
         except PipelineNotFound:
             waiting = self._pending().get(pipeline)
@@ -395,9 +395,9 @@ class _Connection:
             case Update(pipeline):
                 return await change(lambda: library.update(pipeline))
             case Remove(pipeline, force):
-                return await change(lambda: self._server.take_away(library.remove, pipeline, force))
+                return await change(lambda: self._server.withdraw(library.remove, pipeline, force))
             case Evict(pipeline, force):
-                return await change(lambda: self._server.take_away(library.evict, pipeline, force))
+                return await change(lambda: self._server.withdraw(library.evict, pipeline, force))
             case Pin(pipeline, pinned):
                 return await change(lambda: library.set_pinned(pipeline, pinned))
             case Warm(pipeline, everything, wait):

@@ -1,5 +1,5 @@
 """Files that are not to be asked for now: those whose bytes did not match their digest several times in a row rest for
-a while; those whose server will not do (core/faults.py) are left alone until ``forgive``.
+a while; those whose server will not do (core/faults.py) are left alone until ``reset_failures``.
 
 Bookkeeping on the trio thread; times are trio.current_time().
 """
@@ -23,7 +23,7 @@ class Quarantine:
         self._refused: dict[FileKey, OriginIncompatible] = {}
 
     def refuse(self, key: FileKey, error: OriginIncompatible) -> None:
-        """Its server will not do: nobody asks for it before ``forgive``."""
+        """Its server will not do: nobody asks for it before ``reset_failures``."""
         self._refused.pop(key, None)
         self._refused[key] = error
         if len(self._refused) > MOST:
@@ -63,7 +63,7 @@ class Quarantine:
         self._mismatches.pop(key, None)
         self._until.pop(key, None)
 
-    def forgive(self, pipeline: str) -> None:
+    def reset_failures(self, pipeline: str) -> None:
         """Its files may be fetched at once."""
         for key in [key for key in (*self._until, *self._mismatches) if key.pipeline == pipeline]:
             self.proven(key)

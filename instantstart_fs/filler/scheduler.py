@@ -10,9 +10,9 @@ target is sealed, poisoned or failed and ``wait_quiet`` has returned.
 
 What ends a target for good: the pinned object changed, is gone, or is refused by its source, twice in a row; a digest
 mismatch; a server that misbehaves in one way again and again (core/faults.py); a full or broken store; cancellation.
-All but change, mismatch, misbehaviour (until ``forgive``) and cancellation are tried again by a demand that comes
-REVIVE_SECONDS later. Everything else is retried with backoff, a CDN's refusal too, and readers wait up to their own
-deadline.
+All but change, mismatch, misbehaviour (until ``reset_failures``) and cancellation are tried again by a demand that
+comes REVIVE_SECONDS later. Everything else is retried with backoff, a CDN's refusal too, and readers wait up to their
+own deadline.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ ROOM_PACE = 1.0
 class Filler(CommitEvents, DeliveryEvents):
     """Everything but ``run`` and ``wait_quiet`` answers at once. ``tiers``: links asked before the origin.
 
-    ``make_room``: asked when the store is full; frees space if it can and says whether it did (filler/evictor.py).
+    ``free_space``: asked when the store is full; frees space if it can and says whether it did (upkeep/eviction.py).
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class Filler(CommitEvents, DeliveryEvents):
         events: FillEvents,
         *,
         tiers: Sequence[Tier] = (),
-        make_room: Callable[[str], Awaitable[bool]] | None = None,
+        free_space: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         self._settings = settings
         self._events = events
         self._tiers = tuple(tiers)
-        self.make_room = make_room
+        self.free_space = free_space
         self._plan: FillPlan[FileKey] = FillPlan(settings.connections, settings.demand_headroom)
         self._committer = Committer(store, index, settings.commit_bytes, settings.commit_seconds, self)
         self._locator = Locator(settings.locate_timeout)
@@ -113,7 +113,7 @@ class Filler(CommitEvents, DeliveryEvents):
             tally=self._tally,
         )
         self._quarantine = Quarantine()
-        self._making_room: set[str] = set()
+        self._freeing_space: set[str] = set()
         self._room_at: dict[str, float] = {}
         self._wakeup = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -281,9 +281,9 @@ class Filler(CommitEvents, DeliveryEvents):
                 self._quarantine.refuse(key, error)
             raise
 
-    def forgive(self, pipeline: str) -> None:
+    def reset_failures(self, pipeline: str) -> None:
         """Somebody asked for it again on purpose (`warm`): quarantined and failed files of it may be tried at once."""
-        self._quarantine.forgive(pipeline)
+        self._quarantine.reset_failures(pipeline)
 
     def statistics(self) -> FillStatistics:
         return FillStatistics(
@@ -551,7 +551,7 @@ class Filler(CommitEvents, DeliveryEvents):
         self._pacing.origin_answers(filling.source.key, host_of(filling.source.key, sent.url), key)
         if target.error is not None and self._committer.stuck is None:
             target.error = None
-            self._events.trouble(target, None)
+            self._events.failure(target, None)
         self._committer.dirty(target, chunk)
         target.wake()
         self._events.chunk_present(target, chunk)
@@ -648,7 +648,7 @@ class Filler(CommitEvents, DeliveryEvents):
         self._plan.refill(target.key)
         self._demand_again(target)
         target.error = error
-        self._events.trouble(target, error)
+        self._events.failure(target, error)
         self._pacing.hold(filling)
         if isinstance(error, StoreFull):
             self._store_full(filling, error)
@@ -658,7 +658,7 @@ class Filler(CommitEvents, DeliveryEvents):
     def on_stuck(self, targets: list[FillTarget], error: InstantStartError | None) -> None:
         for target in targets:
             target.error = error
-            self._events.trouble(target, error)
+            self._events.failure(target, error)
         self._wakeup.set()
 
     # -- failures ------------------------------------------------------------------------------------------------
@@ -682,7 +682,7 @@ class Filler(CommitEvents, DeliveryEvents):
         if current:
             target.error = error
             if not isinstance(error, OriginIncompatible):  # that is final, and told as such
-                self._events.trouble(target, error)
+                self._events.failure(target, error)
         final: InstantStartError | None = None
         suspect = False
         match error:
@@ -762,21 +762,21 @@ class Filler(CommitEvents, DeliveryEvents):
     def _store_full(self, filling: Filling, error: InstantStartError) -> None:
         pipeline = filling.target.key.pipeline
         self._plan.hold(filling.target.key, trio.current_time() + 2 * ROOM_SECONDS)
-        if pipeline not in self._making_room and self._nursery is not None:
-            self._making_room.add(pipeline)
-            self._nursery.start_soon(self._make_room, pipeline, error)
+        if pipeline not in self._freeing_space and self._nursery is not None:
+            self._freeing_space.add(pipeline)
+            self._nursery.start_soon(self._free_space, pipeline, error)
 
-    async def _make_room(self, pipeline: str, error: InstantStartError) -> None:
+    async def _free_space(self, pipeline: str, error: InstantStartError) -> None:
         freed = False
         try:
             # Where room is made and taken by others at once, it is asked for at a pace.
             await trio.sleep_until(self._room_at.get(pipeline, -math.inf))
             self._room_at[pipeline] = trio.current_time() + ROOM_PACE
-            if self.make_room is not None:
+            if self.free_space is not None:
                 with trio.move_on_after(ROOM_SECONDS):
-                    freed = await self.make_room(pipeline)
+                    freed = await self.free_space(pipeline)
         finally:
-            self._making_room.discard(pipeline)
+            self._freeing_space.discard(pipeline)
         mine = [filling for key, filling in self._fillings.items() if key.pipeline == pipeline]
         for filling in mine:
             if freed:

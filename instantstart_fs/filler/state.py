@@ -58,7 +58,7 @@ class FillEvents(Protocol):
         """For good, but for what ``demand`` revives."""
         ...
 
-    def trouble(self, target: FillTarget, error: InstantStartError | None) -> None:
+    def failure(self, target: FillTarget, error: InstantStartError | None) -> None:
         """Transient; None = over."""
         ...
 

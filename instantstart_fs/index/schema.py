@@ -88,7 +88,7 @@ class FileRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     allocated: int = 0
 
 
-class TroubleRecord(msgspec.Struct, frozen=True, array_like=True):
+class FailureRecord(msgspec.Struct, frozen=True, array_like=True):
     """What went wrong last with a pipeline, so that a restart does not hide it. ``file``: its index in the manifest, -1
     where it is of no single one. ``since_ns``: wall clock."""
 
@@ -106,12 +106,12 @@ class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
 
     scrubbed: Pass = Pass()
     access: Access = Access()
-    trouble: TroubleRecord | None = None
+    failure: FailureRecord | None = None
     learned: Learned | None = None
 
 
 class SummaryRecord(msgspec.Struct, frozen=True, array_like=True):
-    """Stands for a pipeline's generation until somebody looks into it (library/folded.py). It is there only while
+    """Stands for a pipeline's generation until somebody looks into it (catalog/unloaded.py). It is there only while
 
     - the slot holds nothing but that generation, and of its files what their records say: no fill has begun since, no
       update, no eviction;
@@ -121,8 +121,8 @@ class SummaryRecord(msgspec.Struct, frozen=True, array_like=True):
     A pipeline without one is read whole at the start, and cleaned of what a crash may have left.
 
     ``nodes`` of the tree; ``load_files``, ``load_bytes`` of the load set; ``subdirectories``: "" and each model's name
-    → how many directories lie in its directory; ``counts``: library.folded.Counts; ``nodeids`` of files that are not in
-    the generation's block. ``rules``: core.loadset.RULES by which the load set was found: by others it is another one.
+    → how many directories lie in its directory; ``counts``: catalog.unloaded.Counts; ``nodeids`` of files that are not
+    in the generation's block. ``rules``: core.loadset.RULES by which the load set was found: by others it is another.
     ``undecided``: how many variants there are of which somebody has to choose one.
     """
 

@@ -5,7 +5,7 @@ not complete come through it. Each complete weight file has the store's file bou
 it is the disk's own business. docs/decisions/bind.md has the reasons.
 
 * A ``Binder`` owns every mount below the mountpoint; it runs beside the session that serves it and follows
-  ``library.covering``, which also tells it to take covers away before anything changes.
+  ``library.bindings``, which also tells it to take covers away before anything changes.
 * All mount(2) and umount2(2) run in threads with a deadline: their paths are looked up in our own mount. While one is
   overdue nothing else is done, so nothing changes under a bind that may still come.
 * A bind is made from a read-only, nosuid, nodev bind of ``slots`` and inherits its flags: it is never writable, not
@@ -31,8 +31,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 import trio
 
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineBusy, StoreLost
-from instantstart_fs.library.covering import Coverable, Covering
 from instantstart_fs.mount import kernel
+from instantstart_fs.serving.bindings import BindableFile, Bindings
 from instantstart_fs.store.layout import BIND
 from instantstart_fs.store.locks import used_elsewhere
 from instantstart_fs.store.os_errors import passing
@@ -68,10 +68,10 @@ class Plan(NamedTuple):
     """Paths to detach, then files to bind."""
 
     detach: tuple[str, ...]
-    attach: tuple[Coverable, ...]
+    attach: tuple[BindableFile, ...]
 
 
-def plan(bound: Mapping[str, Coverable], wanted: Mapping[str, Coverable]) -> Plan:
+def plan(bound: Mapping[str, BindableFile], wanted: Mapping[str, BindableFile]) -> Plan:
     """What leads from ``bound`` to ``wanted`` (of one pipeline, by path). A file that became another one is both."""
     return Plan(
         detach=tuple(sorted(path for path, file in bound.items() if wanted.get(path) != file)),
@@ -82,7 +82,7 @@ def plan(bound: Mapping[str, Coverable], wanted: Mapping[str, Coverable]) -> Pla
 class _Bound(NamedTuple):
     """``inode``: (st_dev, st_ino); ``used``: whether somebody had it open already."""
 
-    file: Coverable
+    file: BindableFile
     store_path: str
     inode: tuple[int, int]
     used: bool
@@ -91,15 +91,15 @@ class _Bound(NamedTuple):
 class Binder:
     """``store``: the store's root. ``probe`` first, then ``run`` while the mount is served."""
 
-    def __init__(self, covering: Covering | None, store: str | None) -> None:
-        self._covering = covering
+    def __init__(self, bindings: Bindings | None, store: str | None) -> None:
+        self._bindings = bindings
         self._store = store
         self._mountpoint = ""
         self._bound: dict[str, dict[str, _Bound]] = {}
         """pipeline → path → what lies over it."""
-        self._watched: dict[tuple[int, int], Coverable] = {}
+        self._watched: dict[tuple[int, int], BindableFile] = {}
         """inode → what is bound of it."""
-        self._seen: list[tuple[Coverable, kernel.FanEvent]] = []
+        self._seen: list[tuple[BindableFile, kernel.FanEvent]] = []
         """What the kernel told of and is not noted yet."""
         self._early: list[kernel.FanEvent] | None = None
         """While files are being bound: what the kernel told of that is not in ``_watched``, or not yet."""
@@ -107,9 +107,9 @@ class Binder:
         """Whether the last look at the events failed."""
         self._shown: dict[str, int | None] = {}
         """pipeline → the last request that its bound files show."""
-        self._refused: dict[Coverable, int] = {}
+        self._refused: dict[BindableFile, int] = {}
         """What could not be bound → how often it was tried; said once, tried again later and later."""
-        self._lost: list[tuple[Coverable, StoreLost]] = []
+        self._lost: list[tuple[BindableFile, StoreLost]] = []
         """Whose store file was not there, or not the one that was sealed, when it was to be bound."""
         self._checks = 0
         self._overdue: threading.Event | None = None
@@ -126,7 +126,7 @@ class Binder:
 
     def probe(self) -> None:
         """Blocking. Raises BindRefused where it cannot work."""
-        if self._covering is None or self._store is None:
+        if self._bindings is None or self._store is None:
             raise BindRefused("no binds: there is no store to bind from")
         if not kernel.has_sys_admin():
             raise BindRefused("no binds: they need CAP_SYS_ADMIN")
@@ -168,28 +168,28 @@ class Binder:
 
         Leaves the binds to whoever takes the mount down: detaching it takes them along. Raises MountFailed.
         """
-        assert self._covering is not None
+        assert self._bindings is not None
         self._mountpoint = mountpoint
         try:
             self._fanotify = kernel.fanotify()
         except OSError as error:
             raise MountFailed(f"nobody would tell of opens of bound files: {error.strerror}") from error
-        self._covering.attach(self._take_away)
+        self._bindings.attach(self._withdraw)
         try:
             await self._in_thread(self._clear, f"{mountpoint}/")
-            await self._follow(await self._covering.wait_changed(0))
+            await self._follow(await self._bindings.wait_changed(0))
             for pipeline in list(self._bound):
-                await self._covering.look_into(pipeline)
+                await self._bindings.ensure_loaded(pipeline)
                 for one in self._bound.get(pipeline, {}).values():
                     if one.used:
-                        self._covering.found_open(one.file)
+                        self._bindings.note_already_open(one.file)
             task_status.started()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch_opens)
                 nursery.start_soon(self._keep_asking)
                 nursery.start_soon(self._keep_shown)
                 while True:
-                    changed = await self._covering.wait_changed(CHECK_INTERVAL)
+                    changed = await self._bindings.wait_changed(CHECK_INTERVAL)
                     try:
                         if not changed:
                             changed = await self._check()
@@ -197,17 +197,17 @@ class Binder:
                         log.error("binds are not looked after: %s", error.message)
                     await self._follow(changed)
         finally:
-            self._covering.attach(None)
+            self._bindings.attach(None)
             os.close(self._fanotify)
 
     # -- following the library -------------------------------------------------------------------------------------
 
     async def _follow(self, changed: set[str]) -> None:
-        assert self._covering is not None
+        assert self._bindings is not None
         for pipeline in sorted(changed):
-            await self._covering.look_into(pipeline)
+            await self._bindings.ensure_loaded(pipeline)
             async with self._lock:
-                bound, wanted = self._bound.get(pipeline, {}), self._covering.files(pipeline)
+                bound, wanted = self._bound.get(pipeline, {}), self._bindings.files(pipeline)
                 for file in [file for file in self._refused if file.pipeline == pipeline]:
                     if wanted.get(file.path) != file:
                         del self._refused[file]
@@ -222,13 +222,13 @@ class Binder:
             while self._lost:  # without the lock: dropping a file takes all binds of its pipeline away
                 file, lost = self._lost.pop()
                 try:
-                    await self._covering.lost(file, lost)
+                    await self._bindings.lost(file, lost)
                 except InstantStartError as error:
                     log.error("%s: is not dropped: %s", file.path, error.message, extra={"pipeline": pipeline})
 
-    async def _take_away(self, pipeline: str, idle_only: bool) -> None:
-        """See covering.TakeAway."""
-        assert self._covering is not None
+    async def _withdraw(self, pipeline: str, idle_only: bool) -> None:
+        """See bindings.Withdraw."""
+        assert self._bindings is not None
         async with self._lock:
             bound = dict(self._bound.get(pipeline, {}))
             if self._unsure:
@@ -237,8 +237,8 @@ class Binder:
             if not bound:
                 return
             await self._detach(pipeline, tuple(bound), lazily=not idle_only)
-            await self._covering.look_into(pipeline)
-            if idle_only and any(self._covering.used(one.file) for one in bound.values()):
+            await self._bindings.ensure_loaded(pipeline)
+            if idle_only and any(self._bindings.in_use(one.file) for one in bound.values()):
                 raise _busy(pipeline)
 
     async def _detach(self, pipeline: str, paths: tuple[str, ...], *, lazily: bool = True) -> None:
@@ -273,13 +273,13 @@ class Binder:
         if not idle:
             raise _busy(pipeline)
 
-    async def _attach(self, pipeline: str, files: tuple[Coverable, ...]) -> None:
-        assert self._covering is not None
-        todo = [(file, shown) for file in files if (shown := self._covering.shown(file)) is not None]
+    async def _attach(self, pipeline: str, files: tuple[BindableFile, ...]) -> None:
+        assert self._bindings is not None
+        todo = [(file, shown) for file in files if (shown := self._bindings.attributes(file)) is not None]
         if not todo:
             return
         done: list[_Bound] = []
-        failed: list[tuple[Coverable, str]] = []
+        failed: list[tuple[BindableFile, str]] = []
         late = threading.Event()
 
         def work() -> None:
@@ -315,7 +315,7 @@ class Binder:
             self._take(early)
             if not bound:
                 del self._bound[pipeline]
-            self._shown[pipeline] = self._covering.last_request(pipeline)
+            self._shown[pipeline] = self._bindings.last_request(pipeline)
         await self._note()
         for file, reason in failed:
             self._refused[file] = self._refused.get(file, 0) + 1
@@ -355,13 +355,13 @@ class Binder:
     # -- opens -----------------------------------------------------------------------------------------------------
 
     async def _watch_opens(self) -> None:
-        assert self._covering is not None
+        assert self._bindings is not None
         while True:
             await trio.lowlevel.wait_readable(self._fanotify)
             heard = self._listen()
             closed = await self._note()
             await trio.sleep(EVENTS_INTERVAL if heard else DEAF_INTERVAL)
-            self._show_soon({file.pipeline for file in closed if self._covering.look(file)})
+            self._show_soon({file.pipeline for file in closed if self._bindings.poll_release(file)})
 
     def _listen(self) -> bool:
         """Take what the kernel has to tell, to be noted. False: it could not tell of all; what somebody has open is
@@ -387,18 +387,18 @@ class Binder:
             elif self._early is not None:
                 self._early.append(event)
 
-    async def _note(self) -> set[Coverable]:
+    async def _note(self) -> set[BindableFile]:
         """Tell the library of every open that was seen; what was closed."""
-        assert self._covering is not None
-        closed: set[Coverable] = set()
+        assert self._bindings is not None
+        closed: set[BindableFile] = set()
         while self._seen:
             pipeline = self._seen[0][0].pipeline
-            await self._covering.look_into(pipeline)
+            await self._bindings.ensure_loaded(pipeline)
             of_it = [(file, event) for file, event in self._seen if file.pipeline == pipeline]
             self._seen = [(file, event) for file, event in self._seen if file.pipeline != pipeline]
             for file, event in of_it:
                 if event.opened and event.mount_id != self._store_mount:
-                    self._covering.opened(file)
+                    self._bindings.opened(file)
                     self._show_soon({pipeline})
                 if event.closed:
                     closed.add(file)
@@ -406,11 +406,11 @@ class Binder:
 
     async def _keep_asking(self) -> None:
         """Of what was open when its bind was taken away nobody tells, and a close may be told of too early."""
-        assert self._covering is not None
+        assert self._bindings is not None
         while True:
             await trio.sleep(CHECK_INTERVAL)
             await self._note()  # what a batch that failed has seen
-            self._show_soon(self._covering.look_again())
+            self._show_soon(self._bindings.poll_releases())
 
     def _show_soon(self, pipelines: set[str]) -> None:
         self._to_show |= pipelines
@@ -428,24 +428,24 @@ class Binder:
             await trio.sleep(REFRESH_INTERVAL)
 
     def _stale(self, pipeline: str) -> bool:
-        assert self._covering is not None
-        return self._shown.get(pipeline) != self._covering.last_request(pipeline)
+        assert self._bindings is not None
+        return self._shown.get(pipeline) != self._bindings.last_request(pipeline)
 
     async def _show(self, pipelines: set[str]) -> None:
         """Bring times and attributes of their bound files up to date. Under the lock.
 
         Not of those that somebody has open: it moves st_ctime, by which tar and others see that a file changed while
         they read it."""
-        assert self._covering is not None
+        assert self._bindings is not None
         todo: list[tuple[str, int, dict[str, str], int]] = []
         for pipeline in pipelines:
             if pipeline not in self._bound:
                 continue
-            await self._covering.look_into(pipeline)
-            self._shown[pipeline] = self._covering.last_request(pipeline)
+            await self._bindings.ensure_loaded(pipeline)
+            self._shown[pipeline] = self._bindings.last_request(pipeline)
             for one in self._bound.get(pipeline, {}).values():
-                shown = self._covering.shown(one.file)
-                if shown is not None and not self._covering.held(one.file):
+                shown = self._bindings.attributes(one.file)
+                if shown is not None and not self._bindings.is_open(one.file):
                     todo.append((one.store_path, shown[0], shown[1], one.file.mtime_ns))
         if todo:
             await self._in_thread(_write_shown, todo)
@@ -490,14 +490,14 @@ class Binder:
         finally:
             kernel.umount(stage, lazily=True)
 
-    def _bind(self, stage: str, file: Coverable, atime_ns: int, values: Mapping[str, str]) -> _Bound:
+    def _bind(self, stage: str, file: BindableFile, atime_ns: int, values: Mapping[str, str]) -> _Bound:
         """Raises OSError, StoreError."""
-        assert self._covering is not None
+        assert self._bindings is not None
         assert self._store is not None
         within = f"{file.pipeline}/{file.generation}/files/{file.path}"
         store_path = f"{os.path.realpath(self._store)}/slots/{within}"
         target = self._target(file.pipeline, file.path)
-        with self._covering.descriptor(file) as blob:
+        with self._bindings.descriptor(file) as blob:
             here = os.fstat(blob.fd)
             if (here.st_uid, here.st_gid, stat.S_IMODE(here.st_mode)) != (file.uid, file.gid, file.mode):
                 os.fchown(blob.fd, file.uid, file.gid)

@@ -6,7 +6,7 @@ INIT, translates each request into a call of Operations and the result into a re
 * Handlers that answer from memory are awaited where requests are received; a READ gets a task, and so does an OPEN that
   has to wait.
 * The I/O mode follows from the nodeid (view.OpenFile.backing), since the kernel refuses to mix modes on one; all opens
-  of a nodeid share one backing id, which is kept as long as the View keeps the descriptor.
+  of a nodeid share one backing id, which is kept as long as the Vfs keeps the descriptor.
 * A reader's signal cancels its READ only where the signal kills it: EINTR in a page fault would be a SIGBUS.
 * A supervisor's descriptor store, where there is one, gets the connection and the table of handles; ``adopt`` goes on
   with those of the daemon before (see handover).
@@ -28,7 +28,6 @@ import trio
 from pyfuse3 import FUSEError
 
 from instantstart_fs.errors import MountFailed
-from instantstart_fs.library.view import Invalidation, NotInMemory, View
 from instantstart_fs.mount import kernel, wire
 from instantstart_fs.mount.handover import (
     BACKING,
@@ -45,6 +44,7 @@ from instantstart_fs.mount.handover import (
 from instantstart_fs.mount.operations import Entry, Operations
 from instantstart_fs.store.layout import Layout
 from instantstart_fs.store.os_errors import passing
+from instantstart_fs.vfs import Invalidation, NotLoaded, Vfs
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class DevFuse:
 
     def __init__(
         self,
-        view: View,
+        view: Vfs,
         *,
         store: str | None,
         max_tasks: int,
@@ -155,7 +155,7 @@ class DevFuse:
         self._path = ""
         self._adopted = False
         self._orphans: frozenset[int] = frozenset()
-        """Nodeids that the kernel holds open and the View does not know any more: nobody will say when they close."""
+        """Nodeids that the kernel holds open and the Vfs does not know any more: nobody will say when they close."""
         self._answered: dict[int, Row] = {}
         """By serial: the opens that an earlier daemon recorded, and may not have answered."""
         self._view = view
@@ -316,7 +316,7 @@ class DevFuse:
             try:
                 with self._operations.at_once():
                     await self._answer(request)
-            except NotInMemory:
+            except NotLoaded:
                 kept = request._replace(body=memoryview(bytes(body)))  # the next message overwrites it
                 self._start(nursery, request, lambda: self._answer(kept))
         else:

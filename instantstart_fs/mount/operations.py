@@ -1,4 +1,4 @@
-"""The FUSE request handlers: they translate between the kernel's requests and the View, and decide nothing.
+"""The FUSE request handlers: they translate between the kernel's requests and the Vfs, and decide nothing.
 
 Any session that speaks the kernel's protocol may drive this class (pyfuse3.main, or our own), under these rules:
 
@@ -32,8 +32,8 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Statvf
 
 from instantstart_fs.core.weights import may_read
 from instantstart_fs.errors import InstantStartError, NoSuchEntry, OutOfResources
-from instantstart_fs.library.view import ROOT, Attributes, NotInMemory, OpenFile, View
 from instantstart_fs.mount.errno_map import errno_of
+from instantstart_fs.vfs import ROOT, Attributes, NotLoaded, OpenFile, Vfs
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +79,12 @@ def _guarded(handler: _Handler[_P, _T]) -> _Handler[_P, _T]:
             while True:
                 try:
                     return await handler(self, *args, **kwargs)
-                except NotInMemory as folded:
+                except NotLoaded as unloaded:
                     if self._only_at_once:
                         self.requests[name] -= 1
                         raise
-                    await self._view.look_into(folded.pipeline)
-        except (FUSEError, NotInMemory):
+                    await self._view.ensure_loaded(unloaded.pipeline)
+        except (FUSEError, NotLoaded):
             raise
         except Exception as error:
             raise _as_fuse_error(name, error, self.pipeline_of(name, args)) from error
@@ -221,7 +221,7 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, view: View, reply: ReaddirReply | None = None) -> None:
+    def __init__(self, view: Vfs, reply: ReaddirReply | None = None) -> None:
         """``reply`` takes what readdir lists, for the token that readdir was given; None: pyfuse3's."""
         super().__init__()
         self._view = view
@@ -336,7 +336,7 @@ class Operations(pyfuse3.Operations):
         return handle
 
     def keeps_listing(self, fh: int) -> bool:
-        """Whether the kernel may keep what an open directory lists (view.View.keeps_listing). No handler."""
+        """Whether the kernel may keep what an open directory lists (view.Vfs.keeps_listing). No handler."""
         return self._directories[fh].kept
 
     @_guarded
@@ -382,7 +382,7 @@ class Operations(pyfuse3.Operations):
         try:
             _refuse_writing(flags)
             file = self._view.open_nowait(inode)
-        except NotInMemory:
+        except NotLoaded:
             return None
         except FUSEError:
             self.requests["open"] += 1

@@ -26,12 +26,12 @@ import trio
 
 from instantstart_fs.config.directories import make_directory
 from instantstart_fs.errors import MountFailed
-from instantstart_fs.library.view import Invalidation, View
 from instantstart_fs.mount import kernel
 from instantstart_fs.mount.bind import Binder, BindRefused, BindUnknown
 from instantstart_fs.mount.devfuse import DevFuse, PassthroughRefused
 from instantstart_fs.mount.handover import Handover, HandoverRefused, Inherited
 from instantstart_fs.mount.operations import Operations
+from instantstart_fs.vfs import Invalidation, Vfs
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class MountSettings(msgspec.Struct, frozen=True):
     ``allow_other`` is given up with a note where the kernel does not let this user have it. ``max_tasks`` bounds the
     requests served at once; it must stay above ``max_background``, or stuck faults would take every task and a stat
     would wait behind them, as ``max_background`` is above what one pipeline's waiting reads may take
-    (library/reading.py, MOST_WAITING): when it is reached, readahead and O_DIRECT reads of all pipelines stand in one
+    (serving/reads.py, MOST_WAITING): when it is reached, readahead and O_DIRECT reads of all pipelines stand in one
     line of the kernel's. A task costs about 10 KiB, only while it is needed.
     """
 
@@ -109,7 +109,7 @@ class Transport(Protocol):
 
 
 async def serve(
-    view: View,
+    view: Vfs,
     settings: MountSettings,
     handover: Handover | None = None,
     *,
@@ -146,7 +146,7 @@ async def serve(
         binder: Binder | None = None
         known = True
         if settings.transport in ("auto", "bind"):
-            binder = Binder(view.covering, settings.store)
+            binder = Binder(view.bindings, settings.store)
             try:
                 await _in_thread(binder.probe, deadline=PROBE_DEADLINE, what="a bind within the store")
             except BindUnknown as error:
@@ -164,7 +164,7 @@ async def serve(
 
 
 async def _took_over(
-    view: View, settings: MountSettings, handover: Handover, task_status: trio.TaskStatus[Mounted]
+    view: Vfs, settings: MountSettings, handover: Handover, task_status: trio.TaskStatus[Mounted]
 ) -> bool:
     """Serve the inherited mount to its end; False if there is none that can be, any more."""
     inherited = handover.take()
@@ -190,7 +190,7 @@ async def _took_over(
 
 
 async def _serve_passthrough(
-    view: View,
+    view: Vfs,
     path: str,
     settings: MountSettings,
     handover: Handover,
@@ -216,7 +216,7 @@ async def _serve_passthrough(
 
 async def _serve_on(
     transport: Transport,
-    view: View,
+    view: Vfs,
     path: str,
     settings: MountSettings,
     reason: str,
@@ -256,7 +256,7 @@ async def _serve_on(
             for note in mounted.notes:
                 log.warning("%s", note)
             nursery.start_soon(_watch_table, mounted.mount, unmounted)
-            view.settle(resumed=inherited is not None)
+            view.on_mounted(resumed=inherited is not None)
             nursery.start_soon(invalidator.run)
             if binder is not None and known:
                 await nursery.start(binder.run, path)
@@ -419,7 +419,7 @@ async def _end_serving(serving: trio.CancelScope, invalidator: _Invalidator) -> 
 class _Pyfuse3:
     name = "pyfuse3"
 
-    def __init__(self, view: View, settings: MountSettings) -> None:
+    def __init__(self, view: Vfs, settings: MountSettings) -> None:
         self._operations = Operations(view)
         self._settings = settings
         self._open = False
@@ -527,7 +527,7 @@ class _Invalidator:
     """Sends what the library says has changed to the kernel, in order, from a thread: the kernel may make it wait for a
     directory that has a request in flight. Never a file's pages: only entries, attributes and listings."""
 
-    def __init__(self, view: View, transport: Transport) -> None:
+    def __init__(self, view: Vfs, transport: Transport) -> None:
         self._channel = view.invalidations
         self._transport = transport
         self._idle = trio.Event()

@@ -1,11 +1,11 @@
 """Staging: while an engine loads a pipeline, its shards come into the page cache ahead of it (core/staging.py decides
 what, when and how much).
 
-The library tells of weight files opened and released, sealed and retired (library.watching.Watcher); a session follows
-each pipeline from its first open until 5 s after its last release; a process of its own does the reading ahead, through
-descriptors of the store's own files (readahead(2) on a passed-through file would come to the daemon as READs). Staging
-is a favour: whatever goes wrong here is logged and costs speed, never a read. It holds no file in use: a retired file's
-descriptor is given up within a block, so that eviction frees its space.
+The library tells of weight files opened and released, sealed and retired (serving.open_notifications.OpenListener); a
+session follows each pipeline from its first open until 5 s after its last release; a process of its own does the
+reading ahead, through descriptors of the store's own files (readahead(2) on a passed-through file would come to the
+daemon as READs). Staging is a favour: whatever goes wrong here is logged and costs speed, never a read. It holds no file
+in use: a retired file's descriptor is given up within a block, so that eviction frees its space.
 
 All of it lives on the trio thread.
 """
@@ -129,7 +129,7 @@ class _Job:
 
 
 class Staging:
-    """See the module. A library.watching.Watcher. ``read_ahead``: makes who does the reading."""
+    """See the module. A serving.open_notifications.OpenListener. ``read_ahead``: makes who does the reading."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Staging:
         active = sum(bool(session.jobs) for session in self._sessions.values())
         return Statistics(active, self._started, self._bytes, self._files)
 
-    # -- library.watching.Watcher ----------------------------------------------------------------------------------
+    # -- serving.open_notifications.OpenListener ---------------------------------------------------------------
 
     def opened(self, key: FileKey) -> None:
         if self._nursery is None:

@@ -74,7 +74,7 @@ class _File:
         self.dropped = False
 
 
-class Shelf:
+class Catalog:
     """The files that may be served, as the daemon says. Thread-safe."""
 
     def __init__(self, control: socket.socket) -> None:
@@ -138,10 +138,10 @@ class Shelf:
 class Server:
     """``streams`` at once of ``connections``, together at ``rate`` bytes a second (0: without limit)."""
 
-    def __init__(self, shelf: Shelf, key: bytes, connections: int, streams: int, rate: float) -> None:
+    def __init__(self, catalog: Catalog, key: bytes, connections: int, streams: int, rate: float) -> None:
         self.epoch = secrets.token_hex(16)
         self._started = time.monotonic()
-        self._shelf, self._key = shelf, key
+        self._catalog, self._key = catalog, key
         self._connections = threading.BoundedSemaphore(connections)
         self._streams = threading.BoundedSemaphore(streams)
         self._rate = Bucket(rate, max(rate / 10, BLOCK), time.monotonic()) if rate else None
@@ -220,12 +220,12 @@ class Server:
         if not self._streams.acquire(blocking=False):
             raise Refused(http.HTTPStatus.SERVICE_UNAVAILABLE)
         try:
-            file = self._shelf.take(path.removeprefix("/v1/"), *wanted)
+            file = self._catalog.take(path.removeprefix("/v1/"), *wanted)
             try:
                 self._count("streams")
                 self._send(connection, file, *wanted)
             finally:
-                self._shelf.give_back(file)
+                self._catalog.give_back(file)
         finally:
             self._streams.release()
 
@@ -308,9 +308,9 @@ def main() -> None:
     # A daemon that is stuck holds nobody up for longer than its answer may take.
     control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(ANSWER_SECONDS), 0))
     _behave()
-    shelf = Shelf(control)
+    catalog = Catalog(control)
     key = bytes.fromhex(settings["key"])
-    server = Server(shelf, key, settings["connections"], settings["streams"], settings["rate"])
+    server = Server(catalog, key, settings["connections"], settings["streams"], settings["rate"])
 
     def report() -> None:
         while True:
@@ -323,12 +323,12 @@ def main() -> None:
     while (packet := _receive_packet(control)) is not None:
         message, descriptor = packet
         if "drop" in message:
-            shelf.drop(message["drop"])
+            catalog.drop(message["drop"])
         elif descriptor >= 0:
             file = _File(descriptor, message["size"], message["whole"])
-            shelf.answered(message["answer"], message["path"], file)
+            catalog.answered(message["answer"], message["path"], file)
         else:
-            shelf.answered(message["answer"], "", None)
+            catalog.answered(message["answer"], "", None)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from instantstart_fs.core.ratelimit import Bucket
 from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.library import Library
-from instantstart_fs.library.overview import Overview
+from instantstart_fs.views.store_summary import StoreSummary
 from instantstart_fs.web import showing
 from instantstart_fs.web.health import HealthProbe
 from instantstart_fs.web.visitors import STRANGER, Visitor, Visitors
@@ -77,11 +77,11 @@ STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "ima
 class Seen(NamedTuple):
     """What one kind of caller sees of an overview, and the pages that were made of it."""
 
-    overview: Overview
+    store_summary: StoreSummary
     views: dict[showing.Query, showing.View]
 
 
-class Overviews:
+class StoreSummaries:
     """The overview that everybody shares. ``pending``: pipelines that are configured and not there yet."""
 
     def __init__(self, library: Library, pending: Callable[[], Mapping[str, PipelineStatus]], details: bool) -> None:
@@ -90,7 +90,7 @@ class Overviews:
         self._details = details
         self._lock = trio.Lock()
         self._good_until = -1.0
-        self._kept: Overview | None = None
+        self._kept: StoreSummary | None = None
         self._seen: dict[Sight, Seen] = {}
 
     async def view(self, query: showing.Query, sight: Sight) -> showing.View:
@@ -100,19 +100,19 @@ class Overviews:
         if found is None:
             if len(seen.views) >= MAX_VIEWS:
                 del seen.views[next(iter(seen.views))]
-            found = showing.view(seen.overview, query, details=self._details, everything=sight.everything)
+            found = showing.view(seen.store_summary, query, details=self._details, everything=sight.everything)
             seen.views[query] = found
         return found
 
-    async def get(self, sight: Sight) -> Overview:
+    async def get(self, sight: Sight) -> StoreSummary:
         """At most KEEP_SECONDS old, or SHARE times as old as it took to make; what that caller sees of it."""
-        return (await self._look(sight)).overview
+        return (await self._look(sight)).store_summary
 
     async def _look(self, sight: Sight) -> Seen:
         async with self._lock:
             if self._kept is None or trio.current_time() >= self._good_until:
                 began = time.thread_time()
-                self._kept = showing.ordered(self._with_pending(await self._library.overview()))
+                self._kept = showing.ordered(self._with_pending(await self._library.store_summary()))
                 self._seen.clear()
                 took = time.thread_time() - began
                 self._good_until = trio.current_time() + max(KEEP_SECONDS, SHARE * took)
@@ -123,26 +123,26 @@ class Overviews:
                 found = self._seen[sight] = Seen(await self._narrowed(self._kept, sight), {})
             return found
 
-    async def _narrowed(self, overview: Overview, sight: Sight) -> Overview:
+    async def _narrowed(self, store_summary: StoreSummary, sight: Sight) -> StoreSummary:
         if sight.everything:
-            return overview
+            return store_summary
         shown: list[PipelineStatus] = []
-        for position, status in enumerate(overview.pipelines):
+        for position, status in enumerate(store_summary.pipelines):
             if self._library.shown_to(status.pipeline, sight):
                 shown.append(status)
             if position % LOOKS_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
-        return overview.narrowed(shown)
+        return store_summary.narrowed(shown)
 
-    def _with_pending(self, overview: Overview) -> Overview:
-        known = {status.pipeline for status in overview.pipelines}
+    def _with_pending(self, store_summary: StoreSummary) -> StoreSummary:
+        known = {status.pipeline for status in store_summary.pipelines}
         missing = [status for name, status in self._pending().items() if name not in known]
         if not missing:
-            return overview
-        states = dict(overview.states)
+            return store_summary
+        states = dict(store_summary.states)
         states["error"] = states.get("error", 0) + len(missing)
-        found = sorted([*overview.pipelines, *missing], key=lambda status: status.pipeline)
-        return msgspec.structs.replace(overview, pipelines=tuple(found), states=states)
+        found = sorted([*store_summary.pipelines, *missing], key=lambda status: status.pipeline)
+        return msgspec.structs.replace(store_summary, pipelines=tuple(found), states=states)
 
 
 class Site:
@@ -162,7 +162,7 @@ class Site:
         self._config = config
         self._health = health
         self._visitors = visitors
-        self._overviews = Overviews(library, pending, config.details)
+        self._summaries = StoreSummaries(library, pending, config.details)
         self._streams: Counter[str] = Counter()
         self._privileged_streams: Counter[str] = Counter()
         files = importlib.resources.files("instantstart_fs.web")
@@ -198,7 +198,7 @@ class Site:
 
     async def page(self, request: Request) -> Response:
         query = query_of(request.query_params)
-        shown = await self._overviews.view(query, sight_of(request))
+        shown = await self._summaries.view(query, sight_of(request))
         text = self._render("page.html", shown, link=request.url.query)
         return Response(text, media_type="text/html; charset=utf-8")
 
@@ -219,7 +219,7 @@ class Site:
         """For a deployment card: an SVG that says ``cache: warm``."""
         pipeline = request.path_params["pipeline"]
         found = next(
-            (it for it in (await self._overviews.get(sight_of(request))).pipelines if it.pipeline == pipeline), None
+            (it for it in (await self._summaries.get(sight_of(request))).pipelines if it.pipeline == pipeline), None
         )
         words = showing.chip(found) if found is not None else "unknown"
         state = found.state if found is not None else "unknown"
@@ -231,16 +231,16 @@ class Site:
     # -- values ----------------------------------------------------------------------------------------------------
 
     async def pipelines(self, request: Request) -> Response:
-        shown = await self._overviews.view(query_of(request.query_params), sight_of(request))
+        shown = await self._summaries.view(query_of(request.query_params), sight_of(request))
         return JSONResponse(showing.as_json(shown))
 
     async def cold_starts(self, request: Request) -> Response:
         """The last ones of a pipeline, as `explain --json` prints them; file names need details."""
         pipeline = request.path_params["pipeline"]
-        known = {status.pipeline for status in (await self._overviews.get(sight_of(request))).pipelines}
+        known = {status.pipeline for status in (await self._summaries.get(sight_of(request))).pipelines}
         if pipeline not in known:
             return JSONResponse({"error": "pipeline-not-found"}, 404)
-        records = [as_plain(record) for record in self._library.observer.cold_starts(pipeline)]
+        records = [as_plain(record) for record in self._library.telemetry.cold_starts(pipeline)]
         if not self._config.details:
             for record in records:
                 record.pop("slowest_file")
@@ -248,15 +248,15 @@ class Site:
 
     async def metrics(self, request: Request) -> Response:
         sight = sight_of(request)
-        overview = await self._overviews.get(sight)
+        store_summary = await self._summaries.get(sight)
         info = self._info()
         health = self._health.last
         source = metrics.Source(
             version=info.version,
             uptime=info.uptime,
-            totals=self._library.observer.totals,
+            totals=self._library.telemetry.totals,
             fills=self._library.fill_statistics(),
-            overview=overview,
+            store_summary=store_summary,
             healthy=health.ok if health is not None else None,
             per_pipeline=self._config.metrics_pipelines,
             requests=info.requests,
@@ -294,7 +294,7 @@ class Site:
             end = sent_at + STREAM_SECONDS
             yield b"retry: 3000\n\n"
             while trio.current_time() < end:
-                shown = await self._overviews.view(query, sight)
+                shown = await self._summaries.view(query, sight)
                 if shown != last:
                     last = shown
                     sent_at = trio.current_time()

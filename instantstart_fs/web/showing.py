@@ -16,7 +16,7 @@ import msgspec
 from instantstart_fs.core.coldstart import ColdStart, late, length, phases, scale
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.core.words import human_bytes, human_seconds
-from instantstart_fs.library.overview import Overview
+from instantstart_fs.views.store_summary import StoreSummary
 
 PAGE_SIZE = 50
 MAX_PAGE_SIZE = 200
@@ -97,30 +97,30 @@ class View(msgspec.Struct, frozen=True):
     cold_starts: tuple[ColdStartRow, ...]
 
 
-def ordered(overview: Overview) -> Overview:
+def ordered(store_summary: StoreSummary) -> StoreSummary:
     """Those that need attention first: errors, fills; then by last request."""
     # Two stable sorts: latest request first within a state.
-    found = sorted(overview.pipelines, key=lambda status: status.last_request or "", reverse=True)
+    found = sorted(store_summary.pipelines, key=lambda status: status.last_request or "", reverse=True)
     found.sort(key=lambda status: ORDER[status.state])
-    return msgspec.structs.replace(overview, pipelines=tuple(found))
+    return msgspec.structs.replace(store_summary, pipelines=tuple(found))
 
 
-def view(overview: Overview, query: Query, *, details: bool, everything: bool) -> View:
+def view(store_summary: StoreSummary, query: Query, *, details: bool, everything: bool) -> View:
     """In the order that the overview has. ``everything``: the caller sees all pipelines."""
-    wanted: Sequence[PipelineStatus] = overview.pipelines
+    wanted: Sequence[PipelineStatus] = store_summary.pipelines
     if query.text or query.state:
         wanted = [status for status in wanted if _matches(status, query)]
     offset = max(0, min(query.offset, max(len(wanted) - 1, 0) // query.limit * query.limit))
     shown = wanted[offset : offset + query.limit]
-    now = overview.at_ns / 1e9
+    now = store_summary.at_ns / 1e9
     return View(
         rows=tuple(row(status, now, details=details, everything=everything) for status in shown),
-        total=len(overview.pipelines),
+        total=len(store_summary.pipelines),
         matching=len(wanted),
         query=msgspec.structs.replace(query, offset=offset),
-        states={state: overview.states.get(state, 0) for state in ORDER},
-        store=_store(overview) if everything else None,
-        cold_starts=cold_starts(overview.cold_starts[:10], now),
+        states={state: store_summary.states.get(state, 0) for state in ORDER},
+        store=_store(store_summary) if everything else None,
+        cold_starts=cold_starts(store_summary.cold_starts[:10], now),
     )
 
 
@@ -172,17 +172,17 @@ def percent(status: PipelineStatus) -> int:
     return min(99, (status.cached_bytes + received) * 100 // status.total_bytes)
 
 
-def _store(overview: Overview) -> StoreView:
-    budget = overview.budget
-    share = 100 * overview.used_bytes / budget.capacity if budget.capacity else 0.0
+def _store(store_summary: StoreSummary) -> StoreView:
+    budget = store_summary.budget
+    share = 100 * store_summary.used_bytes / budget.capacity if budget.capacity else 0.0
     return StoreView(
-        used=human_bytes(overview.used_bytes),
+        used=human_bytes(store_summary.used_bytes),
         capacity=human_bytes(budget.capacity),
         percent=round(min(share, 100.0), 1),
         low=round(100 * budget.low, 1),
         high=round(100 * budget.high, 1),
-        evictable=human_bytes(overview.evictable_bytes),
-        full=overview.used_bytes > budget.high * budget.capacity and not overview.evictable_bytes,
+        evictable=human_bytes(store_summary.evictable_bytes),
+        full=store_summary.used_bytes > budget.high * budget.capacity and not store_summary.evictable_bytes,
     )
 
 

@@ -198,8 +198,8 @@ class Recorder:
     def target_failed(self, target: FillTarget, error: InstantStartError) -> None:
         self.events.append(("failed", target.entry.path, error))
 
-    def trouble(self, target: FillTarget, error: InstantStartError | None) -> None:
-        self.events.append(("trouble", target.entry.path, error))
+    def failure(self, target: FillTarget, error: InstantStartError | None) -> None:
+        self.events.append(("failure", target.entry.path, error))
 
     def of(self, kind: str) -> list[object]:
         return [value for what, _, value in self.events if what == kind]

@@ -23,8 +23,8 @@ from instantstart_fs.core.sight import EVERYTHING, Sight
 from instantstart_fs.core.status import ErrorStatus, FillStatus, PipelineState, PipelineStatus
 from instantstart_fs.filler.state import FillStatistics
 from instantstart_fs.library import Library
-from instantstart_fs.library.observing import Totals
-from instantstart_fs.library.overview import Overview, OverviewBuilder
+from instantstart_fs.telemetry.telemetry import Totals
+from instantstart_fs.views.store_summary import StoreSummary, StoreSummaryBuilder
 from instantstart_fs.web.app import Site
 from instantstart_fs.web.binding import address, bind
 from instantstart_fs.web.health import HealthProbe
@@ -58,7 +58,7 @@ def pipeline(name: str, state: PipelineState = "cold", **changes: Any) -> Pipeli
     return PipelineStatus(**{**given, **changes})
 
 
-class FakeObserver:
+class FakeTelemetry:
     def __init__(self) -> None:
         self.totals = Totals()
         self.records: list[ColdStart] = []
@@ -72,19 +72,19 @@ class FakeLibrary:
 
     def __init__(self) -> None:
         self.pipelines: dict[str, PipelineStatus] = {}
-        self.observer = FakeObserver()
+        self.telemetry = FakeTelemetry()
         self.hidden: set[str] = set()
         """Which of them only those who administer see."""
         self.looks = 0
 
-    async def overview(self) -> Overview:
+    async def store_summary(self) -> StoreSummary:
         self.looks += 1
-        builder = OverviewBuilder(Budget(400 * GB, 0.85, 0.95), time.time_ns())
+        builder = StoreSummaryBuilder(Budget(400 * GB, 0.85, 0.95), time.time_ns())
         for found in list(self.pipelines.values()):
             builder.add(found, Candidate(found.pipeline, found.cached_bytes, 0.0, hot=found.state == "warm"))
             if builder.wants_a_pause:
                 await trio.lowlevel.checkpoint()
-        return builder.build(self.observer.records)
+        return builder.build(self.telemetry.records)
 
     def fill_statistics(self) -> FillStatistics:
         return FillStatistics(2, 0, 0, 0, 0, 0, 0, 0, 0, False, (), ())
@@ -172,7 +172,7 @@ def fill_with_examples(library: FakeLibrary) -> None:
         library.pipelines[found.pipeline] = found
     second = 1_000_000_000
     at = time.time_ns()
-    library.observer.records = [
+    library.telemetry.records = [
         ColdStart(
             pipeline="voice-agent", started_ns=at - 8 * second, state="cold", fetched_bytes=int(6.2 * GB), opened_files=3,
             weight_files=4, opened_after=4.0, sealed_after=5.5, read_after=7.9, requested_ns=at - 12 * second, waits=400,

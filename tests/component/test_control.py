@@ -17,6 +17,7 @@ import pytest
 import trio
 import trio.testing
 
+from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.config import unixsocket
 from instantstart_fs.control import callers as callers_module
 from instantstart_fs.control import server as server_module
@@ -38,7 +39,6 @@ from instantstart_fs.errors import (
     PipelineExists,
     PipelineNotFound,
 )
-from instantstart_fs.library.state import Lessee
 
 INFO = DaemonInfo("0", os.getpid(), "/models", "/store", 1.0, 1, True)
 COLD = PipelineStatus(
@@ -118,7 +118,7 @@ class FakeLibrary:
         self.calls.append(call)
         self.done.set()
 
-    async def look_into(self, pipeline: str) -> None:
+    async def ensure_loaded(self, pipeline: str) -> None:
         pass
 
     async def add(self, spec: PipelineSpec) -> PipelineStatus:

@@ -65,7 +65,7 @@ async def test_a_file_comes_by_one_stream_where_ranges_are_ignored(
         assert filler.statistics().fetched_bytes == len(data)
         assert filler.statistics().in_flight == 0
     assert stored(target) == data
-    assert not [error for error in events.of("trouble") if error is not None]
+    assert not [error for error in events.of("failure") if error is not None]
 
 
 @pytest.mark.parametrize("loss", ["connection", "worker"])
@@ -162,7 +162,7 @@ async def test_what_never_mends_is_not_asked_for_ever(
         assert len(server.log) == asked
         # Somebody mended it, and asks on purpose.
         server.fault = None
-        filler.forgive("p")
+        filler.reset_failures("p")
         filler.fill("p", [target])
         await wait_state([target], FileState.SEALED)
     assert stored(target) == data

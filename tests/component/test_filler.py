@@ -292,7 +292,7 @@ async def test_three_mismatches_in_a_row_end_in_quarantine(server: ByteServer, s
         await until(lambda: bool(events.of("failed")))
         assert isinstance(current.error, DigestMismatch) and current.incarnation == 3
         assert len(server.log) == 3, "no endless refetching"
-        filler.forgive("p")
+        filler.reset_failures("p")
         current = make_target(store, origin, "a", len(data), digest=sha256(data), incarnation=3)
         filler.fill("p", [current])
         await wait_state([current], FileState.SEALED)
@@ -372,7 +372,7 @@ async def test_passing_faults_are_retried_and_nothing_wrong_is_kept(
         await wait_state([target], FileState.SEALED)
         assert filler.statistics().poisoned == 0
     assert stored(target) == data
-    troubles = [error for error in events.of("trouble") if error is not None]
+    troubles = [error for error in events.of("failure") if error is not None]
     assert troubles and all("secret" not in str(error) for error in troubles)
 
 
@@ -840,7 +840,7 @@ async def test_a_full_store_fails_that_pipeline_or_waits_for_room(
                 await target.wait_readable(ByteRange(39 << 20, 40 << 20), 20)
             asked: list[str] = []
 
-            async def make_room(pipeline: str) -> bool:
+            async def free_space(pipeline: str) -> bool:
                 asked.append(pipeline)
                 filler.cancel_pipeline("p", FillCancelled("evicted"))
                 await filler.wait_quiet("p")
@@ -849,7 +849,7 @@ async def test_a_full_store_fails_that_pipeline_or_waits_for_room(
                 await trio.to_thread.run_sync(store.delete_blob, "p", 1, "a")
                 return True
 
-            filler.make_room = make_room
+            filler.free_space = free_space
             other = make_target(store, origin, "b", len(small), digest=sha256(small), pipeline="q", chunk_size=1 << 20)
             filler.fill("q", [other])
             await wait_state([other], FileState.SEALED)
@@ -878,7 +878,7 @@ async def test_a_full_index_loses_nothing(
         await target.wait_readable(ByteRange(0, 1), 10)
         filler.fill("p", [target])
         await until(lambda: filler.statistics().index_stuck)
-        assert any(isinstance(error, IndexFull) for error in events.of("trouble"))
+        assert any(isinstance(error, IndexFull) for error in events.of("failure"))
         assert target.durable.count == 0
         full = False
         await wait_state([target], FileState.SEALED)

@@ -17,9 +17,9 @@ from instantstart_fs.errors import StoreDamaged, StoreLocked, StoreUnsupported
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, UpkeepRecord
 from instantstart_fs.index.transactions import WriteTxn
-from instantstart_fs.library.fsck import FsckProgress, FsckReport, fsck, repair
 from instantstart_fs.store.blobfile import SealRecord
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.upkeep.fsck import FsckProgress, FsckReport, fsck, repair
 
 CONTENTS = {
     "a.safetensors": b"weights" * 1000,
@@ -326,7 +326,7 @@ def test_killed_while_it_works_it_can_be_run_again(root: str, moment: int) -> No
     """Killed at each kind of step: before the index is written, after, and at each removal."""
     code = f"""
 import os, signal, sys
-from instantstart_fs.library import fsck
+from instantstart_fs.upkeep import fsck
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.store.tree import StoreTree
 steps = 0

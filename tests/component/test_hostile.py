@@ -44,7 +44,6 @@ from instantstart_fs.errors import (
 from instantstart_fs.filler.sources import LOCATE_THREADS, Locator
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
-from instantstart_fs.library import reports
 from instantstart_fs.mount import kernel
 from instantstart_fs.origins import common, huggingface
 from instantstart_fs.origins.base import Location, OriginKey
@@ -56,6 +55,7 @@ from instantstart_fs.prefetch.holding import Holder
 from instantstart_fs.prefetch.stager import Stage, Stager
 from instantstart_fs.prefetch.worker import Worker as PrefetchWorker
 from instantstart_fs.service import Notifier
+from instantstart_fs.serving import fill_events
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.web import app, showing
 from tests.component.byteserver import (
@@ -203,7 +203,7 @@ async def test_an_origin_that_breaks_in_a_way_nobody_foresaw_is_an_origin_error(
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         await library.add(spec("q", source))
-        monkeypatch.setattr(library._shelf, "open_origin", lambda *_: Broken())
+        monkeypatch.setattr(library._catalog, "open_origin", lambda *_: Broken())
         with pytest.raises(OriginMisbehaved) as refused:
             await library.add(spec("p", source))
         assert "secret" not in refused.value.message
@@ -414,7 +414,7 @@ async def test_the_evictor_waits_for_no_update(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         await library.add(spec("p", source))
-        async with library._shelf.pipeline("p").lock:
+        async with library._catalog.pipeline("p").lock:
             with trio.fail_after(5), pytest.raises(PipelineBusy):
                 await library.evict_unused("p")
 
@@ -430,7 +430,7 @@ async def test_a_read_for_which_no_room_is_made_ends(tmp_path: Path, monkeypatch
 
         for name in ("whole", "some"):
             monkeypatch.setattr(library._admissions, name, forever)
-        monkeypatch.setattr(library._reading, "_read_deadline", 0.3)
+        monkeypatch.setattr(library._reads, "_read_deadline", 0.3)
         with trio.fail_after(10), pytest.raises(ReadDeadline):
             await read_all(library, "p", "model-2-of-2.safetensors")
 
@@ -444,7 +444,7 @@ async def test_a_file_that_proves_wrong_needs_no_room_and_no_index_at_that_momen
         await library.add(spec("p", source))
         assert await read_all(library, "p", "config.json")
         await wait_library(library, "p", "unverified", "filling", "partial")
-        file = next(found for found in library._shelf.pipeline("p").generations()).files[0]
+        file = next(found for found in library._catalog.pipeline("p").generations()).files[0]
         with trio.fail_after(10):
             while not file.complete:
                 await trio.sleep(0.01)
@@ -453,8 +453,8 @@ async def test_a_file_that_proves_wrong_needs_no_room_and_no_index_at_that_momen
             raise StoreFull("no space")
 
         monkeypatch.setattr(library._index, "write_sync", full)
-        await library._reading.discard(file, StoreDamaged("rotten"), wanted=False, found_by="read")
-        assert file.gone is not None
+        await library._reads.replace_damaged(file, StoreDamaged("rotten"), wanted=False, found_by="read")
+        assert file.stale_error is not None
 
 
 async def test_who_holds_wrong_bytes_is_looked_up_beside_the_loop(
@@ -467,16 +467,16 @@ async def test_who_holds_wrong_bytes_is_looked_up_beside_the_loop(
         looked.append((path, threading.current_thread()))
         return ["7 (engine)"]
 
-    monkeypatch.setattr(reports, "processes_holding", look)
+    monkeypatch.setattr(fill_events, "processes_holding", look)
     async with running(tmp_path) as library:
         await library.add(spec("p", source))
         handle = await library.open(library.lookup(library.lookup(1, "p").nodeid, "config.json").nodeid)
         assert await library.read_into(handle, 0, memoryview(bytearray(8))) == 8
-        file = library._shelf.pipeline("p").current.files[0]  # type: ignore[union-attr]
+        file = library._catalog.pipeline("p").current.files[0]  # type: ignore[union-attr]
         with trio.fail_after(10):
             while not file.complete:
                 await trio.sleep(0.01)
-            await library._reading.discard(file, StoreDamaged("rotten"), wanted=False, found_by="read")
+            await library._reads.replace_damaged(file, StoreDamaged("rotten"), wanted=False, found_by="read")
             while "7 (engine)" not in caplog.text:
                 await trio.sleep(0.01)
         library.release(handle)
@@ -570,14 +570,14 @@ def test_an_export_that_fails_without_a_word_is_answered() -> None:
 
 
 async def test_a_thousand_different_searches_keep_no_thousand_pages() -> None:
-    overviews = app.Overviews(cast(Any, FakeLibrary()), dict, details=False)
+    summaries = app.StoreSummaries(cast(Any, FakeLibrary()), dict, details=False)
     for number in range(1000):
-        await overviews.view(showing.Query(text=str(number)), Sight(uid=number % 200))
-    kept = [len(seen.views) for seen in overviews._seen.values()]
+        await summaries.view(showing.Query(text=str(number)), Sight(uid=number % 200))
+    kept = [len(seen.views) for seen in summaries._seen.values()]
     assert len(kept) <= app.MAX_SIGHTS and max(kept) <= app.MAX_VIEWS
     for number in range(1000):
-        await overviews.view(showing.Query(text=str(number)), EVERYTHING)
-    assert len(overviews._seen[EVERYTHING].views) <= app.MAX_VIEWS
+        await summaries.view(showing.Query(text=str(number)), EVERYTHING)
+    assert len(summaries._seen[EVERYTHING].views) <= app.MAX_VIEWS
 
 
 async def test_half_a_request_byte_by_byte_is_no_reason_to_wait_for_ever(

@@ -13,14 +13,15 @@ import msgspec
 import pytest
 import trio
 
+from instantstart_fs.catalog import loadsets
+from instantstart_fs.catalog.learning import QUIET_SECONDS, Learning
+from instantstart_fs.catalog.model import Generation
 from instantstart_fs.core.manifest import FileEntry, ModelSpec, PipelineSpec
 from instantstart_fs.errors import UsageError, VariantNotChosen
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import SummaryRecord
-from instantstart_fs.library import Library, loadsets
-from instantstart_fs.library.fsck import repair
-from instantstart_fs.library.learning import QUIET_SECONDS, Learning
-from instantstart_fs.library.state import Generation
+from instantstart_fs.library import Library
+from instantstart_fs.upkeep.fsck import repair
 from tests.component.test_library import MIB, find, read_all, running, spec, wait_state
 
 pytestmark = pytest.mark.timeout(60)
@@ -150,7 +151,7 @@ async def test_what_goes_with_any_variant_is_fetched_before_one_is_chosen_and_th
             while here(library) != {"config.json", "mmproj-F16.gguf"} or library.status("p").fill is not None:
                 await library.wait_changed("p", 0.1)
         assert (library.status("p").state, library.status("p").undecided) == ("partial", 3)
-        assert library._shelf.pipelines["p"].current.promised_bytes == 0  # type: ignore[union-attr]
+        assert library._catalog.pipelines["p"].current.reserved_bytes == 0  # type: ignore[union-attr]
         await read_all(library, "p", "Llama-Q2_K.gguf")
         await wait_state(library, "p", "unverified")
         assert here(library) == {"config.json", "mmproj-F16.gguf", "Llama-Q2_K.gguf"}
@@ -298,7 +299,7 @@ async def test_a_copy_of_all_variants_chooses_none_of_them(tmp_path: Path) -> No
             await read_all(library, "p", name)
         assert library.status("p").undecided is None
         await read_all(library, "p", "README.md")
-        assert library._shelf.pipelines["p"].learned.wanted == ()
+        assert library._catalog.pipelines["p"].learned.wanted == ()
 
 
 async def test_what_no_start_touches_is_said(tmp_path: Path) -> None:
@@ -323,13 +324,13 @@ async def test_a_summary_that_counts_another_load_set_is_not_believed(tmp_path: 
     async with running(tmp_path) as library:
         await library.add(spec("p", source))
         await read_all(library, "p", "blank", "model.safetensors")
-        generation = library._shelf.pipelines["p"].current
+        generation = library._catalog.pipelines["p"].current
         assert isinstance(generation, Generation)
         with trio.fail_after(10):
             while generation.files[0].target is not None:
                 await trio.sleep(0.01)
-        await library.folding.look()
-        await library.folding.look()
+        await library.residency.run_once()
+        await library.residency.run_once()
     with Index.open(str(tmp_path / "store/index")) as index:
         found = dict(index.read(lambda txn: list(txn.summaries())))["p"]
         old = SummaryRecord(**{**msgspec.structs.asdict(found), "load_files": 1, "load_bytes": MIB, "rules": 0})
@@ -341,7 +342,7 @@ async def test_a_summary_that_counts_another_load_set_is_not_believed(tmp_path: 
 async def test_what_cannot_be_written_down_is_known_and_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instantstart_fs.library.learning.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("instantstart_fs.catalog.learning.RETRY_SECONDS", 0.01)
     source = make(tmp_path / "source", TWINS)
     async with running(tmp_path) as library:
         await library.add(spec("p", source))

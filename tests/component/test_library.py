@@ -26,8 +26,8 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
-from instantstart_fs.library.view import ROOT, NotInMemory
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.vfs import ROOT, NotLoaded
 
 MIB = 1024 * 1024
 pytestmark = pytest.mark.timeout(60)
@@ -69,8 +69,8 @@ def find(library: Library, *names: str) -> int:
     for name in names:
         try:
             nodeid = library.lookup(nodeid, name).nodeid
-        except NotInMemory as folded:
-            _ = library._shelf.pipelines[folded.pipeline].current
+        except NotLoaded as unloaded:
+            _ = library._catalog.pipelines[unloaded.pipeline].current
             nodeid = library.lookup(nodeid, name).nodeid
     return nodeid
 
@@ -296,7 +296,7 @@ async def test_hot_pipelines_stay_whatever_the_watermark_says(tmp_path: Path) ->
         await wait_state(library, "a", "unverified")
         with pytest.raises(StoreFull, match=r"store full: needs 8\.5 MB; evictable 0 B; hot: a"):
             await library.warm("b")
-        assert await library._evictor.make_room("b") is False
+        assert await library._evictor.free_space("b") is False
         assert library.status("a").state == "unverified"
         assert library.status("b").state == "cold"
 
@@ -336,7 +336,7 @@ async def test_the_next_open_of_a_complete_file_costs_one_system_call(
 async def test_descriptors_of_closed_files_are_kept_for_their_next_open_but_not_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instantstart_fs.library.openfiles.IDLE_READERS", 1)
+    monkeypatch.setattr("instantstart_fs.serving.open_files.IDLE_READERS", 1)
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         closing: list[int] = []

@@ -12,12 +12,12 @@ import pytest
 import trio
 import trio.testing
 
+from instantstart_fs.catalog.model import Generation
+from instantstart_fs.catalog.residency import is_clean
 from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.errors import FillCancelled, NoSuchEntry, PipelineBusy, StoreError
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library import Library
-from instantstart_fs.library.folding import quiet
-from instantstart_fs.library.state import Generation
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.store.blobstore import BlobStore
 from tests.component.test_library import MIB, find, make_source, read_all, running, spec, wait_state
@@ -215,7 +215,7 @@ async def test_origins_that_hang_hold_up_no_read(tmp_path: Path, monkeypatch: py
         def hang(spec: object, model: ModelSpec) -> Origin:
             return Hanging()  # type: ignore[return-value]
 
-        monkeypatch.setattr(library._shelf, "open_origin", hang)
+        monkeypatch.setattr(library._catalog, "open_origin", hang)
         monkeypatch.setattr(type(library._open_files), "read_cached", lambda *_: 0)  # the page cache is empty
         async with trio.open_nursery() as nursery:
             for number in range(60):
@@ -262,7 +262,7 @@ async def test_a_partly_filled_file_that_vanished_is_forgotten_before_another_ta
         assert [record.bitmap for record in records[0].values()] == [b""]
         assert await fills_to_the_end(library, name) == os.stat(source / name).st_size
     async with running(tmp_path) as library:
-        assert library._shelf.pipelines["p"].allocated == blocks(tmp_path, "p")
+        assert library._catalog.pipelines["p"].allocated == blocks(tmp_path, "p")
 
 
 async def test_a_read_of_what_was_removed_changes_nothing_of_what_has_its_name_now(
@@ -296,7 +296,7 @@ async def test_while_a_fill_is_prepared_nothing_is_settled_nor_written_for_what_
         assert handle.file.bitmap
         gate = Gate(monkeypatch, BlobStore, "existing_blob")
         forgotten: list[object] = []
-        monkeypatch.setattr("instantstart_fs.library.shelf._forget_bitmap", lambda *what: forgotten.append(what))
+        monkeypatch.setattr("instantstart_fs.catalog.catalog._forget_bitmap", lambda *what: forgotten.append(what))
 
         async def read() -> None:
             with pytest.raises(FillCancelled, match="was removed"):
@@ -304,7 +304,7 @@ async def test_while_a_fill_is_prepared_nothing_is_settled_nor_written_for_what_
 
         nursery.start_soon(read)
         await gate.reached()
-        assert not quiet(library._shelf.pipelines["p"])
+        assert not is_clean(library._catalog.pipelines["p"])
         await library.remove("p")
         await library.add(spec("p", source))
         gate.go.set()

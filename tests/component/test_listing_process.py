@@ -18,10 +18,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import trio
 
+from instantstart_fs.admin import lifecycle
 from instantstart_fs.config import HuggingFaceConfig
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import OriginHidden, OriginUnavailable
-from instantstart_fs.library import admin
 from instantstart_fs.origins.bounds import IN_THE_DAEMON, Bounds
 from instantstart_fs.origins.common import MAX_FILES
 from instantstart_fs.origins.lister import Lister, Order
@@ -79,7 +79,7 @@ async def test_a_large_source_is_listed_outside(
             runs.append(self._order.what)
             return super().run()
 
-    monkeypatch.setattr(admin, "Lister", Watched)
+    monkeypatch.setattr(lifecycle, "Lister", Watched)
     monkeypatch.setattr("instantstart_fs.library.IN_THE_DAEMON", Bounds(body=1 << 20, files=1000, final=False))
     async with from_hub(tmp_path, hub) as library:
         status = await library.add(PipelineSpec("p", (ModelSpec(SOURCE),)))
@@ -103,7 +103,7 @@ async def test_who_gives_up_ends_the_process(
             hub.fault("blackhole", port="hub", path="/tree/")
             return super().run()
 
-    monkeypatch.setattr(admin, "Lister", Watched)
+    monkeypatch.setattr(lifecycle, "Lister", Watched)
     monkeypatch.setattr("instantstart_fs.library.IN_THE_DAEMON", Bounds(files=1000, final=False))
     async with from_hub(tmp_path, hub) as library:
         with trio.move_on_after(60) as scope:

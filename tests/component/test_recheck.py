@@ -28,9 +28,9 @@ from instantstart_fs.core.sight import ANYBODY, EVERYTHING, Sight
 from instantstart_fs.errors import AccessRefused, CredentialsUnusable, NoSuchEntry, OriginHidden, OriginUnavailable
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
-from instantstart_fs.library.rechecking import Rechecker
-from instantstart_fs.library.view import ROOT
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.upkeep.access_recheck import Rechecker
+from instantstart_fs.vfs import ROOT
 from tests.component.test_library import MIB, find, make_source, read_all, spec, wait_state
 from tests.component.test_room import Clock
 from tests.component.test_update import bodies
@@ -84,7 +84,7 @@ class World:
 
     async def later(self, library: Library, seconds: float) -> None:
         self.clock.passes(seconds)
-        await rechecker(library).look()
+        await rechecker(library).run_once()
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
             await library.open(shard)
         with pytest.raises(AccessRefused):
             library.open_nowait(shard)
-        assert library.covering.files("p") == {}
+        assert library.bindings.files("p") == {}
         # Nor by another door, but to its owner, and to those who administer.
         owner = library.spec("p").uid
         assert not library.shown_to("p", ANYBODY) and not library.shown_to("p", Sight(False, owner + 1, frozenset()))
@@ -154,15 +154,15 @@ async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
         assert status.state == "error" and status.error is not None and status.access is not None
         assert (status.error.code, status.access.verdict) == ("access-refused", "refused")
         assert status.cached_bytes == status.total_bytes
-        overview = await library.overview()
-        assert overview.access == {"allowed": 0, "refused": 1, "unknown": 0}
-        assert library.observer.totals.access_checks == {"allowed": 1, "refused": 2}
+        store_summary = await library.store_summary()
+        assert store_summary.access == {"allowed": 0, "refused": 1, "unknown": 0}
+        assert library.telemetry.totals.access_checks == {"allowed": 1, "refused": 2}
 
         # Access comes back: it is noticed within a quarter of an hour, and nothing has to be fetched.
         world.lets_in("hf_mine")
         await world.later(library, REFUSED_SECONDS)
         assert names(library) == ["p"]
-        assert SHARD in library.covering.files("p")
+        assert SHARD in library.bindings.files("p")
         assert library.status("p").state == "warm" and library.status("p").error is None
         assert await read_all(library, "p", SHARD) == (world.source / SHARD).read_bytes()
         assert not bodies(world.hub)
@@ -206,10 +206,10 @@ async def test_an_outage_and_unusable_credentials_refuse_nothing(
         assert names(library) == ["p"] and library.status("p").state == "warm"
         status = library.status("p").access
         assert status is not None and status.verdict == "allowed" and status.trouble is not None
-        assert (await library.overview()).access == {"allowed": 0, "refused": 0, "unknown": 1}
+        assert (await library.store_summary()).access == {"allowed": 0, "refused": 0, "unknown": 1}
         assert await read_all(library, "p", SHARD) == (world.source / SHARD).read_bytes()
         await world.later(library, DAY)
-        assert (await library.overview()).access == {"allowed": 1, "refused": 0, "unknown": 0}
+        assert (await library.store_summary()).access == {"allowed": 1, "refused": 0, "unknown": 0}
 
 
 async def test_a_restart_shows_nothing_that_was_refused_though_nobody_can_be_asked(world: World) -> None:
@@ -254,7 +254,7 @@ async def test_told_of_only(world: World, caplog: pytest.LogCaptureFixture) -> N
         assert names(library) == ["p"]
         status = library.status("p")
         assert status.access is not None and (status.state, status.access.verdict) == ("warm", "refused")
-        assert (await library.overview()).access == {"allowed": 0, "refused": 1, "unknown": 0}
+        assert (await library.store_summary()).access == {"allowed": 0, "refused": 1, "unknown": 0}
         assert await read_all(library, "p", SHARD) == (world.source / SHARD).read_bytes()
 
 
@@ -280,7 +280,7 @@ async def test_who_has_nobody_to_ask_is_not_asked_about(world: World) -> None:
         await world.later(library, 3 * DAY)
         status = library.status("plain")
         assert status.access is None
-        assert library.observer.totals.access_checks == {}
+        assert library.telemetry.totals.access_checks == {}
 
 
 async def test_the_daemons_own_loop_asks(world: World) -> None:
@@ -290,6 +290,6 @@ async def test_the_daemons_own_loop_asks(world: World) -> None:
     world.clock.passes(2 * DAY)
     async with world.running() as library:
         with trio.fail_after(20):
-            while not library.observer.totals.access_checks:
+            while not library.telemetry.totals.access_checks:
                 await library.wait_changed("p", 0.5)
-        assert library.observer.totals.access_checks == {"allowed": 1}
+        assert library.telemetry.totals.access_checks == {"allowed": 1}

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from instantstart_fs.library.rehash import Pace
+from instantstart_fs.admin.rehash import Pace
 from instantstart_fs.store.blobstore import BlobStore
 
 MIB = 1024 * 1024

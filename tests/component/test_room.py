@@ -16,6 +16,7 @@ import msgspec
 import pytest
 import trio
 
+from instantstart_fs.catalog.model import Generation
 from instantstart_fs.config import Capacity, Config, EvictionConfig, FillConfig, MountConfig, StoreConfig
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import Digest, FileEntry, ManifestFile
@@ -27,7 +28,6 @@ from instantstart_fs.filler.tally import Tally
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
-from instantstart_fs.library.state import Generation
 from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.origins.directory import identity_of
 from instantstart_fs.store.blobstore import BlobStore
@@ -184,18 +184,22 @@ async def test_what_single_reads_were_admitted_for_is_promised_until_it_comes(tm
     source = make_source(tmp_path / "source")
     async with running(tmp_path, capacity=9 * MIB) as library:
         await library.add(spec("read", source))
-        generation = library._shelf.pipeline("read").current
+        generation = library._catalog.pipeline("read").current
         assert generation is not None
         file = generation.files[find_index(generation, "pytorch_model.bin")]
-        present, before = file.chunk_map(), library._evictor.slack()
-        assert await library._admissions.some(file, present, range(present.chunks))
-        assert generation.promised_bytes == blocks_of(file.size)
-        assert await library._admissions.some(file, present, range(present.chunks)), "the same once more costs nothing"
-        assert generation.promised_bytes == blocks_of(file.size)
-        assert library._evictor.slack() == before - blocks_of(file.size), "before the first byte of that read is there"
+        present, before = file.chunk_map(), library._evictor.free_bytes()
+        assert await library._admissions.admit_chunks(file, present, range(present.chunks))
+        assert generation.reserved_bytes == blocks_of(file.size)
+        assert await library._admissions.admit_chunks(file, present, range(present.chunks)), (
+            "the same once more costs nothing"
+        )
+        assert generation.reserved_bytes == blocks_of(file.size)
+        assert library._evictor.free_bytes() == before - blocks_of(file.size), (
+            "before the first byte of that read is there"
+        )
         assert len(await read_all(library, "read", "pytorch_model.bin")) == file.size
         await wait_state(library, "read", "partial")
-        assert generation.promised_bytes == 0
+        assert generation.reserved_bytes == 0
 
 
 async def test_bytes_that_are_being_deleted_are_still_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,10 +261,10 @@ async def test_what_nobody_asks_for_in_max_idle_goes_without_pressure(tmp_path: 
             await fills(library, pipeline)
         clock.passes(2990.0)
         library.touch("used")
-        await library._evictor.look()
+        await library._evictor.run_once()
         assert library.status("idle").state == "unverified"
         clock.passes(20.0)
-        await library._evictor.look()
+        await library._evictor.run_once()
         assert library.status("idle").state == "cold"
         assert library.status("used").state == "unverified"
 
@@ -310,7 +314,7 @@ async def test_the_suspension_outlives_the_daemon(tmp_path: Path) -> None:
             await library.add(spec(pipeline, source))
         await fills(library, "a")  # never requested, so not hot: only the clock keeps it
         clock.ahead += 7200.0
-        await library._evictor.look()
+        await library._evictor.run_once()
         await library._evictor._save_clock()
     clock.passes(3500.0)
     async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
@@ -368,7 +372,7 @@ async def test_after_a_restart_the_accounts_are_what_the_disk_says(tmp_path: Pat
     (files / WEIGHTS).write_bytes(b"y" * MIB)
     async with running(tmp_path) as library:
         for pipeline in ("whole", "part"):
-            assert library._shelf.pipeline(pipeline).allocated == blocks(tmp_path, pipeline) > 0
+            assert library._catalog.pipeline(pipeline).allocated == blocks(tmp_path, pipeline) > 0
         assert not (files / WEIGHTS).exists()
         assert await read_all(library, "part", "pytorch_model.bin") == (source / "pytorch_model.bin").read_bytes()
 

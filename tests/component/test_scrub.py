@@ -29,9 +29,10 @@ from instantstart_fs.core.scrub import Activity, Quiet
 from instantstart_fs.core.status import ScrubStatus
 from instantstart_fs.errors import DigestMismatch, InstantStartError, NoSuchEntry, StoreError
 from instantstart_fs.index.environment import Index
-from instantstart_fs.library import Library, scrubbing
-from instantstart_fs.library.scrubbing import Scrubber
+from instantstart_fs.library import Library
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.upkeep import scrub
+from instantstart_fs.upkeep.scrub import Scrubber
 from tests.component.test_library import MIB, find, make_source, read_all, wait_state
 from tests.component.test_room import Clock
 from tests.component.test_update import bodies
@@ -140,8 +141,8 @@ async def test_what_changed_under_its_seal_is_found_by_the_scrub_and_fetched_aga
         damage(world.blob(SHARD))
         world.clock.passes(31 * DAY)
         with caplog.at_level(logging.INFO):
-            await scrubber(library).look()
-        assert library.observer.totals.damaged == {"scrub": 1}
+            await scrubber(library).run_once()
+        assert library.telemetry.totals.damaged == {"scrub": 1}
         dropped = [record for record in caplog.records if record.levelno == logging.ERROR]
         assert any(
             SHARD in record.getMessage() and "not those that were sealed" in record.message for record in dropped
@@ -162,8 +163,8 @@ async def test_what_changed_under_its_seal_is_found_by_the_scrub_and_fetched_aga
         assert library.status("p").error is None
         assert bodies(world.hub) == world.once(SHARD), "the bad file is fetched again, whole, and no other"
         world.clock.passes(31 * DAY)
-        await scrubber(library).look()
-        assert library.observer.totals.damaged == {"scrub": 1}
+        await scrubber(library).run_once()
+        assert library.telemetry.totals.damaged == {"scrub": 1}
 
 
 @pytest.mark.parametrize("passthrough", [False, True], ids=["daemon", "passthrough"])
@@ -185,7 +186,7 @@ async def test_a_file_in_the_place_of_a_sealed_one_is_found_when_it_is_opened(
             except InstantStartError:
                 continue  # the kernel looks the name up again
         assert found == world.want(SHARD)
-        damaged = library.observer.totals.damaged
+        damaged = library.telemetry.totals.damaged
         # Without passthrough a descriptor that is kept reads the bytes that were sealed; the next open of the store's
         # file (after a restart, or by the scrub) finds the other ones.
         if passthrough or not opened_before:
@@ -193,7 +194,7 @@ async def test_a_file_in_the_place_of_a_sealed_one_is_found_when_it_is_opened(
             await wait_state(library, "p", "warm")
             assert bodies(world.hub) == world.once(SHARD)
         world.clock.passes(31 * DAY)
-        await scrubber(library).look()
+        await scrubber(library).run_once()
         assert damaged.total() == 1
         await wait_state(library, "p", "warm")
         assert world.blob(SHARD).read_bytes() == world.want(SHARD)
@@ -207,7 +208,7 @@ async def test_a_bad_file_that_cannot_be_fetched_is_not_served(world: World) -> 
         world.hub.kill()
         try:
             world.clock.passes(31 * DAY)
-            await scrubber(library).look()
+            await scrubber(library).run_once()
             assert library.status("p").state != "warm"
             assert not world.blob(SHARD).exists() or world.blob(SHARD).stat().st_blocks == 0
         finally:
@@ -225,27 +226,27 @@ async def test_it_is_no_request_and_leaves_last_access_alone(world: World) -> No
         assert library.status("p").scrub == ScrubStatus(proven=None, state="waiting")
         world.clock.passes(31 * DAY)
         began = world.clock.now_ns() // 10**9
-        await scrubber(library).look()
+        await scrubber(library).run_once()
         assert (library.attributes(node), library.status("p").last_request) == before
         scrub = library.status("p").scrub
         assert scrub is not None and scrub.proven is not None and scrub.state == "waiting"
         files = [file for file in library.status("p").files or () if file.state == "sealed"]
-        assert library.observer.totals.scrubbed_bytes == sum(file.size for file in files)
-        overview = await library.overview()
-        assert overview.scrub is not None and overview.scrub.overdue == 0
-        assert began <= (library._shelf.pipelines["p"].scrubbed.proven_at_ns + 10**9) // 10**9
+        assert library.telemetry.totals.scrubbed_bytes == sum(file.size for file in files)
+        store_summary = await library.store_summary()
+        assert store_summary.scrub is not None and store_summary.scrub.overdue == 0
+        assert began <= (library._catalog.pipelines["p"].scrubbed.proven_at_ns + 10**9) // 10**9
 
 
 async def test_nothing_is_read_before_it_is_due(world: World) -> None:
     async with world.running() as library:
         await world.warm(library)
         world.clock.passes(29 * DAY)
-        assert await scrubber(library).look() == scrubbing.LOOK_SECONDS
-        assert library.observer.totals.scrubbed_bytes == 0
+        assert await scrubber(library).run_once() == scrub.LOOK_SECONDS
+        assert library.telemetry.totals.scrubbed_bytes == 0
         world.clock.passes(3 * DAY)
         assert scrubber(library).overdue() == pytest.approx(2 * DAY, abs=60)
-        await scrubber(library).look()
-        assert library.observer.totals.scrubbed_bytes > 8 * MIB
+        await scrubber(library).run_once()
+        assert library.telemetry.totals.scrubbed_bytes > 8 * MIB
 
 
 async def test_the_rate_is_kept(world: World) -> None:
@@ -253,8 +254,8 @@ async def test_the_rate_is_kept(world: World) -> None:
         await world.warm(library)
         world.clock.passes(31 * DAY)
         began = trio.current_time()
-        await scrubber(library).look()
-        assert trio.current_time() - began >= library.observer.totals.scrubbed_bytes / (16 * MIB) > 0.4
+        await scrubber(library).run_once()
+        assert trio.current_time() - began >= library.telemetry.totals.scrubbed_bytes / (16 * MIB) > 0.4
 
 
 async def test_it_rests_while_there_is_demand_and_gives_way_to_an_eviction(
@@ -265,40 +266,40 @@ async def test_it_rests_while_there_is_demand_and_gives_way_to_an_eviction(
         await world.warm(library)
         demand = False
         monkeypatch.setattr(scrubber(library), "_activity", lambda: Activity(0, demand))
-        monkeypatch.setattr(scrubbing, "REST_SECONDS", 0.01)
+        monkeypatch.setattr(scrub, "REST_SECONDS", 0.01)
         world.clock.passes(31 * DAY)
-        scrubbed = library.observer.scrubbed
+        scrubbed = library.telemetry.scrubbed
 
         def read(count: int) -> None:
             nonlocal demand
             scrubbed(count)
             demand = demand or count == 4 * MIB  # within the larger shard
 
-        monkeypatch.setattr(library.observer, "scrubbed", read)
+        monkeypatch.setattr(library.telemetry, "scrubbed", read)
         scrubber(library)._quiet = Quiet(0.05)
         returned = trio.Event()
 
         async def look() -> None:
-            assert await scrubber(library).look() == 0.0
+            assert await scrubber(library).run_once() == 0.0
             returned.set()
 
         nursery.start_soon(look)
         with trio.fail_after(10):
             while not scrubber(library).resting:
                 await trio.sleep(0.005)
-        so_far = library.observer.totals.scrubbed_bytes
+        so_far = library.telemetry.totals.scrubbed_bytes
         status = library.status("p").scrub
         assert status is not None and status.state == "resting"
         await trio.sleep(0.2)
-        assert library.observer.totals.scrubbed_bytes == so_far and not returned.is_set()
+        assert library.telemetry.totals.scrubbed_bytes == so_far and not returned.is_set()
         await library.evict("p")
         with trio.fail_after(10):
             await returned.wait()
         held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)]
         assert not [path for path in held if path.startswith(f"{world.root}/store/slots/")], "evicted and still open"
         demand = False
-        assert await scrubber(library).look() == scrubbing.LOOK_SECONDS, "nothing of it is left to read"
-        assert library.observer.totals.damaged == {}
+        assert await scrubber(library).run_once() == scrub.LOOK_SECONDS, "nothing of it is left to read"
+        assert library.telemetry.totals.damaged == {}
 
 
 def _is_link(fd: str) -> bool:
@@ -310,23 +311,23 @@ async def test_when_demand_ends_it_goes_on(world: World, monkeypatch: pytest.Mon
         await world.warm(library)
         demand = True
         monkeypatch.setattr(scrubber(library), "_activity", lambda: Activity(0, demand))
-        monkeypatch.setattr(scrubbing, "REST_SECONDS", 0.01)
+        monkeypatch.setattr(scrub, "REST_SECONDS", 0.01)
         scrubber(library)._quiet = Quiet(0.02)
         world.clock.passes(31 * DAY)
         nursery.start_soon(scrubber(library).look)
         with trio.fail_after(10):
             while not scrubber(library).resting:
                 await trio.sleep(0.005)
-            overview = await library.overview()
-            assert overview.scrub is not None and overview.scrub.resting
+            store_summary = await library.store_summary()
+            assert store_summary.scrub is not None and store_summary.scrub.resting
             demand = False
-            while library._shelf.pipelines["p"].scrubbed.under_way:
+            while library._catalog.pipelines["p"].scrubbed.under_way:
                 await trio.sleep(0.005)
-        assert library.observer.totals.scrubbed_bytes > 8 * MIB
+        assert library.telemetry.totals.scrubbed_bytes > 8 * MIB
 
 
 async def test_a_restart_goes_on_where_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scrubbing, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(scrub, "SAVE_SECONDS", 0.0)
     async with world.running() as library:
         await world.warm(library)
         world.clock.passes(31 * DAY)
@@ -340,19 +341,19 @@ async def test_a_restart_goes_on_where_it_was(world: World, monkeypatch: pytest.
             return await file(self, found, pace)  # type: ignore[arg-type]
 
         monkeypatch.setattr(Scrubber, "_file", until_the_second_shard)
-        assert await scrubber(library).look() == scrubbing.RETRY_SECONDS
+        assert await scrubber(library).run_once() == scrub.RETRY_SECONDS
         assert SHARD in read
         monkeypatch.setattr(Scrubber, "_file", file)
     async with world.running() as library:
         total = sum(found.size for found in library.status("p").files or () if found.state == "sealed")
         with trio.fail_after(20):  # the daemon's own loop looks at once
-            while library._shelf.pipelines["p"].scrubbed.under_way:
+            while library._catalog.pipelines["p"].scrubbed.under_way:
                 await trio.sleep(0.01)
-        assert 0 < library.observer.totals.scrubbed_bytes <= total - len(world.want(SHARD))
-        proven = library._shelf.pipelines["p"].scrubbed.proven_at_ns
+        assert 0 < library.telemetry.totals.scrubbed_bytes <= total - len(world.want(SHARD))
+        proven = library._catalog.pipelines["p"].scrubbed.proven_at_ns
         assert proven > 0
     async with world.running() as library:
-        assert library._shelf.pipelines["p"].scrubbed.proven_at_ns == proven
+        assert library._catalog.pipelines["p"].scrubbed.proven_at_ns == proven
 
 
 async def test_the_daemons_own_loop_heals_by_itself(world: World) -> None:
@@ -363,7 +364,7 @@ async def test_the_daemons_own_loop_heals_by_itself(world: World) -> None:
         scrubber(library)._quiet = Quiet(0.0)
     async with world.running(period=0.2) as library:
         with trio.fail_after(30):
-            while not library.observer.totals.damaged:
+            while not library.telemetry.totals.damaged:
                 await trio.sleep(0.01)
         await wait_state(library, "q", "warm")
         assert await read_all(library, "q", OTHER) == world.want(OTHER)

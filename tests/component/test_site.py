@@ -38,7 +38,7 @@ def test_hostile_names_are_text() -> None:
     with serving(HttpConfig(port=0, details=True)) as served:
         error = ErrorStatus(HOSTILE, HOSTILE, "2026-01-01T00:00:00Z")
         served.library.pipelines["x"] = pipeline(HOSTILE, "error", source=(HOSTILE,), error=error)
-        served.library.observer.records = [ColdStart(pipeline=HOSTILE, started_ns=1, state="cold", opened_after=1.0)]
+        served.library.telemetry.records = [ColdStart(pipeline=HOSTILE, started_ns=1, state="cold", opened_after=1.0)]
         quoted = urllib.parse.quote(HOSTILE, safe="")
         events = []
         with urllib.request.urlopen(served.url + f"api/events?q={quoted}", timeout=20) as stream:
@@ -351,5 +351,5 @@ def contrast(page: object, selector: str) -> float:
 def test_the_fake_is_what_the_site_asks_of_a_library() -> None:
     from instantstart_fs.library import Library
 
-    for name in ("overview", "fill_statistics", "prove_index_writable"):
+    for name in ("store_summary", "fill_statistics", "prove_index_writable"):
         assert callable(getattr(Library, name)) and callable(getattr(FakeLibrary, name))

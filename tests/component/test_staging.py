@@ -27,7 +27,7 @@ MIB = 1 << 20
 pytestmark = pytest.mark.timeout(60)
 
 
-class FakeShelves:
+class FakeHost:
     """Four shards of 100 bytes. ``broken``: indices that cannot be opened."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class FakeReader:
         self.report = report
         self.queued: dict[int, tuple[int, int]] = {}
         self.log: list[tuple[str, int]] = []
-        self.shelves: FakeShelves
+        self.shelves: FakeHost
 
     def stage(self, job: int, fd: int, length: int) -> None:
         index = self.shelves.index_of_fd[fd]
@@ -92,7 +92,7 @@ class FakeReader:
 
 class World:
     def __init__(self, budget: int) -> None:
-        self.shelves = FakeShelves()
+        self.shelves = FakeHost()
         self.reader: FakeReader | None = None
         self.memory = Memory(budget)
         config = StagingConfig(max_memory=Capacity(fraction=1.0))

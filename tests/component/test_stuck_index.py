@@ -12,14 +12,14 @@ import pytest
 import trio
 import trio.testing
 
+from instantstart_fs.catalog.model import Generation
 from instantstart_fs.config import Config, MountConfig, StoreConfig
 from instantstart_fs.errors import IndexStuck, StoreDamaged, StoreFull
 from instantstart_fs.index.environment import COMMIT_DEADLINE, Index, _Job
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.library import GIVE_UP_SECONDS, Library
-from instantstart_fs.library.state import Generation
-from instantstart_fs.library.view import ROOT
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.vfs import ROOT
 from instantstart_fs.web.health import HealthProbe
 from tests.component.test_library import find, make_source, read_all, spec
 from tests.component.test_room import MIB, WEIGHTS, blocks, fills, running
@@ -156,7 +156,7 @@ async def test_a_commit_that_hangs_pauses_filling_and_is_not_taken_for_one_that_
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
         committer = library._filler._committer
-        await library._shelf.mark(library._shelf.pipelines["cold"])
+        await library._catalog.invalidate_summary(library._catalog.pipelines["cold"])
         async with hanging(library._index) as disk:
             with trio.fail_after(20):
                 # What arrives is served, though it is not durable.
@@ -170,14 +170,14 @@ async def test_a_commit_that_hangs_pauses_filling_and_is_not_taken_for_one_that_
                     await trio.sleep(0.001)
         assert not library.fill_statistics().index_stuck
     async with running(tmp_path, capacity=64 * MIB) as library:
-        assert library._shelf.pipelines["cold"].allocated == blocks(tmp_path, "cold")
+        assert library._catalog.pipelines["cold"].allocated == blocks(tmp_path, "cold")
         assert await read_all(library, "cold", WEIGHTS) == data
 
 
 async def test_a_damaged_file_is_dropped_once_the_index_answers_though_nobody_waited(tmp_path: Path) -> None:
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
-        pipeline = library._shelf.pipelines["warm"]
+        pipeline = library._catalog.pipelines["warm"]
         assert pipeline.current is not None
         for file in pipeline.current.files:
             library._open_files.close_reader(file)
@@ -204,18 +204,18 @@ async def test_so_it_is_in_every_generation_that_shares_it(tmp_path: Path) -> No
         held = await library.open(find(library, "p", WEIGHTS))
         (source / "config.json").write_bytes(b'{"a": 2}')
         await library.update("p")
-        current = library._shelf.pipelines["p"].current
+        current = library._catalog.pipelines["p"].current
         assert current is not None
         (file,) = [file for file in current.files if file.entry.path == WEIGHTS]
         assert file.complete and held.file.complete and file is not held.file
         async with hanging(library._index) as disk:
             with trio.fail_after(20):
                 with pytest.raises(IndexStuck):
-                    await library._reading.discard(file, StoreDamaged("rotten"), wanted=False, found_by="verify")
+                    await library._reads.replace_damaged(file, StoreDamaged("rotten"), wanted=False, found_by="verify")
                 disk.release()
-                while held.file.gone is None:
+                while held.file.stale_error is None:
                     await trio.sleep(0.001)
-        assert file.gone is not None
+        assert file.stale_error is not None
         library.release(held)
 
 
@@ -227,11 +227,11 @@ async def test_an_eviction_goes_on_when_the_reader_that_wanted_the_room_has_gone
                 with trio.move_on_after(DEADLINE) as reader:
                     await library.evict_unused("warm")
                 assert reader.cancelled_caught
-                assert library._shelf.pipelines["warm"].lock.locked()
+                assert library._catalog.pipelines["warm"].lock.locked()
                 disk.release()
                 while library.status("warm").state != "cold":
                     await trio.sleep(0.001)
-        async with library._shelf.pipelines["warm"].lock:
+        async with library._catalog.pipelines["warm"].lock:
             assert blocks(tmp_path, "warm") == 0
         assert await read_all(library, "warm", WEIGHTS) == data
 
@@ -267,7 +267,7 @@ async def test_while_the_bytes_of_one_are_going_no_other_is_evicted_for_the_next
                 await library.wait_changed("new", 1.0)
         assert library.status("y").state == "unverified"
         assert library.status("x").state == "cold"
-        assert library.observer.totals.evictions == 1
+        assert library.telemetry.totals.evictions == 1
 
 
 async def test_an_eviction_that_the_end_cuts_short_leaves_nothing_that_lies(
@@ -279,7 +279,7 @@ async def test_an_eviction_that_the_end_cuts_short_leaves_nothing_that_lies(
         data = await read_all(library, "warm", WEIGHTS)
         disk, emptied = Disk(library._index), trio.Event()
         token = trio.lowlevel.current_trio_token()
-        switch, real = library._shelf.switch_generation, library._store.empty_generation
+        switch, real = library._catalog.switch_generation, library._store.empty_generation
 
         def switched(new: Generation) -> Generation | None:
             disk.hang()
@@ -290,7 +290,7 @@ async def test_an_eviction_that_the_end_cuts_short_leaves_nothing_that_lies(
             disk.release()  # else the index could not be closed
             token.run_sync_soon(emptied.set)
 
-        library._shelf.switch_generation = switched  # type: ignore[method-assign, assignment]
+        library._catalog.switch_generation = switched  # type: ignore[method-assign, assignment]
         library._store.empty_generation = empty  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(library.evict_unused, "warm")
@@ -298,7 +298,7 @@ async def test_an_eviction_that_the_end_cuts_short_leaves_nothing_that_lies(
             nursery.cancel_scope.cancel()
     assert emptied.is_set()
     async with running(tmp_path, capacity=64 * MIB) as library:
-        assert library._shelf.pipelines["warm"].allocated == blocks(tmp_path, "warm") == 0
+        assert library._catalog.pipelines["warm"].allocated == blocks(tmp_path, "warm") == 0
         assert await read_all(library, "warm", WEIGHTS) == data
 
 
@@ -314,21 +314,21 @@ async def test_after_an_eviction_that_the_index_does_not_know_of_nothing_is_fill
                 raise StoreFull("no space is left on the disk")
             return await real(op, **how)  # type: ignore[arg-type]
 
-        generation = library._shelf.pipelines["warm"].current
+        generation = library._catalog.pipelines["warm"].current
         assert generation is not None
         base = generation.base
-        await library._shelf.mark(library._shelf.pipelines["warm"])
-        reserved = await library._shelf.new_generation(library._shelf.pipelines["warm"], generation.manifest)
-        made = library._shelf.new_generation
+        await library._catalog.invalidate_summary(library._catalog.pipelines["warm"])
+        reserved = await library._catalog.new_generation(library._catalog.pipelines["warm"], generation.manifest)
+        made = library._catalog.new_generation
 
         async def prepared(*args: object) -> object:
             return reserved
 
-        library._shelf.new_generation = prepared  # type: ignore[method-assign, assignment]
+        library._catalog.new_generation = prepared  # type: ignore[method-assign, assignment]
         index.write = write  # type: ignore[method-assign, assignment]
         with pytest.raises(StoreFull):
             await library.evict("warm")
-        library._shelf.new_generation = made  # type: ignore[method-assign]
+        library._catalog.new_generation = made  # type: ignore[method-assign]
         assert blocks(tmp_path, "warm") == 0
         assert index.read(lambda txn: dict(txn.files("warm", 1))), "the index speaks of what is gone"
         with pytest.raises(StoreFull):

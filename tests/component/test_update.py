@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from instantstart_fs.admin.lifecycle import Admin
 from instantstart_fs.config import (
     Capacity,
     Config,
@@ -24,7 +25,6 @@ from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import InstantStartError, StoreDamaged
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
-from instantstart_fs.library.admin import Admin
 from instantstart_fs.store.blobstore import BlobStore
 from tests.component.test_library import MIB, find, make_source, read_all, running, spec, wait_gone, wait_state
 from tests.servers.hub import HubServer

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from instantstart_fs.catalog import catalog as catalog_module
+from instantstart_fs.catalog.unloaded import UnloadedGeneration
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.errors import OutOfMemory, OutOfResources, StoreDamaged, StoreError, StoreFull
 from instantstart_fs.index.environment import Index
-from instantstart_fs.library import shelf as shelf_module
-from instantstart_fs.library.folded import Folded
-from instantstart_fs.library.fsck import fsck
 from instantstart_fs.store import os_errors
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.store.metadata import SlotMetadata
-from tests.component.test_folding import settle
+from instantstart_fs.upkeep.fsck import fsck
 from tests.component.test_library import find, make_source, read_all, spec
+from tests.component.test_residency import checkpoint
 from tests.component.test_room import WEIGHTS, fills, running
 
 
@@ -89,12 +89,12 @@ async def test_one_io_error_is_read_again_and_two_are_damage(tmp_path: Path, stu
 async def test_what_cannot_be_read_now_is_read_later_and_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelf_module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(catalog_module, "PATIENCE_SECONDS", 0.0)
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         await library.add(spec("p", source))
         await fills(library, "p")
-        await settle(library)
+        await checkpoint(library)
     wanting = [100]
     original = SlotMetadata.load_manifest
 
@@ -107,13 +107,13 @@ async def test_what_cannot_be_read_now_is_read_later_and_is_no_error(
     monkeypatch.setattr(SlotMetadata, "load_manifest", load_manifest)
     async with running(tmp_path) as library:
         with pytest.raises(OutOfResources):
-            await library.look_into("p")
-        assert isinstance(library._shelf.pipelines["p"].outline, Folded)
-        assert library._shelf.pipelines["p"].current is None
+            await library.ensure_loaded("p")
+        assert isinstance(library._catalog.pipelines["p"].head, UnloadedGeneration)
+        assert library._catalog.pipelines["p"].current is None
         (status,) = library.list()
         assert status.state == "unverified" and status.error is not None and status.error.code == "out-of-resources"
         wanting[0] = 3
-        await library.look_into("p")
+        await library.ensure_loaded("p")
         assert library.status("p").error is None
         assert await read_all(library, "p", WEIGHTS) == (source / WEIGHTS).read_bytes()
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from instantstart_fs.admin.access_proof import prove_access
 from instantstart_fs.core.manifest import Digest, ManifestFile
 from instantstart_fs.errors import AccessRefused, OriginMisbehaved, OriginUnavailable, OriginUnsupported
-from instantstart_fs.library.proof import prove_access
 from instantstart_fs.origins import common, hubtree, huggingface
 from instantstart_fs.origins.bounds import Bounds, TooLarge
 from tests.contract.worlds import HubWorld, fetch, write_files

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from instantstart_fs.admin.access_proof import prove_access
 from instantstart_fs.config import S3Config
 from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.core.manifest import ETAG_HINT, ManifestFile, ModelSpec, PipelineSpec, rests_on_etag
@@ -21,7 +22,6 @@ from instantstart_fs.errors import (
     OriginUnavailable,
     OriginUnsupported,
 )
-from instantstart_fs.library.proof import prove_access
 from instantstart_fs.origins import s3, s3access
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.origins.registry import OriginSettings, open_origin

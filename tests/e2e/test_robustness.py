@@ -22,9 +22,9 @@ import pytest
 
 from instantstart_fs.control.client import Client
 from instantstart_fs.errors import InstantStartError
-from instantstart_fs.library.recovery import open_index
 from instantstart_fs.mount import kernel
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.upkeep.index_recovery import open_index
 from tests import harness
 from tests.harness import (
     MIB,

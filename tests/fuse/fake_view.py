@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from instantstart_fs.errors import InstantStartError, NoSuchEntry, OriginBroken, ReadDeadline
-from instantstart_fs.library.view import ROOT, Attributes, Filesystem, Invalidation, OpenFile
+from instantstart_fs.vfs import ROOT, Attributes, Filesystem, Invalidation, OpenFile
 
 BLOCK = bytes((i * 131 + i // 256 * 17 + 7) % 256 for i in range(65521))
 """A prime period, so that no chunk or page looks like its neighbour."""
@@ -87,9 +87,9 @@ class FakeView:
 
     # The View
 
-    covering = None
+    bindings = None
 
-    async def look_into(self, pipeline: str) -> None:
+    async def ensure_loaded(self, pipeline: str) -> None:
         raise AssertionError("everything is in memory")
 
     def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
@@ -173,7 +173,7 @@ class FakeView:
         self.open_files.append(handle)
         return handle
 
-    def settle(self, *, resumed: bool) -> None:
+    def on_mounted(self, *, resumed: bool) -> None:
         self.calls.append(f"settle {resumed}")
 
     def release(self, file: OpenFile) -> None:

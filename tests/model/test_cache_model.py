@@ -31,6 +31,8 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 
+from instantstart_fs.catalog import residency
+from instantstart_fs.catalog.unloaded import UnloadedGeneration
 from instantstart_fs.config import Capacity, Config, EvictionConfig, FillConfig, MountConfig, StoreConfig
 from instantstart_fs.core import eviction
 from instantstart_fs.core.chunks import ChunkMap
@@ -39,9 +41,9 @@ from instantstart_fs.errors import FillCancelled, PipelineBusy, StoreError, Stor
 from instantstart_fs.filler import committer, delivery, evictor
 from instantstart_fs.filler.messages import Arrived, Closed, CloseFile, Fetch, OpenFile, SetLocation
 from instantstart_fs.index.environment import Index
-from instantstart_fs.library import Library, admission, folding
-from instantstart_fs.library.folded import Folded
+from instantstart_fs.library import Library
 from instantstart_fs.origins.base import Location
+from instantstart_fs.serving import admission
 from instantstart_fs.store.blobstore import BlobStore
 from tests.component.test_library import find
 
@@ -126,8 +128,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "WorkerPool", InlinePool)
     monkeypatch.setattr(committer, "SEAL_SECONDS", 0.0)
     monkeypatch.setattr(evictor, "INTERVAL", 0.01)
-    monkeypatch.setattr(folding, "MOST_FILES", 0)
-    monkeypatch.setattr(folding, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(residency, "MOST_FILES", 0)
+    monkeypatch.setattr(residency, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(admission, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(admission, "SLACK_SECONDS", 0.0)
 
@@ -162,7 +164,7 @@ class World:
         self.rests_until = -1.0
         self.by_hand: str | None = None
         self.library: Library
-        self.folds = 0
+        self.unloads = 0
         self.evictions = self.through = self.done = self.updates = 0
 
     # -- clocks ------------------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ class World:
         with BlobStore.open(config.store.path) as store, Index.open(str(self.root / "index")) as index:
             library = Library(config, store, index, now_ns=lambda: int(self.now() * 1e9), boot=self.boot)
             library.budget = self.budget  # type: ignore[method-assign]  # disks that shrink
-            switch = library._shelf.switch_generation
+            switch = library._catalog.switch_generation
 
             def watched(new: Any, *kept: Any) -> Any:
                 # An eviction takes effect here: without an await since it was last asked whether it may.
@@ -197,7 +199,7 @@ class World:
                     self.evictions += 1
                 return switch(new, *kept)
 
-            library._shelf.switch_generation = watched  # type: ignore[method-assign]
+            library._catalog.switch_generation = watched  # type: ignore[method-assign]
             async with library.running():
                 self.library = library
                 yield
@@ -217,12 +219,12 @@ class World:
     async def settle(self) -> None:
         """Until nothing is being fetched or sealed."""
         with trio.fail_after(20):
-            while any(self.library._filler.is_filling(name) for name in self.library._shelf.pipelines):
+            while any(self.library._filler.is_filling(name) for name in self.library._catalog.pipelines):
                 await trio.sleep(0.0005)
             while self.library._filler.statistics().in_flight:
                 await trio.sleep(0.0005)
             # Superseded generations that nobody holds are on their way out.
-            while any(not old.handles for found in self.library._shelf.pipelines.values() for old in found.draining):
+            while any(not old.handles for found in self.library._catalog.pipelines.values() for old in found.draining):
                 await trio.sleep(0.0005)
 
     def usage(self) -> int:
@@ -234,7 +236,7 @@ class World:
 
     def check_after_restart(self) -> None:
         assert os.listdir(self.root / "store" / "trash") == []
-        for name, pipeline in self.library._shelf.pipelines.items():
+        for name, pipeline in self.library._catalog.pipelines.items():
             assert pipeline.allocated == self.on_disk(name), f"{name}: the accounts are wrong"
             assert pipeline.current is not None  # reads what its summary stood for
             assert pipeline.allocated == self.on_disk(name), f"{name}: the summary is wrong"
@@ -247,7 +249,7 @@ class World:
     # -- operations ----------------------------------------------------------------------------------------------------
 
     def known(self, number: int) -> bool:
-        return str(number) in self.library._shelf.pipelines
+        return str(number) in self.library._catalog.pipelines
 
     async def do_add(self, number: int, amount: int) -> None:
         if self.known(number):
@@ -335,7 +337,7 @@ class World:
         try:
             await self.library.evict(str(number))
             assert not held
-            current = self.library._shelf.pipelines[str(number)].current
+            current = self.library._catalog.pipelines[str(number)].current
             assert current is not None
             assert self.on_disk(str(number), current.number) == 0, "an eviction that freed nothing"
         except PipelineBusy:
@@ -355,7 +357,7 @@ class World:
             return
         # A source that changes under a fill ends it, which is not what is asked here.
         await self.settle()
-        pipeline = self.library._shelf.pipelines[str(number)]
+        pipeline = self.library._catalog.pipelines[str(number)]
         assert pipeline.current is not None
         complete = {file.entry.path for file in pipeline.current.files if file.complete}
         changed = self.change(number, amount)
@@ -393,15 +395,17 @@ class World:
     async def do_disk(self, number: int, amount: int) -> None:
         self.free = 20 * KIB if amount % 3 == 0 else 1 << 40
 
-    async def do_fold(self, number: int, amount: int) -> None:
+    async def do_unload(self, number: int, amount: int) -> None:
         """Let go of whatever may be let go of: nobody may notice."""
         for _ in range(2):
-            await self.library.folding.look()
-        self.folds += sum(isinstance(one.outline, Folded) for one in self.library._shelf.pipelines.values())
+            await self.library.residency.run_once()
+        self.unloads += sum(
+            isinstance(one.head, UnloadedGeneration) for one in self.library._catalog.pipelines.values()
+        )
 
     async def do_look(self, number: int, amount: int) -> None:
         await self.settle()
-        await self.library._evictor.look()
+        await self.library._evictor.run_once()
         # What an earlier daemon saw of the clock may have it rest for longer than this reference remembers.
         rests = self.boot() < self.rests_until + 0.5 or self.library._evictor.rests()
         if not rests and self.usage() > 0.9 * self.capacity:
@@ -522,7 +526,7 @@ def test_a_long_history_evicts_and_serves_through(sources: Path) -> None:
     """One that is known to come to what is to be tested: a history in which nothing is evicted shows nothing."""
     world = play(sources, long_history(7, 1500))
     assert world.evictions > 10
-    assert world.folds > 50
+    assert world.unloads > 50
     assert world.through > 10
     assert world.updates > 10
 

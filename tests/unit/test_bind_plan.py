@@ -6,12 +6,12 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instantstart_fs.library.covering import Coverable
 from instantstart_fs.mount.bind import Plan, plan
+from instantstart_fs.serving.bindings import BindableFile
 
 
-def file(path: str, generation: int = 1, incarnation: int = 0) -> Coverable:
-    return Coverable("p", generation, 0, incarnation, path, 0o444, 0, 0, 0)
+def file(path: str, generation: int = 1, incarnation: int = 0) -> BindableFile:
+    return BindableFile("p", generation, 0, incarnation, path, 0o444, 0, 0, 0)
 
 
 def test_nothing_to_do() -> None:
@@ -32,7 +32,9 @@ files = st.dictionaries(
 
 
 @given(files, files)
-def test_carrying_it_out_leads_to_what_is_wanted(bound: dict[str, Coverable], wanted: dict[str, Coverable]) -> None:
+def test_carrying_it_out_leads_to_what_is_wanted(
+    bound: dict[str, BindableFile], wanted: dict[str, BindableFile]
+) -> None:
     todo = plan(bound, wanted)
     left = {path: one for path, one in bound.items() if path not in todo.detach}
     for one in todo.attach:

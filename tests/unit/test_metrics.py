@@ -22,8 +22,8 @@ from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.status import FillStatus, PipelineStatus
 from instantstart_fs.filler.state import BreakerState, FillStatistics
 from instantstart_fs.filler.tally import ANSWER_BUCKETS
-from instantstart_fs.library.observing import Totals
-from instantstart_fs.library.overview import Overview, ScrubOverview
+from instantstart_fs.telemetry.telemetry import Totals
+from instantstart_fs.views.store_summary import ScrubSummary, StoreSummary
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -84,7 +84,7 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
         origins=(BreakerState("s3://h000 as a1b2", "closed", 0), BreakerState("s3://h000 as c3d4", "open", 0)),
     )
     found = tuple(status(number) for number in range(pipelines))
-    overview = Overview(
+    store_summary = StoreSummary(
         at_ns=1,
         budget=Budget(1000, 0.85, 0.95),
         used_bytes=10,
@@ -93,11 +93,11 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
         silent=1,
         nodes=9,
         pipelines=found,
-        scrub=ScrubOverview(overdue=5.0, resting=True),
+        scrub=ScrubSummary(overdue=5.0, resting=True),
         access={"allowed": 3, "refused": 1, "unknown": 0},
         cold_starts=(ColdStart(pipeline="p00000", started_ns=1, state="cold", opened_after=2.5, ended_after=3.0),),
     )
-    return metrics.Source("1", 2.0, totals, fills, overview, True, per_pipeline, {"read": 5})
+    return metrics.Source("1", 2.0, totals, fills, store_summary, True, per_pipeline, {"read": 5})
 
 
 def samples(given: metrics.Source) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -189,8 +189,8 @@ def test_hostile_names_stay_inside_their_label() -> None:
     hostile = status(1, pipeline='a"} 1\nevil{x="')
     given = source()
 
-    overview = msgspec.structs.replace(given.overview, pipelines=(hostile,))
-    found = samples(msgspec.structs.replace(given, overview=overview))
+    store_summary = msgspec.structs.replace(given.store_summary, pipelines=(hostile,))
+    found = samples(msgspec.structs.replace(given, store_summary=store_summary))
     assert ("instantstart_pipeline_cached_bytes", (("pipeline", 'a"} 1\nevil{x="'),)) in found
     assert not any(name == "evil" for name, _ in found)
 

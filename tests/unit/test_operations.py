@@ -14,7 +14,6 @@ import pyfuse3
 import pytest
 import trio
 
-from instantstart_fs.library.view import ROOT
 from instantstart_fs.mount import operations as module
 from instantstart_fs.mount.operations import (
     CHANGING_TIMEOUT,
@@ -24,6 +23,7 @@ from instantstart_fs.mount.operations import (
     Operations,
     entry_attributes,
 )
+from instantstart_fs.vfs import ROOT
 from tests.fuse.fake_view import FakeView, content
 
 CTX: Any = SimpleNamespace(uid=0, gid=0, pid=os.getpid())

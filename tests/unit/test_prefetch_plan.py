@@ -27,15 +27,15 @@ def weights(*files: tuple[str, str, int]) -> WeightSet:
 def test_every_byte_is_planned_exactly_once(sizes: list[tuple[int, str]], devices: int) -> None:
     files = [(f"{model}/{number}.safetensors", model, size) for number, (size, model) in enumerate(sizes)]
     made = plan(weights(*files), None, [f"cuda:{number}" for number in range(devices)])
-    covered: dict[str, list[tuple[int, int]]] = {}
+    bound: dict[str, list[tuple[int, int]]] = {}
     for device in made.devices:
         for file in device.files:
-            assert file.path not in covered
-            covered[file.path] = list(file.extents)
-    assert set(covered) == {path for path, _, _ in files}
+            assert file.path not in bound
+            bound[file.path] = list(file.extents)
+    assert set(bound) == {path for path, _, _ in files}
     for path, _, size in files:
         position = 0
-        for start, end in covered[path]:
+        for start, end in bound[path]:
             assert start == position and start % BLOCK == 0 and 0 < end - start <= EXTENT
             position = end
         assert position == size

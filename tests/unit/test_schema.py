@@ -70,7 +70,7 @@ def test_garbage_is_damage_and_says_what_to_do(garbage: bytes) -> None:
 
 
 def test_what_troubles_a_pipeline_is_none_in_records_of_earlier_versions() -> None:
-    record = schema.UpkeepRecord(trouble=schema.TroubleRecord("access-refused", "no", 5, True, 1, 2))
+    record = schema.UpkeepRecord(failure=schema.FailureRecord("access-refused", "no", 5, True, 1, 2))
     assert schema.decode_upkeep(schema.encode(record)) == record
     earlier = msgspec.msgpack.encode(msgspec.msgpack.decode(schema.encode(record))[:2])
     assert schema.decode_upkeep(earlier) == schema.UpkeepRecord()

@@ -15,10 +15,10 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from instantstart_fs.library.view import ROOT, Attributes, NotInMemory
 from instantstart_fs.mount import wire
 from instantstart_fs.mount.devfuse import INLINE, Backings, DevFuse
 from instantstart_fs.mount.operations import entry_attributes
+from instantstart_fs.vfs import ROOT, Attributes, NotLoaded
 from tests.fuse.fake_view import FakeView, content, standard_tree
 
 SIZES = {
@@ -151,14 +151,14 @@ async def test_what_is_not_in_memory_keeps_nobody_waiting_but_who_asked_for_it()
 
     def lookup(parent: int, name: str) -> Attributes:
         if parent != ROOT and not ready.is_set():
-            raise NotInMemory("model")
+            raise NotLoaded("model")
         return real(parent, name)
 
-    async def look_into(pipeline: str) -> None:
+    async def ensure_loaded(pipeline: str) -> None:
         assert pipeline == "model"
         await ready.wait()
 
-    view.lookup, view.look_into = lookup, look_into  # type: ignore[method-assign]
+    view.lookup, view.ensure_loaded = lookup, ensure_loaded  # type: ignore[method-assign]
     directory = view.children[ROOT]["model"]
     asked = message(wire.LOOKUP, b"weights.safetensors\0", nodeid=directory)
     buffer = bytearray(asked)

@@ -43,7 +43,7 @@ def fsck(
     """Rebuild the index from the store (daemon stopped)."""
     from instantstart_fs.cli.waiting import fsck_progress
     from instantstart_fs.config import load_config
-    from instantstart_fs.library.fsck import repair
+    from instantstart_fs.upkeep.fsck import repair
 
     root = load_config(config, store=store).store.path
     if not os.path.isdir(root):

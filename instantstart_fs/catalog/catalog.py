@@ -1,0 +1,793 @@
+"""The catalog: all pipelines in memory, the nodeids that name them, and the news for the kernel.
+
+Loads what store and index hold at start, hands out nodeids, publishes and withdraws pipelines and generations. Every
+change that the kernel may have cached goes out as an Invalidation.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+import msgspec
+import trio
+
+from instantstart_fs.catalog.gc_control import gc_paused
+from instantstart_fs.catalog.model import CachedFile, Failure, Generation, NodeTable, OpenOrigin, Pipeline
+from instantstart_fs.catalog.unloaded import UnloadedGeneration, summary_of
+from instantstart_fs.core.learned import Learned
+from instantstart_fs.core.loadset import RULES
+from instantstart_fs.core.manifest import Manifest
+from instantstart_fs.errors import (
+    DigestMismatch,
+    FillCancelled,
+    InstantStartError,
+    NoSuchEntry,
+    OriginError,
+    OutOfResources,
+    PipelineNotFound,
+    StoreDamaged,
+    StoreLost,
+    from_code,
+)
+from instantstart_fs.filler.target import FileKey, FileState
+from instantstart_fs.index.environment import Index
+from instantstart_fs.index.schema import FailureRecord, UpkeepRecord
+from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.vfs import ROOT, Invalidation
+
+log = logging.getLogger(__name__)
+
+UPKEEP_SECONDS = 1.0
+"""Between two writes of what troubles pipelines: an origin that comes and goes costs a write a second at most."""
+LOOK_SECONDS = 5.0
+"""Between two looks whether the slot of what is being filled is whole."""
+PATIENCE_TRIES, PATIENCE_SECONDS = 20, 0.25
+SPARE_NODEIDS = 4096
+"""Reserved ahead, so that a poisoned file gets its new nodeid without waiting for the disk."""
+
+
+class SharedFile(NamedTuple):
+    """A complete file that a new generation takes over: the ``old`` one, its state when it was taken, and the bytes of
+    disk that it takes."""
+
+    old: CachedFile
+    state: FileState
+    allocated: int
+
+
+_NOTHING_SHARED: Mapping[int, SharedFile] = MappingProxyType({})
+
+
+class Withdrawn(Protocol):
+    def __call__(self, pipeline: Pipeline, *, idle_only: bool = False) -> AbstractAsyncContextManager[None]: ...
+
+
+@asynccontextmanager
+async def _nothing_bound(pipeline: Pipeline, *, idle_only: bool = False) -> AsyncIterator[None]:
+    yield
+
+
+class Catalog:
+    """Owned by the Library. ``now_ns``: the wall clock in nanoseconds."""
+
+    def __init__(
+        self, store: BlobStore, index: Index, open_origin: OpenOrigin, now_ns: Callable[[], int] = time.time_ns
+    ) -> None:
+        self.store = store
+        self.index = index
+        self.open_origin = open_origin
+        self.now_ns = now_ns
+        self.pipelines: dict[str, Pipeline] = {}
+        self.nodes = NodeTable()
+        self.passthrough = False
+        """Whether the mount lets the kernel read complete files itself (vfs.Vfs.use_passthrough)."""
+        self.retire: Callable[[CachedFile], None] = lambda file: None
+        """Told of every incarnation that no new open will find."""
+        self.on_complete: Callable[[CachedFile], None] = lambda file: None
+        """Told of every file that has become complete."""
+        self.withdrawn: Withdrawn = _nothing_bound
+        """Around everything that changes a complete file: see bindings.Bindings.withdrawn."""
+        self.without_summary: set[str] = set()
+        """Pipelines that the index surely has no summary of; see ``mark``."""
+        self.dirty_at_start: list[Pipeline] = []
+        """Of those that ``load`` found: what had no summary, and may hold what a crash left."""
+        self.read_whole = 0
+        """How many generations were read from their manifests."""
+        self.pending_deletions: list[tuple[str, int]] = []
+        """(pipeline, bytes of disk): what is out of view and not deleted yet."""
+        self._loading: dict[UnloadedGeneration, trio.Event] = {}
+        """What is being read in a thread."""
+        self._spare = range(0)
+        self._unsaved: dict[str, Pipeline] = {}
+        """Whose trouble the index does not know yet."""
+        self._saving = trio.Event()
+        self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def load(self, held: Collection[int] = ()) -> None:
+        """Fill the catalog from the index and the slots' manifests. Blocks; before the loop serves anybody.
+
+        Superseded generations are loaded, as draining, where the kernel holds a nodeid of theirs open (``held``).
+
+        A pipeline that has a summary is not read any further. One whose manifest cannot be read is shown in the state
+        ``error``; the others are not touched by it.
+        """
+        slots = set(self.store.tree.list_directory())
+        summaries = self.index.read(lambda txn: dict(txn.summaries()))
+        upkeep = self.index.read(lambda txn: dict(txn.upkeep()))
+        unloaded: list[UnloadedGeneration] = []
+        for record in self.index.read(lambda txn: list(txn.pipelines())):
+            pipeline = Pipeline(
+                record.spec, dict(record.directory_nodeids), pinned=record.pinned, created_at_ns=record.created_at_ns
+            )
+            summary = summaries.get(pipeline.id)
+            known = upkeep.get(pipeline.id, UpkeepRecord())
+            pipeline.scrubbed, pipeline.access = known.scrubbed, known.access
+            pipeline.learned, pipeline.learned_read = known.learned or Learned(), known.learned is not None
+            clean = summary is not None and summary.rules == RULES and pipeline.id in slots
+            if summary is not None and clean and summary.generation == record.generation:
+                found = UnloadedGeneration(pipeline, summary, self._load_blocking)
+                unloaded.append(found)
+                pipeline.current = found
+            else:
+                self._load_whole(pipeline, record.generation, held)
+                self.dirty_at_start.append(pipeline)
+            self.pipelines[pipeline.id] = pipeline
+            self.nodes.add_pipeline(pipeline)
+        self.nodes.load_blocks(unloaded)
+        for name, known in upkeep.items():
+            if name in self.pipelines:
+                self._recall(self.pipelines[name], known.failure)
+        for pipeline in self.pipelines.values():
+            pipeline.on_failure = self._save_failure_soon
+        if not self._spare:
+            # Now: when a file proves wrong there may be no room, or no index, to reserve any.
+            self._reserve_spare()
+        strangers = slots - self.pipelines.keys()
+        unknown = sorted(name for name in strangers if self.store.metadata.has_pipeline(name))
+        if unknown:
+            log.warning(
+                "%d pipeline(s) lie in the store and not in the index (%s): stop the daemon, `instantstart fsck` "
+                "brings them back",
+                len(unknown),
+                ", ".join(unknown[:5]),
+            )
+
+    def _load_whole(self, pipeline: Pipeline, number: int, held: Collection[int]) -> None:
+        try:
+            pipeline.current = self._load_generation(pipeline, number)
+            if held:
+                self._load_draining(pipeline, held)
+        except OutOfResources:
+            raise  # nothing is wrong with it
+        except InstantStartError as error:
+            self._unreadable(pipeline, error)
+
+    def _unreadable(self, pipeline: Pipeline, error: InstantStartError) -> None:
+        log.error("cannot be served: %s", error.message, extra={"pipeline": pipeline.id})
+        # The error stays, and its frames hold what was read so far.
+        for seen in (error, error.__cause__):
+            if seen is not None:
+                traceback.clear_frames(seen.__traceback__)
+        pipeline.failure = Failure(error, self.now_ns(), final=True)
+
+    async def ensure_loaded(self, pipeline: Pipeline) -> Generation | None:
+        """``pipeline.current``, read in a thread where it is not in memory. All who ask meanwhile share one reading."""
+        while isinstance(unloaded := pipeline.head, UnloadedGeneration) and not pipeline.removed:
+            under_way = self._loading.get(unloaded)
+            if under_way is not None:
+                await under_way.wait()
+                continue
+            done = self._loading[unloaded] = trio.Event()
+            read: Generation | InstantStartError
+            try:
+                read = await trio.to_thread.run_sync(self._read_patiently, unloaded)
+            except InstantStartError as error:
+                read = error
+            finally:
+                del self._loading[unloaded]
+                done.set()
+            # Meanwhile it may have been removed, or read by somebody who could not wait.
+            if isinstance(read, OutOfResources):
+                self._want(unloaded.pipeline, read)
+                return None
+            if pipeline.head is unloaded and not pipeline.removed:
+                pipeline.current = self._put_in_place(unloaded, read)
+            elif isinstance(read, Generation):
+                read.end()
+        return pipeline.current if not pipeline.removed else None
+
+    def _load_blocking(self, unloaded: UnloadedGeneration) -> Generation | UnloadedGeneration | None:
+        """The same for who cannot wait. Blocks, for as long as it takes to read and decode one manifest."""
+        read: Generation | InstantStartError
+        try:
+            read = self._read_unloaded(unloaded)
+        except OutOfResources as error:
+            self._want(unloaded.pipeline, error)
+            return unloaded
+        except InstantStartError as error:
+            read = error
+        return self._put_in_place(unloaded, read)
+
+    def _want(self, pipeline: Pipeline, error: OutOfResources) -> None:
+        """It cannot be read now; nothing is wrong with it, and whoever asks next tries again."""
+        if pipeline.failure is None or not isinstance(pipeline.failure.error, OutOfResources):
+            log.warning("cannot be read now: %s", error.message, extra={"pipeline": pipeline.id})
+            pipeline.failure = Failure(error, self.now_ns(), final=False)
+
+    def _read_patiently(self, unloaded: UnloadedGeneration) -> Generation:
+        """The same in a thread, which waits for descriptors or memory that are wanting, for some seconds."""
+        for _ in range(PATIENCE_TRIES):
+            try:
+                return self._read_unloaded(unloaded)
+            except OutOfResources:
+                time.sleep(PATIENCE_SECONDS)
+        return self._read_unloaded(unloaded)
+
+    def _read_unloaded(self, unloaded: UnloadedGeneration) -> Generation:
+        """Blocks, and may run in a thread: it changes nothing. Raises InstantStartError."""
+        with gc_paused(unloaded.file_count):
+            generation = self._read_generation(unloaded.pipeline, unloaded.number)
+            with _ended_unless_done(generation):
+                for file in generation.files:
+                    if file.bitmap:
+                        # No record says what it takes.
+                        where = (unloaded.pipeline.id, unloaded.number, file.entry.path)
+                        if (blob := self.store.existing_blob(*where)) is not None:
+                            with blob:
+                                generation.set_allocated(file, blob.allocated_bytes())
+                generation.count_all()
+            return generation
+
+    def _put_in_place(self, unloaded: UnloadedGeneration, read: Generation | InstantStartError) -> Generation | None:
+        """``read`` is what ``unloaded`` stands for, or why that cannot be read."""
+        self.nodes.drop_unloaded(unloaded)
+        if isinstance(read, InstantStartError):
+            self._unreadable(unloaded.pipeline, read)
+            return None
+        self._place(read)
+        failure = unloaded.pipeline.failure
+        if failure is not None and isinstance(failure.error, OutOfResources):
+            unloaded.pipeline.failure = None
+        return read
+
+    def unload(self, generation: Generation) -> None:
+        """Let go of what is in memory of it: for what is settled and unused (catalog/residency.py)."""
+        unloaded = UnloadedGeneration(generation.pipeline, summary_of(generation), self._load_blocking)
+        self.nodes.unload(generation, unloaded)
+        generation.pipeline.current = unloaded
+        generation.end()
+
+    def trim(self, generation: Generation) -> None:
+        """Give back what a crash left of files whose record does not speak of it. Blocks; nobody may be filling. Raises
+        StoreError."""
+        if all(file.complete for file in generation.files):
+            return
+        keep = {
+            file.entry.path: None if file.complete else file.chunk_map()
+            for file in generation.files
+            if file.complete or file.bitmap
+        }
+        taken = self.store.trim(generation.pipeline.id, generation.number, keep)
+        for file in generation.files:
+            if not file.complete and file.entry.path in taken:
+                generation.set_allocated(file, taken[file.entry.path])
+        generation.invalidate_counts()
+
+    async def invalidate_summary(self, pipeline: Pipeline) -> None:
+        """What lies in its slot is about to change: before the first byte of that, its summary goes, durably. Raises
+        StoreError."""
+        if pipeline.id not in self.without_summary:
+            with pipeline.changing():  # no summary is made while this one goes
+                await self.index.write(lambda txn: txn.delete_summary(pipeline.id), patience=self.index.commit_deadline)
+            self.without_summary.add(pipeline.id)
+
+    def check_present(self, file: CachedFile) -> None:
+        """Raises why nobody may fill it any more: it is gone, or what it belongs to is."""
+        pipeline = file.generation.pipeline
+        if file.stale_error is not None:
+            raise file.stale_error
+        if pipeline.removed:
+            raise FillCancelled(f"{pipeline.id}: the pipeline was removed")
+        if self.file(file.key) is not file:
+            raise FillCancelled(f"{pipeline.id}: the pipeline was evicted or updated meanwhile")
+
+    async def prepare_filling(self, file: CachedFile) -> None:
+        """Before bytes of it may come: the index says nothing of it that would not be so. Raises StoreError, and what
+        ``check_present`` raises: what it writes would be another's that has the same name."""
+        generation = file.generation
+        with generation.pipeline.changing():
+            self.check_present(file)
+            await self.invalidate_summary(generation.pipeline)
+            self.check_present(file)
+            if generation.suspect or trio.current_time() >= generation.checked_at + LOOK_SECONDS:
+                await self._restore_slot(generation)
+                self.check_present(file)
+            if (forget := generation.owed_index_write) is not None:
+                await self.index.write(forget, patience=self.index.commit_deadline)
+                generation.owed_index_write = None
+            if (lost := file.bitmap) and not await trio.to_thread.run_sync(self._is_there, file):
+                self.check_present(file)
+                # A new file in its place, and a kill before its first commit: the old record would vouch for its holes.
+                forget = functools.partial(_forget_bitmap, file, lost)
+                await self.index.write(forget, patience=self.index.commit_deadline)
+                if file.bitmap == lost and file.target is None:
+                    file.bitmap = b""
+                    generation.set_allocated(file, 0)
+                    generation.invalidate_counts()
+
+    async def _restore_slot(self, generation: Generation) -> None:
+        """What its slot says of itself, where somebody removed that under the daemon: the next start has need of it.
+        Raises StoreError."""
+        generation.suspect, generation.checked_at = False, trio.current_time()
+        pipeline = generation.pipeline
+        restored = await trio.to_thread.run_sync(
+            self.store.metadata.restore_slot, pipeline.spec, pipeline.created_at_ns, generation.manifest
+        )
+        if restored:
+            log.warning("its description was removed from the store, and is restored", extra={"pipeline": pipeline.id})
+            if pipeline.removed and pipeline.id not in self.pipelines:
+                await trio.to_thread.run_sync(self.store.delete_pipeline, pipeline.id)
+
+    def _is_there(self, file: CachedFile) -> bool:
+        """Blocks."""
+        try:
+            blob = self.store.existing_blob(*file.triple[:2], file.entry.path)
+        except StoreLost:
+            return False  # something else is; whoever fills it removes that
+        if blob is None:
+            return False
+        with blob:
+            return blob.size == file.size
+
+    def _load_draining(self, pipeline: Pipeline, held: Collection[int]) -> None:
+        numbers = self.index.read(lambda txn: [record.number for record in txn.generations(pipeline.id)])
+        for number in numbers:
+            if pipeline.current is not None and number == pipeline.current.number:
+                continue
+            try:
+                generation = self._load_generation(pipeline, number)
+            except OutOfResources:
+                raise  # what is open must not be taken for superseded, and deleted
+            except InstantStartError as error:
+                log.warning("generation %d: %s", number, error.message, extra={"pipeline": pipeline.id})
+                continue
+            block = range(generation.base, generation.base + generation.nodeid_count)
+            incarnations = {nodeid for file in generation.files for nodeid in (file.nodeid, file.passthrough_nodeid)}
+            if any(nodeid in block or nodeid in incarnations for nodeid in held):
+                generation.shared_with_current = self._shared_with_current(generation)
+                pipeline.draining.append(generation)
+            else:
+                self.forget_generation(generation)
+                generation.end()
+
+    def _shared_with_current(self, draining: Generation) -> frozenset[int]:
+        """Which of its files the current generation shares."""
+        current = draining.pipeline.current
+        if current is None:
+            return frozenset()
+        complete = {file.entry.path for file in current.files if file.complete}
+        one, other = draining.number, current.number
+        return frozenset(
+            file.entry.index
+            for file in draining.files
+            if file.complete
+            and file.entry.path in complete
+            and self.store.shared(draining.pipeline.id, one, other, file.entry.path)
+        )
+
+    def _load_generation(self, pipeline: Pipeline, number: int) -> Generation:
+        generation = self._read_generation(pipeline, number)
+        self._place(generation)
+        return generation
+
+    def _read_generation(self, pipeline: Pipeline, number: int) -> Generation:
+        """From manifest and records, for ``_place``. Blocks; changes nothing. Raises StoreError."""
+        self.read_whole += 1
+        try:
+            return self._decode_generation(pipeline, number)
+        except InstantStartError:
+            raise
+        except Exception as error:
+            # A record that says what cannot be, in whatever way, is its pipeline's trouble and nobody else's.
+            raise StoreDamaged(
+                f"{pipeline.id}: what is recorded of generation {number} cannot be read ({type(error).__name__}: "
+                f"{error}); run `instantstart fsck`"
+            ) from error
+
+    def _decode_generation(self, pipeline: Pipeline, number: int) -> Generation:
+        try:
+            manifest = self.store.metadata.load_manifest(pipeline.id, number)
+        except NoSuchEntry as error:
+            raise StoreLost(
+                f"{pipeline.id}: its manifest is gone; `instantstart update {pipeline.id}` resolves it anew"
+            ) from error
+        if not pipeline.learned_read:
+            # An earlier version, or fsck without an index, wrote nothing of it there.
+            pipeline.learned = self.store.metadata.load_learned(pipeline.id)
+            pipeline.learned_read = True
+        record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
+        if record is None:
+            raise StoreDamaged(
+                f"{pipeline.id}: the index has no record of generation {number}; run `instantstart fsck`"
+            )
+        files = self.index.read(lambda txn: dict(txn.files(pipeline.id, number)))
+        generation = Generation(pipeline, manifest, record.nodeid_base, self.open_origin)
+        generation.block = self.store.block_size
+        generation.set_absent()
+        with _ended_unless_done(generation):
+            for index, state in files.items():
+                file = generation.files[index]
+                file.state = FileState(state.state)
+                file.incarnation = state.incarnation
+                file.bitmap = state.bitmap
+                if file.bitmap:
+                    file.chunk_map()  # raises for one of another length
+                generation.set_allocated(file, state.allocated)
+                # With an incarnation and no nodeid: died between the poisoning and the record of its new one.
+                file.nodeid = state.nodeid or (0 if state.incarnation else file.nodeid)
+        generation.invalidate_counts()
+        return generation
+
+    def _place(self, generation: Generation) -> None:
+        """From now on its files are found by their nodeids."""
+        for file in generation.files:
+            if file.nodeid == 0:
+                file.nodeid = self.spare_nodeid()  # never fall back to the old one
+            if file.nodeid != generation.default_file_nodeid(file.entry.index):
+                self.nodes.add_file(file)
+        self.nodes.add_block(generation)
+
+    @asynccontextmanager
+    async def making(self, pipeline: Pipeline, manifest: Manifest) -> AsyncIterator[Generation]:
+        """``new_generation``, which is let go of unless it is shown at the end."""
+        made = await self.new_generation(pipeline, manifest)
+        try:
+            yield made
+        finally:
+            if pipeline.head is not made:
+                made.end()
+
+    async def new_generation(self, pipeline: Pipeline, manifest: Manifest) -> Generation:
+        """One with nothing in it, under nodeids of its own; made in a thread: 100,000 files take a second."""
+
+        def make() -> Generation:
+            with gc_paused(len(manifest.files)):
+                return Generation(pipeline, manifest, 0, self.open_origin)
+
+        def fill_in() -> None:
+            with gc_paused(made.file_count):
+                made.set_absent()
+                made.count_all()
+
+        made = await trio.to_thread.run_sync(make)
+        made.base = await self.reserve_nodeids(made.nodeid_count)
+        made.block = self.store.block_size
+        await trio.to_thread.run_sync(fill_in)
+        return made
+
+    @staticmethod
+    def _recall(pipeline: Pipeline, record: FailureRecord | None) -> None:
+        head = pipeline.head
+        if record is None or pipeline.failure is not None or head is None or head.number != record.generation:
+            return
+        error = from_code(record.code, record.message)
+        pipeline.failure = Failure(error, record.since_ns, final=record.final, index=record.file, recalled=True)
+
+    def _save_failure_soon(self, pipeline: Pipeline) -> None:
+        self._unsaved[pipeline.id] = pipeline
+        self._saving.set()
+
+    async def keep_failures(self) -> None:
+        """Write what troubles pipelines, until cancelled. What cannot be written costs no more than an error that a
+        restart forgets."""
+        failing = False
+        while True:
+            await self._saving.wait()
+            try:
+                await self.save_failures()
+                failing = False
+            except InstantStartError as error:
+                if not failing:
+                    log.warning("errors of pipelines are not noted, trying on: %s", error.message)
+                failing = True
+            await trio.sleep(UPKEEP_SECONDS)
+
+    async def save_failures(self) -> None:
+        """Raises StoreError."""
+        self._saving = trio.Event()
+        while self._unsaved:
+            _, pipeline = self._unsaved.popitem()
+            try:
+                await self.save_upkeep(pipeline)
+            except BaseException:
+                self._save_failure_soon(pipeline)
+                raise
+
+    async def save_upkeep(self, pipeline: Pipeline) -> None:
+        """Note what is done about it in the background, and what troubles it. Raises StoreError."""
+        record = _upkeep_record(pipeline)
+
+        def write(txn: WriteTxn) -> None:
+            if txn.get_pipeline(pipeline.id) is not None:
+                txn.put_upkeep(pipeline.id, record)
+
+        if not pipeline.removed:
+            await self.index.write(write)
+
+    async def save_learned(self, pipeline: Pipeline) -> bool:
+        """Note what it has learned, in its slot and in the index; False: not now, somebody is changing it. Raises
+        StoreError."""
+        try:
+            pipeline.lock.acquire_nowait()  # else it might be written into a slot that is being deleted
+        except trio.WouldBlock:
+            return False
+        try:
+            if not pipeline.removed:
+                learned, record = pipeline.learned, _upkeep_record(pipeline)
+
+                def write(txn: WriteTxn) -> None:
+                    if txn.get_pipeline(pipeline.id) is None:
+                        return
+                    before = (txn.get_upkeep(pipeline.id) or UpkeepRecord()).learned or Learned()
+                    if before.wanted != learned.wanted:
+                        txn.delete_summary(pipeline.id)  # it counts another load set
+                    txn.put_upkeep(pipeline.id, record)
+
+                # The index first: it is what the next start believes. The slot is asked where there is none.
+                await self.index.write(write)
+                await trio.to_thread.run_sync(self.store.metadata.write_learned, pipeline.id, learned)
+        finally:
+            pipeline.lock.release()
+        return True
+
+    # -- nodeids -------------------------------------------------------------------------------------------------
+
+    def _reserve_now(self, count: int) -> int:
+        return self.index.write_sync(lambda txn: txn.reserve_nodeids(count), patience=self.index.commit_deadline)
+
+    async def reserve_nodeids(self, count: int) -> int:
+        """The first of ``count`` consecutive nodeids that were never used before and never will be again."""
+        return await self.index.write(lambda txn: txn.reserve_nodeids(count))
+
+    def _reserve_spare(self) -> None:
+        """Blocks."""
+        self._spare = _evens(self._reserve_now(SPARE_NODEIDS))
+
+    async def top_up(self) -> None:
+        """See to it that ``spare_nodeid`` has some. Raises StoreError; then there are still those that were left."""
+        if len(self._spare) < SPARE_NODEIDS // 8:
+            self._spare = _evens(await self.reserve_nodeids(SPARE_NODEIDS))
+
+    def spare_nodeid(self) -> int:
+        """One fresh nodeid, at once. Even, so that its odd neighbour is free for the file's other I/O mode."""
+        if len(self._spare) == 0:
+            self._reserve_spare()
+        nodeid, self._spare = self._spare[0], self._spare[1:]
+        return nodeid
+
+    # -- finding -------------------------------------------------------------------------------------------------
+
+    def pipeline(self, pipeline_id: str) -> Pipeline:
+        """Raises PipelineNotFound."""
+        found = self.pipelines.get(pipeline_id)
+        if found is None:
+            raise PipelineNotFound(
+                f"there is no pipeline {pipeline_id!r}; `instantstart ls` lists them, `instantstart add` makes one"
+            )
+        return found
+
+    def file(self, key: FileKey) -> CachedFile | None:
+        """The present incarnation of that file, also of a generation that is draining; None when it is gone."""
+        pipeline = self.pipelines.get(key.pipeline)
+        for generation in pipeline.generations() if pipeline is not None else ():
+            if generation.number == key.generation:
+                return generation.files[key.index]
+        return None
+
+    # -- publishing ----------------------------------------------------------------------------------------------
+
+    def publish(self, pipeline: Pipeline) -> None:
+        """Show a new pipeline in the mount."""
+        self.pipelines[pipeline.id] = pipeline
+        pipeline.on_failure = self._save_failure_soon
+        self.nodes.add_pipeline(pipeline)
+        self.invalidate(1, pipeline.id)
+
+    def withdraw(self, pipeline: Pipeline) -> None:
+        """Take a pipeline out of view; its handles stay with whoever holds them."""
+        pipeline.removed = True
+        self.pipelines.pop(pipeline.id, None)
+        self.nodes.drop_pipeline(pipeline)
+        for generation in pipeline.heads():
+            if isinstance(generation, UnloadedGeneration):
+                self.nodes.drop_unloaded(generation)
+            else:
+                self.forget_generation(generation)
+                self._retire_files(generation)
+        self.invalidate(1, pipeline.id)
+        pipeline.changed()
+
+    def end(self, pipeline: Pipeline) -> None:
+        """Nothing will be done about a withdrawn one any more."""
+        for generation in pipeline.heads():
+            if isinstance(generation, Generation):
+                generation.end()
+        pipeline.current = None
+        pipeline.draining = []
+
+    async def set_hidden(self, pipeline: Pipeline, reason: str | None) -> None:
+        """Take it out of view, or (None) show it again. Its nodeids stay. What is open stays open. Raises MountFailed
+        where what is bound over the mount cannot be taken away: repeat it."""
+        if pipeline.removed or (pipeline.hidden is None and reason is None):
+            return
+        turned = (pipeline.hidden is None) != (reason is None)
+        pipeline.hidden = reason
+        pipeline.changed()
+        if turned:
+            self.invalidate(ROOT, pipeline.id)
+            if (shown := await self.ensure_loaded(pipeline)) is not None:
+                self._renew_names(shown)
+        # Hidden, nothing of it may be covered, and this takes away what is; shown again, its end has it covered.
+        async with self.withdrawn(pipeline):
+            pass
+
+    def _renew_names(self, generation: Generation) -> None:
+        """Whatever the kernel knows of what lies in it is asked anew."""
+        tree = generation.tree
+        for nodeid in sorted(generation.pipeline.directory_nodeids.values()):
+            node = generation.node_of_root(nodeid)
+            for name in sorted((tree.nodes[node].children or ()) if node is not None else ()):
+                self.invalidate(nodeid, name)
+            self._invalidate_listing(nodeid)
+
+    def switch_generation(self, new: Generation, kept: Mapping[int, SharedFile] = _NOTHING_SHARED) -> Generation | None:
+        """Show another generation (or the same one emptied, under new nodeids) from now on; the superseded one.
+        ``kept``: by index, the files of the new one that are complete already.
+
+        The superseded generation keeps its nodeids while somebody holds it open: drop it with ``forget_generation``.
+        """
+        pipeline = new.pipeline
+        if new.sorted_with != pipeline.learned.wanted:
+            new.sort_again()  # it has learned something since that one was made
+        old = pipeline.current
+        for index, found in kept.items():
+            new.files[index].state = found.state
+            new.set_allocated(new.files[index], found.allocated)
+        if kept:
+            new.invalidate_counts()
+        if old is not None:
+            old.shared_with_current = frozenset(found.old.entry.index for found in kept.values())
+        self.nodes.add_block(new)
+        pipeline.current = new
+        names: set[tuple[int, str]] = set()
+        for generation in (old, new):
+            if generation is None:
+                continue
+            for nodeid in pipeline.directory_nodeids.values():
+                node = generation.node_of_root(nodeid)
+                if node is not None:
+                    names.update((nodeid, name) for name in generation.tree.nodes[node].children or ())
+        for parent, name in sorted(names):
+            self.invalidate(parent, name)
+        for nodeid in sorted(pipeline.directory_nodeids.values()):
+            self._invalidate_listing(nodeid)
+        if old is not None:
+            self._retire_files(old)
+        pipeline.changed()
+        return old
+
+    @contextmanager
+    def deleting(self, *generations: Generation | UnloadedGeneration) -> Iterator[None]:
+        """Meanwhile their bytes count as taken, although nobody finds them any more."""
+        count = sum(generation.own_allocated + generation.reserved_bytes for generation in generations)
+        entry = (generations[0].pipeline.id, count) if generations else ("", 0)
+        self.pending_deletions.append(entry)
+        try:
+            yield
+        finally:
+            self.pending_deletions.remove(entry)
+
+    def _retire_files(self, generation: Generation) -> None:
+        for file in generation.files:
+            self.retire(file)
+
+    def forget_generation(self, generation: Generation) -> None:
+        self.nodes.drop_generation(generation)
+
+    def replace_file(self, old: CachedFile, reason: InstantStartError) -> CachedFile:
+        """A new, absent incarnation in the place of ``old``, under a nodeid of its own. Handles keep the old one."""
+        generation = old.generation
+        old.stale_error = reason
+        self.nodes.drop_file(old.nodeid)
+        new = CachedFile(generation, old.entry, FileState.ABSENT, old.incarnation + 1, self.spare_nodeid(), b"")
+        generation.files[old.entry.index] = new
+        generation.invalidate_counts()
+        self.nodes.add_file(new)
+        self.invalidate_file(new)
+        self._invalidate_listing(self._parent(new))  # it tells inode numbers, too
+        self.retire(old)
+        generation.pipeline.changed()
+        return new
+
+    def invalidate_file(self, file: CachedFile) -> None:
+        """The name leads to another nodeid from now on."""
+        tree = file.generation.tree
+        self.invalidate(self._parent(file), tree.nodes[tree.node_of_file(file.entry.index)].name)
+
+    def _parent(self, file: CachedFile) -> int:
+        tree = file.generation.tree
+        return file.generation.nodeid(tree.nodes[tree.node_of_file(file.entry.index)].parent)
+
+    def expire_names(self) -> None:
+        """Where an update or a seal shows: the news may have been lost with the daemon that died on its way."""
+        for pipeline in self.pipelines.values():
+            self._send.send_nowait(Invalidation(ROOT, pipeline.id, expire=True))
+            generation = pipeline.head
+            # Of what is settled nothing has changed for so long that the news was told (catalog/residency.py).
+            if not isinstance(generation, Generation):
+                continue
+            tree = generation.tree
+            for nodeid in pipeline.directory_nodeids.values():
+                node = generation.node_of_root(nodeid)
+                for name in (tree.nodes[node].children or ()) if node is not None else ():
+                    self._send.send_nowait(Invalidation(nodeid, name, expire=True))
+                self._invalidate_listing(nodeid)
+
+    def invalidate(self, parent: int, name: str) -> None:
+        self._send.send_nowait(Invalidation(parent, name))
+
+    def _invalidate_listing(self, directory: int) -> None:
+        self._send.send_nowait(Invalidation(directory, None, directory, listing=True))
+
+
+def _upkeep_record(pipeline: Pipeline) -> UpkeepRecord:
+    learned = pipeline.learned if pipeline.learned_read else None
+    return UpkeepRecord(pipeline.scrubbed, pipeline.access, _failure_record(pipeline), learned)
+
+
+@contextmanager
+def _ended_unless_done(generation: Generation) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        generation.end()
+        raise
+
+
+def _failure_record(pipeline: Pipeline) -> FailureRecord | None:
+    """None for what a start finds out by itself, or what is of this moment and this machine."""
+    failure, head = pipeline.failure, pipeline.head
+    if failure is None or head is None:
+        return None
+    if not failure.final and not isinstance(failure.error, OriginError | DigestMismatch):
+        return None
+    return FailureRecord(
+        failure.error.code,
+        failure.error.message,
+        failure.since_ns,
+        failure.final,
+        failure.file.generation.number if failure.file is not None else head.number,
+        failure.index,
+    )
+
+
+def _forget_bitmap(file: CachedFile, lost: bytes, txn: WriteTxn) -> None:
+    record = txn.get_file(*file.triple)
+    if record is not None and record.incarnation == file.incarnation and record.bitmap == lost:
+        txn.put_file(*file.triple, msgspec.structs.replace(record, state=FileState.ABSENT.value, bitmap=b""))
+
+
+def _evens(first: int) -> range:
+    """Of SPARE_NODEIDS nodeids from ``first`` on."""
+    return range(first + first % 2, first + SPARE_NODEIDS - 1, 2)

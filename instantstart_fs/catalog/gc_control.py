@@ -1,0 +1,42 @@
+"""Keeps Python's garbage collector from walking over large generations.
+
+What is made for 100,000 files is made in a second and stays for hours. A full collection walks over all of it, 35 ms in
+which nobody is served, and one comes several times while it is made. So the collector rests meanwhile, and what was
+made is put beyond its reach for good: whoever has done with a generation takes its cycles apart (Generation.end).
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LARGE = 10_000
+"""Files: a walk over those of a smaller generation takes less than 4 ms."""
+
+_mutex = threading.Lock()
+_making = 0
+_was_on = True
+
+
+@contextmanager
+def gc_paused(files: int) -> Iterator[None]:
+    """Around making what there is of so many files, in any thread."""
+    global _making, _was_on
+    if files < LARGE:
+        yield
+        return
+    with _mutex:
+        if not _making:
+            _was_on = gc.isenabled()
+            gc.disable()
+        _making += 1
+    try:
+        yield
+    finally:
+        with _mutex:
+            gc.freeze()
+            _making -= 1
+            if not _making and _was_on:
+                gc.enable()

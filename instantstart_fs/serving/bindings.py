@@ -1,0 +1,276 @@
+"""What may lie over the mount's files, and when it must be gone: the library's side of the bind transport.
+
+A cover shows a complete file of the current generation to readers without the mount. Whoever lays covers
+(mount/bind.py) asks here which files may have one, and takes them away when told to: everything that changes a complete
+file (update, evict, remove, a dropped file) does it inside ``withdrawn``, so that no cover ever shows what the library
+no longer means.
+
+An open of a covered file counts as one through the mount, from when it is told of until the kernel says that nobody has
+the store's file open or mapped any more, by whichever mount: it is a request, its generation is in use, it is staged.
+
+All methods but ``descriptor`` belong on the trio thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+import msgspec
+import trio
+
+from instantstart_fs.catalog.catalog import Catalog
+from instantstart_fs.catalog.model import CachedFile, Pipeline, counts_as_request
+from instantstart_fs.config import descriptors
+from instantstart_fs.core.coldstart_tracker import Starts
+from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreError
+from instantstart_fs.index.access_log import AccessLog
+from instantstart_fs.serving.open_files import OpenFiles
+from instantstart_fs.store.blobfile import BlobFile
+from instantstart_fs.store.blobstore import Proof
+from instantstart_fs.telemetry.telemetry import FoundBy, Telemetry
+from instantstart_fs.views import status
+
+MOST_FILES = 1024
+"""Of one pipeline with more weight files none is covered: each costs an entry in every mount table that sees it."""
+
+BUSY_SECONDS = 30.0
+"""For as long the evictor takes a pipeline for open after it found it so: only trying tells, and trying takes covers
+away for a moment."""
+
+Withdraw = Callable[[str, bool], Awaitable[None]]
+"""(pipeline, only if nobody has them open). Raises PipelineBusy, MountFailed."""
+
+
+class ReplaceDamaged(Protocol):
+    """See fill_events.FillEventHandler.discard."""
+
+    async def __call__(
+        self, file: CachedFile, problem: InstantStartError, *, wanted: bool, found_by: FoundBy
+    ) -> None: ...
+
+
+class BindableFile(msgspec.Struct, frozen=True):
+    """One incarnation of a complete weight file. ``path`` within the pipeline; ``key``: its index in the manifest."""
+
+    pipeline: str
+    generation: int
+    key: int
+    incarnation: int
+    path: str
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    proof: Proof = Proof(0, None)
+
+
+class Bindings:
+    """Owned by the Library. ``keep_hot`` in seconds."""
+
+    def __init__(
+        self, catalog: Catalog, access: AccessLog, open_files: OpenFiles, telemetry: Telemetry, keep_hot: float
+    ) -> None:
+        self._catalog = catalog
+        self._access = access
+        self._open_files = open_files
+        self._telemetry = telemetry
+        self._keep_hot = keep_hot
+        self._withdrawn: Counter[str] = Counter()
+        self._held: dict[BindableFile, CachedFile] = {}
+        self._starts: dict[BindableFile, Starts] = {}
+        """The cold starts that those opens belong to."""
+        """What somebody was seen to open and not yet found to have let go of; also where its cover is gone by now."""
+        self._changed: set[str] = set()
+        self._wake = trio.Event()
+        self._busy_until: dict[str, float] = {}
+        self._withdraw: Withdraw | None = None
+        self.replace_damaged: ReplaceDamaged | None = None
+        catalog.withdrawn = self.withdrawn
+        catalog.on_complete = lambda file: self.wake(file.generation.pipeline.id)
+
+    # -- the library's side ----------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def withdrawn(self, pipeline: Pipeline, *, idle_only: bool = False) -> AsyncIterator[None]:
+        """Meanwhile no file of the pipeline is covered. Raises PipelineBusy (``idle_only``: somebody has one open),
+        MountFailed; then nothing has changed."""
+        self._withdrawn[pipeline.id] += 1
+        try:
+            if self._withdraw is not None:
+                try:
+                    await self._withdraw(pipeline.id, idle_only)
+                except PipelineBusy:
+                    self._busy_until[pipeline.id] = trio.current_time() + BUSY_SECONDS
+                    raise
+            yield
+        finally:
+            self._withdrawn[pipeline.id] -= 1
+            self.wake(pipeline.id)
+
+    def recently_busy(self, pipeline: str) -> bool:
+        """Whether somebody was found to have a covered file of it open a moment ago."""
+        until = self._busy_until.get(pipeline)
+        if until is not None and until < trio.current_time():
+            del self._busy_until[pipeline]
+            return False
+        return until is not None
+
+    def wake(self, pipeline: str) -> None:
+        """What may be covered of it has changed."""
+        if self._withdraw is not None:
+            self._changed.add(pipeline)
+            self._wake.set()
+
+    # -- the side of who covers ------------------------------------------------------------------------------------
+
+    def attach(self, withdraw: Withdraw | None) -> None:
+        """None: nobody covers any more, nor tells of opens."""
+        self._withdraw = withdraw
+        if withdraw is None:
+            for bound in list(self._held):
+                self._record_release(bound)
+        for pipeline in self._catalog.pipelines:
+            self.wake(pipeline)
+
+    async def wait_changed(self, timeout: float) -> set[str]:
+        """The pipelines that ``files`` may say something new of; empty after ``timeout`` seconds without any."""
+        with trio.move_on_after(timeout):
+            await self._wake.wait()
+        self._wake = trio.Event()
+        changed, self._changed = self._changed, set()
+        return changed
+
+    async def ensure_loaded(self, pipeline: str) -> None:
+        """So that ``files`` need not read what is not in memory."""
+        found = self._catalog.pipelines.get(pipeline)
+        if found is not None and found.head is not None and found.head.counts.finished:
+            await self._catalog.ensure_loaded(found)
+
+    def files(self, pipeline: str) -> dict[str, BindableFile]:
+        """What may be covered of that pipeline now, by path."""
+        found = self._catalog.pipelines.get(pipeline)
+        if found is None or found.removed or found.hidden or self._withdrawn[pipeline]:
+            return {}
+        spec = found.spec
+        head = found.head
+        if head is None or not head.counts.finished:
+            return {}
+        generation = found.current
+        if generation is None:
+            return {}
+        files = [file for file in generation.files if file.passthrough_eligible and counts_as_request(file)]
+        if len(files) > MOST_FILES:
+            return {}
+        return {
+            file.entry.path: BindableFile(
+                pipeline=pipeline,
+                generation=generation.number,
+                key=file.entry.index,
+                incarnation=file.incarnation,
+                path=file.entry.path,
+                mode=spec.mode & 0o444,
+                uid=spec.uid,
+                gid=spec.gid,
+                mtime_ns=file.entry.file.mtime_ns,
+                proof=file.proof,
+            )
+            for file in files
+        }
+
+    def descriptor(self, wanted: BindableFile) -> BlobFile:
+        """The store's file, which must be the one that was sealed; in a thread. Raises StoreError."""
+        return self._catalog.store.open_sealed(wanted.pipeline, wanted.generation, wanted.path, wanted.proof)
+
+    async def lost(self, bound: BindableFile, problem: InstantStartError) -> None:
+        """The store has lost it: it is dropped, and fetched again. Nothing else of the binder's may be under way."""
+        file = self._file(bound)
+        if file is not None and self.replace_damaged is not None:
+            await self.replace_damaged(file, problem, wanted=True, found_by="open")
+
+    def opened(self, bound: BindableFile) -> None:
+        """Record an open of the bound file: a request, and an access. Call ``ensure_loaded`` first, also before
+        ``note_already_open``, ``in_use`` and ``attributes``."""
+        file = self._file(bound)
+        if file is None:
+            return
+        now = self._catalog.now_ns()
+        self._access.record_request(bound.pipeline, now)
+        self._access.record_read(bound.pipeline, bound.generation, bound.key, now)
+        if bound in self._held:
+            self._telemetry.closed(self._telemetry.opened(file, passthrough=True, mode="bind"))
+        else:
+            self._record_open(bound, file)
+
+    def note_already_open(self, bound: BindableFile) -> None:
+        """Somebody has had it open since before it was covered: no request."""
+        file = self._file(bound)
+        if file is not None and bound not in self._held:
+            self._record_open(bound, file)
+
+    def is_open(self, bound: BindableFile) -> bool:
+        """Whether somebody had it open when it was last asked for."""
+        return bound in self._held
+
+    def poll_release(self, bound: BindableFile) -> bool:
+        """Somebody may have let go of it: ask. True when it was held, and is not any more."""
+        file = self._held.get(bound)
+        if file is None:
+            return False
+        self._keep_reader(file)
+        if self._open_files.used_elsewhere(file):
+            return False
+        self._record_release(bound)
+        return True
+
+    def poll_releases(self, pipeline: str | None = None) -> set[str]:
+        """Ask of all that was open (of that pipeline); the pipelines of which something is not any more."""
+        asked = [bound for bound in self._held if pipeline in (None, bound.pipeline)]
+        return {bound.pipeline for bound in asked if self.poll_release(bound)}
+
+    def in_use(self, bound: BindableFile) -> bool:
+        """Whether anybody but the daemon has it open or mapped now."""
+        file = self._file(bound)
+        return file is not None and self._open_files.used_elsewhere(file)
+
+    def _record_open(self, bound: BindableFile, file: CachedFile) -> None:
+        self._keep_reader(file)
+        self._starts[bound] = self._telemetry.opened(file, passthrough=True, mode="bind")
+        self._open_files.acquire(file)
+        self._held[bound] = file
+
+    def _keep_reader(self, file: CachedFile) -> None:
+        """To ask of this one, whatever lies at its path later; without opening it each time, which would be told of as
+        an open that ended, and asked about again. Another time where that cannot be now."""
+        if file.stale_error is None and (file.reader is not None or descriptors.room(spare=True)):
+            with contextlib.suppress(StoreError):
+                self._open_files.reader(file)
+
+    def _record_release(self, bound: BindableFile) -> None:
+        file = self._held.pop(bound)
+        self._telemetry.closed(self._starts.pop(bound))
+        self._open_files.release(file)
+
+    def last_request(self, pipeline: str) -> int | None:
+        """ns of the wall clock."""
+        return self._access.last_request(pipeline)
+
+    def attributes(self, bound: BindableFile) -> tuple[int, dict[str, str]] | None:
+        """(st_atime in ns, user.instantstart.* without the prefix) as the mount would show them; None: it is gone."""
+        file = self._file(bound)
+        if file is None:
+            return None
+        values = status.file_xattrs(file, "warm", self._access, self._keep_hot)
+        accessed = self._access.last_access(*file.triple)
+        return (bound.mtime_ns if accessed is None else accessed), values
+
+    def _file(self, bound: BindableFile) -> CachedFile | None:
+        pipeline = self._catalog.pipelines.get(bound.pipeline)
+        generation = pipeline.current if pipeline is not None else None
+        if generation is None or generation.number != bound.generation:
+            return None
+        file = generation.files[bound.key]
+        return file if file.incarnation == bound.incarnation and file.complete else None

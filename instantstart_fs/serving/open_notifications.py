@@ -1,0 +1,43 @@
+"""What the library tells whoever follows an engine's loading (mount/staging.py). Plain calls on the trio thread that
+return at once; only weight files of the load set are told of, never listings, attributes, configuration or tokenizers.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from instantstart_fs.filler.target import FileKey
+
+
+class OpenListener(Protocol):
+    def opened(self, key: FileKey) -> None:
+        """The first handle of an incarnation of that file."""
+        ...
+
+    def released(self, key: FileKey) -> None:
+        """Its last handle; as often as ``opened``."""
+        ...
+
+    def sealed(self, key: FileKey) -> None:
+        """All of it lies in the store from now on."""
+        ...
+
+    def retired(self, key: FileKey) -> None:
+        """The incarnation that was there will find no new opens; its bytes may be deleted."""
+        ...
+
+    def rest(self, pipeline: str, resting: bool) -> None:
+        """From now on leave that pipeline alone, or no longer; calls nest."""
+        ...
+
+
+class NullListener:
+    """The watcher of a library that is not watched."""
+
+    def opened(self, key: FileKey) -> None:
+        pass
+
+    released = sealed = retired = opened
+
+    def rest(self, pipeline: str, resting: bool) -> None:
+        pass

@@ -1,0 +1,1 @@
+"""Counters for metrics and records of cold starts. Never affects what is served."""

@@ -1,0 +1,325 @@
+"""What happens, counted: totals for the metrics, cold-start records for `explain`. Lives on the trio thread.
+
+Whoever does something tells it here with one call that costs about a microsecond and cannot fail; it changes nothing
+about what is served. Totals count from the daemon's start. Records go to the index in batches; an index that takes none
+loses history, never a read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import msgspec
+import trio
+
+from instantstart_fs.catalog.learning import Learning
+from instantstart_fs.catalog.model import CachedFile, Pipeline, counts_as_request
+from instantstart_fs.core import coldstart
+from instantstart_fs.core.access import Outcome
+from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
+from instantstart_fs.core.coldstart_tracker import Starts, Tracker
+from instantstart_fs.core.histogram import Histogram
+from instantstart_fs.errors import InstantStartError, NoColdStart
+from instantstart_fs.index.environment import Index
+from instantstart_fs.index.transactions import WriteTxn
+
+log = logging.getLogger(__name__)
+
+WAIT_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0)
+LOAD_BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+"""Upper bounds in seconds, of reads that waited and of cold starts."""
+WRITE_SECONDS = 1.0
+
+
+Served = Literal["store", "fetched", "passed"]
+"""Where the bytes of a READ came from: they were here; it waited for them to come into the store; they came straight
+from the origin and were not kept."""
+
+FoundBy = Literal["open", "read", "verify", "scrub", "update"]
+"""Who finds a complete file damaged; update: another generation has the same file."""
+
+
+class Totals:
+    """Since the daemon's start. Bytes, but where a name says otherwise."""
+
+    def __init__(self) -> None:
+        self.opens: Counter[str] = Counter()
+        """By mode: passthrough (the kernel reads the store's file itself), bind (the same, bound), or daemon."""
+        self.weight_opens: Counter[str] = Counter()
+        """Of weight files: hit (all of it was here) or miss."""
+        self.served: Counter[Served] = Counter()
+        """Bytes of READs, by where they were."""
+        self.open_files = 0
+        """Opens that were not closed yet."""
+        self.reads = 0
+        self.read_bytes = 0
+        self.waits = Histogram(WAIT_BUCKETS)
+        self.errors: Counter[tuple[str, str]] = Counter()
+        """By (open | read, error code)."""
+        self.files_completed: Counter[str] = Counter()
+        """By state: sealed or unverified."""
+        self.warmed = 0
+        self.fill_failures: Counter[str] = Counter()
+        self.evictions = 0
+        self.evicted_bytes = 0
+        self.poisoned_served_bytes = 0
+        self.damaged: Counter[FoundBy] = Counter()
+        """Complete files whose bytes were lost or not those that were sealed, by who found out."""
+        self.scrubbed_bytes = 0
+        self.access_checks: Counter[Outcome] = Counter()
+        self.staged_bytes = 0
+        self.cold_starts: Counter[str] = Counter()
+        """By the pipeline's state at the first open."""
+        self.cold_start_seconds = Histogram(LOAD_BUCKETS)
+
+
+class Telemetry:
+    """Owned by the Library. ``facts``: a pipeline's load set as it is now. ``learning``: is told of opens and reads."""
+
+    def __init__(
+        self,
+        index: Index,
+        now_ns: Callable[[], int],
+        facts: Callable[[Pipeline], Facts],
+        clock: Callable[[], float] = trio.current_time,
+        learning: Learning | None = None,
+    ) -> None:
+        self._index = index
+        self._now_ns = now_ns
+        self._facts = facts
+        self._clock = clock
+        self._learning = learning
+        self._tracker = Tracker()
+        self._history: dict[str, dict[int, ColdStart]] = {}
+        self._count = 0
+        self._wake = trio.Event()
+        self.totals = Totals()
+
+    # -- what happens ------------------------------------------------------------------------------------------------
+
+    def opened(self, file: CachedFile, *, passthrough: bool, mode: str = "") -> Starts:
+        """``passthrough``: whether the kernel reads it itself; ``mode``: what to count it as instead. What the reads
+        and the close of this open are to be told with."""
+        self.totals.opens[mode or ("passthrough" if passthrough else "daemon")] += 1
+        self.totals.open_files += 1
+        if self._learning is not None:
+            self._learning.opened(file, passthrough=passthrough)
+        if not counts_as_request(file):
+            return ()
+        self.totals.weight_opens["hit" if file.complete else "miss"] += 1
+        pipeline, tracker, now = file.generation.pipeline.id, self._tracker, self._clock()
+        facts = None
+        if tracker.begins(pipeline, now):
+            facts = self._facts(file.generation.pipeline)
+            self.totals.cold_starts[facts.state] += 1
+        starts = tracker.opened(
+            pipeline,
+            file.entry.path,
+            size=file.size,
+            passthrough=passthrough,
+            now=now,
+            wall_ns=self._now_ns(),
+            facts=facts,
+        )
+        if tracker.changed:
+            self._wake.set()
+        return starts
+
+    def closed(self, starts: Starts) -> None:
+        self.totals.open_files -= 1
+        self._tracker.closed(starts, self._clock())
+
+    def served(self, source: Served, count: int) -> None:
+        """Bytes of a READ, by where they were."""
+        self.totals.served[source] += count
+
+    def read(self, file: CachedFile, starts: Starts, count: int) -> None:
+        """A READ was answered by the daemon."""
+        self.totals.reads += 1
+        self.totals.read_bytes += count
+        file.served_bytes += count
+        if file.served_bytes >= file.size and self._learning is not None:
+            self._learning.read_whole(file)
+        self._tracker.read(starts, count, self._clock())
+
+    @contextlib.contextmanager
+    def waiting(self, file: CachedFile, starts: Starts) -> Iterator[None]:
+        """Around a read's wait for bytes that are not here."""
+        since, failed = self._clock(), True
+        self._tracker.waiting(starts, since)
+        try:
+            yield
+            failed = False
+        finally:
+            now = self._clock()
+            self.totals.waits.observe(now - since)
+            self._tracker.waited(starts, file.entry.path, now - since, now, failed=failed)
+
+    def uncached(self, starts: Starts, count: int) -> None:
+        """``count`` bytes came straight from the origin to a reader, and are not kept."""
+        self._tracker.uncached(starts, count, self._clock())
+
+    def failed(self, operation: str, error: InstantStartError) -> None:
+        """``operation``: open or read."""
+        self.totals.errors[operation, error.code] += 1
+
+    def fetched(self, file: CachedFile, count: int) -> None:
+        self._tracker.fetched(file.generation.pipeline.id, count, self._clock())
+
+    def completed(self, file: CachedFile, *, warm: bool) -> None:
+        """``warm``: it was the last one of its load set."""
+        self.totals.files_completed[file.state.value] += 1
+        self.totals.warmed += warm
+        if counts_as_request(file):
+            self._tracker.sealed(file.generation.pipeline.id, self._clock())
+            if self._tracker.changed:
+                self._wake.set()
+
+    def fill_failed(self, error: InstantStartError) -> None:
+        self.totals.fill_failures[error.code] += 1
+
+    def poisoned(self, file: CachedFile) -> None:
+        """Its bytes were wrong, or are now."""
+        self.totals.poisoned_served_bytes += file.served_bytes
+
+    def damaged(self, found_by: FoundBy) -> None:
+        """A complete file was dropped: its bytes in the store were lost, unreadable or wrong."""
+        self.totals.damaged[found_by] += 1
+
+    def scrubbed(self, count: int) -> None:
+        """The scrub has read so many bytes more."""
+        self.totals.scrubbed_bytes += count
+
+    def access_checked(self, outcome: Outcome) -> None:
+        """An origin was asked whether a pipeline's credentials may still fetch its source."""
+        self.totals.access_checks[outcome] += 1
+
+    def evicted(self, count: int) -> None:
+        self.totals.evictions += 1
+        self.totals.evicted_bytes += count
+
+    def staged(self, pipeline: str, count: int, *, file_done: bool) -> None:
+        """``count`` bytes of a weight file were brought into the page cache; ``file_done``: it is whole there now."""
+        self.totals.staged_bytes += count
+        self._tracker.staged(pipeline, count, self._clock(), file_done=file_done)
+
+    def forget(self, pipeline: str) -> None:
+        """The pipeline was removed."""
+        self._tracker.forget(pipeline)
+        self._count -= len(self._history.pop(pipeline, ()))
+
+    # -- cold starts -------------------------------------------------------------------------------------------------
+
+    def mark(self, pipeline: str, moment: Moment, at_ns: int | None) -> None:
+        """``at_ns``: wall clock, None for now. Raises NoColdStart when there is none that it could be about, UsageError
+        for a time that cannot be meant."""
+        wall_ns = self._now_ns()
+        if at_ns is not None:
+            coldstart.check_mark(moment, at_ns, wall_ns)
+        known = list(self._history.get(pipeline, {}).values())
+        marked = self._tracker.mark(pipeline, moment, at_ns, known, now=self._clock(), wall_ns=wall_ns)
+        if marked is None:
+            if moment != "requested":
+                raise NoColdStart(
+                    f"{pipeline}: no cold start began in the hour before that moment; "
+                    f"`instantstart explain {pipeline}` lists those that are known"
+                )
+            return
+        if marked.started_ns in self._history.get(pipeline, {}):
+            self._history[pipeline][marked.started_ns] = marked
+        self._wake.set()
+
+    def cold_starts(self, pipeline: str) -> list[ColdStart]:
+        """Newest first, the live ones included."""
+        known = dict(self._history.get(pipeline, {}))
+        for live in self._tracker.running(pipeline, self._clock()):
+            known[live.started_ns] = live
+        return [known[at] for at in sorted(known, reverse=True)]
+
+    def latest(self, count: int) -> list[ColdStart]:
+        """Of all pipelines, newest first. What is live is as it was when last written down, at most seconds ago."""
+        records = (record for records in self._history.values() for record in records.values())
+        found = heapq.nlargest(count, records, key=lambda record: record.started_ns)
+        return [self._current(record) for record in found]
+
+    def _current(self, record: ColdStart) -> ColdStart:
+        for live in self._tracker.running(record.pipeline, self._clock()):
+            if live.started_ns == record.started_ns:
+                return live
+        return record
+
+    # -- keeping them ------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read what the index has. Blocks; before anything is observed."""
+        for record in self._index.read(lambda txn: list(txn.cold_starts())):
+            known = record if not record.live else msgspec.structs.replace(record, interrupted=True)
+            self._history.setdefault(record.pipeline, {})[record.started_ns] = known
+            self._count += 1
+
+    async def run(self) -> None:
+        """Write down what changes, end what has become quiet, until cancelled; then write a last time."""
+        try:
+            while True:
+                deadline = self._tracker.tick(self._clock())
+                if self._tracker.changed:
+                    await self._write()
+                with trio.move_on_at(deadline) if deadline < math.inf else trio.CancelScope():
+                    await self._wake.wait()
+                self._wake = trio.Event()
+                # Sixteen shards opened in a row are one write.
+                await trio.sleep(WRITE_SECONDS)
+        finally:
+            self._tracker.note_live(self._clock())
+            with trio.CancelScope(shield=True), trio.move_on_after(5):
+                await self._write()
+
+    async def _write(self) -> None:
+        changed = self._tracker.take_changed()
+        if not changed:
+            return
+        for record in changed:
+            kept = self._history.setdefault(record.pipeline, {})
+            self._count += record.started_ns not in kept
+            if not record.live:
+                before = kept.get(record.started_ns)
+                if before is None or before.live:
+                    self.totals.cold_start_seconds.observe(record.loaded_after)
+            kept[record.started_ns] = record
+        gone = self._surplus(changed)
+
+        def write(txn: WriteTxn) -> None:
+            for record in changed:
+                if txn.get_pipeline(record.pipeline) is not None:
+                    txn.put_cold_start(record)
+            for record in gone:
+                txn.delete_cold_start(record.pipeline, record.started_ns)
+
+        try:
+            await self._index.write(write)
+        except InstantStartError as error:
+            log.warning("%d cold-start records are kept in memory only: %s", len(changed), error.message)
+
+    def _surplus(self, changed: Sequence[ColdStart]) -> list[ColdStart]:
+        crowded = [
+            record
+            for pipeline in {record.pipeline for record in changed}
+            if len(self._history[pipeline]) > coldstart.PER_PIPELINE
+            for record in self._history[pipeline].values()
+        ]
+        gone = coldstart.surplus(crowded)
+        if self._count - len(gone) > coldstart.OVERALL:
+            gone = coldstart.surplus(record for records in self._history.values() for record in records.values())
+        for record in gone:
+            kept = self._history[record.pipeline]
+            del kept[record.started_ns]
+            self._count -= 1
+            if not kept:
+                del self._history[record.pipeline]
+        return gone

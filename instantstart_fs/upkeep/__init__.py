@@ -1,0 +1,1 @@
+"""Background maintenance: eviction, scrub, access checks, rebuilding a lost index."""
