@@ -4,8 +4,8 @@ what, when and how much).
 The library tells of weight files opened and released, sealed and retired (serving.open_notifications.OpenListener); a
 session follows each pipeline from its first open until 5 s after its last release; a process of its own does the
 reading ahead, through descriptors of the store's own files (readahead(2) on a passed-through file would come to the
-daemon as READs). Staging is a favour: whatever goes wrong here is logged and costs speed, never a read. It holds no file
-in use: a retired file's descriptor is given up within a block, so that eviction frees its space.
+daemon as READs). Staging is a favour: whatever goes wrong here is logged and costs speed, never a read. It holds no
+file in use: a retired file's descriptor is given up within a block, so that eviction frees its space.
 
 All of it lives on the trio thread.
 """

@@ -108,7 +108,7 @@ async def test_what_a_summary_shows_is_what_the_whole_shows(tmp_path: Path) -> N
             assert isinstance(whole, Generation)
             for attribute in (
                 *("number", "base", "nodeid_count", "file_count", "load_bytes", "total_bytes", "revision", "counts"),
-                *("resolved_at_ns", "load_set_complete", "own_allocated", "promised_bytes"),
+                *("resolved_at_ns", "load_set_complete", "own_allocated", "reserved_bytes"),
             ):
                 assert getattr(unloaded, attribute) == getattr(whole, attribute), (name, attribute)
             assert shown == (
@@ -565,7 +565,7 @@ async def test_so_is_one_that_is_made_in_vain(tmp_path: Path, living: Living, mo
             await library._admin.evict("x", refuse)
         await living.are(1)
         (source / "config.json").write_bytes(b'{"a": 2}')
-        for where, name in ((library._catalog, "mark"), (library._admin, "_record")):
+        for where, name in ((library._catalog, "invalidate_summary"), (library._admin, "_record")):
             with monkeypatch.context() as patch:
                 patch.setattr(where, name, _no_room)
                 with pytest.raises(StoreFull):
