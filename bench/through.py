@@ -21,7 +21,7 @@ from tests.servers.hub import HubServer
 
 BLOCKS = (256 * 1024, MIB, 4 * MIB, 16 * MIB)
 WEIGHTS = "model-00001-of-00001.safetensors"
-PATCH = "import instantstart_fs.filler.direct as direct\ndirect.BLOCK = {block}\ndirect.CACHE_BLOCKS = 8\n"
+PATCH = "import instantstart_fs.filler.uncached as direct\ndirect.BLOCK = {block}\ndirect.CACHE_BLOCKS = 8\n"
 
 
 def one(directory: Path, hub: HubServer, block: int | None, latency: float) -> dict[str, float]:

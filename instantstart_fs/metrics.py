@@ -29,7 +29,7 @@ from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.status import PipelineState, PipelineStatus
-from instantstart_fs.filler.state import FillStatistics
+from instantstart_fs.filler.events import FillStatistics
 from instantstart_fs.telemetry.telemetry import FoundBy, Served, Totals
 from instantstart_fs.views.store_summary import StoreSummary
 

@@ -1,9 +1,7 @@
-"""Orders on their way to the fetch processes, and their reports on the way back.
+"""Delivers requests to the fetch processes and their reports back: opens blobs, locates files, numbers files and
+requests. It does not decide what is fetched, when, or what a failure means.
 
     dispatch ─► blob open? ─► located? ─► worker? ─► Fetch ─► … ─► Arrived | Failed ─► DeliveryEvents
-
-Owns the worker pool, the numbers that files and requests have there, and the tasks that open blobs and locate files.
-Decides nothing about what is fetched, when, or what a failure means: that is its owner's (filler/scheduler.py).
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from instantstart_fs.core.fillqueue import Request
 from instantstart_fs.core.serving import may_serve_unsealed
 from instantstart_fs.errors import InstantStartError, OutOfResources, from_code
 from instantstart_fs.filler.breakers import host_of
+from instantstart_fs.filler.fill import FetchRequest, Fill
 from instantstart_fs.filler.messages import (
     Arrived,
     Closed,
@@ -37,9 +36,10 @@ from instantstart_fs.filler.messages import (
     Waits,
     WorkerSettings,
 )
+from instantstart_fs.filler.pausing import Pausing
 from instantstart_fs.filler.pool import Worker, WorkerPool
+from instantstart_fs.filler.settings import FillSettings
 from instantstart_fs.filler.sources import Locator, expired
-from instantstart_fs.filler.state import Filling, FillSettings, Sent
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.store.blobfile import BlobFile
@@ -48,108 +48,77 @@ from instantstart_fs.store.blobstore import BlobStore
 log = logging.getLogger(__name__)
 
 RESOURCE_SECONDS = 1.0
-"""Until what found no descriptor is tried again."""
+"""Delay before an open that found no descriptor is tried again."""
 QUIET_SECONDS = 10.0
-"""How long ``wait_quiet`` waits for a worker's word before that worker is killed."""
+"""How long ``wait_quiet`` waits for a worker's confirmation before it kills the worker."""
 OPEN_THREADS = 8
 
 
 class DeliveryEvents(Protocol):
-    """What the owner is told, on the trio thread."""
+    """What is reported while ``Delivery.run`` runs, on the trio thread."""
 
-    def on_arrived(self, sent: Sent) -> None:
-        """Its chunk is whole and written."""
+    def on_arrived(self, request: FetchRequest) -> None:
+        """The chunk is whole and written."""
         ...
 
-    def on_progress(self, sent: Sent, count: int) -> None:
-        """``count`` more of its bytes came."""
+    def on_progress(self, request: FetchRequest, count: int) -> None:
+        """``count`` more bytes of the request came."""
         ...
 
-    def on_streamed(self, sent: Sent, chunk: int) -> None:
+    def on_streamed(self, request: FetchRequest, chunk: int) -> None:
         """The request takes all of its file: this chunk of it is whole and written."""
         ...
 
-    def on_waits(self, sent: Sent) -> None:
-        """It came to nothing, since another request takes all of its file."""
+    def on_waits(self, request: FetchRequest) -> None:
+        """Nothing was fetched, since another request takes the whole file."""
         ...
 
-    def on_failed(self, sent: Sent, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
-        """``silent``: seconds without a byte. ``counts``: False for the others of a batch that failed for one and the
-        same reason."""
+    def on_failed(self, request: FetchRequest, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
+        """The request failed. ``silent``: seconds without a byte. ``counts``: False for the others of a batch that
+        failed for one and the same reason."""
         ...
 
     def on_paused(self, seconds: float) -> None:
-        """For so long background fetches bring nothing, 0 = they go on."""
+        """Background fetches pause for this long; 0 = they go on."""
         ...
 
-    def on_opened(self, filling: Filling) -> None:
-        """Its blob is open."""
+    def on_opened(self, fill: Fill) -> None:
+        """The blob is open."""
         ...
 
-    def on_emptied(self, filling: Filling) -> None:
-        """The store had lost the file: nothing of it is present any more."""
+    def on_blob_lost(self, fill: Fill) -> None:
+        """The store had lost the file: none of it is present any more."""
         ...
 
-    def on_located(self, filling: Filling) -> None:
-        """It has a fresh address; ``target.serve_unsealed`` says whether the way there protects the bytes."""
+    def on_located(self, fill: Fill) -> None:
+        """There is a fresh location; ``target.serve_unsealed`` says whether the way there protects the bytes."""
         ...
 
-    def on_hashed(self, filling: Filling) -> None:
-        """``filling.hashed`` is the digest over the whole file."""
+    def on_hashed(self, fill: Fill) -> None:
+        """``fill.hashed`` is the digest over the whole file."""
         ...
 
-    def on_hash_failed(self, filling: Filling, error: InstantStartError) -> None:
-        """Its bytes cannot be read back from the store."""
+    def on_hash_failed(self, fill: Fill, error: InstantStartError) -> None:
+        """The bytes cannot be read back from the store."""
         ...
 
-    def on_unhashable(self, filling: Filling, error: InstantStartError) -> None:
-        """It was to be opened for its hash alone, and that cannot be."""
+    def on_hash_impossible(self, fill: Fill, error: InstantStartError) -> None:
+        """The file was to be opened only for hashing, and cannot be opened."""
         ...
 
-    def on_worker_lost(self, filling: Filling, lost: list[Sent]) -> None:
-        """The worker that had it died; these requests of it come to nothing."""
+    def on_worker_lost(self, fill: Fill, lost: list[FetchRequest]) -> None:
+        """The worker that had the file open died; these requests of the file are lost."""
         ...
-
-
-PAUSE_SHARE = 0.5
-"""Demands may have the line for themselves for so much of the time: somebody's demands have no end."""
-PAUSE_SAVED = 4.0
-"""Seconds of it that are saved up."""
-
-
-class Pausing:
-    """How long background may be paused for a demand. Times are seconds of one monotonic clock."""
-
-    def __init__(self, longest: float) -> None:
-        self._longest = longest
-        self._left = PAUSE_SAVED
-        self._at = 0.0
-        self._until = 0.0
-
-    def pause(self, now: float) -> float:
-        """When the pause that begins, or goes on, now must end."""
-        self._settle(now)
-        self._until = now + max(min(self._longest, self._left), 0.0)
-        return self._until
-
-    def end(self, now: float) -> None:
-        """It ends earlier."""
-        self._settle(now)
-        self._until = min(self._until, now)
-
-    def _settle(self, now: float) -> None:
-        paused = max(min(now, self._until) - self._at, 0.0)
-        self._left = min(self._left - paused + PAUSE_SHARE * (now - self._at - paused), PAUSE_SAVED)
-        self._at = now
 
 
 class Delivery:
-    """``nursery``: where its tasks run; None while nobody fills."""
+    """On the trio thread. Requests are delivered while ``run`` runs."""
 
-    def __init__(self, store: BlobStore, settings: FillSettings, locator: Locator, events: DeliveryEvents) -> None:
+    def __init__(self, store: BlobStore, settings: FillSettings, locator: Locator) -> None:
         self._settings = settings
         self._locator = locator
-        self._events = events
+        self._events: DeliveryEvents
+        """Set by ``run``; before it nothing is dispatched, so nothing is reported."""
         self.pool = WorkerPool(
             store,
             settings.workers,
@@ -161,37 +130,66 @@ class Delivery:
             self._on_report,
             self._on_death,
         )
-        self.nursery: trio.Nursery | None = None
-        self._sent: dict[int, Sent] = {}
-        self._files: dict[int, Filling] = {}
+        self._nursery: trio.Nursery | None = None
+        self._requests: dict[int, FetchRequest] = {}
+        self._files: dict[int, Fill] = {}
         self._closing: dict[int, tuple[str, Worker]] = {}
         self._pausing = Pausing(settings.demand_pause)
-        self._opening: set[Filling] = set()
-        """Those whose blob is being made."""
+        self._opening: set[Fill] = set()
+        """Fills whose blob is being opened."""
         self._numbers = 0
         self._quiet = trio.Event()
         self._open_limiter = trio.CapacityLimiter(OPEN_THREADS)
 
+    async def run(
+        self,
+        events: DeliveryEvents,
+        *,
+        start_workers: trio.Event | None = None,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Deliver until cancelled, then end the workers.
+
+        Args:
+            events: Told what the workers report.
+            start_workers: Start the workers when this is set; None = at once.
+            task_status: Started when a worker is ready; at once with ``start_workers``.
+        """
+        self._events = events
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                if start_workers is None:
+                    await self.pool.run(task_status=task_status)
+                else:
+                    task_status.started()
+                    await start_workers.wait()
+                    await self.pool.run()
+            finally:
+                self._nursery = None
+
     def received(self, pipeline: str) -> int:
-        """Bytes of its chunks that came so far and are not whole."""
-        return sum(sent.counted for sent in self._sent.values() if sent.filling.target.key.pipeline == pipeline)
+        """Bytes received of chunks that are not whole yet."""
+        return sum(
+            request.counted for request in self._requests.values() if request.fill.target.key.pipeline == pipeline
+        )
 
     @property
     def in_flight(self) -> int:
         """Requests that are waiting for a worker, or with one."""
-        return len(self._sent)
+        return len(self._requests)
 
     def in_flight_at(self, host: str, origin: OriginKey) -> int:
-        """How many of them are meant for this host, as ``breakers.host_of`` names it. O(requests in flight)."""
+        """How many of them are for this host, as ``breakers.host_of`` names it. O(requests in flight)."""
         return sum(
-            1 for sent in self._sent.values() if sent.filling.source.key == origin and host_of(origin, sent.url) == host
+            request.source.key == origin and host_of(origin, request.url) == host for request in self._requests.values()
         )
 
     async def wait_quiet(self, pipeline: str) -> None:
-        """Return when no worker writes into a cancelled file of the pipeline. One that does not say so within
-        QUIET_SECONDS is killed: then it is so."""
-        # Only what is cancelled by now: other files of the pipeline may be filled, opened and closed all the time.
-        opening = {filling for filling in self._opening if filling.done and filling.target.key.pipeline == pipeline}
+        """Return when no worker writes into a cancelled file of the pipeline. A worker that does not confirm that
+        within QUIET_SECONDS is killed."""
+        # Only files that are cancelled by now: others of the pipeline may be opened and closed all the time.
+        opening = {fill for fill in self._opening if fill.done and fill.target.key.pipeline == pipeline}
         closing = {number for number, (name, _) in self._closing.items() if name == pipeline}
         with trio.move_on_after(QUIET_SECONDS) as scope:
             await self._wait_closed(opening, closing)
@@ -203,220 +201,227 @@ class Delivery:
                 worker.kill()
             await self._wait_closed(opening, closing)
 
-    async def _wait_closed(self, opening: Set[Filling], closing: Set[int]) -> None:
+    async def _wait_closed(self, opening: Set[Fill], closing: Set[int]) -> None:
         while opening & self._opening or closing & self._closing.keys():
             await self._quiet.wait()
 
     # -- out -------------------------------------------------------------------------------------------------------
 
-    def dispatch(self, request: Request[FileKey], filling: Filling) -> None:
+    def dispatch(self, planned: Request[FileKey], fill: Fill) -> None:
+        """Send a request, once its file is open, located and given to a worker."""
         self._numbers += 1
-        sent = Sent(self._numbers, filling, request.chunk, request.demand)
-        self._sent[sent.number] = sent
-        filling.sent.add(sent)
-        if filling.worker is not None and filling.location is not None and not expired(filling.location):
-            self._send(sent)
+        request = FetchRequest(self._numbers, fill, planned.chunk, planned.demand)
+        self._requests[request.number] = request
+        fill.requests.add(request)
+        if fill.worker is not None and fill.location is not None and not expired(fill.location):
+            self._send(request)
         else:
-            filling.waiting.append(sent)
-            self.prepare_soon(filling)
+            fill.unsent.append(request)
+            self.schedule_open(fill)
 
-    def _send(self, sent: Sent) -> None:
-        filling = sent.filling
-        worker = filling.worker
+    def _send(self, request: FetchRequest) -> None:
+        fill = request.fill
+        worker = fill.worker
         assert worker is not None
-        sent.worker = worker
-        sent.generation = filling.generation
-        sent.url = filling.location.url if filling.location is not None else None
+        request.worker = worker
+        request.source = fill.source
+        request.location_epoch = fill.location_epoch
+        request.url = fill.location.url if fill.location is not None else None
         worker.in_flight += 1
-        worker.send(Fetch(sent.number, filling.file, sent.chunk, sent.demand, filling.target.has_reader()))
-        if sent.demand:
-            self._pause_for(sent)
+        worker.send(Fetch(request.number, fill.file, request.chunk, request.demand, fill.target.has_reader()))
+        if request.demand:
+            self._pause_for(request)
 
-    def _pause_for(self, sent: Sent) -> None:
-        """Background leaves the line to a demand, unless that may well be stuck itself."""
-        if len(self._sent) > 1 and not sent.filling.failures and not sent.filling.slow:
+    def _pause_for(self, request: FetchRequest) -> None:
+        """Pause background for a demand, unless that is probably stuck itself."""
+        if len(self._requests) > 1 and not request.fill.failures and not request.fill.slow:
             self._set_pause(self._pausing.pause(time.monotonic()))
 
     def _set_pause(self, until: float) -> None:
         self.pool.pause_background_until(until)
         self._events.on_paused(max(until - time.monotonic(), 0.0))
 
-    def urge(self, filling: Filling, chunks: range) -> None:
-        """A reader waits for these chunks, which may be in flight for nobody in particular."""
-        for sent in filling.sent:
-            if sent.chunk in chunks and not sent.demand:
-                sent.demand = True
-                if sent.worker is not None:
-                    sent.worker.send(Urge(sent.number))
-                    self._pause_for(sent)
+    def urge(self, fill: Fill, chunks: range) -> None:
+        """Turn background requests for these chunks into demands: a reader waits for them."""
+        for request in fill.requests:
+            if request.chunk in chunks and not request.demand:
+                request.demand = True
+                if request.worker is not None:
+                    request.worker.send(Urge(request.number))
+                    self._pause_for(request)
 
-    def stop(self, filling: Filling, chunk: int) -> None:
-        """Give the request for this chunk up: its connection is wanted by others."""
-        for sent in list(filling.sent):
-            if sent.chunk == chunk:
-                if sent.worker is not None:
-                    sent.worker.send(Stop(sent.number, filling.file, chunk))
-                elif sent in filling.waiting:
-                    filling.waiting.remove(sent)
-                self.unsend(sent)
+    def stop(self, fill: Fill, chunk: int) -> None:
+        """Give up the request for this chunk, to free its connection for others."""
+        for request in list(fill.requests):
+            if request.chunk == chunk:
+                if request.worker is not None:
+                    request.worker.send(Stop(request.number, fill.file, chunk))
+                elif request in fill.unsent:
+                    fill.unsent.remove(request)
+                self.finish(request)
 
-    def unsend(self, sent: Sent) -> None:
-        """It is over, whichever way."""
-        if self._sent.pop(sent.number, None) is None:
+    def finish(self, request: FetchRequest) -> None:
+        """Forget a request that is over, whichever way. No effect the second time."""
+        if self._requests.pop(request.number, None) is None:
             return
-        sent.filling.sent.discard(sent)
-        if sent.worker is not None:
-            sent.worker.in_flight -= 1
-            if sent.demand and not any(other.demand and other.worker is not None for other in self._sent.values()):
+        request.fill.requests.discard(request)
+        if request.worker is not None:
+            request.worker.in_flight -= 1
+            if request.demand and not any(
+                other.demand and other.worker is not None for other in self._requests.values()
+            ):
                 self._pausing.end(time.monotonic())
                 self._set_pause(0.0)
 
-    def prepare_soon(self, filling: Filling) -> None:
-        if not filling.preparing and self.nursery is not None:
-            filling.preparing = True
-            # From here on: ``wait_quiet`` must not miss a task that has not run yet.
-            self._opening.add(filling)
-            self.nursery.start_soon(self._prepare, filling)
+    def schedule_open(self, fill: Fill) -> None:
+        """Have the file opened, located and given to a worker soon. No effect while that is under way."""
+        if not fill.preparing and self._nursery is not None:
+            fill.preparing = True
+            # Already here: ``wait_quiet`` must not miss a task that has not started yet.
+            self._opening.add(fill)
+            self._nursery.start_soon(self._prepare, fill)
 
-    async def _prepare(self, filling: Filling) -> None:
+    async def _prepare(self, fill: Fill) -> None:
         """Open the blob, locate the file, give it to a worker, send what waits."""
-        target = filling.target
+        target = fill.target
         try:
             try:
-                if not filling.done:
-                    await self._open_blob(filling)
+                if not fill.done:
+                    await self._open_blob(fill)
             finally:
-                self._opening.discard(filling)
+                self._opening.discard(fill)
                 self._set_quiet()
-            self._events.on_opened(filling)
+            self._events.on_opened(fill)
             fresh = False
-            while not (filling.done or filling.sealing):
-                # One that comes expired (this clock is ahead, the credentials end) is tried: the server knows better.
-                if filling.waiting and (filling.location is None or (expired(filling.location) and not fresh)):
+            while not (fill.done or fill.sealing):
+                # A fresh location that has expired already (clock ahead, credentials ending) is tried: the server
+                # decides.
+                if fill.unsent and (fill.location is None or (expired(fill.location) and not fresh)):
                     location = await self._locator.locate(
-                        filling.source, target.entry, target.key.pipeline, foresee=filling.may_foresee
+                        fill.source, target.entry, target.key.pipeline, foresee=fill.may_foresee
                     )
-                    self._located(filling, location)
+                    self._located(fill, location)
                     fresh = True
                     continue
-                if filling.worker is None:
+                if fill.worker is None:
                     worker = await self.pool.wait_worker()
-                    if not filling.done:
-                        self._open_at(filling, worker)
+                    if not fill.done:
+                        self._open_at(fill, worker)
                     continue
                 break
-            if not filling.done:
-                waiting, filling.waiting = filling.waiting, []
-                for sent in waiting:
-                    self._send(sent)
+            if not fill.done:
+                unsent, fill.unsent = fill.unsent, []
+                for request in unsent:
+                    self._send(request)
         except InstantStartError as error:
-            if isinstance(error, OutOfResources) and not filling.waiting and self.nursery is not None:
-                self.nursery.start_soon(self._prepare_later, filling)  # for its hash alone; nobody else would ask again
-            elif not filling.done:
-                if not filling.waiting:  # opened for its hash alone
-                    self._events.on_unhashable(filling, error)
-                waiting, filling.waiting = filling.waiting, []
-                for position, sent in enumerate(waiting):
-                    sent.generation = filling.generation
-                    self._events.on_failed(sent, error, 0.0, counts=position == 0)
+            if isinstance(error, OutOfResources) and not fill.unsent and self._nursery is not None:
+                self._nursery.start_soon(self._prepare_later, fill)  # only for hashing: nothing else would try again
+            elif not fill.done:
+                if not fill.unsent:  # opened only for hashing
+                    self._events.on_hash_impossible(fill, error)
+                unsent, fill.unsent = fill.unsent, []
+                for position, request in enumerate(unsent):
+                    request.source, request.location_epoch = fill.source, fill.location_epoch
+                    self._events.on_failed(request, error, 0.0, counts=position == 0)
         finally:
-            filling.preparing = False
+            fill.preparing = False
 
-    async def _prepare_later(self, filling: Filling) -> None:
+    async def _prepare_later(self, fill: Fill) -> None:
         await trio.sleep(RESOURCE_SECONDS)
-        if not filling.done and filling.worker is None:
-            self.prepare_soon(filling)
+        if not fill.done and fill.worker is None:
+            self.schedule_open(fill)
 
-    def _located(self, filling: Filling, location: Location) -> None:
-        if filling.done:
-            return  # cancelled meanwhile: the plan does not know it any more
-        target = filling.target
-        filling.location = location
-        filling.generation += 1
+    def _located(self, fill: Fill, location: Location) -> None:
+        if fill.done:
+            return  # cancelled meanwhile: it is not in the plan any more
+        target = fill.target
+        fill.location = location
+        fill.location_epoch += 1
         target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, location.trusted)
-        self._events.on_located(filling)
-        if filling.worker is not None:
-            filling.worker.send(SetLocation(filling.file, location))
+        self._events.on_located(fill)
+        if fill.worker is not None:
+            fill.worker.send(SetLocation(fill.file, location))
 
-    async def _open_blob(self, filling: Filling) -> None:
-        target = filling.target
+    async def _open_blob(self, fill: Fill) -> None:
+        target = fill.target
         if target.blob is not None:
             return
         blob: BlobFile = await trio.to_thread.run_sync(target.open_blob, limiter=self._open_limiter)
-        if filling.done and target.failed:
+        if fill.done and target.failed:
             blob.close()
             return
         target.blob = blob
         if blob.created and target.present.count:
-            # The store lost the file that the index speaks of: nothing of it is present.
+            # The store lost the file that the index knows: none of it is present.
             for chunk in range(target.present.chunks):
                 target.present.discard(chunk)
                 target.durable.discard(chunk)
-            if not filling.done:
-                self._events.on_emptied(filling)
+            if not fill.done:
+                self._events.on_blob_lost(fill)
 
-    def _open_at(self, filling: Filling, worker: Worker) -> None:
-        target = filling.target
+    def _open_at(self, fill: Fill, worker: Worker) -> None:
+        target = fill.target
         assert target.blob is not None
         self._numbers += 1
         number, present, file = self._numbers, target.present, target.entry.file
-        # Before anything is noted: there may be no descriptor for it, and then the worker knows nothing of the file.
+        # Before anything is recorded: if there is no descriptor for it, the worker does not know the file.
         worker.send(
             OpenFile(number, target.entry.path, file.size, present.chunk_size, file.digest, present.to_bytes()),
             target.blob.fd,
         )
-        filling.file = number
-        filling.worker = worker
-        filling.hashed = None
-        self._files[number] = filling
+        fill.file = number
+        fill.worker = worker
+        fill.hashed = None
+        self._files[number] = fill
         worker.files.add(number)
-        if filling.location is not None:
-            worker.send(SetLocation(filling.file, filling.location))
+        if fill.location is not None:
+            worker.send(SetLocation(fill.file, fill.location))
 
-    def close_at_worker(self, filling: Filling) -> None:
-        worker, filling.worker = filling.worker, None
+    def close_in_worker(self, fill: Fill) -> None:
+        """Have the worker close the file; what it has hashed is discarded. No effect while no worker has it open."""
+        worker, fill.worker = fill.worker, None
         if worker is not None:
-            self._files.pop(filling.file, None)
-            self._closing[filling.file] = (filling.target.key.pipeline, worker)
-            worker.send(CloseFile(filling.file))
-        filling.file = 0
-        filling.hashed = None
+            self._files.pop(fill.file, None)
+            self._closing[fill.file] = (fill.target.key.pipeline, worker)
+            worker.send(CloseFile(fill.file))
+        fill.file = 0
+        fill.hashed = None
 
     # -- back ------------------------------------------------------------------------------------------------------
 
     def _on_report(self, worker: Worker, report: Report) -> None:
         match report:
             case Arrived(request=number, answered=answered):
-                sent = self._sent.get(number)
-                if sent is not None:
-                    sent.answered = answered
-                    self._events.on_arrived(sent)
+                request = self._requests.get(number)
+                if request is not None:
+                    request.answered = answered
+                    self._events.on_arrived(request)
             case Progress(request=number, bytes=count):
-                sent = self._sent.get(number)
-                if sent is not None:
-                    self._events.on_progress(sent, count)
+                request = self._requests.get(number)
+                if request is not None:
+                    self._events.on_progress(request, count)
             case Streamed(request=number, chunk=chunk):
-                sent = self._sent.get(number)
-                if sent is not None:
-                    self._events.on_streamed(sent, chunk)
+                request = self._requests.get(number)
+                if request is not None:
+                    self._events.on_streamed(request, chunk)
             case Waits(request=number):
-                sent = self._sent.get(number)
-                if sent is not None:
-                    self._events.on_waits(sent)
+                request = self._requests.get(number)
+                if request is not None:
+                    self._events.on_waits(request)
             case Failed():
-                sent = self._sent.get(report.request)
-                if sent is not None:
+                request = self._requests.get(report.request)
+                if request is not None:
                     error = from_code(report.code, report.message, retry_after=report.retry_after, fault=report.fault)
-                    self._events.on_failed(sent, error, report.silent)
+                    self._events.on_failed(request, error, report.silent)
             case Hashed(file=number, digest=digest):
-                filling = self._files.get(number)
-                if filling is not None:
-                    filling.hashed = digest
-                    self._events.on_hashed(filling)
+                fill = self._files.get(number)
+                if fill is not None:
+                    fill.hashed = digest
+                    self._events.on_hashed(fill)
             case HashFailed(file=number):
-                filling = self._files.get(number)
-                if filling is not None:
-                    self._events.on_hash_failed(filling, from_code(report.code, report.message))
+                fill = self._files.get(number)
+                if fill is not None:
+                    self._events.on_hash_failed(fill, from_code(report.code, report.message))
             case Closed(file=number):
                 worker.files.discard(number)
                 self._closing.pop(number, None)
@@ -425,13 +430,13 @@ class Delivery:
     def _on_death(self, worker: Worker) -> None:
         for number in [number for number, (_, holder) in self._closing.items() if holder is worker]:
             del self._closing[number]
-        for filling in [filling for filling in self._files.values() if filling.worker is worker]:
-            self._files.pop(filling.file, None)
-            filling.worker, filling.file, filling.hashed = None, 0, None
-            lost = [sent for sent in filling.sent if sent.worker is worker]
-            for sent in lost:
-                self.unsend(sent)
-            self._events.on_worker_lost(filling, lost)
+        for fill in [fill for fill in self._files.values() if fill.worker is worker]:
+            self._files.pop(fill.file, None)
+            fill.worker, fill.file, fill.hashed = None, 0, None
+            lost = [request for request in fill.requests if request.worker is worker]
+            for request in lost:
+                self.finish(request)
+            self._events.on_worker_lost(fill, lost)
         self._set_quiet()
 
     def _set_quiet(self) -> None:

@@ -1,7 +1,8 @@
-"""FillTarget: the live state of one file that is not (yet) sealed. Owned by the filler, shared with the library.
+"""FillTarget: the live state of one file that is not sealed yet, which the library creates, the filler fills and
+readers wait on. It fetches nothing and decides nothing.
 
-The library makes one per unsealed file that somebody wants, at most one per FileKey and incarnation; the filler fills
-it; readers wait on it. It lives on the trio thread alone.
+The library makes one per unsealed file that somebody wants, at most one per FileKey and incarnation. It lives on the
+trio thread alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import trio
@@ -44,15 +45,23 @@ class FileKey(msgspec.Struct, frozen=True, order=True):
 
 
 EXACT_CHUNKS = 64
-"""A wait for more chunks than this goes by what the whole file receives: it is looked at again with each arrival."""
+"""A wait for more chunks than this goes by the progress of the whole file, since it is checked at each arrival."""
 
 
-def _nothing(chunks: list[int]) -> None:
-    """Nobody fills this target."""
+class TargetOwner(Protocol):
+    """Whoever fills targets (filler/table.py)."""
+
+    def unwaited(self, target: FillTarget, chunks: list[int]) -> None:
+        """No reader waits for these chunks any more, although they did not arrive."""
+        ...
+
+    def queue_moved(self, target: FillTarget) -> float:
+        """trio.current_time() when something last came for the queue that an unsent chunk of ``target`` is in."""
+        ...
 
 
-def _never() -> float:
-    return -math.inf
+def _always() -> bool:
+    return True
 
 
 class FillTarget:
@@ -64,9 +73,9 @@ class FillTarget:
     waiting. ``failed_at``: trio.current_time() of that; a later demand may try again (``Filler.demand``).
     ``broken``: set while a breaker of the origin is open; readers that would wait fail at once, though the file has not
     failed. ``deadline_extended_to``: trio.current_time() until which a Retry-After excuses the lack of progress.
-    ``waiting``: how many readers wait for each chunk; ``on_unwaited`` is told which of them nobody waits for any more
-    although they did not come. ``efforts``: what was undertaken for each chunk that is not here. ``queue_moved``: when
-    something last came for those in whose line a chunk waits that was not asked for yet.
+    ``waiting``: how many readers wait for each chunk. ``efforts``: what was undertaken for each absent chunk.
+    ``owner``: who fills it; None while nobody does, so that no cycle keeps a finished target in memory.
+    ``has_reader``: whether its pipeline is open; then its pages stay in the page cache after hashing.
     ``allocated``: bytes of disk that it took when it was sealed.
     """
 
@@ -87,11 +96,10 @@ class FillTarget:
         "incarnation",
         "key",
         "last_progress",
-        "on_unwaited",
         "open_blob",
         "origin",
+        "owner",
         "present",
-        "queue_moved",
         "serve_unsealed",
         "state",
         "waiting",
@@ -105,6 +113,8 @@ class FillTarget:
         present: ChunkMap,
         origin: Origin,
         open_blob: Callable[[], BlobFile],
+        *,
+        has_reader: Callable[[], bool] = _always,
     ) -> None:
         self.key = key
         self.entry = entry
@@ -123,20 +133,18 @@ class FillTarget:
         self.deadline_extended_to = 0.0
         self.serve_unsealed = True
         self.allocated = 0
-        self.has_reader: Callable[[], bool] = lambda: True
-        """Whether somebody has its pipeline open: then its pages stay in the page cache after they were hashed."""
+        self.has_reader = has_reader
+        self.owner: TargetOwner | None = None
         self.waiting: dict[int, int] = {}
-        self.on_unwaited: Callable[[list[int]], None] = _nothing
         self.efforts: dict[int, Effort] = {}
-        self.queue_moved: Callable[[], float] = _never
         self._waiters: set[trio.Event] = set()
         self._gave_up: dict[int, tuple[float, ReadDeadline]] = {}
-        """Per chunk, the last wait for it that ended without it; those of the last REPEAT_SECONDS."""
+        """By chunk, the last wait that ended without it; those of the last REPEAT_SECONDS."""
 
-    def left(self) -> None:
-        """Nobody fills it any more. What asked its filler refers back to it: as a cycle it would stay in memory, and
-        its generation with it, until the collector came by."""
-        self.on_unwaited, self.queue_moved = _nothing, _never
+    def fail(self, error: InstantStartError) -> None:
+        """Mark this incarnation as failed for good and wake its readers."""
+        self.error, self.failed, self.failed_at = error, True, trio.current_time()
+        self.wake()
 
     def readable(self, wanted: ByteRange) -> bool:
         """Whether these bytes may be served now: sealed, or present, not poisoned and allowed to be served unsealed."""
@@ -198,10 +206,13 @@ class FillTarget:
         if not self.serve_unsealed or len(self.present.chunks_of(wanted)) > EXACT_CHUNKS:
             return self.last_progress
         times = [
-            effort.moved if (effort := self.efforts.get(chunk)) is not None else self.queue_moved()
+            effort.moved if (effort := self.efforts.get(chunk)) is not None else self._queue_moved()
             for chunk in self._missing(wanted)
         ]
         return max(times, default=self.last_progress)
+
+    def _queue_moved(self) -> float:
+        return self.owner.queue_moved(self) if self.owner is not None else -math.inf
 
     def _repeat(self, wanted: ByteRange) -> None:
         """Raises the error of a wait that has just ended without these bytes."""
@@ -234,5 +245,5 @@ class FillTarget:
             if not self.waiting[chunk]:
                 del self.waiting[chunk]
                 gone.append(chunk)
-        if gone and not done:
-            self.on_unwaited(gone)
+        if gone and not done and self.owner is not None:
+            self.owner.unwaited(self, gone)

@@ -27,7 +27,7 @@ from instantstart_fs.errors import (
     StoreFull,
     StoreLost,
 )
-from instantstart_fs.filler.state import FillEvents
+from instantstart_fs.filler.events import FillEvents
 from instantstart_fs.filler.target import FileState, FillTarget
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn

@@ -439,8 +439,15 @@ class Reads:
                 self._catalog.store.fresh_blob,
                 *(generation.pipeline.id, generation.number, file.entry.path, file.entry.file.size),
             )
-            file.target = FillTarget(file.key, file.entry, file.incarnation, file.chunk_map(), origin, opener)
-            file.target.has_reader = lambda: generation.handles > 0
+            file.target = FillTarget(
+                file.key,
+                file.entry,
+                file.incarnation,
+                file.chunk_map(),
+                origin,
+                opener,
+                has_reader=lambda: generation.handles > 0,
+            )
         return file.target
 
     # -- background tasks ----------------------------------------------------------------------------------------

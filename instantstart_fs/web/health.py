@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from instantstart_fs.errors import InstantStartError
-from instantstart_fs.filler.state import FillStatistics
+from instantstart_fs.filler.events import FillStatistics
 
 PROBE_DEADLINE = 3.0
 KEEP_SECONDS = 5.0

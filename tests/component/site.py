@@ -21,7 +21,7 @@ from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import Budget, Candidate
 from instantstart_fs.core.sight import EVERYTHING, Sight
 from instantstart_fs.core.status import ErrorStatus, FillStatus, PipelineState, PipelineStatus
-from instantstart_fs.filler.state import FillStatistics
+from instantstart_fs.filler.events import FillStatistics
 from instantstart_fs.library import Library
 from instantstart_fs.telemetry.telemetry import Totals
 from instantstart_fs.views.store_summary import StoreSummary, StoreSummaryBuilder

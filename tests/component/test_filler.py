@@ -34,6 +34,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.filler import committer, delivery
 from instantstart_fs.filler.scheduler import Filler, FillSettings
+from instantstart_fs.filler.space import FreeSpace
 from instantstart_fs.filler.target import FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import FileRecord
@@ -86,10 +87,10 @@ def index(store: BlobStore) -> Iterator[Index]:
 
 @asynccontextmanager
 async def filling(
-    store: BlobStore, index: Index, settings: FillSettings = QUICK
+    store: BlobStore, index: Index, settings: FillSettings = QUICK, *, free_space: FreeSpace | None = None
 ) -> AsyncIterator[tuple[Filler, Recorder]]:
     events = Recorder()
-    filler = Filler(store, index, settings, events)
+    filler = Filler(store, index, settings, events, free_space=free_space)
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             await nursery.start(filler.run)
@@ -372,8 +373,8 @@ async def test_passing_faults_are_retried_and_nothing_wrong_is_kept(
         await wait_state([target], FileState.SEALED)
         assert filler.statistics().poisoned == 0
     assert stored(target) == data
-    troubles = [error for error in events.of("failure") if error is not None]
-    assert troubles and all("secret" not in str(error) for error in troubles)
+    failures = [error for error in events.of("failure") if error is not None]
+    assert failures and all("secret" not in str(error) for error in failures)
 
 
 async def test_the_replaced_object_ends_the_fill(server: ByteServer, store: BlobStore, index: Index) -> None:
@@ -834,22 +835,23 @@ async def test_a_full_store_fails_that_pipeline_or_waits_for_room(
     ):
         origin = FakeOrigin(server.url)
         target = make_target(store, origin, "a", len(data), digest=sha256(data), chunk_size=1 << 20)
-        async with filling(store, index) as (filler, _):
+        asked: list[str] = []
+
+        async def free_space(pipeline: str) -> bool:
+            if pipeline == "p":
+                return False
+            asked.append(pipeline)
+            filler.cancel_pipeline("p", FillCancelled("evicted"))
+            await filler.wait_quiet("p")
+            assert target.blob is not None
+            target.blob.close()
+            await trio.to_thread.run_sync(store.delete_blob, "p", 1, "a")
+            return True
+
+        async with filling(store, index, free_space=free_space) as (filler, _):
             filler.fill("p", [target])
             with pytest.raises(StoreFull):
                 await target.wait_readable(ByteRange(39 << 20, 40 << 20), 20)
-            asked: list[str] = []
-
-            async def free_space(pipeline: str) -> bool:
-                asked.append(pipeline)
-                filler.cancel_pipeline("p", FillCancelled("evicted"))
-                await filler.wait_quiet("p")
-                assert target.blob is not None
-                target.blob.close()
-                await trio.to_thread.run_sync(store.delete_blob, "p", 1, "a")
-                return True
-
-            filler.free_space = free_space
             other = make_target(store, origin, "b", len(small), digest=sha256(small), pipeline="q", chunk_size=1 << 20)
             filler.fill("q", [other])
             await wait_state([other], FileState.SEALED)

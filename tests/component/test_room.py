@@ -19,13 +19,16 @@ import trio
 from instantstart_fs.catalog.model import Generation
 from instantstart_fs.config import Capacity, Config, EvictionConfig, FillConfig, MountConfig, StoreConfig
 from instantstart_fs.core.chunks import ByteRange
+from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.manifest import Digest, FileEntry, ManifestFile
-from instantstart_fs.errors import DigestMismatch, InstantStartError, OriginBroken, OriginChanged, StoreFull
-from instantstart_fs.filler.direct import BLOCK, CACHE_BLOCKS, Direct
+from instantstart_fs.errors import DigestMismatch, OriginChanged, StoreFull
+from instantstart_fs.filler.breakers import Breakers
+from instantstart_fs.filler.pacing import Pacing
+from instantstart_fs.filler.settings import FillSettings
 from instantstart_fs.filler.sources import Locator
-from instantstart_fs.filler.state import FillSettings
 from instantstart_fs.filler.tally import Tally
 from instantstart_fs.filler.target import FileKey
+from instantstart_fs.filler.uncached import BLOCK, CACHE_BLOCKS, UncachedReader
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
 from instantstart_fs.origins.base import Location, OriginKey
@@ -398,20 +401,13 @@ def entry_of(path: Path, *, wrong: bool = False) -> FileEntry:
     return FileEntry(0, 0, path.name, ManifestFile(path.name, len(data), path.name, digest=digest))
 
 
-def direct(**settings: Any) -> Direct:
-    def broken(origin: OriginKey, file: FileKey) -> OriginBroken | None:
-        return None
-
-    def answered(origin: OriginKey, host: str, file: FileKey) -> None: ...
-
-    def failed(origin: OriginKey, host: str, file: FileKey, silent: float, error: InstantStartError) -> None: ...
-
-    return Direct(
-        Locator(5.0), FillSettings(**settings), broken=broken, answered=answered, failed=failed, tally=Tally()
-    )
+def uncached(**settings: Any) -> UncachedReader:
+    chosen = FillSettings(**settings)
+    breakers = Breakers()
+    return UncachedReader(Locator(5.0), chosen, breakers, Pacing(FillPlan(4), {}, breakers, chosen), Tally())
 
 
-async def read(served: Direct, source: Source, entry: FileEntry, wanted: ByteRange) -> bytes:
+async def read(served: UncachedReader, source: Source, entry: FileEntry, wanted: ByteRange) -> bytes:
     buffer = bytearray(wanted.length)
     await served.read(FileKey("p", 1, 0), entry, source, wanted.start, memoryview(buffer))
     return bytes(buffer)
@@ -420,7 +416,7 @@ async def read(served: Direct, source: Source, entry: FileEntry, wanted: ByteRan
 async def test_reads_across_blocks_share_fetches_and_memory_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(os.urandom((CACHE_BLOCKS + 2) * BLOCK + 4321))
-    data, source, served = path.read_bytes(), Source(path), direct()
+    data, source, served = path.read_bytes(), Source(path), uncached()
     entry = entry_of(path)
     assert await read(served, source, entry, ByteRange(BLOCK - 10, BLOCK + 10)) == data[BLOCK - 10 : BLOCK + 10]
     results: list[bytes] = []
@@ -446,7 +442,7 @@ async def test_unproven_bytes_are_served_through_as_the_rule_for_unsealed_ones_s
     large, small = tmp_path / "large", tmp_path / "small"
     large.write_bytes(os.urandom(BLOCK + 1))
     small.write_bytes(os.urandom(1000))
-    instance = direct(serve_unsealed=setting)
+    instance = uncached(serve_unsealed=setting)
     if served:
         found = await read(instance, Source(large, trusted=trusted), entry_of(large), ByteRange(0, 10))
         assert found == large.read_bytes()[:10]
@@ -454,7 +450,7 @@ async def test_unproven_bytes_are_served_through_as_the_rule_for_unsealed_ones_s
         with pytest.raises(StoreFull, match="serve_unsealed"):
             await read(instance, Source(large, trusted=trusted), entry_of(large), ByteRange(0, 10))
     # A file that fits into one block is proven by its digest, whatever the way.
-    other = direct(serve_unsealed=setting)
+    other = uncached(serve_unsealed=setting)
     proven = await read(other, Source(small, trusted=trusted), entry_of(small), ByteRange(0, 1000))
     assert proven == small.read_bytes()
 
@@ -463,7 +459,7 @@ async def test_a_small_file_with_wrong_bytes_is_never_served_through(tmp_path: P
     path = tmp_path / "config.json"
     path.write_bytes(b"{}")
     with pytest.raises(DigestMismatch):
-        await read(direct(), Source(path), entry_of(path, wrong=True), ByteRange(0, 2))
+        await read(uncached(), Source(path), entry_of(path, wrong=True), ByteRange(0, 2))
 
 
 async def test_a_replaced_object_is_not_served_through(tmp_path: Path) -> None:
@@ -472,4 +468,4 @@ async def test_a_replaced_object_is_not_served_through(tmp_path: Path) -> None:
     entry = entry_of(path)
     path.write_bytes(os.urandom(999))
     with pytest.raises(OriginChanged):
-        await read(direct(), Source(path), entry, ByteRange(0, 10))
+        await read(uncached(), Source(path), entry, ByteRange(0, 10))

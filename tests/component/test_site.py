@@ -21,7 +21,7 @@ from instantstart_fs.config import HttpConfig
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.status import ErrorStatus, FillStatus
 from instantstart_fs.errors import StoreFull
-from instantstart_fs.filler.state import FillStatistics
+from instantstart_fs.filler.events import FillStatistics
 from instantstart_fs.web import app, server
 from instantstart_fs.web.health import KEEP_SECONDS, PROBE_DEADLINE, HealthProbe
 from tests.component.site import GB, FakeLibrary, Served, fill_with_examples, pipeline, serving

@@ -155,7 +155,7 @@ async def test_warm_reads_go_on_cold_ones_fail_in_time_and_health_says_index(tmp
 async def test_a_commit_that_hangs_pauses_filling_and_is_not_taken_for_one_that_failed(tmp_path: Path) -> None:
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
-        committer = library._filler._committer
+        committer = library._filler._completion.committer
         await library._catalog.invalidate_summary(library._catalog.pipelines["cold"])
         async with hanging(library._index) as disk:
             with trio.fail_after(20):

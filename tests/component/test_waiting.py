@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import trio
 import trio.testing
@@ -16,6 +19,20 @@ from tests.component.byteserver import FakeOrigin, make_target
 Clock = trio.testing.MockClock
 CHUNK = 64 * 1024
 FIRST, SECOND = ByteRange(0, 10), ByteRange(CHUNK, CHUNK + 10)
+
+
+class Owner:
+    """Fills nothing: notes which chunks nobody waits for any more."""
+
+    def __init__(self, moved: Callable[[], float] = lambda: -math.inf) -> None:
+        self._moved = moved
+        self.unwaited_chunks: list[int] = []
+
+    def unwaited(self, target: FillTarget, chunks: list[int]) -> None:
+        self.unwaited_chunks += chunks
+
+    def queue_moved(self, target: FillTarget) -> float:
+        return self._moved()
 
 
 @pytest.fixture
@@ -103,7 +120,7 @@ async def test_other_chunks_of_the_file_excuse_nothing_for_one_that_was_asked_fo
     target: FillTarget, autojump_clock: Clock
 ) -> None:
     target.efforts[0] = Effort(trio.current_time(), 1000)
-    target.queue_moved = trio.current_time
+    target.owner = Owner(trio.current_time)
     begun = trio.current_time()
 
     async def others() -> None:
@@ -136,8 +153,8 @@ async def test_a_retry_after_without_end_is_followed_for_ten_minutes(target: Fil
 
 
 async def test_who_goes_takes_the_demand_along_unless_others_wait(target: FillTarget, autojump_clock: Clock) -> None:
-    gone: list[int] = []
-    target.on_unwaited = gone.extend
+    target.owner = owner = Owner()
+    gone = owner.unwaited_chunks
     first, second = trio.CancelScope(), trio.CancelScope()
 
     async def read(scope: trio.CancelScope, wanted: ByteRange) -> None:
@@ -159,8 +176,8 @@ async def test_who_goes_takes_the_demand_along_unless_others_wait(target: FillTa
 
 
 async def test_a_breaker_that_opens_leaves_the_demand_as_its_probe(target: FillTarget, autojump_clock: Clock) -> None:
-    gone: list[int] = []
-    target.on_unwaited = gone.extend
+    target.owner = owner = Owner()
+    gone = owner.unwaited_chunks
     target.broken = OriginBroken("down")
     with pytest.raises(OriginBroken):
         await target.wait_readable(FIRST, 10)

@@ -290,14 +290,14 @@ class World:
         self.handles.setdefault(number, []).append(handle)
         if name != "config.json":
             self.requested[number] = self.now()
-        served = self.library._filler._direct.bytes
+        served = self.library._filler._uncached.bytes
         got = bytearray(len(want))
         step = 4 * KIB * (1 + amount % 7)
         for offset in range(0, len(want), step):
             count = await self.library.read_into(handle, offset, memoryview(got)[offset : offset + step])
             assert count == min(step, len(want) - offset)
         assert got == want, "wrong bytes"
-        self.through += self.library._filler._direct.bytes > served
+        self.through += self.library._filler._uncached.bytes > served
         self.handles[number].remove(handle)
         self.library.release(handle)
 
@@ -469,7 +469,7 @@ class World:
 
         async def nothing() -> None: ...
 
-        library._filler._committer.commit = nothing  # type: ignore[method-assign]
+        library._filler._completion.committer.commit = nothing  # type: ignore[method-assign]
         library._access.flush = nothing  # type: ignore[method-assign]
         library._evictor._save_clock = nothing  # type: ignore[method-assign]
         # The last few seconds of requests are lost, and no more: what was flushed is what counts from now on.

@@ -20,7 +20,7 @@ from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import Budget
 from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.status import FillStatus, PipelineStatus
-from instantstart_fs.filler.state import BreakerState, FillStatistics
+from instantstart_fs.filler.events import BreakerState, FillStatistics
 from instantstart_fs.filler.tally import ANSWER_BUCKETS
 from instantstart_fs.telemetry.telemetry import Totals
 from instantstart_fs.views.store_summary import ScrubSummary, StoreSummary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from instantstart_fs.filler.delivery import PAUSE_SAVED, PAUSE_SHARE, Pausing
+from instantstart_fs.filler.pausing import PAUSE_SAVED, PAUSE_SHARE, Pausing
 
 
 def test_one_demand_has_the_line_as_long_as_it_needs() -> None:

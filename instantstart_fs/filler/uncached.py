@@ -1,14 +1,14 @@
-"""Serving through: bytes of what cannot be kept go from the origin to their reader, and nowhere else.
+"""Uncached reads: bytes go from the origin straight to their reader while the store has no space for a pipeline
+(docs/SEMANTICS.md, Room). Nothing is written to the store.
 
-Used while the store has no room for a pipeline (docs/SEMANTICS.md, Room). Fetches blocks of BLOCK bytes in THREADS
-threads of the daemon for each pipeline, so that one whose source is stuck holds up no other. The last blocks stay for
-the next read of a sequential reader: memory is bounded by CACHE_BLOCKS, and THREADS for each pipeline that is read so,
-whatever is read and by how many. Readers of one block share one fetch.
+Blocks of BLOCK bytes are fetched in THREADS threads of the daemon per pipeline, so that a pipeline with a stuck source
+delays no other. The last blocks are kept for the next read of a sequential reader: memory is bounded by CACHE_BLOCKS,
+and by THREADS for each pipeline that is read so. Readers of one block share one fetch.
 
-Each block passes the checks that a chunk on its way into the store passes (filler/fetch.py: length, Content-Range, the
-pinned ETag). A whole digest cannot be computed over what is not kept, so ``serve_unsealed`` decides as for unsealed
-files: where the way there protects the bytes they are served, elsewhere the read fails. A file that fits into one block
-is fetched whole and proven by its digest.
+Each block passes the checks of a chunk that goes into the store (filler/fetch.py: length, Content-Range, the pinned
+ETag). A digest over the whole file cannot be computed, so ``serve_unsealed`` decides as for unsealed files: bytes from
+a protected address are served, reads of others fail. A file that fits into one block is fetched whole and proven by its
+digest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import random
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -32,20 +31,20 @@ from instantstart_fs.errors import (
     DigestMismatch,
     InstantStartError,
     LocationExpired,
-    OriginBroken,
     OriginMisbehaved,
     OriginThrottled,
     OriginUnavailable,
     ReadDeadline,
     StoreFull,
 )
-from instantstart_fs.filler.breakers import host_of
+from instantstart_fs.filler.breakers import Breakers, host_of
 from instantstart_fs.filler.messages import WorkerSettings
+from instantstart_fs.filler.pacing import Pacing
+from instantstart_fs.filler.settings import FillSettings
 from instantstart_fs.filler.sources import Locator, Source, expired
-from instantstart_fs.filler.state import FillSettings
 from instantstart_fs.filler.tally import Tally
 from instantstart_fs.filler.target import FileKey
-from instantstart_fs.origins.base import Location, OriginKey
+from instantstart_fs.origins.base import Location
 
 if TYPE_CHECKING:
     from instantstart_fs.filler.fetch import Fetcher
@@ -57,8 +56,8 @@ THREADS = 4
 LOCATIONS = 256
 
 
-class _Memory:
-    """A Sink (filler/fetch.py) that keeps the bytes."""
+class _BufferSink:
+    """A sink (filler/fetch.py) that keeps the bytes in memory."""
 
     def __init__(self, wanted: ByteRange) -> None:
         self.data = bytearray(wanted.length)
@@ -80,45 +79,37 @@ class _Memory:
         pass
 
     def take_whole(self) -> None:
-        """Nothing is kept here: a whole file for each block would be fetched a thousand times."""
+        """Refuse the whole file: nothing is kept here, so each block would fetch it again."""
 
 
-class _Loading:
+class _PendingBlock:
     def __init__(self) -> None:
         self.done = trio.Event()
         self.error: InstantStartError | None = None
 
 
-class Direct:
-    """``broken``, ``answered``, ``failed``: the breaker of an origin, asked and told (filler/scheduler.py owns it)."""
+class UncachedReader:
+    """Shares the locator, the breakers and the counters of the filler. On the trio thread."""
 
     def __init__(
-        self,
-        locator: Locator,
-        settings: FillSettings,
-        *,
-        broken: Callable[[OriginKey, FileKey], OriginBroken | None],
-        answered: Callable[[OriginKey, str, FileKey], None],
-        failed: Callable[[OriginKey, str, FileKey, float, InstantStartError], None],
-        tally: Tally,
+        self, locator: Locator, settings: FillSettings, breakers: Breakers, pacing: Pacing, tally: Tally
     ) -> None:
         self._tally = tally
         self._locator = locator
         self._settings = settings
-        self._broken = broken
-        self._answered = answered
-        self._failed = failed
+        self._breakers = breakers
+        self._pacing = pacing
         self._threads: dict[str, trio.CapacityLimiter] = {}
         self._blocks: OrderedDict[tuple[FileKey, int], bytearray] = OrderedDict()
-        self._loading: dict[tuple[FileKey, int], _Loading] = {}
+        self._pending: dict[tuple[FileKey, int], _PendingBlock] = {}
         self._gave_up: dict[tuple[FileKey, int], tuple[float, ReadDeadline]] = {}
-        """Waits that have just ended without their block."""
-        self._trouble: dict[FileKey, str] = {}
-        """What the last fetch of a file met, until one succeeds."""
+        """Waits that ended without their block within the last REPEAT_SECONDS."""
+        self._last_error: dict[FileKey, str] = {}
+        """The message of a file's last failed fetch, until one succeeds."""
         self._locations: OrderedDict[FileKey, Location] = OrderedDict()
         self._random = random.Random()
         self.bytes = 0
-        """Served since the start."""
+        """Bytes served since the start."""
 
     @functools.cached_property
     def _fetcher(self) -> Fetcher:
@@ -129,17 +120,17 @@ class Direct:
         return Fetcher(WorkerSettings(connect_timeout=settings.connect_timeout, stall_timeout=settings.stall_timeout))
 
     def forget(self, pipeline: str) -> None:
-        """Nothing of it is served from memory any more."""
+        """Drop what is in memory of a pipeline."""
         for blocks in [block for block in self._blocks if block[0].pipeline == pipeline]:
             del self._blocks[blocks]
         self._threads.pop(pipeline, None)
         for key in [key for key in self._locations if key.pipeline == pipeline]:
             del self._locations[key]
-        for key in [key for key in self._trouble if key.pipeline == pipeline]:
-            del self._trouble[key]
+        for key in [key for key in self._last_error if key.pipeline == pipeline]:
+            del self._last_error[key]
 
     def in_memory(self, key: FileKey, offset: int, length: int) -> bool:
-        """Whether these bytes are here from the last reads."""
+        """Whether these bytes are in memory from the last reads."""
         return all((key, block) in self._blocks for block in range(offset // BLOCK, -(-(offset + length) // BLOCK)))
 
     async def read(
@@ -151,11 +142,20 @@ class Direct:
         view: memoryview,
         since: float | None = None,
     ) -> None:
-        """Fill ``view`` with the file's bytes from ``offset``, all of which must lie within it. ``since``:
-        trio.current_time() from which on somebody waits; None = now.
+        """Fill ``view`` with the file's bytes from ``offset``.
 
-        Raises InstantStartError; ReadDeadline after ``read_deadline`` seconds without a block, repeated at once to
-        whoever asks for it within REPEAT_SECONDS (see FillTarget.wait_readable).
+        Args:
+            key: The file.
+            entry: Its manifest entry.
+            source: Where to fetch it from.
+            offset: First byte; the whole view must lie within the file.
+            view: Takes the bytes.
+            since: trio.current_time() since which the reader waits; None = now.
+
+        Raises:
+            ReadDeadline: No block came within ``read_deadline`` seconds. It is repeated at once for readers of the same
+                block within REPEAT_SECONDS (see FillTarget.wait_readable).
+            InstantStartError: The block cannot be had.
         """
         done, since = 0, trio.current_time() if since is None else since
         while done < len(view):
@@ -168,7 +168,7 @@ class Direct:
             with trio.move_on_at(since + self._settings.read_deadline) as scope:
                 data = await self._block(key, entry, source, block)
             if scope.cancelled_caught:
-                said = f" ({self._trouble[key]})" if key in self._trouble else ""
+                said = f" ({self._last_error[key]})" if key in self._last_error else ""
                 error = ReadDeadline(f"{entry.path}: no bytes within {self._settings.read_deadline:g} s{said}")
                 self._gave_up.setdefault(place, (trio.current_time(), error))
                 raise error
@@ -185,13 +185,13 @@ class Direct:
             if data is not None:
                 self._blocks.move_to_end(place)
                 return data
-            other = self._loading.get(place)
+            other = self._pending.get(place)
             if other is None:
                 break
             await other.done.wait()
             if other.error is not None:
                 raise other.error
-        mine = self._loading[place] = _Loading()
+        mine = self._pending[place] = _PendingBlock()
         try:
             data = await self._load(key, entry, source, block)
             self._blocks[place] = data
@@ -202,25 +202,25 @@ class Direct:
             mine.error = error
             raise
         finally:
-            del self._loading[place]
+            del self._pending[place]
             mine.done.set()
 
     async def _load(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
-        """Ask until it comes, with backoff; the caller has a deadline. Raises what trying again will not mend."""
+        """Fetch with retries and backoff; the caller has a deadline. Raises errors that a retry cannot mend."""
         failures = refused = stale = 0
         streak = Streak()
         while True:
-            broken = self._broken(source.key, key)
+            broken = self._breakers.broken(source.key, key, half_open=False)
             if broken is not None:
                 raise broken
             started, known = trio.current_time(), self._locations.get(key)
             try:
                 data = await self._fetch(key, entry, source, block)
             except LocationExpired as error:
-                # Access is the source's to refuse, when it is asked for a fresh address.
+                # Only the source can refuse access, when asked for a fresh address.
                 self._tally.failed(source.key, error.code)
                 self._locations.pop(key, None)
-                self._trouble[key] = error.message
+                self._last_error[key] = error.message
                 final = streak.failed(error)
                 if final is not None:
                     raise final from error
@@ -237,7 +237,7 @@ class Direct:
             except OriginUnavailable as error:
                 self._tally.failed(source.key, error.code)
                 asked = self._locations.pop(key, known)
-                self._trouble[key] = error.message
+                self._last_error[key] = error.message
                 final = streak.failed(error)
                 if final is not None:
                     raise final from error
@@ -247,12 +247,12 @@ class Direct:
                     pause = max(pause, believed_retry_after(error.retry_after) or 0.0)
                 elif not isinstance(error, OriginMisbehaved):
                     host = host_of(source.key, asked.url if asked is not None else None)
-                    self._failed(source.key, host, key, trio.current_time() - started, error)
+                    self._pacing.origin_failed(source.key, host, key, trio.current_time() - started, error)
                 await trio.sleep(pause)
                 continue
             used = self._locations.get(key)
-            self._answered(source.key, host_of(source.key, used.url if used is not None else None), key)
-            self._trouble.pop(key, None)
+            self._pacing.origin_answered(source.key, host_of(source.key, used.url if used is not None else None), key)
+            self._last_error.pop(key, None)
             return data
 
     async def _fetch(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
@@ -269,7 +269,7 @@ class Direct:
                 f"{entry.path}: there is no room to keep it, and bytes that come unprotected may not be served "
                 "before the whole file is proven (fill.serve_unsealed)"
             )
-        sink = _Memory(wanted)
+        sink = _BufferSink(wanted)
         where = location
 
         def get() -> None:

@@ -1,0 +1,68 @@
+"""What the filler tells the library: events about single files, and statistics on request. Protocols and values
+only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from instantstart_fs.core.histogram import Histogram
+
+if TYPE_CHECKING:
+    from instantstart_fs.errors import InstantStartError
+    from instantstart_fs.filler.target import FillTarget
+
+
+class FillEvents(Protocol):
+    """Synchronous calls on the trio thread. An implementation must not raise."""
+
+    def chunk_present(self, target: FillTarget, chunk: int) -> None:
+        """A chunk can be read."""
+        ...
+
+    def target_sealed(self, target: FillTarget) -> None:
+        """The file is sealed or unverified: it has its seal record, and the index says so."""
+        ...
+
+    def target_poisoned(self, target: FillTarget, error: InstantStartError) -> None:
+        """The digest did not match: the target has failed, its record is the next incarnation's, its blob is unlinked.
+        Replace the target by a fresh one; ``demand`` or ``fill`` for that fetches the file again."""
+        ...
+
+    def target_failed(self, target: FillTarget, error: InstantStartError) -> None:
+        """The target has failed, for good unless a later ``demand`` revives it."""
+        ...
+
+    def failure(self, target: FillTarget, error: InstantStartError | None) -> None:
+        """A transient failure; None: it is over."""
+        ...
+
+
+class BreakerState(msgspec.Struct, frozen=True):
+    """The circuit breaker of one host, as metrics show it."""
+
+    origin: str
+    state: str
+    in_flight: int
+
+
+class FillStatistics(msgspec.Struct, frozen=True):
+    """``queued`` chunks are wanted and not in flight. ``fetched_from``: bytes by scheme and endpoint."""
+
+    workers: int
+    worker_deaths: int
+    files: int
+    in_flight: int
+    queued: int
+    retries: int
+    fetched_bytes: int
+    commits: int
+    poisoned: int
+    index_stuck: bool
+    fetched_from: tuple[tuple[str, int], ...]
+    origins: tuple[BreakerState, ...]
+    retried: tuple[tuple[tuple[str, str], int], ...] = ()
+    """Failed requests by origin (as in ``fetched_from``) and error code."""
+    answers: tuple[tuple[str, Histogram], ...] = ()
+    """Seconds from a request to the first byte of its answer, by origin."""
