@@ -397,7 +397,7 @@ class Library:
             raise PipelineBusy(f"{pipeline} is being changed")
 
         def refuse(found: Pipeline) -> None:
-            if self._evictor.rests() or not self._candidate(found, locked=False).evictable:
+            if self._evictor.suspended() or not self._candidate(found, locked=False).evictable:
                 raise PipelineBusy(f"{found.id}: it was requested meanwhile, or the clock was set")
 
         async def work() -> None:

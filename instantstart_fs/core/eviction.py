@@ -91,14 +91,14 @@ def is_hot(last_request: float, keep_hot: float, now: float) -> bool:
     return now - min(last_request, now) < keep_hot
 
 
-def room(usage: int, budget: Budget) -> int:
+def free_bytes(usage: int, budget: Budget) -> int:
     """How many bytes more fit, by the tighter of the two limits; negative when one is passed."""
     return math.floor(min(budget.high * budget.capacity - usage, budget.free - budget.floor))
 
 
 def shortage(usage: int, budget: Budget, needed: int = 0) -> int:
     """How many bytes too many there are with ``needed`` more; 0 if they fit."""
-    return max(0, needed - room(usage, budget))
+    return max(0, needed - free_bytes(usage, budget))
 
 
 def plan(usage: int, budget: Budget, candidates: Iterable[Candidate], now: float, needed: int = 0) -> tuple[str, ...]:
@@ -262,7 +262,7 @@ class ClockWatch:
             self._offset = known.wall - known.boot
         return not same and known.wall - wall > JUMP
 
-    def rests(self, boot: float) -> bool:
+    def suspended(self, boot: float) -> bool:
         """Whether nothing may be evicted now."""
         return boot < self._until
 

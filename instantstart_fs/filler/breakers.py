@@ -1,11 +1,9 @@
-"""The circuit breakers: one per pipeline and host that answered badly, and one per file. Bookkeeping over core/retry's
-Breaker.
+"""The circuit breakers: one per pipeline and failing host, and one per file. Bookkeeping over core/retry's Breaker;
+what follows when one opens or closes (held files, woken readers) is filler/pacing.py's.
 
-A host is the hub's API, its CDN, an S3 endpoint. One file's failures are that file's: they open its own breaker. A
-pipeline's opens when two of its files fail at one host. Nobody's failures open another pipeline's: a host that is down
-for one may have a repository, a path or a token that is ill, and whoever else asks it finds out by himself.
-
-Lives on the trio thread. What follows from a breaker that opens or closes (held files, readers to wake) is its owner's.
+A host is the hub's API, its CDN, an S3 endpoint. The failures of one file open only its own breaker. A pipeline's
+breaker opens when two of its files fail at one host. It never opens another pipeline's: the cause may be one
+repository, path or token, so each pipeline finds out for itself. On the trio thread.
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ from instantstart_fs.origins.base import OriginKey
 log = logging.getLogger(__name__)
 
 FILES = 2
-"""Of one pipeline that fail at one host, before it counts as the host's failure."""
+"""Files of one pipeline that must fail at a host before that counts as the host's failure."""
 MOST_HOSTS = 1000
-"""That are remembered for the metrics."""
+"""Hosts that are remembered for the metrics."""
 MOST_FILES = 10_000
 
 
 def host_of(origin: OriginKey, url: str | None) -> str:
-    """Who answered: the origin's own endpoint, or the host of ``url`` where that is another. None: nobody was asked but
-    the origin."""
+    """The host of a request: the origin's own endpoint, or that of ``url`` where it is another. ``url``: None where
+    only the origin was asked."""
     if url is None or url.startswith("file:"):
         return str(origin)
     parts = urlsplit(url)
@@ -44,7 +42,7 @@ def host_of(origin: OriginKey, url: str | None) -> str:
 
 
 class _Scope:
-    """``files``: of those that failed since the last success, the first FILES."""
+    """``files``: the first FILES of those that failed since the last success."""
 
     def __init__(self, origin: OriginKey, host: str) -> None:
         self.origin = origin
@@ -59,15 +57,17 @@ class _Scope:
 
 
 class Breakers:
+    """All breakers of the daemon."""
+
     def __init__(self) -> None:
         self._scopes: dict[str, dict[str, _Scope]] = {}
-        """By pipeline and host; those without a failure since the last success are forgotten."""
+        """By pipeline and host, where a request has failed since the last success."""
         self._files: dict[FileKey, _Scope] = {}
         self._hosts: dict[str, OriginKey] = {}
-        """Where anything has ever failed."""
+        """Hosts where a request has ever failed."""
 
     def states(self) -> Iterator[tuple[str, OriginKey, str]]:
-        """(host, origin, the worst state of any pipeline's breaker there) of all that have ever failed."""
+        """(host, origin, the worst state of any pipeline's breaker there) of each host that has ever failed."""
         now = trio.current_time()
         worst: dict[str, str] = {}
         for scope in self._all():
@@ -78,8 +78,7 @@ class Breakers:
             yield host, origin, worst.get(host, "closed")
 
     def limits(self) -> Iterator[tuple[OriginKey, str, int, float]]:
-        """(origin, pipeline, how many requests may be in flight, when that changes) where a pipeline's breaker is not
-        closed."""
+        """(origin, pipeline, requests that may be in flight, when that changes) of each breaker that is not closed."""
         now = trio.current_time()
         for pipeline, scopes in self._scopes.items():
             found = [scope for scope in scopes.values() if scope.breaker.probe_at is not None]
@@ -88,7 +87,7 @@ class Breakers:
                 yield scope.origin, pipeline, limit, scope.breaker.probe_at or now
 
     def succeeded(self, origin: OriginKey, host: str, file: FileKey) -> bool:
-        """The host answered for this file. True if that closed a breaker."""
+        """Note that the host answered for this file. True if that closed a breaker."""
         closed = False
         mine = self._files.get(file)
         if mine is not None and mine.host == host:
@@ -108,13 +107,13 @@ class Breakers:
     def failed(
         self, origin: OriginKey, host: str, file: FileKey, silent: float, error: InstantStartError
     ) -> Literal["", "file", "pipeline"]:
-        """The host failed for this file after ``silent`` seconds without a byte. Whose breaker that opened (anew)."""
+        """Note a failure after ``silent`` seconds without a byte; whose breaker that opened, if any."""
         now = trio.current_time()
         self._hosts.setdefault(host, origin)
         if len(self._hosts) > MOST_HOSTS:
             del self._hosts[next(iter(self._hosts))]
         scope = self._scopes.setdefault(file.pipeline, {}).setdefault(host, _Scope(origin, host))
-        if len(scope.files) < FILES:  # of a pipeline with a million files, more need not be known
+        if len(scope.files) < FILES:  # more are not needed, and a pipeline may have a million
             scope.files.add(file)
         scope.last = error.message
         was_closed = scope.breaker.closed
@@ -136,9 +135,9 @@ class Breakers:
         return "file" if file_opened else ""
 
     def broken(self, origin: OriginKey, file: FileKey, *, half_open: bool = True) -> OriginBroken | None:
-        """What to refuse reads of this file with while it is known that they fail; None while it is not.
+        """The error for reads of this file while they are known to fail; None while they are not.
 
-        ``half_open``: also while one request is tried.
+        ``half_open``: also return it while one request is tried.
         """
         for scope in (*self._scopes.get(file.pipeline, {}).values(), self._files.get(file)):
             if scope is not None and scope.origin == origin and self._closed(scope, half_open=half_open) is False:
@@ -146,7 +145,7 @@ class Breakers:
         return None
 
     def broken_for_anyone(self, origin: OriginKey) -> OriginBroken | None:
-        """The same for whichever pipeline or file."""
+        """``broken`` for any pipeline or file of the origin."""
         for scope in self._all():
             if scope.origin == origin and not scope.breaker.closed:
                 return scope.error(scope.host)
@@ -158,7 +157,7 @@ class Breakers:
         return mine.breaker.probe_at if mine is not None else None
 
     def forget(self, pipeline: str) -> set[OriginKey]:
-        """The pipeline is no more. At which origins it had failed."""
+        """Forget a pipeline; the origins at which it had failed."""
         origins = {scope.origin for scope in self._scopes.pop(pipeline, {}).values()}
         for file in [file for file in self._files if file.pipeline == pipeline]:
             del self._files[file]

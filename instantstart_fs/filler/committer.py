@@ -1,11 +1,12 @@
-"""Group commit and sealing: how what is present becomes durable (design rules 1 and 2).
+"""Group commit: makes present chunks durable and complete files sealed (design rules 1 and 2). It does not know where
+bytes come from or whether a digest matched.
 
 Every ``commit_bytes`` of new chunks, or ``commit_seconds`` after the first, and at once when a file awaits its seal:
 1. take what is dirty now; chunks that arrive from here on wait for the next commit;
 2. fdatasync each file that has some; seal each file that is complete (small ones many at a time, so that they share the
    journal's commits);
 3. ONE index transaction with all bitmaps and all seals;
-4. only then: ``durable`` grows, ``state`` becomes sealed.
+4. only then ``durable`` grows and ``state`` becomes sealed.
 
 | a crash after | leaves                                            | repaired by                              |
 |---------------|---------------------------------------------------|------------------------------------------|
@@ -14,8 +15,8 @@ Every ``commit_bytes`` of new chunks, or ``commit_seconds`` after the first, and
 | poison: index | bytes of the old incarnation, spoken of by nobody | fetched over                             |
 
 A failed fdatasync or seal proves nothing about what was written before it: all chunks of that file that were not yet
-durable are dropped and fetched again (``on_lost``). A full index loses nothing: what was to be committed waits, is
-tried again every few seconds, and ``stuck`` says so meanwhile. So it does while a transaction does not come to an end.
+durable are dropped and fetched again (``on_lost``). A full index loses nothing: the group waits, is tried again every
+few seconds, and ``stuck`` is set meanwhile. ``stuck`` is also set while a transaction does not end.
 """
 
 from __future__ import annotations
@@ -41,24 +42,32 @@ log = logging.getLogger(__name__)
 SYNC_THREADS = 8
 SEAL_SECONDS = 0.05
 SEAL_GROUP = 256
-"""A seal waits so long for others, or until they are so many: thousands of small files share their commits."""
+"""A seal waits this long for others, or until there are SEAL_GROUP: thousands of small files share their commits."""
 SMALL_FILE = 1024 * 1024
 SEAL_TOGETHER = 64
-"""So many files of at most SMALL_FILE bytes are sealed by one call; a larger one by its own."""
+"""Files of at most SMALL_FILE bytes that one call seals; a larger file has a call of its own."""
 RETRY_SECONDS = 5.0
 FLUSH_SECONDS = 10.0
 
 
 class CommitEvents(Protocol):
-    """What the committer tells its owner, on the trio thread."""
+    """What the committer reports, on the trio thread."""
 
-    def on_sealed(self, target: FillTarget) -> None: ...
+    def on_sealed(self, target: FillTarget) -> None:
+        """The file is sealed, or unverified, on disk and in the index."""
+        ...
 
-    def on_poisoned(self, target: FillTarget) -> None: ...
+    def on_poisoned(self, target: FillTarget) -> None:
+        """The record of a poisoned file is the next incarnation's, and its bytes are deleted."""
+        ...
 
-    def on_lost(self, target: FillTarget, error: InstantStartError) -> None: ...
+    def on_lost(self, target: FillTarget, error: InstantStartError) -> None:
+        """Chunks that were not durable may be lost: a sync or a seal failed."""
+        ...
 
-    def on_stuck(self, targets: list[FillTarget], error: InstantStartError | None) -> None: ...
+    def on_stuck(self, targets: list[FillTarget], error: InstantStartError | None) -> None:
+        """The index takes no commits; None: it does again."""
+        ...
 
 
 class Committer:
@@ -84,39 +93,39 @@ class Committer:
         self.commits = 0
         self.stuck: InstantStartError | None = None
 
-    # -- what is to be done --------------------------------------------------------------------------------------
+    # -- what to commit ------------------------------------------------------------------------------------------
 
     def dirty(self, target: FillTarget, chunk: int) -> None:
-        """This chunk is present now."""
+        """Commit this chunk, which is present now."""
         self._dirty.setdefault(target, set()).add(chunk)
         self._dirty_bytes += target.present.chunk_size
         if len(self._dirty) == 1 or self._dirty_bytes >= self._commit_bytes:
             self._wakeup.set()
 
     def seal(self, target: FillTarget, state: Literal["sealed", "unverified"]) -> None:
-        """Every chunk is present, and proven unless ``state`` is "unverified"."""
+        """Seal the file: every chunk is present, and proven unless ``state`` is "unverified"."""
         self._seals[target] = state
         self._wakeup.set()
 
     def poison(self, target: FillTarget) -> None:
-        """Its bytes are wrong: drop its record, then unlink its blob."""
+        """Drop the record of a file whose bytes are wrong, then delete the file."""
         self._dirty.pop(target, None)
         self._poisoned[target] = None
         self._wakeup.set()
 
     def discard_dirty(self, target: FillTarget) -> None:
-        """Its chunks that are not durable are not present any more."""
+        """Forget the file's chunks that are not durable: they are not present any more."""
         self._dirty.pop(target, None)
         self._seals.pop(target, None)
 
     def forget_pipeline(self, pipeline: str) -> None:
-        """Commit nothing more of it: it goes away. ``wait_quiet`` says when that is so."""
+        """Commit nothing more of a pipeline that goes away; ``wait_quiet`` returns when that is so."""
         for group in (self._dirty, self._seals, self._poisoned, self._busy):
             for target in [target for target in group if target.key.pipeline == pipeline]:
                 self.forget(target)
 
     def forget(self, target: FillTarget) -> None:
-        """Commit nothing more of it."""
+        """Commit nothing more of the file."""
         self._dirty.pop(target, None)
         self._seals.pop(target, None)
         self._poisoned.pop(target, None)
@@ -124,11 +133,11 @@ class Committer:
             self._forgotten.add(target)
 
     async def wait_quiet(self, pipeline: str) -> None:
-        """No commit that is under way touches this pipeline's files."""
+        """Return when no commit under way touches this pipeline's files."""
         while any(target.key.pipeline == pipeline for target in self._busy):
             await self._idle.wait()
 
-    # -- doing it ------------------------------------------------------------------------------------------------
+    # -- committing ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Commit until cancelled; then once more, so that a stop costs no refetch."""
@@ -137,7 +146,7 @@ class Committer:
                 await self._wakeup.wait()
                 await self._gather()
                 self._wakeup = trio.Event()
-                # A group that has begun is finished, else what it holds would be fetched again.
+                # A group that has begun is finished: otherwise its chunks would be fetched again.
                 with trio.CancelScope(shield=True):
                     await self.commit()
                 if self.stuck is not None:
@@ -148,7 +157,7 @@ class Committer:
                 await self.commit()
 
     async def _gather(self) -> None:
-        """Let a group come together: until it is large or old enough, a moment only where somebody awaits a seal."""
+        """Wait until the group is large or old enough, only a moment where a seal is awaited."""
         with trio.move_on_after(self._commit_seconds) as scope:
             while self._dirty_bytes < self._commit_bytes and len(self._seals) < SEAL_GROUP:
                 if self._seals or self._poisoned:
@@ -157,13 +166,13 @@ class Committer:
                 await self._wakeup.wait()
 
     async def commit(self) -> None:
-        """One group, everything that is pending now."""
+        """Commit one group: everything that is pending now."""
         seals, self._seals = self._seals, {}
         poisoned, self._poisoned = self._poisoned, {}
         dirty, self._dirty = self._dirty, {}
         self._dirty_bytes = 0
         if not (seals or poisoned or dirty):
-            # What could not be committed was forgotten meanwhile: the next group finds out how the index is.
+            # What could not be committed was forgotten meanwhile: the next group finds out about the index.
             self._unstick([])
             return
         for target in seals:
@@ -180,14 +189,14 @@ class Committer:
             gone = self._forgotten | failed.keys()
             synced = {target: chunks for target, chunks in dirty.items() if target not in gone}
             sealed = {target: state for target, state in seals.items() if target not in gone}
-            condemned = [target for target in poisoned if target not in gone]
-            committed = await self._record(synced, sealed, condemned)
+            bad = [target for target in poisoned if target not in gone]
+            committed = await self._record(synced, sealed, bad)
             if committed:
-                for target in condemned:
+                for target in bad:
                     await self._unlink(target)
             forgotten = self._forgotten
             if not committed:
-                self._put_back(synced, sealed, condemned, forgotten)
+                self._put_back(synced, sealed, bad, forgotten)
         finally:
             self._busy = set()
             self._forgotten = set()
@@ -205,14 +214,14 @@ class Committer:
             if target not in forgotten:
                 target.state = FileState(state)
                 self._events.on_sealed(target)
-        for target in condemned:
+        for target in bad:
             if target not in forgotten:
                 self._events.on_poisoned(target)
 
     async def _sync(self, target: FillTarget, failed: dict[FillTarget, InstantStartError]) -> None:
         blob = target.blob
         if blob is None or blob.fd < 0:
-            self._forgotten.add(target)  # its owner has given it up
+            self._forgotten.add(target)  # the library has closed it
             return
         try:
             await trio.to_thread.run_sync(blob.datasync, limiter=self._limiter)
@@ -253,11 +262,11 @@ class Committer:
         self,
         synced: dict[FillTarget, set[int]],
         sealed: dict[FillTarget, Literal["sealed", "unverified"]],
-        condemned: list[FillTarget],
+        bad: list[FillTarget],
     ) -> bool:
-        if not (synced or sealed or condemned):
+        if not (synced or sealed or bad):
             return True
-        # The op runs on the index's thread: it gets values.
+        # The operation runs on the index's thread, so it gets values.
         puts: list[tuple[FileKey, FileRecord]] = []
         for target, chunks in synced.items():
             bits = bytearray(target.durable.to_bytes())
@@ -268,19 +277,19 @@ class Committer:
             (target.key, FileRecord(state, target.incarnation, allocated=target.allocated))
             for target, state in sealed.items()
         ]
-        gone = [(target.key, target.incarnation) for target in condemned]
+        gone = [(target.key, target.incarnation) for target in bad]
 
         def write(txn: WriteTxn) -> None:
             for key, record in puts:
                 _put(txn, key, record)
             for key, incarnation in gone:
-                _condemn(txn, key, incarnation)
+                _record_poisoned(txn, key, incarnation)
 
         def late(error: StoreError) -> None:
-            # It may still happen, so nothing is put back, and nothing of this is let go of, until it has ended.
+            # It may still succeed, so nothing is put back or released before it has ended.
             log.error("%s; filling pauses", error.message)
             self.stuck = error
-            self._events.on_stuck([*synced, *sealed, *condemned], error)
+            self._events.on_stuck([*synced, *sealed, *bad], error)
 
         try:
             await self._index.write(write, late=late)
@@ -288,9 +297,9 @@ class Committer:
             kind = "the index is full" if isinstance(error, IndexFull) else "the index cannot be written"
             log.error("%s: %s; filling pauses and tries again", kind, error.message)
             self.stuck = error
-            self._events.on_stuck([*synced, *sealed, *condemned], error)
+            self._events.on_stuck([*synced, *sealed, *bad], error)
             return False
-        self._unstick([*synced, *sealed, *condemned])
+        self._unstick([*synced, *sealed, *bad])
         return True
 
     def _unstick(self, targets: list[FillTarget]) -> None:
@@ -305,14 +314,14 @@ class Committer:
                 self._store.delete_blob, key.pipeline, key.generation, target.entry.path, limiter=self._limiter
             )
         except InstantStartError as error:
-            # The index no longer speaks of these bytes: they are fetched over.
+            # The index no longer knows these bytes: they will be overwritten.
             log.error("%s: the poisoned bytes cannot be unlinked: %s", target.entry.path, error.message)
 
     def _put_back(
         self,
         synced: dict[FillTarget, set[int]],
         sealed: dict[FillTarget, Literal["sealed", "unverified"]],
-        condemned: list[FillTarget],
+        bad: list[FillTarget],
         forgotten: set[FillTarget],
     ) -> None:
         for target, chunks in synced.items():
@@ -321,7 +330,7 @@ class Committer:
         for target, state in sealed.items():
             if target not in forgotten:
                 self._seals.setdefault(target, state)
-        for target in condemned:
+        for target in bad:
             if target not in forgotten:
                 self._poisoned[target] = None
 
@@ -329,7 +338,7 @@ class Committer:
 def _in_groups(
     seals: dict[FillTarget, Literal["sealed", "unverified"]],
 ) -> Iterator[list[tuple[FillTarget, Literal["sealed", "unverified"]]]]:
-    """Those that are sealed by one call."""
+    """The seals, in groups that one call each writes."""
     small = [item for item in seals.items() if item[0].entry.file.size <= SMALL_FILE]
     for start in range(0, len(small), SEAL_TOGETHER):
         yield small[start : start + SEAL_TOGETHER]
@@ -339,12 +348,12 @@ def _in_groups(
 def _put(txn: WriteTxn, key: FileKey, record: FileRecord) -> None:
     old = txn.get_file(key.pipeline, key.generation, key.index)
     if old is not None and old.incarnation != record.incarnation:
-        return  # somebody put another incarnation in its place: this one's bytes are nobody's
+        return  # another incarnation is in its place: the bytes of this one are obsolete
     nodeid = old.nodeid if old is not None else 0
     txn.put_file(key.pipeline, key.generation, key.index, msgspec.structs.replace(record, nodeid=nodeid))
 
 
-def _condemn(txn: WriteTxn, key: FileKey, incarnation: int) -> None:
+def _record_poisoned(txn: WriteTxn, key: FileKey, incarnation: int) -> None:
     old = txn.get_file(key.pipeline, key.generation, key.index)
     if old is not None and old.incarnation != incarnation:
         return

@@ -1,12 +1,12 @@
-"""What daemon and fetch workers say to each other, over one AF_UNIX SOCK_SEQPACKET socket per worker.
+"""The messages between the daemon and its fetch processes, over one AF_UNIX SOCK_SEQPACKET socket per process. Values
+and their encoding; nothing is sent here.
 
-A packet is a list of messages, each msgpack with a tag: what waits to be sent goes together, since with thousands of
-small files the packets cost more than what they say. A file's descriptor travels with OpenFile (SCM_RIGHTS, in the
-order of the packet's OpenFiles). Errors cross as
-(code, message, retry_after) and become exceptions again by ``errors.from_code``. ``file`` and ``request`` are numbers
-that the daemon gives out, never twice in its life.
+A packet is a list of messages, each msgpack with a tag: messages are batched, since with thousands of small files the
+packets cost more than their content. A file's descriptor travels with OpenFile (SCM_RIGHTS, in the order of the
+packet's OpenFiles). Errors are sent as (code, message, retry_after) and become exceptions again by
+``errors.from_code``. ``file`` and ``request`` are numbers that the daemon never reuses.
 
-Beside the socket lies one shared page (``PAUSE``): the CLOCK_MONOTONIC time, a little-endian double, until which
+Beside the socket there is one shared page (``PAUSE``): the CLOCK_MONOTONIC time, a little-endian double, until which
 background fetches leave their sockets unread, so that a demanded chunk has the bandwidth to itself.
 """
 
@@ -21,7 +21,7 @@ from instantstart_fs.core.manifest import Digest
 from instantstart_fs.origins.base import Location
 
 MAX_MESSAGE = 4 * 1024 * 1024
-"""Room to receive any message: the largest is OpenFile, one bit per chunk."""
+"""Bytes that hold any message: the largest is OpenFile, with one bit per chunk."""
 
 PAUSE = struct.Struct("<d")
 PAUSE_SIZE = 4096
@@ -46,8 +46,8 @@ class SetLocation(msgspec.Struct, frozen=True, tag="location"):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
-    """``keep_pages``: somebody reads this pipeline now. Otherwise the file's pages are dropped once they were hashed,
-    so that a fill in the background pushes nothing out of the page cache that is in use."""
+    """Fetch a chunk. ``keep_pages``: the pipeline is being read. Otherwise the file's pages are dropped after hashing,
+    so that a background fill evicts nothing from the page cache that is in use."""
 
     request: int
     file: int
@@ -57,8 +57,8 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
-    """Give this fetch up: nothing of it is written any more, and nothing reported. Others wait for its connection.
-    Where the chunk has just come, the next order to fetch it is answered at once."""
+    """Give up a fetch, to free its connection: nothing of it is written or reported any more. If the chunk has just
+    arrived, the next order to fetch it is answered at once."""
 
     request: int
     file: int
@@ -66,7 +66,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
 
 
 class Urge(msgspec.Struct, frozen=True, tag="urge"):
-    """A reader waits for this fetch now, which was begun for nobody in particular."""
+    """Treat a background fetch as a demand: a reader waits for it now."""
 
     request: int
 
@@ -86,22 +86,22 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Arrived(msgspec.Struct, frozen=True, tag="arrived"):
-    """The chunk is whole and written. ``answered``: seconds from its request to the first byte of the answer; None
-    where nobody was asked over a network."""
+    """The chunk is whole and written. ``answered``: seconds from the request to the first byte of the answer; None
+    without a network."""
 
     request: int
     answered: float | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """Bytes of this request came since it last said so; at most one a second."""
+    """Bytes of this request since its last report; at most one report a second."""
 
     request: int
     bytes: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """``silent``: seconds without a byte when it was given up."""
+    """The fetch failed. ``silent``: seconds without a byte when it was given up."""
 
     request: int
     code: str
@@ -112,14 +112,14 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Streamed(msgspec.Struct, frozen=True, tag="streamed"):
-    """The server ignores ranges, and the request takes the whole file: this chunk of it is whole and written."""
+    """A chunk is whole and written, of a request that takes the whole file, since the server ignores ranges."""
 
     request: int
     chunk: int
 
 
 class Waits(msgspec.Struct, frozen=True, tag="waits"):
-    """Nothing was fetched: another request of this file takes all of it (Streamed)."""
+    """Nothing was fetched: another request takes the whole file (Streamed)."""
 
     request: int
 
@@ -159,21 +159,22 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     pause_limit: float = 2.0
     hash_threads: int = 2
     slow_window: float = 60.0
-    """Within which fetch.READ_BYTES have to come, once a body has begun."""
+    """In which fetch.READ_BYTES must come, once a body has begun."""
 
 
 MOST_DESCRIPTORS = 64
-"""Of one packet."""
+"""Descriptors in one packet."""
 FULL_PACKET = 32 * 1024
-"""Bytes of messages in one packet, but for one that is larger by itself. Far below what a receiver has room for."""
+"""Bytes of messages in one packet, unless a single one is larger. Far below what a receiver can take."""
 
 
 def encode(message: Order | Report) -> bytes:
+    """One message, for ``packet``."""
     return msgspec.msgpack.encode(message)
 
 
 def packet(messages: Sequence[bytes]) -> bytes:
-    """Of encoded messages, fewer than 65,536."""
+    """A packet of encoded messages, fewer than 65,536."""
     return b"\xdc" + len(messages).to_bytes(2, "big") + b"".join(messages)
 
 

@@ -1,8 +1,8 @@
-"""The fetch processes: spawned, talked to, watched, replaced.
+"""The pool of fetch processes: spawns, watches and replaces them, and passes messages both ways. It knows nothing about
+files or chunks.
 
-Owns the sockets, the lock descriptors given to workers and the shared pause page. It knows nothing of files or chunks:
-reports go to ``on_report``, a death to ``on_death``, both on the trio thread, and whoever holds work of a dead worker
-gives it to another.
+It owns the sockets, the lock descriptors given to workers and the shared pause page. Reports go to ``on_report``, a
+death to ``on_death``, both on the trio thread; their owner gives the work of a dead worker to another.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 PING_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
-"""A worker that answers no ping for so long is killed. Long, since a disk may make pwrite wait for tens of seconds."""
+"""A worker that answers no ping for this long is killed. Long, since pwrite may wait for a disk for tens of seconds."""
 READY_SECONDS = 30.0
 GOODBYE_SECONDS = 3.0
 MAX_REPORT = 64 * 1024
@@ -62,7 +62,7 @@ class Worker:
         self.alive = False
         self.last_heard = trio.current_time()
         self._next: tuple[bytes, int] | None = None
-        """Taken out of the outbox, and for the next packet."""
+        """Taken out of the outbox already, for the next packet."""
         self._outbox_send, self.outbox = trio.open_memory_channel[tuple[bytes, int]](math.inf)
 
     @property
@@ -70,15 +70,17 @@ class Worker:
         return self.process.pid
 
     def send(self, order: Order, fd: int | None = None) -> None:
-        """Queue an order, with a copy of ``fd``. Never waits; lost when the worker dies. Raises OutOfResources when the
-        daemon is out of descriptors; then nothing is queued."""
+        """Queue an order, with a copy of ``fd``. Never waits; it is lost if the worker dies.
+
+        Raises:
+            OutOfResources: The daemon is out of descriptors; nothing is queued.
+        """
         with translated("hand a file to a fetch worker"):
             copy = os.dup(fd) if fd is not None else -1
         self._outbox_send.send_nowait((encode(order), copy))
 
     async def next_packet(self) -> tuple[list[bytes], list[int]]:
-        """The next orders, as many as wait and fit in one packet, and the descriptors that go along. A larger one goes
-        alone."""
+        """Wait for orders; as many as fit in one packet, and their descriptors. A larger one goes alone."""
         orders: list[bytes] = []
         fds: list[int] = []
         size = 0
@@ -97,10 +99,12 @@ class Worker:
                 fds.append(fd)
 
     def kill(self) -> None:
+        """Kill the process; its socket then ends."""
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
 
     def drop_outbox(self) -> None:
+        """Close the descriptors of orders that were not sent."""
         if self._next is not None and self._next[1] >= 0:
             os.close(self._next[1])
         self._next = None
@@ -114,6 +118,8 @@ class Worker:
 
 
 class WorkerPool:
+    """``count`` fetch processes of one store. ``on_report``, ``on_death``: see above."""
+
     def __init__(
         self,
         store: BlobStore,
@@ -152,7 +158,7 @@ class WorkerPool:
         return min(self.workers, key=lambda worker: (worker.in_flight, len(worker.files)), default=None)
 
     async def wait_worker(self) -> Worker:
-        """``choose``, when there is one. Waits for as long as none can be started: cancel it with a deadline."""
+        """Wait for a worker and ``choose`` one. It may wait for ever while none can be started: give it a deadline."""
         while True:
             worker = self.choose()
             if worker is not None:
@@ -160,7 +166,7 @@ class WorkerPool:
             await self._arrival.wait()
 
     def pause_background_until(self, moment: float) -> None:
-        """Background fetches leave their sockets unread until that time.monotonic()."""
+        """Let background fetches leave their sockets unread until that time.monotonic()."""
         PAUSE.pack_into(self._pause, 0, moment)
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -214,7 +220,7 @@ class WorkerPool:
     async def _spawn(self) -> Worker:
         ours, theirs = stdlib_socket.socketpair(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_SEQPACKET)
         try:
-            # Room for a bitmap of any file, and for many small orders at once.
+            # Space for the bitmap of any file, and for many small orders at once.
             ours.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_SNDBUF, 4 * 1024 * 1024)
             with theirs:
                 lock_fd = await trio.to_thread.run_sync(self._store.worker_lock_fd)

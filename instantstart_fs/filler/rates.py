@@ -1,4 +1,4 @@
-"""Bytes per second of each pipeline, over the last few seconds. Time is a parameter."""
+"""Bytes per second of each pipeline over the last WINDOW seconds. Pure: time is a parameter."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ STEP = 0.25
 
 
 class Rates:
+    """Receive rates, by pipeline."""
+
     def __init__(self) -> None:
         self._samples: dict[str, deque[list[float]]] = {}
         self._swept_at = 0.0
 
     def add(self, pipeline: str, count: int, now: float) -> None:
-        """``count`` bytes came now."""
+        """Count bytes that came now."""
         samples = self._samples.setdefault(pipeline, deque())
         if samples and now - samples[-1][0] < STEP:
             samples[-1][1] += count
@@ -23,7 +25,7 @@ class Rates:
         while samples and now - samples[0][0] > WINDOW:
             samples.popleft()
         if now >= self._swept_at + WINDOW:
-            # Nobody asks about pipelines that were removed.
+            # Removed pipelines are never asked about.
             self._swept_at = now
             for silent in [name for name, known in self._samples.items() if now - known[-1][0] > WINDOW]:
                 del self._samples[silent]
@@ -32,7 +34,7 @@ class Rates:
         return len(self._samples)
 
     def rate(self, pipeline: str, now: float) -> float:
-        """0 when nothing came within the window."""
+        """Bytes per second; 0 when nothing came within the window."""
         samples = self._samples.get(pipeline)
         while samples and now - samples[0][0] > WINDOW:
             samples.popleft()

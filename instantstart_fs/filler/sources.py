@@ -1,9 +1,9 @@
-"""Where a file's bytes can come from, in order: the chain of sources, and where each has them now.
+"""The chain of sources of a file, and the Locator, which asks a source where the file is now. Nothing is fetched here.
 
-The last link is the file's origin; a regional tier is a link before it (``Tier``), and nothing else changes.
-``Locator`` asks a link where a file lies: once per file and signature lifetime, in a thread, with a deadline, at most
-``LOCATE_THREADS`` at a time per origin key and pipeline, so that a service, or a repository, that is stuck holds up
-nobody else. Where a link can foresee it (small files of a hub), nobody is asked.
+The last link of a chain is the file's origin; a regional tier is a link before it (``Tier``). The Locator asks once per
+file and signature lifetime, in a thread, with a deadline, at most ``LOCATE_THREADS`` at a time per origin key and
+pipeline, so that a stuck service or repository delays no other. Where a source can foresee the address (small files of
+a hub), it is not asked.
 """
 
 from __future__ import annotations
@@ -26,44 +26,46 @@ log = logging.getLogger(__name__)
 
 LOCATE_THREADS = 8
 MOST_UNANSWERED = 64
-"""Threads of one origin key and pipeline, those included that were given up and still wait: beyond it nothing is
-asked."""
+"""Threads of one origin key and pipeline, abandoned ones included, beyond which nothing more is asked."""
 MOST_WRONG = 3
 ASKED_SECONDS = 600.0
-"""After so many files that were not where they were foreseen, an origin is asked for so long."""
+"""After MOST_WRONG files in a row that were not at their foreseen address, an origin is asked for ASKED_SECONDS."""
 EXPIRY_MARGIN = 30.0
-"""Seconds before its end at which a signature counts as used up: a fetch takes a while."""
+"""Seconds before its end at which a signature counts as expired: a fetch takes a while."""
 
 
 class Source(Protocol):
-    """A link: an Origin is one."""
+    """A link of a chain; an Origin is one."""
 
     @property
-    def key(self) -> OriginKey: ...
+    def key(self) -> OriginKey:
+        """What limits, breakers and counters are kept by."""
+        ...
 
     def locate(self, file: ManifestFile) -> Location:
-        """Blocks. Raises OriginError."""
+        """The file's present address. Blocks. Raises OriginError."""
         ...
 
 
 Tier = Callable[[FillTarget], Source | None]
-"""What a tier offers for a file; None = it is not to be asked."""
+"""The source that a tier offers for a file; None = do not ask it."""
 
 
 def chain_for(target: FillTarget, tiers: Sequence[Tier]) -> tuple[Source, ...]:
-    """The links to ask for this file, in order; never empty."""
+    """The sources to ask for this file, in order; never empty."""
     links: list[Source] = [link for tier in tiers if (link := tier(target)) is not None]
     return (*links, target.origin)
 
 
 def expired(location: Location) -> bool:
+    """Whether the address is no good for another fetch."""
     return location.expires_at is not None and location.expires_at - EXPIRY_MARGIN <= time.time()
 
 
 class _Line:
-    """One pipeline's questions to one origin key. ``out``: threads that have not come back, those that were given up
-    included. ``wrong``: what was foreseen wrongly in a row; ``asked_until``: trio.current_time() until which nothing
-    is."""
+    """One pipeline's questions to one origin key. ``out``: threads that have not returned, abandoned ones included.
+    ``wrong``: addresses foreseen wrongly in a row; ``asked_until``: trio.current_time() until which none is foreseen.
+    """
 
     def __init__(self) -> None:
         self.asking = trio.Semaphore(LOCATE_THREADS)
@@ -79,26 +81,27 @@ class _Line:
 
 
 class Locator:
-    """``deadline``: seconds for one answer, waiting for one's turn included."""
+    """``deadline``: seconds for one answer, the wait for a thread included."""
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
         self._lines: dict[tuple[OriginKey, str], _Line] = {}
 
     def forget(self, pipeline: str) -> None:
+        """Forget a pipeline that has no question under way."""
         for place in [place for place, line in self._lines.items() if place[1] == pipeline and not line.out]:
             del self._lines[place]
 
     def foresaw(self, key: OriginKey, pipeline: str, *, rightly: bool) -> None:
-        """What came of a location that was foreseen. An origin whose files were not there a few times in a row is
-        asked for a while: else each file would cost one request more, and not one less."""
+        """Note whether a foreseen address was right. An origin whose files were not there a few times in a row is asked
+        for a while: foreseeing would cost a request more per file, not one less."""
         line = self._lines.setdefault((key, pipeline), _Line())
         line.wrong = 0 if rightly else line.wrong + 1
         if line.wrong >= MOST_WRONG:
             line.wrong, line.asked_until = 0, trio.current_time() + ASKED_SECONDS
 
     async def locate(self, link: Source, entry: FileEntry, pipeline: str, *, foresee: bool = False) -> Location:
-        """``foresee``: without asking, if the link can. Raises OriginError."""
+        """Find out where a file is. ``foresee``: without asking, if the source can. Raises OriginError."""
         line = self._lines.setdefault((link.key, pipeline), _Line())
         foresight = (
             link if foresee and isinstance(link, Foresight) and trio.current_time() >= line.asked_until else None
@@ -120,7 +123,7 @@ class Locator:
                 tell(line.came_back)
 
         try:
-            # A thread that is given up keeps its own limiter, and nobody else's: a server may never let go of it.
+            # A limiter of its own: an abandoned thread may never return, and would take the place of another.
             with trio.fail_after(self._deadline):
                 async with line.asking:
                     return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))

@@ -1,4 +1,4 @@
-"""What origins did, counted by origin: bytes, failures by their code, how long they took to begin an answer."""
+"""Counters by origin, for metrics: bytes, failures by code, seconds to the first byte of an answer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from instantstart_fs.origins.base import OriginKey
 ANSWER_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Seconds: a disk's own server at one end, a stalled one at the other."""
 WORKER_LOST = "worker-lost"
-"""In the place of an error's code: the fetch process ended."""
+"""The code of a request that was lost with its fetch process."""
 
 
 class Tally:
-    """Since the daemon's start; on the trio thread."""
+    """Counts since the daemon's start. On the trio thread."""
 
     def __init__(self) -> None:
         self.fetched: Counter[str] = Counter()
@@ -23,21 +23,21 @@ class Tally:
         self.answers: dict[str, Histogram] = {}
 
     def came(self, origin: OriginKey, length: int) -> None:
-        """So many bytes, into the store."""
+        """Count bytes that were written into the store."""
         self.fetched[label_of(origin)] += length
 
     def answered(self, origin: OriginKey, seconds: float) -> None:
-        """It took so long from a request to the first byte of a good answer."""
+        """Count the seconds from a request to the first byte of a good answer."""
         label = label_of(origin)
         if label not in self.answers:
             self.answers[label] = Histogram(ANSWER_BUCKETS)
         self.answers[label].observe(seconds)
 
     def failed(self, origin: OriginKey, code: str) -> None:
-        """A request failed, and is made again unless that is in vain."""
+        """Count a failed request."""
         self.retried[label_of(origin), code] += 1
 
 
 def label_of(origin: OriginKey) -> str:
-    """Of a directory the endpoint is its path, which is nobody's business and would be a label each."""
+    """The label of an origin in metrics. A directory's path is left out: it is private, and would be a label each."""
     return origin.scheme if origin.scheme == "file" else f"{origin.scheme}://{origin.endpoint}"

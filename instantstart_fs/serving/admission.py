@@ -2,7 +2,7 @@
 
 A fill is admitted whole, with all that it still needs; a single read (a header, a tokenizer) with its chunks. Both
 count as promised until they come: whoever is admitted after them finds that room taken. What is refused is served
-straight from the origin and not kept (filler/direct.py), and the pipeline's ``uncached`` says why. Reads ask again
+straight from the origin and not kept (filler/uncached.py), and the pipeline's ``uncached`` says why. Reads ask again
 every RETRY_SECONDS, so that it recovers by itself; so does the evictor's look (``reevaluate``).
 """
 

@@ -281,12 +281,12 @@ async def test_a_clock_that_was_set_and_set_back_is_remembered_over_a_restart(tm
                 await trio.sleep(0.001)
         for jump in (7200.0, -7200.0):  # the clocks say the same as before
             clock.ahead += jump
-            assert library._evictor.rests()
+            assert library._evictor.suspended()
     clock.passes(3500.0)
     async with running(tmp_path, keep_hot=3600.0, clock=clock) as library:
-        assert library._evictor.rests()
+        assert library._evictor.suspended()
         clock.passes(200.0)
-        assert not library._evictor.rests()
+        assert not library._evictor.suspended()
 
 
 @pytest.mark.parametrize("jump", [30 * 86400.0, -30 * 86400.0])

@@ -379,11 +379,11 @@ class World:
     async def do_jump(self, number: int, amount: int) -> None:
         if amount % 4:
             return
-        self.library._evictor.rests()  # it looks every minute: it has seen the clock before
+        self.library._evictor.suspended()  # it looks every minute: it has seen the clock before
         self.ahead += 10000.0 if amount % 8 else -10000.0
         self.rests_until = self.boot() + KEEP_HOT
         self.requested = {number: min(at, self.now()) for number, at in self.requested.items()}
-        self.library._evictor.rests()
+        self.library._evictor.suspended()
         # What was seen a moment before kill -9 may be lost; and two jumps may cancel each other out.
         with trio.fail_after(20):
             while self.library._evictor._saved is None:
@@ -407,7 +407,7 @@ class World:
         await self.settle()
         await self.library._evictor.run_once()
         # What an earlier daemon saw of the clock may have it rest for longer than this reference remembers.
-        rests = self.boot() < self.rests_until + 0.5 or self.library._evictor.rests()
+        rests = self.boot() < self.rests_until + 0.5 or self.library._evictor.suspended()
         if not rests and self.usage() > 0.9 * self.capacity:
             left = [candidate for candidate in self.library.candidates() if candidate.evictable]
             assert not left, f"too full: {self.usage()} of {self.capacity}, and {left} may go"

@@ -97,10 +97,10 @@ def test_a_clock_that_was_set_is_noticed_and_one_that_drifts_is_not() -> None:
     watch = ClockWatch(keep_hot=100.0)
     assert not watch.observe(1000.0, 0.0)
     assert not watch.observe(1010.0 + 3000.0, 10.0)  # less than an hour
-    assert not watch.rests(10.0)
+    assert not watch.suspended(10.0)
     assert watch.observe(1020.0 + 3000.0 + 3601.0, 20.0)
-    assert watch.rests(119.0)
-    assert not watch.rests(120.0)
+    assert watch.suspended(119.0)
+    assert not watch.suspended(120.0)
     assert watch.observe(0.0, 200.0)
 
 
@@ -113,17 +113,17 @@ def test_a_suspension_and_what_is_known_of_the_clocks_go_on_with_the_next_daemon
 
     again = ClockWatch(100.0, "one", known)
     assert not again.observe(20_040.0, 50.0)
-    assert again.rests(119.0)
-    assert not again.rests(120.0)
+    assert again.suspended(119.0)
+    assert not again.suspended(120.0)
     assert again.state(20_040.0, 50.0).rest == 70.0
 
     set_meanwhile = ClockWatch(100.0, "one", msgspec.structs.replace(known, rest=0.0))
     assert set_meanwhile.observe(20_040.0 - 3601.0, 50.0)
-    assert set_meanwhile.rests(149.0)
+    assert set_meanwhile.suspended(149.0)
 
     shorter = ClockWatch(30.0, "one", known)  # keep_hot was set lower meanwhile
     shorter.observe(20_040.0, 40.0)
-    assert not shorter.rests(50.0)
+    assert not shorter.suspended(50.0)
 
 
 def test_a_suspension_begins_again_on_a_machine_that_was_started_anew() -> None:
@@ -131,11 +131,11 @@ def test_a_suspension_begins_again_on_a_machine_that_was_started_anew() -> None:
     for boot_id, boot in (("two", 7.0), ("one", 7.0)):  # the second one: no identity, but a clock that went back
         watch = ClockWatch(100.0, boot_id, known)
         assert not watch.observe(90_000.0, boot)  # it may have been off for so long
-        assert watch.rests(66.0)
-        assert not watch.rests(67.0)
+        assert watch.suspended(66.0)
+        assert not watch.suspended(67.0)
     back = ClockWatch(100.0, "two", known)
     assert back.observe(20_000.0 - 3601.0, 7.0)
-    assert back.rests(106.0)
+    assert back.suspended(106.0)
 
 
 @pytest.mark.alone
