@@ -50,7 +50,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.filler.scheduler import Filler, FillSettings, FillStatistics
 from instantstart_fs.filler.target import FileKey
-from instantstart_fs.index.access_log import AccessLog
+from instantstart_fs.index.access_times import AccessTimes
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.origins.base import Origin
@@ -128,7 +128,7 @@ class Library:
             return open_origin(spec, model, here)
 
         self._catalog = Catalog(store, index, opener, now_ns)
-        self._access = AccessLog(index, clock=now_ns)
+        self._access = AccessTimes(index, clock=now_ns)
         self._learning = Learning(self._catalog)
         self.telemetry = Telemetry(index, self._catalog.now_ns, self._facts, learning=self._learning)
         self._open_files = OpenFiles(self._catalog)

@@ -1,13 +1,14 @@
-"""Index: the LMDB environment and its one writer thread.
+"""Index: the LMDB environment and its one writer thread. What records mean is in index/schema.py and
+index/transactions.py.
 
-Owns ``<root>/index/`` and the nodeid high-water file beside it. One Environment per process and per index, opened after
+It owns ``<root>/index/`` and the nodeid high-water file beside it. One environment per process and index, opened after
 the process was spawned (never carried over a fork). Reads are short transactions in the caller's thread. All writes go
-to one thread, which runs whatever has queued up as one durable transaction, each op in a child transaction of its own:
-an op that raises undoes itself alone. (docs/decisions/one-writer-thread.md has the figures.)
+to one thread, which runs what has queued up as one durable transaction, each operation in a child transaction: one that
+raises undoes only itself. docs/decisions/one-writer-thread.md has the figures.
 
-The data file is made as long as the map, and sparse: a file that is shorter than its own pages was therefore truncated,
-and is refused here instead of killing the process with SIGBUS later. Room to write in is kept back twice, on the disk
-(``_HEADROOM``, by fallocate) and in the map (beyond ``map_size``), so that whoever has to free space can still do so.
+The data file is as long as the map, and sparse: a file shorter than its own pages was truncated, and is refused here
+instead of killing the process with SIGBUS later. Space is reserved twice, on the disk (``_HEADROOM``, by fallocate) and
+in the map (beyond ``map_size``), so that space can still be freed when both are full.
 """
 
 from __future__ import annotations
@@ -44,22 +45,22 @@ T = TypeVar("T")
 
 DEFAULT_MAP_SIZE = 64 << 30
 _GROUP = 512
-"""Ops that one transaction takes at most."""
+"""Operations in one transaction, at most."""
 _HEADROOM = 4 << 20
-"""Bytes of disk kept allocated behind LMDB's last page."""
+"""Bytes of disk allocated beyond LMDB's last page."""
 _RESERVE = 2 << 20
-"""Least room in the map beyond ``map_size``, for deletes."""
+"""Least space in the map beyond ``map_size``, for deletes."""
 _CLOSE_DEADLINE = 60.0
-"""Seconds that ``close`` waits for what is queued."""
+"""Seconds that ``close`` waits for queued operations."""
 _STUCK_DEADLINE = 5.0
 """The same after ``give_up``."""
 COMMIT_DEADLINE = 30.0
-"""Seconds after which a commit counts as stuck: a disk that is well takes milliseconds, one that is overloaded some
-seconds, and one that is gone never answers."""
+"""Seconds after which a commit counts as stuck: a healthy disk takes milliseconds, an overloaded one seconds, and a
+disk that is gone never answers."""
 
 
 class _Job(Generic[T]):
-    """An op and where its outcome goes. ``deliver`` is called once, on the writer thread, and must not raise."""
+    """An operation and its outcome. ``deliver`` is called once, on the writer thread, and must not raise."""
 
     __slots__ = ("deliver", "ended", "error", "op", "result")
 
@@ -174,9 +175,9 @@ class Index:
     # -- reading and writing ---------------------------------------------------------------------------------------
 
     def read(self, op: Callable[[ReadTxn], T]) -> T:
-        """Run ``op`` on a consistent view and return its result, which may hold no iterator of the view.
+        """Run ``op`` on a consistent view and return its result, which must not keep an iterator of the view.
 
-        Keep it short: pages that it can see are not reused while it lasts. Raises StoreDamaged, StoreError.
+        Keep it short: pages of the view are not reused while it lasts. Raises StoreDamaged, StoreError.
         """
         with self.reading() as txn:
             return op(txn)
@@ -199,15 +200,21 @@ class Index:
         patience: float = math.inf,
         late: Callable[[IndexStuck], None] = lambda error: None,
     ) -> T:
-        """Run ``op`` on the writer thread; its result, once it is durable.
+        """Run ``op`` on the writer thread and return its result once it is durable.
 
-        ``op`` may run twice, of which only the last run counts, and touches nothing but its WriteTxn. What it raises is
-        raised here and undoes it alone. Ops happen in the order in which they are asked for. Raises IndexFull,
-        StoreFull, StoreDamaged; StoreError if the writer has stopped.
+        Operations run in the order of their calls. One that is cancelled, or given up with IndexStuck, may still take
+        effect: callers that must know the outcome pass no ``patience``.
 
-        When cancelled, it may still happen, and so after IndexStuck, which comes after ``patience`` seconds and once
-        ``give_up`` was called. Who must know how it ends before anything else may happen has no ``patience``; whoever
-        waits for that one, has. ``late`` is told after COMMIT_DEADLINE; the waiting goes on.
+        Args:
+            op: Touches nothing but its WriteTxn. It may run twice; only the last run counts.
+            patience: Seconds after which to give up.
+            late: Called after COMMIT_DEADLINE; the wait goes on.
+
+        Raises:
+            IndexFull, StoreFull, StoreDamaged: The write failed.
+            IndexStuck: ``patience`` has ended, or ``give_up`` was called.
+            StoreError: The writer has stopped.
+            Exception: What ``op`` raised, which undoes only this operation.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         job = _Job(op)
@@ -235,7 +242,7 @@ class Index:
         return job.unwrap()
 
     def give_up(self) -> None:
-        """Nobody waits for a commit any more, from now on: for the end, when it hangs. On the trio thread."""
+        """End all waits for commits from now on: for a shutdown with a hanging disk. On the trio thread."""
         self._given_up = True
         for done in self._waiting:
             done.set()
@@ -246,22 +253,22 @@ class Index:
         )
 
     def write_sync(self, op: Callable[[WriteTxn], T], *, patience: float | None = None) -> T:
-        """``write`` for where no trio runs: blocks the calling thread."""
+        """``write`` without trio: blocks the calling thread."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("an op may not wait for another op")
         job = _Job(op)
         done = threading.Event()
         job.deliver = done.set
         self._submit(job)
-        # Always set: by the op's transaction, or by the writer as it stops.
+        # Always set: by the operation's transaction, or by the writer as it stops.
         if not done.wait(patience):
             raise self._stuck()
         return job.unwrap()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Watch the writer thread: raises StoreError if it stops by itself, returns when the index is closed.
+        """Watch the writer thread: raise StoreError if it stops by itself, return when the index is closed.
 
-        Writing works without it; with it a stopped writer does not go unseen.
+        Writing works without it, but a stopped writer would go unnoticed.
         """
         stopped = trio.Event()
         token = trio.lowlevel.current_trio_token()
@@ -314,7 +321,7 @@ class Index:
                     self._run_group(group)
                     while group:
                         group.pop(0).end()
-                job = None  # while it waits for the next one it holds on to nothing that an op speaks of
+                job = None  # while waiting it keeps no reference to what an operation uses
         except BaseException as error:
             self._failure = error
             raise
@@ -338,7 +345,7 @@ class Index:
         return jobs
 
     def _run_group(self, group: list[_Job[object]]) -> None:
-        """One transaction for all. If it fails as a whole, one for each, so that no op fails for another's sake."""
+        """Run all in one transaction. If it fails as a whole, one for each, so that none fails because of another."""
         if self._no_disk is not None:
             self._keep_headroom()
         try:
@@ -357,17 +364,17 @@ class Index:
         job.result = job.error = None
         try:
             with self._environment.begin(parent=parent, write=True) as child:
-                job.result = job.op(WriteTxn(child, self._databases, self._room, self._nodeids.take))
+                job.result = job.op(WriteTxn(child, self._databases, self._no_space, self._nodeids.take))
         except lmdb.BadTxnError:
             raise
         except lmdb.Error as error:
             job.error = _translate(error, f"write the index {self.path}")
         except BaseException as error:
-            # Whatever it is belongs to whoever waits for the op: the thread serves everybody and goes on.
+            # The caller of the operation gets it: the thread serves everybody and goes on.
             job.error = error
 
-    def _room(self, transaction: Transaction) -> StoreError | None:
-        """What to say to a put that would grow the index now; None if there is room."""
+    def _no_space(self, transaction: Transaction) -> StoreError | None:
+        """The error for a put that would grow the index now; None if there is space."""
         pages = 0
         for database in self._databases.values():
             statistics = transaction.stat(database)
@@ -385,7 +392,7 @@ class Index:
         self._keep_headroom()
 
     def _keep_headroom(self) -> None:
-        """Keep ``_HEADROOM`` bytes allocated ahead of LMDB; while that fails, puts that grow the index are refused."""
+        """Keep ``_HEADROOM`` bytes allocated ahead of LMDB. While that fails, puts that grow the index are refused."""
         used = (self._environment.info()["last_pgno"] + 1) * self._page_size
         if self._no_disk is None and used + _HEADROOM // 2 <= self._allocated_to:
             return
@@ -423,7 +430,7 @@ def _open_databases(path: str, environment: lmdb.Environment) -> tuple[Databases
         if stored is None:
             transaction.put(schema.META_FORMAT, schema.encode_u64(schema.FORMAT), db=meta)
         elif (version := schema.decode_u64(stored)) < schema.FORMAT:
-            # 1 had no summaries, and has none now: they are made as pipelines become quiet.
+            # Format 1 had no summaries: they are made as pipelines become idle.
             transaction.put(schema.META_FORMAT, schema.encode_u64(schema.FORMAT), db=meta)
         elif version > schema.FORMAT:
             raise StoreUnsupported(

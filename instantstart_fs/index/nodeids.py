@@ -1,8 +1,9 @@
-"""HighWater: the file beside the index that keeps nodeids from being reused when the index is lost.
+"""HighWater: the file beside the index that keeps nodeids from being reused when the index is lost. It does not
+allocate them: the index does.
 
-It holds one number: every nodeid ever handed out is below it. It is raised in steps, before the first nodeid of the
-step is used (tmp, fsync, rename, fsync directory), so a reservation rarely touches it, and a lost index costs at most
-one step.
+It contains one number: every nodeid ever used is below it. It is raised in steps, before the first nodeid of a step is
+used (tmp, fsync, rename, fsync directory), so that a reservation rarely writes it and a lost index wastes at most one
+step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ STEP = 1 << 20
 
 
 def os_error(error: OSError, what: str) -> StoreError:
-    """The index's own seam for OSErrors (it may not import the store's)."""
+    """The StoreError for an OSError of the index, which does not import the store."""
     reason = f"{what}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StoreFull(reason)
@@ -30,14 +31,14 @@ def os_error(error: OSError, what: str) -> StoreError:
 
 
 class HighWater:
-    """Used by the writer thread alone, after ``load``."""
+    """The number in the file. After ``load`` only the writer thread uses it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._value = 0
 
     def load(self, *, index_is_new: bool) -> None:
-        """Raises StoreDamaged if it cannot be read and the index does not know better."""
+        """Read the file. Raises StoreDamaged if it is unreadable and the index is new."""
         try:
             with open(self.path, "rb") as file:
                 self._value = int(file.read(32))
@@ -54,11 +55,11 @@ class HighWater:
             raise os_error(error, f"read {self.path}") from error
 
     def set(self, value: int) -> None:
-        """Nodeids below ``value`` count as taken from now on. Raises StoreError."""
+        """Count nodeids below ``value`` as used from now on. Raises StoreError."""
         self._raise_to(value)
 
     def take(self, counter: int | None, count: int) -> int:
-        """The first of ``count`` nodeids, given the index's ``counter`` (the next free one; None: the index is new)."""
+        """Take ``count`` nodeids; the first one. ``counter``: the index's next free one; None in a new index."""
         first = max(self._value, FIRST_NODEID) if counter is None else counter
         if first + count > self._value:
             self._raise_to(first + count + STEP)

@@ -1,4 +1,4 @@
-"""Records and keys of the index. Pure: no LMDB here.
+"""The records and keys of the index, and their encoding. Pure: LMDB is used in index/transactions.py.
 
 Values are msgpack arrays (a field can be added at the end with a default). Keys sort so that everything of a pipeline,
 and everything of a generation in manifest order, is one range:
@@ -15,7 +15,7 @@ and everything of a generation in manifest order, is one range:
                    clock                                          core.eviction.ClockState
                    store                                          the identity of the store that it belongs to, ASCII
 
-Integers are big-endian; a pipeline id is ASCII without NUL, so that no id's range runs into another's.
+Integers are big-endian. A pipeline id is ASCII without NUL, so that no id's range overlaps another's.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from instantstart_fs.core.scrub import Pass
 from instantstart_fs.errors import StoreDamaged
 
 FORMAT = 2
-"""Of the whole index; a newer one is refused, an older one migrated at open. 2: what changes a pipeline's files takes
-its summary away, which a version that knows of no summaries would not do."""
+"""Of the whole index; a newer one is refused, an older one migrated at open. 2: whatever changes a pipeline's files
+deletes its summary, which a version without summaries would not do."""
 
 DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes", "coldstarts", "upkeep", "summaries")
 META_FORMAT = b"format"
@@ -43,7 +43,7 @@ META_HEALTH = b"health"
 META_CLOCK = b"clock"
 META_STORE = b"store"
 FIRST_NODEID = 1024
-"""Below it are the mount's own (the root is 1; .warm, .filling, .cold)."""
+"""Lower ones are the mount's own (the root is 1; .warm, .filling, .cold)."""
 
 _GENERATION = struct.Struct(">I")
 _FILE = struct.Struct(">II")
@@ -89,8 +89,8 @@ class FileRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class FailureRecord(msgspec.Struct, frozen=True, array_like=True):
-    """What went wrong last with a pipeline, so that a restart does not hide it. ``file``: its index in the manifest, -1
-    where it is of no single one. ``since_ns``: wall clock."""
+    """The last error of a pipeline, so that a restart does not hide it. ``file``: index in the manifest, -1 where it is
+    no single file's. ``since_ns``: wall clock."""
 
     code: str
     message: str
@@ -101,8 +101,8 @@ class FailureRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
-    """What is done about a pipeline in the background, so that a restart does not begin anew. ``learned``: None where
-    an earlier version wrote this; the slot has it then."""
+    """The state of a pipeline's maintenance, so that a restart continues it. ``learned``: None in a record of an
+    earlier version; then it is in the slot."""
 
     scrubbed: Pass = Pass()
     access: Access = Access()
@@ -111,19 +111,19 @@ class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SummaryRecord(msgspec.Struct, frozen=True, array_like=True):
-    """Stands for a pipeline's generation until somebody looks into it (catalog/unloaded.py). It is there only while
+    """Stands for a generation until it is loaded (catalog/unloaded.py). It exists only while
 
     - the slot holds nothing but that generation, and of its files what their records say: no fill has begun since, no
       update, no eviction;
-    - the records are those that it was made from: whatever writes or deletes one deletes it in the same transaction
-      (index/transactions.py).
+    - the records are those that it was made from: whatever writes or deletes one deletes the summary in the same
+      transaction (index/transactions.py).
 
-    A pipeline without one is read whole at the start, and cleaned of what a crash may have left.
+    A pipeline without one is loaded whole at the start, and what a crash may have left is removed.
 
     ``nodes`` of the tree; ``load_files``, ``load_bytes`` of the load set; ``subdirectories``: "" and each model's name
     → how many directories lie in its directory; ``counts``: catalog.unloaded.Counts; ``nodeids`` of files that are not
     in the generation's block. ``rules``: core.loadset.RULES by which the load set was found: by others it is another.
-    ``undecided``: how many variants there are of which somebody has to choose one.
+    ``undecided``: how many variants there are of which one must be chosen.
     """
 
     generation: int
@@ -150,7 +150,7 @@ _upkeep_decoder = msgspec.msgpack.Decoder(UpkeepRecord)
 _clock_decoder = msgspec.msgpack.Decoder(ClockState)
 _cold_start_decoder = msgspec.msgpack.Decoder(ColdStart)
 encode = msgspec.msgpack.Encoder().encode
-"""Any of the records → its value."""
+"""Encodes any of the records."""
 
 
 def _damaged(what: str, error: Exception) -> StoreDamaged:

@@ -1,8 +1,9 @@
-"""ReadTxn and WriteTxn: the typed verbs on the index. Valid only inside the op that they were given to.
+"""ReadTxn and WriteTxn: typed access to the index's records inside one operation. Threads and commits are
+index/environment.py's.
 
-Every method raises StoreDamaged for what cannot be read. A WriteTxn's puts raise IndexFull (the map has no room) or
-StoreFull (the disk has none) **before** the last room is used, so that deletes, and puts of no more than the op has
-deleted, always find the pages that LMDB's copy-on-write needs: a full index can be emptied.
+Every method raises StoreDamaged for what cannot be read. A WriteTxn's puts raise IndexFull (the map has no space) or
+StoreFull (the disk has none) **before** the last space is used, so that deletes, and puts of no more than the operation
+has deleted, always find the pages that LMDB's copy-on-write needs: a full index can be emptied.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     Databases = Mapping[str, lmdb._Database]
 
 _CHECK_EVERY = 64
-"""Puts between two looks at the room left: 64 records of at most some KiB stay far below the reserve."""
+"""Puts between two checks of the space left: 64 records of a few KiB stay far below the reserve."""
 
 
 class ReadTxn:
-    """A consistent view. ``environment.Index.read`` makes one."""
+    """A consistent view. ``Index.read`` makes one."""
 
     def __init__(self, transaction: Transaction, databases: Databases) -> None:
         self._transaction = transaction
@@ -116,12 +117,12 @@ class ReadTxn:
             yield key.decode("ascii")
 
     def clock(self) -> ClockState | None:
-        """What the last daemon knew of the clocks."""
+        """The clocks as the last daemon saved them."""
         value = self._get("meta", schema.META_CLOCK)
         return None if value is None else schema.decode_clock(value)
 
     def store_identity(self) -> str | None:
-        """Of the store that this is the index of; None: an earlier version made it, or it is new."""
+        """The identity of the store that the index belongs to; None in a new index or one of an earlier version."""
         value = self._get("meta", schema.META_STORE)
         return None if value is None else value.decode("ascii", "replace")
 
@@ -131,32 +132,36 @@ class ReadTxn:
 
 
 class WriteTxn(ReadTxn):
-    """What one op may do. All of it happens, or (the op raises) none."""
+    """The writes of one operation. All of them happen, or none if the operation raises.
+
+    It has more than 25 public methods, two or three per kind of record: they are typed put and delete, without logic of
+    their own.
+    """
 
     def __init__(
         self,
         transaction: Transaction,
         databases: Databases,
-        room: Callable[[Transaction], StoreError | None],
+        no_space: Callable[[Transaction], StoreError | None],
         take_nodeids: Callable[[int | None, int], int],
     ) -> None:
         super().__init__(transaction, databases)
-        self._room = room
+        self._no_space = no_space
         self._take_nodeids = take_nodeids
         self._puts = 0
         self._freed = 0
         self._full: StoreError | None = None
-        self._unsettled: set[str] = set()
-        """Pipelines whose summary this op has taken away."""
+        self._invalidated: set[str] = set()
+        """Pipelines whose summary this operation has deleted."""
 
-    def _unsettle(self, pipeline: str) -> None:
-        if pipeline not in self._unsettled:
+    def _invalidate_summary(self, pipeline: str) -> None:
+        if pipeline not in self._invalidated:
             self._delete("summaries", schema.pipeline_key(pipeline))
-            self._unsettled.add(pipeline)
+            self._invalidated.add(pipeline)
 
     def _put(self, database: str, key: bytes, value: bytes) -> None:
         if self._full is not None or self._puts % _CHECK_EVERY == 0:
-            self._full = self._room(self._transaction)
+            self._full = self._no_space(self._transaction)
         self._puts += 1
         if self._full is not None:
             old = self._get(database, key)
@@ -191,34 +196,34 @@ class WriteTxn(ReadTxn):
         self._delete("pipelines", schema.pipeline_key(pipeline))
         self._delete("requests", schema.pipeline_key(pipeline))
         self._delete("upkeep", schema.pipeline_key(pipeline))
-        self._unsettle(pipeline)
+        self._invalidate_summary(pipeline)
         for database in ("generations", "files", "atimes", "coldstarts"):
             self._delete_range(database, schema.pipeline_prefix(pipeline))
 
     def put_generation(self, record: GenerationRecord) -> None:
-        self._unsettle(record.pipeline)
+        self._invalidate_summary(record.pipeline)
         self._put("generations", schema.generation_key(record.pipeline, record.number), schema.encode(record))
 
     def delete_generation(self, pipeline: str, generation: int) -> None:
         """With its files and their times. No effect if it is not there."""
-        self._unsettle(pipeline)
+        self._invalidate_summary(pipeline)
         key = schema.generation_key(pipeline, generation)
         self._delete("generations", key)
         for database in ("files", "atimes"):
             self._delete_range(database, key)
 
     def put_file(self, pipeline: str, generation: int, index: int, record: FileRecord) -> None:
-        self._unsettle(pipeline)
+        self._invalidate_summary(pipeline)
         self._put("files", schema.file_key(pipeline, generation, index), schema.encode(record))
 
     def delete_file(self, pipeline: str, generation: int, index: int) -> bool:
         """Forget a file's state (not its times); whether it had one."""
-        self._unsettle(pipeline)
+        self._invalidate_summary(pipeline)
         return self._delete("files", schema.file_key(pipeline, generation, index))
 
     def delete_files(self, pipeline: str, generation: int) -> int:
         """Forget the state of all files of a generation (not their times); how many had one."""
-        self._unsettle(pipeline)
+        self._invalidate_summary(pipeline)
         return self._delete_range("files", schema.generation_key(pipeline, generation))
 
     def put_last_request(self, pipeline: str, at_ns: int) -> None:
@@ -237,13 +242,13 @@ class WriteTxn(ReadTxn):
         self._put("upkeep", schema.pipeline_key(pipeline), schema.encode(record))
 
     def put_summary(self, pipeline: str, record: SummaryRecord) -> None:
-        """After everything else that the op does to the pipeline."""
-        self._unsettled.discard(pipeline)
+        """Store a summary, after everything else that the operation does to the pipeline."""
+        self._invalidated.discard(pipeline)
         self._put("summaries", schema.pipeline_key(pipeline), schema.encode(record))
 
     def delete_summary(self, pipeline: str) -> None:
-        """Its files are about to change, or what lies in its slot."""
-        self._unsettle(pipeline)
+        """Delete a summary: the pipeline's files, or its slot, are about to change."""
+        self._invalidate_summary(pipeline)
 
     def put_clock(self, state: ClockState) -> None:
         self._put("meta", schema.META_CLOCK, schema.encode(state))
@@ -252,13 +257,13 @@ class WriteTxn(ReadTxn):
         self._put("meta", schema.META_STORE, identity.encode("ascii"))
 
     def prove_writable(self, at_ns: int) -> None:
-        """Write something small; raises what a real write would."""
+        """Write a small record; raises what any write would."""
         self._put("meta", schema.META_HEALTH, schema.encode_u64(at_ns))
 
     def reserve_nodeids(self, count: int) -> int:
-        """The first of ``count`` consecutive nodeids that nobody ever had, across restarts and lost indexes.
+        """Reserve ``count`` consecutive nodeids that were never used, across restarts and lost indexes; the first one.
 
-        If the op fails they are not handed out. Raises StoreFull or StoreReadOnly if the high-water mark cannot be
+        If the operation fails they are not reserved. Raises StoreFull or StoreReadOnly if the high-water mark cannot be
         written.
         """
         if count < 1:

@@ -27,7 +27,7 @@ from instantstart_fs.catalog.model import CachedFile, Pipeline, counts_as_reques
 from instantstart_fs.config import descriptors
 from instantstart_fs.core.coldstart_tracker import Starts
 from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreError
-from instantstart_fs.index.access_log import AccessLog
+from instantstart_fs.index.access_times import AccessTimes
 from instantstart_fs.serving.open_files import OpenFiles
 from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.blobstore import Proof
@@ -72,7 +72,7 @@ class Bindings:
     """Owned by the Library. ``keep_hot`` in seconds."""
 
     def __init__(
-        self, catalog: Catalog, access: AccessLog, open_files: OpenFiles, telemetry: Telemetry, keep_hot: float
+        self, catalog: Catalog, access: AccessTimes, open_files: OpenFiles, telemetry: Telemetry, keep_hot: float
     ) -> None:
         self._catalog = catalog
         self._access = access

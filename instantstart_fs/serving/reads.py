@@ -32,7 +32,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.filler.scheduler import Filler
 from instantstart_fs.filler.target import FillTarget
-from instantstart_fs.index.access_log import AccessLog
+from instantstart_fs.index.access_times import AccessTimes
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.serving.admission import Admissions
@@ -82,7 +82,7 @@ class Reads:
     def __init__(
         self,
         catalog: Catalog,
-        access: AccessLog,
+        access: AccessTimes,
         read_deadline: float,
         telemetry: Telemetry,
         open_files: OpenFiles,

@@ -1,7 +1,8 @@
-"""AccessLog: when was what last asked for. In memory at once, in the index every few seconds, in one transaction.
+"""AccessTimes: when each pipeline was last requested and each file last read. In memory at once, in the index every few
+seconds. It decides nothing: eviction and ``stat`` read it.
 
-Lives on the trio thread. A crash loses at most ``interval`` seconds of times, which only eviction's order depends on.
-A time is a reading of the wall clock in ns; one that lies in the future (the clock was set back) counts as now.
+On the trio thread. A crash loses at most ``interval`` seconds of times, which only eviction's order depends on. A time
+is a reading of the wall clock in ns; one in the future (the clock was set back) counts as now.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from instantstart_fs.index.transactions import WriteTxn
 logger = logging.getLogger(__name__)
 
 MOST_STORED = 50_000
-"""Times that are remembered beside the index, some 10 MB."""
+"""Times cached beside the index, some 10 MB."""
 
-FileTriple = tuple[str, int, int]
+FileTuple = tuple[str, int, int]
 """(pipeline, generation, index in the manifest)"""
 
 
 def clamp(stored_ns: int, now_ns: int) -> int:
-    """What a stored time counts as, now."""
+    """A stored time as it counts now."""
     return min(stored_ns, now_ns)
 
 
-class AccessLog:
+class AccessTimes:
     """``interval``: seconds between two writes. ``clock``: the wall clock, ns."""
 
     def __init__(self, index: Index, interval: float = 2.0, *, clock: Callable[[], int] = time.time_ns) -> None:
@@ -39,27 +40,27 @@ class AccessLog:
         self._clock = clock
         self._requests = index.read(lambda txn: txn.last_requests())
         self._dirty_requests: set[str] = set()
-        self._reads: dict[FileTriple, int] = {}
-        self._writing: dict[FileTriple, int] = {}
-        self._stored: dict[FileTriple, int | None] = {}
-        """What the index was seen to hold: a lookup in it takes as long as the rest of a file's attributes."""
+        self._reads: dict[FileTuple, int] = {}
+        self._writing: dict[FileTuple, int] = {}
+        self._stored: dict[FileTuple, int | None] = {}
+        """Times read from the index: a lookup there takes as long as the rest of a file's attributes."""
         self._wake = trio.Event()
         self._failing = False
 
     def record_request(self, pipeline: str, now_ns: int) -> None:
-        """``pipeline`` was requested. Cheap: for every open of a weight file."""
+        """Note a request of ``pipeline``. Cheap: called for every open of a weight file."""
         self._requests[pipeline] = now_ns
         self._dirty_requests.add(pipeline)
         self._wake.set()
 
     def record_read(self, pipeline: str, generation: int, index: int, now_ns: int) -> None:
-        """The file was read. Cheap: for every read."""
+        """Note a read of a file. Cheap: called for every read."""
         self._reads[pipeline, generation, index] = now_ns
         if not self._wake.is_set():
             self._wake.set()
 
     def forget(self, pipeline: str) -> None:
-        """The pipeline was removed: keep nothing of it."""
+        """Drop all times of a pipeline that was removed."""
         self._requests.pop(pipeline, None)
         self._dirty_requests.discard(pipeline)
         for times in (self._reads, self._stored):
@@ -67,18 +68,19 @@ class AccessLog:
                 del times[file]
 
     def clock_was_set(self) -> None:
-        """Requests that now lie in the future were made now: else nobody could say for how long they count."""
+        """Move requests that now lie in the future to now: otherwise they would count for an unknown time."""
         now = self._clock()
         for pipeline in [pipeline for pipeline, at_ns in self._requests.items() if at_ns > now]:
             self.record_request(pipeline, now)
 
     def last_request(self, pipeline: str) -> int | None:
-        """ns; None if it was never requested."""
+        """When the pipeline was last requested, ns; None if never."""
         stored = self._requests.get(pipeline)
         return None if stored is None else clamp(stored, self._clock())
 
     def last_access(self, pipeline: str, generation: int, index: int) -> int | None:
-        """ns; None if it was never read. From memory, or a lookup in the mapped index (microseconds)."""
+        """When the file was last read, ns; None if never. From memory, or a lookup in the mapped index
+        (microseconds)."""
         file = (pipeline, generation, index)
         stored = self._reads.get(file, self._writing.get(file))
         if stored is None:
@@ -92,8 +94,8 @@ class AccessLog:
         return None if stored is None else clamp(stored, self._clock())
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Write what was recorded, every ``interval`` seconds while there is anything. Runs until cancelled, and then
-        writes once more. A failure is logged once and tried again: times are not worth a daemon."""
+        """Write what was recorded every ``interval`` seconds until cancelled, then once more. A failure is logged once
+        and tried again: losing times is no reason to stop the daemon."""
         task_status.started()
         try:
             while True:
@@ -115,7 +117,7 @@ class AccessLog:
             self._failing = False
 
     async def flush(self) -> None:
-        """Make everything recorded so far durable. Raises StoreError; what was not written stays to be written."""
+        """Make everything recorded so far durable. Raises StoreError; what was not written is written next time."""
         if self._wake.is_set():
             self._wake = trio.Event()
         requests = {pipeline: self._requests[pipeline] for pipeline in self._dirty_requests}
@@ -137,8 +139,8 @@ class AccessLog:
             self._writing = {}
 
 
-def _write_times(txn: WriteTxn, requests: dict[str, int], reads: dict[FileTriple, int]) -> None:
-    """Times of what was removed meanwhile are dropped, so that they never outlive their pipeline or generation."""
+def _write_times(txn: WriteTxn, requests: dict[str, int], reads: dict[FileTuple, int]) -> None:
+    """Write times, except those of pipelines and generations that were removed meanwhile."""
     for pipeline, at_ns in requests.items():
         if txn.get_pipeline(pipeline) is not None:
             txn.put_last_request(pipeline, at_ns)

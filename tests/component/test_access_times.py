@@ -10,7 +10,7 @@ import trio.testing
 
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import IndexFull
-from instantstart_fs.index.access_log import AccessLog, clamp
+from instantstart_fs.index.access_times import AccessTimes, clamp
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import GenerationRecord, PipelineRecord
 from instantstart_fs.index.transactions import WriteTxn
@@ -29,8 +29,8 @@ def index(tmp_path: Path) -> Iterator[Index]:
         yield index
 
 
-def log_of(index: Index, now_ns: int = 1000, interval: float = 0.05) -> AccessLog:
-    return AccessLog(index, interval, clock=lambda: now_ns)
+def log_of(index: Index, now_ns: int = 1000, interval: float = 0.05) -> AccessTimes:
+    return AccessTimes(index, interval, clock=lambda: now_ns)
 
 
 def stored(index: Index) -> tuple[dict[str, int], list[tuple[int, int]]]:
@@ -130,7 +130,7 @@ async def test_what_is_removed_is_not_brought_back(index: Index) -> None:
 async def test_a_failed_write_is_told_once_and_made_good_later(
     index: Index, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "instantstart_fs.index.access_log")
+    caplog.set_level(logging.WARNING, "instantstart_fs.index.access_times")
     attempts = 0
     broken = trio.Event()
     real_write = index.write
