@@ -22,7 +22,7 @@ from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.learned import Learned
 from instantstart_fs.core.loadset import Hints, LoadSet, sort_files, with_wanted
 from instantstart_fs.core.manifest import FileEntry, Manifest, ModelSpec, PipelineSpec
-from instantstart_fs.core.scrub import Pass
+from instantstart_fs.core.scrub import ScrubProgress
 from instantstart_fs.core.staging import Shard
 from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
 from instantstart_fs.errors import AccessRefused
@@ -550,7 +550,7 @@ class Pipeline:
         self.on_failure: Callable[[Pipeline], None] = lambda pipeline: None
         """Told when ``failure`` was set or lifted."""
         self.uncached: Uncached | None = None
-        self.scrubbed = Pass()
+        self.scrubbed = ScrubProgress()
         """How far the scrub has come with it (upkeep/scrub.py)."""
         self.learned = Learned()
         """What engines were seen to load (catalog/learning.py)."""

@@ -15,8 +15,8 @@ import msgspec
 
 from instantstart_fs.cli.progress import Bar, fits
 from instantstart_fs.cli.show import table as columns
+from instantstart_fs.core.humanize import human_bytes, human_seconds
 from instantstart_fs.core.limits import MAX_SECONDS
-from instantstart_fs.core.words import human_bytes, human_seconds
 from instantstart_fs.errors import DaemonUnreachable, InstantStartError, PrefetchError, UsageError
 from instantstart_fs.prefetch import DeviceReport, LeaseSource, Stage, Stager, plan
 from instantstart_fs.prefetch.holding import HoldClient, Holder, HoldStatus, held_pipelines, hold_socket

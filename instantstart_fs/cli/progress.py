@@ -15,7 +15,7 @@ import threading
 from types import FrameType
 from typing import Any, TextIO
 
-from instantstart_fs.core.words import human_bytes
+from instantstart_fs.core.humanize import human_bytes
 
 LINES = 2
 LEAST_ROWS, LEAST_COLUMNS = 6, 24

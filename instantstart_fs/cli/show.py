@@ -15,8 +15,8 @@ import msgspec
 
 from instantstart_fs.cli.terminal import escaped, unicode_capable
 from instantstart_fs.control.protocol import DaemonInfo
+from instantstart_fs.core.humanize import did_you_mean, human_bytes, human_seconds, reason_first
 from instantstart_fs.core.status import FileStatus, PipelineStatus, SkippedStatus
-from instantstart_fs.core.words import did_you_mean, human_bytes, human_seconds, reason_first
 from instantstart_fs.errors import PipelineNotFound, printable
 
 _COLOURS = {

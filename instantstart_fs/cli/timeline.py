@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 
 from instantstart_fs.cli.show import human_time
 from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, late, phases, scale
+from instantstart_fs.core.humanize import did_you_mean, human_bytes, human_seconds
 from instantstart_fs.core.limits import MAX_TIME_NS
-from instantstart_fs.core.words import did_you_mean, human_bytes, human_seconds
 from instantstart_fs.errors import UsageError, printable
 
 WIDTH = 44

@@ -16,8 +16,8 @@ from instantstart_fs.cli.progress import Bar, fits
 from instantstart_fs.cli.show import percent, rate_line
 from instantstart_fs.cli.show import progress as fetched
 from instantstart_fs.control.client import Client
+from instantstart_fs.core.humanize import human_bytes, reason_first
 from instantstart_fs.core.status import PipelineStatus
-from instantstart_fs.core.words import human_bytes, reason_first
 from instantstart_fs.errors import InstantStartError, printable
 
 if TYPE_CHECKING:

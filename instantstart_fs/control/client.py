@@ -55,10 +55,10 @@ from instantstart_fs.control.protocol import (
     encode_request,
 )
 from instantstart_fs.core.coldstart import ColdStart, Moment
+from instantstart_fs.core.humanize import did_you_mean
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import OriginCheck, PipelineStatus
 from instantstart_fs.core.weights import WeightSet
-from instantstart_fs.core.words import did_you_mean
 from instantstart_fs.errors import (
     ControlProtocolError,
     DaemonUnreachable,

@@ -1,5 +1,5 @@
-"""Whether an origin still lets a pipeline's credentials in: what one check says, what several in a row mean, when the
-next one is. Pure: time is a parameter (the wall clock, since it is remembered over restarts).
+"""Judges from access checks whether an origin still accepts a pipeline's credentials, and when to check next. Pure:
+time is a parameter (the wall clock, since the state survives restarts). The checks themselves are made elsewhere.
 
 A refusal must be said twice, CONFIRM_SECONDS apart, before it counts: proxies and rate limits say 403, too. What is no
 answer (an outage, credentials that cannot be read here) changes nothing: a warm pipeline needs neither its origin nor

@@ -1,4 +1,4 @@
-"""Which addresses an origin may send the daemon to. Pure.
+"""Which network addresses an origin may send the daemon to. Pure: nothing is resolved or connected here.
 
 The daemon runs as root in the middle of a network: it reaches services of this machine, a cloud's metadata and the
 neighbours, which whoever writes a redirect, or a DNS record, may not reach. So an address that is chosen elsewhere must

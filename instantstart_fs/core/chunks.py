@@ -1,4 +1,6 @@
-"""Ranges and presence. A chunk is the unit of filling; a ChunkMap says which chunks of a file are there."""
+"""Byte ranges and presence: a chunk is the unit of filling, a ChunkMap says which chunks of a file are present. Pure
+values.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The cold-start record: what happened between a pipeline's first open and its engine being fed. Pure.
+"""The cold-start record: what happened between a pipeline's first open and the moment its engine has its weights. Pure
+values; core/coldstart_tracker.py makes the records.
 
 What one says, how it is cut into phases and drawn on a scale, which marks it takes, and how many are kept. How records
 come about is core/coldstart_tracker.py's.

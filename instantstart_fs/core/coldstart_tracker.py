@@ -1,4 +1,4 @@
-"""Events → cold-start records. Pure: events come in with their time, records come out.
+"""Turns events (opens, reads, chunks) into cold-start records. Pure: events come with their time, records come out.
 
 A record begins with the first open of a weight file while none is live, and with the first one after a ``requested``.
 It is live until ``first-token``, or until the pipeline has been quiet: QUIET_SECONDS with no weight file open, or

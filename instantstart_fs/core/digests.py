@@ -1,4 +1,5 @@
-"""Hashers for what a manifest may say about a file. Pure computation; feed the bytes in order, once.
+"""Hashers for the digests that a manifest can name. They compute; comparing is the caller's. Feed the bytes in order,
+once.
 
 ``new_hasher(digest, size)`` gives the object that computes what ``digest.value`` should be. All values are lowercase
 hex; checksums (crc32, crc32c, crc64nvme) are the big-endian number, as S3 writes it in base64. Composite digests

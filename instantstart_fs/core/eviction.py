@@ -1,4 +1,5 @@
-"""Which pipelines to empty, and whether new bytes may come in at all: LRU by last request, whole pipelines. Pure.
+"""Which pipelines to evict, and whether new bytes may come in: LRU by last request, whole pipelines. Pure:
+upkeep/eviction.py carries it out.
 
 Never a hot, pinned, open or leased one (design rule 6): where those fill the store, a plan is short and says so by
 freeing less than was asked, and an admission is refused. Remains of cold pipelines, which are worth nothing to an

@@ -1,4 +1,4 @@
-"""Counts by upper bound, as Prometheus wants them. Pure."""
+"""A histogram as Prometheus defines it: counts by upper bound. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One event that many notice: said once, then counted. Pure: time is a parameter (seconds of one monotonic clock)."""
+"""Groups one event that affects many files: logged once, then counted. Pure: time is a parameter (seconds of one
+monotonic clock).
+"""
 
 from __future__ import annotations
 

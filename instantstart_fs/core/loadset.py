@@ -1,5 +1,6 @@
-"""Which files an engine loads, and in which order. A repository that carries safetensors and PyTorch and ONNX weights
-must not cost four times the bytes; and one that is called warm must have whatever its engine opens.
+"""The load set: which files an engine loads, and in which order. Pure: it looks at names and sizes, never at contents.
+A repository with safetensors, PyTorch and ONNX weights must not cost all of them; a pipeline that is called warm must
+have every file that its engine opens.
 
 What one file is for says core/roles.py; which of several with the same weights is kept, core/twins.py. When in doubt, a
 file is fetched: a byte too much costs seconds, a byte too few an outage.

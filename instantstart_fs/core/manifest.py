@@ -1,4 +1,5 @@
-"""The pinned truth about what a pipeline holds: which files, how long, proven by what, fetched from where.
+"""The manifest: which files a pipeline consists of, their sizes, digests and where to fetch them, pinned at resolve.
+Values only.
 
 A Manifest is made once, when a generation is resolved, and never changes. File indices are positions in
 ``Manifest.files`` and are stable for the life of the generation: presence bitmaps, nodeids and index records use them.

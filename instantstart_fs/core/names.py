@@ -1,4 +1,4 @@
-"""Which names may touch a filesystem. Everything that comes from a user or an origin passes here first."""
+"""Validates the names that may reach a filesystem: everything from a user or an origin passes here first. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an HTTP answer that holds no bytes means: status, the service's own code and its message become an error. Pure.
+"""Turns an HTTP refusal (status, the service's error code and message) into an error. Pure: nothing is read here.
 
 An S3 service says why in its body (``<Error><Code>…``), the hub in its headers (X-Error-Code, X-Error-Message). A CDN
 or a proxy on the way says something too, but the decision is not theirs: what it refuses is asked for anew.

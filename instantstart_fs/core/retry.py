@@ -1,4 +1,5 @@
-"""When to ask again, and when to stop asking: Backoff and Breaker. Pure: time and chance are parameters.
+"""Backoff, circuit breaker and what counts as progress. Pure: time and chance are parameters; which errors count is
+decided by the callers.
 
 Times are seconds of any one monotonic clock. Neither object knows what failed; the filler decides which errors count
 (core/fillplan asks for nothing while a breaker's ``limit`` is 0).

@@ -1,4 +1,4 @@
-"""What one file of a model is for, by its name and its size. Pure; core/loadset.py looks at the files together.
+"""What a single file of a model is for, by its name and size. Pure; core/loadset.py looks at the files together.
 
 *Weights*: opening them is a request for the pipeline. *Config*: configuration, tokenizers, templates, remote code,
 voice prompts: what engines read beside the weights, and what backups and indexers read of everything. *Docs* and

@@ -1,4 +1,5 @@
-"""When which pipeline's bytes on the disk are read again, and when that has to rest. Pure: time is a parameter.
+"""When the bytes of which pipeline are read and compared again, and when that pauses. Pure: time is a parameter;
+upkeep/scrub.py reads.
 
 A pass goes over one pipeline's complete files in manifest order. The next one is of the pipeline that was proven the
 longest time ago, once that is more than ``period``. A pass that a restart, or an update, cut short goes on, or begins
@@ -16,7 +17,7 @@ QUIET_SECONDS = 30.0
 """An engine that loads shard by shard opens the next one sooner than that."""
 
 
-class Account(msgspec.Struct, frozen=True):
+class ScrubCandidate(msgspec.Struct, frozen=True):
     """A pipeline with ``bytes`` of complete files. ``proven_at``: seconds of the wall clock; all that was complete then
     has been read and compared since."""
 
@@ -25,7 +26,7 @@ class Account(msgspec.Struct, frozen=True):
     proven_at: float
 
 
-class Pass(msgspec.Struct, frozen=True):
+class ScrubProgress(msgspec.Struct, frozen=True):
     """What is remembered of a pipeline. ``proven_at_ns``: when the last whole pass began, 0 = there was none.
     ``began_at_ns``: of the pass under way, over ``generation``, whose files below ``next_index`` are done; 0 = none."""
 
@@ -38,17 +39,17 @@ class Pass(msgspec.Struct, frozen=True):
     def under_way(self) -> bool:
         return self.began_at_ns > 0
 
-    def begun(self, generation: int, now_ns: int) -> Pass:
+    def begun(self, generation: int, now_ns: int) -> ScrubProgress:
         """The pass that is to go on now."""
         if self.under_way and self.generation == generation:
             return self
-        return Pass(self.proven_at_ns, now_ns, generation, 0)
+        return ScrubProgress(self.proven_at_ns, now_ns, generation, 0)
 
-    def done(self, next_index: int) -> Pass:
+    def done(self, next_index: int) -> ScrubProgress:
         return msgspec.structs.replace(self, next_index=next_index)
 
-    def finished(self) -> Pass:
-        return Pass(proven_at_ns=self.began_at_ns)
+    def finished(self) -> ScrubProgress:
+        return ScrubProgress(proven_at_ns=self.began_at_ns)
 
 
 class Activity(msgspec.Struct, frozen=True):
@@ -58,7 +59,7 @@ class Activity(msgspec.Struct, frozen=True):
     busy: bool
 
 
-def next_pass(accounts: Iterable[Account], period: float, now: float) -> tuple[str | None, float]:
+def next_pass(accounts: Iterable[ScrubCandidate], period: float, now: float) -> tuple[str | None, float]:
     """(The pipeline to read now, 0), or (None, seconds until one is due: infinite where there is none)."""
     oldest: tuple[float, str] | None = None
     for account in accounts:
@@ -72,13 +73,13 @@ def next_pass(accounts: Iterable[Account], period: float, now: float) -> tuple[s
     return (oldest[1], 0.0) if wait <= 0 else (None, wait)
 
 
-def overdue(accounts: Iterable[Account], period: float, now: float) -> float:
+def overdue(accounts: Iterable[ScrubCandidate], period: float, now: float) -> float:
     """By how many seconds the longest unproven pipeline is late; 0 while none is."""
     late = (now - account.proven_at - period for account in accounts if account.bytes > 0 and account.proven_at <= now)
     return max(0.0, max(late, default=0.0))
 
 
-class Quiet:
+class IdleDetector:
     """Notices demand. ``quiet``: seconds without any, after which there is none."""
 
     def __init__(self, quiet: float = QUIET_SECONDS) -> None:

@@ -1,4 +1,5 @@
-"""How many may be connected at once, and who gives way when there is no room. Pure: time is a parameter.
+"""How many connections there may be, and which idle one is closed for a new one. Pure: time is a parameter; control and
+web hold the connections.
 
 Each connection has a seat, which counts for its share: a uid, say. Who is at work keeps its seat; who only sits there
 gives it up when another needs it. So nobody keeps others out by doing nothing, with however many connections, and

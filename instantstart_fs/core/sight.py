@@ -1,4 +1,5 @@
-"""What a caller sees of the pipelines, by whatever door it comes: the control socket, the page, the metrics. Pure.
+"""Which pipelines a caller may see, the same at the control socket, the page and the metrics. Pure: who the caller is,
+is found out there.
 
 One rule, and it is the mount's: who may list a pipeline's directory, by its owner, group and mode, sees its state. Of
 what is not known about a caller the least is assumed, so that nobody sees more by hiding who he is.

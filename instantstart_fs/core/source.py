@@ -1,4 +1,4 @@
-"""Source addresses: where a user says that a model lives. Pure parsing, no look-up.
+"""Source addresses: parses where a user says that a model is. Pure; nothing is looked up.
 
     hf://org/repo            hf://org/repo@revision        hf://gpt2@refs/pr/1     (a revision may hold slashes)
     s3://bucket              s3://bucket/prefix            (the prefix is a directory, or names one object)

@@ -1,4 +1,6 @@
-"""What `status --json` and `ls --json` print: stable, documented in docs/CONFIGURATION.md. Times: RFC 3339 or null."""
+"""The values that `status --json` and `ls --json` print: stable, documented in docs/CONFIGURATION.md. Times are RFC
+3339 or null.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A generation's files as a directory tree. Built once from the manifest; immutable afterwards.
+"""A generation's files as a directory tree, built once from the manifest and immutable. It knows names and indexes, but
+neither presence nor nodeids.
 
 Node 0 is the pipeline's root, node 1…n the directories and files. A node's nodeid in the mount is
 ``base + NODEIDS_PER_NODE * node`` unless the library says otherwise (the roots keep theirs across generations).

@@ -1,5 +1,5 @@
-"""Files that carry the same weights as others beside them: which are kept, which are left out, and which somebody has
-to choose from. Pure; one model at a time.
+"""Finds files that carry the same weights as others beside them: which are kept, which are left out, and which a user
+has to choose between. Pure; one model at a time.
 
 Left out is only what is a *twin* of something that is kept: in the same directory, of the same stem after the renamings
 that libraries make, in a format that loaders take second; or a whole copy for another runtime, in a directory that is

@@ -1,4 +1,4 @@
-"""Addresses of the web: how one is shown, and what it holds of credentials. Pure."""
+"""How a web address is shown, and which parts of it are credentials. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a pipeline is weights, as the daemon tells the prefetch helper. Pure values, part of the control protocol."""
+"""Describes a pipeline's weights to the prefetch helper. Pure values, part of the control protocol."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Judging what an origin's server answered: whether the body holds the bytes asked for, and which error a failure is.
-It reads headers and exceptions, and opens no connection.
+"""Judges the answer of an origin's server: whether the body holds the requested bytes, and which error a failure is. It
+reads headers and exceptions, and opens no connection.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Applies what the fetch processes report: chunks become present and readers wake, progress counts, lost requests are
-queued again. What a failure means is decided in filler/failures.py, the end of a fill in filler/completion.py.
+"""Applies the reports of the fetch processes: chunks become present and wake their readers, lost requests are queued
+again. What a failure means is decided in filler/failures.py, the end of a fill in filler/completion.py.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Protocol
 import trio
 
 from instantstart_fs.core.fillqueue import Request
-from instantstart_fs.core.serving import may_serve_unsealed
+from instantstart_fs.core.trust import may_serve_unsealed
 from instantstart_fs.errors import InstantStartError, OutOfResources, from_code
 from instantstart_fs.filler.breakers import host_of
 from instantstart_fs.filler.fill import FetchRequest, Fill

@@ -29,7 +29,7 @@ from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.retry import Effort, quantum
-from instantstart_fs.core.serving import endpoint_trusted, may_serve_unsealed
+from instantstart_fs.core.trust import endpoint_trusted, may_serve_unsealed
 from instantstart_fs.errors import (
     DigestMismatch,
     FillCancelled,

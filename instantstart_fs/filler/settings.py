@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from instantstart_fs.core.retry import Backoff
-from instantstart_fs.core.serving import ServeUnsealed
+from instantstart_fs.core.trust import ServeUnsealed
 
 
 class FillSettings(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.core.faults import Streak
 from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.retry import REPEAT_SECONDS, believed_retry_after
-from instantstart_fs.core.serving import may_serve_unsealed
+from instantstart_fs.core.trust import may_serve_unsealed
 from instantstart_fs.errors import (
     AccessRefused,
     DigestMismatch,

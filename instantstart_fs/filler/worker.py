@@ -1,10 +1,8 @@
-"""The fetch process: ``python -m instantstart_fs.filler.worker SOCKET_FD LOCK_FD PAUSE_FD SETTINGS``.
-
-It carries out orders and decides nothing: a failed fetch is reported and forgotten.
-
-Spawned by filler/pool.py, never forked from the daemon's threads. It holds the store's workers lock (``LOCK_FD``) for
-its whole life and ends with its socket: on EOF it calls ``os._exit`` at once, whatever its threads wait for
-(PR_SET_PDEATHSIG is of no use: it follows a thread). It ignores SIGINT, which the daemon handles.
+"""The fetch process: ``python -m instantstart_fs.filler.worker SOCKET_FD LOCK_FD PAUSE_FD SETTINGS``. It carries out
+orders and decides nothing: a failed fetch is reported and forgotten. Spawned by filler/pool.py, never forked from the
+daemon's threads. It holds the store's workers lock (``LOCK_FD``) for its whole life and ends with its socket: on EOF it
+calls ``os._exit`` at once, whatever its threads wait for (PR_SET_PDEATHSIG is of no use: it follows a thread). It
+ignores SIGINT, which the daemon handles.
 
 One thread reads orders; each running fetch has a thread, reused, with one buffer; a few threads hash
 (filler/hashing.py). Nothing here imports trio, and awscrt only where a digest needs it (a worker stays under 120 MiB).

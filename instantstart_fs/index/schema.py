@@ -29,7 +29,7 @@ from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import ClockState
 from instantstart_fs.core.learned import Learned
 from instantstart_fs.core.manifest import PipelineSpec
-from instantstart_fs.core.scrub import Pass
+from instantstart_fs.core.scrub import ScrubProgress
 from instantstart_fs.errors import StoreDamaged
 
 FORMAT = 2
@@ -104,7 +104,7 @@ class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
     """The state of a pipeline's maintenance, so that a restart continues it. ``learned``: None in a record of an
     earlier version; then it is in the slot."""
 
-    scrubbed: Pass = Pass()
+    scrubbed: ScrubProgress = ScrubProgress()
     access: Access = Access()
     failure: FailureRecord | None = None
     learned: Learned | None = None

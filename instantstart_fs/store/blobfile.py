@@ -1,4 +1,5 @@
-"""BlobFile: one sparse file of the store, and its seal record.
+"""BlobFile: one sparse file of the store and its seal record. It knows nothing about presence (the index does) and
+takes no locks.
 
 Owns one descriptor and nothing else. It keeps no state about presence (the index does) and takes no locks: reads and
 writes are positional, so threads may share it, but whoever closes it must know that nobody is inside a call, since a

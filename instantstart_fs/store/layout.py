@@ -1,4 +1,4 @@
-"""Where things lie in a store. Pure: strings in, strings out.
+"""The paths of a store. Pure: strings in, strings out.
 
     <root>/lock                                       one daemon per store (flock; holds its pid)
     <root>/workers.lock                               shared by living fetch workers

@@ -1,7 +1,7 @@
-"""Who has the store: one daemon (``lock``), and the fetch workers that may outlive it for a moment (``workers.lock``).
-And who has one of its files.
+"""The locks of a store: one daemon (``lock``), and the fetch workers that may outlive it for a moment
+(``workers.lock``); and whether another process uses one of its files.
 
-flock(2) locks: they end with the last descriptor of their open file, so a killed holder can never leave one behind.
+They are flock(2) locks: they end with the last descriptor of their open file, so a killed process never leaves one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from instantstart_fs.store.os_errors import translated
 _LIBC = ctypes.PyDLL(None, use_errno=True)
 """Keeps the interpreter lock."""
 _POLL = 0.02
-"""Seconds between two tries: flock has no deadline of its own."""
+"""Seconds between two tries: flock has no time-out."""
 
 
 def _open(path: str) -> int:
@@ -38,7 +38,8 @@ def _try(fd: int, operation: int) -> bool:
 
 
 def lock_store(path: str, root: str) -> int:
-    """Take the store for this process; the descriptor that holds it. Raises StoreLocked at once if it is taken."""
+    """Lock the store for this process; the descriptor that holds the lock. Raises StoreLocked at once if it is
+    taken."""
     fd = _open(path)
     try:
         with translated(f"lock {path}"):
@@ -61,7 +62,7 @@ def lock_store(path: str, root: str) -> int:
 
 
 def wait_for_workers(path: str, root: str, deadline: float) -> None:
-    """Return once no worker of an earlier daemon is left. Raises StoreLocked after ``deadline`` seconds."""
+    """Wait until no worker of an earlier daemon is left. Raises StoreLocked after ``deadline`` seconds."""
     fd = _open(path)
     try:
         limit = time.monotonic() + deadline
@@ -90,13 +91,13 @@ def share_with_worker(path: str) -> int:
 
 
 def used_elsewhere(fd: int) -> bool:
-    """Whether anybody has the file open or mapped by another description than that of ``fd`` (duplicates share it),
-    through whichever mount: then the kernel grants no write lease. False where the filesystem or our rights (CAP_LEASE
-    for others' files) allow none."""
-    # An open that meets the lease is told of by a signal: SIGIO, the usual one, would end this process.
+    """Whether the file is open or mapped through another open file description than that of ``fd`` (duplicates share
+    it), in any mount: the kernel then grants no write lease. False where the filesystem or our rights (CAP_LEASE for
+    others' files) allow no lease."""
+    # An open that meets the lease raises a signal: SIGIO, the default, would end this process.
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-    # And it waits, or fails if it must not (tar opens with O_NONBLOCK): so the two calls come right after each other.
-    # fcntl.fcntl would let other threads run in between, for milliseconds.
+    # That open waits, or fails with O_NONBLOCK (tar): so the two calls follow each other at once. fcntl.fcntl would let
+    # other threads run in between, for milliseconds.
     if _LIBC.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK) != 0:
         return ctypes.get_errno() == errno.EAGAIN
     _LIBC.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

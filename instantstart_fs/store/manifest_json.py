@@ -1,9 +1,9 @@
-"""Decoding and encoding a large manifest without holding up the other threads: msgspec holds the interpreter's lock
-meanwhile, 60 ms for the 100,000 files of one call.
+"""Encodes and decodes large manifests in slices, so that other threads run in between: msgspec holds the interpreter
+lock, 60 ms for the 100,000 files of one call.
 
-What this daemon writes has no blanks, so ``},{"path":`` stands between two files of one model and nowhere else: within
-a string of JSON a quotation mark has a backslash before it. All but a few files are cut out there, decoded some at a
-time, and put back into what is left. A manifest that somebody laid out anew is decoded at once.
+This daemon writes JSON without blanks, so ``},{"path":`` occurs between two files of one model and nowhere else: in a
+JSON string a quotation mark has a backslash before it. All but a few files are cut out there, decoded slice by slice,
+and put back. A manifest that was reformatted is decoded at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest
 
 SLICE = 1000
-"""Files decoded at a time: under a millisecond."""
+"""Files in one slice: under a millisecond."""
 _BETWEEN = b'},{"path":'
 _FILE = b'{"path":'
 _MODEL = b'"files":['
@@ -30,7 +30,7 @@ _files = msgspec.json.Decoder(list[ManifestFile])
 
 
 def encode(frame: bytes, models: Iterable[ModelManifest]) -> bytes:
-    """The whole, of what msgspec makes of it without its models (``frame``), and of these, some files at a time."""
+    """Encode a manifest. ``frame``: its JSON without models, which are inserted slice by slice."""
     written: list[bytes] = []
     for model in models:
         before, _, after = _encode(msgspec.structs.replace(model, files=())).partition(_NO_FILES)
@@ -42,7 +42,8 @@ def encode(frame: bytes, models: Iterable[ModelManifest]) -> bytes:
 
 
 def cut(raw: bytes) -> tuple[bytes, list[tuple[int, bytes]]]:
-    """What is left, and what was cut out: (how many files are left before it, its files as JSON without brackets)."""
+    """Cut slices out; what is left, and each slice: (number of remaining files before it, its files as JSON without
+    brackets)."""
     left: list[bytes] = []
     out: list[tuple[int, bytes]] = []
     before = start = 0
@@ -58,7 +59,7 @@ def cut(raw: bytes) -> tuple[bytes, list[tuple[int, bytes]]]:
 
 
 def _cuts(raw: bytes) -> Iterator[int]:
-    """Positions of the comma before every so manieth file."""
+    """Offsets of the comma before every SLICE-th file."""
     found, position = 0, raw.find(_BETWEEN)
     while position >= 0:
         if found % SLICE == 0:
@@ -68,7 +69,7 @@ def _cuts(raw: bytes) -> Iterator[int]:
 
 
 def put_back(manifest: Manifest, out: list[tuple[int, bytes]]) -> Manifest:
-    """``manifest`` is what was left, decoded. Raises msgspec.MsgspecError, UnicodeDecodeError."""
+    """Insert the slices into ``manifest``, the decoded rest. Raises msgspec.MsgspecError, UnicodeDecodeError."""
     models, passed, pieces = [], 0, list(reversed(out))
     for model in manifest.models:
         files: list[ManifestFile] = []

@@ -1,4 +1,4 @@
-"""What a slot says of itself: pipeline.json, manifest.json and learned.json, read and written through the store's tree.
+"""Reads and writes what a slot says of itself: pipeline.json, manifest.json and learned.json, through the store's tree.
 It knows nothing about the pipelines' files.
 """
 

@@ -1,4 +1,4 @@
-"""OSError → StoreError: the seam where the filesystem's errors enter."""
+"""Translates OSError into StoreError, where the filesystem's errors enter. It decides nothing about retries."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _OUT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errn
 
 
 def passing(number: int | None) -> bool:
-    """Whether an errno tells of a want of this moment (room, descriptors, memory, a signal), and so of nothing that is
-    wrong with, or cannot be done to, what it was met at. The one list of these."""
+    """Whether an errno is a passing shortage (space, descriptors, memory, a signal) and says nothing about the file
+    that it was met at. The one list of these."""
     return number in _FULL or number in _OUT_OF or number == errno.ENOMEM
 
 
 def translate(error: OSError, what: str) -> StoreError:
-    """The StoreError for ``error``, met while doing ``what`` ("write models/a.bin", say)."""
+    """The StoreError for ``error``, raised by ``what`` ("write models/a.bin", say)."""
     reason = error.strerror or str(error)
     match error.errno:
         case errno.ENOSPC:
@@ -60,7 +60,7 @@ def translate(error: OSError, what: str) -> StoreError:
 
 @contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Turn an OSError of the block into a StoreError that says ``what`` was being done."""
+    """Raise an OSError of the block as a StoreError that names ``what`` was done."""
     try:
         yield
     except OSError as error:

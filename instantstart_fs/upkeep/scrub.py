@@ -18,7 +18,7 @@ from instantstart_fs.admin.rehash import Pace, rehash
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.model import CachedFile, Pipeline
 from instantstart_fs.core import scrub
-from instantstart_fs.core.scrub import Account, Activity, Quiet
+from instantstart_fs.core.scrub import Activity, IdleDetector, ScrubCandidate
 from instantstart_fs.core.status import ScrubStatus
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.serving.reads import Reads
@@ -62,7 +62,7 @@ class Scrubber:
         self._activity = activity
         self._period = period
         self._rate = rate
-        self._quiet = Quiet()
+        self._quiet = IdleDetector()
         self._reading_now: str | None = None
         self.resting = False
         """Whether there is something to read, and demand keeps it waiting."""
@@ -109,10 +109,10 @@ class Scrubber:
     def _now(self) -> float:
         return self._catalog.now_ns() / 1e9
 
-    def _accounts(self) -> list[Account]:
+    def _accounts(self) -> list[ScrubCandidate]:
         return [
             # What was never scrubbed was proven when it was sealed, so not before the pipeline was there.
-            Account(pipeline.id, 1, (pipeline.scrubbed.proven_at_ns or pipeline.created_at_ns) / 1e9)
+            ScrubCandidate(pipeline.id, 1, (pipeline.scrubbed.proven_at_ns or pipeline.created_at_ns) / 1e9)
             for pipeline in self._catalog.pipelines.values()
             if pipeline.head is not None and pipeline.head.counts.finished
         ]

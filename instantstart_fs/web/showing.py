@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from instantstart_fs.core.coldstart import ColdStart, late, length, phases, scale
+from instantstart_fs.core.humanize import human_bytes, human_seconds
 from instantstart_fs.core.status import PipelineState, PipelineStatus
-from instantstart_fs.core.words import human_bytes, human_seconds
 from instantstart_fs.views.store_summary import StoreSummary
 
 PAGE_SIZE = 50

@@ -25,7 +25,7 @@ from instantstart_fs.config import (
     StoreConfig,
 )
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
-from instantstart_fs.core.scrub import Activity, Quiet
+from instantstart_fs.core.scrub import Activity, IdleDetector
 from instantstart_fs.core.status import ScrubStatus
 from instantstart_fs.errors import DigestMismatch, InstantStartError, NoSuchEntry, StoreError
 from instantstart_fs.index.environment import Index
@@ -65,7 +65,7 @@ class World:
         with BlobStore.open(config.store.path) as store, Index.open(str(self.root / "store" / "index")) as index:
             library = Library(config, store, index, now_ns=self.clock.now_ns, boot=self.clock.boot)
             library.use_passthrough(passthrough)
-            scrubber(library)._quiet = Quiet(0.0)
+            scrubber(library)._quiet = IdleDetector(0.0)
             async with library.running():
                 yield library
 
@@ -276,7 +276,7 @@ async def test_it_rests_while_there_is_demand_and_gives_way_to_an_eviction(
             demand = demand or count == 4 * MIB  # within the larger shard
 
         monkeypatch.setattr(library.telemetry, "scrubbed", read)
-        scrubber(library)._quiet = Quiet(0.05)
+        scrubber(library)._quiet = IdleDetector(0.05)
         returned = trio.Event()
 
         async def look() -> None:
@@ -312,7 +312,7 @@ async def test_when_demand_ends_it_goes_on(world: World, monkeypatch: pytest.Mon
         demand = True
         monkeypatch.setattr(scrubber(library), "_activity", lambda: Activity(0, demand))
         monkeypatch.setattr(scrub, "REST_SECONDS", 0.01)
-        scrubber(library)._quiet = Quiet(0.02)
+        scrubber(library)._quiet = IdleDetector(0.02)
         world.clock.passes(31 * DAY)
         nursery.start_soon(scrubber(library).look)
         with trio.fail_after(10):
@@ -361,7 +361,7 @@ async def test_the_daemons_own_loop_heals_by_itself(world: World) -> None:
         await world.warm(library)
         await world.warm(library, "q")
         swap(world.blob(OTHER, "q"))
-        scrubber(library)._quiet = Quiet(0.0)
+        scrubber(library)._quiet = IdleDetector(0.0)
     async with world.running(period=0.2) as library:
         with trio.fail_after(30):
             while not library.telemetry.totals.damaged:

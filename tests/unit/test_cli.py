@@ -18,9 +18,9 @@ from instantstart_fs.cli import run, serving, show
 from instantstart_fs.cli.app import app
 from instantstart_fs.cli.specification import specification
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
+from instantstart_fs.core.humanize import did_you_mean, human_seconds
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, ListedStatus, PipelineStatus
-from instantstart_fs.core.words import did_you_mean, human_seconds
 from instantstart_fs.errors import InvalidName, InvalidSource, OriginUnavailable, PipelineNotFound, UsageError
 
 FILES = (FileStatus("a.json", "sealed", 1000, 1000, "sha256:ab"), FileStatus("b.safetensors", "absent", 9000, 0, None))

@@ -9,8 +9,8 @@ import pytest
 
 from instantstart_fs.cli import progress, show, timeline
 from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.humanize import reason_first
 from instantstart_fs.core.status import ErrorStatus, FillStatus, PipelineStatus
-from instantstart_fs.core.words import reason_first
 
 MESSAGE = (
     "hf://org/my-llm@main: model-00001-of-00002.safetensors: "

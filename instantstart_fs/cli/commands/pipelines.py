@@ -11,8 +11,8 @@ import typer
 from instantstart_fs.cli import show
 from instantstart_fs.cli.options import Json, NewPipeline, Pipeline, Socket
 from instantstart_fs.control import client as control
+from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.core.status import PipelineStatus
-from instantstart_fs.core.words import human_bytes
 from instantstart_fs.errors import InstantStartError, UsageError, printable
 
 commands = typer.Typer()

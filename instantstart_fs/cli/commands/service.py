@@ -9,7 +9,7 @@ import typer
 
 from instantstart_fs.cli import serving, show
 from instantstart_fs.cli.options import ConfigFile, Json, MountOption, Socket, StoreOption
-from instantstart_fs.core.words import human_bytes
+from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.errors import InstantStartError
 
 commands = typer.Typer()

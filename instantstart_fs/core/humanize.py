@@ -1,4 +1,4 @@
-"""Amounts in words, the same on the command line and on the page. Pure."""
+"""Amounts and messages in words, the same on the command line and on the page. Pure."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from instantstart_fs.core.serving import endpoint_trusted, may_serve_unsealed
+from instantstart_fs.core.trust import endpoint_trusted, may_serve_unsealed
 
 
 @pytest.mark.parametrize(
