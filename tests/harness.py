@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ import pytest
 
 from instantstart_fs.cli.show import as_json
 from instantstart_fs.control.client import Client
+from tests import commands
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 1024 * 1024
@@ -80,7 +82,30 @@ def run(
 
 def must(*command: str | os.PathLike[str], timeout: float = 60.0, env: Mapping[str, str] | None = None) -> str:
     """``run``; its stdout. Fails the test unless it exits 0."""
-    done = run(*command, timeout=timeout, env=env)
+    return succeeded(run(*command, timeout=timeout, env=env))
+
+
+def command(
+    *arguments: str | os.PathLike[str], timeout: float = 60.0, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[Any]:
+    """``run`` of `instantstart ARGUMENTS…`, without the imports of a fresh interpreter. See tests/commands.py."""
+    words = [os.fspath(word) for word in arguments]
+    if not commands.forkable(env):
+        return run(sys.executable, "-m", "instantstart_fs.cli", *words, timeout=timeout, env=env)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        running = commands.Command(words, {**os.environ, **(env or {})}, out.fileno(), err.fileno())
+        status = running.wait(timeout)
+        if status is None:
+            raise Hung(f"instantstart {' '.join(words)} took longer than {timeout:g} s")
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess(["instantstart", *words], status, *texts)
+
+
+def succeeded(done: subprocess.CompletedProcess[Any]) -> str:
+    """Its stdout. Fails the test unless it exited with 0."""
     assert done.returncode == 0, f"{done.args}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return str(done.stdout)
 
@@ -338,11 +363,11 @@ class Daemon:
 
     def cli(self, *arguments: str | os.PathLike[str], timeout: float = 60.0) -> subprocess.CompletedProcess[Any]:
         """`instantstart ARGUMENTS…`, whatever its exit status."""
-        return run(sys.executable, "-m", "instantstart_fs.cli", *arguments, timeout=timeout, env=self.env)
+        return command(*arguments, timeout=timeout, env=self.env)
 
     def ok(self, *arguments: str | os.PathLike[str], timeout: float = 60.0) -> str:
         """The same; it must exit 0. Its stdout."""
-        return must(sys.executable, "-m", "instantstart_fs.cli", *arguments, timeout=timeout, env=self.env)
+        return succeeded(self.cli(*arguments, timeout=timeout))
 
     def refused(self, status: int, *arguments: str | os.PathLike[str], timeout: float = 60.0) -> str:
         """The same; it must fail with that exit status and say why in one clear line, which is returned."""
