@@ -18,6 +18,9 @@ from pathlib import Path
 FDATASYNC, FSYNC, MSYNC = 75, 74, 26
 """x86-64 system call numbers; tests/crash skips elsewhere."""
 
+PAUSE = 0.0005
+"""Seconds between two looks: a sync takes longer, and to look without a pause takes a whole core from the daemon."""
+
 STAGES = ("transfer", "datasync", "index", "seal")
 
 
@@ -45,4 +48,5 @@ def wait_stage(pid: int, store: Path, stage: str, deadline: float) -> bool:
     while time.monotonic() < until:
         if stage_of(pid, slots, index) == stage:
             return True
+        time.sleep(PAUSE)
     return False

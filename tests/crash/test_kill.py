@@ -207,9 +207,9 @@ def rounds(daemon: Daemon, hub: HubServer, source: Path, count: int, seed: int) 
 
 
 @pytest.mark.timeout(400)
-def test_twelve_kills_of_the_daemon(daemon: Daemon, hub: HubServer, source: Path) -> None:
-    seen = Counter(rounds(daemon, hub, source, 12, SEED))
-    assert set(seen) == set(STAGES) and min(seen.values()) >= 3
+def test_eight_kills_of_the_daemon(daemon: Daemon, hub: HubServer, source: Path) -> None:
+    seen = Counter(rounds(daemon, hub, source, 8, SEED))
+    assert set(seen) == set(STAGES) and min(seen.values()) >= 2
 
 
 @pytest.mark.soak
