@@ -29,9 +29,9 @@ _WORST: tuple[Outcome, ...] = ("refused", "unknown", "allowed")
 
 
 class Access(msgspec.Struct, frozen=True):
-    """What is remembered of a pipeline. ``checked_at_ns``: the last answer, yes or no, 0 = there was none;
-    ``tried_at_ns``: the last question. ``refusals``, ``failures``: how often in a row it said no, or nothing.
-    ``since_ns``: of the first of these refusals. ``code``, ``message``: the last trouble, "" when it said yes."""
+    """The state of a pipeline's access checks. ``checked_at_ns``: the last answer, yes or no, 0 = none;
+    ``tried_at_ns``: the last check. ``refusals``, ``failures``: refusals, or checks without an answer, in a row.
+    ``since_ns``: the first of these refusals. ``code``, ``message``: the last failure, "" after a yes."""
 
     checked_at_ns: int = 0
     tried_at_ns: int = 0
@@ -43,7 +43,7 @@ class Access(msgspec.Struct, frozen=True):
 
     @property
     def verdict(self) -> Outcome:
-        """What holds now: the last answer, a refusal once it is confirmed."""
+        """The present verdict: the last answer, a refusal only once it is confirmed."""
         if self.refusals >= CONFIRMATIONS:
             return "refused"
         return "allowed" if self.checked_at_ns else "unknown"
@@ -55,7 +55,8 @@ def asks_somebody(sources: Iterable[str]) -> bool:
 
 
 def judge(error: InstantStartError | None) -> Outcome:
-    """What a check that ended so says. Credentials that cannot be used were shown to nobody: that is no refusal."""
+    """Judge one check by its error. Credentials that cannot be used were never shown to the origin: that is no
+    refusal."""
     if error is None:
         return "allowed"
     if isinstance(error, CredentialsUnusable):
@@ -64,12 +65,12 @@ def judge(error: InstantStartError | None) -> Outcome:
 
 
 def worst(errors: Iterable[InstantStartError | None]) -> InstantStartError | None:
-    """Of a pipeline's sources, the answer that speaks for it."""
+    """The answer that stands for a pipeline, of its sources' answers."""
     return min(errors, key=lambda error: _WORST.index(judge(error)), default=None)
 
 
 def after(access: Access, error: InstantStartError | None, now_ns: int) -> Access:
-    """What is known once a check has ended with ``error`` (None: it may be fetched)."""
+    """The state after a check that ended with ``error`` (None: access is granted)."""
     outcome = judge(error)
     if error is None:
         return Access(checked_at_ns=now_ns, tried_at_ns=now_ns)

@@ -89,7 +89,7 @@ def host_of(url: str) -> str:
 
 
 class Permit:
-    """What may be connected to though it is not public: hosts, addresses and networks that the configuration names.
+    """The non-public hosts, addresses and networks that the configuration allows connections to.
 
     A host that is named may be wherever its name leads; an address, or a network, by whatever name it is reached. What
     a named host resolves to is not named by that: another name, or a bare address, does not lead there.

@@ -25,7 +25,7 @@ class ByteRange(msgspec.Struct, frozen=True, order=True):
 
 
 class ChunkMap:
-    """Which chunks of one file are present. Mutable, cheap, serializable (``to_bytes``).
+    """The chunks of one file that are present. Mutable, cheap, serializable (``to_bytes``).
 
     A file of ``size`` bytes has ceil(size / chunk_size) chunks; an empty file has none and is complete.
     """
@@ -61,7 +61,7 @@ class ChunkMap:
 
     @property
     def count(self) -> int:
-        """How many chunks are present."""
+        """Number of present chunks."""
         return self._count
 
     @property

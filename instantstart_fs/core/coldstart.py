@@ -89,7 +89,7 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
         return max(sign or 0.0 for sign in signs)
 
     def after(self, moment: Moment) -> float | None:
-        """When that mark came, in seconds after the first open: negative for ``requested``. None without it."""
+        """Seconds from the first open to that mark, negative for ``requested``; None without it."""
         at = {"requested": self.requested_ns, "ready": self.ready_ns, "first-token": self.first_token_ns}[moment]
         return None if at is None else (at - self.started_ns) / 1e9
 
@@ -168,8 +168,8 @@ def scale(records: Iterable[ColdStart]) -> float:
 
 
 def late(record: ColdStart) -> dict[Moment, float]:
-    """Those of ``ready`` and ``first-token`` that came LATE_SECONDS or more after what went before, and how long after
-    that. An engine may take so long, a first request may be so long in coming; or somebody told of it late."""
+    """The marks ``ready`` and ``first-token`` that came LATE_SECONDS or more after the event before them, and by how
+    much. The engine, or its first request, may have taken so long; or the mark was set late."""
     marked: dict[PhaseName, Moment] = {"engine": "ready", "first-token": "first-token"}
     found: dict[Moment, float] = {}
     for phase in phases(record):
@@ -182,7 +182,7 @@ def late(record: ColdStart) -> dict[Moment, float]:
 
 
 def as_plain(record: ColdStart) -> dict[str, Any]:
-    """For `--json`: the record with RFC 3339 times, its phases, and which marks were ``late``."""
+    """The record for `--json`: with RFC 3339 times, its phases, and which marks were ``late``."""
     found: dict[str, Any] = msgspec.to_builtins(record)
     for name in ("started", "requested", "ready", "first_token"):
         at = found.pop(f"{name}_ns")
@@ -219,7 +219,7 @@ def check_mark(moment: Moment, at_ns: int, wall_ns: int) -> None:
 
 
 def surplus(records: Iterable[ColdStart], per_pipeline: int = PER_PIPELINE, overall: int = OVERALL) -> list[ColdStart]:
-    """What to forget, oldest first."""
+    """Records to delete, oldest first."""
     kept: dict[str, int] = {}
     total = 0
     gone = []

@@ -155,7 +155,7 @@ class Tracker:
         return running[-1] if running else None
 
     def running(self, pipeline: str, now: float | None = None) -> list[ColdStart]:
-        """All that are live, oldest first."""
+        """All live records, oldest first."""
         return [live.seen(live.last if now is None else now) for live in self._live.get(pipeline, ())]
 
     def begins(self, pipeline: str, now: float) -> bool:
@@ -366,7 +366,8 @@ class Tracker:
         now: float,
         wall_ns: int,
     ) -> tuple[_Live | ColdStart | None, int]:
-        """Of several that load at once the oldest without such a mark; else the last one that began before it."""
+        """The record that a mark belongs to: of several that load at once the oldest without such a mark, else the last
+        one that began before it."""
         begun = [
             (live, at)
             for live in self._in_memory(pipeline)
@@ -391,7 +392,7 @@ class Tracker:
         return [record for record in known if record.started_ns not in mine]
 
     def forget(self, pipeline: str) -> None:
-        """It was removed."""
+        """Drop a pipeline that was removed."""
         for live in self._live.pop(pipeline, ()):
             live.ended = True
         self._ended.pop(pipeline, None)
@@ -425,7 +426,7 @@ class Tracker:
                 self._note(live, now)
 
     def take_changed(self) -> Sequence[ColdStart]:
-        """What has begun, ended or been marked since the last call, and every live record that was noted before."""
+        """Records that began, ended or were marked since the last call, and every live one that was saved before."""
         changed, self._changed = self._changed, {}
         return list(changed.values())
 

@@ -94,7 +94,7 @@ class _Composite:
 
 
 class _Nothing:
-    """For a file that the origin proves by nothing: costs nothing, equals no digest."""
+    """A hasher for files without a digest: costs nothing, equals no digest."""
 
     __slots__ = ()
 
@@ -126,7 +126,7 @@ def _raw(algorithm: Algorithm, size: int) -> _Raw:
 
 
 def new_hasher(digest: Digest | None, size: int) -> Hasher:
-    """What computes ``digest`` over a file of ``size`` bytes; for None, a hasher whose result is always ""."""
+    """A hasher of ``digest``'s algorithm for a file of ``size`` bytes; for None, one whose result is always ""."""
     if digest is None:
         return _Nothing()
     algorithm = digest.algorithm

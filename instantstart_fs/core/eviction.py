@@ -37,7 +37,7 @@ class Candidate(msgspec.Struct, frozen=True):
 
     @property
     def frees(self) -> int:
-        """What its eviction gives back: its fill ends, too."""
+        """Bytes that its eviction frees: its fill ends, too."""
         return self.bytes + self.promised
 
     @property
@@ -76,7 +76,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 def without_others(text: str) -> str:
-    """Of a ``Refusal`` in words what those may know who see no more than their own: not what others do."""
+    """The part of a refusal's text that names no other pipelines, for callers that may see only their own."""
     return text.partition(";")[0]
 
 
@@ -93,12 +93,12 @@ def is_hot(last_request: float, keep_hot: float, now: float) -> bool:
 
 
 def free_bytes(usage: int, budget: Budget) -> int:
-    """How many bytes more fit, by the tighter of the two limits; negative when one is passed."""
+    """Bytes that still fit, by the tighter of the two limits; negative beyond one."""
     return math.floor(min(budget.high * budget.capacity - usage, budget.free - budget.floor))
 
 
 def shortage(usage: int, budget: Budget, needed: int = 0) -> int:
-    """How many bytes too many there are with ``needed`` more; 0 if they fit."""
+    """Bytes too many with ``needed`` more; 0 if they fit."""
     return max(0, needed - free_bytes(usage, budget))
 
 
@@ -133,7 +133,7 @@ def plan(usage: int, budget: Budget, candidates: Iterable[Candidate], now: float
 
 
 def idle(candidates: Iterable[Candidate], max_idle: float, now: float) -> tuple[str, ...]:
-    """Those that nobody asked for in ``max_idle`` seconds: they go though there is room."""
+    """Pipelines that were not requested for ``max_idle`` seconds: they are evicted even with space left."""
     return tuple(
         candidate.pipeline
         for candidate in candidates
@@ -180,7 +180,7 @@ SHOWN = 5
 
 
 def kept(candidates: Iterable[Candidate]) -> str:
-    """Who may not be evicted, by the first reason that holds."""
+    """The pipelines that may not be evicted, by the first reason that holds, as text."""
     reasons: list[tuple[str, Callable[[Candidate], bool]]] = [
         ("pinned", lambda candidate: candidate.pinned),
         ("leased", lambda candidate: candidate.leased),
@@ -216,8 +216,8 @@ JUMP = 3600.0
 
 
 class ClockState(msgspec.Struct, frozen=True, array_like=True):
-    """What outlives a daemon: both clocks at one moment, seconds, since which start of the machine the second one runs,
-    and for how many seconds from then on nothing may be evicted."""
+    """The clocks as the next daemon needs them: both at one moment, seconds; the boot that the second one counts from;
+    and for how many seconds from then on eviction is suspended."""
 
     boot_id: str
     wall: float
@@ -268,5 +268,5 @@ class ClockWatch:
         return boot < self._until
 
     def state(self, wall: float, boot: float) -> ClockState:
-        """What the next daemon is to know, after ``observe`` of the same moment."""
+        """The clocks for the next daemon, after ``observe`` of the same moment."""
         return ClockState(self._boot_id, wall, boot, max(0.0, self._until - boot))

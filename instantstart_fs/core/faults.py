@@ -14,7 +14,7 @@ from instantstart_fs.errors import InstantStartError, OriginIncompatible, Origin
 
 
 class Fault(enum.StrEnum):
-    """What a server did wrong."""
+    """A kind of misbehaviour of a server."""
 
     ANSWER = "answer"
     """An answer that cannot be understood, or a status that has no place here."""

@@ -19,7 +19,7 @@ class Histogram:
         self.total += value
 
     def add(self, other: Histogram) -> None:
-        """What another of the same bounds has counted."""
+        """Add the counts of another histogram with the same bounds."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
 

@@ -49,7 +49,8 @@ def human_seconds(seconds: float) -> str:
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """For the middle of a message: `` (did you mean 'b'?)`` of what is ``known``; "" where nothing is like ``word``."""
+    """A hint for the middle of a message, `` (did you mean 'b'?)``, from the ``known`` words; "" where none is
+    similar."""
     import difflib  # late: for mistakes only
 
     small = {name.lower(): name for name in known}

@@ -28,7 +28,7 @@ class Incident:
         self._over_told = False
 
     def noticed(self, now: float) -> bool:
-        """Once more. True if it is to be said."""
+        """Count the event once more. True if it should be logged."""
         if self._over_at is not None and now - self._over_at >= QUIET_SECONDS:
             self._begin(now)
         self._over_at = None
@@ -41,7 +41,7 @@ class Incident:
         return True
 
     def over(self, now: float) -> bool:
-        """It is over, as it seems. True if that is to be said: it was noticed more often than was said."""
+        """End the event, as it seems. True if that should be logged: it was counted more often than logged."""
         if self._over_at is None:
             self._over_at = now
         if self.count < 2 or self._over_told:

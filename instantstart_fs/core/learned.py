@@ -28,7 +28,7 @@ class Learned(msgspec.Struct, frozen=True, array_like=True):
     since: int = 0
 
     def wanting(self, paths: Iterable[str]) -> Learned:
-        """With these as well, oldest first."""
+        """A copy with these files as well, oldest first."""
         wanted = tuple(dict.fromkeys([*self.wanted, *paths]))[:MOST_WANTED]
         return self if wanted == self.wanted else msgspec.structs.replace(self, wanted=wanted)
 
@@ -36,7 +36,7 @@ class Learned(msgspec.Struct, frozen=True, array_like=True):
         return msgspec.structs.replace(self, wanted=tuple(path for path in self.wanted if path not in paths))
 
     def after_start(self, opened: Collection[str]) -> Learned:
-        """One more start has ended that opened these weight files."""
+        """A copy after one more start that opened these weight files."""
         number = self.starts + 1
         touched = {**self.touched, **dict.fromkeys(opened, number)}
         if len(touched) > MOST_TRACKED:
@@ -49,7 +49,7 @@ class Learned(msgspec.Struct, frozen=True, array_like=True):
         return msgspec.structs.replace(self, touched=touched, since=self.starts) if self.starts else self
 
     def untouched(self, paths: Iterable[str]) -> tuple[str, ...]:
-        """Those of these weight files that none of the last UNTOUCHED_STARTS starts has opened."""
+        """Those of these weight files that none of the last UNTOUCHED_STARTS starts opened."""
         latest = self.starts - UNTOUCHED_STARTS
         if latest < 0:
             return ()

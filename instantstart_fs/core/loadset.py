@@ -27,7 +27,7 @@ nobody's wish beyond the header."""
 
 
 class LoadSet(msgspec.Struct, frozen=True):
-    """What is decided of a generation's files, by their indices in the manifest.
+    """The load set of a generation, by indices in the manifest.
 
     ``order``: those that an engine loads, in load order. ``weights``: whose open is a request, also outside the load
     set. ``left_out``: the others, and why. ``choices``: between variants. ``open``: those of them that somebody has to
@@ -44,12 +44,12 @@ class LoadSet(msgspec.Struct, frozen=True):
 
     @property
     def undecided(self) -> int:
-        """How many variants there are to choose from; 0: nothing is to be chosen."""
+        """Number of variants to choose from; 0: there is nothing to choose."""
         return sum(len(choice.variants) for choice in self.open)
 
 
 class Hints(msgspec.Struct, frozen=True):
-    """What is known beside the names. ``include``: model (its position) → the globs that it was added with. ``wanted``:
+    """Knowledge beside the names. ``include``: model (its position) → the globs that it was added with. ``wanted``:
     paths within the pipeline that belong to the load set whatever the rules say."""
 
     include: Mapping[int, Sequence[str]] = {}
@@ -86,8 +86,8 @@ def sort_files(files: Sequence[FileEntry], hints: Hints = _NO_HINTS) -> LoadSet:
 
 
 def with_wanted(known: LoadSet, indices: Collection[int]) -> LoadSet:
-    """The same with these files (all of a variant's, where one is of it) in it, at the end of its order. What is left
-    out beside them stays so: ``sort_files`` with them in its hints says the same of every file."""
+    """A copy with these files (all of a variant's, where one belongs to it) at the end of its order. Other files stay
+    left out: ``sort_files`` with these files in its hints gives the same result."""
     more = dict.fromkeys(index for index in indices)
     choices = []
     for choice in known.choices:
@@ -108,7 +108,8 @@ def with_wanted(known: LoadSet, indices: Collection[int]) -> LoadSet:
 
 
 def _open(choices: Iterable[Choice]) -> list[Choice]:
-    """Once a variant of a model is chosen, its others are not asked for, but those of the other parts of that model."""
+    """The variants that are still to be chosen: once one of a model is chosen, its others are not offered, but those of
+    its other parts are."""
     choices = list(choices)
     begun = {(choice.model, choice.kind, choice.whole) for choice in choices if choice.chosen and choice.whole}
     decided = {(choice.model, choice.kind) for choice in choices if choice.chosen}
@@ -199,8 +200,8 @@ _SHARD_NUMBER = re.compile(r"[-_.]\d{1,6}-of-\d{1,6}")
 
 
 def _described(path: str) -> str:
-    """What an index or a graph that describes these weights is called, without its suffix: ``pytorch_model.bin`` for
-    its shards, ``openvino_model`` for ``openvino_model.bin``."""
+    """The name, without suffix, that an index or graph beside these weights has: ``pytorch_model.bin`` for its shards,
+    ``openvino_model`` for ``openvino_model.bin``."""
     if path.rpartition("/")[2].startswith("openvino_"):
         return path.removesuffix(".bin")
     return _SHARD_NUMBER.sub("", path)

@@ -21,7 +21,7 @@ Algorithm = Literal["sha256", "sha1", "md5", "crc32", "crc32c", "crc64nvme", "gi
 
 
 class Digest(msgspec.Struct, frozen=True, gc=False):
-    """What proves a file. ``value`` is lowercase hex.
+    """A digest that proves a file. ``value`` is lowercase hex.
 
     ``git-sha1`` is the sha1 of ``b"blob <size>\\0"`` and the bytes. ``part_size`` > 0 means a composite, as S3 makes
     for multipart uploads: the digest of the concatenated raw digests of consecutive parts of ``part_size`` bytes (the
@@ -79,7 +79,7 @@ def same_bytes(old: ManifestFile, new: ManifestFile) -> bool:
 
 
 class Skipped(msgspec.Struct, frozen=True):
-    """What the source holds and nobody can be shown: ``count`` files, the ``first`` of them as "name: reason"."""
+    """Files of the source that cannot be shown: ``count`` of them, the ``first`` as "name: reason"."""
 
     count: int
     first: tuple[str, ...]
@@ -141,7 +141,7 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a user asked for: a source and globs (fnmatch over the path within the model)."""
+    """A model as the user asked for it: a source and globs (fnmatch over the path within the model)."""
 
     source: str
     name: str = ""
@@ -156,7 +156,7 @@ def matches(path: str, globs: Iterable[str]) -> bool:
 
 
 def matcher(glob: str) -> Callable[[str], object]:
-    """What `matches` says of one glob, for many paths."""
+    """``matches`` of one glob, prepared for many paths."""
     return re.compile(fnmatch.translate(_whole(glob))).match
 
 

@@ -29,7 +29,7 @@ def validate_pipeline_id(value: str) -> str:
 
 
 def validate_model_name(value: str) -> str:
-    """Like a pipeline id; the empty string is the one unnamed model. Raises InvalidName."""
+    """Check a model's name, as a pipeline id; the empty string is the one unnamed model. Raises InvalidName."""
     if value and not _ID.match(value):
         raise InvalidName(
             f"{value!r} cannot be a model name: use letters, digits, '.', '_' and '-' (at most 128), "
@@ -71,7 +71,7 @@ def _path_problem(path: str) -> str | None:
 
 
 def unservable(paths: Sequence[str]) -> dict[int, str]:
-    """Which of an origin's paths no filesystem can show beside the others, by position, and why ("holds a NUL", say).
+    """The paths of an origin that no filesystem can show beside the others, by position, and why ("holds a NUL", say).
 
     Where one is a file and another needs a directory of that name, the file gives way: what lies below it is more.
     """

@@ -39,7 +39,7 @@ _MESSAGE = re.compile(rb"<Message>([^<]{1,2000})</Message>")
 
 
 class Word(msgspec.Struct, frozen=True):
-    """What was said with a refusal; both may be empty."""
+    """The code and message of a refusal; both may be empty."""
 
     code: str = ""
     message: str = ""
@@ -69,7 +69,7 @@ def hub_word(headers: Mapping[str, str]) -> Word:
 
 
 def _shown(text: str) -> str:
-    """One line of what a service says, without the signatures and passwords of addresses in it."""
+    """One line of a service's message, without signatures and passwords of addresses in it."""
     line = without_secrets(" ".join(html.unescape(text).split()))
     return line if len(line) <= _MOST_SHOWN else line[:_MOST_SHOWN] + "…"
 
@@ -118,7 +118,7 @@ _S3_ADVICE: dict[str, tuple[type[OriginError], str]] = {
 
 
 def s3_advice(word: Word) -> tuple[type[OriginError], str] | None:
-    """Which error an S3 service's code is, and what to do about it; None for a code that is not known.
+    """The error for an S3 service's code, and advice; None for an unknown code.
 
     AccessDenied has several causes that only its message tells apart.
     """

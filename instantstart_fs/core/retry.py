@@ -24,7 +24,7 @@ QUANTUM = 256 * 1024
 
 
 class Effort:
-    """What was undertaken for one chunk, over all its requests. ``moved``: when it last came further.
+    """The progress of one chunk over all its requests. ``moved``: when it last advanced.
 
     Progress is what no earlier request had brought: a server that sends the same half again and again brings nothing.
     ``quantum``: bytes that count as a step.
@@ -112,7 +112,7 @@ class Breaker:
         return "open" if now < self._probe_at else "half-open"
 
     def limit(self, now: float) -> int | None:
-        """How many requests may be in flight at once: None = as many as the pool has, 0 = none, 1 = a probe."""
+        """Requests that may be in flight at once: None = no limit, 0 = none, 1 = a probe."""
         return {"closed": None, "open": 0, "half-open": 1}[self.state(now)]
 
     def succeeded(self) -> bool:

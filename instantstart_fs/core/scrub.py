@@ -27,8 +27,8 @@ class ScrubCandidate(msgspec.Struct, frozen=True):
 
 
 class ScrubProgress(msgspec.Struct, frozen=True):
-    """What is remembered of a pipeline. ``proven_at_ns``: when the last whole pass began, 0 = there was none.
-    ``began_at_ns``: of the pass under way, over ``generation``, whose files below ``next_index`` are done; 0 = none."""
+    """The scrub state of a pipeline. ``proven_at_ns``: start of the last whole pass, 0 = none. ``began_at_ns``: start
+    of the pass under way over ``generation``, whose files below ``next_index`` are done; 0 = none."""
 
     proven_at_ns: int = 0
     began_at_ns: int = 0
@@ -74,7 +74,7 @@ def next_pass(accounts: Iterable[ScrubCandidate], period: float, now: float) -> 
 
 
 def overdue(accounts: Iterable[ScrubCandidate], period: float, now: float) -> float:
-    """By how many seconds the longest unproven pipeline is late; 0 while none is."""
+    """Seconds by which the longest unproven pipeline is late; 0 while none is."""
     late = (now - account.proven_at - period for account in accounts if account.bytes > 0 and account.proven_at <= now)
     return max(0.0, max(late, default=0.0))
 
@@ -88,7 +88,7 @@ class IdleDetector:
         self._until = -math.inf
 
     def observe(self, activity: Activity, now: float) -> float:
-        """How many seconds to rest from ``now`` (monotonic) on; 0: nobody wants anything."""
+        """Seconds to pause from ``now`` (monotonic) on; 0: there is no demand."""
         if activity.busy or (self._events is not None and activity.events != self._events):
             self._until = now + self._quiet
         self._events = activity.events

@@ -84,8 +84,8 @@ def normalize_source(text: str) -> str:
 
 
 def _meant(text: str) -> str:
-    """What may have been meant by an address that is none, as the end of a message; "" where nobody can tell. Only what
-    looks harmless is repeated: there may be a password in it."""
+    """A guess at what was meant by an invalid address, as the end of a message; "" where there is none. Only harmless
+    text is repeated: there may be a password in it."""
     if _BARE_REPO.fullmatch(text):
         return f"; did you mean hf://{text}?"
     if text.startswith(("s3:", "file:")) and "://" not in text:
@@ -104,7 +104,7 @@ def _meant(text: str) -> str:
 
 
 def _with_colon(text: str) -> str:
-    """The same for repo:revision."""
+    """The same guess for repo:revision."""
     found = _COLON_REVISION.fullmatch(text)
     if found is None:
         return ""

@@ -27,7 +27,7 @@ _NUMBERED = re.compile(r"\d+-of-\d+")
 
 
 class _Index(msgspec.Struct):
-    """Of model.safetensors.index.json."""
+    """The parts of model.safetensors.index.json that are needed."""
 
     weight_map: dict[str, Any]
 
@@ -65,7 +65,7 @@ def staging_budget(available: int, max_memory: int, cgroups_left: Collection[int
 
 
 def start_time(opened: Collection[int], held_since: float | None) -> float | None:
-    """When staging is to start, on the clock of ``held_since``; None: not as things are; -inf: at once.
+    """When staging starts, on the clock of ``held_since``; None: not as things are; -inf: at once.
 
     ``opened``: the files opened since the engine came; ``held_since``: when the one that is open was opened.
     """

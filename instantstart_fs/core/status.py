@@ -50,7 +50,7 @@ class SkippedStatus(msgspec.Struct, frozen=True):
 
 
 class ListedStatus(msgspec.Struct, frozen=True):
-    """How many files a pipeline has, and their bytes."""
+    """The number of a pipeline's files, and their bytes."""
 
     count: int
     size: int

@@ -73,7 +73,7 @@ class Tree:
         return self._node_of_file[index]
 
     def subdirectories(self, node: int) -> int:
-        """How many directories lie in that one."""
+        """Number of directories in that one."""
         return self._subdirectories[node]
 
     def child(self, node: int, name: str) -> int | None:

@@ -15,7 +15,7 @@ def may_serve_unsealed(setting: ServeUnsealed, trusted: bool) -> bool:
 
 
 def endpoint_trusted(scheme: str, endpoint: str) -> bool:
-    """The same judgement from an origin's address, for as long as no Location is known (chunks of an earlier run).
+    """Judge an origin by its address, while no Location is known (chunks of an earlier run).
 
     ``endpoint`` is a URL, or a host with or without a port; anything that is not surely protected counts as open.
     """

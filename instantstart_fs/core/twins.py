@@ -191,7 +191,7 @@ class _Directory:
         return None
 
     def model(self) -> _Group | None:
-        """What a library would load from here."""
+        """The file that a library would load from here."""
         for stem in ("model", "diffusion_pytorch_model", "consolidated"):
             found = self.whole(stem, "", (".safetensors", ".bin", ".pth"))
             if found is not None:
@@ -285,7 +285,7 @@ class _Original(NamedTuple):
 
 
 def _originals(directory: str, directories: Mapping[str, _Directory]) -> list[_Original]:
-    """Of a directory that is called after a runtime, or after a step of training."""
+    """Possible originals of a directory that is named after a runtime or a training step."""
     found = []
     parts = directory.split("/") if directory else []
     for position, part in enumerate(parts):

@@ -31,7 +31,7 @@ def url_problem(url: str) -> str | None:
 
 
 def s3_url_problem(url: str) -> str | None:
-    """The same for the address of an S3 service, whose requests are signed: a password would never be sent."""
+    """``url_problem`` for the address of an S3 service, whose requests are signed: a password would never be sent."""
     problem = url_problem(url)
     if problem is None and "@" in urlsplit(url).netloc:
         return (

@@ -27,8 +27,11 @@ from instantstart_fs.filler.target import FileKey, FileState
 
 
 class Arrivals(DeliveryEvents):
-    """On the trio thread. More than 8 collaborators: each chunk that arrives updates them all in one call, since a call
-    more per chunk and collaborator would cost more than what it does."""
+    """Handles the reports, on the trio thread.
+
+    It has more than 8 collaborators: each chunk that arrives updates them all in one call, since a call more per chunk
+    and collaborator would cost more than the work itself.
+    """
 
     def __init__(
         self,

@@ -27,8 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class Completion(CommitEvents):
-    """On the trio thread. More than 8 collaborators: the end of a fill touches the plan, the worker, the index and the
-    library at once, in an order that must not be spread over several classes."""
+    """Ends fills, on the trio thread.
+
+    It has more than 8 collaborators: the end of a fill touches the plan, the worker, the index and the library in one
+    order, which must not be spread over several classes.
+    """
 
     def __init__(
         self,

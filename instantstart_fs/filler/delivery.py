@@ -112,7 +112,7 @@ class DeliveryEvents(Protocol):
 
 
 class Delivery:
-    """On the trio thread. Requests are delivered while ``run`` runs."""
+    """Delivers requests while ``run`` runs, on the trio thread."""
 
     def __init__(self, store: BlobStore, settings: FillSettings, locator: Locator) -> None:
         self._settings = settings
@@ -180,7 +180,7 @@ class Delivery:
         return len(self._requests)
 
     def in_flight_at(self, host: str, origin: OriginKey) -> int:
-        """How many of them are for this host, as ``breakers.host_of`` names it. O(requests in flight)."""
+        """Requests in flight to this host, as ``breakers.host_of`` names it. O(requests in flight)."""
         return sum(
             request.source.key == origin and host_of(origin, request.url) == host for request in self._requests.values()
         )

@@ -33,7 +33,7 @@ from instantstart_fs.filler.target import FileKey
 
 
 class FailurePolicy:
-    """On the trio thread."""
+    """Draws the consequences of failed requests, on the trio thread."""
 
     def __init__(
         self,

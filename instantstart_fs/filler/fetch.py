@@ -64,7 +64,7 @@ class Abandoned(Exception):
 
 
 class Sink(Protocol):
-    """Where a chunk's bytes go."""
+    """Takes the bytes of a chunk."""
 
     def write(self, data: memoryview, offset: int) -> None:
         """Store all of ``data``. Raises StoreError, or Abandoned when the file was closed."""

@@ -39,7 +39,7 @@ class OpenFile(msgspec.Struct, frozen=True, tag="open"):
 
 
 class SetLocation(msgspec.Struct, frozen=True, tag="location"):
-    """Where to fetch the file from now on."""
+    """Fetch the file from this location from now on."""
 
     file: int
     location: Location
@@ -169,7 +169,7 @@ FULL_PACKET = 32 * 1024
 
 
 def encode(message: Order | Report) -> bytes:
-    """One message, for ``packet``."""
+    """Encode one message, for ``packet``."""
     return msgspec.msgpack.encode(message)
 
 

@@ -147,7 +147,7 @@ class Filler:
         await self._delivery.run(self._arrivals, start_workers=self._start_workers, task_status=task_status)
 
     def hold_workers(self) -> None:
-        """Before ``run``: start no worker until ``start_workers``. Requests wait for one."""
+        """Start no worker until ``start_workers``; call it before ``run``. Requests wait for one."""
         self._start_workers = trio.Event()
 
     def start_workers(self) -> None:

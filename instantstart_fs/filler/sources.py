@@ -39,7 +39,7 @@ class Source(Protocol):
 
     @property
     def key(self) -> OriginKey:
-        """What limits, breakers and counters are kept by."""
+        """The key of its limits, breakers and counters."""
         ...
 
     def locate(self, file: ManifestFile) -> Location:

@@ -37,7 +37,7 @@ COMPLETE = frozenset({FileState.SEALED, FileState.UNVERIFIED})
 
 
 class FileKey(msgspec.Struct, frozen=True, order=True):
-    """Which file: pipeline id, generation number, index in the manifest."""
+    """A file: pipeline id, generation number, index in the manifest."""
 
     pipeline: str
     generation: int
@@ -202,7 +202,7 @@ class FillTarget:
         return (chunk for chunk in self.present.chunks_of(wanted) if chunk not in self.present)
 
     def _moved(self, wanted: ByteRange) -> float:
-        """When something of what is waited for last came."""
+        """When a chunk that is waited for last advanced."""
         if not self.serve_unsealed or len(self.present.chunks_of(wanted)) > EXACT_CHUNKS:
             return self.last_progress
         times = [

@@ -224,7 +224,7 @@ def pipeline_key(pipeline: str) -> bytes:
 
 
 def pipeline_prefix(pipeline: str) -> bytes:
-    """What the keys of all its generations and files begin with."""
+    """The common prefix of the keys of all its generations and files."""
     return pipeline.encode("ascii") + b"\0"
 
 

@@ -51,7 +51,7 @@ class ReadTxn:
         return None if value is None else schema.decode_pipeline(value)
 
     def pipelines(self) -> Iterator[PipelineRecord]:
-        """All of them, by id."""
+        """All pipelines, by id."""
         for _, value in self._scan("pipelines"):
             yield schema.decode_pipeline(value)
 
@@ -60,7 +60,7 @@ class ReadTxn:
         return None if value is None else schema.decode_generation(value)
 
     def generations(self, pipeline: str) -> Iterator[GenerationRecord]:
-        """Those of ``pipeline``, ascending."""
+        """The generations of ``pipeline``, ascending."""
         for _, value in self._scan("generations", schema.pipeline_prefix(pipeline)):
             yield schema.decode_generation(value)
 
@@ -93,7 +93,7 @@ class ReadTxn:
             yield schema.parse_file_key(key)[2], schema.decode_u64(value)
 
     def cold_starts(self) -> Iterator[ColdStart]:
-        """All of them, by pipeline and time."""
+        """All cold starts, by pipeline and time."""
         for _, value in self._scan("coldstarts"):
             yield schema.decode_cold_start(value)
 
@@ -192,7 +192,7 @@ class WriteTxn(ReadTxn):
         self._put("pipelines", schema.pipeline_key(record.spec.id), schema.encode(record))
 
     def delete_pipeline(self, pipeline: str) -> None:
-        """With its generations, files, times and cold starts. No effect if it is not there."""
+        """Delete a pipeline with its generations, files, times and cold starts. No effect if it is not there."""
         self._delete("pipelines", schema.pipeline_key(pipeline))
         self._delete("requests", schema.pipeline_key(pipeline))
         self._delete("upkeep", schema.pipeline_key(pipeline))
@@ -205,7 +205,7 @@ class WriteTxn(ReadTxn):
         self._put("generations", schema.generation_key(record.pipeline, record.number), schema.encode(record))
 
     def delete_generation(self, pipeline: str, generation: int) -> None:
-        """With its files and their times. No effect if it is not there."""
+        """Delete a generation with its files and their times. No effect if it is not there."""
         self._invalidate_summary(pipeline)
         key = schema.generation_key(pipeline, generation)
         self._delete("generations", key)

@@ -38,7 +38,7 @@ _LIBC.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes
 
 
 class SealRecord(msgspec.Struct, frozen=True):
-    """What says, on the file itself, that it is whole.
+    """The record on a file itself that says that it is whole.
 
     ``digest``: ``str(Digest)`` that was computed over the stored bytes, None where the origin offers none. ``state``:
     "sealed" (proven) or "unverified". ``sealed_at_ns``: wall clock. ``size`` in bytes.
@@ -133,7 +133,7 @@ class BlobFile:
         return bytes(buffer)
 
     def pread_into(self, offset: int, buffer: memoryview) -> int:
-        """Like ``pread``, into ``buffer``; the number of bytes, short only at the end of the file."""
+        """``pread`` into ``buffer``; the number of bytes, short only at the end of the file."""
         wanted = min(len(buffer), self.size - offset)
         done, again = 0, True
         while done < wanted:
@@ -243,7 +243,7 @@ class BlobFile:
         self._entry_durable = True
 
     def entry_is_durable(self) -> None:
-        """Somebody has synced its directory since it was made."""
+        """Note that its directory was synced since the file was made."""
         self._entry_durable = True
 
     def seal(self, record: SealRecord, *, atime_ns: int | None = None, mtime_ns: int | None = None) -> None:
@@ -291,7 +291,7 @@ class BlobFile:
 
 
 class Seal(NamedTuple):
-    """What ``BlobFile.seal`` is called with."""
+    """The arguments of ``BlobFile.seal`` for one file."""
 
     blob: BlobFile
     record: SealRecord

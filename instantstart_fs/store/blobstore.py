@@ -162,11 +162,11 @@ class BlobStore:
 
     @functools.cached_property
     def block_size(self) -> int:
-        """In what the filesystem allocates, bytes."""
+        """The filesystem's allocation unit, bytes."""
         return self.space().f_frsize
 
     def space(self) -> os.statvfs_result:
-        """Of its filesystem; also where its directory is gone. Raises StoreError."""
+        """statvfs of its filesystem, also where its directory is gone. Raises StoreError."""
         with translated(f"look at {self.root}"):
             return os.fstatvfs(self.tree.slots_fd)
 
@@ -278,7 +278,7 @@ class BlobStore:
 
     @staticmethod
     def again(blob: BlobFile) -> BlobFile:
-        """The same file opened once more, for reading, whether or not it still has a name. Raises StoreError."""
+        """Open the same file once more for reading, whether or not it still has a name. Raises StoreError."""
         with translated(f"open {blob.name}"):
             fd = _open_for_reading(f"/proc/self/fd/{blob.fd}", None, follow=True)
         return BlobFile(fd, blob.size, blob.name, writable=False, created=False, sync_entry=lambda: None)
@@ -288,9 +288,9 @@ class BlobStore:
         return self._existing_blob(pipeline, generation, path, self.tree.slots_fd)
 
     def handed_blob(self, pipeline: str, generation: int, path: str) -> BlobFile | None:
-        """The same for descriptors that leave this process: through a read-only view, since a file may belong to
-        whoever gets it (binds show files with their owner), who could make it writable again by fchmod. Raises
-        StoreUnsupported for such a file where the system cannot make that view."""
+        """``existing_blob`` for descriptors that leave this process, through a read-only view: a file may belong to its
+        reader (binds show files with their owner), who could make it writable again by fchmod. Raises StoreUnsupported
+        for such a file where the system cannot make that view."""
         view = self._view()
         blob = self._existing_blob(pipeline, generation, path, self.tree.slots_fd if view is None else view)
         if blob is not None and view is None and os.fstat(blob.fd).st_uid != os.geteuid():
@@ -416,9 +416,17 @@ class BlobStore:
         self.tree.delete((validate_pipeline_id(pipeline), str(generation), FILES))
 
     def trim(self, pipeline: str, generation: int, keep: Mapping[str, ChunkMap | None]) -> dict[str, int]:
-        """After a crash: give back what the index does not speak of. ``keep``: the paths that it does, with their
-        durable chunks, None for complete ones, which are not touched; everything else goes: files, and the space of
-        other chunks. Returns what the partial ones take then, in bytes of disk. Nobody may be filling."""
+        """Free, after a crash, what the index does not know. Nothing may be filling.
+
+        Args:
+            pipeline: Its id.
+            generation: Its generation.
+            keep: Paths to keep, with their durable chunks; None for complete files, which are not touched. Other
+                files, and the space of other chunks, are freed.
+
+        Returns:
+            Bytes of disk that each partial file takes then.
+        """
         found: dict[str, int] = {}
         with translated(f"look at {shown((pipeline, str(generation)))}"):
             try:
@@ -464,7 +472,8 @@ def _punch(name: str, directory: int, present: ChunkMap) -> int:
 
 
 def _open_for_reading(name: str, parent: int | None, *, follow: bool = False) -> int:
-    """What the daemon reads is nobody's access: where a file is bound, its own st_atime is what `ls -lu` shows."""
+    """Open without touching st_atime: a read by the daemon is no access, and bound files show their own st_atime in `ls
+    -lu`."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
         return os.open(name, flags | os.O_NOATIME, dir_fd=parent)

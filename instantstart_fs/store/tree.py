@@ -257,7 +257,7 @@ class StoreTree:
         return False
 
     def being_deleted(self) -> list[tuple[str, tuple[str, ...]]]:
-        """What is being removed from the trash: (its name there, its components below slots/)."""
+        """Entries being removed from the trash: (name there, components below slots/)."""
         with self._mutex:
             return list(self._deleting.items())
 
