@@ -34,6 +34,7 @@ from instantstart_fs.catalog.residency import Residency
 from instantstart_fs.catalog.unloaded import UnloadedGeneration
 from instantstart_fs.config import Config
 from instantstart_fs.core import eviction, staging
+from instantstart_fs.core.clockwatch import ClockState
 from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import Activity
@@ -743,7 +744,7 @@ class Library:
     def clock_was_set(self) -> None:
         self._access.clock_was_set()
 
-    async def save_clock(self, state: eviction.ClockState) -> None:
+    async def save_clock(self, state: ClockState) -> None:
         await self._index.write(lambda txn: txn.put_clock(state))
 
     def reevaluate(self) -> None:

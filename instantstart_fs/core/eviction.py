@@ -17,6 +17,8 @@ from typing import Literal
 
 import msgspec
 
+from instantstart_fs.core.humanize import human_bytes
+
 
 class Candidate(msgspec.Struct, frozen=True):
     """A pipeline with cached bytes. ``bytes`` allocated on disk; ``last_request`` in seconds of the wall clock.
@@ -69,10 +71,13 @@ class Refusal(msgspec.Struct, frozen=True):
     kept: str = ""
 
     def __str__(self) -> str:
+        needed, limit, evictable = (
+            human_bytes(count, short=True) for count in (self.needed, self.limit, self.evictable)
+        )
         if self.reason == "quota":
-            return f"quota: needs {_human(self.needed)}, may take {_human(self.limit)}"
-        text = f"store full: needs {_human(self.needed)}; evictable {_human(self.evictable)}"
-        return f"{text}; {self.kept}" if self.kept else f"{text} of a budget of {_human(self.limit)}"
+            return f"quota: needs {needed}, may take {limit}"
+        text = f"store full: needs {needed}; evictable {evictable}"
+        return f"{text}; {self.kept}" if self.kept else f"{text} of a budget of {limit}"
 
 
 def without_others(text: str) -> str:
@@ -199,74 +204,3 @@ def kept(candidates: Iterable[Candidate]) -> str:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         parts.append(f"{name}: {', '.join(names[:SHOWN])}{more}")
     return "; ".join(parts)
-
-
-def _human(count: float) -> str:
-    """Decimal units, as `ls` shows them."""
-    units = ("B", "kB", "MB", "GB", "TB", "PB")
-    power = 0
-    while count >= 999.5 and power < len(units) - 1:
-        count /= 1000
-        power += 1
-    return f"{count:.0f} {units[power]}" if power == 0 or count >= 100 else f"{count:.1f} {units[power]}"
-
-
-JUMP = 3600.0
-"""Seconds: a wall clock that moves so far against CLOCK_BOOTTIME was set, and is no drift (design rule 9)."""
-
-
-class ClockState(msgspec.Struct, frozen=True, array_like=True):
-    """The clocks as the next daemon needs them: both at one moment, seconds; the boot that the second one counts from;
-    and for how many seconds from then on eviction is suspended."""
-
-    boot_id: str
-    wall: float
-    boot: float
-    rest: float = 0.0
-
-
-class ClockWatch:
-    """Notices that the wall clock was set: then stored request times mean nothing, and eviction rests for ``keep_hot``
-    seconds, in which whoever is in use is requested again. Small steps and slewing go unnoticed.
-
-    ``known``: what an earlier daemon saw, of a machine whose start is called ``boot_id``. Where the machine was started
-    anew since, nobody knows for how long it was off: what was left of a rest begins again, and only a wall clock that
-    went back is sure to have been set.
-    """
-
-    def __init__(self, keep_hot: float, boot_id: str = "", known: ClockState | None = None) -> None:
-        self._keep_hot = keep_hot
-        self._boot_id = boot_id
-        self._known = known
-        self._offset: float | None = None
-        self._until = -math.inf
-
-    def observe(self, wall: float, boot: float) -> bool:
-        """Both clocks, read at one moment, seconds. True if the wall clock jumped since the last look."""
-        went_back = self._resume(wall, boot)
-        offset = wall - boot
-        jumped = went_back or (self._offset is not None and abs(offset - self._offset) > JUMP)
-        self._offset = offset
-        if jumped:
-            self._until = boot + self._keep_hot
-        return jumped
-
-    def _resume(self, wall: float, boot: float) -> bool:
-        """Go on from ``known``; whether the wall clock went back while the machine was off."""
-        known, self._known = self._known, None
-        if known is None:
-            return False
-        same = known.boot_id == self._boot_id and known.boot <= boot
-        if known.rest > 0:
-            self._until = (known.boot if same else boot) + min(known.rest, self._keep_hot)
-        if same:
-            self._offset = known.wall - known.boot
-        return not same and known.wall - wall > JUMP
-
-    def suspended(self, boot: float) -> bool:
-        """Whether nothing may be evicted now."""
-        return boot < self._until
-
-    def state(self, wall: float, boot: float) -> ClockState:
-        """The clocks for the next daemon, after ``observe`` of the same moment."""
-        return ClockState(self._boot_id, wall, boot, max(0.0, self._until - boot))

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 
-def human_bytes(count: float) -> str:
-    """Decimal units, as disks and networks are sold: 90.9 MB."""
+def human_bytes(count: float, *, short: bool = False) -> str:
+    """Decimal units, as disks and networks are sold: 90.9 MB. ``short``: one digit after the point at most."""
     if count < 1000:
         return f"{count:.0f} B"
     for unit in ("kB", "MB", "GB", "TB", "PB"):
         count /= 1000
         if count < 999.5 or unit == "PB":
             break
-    return f"{count:.2f} {unit}" if count < 10 else f"{count:.1f} {unit}" if count < 100 else f"{count:.0f} {unit}"
+    digits = 0 if count >= 100 else 1 if short or count >= 10 else 2
+    return f"{count:.{digits}f} {unit}"
 
 
 _ADDRESS = re.compile(r"https?://[^\s\"'()]*[^\s\"'():,.;]")

@@ -4,7 +4,6 @@ reads headers and exceptions, and opens no connection.
 
 from __future__ import annotations
 
-import email.utils
 import http.client
 import re
 import ssl
@@ -18,20 +17,6 @@ from instantstart_fs.errors import OriginChanged, OriginError, OriginMisbehaved,
 from instantstart_fs.origins.base import Location
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)\Z")
-
-
-def parse_retry_after(value: str | None, now: float) -> float | None:
-    """Seconds of a Retry-After header (a number or an HTTP date; ``now``: wall clock); None if absent or unreadable."""
-    if value is None:
-        return None
-    value = value.strip()
-    if re.fullmatch(r"[0-9]{1,9}", value):
-        return float(value)
-    try:
-        moment = email.utils.parsedate_to_datetime(value).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
-    return max(moment - now, 0.0)
 
 
 def check_answer(

@@ -37,11 +37,11 @@ from instantstart_fs.errors import (
     OriginUnavailable,
     OriginUnsupported,
 )
-from instantstart_fs.filler.answers import check_answer, parse_retry_after, unreachable
+from instantstart_fs.filler.answers import check_answer, unreachable
 from instantstart_fs.filler.connections import Connections, socket_of
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.origins.base import Location
-from instantstart_fs.origins.common import is_trusted
+from instantstart_fs.origins.common import is_trusted, retry_after
 from instantstart_fs.origins.guard import MOST_REDIRECTS, check_text, next_address, same_origin
 
 BUFFER_BYTES = 1024 * 1024
@@ -231,7 +231,7 @@ class Fetcher:
             where,
             service=location.service,
             word=hub if location.service == "hub" or hub.code else s3_word(body),
-            retry_after=parse_retry_after(response.headers.get("Retry-After"), time.time()),
+            retry_after=retry_after(response.headers.get("Retry-After"), time.time()),
         )
 
     def _receive(

@@ -12,7 +12,7 @@ and everything of a generation in manifest order, is one range:
     upkeep         <pipeline>                                     UpkeepRecord
     summaries      <pipeline>                                     SummaryRecord; none = read it whole
     meta           format, nodeids, health                        u64
-                   clock                                          core.eviction.ClockState
+                   clock                                          core.clockwatch.ClockState
                    store                                          the identity of the store that it belongs to, ASCII
 
 Integers are big-endian. A pipeline id is ASCII without NUL, so that no id's range overlaps another's.
@@ -25,8 +25,8 @@ import struct
 import msgspec
 
 from instantstart_fs.core.access import Access
+from instantstart_fs.core.clockwatch import ClockState
 from instantstart_fs.core.coldstart import ColdStart
-from instantstart_fs.core.eviction import ClockState
 from instantstart_fs.core.learned import Learned
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.scrub import ScrubProgress

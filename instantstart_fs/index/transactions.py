@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import lmdb
 
+from instantstart_fs.core.clockwatch import ClockState
 from instantstart_fs.core.coldstart import ColdStart
-from instantstart_fs.core.eviction import ClockState
 from instantstart_fs.errors import StoreError
 from instantstart_fs.index import schema
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord, UpkeepRecord

@@ -18,7 +18,8 @@ import msgspec
 import trio
 
 from instantstart_fs.core import eviction
-from instantstart_fs.core.eviction import Candidate, ClockState, ClockWatch, Refusal
+from instantstart_fs.core.clockwatch import ClockState, ClockWatch
+from instantstart_fs.core.eviction import Candidate, Refusal
 from instantstart_fs.errors import InstantStartError, StoreError
 
 log = logging.getLogger(__name__)

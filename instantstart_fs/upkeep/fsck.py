@@ -24,8 +24,8 @@ from typing import Literal
 
 import msgspec
 
+from instantstart_fs.core.clockwatch import ClockState
 from instantstart_fs.core.digests import new_hasher
-from instantstart_fs.core.eviction import ClockState
 from instantstart_fs.core.manifest import FileEntry, Manifest, PipelineSpec
 from instantstart_fs.core.names import validate_origin_paths, validate_pipeline_id
 from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree

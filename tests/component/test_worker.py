@@ -27,7 +27,6 @@ from instantstart_fs.core.addresses import LOOPBACK
 from instantstart_fs.core.manifest import Algorithm, Digest
 from instantstart_fs.core.refusals import Service
 from instantstart_fs.core.urls import shown_url
-from instantstart_fs.filler.answers import parse_retry_after
 from instantstart_fs.filler.fetch import BUFFER_BYTES
 from instantstart_fs.filler.messages import (
     PAUSE,
@@ -622,14 +621,6 @@ def test_a_proxy_of_the_environment_is_used(server: ByteServer, blob: int) -> No
 
 def test_shown_addresses_hold_no_secret() -> None:
     assert shown_url("https://user:pass@host.example:8443/a/b?X-Amz-Signature=s#f") == "https://host.example:8443/a/b"
-
-
-def test_retry_after() -> None:
-    assert parse_retry_after("17", 0.0) == 17.0
-    assert parse_retry_after("Thu, 01 Jan 1970 00:02:00 GMT", 60.0) == 60.0
-    assert parse_retry_after("Thu, 01 Jan 1970 00:00:10 GMT", 60.0) == 0.0
-    assert parse_retry_after("soon", 0.0) is None
-    assert parse_retry_after(None, 0.0) is None
 
 
 DRIP = 0.05

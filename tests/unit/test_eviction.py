@@ -8,7 +8,8 @@ import time
 import msgspec
 import pytest
 
-from instantstart_fs.core.eviction import Budget, Candidate, ClockState, ClockWatch, admit, idle, is_hot, plan
+from instantstart_fs.core.clockwatch import ClockState, ClockWatch
+from instantstart_fs.core.eviction import Budget, Candidate, admit, idle, is_hot, plan
 
 BUDGET = Budget(capacity=1000, low=0.5, high=0.9)
 OLD = Candidate("old", 200, 10.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from instantstart_fs.core.manifest import ModelSpec
-from instantstart_fs.filler.answers import parse_retry_after
 from instantstart_fs.origins.common import (
     is_trusted,
     retry_after,
@@ -91,4 +90,3 @@ def test_globs(include: tuple[str, ...], exclude: tuple[str, ...], chosen: bool)
 )
 def test_a_senseless_retry_after_is_none(value: str) -> None:
     assert retry_after(value, 0.0) is None
-    assert parse_retry_after(value, 0.0) is None
