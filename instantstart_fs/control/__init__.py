@@ -1,5 +1,6 @@
-"""How the command line, and whoever else administers a daemon, talks to it: JSON lines over a unix socket.
+"""The control socket, by which the command line and other administrators talk to the daemon: JSON lines.
 
-``protocol`` is pure; ``server`` runs in the daemon (trio); ``client`` blocks and is quick to import.
-docs/CONFIGURATION.md documents the messages.
+``protocol`` is pure. In the daemon, on trio: ``server`` accepts, ``connection`` reads and answers, ``callers`` decides
+who may ask, ``dispatcher`` does what was asked. ``client`` blocks and is quick to import. docs/CONFIGURATION.md
+documents the messages.
 """

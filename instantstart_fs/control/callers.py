@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import trio
 
+from instantstart_fs.config.unixsocket import Peer
 from instantstart_fs.control.administration import Administration
-from instantstart_fs.control.listening import Peer
 from instantstart_fs.control.protocol import (
     CheckOrigins,
     ColdStarts,

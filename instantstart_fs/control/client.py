@@ -18,42 +18,7 @@ import msgspec
 
 from instantstart_fs.config import unixsocket
 from instantstart_fs.config.places import SOCKET_NAME, SYSTEM_RUN_DIRECTORY, default_socket
-from instantstart_fs.control.protocol import (
-    MAX_HANDED_FILES,
-    MAX_MESSAGE,
-    Access,
-    Add,
-    CheckOrigins,
-    ColdStarts,
-    DaemonInfo,
-    Done,
-    Evict,
-    Failed,
-    Handed,
-    Include,
-    Lease,
-    LineBuffer,
-    Ls,
-    Mark,
-    Names,
-    Open,
-    Opening,
-    Pin,
-    Ping,
-    Progress,
-    Remove,
-    Request,
-    Response,
-    Specs,
-    Status,
-    Touch,
-    Update,
-    Verify,
-    VerifyResult,
-    Warm,
-    decode_response,
-    encode_request,
-)
+from instantstart_fs.control import protocol
 from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.humanize import did_you_mean
 from instantstart_fs.core.manifest import PipelineSpec
@@ -100,7 +65,7 @@ class Client:
         """``deadline``: seconds to be accepted."""
         self.path = find_socket(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._buffer = LineBuffer(MAX_MESSAGE)
+        self._buffer = protocol.LineBuffer(protocol.MAX_MESSAGE)
         self._descriptors: collections.deque[int] = collections.deque()
         try:
             unixsocket.connect(self._socket, self.path, deadline)
@@ -143,62 +108,62 @@ class Client:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def ping(self) -> DaemonInfo:
-        return self._ask(Ping(), DaemonInfo)
+    def ping(self) -> protocol.DaemonInfo:
+        return self._ask(protocol.Ping(), protocol.DaemonInfo)
 
     def add(self, spec: PipelineSpec, *, warm: bool = False) -> PipelineStatus:
-        return self._ask(Add(spec, warm), PipelineStatus, deadline=RESOLVE_DEADLINE)
+        return self._ask(protocol.Add(spec, warm), PipelineStatus, deadline=RESOLVE_DEADLINE)
 
     def update(self, pipeline: str) -> PipelineStatus:
-        return self._ask(Update(pipeline), PipelineStatus, deadline=RESOLVE_DEADLINE)
+        return self._ask(protocol.Update(pipeline), PipelineStatus, deadline=RESOLVE_DEADLINE)
 
     def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
         """Who still has files of it open, in words. ``force``: leases are ended rather than in the way."""
-        return self._held_by(Remove(pipeline, force))
+        return self._held_by(protocol.Remove(pipeline, force))
 
     def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
         """The same. ``force``: opens are not in the way either."""
-        return self._held_by(Evict(pipeline, force))
+        return self._held_by(protocol.Evict(pipeline, force))
 
-    def _held_by(self, request: Request) -> list[str]:
+    def _held_by(self, request: protocol.Request) -> list[str]:
         answer: Any = self._ask(request, object, deadline=RESOLVE_DEADLINE)
         return [] if answer is None else _as(answer, list[str])
 
     def set_pinned(self, pipeline: str, pinned: bool) -> None:
-        self._ask(Pin(pipeline, pinned), type(None))
+        self._ask(protocol.Pin(pipeline, pinned), type(None))
 
     def touch(self, pipeline: str) -> None:
-        self._ask(Touch(pipeline), type(None))
+        self._ask(protocol.Touch(pipeline), type(None))
 
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
         """``at_ns``: wall clock, None for the moment when the daemon gets it."""
-        self._ask(Mark(pipeline, moment, at_ns), type(None))
+        self._ask(protocol.Mark(pipeline, moment, at_ns), type(None))
 
     def cold_starts(self, pipeline: str) -> list[ColdStart]:
         """Newest first."""
-        return self._ask(ColdStarts(pipeline), list[ColdStart])
+        return self._ask(protocol.ColdStarts(pipeline), list[ColdStart])
 
     def pipelines(self) -> list[PipelineStatus]:
-        return self._ask(Ls(), list[PipelineStatus])
+        return self._ask(protocol.Ls(), list[PipelineStatus])
 
     def names(self, prefix: str = "", *, deadline: float = ANSWER_DEADLINE) -> list[str]:
         """Ids that begin with ``prefix``, of the pipelines that this user owns or may read."""
-        return self._ask(Names(prefix), list[str], deadline=deadline)
+        return self._ask(protocol.Names(prefix), list[str], deadline=deadline)
 
     def specs(self) -> list[PipelineSpec]:
-        return self._ask(Specs(), list[PipelineSpec])
+        return self._ask(protocol.Specs(), list[PipelineSpec])
 
     def status(self, pipeline: str, *, brief: bool = False) -> PipelineStatus:
         """``brief``: with ``listed`` in place of ``files``, which may be a hundred thousand."""
-        return self._ask(Status(pipeline, brief), PipelineStatus)
+        return self._ask(protocol.Status(pipeline, brief), PipelineStatus)
 
     def warm(self, pipeline: str, *, everything: bool = False) -> PipelineStatus:
         """Start filling; its status at once."""
-        return self._ask(Warm(pipeline, everything), PipelineStatus)
+        return self._ask(protocol.Warm(pipeline, everything), PipelineStatus)
 
     def include(self, pipeline: str, globs: Sequence[str]) -> None:
         """What these match belongs to the load set from now on."""
-        self._ask(Include(pipeline, tuple(globs)), type(None))
+        self._ask(protocol.Include(pipeline, tuple(globs)), type(None))
 
     def wait_warm(
         self, pipeline: str, *, everything: bool = False, progress: Callable[[PipelineStatus], None] | None = None
@@ -206,34 +171,34 @@ class Client:
         """Start filling and wait until all is there; raises what made the fill fail. No deadline but progress: the
         daemon reports at least every second, so silence for ANSWER_DEADLINE means that it is gone."""
 
-        def on_progress(message: Progress) -> None:
+        def on_progress(message: protocol.Progress) -> None:
             if progress is not None:
                 progress(_as(message.status, PipelineStatus))
 
-        return self._ask(Warm(pipeline, everything, wait=True), PipelineStatus, on_progress=on_progress)
+        return self._ask(protocol.Warm(pipeline, everything, wait=True), PipelineStatus, on_progress=on_progress)
 
     def check_access(self, pipeline: str) -> list[str]:
         """The sources, when all of them may be fetched with the pipeline's own credentials; else raises why not."""
-        return self._ask(Access(pipeline), list[str], deadline=RESOLVE_DEADLINE)
+        return self._ask(protocol.Access(pipeline), list[str], deadline=RESOLVE_DEADLINE)
 
     def check_origins(self) -> list[OriginCheck]:
         """What the daemon itself gets from the origins of the pipelines that this user owns, or of all."""
-        return self._ask(CheckOrigins(), list[OriginCheck], deadline=CHECK_DEADLINE)
+        return self._ask(protocol.CheckOrigins(), list[OriginCheck], deadline=CHECK_DEADLINE)
 
     def verify(
         self, pipeline: str, progress: Callable[[int, int], None] | None = None, *, rate: float | None = None
-    ) -> VerifyResult:
+    ) -> protocol.VerifyResult:
         """``progress(bytes done, bytes in all)``; ``rate``: bytes a second at most."""
 
-        def on_progress(message: Progress) -> None:
+        def on_progress(message: protocol.Progress) -> None:
             if progress is not None:
                 progress(message.done_bytes, message.total_bytes)
 
-        return self._ask(Verify(pipeline, rate), VerifyResult, on_progress=on_progress)
+        return self._ask(protocol.Verify(pipeline, rate), protocol.VerifyResult, on_progress=on_progress)
 
     def lease(self, pipeline: str) -> None:
         """Hold a lease until this client is closed (or its process ends)."""
-        self._ask(Lease(pipeline), type(None))
+        self._ask(protocol.Lease(pipeline), type(None))
 
     def open(self, pipeline: str, deadlines: Mapping[str, float] | None = None) -> WeightSet:
         """Ask for the pipeline's weight files, under a lease until this client is closed (or its process ends); what
@@ -244,13 +209,13 @@ class Client:
         for model, seconds in wanted_at.items():
             if not math.isfinite(seconds):
                 raise UsageError(f"{pipeline}: the deadline of {model!r} is {seconds:g}")
-        self._send(Open(pipeline, wanted_at), ANSWER_DEADLINE)
+        self._send(protocol.Open(pipeline, wanted_at), ANSWER_DEADLINE)
         message = self._receive(ANSWER_DEADLINE)
-        if isinstance(message, Opening):
+        if isinstance(message, protocol.Opening):
             return message.weights
         raise (
             message.error()
-            if isinstance(message, Failed)
+            if isinstance(message, protocol.Failed)
             else ControlProtocolError("the daemon answered something else; use the same release of both")
         )
 
@@ -259,16 +224,16 @@ class Client:
         same opened O_DIRECT. They are the caller's to close. Raises what keeps a file from coming."""
         while True:
             match self._receive(ANSWER_DEADLINE):
-                case Handed(files):
+                case protocol.Handed(files):
                     for file in files:
                         if len(self._descriptors) < file.descriptors or not file.descriptors:
                             raise ControlProtocolError(
                                 "a file came without its descriptor: this process may not open more (ulimit -n)"
                             )
                         yield file.path, [self._descriptors.popleft() for _ in range(file.descriptors)]
-                case Failed() as failed:
+                case protocol.Failed() as failed:
                     raise failed.error()
-                case Done():
+                case protocol.Done():
                     return
                 case _:
                     pass
@@ -287,7 +252,7 @@ class Client:
         """Until the daemon closes this connection. For as long as that takes: for a thread of its own."""
         self._socket.settimeout(None)
         with contextlib.suppress(OSError):
-            while self._socket.recv(MAX_MESSAGE):
+            while self._socket.recv(protocol.MAX_MESSAGE):
                 pass
         self.close()
 
@@ -295,27 +260,27 @@ class Client:
 
     def _ask(
         self,
-        request: Request,
+        request: protocol.Request,
         kind: type[_T],
         *,
         deadline: float = ANSWER_DEADLINE,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[protocol.Progress], None] | None = None,
     ) -> _T:
         """``deadline``: seconds of silence after which the daemon counts as gone."""
         self._send(request, deadline)
         while True:
             match self._receive(deadline):
-                case Progress() as message:
+                case protocol.Progress() as message:
                     if on_progress is not None:
                         on_progress(message)
-                case Done(result):
+                case protocol.Done(result):
                     return _as(result, kind)
-                case Failed() as failed:
+                case protocol.Failed() as failed:
                     raise self._with_advice(failed.error(), request)
                 case _:
                     raise ControlProtocolError("the daemon answered something else; use the same release of both")
 
-    def _with_advice(self, error: InstantStartError, request: Request) -> InstantStartError:
+    def _with_advice(self, error: InstantStartError, request: protocol.Request) -> InstantStartError:
         """For a pipeline that is not there, the name that may have been meant, of those that this user may see."""
         wanted = getattr(request, "pipeline", None)
         if not isinstance(error, PipelineNotFound) or not wanted:
@@ -327,15 +292,15 @@ class Client:
                 return PipelineNotFound(f"{first}{meant}{semicolon}{rest}")
         return error
 
-    def _send(self, request: Request, deadline: float) -> None:
+    def _send(self, request: protocol.Request, deadline: float) -> None:
         self._socket.settimeout(deadline)
-        line = encode_request(request)
+        line = protocol.encode_request(request)
         # A daemon that refuses the connection may have closed it before the request was out: its reason is to be read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(line)
 
-    def _receive(self, deadline: float) -> Response:
-        return decode_response(self._read_line(deadline))
+    def _receive(self, deadline: float) -> protocol.Response:
+        return protocol.decode_response(self._read_line(deadline))
 
     def _read_line(self, deadline: float) -> bytes:
         while True:
@@ -344,7 +309,7 @@ class Client:
             try:
                 # The kernel never joins bytes across descriptors: those that came belong to the lines that follow.
                 data, descriptors, _, _ = socket.recv_fds(
-                    self._socket, 256 * 1024, 2 * MAX_HANDED_FILES, socket.MSG_CMSG_CLOEXEC
+                    self._socket, 256 * 1024, 2 * protocol.MAX_HANDED_FILES, socket.MSG_CMSG_CLOEXEC
                 )
                 self._descriptors.extend(descriptors)
             except TimeoutError as error:

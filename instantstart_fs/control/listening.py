@@ -1,25 +1,32 @@
-"""The control socket itself: everybody may connect, since who asks is checked per request."""
+"""The control socket itself, which everybody may connect to (who asks is checked for each request), and the loop that
+accepts connections for it and for the page.
+"""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+from collections.abc import Callable
 
 import trio
 
 from instantstart_fs.config import unixsocket
+from instantstart_fs.config.descriptors import may_connect
 from instantstart_fs.config.directories import PASSABLE, obstacle
 from instantstart_fs.config.places import make_run_directory
-from instantstart_fs.config.unixsocket import Peer, peer_of
+from instantstart_fs.core.ratelimit import Bucket
 from instantstart_fs.errors import ControlError
-
-__all__ = ["Peer", "listen", "peer_of"]
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096
 """The kernel takes no more than net.core.somaxconn of it (4096 since Linux 5.4)."""
+ACCEPT_RATE = 500.0
+ACCEPT_BURST = 512.0
+"""New connections a second: who connects is only known afterwards, and each costs the loop about 0.2 ms."""
+SHORT_PAUSE = 0.1
+"""Seconds until the next try when descriptors or memory are short."""
 
 
 def listen(path: str) -> trio.socket.SocketType:
@@ -39,6 +46,33 @@ def listen(path: str) -> trio.socket.SocketType:
         raise ControlError(f"{path}: {_reason(error)}") from error
     listener.setblocking(False)
     return trio.socket.from_stdlib_socket(listener)
+
+
+async def accept_connections(
+    listener: trio.socket.SocketType, serve: Callable[[trio.socket.SocketType], None], *, name: str
+) -> None:
+    """Accept until cancelled, at a bounded rate, and give each connection to ``serve``, which only starts its task.
+
+    Where descriptors or memory are short, what runs goes on and those who wait are accepted later; the first refusal of
+    a row is logged under ``name``.
+    """
+    accepts = Bucket(ACCEPT_RATE, ACCEPT_BURST, trio.current_time())
+    short = False
+    while True:
+        try:
+            connection, _ = await listener.accept()
+            if not may_connect(connection.fileno()):
+                connection.close()
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        except OSError as error:
+            if not short:
+                log.warning("%s: accept: %s; trying on", name, error.strerror or error)
+            short = True
+            await trio.sleep(SHORT_PAUSE)
+            continue
+        short = False
+        serve(connection)
+        await trio.sleep(accepts.take(trio.current_time()))
 
 
 def _reason(error: OSError) -> str:

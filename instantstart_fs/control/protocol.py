@@ -312,6 +312,11 @@ def _line(message: bytes, limit: int) -> bytes:
     return message + b"\n"
 
 
+def failed(error: InstantStartError) -> Failed:
+    """The answer that carries ``error``."""
+    return Failed(error.code, error.message, error.retry_after)
+
+
 def decode_request(line: bytes) -> Request:
     """Raises ControlProtocolError."""
     try:

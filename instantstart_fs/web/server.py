@@ -8,9 +8,7 @@ closed at once, because sends are shielded from cancellation. What fails in here
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -29,8 +27,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
 from starlette.types import ASGIApp
 
-from instantstart_fs.config.descriptors import may_connect
-from instantstart_fs.core.ratelimit import Bucket
+from instantstart_fs.control.listening import accept_connections
 from instantstart_fs.core.seats import Seat, Seats
 from instantstart_fs.web.visitors import Visitor
 
@@ -40,8 +37,6 @@ MAX_CONNECTIONS = 128
 """Of those who administer, and as many of all others together."""
 MAX_EACH = 64
 """Of one user, or one address where the user is not known."""
-ACCEPT_RATE, ACCEPT_BURST = 500.0, 512.0
-"""New connections a second."""
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 5\r\n\r\nbusy\n"
 BUSY_SECONDS = 1.0
 """In which it has to be taken."""
@@ -204,29 +199,15 @@ async def serve(
             stream.socket.close()
 
     async def accept(listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
-        accepts = Bucket(ACCEPT_RATE, ACCEPT_BURST, trio.current_time())
-        short = False
+        def start(connection: trio.socket.SocketType) -> None:
+            if connection.family != socket.AF_UNIX:
+                with contextlib.suppress(OSError):
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
+            nursery.start_soon(handle, trio.SocketStream(connection))
+
         with listener:
-            while True:
-                try:
-                    connection, _ = await listener.accept()
-                    if not may_connect(connection.fileno()):
-                        connection.close()
-                        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-                except OSError as error:
-                    # Out of descriptors or memory: what runs goes on, and those who wait are accepted later.
-                    if not short:
-                        log.warning("the page: accept: %s; trying on", error.strerror or error)
-                    short = True
-                    await trio.sleep(0.1)
-                    continue
-                short = False
-                if connection.family != socket.AF_UNIX:
-                    with contextlib.suppress(OSError):
-                        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
-                nursery.start_soon(handle, trio.SocketStream(connection))
-                await trio.sleep(accepts.take(trio.current_time()))
+            await accept_connections(listener, start, name="the page")
 
     async def cut_off_at_the_end() -> None:
         try:

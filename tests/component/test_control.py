@@ -19,10 +19,12 @@ import trio.testing
 
 from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.config import unixsocket
+from instantstart_fs.config.unixsocket import Peer, peer_of
 from instantstart_fs.control import callers as callers_module
-from instantstart_fs.control import server as server_module
+from instantstart_fs.control import connection as connection_module
+from instantstart_fs.control import dispatcher as dispatcher_module
 from instantstart_fs.control.client import Client
-from instantstart_fs.control.listening import Peer, listen, peer_of
+from instantstart_fs.control.listening import listen
 from instantstart_fs.control.protocol import MAX_REQUEST, DaemonInfo
 from instantstart_fs.control.server import ControlServer, serving
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
@@ -344,7 +346,7 @@ async def test_a_failed_fill_ends_the_wait_with_its_reason(library: FakeLibrary,
 async def test_a_wait_that_nothing_would_end_is_given_up(
     library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "IDLE_LIMIT", 0.2)
+    monkeypatch.setattr(dispatcher_module, "IDLE_LIMIT", 0.2)
     library.change(state="partial")
     async with run(library, path):
         with pytest.raises(Exception, match="the fill has stopped"):
@@ -357,7 +359,7 @@ async def test_a_wait_that_nothing_would_end_is_given_up(
 async def test_a_wait_for_an_origin_that_stays_away_ends_with_its_reason(
     library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "WAIT_PATIENCE", 0.3)
+    monkeypatch.setattr(dispatcher_module, "WAIT_PATIENCE", 0.3)
     error = ErrorStatus("origin-unavailable", "http://hub: connection refused", "2026-01-01T00:00:00Z")
     library.change(state="filling", fill=FillStatus(0, None), error=error)
     async with run(library, path):
@@ -404,7 +406,7 @@ async def test_a_change_outlives_its_client(library: FakeLibrary, path: str) -> 
 async def test_a_client_is_not_kept_waiting_for_ever(
     library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "CHANGE_DEADLINE", 0.1)
+    monkeypatch.setattr(dispatcher_module, "CHANGE_DEADLINE", 0.1)
     library.hold = trio.Event()
     async with run(library, path):
         with pytest.raises(PipelineBusy, match="still under way"):
@@ -434,7 +436,7 @@ async def test_garbage_is_answered_and_hurts_nobody(library: FakeLibrary, path: 
 
 
 async def test_half_a_request_has_a_deadline(library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "REQUEST_DEADLINE", 0.1)
+    monkeypatch.setattr(connection_module, "REQUEST_DEADLINE", 0.1)
 
     def half() -> bytes:
         with socket.socket(socket.AF_UNIX) as client:

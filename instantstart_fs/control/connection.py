@@ -1,0 +1,144 @@
+"""One connection of the control socket: reads requests, sends answers, and ends a wait when its client leaves.
+
+A message is bounded and has a deadline. An exception of any kind becomes an answer and a logged traceback, so that no
+client can hurt another. What a request does is in ``dispatcher.py``.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import logging
+import socket
+from collections.abc import Sequence
+
+import trio
+
+from instantstart_fs.catalog.model import Lessee
+from instantstart_fs.config.unixsocket import Peer
+from instantstart_fs.control import protocol
+from instantstart_fs.control.callers import Place
+from instantstart_fs.control.dispatcher import Caller, Dispatcher
+from instantstart_fs.core.eviction import without_others
+from instantstart_fs.errors import ControlProtocolError, InstantStartError, StoreFull
+
+log = logging.getLogger(__name__)
+
+REQUEST_DEADLINE = 30.0
+"""Seconds for a whole request to arrive once it has begun, and for an answer to be taken."""
+
+
+class Connection:
+    """One client: its requests in turn, each ended when the client goes."""
+
+    def __init__(self, dispatcher: Dispatcher, stream: trio.SocketStream, peer: Peer, place: Place) -> None:
+        self._dispatcher = dispatcher
+        self._place = place
+        self._stream = stream
+        self._peer = peer
+        self._caller = Caller(peer, Lessee(peer.pid, peer.uid), self._send)
+        self._buffer = protocol.LineBuffer(protocol.MAX_REQUEST)
+
+    async def run(self) -> None:
+        """Answer requests until either side ends the connection."""
+        if self._place.refusal is not None:
+            await self._send(protocol.failed(self._place.refusal))
+            return
+        while True:
+            try:
+                line = await self._read_line()
+                if line is None:
+                    return
+                with self._place.at_work():
+                    await self._dispatcher.callers.wait_turn(self._peer)
+                    if not await self._answer(protocol.decode_request(line)):
+                        return
+            except ControlProtocolError as error:
+                await self._send(protocol.failed(error))
+                return
+
+    async def _read_line(self) -> bytes | None:
+        """The next request; None at the end. A client may be silent between requests for as long as its place has
+        patience, and not within one."""
+        silent_until = trio.current_time() + self._place.patience
+        begun: float | None = None
+        while True:
+            for line in self._buffer.lines():
+                return line
+            # From its first byte on, however many come: one now and then would hold a connection for ever.
+            begun = (begun or trio.current_time()) if len(self._buffer) else None
+            with trio.move_on_at(silent_until if begun is None else begun + REQUEST_DEADLINE) as scope:
+                data = await self._stream.receive_some(65536)
+            if scope.cancelled_caught:
+                if begun is None:
+                    return None
+                raise ControlProtocolError(f"half a request came, and the rest did not within {REQUEST_DEADLINE:g} s")
+            if not data:
+                return None
+            self._buffer.feed(data)
+
+    async def _answer(self, request: protocol.Request) -> bool:
+        """False when the connection is over."""
+        gone = False
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                # Only an end or a broken line is of interest while a request runs; what else comes is for afterwards.
+                nonlocal gone
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    while len(self._buffer) <= protocol.MAX_REQUEST:
+                        data = await self._stream.receive_some(65536)
+                        if not data:
+                            break
+                        self._buffer.feed(data)
+                gone = True
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            try:
+                await self._send(await self._response(request))
+            except* (trio.BrokenResourceError, trio.ClosedResourceError):
+                gone = True
+            nursery.cancel_scope.cancel()
+        return not gone
+
+    async def _response(self, request: protocol.Request) -> protocol.Response:
+        """What is to be answered; a lease never returns, it is ended by the connection's end."""
+        try:
+            self._dispatcher.callers.authorize(self._peer, request)
+            if isinstance(request, protocol.Lease | protocol.Open):
+                await self._dispatcher.hold(request, self._caller)
+            return protocol.Done(await self._dispatcher.perform(request, self._caller))
+        except StoreFull as error:
+            # Which others are hot or pinned is theirs to know.
+            knows = self._dispatcher.callers.administers(self._peer)
+            message = error.message if knows else without_others(error.message)
+            return protocol.Failed(error.code, message, error.retry_after)
+        except InstantStartError as error:
+            return protocol.failed(error)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise
+        except Exception as error:
+            log.exception("control request %s failed", type(request).__name__.lower())
+            message = f"{type(error).__name__} in the daemon; its log has the traceback"
+            return protocol.Failed(InstantStartError.code, message)
+
+    async def _send(self, response: protocol.Response, descriptors: Sequence[int] = ()) -> None:
+        """``descriptors`` go with its first byte. Raises BrokenResourceError when the client does not take it in
+        time."""
+        try:
+            line = protocol.encode_response(response)
+        except ControlProtocolError as error:
+            line = protocol.encode_response(protocol.failed(error))
+        with trio.move_on_after(REQUEST_DEADLINE) as scope:
+            if descriptors:
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+                try:
+                    sent = await self._stream.socket.sendmsg([line], [rights])
+                except OSError as error:
+                    raise trio.BrokenResourceError(str(error)) from error
+                line = line[sent:]
+            if line:
+                await self._stream.send_all(line)
+        if scope.cancelled_caught:
+            raise trio.BrokenResourceError("the client does not read its answers")

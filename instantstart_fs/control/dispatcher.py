@@ -1,0 +1,346 @@
+"""Carries out the requests of the control protocol on the library, for a caller that may make them.
+
+Who may make a request is decided in ``callers.py``; how requests and answers travel is ``connection.py``. A change that
+has begun (remove, evict, update, …) runs to its end in the server's nursery though its client leaves: half a change
+helps nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+import trio
+
+from instantstart_fs.catalog.model import Lessee
+from instantstart_fs.config.unixsocket import Peer
+from instantstart_fs.control import protocol
+from instantstart_fs.control.administration import Administration, Report
+from instantstart_fs.control.callers import Callers
+from instantstart_fs.core.eviction import without_others
+from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.errors import (
+    InstantStartError,
+    PipelineBusy,
+    PipelineNotFound,
+    StoreFull,
+    VariantNotChosen,
+    from_code,
+)
+
+CHANGE_DEADLINE = 600.0
+"""Seconds that a client is kept waiting for a change; the change itself goes on."""
+PROGRESS_INTERVAL = 0.25
+"""Seconds between two progress messages, at least; about twice that at most."""
+IDLE_LIMIT = 15.0
+"""Seconds without any filling after which a wait is given up: nothing would ever end it."""
+WAIT_PATIENCE = 900.0
+"""Seconds without a byte, though it is being filled, after which a wait is given up. Longer than a Retry-After that is
+believed (core/retry.py)."""
+
+
+class Send(Protocol):
+    """Sends one message to a caller, with descriptors beside its first byte. Raises BrokenResourceError."""
+
+    async def __call__(self, response: protocol.Response, descriptors: Sequence[int] = ()) -> None: ...
+
+
+class Caller(NamedTuple):
+    """Who asks: the process at the other end, what its leases are recorded under, and the way back to it."""
+
+    peer: Peer
+    lessee: Lessee
+    send: Send
+
+
+class Dispatcher:
+    """The daemon's answers to requests. ``changes`` runs what has to end though its client is gone.
+
+    ``info`` is asked at each ping; ``pending``: pipelines that are configured and could not be added yet, shown beside
+    those of the library.
+    """
+
+    def __init__(
+        self,
+        library: Administration,
+        callers: Callers,
+        info: Callable[[], protocol.DaemonInfo],
+        pending: Callable[[], Mapping[str, PipelineStatus]],
+        changes: trio.Nursery,
+    ) -> None:
+        self._library = library
+        self.callers = callers
+        self._info = info
+        self._pending = pending
+        self._changes = changes
+        self._leases: dict[str, dict[trio.CancelScope, None]] = {}
+
+    async def perform(self, request: protocol.Request, caller: Caller) -> Any:
+        """The result of ``request``, as ``protocol`` documents it for each. Raises InstantStartError, and
+        BrokenResourceError when the caller no longer reads."""
+        library, change = self._library, self._change
+        match request:
+            case protocol.Ping():
+                return self._info_for(caller.peer)
+            case protocol.Ls():
+                return self._visible(caller.peer)
+            case protocol.Names(prefix):
+                return self._names(caller.peer, prefix)
+            case protocol.Specs():
+                return [library.spec(status.pipeline) for status in library.list()]
+            case protocol.Status(pipeline, brief):
+                return self._shown(caller, await self._status(pipeline, with_files=not brief))
+            case protocol.Touch(pipeline):
+                return library.touch(pipeline)
+            case protocol.Mark(pipeline, moment, at_ns):
+                return library.mark(pipeline, moment, at_ns)
+            case protocol.ColdStarts(pipeline):
+                return library.cold_starts(pipeline)
+            case protocol.Add(spec, warm):
+                return await change(lambda: self._add(spec, warm))
+            case protocol.Update(pipeline):
+                return await change(lambda: library.update(pipeline))
+            case protocol.Remove(pipeline, force):
+                return await change(lambda: self._withdraw(library.remove, pipeline, force))
+            case protocol.Evict(pipeline, force):
+                return await change(lambda: self._withdraw(library.evict, pipeline, force))
+            case protocol.Pin(pipeline, pinned):
+                return await change(lambda: library.set_pinned(pipeline, pinned))
+            case protocol.Warm(pipeline, everything, wait):
+                await change(lambda: library.warm(pipeline, everything=everything))
+                if wait:
+                    return await self._wait_warm(caller, pipeline, everything)
+                return self._shown(caller, library.status(pipeline))
+            case protocol.Include(pipeline, globs):
+                return await change(lambda: library.include(pipeline, globs))
+            case protocol.Verify(pipeline, rate):
+                return await self._verify(caller, pipeline, rate)
+            case protocol.CheckOrigins():
+                return await library.check_origins(lambda spec: self.callers.oversees(caller.peer, spec))
+            case protocol.Access(pipeline):
+                return await change(lambda: library.check_access(pipeline))
+            case protocol.Lease() | protocol.Open():
+                raise AssertionError("a lease is held, see hold()")
+
+    async def hold(self, request: protocol.Lease | protocol.Open, caller: Caller) -> None:
+        """Returns only by an exception: the lease lasts as long as the connection, and is ended with it."""
+        with self._leased(request.pipeline) as scope:
+            if isinstance(request, protocol.Open):
+                await self._hand_over(request, caller)
+            else:
+                await self._lease(request, caller)
+        if scope.cancelled_caught:
+            error = PipelineBusy(f"{request.pipeline}: an administrator took it away by force")
+            await caller.send(protocol.failed(error))
+        raise trio.BrokenResourceError("the lease has ended")
+
+    async def _lease(self, request: protocol.Lease, caller: Caller) -> None:
+        with self._library.lease(request.pipeline, caller.lessee):
+            await caller.send(protocol.Done())
+            await trio.sleep_forever()
+
+    async def _hand_over(self, request: protocol.Open, caller: Caller) -> None:
+        async with self._library.opening(request.pipeline, request.deadlines, caller.lessee) as handover:
+            await caller.send(protocol.Opening(handover.weights))
+            while not handover.finished:
+                handed = await handover.next_files(protocol.MAX_HANDED_FILES, 1.0)
+                try:
+                    if handed:
+                        message = protocol.Handed(tuple(protocol.HandedFile(path, len(fds)) for path, fds in handed))
+                        await caller.send(message, [fd for _, fds in handed for fd in fds])
+                    else:
+                        await caller.send(protocol.Progress(status=self._brief(caller, request.pipeline)))
+                finally:
+                    for _, fds in handed:
+                        for fd in fds:
+                            os.close(fd)
+            await caller.send(protocol.Done())
+            await trio.sleep_forever()
+
+    def _shown(self, caller: Caller, status: PipelineStatus) -> PipelineStatus:
+        return status if self.callers.administers(caller.peer) else _without_others(status)
+
+    def _brief(self, caller: Caller, pipeline: str) -> PipelineStatus:
+        return self._shown(caller, self._library.status(pipeline, with_files=False))
+
+    async def _add(self, spec: PipelineSpec, warm: bool) -> PipelineStatus:
+        status = await self._library.add(spec)
+        if warm:
+            try:
+                await self._library.warm(spec.id)
+            except VariantNotChosen as error:
+                raise VariantNotChosen(f"{spec.id} was added, and is not filled: {error.message}") from error
+            status = self._library.status(spec.id)
+        return status
+
+    async def _wait_warm(self, caller: Caller, pipeline: str, everything: bool) -> PipelineStatus:
+        """Until the wanted files are all there. Raises what made the fill stop."""
+        busy_at = moved_at = trio.current_time()
+        cached = -1
+        told_at = -PROGRESS_INTERVAL
+        while True:
+            began = time.perf_counter()
+            status = self._library.status(pipeline, with_files=everything)
+            brief = self._shown(caller, status.brief if everything else status)
+            if _is_warm(status, everything):
+                return brief
+            if status.state == "error":
+                error = status.error
+                raise from_code(
+                    error.code if error else InstantStartError.code,
+                    f"{pipeline}: {error.message}" if error else f"{pipeline}: the fill failed",
+                )
+            if status.cached_bytes != cached or (status.fill is not None and status.fill.bytes_per_second):
+                cached, moved_at = status.cached_bytes, trio.current_time()
+            elif trio.current_time() > moved_at + WAIT_PATIENCE:
+                reason = status.error.message if status.error else "nobody says why"
+                raise InstantStartError(f"{pipeline}: nothing came for {WAIT_PATIENCE / 60:g} min: {reason}")
+            if status.fill is not None:
+                busy_at = trio.current_time()
+            elif status.uncached:
+                raise StoreFull(f"{pipeline}: {status.uncached}")
+            elif trio.current_time() > busy_at + IDLE_LIMIT:
+                reason = status.error.message if status.error else "`instantstart status` shows what is missing"
+                raise InstantStartError(f"{pipeline}: the fill has stopped: {reason}")
+            # 10,000 files take a while to describe: no more than a tenth of the daemon's time goes there.
+            pause = min(1.0, max(0.01, 10 * (time.perf_counter() - began)))
+            if trio.current_time() >= told_at + PROGRESS_INTERVAL:
+                told_at = trio.current_time()
+                await caller.send(protocol.Progress(status=brief))
+            await self._library.wait_changed(pipeline, PROGRESS_INTERVAL)
+            await trio.sleep(pause)
+
+    async def _verify(self, caller: Caller, pipeline: str, rate: float | None) -> protocol.VerifyResult:
+        latest = (0, 0)
+
+        def progress(done: int, total: int) -> None:
+            nonlocal latest
+            latest = (done, total)
+
+        change = self._start_change(lambda: self._library.verify(pipeline, progress, rate))
+        while not change.finished.is_set():
+            with trio.move_on_after(1.0) as waiting:
+                await change.finished.wait()
+            if waiting.cancelled_caught and latest[1]:
+                await caller.send(protocol.Progress(done_bytes=latest[0], total_bytes=latest[1]))
+        found: Report = change.result()
+        return protocol.VerifyResult(found.files, found.bytes, tuple(found.healed), tuple(found.unproven))
+
+    def _visible(self, peer: Peer) -> list[PipelineStatus]:
+        """What ``ls`` shows this peer: all, or what it owns."""
+        if self.callers.administers(peer):
+            found = self._library.list()
+            known = {status.pipeline for status in found}
+            waiting = [status for name, status in self._pending().items() if name not in known]
+            return sorted([*found, *waiting], key=lambda status: status.pipeline)
+        owned = self._library.list_where(lambda spec: self.callers.owns(peer, spec))
+        return [_without_others(status) for status in owned]
+
+    def _names(self, peer: Peer, prefix: str) -> list[str]:
+        """The first ids that begin with ``prefix``, of those that this peer may ask for."""
+        if self.callers.administers(peer):
+            found = {*self._library.names_where(prefix, lambda spec: True)}
+            found.update(name for name in self._pending() if name.startswith(prefix))
+        else:
+            sight = self.callers.sight(peer.uid, peer.groups)
+            named = self._library.names_where(prefix, sight.sees)
+            found = {name for name in named if self._library.shown_to(name, sight)}
+        return sorted(found)[: protocol.MAX_NAMES]
+
+    def _start_change(self, operation: Callable[[], Awaitable[Any]]) -> Change:
+        """Run it to its end whatever becomes of the connection."""
+        change = Change(operation)
+        self._changes.start_soon(change.run)
+        return change
+
+    async def _change(self, operation: Callable[[], Awaitable[Any]]) -> Any:
+        """The same, and wait for it at most CHANGE_DEADLINE; raises what it raised, else PipelineBusy."""
+        change = self._start_change(operation)
+        with trio.move_on_after(CHANGE_DEADLINE):
+            await change.finished.wait()
+            return change.result()
+        raise PipelineBusy(
+            f"still under way after {CHANGE_DEADLINE:g} s: the change goes on, `instantstart status` shows it"
+        )
+
+    async def _withdraw(
+        self, operation: Callable[..., Awaitable[list[str]]], pipeline: str, force: bool
+    ) -> list[str] | None:
+        """Remove or evict a pipeline by ``operation``. With ``force``, leases do not prevent it and end with it."""
+        held = await operation(pipeline, force=force)
+        if force:
+            for scope in list(self._leases.get(pipeline, ())):
+                scope.cancel()
+        return held or None
+
+    @contextlib.contextmanager
+    def _leased(self, pipeline: str) -> Iterator[trio.CancelScope]:
+        """Around a lease: what ``_withdraw`` ends."""
+        scopes = self._leases.setdefault(pipeline, {})
+        with trio.CancelScope() as scope:
+            scopes[scope] = None
+            try:
+                yield scope
+            finally:
+                del scopes[scope]
+                if not scopes and self._leases.get(pipeline) is scopes:
+                    del self._leases[pipeline]
+
+    async def _status(self, pipeline: str, *, with_files: bool) -> PipelineStatus:
+        try:
+            await self._library.ensure_loaded(pipeline)
+            return self._library.status(pipeline, with_files=with_files)
+        except PipelineNotFound:
+            waiting = self._pending().get(pipeline)
+            if waiting is None:
+                raise
+            return waiting
+
+    def _info_for(self, peer: Peer) -> protocol.DaemonInfo:
+        """To those who do not administer: that there is a daemon, and where its mount is."""
+        info = self._info()
+        if self.callers.administers(peer):
+            return info
+        return protocol.DaemonInfo(info.version, info.pid, info.mount, "", info.uptime, 0, info.ready, info.transport)
+
+
+class Change:
+    """An operation that no client's departure stops."""
+
+    def __init__(self, operation: Callable[[], Awaitable[Any]]) -> None:
+        self._operation = operation
+        self._value: Any = None
+        self._error: Exception | None = None
+        self.finished = trio.Event()
+
+    async def run(self) -> None:
+        try:
+            self._value = await self._operation()
+        except Exception as error:
+            self._error = error
+        finally:
+            self.finished.set()
+
+    def result(self) -> Any:
+        """What it returned, or raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _without_others(status: PipelineStatus) -> PipelineStatus:
+    """As its owner may see it, who may not know which others are hot."""
+    if status.uncached is None:
+        return status
+    return msgspec.structs.replace(status, uncached=without_others(status.uncached))
+
+
+def _is_warm(status: PipelineStatus, everything: bool) -> bool:
+    if everything and status.files is not None:
+        return all(file.state in ("sealed", "unverified") for file in status.files)
+    return status.state in ("warm", "unverified")
