@@ -222,12 +222,12 @@ def surplus(records: Iterable[ColdStart], per_pipeline: int = PER_PIPELINE, over
     """Records to delete, oldest first."""
     kept: dict[str, int] = {}
     total = 0
-    gone = []
+    expired = []
     for record in sorted(records, key=lambda found: found.started_ns, reverse=True):
         count = kept.get(record.pipeline, 0)
         if count >= per_pipeline or total >= overall:
-            gone.append(record)
+            expired.append(record)
         else:
             kept[record.pipeline] = count + 1
             total += 1
-    return gone[::-1]
+    return expired[::-1]

@@ -186,10 +186,10 @@ class Committer:
                     nursery.start_soon(self._sync, target, failed)
                 for together in _in_groups(seals):
                     nursery.start_soon(self._seal, together, failed)
-            gone = self._forgotten | failed.keys()
-            synced = {target: chunks for target, chunks in dirty.items() if target not in gone}
-            sealed = {target: state for target, state in seals.items() if target not in gone}
-            bad = [target for target in poisoned if target not in gone]
+            dropped = self._forgotten | failed.keys()
+            synced = {target: chunks for target, chunks in dirty.items() if target not in dropped}
+            sealed = {target: state for target, state in seals.items() if target not in dropped}
+            bad = [target for target in poisoned if target not in dropped]
             committed = await self._record(synced, sealed, bad)
             if committed:
                 for target in bad:
@@ -277,12 +277,12 @@ class Committer:
             (target.key, FileRecord(state, target.incarnation, allocated=target.allocated))
             for target, state in sealed.items()
         ]
-        gone = [(target.key, target.incarnation) for target in bad]
+        replaced = [(target.key, target.incarnation) for target in bad]
 
         def write(txn: WriteTxn) -> None:
             for key, record in puts:
                 _put(txn, key, record)
-            for key, incarnation in gone:
+            for key, incarnation in replaced:
                 _record_poisoned(txn, key, incarnation)
 
         def late(error: StoreError) -> None:

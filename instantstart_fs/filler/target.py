@@ -239,11 +239,11 @@ class FillTarget:
         self._gave_up = {chunk: what for chunk, what in self._gave_up.items() if what[0] > since}
 
     def _leave(self, chunks: list[int], *, done: bool) -> None:
-        gone = []
+        unwaited = []
         for chunk in chunks:
             self.waiting[chunk] -= 1
             if not self.waiting[chunk]:
                 del self.waiting[chunk]
-                gone.append(chunk)
-        if gone and not done and self.owner is not None:
-            self.owner.unwaited(self, gone)
+                unwaited.append(chunk)
+        if unwaited and not done and self.owner is not None:
+            self.owner.unwaited(self, unwaited)

@@ -1,9 +1,8 @@
 """BlobFile: one sparse file of the store and its seal record. It knows nothing about presence (the index does) and
 takes no locks.
 
-Owns one descriptor and nothing else. It keeps no state about presence (the index does) and takes no locks: reads and
-writes are positional, so threads may share it, but whoever closes it must know that nobody is inside a call, since a
-closed descriptor's number is soon another file's.
+It owns one descriptor. Reads and writes are positional, so threads may share it; the caller of ``close`` must know that
+no thread is inside a call, since the number of a closed descriptor is soon another file's.
 
 What a crash leaves: bytes are durable after ``datasync``, which also makes the file's directory entry durable the
 first time; a seal record exists only if every byte before it was fsynced, because the record is an xattr of the very
@@ -93,7 +92,7 @@ class BlobFile:
         self.created = created
         self.directory = directory
         self.path: str | None = None
-        """Where it lies in the filesystem, if its holder has asked."""
+        """Its path, once somebody has looked it up."""
         self._inode: tuple[int, int] | None = None
         self._sync_entry = sync_entry
         self._entry_durable = False
@@ -148,26 +147,6 @@ class BlobFile:
                 raise StoreDamaged(f"{self.name} ends at byte {offset + done} of {self.size}: it was cut short")
             done += count
         return max(done, 0)
-
-    def read_cached(self, offset: int, length: int) -> bytes | None:
-        """What ``pread`` would return if the page cache holds all of it; None if it would wait for the disk."""
-        length = min(length, self.size - offset)
-        if length <= 0:
-            return b""
-        buffer = bytearray(length)
-        return bytes(buffer) if self.read_cached_into(offset, memoryview(buffer)) else None
-
-    def read_cached_into(self, offset: int, buffer: memoryview) -> bool:
-        """Fill ``buffer`` (clipped at the file's end) from the page cache; False if that would have to wait."""
-        wanted = min(len(buffer), self.size - offset)
-        if wanted <= 0:
-            return True
-        try:
-            return os.preadv(self.fd, [buffer[:wanted]], offset, os.RWF_NOWAIT) == wanted
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
-                return False
-            raise translate(error, f"read {self.name}") from error
 
     def read_past_cache(self) -> Callable[[int, memoryview], int]:
         """A function (offset, buffer) → bytes read, short only at the end, that leaves the page cache as it is: by
@@ -225,16 +204,15 @@ class BlobFile:
                 )
 
     def datasync(self) -> None:
-        """Make what was written durable: the data, the file's length and, the first time, its directory entry (also
-        when somebody else made it: a killed daemon may not have come to that)."""
+        """Make the data, the file's length and, the first time, its directory entry durable (also of a file made
+        earlier: a killed daemon may not have synced it)."""
         with translated(f"sync {self.name}"):
             os.fdatasync(self.fd)
             if not self._entry_durable:
                 self.sync_entry()
 
     def start_writing(self) -> None:
-        """Have what was written on its way to the disk, without waiting. A favour to the fsync that comes: never
-        fails."""
+        """Start writing dirty pages to the disk without waiting, for the fsync that follows. Never fails."""
         _LIBC.sync_file_range(self.fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
     def sync_entry(self) -> None:
@@ -247,7 +225,7 @@ class BlobFile:
         self._entry_durable = True
 
     def seal(self, record: SealRecord, *, atime_ns: int | None = None, mtime_ns: int | None = None) -> None:
-        """Make the whole file durable, then say so on it. ``atime_ns``, ``mtime_ns``: set these times as well.
+        """Make the whole file durable, then record that on it. ``atime_ns``, ``mtime_ns``: set these times as well.
 
         Only for a file whose every byte is written and, unless ``record.state`` is "unverified", proven.
         """
@@ -268,13 +246,13 @@ class BlobFile:
         return record
 
     def drop_pages(self, start: int = 0, stop: int = 0) -> None:
-        """Let the page cache forget these bytes (``stop`` 0: up to the end), as far as they are written and nobody has
-        them mapped. A favour to others: never fails."""
+        """Drop these bytes (``stop`` 0: up to the end) from the page cache, as far as they are clean and not mapped.
+        Never fails."""
         with contextlib.suppress(OSError):
             os.posix_fadvise(self.fd, start, max(stop - start, 0), os.POSIX_FADV_DONTNEED)
 
     def unseal(self) -> None:
-        """Take the record away, durably: what follows may change the bytes. No effect without a record."""
+        """Remove the record, durably: the bytes may change afterwards. No effect without a record."""
         with translated(f"unseal {self.name}"):
             try:
                 os.removexattr(self.fd, SEAL_XATTR)
@@ -285,7 +263,7 @@ class BlobFile:
             os.fsync(self.fd)
 
     def allocated_bytes(self) -> int:
-        """Bytes of disk that it takes (512 × st_blocks)."""
+        """Bytes of disk that the file takes (512 × st_blocks)."""
         with translated(f"stat {self.name}"):
             return os.fstat(self.fd).st_blocks * 512
 

@@ -42,7 +42,7 @@ from instantstart_fs.store.tree import DIRECTORY_FLAGS, StoreTree, check_own, sh
 log = logging.getLogger(__name__)
 
 _NOT_SHARED = frozenset({errno.ENOENT, errno.EEXIST, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP})
-"""Dropped meanwhile, or the filesystem has no more names for it: it is fetched again, then."""
+"""Deleted meanwhile, or the filesystem allows no more names: the file is fetched again, then."""
 
 
 class Proof(NamedTuple):
@@ -65,14 +65,14 @@ class BlobStore:
         self._view_fd = -1
         self._view_tried = False
         self.identity = ""
-        """Random, made with the store; "" while there is no room to note one."""
+        """Random, made with the store; "" while there is no space to store one."""
         self.identity_is_new = False
-        """Whether this process made it."""
+        """Whether this process made the identity."""
         self._mutex = threading.Lock()
 
     @classmethod
     def open(cls, root: str, *, lock_deadline: float = 10.0) -> BlobStore:
-        """Open the store at ``root`` and take it for this process; makes it if it is not there.
+        """Open the store at ``root``, made if it is not there, and lock it for this process.
 
         Waits up to ``lock_deadline`` seconds for the orphaned workers of an earlier daemon. Raises StoreLocked,
         StoreUnsupported (the filesystem cannot do), StoreReadOnly, StoreDamaged, StoreError.
@@ -93,7 +93,7 @@ class BlobStore:
                 for name in (SLOTS, TRASH):
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(name, DIRECTORY_MODE, dir_fd=root_fd)
-                with contextlib.suppress(OSError):  # for later, when there may be no room
+                with contextlib.suppress(OSError):  # for later, when there may be no space
                     os.mkdir(BIND, DIRECTORY_MODE, dir_fd=root_fd)
                 os.fsync(root_fd)
                 slots_fd = os.open(SLOTS, DIRECTORY_FLAGS, dir_fd=root_fd)
@@ -123,7 +123,7 @@ class BlobStore:
             self.take_identity(secrets.token_hex(16))
 
     def take_identity(self, identity: str) -> None:
-        """Note it, durably, if there is room."""
+        """Store the identity, durably, if there is space."""
         temporary = self.tree.unique_name()
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -140,7 +140,7 @@ class BlobStore:
         self.identity = identity
 
     def close(self) -> None:
-        """Give the store up. Idempotent. Open BlobFiles stay usable but must not be written any more."""
+        """Close and unlock the store. Idempotent. Open BlobFiles stay usable but must not be written any more."""
         self.tree.close()
         for name in ("_view_fd", "_lock_fd"):
             fd = getattr(self, name)
@@ -205,8 +205,8 @@ class BlobStore:
         return blob
 
     def fresh_blob(self, pipeline: str, generation: int, path: str, size: int) -> BlobFile:
-        """``blob``, once whatever else lies in its place, or in that of a directory on the way, is out of the way: the
-        store is the daemon's alone, and what it cannot use would otherwise keep the file from ever being fetched."""
+        """``blob``, after removing anything else in its place or in that of a directory on the way: the store is the
+        daemon's alone, and a foreign file would keep this one from ever being fetched."""
         try:
             return self.blob(pipeline, generation, path, size)
         except StoreLost as error:
@@ -216,8 +216,8 @@ class BlobStore:
             return self.blob(pipeline, generation, path, size)
 
     def _clear_way(self, pipeline: str, generation: int, path: str) -> bool:
-        """Remove a file of the slot, whatever it is, and the first component above it that is no directory, durably.
-        Whether there was any. Raises StoreError (a mount point, say, is not removed)."""
+        """Remove a file of the slot, of any type, or the first component above it that is no directory, durably;
+        whether there was one. Raises StoreError (a mount point, say, is not removed)."""
         directory, name = blob_place(pipeline, generation, path)
         with translated(f"clear {shown((*directory, name))}"):
             if self.tree.delete_obstacle(directory):
@@ -380,15 +380,14 @@ class BlobStore:
         return given
 
     def shared(self, pipeline: str, one: int, other: int, path: str) -> bool:
-        """Whether that file of both generations is one on disk."""
+        """Whether both generations share that file."""
         found = [stat_blob(self.tree, pipeline, generation, path) for generation in (one, other)]
         return found[0] is not None and found[0] == found[1]
 
     # -- deletion --------------------------------------------------------------------------------------------------
 
     def delete_blob(self, pipeline: str, generation: int, path: str) -> None:
-        """Unlink a file, or whatever lies in its place, durably; those who hold it open keep it. No effect if it is not
-        there."""
+        """Delete a file, or anything in its place, durably; open descriptors keep it. No effect if it is not there."""
         directory, name = blob_place(pipeline, generation, path)
         with translated(f"delete {pipeline}/{generation}/{path}"):
             try:
@@ -451,16 +450,16 @@ class BlobStore:
         self.tree.delete((validate_pipeline_id(pipeline),))
 
     def delete_entry(self, *components: str) -> None:
-        """Remove whatever lies at slots/``components`` (for fsck: what no pipeline speaks of)."""
+        """Delete the entry at slots/``components``, of any type (for fsck: one that belongs to no pipeline)."""
         self.tree.delete(components)
 
 
 def _punch(name: str, directory: int, present: ChunkMap) -> int:
-    """Free the blocks of absent chunks; bytes of disk that the file takes then. What is not ours is left alone."""
+    """Free the blocks of absent chunks; bytes of disk that the file takes then. Foreign files are left alone."""
     try:
         fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError:
-        return 0  # a link or a device: whoever opens it for filling says so
+        return 0  # a link or a device: an open for filling reports it
     try:
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size == present.size:

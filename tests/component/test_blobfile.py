@@ -55,19 +55,6 @@ def test_reserve_allocates_and_keeps_size_and_bytes(blob: BlobFile) -> None:
     assert os.fstat(blob.fd).st_size == SIZE
 
 
-def test_read_cached_never_reads_from_the_disk(blob: BlobFile) -> None:
-    data = os.urandom(SIZE)
-    blob.pwrite(0, data)
-    assert blob.read_cached(0, SIZE) == data
-    assert blob.read_cached(SIZE - 3, 100) == data[-3:]
-    assert blob.read_cached(SIZE, 100) == b""
-    blob.datasync()
-    os.posix_fadvise(blob.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    assert blob.read_cached(0, SIZE) is None
-    assert blob.pread(0, SIZE) == data
-    assert blob.read_cached(0, SIZE) == data
-
-
 def test_a_file_cut_short_is_damage_and_not_zeros(blob: BlobFile) -> None:
     os.truncate(blob.fd, 10)
     with pytest.raises(StoreDamaged, match="cut short"):

@@ -428,7 +428,7 @@ async def test_a_read_for_which_no_room_is_made_ends(tmp_path: Path, monkeypatch
             await trio.sleep_forever()
             raise AssertionError
 
-        for name in ("whole", "some"):
+        for name in ("admit_fill", "admit_chunks"):
             monkeypatch.setattr(library._admissions, name, forever)
         monkeypatch.setattr(library._reads, "_read_deadline", 0.3)
         with trio.fail_after(10), pytest.raises(ReadDeadline):
@@ -520,7 +520,7 @@ async def test_a_pin_that_cannot_be_written_down_is_none(tmp_path: Path, monkeyp
         def full(*_: object) -> None:
             raise StoreFull("no space")
 
-        monkeypatch.setattr(library._store, "write_pipeline", full)
+        monkeypatch.setattr(library._store.metadata, "write_pipeline", full)
         with pytest.raises(StoreFull):
             await library.set_pinned("p", True)
         assert not library.spec("p").pinned and not library.status("p").pinned
