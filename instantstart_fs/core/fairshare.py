@@ -61,12 +61,10 @@ class FairShare(Generic[K]):
         most = max(ceiling - self._reserve, 1)
         return lane.in_flight < (most if lane.limit is None else min(most, lane.limit))
 
-    def choose(self, pool: Pool[K], *, background: bool) -> Lane[K] | Entry[K] | None:
-        """Choose what gets the next place of ``pool``: a lane, for its next demand, or an entry, for its next
-        background chunk; None if nothing may be sent. ``background``: False allows demands only."""
-        ceiling = self.ceiling(pool)
-        if pool.in_flight >= ceiling:
-            return None
+    def choose(self, pool: Pool[K], ceiling: int, background: bool) -> Lane[K] | Entry[K] | None:
+        """Choose what gets the next place of ``pool``, which has less than ``ceiling`` in flight: a lane, for its next
+        demand, or an entry, for its next background chunk; None if nothing may be sent. ``background``: False allows
+        demands only."""
         lanes = [lane for lane in pool.lanes.values() if self._may(lane, ceiling)]
         demanding = min(
             (lane for lane in lanes if lane.demanded), key=lambda lane: (lane.in_flight, lane.served), default=None

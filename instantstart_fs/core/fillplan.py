@@ -310,7 +310,11 @@ class FillPlan(Generic[K]):
         for pool in self._pools.values():
             if pool.held_until > now:
                 continue
-            while (chosen := self._shares.choose(pool, background=background)) is not None:
+            ceiling = self._shares.ceiling(pool)
+            while pool.in_flight < ceiling:
+                chosen = self._shares.choose(pool, ceiling, background)
+                if chosen is None:
+                    break
                 if isinstance(chosen, Lane):
                     requests.append(self._send_demand(chosen, now))
                 else:

@@ -314,7 +314,7 @@ async def test_when_demand_ends_it_goes_on(world: World, monkeypatch: pytest.Mon
         monkeypatch.setattr(scrub, "REST_SECONDS", 0.01)
         scrubber(library)._quiet = IdleDetector(0.02)
         world.clock.passes(31 * DAY)
-        nursery.start_soon(scrubber(library).look)
+        nursery.start_soon(scrubber(library).run_once)
         with trio.fail_after(10):
             while not scrubber(library).resting:
                 await trio.sleep(0.005)
