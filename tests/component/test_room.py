@@ -380,7 +380,7 @@ async def test_after_a_restart_the_accounts_are_what_the_disk_says(tmp_path: Pat
         assert await read_all(library, "part", "pytorch_model.bin") == (source / "pytorch_model.bin").read_bytes()
 
 
-# -- filler/uncached.py alone --------------------------------------------------------------------------------------------
+# -- filler/uncached.py alone ------------------------------------------------------------------------------------------
 
 
 class Source:
