@@ -12,21 +12,21 @@ from typing import Literal
 import msgspec
 
 MAX_RETRY_AFTER = 600.0
-"""A server's Retry-After is believed up to 10 minutes (design rule 3)."""
+"""A server's Retry-After is followed up to 10 minutes (design rule 3)."""
 
 
 REPEAT_SECONDS = 2.0
-"""For so long the error of a wait that came to nothing is repeated at once: a page whose readahead failed is asked for
-once more by the kernel, and who waited for its deadline must not wait for it twice."""
+"""How long the error of a failed wait is repeated at once: the kernel asks again for a page whose readahead failed, and
+the reader must not wait for its deadline twice."""
 SLOWEST = 4096
-"""Bytes per second. What comes more slowly is no progress: a body that drips would keep its reader for ever."""
+"""Bytes per second below which there is no progress: a body that drips would keep its reader waiting for ever."""
 QUANTUM = 256 * 1024
 
 
 class Effort:
     """The progress of one chunk over all its requests. ``moved``: when it last advanced.
 
-    Progress is what no earlier request had brought: a server that sends the same half again and again brings nothing.
+    Only bytes that no earlier request had brought are progress: a server may send the same half again and again.
     ``quantum``: bytes that count as a step.
     """
 
@@ -38,7 +38,7 @@ class Effort:
         self._best = 0
 
     def received(self, count: int, now: float) -> bool:
-        """The running request has brought ``count`` bytes so far. True if that is progress."""
+        """Note that the running request has brought ``count`` bytes so far. True if that is progress."""
         if count < self._best + self.quantum:
             return False
         self._best, self.moved = count, now
@@ -46,7 +46,7 @@ class Effort:
 
 
 def quantum(no_progress: float) -> int:
-    """Bytes that have to come within a deadline of ``no_progress`` seconds."""
+    """Bytes that must come within a deadline of ``no_progress`` seconds."""
     return int(min(QUANTUM, SLOWEST * no_progress)) or 1
 
 
@@ -64,7 +64,7 @@ class Backoff(msgspec.Struct, frozen=True):
 
 
 def believed_retry_after(seconds: float | None) -> float | None:
-    """A Retry-After as far as it is followed: not negative, at most MAX_RETRY_AFTER."""
+    """A Retry-After as it is followed: not negative, at most MAX_RETRY_AFTER."""
     return None if seconds is None else min(max(seconds, 0.0), MAX_RETRY_AFTER)
 
 
@@ -116,7 +116,7 @@ class Breaker:
         return {"closed": None, "open": 0, "half-open": 1}[self.state(now)]
 
     def succeeded(self) -> bool:
-        """The origin answered. True if that closed the breaker."""
+        """Note an answer. True if that closed the breaker."""
         was_open = self._probe_at is not None
         self._failures = 0
         self._probe_at = None
@@ -124,8 +124,8 @@ class Breaker:
         return was_open
 
     def failed(self, now: float, silent: float = 0.0, *, may_open: bool = True) -> bool:
-        """The origin failed after ``silent`` seconds without a byte. True if that opened it (anew after a probe).
-        ``may_open``: whether it may, or the failure is counted alone."""
+        """Note a failure after ``silent`` seconds without a byte. True if that opened the breaker (again, after a
+        probe). ``may_open``: False only counts the failure."""
         if self._probe_at is not None:
             if now < self._probe_at:
                 return False

@@ -3,7 +3,7 @@ upkeep/scrub.py reads.
 
 A pass goes over one pipeline's complete files in manifest order. The next one is of the pipeline that was proven the
 longest time ago, once that is more than ``period``. A pass that a restart, or an update, cut short goes on, or begins
-anew. While anybody wants anything, and for QUIET_SECONDS after that, nothing is read.
+from the start. While there is demand, and for QUIET_SECONDS after it, nothing is read.
 """
 
 from __future__ import annotations

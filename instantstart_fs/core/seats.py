@@ -1,9 +1,9 @@
 """How many connections there may be, and which idle one is closed for a new one. Pure: time is a parameter; control and
 web hold the connections.
 
-Each connection has a seat, which counts for its share: a uid, say. Who is at work keeps its seat; who only sits there
-gives it up when another needs it. So nobody keeps others out by doing nothing, with however many connections, and
-however many shares it draws on.
+Each connection has a seat, which counts for its share: a uid, say. A connection at work keeps its seat; an idle one is
+closed when another needs the seat. So idle connections keep nobody out, however many there are and however many shares
+they count for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which pipelines a caller may see, the same at the control socket, the page and the metrics. Pure: who the caller is,
 is found out there.
 
-One rule, and it is the mount's: who may list a pipeline's directory, by its owner, group and mode, sees its state. Of
-what is not known about a caller the least is assumed, so that nobody sees more by hiding who he is.
+There is one rule, the mount's: a caller that may list a pipeline's directory, by its owner, group and mode, sees its
+state. For what is unknown about a caller the least is assumed, so that hiding an identity shows nothing more.
 """
 
 from __future__ import annotations
@@ -35,5 +35,5 @@ class Sight(msgspec.Struct, frozen=True):
 
 
 ANYBODY = Sight()
-"""Nobody knows who: it sees what every user of the machine may see."""
+"""An unknown caller: it sees what every user of the machine may see."""
 EVERYTHING = Sight(everything=True)

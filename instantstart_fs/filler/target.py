@@ -153,19 +153,26 @@ class FillTarget:
         return self.serve_unsealed and self.state is not FileState.POISONED and self.present.holds(wanted)
 
     def wake(self) -> None:
-        """Wake every waiter to look again. Called by the filler after each change."""
+        """Wake every waiter to check again. Called after each change."""
         waiters, self._waiters = self._waiters, set()
         for event in waiters:
             event.set()
 
     async def wait_readable(self, wanted: ByteRange, no_progress: float, since: float | None = None) -> None:
-        """Return once ``readable(wanted)``. ``since``: trio.current_time() from which on somebody waits; None = now.
+        """Return once ``readable(wanted)``. Cancellation is safe.
 
-        Raises the target's error when it has failed for good, OriginBroken at once while a breaker of the origin is
-        open (the file has not failed: a later read may succeed), and ReadDeadline after ``no_progress`` seconds in
-        which nothing of what is waited for came (a Retry-After extends that, as the filler decides, by MAX_RETRY_AFTER
-        at most). A ReadDeadline is repeated at once to whoever asks for the same chunk within REPEAT_SECONDS: the
-        kernel asks a second time for a page whose readahead failed. Cancellation is safe.
+        Args:
+            wanted: The bytes that the reader needs.
+            no_progress: Seconds without progress of these bytes after which the wait ends. A Retry-After extends it, as
+                the filler decides, by MAX_RETRY_AFTER at most.
+            since: trio.current_time() since which the reader waits; None = now.
+
+        Raises:
+            OriginBroken: At once, while a breaker of the origin is open. The file has not failed: a later read may
+                succeed.
+            ReadDeadline: ``no_progress`` is over. It is repeated at once for reads of the same chunk within
+                REPEAT_SECONDS, since the kernel asks again for a page whose readahead failed.
+            InstantStartError: The target has failed for good.
         """
         since = trio.current_time() if since is None else since
         if self.readable(wanted):

@@ -8,7 +8,7 @@
     <root>/slots/<pipeline>/pipeline.json
     <root>/slots/<pipeline>/learned.json              what engines were seen to load; need not be there
     <root>/slots/<pipeline>/<generation>/manifest.json
-    <root>/slots/<pipeline>/<generation>/files/<path> what lies there is what it says
+    <root>/slots/<pipeline>/<generation>/files/<path> content as the index and the seal say
     <root>/bind/                                      empty; where slots/ is bound while files are bound over the mount
     <root>/trash/                                     what is being deleted or not yet written; emptied at open
 
