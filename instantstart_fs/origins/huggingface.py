@@ -15,19 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
-from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
-import httpcore2
 import httpx2
-from httpcore2._backends.sync import SyncStream
 from huggingface_hub import (
     HfFileMetadata,
     constants,
@@ -35,7 +28,6 @@ from huggingface_hub import (
     get_session,
     get_token,
     hf_hub_url,
-    set_client_factory,
 )
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -50,9 +42,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 from huggingface_hub.utils._datetime import parse_datetime
 from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._http import hf_raise_for_status, hf_request_event_hook
+from huggingface_hub.utils._http import hf_raise_for_status
 
-from instantstart_fs.core.addresses import Permit, host_of, permit
+from instantstart_fs.core.addresses import host_of, permit
 from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, ModelManifest, ModelSpec
 from instantstart_fs.core.refusals import Word, hub_word, refusal
@@ -89,12 +81,11 @@ from instantstart_fs.origins.common import (
 from instantstart_fs.origins.credentials import read_token
 from instantstart_fs.origins.guard import (
     MOST_REDIRECTS,
-    check_behind_proxy,
     check_text,
-    connect,
     next_address,
     same_origin,
 )
+from instantstart_fs.origins.hubclient import on_behalf_of
 from instantstart_fs.origins.hubtree import (
     LISTING_SECONDS,
     NOT_KNOWN,
@@ -109,152 +100,8 @@ from instantstart_fs.origins.hubtree import (
     read_tree,
 )
 
-MAX_BODY = 1 << 30
-"""Bytes of one answer: the list of a repository with a million files has 300 MB."""
-BODY_SECONDS = 240.0
 HEAD_THREADS = 16
-CONNECTIONS = 100
-KEEP_SECONDS = 5.0
-"""httpx2's own limits."""
 _HEX = frozenset("0123456789abcdef")
-_NODELAY = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-_CREDENTIALS = ("Authorization", "Cookie")
-
-
-class _Bounded(httpx2.SyncByteStream):
-    """A body as long as one may be, and no longer under way than it may be."""
-
-    def __init__(self, stream: httpx2.SyncByteStream) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[bytes]:
-        count, end = 0, time.monotonic() + BODY_SECONDS
-        for part in self._stream:
-            count += len(part)
-            if count > MAX_BODY:
-                raise httpx2.RemoteProtocolError(f"an answer of more than {MAX_BODY} bytes")
-            if time.monotonic() > end:
-                raise httpx2.ReadTimeout(f"an answer that is not whole after {BODY_SECONDS:g} s")
-            yield part
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-class _Asking(NamedTuple):
-    """On whose behalf the client asks. ``endpoint``: the one that credentials may go to; ``authorization``: what it
-    wants beside a token."""
-
-    endpoint: str
-    named: tuple[str, ...]
-    authorization: str | None
-
-
-_asking: ContextVar[_Asking] = ContextVar("_asking", default=_Asking("", (), None))  # noqa: B039 (immutable)
-
-
-class _Backend(httpcore2.SyncBackend):
-    """Connects where it may (origins/guard.py)."""
-
-    def __init__(self, allowed: Permit) -> None:
-        self._allowed = allowed
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Any = None,
-    ) -> httpcore2.NetworkStream:
-        try:
-            found = connect(host, port, self._allowed, timeout, options=[*(socket_options or ()), _NODELAY])
-        except TimeoutError as error:
-            raise httpcore2.ConnectTimeout(str(error)) from error
-        except OSError as error:
-            raise httpcore2.ConnectError(str(error)) from error
-        return SyncStream(found)
-
-
-class _Transport(httpx2.HTTPTransport):
-    """One set of connections that may be made."""
-
-    def __init__(self, named: tuple[str, ...], proxy: str | None) -> None:
-        super().__init__(proxy=proxy)
-        if proxy is None:
-            self._pool.close()
-            self._pool = httpcore2.ConnectionPool(
-                ssl_context=httpx2.create_ssl_context(),
-                max_connections=CONNECTIONS,
-                max_keepalive_connections=CONNECTIONS,
-                keepalive_expiry=KEEP_SECONDS,
-                network_backend=_Backend(permit(named)),
-            )
-
-
-class _Guarded(httpx2.BaseTransport):
-    """Every request of the hub's client passes here, those that follow a redirect, too: the address that is connected
-    to is judged, credentials go to the endpoint alone, bodies are bounded."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._transports: dict[tuple[str, tuple[str, ...]], _Transport] = {}
-        self._proxies = urllib.request.getproxies()
-
-    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        asking = _asking.get()
-        if not same_origin(str(request.url), asking.endpoint):
-            for name in _CREDENTIALS:
-                request.headers.pop(name, None)
-        elif asking.authorization is not None:
-            request.headers["Authorization"] = asking.authorization
-        request.headers["Accept-Encoding"] = "identity"
-        response = self._transport(request.url, asking.named).handle_request(request)
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        if encoding not in ("", "identity"):
-            # A few kilobytes of it may be gigabytes.
-            response.close()
-            raise OriginMisbehaved(
-                f"{shown_url(str(request.url))}: an answer in {encoding[:20]!r}, which nobody asked for",
-                fault=Fault.ENCODED,
-            )
-        if isinstance(response.stream, httpx2.SyncByteStream):
-            response.stream = _Bounded(response.stream)
-        return response
-
-    def _transport(self, url: httpx2.URL, named: tuple[str, ...]) -> _Transport:
-        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
-        if proxy and urllib.request.proxy_bypass(url.host):
-            proxy = None
-        if proxy:
-            check_behind_proxy(url.host, permit(named))
-            proxy = proxy if "//" in proxy else f"http://{proxy}"
-        key = (proxy, ()) if proxy else ("", named)
-        with self._lock:
-            known = self._transports.get(key)
-            if known is None:
-                known = self._transports[key] = _Transport(named, proxy or None)
-            return known
-
-    def close(self) -> None:
-        with self._lock:
-            for transport in self._transports.values():
-                transport.close()
-            self._transports.clear()
-
-
-def _client() -> httpx2.Client:
-    """huggingface_hub's own reads whatever comes, and goes wherever it is sent."""
-    return httpx2.Client(
-        event_hooks={"request": [hf_request_event_hook]},
-        transport=_Guarded(),
-        follow_redirects=True,
-        max_redirects=MOST_REDIRECTS,
-        timeout=None,
-    )
-
-
-set_client_factory(_client)
 
 
 class HuggingFaceOrigin:
@@ -532,10 +379,9 @@ class HuggingFaceOrigin:
     @contextlib.contextmanager
     def _translated(self, what: str) -> Iterator[None]:
         """The seam: huggingface_hub's and httpx2's exceptions become ours, without tokens and signed queries."""
-        before = _asking.get()
-        _asking.set(_Asking(self._endpoint, self._named, self._basic))
         try:
-            yield
+            with on_behalf_of(self._endpoint, self._named, self._basic):
+                yield
         except (OriginMisbehaved, OriginIncompatible) as error:
             if error.message.startswith(str(self._source)):
                 raise
@@ -564,8 +410,6 @@ class HuggingFaceOrigin:
                 f"{what}: {self._endpoint} gave an answer that cannot be understood ({type(error).__name__})",
                 fault=Fault.ANSWER,
             ) from None
-        finally:
-            _asking.set(before)
 
     def _missing_part(self) -> str:
         repo = self._source.repo

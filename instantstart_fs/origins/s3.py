@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import logging
 import os
 import re
@@ -29,25 +28,18 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import botocore.exceptions
-import botocore.parsers
 import msgspec
 
 from instantstart_fs.core.addresses import host_of
 from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, ModelManifest, ModelSpec, rests_on_etag
-from instantstart_fs.core.refusals import Word, s3_advice, s3_word
 from instantstart_fs.core.source import S3Source
 from instantstart_fs.errors import (
     AccessRefused,
     CredentialsUnusable,
     OriginError,
-    OriginMisbehaved,
-    OriginNotFound,
-    OriginThrottled,
     OriginUnavailable,
     OriginUnsupported,
-    printable,
 )
 from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.origins.bounds import WHOLE, Bounds
@@ -57,10 +49,10 @@ from instantstart_fs.origins.common import (
     is_trusted,
     leave_out,
     refuse_endless,
-    retry_after,
     selected,
 )
-from instantstart_fs.origins.s3access import AT_ONCE, BAD_CREDENTIALS, Answered, S3Access
+from instantstart_fs.origins.s3access import AT_ONCE, Answered, S3Access
+from instantstart_fs.origins.s3refusals import Refusals
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -76,7 +68,6 @@ _CHECKSUMS: tuple[tuple[str, Algorithm], ...] = (
 )
 _MD5 = re.compile(r"[0-9a-f]{32}\Z")
 _COMPOSITE = re.compile(r"([0-9a-f]{32})-([0-9]{1,5})\Z")
-_THROTTLED = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"})
 TRIED_WHOLE = 64 * 1024 * 1024
 """Bytes of the largest object by which it is tried whether ETags are MD5s: the smallest there is. Beyond, the first
 fetch tells (`digest-mismatch`)."""
@@ -140,8 +131,6 @@ class S3Origin:
     ) -> None:
         self._source = source
         self._model = model
-        self._profile = profile
-        self._timeout = timeout
         self._bounds = bounds
         self._etags_are_md5 = etags_are_md5
         self._allow_private = allow_private
@@ -160,13 +149,14 @@ class S3Origin:
         host = urlsplit(endpoint).netloc.rpartition("@")[2]
         whose = "anonymous" if anonymous else f"profile {profile}" if profile else "machine credentials"
         self._key = OriginKey("s3", host or "aws", whose)
+        self._refusals = Refusals(source, self._access, self._key.endpoint, profile=profile, timeout=timeout)
 
     @property
     def key(self) -> OriginKey:
         return self._key
 
     def resolve(self) -> ModelManifest:
-        with self._translated(str(self._source), "s3:ListBucket"):
+        with self._refusals.translated(str(self._source), "s3:ListBucket"):
             wanted, held = self._access.ask(self._list, self._client)
             if not held and self._source.prefix:
                 found = self._single()
@@ -178,13 +168,13 @@ class S3Origin:
 
     def locate(self, file: ManifestFile) -> Location:
         version, etag = _unpack(file.version)
-        with self._translated(f"{self._source}: {file.path}", "s3:GetObject"):
+        with self._refusals.translated(f"{self._source}: {file.path}", "s3:GetObject"):
             if self._is_early(file.address):
                 self._access.renew()
             access = self._access
             url, expires_at = access.sign(file.address, version, etag)
             if access.unsigned and not access.anonymous and not access.let_in:
-                self._expect(access.head(file.address, etag=etag), file.path, "s3:GetObject", denied_only=True)
+                self._refusals.expect(access.head(file.address, etag=etag), file.path, "s3:GetObject", denied_only=True)
         with self._lock:
             self._given[file.address] = expires_at
             self._given.move_to_end(file.address)
@@ -207,14 +197,14 @@ class S3Origin:
             return self._given.get(address, 0.0) > time.time() + EARLY
 
     def check(self) -> None:
-        with self._translated(str(self._source), "s3:ListBucket"):
+        with self._refusals.translated(str(self._source), "s3:ListBucket"):
             found = self._access.ask(self._first, self._client)
             if found is None and self._source.prefix:
                 found = next(iter(self._single()), None)
         if found is None:
             finish_manifest(self._model, "", [], 0)
             return
-        head = self._expect(self._head(found), found.path, "s3:GetObject", key=found.key)
+        head = self._refusals.expect(self._head(found), found.path, "s3:GetObject", key=found.key)
         self._readable([self._pinned(found, head, None)])
 
     # -- listing -----------------------------------------------------------------------------------------------------
@@ -322,7 +312,7 @@ class S3Origin:
         )
 
     def _head(self, listed: Listed) -> Answered:
-        with self._translated(f"{self._source}: {listed.path}", "s3:GetObject"):
+        with self._refusals.translated(f"{self._source}: {listed.path}", "s3:GetObject"):
             answer = self._access.head(listed.key)
             if answer.status == 403:
                 # Checksums of what KMS encrypts need kms:Decrypt; the object itself may be had without them.
@@ -335,13 +325,13 @@ class S3Origin:
         answer = self._head(listed)
         if answer.status == 404:
             raise OriginUnavailable(f"{self._source}: {path!r} vanished while it was listed; try again")
-        self._expect(answer, path, "s3:GetObject", key=key)
+        self._refusals.expect(answer, path, "s3:GetObject", key=key)
         head = answer.headers
         storage = head.get("x-amz-storage-class", "")
         archived = storage in ("GLACIER", "DEEP_ARCHIVE") or head.get("x-amz-archive-status")
         if archived and 'ongoing-request="false"' not in head.get("x-amz-restore", ""):
             raise OriginUnsupported(f"{self._source}: {path!r} lies in {storage} (archived); restore it first")
-        with self._translated(f"{self._source}: {path}", "s3:GetObject"):
+        with self._refusals.translated(f"{self._source}: {path}", "s3:GetObject"):
             digest = self._digest(path, key, head)
         return self._pinned(listed, answer, digest)
 
@@ -411,7 +401,7 @@ class S3Origin:
                 return 0
             if answer.status == 412:
                 raise OriginUnavailable(f"{self._source}: {path!r} was replaced while it was listed; try again")
-            self._expect(answer, path, "s3:GetObject", key=key)
+            self._refusals.expect(answer, path, "s3:GetObject", key=key)
             count = answer.headers.get("x-amz-mp-parts-count", str(parts))
             return _length(answer.headers) if count == str(parts) else 0
 
@@ -449,7 +439,7 @@ class S3Origin:
 
     def _fetch_byte(self, file: ManifestFile) -> OriginError | None:
         version, etag = _unpack(file.version)
-        with self._translated(f"{self._source}: {file.path}", "s3:GetObject"):
+        with self._refusals.translated(f"{self._source}: {file.path}", "s3:GetObject"):
             answer = self._access.get(file.address, version, etag, last=0 if file.size else None)
         if answer.status in (200, 206) or (answer.status == 416 and not file.size):
             return None
@@ -458,7 +448,7 @@ class S3Origin:
         if answer.status == 412:
             return OriginUnavailable(f"{self._source}: {file.path!r} was replaced while it was listed; try again")
         right = "s3:GetObjectVersion" if version else "s3:GetObject"
-        return self._refused(answer, file.path, right)
+        return self._refusals.refused(answer, file.path, right)
 
     def _without_false_digests(self, files: list[ManifestFile]) -> list[ManifestFile]:
         """Some engines' ETags look like MD5s and are none: the smallest object that rests on one is compared."""
@@ -469,7 +459,7 @@ class S3Origin:
         assert sample.digest is not None
         version, etag = _unpack(sample.version)
         hasher = new_hasher(sample.digest, sample.size)
-        with self._translated(f"{self._source}: {sample.path}", "s3:GetObject"):
+        with self._refusals.translated(f"{self._source}: {sample.path}", "s3:GetObject"):
             count = self._access.read(sample.address, version, etag, sample.size, hasher.update)
         if count != sample.size or hasher.hexdigest() == sample.digest.value:
             return files
@@ -479,106 +469,6 @@ class S3Origin:
             sample.path,
         )
         return [msgspec.structs.replace(file, digest=None) if rests_on_etag(file) else file for file in files]
-
-    # -- refusals ----------------------------------------------------------------------------------------------------
-
-    def _expect(
-        self, answer: Answered, path: str, right: str, *, key: str | None = None, denied_only: bool = False
-    ) -> Answered:
-        """The answer, if it is one. A HEAD's refusal has no body: ``key``'s first byte is asked for to hear the reason.
-        ``denied_only``: only a refusal of access is raised."""
-        if answer.status in (200, 206) or (denied_only and answer.status not in (401, 403)):
-            return answer
-        if key is not None and answer.status in (400, 403):
-            told = self._access.get(key, "", "", last=0)
-            if told.status == answer.status:
-                answer = told
-        raise self._refused(answer, path, right)
-
-    def _refused(self, answer: Answered, path: str, right: str) -> OriginError:
-        word = s3_word(answer.body)
-        wait = retry_after(answer.headers.get("Retry-After"), time.time())
-        return self._error(f"{self._source}: {path}", answer.status, word, right, wait)
-
-    def _error(self, what: str, status: int, word: Word, right: str, wait: float | None) -> OriginError:
-        """What an answer with ``status`` means for one who needed ``right``."""
-        whose = f"the AWS profile {self._profile!r}" if self._profile else "the machine's AWS credentials"
-        code, said = word.code, f" ({word})" if str(word) else ""
-        if code == "NoSuchBucket":
-            return OriginNotFound(f"{what}: there is no bucket {self._source.bucket!r}")
-        if code in _THROTTLED or status in (429, 503):
-            return OriginThrottled(f"{what}: the origin answers {code or status}", retry_after=wait)
-        if code in BAD_CREDENTIALS:
-            return AccessRefused(f"{what}: {whose} are refused{said}; check them, or pass --aws-profile")
-        known = s3_advice(word) if (code and code != "AccessDenied") or "kms:" in word.message.lower() else None
-        if known is not None:
-            kind, advice = known
-            return kind(f"{what}: the origin answers {status}{said}: {advice}", retry_after=wait)
-        if status in (401, 403):
-            pays = "" if self._access.requester_pays else "; a bucket whose requester pays: --requester-pays"
-            if self._access.unsigned and not self._access.anonymous:
-                return CredentialsUnusable(
-                    f"{what}: there are no usable credentials, and without any the origin answers {status}{said}; set "
-                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for the daemon, or pass --aws-profile"
-                )
-            if self._access.unsigned:
-                return AccessRefused(f"{what}: not open to everybody{said}; add it without --anonymous{pays}")
-            return AccessRefused(f"{what}: access denied for {whose}{said}; they need {right} there{pays}")
-        if status == 404:
-            return OriginNotFound(f"{what}: not found ({code or status})")
-        if status >= 500 or status == 408:
-            return OriginUnavailable(f"{what}: the origin answers {status}{said}")
-        if status == 400 and not code:
-            return OriginUnsupported(f"{what}: the origin answers 400: encrypted with a customer's own key (SSE-C)?")
-        return OriginUnsupported(f"{what}: the origin answers {status}{said}")
-
-    @contextlib.contextmanager
-    def _translated(self, what: str, right: str) -> Iterator[None]:
-        """The seam: botocore's exceptions become ours. Messages name the profile, never a key. ``right``: what is
-        needed inside."""
-        whose = f"the AWS profile {self._profile!r} gives" if self._profile else "the machine's AWS settings give"
-        where = self._key.endpoint
-        try:
-            yield
-        except botocore.exceptions.ClientError as error:
-            raise self._from_response(what, right, error) from None
-        except botocore.exceptions.ProfileNotFound:
-            raise CredentialsUnusable(f"{what}: there is no AWS profile {self._profile!r}; see --aws-profile") from None
-        except (
-            botocore.exceptions.NoCredentialsError,
-            botocore.exceptions.PartialCredentialsError,
-            botocore.exceptions.CredentialRetrievalError,
-            botocore.exceptions.TokenRetrievalError,
-        ):
-            raise CredentialsUnusable(
-                f"{what}: {whose} no usable credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for the "
-                "daemon, or pass --aws-profile"
-            ) from None
-        except (botocore.exceptions.ReadTimeoutError, botocore.exceptions.ConnectTimeoutError):
-            raise OriginUnavailable(f"{what}: {where} did not answer within {self._timeout:g} s") from None
-        except (botocore.exceptions.ConnectionError, botocore.exceptions.HTTPClientError) as error:
-            raise OriginUnavailable(f"{what}: {where} cannot be reached ({type(error).__name__})") from None
-        except botocore.exceptions.PaginationError:
-            raise OriginMisbehaved(f"{what}: the pages of its listing repeat themselves: it has no end") from None
-        except ValueError as error:
-            raise AccessRefused(f"{what}: the S3 settings are unusable: {error}") from None
-        except botocore.exceptions.ParamValidationError:
-            raise OriginNotFound(f"{what}: not a valid bucket or key name") from None
-        except (botocore.parsers.ResponseParserError, KeyError) as error:
-            raise OriginMisbehaved(
-                f"{what}: {where} gave an answer that cannot be understood ({type(error).__name__}); is it S3?"
-            ) from None
-        except botocore.exceptions.BotoCoreError as error:
-            raise OriginUnavailable(f"{what}: {type(error).__name__}") from None
-
-    def _from_response(self, what: str, right: str, error: botocore.exceptions.ClientError) -> OriginError:
-        told = error.response.get("Error", {})
-        metadata = error.response.get("ResponseMetadata", {})
-        status = int(metadata.get("HTTPStatusCode", 0))
-        code = str(told.get("Code", ""))
-        word = Word("" if code.isdigit() else code, printable(str(told.get("Message", "")))[:300])
-        wait = retry_after(metadata.get("HTTPHeaders", {}).get("retry-after"), time.time())
-        return self._error(what, status, word, right, wait)
 
 
 def _length(head: Mapping[str, str]) -> int:

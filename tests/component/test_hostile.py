@@ -45,7 +45,7 @@ from instantstart_fs.filler.sources import LOCATE_THREADS, Locator
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.mount import kernel
-from instantstart_fs.origins import common, huggingface
+from instantstart_fs.origins import common, hubclient
 from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.origins.hubtree import Answer
 from instantstart_fs.origins.huggingface import HuggingFaceOrigin
@@ -269,7 +269,7 @@ def _bomb(handler: BaseHTTPRequestHandler) -> None:
 def test_a_listing_that_unfolds_takes_no_memory(
     answer: Callable[[BaseHTTPRequestHandler], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface, "MAX_BODY", 4 << 20)
+    monkeypatch.setattr(hubclient, "MAX_BODY", 4 << 20)
     with answering(answer) as url:
         origin = HuggingFaceOrigin(HubSource("o/r"), ModelSpec("hf://o/r"), endpoint=url, token_file=None, timeout=5.0)
         tracemalloc.start()

@@ -269,9 +269,9 @@ def test_the_real_client_downloads_from_the_test_hub(
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils._http import default_client_factory
 
-    from instantstart_fs.origins import huggingface
+    from instantstart_fs.origins import hubclient
 
-    request.addfinalizer(lambda: set_client_factory(huggingface._client))
+    request.addfinalizer(lambda: set_client_factory(hubclient.new_client))
     set_client_factory(default_client_factory)  # ours goes nowhere but on behalf of an origin
     disable_progress_bars()
     files = FILES | {f"many/{number:03}.json": b"{}" for number in range(30)}
