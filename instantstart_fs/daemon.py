@@ -1,8 +1,8 @@
-"""The daemon's life: opens the store, runs library, mount and control socket, stops cleanly within a bounded time.
+"""Runs the daemon: starts the store, the library, the mount and the control socket, and stops them in bounded time.
 
-Owns the process: signals, limits, umask, logging, systemd's notifications, and the order in which things start (store,
-index, library, mount, socket, then the configuration's pipelines) and stop (mount and socket, library, index, store).
-Decides nothing about bytes.
+Owns what belongs to the process: signals, limits, umask, logging, systemd's notifications, and the order of starting
+(store, index, library, mount, socket, then the configured pipelines) and stopping (mount and socket, library, index,
+store). It decides nothing about bytes.
 """
 
 from __future__ import annotations

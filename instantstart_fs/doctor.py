@@ -1,7 +1,7 @@
-"""`instantstart doctor`: looks at everything that a daemon needs, and says what to do about what is not right.
+"""`instantstart doctor`: checks what a daemon needs, and says how to correct what is wrong.
 
-Changes nothing but a probe of xattrs where the store will lie. Every check has a deadline and none raises: what goes
-wrong inside one is its finding. It works with and without a running daemon.
+It changes nothing except for a probe of xattrs where the store will be. Every check has a deadline, and none raises: an
+error inside a check is its finding. It works with and without a running daemon.
 """
 
 from __future__ import annotations

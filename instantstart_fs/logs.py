@@ -1,6 +1,6 @@
-"""The log: to stderr, a line per event for people (console) or a JSON object per line for machines (json).
+"""Formats the log on stderr: a line for each event for people (console), or a JSON object for machines (json).
 
-Whoever logs about one pipeline passes ``extra={"pipeline": id}``; both formats show it on every such line.
+Code that logs about one pipeline passes ``extra={"pipeline": id}``; both formats show it.
 """
 
 from __future__ import annotations

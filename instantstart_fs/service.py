@@ -1,6 +1,6 @@
-"""The service manager: what it is told (sd_notify), what it keeps for us (descriptors), and its watchdog.
+"""Talks to the service manager: notifications (sd_notify), stored file descriptors, the watchdog.
 
-The protocol is systemd's, over plain sockets and environment variables; without them everything here does nothing.
+The protocol is systemd's, over plain sockets and environment variables. Without those every function does nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The command line. ``main`` is the console script; exit 0 done, 1 failed (one line on stderr), 2 usage.
+"""The command line. ``main`` is the console script. Exit codes: 0 done, 1 failed (one line on stderr), 2 usage.
 
-Commands that only ask the daemon must feel instant, so this package imports nothing heavy at import: no trio, boto3,
-huggingface_hub, pyfuse3, and rich only where something is drawn.
+Commands that only ask the daemon must feel instant. So this package imports nothing heavy: no trio, boto3,
+huggingface_hub or pyfuse3, and rich only where something is drawn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from typing import NoReturn
 
 from instantstart_fs import __version__
-from instantstart_fs.cli import serving, terminal
+from instantstart_fs.cli import serve, terminal
 from instantstart_fs.errors import InstantStartError, UsageError
 
 
@@ -37,8 +37,8 @@ def run(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
-        if (plain := serving.plain(arguments)) is not None:
-            serving.serve(**plain)
+        if (plain := serve.parse(arguments)) is not None:
+            serve.run(**plain)
         if arguments == ["--version"]:  # without the imports of the commands
             print(version_line())
             return 0

@@ -1,6 +1,6 @@
-"""What the shell is offered after TAB. Typer speaks with the shells (bash, zsh, fish); this asks the daemon for names.
+"""Offers pipelines to the shell after TAB. Typer talks to the shells (bash, zsh, fish); this module asks the daemon.
 
-A shell waits for it in the middle of a line: the answer comes soon or not at all, and never with an error text.
+A shell waits for the answer in the middle of a line. It comes soon or not at all, and never with an error message.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`instantstart prefetch`: stage, show, hold; `prefetch status` and `prefetch release` ask a hold."""
+"""Runs `instantstart prefetch`, and asks a process that holds weights for its status or for their release.
+
+The commands' arguments are in ``commands/prefetch.py``; how weights are staged is the package ``prefetch``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people read: sizes, times, tables; and what programs read: ``--json``. Pure but for the terminal's colours."""
+"""Formats what commands print: sizes, times and tables for people, JSON for programs. Asks and changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From `add`'s arguments to a PipelineSpec, by the same rules as a configuration file."""
+"""Builds a PipelineSpec from the arguments of `add`, by the rules of a configuration file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The streams that a command writes to, whatever they are: a terminal that knows no UTF-8, a closed descriptor, a pipe
-whose reader has gone, a full disk. What is shown degrades; a command never fails by what it wanted to show.
+"""Writes safely to whatever stdout and stderr are: a terminal without UTF-8, a closed descriptor, a pipe without a
+reader, a full disk. Output degrades where it must; a command never fails because of what it shows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cold starts for people: `explain` draws phases as bars on one scale, in colour on a terminal, plain elsewhere."""
+"""Draws cold starts for `explain`: phases as bars on one scale, coloured on a terminal and plain elsewhere."""
 
 from __future__ import annotations
 

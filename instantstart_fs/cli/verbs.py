@@ -1,5 +1,5 @@
-"""The commands' groups: what all have in common, and one whose first word is one of its verbs, and else a pipeline:
-`prefetch status` beside `prefetch PIPELINE`.
+"""Command groups for typer: the program's own, and one whose first word is a verb or a pipeline (`prefetch status`
+beside `prefetch PIPELINE`).
 """
 
 from __future__ import annotations

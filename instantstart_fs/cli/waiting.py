@@ -1,4 +1,4 @@
-"""Commands that last: `warm --wait` and `verify` with their progress, `lease` with its command."""
+"""Runs commands that last: `warm --wait`, `verify` and `fsck` with their progress, and `lease` with its command."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""How many files a process may have open, and what of them it keeps for its own work.
+"""Limits the file descriptors that others may hold, so that the daemon keeps some for its own work.
 
-The kernel gives the lowest free number, so a new descriptor's number says how many are taken, at no cost. What is held
-for somebody else for long (a file that a reader has open, a file being filled) may not have one of the last
-``reserve()``, a client's connection none of the last half of those: so a manifest can be read, a worker started and a
-connection answered however many shards an engine holds open. What is refused is refused with a word, at open. A
-``spare`` one, without which something is only slower (reading ahead), leaves half of what may be held to readers.
+The kernel hands out the lowest free number, so a new descriptor's number tells at no cost how many are taken. The last
+``reserve()`` numbers are kept. A file that a reader has open or that is being filled may not have one of them, and a
+client's connection may not have one of their second half. So the daemon can read a manifest, start a worker and answer
+a connection however many shards an engine holds open. A refusal comes at open, with a message. Reading ahead
+(``spare``) only makes things faster; it leaves half of what may be held to readers.
 """
 
 from __future__ import annotations

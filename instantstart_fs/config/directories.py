@@ -1,7 +1,7 @@
-"""Directories that others have to pass: made with the modes that were meant, whatever the umask, by one function.
+"""Makes directories that other users must pass, with exact modes whatever the umask.
 
-A directory has many possible makers (the daemon, `prefetch --hold`, systemd, a person), in any order, and os.makedirs
-gives what lies above the last one the umask's modes. A daemon has a umask of 077.
+Several programs may make such a directory first (the daemon, `prefetch --hold`, systemd, a person). os.makedirs applies
+the umask to the parents, and a daemon's umask is 077.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Problems of a configuration, told with the place: FILE: KEY: reason. Nothing here knows what the keys mean."""
+"""Reports problems of a configuration with their place: FILE: KEY: reason. It does not know what the keys mean."""
 
 from __future__ import annotations
 

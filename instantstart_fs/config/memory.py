@@ -1,7 +1,7 @@
-"""How much memory there is to stage into: /proc/meminfo and every memory cgroup around this process, v1 and v2.
-Shared by the mount's staging into the page cache and the prefetch helper's into memory of its own.
+"""Tells how much memory there is to stage into: /proc/meminfo and every memory cgroup around this process, v1 and v2.
 
-Reads files only; ``root`` is another place to find /proc and /sys below, for tests. What cannot be read limits nothing.
+Staging into the page cache and the prefetch helper both ask here. Only files are read; ``root`` replaces / in tests.
+What cannot be read is taken as no limit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pipeline's table, as config.toml and pipelines.d hold it, read into a PipelineSpec."""
+"""Reads a pipeline's table of config.toml or pipelines.d into a PipelineSpec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things lie when nobody says: by user, so that it works on any machine without configuration."""
+"""Default paths of configuration, store, mount and socket, by user, so that nothing has to be configured."""
 
 from __future__ import annotations
 

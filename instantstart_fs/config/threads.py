@@ -1,8 +1,7 @@
-"""What is to run in a thread runs, also where no thread can be started (a limit of pids, of memory).
+"""Makes blocking calls work where no thread can be started (a limit of processes or of memory).
 
-Whatever blocks goes through ``trio.to_thread``, which starts threads as it needs them. Where the kernel refuses one,
-each of its callers would fail in its own way, and one of them is enough to end the daemon. A few threads that are
-started with it take the work then: it is slower, and nothing fails. So this is done once, where trio starts threads.
+``trio.to_thread`` starts threads as it needs them. If the kernel refuses one, the caller fails, and one such failure
+can end the daemon. So a few threads are started early and take over: calls then are slower, but they do not fail.
 """
 
 from __future__ import annotations

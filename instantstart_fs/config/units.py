@@ -1,4 +1,6 @@
-"""What people write for sizes, durations, modes and owners. Pure but for the user database. Raises ConfigError."""
+"""Parses sizes, durations, modes and owners as people write them. Pure, except for looking up users. Raises
+ConfigError.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Unix sockets at a path: made with their directory, taken over from the dead, never from the living; and who is at the
-other end of a connection, as the kernel says. Shared by the daemon's control socket and the prefetch helper's holds."""
+"""Listens on unix sockets at a path, and tells who is at the other end of a connection.
+
+A dead process's socket file is replaced; a living one's is not. The control socket and the prefetch helper's holds use
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the control server needs of the library, so that tests can stand in for it."""
+"""The protocol of the library as the control server needs it, so that tests can replace the library."""
 
 from __future__ import annotations
 

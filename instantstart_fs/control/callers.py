@@ -1,9 +1,9 @@
-"""Who asks: what a caller of the control socket may do, and how much of the loop's time it may cost.
+"""Decides what a caller of the control socket may do, and limits how much of the loop's time it may cost.
 
-Root, the daemon's own user and, where one is given, members of a group administer; the owner of a pipeline (its uid;
-with ``group_access`` its group, too) may see, touch, lease, warm and mark that pipeline; who may read its files in the
-mount, by owner, group and mode, may open it. Others are turned away. Whoever does not administer has an allowance of
-requests and connections, and all who own nothing share one: no local user can keep the loop busy.
+Root, the daemon's own user and members of the configured group administer. The owner of a pipeline (its uid; with
+``group_access`` its group, too) may see, touch, lease, warm and mark it. Whoever may read its files in the mount, by
+owner, group and mode, may open it. Everybody else is refused. Callers that do not administer have an allowance of
+requests and connections. All callers who own nothing share one, so that no local user can keep the loop busy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The blocking side of the control socket, for the command line and scripts. Plain sockets; quick to import.
+"""The blocking client of the control socket, for the command line and scripts. It is quick to import.
 
-One Client is one connection: it sends a request and reads answers until ``done`` or ``failed``. Errors of the daemon
-are raised as what they were over there; a daemon that is not there is DaemonUnreachable, which says what to do.
+One Client is one connection: it sends a request and reads answers until ``done`` or ``failed``. The daemon's errors are
+raised with their own class. If no daemon answers, DaemonUnreachable says what to do.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def find_socket(given: str | None = None) -> str:
 class Client:
     """A connection to the daemon at ``path`` (default: ``find_socket()``). A context manager; not for several threads.
 
-    Every method raises ControlError's family for trouble between the two, and what the daemon raised.
+    Every method raises errors of ControlError's family for the connection, and those that the daemon raised. It has a
+    public method for each request of the protocol, and so many of them.
     """
 
     def __init__(self, path: str | None = None, *, deadline: float = CONNECT_DEADLINE) -> None:

@@ -1,5 +1,6 @@
-"""The control socket itself, which everybody may connect to (who asks is checked for each request), and the loop that
-accepts connections for it and for the page.
+"""Opens the control socket, and accepts connections for it and for the page.
+
+Everybody may connect to the control socket, since the caller of each request is checked (``callers.py``).
 """
 
 from __future__ import annotations

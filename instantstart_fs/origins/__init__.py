@@ -1,1 +1,1 @@
-"""Where bytes are born: Hugging Face, S3, a directory. They list, pin, authenticate and sign; they move no weights."""
+"""Origins of model files: Hugging Face, S3, a directory. They list, pin, authenticate and sign, but move no bytes."""

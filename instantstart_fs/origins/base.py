@@ -1,9 +1,9 @@
-"""The one protocol of all origins: where bytes are born.
+"""The protocol that every origin implements.
 
 An Origin lists and pins (``resolve``) and says where a pinned file's bytes can be fetched by ranged GETs (``locate``).
-It never moves weight bytes itself: the fetch workers do that, one way for all origins. Its methods block and are called
-in threads by the library and the filler; they must be thread-safe, honour their own network time-outs (``timeout``
-seconds without an answer), and translate every foreign exception into ``errors.OriginError``'s family.
+It never moves weight bytes: the fetch workers do that in one way for all origins. Its methods block, and the library
+and the filler call them in threads. They must be thread-safe, honour their own network time-outs (``timeout`` seconds
+without an answer), and translate every foreign exception into ``errors.OriginError``'s family.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How large a listing may become in the process that makes it."""
+"""Limits how large a listing may become in the process that makes it."""
 
 from __future__ import annotations
 

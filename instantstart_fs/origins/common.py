@@ -1,4 +1,4 @@
-"""What the origins share: choosing files by globs, finishing a manifest, reading HTTP's small print."""
+"""What the origins share: choosing files by globs, finishing a manifest, reading HTTP headers."""
 
 from __future__ import annotations
 

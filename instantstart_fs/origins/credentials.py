@@ -1,4 +1,4 @@
-"""Files that hold credentials: read only if nobody but their owner could have read or written them."""
+"""Reads credential files, but only if nobody except their owner could have read or written them."""
 
 from __future__ import annotations
 

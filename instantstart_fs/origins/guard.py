@@ -1,8 +1,8 @@
-"""Connections to where an origin sends the daemon: resolved once, judged, and made to what was judged.
+"""Connects to addresses that an origin names: resolves once, judges the result, and connects to exactly that.
 
-Used by the fetch processes (urllib3) and the hub's client (httpx2), below TLS: certificates and Host headers keep
-speaking of the name. Blocks. core/addresses.py decides. Behind a proxy (HTTPS_PROXY) it is the proxy that resolves and
-connects: then the name is judged by what this machine resolves it to, if it can.
+The fetch processes (urllib3) and the hub's client (httpx2) use it below TLS, so certificates and Host headers still
+carry the name. It blocks. core/addresses.py decides what is permitted. A proxy (HTTPS_PROXY) resolves and connects
+itself; then the name is judged by what this machine resolves it to, if it can.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a hub says about a repository: its answers decoded with a bound, its tree put together page by page.
+"""Reads a repository's tree from a hub page by page, with a bound, and refuses one that is incomplete.
 
-The tree endpoint is the one that lists everything: the ``siblings`` of a repository's description are cut at 1,000 by
-some hubs, and dropped, or robbed of their sizes, by some mirrors. They serve as a second witness. What does not add up
-(a file that the description names and the tree does not, a cursor that comes again, a first page that is full and has
-no next) is refused: a repository that is pinned in part fails when an engine starts.
+The tree endpoint lists everything. The ``siblings`` of a repository's description do not: some hubs cut them at 1,000,
+some mirrors drop them or their sizes. They serve as a second witness. A file that the description names and the tree
+does not, a cursor that repeats, or a full first page without a next one is refused: a repository pinned in part would
+fail when an engine starts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From a source address to the Origin that speaks its protocol. The only place that knows all of them.
+"""Opens the origin for a source address. Only this module knows all origins.
 
-Opening an origin does no IO, reads no credentials and cannot fail on either: a warm pipeline must start with its
-origin unreachable and no credentials at hand. huggingface_hub and boto3 are imported when first used.
+Opening does no IO and reads no credentials, so it cannot fail on either: a warm pipeline must start while its origin is
+unreachable and no credentials are at hand. huggingface_hub and boto3 are imported when first used.
 """
 
 from __future__ import annotations

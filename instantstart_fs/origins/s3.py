@@ -112,6 +112,7 @@ class S3Origin:
     ``profile`` names a section of the AWS files; when it is given, neither AWS_ACCESS_KEY_ID nor the machine's own role
     is used in its place. Without it, boto3's usual chain applies, and where that finds nothing the bucket may be a
     public one. ``anonymous``: it is, and no credentials are looked for. ``requester_pays``: its owner does not pay.
+    The settings of ``[origins.s3]`` and of the pipeline are its many parameters; it works through ``S3Access``.
     """
 
     def __init__(

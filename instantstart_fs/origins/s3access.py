@@ -1,12 +1,13 @@
-"""How one bucket is asked: with which credentials, read anew when they were replaced, or with none; and how it answers.
+"""Sends requests to one S3 bucket: credentials and their renewal, signed addresses, heads and small reads.
 
-Credentials rotate under a running daemon. Whenever a client is wanted, the files that boto3 reads them from are looked
-at (stat); where they changed, they are read again. What tells nothing by stat (a credential_process, a role that was
-assumed) is read again when the service refuses: once, and not sooner than RENEW_SECONDS after the last time. Sessions
-that end are renewed before: what the service that lends them answers then is no answer of the bucket.
+Credentials rotate under a running daemon. Before a client is used, the files that boto3 reads them from are checked by
+stat, and read again if they changed. Other credentials (a credential_process, an assumed role) are read again when the
+service refuses them, at most once in RENEW_SECONDS. Sessions that end are renewed before they do: an error of the
+service that lends them is no answer of the bucket.
 
-Heads and proofs go the way of the reads: by an address that is signed here. That costs a quarter of what boto3's own
-call takes of the processor, and what it proves holds for the reads. Passing troubles are waited out, then told.
+HEADs and proofs use an address signed here, as reads do. That takes a quarter of the CPU time of boto3's own call, and
+what it proves holds for the reads. Temporary errors are retried, then raised. What a refusal means is in
+``s3refusals.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What an S3 engine's refusal means, and what to do about it: answers and botocore's exceptions become errors of ours.
+"""Turns an S3 engine's refusals and botocore's exceptions into errors that say what to do.
 
-It sends no request but the one for a refused HEAD's reason. What codes mean apart from credentials is
+It sends one request only: a GET for the reason of a refused HEAD. Codes that have nothing to do with credentials are in
 ``core/refusals.py``.
 """
 

@@ -1,4 +1,4 @@
-"""What all origins of a daemon share; a pipeline's own token_file, aws_profile and endpoint_url win over it."""
+"""Settings that all origins of a daemon share. A pipeline's token_file, aws_profile and endpoint_url override them."""
 
 from __future__ import annotations
 

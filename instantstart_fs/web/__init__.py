@@ -1,1 +1,1 @@
-"""The page, the metrics and the health answer, over HTTP. Read-only; it asks the library and changes nothing."""
+"""The page, the metrics and the health check, over HTTP. Read-only: it asks the library and changes nothing."""

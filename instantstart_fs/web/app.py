@@ -1,10 +1,10 @@
 """The routes: / page, /api/pipelines, /api/cold-starts/ID, /api/events, /badge/ID.svg, /metrics, /healthz.
 
-All GET; nothing here changes anything. Each caller sees what visitors.py and core/sight.py say; of what it does not see
-the answers are those of what is not there. One overview at a time is taken, kept for a second (longer where taking it
-is dear) and shared by everybody who asks; without anybody asking none is taken at all. Requests and event streams are
-counted and bounded. Pages hold no inline script or style, so that the Content-Security-Policy can forbid all of it, and
-every name is escaped by the templates besides.
+All are GET and change nothing. Each caller sees what visitors.py and core/sight.py permit; what it may not see is
+answered as if it did not exist. One overview at a time is taken, kept for a second (longer where it takes long) and
+shared by everybody who asks; without callers none is taken. Requests and event streams are counted and bounded. Pages
+hold no inline script or style, so that the Content-Security-Policy can forbid them, and the templates escape every
+name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.library import Library
 from instantstart_fs.views.store_summary import StoreSummary
-from instantstart_fs.web import showing
+from instantstart_fs.web import view_model
 from instantstart_fs.web.health import HealthProbe
 from instantstart_fs.web.visitors import STRANGER, Visitor, Visitors
 
@@ -78,7 +78,7 @@ class Seen(NamedTuple):
     """What one kind of caller sees of an overview, and the pages that were made of it."""
 
     store_summary: StoreSummary
-    views: dict[showing.Query, showing.View]
+    views: dict[view_model.Query, view_model.View]
 
 
 class StoreSummaries:
@@ -93,14 +93,14 @@ class StoreSummaries:
         self._kept: StoreSummary | None = None
         self._seen: dict[Sight, Seen] = {}
 
-    async def view(self, query: showing.Query, sight: Sight) -> showing.View:
+    async def view(self, query: view_model.Query, sight: Sight) -> view_model.View:
         """A page of it; those who see and look at the same get the same one."""
         seen = await self._look(sight)
         found = seen.views.get(query)
         if found is None:
             if len(seen.views) >= MAX_VIEWS:
                 del seen.views[next(iter(seen.views))]
-            found = showing.view(seen.store_summary, query, details=self._details, everything=sight.everything)
+            found = view_model.view(seen.store_summary, query, details=self._details, everything=sight.everything)
             seen.views[query] = found
         return found
 
@@ -112,7 +112,7 @@ class StoreSummaries:
         async with self._lock:
             if self._kept is None or trio.current_time() >= self._good_until:
                 began = time.thread_time()
-                self._kept = showing.ordered(self._with_pending(await self._library.store_summary()))
+                self._kept = view_model.ordered(self._with_pending(await self._library.store_summary()))
                 self._seen.clear()
                 took = time.thread_time() - began
                 self._good_until = trio.current_time() + max(KEEP_SECONDS, SHARE * took)
@@ -202,10 +202,15 @@ class Site:
         text = self._render("page.html", shown, link=request.url.query)
         return Response(text, media_type="text/html; charset=utf-8")
 
-    def _render(self, template: str, shown: showing.View, **more: str) -> str:
+    def _render(self, template: str, shown: view_model.View, **more: str) -> str:
         info = self._info()
         return self._templates.get_template(template).render(
-            view=shown, version=info.version, assets=self._version, link_to=link_to, orders=list(showing.ORDER), **more
+            view=shown,
+            version=info.version,
+            assets=self._version,
+            link_to=link_to,
+            orders=list(view_model.ORDER),
+            **more,
         )
 
     async def static(self, request: Request) -> Response:
@@ -221,7 +226,7 @@ class Site:
         found = next(
             (it for it in (await self._summaries.get(sight_of(request))).pipelines if it.pipeline == pipeline), None
         )
-        words = showing.chip(found) if found is not None else "unknown"
+        words = view_model.chip(found) if found is not None else "unknown"
         state = found.state if found is not None else "unknown"
         # 5.9 px a character is what 11 px fonts take, about; textLength makes each of them take just that.
         left, right = round(5 * 5.9) + 12, round(len(words) * 5.9) + 12
@@ -232,7 +237,7 @@ class Site:
 
     async def pipelines(self, request: Request) -> Response:
         shown = await self._summaries.view(query_of(request.query_params), sight_of(request))
-        return JSONResponse(showing.as_json(shown))
+        return JSONResponse(view_model.as_json(shown))
 
     async def cold_starts(self, request: Request) -> Response:
         """The last ones of a pipeline, as `explain --json` prints them; file names need details."""
@@ -285,11 +290,11 @@ class Site:
         )
 
     async def _follow(
-        self, query: showing.Query, sight: Sight, streams: Counter[str], share: str
+        self, query: view_model.Query, sight: Sight, streams: Counter[str], share: str
     ) -> AsyncIterator[bytes]:
         streams[share] += 1
         try:
-            last: showing.View | None = None
+            last: view_model.View | None = None
             sent_at = trio.current_time()
             end = sent_at + STREAM_SECONDS
             yield b"retry: 3000\n\n"
@@ -328,7 +333,7 @@ def event(text: str) -> bytes:
     return "".join(f"data: {line}\n" for line in text.splitlines()).encode() + b"\n"
 
 
-def query_of(given: Mapping[str, str]) -> showing.Query:
+def query_of(given: Mapping[str, str]) -> view_model.Query:
     """From a query string; what makes no sense in it counts as not given."""
 
     def number(name: str, default: int, most: int) -> int:
@@ -337,15 +342,15 @@ def query_of(given: Mapping[str, str]) -> showing.Query:
         return default
 
     state = given.get("state", "")
-    return showing.Query(
+    return view_model.Query(
         text=given.get("q", "")[:200],
-        state=state if state in showing.ORDER else "",
+        state=state if state in view_model.ORDER else "",
         offset=number("offset", 0, 10_000_000),
-        limit=max(1, number("limit", showing.PAGE_SIZE, showing.MAX_PAGE_SIZE)),
+        limit=max(1, number("limit", view_model.PAGE_SIZE, view_model.MAX_PAGE_SIZE)),
     )
 
 
-def link_to(query: showing.Query, **changes: object) -> str:
+def link_to(query: view_model.Query, **changes: object) -> str:
     """The page's address for that query with changes."""
     from urllib.parse import urlencode
 
@@ -354,7 +359,7 @@ def link_to(query: showing.Query, **changes: object) -> str:
         ("q", wanted.text),
         ("state", wanted.state),
         ("offset", wanted.offset or ""),
-        ("limit", wanted.limit if wanted.limit != showing.PAGE_SIZE else ""),
+        ("limit", wanted.limit if wanted.limit != view_model.PAGE_SIZE else ""),
     ]
     return "/?" + urlencode([(name, str(value)) for name, value in pairs if value])
 

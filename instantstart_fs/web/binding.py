@@ -1,4 +1,4 @@
-"""The page's address. Apart from the server, so that a daemon can bind it before that is imported."""
+"""Binds the page's address. Apart from the server, so that a daemon can bind before it imports that."""
 
 from __future__ import annotations
 

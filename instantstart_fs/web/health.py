@@ -1,6 +1,6 @@
-"""Is the daemon well? The mount answers, the index takes writes, the fetch workers live, the store is there.
+"""Checks whether the daemon is well: the mount answers, the index takes writes, fetch workers live, the store exists.
 
-An answer is kept for a moment, so that a probe every second costs one durable write in five; a probe that hangs is
+An answer is kept for a moment, so that a probe every second costs one durable write in five. A probe that hangs is
 reported, and not started again while it hangs.
 """
 

@@ -1,8 +1,8 @@
-"""The HTTP server in the daemon: hypercorn's connection handling on this trio loop, behind a door of our own.
+"""The HTTP server in the daemon: hypercorn's connection handling on this trio loop, with limits of our own.
 
-The door is what keeps the daemon safe from its page: a bounded number of connections of each caller and of all, of
-which the longest idle gives way; a peer that takes its answer too slowly is cut off, and at the end every connection is
-closed at once, because sends are shielded from cancellation. What fails in here is logged and never ends the daemon.
+The connections of each caller and of all are bounded; the longest idle one gives way to a new one. A peer that takes
+its answer too slowly is disconnected. At the end every connection is closed at once, because sends are shielded from
+cancellation. An error in here is logged and never ends the daemon.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Whose a TCP connection is: the uid of the socket at its other end, where that is on this machine.
+"""Finds the uid at the other end of a TCP connection, if that end is on this machine.
 
-The kernel is asked for the very connection (NETLINK_SOCK_DIAG, by both addresses and ports), which costs some ten
-microseconds however many there are. It knows the sockets of its own network namespace: what comes from another machine,
-from a container with a network of its own, or through a proxy, is not found, and that is an answer, too.
+The kernel is asked for exactly this connection (NETLINK_SOCK_DIAG, by both addresses and ports). That takes about 10 µs
+however many connections there are. The kernel knows the sockets of its own network namespace only: a peer on another
+machine, in a container with its own network, or behind a proxy is not found.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Who asks the page, and what he therefore sees.
+"""Decides who asks for the page, and therefore what that caller sees.
 
-HTTP says nothing of that; the kernel does: SO_PEERCRED on a unix socket, the uid of the socket at the other end of a
-TCP connection on this machine (tcppeer.py). A token stands for the operator, and with `public = true` the operator has
-opened the page. Who is none of these sees what everybody on the machine may see.
+HTTP does not say who asks, but the kernel does: SO_PEERCRED on a unix socket, the uid of the peer's socket for a TCP
+connection on this machine (tcppeer.py). A token stands for the operator; with `public = true` the operator has opened
+the page to all. Any other caller sees what everybody on the machine may see.
 """
 
 from __future__ import annotations

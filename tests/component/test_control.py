@@ -41,24 +41,10 @@ from instantstart_fs.errors import (
     PipelineExists,
     PipelineNotFound,
 )
+from tests.statuses import pipeline_status
 
 INFO = DaemonInfo("0", os.getpid(), "/models", "/store", 1.0, 1, True)
-COLD = PipelineStatus(
-    pipeline="x",
-    state="cold",
-    cached_bytes=0,
-    total_bytes=100,
-    source=("hf://o/r",),
-    generation=1,
-    revision="abc",
-    last_request=None,
-    hot_until=None,
-    pinned=False,
-    leases=0,
-    fill=None,
-    error=None,
-    files=(FileStatus("a", "absent", 100, 0, None),),
-)
+COLD = pipeline_status(files=(FileStatus("a", "absent", 100, 0, None),))
 
 
 class Report(NamedTuple):

@@ -57,7 +57,7 @@ from instantstart_fs.prefetch.worker import Worker as PrefetchWorker
 from instantstart_fs.service import Notifier
 from instantstart_fs.serving import fill_events
 from instantstart_fs.store.blobstore import BlobStore
-from instantstart_fs.web import app, showing
+from instantstart_fs.web import app, view_model
 from tests.component.byteserver import (
     ByteServer,
     FakeOrigin,
@@ -572,18 +572,18 @@ def test_an_export_that_fails_without_a_word_is_answered() -> None:
 async def test_a_thousand_different_searches_keep_no_thousand_pages() -> None:
     summaries = app.StoreSummaries(cast(Any, FakeLibrary()), dict, details=False)
     for number in range(1000):
-        await summaries.view(showing.Query(text=str(number)), Sight(uid=number % 200))
+        await summaries.view(view_model.Query(text=str(number)), Sight(uid=number % 200))
     kept = [len(seen.views) for seen in summaries._seen.values()]
     assert len(kept) <= app.MAX_SIGHTS and max(kept) <= app.MAX_VIEWS
     for number in range(1000):
-        await summaries.view(showing.Query(text=str(number)), EVERYTHING)
+        await summaries.view(view_model.Query(text=str(number)), EVERYTHING)
     assert len(summaries._seen[EVERYTHING].views) <= app.MAX_VIEWS
 
 
 async def test_half_a_request_byte_by_byte_is_no_reason_to_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from instantstart_fs.control import server as module
+    from instantstart_fs.control import connection as module
     from tests.component.test_control import INFO
 
     monkeypatch.setattr(module, "REQUEST_DEADLINE", 0.5)

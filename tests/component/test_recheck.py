@@ -13,24 +13,14 @@ from typing import Any
 import pytest
 import trio
 
-from instantstart_fs.config import (
-    Capacity,
-    Config,
-    FillConfig,
-    HuggingFaceConfig,
-    MountConfig,
-    OriginsConfig,
-    StoreConfig,
-)
 from instantstart_fs.core.access import CONFIRM_SECONDS, REFUSED_SECONDS
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.sight import ANYBODY, EVERYTHING, Sight
 from instantstart_fs.errors import AccessRefused, CredentialsUnusable, NoSuchEntry, OriginHidden, OriginUnavailable
-from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
-from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.upkeep.access_recheck import Rechecker
 from instantstart_fs.vfs import ROOT
+from tests.component.hub_library import hub_library
 from tests.component.test_library import MIB, find, make_source, read_all, spec, wait_state
 from tests.component.test_room import Clock
 from tests.component.test_update import bodies
@@ -56,18 +46,10 @@ class World:
 
     @asynccontextmanager
     async def running(self, on_refusal: Any = "hide") -> AsyncIterator[Library]:
-        config = Config(
-            mount=MountConfig(path=str(self.root / "mnt")),
-            store=StoreConfig(path=str(self.root / "store"), capacity=Capacity(bytes=1 << 40)),
-            fill=FillConfig(workers=1, connections=4, chunk_size=MIB, read_deadline=10.0),
-            origins=OriginsConfig(
-                huggingface=HuggingFaceConfig(endpoint=self.hub.endpoint), recheck_access=DAY, on_refusal=on_refusal
-            ),
-        )
-        with BlobStore.open(config.store.path) as store, Index.open(str(self.root / "store" / "index")) as index:
-            library = Library(config, store, index, now_ns=self.clock.now_ns, boot=self.clock.boot)
-            async with library.running():
-                yield library
+        origins = {"recheck_access": DAY, "on_refusal": on_refusal}
+        clock = {"now_ns": self.clock.now_ns, "boot": self.clock.boot}
+        async with hub_library(self.root, self.hub, origins=origins, **clock) as library:
+            yield library
 
     async def warm(self, library: Library) -> None:
         models = (ModelSpec(source="hf://org/recheck"),)

@@ -15,24 +15,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from instantstart_fs.config import (
-    Capacity,
-    Config,
-    FillConfig,
-    HuggingFaceConfig,
-    MountConfig,
-    OriginsConfig,
-    StoreConfig,
-)
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import Activity, IdleDetector
 from instantstart_fs.core.status import ScrubStatus
 from instantstart_fs.errors import DigestMismatch, InstantStartError, NoSuchEntry, StoreError
-from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
-from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.upkeep import scrub
 from instantstart_fs.upkeep.scrub import Scrubber
+from tests.component.hub_library import hub_library
 from tests.component.test_library import MIB, find, make_source, read_all, wait_state
 from tests.component.test_room import Clock
 from tests.component.test_update import bodies
@@ -54,20 +44,14 @@ class World:
     async def running(
         self, *, period: float = 30 * DAY, rate: int = 1 << 30, passthrough: bool = False
     ) -> AsyncIterator[Library]:
-        config = Config(
-            mount=MountConfig(path=str(self.root / "mnt")),
-            store=StoreConfig(
-                path=str(self.root / "store"), capacity=Capacity(bytes=1 << 40), scrub=period, scrub_rate=rate
-            ),
-            fill=FillConfig(workers=1, connections=4, chunk_size=MIB, read_deadline=10.0),
-            origins=OriginsConfig(huggingface=HuggingFaceConfig(endpoint=self.hub.endpoint)),
-        )
-        with BlobStore.open(config.store.path) as store, Index.open(str(self.root / "store" / "index")) as index:
-            library = Library(config, store, index, now_ns=self.clock.now_ns, boot=self.clock.boot)
+        def prepare(library: Library) -> None:
             library.use_passthrough(passthrough)
             scrubber(library)._quiet = IdleDetector(0.0)
-            async with library.running():
-                yield library
+
+        settings = {"scrub": period, "scrub_rate": rate}
+        clock = {"now_ns": self.clock.now_ns, "boot": self.clock.boot}
+        async with hub_library(self.root, self.hub, store=settings, prepare=prepare, **clock) as library:
+            yield library
 
     async def warm(self, library: Library, pipeline: str = "p") -> None:
         await library.add(PipelineSpec(id=pipeline, models=(ModelSpec(source="hf://org/scrub"),)))

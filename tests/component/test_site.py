@@ -76,11 +76,11 @@ def test_ten_thousand_pipelines_are_paged_and_hold_nobody_up() -> None:
         get(served)  # the templates are compiled now
         served.longest_gap = 0.0
         first = get(served)
-        assert first.count("<tr data-key=") == app.showing.PAGE_SIZE
+        assert first.count("<tr data-key=") == app.view_model.PAGE_SIZE
         assert "1 to 50 of 10000" in first and 'rel="next"' in first
         page = json.loads(get(served, "api/pipelines?state=cold&offset=100&limit=7"))
         assert (page["matching"], len(page["rows"])) == (5000, 7)
-        assert len(json.loads(get(served, "api/pipelines?limit=999999"))["rows"]) == app.showing.MAX_PAGE_SIZE
+        assert len(json.loads(get(served, "api/pipelines?limit=999999"))["rows"]) == app.view_model.MAX_PAGE_SIZE
         # Far beyond the end, or nonsense: the last page, the first page.
         assert json.loads(get(served, "api/pipelines?offset=999999"))["rows"]
         assert json.loads(get(served, "api/pipelines?offset=-5&limit=x&state=nonsense"))["matching"] == 10_000

@@ -10,22 +10,12 @@ import pytest
 import trio
 import trio.testing
 
-from instantstart_fs.config import (
-    Capacity,
-    Config,
-    FillConfig,
-    HuggingFaceConfig,
-    MountConfig,
-    OriginsConfig,
-    StoreConfig,
-)
+from instantstart_fs.config import FillConfig
 from instantstart_fs.core.manifest import FileEntry, ManifestFile, ModelSpec, PipelineSpec
 from instantstart_fs.filler.sources import ASKED_SECONDS, MOST_WRONG, Locator
-from instantstart_fs.index.environment import Index
-from instantstart_fs.library import Library
 from instantstart_fs.origins.base import Location, OriginKey
-from instantstart_fs.store.blobstore import BlobStore
-from tests.component.test_library import MIB, read_all, wait_state
+from tests.component.hub_library import hub_library
+from tests.component.test_library import read_all, wait_state
 from tests.servers.hub import HubServer
 
 pytestmark = pytest.mark.timeout(90)
@@ -50,25 +40,17 @@ async def warm(root: Path, hub: HubServer, source: Path) -> dict[str, int]:
     token = root / "token"
     token.touch(0o600)
     token.write_text("hf_mine\n")
-    config = Config(
-        mount=MountConfig(path=str(root / "mnt")),
-        store=StoreConfig(path=str(root / "store"), capacity=Capacity(bytes=1 << 40)),
-        fill=FillConfig(workers=2, chunk_size=MIB, read_deadline=10.0),
-        origins=OriginsConfig(huggingface=HuggingFaceConfig(endpoint=hub.endpoint)),
-    )
-    with BlobStore.open(config.store.path) as store, Index.open(str(root / "store" / "index")) as index:
-        library = Library(config, store, index)
-        async with library.running():
-            models = (ModelSpec(source=f"hf://{REPO}"),)
-            await library.add(PipelineSpec(id="p", models=models, token_file=str(token)))
-            hub.forget_requests()
-            await library.warm("p")
-            await wait_state(library, "p", "warm")
-            requests = hub.requests()
-            for path in source.rglob("*"):
-                if path.is_file():
-                    parts = path.relative_to(source).parts
-                    assert await read_all(library, "p", *parts) == path.read_bytes()
+    async with hub_library(root, hub, fill={"workers": 2, "connections": FillConfig().connections}) as library:
+        models = (ModelSpec(source=f"hf://{REPO}"),)
+        await library.add(PipelineSpec(id="p", models=models, token_file=str(token)))
+        hub.forget_requests()
+        await library.warm("p")
+        await wait_state(library, "p", "warm")
+        requests = hub.requests()
+        for path in source.rglob("*"):
+            if path.is_file():
+                parts = path.relative_to(source).parts
+                assert await read_all(library, "p", *parts) == path.read_bytes()
     assert not [request for request in requests if request.port == "cdn" and request.token], "the hub's alone"
     asked = [request for request in requests if request.port == "hub"]
     assert {request.token for request in asked} == {"hf_mine"}

@@ -12,20 +12,10 @@ import pytest
 import trio
 
 from instantstart_fs.admin.lifecycle import Admin
-from instantstart_fs.config import (
-    Capacity,
-    Config,
-    FillConfig,
-    HuggingFaceConfig,
-    MountConfig,
-    OriginsConfig,
-    StoreConfig,
-)
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import InstantStartError, StoreDamaged
-from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
-from instantstart_fs.store.blobstore import BlobStore
+from tests.component.hub_library import hub_library
 from tests.component.test_library import MIB, find, make_source, read_all, running, spec, wait_gone, wait_state
 from tests.servers.hub import HubServer
 
@@ -37,16 +27,8 @@ HUB_SPEC = PipelineSpec(id="p", models=(ModelSpec(source="hf://org/update"),))
 
 @asynccontextmanager
 async def from_hub(root: Path, hub: HubServer, *, held: Sequence[int] = ()) -> AsyncIterator[Library]:
-    config = Config(
-        mount=MountConfig(path=str(root / "mnt")),
-        store=StoreConfig(path=str(root / "store"), capacity=Capacity(bytes=1 << 40)),
-        fill=FillConfig(workers=1, connections=4, chunk_size=MIB, read_deadline=10.0),
-        origins=OriginsConfig(huggingface=HuggingFaceConfig(endpoint=hub.endpoint)),
-    )
-    with BlobStore.open(config.store.path) as store, Index.open(str(root / "store" / "index")) as index:
-        library = Library(config, store, index, held=held)
-        async with library.running():
-            yield library
+    async with hub_library(root, hub, held=held) as library:
+        yield library
 
 
 def bodies(hub: HubServer) -> dict[str, int]:

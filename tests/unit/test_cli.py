@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import typer
 
-from instantstart_fs.cli import run, serving, show
+from instantstart_fs.cli import run, serve, show
 from instantstart_fs.cli.app import app
 from instantstart_fs.cli.specification import specification
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
@@ -22,18 +22,16 @@ from instantstart_fs.core.humanize import did_you_mean, human_seconds
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, ListedStatus, PipelineStatus
 from instantstart_fs.errors import InvalidName, InvalidSource, OriginUnavailable, PipelineNotFound, UsageError
+from tests.statuses import pipeline_status
 
 FILES = (FileStatus("a.json", "sealed", 1000, 1000, "sha256:ab"), FileStatus("b.safetensors", "absent", 9000, 0, None))
-STATUS = PipelineStatus(
-    pipeline="x",
+STATUS = pipeline_status(
     state="filling",
     cached_bytes=1000,
     total_bytes=10_000,
-    source=("hf://o/r",),
     generation=2,
     revision="c0ffee",
     last_request="2026-01-01T00:00:00Z",
-    hot_until=None,
     pinned=True,
     leases=1,
     fill=FillStatus(3000, 3),
@@ -323,17 +321,17 @@ def test_version_and_help(capsys: Any) -> None:
 
 def test_the_short_way_into_serve_knows_all_that_the_long_one_does() -> None:
     command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    assert {option: parameter.name for parameter in command.params for option in parameter.opts} == serving.OPTIONS
-    assert serving.plain(["serve"]) == {}
+    assert {option: parameter.name for parameter in command.params for option in parameter.opts} == serve.OPTIONS
+    assert serve.parse(["serve"]) == {}
     words = ["serve", "--mount", "/m", "--log-format=json", "--mount", "/n"]
-    assert serving.plain(words) == {"mount": "/n", "log_format": "json"}
+    assert serve.parse(words) == {"mount": "/n", "log_format": "json"}
 
 
 @pytest.mark.parametrize(
     "words", [["ls"], [], ["serve", "--help"], ["serve", "x"], ["serve", "--mount"], ["serve", "--store", "--mount"]]
 )
 def test_what_is_unusual_goes_the_long_way(words: list[str]) -> None:
-    assert serving.plain(words) is None
+    assert serve.parse(words) is None
 
 
 def test_client_commands_import_nothing_heavy() -> None:
@@ -452,20 +450,10 @@ def test_ls_cuts_nothing_short_that_is_no_source_in_a_narrow_terminal(
 
 def test_names_that_an_origin_made_up_are_shown_and_not_obeyed() -> None:
     hostile = "x\n\x1b]0;title\x07.safetensors"
-    status = PipelineStatus(
-        pipeline="p",
-        state="cold",
-        cached_bytes=0,
+    status = pipeline_status(
         total_bytes=1,
         source=("s3://b/\x1b[2J",),
-        generation=1,
         revision="\x1b[2J",
-        last_request=None,
-        hot_until=None,
-        pinned=False,
-        leases=0,
-        fill=None,
-        error=None,
         files=(FileStatus(hostile, "absent", 1, 0, None),),
     )
     for shown in (show.pipeline(status), show.pipelines([status]), show.pipelines([status], width=200)):

@@ -10,24 +10,21 @@ import pytest
 from instantstart_fs.cli import progress, show, timeline
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.humanize import reason_first
-from instantstart_fs.core.status import ErrorStatus, FillStatus, PipelineStatus
+from instantstart_fs.core.status import ErrorStatus, FillStatus
+from tests.statuses import pipeline_status
 
 MESSAGE = (
     "hf://org/my-llm@main: model-00001-of-00002.safetensors: "
     "http://cdn.hub.example:8443/repos/ab/cd/abcdef0123456789?Signature=x: connection refused"
 )
-FILLING = PipelineStatus(
+FILLING = pipeline_status(
     pipeline="my-llm",
     state="filling",
     cached_bytes=3_000_000_000,
     total_bytes=60_000_000_000,
     source=("hf://org/my-llm@main",),
-    generation=1,
     revision="c0ffee",
-    last_request=None,
-    hot_until=None,
     pinned=True,
-    leases=0,
     fill=FillStatus(119_000_000, 483, 40_000_000),
     error=ErrorStatus("origin-unavailable", MESSAGE, "2026-01-01T00:00:00Z"),
 )

@@ -44,9 +44,9 @@ def printed_by(words: list[str]) -> str:
 
 def test_a_daemon_whose_output_is_closed_ends_as_well_as_any() -> None:
     program = (
-        "import sys; from instantstart_fs import daemon; from instantstart_fs.cli import serving\n"
+        "import sys; from instantstart_fs import daemon; from instantstart_fs.cli import serve\n"
         "daemon.run = lambda *_, **__: None\n"
-        "serving.serve()\n"
+        "serve.run()\n"
     )
     done = subprocess.run(
         f"{sys.executable} -c '{program}' >&-", shell=True, capture_output=True, text=True, timeout=60

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from instantstart_fs.cli import serving, show
+from instantstart_fs.cli import serve as daemon_process
+from instantstart_fs.cli import show
 from instantstart_fs.cli.options import ConfigFile, Json, MountOption, Socket, StoreOption
 from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.errors import InstantStartError
@@ -26,11 +27,11 @@ def serve(
     ] = "info",
     log_format: Annotated[
         str,
-        typer.Option("--log-format", metavar="FORMAT", envvar=serving.LOG_FORMAT, help="console or json."),
+        typer.Option("--log-format", metavar="FORMAT", envvar=daemon_process.LOG_FORMAT, help="console or json."),
     ] = "console",
 ) -> None:
     """Run the daemon in the foreground; ready when the mount answers."""
-    serving.serve(config, mount, store, socket, log_level, log_format)
+    daemon_process.run(config, mount, store, socket, log_level, log_format)
 
 
 @commands.command()

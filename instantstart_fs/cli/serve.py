@@ -1,7 +1,7 @@
-"""``instantstart serve``: the command that becomes the daemon.
+"""Runs ``instantstart serve``: this process becomes the daemon.
 
-Between two daemons readers wait, so the usual words of it are understood here, without typer, its 20 other commands and
-their imports (40 ms). Whatever is unusual (--help, a mistake) goes the long way, by app.py.
+Readers wait while a daemon restarts. So the usual arguments are parsed here, without importing typer and the other
+commands (40 ms). Anything unusual (--help, a mistake) is left to app.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPTIONS = {
 LOG_FORMAT = "INSTANTSTART_LOG_FORMAT"
 
 
-def plain(arguments: Sequence[str]) -> dict[str, str] | None:
+def parse(arguments: Sequence[str]) -> dict[str, str] | None:
     """``serve``'s parameters from a command that is written as units and scripts write it; None: it is another one."""
     if arguments[:1] != ["serve"]:
         return None
@@ -38,7 +38,7 @@ def plain(arguments: Sequence[str]) -> dict[str, str] | None:
     return found
 
 
-def serve(
+def run(
     config: str | None = None,
     mount: str | None = None,
     store: str | None = None,
@@ -49,8 +49,8 @@ def serve(
     """Be the daemon until it is stopped, and end the process. Raises UsageError and what ``daemon.run`` raises."""
     # Imports leave nothing for the collector, which would look through all they made again and again (8 of 160 ms).
     gc.disable()
+    from instantstart_fs import daemon
     from instantstart_fs.config import load_config
-    from instantstart_fs.daemon import run
 
     gc.freeze()
     gc.enable()
@@ -59,7 +59,7 @@ def serve(
     log_format = log_format or os.environ.get(LOG_FORMAT) or "console"
     if log_format not in ("console", "json"):
         raise UsageError(f"--log-format: {log_format!r} is neither console nor json")
-    run(
+    daemon.run(
         load_config(config, mount=mount, store=store),
         socket_path=socket,
         log_level=log_level,

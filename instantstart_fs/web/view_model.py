@@ -1,8 +1,8 @@
-"""What the page and its JSON show of an overview: plain values, already worded. Pure.
+"""Words what the page and its JSON show of an overview, as plain values. Pure.
 
-An overview holds what its caller sees (visitors.py): ids, states, sizes, times of the pipelines that the mount would
-show him. The sums over all need ``everything``. Sources, revisions and error messages (which name them) need
-``details``; credentials and paths are in neither.
+An overview holds what its caller may see (visitors.py): ids, states, sizes and times of the pipelines that the mount
+shows that user. Sums over all pipelines need ``everything``. Sources, revisions and error messages (which name them)
+need ``details``. Credentials and paths are in neither.
 """
 
 from __future__ import annotations
