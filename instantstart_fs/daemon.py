@@ -336,7 +336,7 @@ class Daemon:
             )
             visitors = make_visitors(self._config.http, sight_of)
             made = site(self._library, self.info, self._config.http, health, visitors, pending=self.pending)
-            await serve_page(made.app(), listeners, visitors.welcome)
+            await serve_page(made.app(), listeners, visitors.identify)
         except Exception:
             log.exception("the page and the metrics have failed, and are begun again; the mount goes on")
             self.http = ""

@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
     status = _run(arguments)
     if (sys.stdout, sys.stderr) != streams:  # typer met a reader that has gone
         sys.stdout, sys.stderr = streams
-        status = terminal.let_go(sys.stdout, 141)
+        status = terminal.discard_output(sys.stdout, 141)
     written = terminal.flush()
     return status or written
 
@@ -53,12 +53,12 @@ def _run(arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:
         # `instantstart ls | head`: whoever read has had enough.
-        return terminal.let_go(sys.stdout, 141)
+        return terminal.discard_output(sys.stdout, 141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         print(f"instantstart: cannot write: {error.strerror}", file=sys.stderr)
-        return terminal.let_go(sys.stdout, 1)
+        return terminal.discard_output(sys.stdout, 1)
     return status if isinstance(status, int) else 0
 
 

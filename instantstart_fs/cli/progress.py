@@ -26,7 +26,7 @@ NAME = 20
 
 def lines(name: str, done: int, total: int, rate: str, reason: str, width: int) -> tuple[str, str]:
     """What is drawn in ``width`` columns: how far it is, how fast, how long yet; below, what is wrong ("": nothing).
-    Where room is short the bar shrinks first, then goes the amount, then the name's end. Pure."""
+    On a narrow terminal the bar shrinks first, then the amount disappears, then the end of the name. Pure."""
     from rich.cells import cell_len
 
     share = 100 if total <= 0 or done >= total else done * 100 // total

@@ -118,17 +118,17 @@ def flush() -> int:
         try:
             stream.flush()
         except BrokenPipeError:
-            status = status or let_go(stream, 141)
+            status = status or discard_output(stream, 141)
         except (OSError, ValueError) as error:
-            status = status or let_go(stream, 1)
+            status = status or discard_output(stream, 1)
             if stream is sys.stdout:
                 with contextlib.suppress(OSError, ValueError):
                     print(f"instantstart: cannot write to stdout: {getattr(error, 'strerror', error)}", file=sys.stderr)
     return status
 
 
-def let_go(stream: Any, status: int) -> int:
-    """``stream`` goes nowhere from now on. Returns ``status``."""
+def discard_output(stream: Any, status: int) -> int:
+    """Redirect ``stream`` to /dev/null. Returns ``status``."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(nowhere, stream.fileno())

@@ -42,8 +42,8 @@ def may_be_held(fd: int, *, spare: bool = False) -> bool:
     return fd < (limit() - reserve()) // (2 if spare else 1)
 
 
-def room(*, spare: bool = False) -> bool:
-    """Whether one more may be held."""
+def may_hold_another(*, spare: bool = False) -> bool:
+    """Whether one more descriptor may be held for somebody else."""
     try:
         fd = os.dup(0)
     except OSError as error:
@@ -53,12 +53,12 @@ def room(*, spare: bool = False) -> bool:
 
 
 def may_connect(fd: int) -> bool:
-    """The same for the connection of a client."""
+    """Whether a new descriptor may be a client's connection."""
     return fd < limit() - reserve() // 2
 
 
 def held(fd: int, *, spare: bool = False) -> int:
-    """``fd``, if it may be held; else it is closed, and OSError (EMFILE) raised."""
+    """``fd``, if it may be held; otherwise closes it and raises OSError (EMFILE)."""
     if may_be_held(fd, spare=spare):
         return fd
     os.close(fd)

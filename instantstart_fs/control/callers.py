@@ -42,7 +42,7 @@ from instantstart_fs.errors import PermissionRefused, PipelineBusy
 MAX_CONNECTIONS = 256
 """Leases and waits are few; beyond this a client is told to come again rather than the daemon to run out of files."""
 MAX_WAITING = 1024
-ROOM_DEADLINE = 15.0
+SEAT_DEADLINE = 15.0
 """So many more of those who administer wait, and so many seconds, for one of the MAX_CONNECTIONS to end."""
 MAX_CONNECTIONS_PER_OWNER = 32
 """For each user who does not administer: none of them can use the others' share up."""
@@ -139,13 +139,15 @@ class Callers:
 
     # -- how much --------------------------------------------------------------------------------------------------
 
-    async def wait_room(self, peer: Peer) -> None:
-        """Before ``connected``, for those who administer: hundreds of them at once are a fleet's scripts, and each is
-        soon done. Returns when there is room, or when there was none for too long."""
+    async def wait_for_seat(self, peer: Peer) -> None:
+        """Wait until an administrator's connection has a seat, at most SEAT_DEADLINE. Call it before ``connected``.
+
+        Hundreds of administrators at once are a fleet's scripts, and each is soon done.
+        """
         if not self.administers(peer):
             return
         waiting = self._waiting.setdefault(peer.uid, trio.lowlevel.ParkingLot())
-        with trio.move_on_after(ROOM_DEADLINE):
+        with trio.move_on_after(SEAT_DEADLINE):
             while self._administrators.taken(peer.uid) >= MAX_CONNECTIONS and len(waiting) < MAX_WAITING:
                 await waiting.park()
 

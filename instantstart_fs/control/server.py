@@ -71,7 +71,7 @@ class ControlServer:
         try:
             async with stream:
                 peer = self._peer(stream.socket)
-                await self.callers.wait_room(peer)
+                await self.callers.wait_for_seat(peer)
                 with self.callers.connected(peer) as place:
                     await Connection(dispatcher, stream, peer, place).run()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):

@@ -174,7 +174,7 @@ class S3Origin:
                 self._access.renew()
             access = self._access
             url, expires_at = access.sign(file.address, version, etag)
-            if access.unsigned and not access.anonymous and not access.let_in:
+            if access.unsigned and not access.anonymous and not access.proved_public:
                 self._refusals.expect(access.head(file.address, etag=etag), file.path, "s3:GetObject", denied_only=True)
         with self._lock:
             self._given[file.address] = expires_at

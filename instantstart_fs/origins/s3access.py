@@ -120,9 +120,9 @@ class S3Access:
         self.anonymous = anonymous
         self.requester_pays = requester_pays
         self.unsigned = anonymous
-        """Whether what is asked now goes without a signature."""
-        self.let_in = False
-        """Whether somebody was let in without one."""
+        """Whether requests now go without a signature."""
+        self.proved_public = False
+        """Whether the bucket has answered a request without one."""
         self._endpoint_url = endpoint_url
         self._region_name = region_name
         self._lock = threading.RLock()
@@ -166,7 +166,7 @@ class S3Access:
             if (code not in BAD_CREDENTIALS and status not in (401, 403)) or not self.renew():
                 raise
             found = call(client())
-        self.let_in = self.let_in or self.unsigned
+        self.proved_public = self.proved_public or self.unsigned
         return found
 
     def parameters(self, key: str | None = None, **more: Any) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class S3Access:
                     renewed = True
                     continue
                 if answer.status not in PASSING or tried >= TRIES:
-                    self.let_in = self.let_in or (self.unsigned and answer.status < 300)
+                    self.proved_public = self.proved_public or (self.unsigned and answer.status < 300)
                     return answer
                 asked = retry_after(answer.headers.get("Retry-After"), time.time())
                 if asked is not None and asked > LAST_PAUSE:
@@ -327,7 +327,7 @@ class S3Access:
         client = self._new_client(session, signed=credentials is not None)
         self._session = session
         self._client = client
-        self.unsigned, self.let_in = credentials is None, False
+        self.unsigned, self.proved_public = credentials is None, False
         self._secrets = (frozen.access_key, frozen.secret_key, frozen.token) if frozen is not None else ()
 
     def _renew_what_ends(self) -> None:

@@ -245,7 +245,7 @@ class Bindings:
     def _keep_reader(self, file: CachedFile) -> None:
         """To ask of this one, whatever lies at its path later; without opening it each time, which would be told of as
         an open that ended, and asked about again. Another time where that cannot be now."""
-        if file.stale_error is None and (file.reader is not None or descriptors.room(spare=True)):
+        if file.stale_error is None and (file.reader is not None or descriptors.may_hold_another(spare=True)):
             with contextlib.suppress(StoreError):
                 self._open_files.reader(file)
 

@@ -262,7 +262,7 @@ class OpenFiles:
     def check_descriptors(self, file: CachedFile) -> None:
         """Of a file that is not complete: what reading it takes is refused at its open, and not waited for in a read.
         Raises OutOfResources."""
-        while file.reader is None and not descriptors.room():
+        while file.reader is None and not descriptors.may_hold_another():
             if not self._give_up_idle():
                 raise _too_many(file)
 

@@ -45,41 +45,41 @@ STALLED_SECONDS = 20
 IDLE_SECONDS = 5.0
 
 
-class Door:
-    """Who may come in, and who goes. Each caller has places, and so have all together; those who administer have
-    others. Whoever is only connected gives its place to the next (core/seats.py)."""
+class ConnectionLimits:
+    """Limits connections by caller and altogether, for administrators apart. An idle connection gives its
+    seat to a new one (core/seats.py)."""
 
-    def __init__(self, welcome: Callable[[trio.SocketStream], Visitor]) -> None:
-        self._welcome = welcome
+    def __init__(self, identify: Callable[[trio.SocketStream], Visitor]) -> None:
+        self._identify = identify
         self._privileged, self._others = Seats(), Seats()
-        self._inside: dict[Seat, trio.SocketStream] = {}
+        self._connected: dict[Seat, trio.SocketStream] = {}
 
     @contextlib.contextmanager
-    def entering(self, stream: trio.SocketStream) -> Iterator[tuple[Visitor, Seat] | None]:
-        """Around one connection; None: there is no room for it."""
-        visitor = self._welcome(stream)
+    def admit(self, stream: trio.SocketStream) -> Iterator[tuple[Visitor, Seat] | None]:
+        """A context for one connection: its visitor and seat, or None if no seat is free."""
+        visitor = self._identify(stream)
         seats = self._privileged if visitor.sight.everything else self._others
         seat, leaves = seats.enter(visitor.share, trio.current_time(), each=MAX_EACH, total=MAX_CONNECTIONS)
         if leaves is not None:
-            self._inside.pop(leaves).socket.close()
+            self._connected.pop(leaves).socket.close()
         if not isinstance(seat, Seat):
             yield None
             return
-        self._inside[seat] = stream
+        self._connected[seat] = stream
         try:
             yield visitor, seat
         finally:
-            self._inside.pop(seat, None)
+            self._connected.pop(seat, None)
             seats.leave(seat)
 
     def close_all(self) -> None:
-        """Everybody inside is cut off."""
-        for stream in self._inside.values():
+        """Disconnect everybody."""
+        for stream in self._connected.values():
             stream.socket.close()
 
 
 class Http1(H11Protocol):
-    """HTTP/1.0 and 1.1, and nothing that a connection could be turned into.
+    """HTTP/1.0 and 1.1 only; a connection cannot be upgraded to another protocol.
 
     HTTP/2 makes a hundred requests of one packet, and of resetting them another hundred; nothing here needs it, nor
     web sockets. An `Upgrade:` is answered as if it were not there (RFC 9110, 7.8), another version with 505.
@@ -113,7 +113,7 @@ class Http1(H11Protocol):
 
 
 class Connection(TCPServer):
-    """One of them, without TLS, by the visitor in ``state``. ``seat``: idle between its requests."""
+    """One connection without TLS, for the visitor in ``state``. Its ``seat`` is idle between requests."""
 
     seat: Seat
 
@@ -158,9 +158,9 @@ class Connection(TCPServer):
 
 
 async def serve(
-    app: ASGIApp, listeners: Sequence[socket.socket], welcome: Callable[[trio.SocketStream], Visitor]
+    app: ASGIApp, listeners: Sequence[socket.socket], identify: Callable[[trio.SocketStream], Visitor]
 ) -> None:
-    """Until cancelled. Owns the listeners. ``welcome``: who is at the other end of a connection."""
+    """Serve ``app`` until cancelled. Owns the listeners. ``identify`` tells who is at the other end of a connection."""
     config = Config()
     config.errorlog = logging.getLogger("instantstart_fs.web.http")
     config.accesslog = None
@@ -168,13 +168,13 @@ async def serve(
     config.keep_alive_timeout = IDLE_SECONDS
     config.h11_max_incomplete_size = 16 * 1024
     config.wsgi_max_body_size = 0
-    door = Door(welcome)
+    limits = ConnectionLimits(identify)
     wrapped = ASGIWrapper(cast(ASGIFramework, app))
     context = WorkerContext(None)
 
     async def handle(stream: trio.SocketStream) -> None:
         try:
-            with door.entering(stream) as entered:
+            with limits.admit(stream) as entered:
                 if entered is None:
                     with trio.move_on_after(BUSY_SECONDS):
                         await stream.send_all(BUSY)
@@ -213,7 +213,7 @@ async def serve(
         try:
             await trio.sleep_forever()
         finally:
-            door.close_all()
+            limits.close_all()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cut_off_at_the_end)

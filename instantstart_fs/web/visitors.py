@@ -66,7 +66,7 @@ class Visitors:
         self._token_of: tuple[int, int, int] | None = None
         """(inode, mtime, ctime) of the file that it was read from."""
 
-    def welcome(self, stream: trio.SocketStream) -> Visitor:
+    def identify(self, stream: trio.SocketStream) -> Visitor:
         """Who is at the other end of a connection that was just accepted."""
         connection = stream.socket
         if connection.family == socket.AF_UNIX:

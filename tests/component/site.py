@@ -133,7 +133,7 @@ def serving(
         with scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch_the_loop)
-                nursery.start_soon(serve, site.app(), [listener], visitors.welcome)
+                nursery.start_soon(serve, site.app(), [listener], visitors.identify)
                 started.set()
 
     thread = threading.Thread(target=trio.run, args=(main,))

@@ -625,7 +625,7 @@ async def test_administrators_wait_for_room_and_are_told_when_there_is_none(
         async with trio.open_nursery() as nursery:  # many at once, each of which is soon done
             for _ in range(20):
                 nursery.start_soon(ask, path, lambda client: client.ping())
-        monkeypatch.setattr(callers_module, "ROOM_DEADLINE", 0.05)
+        monkeypatch.setattr(callers_module, "SEAT_DEADLINE", 0.05)
         clients = [await trio.to_thread.run_sync(Client, path) for _ in range(2)]
         for client in clients:
             await trio.to_thread.run_sync(client.lease, "x")

@@ -19,11 +19,12 @@ def mark(
     pipeline: Pipeline,
     moment: Annotated[str, typer.Argument(metavar="MOMENT", help="requested, ready or first-token.")],
     at: Annotated[
-        str | None, typer.Option("--at", metavar="TIME", help="When it was: RFC 3339, or seconds since 1970 (now).")
+        str | None,
+        typer.Option("--at", metavar="TIME", help="When it was: RFC 3339, or seconds since 1970 (default: now)."),
     ] = None,
     socket: Socket = None,
 ) -> None:
-    """Add an outside moment to a cold start."""
+    """Record a moment of a cold start that only you know."""
     from instantstart_fs.cli.timeline import marked, parse_moment, parse_time
 
     found = parse_moment(moment)

@@ -27,7 +27,7 @@ def ls(
     socket: Socket = None,
     json: Json = False,
 ) -> None:
-    """List the pipelines and what of them is cached."""
+    """List the pipelines and how much of each is cached."""
     with control.Client(socket) as client:
         _list(client, pipelines or [], json)
 
@@ -46,7 +46,7 @@ def status(
     socket: Socket = None,
     json: Json = False,
 ) -> None:
-    """Show state, rate and last error of one, or of all."""
+    """Show state, rate and last error of one or all pipelines."""
     with control.Client(socket) as client:
         if pipeline is not None:
             found = client.status(pipeline)

@@ -118,10 +118,10 @@ def _show_pinned(client: control.Client, status: PipelineStatus, json: bool, not
 @commands.command()
 def remove(
     pipeline: Pipeline,
-    force: Annotated[bool, typer.Option("--force", help="Also while it is leased: the leases end.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if it is leased; ends the leases.")] = False,
     socket: Socket = None,
 ) -> None:
-    """Forget the pipeline and its bytes."""
+    """Remove a pipeline and its bytes."""
     with control.Client(socket) as client:
         _show_freed(f"{pipeline}: removed", client.remove(pipeline, force=force))
 
@@ -129,10 +129,10 @@ def remove(
 @commands.command()
 def evict(
     pipeline: Pipeline,
-    force: Annotated[bool, typer.Option("--force", help="Also while it is leased or open: the leases end.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even if it is leased or open; ends the leases.")] = False,
     socket: Socket = None,
 ) -> None:
-    """Drop the pipeline's bytes; it stays, cold."""
+    """Evict a pipeline's bytes; it stays, cold."""
     with control.Client(socket) as client:
         _show_freed(f"{pipeline}: evicted, cold now", client.evict(pipeline, force=force))
 
@@ -146,7 +146,7 @@ def _show_freed(done: str, held: list[str]) -> None:
 
 @commands.command()
 def pin(pipeline: Pipeline, socket: Socket = None) -> None:
-    """Never evict it."""
+    """Never evict a pipeline."""
     with control.Client(socket) as client:
         client.set_pinned(pipeline, True)
     print(f"{pipeline}: pinned")
@@ -154,7 +154,7 @@ def pin(pipeline: Pipeline, socket: Socket = None) -> None:
 
 @commands.command()
 def unpin(pipeline: Pipeline, socket: Socket = None) -> None:
-    """Let it be evicted again when space is needed."""
+    """Let a pipeline be evicted again when space is needed."""
     with control.Client(socket) as client:
         client.set_pinned(pipeline, False)
     print(f"{pipeline}: no longer pinned")
@@ -162,7 +162,7 @@ def unpin(pipeline: Pipeline, socket: Socket = None) -> None:
 
 @commands.command()
 def touch(pipeline: Pipeline, socket: Socket = None) -> None:
-    """Count a request now: it stays hot."""
+    """Count a request now, so that the pipeline stays hot."""
     with control.Client(socket) as client:
         client.touch(pipeline)
 
@@ -170,7 +170,7 @@ def touch(pipeline: Pipeline, socket: Socket = None) -> None:
 @commands.command()
 def warm(
     pipeline: Pipeline,
-    wait: Annotated[bool, typer.Option("--wait", help="Until all is there; shows progress.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until everything is cached; shows progress.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Every file, not only what an engine loads.")] = False,
     include: Annotated[
         list[str] | None,
@@ -202,15 +202,15 @@ def warm(
 def verify(
     pipeline: Pipeline,
     access: Annotated[
-        bool, typer.Option("--access", help="Instead: may its credentials still fetch its source?")
+        bool, typer.Option("--access", help="Check instead whether its credentials may still fetch its source.")
     ] = False,
     rate: Annotated[
-        str | None, typer.Option("--rate", metavar="SIZE", help="Read at most so much a second (200MB).")
+        str | None, typer.Option("--rate", metavar="SIZE", help="Read at most SIZE a second, such as 200MB.")
     ] = None,
     socket: Socket = None,
     json: Json = False,
 ) -> None:
-    """Hash what is cached again; heal what is wrong."""
+    """Hash cached files again; repair what is wrong."""
     from instantstart_fs.cli.waiting import verify_progress
     from instantstart_fs.config.units import option, parse_rate
 
