@@ -24,7 +24,8 @@ import msgspec
 from instantstart_fs.admin.access_proof import prove_access
 from instantstart_fs.admin.origin_checks import MOST_CHECKS, choose
 from instantstart_fs.config import Config, load_config
-from instantstart_fs.control.client import Client, find_socket
+from instantstart_fs.config.places import find_socket
+from instantstart_fs.control.client import Client
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.access import asks_somebody
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec

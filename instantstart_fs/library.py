@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,7 @@ from instantstart_fs.serving.open_files import OpenFiles
 from instantstart_fs.serving.open_notifications import OpenListener
 from instantstart_fs.serving.reads import Handle, Reads
 from instantstart_fs.serving.shielded import ShieldedOperations
+from instantstart_fs.serving.startupcaches import StartupCaches
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.store.layout import generation_number
 from instantstart_fs.store.tree import REMOVED
@@ -152,6 +154,7 @@ class Library:
         )
         self._admissions = Admissions(self._evictor)
         self._shielded = ShieldedOperations()
+        self.startup = StartupCaches(self._catalog, self._evictor)
         fill_events = FillEventHandler(
             self._catalog, self._open_files, self.telemetry, self._admissions, self._evictor.wake, self._shielded
         )
@@ -379,6 +382,7 @@ class Library:
         processes = await self._admin.remove(pipeline, force=force)
         self._learning.forget(found)
         self.telemetry.forget(pipeline)
+        self.startup.forget(found)
         if pipeline not in self._catalog.pipelines:
             self._access.forget(pipeline)
         return [str(holder) for holder in processes]
@@ -388,6 +392,7 @@ class Library:
         self._bindings.poll_releases(pipeline)
         dropped, processes = await self._admin.evict_by_hand(pipeline, force=force)
         self.telemetry.evicted(dropped)
+        await self.startup.evicted(pipeline)
         self._evictor.wake()
         return [str(holder) for holder in processes]
 
@@ -403,6 +408,7 @@ class Library:
 
         async def work() -> None:
             self.telemetry.evicted(await self._admin.evict(pipeline, refuse))
+            await self.startup.evicted(pipeline)
             self._evictor.wake()
 
         # Whoever needs the room may be a reader, whose patience ends.
@@ -467,10 +473,29 @@ class Library:
     def status(self, pipeline: str, *, with_files: bool = True) -> PipelineStatus:
         return self._status(self._catalog.pipeline(pipeline), with_files=with_files, in_brief=not with_files)
 
-    def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
-        """A moment of a cold start that a filesystem cannot see; wall clock, None for now. Raises PipelineNotFound,
-        NoColdStart."""
-        self.telemetry.mark(self._catalog.pipeline(pipeline).id, moment, at_ns)
+    def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None, start: str = "") -> None:
+        """A moment of a cold start that a filesystem cannot see; wall clock, None for now; ``start``: of the one with
+        that id. Raises PipelineNotFound, NoColdStart."""
+        self.telemetry.mark(self._catalog.pipeline(pipeline).id, moment, at_ns, start)
+
+    async def begin_start(self, pipeline: str, start: str, requested_ns: int | None) -> str:
+        """`run` begins a start, or asks once more for the one that is called ``start``; its id. Raises
+        PipelineNotFound."""
+        found = self._catalog.pipeline(pipeline)
+        await self._catalog.ensure_loaded(found)
+        self._catalog.pipeline(pipeline)
+        if not start:
+            start = secrets.token_hex(8)
+            self.telemetry.begin_start(found, start, requested_ns)
+        return start
+
+    def report_start(self, pipeline: str, start: str, **changes: object) -> None:
+        """What `run` says of its start. Raises PipelineNotFound, NoColdStart."""
+        self.telemetry.report_start(self._catalog.pipeline(pipeline).id, start, **changes)
+
+    def end_start(self, pipeline: str, start: str) -> None:
+        """The connection of that `run` has ended."""
+        self.telemetry.end_start(pipeline, start)
 
     def cold_starts(self, pipeline: str) -> list[ColdStart]:
         """The last ones, newest first. Raises PipelineNotFound."""

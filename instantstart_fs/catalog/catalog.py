@@ -133,6 +133,7 @@ class Catalog:
             summary = summaries.get(pipeline.id)
             known = upkeep.get(pipeline.id, UpkeepRecord())
             pipeline.scrubbed, pipeline.access = known.scrubbed, known.access
+            pipeline.startup_bytes = known.startup_bytes
             pipeline.learned, pipeline.learned_read = known.learned or Learned(), known.learned is not None
             clean = summary is not None and summary.rules == RULES and pipeline.id in slots
             if summary is not None and clean and summary.generation == record.generation:
@@ -753,7 +754,7 @@ class Catalog:
 
 def _upkeep_record(pipeline: Pipeline) -> UpkeepRecord:
     learned = pipeline.learned if pipeline.learned_read else None
-    return UpkeepRecord(pipeline.scrubbed, pipeline.access, _failure_record(pipeline), learned)
+    return UpkeepRecord(pipeline.scrubbed, pipeline.access, _failure_record(pipeline), learned, pipeline.startup_bytes)
 
 
 @contextmanager

@@ -556,6 +556,8 @@ class Pipeline:
         """What engines were seen to load (catalog/learning.py)."""
         self.learned_read = True
         """Whether that is what the store has of it; else it is read with the manifest."""
+        self.startup_bytes = 0
+        """Bytes of disk that its startup caches take (library/startupcaches.py)."""
         self.access = Access()
         """What its origins said last to its credentials (upkeep/access_recheck.py)."""
         self.hidden: str | None = None
@@ -631,8 +633,8 @@ class Pipeline:
 
     @property
     def allocated(self) -> int:
-        """Bytes of disk that its files take."""
-        return sum(generation.own_allocated for generation in self.heads())
+        """Bytes of disk that its files and its startup caches take."""
+        return self.startup_bytes + sum(generation.own_allocated for generation in self.heads())
 
     def current_nowait(self) -> Generation | None:
         """``current`` without reading anything. Raises NotInMemory where that would be needed."""

@@ -42,6 +42,13 @@ def _run(arguments: list[str]) -> int:
         if arguments == ["--version"]:  # without the imports of the commands
             print(version_line())
             return 0
+        if arguments[:1] == ["run"]:
+            from instantstart_fs.startup import options
+
+            if (wanted := options.plain(arguments)) is not None:
+                from instantstart_fs.startup.run import run as run_command
+
+                return run_command(wanted)
         from instantstart_fs.cli.app import app
 
         status = app(args=arguments, prog_name="instantstart", standalone_mode=True)

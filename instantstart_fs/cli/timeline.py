@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from instantstart_fs.cli.show import human_time
-from instantstart_fs.core.coldstart import MOMENTS, ColdStart, Moment, late, phases, scale
+from instantstart_fs.core.coldstart import MEANINGS, MOMENTS, ColdStart, Moment, late, phases, scale
 from instantstart_fs.core.humanize import did_you_mean, human_bytes, human_seconds
-from instantstart_fs.core.limits import MAX_TIME_NS
+from instantstart_fs.core.humanize import precise_seconds as seconds
 from instantstart_fs.errors import UsageError, printable
 
 WIDTH = 44
@@ -19,15 +19,13 @@ _LOOKS = {
     "scheduling": ("░", "bright_black"),
     "fetching": ("▒", "yellow"),
     "loading": ("█", "green"),
+    "restore": ("░", "cyan"),
+    "import": ("░", "white"),
+    "compile": ("▓", "red"),
+    "capture": ("▓", "bright_blue"),
+    "warm-up": ("▓", "cyan"),
     "engine": ("▓", "blue"),
     "first-token": ("■", "magenta"),
-}
-MEANINGS = {
-    "scheduling": "requested → first open",
-    "fetching": "until the last weight file was sealed, and reads that waited for the origin",
-    "loading": "the rest, → last weight file opened, staged or read",
-    "engine": "→ ready",
-    "first-token": "→ first token",
 }
 
 
@@ -37,30 +35,6 @@ def parse_moment(word: str) -> Moment:
         if word == moment:
             return moment
     raise UsageError(f"{word!r} is none of {', '.join(MOMENTS)}{did_you_mean(word, MOMENTS)}")
-
-
-def parse_time(text: str) -> int:
-    """RFC 3339, or seconds since 1970, as nanoseconds. Raises UsageError."""
-    try:
-        at_ns = int(float(text) * 1e9)
-    except (ValueError, OverflowError):
-        try:
-            moment = datetime.fromisoformat(text)
-            at_ns = int((moment if moment.tzinfo else moment.astimezone()).timestamp() * 1e9)
-        except (ValueError, OverflowError):
-            raise UsageError(f"{text!r} is neither an RFC 3339 time nor seconds since 1970") from None
-    if not 0 <= at_ns <= MAX_TIME_NS:
-        raise UsageError(f"{text!r} is no time between 1970 and 2262")
-    return at_ns
-
-
-def seconds(value: float) -> str:
-    """As precise as it matters: 840 ms, 4.21 s, 93 s, 21 min 2 s."""
-    if abs(value) >= 600:
-        return human_seconds(value)
-    if abs(value) < 1:
-        return f"{value * 1000:.0f} ms"
-    return f"{value:.2f} s" if abs(value) < 10 else f"{value:.1f} s" if abs(value) < 60 else f"{value:.0f} s"
 
 
 def draw(pipeline: str, records: Sequence[ColdStart]) -> None:

@@ -50,3 +50,12 @@ def make_run_directory(directory: str) -> None:
 def default_socket() -> str:
     """Where `serve` listens when nothing else is said."""
     return os.environ.get("INSTANTSTART_SOCKET") or os.path.join(run_directory(), SOCKET_NAME)
+
+
+def find_socket(given: str | None = None) -> str:
+    """``given``, else $INSTANTSTART_SOCKET, else this user's socket, else the machine's where only that is there."""
+    if given or os.environ.get("INSTANTSTART_SOCKET"):
+        return given or os.environ["INSTANTSTART_SOCKET"]
+    own = default_socket()
+    machine = os.path.join(SYSTEM_RUN_DIRECTORY, SOCKET_NAME)
+    return machine if not os.path.exists(own) and os.path.exists(machine) else own

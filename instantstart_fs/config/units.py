@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import TypeVar
 
 from instantstart_fs.config.sections import Capacity
-from instantstart_fs.core.limits import MAX_BYTES, MAX_DIGITS, MAX_ID, MAX_SECONDS, MIN_RATE
+from instantstart_fs.core.limits import MAX_BYTES, MAX_DIGITS, MAX_ID, MAX_SECONDS, MAX_TIME_NS, MIN_RATE
 from instantstart_fs.errors import ConfigError, UsageError
 
 _T = TypeVar("_T")
@@ -178,3 +179,18 @@ def _group_of(uid: int) -> int:
         return pwd.getpwuid(uid).pw_gid
     except KeyError:
         raise ConfigError(f"uid {uid} has no entry in the user database: write UID:GID") from None
+
+
+def parse_time(text: str) -> int:
+    """RFC 3339, or seconds since 1970, as nanoseconds. Raises UsageError."""
+    try:
+        at_ns = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        try:
+            moment = datetime.fromisoformat(text)
+            at_ns = int((moment if moment.tzinfo else moment.astimezone()).timestamp() * 1e9)
+        except (ValueError, OverflowError):
+            raise UsageError(f"{text!r} is neither an RFC 3339 time nor seconds since 1970") from None
+    if not 0 <= at_ns <= MAX_TIME_NS:
+        raise UsageError(f"{text!r} is no time between 1970 and 2262")
+    return at_ns

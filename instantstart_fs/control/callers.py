@@ -28,6 +28,12 @@ from instantstart_fs.control.protocol import (
     Open,
     Ping,
     Request,
+    StartupBegin,
+    StartupCaches,
+    StartupRemove,
+    StartupReport,
+    StartupSave,
+    StartupVerify,
     Status,
     Touch,
     Warm,
@@ -61,6 +67,13 @@ STRANGERS = -1
 MAX_ALLOWANCES = 4096
 OWNERS_REFRESH = 1.0
 """Seconds for which the set of owners is kept: computing it walks over all pipelines."""
+
+
+OF_OWNERS = (
+    *(Status, Touch, Lease, Warm, Include, Mark, ColdStarts),
+    *(StartupBegin, StartupSave, StartupReport, StartupCaches, StartupVerify, StartupRemove),
+)
+"""What a pipeline's owner may ask for. A startup cache is code: library/startupcaches.py gives it to nobody else."""
 
 
 class Place:
@@ -117,9 +130,7 @@ class Callers:
         """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
         if self.administers(peer) or isinstance(request, Ping | Ls | Names | CheckOrigins):
             return
-        if isinstance(request, Status | Touch | Lease | Warm | Include | Mark | ColdStarts) and self.owns(
-            peer, self._library.spec(request.pipeline)
-        ):
+        if isinstance(request, OF_OWNERS) and self.owns(peer, self._library.spec(request.pipeline)):
             return
         if isinstance(request, Open):
             spec = self._library.spec(request.pipeline)

@@ -17,11 +17,12 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from instantstart_fs.config import unixsocket
-from instantstart_fs.config.places import SOCKET_NAME, SYSTEM_RUN_DIRECTORY, default_socket
+from instantstart_fs.config.places import find_socket
 from instantstart_fs.control import protocol
 from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.humanize import did_you_mean
 from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.core.startupcache import StartupRecord
 from instantstart_fs.core.status import OriginCheck, PipelineStatus
 from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import (
@@ -44,15 +45,6 @@ NAMES_DEADLINE = 2.0
 """For the names that may have been meant: an error message waits for them."""
 RESOLVE_DEADLINE = 660.0
 """Seconds for what lists an origin or deletes bytes; the daemon's own limit is a minute shorter."""
-
-
-def find_socket(given: str | None = None) -> str:
-    """``given``, else $INSTANTSTART_SOCKET, else this user's socket, else the machine's where only that is there."""
-    if given or os.environ.get("INSTANTSTART_SOCKET"):
-        return given or os.environ["INSTANTSTART_SOCKET"]
-    own = default_socket()
-    machine = os.path.join(SYSTEM_RUN_DIRECTORY, SOCKET_NAME)
-    return machine if not os.path.exists(own) and os.path.exists(machine) else own
 
 
 class Client:
@@ -139,6 +131,18 @@ class Client:
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
         """``at_ns``: wall clock, None for the moment when the daemon gets it."""
         self._ask(protocol.Mark(pipeline, moment, at_ns), type(None))
+
+    def startup_caches(self, pipeline: str) -> list[StartupRecord]:
+        """Newest first."""
+        return self._ask(protocol.StartupCaches(pipeline), list[StartupRecord])
+
+    def startup_verify(self, pipeline: str) -> protocol.StartupVerified:
+        """Read them again; what is damaged is deleted."""
+        return self._ask(protocol.StartupVerify(pipeline), protocol.StartupVerified, deadline=RESOLVE_DEADLINE)
+
+    def startup_remove(self, pipeline: str, numbers: Sequence[int] = ()) -> int:
+        """These versions, or all; how many."""
+        return self._ask(protocol.StartupRemove(pipeline, tuple(numbers)), int)
 
     def cold_starts(self, pipeline: str) -> list[ColdStart]:
         """Newest first."""

@@ -36,11 +36,17 @@ class Connection:
         self._place = place
         self._stream = stream
         self._peer = peer
-        self._caller = Caller(peer, Lessee(peer.pid, peer.uid), self._send)
+        self._caller = Caller(peer, Lessee(peer.pid, peer.uid), self._send, [])
         self._buffer = protocol.LineBuffer(protocol.MAX_REQUEST)
 
     async def run(self) -> None:
         """Answer requests until either side ends the connection."""
+        try:
+            await self._run()
+        finally:
+            self._dispatcher.gone(self._caller)
+
+    async def _run(self) -> None:
         if self._place.refusal is not None:
             await self._send(protocol.failed(self._place.refusal))
             return

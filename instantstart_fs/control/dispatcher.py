@@ -18,7 +18,7 @@ import trio
 
 from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.config.unixsocket import Peer
-from instantstart_fs.control import protocol
+from instantstart_fs.control import protocol, startup
 from instantstart_fs.control.administration import Administration, Report
 from instantstart_fs.control.callers import Callers
 from instantstart_fs.core.eviction import without_others
@@ -51,11 +51,13 @@ class Send(Protocol):
 
 
 class Caller(NamedTuple):
-    """Who asks: the process at the other end, what its leases are recorded under, and the way back to it."""
+    """Who asks: the process at the other end, what its leases are recorded under, the way back to it, and which starts
+    (pipeline, id) `run` has begun on its connection."""
 
     peer: Peer
     lessee: Lessee
     send: Send
+    starts: list[tuple[str, str]]
 
 
 class Dispatcher:
@@ -97,8 +99,20 @@ class Dispatcher:
                 return self._shown(caller, await self._status(pipeline, with_files=not brief))
             case protocol.Touch(pipeline):
                 return library.touch(pipeline)
-            case protocol.Mark(pipeline, moment, at_ns):
-                return library.mark(pipeline, moment, at_ns)
+            case protocol.Mark(pipeline, moment, at_ns, start):
+                return library.mark(pipeline, moment, at_ns, start)
+            case protocol.StartupBegin():
+                return await self._begin_start(request, caller)
+            case protocol.StartupSave():
+                return await startup.save(library.startup, request, caller.peer.uid, caller.send)
+            case protocol.StartupReport():
+                return self._report_start(request)
+            case protocol.StartupCaches(pipeline):
+                return await library.startup.records(pipeline)
+            case protocol.StartupVerify(pipeline):
+                return await startup.verify(library.startup, pipeline)
+            case protocol.StartupRemove(pipeline, numbers):
+                return await change(lambda: library.startup.remove(pipeline, numbers))
             case protocol.ColdStarts(pipeline):
                 return library.cold_starts(pipeline)
             case protocol.Add(spec, warm):
@@ -126,6 +140,31 @@ class Dispatcher:
                 return await change(lambda: library.check_access(pipeline))
             case protocol.Lease() | protocol.Open():
                 raise AssertionError("a lease is held, see hold()")
+
+    async def _begin_start(self, request: protocol.StartupBegin, caller: Caller) -> protocol.StartupBegun:
+        pipeline = request.pipeline
+        start = await self._library.begin_start(pipeline, request.start, request.requested_ns)
+        caller.starts.append((pipeline, start))
+        fill = None if request.start else self._start_change(lambda: self._library.warm(pipeline))
+        mount = self._info_for(caller.peer).mount
+        return await startup.begin(self._library.startup, request, caller.peer.uid, start, mount, fill, caller.send)
+
+    def _report_start(self, report: protocol.StartupReport) -> None:
+        self._library.report_start(
+            report.pipeline,
+            report.start,
+            restore_seconds=report.restore_seconds,
+            restored=report.outcome,
+            command_after=report.command_after,
+            engine_phases=report.phases,
+            exit_status=report.status,
+            ended=report.ended,
+        )
+
+    def gone(self, caller: Caller) -> None:
+        """Its connection has ended: so have the starts that `run` began on it, which is its lease's, too."""
+        for pipeline, start in caller.starts:
+            self._library.end_start(pipeline, start)
 
     async def hold(self, request: protocol.Lease | protocol.Open, caller: Caller) -> None:
         """Returns only by an exception: the lease lasts as long as the connection, and is ended with it."""

@@ -27,6 +27,7 @@ import msgspec
 from instantstart_fs.core.coldstart import Moment
 from instantstart_fs.core.limits import MAX_BYTES, MAX_TIME_NS, MIN_RATE
 from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.core.startupcache import Outcome, StartupRecord
 from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import ControlProtocolError, InstantStartError, UsageError, from_code
 
@@ -165,12 +166,73 @@ class Status(_Request, frozen=True, tag="status", omit_defaults=True):
     brief: bool = False
 
 
-class Mark(_Request, frozen=True, tag="mark"):
-    """→ null. A moment of a cold start that the filesystem cannot see; ``at_ns``: wall clock, null for now."""
+class Mark(_Request, frozen=True, tag="mark", omit_defaults=True):
+    """→ null. A moment of a cold start that the filesystem cannot see; ``at_ns``: wall clock, null for now; ``start``:
+    of which start, "" where nobody named one."""
 
     pipeline: str
     moment: Moment
     at_ns: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIME_NS)] | None = None
+    start: str = ""
+
+
+class StartupBegin(_Request, frozen=True, tag="startup-begin", omit_defaults=True):
+    """→ ``handed`` with a read-only descriptor of a startup cache, where there is one for this start, and core.startup-
+    cache's choice. Begins a cold-start record, and the fill. ``key``: what the engine's compiled code depends on;
+    ``without``: versions that proved damaged; ``start``: of the same start, asked again; ``requested_ns``: wall
+    clock."""
+
+    pipeline: str
+    key: dict[str, str]
+    restore: bool = True
+    without: Annotated[tuple[int, ...], msgspec.Meta(max_length=64)] = ()
+    start: str = ""
+    requested_ns: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIME_NS)] | None = None
+
+
+class StartupSave(_Request, frozen=True, tag="startup-save"):
+    """→ ``handed`` with the writing end of a pipe, for ``size`` bytes, then StartupRecord."""
+
+    pipeline: str
+    key: dict[str, str]
+    generation: str
+    size: Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)]
+    digest: Annotated[str, msgspec.Meta(max_length=128)]
+    files: Annotated[int, msgspec.Meta(ge=0, le=MAX_BYTES)]
+    view: Annotated[str, msgspec.Meta(max_length=4096)]
+    layouts: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=128)], ...], msgspec.Meta(max_length=64)]
+
+
+class StartupReport(_Request, frozen=True, tag="startup-report"):
+    """→ null. What `run` knows of its start. ``phases``: seconds, as the engine's log says."""
+
+    pipeline: str
+    start: str
+    restore_seconds: float
+    command_after: float
+    outcome: Outcome
+    phases: dict[str, float]
+    ended: bool
+    status: int | None = None
+
+
+class StartupCaches(_Request, frozen=True, tag="startup-caches"):
+    """→ list of StartupRecord, newest first."""
+
+    pipeline: str
+
+
+class StartupVerify(_Request, frozen=True, tag="startup-verify"):
+    """→ StartupVerified. Reads the startup caches again, and deletes those that are damaged."""
+
+    pipeline: str
+
+
+class StartupRemove(_Request, frozen=True, tag="startup-remove"):
+    """→ how many were removed. ``numbers``: of the versions; none: all."""
+
+    pipeline: str
+    numbers: Annotated[tuple[int, ...], msgspec.Meta(max_length=1024)] = ()
 
 
 class ColdStarts(_Request, frozen=True, tag="cold-starts"):
@@ -181,6 +243,12 @@ class ColdStarts(_Request, frozen=True, tag="cold-starts"):
 
 Request = (
     Mark
+    | StartupBegin
+    | StartupSave
+    | StartupReport
+    | StartupCaches
+    | StartupVerify
+    | StartupRemove
     | ColdStarts
     | Ping
     | Add
@@ -230,6 +298,26 @@ class VerifyResult(msgspec.Struct, frozen=True):
     bytes: int
     healed: tuple[str, ...]
     unproven: tuple[str, ...]
+
+
+class StartupBegun(msgspec.Struct, frozen=True):
+    """``start``: its id; ``generation``: what the pipeline holds, to be said when this start saves; ``outcome``,
+    ``record``, ``differs``: core.startupcache.Choice; ``warning``: why the fill does not begin, "" if it does."""
+
+    start: str
+    generation: str
+    mount: str
+    outcome: Outcome
+    record: StartupRecord | None
+    differs: tuple[str, ...]
+    warning: str
+
+
+class StartupVerified(msgspec.Struct, frozen=True):
+    """``damaged``: number → what was wrong; deleted."""
+
+    read: int
+    damaged: dict[int, str]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

@@ -26,13 +26,15 @@ LATE_SECONDS = 600.0
 """A ``ready`` or ``first-token`` so long after what went before it is called late."""
 SCALE_FACTOR = 3.0
 """What is only marked, and not seen, stretches the scale of a drawing to this many usual cold starts at most."""
-PER_PIPELINE = 20
+PER_PIPELINE = 100
 OVERALL = 5000
 """Records kept: of one pipeline, and of all; the oldest go first."""
 
 Moment = Literal["requested", "ready", "first-token"]
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
-PhaseName = Literal["scheduling", "fetching", "loading", "engine", "first-token"]
+PhaseName = Literal[
+    "scheduling", "restore", "import", "fetching", "loading", "compile", "capture", "warm-up", "engine", "first-token"
+]
 
 
 class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +47,11 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
 
     ``uncached_bytes``: came straight from the origin to their reader, and were not kept. ``waited_after``: the end of
     the last wait for bytes that were not here; ``waited_seconds``: the time in which at least one read so waited.
+    ``start``: the id of a start by `instantstart run`, "" for one that only its opens told of. Of such a start
+    ``started_ns`` is its own begin, and the seconds count from there; ``first_open_after``: of a weight file;
+    ``restore_seconds``: putting a startup cache in place, with what came of it in ``restored``; ``command_after``: the
+    command was begun; ``engine_phases``: what the engine's log says, seconds; ``exit_status``: of the command, where
+    it ended before it was ready.
     ``fetching_seconds``: until the last weight file was sealed, and what was waited after that; None in records of
     older versions.
     """
@@ -77,6 +84,13 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
     waited_after: float | None = None
     waited_seconds: float = 0.0
     fetching_seconds: float | None = None
+    start: str = ""
+    first_open_after: float | None = None
+    restore_seconds: float | None = None
+    restored: str = ""
+    command_after: float | None = None
+    engine_phases: dict[str, float] = {}
+    exit_status: int | None = None
 
     @property
     def live(self) -> bool:
@@ -118,31 +132,130 @@ class Phase(msgspec.Struct, frozen=True):
 def phases(record: ColdStart) -> tuple[Phase, ...]:
     """The record cut into stretches that follow one another without a gap; those that took no time are left out.
 
-    scheduling: requested → first open. fetching and loading: → the last weight file opened, staged or read. Of that
-    time, fetching is what passed until the last weight file was sealed, and what reads waited for the origin after
-    that; in truth the two may alternate, and each is shown in one piece. engine: → ready. first-token: → the first
-    token, which also says that the engine was ready.
+    scheduling: requested → first open, or → the begin of `run`; then, of a start by `run`, restore and import: → first
+    open. fetching and loading: → the last weight file opened, staged or read. Of that time, fetching is what passed
+    until the last weight file was sealed, and what reads waited for the origin after that; in truth the two may
+    alternate, and each is shown in one piece. engine: → ready; what the engine's own log says of that is taken out of
+    it, as compile, capture and warm-up. first-token: → the first token, which also says that the engine was ready.
     """
-    fetched = record.fetching_seconds
-    if fetched is None:
-        fetched = record.sealed_after if record.fetched_bytes else None
     ready, token = record.after("ready"), record.after("first-token")
     if ready is not None and token is not None:
         ready = min(ready, token)
+    begun = record.first_open_after if record.start else 0.0
+    fetched = record.fetching_seconds
+    if fetched is None:
+        fetched = record.sealed_after if record.fetched_bytes else None
+    loaded: float | None = record.loaded_after
+    if record.start:
+        loaded = None if begun is None else record.loaded_after
+        fetched = None if begun is None or not record.fetched_bytes else max(fetched or 0.0, begun)
     at = min(record.after("requested") or 0.0, 0.0)
-    found = []
+    found: list[Phase] = []
     borders: tuple[tuple[PhaseName, float | None], ...] = (
         ("scheduling", 0.0),
+        ("restore", record.command_after),
+        ("import", begun if record.start else None),
         ("fetching", fetched),
-        ("loading", record.loaded_after),
+        ("loading", loaded),
         ("engine", ready),
         ("first-token", token),
     )
     for name, end in borders:
         if end is not None and end > at:
-            found.append(Phase(name, at, end))
+            found += _engine(record, at, end) if name == "engine" else [Phase(name, at, end)]
             at = end
     return tuple(found)
+
+
+_TOLD: tuple[PhaseName, ...] = ("compile", "capture", "warm-up")
+
+
+def _engine(record: ColdStart, start: float, end: float) -> list[Phase]:
+    """From loaded to ready, as far as the engine's log cuts it up; what it says may overlap, and is cut off then."""
+    found: list[Phase] = []
+    at = start
+    for name in _TOLD:
+        seconds = min(record.engine_phases.get(name, 0.0), end - at)
+        if seconds > 0:
+            found.append(Phase(name, at, at + seconds))
+            at += seconds
+    if end > at:
+        found.append(Phase("engine", at, end))
+    return found
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Of the last starts of a pipeline: seconds at which so many of a hundred were over; ``count``: of how many."""
+
+    count: int
+    p50: float
+    p95: float
+    p99: float
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Nearest rank: each is the time of a start that happened."""
+    found = sorted(values)
+    if not found:
+        return None
+
+    def at(percent: int) -> float:
+        return round(found[max(0, -(-len(found) * percent // 100) - 1)], 6)
+
+    return Spread(len(found), at(50), at(95), at(99))
+
+
+def spreads(records: Iterable[ColdStart]) -> dict[str, Spread]:
+    """Of those that have ended: "total", and each phase that any of them has."""
+    seconds: dict[str, list[float]] = {}
+    for record in records:
+        if record.live or record.interrupted:
+            continue
+        for phase in phases(record):
+            seconds.setdefault(phase.name, []).append(phase.seconds)
+        if took := length(record):
+            seconds.setdefault("total", []).append(took)
+    return {name: found for name, values in seconds.items() if (found := spread(values)) is not None}
+
+
+MEANINGS: dict[str, str] = {
+    "scheduling": "requested → first open, or the begin of `run`",
+    "restore": "the startup cache was put in place, → the command",
+    "import": "the command → first open of a weight file",
+    "fetching": "until the last weight file was sealed, and reads that waited for the origin",
+    "loading": "the rest, → last weight file opened, staged or read",
+    "compile": "as the engine's log says",
+    "capture": "as the engine's log says",
+    "warm-up": "as the engine's log says",
+    "engine": "the rest, → ready",
+    "first-token": "→ first token",
+}
+"""What each phase is, for people."""
+
+ATTACK: dict[str, str] = {
+    "scheduling": "the scheduler and the image, before `run` begins: keep a replica's node and image at hand",
+    "restore": "the startup cache's size: `instantstart startup-cache ls` shows it",
+    "import": "the interpreter and its imports: nothing here makes them faster; a smaller environment does",
+    "fetching": "the origin's rate: `instantstart warm` before the start, or a region's tier",
+    "loading": "disk to memory: `run --prefetch`, or more memory for the page cache",
+    "compile": "the startup cache: `instantstart startup-cache explain` says why there was none",
+    "capture": "graph capture: fewer sizes (the engine's own option)",
+    "warm-up": "the engine's profiling run: its own options",
+    "engine": "the engine's own initialisation",
+    "first-token": "the first request: `run --probe` sends it before traffic comes",
+}
+"""What can be done about each phase, in a few words."""
+
+
+def attack(records: Iterable[ColdStart]) -> str:
+    """One line: which phase takes most of the usual start, and what helps; "" where nothing is known."""
+    found = spreads(records)
+    total = found.pop("total", None)
+    if total is None or not found or not total.p50:
+        return ""
+    name = max(found, key=lambda phase: (found[phase].p50 * found[phase].count, phase))
+    share = min(100, round(100 * found[name].p50 / total.p50))
+    return f"{name} takes {share} % of the usual start: {ATTACK[name]}"
 
 
 def length(record: ColdStart) -> float:

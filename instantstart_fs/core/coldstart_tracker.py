@@ -7,6 +7,9 @@ fetching, staging and closing are no quiet. So of replicas that mark nothing, on
 another's load belongs to the same record, and where the first token of one ends it, what another had left to open
 begins no record.
 
+A start by `instantstart run` has an id, and a record of its own from its begin until it is ready (or its first token
+has come, if it asks for one), whatever else starts meanwhile; its marks name it.
+
 What a filesystem cannot see (the request that made the replica start, the engine being ready, the first token) is told
 by ``mark``. Where one replica is requested while another still loads, both records are live: what is opened, fetched
 and staged then counts for both, since nobody can say whose it is; reads count for the records that their open did.
@@ -119,6 +122,8 @@ class _Live:
         """Whether somebody may still be loading, so that another start is one beside it and not the next one."""
         if self.record.ready_ns is not None:
             return False
+        if self.record.start:
+            return True
         return self.held > 0 or (len(self.opened) < self.record.weight_files and now - self.last < SHARD_GAP_SECONDS)
 
     def time_of(self, at_ns: int | None, now: float) -> int:
@@ -183,6 +188,8 @@ class Tracker:
         for live in starts:
             live.last = now
             live.held += 1
+            if live.record.start and live.record.first_open_after is None and not live.ended:
+                live.set(first_open_after=round(now - live.began, 6))
             live.opened[file] = live.opened.get(file, 0) + 1
             if live.opened[file] == 1 and not live.ended:
                 live.set(
@@ -207,7 +214,44 @@ class Tracker:
             return ()
         return (live,)
 
-    def _begin(self, pipeline: str, facts: Facts, now: float, wall_ns: int) -> None:
+    def begin_start(
+        self, pipeline: str, start: str, requested_ns: int | None, *, now: float, wall_ns: int, facts: Facts
+    ) -> None:
+        """`run` has begun one, with this id. No effect for one that is known."""
+        if self._named(pipeline, start) is None:
+            if requested_ns is None:
+                requested_ns = self._take_requested(pipeline, now, wall_ns)
+            else:
+                requested_ns = min(requested_ns, wall_ns) if wall_ns - requested_ns <= PENDING_SECONDS * 1e9 else None
+            self._begin(pipeline, facts, now, wall_ns, start=start, requested_ns=requested_ns)
+            self._note(self._live[pipeline][-1], now)
+
+    def _named(self, pipeline: str, start: str) -> _Live | None:
+        return next((live for live in self._in_memory(pipeline) if live.record.start == start), None)
+
+    def report(self, pipeline: str, start: str, now: float, **changes: object) -> bool:
+        """What `run` says of its start; whether that is known. ``ended`` among the changes: it is over."""
+        live = self._named(pipeline, start)
+        if live is None:
+            return False
+        ended = changes.pop("ended", False)
+        live.set(**changes)
+        if ended and not live.ended:
+            self._end(live, now - live.began)
+        else:
+            self._changed[pipeline, live.record.started_ns] = live.seen(now)
+        return True
+
+    def _begin(
+        self,
+        pipeline: str,
+        facts: Facts,
+        now: float,
+        wall_ns: int,
+        *,
+        start: str = "",
+        requested_ns: int | None = None,
+    ) -> None:
         for live in list(self._live.get(pipeline, ())):
             if not live.loads(now) or len(self._live[pipeline]) >= MAX_LIVE:
                 self._end(live)
@@ -222,7 +266,8 @@ class Tracker:
             cached_bytes=facts.cached_bytes,
             total_bytes=facts.total_bytes,
             weight_files=facts.weight_files,
-            requested_ns=self._take_requested(pipeline, now, wall_ns),
+            requested_ns=requested_ns if start else self._take_requested(pipeline, now, wall_ns),
+            start=start,
         )
         self._live.setdefault(pipeline, []).append(_Live(record, now))
 
@@ -316,11 +361,27 @@ class Tracker:
                 live.set(staged_after=round(now - live.began, 6))
 
     def mark(
-        self, pipeline: str, moment: Moment, at_ns: int | None, known: Sequence[ColdStart], *, now: float, wall_ns: int
+        self,
+        pipeline: str,
+        moment: Moment,
+        at_ns: int | None,
+        known: Sequence[ColdStart],
+        *,
+        now: float,
+        wall_ns: int,
+        start: str = "",
     ) -> ColdStart | None:
         """The record that takes the mark, with it, to be written down; None when a ``requested`` waits for the next
-        open, or nothing takes it (``takes_mark``). ``at_ns``: None for now. ``known``: the records of the pipeline."""
-        if moment == "requested":
+        open, or nothing takes it (``takes_mark``). ``at_ns``: None for now. ``known``: the records of the pipeline.
+        ``start``: of the one with that id."""
+        found: _Live | ColdStart | None
+        if start:
+            live = self._named(pipeline, start)
+            found = live or next((record for record in known if record.start == start), None)
+            if found is None:
+                return None
+            mark_ns = live.time_of(at_ns, now) if live is not None else wall_ns if at_ns is None else at_ns
+        elif moment == "requested":
             found, mark_ns = self._that_was_requested(pipeline, at_ns, known, now)
             if found is None:
                 told_ns = wall_ns if at_ns is None else at_ns
@@ -404,6 +465,8 @@ class Tracker:
         next_look = math.inf
         for live in [live for lives in self._live.values() for live in lives]:
             quiet = HELD_QUIET_SECONDS if live.held else QUIET_SECONDS
+            if live.record.start and live.record.ready_ns is None:
+                quiet = MAX_SECONDS  # it imports, or compiles, and `run` will say what became of it
             end = min(live.last + quiet, live.began + MAX_SECONDS)
             if now >= end:
                 self._end(live)
@@ -424,6 +487,10 @@ class Tracker:
         for lives in self._live.values():
             for live in lives:
                 self._note(live, now)
+
+    def untaken(self, pipeline: str) -> list[ColdStart]:
+        """What ``take_changed`` will give of this pipeline."""
+        return [record for (name, _), record in self._changed.items() if name == pipeline]
 
     def take_changed(self) -> Sequence[ColdStart]:
         """Records that began, ended or were marked since the last call, and every live one that was saved before."""

@@ -49,6 +49,15 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds // 86400} days"
 
 
+def precise_seconds(value: float) -> str:
+    """As precise as it matters: 840 ms, 4.21 s, 93 s, 21 min 2 s."""
+    if abs(value) >= 600:
+        return human_seconds(value)
+    if abs(value) < 1:
+        return f"{value * 1000:.0f} ms"
+    return f"{value:.2f} s" if abs(value) < 10 else f"{value:.1f} s" if abs(value) < 60 else f"{value:.0f} s"
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint for the middle of a message, `` (did you mean 'b'?)``, from the ``known`` words; "" where none is
     similar."""

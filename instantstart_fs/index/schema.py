@@ -102,12 +102,13 @@ class FailureRecord(msgspec.Struct, frozen=True, array_like=True):
 
 class UpkeepRecord(msgspec.Struct, frozen=True, array_like=True):
     """The state of a pipeline's maintenance, so that a restart continues it. ``learned``: None in a record of an
-    earlier version; then it is in the slot."""
+    earlier version; then it is in the slot. ``startup_bytes``: of disk, that its startup caches take."""
 
     scrubbed: ScrubProgress = ScrubProgress()
     access: Access = Access()
     failure: FailureRecord | None = None
     learned: Learned | None = None
+    startup_bytes: int = 0
 
 
 class SummaryRecord(msgspec.Struct, frozen=True, array_like=True):

@@ -7,6 +7,7 @@
     <root>/index/                                     LMDB
     <root>/slots/<pipeline>/pipeline.json
     <root>/slots/<pipeline>/learned.json              what engines were seen to load; need not be there
+    <root>/slots/<pipeline>/startup/<number>/         startup caches (store/startupcaches.py); need not be there
     <root>/slots/<pipeline>/<generation>/manifest.json
     <root>/slots/<pipeline>/<generation>/files/<path> content as the index and the seal say
     <root>/bind/                                      empty; where slots/ is bound while files are bound over the mount
@@ -38,6 +39,7 @@ PIPELINE_FILE = "pipeline.json"
 LEARNED_FILE = "learned.json"
 MANIFEST_FILE = "manifest.json"
 FILES = "files"
+STARTUP = "startup"
 
 SEAL_XATTR = "user.instantstart.seal"
 

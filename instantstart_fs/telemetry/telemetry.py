@@ -22,7 +22,7 @@ from instantstart_fs.catalog.learning import Learning
 from instantstart_fs.catalog.model import CachedFile, Pipeline, counts_as_request
 from instantstart_fs.core import coldstart
 from instantstart_fs.core.access import Outcome
-from instantstart_fs.core.coldstart import ColdStart, Facts, Moment
+from instantstart_fs.core.coldstart import ColdStart, Facts, Moment, PhaseName
 from instantstart_fs.core.coldstart_tracker import Starts, Tracker
 from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.errors import InstantStartError, NoColdStart
@@ -77,6 +77,19 @@ class Totals:
         self.cold_starts: Counter[str] = Counter()
         """By the pipeline's state at the first open."""
         self.cold_start_seconds = Histogram(LOAD_BUCKETS)
+        self.phase_seconds: dict[PhaseName, Histogram] = {}
+        """Of cold starts that have ended, by phase."""
+        self.pipeline_seconds: dict[str, Histogram] = {}
+        """The whole of each, by pipeline."""
+        self.startup: Counter[str] = Counter()
+        """Starts by `run`, by what became of their startup cache."""
+
+    def cold_start_ended(self, record: ColdStart) -> None:
+        self.cold_start_seconds.observe(record.loaded_after)
+        for phase in coldstart.phases(record):
+            self.phase_seconds.setdefault(phase.name, Histogram(LOAD_BUCKETS)).observe(phase.seconds)
+        if took := coldstart.length(record):
+            self.pipeline_seconds.setdefault(record.pipeline, Histogram(LOAD_BUCKETS)).observe(took)
 
 
 class Telemetry:
@@ -212,18 +225,41 @@ class Telemetry:
     def forget(self, pipeline: str) -> None:
         """The pipeline was removed."""
         self._tracker.forget(pipeline)
+        self.totals.pipeline_seconds.pop(pipeline, None)
         self._count -= len(self._history.pop(pipeline, ()))
 
     # -- cold starts -------------------------------------------------------------------------------------------------
 
-    def mark(self, pipeline: str, moment: Moment, at_ns: int | None) -> None:
+    def begin_start(self, pipeline: Pipeline, start: str, requested_ns: int | None) -> None:
+        """`run` begins a start with this id."""
+        facts = self._facts(pipeline)
+        self.totals.cold_starts[facts.state] += 1
+        self._tracker.begin_start(
+            pipeline.id, start, requested_ns, now=self._clock(), wall_ns=self._now_ns(), facts=facts
+        )
+        self._wake.set()
+
+    def report_start(self, pipeline: str, start: str, **changes: object) -> None:
+        """What `run` says of it. Raises NoColdStart for one that nobody knows (any more)."""
+        if not self._tracker.report(pipeline, start, self._clock(), **changes):
+            raise NoColdStart(f"{pipeline}: no start {start!r} is known; the daemon was restarted meanwhile")
+        self._wake.set()
+
+    def end_start(self, pipeline: str, start: str) -> None:
+        """`run` has gone: if it did not say how its start ended, it ends here."""
+        running = self._tracker.running(pipeline, self._clock())
+        if any(record.start == start and record.ready_ns is None for record in running):
+            self._tracker.report(pipeline, start, self._clock(), ended=True)
+            self._wake.set()
+
+    def mark(self, pipeline: str, moment: Moment, at_ns: int | None, start: str = "") -> None:
         """``at_ns``: wall clock, None for now. Raises NoColdStart when there is none that it could be about, UsageError
         for a time that cannot be meant."""
         wall_ns = self._now_ns()
         if at_ns is not None:
             coldstart.check_mark(moment, at_ns, wall_ns)
         known = list(self._history.get(pipeline, {}).values())
-        marked = self._tracker.mark(pipeline, moment, at_ns, known, now=self._clock(), wall_ns=wall_ns)
+        marked = self._tracker.mark(pipeline, moment, at_ns, known, now=self._clock(), wall_ns=wall_ns, start=start)
         if marked is None:
             if moment != "requested":
                 raise NoColdStart(
@@ -238,6 +274,7 @@ class Telemetry:
     def cold_starts(self, pipeline: str) -> list[ColdStart]:
         """Newest first, the live ones included."""
         known = dict(self._history.get(pipeline, {}))
+        known.update((record.started_ns, record) for record in self._tracker.untaken(pipeline))
         for live in self._tracker.running(pipeline, self._clock()):
             known[live.started_ns] = live
         return [known[at] for at in sorted(known, reverse=True)]
@@ -290,7 +327,7 @@ class Telemetry:
             if not record.live:
                 before = kept.get(record.started_ns)
                 if before is None or before.live:
-                    self.totals.cold_start_seconds.observe(record.loaded_after)
+                    self.totals.cold_start_ended(record)
             kept[record.started_ns] = record
         gone = self._surplus(changed)
 

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
@@ -31,11 +32,12 @@ from instantstart_fs.core.names import validate_origin_paths, validate_pipeline_
 from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
 from instantstart_fs.errors import InvalidName, NoSuchEntry, StoreDamaged, StoreUnsupported
 from instantstart_fs.index.environment import DEFAULT_MAP_SIZE, Index
-from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord
+from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, UpkeepRecord
 from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.store import startupcaches
 from instantstart_fs.store.blobfile import BlobFile
 from instantstart_fs.store.blobstore import BlobStore
-from instantstart_fs.store.layout import FILES, LEARNED_FILE, MANIFEST_FILE, PIPELINE_FILE, generation_number
+from instantstart_fs.store.layout import FILES, LEARNED_FILE, MANIFEST_FILE, PIPELINE_FILE, STARTUP, generation_number
 from instantstart_fs.upkeep.eviction import boot_identity, boottime
 
 _BLOCK = 4 << 20
@@ -93,6 +95,8 @@ class _Run:
         self.dropped = 0
         self.orphans = 0
         self.hashed = 0
+        self.startup_bytes: Counter[str] = Counter()
+        """Of each pipeline: what its startup caches take."""
 
     def look(self, current: dict[str, int]) -> None:
         for name in self.store.tree.list_directory():
@@ -117,6 +121,8 @@ class _Run:
             number = generation_number(name)
             if number is not None:
                 numbers.append(number)
+            elif name == STARTUP:
+                self._look_at_startup_caches(pipeline)
             elif name not in (PIPELINE_FILE, LEARNED_FILE):
                 self._orphan((pipeline, name), f"{pipeline}/{name}: {self.fate}, nothing of this store has that name")
         restored = _Restored(spec, self.store.metadata.pipeline_created_at(pipeline), None, sorted(numbers), {})
@@ -144,6 +150,23 @@ class _Run:
             self.problems.append(
                 f"{pipeline}: no generation can be used; `instantstart update {pipeline}` resolves anew"
             )
+
+    def _look_at_startup_caches(self, pipeline: str) -> None:
+        """What is not whole goes; ``deep``: what is not what was saved, too."""
+        for name in self.store.tree.list_directory(pipeline, STARTUP):
+            shown = f"{pipeline}/{STARTUP}/{name}"
+            number = generation_number(name)
+            problem: str | None = "nothing of this store has that name"
+            if number is not None:
+                try:
+                    record = startupcaches.load(self.store, pipeline, number)
+                    problem = startupcaches.problem(self.store, pipeline, record) if self.deep else None
+                    if problem is None:
+                        self.startup_bytes[pipeline] += startupcaches.taken(record)
+                        continue
+                except StoreDamaged as error:
+                    problem = error.message
+            self._orphan((pipeline, STARTUP, name), f"{shown}: {self.fate}, {problem}")
 
     def _look_at_generation(self, restored: _Restored, manifest: Manifest) -> None:
         where = (manifest.pipeline, str(manifest.generation))
@@ -237,9 +260,10 @@ class _Run:
                     directory_nodeids={name: first + NODEIDS_PER_NODE * at for at, name in enumerate(names)},
                 )
             )
-            if spec.id in upkeep:
+            if spec.id in upkeep or self.startup_bytes[spec.id]:
                 # What its origin refused stays out of view.
-                txn.put_upkeep(spec.id, upkeep[spec.id])
+                known = upkeep.get(spec.id, UpkeepRecord())
+                txn.put_upkeep(spec.id, msgspec.structs.replace(known, startup_bytes=self.startup_bytes[spec.id]))
             if spec.id in requests:
                 txn.put_last_request(spec.id, requests[spec.id])
             if manifest is None:

@@ -25,7 +25,8 @@ def mark(
     socket: Socket = None,
 ) -> None:
     """Record a moment of a cold start that only you know."""
-    from instantstart_fs.cli.timeline import marked, parse_moment, parse_time
+    from instantstart_fs.cli.timeline import marked, parse_moment
+    from instantstart_fs.config.units import parse_time
 
     found = parse_moment(moment)
     at_ns = None if at is None else parse_time(at)

@@ -1,0 +1,108 @@
+"""The daemon's side of `instantstart run`: what a start is given, and how what it compiled comes in.
+
+Bytes of a cache that is saved come through a pipe, whose writing end the client gets: the client never has a descriptor
+of anything in the store that it could write to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from instantstart_fs.control.protocol import (
+    Handed,
+    HandedFile,
+    Response,
+    StartupBegin,
+    StartupBegun,
+    StartupSave,
+    StartupVerified,
+)
+from instantstart_fs.core.startupcache import StartupRecord
+from instantstart_fs.errors import ControlError, InstantStartError
+from instantstart_fs.serving.startupcaches import StartupCaches
+
+PIPE_BYTES = 1024 * 1024
+STALL_SECONDS = 60.0
+"""Without a byte of a pack that is being saved, after which it is given up."""
+WARNING_SECONDS = 0.02
+"""For which a start waits to hear why its fill cannot begin."""
+CACHE = "startup-cache"
+"""The path of what is handed."""
+
+Send = Callable[[Response, Sequence[int]], Awaitable[None]]
+
+
+class Change(Protocol):
+    """An operation that no client's departure stops."""
+
+    @property
+    def finished(self) -> trio.Event: ...
+    def result(self) -> object: ...
+
+
+async def begin(
+    caches: StartupCaches, request: StartupBegin, uid: int, start: str, mount: str, fill: Change | None, send: Send
+) -> StartupBegun:
+    """``fill``: the fill that was begun for it."""
+    warning = ""
+    offer = await caches.offer(request.pipeline, request.key, uid, restore=request.restore, without=request.without)
+    try:
+        if fill is not None:
+            with trio.move_on_after(WARNING_SECONDS):
+                await fill.finished.wait()
+            if fill.finished.is_set():
+                try:
+                    fill.result()
+                except InstantStartError as error:
+                    warning = error.message
+        if offer.pack >= 0:
+            await send(Handed((HandedFile(CACHE, 1),)), [offer.pack])
+    finally:
+        if offer.pack >= 0:
+            os.close(offer.pack)
+    choice = offer.choice
+    return StartupBegun(start, offer.generation, mount, choice.outcome, choice.record, choice.differs, warning)
+
+
+async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send) -> StartupRecord:
+    """Until all has come and is kept. Raises StoreError, DigestMismatch for what came in part."""
+    async with caches.receiving(
+        request.pipeline,
+        request.key,
+        uid,
+        generation=request.generation,
+        size=request.size,
+        digest=request.digest,
+        files=request.files,
+        view=request.view,
+        layouts=request.layouts,
+    ) as receiving:
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        async with trio.lowlevel.FdStream(read) as stream:
+            try:
+                os.set_blocking(write, True)
+                with contextlib.suppress(OSError):  # pipe-user-pages-soft: slower, that is all
+                    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                await send(Handed((HandedFile(CACHE, 1),)), [write])
+            finally:
+                os.close(write)
+            while True:
+                with trio.move_on_after(STALL_SECONDS) as scope:
+                    data = await stream.receive_some(PIPE_BYTES)
+                if scope.cancelled_caught:
+                    raise ControlError(f"{request.pipeline}: a startup cache stopped coming for {STALL_SECONDS:g} s")
+                if not data:
+                    break
+                await receiving.write(bytes(data))
+        return await receiving.keep()
+
+
+async def verify(caches: StartupCaches, pipeline: str) -> StartupVerified:
+    read, damaged = await caches.verify(pipeline)
+    return StartupVerified(read, damaged)

@@ -1,0 +1,112 @@
+"""Startup caches: what an engine compiled at its start, kept beside the weights. Pure: which one may be restored,
+which ones are kept. What a key is made of is the tenant's to say (startup/surroundings.py); who owns the pipeline and
+what it holds, the daemon adds.
+
+A cache is executable code. It is restored only to its pipeline's owner, and only what the same owner saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import msgspec
+
+from instantstart_fs.core.enginetable import differences
+from instantstart_fs.errors import UsageError
+
+KEPT_PER_KEY = 2
+"""The newest, and the one before it, for where the newest proves damaged."""
+KEPT = 16
+"""Of one pipeline, of all keys: GPU types, engines' versions, arguments."""
+MAX_FIELDS = 512
+MAX_VALUE = 8192
+"""Characters of a field's name, and of its value."""
+
+Outcome = Literal["restored", "first", "mismatch", "damaged", "not-owner", "off", "failed"]
+"""Of a start: restored; nothing was saved yet; nothing of this key; its bytes were wrong; the process is not the
+owner's; not asked for; could not be put in place."""
+
+
+class StartupRecord(msgspec.Struct, frozen=True):
+    """One saved version. ``size`` of its pack in bytes, ``digest`` its SHA-256. ``uid`` who saved it. ``view``: the
+    directory that the engine had it in. ``key``: field → value."""
+
+    number: int
+    saved_at_ns: int
+    uid: int
+    size: int
+    digest: str
+    files: int
+    view: str
+    layouts: tuple[str, ...]
+    key: dict[str, str]
+
+    @property
+    def engine(self) -> str:
+        return self.key.get("engine", "")
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """What a start gets. ``record``: None when nothing may be restored; ``differs``: the fields in which the nearest
+    version is another."""
+
+    outcome: Outcome
+    record: StartupRecord | None = None
+    differs: tuple[str, ...] = ()
+
+
+def check_key(key: Mapping[str, str]) -> None:
+    """Raises UsageError for one that is too large to be kept."""
+    if len(key) > MAX_FIELDS or any(len(name) > MAX_VALUE or len(value) > MAX_VALUE for name, value in key.items()):
+        raise UsageError(f"a startup cache's key may have {MAX_FIELDS} fields of {MAX_VALUE} characters")
+
+
+def whole_key(
+    key: Mapping[str, str], *, uid: int, generation: int, sources: Sequence[str], revision: str
+) -> dict[str, str]:
+    """With what only the daemon knows: the tenant's words for it do not count."""
+    return {
+        **key,
+        "owner": str(uid),
+        "generation": f"{generation} {revision}".strip(),
+        "source": " ".join(sources),
+    }
+
+
+def choose(
+    records: Iterable[StartupRecord], key: Mapping[str, str], *, uid: int, without: Iterable[int] = ()
+) -> Choice:
+    """The newest version of exactly that key which ``uid`` saved; else which fields of the nearest one differ.
+    ``without``: numbers that proved damaged."""
+    nearest: tuple[int, int] | None = None
+    differs: tuple[str, ...] = ()
+    found: StartupRecord | None = None
+    gone = frozenset(without)
+    for record in records:
+        if record.number in gone:
+            continue
+        other = differences(key, record.key)
+        if record.uid != uid and "owner" not in other:
+            other = (*other, "owner")
+        if not other:
+            found = record if found is None or record.number > found.number else found
+        elif nearest is None or (len(other), -record.number) < nearest:
+            nearest, differs = (len(other), -record.number), other
+    if found is not None:
+        return Choice("restored", found)
+    return Choice("damaged" if gone else "first" if nearest is None else "mismatch", None, differs)
+
+
+def surplus(records: Iterable[StartupRecord]) -> list[StartupRecord]:
+    """What to delete, oldest first: of each key all but the newest KEPT_PER_KEY, of all keys all but KEPT."""
+    counts: dict[tuple[tuple[str, str], ...], int] = {}
+    kept, gone = 0, []
+    for record in sorted(records, key=lambda found: found.number, reverse=True):
+        name = tuple(sorted(record.key.items()))
+        if counts.get(name, 0) >= KEPT_PER_KEY or kept >= KEPT:
+            gone.append(record)
+        else:
+            counts[name] = counts.get(name, 0) + 1
+            kept += 1
+    return gone[::-1]

@@ -1,0 +1,320 @@
+"""Startup caches of all pipelines: which one a start may have, keeping what a start has compiled, and letting it go.
+
+On the trio thread; what blocks is in threads. What there is, is read from a pipeline's slot when somebody first asks
+for it; how much disk it takes is known at the start from the index (``Pipeline.startup_bytes``), since it counts for
+the pipeline's quota and goes with its eviction.
+
+Whatever goes wrong here costs a start its head start, never its success.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import msgspec
+import trio
+
+from instantstart_fs.catalog.catalog import Catalog
+from instantstart_fs.catalog.model import Pipeline
+from instantstart_fs.core.startupcache import (
+    Choice,
+    StartupRecord,
+    check_key,
+    choose,
+    surplus,
+    whole_key,
+)
+from instantstart_fs.core.startuppack import MAX_BYTES
+from instantstart_fs.errors import (
+    DigestMismatch,
+    InstantStartError,
+    NoSuchEntry,
+    PermissionRefused,
+    PipelineBusy,
+    StoreDamaged,
+    StoreFull,
+)
+from instantstart_fs.store import startupcaches as on_disk
+from instantstart_fs.store.layout import STARTUP
+from instantstart_fs.upkeep.eviction import Evictor
+
+log = logging.getLogger(__name__)
+
+SAVING_AT_ONCE = 2
+"""Saves of all pipelines: each takes a thread and the disk's bandwidth."""
+LOCK_SECONDS = 60.0
+"""For which a save waits for what changes its pipeline (an update may list an origin for minutes)."""
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What a start gets. ``generation``: what the pipeline holds, to be said again when the start saves. ``pack``: a
+    descriptor that is the caller's to close, -1 without one."""
+
+    choice: Choice
+    generation: str
+    pack: int = -1
+
+
+class StartupCaches:
+    """Owned by the Library."""
+
+    def __init__(self, catalog: Catalog, evictor: Evictor) -> None:
+        self._catalog = catalog
+        self._evictor = evictor
+        self._known: dict[Pipeline, list[StartupRecord]] = {}
+        self._saving = trio.Semaphore(SAVING_AT_ONCE)
+
+    # -- what there is ---------------------------------------------------------------------------------------------
+
+    async def records(self, pipeline_id: str) -> list[StartupRecord]:
+        """Newest first. What cannot be read any more is deleted, with a word in the log."""
+        pipeline = self._catalog.pipeline(pipeline_id)
+        if pipeline not in self._known:
+            async with self._locked(pipeline):
+                await self._read(pipeline)
+        return sorted(self._known.get(pipeline, ()), key=lambda record: record.number, reverse=True)
+
+    async def _read(self, pipeline: Pipeline) -> list[StartupRecord]:
+        """With the pipeline's lock held."""
+        if pipeline in self._known:
+            return self._known[pipeline]
+        store, found = self._catalog.store, []
+        for number in await trio.to_thread.run_sync(on_disk.numbers, store, pipeline.id):
+            try:
+                found.append(await trio.to_thread.run_sync(on_disk.load, store, pipeline.id, number))
+            except StoreDamaged as error:
+                log.warning("%s; it is deleted", error.message, extra={"pipeline": pipeline.id})
+                await trio.to_thread.run_sync(store.delete_entry, pipeline.id, STARTUP, str(number))
+        self._known[pipeline] = found
+        await self._count(pipeline)
+        return found
+
+    @asynccontextmanager
+    async def _locked(self, pipeline: Pipeline) -> AsyncIterator[None]:
+        """Nothing deletes its slot meanwhile. Raises PipelineBusy, PipelineNotFound."""
+        with trio.move_on_after(LOCK_SECONDS) as scope:
+            await pipeline.lock.acquire()
+        if scope.cancelled_caught:
+            raise PipelineBusy(f"{pipeline.id}: an update, an eviction or a removal is under way; try again")
+        try:
+            self._catalog.pipeline(pipeline.id)
+            yield
+        finally:
+            pipeline.lock.release()
+
+    async def _count(self, pipeline: Pipeline) -> None:
+        """What they take, in memory and in the index. Never raises: the next start counts what the index says."""
+        taken = sum(on_disk.taken(record) for record in self._known.get(pipeline, ()))
+        if pipeline.startup_bytes != taken:
+            pipeline.startup_bytes = taken
+            pipeline.changed()
+            try:
+                await self._catalog.save_upkeep(pipeline)
+            except InstantStartError as error:
+                log.warning("startup caches: not noted: %s", error.message, extra={"pipeline": pipeline.id})
+
+    # -- a start ---------------------------------------------------------------------------------------------------
+
+    async def offer(
+        self, pipeline_id: str, key: Mapping[str, str], uid: int, *, restore: bool, without: tuple[int, ...] = ()
+    ) -> Offer:
+        """What the start of ``uid`` with that key may have. ``restore``: whether it wants any; ``without``: versions
+        that it found damaged: they are read again, and deleted if they are."""
+        check_key(key)
+        pipeline = self._catalog.pipeline(pipeline_id)
+        generation = await self._generation(pipeline)
+        if uid != pipeline.spec.uid:
+            return Offer(Choice("not-owner"), generation)
+        if not restore:
+            return Offer(Choice("off"), generation)
+        if without:
+            await self.verify(pipeline_id, only=without)
+        records = await self.records(pipeline_id)
+        for _ in range(len(records) + 1):
+            choice = choose(records, self._whole(pipeline, key, uid, generation), uid=uid, without=without)
+            if choice.record is None:
+                return Offer(choice, generation)
+            try:
+                pack = await trio.to_thread.run_sync(on_disk.open_pack, self._catalog.store, pipeline_id, choice.record)
+                return Offer(choice, generation, pack)
+            except StoreDamaged as error:
+                log.warning("%s", error.message, extra={"pipeline": pipeline_id})
+                without = (*without, choice.record.number)
+                await self._drop(pipeline, [choice.record])
+        return Offer(Choice("damaged"), generation)
+
+    async def _generation(self, pipeline: Pipeline) -> str:
+        found = await self._catalog.ensure_loaded(pipeline)
+        return f"{found.number} {found.revision}".strip() if found is not None else ""
+
+    def _whole(self, pipeline: Pipeline, key: Mapping[str, str], uid: int, generation: str) -> dict[str, str]:
+        number, _, revision = generation.partition(" ")
+        sources = [model.source for model in pipeline.spec.models]
+        return whole_key(key, uid=uid, generation=int(number or 0), sources=sources, revision=revision)
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def receiving(
+        self,
+        pipeline_id: str,
+        key: Mapping[str, str],
+        uid: int,
+        *,
+        generation: str,
+        size: int,
+        digest: str,
+        files: int,
+        view: str,
+        layouts: tuple[str, ...],
+    ) -> AsyncIterator[Receiving]:
+        """Around the arrival of a pack. Raises PermissionRefused for another's pipeline, PipelineBusy when it was
+        updated since the start, StoreFull."""
+        check_key(key)
+        pipeline = self._catalog.pipeline(pipeline_id)
+        if uid != pipeline.spec.uid:
+            raise PermissionRefused(
+                f"uid {uid} may not save a startup cache of {pipeline_id}, which belongs to uid {pipeline.spec.uid}"
+            )
+        if generation != await self._generation(pipeline):
+            raise PipelineBusy(f"{pipeline_id} was updated since this start began: its startup cache is not kept")
+        if not 0 < size <= MAX_BYTES:
+            raise StoreFull(f"a startup cache may have {MAX_BYTES} bytes, this one has {size}")
+        async with self._saving:
+            record = StartupRecord(
+                number=0,
+                saved_at_ns=self._catalog.now_ns(),
+                uid=uid,
+                size=size,
+                digest=digest,
+                files=files,
+                view=view,
+                layouts=layouts,
+                key=self._whole(pipeline, key, uid, generation),
+            )
+            await self._admit(pipeline, on_disk.taken(record))
+            incoming = None
+            try:
+                incoming = await trio.to_thread.run_sync(on_disk.IncomingPack, self._catalog.store, size)
+                yield Receiving(self, pipeline, record, incoming)
+            finally:
+                with trio.CancelScope(shield=True):
+                    if incoming is not None:
+                        await trio.to_thread.run_sync(incoming.drop)
+                    if pipeline in self._known:
+                        await self._count(pipeline)
+                    else:
+                        pipeline.startup_bytes = max(0, pipeline.startup_bytes - on_disk.taken(record))
+
+    async def _admit(self, pipeline: Pipeline, needed: int) -> None:
+        """Raises StoreFull. From then on it counts as taken."""
+
+        def promise() -> None:
+            pipeline.startup_bytes += needed
+
+        refusal = await self._evictor.admit(
+            pipeline.id, needed, promise, own=pipeline.allocated, quota=pipeline.spec.quota
+        )
+        if refusal is not None:
+            raise StoreFull(f"{pipeline.id}: no room for its startup cache: {refusal}")
+
+    async def keep(self, pipeline: Pipeline, record: StartupRecord, incoming: on_disk.IncomingPack) -> StartupRecord:
+        """What came whole becomes a version; the one that is there already, where it is the same."""
+        if incoming.received != record.size or incoming.digest != record.digest:
+            raise DigestMismatch(
+                f"{pipeline.id}: of a startup cache of {record.size} bytes {incoming.received} came, "
+                "or other ones than were announced: it is not kept"
+            )
+        async with self._locked(pipeline):
+            records = await self._read(pipeline)
+            same = [found for found in records if found.key == record.key]
+            newest = max(same, key=lambda found: found.number, default=None)
+            if newest is not None and newest.digest == record.digest:
+                return newest
+            record = msgspec.structs.replace(record, number=max([0, *(found.number for found in records)]) + 1)
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(incoming.commit, pipeline.id, record)
+                records.append(record)
+                for old in surplus(records):
+                    await self._delete(pipeline, old)
+                await self._count(pipeline)
+        log.info(
+            "startup cache %d saved: %d files, %d bytes",
+            *(record.number, record.files, record.size),
+            extra={"pipeline": pipeline.id},
+        )
+        self._evictor.wake()
+        return record
+
+    # -- letting go ------------------------------------------------------------------------------------------------
+
+    async def _delete(self, pipeline: Pipeline, record: StartupRecord) -> None:
+        """With the pipeline's lock held. Raises StoreError."""
+        await trio.to_thread.run_sync(self._catalog.store.delete_entry, pipeline.id, STARTUP, str(record.number))
+        self._known[pipeline].remove(record)
+
+    async def _drop(self, pipeline: Pipeline, records: list[StartupRecord]) -> None:
+        async with self._locked(pipeline):
+            for record in records:
+                if record in self._known.get(pipeline, ()):
+                    await self._delete(pipeline, record)
+            await self._count(pipeline)
+
+    async def remove(self, pipeline_id: str, numbers: tuple[int, ...]) -> int:
+        """These versions (none: all); how many there were. Raises NoSuchEntry."""
+        pipeline = self._catalog.pipeline(pipeline_id)
+        records = await self.records(pipeline_id)
+        chosen = [record for record in records if record.number in numbers] if numbers else records
+        if missing := set(numbers) - {record.number for record in chosen}:
+            raise NoSuchEntry(f"{pipeline_id}: there is no startup cache {min(missing)}")
+        await self._drop(pipeline, chosen)
+        return len(chosen)
+
+    async def verify(self, pipeline_id: str, *, only: tuple[int, ...] = ()) -> tuple[int, dict[int, str]]:
+        """Read them again: (how many were read, number → why it was deleted)."""
+        pipeline = self._catalog.pipeline(pipeline_id)
+        records = [record for record in await self.records(pipeline_id) if not only or record.number in only]
+        bad: dict[int, str] = {}
+        for record in records:
+            problem = await trio.to_thread.run_sync(on_disk.problem, self._catalog.store, pipeline_id, record)
+            if problem is not None and record in self._known.get(pipeline, ()):
+                bad[record.number] = problem
+                log.warning("startup cache %d is deleted: %s", record.number, problem, extra={"pipeline": pipeline_id})
+        await self._drop(pipeline, [record for record in records if record.number in bad])
+        return len(records), bad
+
+    async def evicted(self, pipeline_id: str) -> None:
+        """The pipeline's weights have gone: these go with them."""
+        pipeline = self._catalog.pipelines.get(pipeline_id)
+        if pipeline is None or (not pipeline.startup_bytes and not self._known.get(pipeline)):
+            return
+        async with self._locked(pipeline):
+            await trio.to_thread.run_sync(self._catalog.store.delete_entry, pipeline_id, STARTUP)
+            self._known[pipeline] = []
+            await self._count(pipeline)
+
+    def forget(self, pipeline: Pipeline) -> None:
+        """It was removed."""
+        self._known.pop(pipeline, None)
+
+
+class Receiving:
+    """A pack on its way in."""
+
+    def __init__(
+        self, caches: StartupCaches, pipeline: Pipeline, record: StartupRecord, incoming: on_disk.IncomingPack
+    ) -> None:
+        self._caches = caches
+        self._pipeline = pipeline
+        self._record = record
+        self._incoming = incoming
+
+    async def write(self, data: bytes) -> None:
+        """Raises StoreError."""
+        await trio.to_thread.run_sync(self._incoming.write, data)
+
+    async def keep(self) -> StartupRecord:
+        """All has come. Raises DigestMismatch, StoreError."""
+        return await self._caches.keep(self._pipeline, self._record, self._incoming)

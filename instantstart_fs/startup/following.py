@@ -1,0 +1,442 @@
+"""What `run` does beside the command once that runs: pass its output on and listen to it, watch it become ready, stage
+its weights, keep what it has compiled, say where the time went. In threads, none of which can hurt the command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from instantstart_fs.core.enginetable import host_of, port_of
+from instantstart_fs.errors import InstantStartError
+from instantstart_fs.startup.wire import Wire
+
+if TYPE_CHECKING:
+    from instantstart_fs.startup.run import Start
+    from instantstart_fs.startup.supervise import Command
+
+DRAIN_SECONDS = 5.0
+"""For which the output of what the command has left behind is still passed on."""
+SAVE_SECONDS = 60.0
+"""For which the end waits for a save; a signal ends the wait."""
+READY_SECONDS = 3600.0
+"""For which the command is watched, if nobody says otherwise."""
+FIRST_POLL, LAST_POLL = 0.05, 0.5
+"""Seconds between two looks: close at first, since small engines are quick."""
+REQUEST_SECONDS = 2.0
+PROBE_SECONDS = 120.0
+LEASE_RETRY = 0.5
+LINE = 65536
+
+
+class Listening:
+    """The command's output, passed on as it comes, and read. What goes to a terminal is left alone, unless somebody
+    asked for a word of it: an engine that sees a pipe writes another way."""
+
+    def __init__(self, start: Start) -> None:
+        from instantstart_fs.core.enginelog import EngineLog
+
+        self.log = EngineLog(start.engine.name if start.engine is not None else "")
+        self.matched = threading.Event()
+        self._pattern: Any = None
+        if start.options.ready_log:
+            import re
+
+            self._pattern = re.compile(start.options.ready_log)
+        self.streams: dict[int, int] = {}
+        """Descriptor of the command's → our end of its pipe."""
+        self._reads: dict[int, int] = {}
+        self._threads: list[threading.Thread] = []
+        for stream in (1, 2):
+            if self._pattern is None and (not self.log.listens or _is_terminal(stream)):
+                continue
+            try:
+                os.fstat(stream)
+            except OSError:
+                continue  # closed: the command shall find it closed
+            read, write = os.pipe2(os.O_CLOEXEC)
+            self.streams[stream], self._reads[stream] = write, read
+
+    def begin(self) -> None:
+        """Once the command has its ends."""
+        for stream, write in self.streams.items():
+            os.close(write)
+            thread = threading.Thread(target=self._pass_on, args=(stream,), name=f"output {stream}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def drain(self) -> None:
+        """The command has ended."""
+        end = time.monotonic() + DRAIN_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _pass_on(self, stream: int) -> None:
+        read, rest = self._reads[stream], b""
+        while True:
+            data = os.read(read, LINE)
+            if not data:
+                break
+            view = memoryview(data)
+            try:
+                while view:
+                    view = view[_write(stream, view) :]
+            except OSError:
+                os.close(read)  # nobody reads it any more: the command finds out as it would without us
+                return
+            lines = (rest + data).split(b"\n")
+            rest = lines.pop()[-LINE:]
+            for line in lines:
+                self._hear(line)
+        self._hear(rest)
+
+    def _hear(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace")
+        self.log.line(text)
+        if self._pattern is not None and not self.matched.is_set() and self._pattern.search(text):
+            self.matched.set()
+
+
+def _write(stream: int, view: memoryview) -> int:
+    """Also where somebody made the stream non-blocking: it is shared with whoever started us."""
+    while True:
+        try:
+            return os.write(stream, view)
+        except BlockingIOError:
+            import select
+
+            select.select([], [stream], [])
+
+
+def _is_terminal(stream: int) -> bool:
+    try:
+        return os.isatty(stream)
+    except OSError:
+        return False
+
+
+class Follower:
+    """Owned by ``run``; ``begin`` and ``end`` belong on the main thread."""
+
+    def __init__(self, start: Start, command: Command, listening: Listening, lease: Wire) -> None:
+        self._start = start
+        self._command = command
+        self._listening = listening
+        self._lease = lease
+        self._ended = threading.Event()
+        """The command has."""
+        self._saving = threading.Lock()
+        self._moments: dict[str, int] = {}
+        """Wall clock, ns."""
+        self._told = False
+        self._watch: threading.Thread | None = None
+
+    def begin(self) -> None:
+        self._listening.begin()
+        for name, target in (("lease", self._keep_leased), ("watch", self._follow), ("stage", self._stage)):
+            thread = threading.Thread(target=self._guarded, args=(name, target), name=name, daemon=True)
+            thread.start()
+            if name == "watch":
+                self._watch = thread
+
+    def end(self, status: int) -> int:
+        """The command has ended with that status: what is left to be done of it; the status."""
+        self._ended.set()
+        self._listening.drain()
+        clean = status == 0 or self._command.ended_by is not None
+        work = threading.Thread(target=self._guarded, args=("end", lambda: self._finish(status, clean)), daemon=True)
+        work.start()
+        end = time.monotonic() + SAVE_SECONDS
+        while work.is_alive() and time.monotonic() < end:
+            work.join(0.02)
+            if signal.sigtimedwait({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP}, 0) is not None:
+                break
+        if self._start.view is not None:
+            self._start.view.remove()
+        return status
+
+    def _finish(self, status: int, clean: bool) -> None:
+        if self._watch is not None:
+            self._watch.join(REQUEST_SECONDS)
+        watched = self._watches
+        if status == 0 and not watched and "ready" not in self._moments:
+            self._mark("ready")
+        if clean and "ready" in self._moments:
+            self._save()
+        self._report(ended=True, status=status)
+        self._tell()
+
+    def _guarded(self, name: str, work: Callable[[], None]) -> None:
+        """No trouble of ours is the command's."""
+        try:
+            work()
+        except InstantStartError as error:
+            self._start.warn(f"{name}: {error.message}")
+        except Exception as error:
+            self._start.warn(f"{name}: {type(error).__name__}: {error}")
+
+    # -- lease -----------------------------------------------------------------------------------------------------
+
+    def _keep_leased(self) -> None:
+        """A restart of the daemon ends the lease, and not the command: take it again. Ends with the process."""
+        wire = self._lease
+        while True:
+            wire.wait_gone()
+            while True:
+                time.sleep(LEASE_RETRY)
+                try:
+                    wire = Wire(self._start.socket, patience=0.0)
+                    wire.ask("lease", pipeline=self._start.pipeline)
+                    break
+                except InstantStartError:
+                    continue  # not back yet; or the pipeline is gone, and may come back
+
+    # -- readiness -------------------------------------------------------------------------------------------------
+
+    @property
+    def _watches(self) -> bool:
+        options = self._start.options
+        return bool(self._url or options.ready_log or options.ready_file)
+
+    @property
+    def _url(self) -> str:
+        """Where readiness is asked for: as the user says, else the engine's own address."""
+        options, engine = self._start.options, self._start.engine
+        if options.ready_url or options.ready_log or options.ready_file or engine is None:
+            return options.ready_url
+        return f"{self._address}{engine.ready}"
+
+    @property
+    def _address(self) -> str:
+        engine = self._start.engine
+        assert engine is not None
+        return f"http://{host_of(self._start.options.command)}:{port_of(self._start.options.command, engine)}"
+
+    def _follow(self) -> None:
+        if not self._watches:
+            return
+        if not self._wait_ready():
+            return
+        self._mark("ready")
+        if self._start.options.probe:
+            self._probe()
+        self._report(ended=False)
+        self._tell()
+        self._save()
+
+    def _wait_ready(self) -> bool:
+        options, pause = self._start.options, FIRST_POLL
+        limit = READY_SECONDS
+        if options.ready_timeout:
+            from instantstart_fs.config.units import parse_duration
+
+            limit = parse_duration(options.ready_timeout) or float("inf")
+        end = self._start.began + limit
+        while not self._is_ready():
+            if self._ended.wait(pause):
+                return False
+            if time.monotonic() > end:
+                self._start.warn(f"not ready after {limit:g} s: it is watched no longer, and runs on")
+                return False
+            pause = min(pause * 1.1, LAST_POLL)
+        return True
+
+    def _is_ready(self) -> bool:
+        options = self._start.options
+        if options.ready_log and self._listening.matched.is_set():
+            return True
+        if options.ready_file:
+            with contextlib.suppress(OSError):
+                found = os.stat(options.ready_file)
+                # One of an earlier start says nothing of this one. Filesystems round to the tick before.
+                if stat.S_ISREG(found.st_mode) and found.st_mtime_ns >= self._start.began_ns - 20_000_000:
+                    return True
+        return bool(self._url) and _answers(self._url)
+
+    # -- the first token -------------------------------------------------------------------------------------------
+
+    def _probe(self) -> None:
+        """One small request. An address that ends in /completions gets one for a single token; others are read."""
+        import json
+        import urllib.error
+        import urllib.request
+
+        options, engine = self._start.options, self._start.engine
+        url = options.probe
+        if url == "auto":
+            if engine is None:
+                self._start.warn("--probe auto: for vllm, sglang and tensorrt-llm; name an address for another engine")
+                return
+            url = f"{self._address}{engine.completion}"
+        body: dict[str, object] | None = None
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            if url.partition("?")[0].endswith("/completions"):
+                models = url.partition("?")[0].removesuffix("/completions").removesuffix("/chat") + "/models"
+                with opener.open(models, timeout=PROBE_SECONDS) as answer:
+                    model = json.load(answer)["data"][0]["id"]
+                body = {"model": model, "max_tokens": 1, "temperature": 0}
+                if "/chat/" in url:
+                    body["messages"] = [{"role": "user", "content": "Hello"}]
+                else:
+                    body["prompt"] = "Hello"
+            request = urllib.request.Request(
+                url,
+                data=json.dumps(body).encode() if body is not None else None,
+                headers={"Content-Type": "application/json"} if body is not None else {},
+            )
+            with opener.open(request, timeout=PROBE_SECONDS) as answer:
+                answer.read()
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            self._start.warn(f"--probe: no first token: {error}")
+            return
+        self._mark("first-token")
+
+    # -- staging ---------------------------------------------------------------------------------------------------
+
+    def _stage(self) -> None:
+        """Bring the weights into the page cache, in load order, while the engine still imports: as each file is whole,
+        as long as there is memory for it."""
+        if self._start.options.prefetch:
+            self._hold()
+            return
+        if self._start.options.no_stage:
+            return
+        from instantstart_fs.config.memory import read_memory
+
+        wire = Wire(self._start.socket)
+        try:
+            wire.send("open", pipeline=self._start.pipeline)
+            memory = read_memory(active=True)
+            left = int(min(memory.available, *memory.cgroups_left, memory.available) * STAGED_SHARE)
+            while not self._ended.is_set():
+                message = wire.receive()
+                if message.get("type") == "done":
+                    return
+                while wire.descriptors:
+                    left -= self._read_ahead(wire.descriptors[0], left)
+                    os.close(wire.descriptors.pop(0))
+        finally:
+            wire.close()
+
+    def _read_ahead(self, descriptor: int, most: int) -> int:
+        """At most so many bytes of a file into the page cache; how many."""
+        size, at = os.fstat(descriptor).st_size, 0
+        while at < min(size, most) and not self._ended.is_set():
+            os.posix_fadvise(descriptor, at, STAGE_BLOCK, os.POSIX_FADV_WILLNEED)
+            # Read a byte of it: an advice alone is dropped where the device's queue is full.
+            os.pread(descriptor, 1, min(at + STAGE_BLOCK, size) - 1)
+            at += STAGE_BLOCK
+        return at
+
+    def _hold(self) -> None:
+        """`instantstart prefetch PIPELINE --hold` beside the command, for engines that take the weights from there."""
+        words = [sys.executable, "-m", "instantstart_fs.cli", "prefetch", "--hold", "--socket", self._start.socket]
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        pid = os.posix_spawn(
+            sys.executable,
+            [*words, "--", self._start.pipeline],
+            dict(os.environ),
+            file_actions=[(os.POSIX_SPAWN_DUP2, null, 0), (os.POSIX_SPAWN_DUP2, 2, 1)],
+            setsigmask=self._command.mask,
+        )
+        os.close(null)
+        self._ended.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+    # -- what the daemon is told -----------------------------------------------------------------------------------
+
+    def _ask(self, operation: str, **fields: object) -> Any:
+        wire = Wire(self._start.socket, patience=2.0)
+        try:
+            return wire.ask(operation, pipeline=self._start.pipeline, **fields)
+        finally:
+            wire.close()
+
+    def _mark(self, moment: str) -> None:
+        self._moments[moment] = time.time_ns()
+        try:
+            self._ask("mark", moment=moment, at_ns=self._moments[moment], start=self._start.identity)
+        except InstantStartError as error:
+            self._start.warn(f"mark {moment}: {error.message}")
+
+    def _report(self, *, ended: bool, status: int | None = None) -> None:
+        start = self._start
+        with contextlib.suppress(InstantStartError):
+            self._ask(
+                "startup-report",
+                start=start.identity,
+                restore_seconds=round(start.restore_seconds, 6),
+                command_after=round(start.spawned - start.began, 6),
+                outcome=start.outcome,
+                phases={name: round(seconds, 3) for name, seconds in self._listening.log.phases.items()},
+                ended=ended or ("first-token" in self._moments) or not start.options.probe,
+                status=status,
+            )
+
+    # -- where the time went ---------------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        """Once: the table, and the report file."""
+        start = self._start
+        if self._told or "ready" not in self._moments or (start.options.quiet and not start.options.report):
+            return
+        self._told = True
+        from instantstart_fs.startup import telling
+
+        record = None
+        try:
+            record = telling.record_of(start.socket, start.pipeline, start.identity)
+        except InstantStartError as error:
+            start.warn(f"where its time went is not known: {error.message}")
+        for line in telling.lines(start, self._moments, self._listening.log.phases, record):
+            start.say(line)
+        if start.options.report:
+            telling.write(start, self._moments, self._listening.log.phases, record, start.options.report)
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Keep what the view has and the store does not. At most one at a time; a failure costs the next start."""
+        start = self._start
+        if start.view is None or not start.layouts or start.options.no_save or start.outcome == "not-owner":
+            return
+        from instantstart_fs.startup import saving
+
+        with self._saving:
+            try:
+                saved = saving.save(start)
+            except (OSError, saving.TooMuch) as error:
+                start.warn(f"startup cache not saved: {getattr(error, 'strerror', None) or error}")
+            except InstantStartError as error:
+                start.warn(f"startup cache not saved: {error.message}")
+            else:
+                if saved is not None:
+                    start.say(saved)
+
+
+STAGED_SHARE = 0.8
+"""Of the memory that is free: the engine needs some, too."""
+STAGE_BLOCK = 4 * 1024 * 1024
+
+
+def _answers(url: str) -> bool:
+    """Whether it says 200, now."""
+    import urllib.request
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=REQUEST_SECONDS) as answer:
+            return bool(answer.status == 200)
+    except (OSError, ValueError):
+        return False
+    except Exception:
+        return False  # http.client has errors of its own for what is no HTTP

@@ -1,0 +1,263 @@
+"""`instantstart run`: a replica's start, from the first word of the command line to the engine's exit.
+
+    ask the daemon        one connection: what there is to restore; the fill begins; the lease, until this process ends
+    restore               into a private directory, named to the engine by its own variables
+    start the command     nothing after this can keep it from running
+    then, in threads      watch it become ready; stage; report; keep what was compiled
+
+Whatever goes wrong with caches, marks or probes is said in one line on stderr, and the engine runs as it would without.
+Only a pipeline that is not there, or a daemon that does not come, keeps the command from being started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+
+from instantstart_fs.config.places import find_socket
+from instantstart_fs.core.enginetable import LAYOUTS, Engine, engine_named, engine_of
+from instantstart_fs.core.startuppack import BadPack
+from instantstart_fs.errors import UsageError
+from instantstart_fs.startup.options import Options
+from instantstart_fs.startup.packing import Seen, unpack
+from instantstart_fs.startup.supervise import Command
+from instantstart_fs.startup.surroundings import key_of
+from instantstart_fs.startup.views import NoView, View, base_directory, take_view
+from instantstart_fs.startup.wire import Wire
+
+USER_LAYOUT = "user-"
+"""Before the number of a directory that the user named."""
+TRIES = 2
+"""Versions that are tried before a start is a cold one."""
+
+
+class Start:
+    """What is known of this start. Times: time.monotonic()."""
+
+    def __init__(self, options: Options, engine: Engine | None) -> None:
+        self.options = options
+        self.engine = engine
+        self.began = time.monotonic()
+        self.began_ns = time.time_ns()
+        self.spawned = 0.0
+        self.environment = dict(os.environ)
+        self.key: dict[str, str] = {}
+        self.identity = ""
+        """The daemon's name of this start."""
+        self.generation = ""
+        self.mount = ""
+        self.outcome = "off"
+        self.differs: tuple[str, ...] = ()
+        self.restored: dict[str, object] | None = None
+        self.restore_seconds = 0.0
+        self.view: View | None = None
+        self.layouts: dict[str, tuple[str, ...]] = {}
+        """Those that have a directory in the view → names in it that are not kept."""
+        self.seen: Seen = {}
+        """What was restored."""
+        self.saved: Seen = {}
+        """What the store has of this start."""
+        self.socket = ""
+
+    @property
+    def pipeline(self) -> str:
+        return self.options.pipeline
+
+    def say(self, text: str) -> None:
+        """One line, for people."""
+        if not self.options.quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(f"instantstart: {self.pipeline}: {text}", file=sys.stderr, flush=True)
+
+
+def run(options: Options) -> int:
+    """The exit status. Raises UsageError, and what keeps the daemon from giving a lease."""
+    start = Start(options, _engine(options))
+    start.socket = find_socket(options.socket or None)
+    check(options)
+    command = Command()  # from here on signals wait until there is a command that they can go to
+    wire = Wire(start.socket)
+    _prepare_view(start)
+    _restore(start, wire)
+    wire.ask("lease", pipeline=start.pipeline)
+    from instantstart_fs.startup import following
+
+    listening = following.Listening(start)
+    inherited = (start.view.descriptor,) if start.view is not None else ()
+    status = command.start(options.command, start.environment, listening.streams)
+    start.spawned = time.monotonic()
+    for descriptor in inherited:
+        os.set_inheritable(descriptor, False)
+    if status:
+        _give_up(start)
+        return status
+    follower = following.Follower(start, command, listening, wire)
+    follower.begin()
+    status = command.wait()
+    return follower.end(status)
+
+
+def check(options: Options) -> None:
+    """Raises UsageError for what would only show later."""
+    if options.ready_log:
+        import re
+
+        try:
+            re.compile(options.ready_log)
+        except re.error as error:
+            raise UsageError(f"--ready-log: {options.ready_log!r} is no regular expression: {error}") from error
+    for name, url in (("--ready-url", options.ready_url), ("--probe", options.probe)):
+        if url and url != "auto" and not url.startswith(("http://", "https://")):
+            raise UsageError(f"{name}: {url!r} is no http:// or https:// address")
+    for name in options.caches:
+        if not (name.startswith("/") or name.replace("_", "a").isalnum()):
+            raise UsageError(f"--cache: {name!r} is neither a variable's name nor an absolute path")
+    if options.ready_timeout:
+        from instantstart_fs.config.units import option, parse_duration
+
+        option("--ready-timeout", parse_duration, options.ready_timeout)
+    if options.requested_at:
+        from instantstart_fs.config.units import parse_time
+
+        parse_time(options.requested_at)
+
+
+def _engine(options: Options) -> Engine | None:
+    """Raises UsageError."""
+    if not options.engine:
+        return engine_of(options.command)
+    if options.engine == "none":
+        return None
+    found = engine_named(options.engine)
+    if found is None:
+        from instantstart_fs.core.enginetable import ENGINES
+
+        names = ", ".join(engine.name for engine in ENGINES)
+        raise UsageError(f"--engine: {options.engine!r} is none of {names}, none")
+    return found
+
+
+def _prepare_view(start: Start) -> None:
+    """A private directory, and the variables that lead the engine to it. Those that the user has set stay."""
+    options = start.options
+    if options.no_restore and options.no_save:
+        return
+    try:
+        view = start.view = take_view(start.pipeline, options.cache_dir or base_directory())
+    except NoView as error:
+        start.warn(f"no startup caches: {error}")
+        return
+    named = [(layout.name, layout.variable, layout.skip) for layout in LAYOUTS]
+    named += [(f"{USER_LAYOUT}{at}", name, ()) for at, name in enumerate(options.caches, 1)]
+    for name, variable, skip in named:
+        path = os.path.join(view.path, name)
+        if variable.startswith("/"):
+            if not _link(start, variable, path):
+                continue
+        elif start.environment.get(variable):
+            continue  # the user's own choice: it is neither restored nor saved
+        else:
+            start.environment[variable] = path
+        os.makedirs(path, 0o700, exist_ok=True)
+        start.layouts[name] = skip
+
+
+def _link(start: Start, wanted: str, path: str) -> bool:
+    """For an engine that keeps something at a place of its own: a symbolic link from there, where nothing else is."""
+    try:
+        if os.path.islink(wanted) and os.readlink(wanted).startswith(os.path.dirname(os.path.dirname(path))):
+            os.unlink(wanted)
+        os.makedirs(os.path.dirname(wanted), exist_ok=True)
+        os.symlink(path, wanted)
+    except OSError as error:
+        start.warn(f"--cache {wanted}: left alone, {error.strerror or error}")
+        return False
+    return True
+
+
+def _restore(start: Start, wire: Wire) -> None:
+    """Ask for a startup cache and put it in place. Raises what makes the start pointless: no such pipeline."""
+    options = start.options
+    try:
+        start.key = key_of(options.command, start.engine, start.environment)
+        start.key["caches"] = " ".join(options.caches)
+    except Exception as error:
+        start.warn(f"no startup caches: what they depend on cannot be found out: {type(error).__name__}: {error}")
+        start.layouts = {}
+    restore = bool(start.layouts) and not options.no_restore
+    damaged: list[int] = []
+    for _ in range(TRIES):
+        answer = wire.ask(
+            "startup-begin",
+            pipeline=start.pipeline,
+            key=start.key,
+            restore=restore,
+            without=damaged,
+            start=start.identity,
+            requested_ns=_requested_ns(options),
+        )
+        start.identity, start.generation = str(answer["start"]), str(answer["generation"])
+        start.mount, start.outcome = str(answer["mount"]), str(answer["outcome"])
+        start.differs = tuple(answer["differs"])
+        if answer["warning"]:
+            start.warn(str(answer["warning"]))
+        record = answer["record"]
+        descriptors, wire.descriptors = wire.descriptors, []
+        if record is None or not descriptors:
+            break
+        began = time.monotonic()
+        try:
+            assert start.view is not None
+            start.seen = unpack(
+                descriptors[0], record["size"], record["digest"], start.view.path, start.layouts.__contains__
+            )
+            start.restored, start.restore_seconds = record, time.monotonic() - began
+            start.saved = start.seen if set(record["layouts"]) == set(start.layouts) else {}
+            break
+        except (BadPack, OSError, ValueError) as error:
+            start.outcome = "damaged" if isinstance(error, BadPack) else "failed"
+            start.warn(f"startup cache {record['number']} is not used: {getattr(error, 'strerror', None) or error}")
+            if not _start_over(start) or start.outcome == "failed":
+                break
+            damaged.append(int(record["number"]))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+def _start_over(start: Start) -> bool:
+    """Empty the view of what was half put in place; without that it is not used at all."""
+    assert start.view is not None
+    start.seen = {}
+    try:
+        start.view.empty()
+        for name in start.layouts:
+            os.makedirs(os.path.join(start.view.path, name), 0o700, exist_ok=True)
+    except OSError:
+        for layout in LAYOUTS:
+            if layout.name in start.layouts:
+                del start.environment[layout.variable]
+        start.layouts = {}
+        return False
+    return True
+
+
+def _requested_ns(options: Options) -> int | None:
+    given = options.requested_at or os.environ.get("INSTANTSTART_REQUESTED_AT", "")
+    if not given:
+        return None
+    from instantstart_fs.config.units import parse_time
+
+    with contextlib.suppress(UsageError):
+        return parse_time(given)
+    return None
+
+
+def _give_up(start: Start) -> None:
+    if start.view is not None:
+        start.view.remove()

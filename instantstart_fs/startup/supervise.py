@@ -1,0 +1,93 @@
+"""Run one command in our place: what is sent to us reaches it, what becomes of it becomes of us.
+
+Every signal that somebody sends is passed on; one that the terminal sends (Ctrl-C, a resize) has reached the command
+already, which is in the same foreground group. Standard input is the command's own. As PID 1 whoever is left without a
+parent is reaped. The exit status is the command's, 128 + N when signal N ended it, 126 or 127 when it cannot be run.
+
+The main thread waits in ``sigwaitinfo`` with its signals blocked: without handlers no signal comes at a bad time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+PASSED = frozenset(
+    {
+        signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH,
+        signal.SIGCONT, signal.SIGTSTP, signal.SIGALRM,
+    }
+)  # fmt: skip
+_WAITED = PASSED | {signal.SIGCHLD}
+_ENDING = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP})
+_DEFAULTS = tuple(
+    number for name in ("SIGPIPE", "SIGXFSZ", "SIGXFZ") if (number := getattr(signal, name, None)) is not None
+)
+"""Python ignores these, and what we start must not inherit that."""
+
+
+class Command:
+    """A command that runs. Made once, on the main thread, before any other thread: they inherit its blocked signals."""
+
+    def __init__(self) -> None:
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
+        self.pid = 0
+        self.ended_by: int | None = None
+        """The first signal that was passed on and asks a process to end."""
+
+    def start(self, words: Sequence[str], environment: Mapping[str, str], streams: Mapping[int, int]) -> int:
+        """Start it; 0, or the status to exit with (and what is wrong was said). ``streams``: which of our descriptors
+        become its 1 and 2."""
+        actions = [(os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in streams.items()]
+        try:
+            self.pid = os.posix_spawnp(
+                words[0],
+                list(words),
+                environment,
+                file_actions=actions,
+                setsigmask=self.mask,
+                setsigdef=_DEFAULTS,
+            )
+        except OSError as error:
+            print(f"instantstart: {words[0]}: {error.strerror or error}", file=sys.stderr, flush=True)
+            return 127 if error.errno == errno.ENOENT else 126
+        return 0
+
+    def wait(self) -> int:
+        """Until it has ended; its exit status."""
+        while True:
+            found = signal.sigwaitinfo(_WAITED)
+            if found.si_signo == signal.SIGCHLD:
+                status = self._reap()
+                if status is not None:
+                    return status
+                continue
+            self._pass_on(signal.Signals(found.si_signo), by_kernel=found.si_code > 0)
+
+    def _reap(self) -> int | None:
+        """Everybody who has ended; as PID 1 that is not only ours."""
+        ended = None
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return ended
+            if pid == 0:
+                return ended
+            if pid == self.pid:
+                code = os.waitstatus_to_exitcode(status)
+                ended = code if code >= 0 else 128 - code
+
+    def _pass_on(self, number: signal.Signals, *, by_kernel: bool) -> None:
+        if number in _ENDING and self.ended_by is None:
+            self.ended_by = int(number)
+        if not by_kernel:
+            try:
+                os.kill(self.pid, number)
+            except ProcessLookupError:
+                return
+        if number == signal.SIGTSTP and os.getpid() != 1:
+            os.kill(os.getpid(), signal.SIGSTOP)  # whoever waits for us sees what it would see of the command

@@ -1,0 +1,259 @@
+"""What the key of a startup cache is made of: the engine's versions, the machine's processor and devices, the command.
+
+Found out without running the engine's interpreter: names of installed distributions are names of directories. Nothing
+here takes more than a few milliseconds on a machine without NVIDIA's driver; with it, asking NVML takes what
+loading it takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+from instantstart_fs.core.enginetable import (
+    Engine,
+    is_key_package,
+    is_key_variable,
+    key_arguments,
+    ranks_of,
+)
+
+FORMAT = "1"
+"""Of the key: raised when what is in it means something else."""
+
+
+def key_of(command: Sequence[str], engine: Engine | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """Field → value, all that makes compiled code another but what the daemon knows (the pipeline's owner and
+    generation). Where a version cannot be found, the program's own file stands for it."""
+    name = engine.name if engine is not None else ""
+    key = {
+        "format": FORMAT,
+        "engine": name,
+        "arguments": key_arguments(command, name),
+        "ranks": str(ranks_of(command, name)),
+        "machine": os.uname().machine,
+    }
+    program = _on_path(command[0], environment)
+    interpreter = interpreter_of(command, program)
+    known = dict(packages(interpreter, engine)) if interpreter else {}
+    for package, version in known.items():
+        key[f"package {package}"] = version
+    if interpreter:
+        key["interpreter"] = _identity(interpreter)
+    if program and not (engine is not None and any(package in known for package in engine.packages)):
+        key["program"] = _identity(program)
+    for variable, value in environment.items():
+        if is_key_variable(variable):
+            key[f"environment {variable}"] = _short(value)
+    key.update(processor())
+    key.update(devices(environment))
+    return key
+
+
+def _short(value: str) -> str:
+    """What a variable says may be a secret, whatever its name."""
+    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _identity(path: str) -> str:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path
+    return f"{path} {found.st_size} {found.st_mtime_ns}"
+
+
+def _on_path(word: str, environment: Mapping[str, str]) -> str:
+    """The file that a command's first word names, "" where there is none."""
+    if "/" in word:
+        return os.path.abspath(word)
+    for directory in environment.get("PATH", os.defpath).split(":"):
+        found = os.path.join(directory, word)
+        if os.access(found, os.X_OK) and os.path.isfile(found):
+            return found
+    return ""
+
+
+def interpreter_of(command: Sequence[str], program: str) -> str:
+    """The Python that runs it: the program itself, or what its first line names; "" where there is none."""
+    if not program:
+        return ""
+    if os.path.basename(program).startswith("python"):
+        return program
+    try:
+        with open(program, "rb") as file:
+            lines = file.read(1024).split(b"\n")
+    except OSError:
+        return ""
+    words = lines[0][2:].split() if lines[0].startswith(b"#!") else []
+    if not words:
+        return ""
+    first = os.fsdecode(words[0])
+    base = os.path.basename(first)
+    if base.startswith("python"):
+        return first
+    if base == "env" and len(words) > 1 and os.fsdecode(words[1]).startswith("python"):
+        return _on_path(os.fsdecode(words[1]), os.environ)
+    if base == "sh" and len(lines) > 1 and lines[1].startswith(b"'''exec' "):  # pip's way for long paths
+        return os.fsdecode(lines[1][9:].split(b" ")[0].strip(b"\"'"))
+    return ""
+
+
+def packages(interpreter: str, engine: Engine | None) -> Iterator[tuple[str, str]]:
+    """(name, version) of the installed distributions that matter."""
+    for directory in site_directories(interpreter):
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            continue
+        for entry in names:
+            if entry.endswith(".dist-info"):
+                name, _, version = entry[:-10].partition("-")
+                name = name.lower().replace("_", "-").replace(".", "-")
+                if is_key_package(name, engine):
+                    yield name, version
+
+
+def site_directories(interpreter: str) -> list[str]:
+    """Where that Python's distributions lie, those that come first on its path last."""
+    prefix = os.path.dirname(os.path.dirname(interpreter))
+    found: list[str] = []
+    try:
+        with open(os.path.join(prefix, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
+            settings = dict(_setting(line) for line in file if "=" in line)
+    except OSError:
+        prefix = os.path.dirname(os.path.dirname(os.path.realpath(interpreter)))
+        settings = {}
+    if settings.get("include-system-site-packages", "").lower() == "true":
+        found += _sites(os.path.dirname(settings.get("home", "/usr/bin")))
+    found += _sites(prefix)
+    return found
+
+
+def _setting(line: str) -> tuple[str, str]:
+    name, _, value = line.partition("=")
+    return name.strip(), value.strip()
+
+
+def _sites(prefix: str) -> list[str]:
+    roots = [os.path.join(prefix, "lib"), os.path.join(prefix, "lib64")]
+    if prefix == "/usr":
+        roots += ["/usr/local/lib"]
+    found = []
+    for root in roots:
+        try:
+            versions = [name for name in os.listdir(root) if name.startswith("python")]
+        except OSError:
+            continue
+        for version in sorted(versions):
+            found += [os.path.join(root, version, name) for name in ("dist-packages", "site-packages")]
+    return found
+
+
+def processor() -> dict[str, str]:
+    """The first core speaks for all: its model, and what it can do, which is what compilers look at."""
+    key: dict[str, str] = {}
+    try:
+        with open("/proc/cpuinfo", "rb") as file:
+            block = file.read(16384).partition(b"\n\n")[0].decode("ascii", "replace")
+    except OSError:
+        return key
+    for line in block.splitlines():
+        name, _, value = line.partition(":")
+        name = name.strip()
+        if name in ("model name", "CPU part", "CPU implementer"):
+            key[f"processor {name}"] = value.strip()
+        elif name in ("flags", "Features"):
+            key["processor flags"] = hashlib.sha256(" ".join(sorted(value.split())).encode()).hexdigest()[:16]
+    return key
+
+
+def devices(environment: Mapping[str, str]) -> dict[str, str]:
+    """The GPUs that the engine will see, and the driver's version; nothing on a machine without any."""
+    if os.path.exists("/dev/nvidiactl"):
+        return _nvidia(environment)
+    if os.path.exists("/dev/kfd"):
+        return _amd()
+    return {}
+
+
+def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
+    """By NVML. Where it does not answer, the driver's own version stands alone: that is in the key whatever happens."""
+    key = {"driver": "unknown"}
+    try:
+        with open("/proc/driver/nvidia/version", encoding="ascii", errors="replace") as file:
+            key["driver"] = next(
+                (word for word in file.readline().split() if word[:1].isdigit() and "." in word), "unknown"
+            )
+    except OSError:
+        pass
+    found: list[tuple[str, str, str]] = []
+    try:
+        found = nvml_devices()
+    except (OSError, AttributeError) as error:
+        key["gpus"] = f"unknown ({error})"
+        return key
+    seen = environment.get("CUDA_VISIBLE_DEVICES")
+    if seen is not None:
+        wanted = [word.strip() for word in seen.split(",") if word.strip()]
+        chosen = [
+            device
+            for at, device in enumerate(found)
+            if str(at) in wanted or any(len(word) > 4 and device[2].startswith(word) for word in wanted)
+        ]
+        found = chosen or found
+    kinds = sorted({f"{model} {capability}" for model, capability, _ in found})
+    key["gpus"] = ", ".join(kinds)
+    return key
+
+
+def nvml_devices() -> list[tuple[str, str, str]]:
+    """(model, compute capability, UUID) of each. Raises OSError, AttributeError."""
+    import ctypes
+
+    nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    if nvml.nvmlInit_v2() != 0:
+        raise OSError("NVML does not answer")
+    try:
+        count = ctypes.c_uint()
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        found = []
+        for at in range(count.value):
+            device = ctypes.c_void_p()
+            if nvml.nvmlDeviceGetHandleByIndex_v2(at, ctypes.byref(device)) != 0:
+                continue
+            name, uuid = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
+            major, minor = ctypes.c_int(), ctypes.c_int()
+            nvml.nvmlDeviceGetName(device, name, 96)
+            nvml.nvmlDeviceGetUUID(device, uuid, 96)
+            nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+            capability = f"sm_{major.value}{minor.value}"
+            found.append((name.value.decode("ascii", "replace"), capability, uuid.value.decode("ascii", "replace")))
+        return found
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _amd() -> dict[str, str]:
+    root = "/sys/class/kfd/kfd/topology/nodes"
+    kinds = set()
+    try:
+        for node in os.listdir(root):
+            with open(os.path.join(root, node, "properties"), encoding="ascii") as file:
+                values = dict(line.split(" ", 1) for line in file if " " in line)
+            if int(values.get("gfx_target_version", "0")):
+                kinds.add(f"gfx {values['gfx_target_version'].strip()}")
+        with open("/sys/module/amdgpu/version", encoding="ascii") as file:
+            driver = file.read().strip()
+    except (OSError, ValueError):
+        driver = os.uname().release  # the kernel's own driver
+    return {"driver": driver, "gpus": ", ".join(sorted(kinds))}
+
+
+if __name__ == "__main__":
+    from instantstart_fs.core.enginetable import engine_of
+
+    for field, value in sorted(key_of(sys.argv[1:], engine_of(sys.argv[1:]), os.environ).items()):
+        print(f"{field}: {value}")

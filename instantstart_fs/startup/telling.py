@@ -1,0 +1,91 @@
+"""Where the time of a start went, for people (a table) and for scripts (a JSON file)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from instantstart_fs.control.client import Client
+from instantstart_fs.core.coldstart import MEANINGS, ColdStart, as_plain, attack, length, phases
+from instantstart_fs.core.humanize import human_bytes
+from instantstart_fs.core.humanize import precise_seconds as seconds
+
+if TYPE_CHECKING:
+    from instantstart_fs.startup.run import Start
+
+SHOWN_FIELDS = 4
+"""Of those in which the nearest startup cache differs."""
+
+
+def record_of(socket: str, pipeline: str, start: str) -> ColdStart | None:
+    """What the daemon has of this start. Raises ControlError."""
+    with Client(socket) as client:
+        return next((record for record in client.cold_starts(pipeline) if record.start == start), None)
+
+
+def cache_line(start: Start) -> str:
+    """What became of the startup cache, in one line."""
+    record: Any = start.restored
+    if record is not None:
+        return (
+            f"startup cache {record['number']} restored: {record['files']} files, {human_bytes(record['size'])} "
+            f"in {seconds(start.restore_seconds)}"
+        )
+    fields = ", ".join(start.differs[:SHOWN_FIELDS]) + (", …" if len(start.differs) > SHOWN_FIELDS else "")
+    return {
+        "first": "no startup cache yet: this start compiles what later ones restore",
+        "mismatch": f"no startup cache of this kind: {fields} {'differ' if len(start.differs) > 1 else 'differs'} from "
+        f"the nearest; `instantstart startup-cache explain {start.pipeline}` says how",
+        "damaged": "the startup cache was damaged: a normal cold start",
+        "failed": "the startup cache could not be put in place: a normal cold start",
+        "not-owner": "no startup cache: they are for the pipeline's owner alone, and this process is another user's",
+        "off": "no startup cache was asked for",
+    }.get(start.outcome, start.outcome)
+
+
+def lines(start: Start, moments: Mapping[str, int], engine: Mapping[str, float], record: ColdStart | None) -> list[str]:
+    """A heading, a line for each phase, and which one to attack."""
+    last = "first-token" if "first-token" in moments else "ready"
+    whole = (moments[last] - start.began_ns) / 1e9
+    found = [f"{'first token' if last == 'first-token' else 'ready'} after {seconds(whole)}; {cache_line(start)}"]
+    if record is None:
+        return found
+    for phase in phases(record):
+        share = round(100 * phase.seconds / max(length(record), 1e-9))
+        found.append(f"  {phase.name:<12} {seconds(phase.seconds):>9} {share:>3} %  {MEANINGS[phase.name]}")
+    if advice := attack([_ended(record)]):
+        found.append(f"  {advice}")
+    return found
+
+
+def _ended(record: ColdStart) -> ColdStart:
+    import msgspec
+
+    return msgspec.structs.replace(record, ended_after=record.ended_after or 0.0, interrupted=False)
+
+
+def write(
+    start: Start, moments: Mapping[str, int], engine: Mapping[str, float], record: ColdStart | None, path: str
+) -> None:
+    """The same for scripts. Raises OSError."""
+    found = {
+        "pipeline": start.pipeline,
+        "start": start.identity,
+        "seconds": {name: round((at - start.began_ns) / 1e9, 3) for name, at in moments.items()},
+        "command_after": round(start.spawned - start.began, 6),
+        "startup_cache": {
+            "outcome": start.outcome,
+            "number": start.restored["number"] if start.restored is not None else None,
+            "differs": list(start.differs),
+            "restore_seconds": round(start.restore_seconds, 6),
+        },
+        "engine": dict(engine),
+        "record": as_plain(record) if record is not None else None,
+    }
+    temporary = f"{path}.tmp-{os.getpid()}"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(found, file, indent=2)
+        file.write("\n")
+    os.replace(temporary, path)

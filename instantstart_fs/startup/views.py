@@ -1,0 +1,85 @@
+"""Where an engine keeps what it compiles while it runs: a private directory, made anew for each start.
+
+    <base>/<pipeline>/<n>/            n: the lowest that nobody uses, so that a lone replica always has the same path
+    <base>/<pipeline>/<n>.lock        held (flock) by `run` and by the command: one whose `run` was killed keeps it
+
+What is compiled may have its own path in it, so the path is the same from start to start. What an earlier start left
+there is removed first: what is not in the store was not kept.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+
+MAX_VIEWS = 64
+"""Starts of one pipeline on one machine at the same time."""
+
+
+class NoView(Exception):
+    """There is none: the engine runs with its own directories."""
+
+
+def base_directory() -> str:
+    """$INSTANTSTART_STARTUP_DIR, else systemd's CacheDirectory=, else the user's cache, else one of the user's in
+    /var/tmp."""
+    for given in (os.environ.get("INSTANTSTART_STARTUP_DIR"), os.environ.get("CACHE_DIRECTORY", "").split(":")[0]):
+        if given and os.path.isabs(given):
+            return given
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):
+        cache = os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.path.dirname(cache)
+    if os.path.isabs(cache) and os.access(cache if os.path.isdir(cache) else home, os.W_OK):
+        return os.path.join(cache, "instantstart", "startup")
+    return f"/var/tmp/instantstart-startup-{os.geteuid()}"
+
+
+class View:
+    """A private directory. ``descriptor``: its lock, which the command inherits."""
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self.path = path
+        self.descriptor = descriptor
+
+    def remove(self) -> None:
+        """When the command has ended. The lock goes with the last process that has it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def empty(self) -> None:
+        """Raises OSError."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.mkdir(self.path, 0o700)
+
+
+def take_view(pipeline: str, base: str) -> View:
+    """Raises NoView where there is no place that is this user's alone."""
+    try:
+        os.makedirs(base, 0o700, exist_ok=True)
+        directory = os.path.join(base, pipeline)
+        os.makedirs(directory, 0o700, exist_ok=True)
+        for path in (base, directory):
+            found = os.lstat(path)
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+                raise NoView(f"{path} is not this user's alone (chmod go-w, or name another with --cache-dir)")
+        for number in range(MAX_VIEWS):
+            path = os.path.join(directory, str(number))
+            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                continue
+            view = View(path, lock)
+            try:
+                view.empty()
+            except OSError:
+                os.close(lock)
+                raise
+            os.set_inheritable(lock, True)
+            return view
+    except OSError as error:
+        raise NoView(f"{base}: {error.strerror or error}") from error
+    raise NoView(f"{directory}: {MAX_VIEWS} starts use their directories already")

@@ -1,0 +1,109 @@
+"""A few requests to the daemon before the engine starts. The protocol is control/protocol.py's; this speaks it with
+what the interpreter has at hand, since the full client's imports take longer than a warm start may (60 ms)."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, from_code
+
+ANSWER_SECONDS = 50.0
+RESTART_SECONDS = 20.0
+"""For which a daemon that is not there is waited for: it restarts, or the machine comes up."""
+MAX_DESCRIPTORS = 64
+"""Of one message: control.protocol.MAX_HANDED_FILES, two each."""
+MAX_ANSWER = 16 * 1024 * 1024
+
+
+class Wire:
+    """One connection. Raises the errors of control.client.Client."""
+
+    def __init__(self, path: str, *, patience: float = RESTART_SECONDS) -> None:
+        self.path = path
+        self._pending = b""
+        self.descriptors: list[int] = []
+        end = time.monotonic() + patience
+        while True:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            self._socket.settimeout(ANSWER_SECONDS)
+            try:
+                self._socket.connect(path)
+                return
+            except OSError as error:
+                self._socket.close()
+                if isinstance(error, PermissionError) or time.monotonic() >= end:
+                    raise DaemonUnreachable(
+                        f"{path}: {error.strerror or error}; start a daemon (`systemctl start instantstart`, or "
+                        "`instantstart serve`) or name its socket with --socket"
+                    ) from error
+            time.sleep(0.1)
+
+    def ask(self, operation: str, **fields: object) -> Any:
+        """The result; descriptors that came with it are in ``descriptors``."""
+        self.send(operation, **fields)
+        while True:
+            message = self.receive()
+            if message.get("type") == "done":
+                return message.get("result")
+
+    def send(self, operation: str, **fields: object) -> None:
+        line = json.dumps({"v": 1, "request": {"op": operation, **fields}}).encode() + b"\n"
+        try:
+            self._socket.sendall(line)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # why, is to be read
+        except OSError as error:
+            raise DaemonUnreachable(f"{self.path}: {error.strerror or error}") from error
+
+    def receive(self) -> Mapping[str, Any]:
+        """The next message that is no failure."""
+        while b"\n" not in self._pending:
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(
+                    65536, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
+                )
+            except TimeoutError as error:
+                raise DaemonUnreachable(f"{self.path}: the daemon said nothing for {ANSWER_SECONDS:g} s") from error
+            except OSError as error:
+                raise DaemonUnreachable(f"{self.path}: {error.strerror or error}") from error
+            for level, kind, payload in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    found = array.array("i")
+                    found.frombytes(payload[: len(payload) - len(payload) % found.itemsize])
+                    self.descriptors += found
+            if not data:
+                raise DaemonUnreachable(f"{self.path}: the daemon ended before it answered; its log says why")
+            self._pending += data
+            if len(self._pending) > MAX_ANSWER:
+                raise ControlProtocolError(f"{self.path}: an answer of more than {MAX_ANSWER} bytes")
+        line, _, self._pending = self._pending.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except ValueError as error:
+            raise ControlProtocolError(f"{self.path}: not an answer of an instantstart daemon: {error}") from error
+        if not isinstance(message, dict):
+            raise ControlProtocolError(f"{self.path}: not an answer of an instantstart daemon")
+        if message.get("type") == "failed":
+            raise from_code(str(message.get("code")), str(message.get("message")))
+        return message
+
+    def wait_gone(self) -> None:
+        """Until the daemon ends this connection: for a thread of its own."""
+        self._socket.settimeout(None)
+        try:
+            while self._socket.recv(65536):
+                pass
+        except OSError:
+            pass
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+        while self.descriptors:
+            os.close(self.descriptors.pop())

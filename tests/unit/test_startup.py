@@ -1,0 +1,387 @@
+"""What `run` decides without a daemon: which engine a command starts, what a startup cache depends on, which version a
+start gets, what a pack may hold, what an engine's log says."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from instantstart_fs.cli.app import app
+from instantstart_fs.control import protocol
+from instantstart_fs.core import enginetable
+from instantstart_fs.core.enginelog import EngineLog
+from instantstart_fs.core.enginetable import (
+    differences,
+    engine_of,
+    host_of,
+    is_key_variable,
+    key_arguments,
+    port_of,
+    ranks_of,
+)
+from instantstart_fs.core.startupcache import KEPT, StartupRecord, choose, surplus, whole_key
+from instantstart_fs.core.startuppack import BadPack, decode_index, encode_index, index_length, is_safe
+from instantstart_fs.startup import options, surroundings
+from instantstart_fs.startup.packing import pack, scan, unpack
+from instantstart_fs.startup.views import NoView, take_view
+
+KEY = {"engine": "vllm", "package torch": "2.13.0", "arguments": "serve /models/x", "driver": "580.1"}
+
+
+def record(number: int, uid: int = 7, **changes: str) -> StartupRecord:
+    key = {**whole_key(KEY, uid=uid, generation=1, sources=["hf://o/r"], revision="abc"), **changes}
+    return StartupRecord(number, number, uid, 100, f"digest {number}", 1, "/v", ("vllm",), key)
+
+
+def wanted(uid: int = 7, generation: int = 1, revision: str = "abc", **changes: str) -> dict[str, str]:
+    return whole_key({**KEY, **changes}, uid=uid, generation=generation, sources=["hf://o/r"], revision=revision)
+
+
+# ---------------------------------------------------------------- engines
+
+
+@pytest.mark.parametrize(
+    ("command", "engine"),
+    [
+        (["vllm", "serve", "m"], "vllm"),
+        (["/opt/vllm/bin/vllm", "serve", "m"], "vllm"),
+        (["/opt/py/bin/python3.12", "-m", "vllm.entrypoints.openai.api_server"], "vllm"),
+        (["python", "-u", "-m", "sglang.launch_server"], "sglang"),
+        (["python3", "/opt/bin/vllm", "serve"], "vllm"),
+        (["trtllm-serve", "m"], "tensorrt-llm"),
+        (["python", "vllm_like.py"], None),
+        (["sh", "-c", "vllm serve"], None),
+    ],
+)
+def test_an_engine_is_known_by_its_program_or_module(command: list[str], engine: str | None) -> None:
+    found = engine_of(command)
+    assert (found.name if found else None) == engine
+
+
+def test_where_an_engine_answers() -> None:
+    command = ["vllm", "serve", "m", "--port=9001", "--host", "0.0.0.0"]
+    engine = engine_of(command)
+    assert engine is not None
+    assert (host_of(command), port_of(command, engine)) == ("127.0.0.1", 9001)
+    assert port_of(["vllm", "serve", "m", "--port", "x"], engine) == 8000
+    assert host_of(["vllm", "--host", "::1"]) == "[::1]"
+
+
+def test_ranks_are_those_of_all_kinds_of_parallelism() -> None:
+    assert ranks_of(["vllm", "-tp", "4", "--pipeline-parallel-size=2"], "vllm") == 8
+    assert ranks_of(["vllm", "serve", "m"], "vllm") == 1
+    assert ranks_of(["torchrun", "--nproc-per-node", "8", "x.py"], "") == 8
+
+
+def test_replicas_that_differ_in_address_and_secrets_share_a_cache_and_no_secret_is_kept() -> None:
+    one = ["vllm", "serve", "m", "--port", "8000", "--api-key", "s3cret", "--max-model-len", "4096"]
+    two = ["vllm", "serve", "m", "--port=8001", "--api-key=other", "--max-model-len", "4096"]
+    assert key_arguments(one, "vllm") == key_arguments(two, "vllm")
+    assert "s3cret" not in key_arguments(one, "vllm")
+    assert key_arguments(one, "vllm") != key_arguments([*one[:-1], "8192"], "vllm")
+    assert key_arguments(["x", "--port", "1"], "") != key_arguments(["x", "--port", "2"], "")
+    assert "9" in key_arguments(["vllm", "--max-num-batched-tokens", "9"], "vllm")
+
+
+def test_variables_that_make_other_code_are_in_the_key_and_secrets_are_not() -> None:
+    assert is_key_variable("VLLM_USE_AOT_COMPILE")
+    assert is_key_variable("TORCHINDUCTOR_FREEZING")
+    assert is_key_variable("LD_LIBRARY_PATH")
+    for name in ("VLLM_API_KEY", "HF_TOKEN", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "PATH", "HOME", "VLLM_PORT"):
+        assert not is_key_variable(name), name
+
+
+# ---------------------------------------------------------------- the key
+
+
+def environment(root: Path, **packages: str) -> Path:
+    """An engine's Python environment, as far as its key goes; its program."""
+    site = root / "lib" / "python3.11" / "site-packages"
+    site.mkdir(parents=True)
+    for name, version in packages.items():
+        (site / f"{name}-{version}.dist-info").mkdir()
+    (root / "bin").mkdir()
+    (root / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    (root / "bin" / "python").symlink_to(sys.executable)
+    program = root / "bin" / "vllm"
+    program.write_text(f"#!{root}/bin/python\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_the_key_names_versions_arguments_processor_and_variables(tmp_path: Path) -> None:
+    program = environment(tmp_path / "a", vllm="0.32.0", torch="2.13.0", triton="3.9.0", nvidia_cuda_runtime="13.0")
+    command = [str(program), "serve", "/models/x", "-tp", "2"]
+    key = surroundings.key_of(command, engine_of(command), {"VLLM_X": "1", "HOME": "/"})
+    assert key["package vllm"] == "0.32.0"
+    assert key["package nvidia-cuda-runtime"] == "13.0"
+    assert (key["engine"], key["ranks"]) == ("vllm", "2")
+    assert "environment VLLM_X" in key and "environment HOME" not in key
+    assert key["processor flags"] and "program" not in key
+
+    other = environment(tmp_path / "b", vllm="0.32.0", torch="2.14.0", triton="3.9.0", nvidia_cuda_runtime="13.0")
+    again = surroundings.key_of([str(other), *command[1:]], engine_of([str(other)]), {"VLLM_X": "2", "HOME": "/"})
+    assert differences(key, again) == ("environment VLLM_X", "interpreter", "package torch")
+
+
+def test_of_a_program_that_is_no_python_its_own_file_is_in_the_key(tmp_path: Path) -> None:
+    program = tmp_path / "engine"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    one = surroundings.key_of([str(program)], None, {})
+    program.write_text("#!/bin/sh\n# another build\n")
+    assert differences(one, surroundings.key_of([str(program)], None, {})) == ("program",)
+
+
+def test_everything_is_restored_by_its_own_key_alone() -> None:
+    records = [record(1), record(2), record(3, **{"package torch": "2.14.0"})]
+    assert choose(records, wanted(), uid=7).record == records[1]
+    assert choose(records, wanted(), uid=7, without=[2]).record == records[0]
+    assert choose(records, wanted(), uid=7, without=[1, 2]).outcome == "damaged"
+    assert choose([], wanted(), uid=7).outcome == "first"
+
+
+@pytest.mark.parametrize(
+    ("key", "differs"),
+    [
+        (wanted(**{"package torch": "2.12.0"}), ("package torch",)),
+        (wanted(arguments="serve /models/y"), ("arguments",)),
+        (wanted(driver="570.0"), ("driver",)),
+        (wanted(generation=2), ("generation",)),
+        (wanted(revision="def"), ("generation",)),
+        (wanted(gpus="H100 sm_90"), ("gpus",)),
+        (wanted(ranks="2", **{"processor flags": "x"}), ("processor flags", "ranks")),
+    ],
+)
+def test_a_key_of_which_one_field_differs_restores_nothing_and_says_which(
+    key: dict[str, str], differs: tuple[str, ...]
+) -> None:
+    found = choose([record(1)], key, uid=7)
+    assert (found.outcome, found.record, found.differs) == ("mismatch", None, differs)
+
+
+def test_what_another_user_saved_is_not_restored_even_where_the_pipeline_is_his_now() -> None:
+    saved = record(1, uid=8)
+    assert choose([saved], wanted(uid=7), uid=7).differs == ("owner",)
+    forged = msgspec.structs.replace(saved, key=wanted(uid=7))
+    assert choose([forged], wanted(uid=7), uid=7).differs == ("owner",)
+
+
+def test_the_tenants_word_for_what_the_daemon_knows_does_not_count() -> None:
+    key = whole_key({**KEY, "owner": "0", "generation": "9"}, uid=7, generation=1, sources=["s"], revision="r")
+    assert (key["owner"], key["generation"]) == ("7", "1 r")
+
+
+def test_of_each_key_the_newest_two_stay_and_of_all_sixteen() -> None:
+    assert [gone.number for gone in surplus([record(1), record(2), record(3), record(4, driver="1")])] == [1]
+    many = [record(number, driver=str(number)) for number in range(1, KEPT + 4)]
+    assert [gone.number for gone in surplus(many)] == [1, 2, 3]
+
+
+# ---------------------------------------------------------------- packs
+
+
+def tree(root: Path) -> Path:
+    (root / "triton" / "ab").mkdir(parents=True)
+    (root / "triton" / "ab" / "k.so").write_bytes(os.urandom(200_000))
+    (root / "triton" / "ab" / "k.so").chmod(0o755)
+    (root / "triton" / "k.json").write_text("{}")
+    os.utime(root / "triton" / "k.json", ns=(1, 1_700_000_000_123_456_789))
+    (root / "triton" / "x.lock").write_text("")
+    (root / "triton" / "link").symlink_to("/etc/passwd")
+    (root / "inductor").mkdir()
+    (root / "inductor" / "empty").write_bytes(b"")
+    return root
+
+
+def packed(root: Path, out: Path) -> tuple[int, str, int]:
+    fd = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        return pack(str(root), scan(str(root), {"triton": (), "inductor": ()}), fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_pack_gives_back_bytes_modes_and_times_to_the_nanosecond(tmp_path: Path) -> None:
+    root = tree(tmp_path / "a")
+    size, digest, files = packed(root, tmp_path / "pack")
+    assert (files, size) == (3, (tmp_path / "pack").stat().st_size)
+    target = tmp_path / "b"
+    target.mkdir()
+    fd = os.open(tmp_path / "pack", os.O_RDONLY)
+    try:
+        seen = unpack(fd, size, digest, str(target), lambda layout: True)
+    finally:
+        os.close(fd)
+    assert seen == scan(str(root), {"triton": (), "inductor": ()})
+    assert (target / "triton/ab/k.so").read_bytes() == (root / "triton/ab/k.so").read_bytes()
+    assert (target / "triton/ab/k.so").stat().st_mode & 0o777 == 0o755
+    assert (target / "triton/k.json").stat().st_mtime_ns == 1_700_000_000_123_456_789
+    assert not (target / "triton/link").exists() and not (target / "triton/x.lock").exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "swap", "grow"])
+def test_of_a_pack_that_is_not_what_was_saved_nothing_is_unpacked(tmp_path: Path, damage: str) -> None:
+    root = tree(tmp_path / "a")
+    size, digest, _ = packed(root, tmp_path / "pack")
+    raw = bytearray((tmp_path / "pack").read_bytes())
+    if damage == "flip":
+        raw[10] ^= 1
+    elif damage == "cut":
+        del raw[-5:]
+    elif damage == "grow":
+        raw += b"x"
+    else:
+        (root / "triton" / "k.json").write_text("[]")
+        packed(root, tmp_path / "other")
+        raw = bytearray((tmp_path / "other").read_bytes())
+    (tmp_path / "pack").write_bytes(raw)
+    target = tmp_path / "b"
+    target.mkdir()
+    fd = os.open(tmp_path / "pack", os.O_RDONLY)
+    try:
+        with pytest.raises(BadPack):
+            unpack(fd, size, digest, str(target), lambda layout: True)
+    finally:
+        os.close(fd)
+    assert list(target.iterdir()) == []
+
+
+def test_a_file_that_changes_while_it_is_packed_is_left_out(tmp_path: Path) -> None:
+    root = tree(tmp_path / "a")
+    seen = scan(str(root), {"triton": ()})
+    (root / "triton" / "k.json").write_text("changed")
+    fd = os.open(tmp_path / "pack", os.O_RDWR | os.O_CREAT)
+    try:
+        assert pack(str(root), seen, fd)[2] == len(seen) - 1
+    finally:
+        os.close(fd)
+
+
+@given(st.text())
+def test_a_safe_path_stays_below_its_root(path: str) -> None:
+    if is_safe(path):
+        assert os.path.normpath(os.path.join("/root", path)).startswith("/root/")
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_no_index(body: bytes) -> None:
+    try:
+        decode_index(body, 10_000)
+    except BadPack:
+        return
+    assert body.strip() == b"[]"
+
+
+@pytest.mark.parametrize(
+    "path", ["../x", "/etc/passwd", "a/../../b", "a//b", "", "a/./b", "a\0b", "x" * 300]
+)  # fmt: skip
+def test_paths_that_lead_out_are_refused(path: str) -> None:
+    tail = encode_index([])
+    body = msgspec.json.encode([[path, 0, 1, 0o644, 0]])
+    with pytest.raises(BadPack):
+        decode_index(body, 1000)
+    assert index_length(tail[-36:]) == 2
+
+
+# ---------------------------------------------------------------- the view
+
+
+def test_a_lone_start_always_has_the_same_directory_and_two_at_once_have_two(tmp_path: Path) -> None:
+    base = str(tmp_path / "base")
+    one = take_view("p", base)
+    Path(one.path, "left").write_text("of an earlier start")
+    two = take_view("p", base)
+    assert one.path != two.path
+    os.close(two.descriptor)
+    os.close(one.descriptor)
+    again = take_view("p", base)
+    assert again.path == one.path and os.listdir(again.path) == []
+    os.close(again.descriptor)
+
+
+def test_a_directory_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    base.chmod(0o777)
+    with pytest.raises(NoView, match="alone"):
+        take_view("p", str(base))
+    shutil.rmtree(base)
+    base.symlink_to(tmp_path)
+    with pytest.raises(NoView):
+        take_view("p", str(base))
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_run_and_its_quick_parser_know_the_same_options() -> None:
+    import typer
+
+    command = typer.main.get_command(app)
+    run = command.commands["run"]  # type: ignore[attr-defined]
+    known = {name for parameter in run.params for name in parameter.opts if name.startswith("-")}
+    assert known - {"--help", "-h"} == {*options.VALUES, *options.LISTS, *options.FLAGS}
+
+
+def test_the_quick_parser_takes_what_is_right_and_leaves_the_rest_to_the_other() -> None:
+    found = options.plain(["run", "p", "--engine=vllm", "--cache", "A", "--cache", "B", "-q", "--", "x", "--port", "1"])
+    assert found is not None
+    assert (found.pipeline, found.engine, found.caches, found.quiet) == ("p", "vllm", ["A", "B"], True)
+    assert found.command == ["x", "--port", "1"]
+    plain = options.plain(["run", "p", "sleep", "--", "1"])
+    assert plain is not None and plain.command == ["sleep", "--", "1"]
+    for line in (["run", "p"], ["run", "--help"], ["run", "p", "--wrong", "--", "x"], ["run", "p", "--engine", "--"]):
+        assert options.plain(line) is None, line
+
+
+def test_the_requests_of_the_quick_client_are_those_of_the_protocol() -> None:
+    begin = {"op": "startup-begin", "pipeline": "p", "key": {}, "restore": True, "without": [1], "start": ""}
+    line = msgspec.json.encode({"v": 1, "request": {**begin, "requested_ns": None}})
+    assert protocol.decode_request(line) == protocol.StartupBegin("p", {}, without=(1,))
+
+
+def test_what_runs_before_the_engine_imports_nothing_that_takes_time() -> None:
+    import subprocess
+
+    program = "import sys; from instantstart_fs.startup import run, following, options, wire; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    heavy = {"msgspec", "typer", "rich", "trio", "subprocess", "asyncio", "logging", "urllib.request", "http.client"}
+    assert heavy & set(done.stdout.split()) == set()
+
+
+# ---------------------------------------------------------------- what engines say
+
+VLLM = """\
+\x1b[0;36m(EngineCore pid=7)\x1b[0;0m INFO 11-28 13:00:00 [default_loader.py:502] Loading weights took 0.52 seconds
+INFO 11-28 13:00:01 [gpu_model_runner.py:5150] Model loading took 14.2 GiB memory and 6.250000 seconds
+INFO 11-28 13:00:09 [monitor.py:20] torch.compile took 7.50 s in total
+INFO [monitor.py:92] Initial profiling/warmup run took 1.25 s
+INFO [gpu_model_runner.py:6582] Graph capturing finished in 17 secs, took 0.55 GiB
+INFO [core.py:403] init engine (profile, create kv cache, warmup model) took 32.10 s (compilation: 7.50 s)
+INFO [output.py:1] request took 99.0 s
+"""
+SGLANG = """\
+[2026-01-01 00:00:00] Load weight end. elapsed=3.21 s, type=LlamaForCausalLM, avail mem=10.0 GB
+[2026-01-01 00:00:09] Capture cuda graph end. Time elapsed: 8.10 s. mem usage=1.0 GB
+"""
+
+
+def test_the_phases_that_vllm_and_sglang_print() -> None:
+    found = EngineLog("vllm").lines(VLLM.splitlines())
+    assert found == {"load": 6.25, "compile": 7.5, "warm-up": 1.25, "capture": 17.0, "engine": 32.1}
+    assert EngineLog("sglang").lines(SGLANG.splitlines()) == {"load": 3.21, "capture": 8.1}
+    assert EngineLog("").lines(VLLM.splitlines()) == {}
+
+
+def test_the_table_names_each_variable_once() -> None:
+    variables = [layout.variable for layout in enginetable.LAYOUTS]
+    names = [layout.name for layout in enginetable.LAYOUTS]
+    assert len(set(variables)) == len(variables) and len(set(names)) == len(names)
