@@ -516,7 +516,9 @@ class Library:
         scrubber = self.scrubber
         scrub = None if scrubber is None else ScrubSummary(scrubber.overdue(), scrubber.resting)
         access = None if self.rechecker is None else self.rechecker.verdicts()
-        return builder.build(self.telemetry.latest(builder.COLD_STARTS), scrub, access)
+        latest = self.telemetry.latest(builder.COLD_STARTS)
+        found = (self.telemetry.spread(name) for name in dict.fromkeys(record.pipeline for record in latest))
+        return builder.build(latest, scrub, access, [spread for spread in found if spread is not None])
 
     async def prove_index_writable(self) -> None:
         """Raises StoreError."""

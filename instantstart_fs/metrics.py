@@ -25,6 +25,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from instantstart_fs.core import startupcache
 from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.histogram import Histogram
@@ -38,6 +39,7 @@ STATES: tuple[PipelineState, ...] = ("cold", "filling", "partial", "warm", "unve
 FOUND_BY: tuple[FoundBy, ...] = get_args(FoundBy)
 SERVED: tuple[Served, ...] = get_args(Served)
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+STARTUP: tuple[startupcache.Outcome, ...] = get_args(startupcache.Outcome)
 BREAKER = {"closed": 0, "half-open": 1, "open": 2}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -149,6 +151,11 @@ def _last_cold_starts(source: Source) -> Samples:
     return [((pipeline,), record.loaded_after) for pipeline, record in sorted(latest.items())]
 
 
+def _start_seconds(source: Source) -> Samples:
+    found = source.totals.pipeline_seconds
+    return [((status.pipeline,), found[status.pipeline]) for status in _shown(source) if status.pipeline in found]
+
+
 DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_info", "gauge", "", "1, with the daemon's version.", lambda s: [((s.version,), 1.0)], ("version",), open=True),
     Definition("instantstart_uptime_seconds", "gauge", "seconds", "Since the daemon started.", _one(lambda s: s.uptime), open=True),
@@ -200,6 +207,10 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_pipelines_filling_without_bytes", "gauge", "", "Pipelines that are being filled and got no byte for the last 5 s.", _one(lambda s: s.store_summary.silent)),
     Definition("instantstart_cold_starts_total", "counter", "", "Cold starts, by the pipeline's state at the first open.", _counted(lambda s: s.totals.cold_starts), ("state",)),
     Definition("instantstart_cold_start_seconds", "histogram", "seconds", "Cold starts that have ended: from the first open to the last sign of loading.", lambda s: [((), s.totals.cold_start_seconds)]),
+    Definition("instantstart_cold_start_phase_seconds", "histogram", "seconds", "Phases of cold starts that have ended (docs/COLDSTART.md).", lambda s: [((name,), found) for name, found in sorted(s.totals.phase_seconds.items())], ("phase",)),
+    Definition("instantstart_pipeline_start_seconds", "histogram", "seconds", "Its cold starts that have ended: from the first to the last moment that is known.", _start_seconds, ("pipeline",), open=True),
+    Definition("instantstart_startup_caches_total", "counter", "", "Starts by `instantstart run`, by what became of their startup cache: restored, first (nothing was saved yet), mismatch (of another key), damaged, not-owner, off, failed.", lambda s: [((name,), float(s.totals.startup[name])) for name in STARTUP], ("outcome",)),
+    Definition("instantstart_pipeline_startup_cache_bytes", "gauge", "bytes", "What its startup caches take.", _each(lambda status: status.startup_bytes or 0), ("pipeline",), open=True),
     Definition("instantstart_pipeline_state", "gauge", "", "1 for the state that the pipeline is in.", lambda s: [((status.pipeline, status.state), 1.0) for status in _shown(s)], ("pipeline", "state"), open=True),
     Definition("instantstart_pipeline_cached_bytes", "gauge", "bytes", "Of the pipeline's load set.", _each(lambda status: status.cached_bytes), ("pipeline",), open=True),
     Definition("instantstart_pipeline_total_bytes", "gauge", "bytes", "Of the pipeline's load set.", _each(lambda status: status.total_bytes), ("pipeline",), open=True),

@@ -286,6 +286,8 @@ def pipeline(status: PipelineStatus) -> str:
     if status.scrub is not None:
         proven = human_time(status.scrub.proven)
         rows.append(("scrubbed", proven if status.scrub.state == "waiting" else f"{proven}; {status.scrub.state} now"))
+    if status.startup_bytes:
+        rows.append(("startup", f"{human_bytes(status.startup_bytes)} of caches (`startup-cache ls`)"))
     if status.uncached:
         rows.append(("uncached", printable(status.uncached)))
     if status.skipped is not None:
@@ -340,7 +342,9 @@ def _explained(file: FileStatus) -> str:
     return "  (learned)" if file.learned else ""
 
 
-OPTIONAL = frozenset({"files", "listed", "variants", "undecided", "uncached", "scrub", "access", "skipped"})
+OPTIONAL = frozenset(
+    {"files", "listed", "variants", "undecided", "uncached", "scrub", "access", "skipped", "startup_bytes"}
+)
 
 
 def as_json(value: Any) -> str:

@@ -7,8 +7,19 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from instantstart_fs.cli.show import human_time
-from instantstart_fs.core.coldstart import MEANINGS, MOMENTS, ColdStart, Moment, late, phases, scale
+from instantstart_fs.cli.show import human_time, table
+from instantstart_fs.core.coldstart import (
+    MEANINGS,
+    MOMENTS,
+    PHASES,
+    ColdStart,
+    Moment,
+    attack,
+    late,
+    phases,
+    scale,
+    spreads,
+)
 from instantstart_fs.core.humanize import did_you_mean, human_bytes, human_seconds
 from instantstart_fs.core.humanize import precise_seconds as seconds
 from instantstart_fs.errors import UsageError, printable
@@ -69,6 +80,20 @@ def draw(pipeline: str, records: Sequence[ColdStart]) -> None:
     for name, meaning in MEANINGS.items():
         if name in used:
             console.print(Text(f"{_LOOKS[name][0]} {name:<12} {meaning}", style="dim"))
+
+
+def draw_spreads(records: Sequence[ColdStart]) -> None:
+    """On stdout: how long each phase takes, over all that are kept, and which one to attack. Nothing for a single
+    one."""
+    found = spreads(records)
+    total = found.pop("total", None)
+    if total is None or total.count < 2:
+        return
+    rows = [("whole start", total), *((name, found[name]) for name in PHASES if name in found)]
+    texts = [(name, str(at.count), seconds(at.p50), seconds(at.p95), seconds(at.p99)) for name, at in rows]
+    print(f"\n{table(('phase', 'starts', 'p50', 'p95', 'p99'), texts)}")
+    if advice := attack(records):
+        print(advice)
 
 
 def _title(record: ColdStart) -> str:

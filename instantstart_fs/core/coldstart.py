@@ -37,6 +37,9 @@ PhaseName = Literal[
 ]
 
 
+PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
+
+
 class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
     """One cold start. ``…_after``: seconds after the first open, None while it has not happened. Sizes in bytes.
 
@@ -191,6 +194,14 @@ class Spread(msgspec.Struct, frozen=True):
     p50: float
     p95: float
     p99: float
+
+
+class PipelineSpread(msgspec.Struct, frozen=True):
+    """``total``: of its whole starts; ``advice``: which phase to attack."""
+
+    pipeline: str
+    total: Spread
+    advice: str
 
 
 def spread(values: Iterable[float]) -> Spread | None:

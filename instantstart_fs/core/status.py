@@ -100,9 +100,9 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     pinned to, joined by spaces. ``files`` is None in `ls`. ``uncached`` is null unless a miss is served without being
     kept, ``scrub`` without `store.scrub`, ``access`` without `origins.recheck_access` or where there is nobody to ask,
     ``skipped`` where the source holds nothing that cannot be shown, and in `ls`.
-    ``startup_bytes``: of disk, that its startup caches take. ``listed`` stands for ``files`` where somebody
-    asked for those in brief. ``undecided`` unless one of so many variants is to be chosen; ``variants`` come with
-    ``files``, where there are any.
+    ``startup_bytes``: of disk, that its startup caches take, null without any. ``listed`` stands for ``files``
+    where somebody asked for those in brief. ``undecided`` unless one of so many variants is to be chosen; ``variants``
+    come with ``files``, where there are any.
     """
 
     pipeline: str
@@ -125,7 +125,7 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     undecided: int | None = None
     variants: tuple[VariantStatus, ...] | None = None
     listed: ListedStatus | None = None
-    startup_bytes: int = 0
+    startup_bytes: int | None = None
     files: tuple[FileStatus, ...] | None = None
 
     @property

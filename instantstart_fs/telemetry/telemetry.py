@@ -22,7 +22,7 @@ from instantstart_fs.catalog.learning import Learning
 from instantstart_fs.catalog.model import CachedFile, Pipeline, counts_as_request
 from instantstart_fs.core import coldstart
 from instantstart_fs.core.access import Outcome
-from instantstart_fs.core.coldstart import ColdStart, Facts, Moment, PhaseName
+from instantstart_fs.core.coldstart import ColdStart, Facts, Moment, PhaseName, PipelineSpread
 from instantstart_fs.core.coldstart_tracker import Starts, Tracker
 from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.errors import InstantStartError, NoColdStart
@@ -86,6 +86,8 @@ class Totals:
 
     def cold_start_ended(self, record: ColdStart) -> None:
         self.cold_start_seconds.observe(record.loaded_after)
+        if record.restored:
+            self.startup[record.restored] += 1
         for phase in coldstart.phases(record):
             self.phase_seconds.setdefault(phase.name, Histogram(LOAD_BUCKETS)).observe(phase.seconds)
         if took := coldstart.length(record):
@@ -113,6 +115,8 @@ class Telemetry:
         self._count = 0
         self._wake = trio.Event()
         self.totals = Totals()
+        self._spreads: dict[str, PipelineSpread | None] = {}
+        """Computed when somebody asks, until another start ends."""
 
     # -- what happens ------------------------------------------------------------------------------------------------
 
@@ -226,6 +230,7 @@ class Telemetry:
         """The pipeline was removed."""
         self._tracker.forget(pipeline)
         self.totals.pipeline_seconds.pop(pipeline, None)
+        self._spreads.pop(pipeline, None)
         self._count -= len(self._history.pop(pipeline, ()))
 
     # -- cold starts -------------------------------------------------------------------------------------------------
@@ -279,6 +284,15 @@ class Telemetry:
             known[live.started_ns] = live
         return [known[at] for at in sorted(known, reverse=True)]
 
+    def spread(self, pipeline: str) -> PipelineSpread | None:
+        """Of the starts that are kept of it; None where none has ended."""
+        if pipeline not in self._spreads:
+            records = list(self._history.get(pipeline, {}).values())
+            total = coldstart.spreads(records).get("total")
+            advice = coldstart.attack(records)
+            self._spreads[pipeline] = None if total is None else PipelineSpread(pipeline, total, advice)
+        return self._spreads[pipeline]
+
     def latest(self, count: int) -> list[ColdStart]:
         """Of all pipelines, newest first. What is live is as it was when last written down, at most seconds ago."""
         records = (record for records in self._history.values() for record in records.values())
@@ -325,6 +339,7 @@ class Telemetry:
             kept = self._history.setdefault(record.pipeline, {})
             self._count += record.started_ns not in kept
             if not record.live:
+                self._spreads.pop(record.pipeline, None)
                 before = kept.get(record.started_ns)
                 if before is None or before.live:
                     self.totals.cold_start_ended(record)

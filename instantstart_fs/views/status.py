@@ -267,7 +267,7 @@ def pipeline_status(
         undecided=(generation.undecided or None) if generation is not None else None,
         variants=loadsets.variants(choices) if choices is not None else None,
         listed=ListedStatus(len(brief.files), brief.total_bytes) if brief is not None else None,
-        startup_bytes=pipeline.startup_bytes,
+        startup_bytes=pipeline.startup_bytes or None,
         files=_file_statuses(listed) if listed is not None else None,
     )
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import msgspec
 
 from instantstart_fs.core.access import Outcome
-from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.coldstart import ColdStart, PipelineSpread
 from instantstart_fs.core.eviction import Budget, Candidate
 from instantstart_fs.core.status import PipelineStatus
 
@@ -26,6 +26,7 @@ class StoreSummary(msgspec.Struct, frozen=True):
     """``used_bytes``, ``evictable_bytes``: of the store, all pipelines together. ``states``: pipelines by state.
     ``silent``: pipelines that are being filled and got no byte for some seconds. ``nodes``: entries of the table of
     nodeids (a generation's block is one). ``pipelines`` by id. ``scrub``: None without one.
+    ``spreads``: how long starts of those pipelines take that started last.
     ``access``: how many pipelines have each verdict of the access check, None where nobody asks."""
 
     at_ns: int
@@ -39,6 +40,7 @@ class StoreSummary(msgspec.Struct, frozen=True):
     cold_starts: tuple[ColdStart, ...]
     scrub: ScrubSummary | None = None
     access: dict[Outcome, int] | None = None
+    spreads: tuple[PipelineSpread, ...] = ()
 
     def narrowed(self, shown: Sequence[PipelineStatus]) -> StoreSummary:
         """Of these pipelines alone, in that order. What counts bytes, nodes and checks of all stays: who sees only some
@@ -49,6 +51,7 @@ class StoreSummary(msgspec.Struct, frozen=True):
             pipelines=tuple(shown),
             states=dict(Counter(status.state for status in shown)),
             cold_starts=tuple(record for record in self.cold_starts if record.pipeline in names),
+            spreads=tuple(found for found in self.spreads if found.pipeline in names),
         )
 
 
@@ -87,6 +90,7 @@ class StoreSummaryBuilder:
         cold_starts: Sequence[ColdStart],
         scrub: ScrubSummary | None = None,
         access: dict[Outcome, int] | None = None,
+        spreads: Sequence[PipelineSpread] = (),
     ) -> StoreSummary:
         return StoreSummary(
             at_ns=self._at_ns,
@@ -100,4 +104,5 @@ class StoreSummaryBuilder:
             cold_starts=tuple(cold_starts),
             scrub=scrub,
             access=access,
+            spreads=tuple(spreads),
         )

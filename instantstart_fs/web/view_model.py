@@ -75,6 +75,17 @@ class ColdStartRow(msgspec.Struct, frozen=True):
     summary: str
 
 
+class SpreadRow(msgspec.Struct, frozen=True):
+    """How long the starts of a pipeline take."""
+
+    pipeline: str
+    count: int
+    p50: str
+    p95: str
+    p99: str
+    advice: str
+
+
 class StoreView(msgspec.Struct, frozen=True):
     used: str
     capacity: str
@@ -95,6 +106,7 @@ class View(msgspec.Struct, frozen=True):
     states: dict[str, int]
     store: StoreView | None
     cold_starts: tuple[ColdStartRow, ...]
+    spreads: tuple[SpreadRow, ...] = ()
 
 
 def ordered(store_summary: StoreSummary) -> StoreSummary:
@@ -121,6 +133,18 @@ def view(store_summary: StoreSummary, query: Query, *, details: bool, everything
         states={state: store_summary.states.get(state, 0) for state in ORDER},
         store=_store(store_summary) if everything else None,
         cold_starts=cold_starts(store_summary.cold_starts[:10], now),
+        spreads=tuple(
+            SpreadRow(
+                pipeline=found.pipeline,
+                count=found.total.count,
+                p50=precise_seconds(found.total.p50),
+                p95=precise_seconds(found.total.p95),
+                p99=precise_seconds(found.total.p99),
+                advice=found.advice,
+            )
+            for found in store_summary.spreads[:10]
+            if found.total.count > 1
+        ),
     )
 
 

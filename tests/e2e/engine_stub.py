@@ -67,14 +67,13 @@ def main() -> int:
     parser.add_argument("--exit", type=int)
     parser.add_argument("--grow", action="store_true")
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--result", type=Path, required=True)
     arguments, _ = parser.parse_known_args()
     cache = Path(os.environ["TRITON_CACHE_DIR"])
     found = compile_kernels(cache, KERNELS + 2 * arguments.grow)
     result = {**found, "cache": str(cache)}
     if arguments.weights is not None:
         result["weights"] = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()
-    arguments.result.write_text(json.dumps(result))
+    Path(os.environ.get("STUB_RESULT", "/dev/null")).write_text(json.dumps(result))
     if arguments.exit is not None:
         return int(arguments.exit)
     ended = threading.Event()

@@ -44,13 +44,15 @@ def explain(
     socket: Socket = None,
     json: Json = False,
 ) -> None:
-    """Show the last cold starts as timelines: where the time went."""
+    """Show the last cold starts: where the time went."""
     from instantstart_fs.cli import timeline
     from instantstart_fs.core.coldstart import as_plain
 
     with control.Client(socket) as client:
-        found = client.cold_starts(pipeline)[:count]
+        every = client.cold_starts(pipeline)
+    found = every[:count]
     if json:
         print(show.as_json([as_plain(record) for record in found]))
     else:
         timeline.draw(pipeline, found)
+        timeline.draw_spreads(every)

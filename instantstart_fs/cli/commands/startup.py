@@ -56,7 +56,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only what went wrong.")] = False,
     socket: Socket = None,
 ) -> None:
-    """Start a replica: lease, startup caches, the command, and where the time went."""
+    """Start a replica: lease, startup caches, its command."""
     from instantstart_fs.startup.options import Options
     from instantstart_fs.startup.run import run as run_command
 
@@ -70,7 +70,7 @@ def run(
     raise typer.Exit(run_command(wanted))
 
 
-caches = typer.Typer(help="What engines compiled at their start, kept beside the weights.", no_args_is_help=True)
+caches = typer.Typer(help="What engines compiled at earlier starts.", no_args_is_help=True)
 
 
 @caches.command("ls")
