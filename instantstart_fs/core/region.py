@@ -1,0 +1,468 @@
+"""One pull for a region: which chunks of a file this host pulls itself, which it takes from the regional tier, and how
+long it waits for what another host pulls. Pure: time is a parameter, chance is not needed.
+
+One ``PullPlan`` follows one file that is being filled. Knowledge goes in (what the tier holds, which groups of chunks
+are claimed, what came, who waits); two things come out: where each chunk is to be fetched now (``take_moves``), and
+which claims to make, renew and watch.
+
+Rules (tests/unit/test_region_plan.py shows each):
+
+- A claim is an economy. Bytes are proven by their digests, never by a claim, so a wrong belief about a claim costs a
+  duplicate fetch and nothing else.
+- Every host walks the groups in an order of its own (rendezvous hashing), so that hosts that start together claim
+  different ones.
+- A claim lives while its record changes, as this host's own monotonic clock sees it: no clock is compared with another.
+- A reader's chunk never waits longer for a claim than ``patience``: then this host fetches it as well.
+- What the tier failed to give goes to the next source at once, chunk by chunk, and stays there.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from instantstart_fs.core import rendezvous
+
+GROUP_CHUNKS = 8
+"""Chunks under one claim: 64 MiB of chunks of 8 MiB. Measured in docs/decisions/regional.md."""
+CLAIM_TTL = 8.0
+"""Seconds without a change of its record after which a claim's owner counts as dead."""
+CLAIM_STALL = 30.0
+"""Seconds without a further chunk after which it counts as stuck, though its record changes."""
+RENEW_SECONDS = 2.0
+WATCH_SECONDS = 2.0
+"""How often a claim that this host waits for is looked at."""
+MOST_LIVE = 32
+"""Groups of a file that may be claimed in a region at once; beyond, nobody claims more: origins count connections."""
+LEAST_PATIENCE, FIRST_PATIENCE, MOST_PATIENCE = 0.25, 1.0, 2.0
+"""Seconds a reader's chunk waits for a claim: as long as fetching one from the origin takes, within these bounds; the
+middle one while no fetch was measured."""
+CHUNK_DEADLINE = 2.0
+"""Seconds without a byte after which a chunk is taken from the next source."""
+CHUNK_SLOWEST = 10.0
+"""Seconds within which a whole chunk has to come from a tier, if nobody waits for it."""
+
+WAIT = -1
+"""A route: nobody fetches the chunk here now; another host may be pulling it."""
+
+
+def order(host: str, pin: str, groups: int) -> list[int]:
+    """The groups of the file ``pin`` in the order in which ``host`` claims them."""
+    return sorted(range(groups), key=lambda group: (-rendezvous.score(host, f"{pin}/{group}"), group))
+
+
+class ClaimMark(msgspec.Struct, frozen=True):
+    """What one look at a claim's record showed: whose it is, how often it was renewed, how many chunks came."""
+
+    host: str
+    beat: int
+    done: int
+
+
+class Claim:
+    """Another host's claim, as it was seen over time. ``epoch``: how often the group was taken over before."""
+
+    __slots__ = ("changed", "epoch", "looked", "mark", "moved")
+
+    def __init__(self, epoch: int, now: float) -> None:
+        self.epoch = epoch
+        self.mark: ClaimMark | None = None
+        self.changed = self.moved = now
+        self.looked = -math.inf
+
+    def see(self, mark: ClaimMark, now: float) -> None:
+        """Its record was read."""
+        self.looked = now
+        if self.mark is None or (mark.host, mark.beat) != (self.mark.host, self.mark.beat):
+            self.changed = now
+        if self.mark is None or mark.done > self.mark.done or mark.host != self.mark.host:
+            self.moved = now
+        self.mark = mark
+
+    def dead(self, now: float) -> bool:
+        """Whether its owner counts as dead or stuck."""
+        return now - self.changed >= CLAIM_TTL or now - self.moved >= CLAIM_STALL
+
+    def dies_at(self) -> float:
+        return min(self.changed + CLAIM_TTL, self.moved + CLAIM_STALL)
+
+
+class _Mine:
+    __slots__ = ("beat", "epoch", "renewed")
+
+    def __init__(self, epoch: int, now: float) -> None:
+        self.epoch = epoch
+        self.beat = 0
+        self.renewed = now
+
+
+class Take(msgspec.Struct, frozen=True):
+    """Claim this group: by a conditional put of the record of this epoch."""
+
+    group: int
+    epoch: int
+
+
+class Renewal(msgspec.Struct, frozen=True):
+    group: int
+    epoch: int
+    mark: ClaimMark
+
+
+class ClaimState(enum.Enum):
+    FREE = "free"
+    ASKED = "asked"
+    MINE = "mine"
+    THEIRS = "theirs"
+    ADVISORY = "advisory"
+    """The tier keeps no claims: everybody pulls."""
+
+
+class Patience:
+    """How long a reader's chunk waits for another host: as long as a fetch from the origin takes here."""
+
+    def __init__(self) -> None:
+        self._typical: float | None = None
+
+    def took(self, seconds: float) -> None:
+        """A chunk came from the origin in ``seconds``."""
+        self._typical = seconds if self._typical is None else 0.8 * self._typical + 0.2 * seconds
+
+    @property
+    def seconds(self) -> float:
+        if self._typical is None:
+            return FIRST_PATIENCE
+        return min(max(self._typical, LEAST_PATIENCE), MOST_PATIENCE)
+
+
+def give_up_at(began: float, last_byte: float, *, demanded: bool) -> float:
+    """When a fetch from a tier has taken too long and the next source is asked. Times are of one monotonic clock.
+    ``last_byte``: when something last came, ``began`` while nothing did."""
+    silent = last_byte + CHUNK_DEADLINE
+    return min(silent, began + (2 * CHUNK_DEADLINE if demanded else CHUNK_SLOWEST))
+
+
+class PullPlan:
+    """One file that is being filled here.
+
+    A route is WAIT, or a source: 0 is the region's own tier, 1 … ``upstream`` the tiers asked after it, the next number
+    the origin (``origin``). A chunk moves from WAIT to a source and from a source to a later one, never back, so that
+    no two sources fetch it at once for long.
+
+    Args:
+        host: This host's name.
+        pin: Which file: the same on every host that pinned the same bytes.
+        present: For each chunk, whether it is here.
+        patience: Shared by all files of one origin.
+        upstream: How many tiers are asked after the region's own.
+    """
+
+    def __init__(self, host: str, pin: str, present: Sequence[bool], patience: Patience, *, upstream: int = 0) -> None:
+        self.host = host
+        self.pin = pin
+        self.chunks = len(present)
+        self.groups = -(-self.chunks // GROUP_CHUNKS)
+        self.origin = upstream + 1
+        self.background = False
+        self._patience = patience
+        self._here = bytearray(map(bool, present))
+        self._missing = self.chunks - sum(self._here)
+        self._there = bytearray(self.chunks)
+        self._first = bytearray(self.chunks)
+        """The first source that may be asked for the chunk: those before failed."""
+        self._route = [WAIT] * self.chunks
+        self._sealed = [False] * self.origin
+        self._demands: dict[int, float] = {}
+        self._late: set[int] = set()
+        """Chunks whose reader has waited long enough."""
+        self._moves: dict[int, int] = {}
+        self._asked: dict[int, int] = {}
+        self._mine: dict[int, _Mine] = {}
+        self._theirs: dict[int, Claim] = {}
+        self._advisory: set[int] = set()
+        self._advisory_all = False
+        self._finished: list[tuple[int, int]] = []
+        self._order: list[int] | None = None
+        self._gone: set[int] = set()
+        """Groups that need no claim any more: each of their chunks is here or in the tier."""
+
+    # -- what became known -------------------------------------------------------------------------------------------
+
+    def came(self, chunk: int) -> None:
+        """The chunk is here and proven."""
+        if self._here[chunk]:
+            return
+        self._here[chunk] = 1
+        self._missing -= 1
+        self._route[chunk] = WAIT
+        self._moves.pop(chunk, None)
+        self._demands.pop(chunk, None)
+        self._late.discard(chunk)
+        self._check_group(chunk // GROUP_CHUNKS)
+
+    def left(self, chunk: int) -> None:
+        """The chunk is not here any more (a failed write): it is fetched again."""
+        if self._here[chunk]:
+            self._here[chunk] = 0
+            self._missing += 1
+            self._gone.discard(chunk // GROUP_CHUNKS)
+            self._decide(chunk)
+
+    def demand(self, chunks: Iterable[int], now: float) -> None:
+        """Readers wait for these."""
+        for chunk in chunks:
+            if not self._here[chunk]:
+                self._demands.setdefault(chunk, now)
+
+    def undemand(self, chunks: Iterable[int]) -> None:
+        for chunk in chunks:
+            self._demands.pop(chunk, None)
+
+    def listed(self, chunks: Iterable[int], claims: Mapping[int, int], now: float) -> None:
+        """The tier holds these chunks, and these groups are claimed (group → epoch). What a listing leaves out is not
+        believed to be gone."""
+        for chunk in chunks:
+            if 0 <= chunk < self.chunks and not self._there[chunk]:
+                self._there[chunk] = 1
+                self._decide(chunk)
+                self._check_group(chunk // GROUP_CHUNKS)
+        for group, epoch in claims.items():
+            if not 0 <= group < self.groups or group in self._gone:
+                continue
+            mine, theirs = self._mine.get(group), self._theirs.get(group)
+            if mine is not None and epoch <= mine.epoch:
+                continue
+            if theirs is None or epoch > theirs.epoch:
+                self._theirs[group] = Claim(epoch, now)
+
+    def sealed(self, source: int = 0) -> None:
+        """This tier holds the whole file, and says by whose proof."""
+        self._sealed[source] = True
+        for chunk in range(self.chunks):
+            self._decide(chunk)
+
+    def failed(self, chunk: int, source: int) -> None:
+        """This tier did not give the chunk: late, missing, wrong or refused. The next source is asked."""
+        self._first[chunk] = max(self._first[chunk], source + 1)
+        self._gone.discard(chunk // GROUP_CHUNKS)
+        self._decide(chunk)
+
+    def give_up(self) -> None:
+        """No tier is to be asked any more: all goes to the origin."""
+        self._advisory_all = True
+        for chunk in range(self.chunks):
+            self._first[chunk] = self.origin
+            self._decide(chunk)
+
+    # -- claims --------------------------------------------------------------------------------------------------------
+
+    def state(self, group: int) -> ClaimState:
+        """How the group stands, as far as this host knows."""
+        if group in self._mine:
+            return ClaimState.MINE
+        if self._advisory_all or group in self._advisory:
+            return ClaimState.ADVISORY
+        if group in self._asked:
+            return ClaimState.ASKED
+        return ClaimState.THEIRS if group in self._theirs else ClaimState.FREE
+
+    def next_claims(self, room: int, now: float) -> list[Take]:
+        """Groups to claim now, of at most ``room`` chunks together but for the first: those with readers first, then in
+        this host's own order. Answer each by ``won``, ``lost`` or ``unclaimed``."""
+        if self._advisory_all or not self._missing:
+            return []
+        takes: list[Take] = []
+        live = len(self._mine) + len(self._asked) + sum(1 for claim in self._theirs.values() if not claim.dead(now))
+        for group in self._candidates():
+            if room <= 0 or (live >= MOST_LIVE and not self._demanded(group)):
+                break
+            if group in self._gone or group in self._mine or group in self._asked or group in self._advisory:
+                continue
+            if not self._lacks(group):
+                continue
+            claim = self._theirs.get(group)
+            if claim is not None and not claim.dead(now):
+                continue
+            epoch = claim.epoch + 1 if claim is not None else 0
+            self._asked[group] = epoch
+            takes.append(Take(group, epoch))
+            room -= len(self._chunks_of(group))
+            live += 1
+        return takes
+
+    def won(self, group: int, now: float) -> None:
+        """The claim was written: this host pulls the group's missing chunks."""
+        epoch = self._asked.pop(group, 0)
+        if group in self._gone:
+            self._finished.append((group, epoch))
+            return
+        self._theirs.pop(group, None)
+        self._mine[group] = _Mine(epoch, now)
+        self._decide_group(group)
+
+    def lost(self, group: int, now: float) -> None:
+        """Another host has it: what it pulls is taken from the tier."""
+        epoch = self._asked.pop(group, 0)
+        claim = self._theirs.get(group)
+        if claim is None or claim.epoch < epoch:
+            self._theirs[group] = Claim(epoch, now)
+
+    def unclaimed(self, group: int) -> None:
+        """The tier does not say (it failed, or keeps no claims): this host pulls the group, as others may."""
+        self._asked.pop(group, None)
+        self._advisory.add(group)
+        self._decide_group(group)
+
+    def watches(self, most: int, now: float) -> list[Take]:
+        """Claims of others to look at now, those with readers first; ``seen`` and ``vanished`` tell the answer."""
+        due = [
+            (not self._demanded(group), claim.looked, group, claim)
+            for group, claim in self._theirs.items()
+            if now - claim.looked >= WATCH_SECONDS and group not in self._gone and self._lacks(group)
+        ]
+        due.sort(key=lambda item: item[:3])
+        for _, _, _, claim in due[:most]:
+            claim.looked = now
+        return [Take(group, claim.epoch) for _, _, group, claim in due[:most]]
+
+    def seen(self, group: int, epoch: int, mark: ClaimMark, now: float) -> None:
+        claim = self._theirs.get(group)
+        if claim is not None and claim.epoch == epoch:
+            claim.see(mark, now)
+
+    def vanished(self, group: int, epoch: int) -> None:
+        """Its record is gone: who made it has finished, or was cleaned up after."""
+        claim = self._theirs.get(group)
+        if claim is not None and claim.epoch == epoch:
+            del self._theirs[group]
+
+    def renewals(self, now: float) -> list[Renewal]:
+        """Records of this host's claims to write again now."""
+        due: list[Renewal] = []
+        for group, mine in self._mine.items():
+            if now - mine.renewed >= RENEW_SECONDS:
+                mine.renewed, mine.beat = now, mine.beat + 1
+                due.append(Renewal(group, mine.epoch, self.mark(group)))
+        return due
+
+    def mark(self, group: int) -> ClaimMark:
+        """What this host's record of the group says now."""
+        mine = self._mine.get(group)
+        done = sum(1 for chunk in self._chunks_of(group) if self._here[chunk] or self._there[chunk])
+        return ClaimMark(self.host, mine.beat if mine is not None else 0, done)
+
+    def take_finished(self) -> list[tuple[int, int]]:
+        """Groups (and epochs) whose claims this host may remove: all of them is here and in nobody's way."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def held(self) -> list[tuple[int, int]]:
+        """Claims of this host that are not finished: what it gives up when it stops."""
+        return [(group, mine.epoch) for group, mine in self._mine.items()]
+
+    @property
+    def holding(self) -> int:
+        """Chunks under claims of this host, or about to be, that are not here."""
+        groups = [*self._mine, *self._asked]
+        return sum(1 for group in groups for chunk in self._chunks_of(group) if not self._here[chunk])
+
+    # -- where to fetch --------------------------------------------------------------------------------------------
+
+    def route(self, chunk: int) -> int:
+        """WAIT or the source that is to be asked for the chunk; WAIT too where it is here."""
+        return self._route[chunk]
+
+    def take_moves(self, now: float) -> list[tuple[int, int]]:
+        """(chunk, source) of every chunk whose source has changed since the last call; it includes those whose readers
+        have now waited long enough."""
+        patience = self._patience.seconds
+        for chunk, since in self._demands.items():
+            if self._route[chunk] == WAIT and now - since >= patience and chunk not in self._late:
+                self._late.add(chunk)
+                self._decide(chunk)
+        moves, self._moves = list(self._moves.items()), {}
+        return moves
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    def waits(self) -> bool:
+        """Whether this host waits for what the tier does not hold yet."""
+        return self._missing > 0 and any(
+            not self._here[chunk] and self._route[chunk] == WAIT for chunk in range(self.chunks)
+        )
+
+    def next_time(self, now: float) -> float:
+        """When something changes by time alone; inf = never."""
+        times = [
+            since + self._patience.seconds
+            for chunk, since in self._demands.items()
+            if self._route[chunk] == WAIT and chunk not in self._late
+        ]
+        times += [mine.renewed + RENEW_SECONDS for mine in self._mine.values()]
+        for group, claim in self._theirs.items():
+            if group not in self._gone:
+                times += [max(claim.looked, now - WATCH_SECONDS) + WATCH_SECONDS, claim.dies_at()]
+        return min((max(when, now) for when in times), default=math.inf)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _chunks_of(self, group: int) -> range:
+        return range(group * GROUP_CHUNKS, min((group + 1) * GROUP_CHUNKS, self.chunks))
+
+    def _lacks(self, group: int) -> bool:
+        """Whether a chunk of it is neither here nor to be had from the tier."""
+        return any(not self._here[chunk] and self._route[chunk] != 0 for chunk in self._chunks_of(group))
+
+    def _demanded(self, group: int) -> bool:
+        return any(chunk in self._demands for chunk in self._chunks_of(group))
+
+    def _candidates(self) -> Iterable[int]:
+        seen = dict.fromkeys(chunk // GROUP_CHUNKS for chunk in self._demands)
+        yield from list(seen)
+        if self.background:
+            if self._order is None:
+                self._order = order(self.host, self.pin, self.groups)
+            self._order = [group for group in self._order if group not in self._gone]
+            yield from (group for group in self._order if group not in seen)
+
+    def _check_group(self, group: int) -> None:
+        if group in self._gone:
+            return
+        if all(
+            self._here[chunk] or (self._there[chunk] and not self._first[chunk]) for chunk in self._chunks_of(group)
+        ):
+            self._gone.add(group)
+            self._theirs.pop(group, None)
+            mine = self._mine.pop(group, None)
+            if mine is not None:
+                self._finished.append((group, mine.epoch))
+
+    def _decide_group(self, group: int) -> None:
+        for chunk in self._chunks_of(group):
+            self._decide(chunk)
+
+    def _decide(self, chunk: int) -> None:
+        if self._here[chunk]:
+            return
+        first, route = self._first[chunk], WAIT
+        if first == 0 and (self._there[chunk] or self._sealed[0]):
+            route = 0
+        else:
+            group = chunk // GROUP_CHUNKS
+            may_pull = (
+                first > 0  # the tier has failed it: nobody else is waited for
+                or group in self._mine
+                or group in self._advisory
+                or self._advisory_all
+                or chunk in self._late
+            )
+            if may_pull:
+                upstream = (source for source in range(max(first, 1), self.origin) if self._sealed[source])
+                route = next(upstream, self.origin)
+        if route > self._route[chunk]:
+            self._route[chunk] = self._moves[chunk] = route
