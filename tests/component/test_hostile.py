@@ -583,12 +583,12 @@ async def test_a_thousand_different_searches_keep_no_thousand_pages() -> None:
 async def test_half_a_request_byte_by_byte_is_no_reason_to_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from instantstart_fs.control import connection as module
+    from instantstart_fs.control import connection, server
     from tests.component.test_control import INFO
 
-    monkeypatch.setattr(module, "REQUEST_DEADLINE", 0.5)
+    monkeypatch.setattr(connection, "REQUEST_DEADLINE", 0.5)
     place = str(tmp_path / "s")
-    async with module.serving(cast(Any, object()), lambda: INFO, place):
+    async with server.serving(cast(Any, object()), lambda: INFO, place):
         stream = await trio.open_unix_socket(place)
         ended = trio.Event()
 
