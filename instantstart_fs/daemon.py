@@ -35,11 +35,13 @@ from instantstart_fs.control.server import ControlServer
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, PipelineStatus
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineExists, PipelineNotFound, StoreLocked
+from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.library import Library
 from instantstart_fs.logs import LogFormat, announce, configure_logging
 from instantstart_fs.mount import kernel, session
 from instantstart_fs.mount.handover import Handover, Inherited
 from instantstart_fs.mount.staging import Staging
+from instantstart_fs.mount.transport import Mounted, MountSettings
 from instantstart_fs.service import (
     Notifier,
     descriptor_store,
@@ -220,7 +222,7 @@ class Daemon:
         self._failed: dict[str, tuple[PipelineSpec, ErrorStatus]] = {}
         self.ready = False
         self.staging: Staging | None = None
-        self.mounted: session.Mounted | None = None
+        self.mounted: Mounted | None = None
         self.http = ""
         """Where the page is."""
         self.requests: Mapping[str, int] = {}
@@ -259,7 +261,7 @@ class Daemon:
             problem: str | None = f"did not answer within {interval:g} s"
             with trio.move_on_after(interval):
                 # One thread at a time: what hangs in a mount hangs for long.
-                problem = await trio.to_thread.run_sync(self._ask_mount, abandon_on_cancel=True, limiter=asking)
+                problem = await run_abandonable(self._ask_mount, limiter=asking)
             if problem is not None:
                 log.error("the mount %s", problem)
             elif watchdog is not None:
@@ -289,7 +291,7 @@ class Daemon:
     ) -> None:
         """Raises MountFailed when it cannot be mounted, or somebody else unmounts it."""
         mount = self._config.mount
-        settings = session.MountSettings(path=mount.path, store=self._config.store.path, transport=mount.transport)
+        settings = MountSettings(path=mount.path, store=self._config.store.path, transport=mount.transport)
         await session.serve(self._library, settings, handover, task_status=task_status)
         raise MountFailed(
             f"{self._config.mount.path} was unmounted by somebody else; the next start of the daemon mounts it again"

@@ -47,6 +47,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.origins.bounds import TooLarge
 from instantstart_fs.origins.lister import Lister, Order, What
 from instantstart_fs.origins.settings import OriginSettings
@@ -335,7 +336,7 @@ class Admin:
             return processes_using(inodes)
 
         with trio.move_on_after(PROC_SCAN_DEADLINE):
-            return await trio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=self._looking)
+            return await run_abandonable(look, limiter=self._looking)
         return []
 
     async def evict(
@@ -496,7 +497,7 @@ class Admin:
 
         with trio.move_on_after(CHECK_DEADLINE) as scope:
             try:
-                await trio.to_thread.run_sync(check, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+                await run_abandonable(check)
             except InstantStartError:
                 raise
             except Exception as error:
@@ -528,9 +529,7 @@ class Admin:
                 # Threads of their own: an origin that hangs must not use up those that read the store.
                 async with self._resolving:
                     with trio.move_on_after(RESOLVE_DEADLINE) as scope:
-                        resolved[position] = await trio.to_thread.run_sync(
-                            resolve, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-                        )
+                        resolved[position] = await run_abandonable(resolve)
                 if scope.cancelled_caught:
                     raise OriginUnavailable(f"{model.source}: no answer within {RESOLVE_DEADLINE:g} s")
             except InvalidName as error:

@@ -20,6 +20,7 @@ import trio
 from instantstart_fs.core.manifest import FileEntry, ManifestFile
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.target import FillTarget
+from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.origins.base import Foresight, Location, OriginKey
 
 log = logging.getLogger(__name__)
@@ -123,10 +124,9 @@ class Locator:
                 tell(line.came_back)
 
         try:
-            # A limiter of its own: an abandoned thread may never return, and would take the place of another.
             with trio.fail_after(self._deadline):
                 async with line.asking:
-                    return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+                    return await run_abandonable(ask)
         except trio.TooSlowError as error:
             raise OriginUnavailable(f"{link.key}: no answer within {self._deadline:g} s") from error
         except InstantStartError:

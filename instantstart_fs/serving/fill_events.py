@@ -31,6 +31,7 @@ from instantstart_fs.filler.events import FillEvents
 from instantstart_fs.filler.target import FileState, FillTarget
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.serving.admission import Admissions
 from instantstart_fs.serving.open_by import processes_holding
 from instantstart_fs.serving.open_files import OpenFiles
@@ -337,11 +338,8 @@ class FillEventHandler(FillEvents):
         """Log who holds it. In a thread, one at a time: /proc of a busy host takes seconds."""
         processes: list[str] = []
         with contextlib.suppress(OSError):  # no descriptor to look with
-            processes = await trio.to_thread.run_sync(
-                processes_holding,
-                f"/{exposure.pipeline}/{exposure.path}",
-                abandon_on_cancel=True,
-                limiter=self._looking,
+            processes = await run_abandonable(
+                processes_holding, f"/{exposure.pipeline}/{exposure.path}", limiter=self._looking
             )
         log.error(
             "%s: wrong bytes were served before the digest proved it (%s); %d opens hold it, processes: %s",

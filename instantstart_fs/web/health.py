@@ -15,6 +15,7 @@ import trio
 
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.filler.events import FillStatistics
+from instantstart_fs.ipc.threads import run_abandonable
 
 PROBE_DEADLINE = 3.0
 KEEP_SECONDS = 5.0
@@ -92,7 +93,7 @@ class HealthProbe:
 
         self._stuck += 1
         with trio.move_on_after(PROBE_DEADLINE) as scope:
-            await trio.to_thread.run_sync(probe, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+            await run_abandonable(probe)
         if scope.cancelled_caught:
             return f"does not answer within {PROBE_DEADLINE:g} s"
         return found[0]

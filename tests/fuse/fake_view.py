@@ -268,7 +268,8 @@ def _raise_false_alarm() -> str:
 
 
 async def _serve(path: str, warm_bytes: int, transport: Any) -> None:
-    from instantstart_fs.mount.session import MountSettings, serve
+    from instantstart_fs.mount.session import serve
+    from instantstart_fs.mount.transport import MountSettings
 
     view = FakeView()
     standard_tree(view, warm_bytes)

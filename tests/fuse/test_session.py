@@ -16,8 +16,10 @@ import trio
 
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.mount import kernel
+from instantstart_fs.mount.mountpoint import may_allow_other, prepare_mountpoint
 from instantstart_fs.mount.operations import STABLE_NEGATIVE_TIMEOUT
-from instantstart_fs.mount.session import Mounted, MountSettings, may_allow_other, prepare_mountpoint, serve
+from instantstart_fs.mount.session import serve
+from instantstart_fs.mount.transport import Mounted, MountSettings
 from instantstart_fs.vfs import ROOT, Invalidation
 from tests.fuse.conftest import Readers, StartDaemon, command, python, wait_for
 from tests.fuse.fake_view import FakeView
