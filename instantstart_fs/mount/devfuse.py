@@ -1,11 +1,11 @@
-"""The kernel's FUSE protocol over /dev/fuse, for the same Operations that pyfuse3 serves, with passthrough.
+"""Serves a mount over /dev/fuse with FUSE passthrough: it speaks the kernel's protocol and decides nothing.
 
-pyfuse3 cannot negotiate FUSE_PASSTHROUGH; the day it can, this module and ``wire`` may go. It makes the mount, answers
-INIT, translates each request into a call of Operations and the result into a reply, and keeps the backing ids.
+It is the transport for the same ``Operations`` that pyfuse3 serves: pyfuse3 cannot negotiate FUSE_PASSTHROUGH. The day
+it can, this module, ``wire`` and ``backing_ids`` may go.
 
 * Handlers that answer from memory are awaited where requests are received; a READ gets a task, and so does an OPEN that
   has to wait.
-* The I/O mode follows from the nodeid (view.OpenFile.backing), since the kernel refuses to mix modes on one; all opens
+* The I/O mode follows from the nodeid (vfs.OpenFile.backing), since the kernel refuses to mix modes on one; all opens
   of a nodeid share one backing id, which is kept as long as the Vfs keeps the descriptor.
 * A reader's signal cancels its READ only where the signal kills it: EINTR in a page fault would be a SIGBUS.
 * A supervisor's descriptor store, where there is one, gets the connection and the table of handles; ``adopt`` goes on
@@ -16,21 +16,18 @@ INIT, translates each request into a call of Operations and the result into a re
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
-import struct
-import tempfile
 from collections.abc import Callable, Coroutine, Mapping
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import trio
 from pyfuse3 import FUSEError
 
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.mount import kernel, wire
+from instantstart_fs.mount.backing_ids import BackingIds, PassthroughRefused
 from instantstart_fs.mount.handover import (
-    BACKING,
     EPOCH_SHIFT,
     MOUNT_NAME,
     TABLE_NAME,
@@ -42,7 +39,6 @@ from instantstart_fs.mount.handover import (
     Terms,
 )
 from instantstart_fs.mount.operations import Entry, Operations
-from instantstart_fs.store.layout import Layout
 from instantstart_fs.store.os_errors import passing
 from instantstart_fs.vfs import Invalidation, NotLoaded, Vfs
 
@@ -55,83 +51,13 @@ AT_ONCE: Final = 64
 MAX_PAGES: Final = 256
 LARGEST_READ: Final = 16 * 1024 * 1024
 DYING_POLL: Final = 0.2
-SIGKILL_BIT: Final = 1 << 8
 CTX: Final[Any] = None
 """Operations asks for nobody's uid: the kernel checks permissions itself."""
 
-_Inline = Callable[["DevFuse", wire.Request], Coroutine[Any, Any, "tuple[bytes, ...]"]]
-
-
-class PassthroughRefused(MountFailed):
-    """This machine cannot pass reads through; the message says why. Nothing was served."""
-
-
-class Backings:
-    """One backing id for each nodeid that is open, or was and may soon be again, on the connection ``fd``."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._ids: dict[int, tuple[int, int]] = {}
-        self.table: HandleTable | None = None
-        """Has a row for each of them."""
-
-    def take(self, nodeid: int, backing: int) -> int:
-        """The nodeid's backing id, one use more of it. Raises OSError."""
-        found = self._ids.get(nodeid)
-        if found is None:
-            found = self.register(backing), 0
-            if self.table is not None:
-                self.table.add(Row(BACKING | nodeid, nodeid, 0, found[0]))
-        identifier, uses = found
-        self._ids[nodeid] = (identifier, uses + 1)
-        return identifier
-
-    def give_back(self, nodeid: int) -> None:
-        """One use less. The id stays until ``forget``."""
-        identifier, uses = self._ids[nodeid]
-        self._ids[nodeid] = (identifier, uses - 1)
-
-    def forget(self, nodeid: int) -> None:
-        """Its descriptor is about to be closed, and nobody has it open."""
-        found = self._ids.get(nodeid)
-        if found is None:
-            return
-        identifier, uses = found
-        if uses:
-            log.error("a backing file is being closed that the kernel has open %d times", uses)
-            return
-        del self._ids[nodeid]
-        try:
-            self.unregister(identifier)
-        except OSError as error:
-            log.warning("the kernel would not let go of a backing file: %s", error)
-        if self.table is not None:
-            self.table.remove(BACKING | nodeid)
-
-    def restore(self, nodeid: int, identifier: int, *, uses: int) -> None:
-        """An id that an earlier daemon registered, so many uses more of it."""
-        self._ids[nodeid] = (identifier, self._ids.get(nodeid, (0, 0))[1] + uses)
-
-    def uses(self, nodeid: int) -> int:
-        return self._ids.get(nodeid, (0, 0))[1]
-
-    def forget_unused(self) -> None:
-        """All that nobody has open."""
-        for nodeid in [nodeid for nodeid, (_, uses) in self._ids.items() if not uses]:
-            self.forget(nodeid)
-
-    def register(self, backing: int) -> int:
-        """Raises OSError."""
-        message = bytearray(wire.BACKING_MAP.pack(backing, 0, 0))
-        identifier: int = fcntl.ioctl(self._fd, wire.BACKING_OPEN, message, True)
-        return identifier
-
-    def unregister(self, identifier: int) -> None:
-        """Raises OSError."""
-        fcntl.ioctl(self._fd, wire.BACKING_CLOSE, struct.pack("=I", identifier))
-
-    def __len__(self) -> int:
-        return len(self._ids)
+_Answer = Callable[["DevFuse", wire.Request], Coroutine[Any, Any, "tuple[bytes, ...]"]]
+"""Makes the payload of a reply, from memory."""
+_Handler = Callable[["DevFuse", wire.Request, trio.Nursery], Coroutine[Any, Any, None]]
+"""Replies, or starts the task that will."""
 
 
 class DevFuse:
@@ -167,10 +93,11 @@ class DevFuse:
         self._buffer = memoryview(bytearray(RECEIVE_BUFFER))
         self._in_flight: dict[int, tuple[trio.CancelScope, int]] = {}
         """unique → its task's scope, and the thread that waits for it."""
-        self._room = trio.Event()
-        self._passed: dict[int, int] = {}
+        self._task_ended = trio.Event()
+        self._passthrough_handles: dict[int, int] = {}
+        """fh → nodeid, of the open files that the kernel reads itself."""
         self._fd = -1
-        self._backings = Backings(-1)
+        self._backings = BackingIds(-1)
 
     @property
     def requests(self) -> Mapping[str, int]:
@@ -182,7 +109,7 @@ class DevFuse:
         """Raises MountFailed."""
         try:
             self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-            self._backings = Backings(self._fd)
+            self._backings = BackingIds(self._fd)
             self._path = path
             kernel.mount_fuse(path, self._fd, fsname=fsname, subtype=subtype, allow_other=allow_other)
         except OSError as error:
@@ -193,7 +120,7 @@ class DevFuse:
         assert inherited.table is not None
         self._fd, self._table, self._adopted = inherited.fd, inherited.table, True
         os.set_blocking(self._fd, False)
-        self._backings = Backings(self._fd)
+        self._backings = BackingIds(self._fd)
         self._backings.table = self._table
         self._view.use_passthrough(True, self._backings.forget)
         for row in self._table.backings():
@@ -203,7 +130,7 @@ class DevFuse:
             self._answered[row.serial] = row
             if row.backing_id:
                 self._backings.restore(row.nodeid, row.backing_id, uses=1)
-                self._passed[row.fh] = row.nodeid
+                self._passthrough_handles[row.fh] = row.nodeid
         self._backings.forget_unused()
         first = self._table.begin_epoch() << EPOCH_SHIFT
         self._orphans = self._operations.adopt_handles(first, [(row.fh, row.nodeid) for row in rows])
@@ -230,8 +157,8 @@ class DevFuse:
         async with trio.open_nursery() as nursery:
             while await self._receive(nursery):
                 if len(self._in_flight) >= self._max_tasks:
-                    self._room = trio.Event()
-                    await self._room.wait()
+                    self._task_ended = trio.Event()
+                    await self._task_ended.wait()
             nursery.cancel_scope.cancel()
 
     def send(self, invalidation: Invalidation) -> None:
@@ -282,48 +209,14 @@ class DevFuse:
     async def handle(self, request: wire.Request, nursery: trio.Nursery) -> None:
         """Answer it, or start the task that will. Raises PassthroughRefused for an INIT, nothing else."""
         try:
-            await self._take_up(request, nursery)
+            handler = HANDLERS.get(request.opcode)
+            if handler is None:
+                raise FUSEError(errno.EROFS if request.opcode in wire.WRITES else errno.ENOSYS)
+            await handler(self, request, nursery)
         except PassthroughRefused:
             raise
         except Exception as error:
             self._fail(request, error)
-
-    async def _take_up(self, request: wire.Request, nursery: trio.Nursery) -> None:
-        opcode, unique, body = request.opcode, request.unique, request.body
-        if opcode == wire.READ:
-            fh, offset, size, *_ = wire.fields(wire.READ_IN, body)
-            if size > LARGEST_READ or offset >= 1 << 63:
-                raise wire.BadMessage(f"a read of {size} bytes at {offset}")
-            self._start(nursery, request, lambda: self._read(unique, fh, offset, size))
-        elif opcode == wire.OPEN:
-            flags, _ = wire.fields(wire.OPEN_IN, body)
-            if unique & wire.RESENT and await self._answer_again(unique):
-                return
-            handle = self._operations.open_nowait(request.nodeid, flags)
-            if handle is not None:
-                await self._opened(unique, request.nodeid, handle)
-            else:
-                self._start(nursery, request, lambda: self._open(unique, request.nodeid, flags))
-        elif opcode == wire.INTERRUPT:
-            (interrupted,) = wire.fields(wire.INTERRUPT_IN, body)
-            if interrupted in self._in_flight:
-                nursery.start_soon(self._end_if_dying, interrupted)
-        elif opcode == wire.INIT:
-            self._initialise(unique, wire.init_in(body))
-        elif opcode in wire.SILENT:
-            pass
-        elif opcode in INLINE:
-            try:
-                with self._operations.at_once():
-                    await self._answer(request)
-            except NotLoaded:
-                kept = request._replace(body=memoryview(bytes(body)))  # the next message overwrites it
-                self._start(nursery, request, lambda: self._answer(kept))
-        else:
-            raise FUSEError(errno.EROFS if opcode in wire.WRITES else errno.ENOSYS)
-
-    async def _answer(self, request: wire.Request) -> None:
-        self._reply(request.unique, *await INLINE[request.opcode](self, request))
 
     def _start(
         self, nursery: trio.Nursery, request: wire.Request, work: Callable[[], Coroutine[Any, Any, None]]
@@ -347,14 +240,22 @@ class DevFuse:
                 self._reply(request.unique, error=errno.EINTR)
         finally:
             del self._in_flight[request.unique]
-            self._room.set()
+            self._task_ended.set()
+
+    async def _on_interrupt(self, request: wire.Request, nursery: trio.Nursery) -> None:
+        (interrupted,) = wire.fields(wire.INTERRUPT_IN, request.body)
+        if interrupted in self._in_flight:
+            nursery.start_soon(self._end_if_dying, interrupted)
+
+    async def _ignore(self, request: wire.Request, nursery: trio.Nursery) -> None:
+        """FORGET: see the module."""
 
     async def _end_if_dying(self, unique: int) -> None:
         """The kernel tells of a reader's first signal only; a later one may be the one that kills it."""
         waiting = self._in_flight[unique]
         scope, pid = waiting
         while self._in_flight.get(unique) is waiting:
-            if _is_dying(pid):
+            if kernel.is_dying(pid):
                 scope.cancel()
                 return
             await trio.sleep(DYING_POLL)
@@ -387,7 +288,8 @@ class DevFuse:
 
     # -- the connection --------------------------------------------------------------------------------------------
 
-    def _initialise(self, unique: int, offer: wire.Init) -> None:
+    async def _on_init(self, request: wire.Request, nursery: trio.Nursery) -> None:
+        unique, offer = request.unique, wire.init_in(request.body)
         if (offer.major, offer.minor) < (wire.MAJOR, wire.MINOR) or not offer.flags & wire.PASSTHROUGH:
             self._reply(unique, error=errno.EPROTO)
             raise PassthroughRefused("this kernel was built without FUSE passthrough (CONFIG_FUSE_PASSTHROUGH)")
@@ -397,7 +299,7 @@ class DevFuse:
         if not self._reply(unique, reply):
             raise PassthroughRefused("the kernel took no answer to INIT")
         if self._store is not None:
-            self._probe(self._store)
+            self._backings.probe(self._store)
         self._view.use_passthrough(True, self._backings.forget)
         if self._keep is not None:
             self._hand_in(self._keep, offer.flags)
@@ -418,24 +320,18 @@ class DevFuse:
         keep.store(TABLE_NAME, self._table.fd)
         keep.store(MOUNT_NAME, self._fd)
 
-    def _probe(self, store: str) -> None:
-        try:
-            with _probe_file(store) as file:
-                self._backings.unregister(self._backings.register(file.fileno()))
-        except OSError as error:
-            if passing(error.errno):
-                # For life, the slow way, because of a moment's want? The kernel and the rights are there: it is tried.
-                log.warning("FUSE passthrough to %s cannot be tried now (%s): it is taken for granted", store, error)
-                return
-            if error.errno == errno.EPERM:
-                reason = "the kernel wants CAP_SYS_ADMIN of the first user namespace for FUSE passthrough"
-            elif error.errno in (errno.ELOOP, errno.EOPNOTSUPP, errno.EINVAL):
-                reason = f"the filesystem of {store} does not take FUSE passthrough (a stacked filesystem?)"
-            else:
-                reason = f"FUSE passthrough to {store}: {error.strerror}"
-            raise PassthroughRefused(reason) from error
-
     # -- files -----------------------------------------------------------------------------------------------------
+
+    async def _on_open(self, request: wire.Request, nursery: trio.Nursery) -> None:
+        unique = request.unique
+        flags, _ = wire.fields(wire.OPEN_IN, request.body)
+        if unique & wire.RESENT and await self._answer_again(unique):
+            return
+        handle = self._operations.open_nowait(request.nodeid, flags)
+        if handle is not None:
+            await self._opened(unique, request.nodeid, handle)
+        else:
+            self._start(nursery, request, lambda: self._open(unique, request.nodeid, flags))
 
     async def _open(self, unique: int, nodeid: int, flags: int) -> None:
         info = await self._operations.open(nodeid, flags, CTX)
@@ -460,13 +356,13 @@ class DevFuse:
         backing = self._operations.backing(fh)
         if backing is not None:
             try:
-                identifier = self._backings.take(*backing)
+                identifier = self._backings.acquire(*backing)
             except OSError as error:
                 # Never another mode instead: somebody may hold this nodeid in the one it has.
                 log.error("the kernel refused to pass a file through: %s", error)
                 await self._operations.release(fh)
                 raise FUSEError(error.errno if passing(error.errno) and error.errno else errno.EIO) from error
-            self._passed[fh] = backing[0]
+            self._passthrough_handles[fh] = backing[0]
             open_flags = wire.FOPEN_PASSTHROUGH
         if self._table is not None:
             self._table.add(Row(fh, nodeid, unique & ~wire.RESENT, identifier))
@@ -474,14 +370,20 @@ class DevFuse:
             await self._close(fh)
 
     async def _close(self, fh: int) -> None:
-        nodeid = self._passed.pop(fh, None)
+        nodeid = self._passthrough_handles.pop(fh, None)
         if nodeid is not None:
-            self._backings.give_back(nodeid)
+            self._backings.release(nodeid)
         await self._operations.release(fh)
         if nodeid in self._orphans and not self._backings.uses(nodeid):
             self._backings.forget(nodeid)
         if self._table is not None:
             self._table.remove(fh)
+
+    async def _on_read(self, request: wire.Request, nursery: trio.Nursery) -> None:
+        fh, offset, size, *_ = wire.fields(wire.READ_IN, request.body)
+        if size > LARGEST_READ or offset >= 1 << 63:
+            raise wire.BadMessage(f"a read of {size} bytes at {offset}")
+        self._start(nursery, request, lambda: self._read(request.unique, fh, offset, size))
 
     async def _read(self, unique: int, fh: int, offset: int, size: int) -> None:
         self._reply(unique, await self._operations.read(fh, offset, size))
@@ -539,32 +441,49 @@ class DevFuse:
         return ()
 
 
-INLINE: Final[dict[int, _Inline]] = {
-    wire.LOOKUP: DevFuse._lookup,
-    wire.GETATTR: DevFuse._getattr,
-    wire.READLINK: DevFuse._readlink,
-    wire.STATFS: DevFuse._statfs,
-    wire.RELEASE: DevFuse._release,
-    wire.GETXATTR: DevFuse._getxattr,
-    wire.LISTXATTR: DevFuse._listxattr,
-    wire.OPENDIR: DevFuse._opendir,
-    wire.READDIR: DevFuse._readdir,
-    wire.READDIRPLUS: DevFuse._readdir,
-    wire.RELEASEDIR: DevFuse._releasedir,
-    wire.DESTROY: DevFuse._destroy,
+def _at_once(answer: _Answer) -> _Handler:
+    """Handle a request where it was received; in a task of its own if the store has to be read for it first."""
+
+    async def handler(served: DevFuse, request: wire.Request, nursery: trio.Nursery) -> None:
+        try:
+            with served._operations.at_once():
+                served._reply(request.unique, *await answer(served, request))
+        except NotLoaded:
+            kept = request._replace(body=memoryview(bytes(request.body)))  # the next message overwrites it
+
+            async def reply() -> None:
+                served._reply(kept.unique, *await answer(served, kept))
+
+            served._start(nursery, kept, reply)
+
+    return handler
+
+
+HANDLERS: Final[dict[int, _Handler]] = {
+    wire.INIT: DevFuse._on_init,
+    wire.OPEN: DevFuse._on_open,
+    wire.READ: DevFuse._on_read,
+    wire.INTERRUPT: DevFuse._on_interrupt,
+    wire.FORGET: DevFuse._ignore,
+    wire.BATCH_FORGET: DevFuse._ignore,
+    wire.LOOKUP: _at_once(DevFuse._lookup),
+    wire.GETATTR: _at_once(DevFuse._getattr),
+    wire.READLINK: _at_once(DevFuse._readlink),
+    wire.STATFS: _at_once(DevFuse._statfs),
+    wire.RELEASE: _at_once(DevFuse._release),
+    wire.GETXATTR: _at_once(DevFuse._getxattr),
+    wire.LISTXATTR: _at_once(DevFuse._listxattr),
+    wire.OPENDIR: _at_once(DevFuse._opendir),
+    wire.READDIR: _at_once(DevFuse._readdir),
+    wire.READDIRPLUS: _at_once(DevFuse._readdir),
+    wire.RELEASEDIR: _at_once(DevFuse._releasedir),
+    wire.DESTROY: _at_once(DevFuse._destroy),
 }
+"""Opcode → its handler. Any other is answered with EROFS if it would write, else with ENOSYS."""
 
 
 def _reply_directory(listing: wire.Listing, name: bytes, entry: Entry, next_id: int) -> bool:
     return listing.add(name, entry.nodeid, entry, next_id)
-
-
-def _probe_file(store: str) -> IO[bytes]:
-    """A file on the store's filesystem: its lock, which is there on a full disk too. Raises OSError."""
-    try:
-        return open(os.open(Layout(store).lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
-    except FileNotFoundError:
-        return tempfile.TemporaryFile(dir=store)
 
 
 def _sized(value: bytes, size: int) -> tuple[bytes, ...]:
@@ -574,18 +493,3 @@ def _sized(value: bytes, size: int) -> tuple[bytes, ...]:
     if len(value) > size:
         raise FUSEError(errno.ERANGE)
     return (value,)
-
-
-def _is_dying(pid: int) -> bool:
-    """Whether a thread has a SIGKILL to take (every fatal signal ends as one). ``pid`` 0: it lives in a namespace that
-    is not seen from here, and nobody can tell."""
-    if pid == 0:
-        return False
-    try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
-            for line in lines:
-                if line.startswith(("SigPnd:", "ShdPnd:")) and int(line.split()[1], 16) & SIGKILL_BIT:
-                    return True
-    except OSError:
-        return True
-    return False

@@ -383,3 +383,21 @@ def fuse_descriptors() -> frozenset[int]:
         except OSError:
             continue  # closed since it was listed
     return frozenset(found)
+
+
+SIGKILL_BIT: Final = 1 << 8
+
+
+def is_dying(pid: int) -> bool:
+    """Whether a thread has a SIGKILL to take (every fatal signal ends as one). ``pid`` 0: it lives in a namespace that
+    is not seen from here, and nobody can tell."""
+    if pid == 0:
+        return False
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                if line.startswith(("SigPnd:", "ShdPnd:")) and int(line.split()[1], 16) & SIGKILL_BIT:
+                    return True
+    except OSError:
+        return True
+    return False

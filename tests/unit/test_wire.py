@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from instantstart_fs.mount import wire
-from instantstart_fs.mount.devfuse import INLINE, Backings, DevFuse
+from instantstart_fs.mount.backing_ids import BackingIds
+from instantstart_fs.mount.devfuse import HANDLERS, DevFuse
 from instantstart_fs.mount.operations import entry_attributes
 from instantstart_fs.vfs import ROOT, Attributes, NotLoaded
 from tests.fuse.fake_view import FakeView, content, standard_tree
@@ -221,7 +222,7 @@ BODILESS = {wire.GETATTR, wire.READLINK, wire.STATFS, wire.OPENDIR, wire.DESTROY
 
 
 def test_every_message_that_is_served_is_cut_short_below() -> None:
-    served = {*INLINE, *wire.SILENT, wire.READ, wire.OPEN, wire.INIT}
+    served = set(HANDLERS)
     assert served == {*FIXED, *BODILESS}
 
 
@@ -281,7 +282,7 @@ def test_garbage_is_a_bad_message_or_a_request(raw: bytes) -> None:
         wire.init_in(memoryview(raw))
 
 
-class CountingBackings(Backings):
+class CountingBackings(BackingIds):
     """Backing ids without a kernel; ``open`` are those that are registered."""
 
     def __init__(self) -> None:
@@ -300,22 +301,22 @@ class CountingBackings(Backings):
 
 def test_a_backing_id_is_kept_until_its_descriptor_is_closed() -> None:
     backings = CountingBackings()
-    first = backings.take(7, 3)
-    assert backings.take(7, 3) == first
-    backings.give_back(7)
-    backings.give_back(7)
-    assert backings.take(7, 3) == first
+    first = backings.acquire(7, 3)
+    assert backings.acquire(7, 3) == first
+    backings.release(7)
+    backings.release(7)
+    assert backings.acquire(7, 3) == first
     assert (backings.registered, backings.open) == (1, {first})
-    backings.give_back(7)
+    backings.release(7)
     backings.forget(7)
     assert (len(backings), backings.open) == (0, set())
     backings.forget(7)
-    assert backings.take(7, 4) != first
+    assert backings.acquire(7, 4) != first
 
 
 def test_a_backing_id_in_use_is_never_closed(caplog: pytest.LogCaptureFixture) -> None:
     backings = CountingBackings()
-    first = backings.take(7, 3)
+    first = backings.acquire(7, 3)
     backings.forget(7)
     assert "has open 1 times" in caplog.text
     assert backings.open == {first}
