@@ -116,7 +116,7 @@ class Vfs(Protocol):
 
     @property
     def bindings(self) -> Bindings | None:
-        """Which files may be covered by the store's own (mount/bind.py); None where there is no store."""
+        """Which files may be covered by the store's own (mount/bind_mounts.py); None where there is no store."""
         ...
 
     def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:

@@ -20,7 +20,8 @@ from instantstart_fs.errors import MountFailed
 from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.mount import kernel
 from instantstart_fs.mount.backing_ids import PassthroughRefused
-from instantstart_fs.mount.bind import Binder, BindRefused, BindUnknown
+from instantstart_fs.mount.bind_calls import BindRefused, BindUnknown
+from instantstart_fs.mount.bind_mounts import Binder
 from instantstart_fs.mount.devfuse import DevFuse
 from instantstart_fs.mount.handover import Handover, HandoverRefused, Inherited
 from instantstart_fs.mount.invalidator import Invalidator

@@ -1,12 +1,11 @@
-"""What may lie over the mount's files, and when it must be gone: the library's side of the bind transport.
+"""Decides which files may be bind-mounted over the FUSE mount, and has the binds withdrawn before the files change.
 
-A cover shows a complete file of the current generation to readers without the mount. Whoever lays covers
-(mount/bind.py) asks here which files may have one, and takes them away when told to: everything that changes a complete
-file (update, evict, remove, a dropped file) does it inside ``withdrawn``, so that no cover ever shows what the library
-no longer means.
+A bind shows a complete file of the current generation to readers without the mount. The binder (mount/bind_mounts.py)
+asks here which files may have one. Everything that changes a complete file (update, evict, remove, a dropped file) does
+it inside ``withdrawn``, so that no bind ever shows what the library no longer means.
 
-An open of a covered file counts as one through the mount, from when it is told of until the kernel says that nobody has
-the store's file open or mapped any more, by whichever mount: it is a request, its generation is in use, it is staged.
+An open of a bound file is treated like one through the mount: it is a request, its generation is in use, it is staged.
+It ends when the kernel says that nobody has the store's file open or mapped any more, by whichever mount.
 
 All methods but ``descriptor`` belong on the trio thread.
 """

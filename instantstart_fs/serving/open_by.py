@@ -1,8 +1,8 @@
 """Which processes hold files of a pipeline open or mapped: for the log when wrong bytes were served, and for root, who
 wants to know whose file it is that keeps a pipeline from being evicted.
 
-By name and inode number, since a container sees the mount elsewhere, and a bound file (mount/bind.py), or one that
-`prefetch` was handed, is the store's own. Reads /proc; what may not be read, or ends meanwhile, is left out.
+By name and inode number, since a container sees the mount elsewhere, and a bound file (mount/bind_mounts.py), or one
+that `prefetch` was handed, is the store's own. Reads /proc; what may not be read, or ends meanwhile, is left out.
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ import pytest
 import trio
 
 from instantstart_fs.errors import PipelineBusy
-from instantstart_fs.mount import bind, kernel
-from instantstart_fs.mount.bind import Binder
+from instantstart_fs.mount import bind_mounts, kernel
+from instantstart_fs.mount.bind_mounts import Binder
 from instantstart_fs.mount.kernel import FanEvent
 from instantstart_fs.serving.bindings import BindableFile, Bindings, Withdraw
+from instantstart_fs.store.layout import BIND
 
 pytestmark = pytest.mark.timeout(60)
 ELSEWHERE = 7
@@ -29,7 +30,7 @@ class FakeKernel:
     """Mounts are symbolic links; what fanotify tells is what tests say."""
 
     def __init__(self, store: Path) -> None:
-        self.stage, self.slots = f"{store}/{bind.BIND}", f"{store}/slots"
+        self.stage, self.slots = f"{store}/{BIND}", f"{store}/slots"
         self.mounted: dict[str, list[str]] = {}
         """Where → what lies there, the topmost last."""
         self.after_bind: Callable[[str], None] = lambda target: None
@@ -215,8 +216,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World(tmp_path)
     for name in ("fanotify", "fan_mark", "fan_events", "bind", "make_bind_readonly", "umount", "find_mount", "mounts"):
         monkeypatch.setattr(kernel, name, getattr(world.kernel, name))
-    monkeypatch.setattr(bind, "DEAF_INTERVAL", 0.01)
-    monkeypatch.setattr(bind, "CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr(bind_mounts, "RETRY_INTERVAL", 0.01)
+    monkeypatch.setattr(bind_mounts, "CHECK_INTERVAL", 0.05)
     yield world
 
 

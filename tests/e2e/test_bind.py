@@ -241,7 +241,7 @@ def test_a_killed_daemon_leaves_binds_that_work_and_the_next_one_clears_them(
     daemon = make_daemon("d", config=binding(hub))
     bound_pipeline(daemon, hub, model, "p")
     path = daemon.path("p", FIRST)
-    # Asked for after the seal, the name is kept for a day; else mount/bind.py asks within seconds.
+    # Asked for after the seal, the name is kept for a day; else mount/bind_mounts.py asks within seconds.
     later = time.monotonic() + 1.1
     wait_for(lambda: time.monotonic() > later, "the end of the second for which the cold name was kept")
     must("stat", path, timeout=10)

@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instantstart_fs.mount.bind import Plan, plan
+from instantstart_fs.mount.bind_mounts import Plan, plan
 from instantstart_fs.serving.bindings import BindableFile
 
 

@@ -1,20 +1,19 @@
-"""The bind transport: complete weight files of a pyfuse3 mount are covered by read-only binds of the store's own files.
+"""Binds complete weight files of the store, read-only, over a mount that pyfuse3 serves: the bind transport.
 
-For kernels without FUSE passthrough, as root. The mount itself stays: names, directories, small files and whatever is
-not complete come through it. Each complete weight file has the store's file bound over it, so that reading and mapping
-it is the disk's own business. docs/decisions/bind.md has the reasons.
+It is for kernels without FUSE passthrough, as root. Names, directories, small files and whatever is not complete still
+come through the mount; a bound file is read and mapped from the disk itself. Which files may be bound is decided in
+serving/bindings.py; docs/decisions/bind.md has the reasons.
 
-* A ``Binder`` owns every mount below the mountpoint; it runs beside the session that serves it and follows
-  ``library.bindings``, which also tells it to take covers away before anything changes.
+* A ``Binder`` owns every mount below the mountpoint. It runs beside the session that serves the mount and follows
+  ``Bindings``, which also tells it to withdraw binds before anything changes.
 * All mount(2) and umount2(2) run in threads with a deadline: their paths are looked up in our own mount. While one is
   overdue nothing else is done, so nothing changes under a bind that may still come.
 * A bind is made from a read-only, nosuid, nodev bind of ``slots`` and inherits its flags: it is never writable, not
   even for a moment. It shows one file, so that nothing else of the store can be reached through it.
-* Reads of a bound file are nobody's to see; opens and closes are: fanotify on the store's file tells of them, whoever's
-  mount namespace they came through. Those by the store's own path (a backup) and the daemon's are no engine's.
-* In use is what a plain umount answers EBUSY to, and, since a detached bind or one in another mount namespace may still
-  be held, what the kernel refuses a write lease for. Closes are only the occasion to ask: events of one process that
-  nobody has read yet are merged, so that counting them tells nothing.
+* The daemon sees no reads of a bound file. It sees opens and closes: fanotify on the store's file tells of them, in
+  every mount namespace. Those by the store's own path (a backup) and the daemon's own are not an engine's.
+* A file is in use while a plain umount answers EBUSY, or while the kernel refuses a write lease, since a detached bind
+  or one in another mount namespace may still be held. A close is only the occasion to ask.
 """
 
 from __future__ import annotations
@@ -23,19 +22,30 @@ import contextlib
 import errno
 import logging
 import os
-import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, TypeVar
 
 import trio
 
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineBusy, StoreLost
+from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.mount import kernel
+from instantstart_fs.mount.bind_calls import (
+    BindLeft,
+    BindRefused,
+    BindUnknown,
+    Bound,
+    Shown,
+    bind_file,
+    check_support,
+    mount_table,
+    staged_slots,
+    unmount_below,
+    write_shown,
+)
+from instantstart_fs.mount.bind_opens import BindEvents
 from instantstart_fs.serving.bindings import BindableFile, Bindings
-from instantstart_fs.store.layout import BIND
-from instantstart_fs.store.locks import used_elsewhere
-from instantstart_fs.store.os_errors import passing
 
 log = logging.getLogger(__name__)
 
@@ -45,23 +55,14 @@ CHECK_INTERVAL: Final = 5.0
 """Seconds between two looks at the mount table: the kernel drops a bind with the directory entry that it lies on."""
 EVENTS_INTERVAL: Final = 0.02
 """Seconds between two looks at the events: a close is told of a moment before the kernel lets go of the file."""
-DEAF_INTERVAL: Final = 1.0
+RETRY_INTERVAL: Final = 1.0
 """Seconds until the events are looked at again when the kernel could not tell of them."""
 REFRESH_INTERVAL: Final = 1.0
 """Least seconds between two updates of what stat and getfattr show of bound files."""
 PROBE_INTERVAL: Final = 10.0
 """Seconds until it is asked again what could not be known."""
-PREFIX: Final = "user.instantstart."
 
 _T = TypeVar("_T")
-
-
-class BindRefused(MountFailed):
-    """This machine or process cannot bind; the message says why."""
-
-
-class BindUnknown(BindRefused):
-    """It could not be tried, for want of something that comes back."""
 
 
 class Plan(NamedTuple):
@@ -79,15 +80,6 @@ def plan(bound: Mapping[str, BindableFile], wanted: Mapping[str, BindableFile]) 
     )
 
 
-class _Bound(NamedTuple):
-    """``inode``: (st_dev, st_ino); ``used``: whether somebody had it open already."""
-
-    file: BindableFile
-    store_path: str
-    inode: tuple[int, int]
-    used: bool
-
-
 class Binder:
     """``store``: the store's root. ``probe`` first, then ``run`` while the mount is served."""
 
@@ -95,16 +87,9 @@ class Binder:
         self._bindings = bindings
         self._store = store
         self._mountpoint = ""
-        self._bound: dict[str, dict[str, _Bound]] = {}
+        self._bound: dict[str, dict[str, Bound]] = {}
         """pipeline → path → what lies over it."""
-        self._watched: dict[tuple[int, int], BindableFile] = {}
-        """inode → what is bound of it."""
-        self._seen: list[tuple[BindableFile, kernel.FanEvent]] = []
-        """What the kernel told of and is not noted yet."""
-        self._early: list[kernel.FanEvent] | None = None
-        """While files are being bound: what the kernel told of that is not in ``_watched``, or not yet."""
-        self._deaf = False
-        """Whether the last look at the events failed."""
+        self._events = BindEvents()
         self._shown: dict[str, int | None] = {}
         """pipeline → the last request that its bound files show."""
         self._refused: dict[BindableFile, int] = {}
@@ -114,11 +99,10 @@ class Binder:
         self._checks = 0
         self._overdue: threading.Event | None = None
         """Set when the last batch has ended; its deadline may have come first."""
-        self._unsure = False
+        self._uncertain = False
         """Whether a batch was ever given up, or a bind could not be taken back."""
         self._fresh: list[str] = []
         self._lock = trio.Lock()
-        self._fanotify = -1
         self._store_mount = -1
         """The mount by which the store itself opens its files."""
         self._to_show: set[str] = set()
@@ -128,23 +112,7 @@ class Binder:
         """Blocking. Raises BindRefused where it cannot work."""
         if self._bindings is None or self._store is None:
             raise BindRefused("no binds: there is no store to bind from")
-        if not kernel.has_sys_admin():
-            raise BindRefused("no binds: they need CAP_SYS_ADMIN")
-        try:
-            with self._staged():
-                pass
-            slots = os.open(f"{self._store}/slots", os.O_PATH | os.O_CLOEXEC)
-            try:
-                self._store_mount = kernel.mount_id(slots)
-            finally:
-                os.close(slots)
-            if not _tells_of_use():
-                raise BindRefused(
-                    "no binds: nobody tells whether a file is in use (that needs Linux 5.3 and CAP_LEASE)"
-                )
-        except OSError as error:
-            kind = BindUnknown if passing(error.errno) else BindRefused
-            raise kind(f"no binds from {self._store}: {error.strerror}") from error
+        self._store_mount = check_support(self._store)
 
     async def run_when_known(self, mountpoint: str, decided: Callable[[str | None], None]) -> None:
         """The same for where ``probe`` raised BindUnknown: it is tried again and again. ``decided`` is told why not, or
@@ -171,12 +139,12 @@ class Binder:
         assert self._bindings is not None
         self._mountpoint = mountpoint
         try:
-            self._fanotify = kernel.fanotify()
+            self._events.start()
         except OSError as error:
             raise MountFailed(f"nobody would tell of opens of bound files: {error.strerror}") from error
         self._bindings.attach(self._withdraw)
         try:
-            await self._in_thread(self._clear, f"{mountpoint}/")
+            await self._in_thread(unmount_below, f"{mountpoint}/")
             await self._follow(await self._bindings.wait_changed(0))
             for pipeline in list(self._bound):
                 await self._bindings.ensure_loaded(pipeline)
@@ -198,7 +166,7 @@ class Binder:
                     await self._follow(changed)
         finally:
             self._bindings.attach(None)
-            os.close(self._fanotify)
+            self._events.close()
 
     # -- following the library -------------------------------------------------------------------------------------
 
@@ -231,9 +199,9 @@ class Binder:
         assert self._bindings is not None
         async with self._lock:
             bound = dict(self._bound.get(pipeline, {}))
-            if self._unsure:
+            if self._uncertain:
                 # More may be bound than was told.
-                await self._in_thread(self._clear, f"{self._mountpoint}/{pipeline}/")
+                await self._in_thread(unmount_below, f"{self._mountpoint}/{pipeline}/")
             if not bound:
                 return
             await self._detach(pipeline, tuple(bound), lazily=not idle_only)
@@ -261,12 +229,10 @@ class Binder:
         try:
             idle = await self._in_thread(work)
         finally:
-            self._listen()  # they were opened until now, and nobody knows their inodes from here on
+            self._events.read()  # they were opened until now, and nobody knows their inodes from here on
             for path in done:
                 gone = bound.pop(path)
-                self._watched.pop(gone.inode, None)
-                with contextlib.suppress(OSError):  # the kernel ends the mark of a deleted file itself
-                    kernel.fan_mark(self._fanotify, gone.store_path, add=False)
+                self._events.unwatch(gone.inode, gone.store_path)
             if not bound:
                 self._bound.pop(pipeline, None)
         await self._note()
@@ -278,41 +244,46 @@ class Binder:
         todo = [(file, shown) for file in files if (shown := self._bindings.attributes(file)) is not None]
         if not todo:
             return
-        done: list[_Bound] = []
+        done: list[Bound] = []
         failed: list[tuple[BindableFile, str]] = []
         late = threading.Event()
 
         def work() -> None:
-            with self._staged() as stage:
+            assert self._bindings is not None
+            assert self._store is not None
+            with staged_slots(self._store) as stage:
                 for file, shown in todo:
                     if late.is_set():
                         return
+                    target = self._target(pipeline, file.path)
                     try:
-                        done.append(self._bind(stage, file, *shown))
+                        with self._bindings.descriptor(file) as blob:
+                            done.append(bind_file(stage, self._store, target, file, blob.fd, shown, self._events.fd))
                     except StoreLost as error:
                         self._lost.append((file, error))
                         failed.append((file, error.message))
                     except InstantStartError as error:
                         failed.append((file, error.message))
                     except OSError as error:
+                        self._uncertain |= isinstance(error, BindLeft)
                         failed.append((file, error.strerror or str(error)))
 
-        self._early = []
         try:
-            await self._in_thread(work)
+            with self._events.keeping_early():
+                try:
+                    await self._in_thread(work)
+                finally:
+                    late.set()
+                    bound = self._bound.setdefault(pipeline, {})
+                    for one in done:
+                        bound[one.file.path] = one
+                        self._refused.pop(one.file, None)
+                        self._events.watch(one.inode, one.file)
+                        self._fresh.append(self._target(pipeline, one.file.path))
         except OSError as error:
             raise MountFailed(f"nothing can be bound: {error.strerror}") from error
         finally:
-            late.set()
-            bound = self._bound.setdefault(pipeline, {})
-            for one in done:
-                bound[one.file.path] = one
-                self._refused.pop(one.file, None)
-                self._watched[one.inode] = one.file
-                self._fresh.append(self._target(pipeline, one.file.path))
-            # The first were bound, and opened, while the last were not bound yet.
-            early, self._early = self._early, None
-            self._take(early)
+            bound = self._bound[pipeline]
             if not bound:
                 del self._bound[pipeline]
             self._shown[pipeline] = self._bindings.last_request(pipeline)
@@ -335,16 +306,16 @@ class Binder:
                 for path in fresh:
                     with contextlib.suppress(OSError):
                         os.stat(path)
-                return frozenset(mount.path for mount in _mounts())
+                return frozenset(mount.path for mount in mount_table())
 
             there = await self._in_thread(look)
-            self._listen()  # as in _detach
+            self._events.read()  # as in _detach
             lost = set()
             for pipeline, bound in list(self._bound.items()):
                 for path, one in list(bound.items()):
                     if self._target(pipeline, path) not in there:
                         del bound[path]
-                        self._watched.pop(one.inode, None)
+                        self._events.unwatch(one.inode)
                         lost.add(pipeline)
             await self._show({pipeline for pipeline in self._bound if self._stale(pipeline)})
             self._checks += 1
@@ -357,46 +328,19 @@ class Binder:
     async def _watch_opens(self) -> None:
         assert self._bindings is not None
         while True:
-            await trio.lowlevel.wait_readable(self._fanotify)
-            heard = self._listen()
+            await trio.lowlevel.wait_readable(self._events.fd)
+            heard = self._events.read()
             closed = await self._note()
-            await trio.sleep(EVENTS_INTERVAL if heard else DEAF_INTERVAL)
+            await trio.sleep(EVENTS_INTERVAL if heard else RETRY_INTERVAL)
             self._show_soon({file.pipeline for file in closed if self._bindings.poll_release(file)})
-
-    def _listen(self) -> bool:
-        """Take what the kernel has to tell, to be noted. False: it could not tell of all; what somebody has open is
-        found by the lease then, when it is to be taken away."""
-        events: list[kernel.FanEvent] | None = None
-        while events is None or len(events) == kernel.FAN_MOST:
-            try:
-                events = kernel.fan_events(self._fanotify)
-            except OSError as error:
-                if not self._deaf:
-                    log.error("opens of bound files are not seen, trying on: %s", error.strerror)
-                self._deaf = True
-                return False
-            self._take(events)
-        self._deaf = False
-        return True
-
-    def _take(self, events: list[kernel.FanEvent]) -> None:
-        for event in events:
-            file = self._watched.get(event.inode)
-            if file is not None:
-                self._seen.append((file, event))
-            elif self._early is not None:
-                self._early.append(event)
 
     async def _note(self) -> set[BindableFile]:
         """Tell the library of every open that was seen; what was closed."""
         assert self._bindings is not None
         closed: set[BindableFile] = set()
-        while self._seen:
-            pipeline = self._seen[0][0].pipeline
+        while (pipeline := self._events.next_pipeline) is not None:
             await self._bindings.ensure_loaded(pipeline)
-            of_it = [(file, event) for file, event in self._seen if file.pipeline == pipeline]
-            self._seen = [(file, event) for file, event in self._seen if file.pipeline != pipeline]
-            for file, event in of_it:
+            for file, event in self._events.take(pipeline):
                 if event.opened and event.mount_id != self._store_mount:
                     self._bindings.opened(file)
                     self._show_soon({pipeline})
@@ -437,7 +381,7 @@ class Binder:
         Not of those that somebody has open: it moves st_ctime, by which tar and others see that a file changed while
         they read it."""
         assert self._bindings is not None
-        todo: list[tuple[str, int, dict[str, str], int]] = []
+        todo: list[tuple[str, Shown, int]] = []
         for pipeline in pipelines:
             if pipeline not in self._bound:
                 continue
@@ -446,9 +390,9 @@ class Binder:
             for one in self._bound.get(pipeline, {}).values():
                 shown = self._bindings.attributes(one.file)
                 if shown is not None and not self._bindings.is_open(one.file):
-                    todo.append((one.store_path, shown[0], shown[1], one.file.mtime_ns))
+                    todo.append((one.store_path, shown, one.file.mtime_ns))
         if todo:
-            await self._in_thread(_write_shown, todo)
+            await self._in_thread(write_shown, todo)
 
     async def _in_thread(self, work: Callable[..., _T], *args: Any) -> _T:
         """Raises MountFailed at the deadline; until the thread has ended after all, nothing else is done."""
@@ -464,132 +408,14 @@ class Binder:
 
         with trio.move_on_after(DEADLINE):
             try:
-                return await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+                return await run_abandonable(run)
             finally:
-                self._unsure |= not ended.is_set()
+                self._uncertain |= not ended.is_set()
         raise MountFailed(f"the kernel did not mount or unmount within {DEADLINE:.0f} s")
-
-    # -- in a thread -----------------------------------------------------------------------------------------------
 
     def _target(self, pipeline: str, path: str) -> str:
         return f"{self._mountpoint}/{pipeline}/{path}"
 
-    @contextlib.contextmanager
-    def _staged(self) -> Iterator[str]:
-        """The slots, read-only, at a place of the store's that nobody else can reach. Raises OSError."""
-        assert self._store is not None
-        store = os.path.realpath(self._store)
-        stage = f"{store}/{BIND}"
-        os.makedirs(stage, 0o700, exist_ok=True)
-        while kernel.find_mount(stage) is not None:
-            kernel.umount(stage, lazily=True)  # a killed daemon's
-        kernel.bind(f"{store}/slots", stage)
-        try:
-            kernel.make_bind_readonly(stage)
-            yield stage
-        finally:
-            kernel.umount(stage, lazily=True)
-
-    def _bind(self, stage: str, file: BindableFile, atime_ns: int, values: Mapping[str, str]) -> _Bound:
-        """Raises OSError, StoreError."""
-        assert self._bindings is not None
-        assert self._store is not None
-        within = f"{file.pipeline}/{file.generation}/files/{file.path}"
-        store_path = f"{os.path.realpath(self._store)}/slots/{within}"
-        target = self._target(file.pipeline, file.path)
-        with self._bindings.descriptor(file) as blob:
-            here = os.fstat(blob.fd)
-            if (here.st_uid, here.st_gid, stat.S_IMODE(here.st_mode)) != (file.uid, file.gid, file.mode):
-                os.fchown(blob.fd, file.uid, file.gid)
-                os.fchmod(blob.fd, file.mode)
-            _write_one(blob.fd, atime_ns, values, file.mtime_ns)
-            # The mark comes first: what is open through a bind must have been seen.
-            own = f"/proc/self/fd/{blob.fd}"
-            kernel.fan_mark(self._fanotify, own, add=True)
-            try:
-                kernel.bind(f"{stage}/{within}", target)
-                try:
-                    if not os.path.samestat(os.stat(target), here):
-                        raise OSError(errno.ESTALE, "the store's file was exchanged while it was bound")
-                    used = used_elsewhere(blob.fd)
-                except OSError:
-                    self._unbind(target)
-                    raise
-            except OSError:
-                kernel.fan_mark(self._fanotify, own, add=False)
-                raise
-            return _Bound(file, store_path, (here.st_dev, here.st_ino), used)
-
-    def _unbind(self, target: str) -> None:
-        """What nobody will know of must not stay: the next bind would lie over it, and leave it when taken away."""
-        try:
-            kernel.umount(target, lazily=True)
-        except OSError:
-            self._unsure = True
-
-    def _clear(self, below: str) -> None:
-        """Detach whatever is mounted below. Raises MountFailed."""
-        for mount in reversed(_mounts()):
-            if mount.path.startswith(below):
-                try:
-                    kernel.umount(mount.path, lazily=True)
-                except OSError as error:
-                    raise MountFailed(f"{mount.path} cannot be unbound: {error.strerror}") from error
-
-
-def _mounts() -> tuple[kernel.Mount, ...]:
-    """Raises MountFailed: it takes a descriptor."""
-    try:
-        return kernel.mounts()
-    except OSError as error:
-        raise MountFailed(f"the mount table cannot be read: {error.strerror}") from error
-
 
 def _busy(pipeline: str) -> PipelineBusy:
     return PipelineBusy(f"{pipeline}: somebody has files of it open")
-
-
-def _tells_of_use() -> bool:
-    """Whether a write lease is refused on a file that somebody else has open, and granted when nobody has. In old
-    kernels a mark counts as an open. Of a file in memory: that is the kernel's, whatever the filesystem, and a full
-    disk is no answer. Raises OSError."""
-    with contextlib.ExitStack() as stack:
-        fan = kernel.fanotify()
-        stack.callback(os.close, fan)
-        file = os.memfd_create("instantstart-lease", os.MFD_CLOEXEC)
-        stack.callback(os.close, file)
-        os.fchown(file, 1, 1)
-        own = f"/proc/self/fd/{file}"
-        kernel.fan_mark(fan, own, add=True)
-        fd = os.open(own, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        other = os.open(own, os.O_RDONLY | os.O_CLOEXEC)  # the one that made it counts as nobody's open
-        try:
-            refused = used_elsewhere(fd)
-        finally:
-            os.close(other)
-        return refused and not used_elsewhere(fd)
-
-
-def _write_shown(todo: list[tuple[str, int, dict[str, str], int]]) -> None:
-    for path, atime_ns, values, mtime_ns in todo:
-        try:
-            _write_one(path, atime_ns, values, mtime_ns)
-        except OSError as error:
-            log.debug("%s: times and attributes stay as they are: %s", path, error)
-
-
-def _write_one(file: int | str, atime_ns: int, values: Mapping[str, str], mtime_ns: int) -> None:
-    """On the store's own inode, what is not so already. Raises OSError."""
-    found = os.stat(file)
-    if (found.st_atime_ns, found.st_mtime_ns) != (atime_ns, mtime_ns):
-        os.utime(file, ns=(atime_ns, mtime_ns))
-    for name, value in values.items():
-        encoded = value.encode()
-        try:
-            if os.getxattr(file, PREFIX + name) == encoded:
-                continue
-        except OSError as error:
-            if error.errno != errno.ENODATA:
-                raise
-        os.setxattr(file, PREFIX + name, encoded)
