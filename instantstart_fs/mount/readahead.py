@@ -19,6 +19,7 @@ import array
 import collections
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -56,7 +57,7 @@ class _Job:
 
 class Crew:
     """Threads that work through jobs, one after the other, block by block. ``report``: (kind, job, bytes), from any
-    thread."""
+    thread. Raises OSError where not one thread can be started."""
 
     def __init__(self, threads: int, report: Callable[[int, int, int], None]) -> None:
         self._report = report
@@ -64,7 +65,12 @@ class Crew:
         self._changed = threading.Condition()
         self._buffers = threading.local()
         for number in range(threads):
-            threading.Thread(target=self._work, name=f"readahead-{number}", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name=f"readahead-{number}", daemon=True).start()
+            except RuntimeError:  # pids.max is reached: those that run do the work
+                if not number:
+                    raise OSError(errno.EAGAIN, "no thread can be started") from None
+                break
 
     def stage(self, number: int, fd: int, length: int) -> None:
         """Takes ``fd`` over."""
