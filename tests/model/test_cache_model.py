@@ -38,13 +38,14 @@ from instantstart_fs.core import eviction
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import FillCancelled, PipelineBusy, StoreError, StoreFull
-from instantstart_fs.filler import committer, delivery, evictor
+from instantstart_fs.filler import committer, delivery
 from instantstart_fs.filler.messages import Arrived, Closed, CloseFile, Fetch, OpenFile, SetLocation
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
 from instantstart_fs.origins.base import Location
 from instantstart_fs.serving import admission
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.upkeep import eviction as evictor_module
 from tests.component.test_library import find
 
 KIB = 1024
@@ -127,11 +128,11 @@ class InlinePool:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "WorkerPool", InlinePool)
     monkeypatch.setattr(committer, "SEAL_SECONDS", 0.0)
-    monkeypatch.setattr(evictor, "INTERVAL", 0.01)
+    monkeypatch.setattr(evictor_module, "INTERVAL", 0.01)
     monkeypatch.setattr(residency, "MOST_FILES", 0)
     monkeypatch.setattr(residency, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(admission, "RETRY_SECONDS", 0.0)
-    monkeypatch.setattr(admission, "SLACK_SECONDS", 0.0)
+    monkeypatch.setattr(admission, "FREE_BYTES_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +486,7 @@ class World:
 NAMES = [
     *(["read"] * 6 + ["open"] * 3 + ["close"] * 4 + ["add"] * 4 + ["time"] * 5 + ["warm"] * 4 + ["look"] * 2),
     *("touch", "lease", "unlease", "unlease", "pin", "pin", "evict", "remove", "jump", "shrink", "disk", "update"),
-    *("restart", "crash", "fold", "fold"),
+    *("restart", "crash", "unload", "unload"),
 ]
 operations = st.lists(
     st.tuples(st.sampled_from(NAMES), st.integers(0, PIPELINES - 1), st.integers(0, 23)), min_size=20, max_size=150
