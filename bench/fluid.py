@@ -38,7 +38,7 @@ class Fluid:
         self._nothing = len(capacities)
         self._size = 0
         self._left: numpy.typing.NDArray[numpy.float64] = numpy.zeros(0)
-        self._through: numpy.typing.NDArray[numpy.int64] = numpy.zeros((0, MOST_RESOURCES), dtype=numpy.int64)
+        self._through: numpy.typing.NDArray[numpy.int32] = numpy.zeros((MOST_RESOURCES, 0), dtype=numpy.int32)
         self._told: list[Callable[[], None] | None] = []
         self._free: list[int] = []
         self._grow(1024)
@@ -48,8 +48,8 @@ class Fluid:
     def _grow(self, size: int) -> None:
         more = size - self._size
         self._left = numpy.concatenate([self._left, numpy.zeros(more)])
-        rows = numpy.full((more, MOST_RESOURCES), self._nothing, dtype=numpy.int64)
-        self._through = numpy.concatenate([self._through, rows])
+        columns = numpy.full((MOST_RESOURCES, more), self._nothing, dtype=numpy.int32)
+        self._through = numpy.concatenate([self._through, columns], axis=1)
         self._told.extend([None] * more)
         self._free.extend(range(size - 1, self._size - 1, -1))
         self._size = size
@@ -60,8 +60,8 @@ class Fluid:
             self._grow(2 * self._size)
         flow = self._free.pop()
         self._left[flow] = max(size, 1.0)
-        self._through[flow, : len(through)] = through
-        self._through[flow, len(through) :] = self._nothing
+        self._through[: len(through), flow] = through
+        self._through[len(through) :, flow] = self._nothing
         self._told[flow] = told
         return flow
 
@@ -96,7 +96,7 @@ class Fluid:
 
     def _step(self, active: numpy.typing.NDArray[numpy.int64], limit: float) -> None:
         self.steps += 1
-        through, left = self._through[active], self._left[active]
+        through, left = self._through[:, active], self._left[active]
         rates = self.rates(through)
         with numpy.errstate(divide="ignore"):
             ends = left / rates
@@ -109,7 +109,7 @@ class Fluid:
         left[over] = 0.0
         self._left[active] = left
         self.carried += numpy.bincount(
-            through.ravel(), numpy.repeat(moved, MOST_RESOURCES), minlength=len(self.capacities)
+            through.ravel(), numpy.tile(moved, MOST_RESOURCES), minlength=len(self.capacities)
         )
         self.now += seconds
         ended: list[int] = active[over].tolist()
@@ -121,25 +121,23 @@ class Fluid:
             if each is not None:
                 each()
 
-    def rates(self, through: numpy.typing.NDArray[numpy.int64]) -> numpy.typing.NDArray[Any]:
-        """Bytes a second of flows, each through a row of resources. No resource carries more than its capacity."""
+    def rates(self, through: numpy.typing.NDArray[numpy.int32]) -> numpy.typing.NDArray[Any]:
+        """Bytes a second of flows, each through a column of resources. No resource carries more than its capacity."""
         free = self.capacities.copy()
-        rates = numpy.zeros(len(through))
-        waiting = numpy.arange(len(through))
-        rows = through
+        rates = numpy.zeros(through.shape[1])
+        waiting = numpy.arange(through.shape[1])
         for _ in range(ROUNDS):
-            users = numpy.bincount(rows.ravel(), minlength=len(free))
+            users = numpy.bincount(through.ravel(), minlength=len(free))
             users[self._nothing] = 0
             share = numpy.where(users > 0, free / numpy.maximum(users, 1), UNLIMITED)
-            gain = share[rows].min(axis=1)
+            gain = share[through].min(axis=0)
             rates[waiting] += gain
-            free -= numpy.bincount(rows.ravel(), numpy.repeat(gain, MOST_RESOURCES), minlength=len(free))
+            free -= numpy.bincount(through.ravel(), numpy.tile(gain, MOST_RESOURCES), minlength=len(free))
             free = numpy.maximum(free, 0.0)
             free[self._nothing] = UNLIMITED
             # who passes through a full resource gets no more
-            full = free < 1e-3 * self.capacities
-            going = ~full[rows].any(axis=1)
+            going = ~(free < 1e-3 * self.capacities)[through].any(axis=0)
             if not going.any():
                 break
-            waiting, rows = waiting[going], rows[going]
+            waiting, through = waiting[going], through[:, going]
         return rates

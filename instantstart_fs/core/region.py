@@ -35,6 +35,8 @@ CLAIM_STALL = 30.0
 RENEW_SECONDS = 2.0
 WATCH_SECONDS = 2.0
 """How often a claim that this host waits for is looked at."""
+MOST_UNREADABLE = 4
+"""Looks that found nothing that could be read, over CLAIM_TTL, after which a claim counts for nothing."""
 MOST_LIVE = 32
 """Groups of a file that may be claimed in a region at once; beyond, nobody claims more: origins count connections."""
 LEAST_PATIENCE, FIRST_PATIENCE, MOST_PATIENCE = 0.25, 1.0, 2.0
@@ -63,19 +65,30 @@ class ClaimMark(msgspec.Struct, frozen=True):
 
 
 class Claim:
-    """Another host's claim, as it was seen over time. ``epoch``: how often the group was taken over before."""
+    """Another host's claim, as it was seen over time. ``epoch``: how often the group was taken over before.
 
-    __slots__ = ("changed", "epoch", "looked", "mark", "moved")
+    Where there are many, each is looked at seldom. What was alive at the last look is alive until another one tells
+    otherwise; what could never be read is believed for CLAIM_TTL, whoever wrote it."""
+
+    __slots__ = ("changed", "epoch", "looked", "mark", "moved", "observed", "tries")
 
     def __init__(self, epoch: int, now: float) -> None:
         self.epoch = epoch
         self.mark: ClaimMark | None = None
-        self.changed = self.moved = now
+        self.changed = self.moved = self.observed = now
         self.looked = -math.inf
+        self.tries = 0
+        """Looks since its record was last read."""
+
+    def look(self, now: float) -> None:
+        """Its record is asked for."""
+        self.looked = now
+        self.tries += 1
 
     def see(self, mark: ClaimMark, now: float) -> None:
         """Its record was read."""
-        self.looked = now
+        self.looked = self.observed = now
+        self.tries = 0
         if self.mark is None or (mark.host, mark.beat) != (self.mark.host, self.mark.beat):
             self.changed = now
         if self.mark is None or mark.done > self.mark.done or mark.host != self.mark.host:
@@ -83,11 +96,12 @@ class Claim:
         self.mark = mark
 
     def dead(self, now: float) -> bool:
-        """Whether its owner counts as dead or stuck."""
-        return now - self.changed >= CLAIM_TTL or now - self.moved >= CLAIM_STALL
-
-    def dies_at(self) -> float:
-        return min(self.changed + CLAIM_TTL, self.moved + CLAIM_STALL)
+        """Whether its owner counts as dead or stuck, or nobody can read the record."""
+        if self.mark is None:
+            return now - self.changed >= CLAIM_TTL
+        if self.observed - self.changed >= CLAIM_TTL or self.observed - self.moved >= CLAIM_STALL:
+            return True
+        return self.tries >= MOST_UNREADABLE and self.looked - self.observed >= CLAIM_TTL
 
 
 class _Mine:
@@ -318,15 +332,21 @@ class PullPlan:
 
     def watches(self, most: int, now: float) -> list[Take]:
         """Claims of others to look at now, those with readers first; ``seen`` and ``vanished`` tell the answer."""
+        readers = {chunk // GROUP_CHUNKS for chunk in self._demands}
         due = [
-            (not self._demanded(group), claim.looked, group, claim)
+            (group not in readers, claim.looked, group, claim)
             for group, claim in self._theirs.items()
-            if now - claim.looked >= WATCH_SECONDS and group not in self._gone and self._lacks(group)
+            if now - claim.looked >= WATCH_SECONDS
         ]
         due.sort(key=lambda item: item[:3])
-        for _, _, _, claim in due[:most]:
-            claim.looked = now
-        return [Take(group, claim.epoch) for _, _, group, claim in due[:most]]
+        chosen: list[Take] = []
+        for _, _, group, claim in due:
+            if len(chosen) >= most:
+                break
+            if group not in self._gone and self._lacks(group):
+                claim.look(now)
+                chosen.append(Take(group, claim.epoch))
+        return chosen
 
     def seen(self, group: int, epoch: int, mark: ClaimMark, now: float) -> None:
         claim = self._theirs.get(group)
@@ -406,7 +426,9 @@ class PullPlan:
         times += [mine.renewed + RENEW_SECONDS for mine in self._mine.values()]
         for group, claim in self._theirs.items():
             if group not in self._gone:
-                times += [max(claim.looked, now - WATCH_SECONDS) + WATCH_SECONDS, claim.dies_at()]
+                times.append(max(claim.looked, now - WATCH_SECONDS) + WATCH_SECONDS)
+                if claim.mark is None and claim.changed + CLAIM_TTL > now:
+                    times.append(claim.changed + CLAIM_TTL)
         return min((max(when, now) for when in times), default=math.inf)
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -427,7 +449,8 @@ class PullPlan:
         if self.background:
             if self._order is None:
                 self._order = order(self.host, self.pin, self.groups)
-            self._order = [group for group in self._order if group not in self._gone]
+            if len(self._order) > 2 * (self.groups - len(self._gone)):  # once in a while: there may be thousands
+                self._order = [group for group in self._order if group not in self._gone]
             yield from (group for group in self._order if group not in seen)
 
     def _check_group(self, group: int) -> None:

@@ -34,9 +34,9 @@ def test_nothing_carries_more_than_it_can() -> None:
     chance = random.Random(1)
     fluid = Fluid([chance.uniform(1, 10) for _ in range(30)])
     rows = [chance.sample(range(30), 4) + [30] * (MOST_RESOURCES - 4) for _ in range(200)]
-    through = numpy.array(rows)
+    through = numpy.array(rows).T
     rates = fluid.rates(through)
-    load = numpy.bincount(through.ravel(), numpy.repeat(rates, MOST_RESOURCES), minlength=31)[:30]
+    load = numpy.bincount(through.ravel(), numpy.tile(rates, MOST_RESOURCES), minlength=31)[:30]
     assert (load <= fluid.capacities[:30] * 1.001).all()
     assert (rates > 0).all()
     # Each is held up somewhere: a resource that it passes through is nearly full.

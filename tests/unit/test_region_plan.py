@@ -17,6 +17,7 @@ from instantstart_fs.core.region import (
     LEAST_PATIENCE,
     MOST_LIVE,
     MOST_PATIENCE,
+    MOST_UNREADABLE,
     RENEW_SECONDS,
     WAIT,
     Claim,
@@ -24,6 +25,7 @@ from instantstart_fs.core.region import (
     ClaimState,
     Patience,
     PullPlan,
+    Take,
     give_up_at,
     order,
 )
@@ -136,7 +138,37 @@ def test_a_claim_lives_while_its_record_changes() -> None:
         now += 5.0
         claim.see(ClaimMark("b", beat, beat), now)
         assert not claim.dead(now + 5.0)
+    claim.see(ClaimMark("b", 9, 9), now + CLAIM_TTL)
     assert claim.dead(now + CLAIM_TTL)
+
+
+def test_a_claim_that_nobody_looked_at_is_not_dead() -> None:
+    """Hosts that have a thousand claims to look at come to each every ten seconds: its owner renews it meanwhile."""
+    one = plan(GROUP_CHUNKS)
+    one.listed([], {0: 0}, 0.0)
+    assert one.watches(9, 0.5) == [Take(0, 0)]
+    one.seen(0, 0, ClaimMark("b", 1, 1), 0.6)
+    late = 3 * CLAIM_TTL
+    assert one.next_claims(ROOM, late) == []
+    assert one.watches(9, late) == [Take(0, 0)]
+    assert one.next_claims(ROOM, late) == [], "it was asked for, and not read yet"
+    one.seen(0, 0, ClaimMark("b", 7, 5), late + 0.1)
+    assert one.next_claims(ROOM, late + 0.1) == []
+    one.watches(9, late + CLAIM_TTL + 1)
+    one.seen(0, 0, ClaimMark("b", 7, 5), late + CLAIM_TTL + 1)
+    assert one.next_claims(ROOM, late + CLAIM_TTL + 1) == [Take(0, 1)]
+
+
+def test_a_record_that_cannot_be_read_any_more_dies() -> None:
+    one = plan(GROUP_CHUNKS)
+    one.listed([], {0: 0}, 0.0)
+    one.seen(0, 0, ClaimMark("b", 1, 1), 0.0)
+    now, tries = 1.0, 0
+    while not one.next_claims(ROOM, now):
+        tries += len(one.watches(9, now))
+        now += 0.5
+        assert now < 3 * CLAIM_TTL
+    assert tries == MOST_UNREADABLE
 
 
 def test_an_owner_that_renews_and_brings_nothing_is_stuck() -> None:
