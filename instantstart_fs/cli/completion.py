@@ -31,7 +31,7 @@ def verbs_and_pipelines(context: typer.Context, incomplete: str) -> list[str]:
 
 def held(incomplete: str) -> list[str]:
     """Ids that begin so, of those that this user holds in memory. No daemon is asked."""
-    from instantstart_fs.prefetch.holding import held_pipelines
+    from instantstart_fs.prefetch.hold_protocol import held_pipelines
 
     try:
         return [pipeline for pipeline in held_pipelines() if pipeline.startswith(incomplete)]

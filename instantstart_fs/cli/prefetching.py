@@ -22,7 +22,9 @@ from instantstart_fs.core.humanize import human_bytes, human_seconds
 from instantstart_fs.core.limits import MAX_SECONDS
 from instantstart_fs.errors import DaemonUnreachable, InstantStartError, PrefetchError, UsageError
 from instantstart_fs.prefetch import DeviceReport, LeaseSource, Stage, Stager, plan
-from instantstart_fs.prefetch.holding import HoldClient, Holder, HoldStatus, held_pipelines, hold_socket
+from instantstart_fs.prefetch.hold_client import HoldClient
+from instantstart_fs.prefetch.hold_protocol import HoldStatus, held_pipelines, hold_socket
+from instantstart_fs.prefetch.holder import Holder
 from instantstart_fs.prefetch.libtorch import load_torch
 
 LINE_SECONDS = 5.0

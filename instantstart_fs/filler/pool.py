@@ -7,7 +7,6 @@ death to ``on_death``, both on the trio thread; their owner gives the work of a 
 
 from __future__ import annotations
 
-import array
 import contextlib
 import logging
 import math
@@ -15,7 +14,6 @@ import mmap
 import os
 import socket as stdlib_socket
 import subprocess
-import sys
 from collections.abc import Callable
 
 import msgspec
@@ -37,6 +35,8 @@ from instantstart_fs.filler.messages import (
     encode,
     packet,
 )
+from instantstart_fs.ipc.children import spawn_module
+from instantstart_fs.ipc.supervised import reap, send_packet
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.store.os_errors import translated
 
@@ -48,7 +48,6 @@ SILENCE_SECONDS = 60.0
 READY_SECONDS = 30.0
 GOODBYE_SECONDS = 3.0
 MAX_REPORT = 64 * 1024
-_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 class Worker:
@@ -199,23 +198,12 @@ class WorkerPool:
             worker.connection.close()  # the worker leaves on EOF
             worker.drop_outbox()
             with trio.CancelScope(shield=True):
-                await self._reap(worker)
+                await reap(worker.process, "fetch worker", GOODBYE_SECONDS)
             if known:
                 self._on_death(worker)
         log.warning(
             "the fetch worker %d ended (status %s); another one takes over", worker.pid, worker.process.returncode
         )
-
-    async def _reap(self, worker: Worker) -> None:
-        for last in (False, True):
-            try:
-                await trio.to_thread.run_sync(worker.process.wait, GOODBYE_SECONDS)
-            except subprocess.TimeoutExpired:
-                if last:
-                    log.error("the fetch worker %d cannot be killed (a stuck disk?)", worker.pid)
-                worker.kill()
-            else:
-                return
 
     async def _spawn(self) -> Worker:
         ours, theirs = stdlib_socket.socketpair(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_SEQPACKET)
@@ -235,24 +223,14 @@ class WorkerPool:
             raise
 
     def _popen(self, socket_fd: int, lock_fd: int) -> subprocess.Popen[bytes]:
-        environment = dict(os.environ)
-        paths = [_PACKAGE_ROOT, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-        environment.setdefault("MALLOC_ARENA_MAX", "2")
-        settings = msgspec.json.encode(self._settings).decode()
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "instantstart_fs.filler.worker",
-                str(socket_fd),
-                str(lock_fd),
-                str(self._pause_fd),
-                settings,
-            ],
+        return spawn_module(
+            "instantstart_fs.filler.worker",
+            str(socket_fd),
+            str(lock_fd),
+            str(self._pause_fd),
+            msgspec.json.encode(self._settings).decode(),
             pass_fds=(socket_fd, lock_fd, self._pause_fd),
-            stdin=subprocess.DEVNULL,
-            env=environment,
+            defaults={"MALLOC_ARENA_MAX": "2"},
             process_group=0,
         )
 
@@ -284,13 +262,7 @@ class WorkerPool:
         while True:
             orders, fds = await worker.next_packet()
             try:
-                if not fds:
-                    await worker.connection.send(packet(orders))
-                else:
-                    rights = array.array("i", fds).tobytes()
-                    await worker.connection.sendmsg(
-                        [packet(orders)], [(stdlib_socket.SOL_SOCKET, stdlib_socket.SCM_RIGHTS, rights)]
-                    )
+                await send_packet(worker.connection, packet(orders), fds)
             except OSError:
                 return  # it is dying: the reader sees the end
             finally:

@@ -12,7 +12,6 @@ All of it lives on the trio thread.
 
 from __future__ import annotations
 
-import array
 import collections
 import contextlib
 import itertools
@@ -21,7 +20,6 @@ import math
 import os
 import socket as stdlib_socket
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Protocol
 
@@ -40,6 +38,8 @@ from instantstart_fs.core.staging import (
 )
 from instantstart_fs.errors import InstantStartError, OutOfResources
 from instantstart_fs.filler.target import FileKey
+from instantstart_fs.ipc.children import spawn_module
+from instantstart_fs.ipc.supervised import reap, send_packet
 from instantstart_fs.mount import readahead
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ log = logging.getLogger(__name__)
 BUDGET_SECONDS = 1.0
 """While something waits for memory, the budget is looked at again after so long: it changes as the engine grows."""
 GOODBYE_SECONDS = 3.0
-_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 class Shelves(Protocol):
@@ -416,30 +415,12 @@ class StagingProcess:
             for job in list(self._jobs):
                 self._lose(job)
             with trio.CancelScope(shield=True):
-                await self._reap(process)
+                await reap(process, "staging process", GOODBYE_SECONDS)
 
     def _popen(self, fd: int) -> subprocess.Popen[bytes]:
-        environment = dict(os.environ)
-        paths = [_PACKAGE_ROOT, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-        return subprocess.Popen(
-            [sys.executable, "-m", "instantstart_fs.mount.readahead", str(fd), str(self._threads)],
-            pass_fds=(fd,),
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            process_group=0,
+        return spawn_module(
+            "instantstart_fs.mount.readahead", str(fd), str(self._threads), pass_fds=(fd,), process_group=0
         )
-
-    async def _reap(self, process: subprocess.Popen[bytes]) -> None:
-        for last in (False, True):
-            try:
-                await trio.to_thread.run_sync(process.wait, GOODBYE_SECONDS)
-            except subprocess.TimeoutExpired:
-                if last:
-                    log.error("the staging process %d cannot be killed (a stuck disk?)", process.pid)
-                process.kill()
-            else:
-                return
 
     async def _read(self, connection: trio.socket.SocketType) -> None:
         while True:
@@ -459,11 +440,7 @@ class StagingProcess:
     ) -> None:
         async for packet, fd in outbox:
             try:
-                if fd < 0:
-                    await connection.send(packet)
-                else:
-                    rights = array.array("i", [fd]).tobytes()
-                    await connection.sendmsg([packet], [(stdlib_socket.SOL_SOCKET, stdlib_socket.SCM_RIGHTS, rights)])
+                await send_packet(connection, packet, [fd] if fd >= 0 else [])
             except OSError:
                 return  # it is dying: the reader sees the end
             finally:

@@ -23,6 +23,7 @@ import msgspec
 
 from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec, PipelineSpec, Skipped
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable, OriginUnsupported, from_code
+from instantstart_fs.ipc.children import spawn_module
 from instantstart_fs.origins.settings import OriginSettings
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ SLICE = 1000
 """Files of a frame: decoding it holds up the others for under a millisecond."""
 MEMORY = 4 << 30
 """Bytes that the process may take."""
-_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 What = Literal["resolve", "check"]
@@ -86,17 +86,10 @@ class Lister:
 
     def run(self) -> ModelManifest | None:
         """The manifest, None of a check. Raises what an origin raises."""
-        environment = dict(os.environ)
-        paths = [_PACKAGE_ROOT, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
         source = self._order.model.source
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "instantstart_fs.origins.lister"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                process_group=0,
+            process = spawn_module(
+                "instantstart_fs.origins.lister", stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
             )
         except OSError as error:
             raise OriginUnavailable(f"{source}: no process to list it: {os.strerror(error.errno or 0)}") from error

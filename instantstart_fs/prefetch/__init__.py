@@ -6,7 +6,7 @@
     backends  how bytes get from a file into a device's memory
     worker    the process that does it, one for each device
     stager    starts workers, feeds them, keeps account: Stager, Stage
-    holding   a Stage kept for engines, which take it file by file
+    holder    a Stage kept for engines, which take it file by file
     loading   load_state_dict, for engines without a plugin
     vllm_loader  vLLM's plugin; imported by vLLM alone
 
@@ -18,7 +18,8 @@ from instantstart_fs.prefetch.layout import FileLayout, TensorLayout, read_layou
 from instantstart_fs.prefetch.loading import load_state_dict
 from instantstart_fs.prefetch.plan import DevicePlan, Plan, PlannedFile, plan
 from instantstart_fs.prefetch.sources import DirectorySource, LeaseSource, OpenedFile, Source
-from instantstart_fs.prefetch.stager import DeviceReport, Exported, Stage, Stager
+from instantstart_fs.prefetch.staged import DeviceReport, Exported
+from instantstart_fs.prefetch.stager import Stage, Stager
 
 __all__ = [
     "DevicePlan",

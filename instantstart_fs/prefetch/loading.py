@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from instantstart_fs.errors import DaemonUnreachable, PrefetchError, UsageError
-from instantstart_fs.prefetch.holding import HoldClient
+from instantstart_fs.prefetch.hold_client import HoldClient
 from instantstart_fs.prefetch.plan import check_devices, plan
 from instantstart_fs.prefetch.sources import LeaseSource, Source
 from instantstart_fs.prefetch.stager import Stager

@@ -1,177 +1,45 @@
-"""Stager and Stage: start a worker for each device, give it files as they come, keep account, take it all down again.
+"""Stages weights into device memory: starts a worker for each device, feeds it files as they come, takes it all down.
 
     with Stager(source).start(plan) as stage:
         stage.wait()
         state_dict = stage.tensors("cuda:0")
 
-One thread feeds (it waits for the source), one thread for each worker listens; all state is under one lock. Whatever
-goes wrong, anywhere, fails the whole Stage: its workers end, their memory is free, and every waiter gets the error.
+It reads no weights itself; the workers do. One thread feeds (it waits for the source), one thread for each worker
+listens; all state is under one lock. Whatever goes wrong, anywhere, fails the whole Stage: its workers end, their
+memory is free, and every waiter gets the error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import mmap
 import os
 import select
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import msgspec
 
 from instantstart_fs.config.descriptors import NO_MORE, raise_file_limit
 from instantstart_fs.core.weights import WeightSet
-from instantstart_fs.errors import BadWeights, InstantStartError, OutOfBudget, PrefetchError, from_code
+from instantstart_fs.errors import BadWeights, InstantStartError, PrefetchError, from_code
 from instantstart_fs.prefetch import backends, messages
+from instantstart_fs.prefetch.budget import cpu_limits, device_limits, refusals
+from instantstart_fs.prefetch.device_worker import STOP_DEADLINE, DeviceWorker
 from instantstart_fs.prefetch.layout import FileLayout, read_layout
-from instantstart_fs.prefetch.libtorch import load_torch
-from instantstart_fs.prefetch.memory import allocate, available, mapped, rounded
-from instantstart_fs.prefetch.messages import MAX_PACKET, Export, IpcHandle, Load, Release, Settings, ToWorker
-from instantstart_fs.prefetch.plan import DevicePlan, Plan, PlannedFile, admit
+from instantstart_fs.prefetch.memory import allocate
+from instantstart_fs.prefetch.messages import MAX_PACKET, Export, IpcHandle, Load, Release, Settings
+from instantstart_fs.prefetch.plan import Plan
 from instantstart_fs.prefetch.sources import OpenedFile, Source
-from instantstart_fs.prefetch.tensors import from_ipc, from_memory, views
+from instantstart_fs.prefetch.staged import DeviceReport, Exported, StagedFile, device_reports, ready_seconds
+from instantstart_fs.prefetch.tensors import views
 
 START_DEADLINE = 120.0
 """Seconds for a worker to be ready: importing torch and making a CUDA context, on a machine that is busy."""
-STOP_DEADLINE = 5.0
-"""Seconds for a worker to end by itself before it is killed."""
-DEVICE_RESERVE = 256 * 1024 * 1024
-"""Bytes of a GPU's free memory that are left alone: engines start their own contexts at the same time."""
-
-ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Meant for the engine. Expandable segments would hand memory over in another way, which needs the right to trace."""
-
-
-class DeviceReport(NamedTuple):
-    """``bytes`` of ``total`` are in place: ``cached`` out of the page cache, ``disk`` from the disk. ``seconds``: from
-    the Stage's start to its last byte, or to now. ``loading``: the part of them since its
-    first file was given to it, which leaves out starting the worker. ``refusals``: (backend, why not)."""
-
-    device: str
-    backend: str
-    refusals: tuple[tuple[str, str], ...]
-    bytes: int
-    total: int
-    cached: int
-    disk: int
-    seconds: float
-    loading: float
-    done: bool
-
-
-class Exported(NamedTuple):
-    """A staged file, for another process. CPU: ``fd``, a memfd that the caller closes. CUDA: ``handle``, to be opened
-    once (tensors.from_ipc). ``layout`` None: not safetensors, a whole byte buffer."""
-
-    path: str
-    size: int
-    layout: FileLayout | None
-    fd: int | None
-    handle: IpcHandle | None
-
-
-class _File:
-    def __init__(self, number: int, planned: PlannedFile, worker: _Worker) -> None:
-        self.number = number
-        self.planned = planned
-        self.worker = worker
-        self.layout: FileLayout | None = planned.layout
-        self.memory: int | None = None
-        self.mapping: mmap.mmap | None = None
-        self.base: Any = None
-        self.given_at: float | None = None
-        self.ready_at: float | None = None
-        self.released = False
-
-
-class _Worker:
-    """The process of one device and what is known of it."""
-
-    def __init__(self, plan: DevicePlan) -> None:
-        self.plan = plan
-        self.process: subprocess.Popen[bytes] | None = None
-        self.socket: socket.socket | None = None
-        self.ready: messages.Ready | None = None
-        self.cached = 0
-        self.disk = 0
-        self.first_given_at: float | None = None
-        self.finished_at: float | None = None
-        self.heard_at = time.monotonic()
-        self.send_lock = threading.Lock()
-
-    @property
-    def cuda(self) -> bool:
-        return self.plan.device.startswith("cuda")
-
-    def start(self, settings: Settings) -> None:
-        try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        except OSError as error:
-            raise PrefetchError(f"the worker of {self.plan.device} cannot be started: {error.strerror}") from error
-        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path}
-        for name in ALLOCATOR_SETTINGS:
-            environment.pop(name, None)
-        with theirs:
-            try:
-                self.process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "instantstart_fs.prefetch.worker",
-                        str(theirs.fileno()),
-                        messages.encode(settings).decode(),
-                    ],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    env=environment,
-                )
-            except OSError as error:
-                ours.close()
-                raise PrefetchError(
-                    f"the worker of {self.plan.device} cannot be started: {sys.executable}: {error.strerror}"
-                ) from error
-        self.socket = ours
-
-    def send(self, message: ToWorker, fds: list[int]) -> None:
-        """Raises OSError when it is gone."""
-        assert self.socket is not None
-        with self.send_lock:
-            socket.send_fds(self.socket, [messages.encode(message)], fds)
-
-    def end(self) -> None:
-        """Close, wait, kill. The socket itself is closed by its listener."""
-        if self.socket is not None:
-            with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_RDWR)
-        if self.process is None:
-            return
-        try:
-            self.process.wait(STOP_DEADLINE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # inside a read that no signal ends
-                self.process.wait(STOP_DEADLINE)
-
-    def how_it_ended(self) -> str:
-        assert self.process is not None
-        try:
-            status = self.process.wait(STOP_DEADLINE)
-        except subprocess.TimeoutExpired:
-            return "closed its socket"
-        if status < 0:
-            memory = " (by hand, or because memory ran out)" if status == -signal.SIGKILL else ""
-            return f"was killed by {signal.Signals(-status).name}{memory}"
-        return f"ended with {status}; what it said is on stderr"
 
 
 class Stager:
@@ -225,9 +93,9 @@ class Stage:
         self.plan = plan
         self.refused_models: tuple[str, ...] = ()
         self._changed = threading.Condition()
-        self._workers = [_Worker(device) for device in plan.devices]
-        self._files: dict[str, _File] = {}
-        self._numbers: dict[int, _File] = {}
+        self._workers = [DeviceWorker(device) for device in plan.devices]
+        self._files: dict[str, StagedFile] = {}
+        self._numbers: dict[int, StagedFile] = {}
         self._exports: dict[int, messages.Exported | None] = {}
         self._tokens = itertools.count()
         self._error: InstantStartError | None = None
@@ -248,13 +116,13 @@ class Stage:
 
     def _start(self) -> None:
         raise_file_limit()  # a memfd of each file here; in the workers, who inherit it, up to four descriptors of each
-        self._check_cpu_budget()
+        self._admit(cpu_limits(self.plan, self._stager.budget, what_fits=self._stager.what_fits))
         numbers = itertools.count()
         for worker in self._workers:
             for planned in worker.plan.files:
                 if planned.model in self.refused_models:
                     continue
-                file = _File(next(numbers), planned, worker)
+                file = StagedFile(next(numbers), planned, worker)
                 self._files[planned.path] = self._numbers[file.number] = file
         for worker in self._workers:
             # All at once: importing torch and making a context takes seconds, in each of them.
@@ -269,50 +137,21 @@ class Stage:
         self._threads.append(thread)
         thread.start()
 
-    def _check_cpu_budget(self) -> None:
-        devices = [worker.plan.device for worker in self._workers if not worker.cuda]
-        limits = {device: self._stager.budget[device] for device in devices if device in self._stager.budget}
-        self._refuse_what_does_not_fit(limits)
-        if not devices:
-            return
-        wanted = sum(
-            rounded(file.size)
-            for worker in self._workers
-            if not worker.cuda
-            for file in worker.plan.files
-            if file.model not in self.refused_models
+    def _admit(self, limits: Mapping[str, int]) -> None:
+        """Refuse the models that do not fit ``limits`` (bytes by device). Raises OutOfBudget."""
+        self.refused_models += refusals(
+            self.plan.without(self.refused_models), limits, what_fits=self._stager.what_fits
         )
-        free = available()
-        if wanted > free:
-            if self._stager.what_fits and len(devices) == 1:
-                self._refuse_what_does_not_fit({devices[0]: free})
-                return
-            raise OutOfBudget(
-                f"{self.plan.pipeline} needs {wanted} bytes of memory and {free} may be taken (90 % of what is free)"
-            )
+        for path in [path for path, file in self._files.items() if file.planned.model in self.refused_models]:
+            del self._numbers[self._files.pop(path).number]
 
     def _check_device_budget(self) -> None:
-        limits = {}
-        for worker in self._workers:
-            if worker.cuda and worker.ready is not None and worker.ready.free is not None:
-                free = max(0, worker.ready.free - DEVICE_RESERVE)
-                limits[worker.plan.device] = min(free, self._stager.budget.get(worker.plan.device, free))
-        self._refuse_what_does_not_fit(limits)
-
-    def _refuse_what_does_not_fit(self, limits: Mapping[str, int]) -> None:
-        """Raises OutOfBudget unless what fits is wanted and something does."""
-        refused = admit(self.plan.without(self.refused_models), limits)
-        if not refused:
-            return
-        needed = {worker.plan.device: worker.plan.bytes for worker in self._workers}
-        described = ", ".join(
-            f"{device}: {needed[device]} bytes needed, {limit} may be taken" for device, limit in limits.items()
-        )
-        self.refused_models += refused
-        if not self._stager.what_fits or not self.plan.without(self.refused_models).total_bytes:
-            raise OutOfBudget(f"{self.plan.pipeline} does not fit: {described}")
-        for path in [path for path, file in self._files.items() if file.planned.model in refused]:
-            del self._numbers[self._files.pop(path).number]
+        free = {
+            worker.plan.device: worker.ready.free
+            for worker in self._workers
+            if worker.cuda and worker.ready is not None and worker.ready.free is not None
+        }
+        self._admit(device_limits(free, self._stager.budget))
 
     # -- feeding ---------------------------------------------------------------------------------------------------
 
@@ -337,7 +176,7 @@ class Stage:
         except Exception as error:
             self._fail(PrefetchError(f"{self.plan.pipeline}: {type(error).__name__}: {error}"))
 
-    def _give(self, file: _File, opened: OpenedFile) -> None:
+    def _give(self, file: StagedFile, opened: OpenedFile) -> None:
         planned, worker = file.planned, file.worker
         try:
             if opened.size != planned.size:
@@ -354,9 +193,7 @@ class Stage:
             with self._changed:
                 if self._closed or self._error is not None:
                     # Whoever took everything down may not have seen this memory.
-                    memory, file.memory = file.memory, None
-                    if memory is not None:
-                        os.close(memory)
+                    file.drop_memory()
                     return
                 file.given_at = worker.heard_at = time.monotonic()
                 worker.first_given_at = worker.first_given_at or file.given_at
@@ -380,7 +217,7 @@ class Stage:
 
     # -- listening -------------------------------------------------------------------------------------------------
 
-    def _listen(self, worker: _Worker) -> None:
+    def _listen(self, worker: DeviceWorker) -> None:
         assert worker.socket is not None
         connection = worker.socket
         # The socket stays blocking (the feeder writes to it); poll has the deadline.
@@ -415,7 +252,7 @@ class Stage:
             with worker.send_lock:
                 connection.close()
 
-    def _is_stuck(self, worker: _Worker) -> bool:
+    def _is_stuck(self, worker: DeviceWorker) -> bool:
         with self._changed:
             busy = any(
                 file.worker is worker and file.given_at is not None and file.ready_at is None and not file.released
@@ -423,7 +260,7 @@ class Stage:
             )
             return busy and time.monotonic() > worker.heard_at + self._stager.timeout
 
-    def _heard(self, worker: _Worker, message: messages.FromWorker) -> None:
+    def _heard(self, worker: DeviceWorker, message: messages.FromWorker) -> None:
         with self._changed:
             worker.heard_at = time.monotonic()
             match message:
@@ -501,34 +338,13 @@ class Stage:
 
     def progress(self) -> tuple[DeviceReport, ...]:
         """One report for each device, in the plan's order."""
-        now = time.monotonic()
         with self._changed:
-            return tuple(
-                DeviceReport(
-                    worker.plan.device,
-                    worker.ready.backend if worker.ready else "",
-                    worker.ready.refusals if worker.ready else (),
-                    worker.cached + worker.disk,
-                    sum(file.planned.size for file in self._files.values() if file.worker is worker),
-                    worker.cached,
-                    worker.disk,
-                    (worker.finished_at or now) - self._started_at,
-                    (worker.finished_at or now) - (worker.first_given_at or now),
-                    worker.finished_at is not None,
-                )
-                for worker in self._workers
-            )
+            return device_reports(self._workers, self._files.values(), self._started_at, time.monotonic())
 
     def ready_seconds(self) -> dict[str, float]:
         """Model → seconds from the start until all of it was in place; models that are not, are left out."""
         with self._changed:
-            found: dict[str, float] = {}
-            late = {file.planned.model for file in self._files.values() if file.ready_at is None}
-            for file in self._files.values():
-                if file.planned.model not in late and file.ready_at is not None:
-                    seconds = file.ready_at - self._started_at
-                    found[file.planned.model] = max(seconds, found.get(file.planned.model, 0.0))
-            return found
+            return ready_seconds(self._files.values(), self._started_at)
 
     def place(self, device: str) -> str:
         """As tensors.place_of, in the process that has the memory."""
@@ -571,11 +387,11 @@ class Stage:
         file = self._ready(path)
         if file.layout is None:
             raise PrefetchError(f"{path} is no safetensors file; take its bytes")
-        return views(self._base(file), file.layout, path)
+        return views(self._tensor(path), file.layout, path)
 
     def bytes_of(self, path: str) -> Any:
         """The whole file as one uint8 tensor on its device: for *.engine, *.gguf, *.bin. Raises as ``tensors``."""
-        return self._base(self._ready(path))
+        return self._tensor(path)
 
     def layout(self, path: str) -> FileLayout | None:
         """None: not safetensors. Known once the file has come. Raises PrefetchError for an unknown path."""
@@ -612,10 +428,8 @@ class Stage:
             if file.released:
                 return
             file.released = True
-            memory, file.memory, file.mapping, file.base = file.memory, None, None, None
             self._changed.notify_all()
-        if memory is not None:
-            os.close(memory)
+        file.drop_memory()  # not under the lock: the kernel takes a second for a large file's pages
         with contextlib.suppress(OSError):
             file.worker.send(Release(file.number), [])
 
@@ -646,10 +460,8 @@ class Stage:
             worker.end()
         with self._changed:
             for file in self._files.values():
-                memory, file.memory, file.mapping, file.base = file.memory, None, None, None
+                file.drop_memory()
                 file.released = True
-                if memory is not None:
-                    os.close(memory)
 
     def _paths_of(self, device: str, model: str | None) -> list[str]:
         if device not in [worker.plan.device for worker in self._workers]:
@@ -660,13 +472,13 @@ class Stage:
             if file.worker.plan.device == device and model in (None, file.planned.model)
         ]
 
-    def _file(self, path: str) -> _File:
+    def _file(self, path: str) -> StagedFile:
         file = self._files.get(path)
         if file is None:
             raise PrefetchError(f"{path} is not among what is staged")
         return file
 
-    def _ready(self, path: str) -> _File:
+    def _ready(self, path: str) -> StagedFile:
         if self._error is not None:
             raise self._error
         file = self._file(path)
@@ -676,15 +488,12 @@ class Stage:
             raise PrefetchError(f"{path} is not in place yet; wait() first")
         return file
 
-    def _base(self, file: _File) -> Any:
-        if file.base is None:
-            if file.memory is not None:
-                file.mapping = mapped(file.memory)
-                file.base = from_memory(file.mapping, file.planned.size)
-            elif not file.planned.size:
-                file.base = load_torch().empty(0, dtype=load_torch().uint8, device=file.worker.plan.device)
-            else:
-                handle = self.export(file.planned.path).handle
-                assert handle is not None
-                file.base = from_ipc(handle, file.planned.size)
-        return file.base
+    def _tensor(self, path: str) -> Any:
+        file = self._ready(path)
+
+        def handle() -> IpcHandle:
+            exported = self.export(path).handle
+            assert exported is not None
+            return exported
+
+        return file.tensor(handle)

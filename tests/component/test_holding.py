@@ -14,7 +14,9 @@ from instantstart_fs import cli
 from instantstart_fs.cli import prefetching
 from instantstart_fs.errors import PermissionRefused, PrefetchError, UsageError
 from instantstart_fs.prefetch import DirectorySource, Stage, Stager, load_state_dict, plan
-from instantstart_fs.prefetch.holding import HoldClient, Holder, held_pipelines
+from instantstart_fs.prefetch.hold_client import HoldClient
+from instantstart_fs.prefetch.hold_protocol import held_pipelines
+from instantstart_fs.prefetch.holder import Holder
 from tests.harness import REPOSITORY
 
 torch = pytest.importorskip("torch")

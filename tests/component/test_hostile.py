@@ -51,7 +51,7 @@ from instantstart_fs.origins.hubtree import Answer
 from instantstart_fs.origins.huggingface import HuggingFaceOrigin
 from instantstart_fs.origins.s3 import S3Origin
 from instantstart_fs.prefetch import DirectorySource, messages, plan, stager
-from instantstart_fs.prefetch.holding import Holder
+from instantstart_fs.prefetch.holder import Holder
 from instantstart_fs.prefetch.stager import Stage, Stager
 from instantstart_fs.prefetch.worker import Worker as PrefetchWorker
 from instantstart_fs.service import Notifier

@@ -21,7 +21,7 @@ import pytest
 from bench.common import evict, resident_bytes
 from instantstart_fs.errors import OutOfBudget, PipelineNotFound, PrefetchError, UsageError
 from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, loading, plan
-from instantstart_fs.prefetch.holding import HoldClient
+from instantstart_fs.prefetch.hold_client import HoldClient
 from tests.component.test_prefetch import write_safetensors
 from tests.e2e.test_generations import config
 from tests.e2e.test_generations import holding as reading

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from instantstart_fs.errors import PrefetchError
-from instantstart_fs.prefetch.holding import HoldClient
+from instantstart_fs.prefetch.hold_client import HoldClient
 from tests.engine.test_transformers import minilm
 from tests.harness import REPOSITORY, Daemon, must, wait_for
 from tests.servers.hub import HubServer

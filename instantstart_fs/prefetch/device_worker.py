@@ -1,0 +1,97 @@
+"""Starts, addresses and ends the process that serves one device. It keeps no account of files."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+from instantstart_fs.errors import PrefetchError
+from instantstart_fs.ipc.children import spawn_module
+from instantstart_fs.prefetch import messages
+from instantstart_fs.prefetch.messages import Settings, ToWorker
+from instantstart_fs.prefetch.plan import DevicePlan
+
+STOP_DEADLINE = 5.0
+"""Seconds for a worker to end by itself before it is killed."""
+
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Meant for the engine. Expandable segments would hand memory over in another way, which needs the right to trace."""
+
+
+class DeviceWorker:
+    """The process of one device and what is known of it. Its user guards all but ``send``."""
+
+    def __init__(self, plan: DevicePlan) -> None:
+        self.plan = plan
+        self.process: subprocess.Popen[bytes] | None = None
+        self.socket: socket.socket | None = None
+        self.ready: messages.Ready | None = None
+        self.cached = 0
+        self.disk = 0
+        self.first_given_at: float | None = None
+        self.finished_at: float | None = None
+        self.heard_at = time.monotonic()
+        self.send_lock = threading.Lock()
+
+    @property
+    def cuda(self) -> bool:
+        return self.plan.device.startswith("cuda")
+
+    def start(self, settings: Settings) -> None:
+        """Start the process. Raises PrefetchError."""
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise PrefetchError(f"the worker of {self.plan.device} cannot be started: {error.strerror}") from error
+        with theirs:
+            try:
+                self.process = spawn_module(
+                    "instantstart_fs.prefetch.worker",
+                    str(theirs.fileno()),
+                    messages.encode(settings).decode(),
+                    pass_fds=[theirs.fileno()],
+                    without=ALLOCATOR_SETTINGS,
+                )
+            except OSError as error:
+                ours.close()
+                raise PrefetchError(
+                    f"the worker of {self.plan.device} cannot be started: {sys.executable}: {error.strerror}"
+                ) from error
+        self.socket = ours
+
+    def send(self, message: ToWorker, fds: list[int]) -> None:
+        """Send an order, from any thread. Raises OSError when the worker is gone."""
+        assert self.socket is not None
+        with self.send_lock:
+            socket.send_fds(self.socket, [messages.encode(message)], fds)
+
+    def end(self) -> None:
+        """Tell it to end, wait, kill it after STOP_DEADLINE. The socket itself is closed by its listener."""
+        if self.socket is not None:
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+        if self.process is None:
+            return
+        try:
+            self.process.wait(STOP_DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # inside a read that no signal ends
+                self.process.wait(STOP_DEADLINE)
+
+    def how_it_ended(self) -> str:
+        """What became of a process whose socket has ended, to follow "the worker of cuda:0"."""
+        assert self.process is not None
+        try:
+            status = self.process.wait(STOP_DEADLINE)
+        except subprocess.TimeoutExpired:
+            return "closed its socket"
+        if status < 0:
+            memory = " (by hand, or because memory ran out)" if status == -signal.SIGKILL else ""
+            return f"was killed by {signal.Signals(-status).name}{memory}"
+        return f"ended with {status}; what it said is on stderr"
