@@ -50,6 +50,7 @@ from instantstart_fs.service import (
     watchdog_interval,
 )
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.system import mountinfo
 from instantstart_fs.upkeep.index_recovery import open_index
 from instantstart_fs.web.binding import BACKLOG, address, bind
 from instantstart_fs.web.health import HealthProbe
@@ -85,7 +86,7 @@ def run(
     with contextlib.suppress(OSError):
         # Before the umask: what lies above the mountpoint is for everybody to pass. Never of a mount itself: one that
         # waits for us to take over would not answer.
-        if kernel.find_mount(os.path.abspath(config.mount.path)) is None:
+        if mountinfo.find_mount(os.path.abspath(config.mount.path)) is None:
             make_directory(config.mount.path)
     os.umask(0o077)
     try:

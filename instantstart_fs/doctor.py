@@ -44,6 +44,7 @@ from instantstart_fs.errors import (
 from instantstart_fs.mount import kernel
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store import filesystem
+from instantstart_fs.system import mountinfo
 
 Outcome = Literal["ok", "warn", "fail"]
 ORIGIN_DEADLINE = 20.0
@@ -265,7 +266,7 @@ def _check_space(directory: str) -> Check:
 
 def check_mountpoint(config: Config, running: bool) -> Check:
     path = os.path.realpath(config.mount.path)
-    mount = kernel.find_mount(path)
+    mount = mountinfo.find_mount(path)
     if mount is None:
         if running:
             return Check("mount", "fail", f"a daemon runs, but nothing is mounted at {path} here", _NAMESPACE)

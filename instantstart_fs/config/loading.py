@@ -46,6 +46,7 @@ from instantstart_fs.core.addresses import is_named
 from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.errors import ConfigError
+from instantstart_fs.system.mountinfo import mounts
 
 PAGE = 4096
 MAX_CHUNK_SIZE = 1 << 30
@@ -341,9 +342,7 @@ def _http(at: At, raw: _Http) -> HttpConfig:
 def _is_our_mount(path: str) -> bool:
     """By /proc: a mount whose daemon is being restarted does not answer before this process does."""
     resolved = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-    wanted = "".join(f"\\{ord(character):03o}" if character in " \t\n\\" else character for character in resolved)
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        return any(line.split(" ")[4] == wanted and " - fuse.instantstart " in line for line in lines)
+    return any(mount.path == resolved and mount.filesystem == "fuse.instantstart" for mount in mounts())
 
 
 def _path_problem(path: str) -> str | None:

@@ -10,6 +10,8 @@ import os
 
 import msgspec
 
+from instantstart_fs.system.mountinfo import parse_mountinfo
+
 _UNLIMITED = 1 << 60
 """Bytes. v1 writes a number near 2^63 where there is no limit; and what is taken where nothing can be read."""
 
@@ -54,23 +56,19 @@ def _memory_cgroups(root: str) -> list[tuple[int, str, str]]:
         elif "memory" in controllers.split(","):
             paths[1] = path
     found = []
-    for line in _text(root, "proc/self/mountinfo").splitlines():
-        before, separator, after = line.partition(" - ")
-        fields, kind = before.split(" "), after.split(" ")
-        if not separator or len(fields) < 5 or len(kind) < 3:
-            continue
-        version = {"cgroup": 1, "cgroup2": 2}.get(kind[0])
-        if version is None or version not in paths or (version == 1 and "memory" not in kind[2].split(",")):
+    for mount in parse_mountinfo(_text(root, "proc/self/mountinfo")):
+        version = {"cgroup": 1, "cgroup2": 2}.get(mount.filesystem)
+        if version is None or version not in paths or (version == 1 and "memory" not in mount.options.split(",")):
             continue
         # In a container the hierarchy is mounted from somewhere below its root; the path is told from its root or, in
         # a cgroup namespace, from the namespace's. A path that leads out of what is mounted means its top.
-        origin, path = fields[3].rstrip("/"), paths[version]
+        origin, path = mount.root.rstrip("/"), paths[version]
         if path == origin or path.startswith(origin + "/"):
             path = path[len(origin) :]
         path = path.strip("/")
-        if ".." in path.split("/") or not os.path.isdir(os.path.join(root, fields[4].lstrip("/"), path)):
+        if ".." in path.split("/") or not os.path.isdir(os.path.join(root, mount.path.lstrip("/"), path)):
             path = ""
-        found.append((version, fields[4], path))
+        found.append((version, mount.path, path))
     return found
 
 

@@ -19,6 +19,7 @@ from instantstart_fs.serving.bindings import BindableFile
 from instantstart_fs.store.layout import BIND
 from instantstart_fs.store.locks import used_elsewhere
 from instantstart_fs.store.os_errors import passing
+from instantstart_fs.system import mountinfo
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def staged_slots(store: str) -> Iterator[str]:
     store = os.path.realpath(store)
     stage = f"{store}/{BIND}"
     os.makedirs(stage, 0o700, exist_ok=True)
-    while kernel.find_mount(stage) is not None:
+    while mountinfo.find_mount(stage) is not None:
         kernel.umount(stage, lazily=True)  # a killed daemon's
     kernel.bind(f"{store}/slots", stage)
     try:
@@ -135,10 +136,10 @@ def unmount_below(below: str) -> None:
                 raise MountFailed(f"{mount.path} cannot be unbound: {error.strerror}") from error
 
 
-def mount_table() -> tuple[kernel.Mount, ...]:
+def mount_table() -> tuple[mountinfo.Mount, ...]:
     """Raises MountFailed: it takes a descriptor."""
     try:
-        return kernel.mounts()
+        return mountinfo.mounts()
     except OSError as error:
         raise MountFailed(f"the mount table cannot be read: {error.strerror}") from error
 

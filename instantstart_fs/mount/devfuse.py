@@ -40,6 +40,7 @@ from instantstart_fs.mount.handover import (
 )
 from instantstart_fs.mount.operations import Entry, Operations
 from instantstart_fs.store.os_errors import passing
+from instantstart_fs.system import mountinfo
 from instantstart_fs.vfs import Invalidation, NotLoaded, Vfs
 
 log = logging.getLogger(__name__)
@@ -306,7 +307,7 @@ class DevFuse:
 
     def _hand_in(self, keep: FdStore, offered: int) -> None:
         """Before the first OPEN, so that the table knows of all."""
-        mount = kernel.find_mount(self._path)
+        mount = mountinfo.find_mount(self._path)
         if mount is None or not offered & wire.HAS_RESEND:
             log.info("a restart will unmount: this kernel does not send requests again")
             return

@@ -26,6 +26,7 @@ import msgspec
 from instantstart_fs import __version__
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.mount import kernel, wire
+from instantstart_fs.system import mountinfo
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ class Inherited:
             return "it was unmounted or aborted meanwhile"
         if terms.path != path:
             return f"it lies at {terms.path}, and the mountpoint is now {path}"
-        mount = kernel.find_mount(path)
+        mount = mountinfo.find_mount(path)
         if mount is None or mount.filesystem != f"fuse.{subtype}" or mount.device != terms.device:
             return f"what is mounted at {path} is another filesystem"
         if terms.minor > wire.MINOR or terms.flags & ~wire.WANTED:
@@ -260,7 +261,7 @@ class Inherited:
         if self.table is not None:
             with contextlib.suppress(HandoverRefused):
                 terms = self.table.terms
-                mount = kernel.find_mount(terms.path)
+                mount = mountinfo.find_mount(terms.path)
                 if mount is not None and mount.device == terms.device and mount.filesystem == f"fuse.{subtype}":
                     kernel.abort_mount(terms.path)
                     kernel.umount_lazily(terms.path)

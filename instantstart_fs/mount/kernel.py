@@ -1,7 +1,7 @@
-"""What the kernel says about mounts, and the few knobs that it offers: mountinfo, umount, bdi readahead, fusectl.
+"""Asks the kernel to mount, unmount, bind and tune, and to tell of opens (mount(2), fanotify(7), fusectl, bdi).
 
-Nothing here touches a mountpoint with stat: /proc/self/mountinfo answers even while a mount's daemon does not. All
-functions are synchronous; those that may block say so.
+It decides nothing, and touches no mountpoint with stat. All functions are synchronous; those that may block say so.
+Constants are from linux/mount.h, linux/fanotify.h and linux/capability.h.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import ctypes
 import errno
 import os
 import re
-import select
 import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-import msgspec
-
 from instantstart_fs.errors import MountFailed
+from instantstart_fs.system import mountinfo
+from instantstart_fs.system.libc import LIBC, checked
+from instantstart_fs.system.mountinfo import Mount
 
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
@@ -33,101 +33,11 @@ MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
 CAP_SYS_ADMIN_BIT: Final = 21
 FUSERMOUNT_DEADLINE: Final = 10.0
-
-TABLE_PAUSE: Final = 0.2
-"""Seconds between two looks at a mount table that changes all the time."""
+"""Seconds."""
+SIGKILL_BIT: Final = 1 << 8
+"""Of SigPnd in /proc/PID/status."""
 
 FUSECTL: Final = "/sys/fs/fuse/connections"
-
-
-class Mount(msgspec.Struct, frozen=True):
-    """A line of mountinfo. ``device`` is "major:minor", ``options`` the mount's and the superblock's, with commas."""
-
-    mount_id: int
-    device: str
-    path: str
-    filesystem: str
-    source: str
-    options: str
-
-
-def parse_mountinfo(text: str) -> tuple[Mount, ...]:
-    """Lines as proc(5) describes them; later lines are mounted over earlier ones of the same path."""
-    found = []
-    for line in text.splitlines():
-        before, separator, after = line.partition(" - ")
-        if not separator:
-            continue
-        fields = before.split(" ")
-        filesystem, source, super_options = [*after.split(" "), "", ""][:3]
-        found.append(
-            Mount(
-                mount_id=int(fields[0]),
-                device=fields[2],
-                path=_unescape(fields[4]),
-                filesystem=filesystem,
-                source=_unescape(source),
-                options=f"{fields[5]},{super_options}",
-            )
-        )
-    return tuple(found)
-
-
-def _unescape(field: str) -> str:
-    """mountinfo writes space, tab, newline and backslash as octal."""
-    raw = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field.encode("utf-8", "surrogateescape"))
-    return raw.decode("utf-8", "surrogateescape")
-
-
-def mounts() -> tuple[Mount, ...]:
-    """All mounts of this process's namespace, in the kernel's order."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        return parse_mountinfo(lines.read())
-
-
-def find_mount(path: str) -> Mount | None:
-    """The topmost mount whose mountpoint is exactly ``path`` (absolute, without symlinks)."""
-    return next((mount for mount in reversed(mounts()) if mount.path == path), None)
-
-
-def is_mounted(mount: Mount) -> bool:
-    """Whether that very mount is still there, at whatever path and under whatever else."""
-    with open("/proc/self/mountinfo", "rb") as table:
-        # Not parsed: a host of containers has thousands of lines, and changes them all the time.
-        return re.search(rb"^%d \d+ %s " % (mount.mount_id, mount.device.encode()), table.read(), re.M) is not None
-
-
-def wait_unmounted(mount: Mount, end: int) -> bool:
-    """Block until that very mount has left the mount table (True), or nobody holds the other end of the pipe ``end``,
-    which is closed here (False). Where its connection lives on, since files of it are open, nothing else tells.
-
-    The kernel tells of changes; nothing is asked again and again. Raises OSError.
-    """
-    try:
-        with open("/proc/self/mountinfo", "rb", buffering=0) as table:
-            changes, ending = select.poll(), select.poll()
-            changes.register(table, select.POLLPRI | select.POLLERR)
-            for poll in (changes, ending):
-                poll.register(end, 0)  # POLLHUP
-            while True:
-                # An older kernel may skip a line while others go: what is missing is looked for twice.
-                if not is_mounted(mount) and not is_mounted(mount):
-                    return True
-                changes.poll()
-                if ending.poll(TABLE_PAUSE * 1000):
-                    return False
-    finally:
-        os.close(end)
-
-
-def filesystem_of(path: str) -> Mount | None:
-    """The mount that ``path`` (absolute, without symlinks) lies on."""
-    best: Mount | None = None
-    for mount in mounts():
-        inside = path == mount.path or path.startswith(mount.path.rstrip("/") + "/")
-        if inside and (best is None or len(mount.path) >= len(best.path)):
-            best = mount
-    return best
 
 
 def mount_fuse(path: str, fd: int, *, fsname: str, subtype: str, allow_other: bool) -> None:
@@ -137,11 +47,8 @@ def mount_fuse(path: str, fd: int, *, fsname: str, subtype: str, allow_other: bo
     options = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
     if allow_other:
         options += ",allow_other"
-    libc = ctypes.CDLL(None, use_errno=True)
-    kind = f"fuse.{subtype}".encode()
-    if libc.mount(fsname.encode(), os.fsencode(path), kind, MS_RDONLY | MS_NOSUID | MS_NODEV, options.encode()) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
+    kind, flags = f"fuse.{subtype}".encode(), MS_RDONLY | MS_NOSUID | MS_NODEV
+    checked(LIBC.mount(fsname.encode(), os.fsencode(path), kind, flags, options.encode()), path)
 
 
 def bind(source: str, target: str) -> None:
@@ -158,10 +65,8 @@ def make_bind_readonly(path: str) -> None:
 
 
 def _mount(source: str | None, target: str, flags: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(None if source is None else os.fsencode(source), os.fsencode(target), None, flags, None) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), target)
+    from_path = None if source is None else os.fsencode(source)
+    checked(LIBC.mount(from_path, os.fsencode(target), None, flags, None), target)
 
 
 def umount(path: str, *, lazily: bool = False) -> None:
@@ -198,13 +103,13 @@ _AT_FDCWD: Final = -100
 
 def fanotify() -> int:
     """A new fanotify group that does not block; as root. Raises OSError."""
-    return _libc_int("fanotify_init", _FAN_INIT, os.O_RDONLY | os.O_CLOEXEC)
+    return checked(LIBC.fanotify_init(_FAN_INIT, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def fan_mark(fd: int, path: str, *, add: bool) -> None:
     """Tell of opens and closes of the inode at ``path`` (or no longer), through whichever mount. Raises OSError."""
     mask = ctypes.c_uint64(_FAN_OPEN | _FAN_CLOSE)
-    _libc_int("fanotify_mark", fd, _FAN_ADD if add else _FAN_REMOVE, mask, _AT_FDCWD, os.fsencode(path))
+    checked(LIBC.fanotify_mark(fd, _FAN_ADD if add else _FAN_REMOVE, mask, _AT_FDCWD, os.fsencode(path)))
 
 
 def fan_events(fd: int) -> list[FanEvent]:
@@ -237,15 +142,6 @@ def mount_id(fd: int) -> int:
         return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
 
 
-def _libc_int(name: str, *args: int | bytes | ctypes.c_uint64) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    result: int = getattr(libc, name)(*args)
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
-
-
 def umount_lazily(path: str) -> None:
     """Detach what is mounted at ``path``, whoever uses it. As root by umount2, else by fusermount3.
 
@@ -263,7 +159,7 @@ def umount_lazily(path: str) -> None:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise MountFailed(f"cannot unmount {path}: {error}") from error
-    if done.returncode != 0 and find_mount(path) is not None:
+    if done.returncode != 0 and mountinfo.find_mount(path) is not None:
         raise MountFailed(f"cannot unmount {path}: {done.stderr.strip() or f'{helper} failed'}")
 
 
@@ -275,10 +171,7 @@ def abort_mount(path: str) -> None:
 
 def _umount2(path: str, flags: int) -> int:
     """The errno, 0 when done."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(path), flags) == 0:
-        return 0
-    return ctypes.get_errno()
+    return 0 if LIBC.umount2(os.fsencode(path), flags) == 0 else ctypes.get_errno()
 
 
 def set_readahead(mount: Mount, kilobytes: int) -> None:
@@ -303,11 +196,8 @@ def abort_connection(mount: Mount) -> None:
 
 def _connection(mount: Mount) -> str:
     """The fusectl directory of the connection, named by the device number; as root, mounts fusectl where nobody has."""
-    if find_mount(FUSECTL) is None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mount(b"fusectl", FUSECTL.encode(), b"fusectl", 0, None) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), FUSECTL)
+    if mountinfo.find_mount(FUSECTL) is None:
+        checked(LIBC.mount(b"fusectl", FUSECTL.encode(), b"fusectl", 0, None), FUSECTL)
     major, minor = (int(part) for part in mount.device.split(":"))
     return f"{FUSECTL}/{(major << 20) | minor}"
 
@@ -383,9 +273,6 @@ def fuse_descriptors() -> frozenset[int]:
         except OSError:
             continue  # closed since it was listed
     return frozenset(found)
-
-
-SIGKILL_BIT: Final = 1 << 8
 
 
 def is_dying(pid: int) -> bool:

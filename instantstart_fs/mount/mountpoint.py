@@ -13,6 +13,7 @@ from instantstart_fs.config.directories import make_directory
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.mount import kernel
 from instantstart_fs.mount.transport import MountSettings
+from instantstart_fs.system import mountinfo
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def resolved(path: str) -> str:
 
 def _clear_stale_mounts(path: str, settings: MountSettings) -> None:
     ours = f"fuse.{settings.subtype}"
-    while (mount := kernel.find_mount(path)) is not None:
+    while (mount := mountinfo.find_mount(path)) is not None:
         if mount.filesystem != ours:
             raise MountFailed(f"{path} already has a {mount.filesystem} filesystem mounted on it")
         if not _is_dead(path):

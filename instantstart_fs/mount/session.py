@@ -28,6 +28,7 @@ from instantstart_fs.mount.invalidator import Invalidator
 from instantstart_fs.mount.mountpoint import may_allow_other, prepare_mountpoint, resolved
 from instantstart_fs.mount.pyfuse3_transport import Pyfuse3Transport
 from instantstart_fs.mount.transport import Mounted, MountSettings, Transport
+from instantstart_fs.system import mountinfo
 from instantstart_fs.vfs import Vfs
 
 _T = TypeVar("_T")
@@ -251,13 +252,13 @@ async def _main(transport: Transport, unmounted: trio.Event, serving: trio.Cance
         unmounted.set()
 
 
-async def _watch_table(mount: kernel.Mount, unmounted: trio.Event) -> None:
+async def _watch_table(mount: mountinfo.Mount, unmounted: trio.Event) -> None:
     """A lazy unmount leaves the connection to those who have files open: requests still come, and nobody new can open
     anything. What is mounted over it, or done to a mount above it, is no unmount."""
     while True:
         end, other_end = os.pipe2(os.O_CLOEXEC)
         try:
-            gone = await run_abandonable(kernel.wait_unmounted, mount, end)
+            gone = await run_abandonable(mountinfo.wait_unmounted, mount, end)
         except OSError as error:
             log.warning("the mount table cannot be watched, trying on: %s", error.strerror)
             await trio.sleep(WATCH_RETRY)
@@ -289,7 +290,7 @@ async def _end_serving(serving: trio.CancelScope, invalidator: Invalidator) -> N
 async def _wait_ready(path: str, settings: MountSettings) -> Mounted:
     """Until the mount answers; then tune it, since the kernel sets its own figures when the connection begins."""
     await _in_thread(os.statvfs, path, deadline=settings.ready_deadline, what=f"the new mount at {path}")
-    mount = kernel.find_mount(path)
+    mount = mountinfo.find_mount(path)
     if mount is None:
         raise MountFailed(f"{path} was unmounted while it was being mounted")
     notes: list[str] = []
@@ -306,7 +307,7 @@ async def _wait_ready(path: str, settings: MountSettings) -> Mounted:
 
 async def _take_down(
     path: str,
-    ours: kernel.Mount | None,
+    ours: mountinfo.Mount | None,
     settings: MountSettings,
     transport: Transport,
     invalidator: Invalidator,
@@ -315,12 +316,12 @@ async def _take_down(
     and the connection is known by a device number that is surely ours only while the mount is there.
 
     What somebody else mounted over it, or in its place, is left alone. ``ours`` None: it was not looked for yet."""
-    found = kernel.find_mount(path)
+    found = mountinfo.find_mount(path)
     if found is not None and found.filesystem != f"fuse.{settings.subtype}":
         found = None
     if ours is None:
         ours = found
-    if ours is not None and kernel.is_mounted(ours):
+    if ours is not None and mountinfo.is_mounted(ours):
         try:
             kernel.abort_connection(ours)
         except OSError as error:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from instantstart_fs.mount import kernel
+from instantstart_fs.system import mountinfo
 from instantstart_fs.vfs import Invalidation
 
 
@@ -41,7 +41,7 @@ class Mounted(msgspec.Struct):
     ``transport`` and ``reason`` change when it is found out later that files can be bound."""
 
     path: str
-    mount: kernel.Mount
+    mount: mountinfo.Mount
     notes: tuple[str, ...]
     transport: str = "pyfuse3"
     reason: str = ""

@@ -27,13 +27,13 @@ from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.errors import InstantStartError, StoreDamaged, StoreUnsupported
 from instantstart_fs.store.layout import FORMAT, SEAL_XATTR
 from instantstart_fs.store.os_errors import translate, translated
+from instantstart_fs.system.libc import LIBC
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _SYNC_FILE_RANGE_WRITE = 2
-_LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-_LIBC.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+LIBC.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class SealRecord(msgspec.Struct, frozen=True):
@@ -194,7 +194,7 @@ class BlobFile:
         """
         if byte_range.length <= 0:
             return
-        while _LIBC.fallocate64(self.fd, _FALLOC_FL_KEEP_SIZE, byte_range.start, byte_range.length) != 0:
+        while LIBC.fallocate64(self.fd, _FALLOC_FL_KEEP_SIZE, byte_range.start, byte_range.length) != 0:
             number = ctypes.get_errno()
             if number == errno.EOPNOTSUPP:
                 return
@@ -213,7 +213,7 @@ class BlobFile:
 
     def start_writing(self) -> None:
         """Start writing dirty pages to the disk without waiting, for the fsync that follows. Never fails."""
-        _LIBC.sync_file_range(self.fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+        LIBC.sync_file_range(self.fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
     def sync_entry(self) -> None:
         """Make its directory entry durable. Raises OSError."""
@@ -333,7 +333,7 @@ def punch_hole(fd: int, byte_range: ByteRange) -> None:
     mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
     # To the end of the last block, which fallocate may have set aside whole.
     length = -(-byte_range.length // 4096) * 4096
-    while _LIBC.fallocate64(fd, mode, byte_range.start, length) != 0:
+    while LIBC.fallocate64(fd, mode, byte_range.start, length) != 0:
         number = ctypes.get_errno()
         if number == errno.EOPNOTSUPP:
             return

@@ -9,6 +9,7 @@ import os
 
 from instantstart_fs.errors import StoreUnsupported
 from instantstart_fs.store.os_errors import translate
+from instantstart_fs.system.libc import LIBC, checked, last_error
 
 _ADVICE = "give the store a directory on ext4 or xfs (in a container: a volume, not the image's own filesystem)"
 
@@ -36,7 +37,6 @@ _WARNED = {
 _FIT = {0xEF53, 0x58465342, 0xF2F52010}
 """ext2/3/4, xfs, f2fs."""
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
 # One number on all architectures, being newer than their tables' differences.
 _OPEN_TREE, _MOUNT_SETATTR = 428, 442
 _OPEN_TREE_CLONE, _AT_EMPTY_PATH = 1, 0x1000
@@ -47,9 +47,8 @@ _PROBE_XATTR = "user.instantstart.probe"
 def filesystem_type(fd: int) -> int:
     """f_type of the filesystem that ``fd`` lies on."""
     buffer = (ctypes.c_long * 64)()  # struct statfs is 120 bytes; f_type comes first
-    if _LIBC.fstatfs(fd, buffer) != 0:
-        number = ctypes.get_errno()
-        raise translate(OSError(number, os.strerror(number)), "look at the store's filesystem")
+    if LIBC.fstatfs(fd, buffer) != 0:
+        raise translate(last_error(), "look at the store's filesystem")
     return buffer[0] & 0xFFFFFFFF
 
 
@@ -58,16 +57,13 @@ def readonly_view(directory: int) -> int:
     it cannot be made writable again, chmod included, by whoever owns it. It needs CAP_SYS_ADMIN and Linux 5.12. Raises
     OSError."""
     empty = ctypes.c_char_p(b"")
-    view: int = _LIBC.syscall(_OPEN_TREE, directory, empty, _OPEN_TREE_CLONE | _AT_EMPTY_PATH | os.O_CLOEXEC)
-    if view < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    view = checked(LIBC.syscall(_OPEN_TREE, directory, empty, _OPEN_TREE_CLONE | _AT_EMPTY_PATH | os.O_CLOEXEC))
     # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
     wanted = (ctypes.c_uint64 * 4)(_MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV, 0, 0, 0)
-    if _LIBC.syscall(_MOUNT_SETATTR, view, empty, _AT_EMPTY_PATH, ctypes.byref(wanted), ctypes.sizeof(wanted)) != 0:
-        number = ctypes.get_errno()
+    if LIBC.syscall(_MOUNT_SETATTR, view, empty, _AT_EMPTY_PATH, ctypes.byref(wanted), ctypes.sizeof(wanted)) != 0:
+        error = last_error()
         os.close(view)
-        raise OSError(number, os.strerror(number))
+        raise error
     return view
 
 

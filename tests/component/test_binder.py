@@ -20,6 +20,7 @@ from instantstart_fs.mount.bind_mounts import Binder
 from instantstart_fs.mount.kernel import FanEvent
 from instantstart_fs.serving.bindings import BindableFile, Bindings, Withdraw
 from instantstart_fs.store.layout import BIND
+from instantstart_fs.system import mountinfo
 
 pytestmark = pytest.mark.timeout(60)
 ELSEWHERE = 7
@@ -96,12 +97,12 @@ class FakeKernel:
         if self.mounted[target]:
             os.symlink(self.mounted[target][-1], target)
 
-    def find_mount(self, path: str) -> kernel.Mount | None:
+    def find_mount(self, path: str) -> mountinfo.Mount | None:
         return next((mount for mount in self.mounts() if mount.path == path), None)
 
-    def mounts(self) -> tuple[kernel.Mount, ...]:
+    def mounts(self) -> tuple[mountinfo.Mount, ...]:
         return tuple(
-            kernel.Mount(0, "", path, "", source, "") for path, stack in self.mounted.items() for source in stack
+            mountinfo.Mount(0, "", path, "", source, "") for path, stack in self.mounted.items() for source in stack
         )
 
 
@@ -214,8 +215,10 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World(tmp_path)
-    for name in ("fanotify", "fan_mark", "fan_events", "bind", "make_bind_readonly", "umount", "find_mount", "mounts"):
+    for name in ("fanotify", "fan_mark", "fan_events", "bind", "make_bind_readonly", "umount"):
         monkeypatch.setattr(kernel, name, getattr(world.kernel, name))
+    for name in ("find_mount", "mounts"):
+        monkeypatch.setattr(mountinfo, name, getattr(world.kernel, name))
     monkeypatch.setattr(bind_mounts, "RETRY_INTERVAL", 0.01)
     monkeypatch.setattr(bind_mounts, "CHECK_INTERVAL", 0.05)
     yield world
@@ -289,7 +292,7 @@ async def test_a_mount_table_that_cannot_be_read_ends_nothing(
 
     async with running(world):
         with monkeypatch.context() as without:
-            without.setattr(kernel, "mounts", no_descriptor)
+            without.setattr(mountinfo, "mounts", no_descriptor)
             assert await trio.to_thread.run_sync(asked.wait, 10)
             while "the mount table cannot be read" not in caplog.text:
                 await trio.sleep(0.01)

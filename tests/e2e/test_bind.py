@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from instantstart_fs.mount import kernel
+from instantstart_fs.system import mountinfo
 from tests.e2e.test_generations import FIRST, asking, config, holding, sha256
 from tests.harness import MIB, Daemon, model_directory, must, probe, run, wait_for
 from tests.servers.hub import HubServer
@@ -31,10 +32,10 @@ def binding(hub: HubServer, **more: Any) -> dict[str, Any]:
     return config(hub, mount={"transport": "bind"}, **more)
 
 
-def bound(daemon: Daemon, pipeline: str = "") -> dict[str, kernel.Mount]:
+def bound(daemon: Daemon, pipeline: str = "") -> dict[str, mountinfo.Mount]:
     """Path below the mount → its bind."""
     below = f"{daemon.mount}/"
-    found = {mount.path.removeprefix(below): mount for mount in kernel.mounts() if mount.path.startswith(below)}
+    found = {mount.path.removeprefix(below): mount for mount in mountinfo.mounts() if mount.path.startswith(below)}
     return {path: mount for path, mount in found.items() if path.startswith(pipeline)}
 
 
@@ -80,7 +81,7 @@ def test_complete_weight_files_are_bound_read_only_and_nothing_else(daemon: Daem
     assert set(bound(daemon, p)) == {f"{p}/{FIRST}", f"{p}/{SECOND}"}
     for mount in bound(daemon, p).values():
         assert {"ro", "nosuid", "nodev"} <= set(mount.options.split(",")[:4])
-    assert kernel.find_mount(str(daemon.store / "bind")) is None
+    assert mountinfo.find_mount(str(daemon.store / "bind")) is None
     before = reads(daemon)
     for kind in ("read", "pread", "mmap-private", "mmap-shared", "sendfile"):
         assert probe("compare", kind, model / FIRST, daemon.path(p, FIRST), timeout=60) > 0

@@ -24,6 +24,7 @@ from instantstart_fs.control.client import Client
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.mount import kernel
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.system import mountinfo
 from instantstart_fs.upkeep.index_recovery import open_index
 from tests import harness
 from tests.harness import (
@@ -84,7 +85,7 @@ def test_an_unmount_under_open_files_ends_the_daemon(
     with contextlib.suppress(OSError), daemon.path("m", "config.json").open("rb") as held:  # the close tells of it
         held.read(1)
         if way == "abort":
-            mount = kernel.find_mount(str(daemon.mount))
+            mount = mountinfo.find_mount(str(daemon.mount))
             assert mount is not None
             kernel.abort_connection(mount)
         else:
@@ -113,7 +114,7 @@ def test_what_is_mounted_over_it_or_in_its_place_is_left_alone(
             must("umount", "-l", daemon.mount)
             must("mount", "-t", "tmpfs", "instead", daemon.mount)
             assert ended(daemon) == 1
-        found = kernel.find_mount(str(daemon.mount))
+        found = mountinfo.find_mount(str(daemon.mount))
         assert found is not None and found.source == "instead"
     finally:
         unmount(daemon.mount)
@@ -261,9 +262,9 @@ def test_what_somebody_did_to_a_warm_slot_is_mended_within_the_same_read(
     for kind in kinds:
         must("sh", "-c", 'cat "$0"/*.safetensors "$0"/config.json > /dev/null', daemon.path("p"))
         spoil(daemon.store / "slots/p", kind)
-        bound = any(mount.path.startswith(str(daemon.path("p"))) for mount in kernel.mounts())
+        bound = any(mount.path.startswith(str(daemon.path("p"))) for mount in mountinfo.mounts())
         if bound:  # what is bound is the file itself, and right to the end; a new bind is checked
-            for mount in kernel.mounts():
+            for mount in mountinfo.mounts():
                 if mount.path.startswith(f"{daemon.path('p')}/"):
                     kernel.umount(mount.path, lazily=True)
         for name in names:

@@ -17,7 +17,7 @@ import pytest
 
 from bench.common import evict, resident_bytes
 from instantstart_fs.control.client import Client
-from instantstart_fs.mount import kernel
+from instantstart_fs.system import mountinfo
 from tests import harness
 from tests.e2e.test_generations import config, holding, sha256
 from tests.harness import MIB, Daemon, alive, children, memory_cgroup, model_directory, must, run, wait_for
@@ -54,7 +54,7 @@ def warmed(daemon: Daemon, source: Path, count: int) -> list[Path]:
 def wait_bound(daemon: Daemon, shards: list[str]) -> None:
     if harness.TRANSPORT == "bind":
         paths = [str(daemon.path("p", name)) for name in shards]
-        wait_for(lambda: all(kernel.find_mount(path) for path in paths), "the binds", 15)
+        wait_for(lambda: all(mountinfo.find_mount(path) for path in paths), "the binds", 15)
 
 
 def staging_pids(daemon: Daemon) -> list[int]:

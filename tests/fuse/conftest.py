@@ -18,6 +18,7 @@ import pytest
 
 import instantstart_fs
 from instantstart_fs.mount import kernel
+from instantstart_fs.system import mountinfo
 
 FAKE_DAEMON = Path(__file__).with_name("fake_view.py")
 PACKAGE_ROOT = os.path.dirname(os.path.dirname(instantstart_fs.__file__))
@@ -134,7 +135,7 @@ class FakeDaemon:
         for stream in (self.process.stdin, self.process.stdout):
             if stream is not None:
                 stream.close()
-        while kernel.find_mount(str(self.path)) is not None:
+        while mountinfo.find_mount(str(self.path)) is not None:
             kernel.umount_lazily(str(self.path))
 
 
@@ -220,7 +221,7 @@ def readers(start_daemon: StartDaemon, tmp_path: Path) -> Iterator[Readers]:
     readers = Readers()
     yield readers
     # The connection ends before they are waited for: a killed one may hang on it.
-    mount = kernel.find_mount(str(tmp_path / "mnt"))
+    mount = mountinfo.find_mount(str(tmp_path / "mnt"))
     if mount is not None:
         kernel.abort_connection(mount)
     readers.close()

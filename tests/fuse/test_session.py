@@ -20,6 +20,7 @@ from instantstart_fs.mount.mountpoint import may_allow_other, prepare_mountpoint
 from instantstart_fs.mount.operations import STABLE_NEGATIVE_TIMEOUT
 from instantstart_fs.mount.session import serve
 from instantstart_fs.mount.transport import Mounted, MountSettings
+from instantstart_fs.system import mountinfo
 from instantstart_fs.vfs import ROOT, Invalidation
 from tests.fuse.conftest import Readers, StartDaemon, command, python, wait_for
 from tests.fuse.fake_view import FakeView
@@ -31,7 +32,7 @@ def _prepare(path: Path, **settings: str) -> str:
 
 def test_ready_means_that_it_answers(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
-    mount = kernel.find_mount(str(daemon.path))
+    mount = mountinfo.find_mount(str(daemon.path))
     assert mount is not None
     assert mount.filesystem == "fuse.instantstart"
     assert mount.source == "instantstart"
@@ -41,7 +42,7 @@ def test_ready_means_that_it_answers(start_daemon: StartDaemon) -> None:
 
 def test_the_mount_is_tuned(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
-    mount = kernel.find_mount(str(daemon.path))
+    mount = mountinfo.find_mount(str(daemon.path))
     assert mount is not None
     assert Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb").read_text().strip() == "1024"
     minor = mount.device.split(":")[1]
@@ -52,7 +53,7 @@ def test_the_mount_is_tuned(start_daemon: StartDaemon) -> None:
 def test_sigterm_leaves_no_mount(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     assert daemon.terminate() == 0
-    assert kernel.find_mount(str(daemon.path)) is None
+    assert mountinfo.find_mount(str(daemon.path)) is None
     assert os.listdir(daemon.path) == []
     assert "Traceback" not in daemon.log()
 
@@ -72,7 +73,7 @@ def test_sigterm_ends_soon_with_readers_stuck(start_daemon: StartDaemon, readers
     started = time.monotonic()
     assert daemon.terminate() == 0
     assert time.monotonic() - started < 5
-    assert kernel.find_mount(str(daemon.path)) is None
+    assert mountinfo.find_mount(str(daemon.path)) is None
     for reader in stuck:
         assert reader.wait(10) in (1, -signal.SIGBUS)
 
@@ -88,12 +89,12 @@ def test_the_mount_of_a_killed_daemon_is_cleared(start_daemon: StartDaemon) -> N
     first = start_daemon()
     command("ls", "-lR", str(first.path / "model"))
     first.kill()
-    assert kernel.find_mount(str(first.path)) is not None
+    assert mountinfo.find_mount(str(first.path)) is not None
     second = start_daemon()
     assert "clearing the mount that a killed daemon left" in second.log()
     assert command("ls", str(second.path), timeout=5).stdout.split() == ["live", "many", "model"]
     assert second.terminate() == 0
-    assert kernel.find_mount(str(first.path)) is None
+    assert mountinfo.find_mount(str(first.path)) is None
 
 
 def test_a_mount_whose_daemon_was_killed_under_a_stuck_reader_is_cleared(
@@ -192,7 +193,7 @@ async def test_one_process_may_mount_again(tmp_path: Path, transport: str) -> No
     for _ in range(3):
         with trio.fail_after(20):
             await _mount_once(tmp_path / "mnt", transport)
-        assert kernel.find_mount(str(tmp_path / "mnt")) is None
+        assert mountinfo.find_mount(str(tmp_path / "mnt")) is None
 
 
 async def test_where_the_store_cannot_be_passed_through_auto_serves_with_pyfuse3(tmp_path: Path) -> None:
@@ -202,14 +203,14 @@ async def test_where_the_store_cannot_be_passed_through_auto_serves_with_pyfuse3
     path = tmp_path / "mnt"
     with trio.fail_after(20), pytest.raises(MountFailed, match="FUSE passthrough to /proc"):
         await serve(FakeView(), MountSettings(path=str(path), store="/proc", transport="passthrough"))
-    assert kernel.find_mount(str(path)) is None
+    assert mountinfo.find_mount(str(path)) is None
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             mounted: Mounted = await nursery.start(serve, FakeView(), MountSettings(path=str(path), store="/proc"))
             assert mounted.transport == "pyfuse3"
             assert "FUSE passthrough to /proc" in mounted.reason
             nursery.cancel_scope.cancel()
-    assert kernel.find_mount(str(path)) is None
+    assert mountinfo.find_mount(str(path)) is None
 
 
 async def test_where_kernel_or_capability_lack_auto_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +262,7 @@ def test_an_ordinary_user_may_mount(start_daemon: StartDaemon) -> None:
         second = start_daemon(path=Path(home) / "mnt", prefix=prefix)
         assert "clearing the mount that a killed daemon left" in second.log()
         assert second.terminate() == 0
-        assert kernel.find_mount(str(daemon.path)) is None
+        assert mountinfo.find_mount(str(daemon.path)) is None
 
 
 def test_allow_other_is_given_up_with_a_note(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -279,7 +280,7 @@ def test_mountinfo_with_spaces_and_stacked_mounts() -> None:
         "40 22 0:39 / /mnt/a\\040b ro,nosuid shared:2 master:3 - fuse.instantstart instantstart rw,user_id=0\n"
         "41 22 0:40 / /mnt/a\\040b rw - tmpfs none rw\n"
     )
-    found = kernel.parse_mountinfo(text)
+    found = mountinfo.parse_mountinfo(text)
     assert [mount.path for mount in found] == ["/", "/mnt/a b", "/mnt/a b"]
     assert found[1].filesystem == "fuse.instantstart"
     assert found[1].device == "0:39"
@@ -291,6 +292,5 @@ def test_facts_for_the_doctor() -> None:
     version = kernel.libfuse_version()
     assert version is not None
     assert version.startswith("3.")
-    assert kernel.filesystem_of("/proc/self") is not None
     assert not kernel.user_allow_other("#user_allow_other\n")
     assert kernel.user_allow_other("mount_max = 5\n user_allow_other \n")
