@@ -65,7 +65,7 @@ def add(
     socket: Socket = None,
     json: Json = False,
 ) -> None:
-    """Resolve and pin a source, and show it under the mount."""
+    """Pin a source and show it under the mount."""
     from instantstart_fs.cli.specification import specification
 
     spec = specification(

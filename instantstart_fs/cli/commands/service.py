@@ -30,7 +30,7 @@ def serve(
         typer.Option("--log-format", metavar="FORMAT", envvar=daemon_process.LOG_FORMAT, help="console or json."),
     ] = "console",
 ) -> None:
-    """Run the daemon in the foreground; ready when the mount answers."""
+    """Run the daemon in the foreground until SIGTERM."""
     daemon_process.run(config, mount, store, socket, log_level, log_format)
 
 
