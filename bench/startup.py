@@ -1,0 +1,364 @@
+"""What `instantstart run` costs, and what its startup caches save: overhead, copying, torch.compile, vLLM's CPU build.
+
+    scripts/bench startup overhead [--rounds N]        a command started by itself, by `lease`, and by `run`
+    scripts/bench startup view [--rounds N]            ways to a private copy of a cache
+    scripts/bench startup compile [--rounds N]         torch.compile in transformers: first start against restored cache
+    scripts/bench startup vllm --python PYTHON [--rounds N]
+
+Rounds are interleaved. Each part writes bench/results/startup-PART.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench import daemon as daemons
+from bench.common import ratios, run, summary, table, wait_for, workspace, write_result
+from instantstart_fs.core.enginelog import EngineLog
+from tests.harness import model_directory
+
+CLI = (sys.executable, "-m", "instantstart_fs.cli")
+NOW = "import time; print(time.clock_gettime(time.CLOCK_MONOTONIC))"
+
+
+def toy(directory: Path, layers: int = 4, seed: int = 0) -> Path:
+    """A generated llama of random weights, with a tokenizer of a word for each id."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=2048,
+        max_position_embeddings=512,
+        dtype="bfloat16",
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory, max_shard_size="3MB")
+    words = {"Hello": 0, **{f"w{number}": number for number in range(1, 2048)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w1", eos_token="w2").save_pretrained(directory)
+    return directory
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------------
+
+
+def overhead(rounds: int) -> dict[str, Any]:
+    """Seconds from the call to the command's first instruction, and to the end of all."""
+    times: dict[str, list[float]] = {name: [] for name in ("bare", "lease", "run", "bare whole", "run whole")}
+    with workspace(None) as work, daemons.daemon(work) as daemon:
+        daemon.cli("add", "p", f"file://{model_directory(work / 'source', weights=(4 << 20,))}")
+        daemon.cli("warm", "p", "--wait")
+        env = {**daemon.env, "INSTANTSTART_STARTUP_DIR": str(work / "views")}
+        command = ["/bin/sh", "-c", 'mkdir -p "$TRITON_CACHE_DIR"; echo kernel > "$TRITON_CACHE_DIR/k"; exit 0']
+        run([*CLI, "run", "p", "-q", "--", *command], env=env)
+        assert (
+            "restored"
+            in subprocess.run(
+                [*CLI, "run", "p", "--", *command], env=env, capture_output=True, text=True, check=True
+            ).stderr
+        )
+        # The daemon's own interpreter: what it takes to reach its first instruction is in every figure.
+        say = [sys.executable, "-I", "-S", "-c", NOW]
+        run([*CLI, "run", "p", "-q", "--", *say], env=env)
+        for _ in range(rounds):
+            for name, words in (
+                ("bare", say),
+                ("lease", [*CLI, "lease", "p", "--", *say]),
+                ("run", [*CLI, "run", "p", "-q", "--", *say]),
+            ):
+                began = time.monotonic()
+                _, out = run(words, env=env)
+                times[name].append(float(out) - began)
+                if name != "lease":
+                    times[f"{name} whole"].append(time.monotonic() - began)
+    found = {name: summary(values) for name, values in times.items()}
+    cost = [ours - bare for ours, bare in zip(times["run"], times["bare"], strict=True)]
+    found["run minus bare"] = summary(cost)
+    print(table(("", "median", "min", "max"), [_row(name, values) for name, values in found.items()]))
+    return found
+
+
+def _row(name: str, values: dict[str, Any]) -> tuple[str, ...]:
+    return (name, *(f"{values[key] * 1000:.1f} ms" for key in ("median", "min", "max")))
+
+
+# -- ways to a private copy --------------------------------------------------------------------------------------------
+
+
+def view(rounds: int) -> dict[str, Any]:
+    """A cache of 1,000 small files and 20 larger ones: as a pack with its digest, and as a tree by other means."""
+    from instantstart_fs.startup.packing import pack, scan, unpack
+
+    found: dict[str, Any] = {}
+    with workspace(None) as work:
+        source = work / "tree"
+        for number in range(1000):
+            path = source / "triton" / f"{number % 50:02}" / f"k{number}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(os.urandom(4000))
+        for number in range(20):
+            (source / "triton" / f"big{number}").write_bytes(os.urandom(5 << 20))
+        fd = os.open(work / "pack", os.O_RDWR | os.O_CREAT)
+        size, digest, _ = pack(str(source), scan(str(source), {"triton": ()}), fd)
+        times: dict[str, list[float]] = {"pack, proven": [], "copy of a tree": [], "hard links": []}
+        if shutil.which("mount") and os.geteuid() == 0:
+            times["overlayfs"] = []
+        for _ in range(rounds):
+            for name, values in times.items():
+                target = work / "target"
+                target.mkdir()
+                began = time.monotonic()
+                if name == "pack, proven":
+                    unpack(fd, size, digest, str(target), lambda layout: True)
+                elif name == "copy of a tree":
+                    shutil.copytree(source, target, dirs_exist_ok=True)
+                elif name == "hard links":
+                    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=os.link)
+                else:
+                    (work / "upper").mkdir(exist_ok=True)
+                    (work / "work").mkdir(exist_ok=True)
+                    options = f"lowerdir={source},upperdir={work / 'upper'},workdir={work / 'work'}"
+                    done = subprocess.run(
+                        ["mount", "-t", "overlay", "overlay", "-o", options, target], capture_output=True, check=False
+                    )
+                    if done.returncode:
+                        target.rmdir()
+                        continue
+                values.append(time.monotonic() - began)
+                if name == "overlayfs":
+                    subprocess.run(["umount", "-l", target], check=True)
+                shutil.rmtree(target, ignore_errors=True)
+        os.close(fd)
+        found["bytes"] = size
+    found |= {name: summary(values) for name, values in times.items() if values}
+    print(table(("", "median", "min", "max"), [_row(name, it) for name, it in found.items() if name != "bytes"]))
+    return found
+
+
+# -- torch.compile in transformers -------------------------------------------------------------------------------------
+
+COMPILE = """
+import json, sys, time
+import torch
+from transformers import AutoModelForCausalLM
+torch.manual_seed(0); torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+ids = torch.arange(1, 33).unsqueeze(0)
+with torch.no_grad():
+    compiled = torch.compile(model.forward, dynamic=False)
+    began = time.perf_counter()
+    logits = compiled(input_ids=ids, use_cache=False).logits
+    first = time.perf_counter() - began
+    began = time.perf_counter()
+    compiled(input_ids=ids, use_cache=False)
+    second = time.perf_counter() - began
+print(json.dumps({"compile": first - second, "tokens": logits.argmax(-1).tolist()}))
+"""
+
+
+def compile_times(rounds: int) -> dict[str, Any]:
+    times: dict[str, list[float]] = {"first": [], "restored": []}
+    tokens = []
+    with workspace(None) as work, daemons.daemon(work) as daemon:
+        daemon.cli("add", "p", f"file://{toy(work / 'source')}")
+        env = {**daemon.env, "INSTANTSTART_STARTUP_DIR": str(work / "views"), "HF_HUB_OFFLINE": "1"}
+        program = [sys.executable, "-c", COMPILE, str(daemon.mount / "p")]
+        for _ in range(rounds):
+            for name in times:
+                if name == "first":
+                    subprocess.run([*CLI, "startup-cache", "rm", "p"], env=env, capture_output=True, check=False)
+                done = subprocess.run(
+                    [*CLI, "run", "p", "--", *program], env=env, capture_output=True, text=True, check=True, timeout=600
+                )
+                assert ("restored" in done.stderr) == (name == "restored"), done.stderr
+                result = json.loads(done.stdout.splitlines()[-1])
+                times[name].append(result["compile"])
+                tokens.append(result["tokens"])
+                print(f"{name}: compile {result['compile']:.2f} s", flush=True)
+        size = json.loads(daemon.cli("startup-cache", "ls", "p", "--json")[1])[0]
+    assert all(found == tokens[0] for found in tokens), "not the same tokens"
+    found: dict[str, Any] = {name: summary(values) for name, values in times.items()}
+    found["restored of first"] = summary(
+        [ours / first for ours, first in zip(times["restored"], times["first"], strict=True)]
+    )
+    found["cache"] = {"bytes": size["size"], "files": size["files"]}
+    print(f"restored ÷ first: {found['restored of first']['median']:.2f}")
+    return found
+
+
+# -- vLLM --------------------------------------------------------------------------------------------------------------
+
+TOKENS = list(range(5, 45))
+
+
+def _port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        number: int = found.getsockname()[1]
+        return number
+
+
+def _generate(port: int) -> list[int]:
+    body = {
+        "model": "toy",
+        "prompt": TOKENS,
+        "max_tokens": 24,
+        "temperature": 0,
+        "return_token_ids": True,
+        "ignore_eos": True,
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+        found: list[int] = json.load(answer)["choices"][0]["token_ids"]
+        return found
+
+
+@contextlib.contextmanager
+def _server(words: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as out:
+        child = subprocess.Popen(words, env=env, stdout=out, stderr=out, start_new_session=True)
+    try:
+        yield child
+    finally:
+        child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(60)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait(20)
+
+
+def vllm(rounds: int, python: str) -> dict[str, Any]:
+    """Engine initialisation as vLLM's log says, and seconds until /health says 200: plain from a local directory with an
+    empty cache, by `run` with no startup cache, and by `run` with the one that the start before it saved."""
+    results: dict[str, list[dict[str, Any]]] = {"plain": [], "first": [], "second": []}
+    with workspace(None) as work, daemons.daemon(work) as daemon:
+        source = toy(work / "source")
+        daemon.cli("add", "p", f"file://{source}")
+        program = str(Path(python).parent / "vllm")
+        base = {
+            **daemon.env,
+            "INSTANTSTART_STARTUP_DIR": str(work / "views"),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_USE_AOT_COMPILE": "0",
+        }
+        base.pop("PYTHONPATH", None)
+        for at in range(rounds):
+            for name, found in results.items():
+                port, log, report = _port(), work / f"{name}-{at}.log", work / f"{name}-{at}.json"
+                directory = source if name == "plain" else daemon.mount / "p"
+                serve = [program, "serve", str(directory), "--served-model-name", "toy", "--port", str(port)]
+                serve += ["--max-model-len", "256", "--gpu-memory-utilization", "0.2"]
+                env = dict(base)
+                if name == "plain":
+                    # Where an engine keeps it by default, and empty: as on a fresh node.
+                    home = work / "home"
+                    shutil.rmtree(home, ignore_errors=True)
+                    home.mkdir()
+                    env |= {
+                        "HOME": str(home), "VLLM_CACHE_ROOT": str(home / "vllm"),
+                        "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"), "TRITON_CACHE_DIR": str(home / "triton"),
+                    }  # fmt: skip
+                else:
+                    if name == "first":
+                        subprocess.run(
+                            [*CLI, "startup-cache", "rm", "p"], env=daemon.env, capture_output=True, check=False
+                        )
+                    serve = [*CLI, "run", "p", "--report", str(report), "--probe", "auto", "--", *serve]
+                    env["PYTHONPATH"] = daemon.env["PYTHONPATH"]
+                    serve = ["env", *serve]
+                began = time.monotonic()
+                with _server(serve, env, log) as child:
+
+                    def up(port: int = port, child: subprocess.Popen[bytes] = child, log: Path = log) -> bool:
+                        if child.poll() is not None:
+                            raise RuntimeError(log.read_text(errors="replace")[-5000:])
+                        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                        try:
+                            with opener.open(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                                return bool(answer.status == 200)
+                        except OSError:
+                            return False
+
+                    wait_for(up, f"vLLM ({name})", 400, 0.1)
+                    ready = time.monotonic() - began
+                    tokens = _generate(port)
+                    if name != "plain":
+                        wait_for(lambda report=report: report.exists(), "the report", 60)
+                phases = EngineLog("vllm").lines(log.read_text(errors="replace").splitlines())
+                one = {"ready": round(ready, 2), "tokens": tokens, "engine": phases}
+                if name != "plain":
+                    told = json.loads(report.read_text())
+                    one["startup_cache"] = told["startup_cache"]
+                    one["phases"] = {
+                        phase["name"]: round(phase["end"] - phase["start"], 2) for phase in told["record"]["phases"]
+                    }
+                    expected = "restored" if name == "second" else "first"
+                    assert told["startup_cache"]["outcome"] == expected, told["startup_cache"]
+                found.append(one)
+                print(
+                    f"round {at + 1} {name}: ready {ready:.1f} s, engine {phases.get('engine')} s, {one.get('phases')}",
+                    flush=True,
+                )
+        versions = json.loads(daemon.cli("startup-cache", "ls", "p", "--json")[1])
+    every = [one["tokens"] for values in results.values() for one in values]
+    assert all(tokens == every[0] for tokens in every), "not the same token ids"
+    init = {name: [one["engine"]["engine"] for one in values] for name, values in results.items()}
+    whole = {name: [one["ready"] for one in values] for name, values in results.items()}
+    found_all: dict[str, Any] = {
+        "engine_initialisation": {name: summary(values) for name, values in init.items()},
+        "ready": {name: summary(values) for name, values in whole.items()},
+        "second_faster_than_first": ratios(init["second"], init["first"]),
+        "second_faster_than_plain": ratios(init["second"], init["plain"]),
+        "cache": [{"bytes": version["size"], "files": version["files"]} for version in versions],
+        "rounds": [{name: {k: v for k, v in values[at].items() if k != "tokens"} for name, values in results.items()} for at in range(rounds)],
+    }  # fmt: skip
+    print(f"engine initialisation: second start {found_all['second_faster_than_first']['median']:.1f} times faster")
+    return found_all
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("overhead", "view", "compile", "vllm"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--python", default=os.environ.get("INSTANTSTART_VLLM_PYTHON", ""))
+    arguments = parser.parse_args()
+    if arguments.part == "vllm":
+        if not arguments.python:
+            parser.error("--python: the interpreter of an environment with vLLM")
+        result = vllm(arguments.rounds, arguments.python)
+    else:
+        parts = {"overhead": overhead, "view": view, "compile": compile_times}
+        result = parts[arguments.part](arguments.rounds)
+    write_result(f"startup-{arguments.part}", {"rounds_asked": arguments.rounds, **result})
+
+
+if __name__ == "__main__":
+    main()
