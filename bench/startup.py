@@ -253,9 +253,13 @@ def _server(words: list[str], env: dict[str, str], log: Path) -> Iterator[subpro
             child.wait(20)
 
 
+def _brief(one: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in one.items() if name != "tokens"}
+
+
 def vllm(rounds: int, python: str) -> dict[str, Any]:
-    """Engine initialisation as vLLM's log says, and seconds until /health says 200: plain from a local directory with an
-    empty cache, by `run` with no startup cache, and by `run` with the one that the start before it saved."""
+    """Engine initialisation as vLLM's log says, and seconds until /health says 200: plain from a local directory with
+    an empty cache, by `run` with no startup cache, and by `run` with the one that the start before it saved."""
     results: dict[str, list[dict[str, Any]]] = {"plain": [], "first": [], "second": []}
     with workspace(None) as work, daemons.daemon(work) as daemon:
         source = toy(work / "source")
@@ -338,7 +342,7 @@ def vllm(rounds: int, python: str) -> dict[str, Any]:
         "second_faster_than_first": ratios(init["second"], init["first"]),
         "second_faster_than_plain": ratios(init["second"], init["plain"]),
         "cache": [{"bytes": version["size"], "files": version["files"]} for version in versions],
-        "rounds": [{name: {k: v for k, v in values[at].items() if k != "tokens"} for name, values in results.items()} for at in range(rounds)],
+        "rounds": [{name: _brief(values[at]) for name, values in results.items()} for at in range(rounds)],
     }  # fmt: skip
     print(f"engine initialisation: second start {found_all['second_faster_than_first']['median']:.1f} times faster")
     return found_all

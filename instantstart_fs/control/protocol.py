@@ -317,7 +317,7 @@ class StartupVerified(msgspec.Struct, frozen=True):
     """``damaged``: number → what was wrong; deleted."""
 
     read: int
-    damaged: dict[int, str]
+    damaged: dict[str, str]
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

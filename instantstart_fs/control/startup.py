@@ -105,4 +105,4 @@ async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send
 
 async def verify(caches: StartupCaches, pipeline: str) -> StartupVerified:
     read, damaged = await caches.verify(pipeline)
-    return StartupVerified(read, damaged)
+    return StartupVerified(read, {str(number): problem for number, problem in damaged.items()})

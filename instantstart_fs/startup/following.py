@@ -320,9 +320,13 @@ class Follower:
                 message = wire.receive()
                 if message.get("type") == "done":
                     return
-                while wire.descriptors:
+                for file in message.get("files", ()):
+                    # The first is the plain one; what follows is the same file opened O_DIRECT.
+                    count = int(file["descriptors"])
                     left -= self._read_ahead(wire.descriptors[0], left)
-                    os.close(wire.descriptors.pop(0))
+                    for descriptor in wire.descriptors[:count]:
+                        os.close(descriptor)
+                    del wire.descriptors[:count]
         finally:
             wire.close()
 

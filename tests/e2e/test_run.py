@@ -334,10 +334,9 @@ def test_two_starts_at_once_have_two_directories_two_records_and_one_right_cache
     assert len({record["start"] for record in records}) == 2
     assert all(record["ended_after"] is not None for record in records)
     again = site.popen(*words, options=("--ready-log", "is up"), stdout=subprocess.DEVNULL)
-    assert again.stderr is not None
-    assert b"restored" in again.stderr.readline()
+    wait_for(lambda: sum(record["ready"] is not None for record in site.records()) == 3, "the third start", 30)
     again.terminate()
-    again.communicate(timeout=30)
+    assert b"restored" in again.communicate(timeout=30)[1]
 
 
 def test_a_full_disk_during_the_save_costs_the_start_nothing(
@@ -500,6 +499,7 @@ def test_a_run_that_is_killed_leaves_a_record_that_ends_and_a_directory_that_is_
         assert site.run("sh", "-c", 'echo "$TRITON_CACHE_DIR"').stdout.endswith("/m/1/triton\n")
     finally:
         os.kill(engine, signal.SIGKILL)
+        process.communicate(timeout=10)
 
 
 def test_a_restart_of_the_daemon_is_not_the_commands_affair(site: Site) -> None:

@@ -115,7 +115,7 @@ def startup_verify(pipeline: Pipeline, socket: Socket = None, json: Json = False
         print(show.as_json(found))
     else:
         print(f"{pipeline}: {found.read} versions read again")
-        for number, reason in sorted(found.damaged.items()):
+        for number, reason in found.damaged.items():
             print(f"  damaged  {number}: {printable(reason)} (deleted)")
     if found.damaged:
         raise typer.Exit(1)
