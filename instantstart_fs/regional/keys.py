@@ -1,0 +1,103 @@
+"""The region's secret, and what follows from it: names of objects, and digests that only who has it can make.
+
+Every name is a keyed hash, so that a bucket's listing tells nobody which models a region has, and who lacks the key
+cannot find what belongs to whom. The key itself signs nothing: each use has a key of its own, derived from it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Protocol
+
+import blake3
+import msgspec
+
+from instantstart_fs.core.manifest import ManifestFile, PipelineSpec
+from instantstart_fs.errors import ConfigError
+
+KEY_BYTES = 32
+DIGEST_BYTES = 32
+NAME_DIGITS = 32
+"""Hex digits of a name: 128 bits."""
+Buffer = bytes | bytearray | memoryview
+_STRONG = frozenset({"sha256", "sha1", "git-sha1"})
+
+
+def read_key(path: str) -> bytes:
+    """The region's key from its file: 64 hex digits, readable by its owner alone. Raises ConfigError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            mode = os.fstat(fd).st_mode
+            text = file.read(1024)
+    except OSError as error:
+        raise ConfigError(f"regional.key_file: {path}: {error.strerror}") from error
+    if not stat.S_ISREG(mode) or stat.S_IMODE(mode) & 0o077:
+        raise ConfigError(f"regional.key_file: {path} may be read by others; chmod 600 it")
+    try:
+        key = bytes.fromhex(text.strip().decode("ascii"))
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"regional.key_file: {path} holds no 64 hex digits; make some: openssl rand -hex 32")
+    return key
+
+
+class RegionKey:
+    """What is derived from the region's key. Cheap to use; thread-safe."""
+
+    def __init__(self, key: bytes) -> None:
+        self._names: bytes = blake3.blake3(key, derive_key_context="instantstart regional names v1").digest()
+        self._chunks: bytes = blake3.blake3(key, derive_key_context="instantstart regional chunks v1").digest()
+        self._records: bytes = blake3.blake3(key, derive_key_context="instantstart regional records v1").digest()
+
+    def slot(self, spec: PipelineSpec) -> str:
+        """The name of a pipeline's slot: its id and its sources, globs included."""
+        models = [(model.source, model.name, model.include, model.exclude) for model in spec.models]
+        return self._name("slot", spec.id, msgspec.json.encode(models).decode())
+
+    def pin(self, slot: str, path: str, file: ManifestFile, chunk_size: int) -> str:
+        """The name of a file of a slot: of what was pinned, so that hosts that pinned the same bytes meet, and two
+        versions of a file never do. Where the digest is no proof, the origin's own version belongs to it."""
+        digest = str(file.digest) if file.digest is not None else ""
+        strong = file.digest is not None and file.digest.algorithm in _STRONG
+        version = "" if strong else f"{file.address}\0{file.version}"
+        return self._name("pin", slot, path, str(file.size), str(chunk_size), digest, version)
+
+    def chunk_key(self, pin: str, chunk: int, length: int) -> bytes:
+        """The key of one chunk's digest: bound to its pin (slot, path and what was pinned), index and length."""
+        return keyed_digest(self._chunks, f"{pin}\0{chunk}\0{length}".encode())
+
+    def sign(self, kind: str, name: str, body: bytes) -> bytes:
+        """The MAC of a record: bound to its kind and its name."""
+        return keyed_digest(self._records, _joined(kind, name) + body)
+
+    def _name(self, *parts: str) -> str:
+        return keyed_digest(self._names, _joined(*parts)).hex()[:NAME_DIGITS]
+
+
+def _joined(*parts: str) -> bytes:
+    """Unambiguously: each part's length goes before it."""
+    encoded = [part.encode("utf-8", "surrogateescape") for part in parts]
+    return b"".join(len(part).to_bytes(4, "little") + part for part in encoded)
+
+
+class ChunkHasher(Protocol):
+    """``update`` takes any contiguous buffer."""
+
+    def update(self, data: Buffer, /) -> object: ...
+
+    def digest(self) -> bytes: ...
+
+
+def keyed_digest(key: bytes, data: Buffer) -> bytes:
+    """BLAKE3 in its keyed mode, over bytes in memory."""
+    digest: bytes = blake3.blake3(data, key=key).digest()
+    return digest
+
+
+def new_chunk_hasher(key: bytes) -> ChunkHasher:
+    """The same, fed piece by piece."""
+    hasher: ChunkHasher = blake3.blake3(key=key)
+    return hasher

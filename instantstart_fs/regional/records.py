@@ -1,0 +1,137 @@
+"""What lies in a tier, and how it is read without believing it: chunk objects, seals, claims.
+
+    v1/<slot>/<pin>/c/<chunk>            a chunk: its keyed digest, then its bytes
+    v1/<slot>/<pin>/k/<group>.<epoch>    a claim: who pulls a group of chunks
+    v1/<slot>/<pin>/seal                 the digests of all chunks, and by whose proof
+    v1/<slot>/used/<day>                 that it was used that day
+    v1/hosts/<host>                      what a host has
+
+``pin`` names one file as it was pinned (regional/keys.py). Whoever can write to the bucket can put anything there:
+each record carries a MAC over its kind, its name and its body, so that it is worth nothing under another name.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from typing import TypeVar
+
+import msgspec
+
+from instantstart_fs.regional.keys import DIGEST_BYTES, RegionKey
+
+HEADER = DIGEST_BYTES
+"""Bytes in front of a chunk's own."""
+MOST_RECORD = 1 << 20
+"""Bytes of a claim, or of a host's record; a seal has its digests beside."""
+_CHUNK = re.compile(r"c/([0-9a-f]{8})\Z")
+_CLAIM = re.compile(r"k/([0-9a-f]{8})\.([0-9a-f]{4})\Z")
+MAC = 32
+
+
+class Forged(Exception):
+    """Not what its name says: another key, another name, cut short, or written by somebody else."""
+
+
+class Seal(msgspec.Struct, frozen=True):
+    """A file that is whole in the tier. ``digests``: of each chunk, one after the other. ``proof``: by what it was
+    proven ("sha256:…", or "size" where the origin offers nothing), ``by``: on which host, ``at``: wall clock."""
+
+    size: int
+    chunk_size: int
+    digests: bytes
+    proof: str
+    by: str
+    at: float
+    path: str = ""
+
+
+class ClaimRecord(msgspec.Struct, frozen=True):
+    """``life``: of the process that wrote it; ``beat``: how often it was renewed; ``done``: chunks that came."""
+
+    host: str
+    life: str
+    beat: int
+    done: int
+
+
+class HostRecord(msgspec.Struct, frozen=True):
+    """What one host has: by slot, the state of the pipeline and how much of it is there."""
+
+    host: str
+    rack: str
+    at: float
+    period: float
+    slots: dict[str, tuple[str, int]]
+
+
+def directory(slot: str, pin: str) -> str:
+    return f"v1/{slot}/{pin}/"
+
+
+def chunk_name(slot: str, pin: str, chunk: int) -> str:
+    return f"v1/{slot}/{pin}/c/{chunk:08x}"
+
+
+def claim_name(slot: str, pin: str, group: int, epoch: int) -> str:
+    return f"v1/{slot}/{pin}/k/{group:08x}.{min(epoch, 0xFFFF):04x}"
+
+
+def seal_name(slot: str, pin: str) -> str:
+    return f"v1/{slot}/{pin}/seal"
+
+
+def listed(name: str) -> tuple[int, None] | tuple[int, int] | None:
+    """What the rest of a name below ``directory`` speaks of: (chunk, None), or (group, epoch) of a claim."""
+    if (match := _CHUNK.match(name)) is not None:
+        return int(match[1], 16), None
+    if (match := _CLAIM.match(name)) is not None:
+        return int(match[1], 16), int(match[2], 16)
+    return None
+
+
+def pack(key: RegionKey, kind: str, name: str, record: msgspec.Struct) -> bytes:
+    """The record's object."""
+    body = msgspec.msgpack.encode(record)
+    return key.sign(kind, name, body) + body
+
+
+def _unpack(key: RegionKey, kind: str, name: str, data: bytes) -> bytes:
+    mac, body = data[:MAC], data[MAC:]
+    if len(mac) != MAC or not hmac.compare_digest(mac, key.sign(kind, name, body)):
+        raise Forged(f"{name}: not written with this region's key, or not for this name")
+    return body
+
+
+def unpack_claim(key: RegionKey, name: str, data: bytes) -> ClaimRecord:
+    """Raises Forged."""
+    return _decode(_unpack(key, "claim", name, data), ClaimRecord, name)
+
+
+def unpack_host(key: RegionKey, name: str, data: bytes) -> HostRecord:
+    """Raises Forged."""
+    return _decode(_unpack(key, "host", name, data), HostRecord, name)
+
+
+def unpack_seal(key: RegionKey, name: str, data: bytes, size: int, chunk_size: int) -> Seal:
+    """The seal of a file of ``size`` bytes. Raises Forged."""
+    seal = _decode(_unpack(key, "seal", name, data), Seal, name)
+    chunks = -(-size // chunk_size)
+    if (seal.size, seal.chunk_size, len(seal.digests)) != (size, chunk_size, chunks * DIGEST_BYTES):
+        raise Forged(f"{name}: it is the seal of another file")
+    return seal
+
+
+def most_seal(size: int, chunk_size: int) -> int:
+    """Bytes that the seal of a file of ``size`` bytes can have."""
+    return MOST_RECORD + -(-size // chunk_size) * DIGEST_BYTES
+
+
+_R = TypeVar("_R", bound=msgspec.Struct)
+
+
+def _decode(body: bytes, kind: type[_R], name: str) -> _R:
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise Forged(f"{name}: cannot be read ({error})") from error

@@ -1,0 +1,60 @@
+"""The few things that a tier's storage must be able to do; regional/s3.py and regional/directory.py do them.
+
+All block, each at most some seconds, and raise only OriginError's family (OriginNotFound where there is nothing). Names
+are relative to the tier's prefix. Nothing here is trusted: what is read is checked by who asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+
+class Stored(NamedTuple):
+    """An object of a listing. ``modified``: the storage's own wall clock, seconds."""
+
+    name: str
+    size: int
+    modified: float
+
+
+class Address(NamedTuple):
+    """Where a fetch process gets one object: a URL, the headers to send, and until when (wall clock) it is good."""
+
+    url: str
+    headers: tuple[tuple[str, str], ...]
+    expires_at: float | None
+
+
+class TierStore(Protocol):
+    """One tier's storage. Thread-safe."""
+
+    @property
+    def endpoint(self) -> str:
+        """For metrics and messages; no secret."""
+        ...
+
+    @property
+    def scheme(self) -> str: ...
+
+    def address(self, name: str) -> Address:
+        """Where an object's bytes are. Asks nobody."""
+        ...
+
+    def get(self, name: str, most: int) -> bytes:
+        """A small object; one of more than ``most`` bytes is refused."""
+        ...
+
+    def put(self, name: str, data: bytes | bytearray | memoryview) -> None: ...
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Write it unless there is one: whether this call did."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """No effect where there is nothing."""
+        ...
+
+    def list(self, prefix: str, most: int) -> Iterator[Stored]:
+        """What lies below ``prefix``, at most about ``most`` of it: a listing may have no end."""
+        ...

@@ -1,0 +1,134 @@
+"""What the regional tier needs of its storage, on each kind: SeaweedFS' S3 and a shared directory."""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+import pytest
+
+from instantstart_fs.errors import AccessRefused, InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable
+from instantstart_fs.regional.opening import open_store
+from instantstart_fs.regional.s3 import S3Store
+from instantstart_fs.regional.store import TierStore
+from tests.servers.ports import free_ports
+from tests.servers.seaweed import SeaweedServer
+
+
+@pytest.fixture(params=["s3", "directory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TierStore:
+    if request.param == "directory":
+        return open_store(f"file://{tmp_path}/shared dir")
+    server: SeaweedServer = request.getfixturevalue("seaweed")
+    bucket = server.new_bucket(f"tier-{uuid.uuid4().hex[:12]}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret_key)
+    return open_store(f"s3://{bucket}/a b", endpoint_url=server.endpoint_url)
+
+
+def test_what_was_put_comes_back(store: TierStore) -> None:
+    store.put("v1/x/one", b"first")
+    store.put("v1/x/one", memoryview(b"second"))
+    assert store.get("v1/x/one", 100) == b"second"
+    with pytest.raises(OriginNotFound):
+        store.get("v1/x/two", 100)
+
+
+def test_an_object_that_is_too_large_is_refused(store: TierStore) -> None:
+    store.put("v1/x/large", b"x" * 2000)
+    with pytest.raises(OriginMisbehaved):
+        store.get("v1/x/large", 1000)
+
+
+def test_of_many_that_write_one_new_object_one_wins(store: TierStore) -> None:
+    wins: list[int] = []
+    lines = threading.Barrier(6)
+
+    def race(number: int) -> None:
+        lines.wait()
+        try:
+            if store.put_new("v1/k/claim", str(number).encode()):
+                wins.append(number)
+        except OriginUnavailable:  # the time-out of a loser: SeaweedFS lets them wait for seconds
+            pass
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [str(number).encode() for number in wins] == [store.get("v1/k/claim", 10)]
+    assert not store.put_new("v1/k/claim", b"late")
+
+
+def test_a_listing_tells_names_below_the_prefix_and_ends(store: TierStore) -> None:
+    for number in range(5):
+        store.put(f"v1/p/c/{number:08x}", b"12345")
+    store.put("v1/q/c/00000000", b"other")
+    found = list(store.list("v1/p/", 100))
+    assert sorted(one.name for one in found) == [f"v1/p/c/{number:08x}" for number in range(5)]
+    assert {one.size for one in found} == {5}
+    assert all(one.modified > 1e9 for one in found)
+    assert len(list(store.list("v1/p/", 3))) == 3
+    assert list(store.list("v1/nothing/", 10)) == []
+
+
+def test_what_was_deleted_is_gone_and_deleting_it_again_does_nothing(store: TierStore) -> None:
+    store.put("v1/x/gone", b"1")
+    store.delete("v1/x/gone")
+    store.delete("v1/x/gone")
+    with pytest.raises(OriginNotFound):
+        store.get("v1/x/gone", 10)
+
+
+def test_an_address_opens_the_object_to_whoever_has_it(store: TierStore) -> None:
+    store.put("v1/x/chunk", b"0123456789")
+    address = store.address("v1/x/chunk")
+    with urllib.request.urlopen(urllib.request.Request(address.url, headers=dict(address.headers))) as answer:
+        assert answer.read() == b"0123456789"
+
+
+def test_wrong_credentials_are_refused(seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", seaweed.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not the secret")
+    store = open_store("s3://tier/p", endpoint_url=seaweed.endpoint_url)
+    with pytest.raises(AccessRefused):
+        store.put("v1/x", b"1")
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_an_hour_off_is_found_out(
+    seaweed: SeaweedServer, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", seaweed.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", seaweed.secret_key)
+    store = open_store(
+        f"s3://{seaweed.new_bucket(f'clock-{uuid.uuid4().hex[:12]}')}/clock", endpoint_url=seaweed.endpoint_url
+    )
+    assert isinstance(store, S3Store)
+
+    class Off:
+        monotonic = staticmethod(time.monotonic)
+
+        @staticmethod
+        def time() -> float:
+            return time.time() + hours * 3600
+
+    monkeypatch.setattr("instantstart_fs.regional.s3.time", Off)
+    store.put("v1/x", b"1")
+    assert store.get("v1/x", 10) == b"1"
+    assert abs(store.skew + hours * 3600) < 60
+
+
+def test_a_tier_that_is_not_there_says_so_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = free_ports(1)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    store = open_store("s3://tier/p", endpoint_url=f"http://127.0.0.1:{port}")
+    began = time.monotonic()
+    with pytest.raises(InstantStartError):
+        store.get("v1/x", 10)
+    assert time.monotonic() - began < 10
