@@ -158,7 +158,21 @@ class Library:
         fill_events = FillEventHandler(
             self._catalog, self._open_files, self.telemetry, self._admissions, self._evictor.wake, self._shielded
         )
-        self._filler = Filler(store, index, settings, fill_events, free_space=self._evictor.free_space)
+        region = None
+        if config.regional is not None:
+            from instantstart_fs.filler.region_settings import region_settings  # late: only a region needs it
+
+            region = region_settings(config.regional)
+        self._region_key = region.key if region is not None else None
+        self._filler = Filler(
+            store,
+            index,
+            settings,
+            fill_events,
+            free_space=self._evictor.free_space,
+            region=region,
+            slot_of=self._slot_of,
+        )
         if taking_over:
             self._filler.hold_workers()
         self._reads = Reads(
@@ -202,6 +216,11 @@ class Library:
             )
         self.residency = Residency(self._catalog)
         self._namespace = Namespace(self._catalog, self._access, self._state_of, config.eviction.keep_hot)
+
+    def _slot_of(self, pipeline: str) -> str | None:
+        """The pipeline's slot in the regional tier."""
+        found = self._catalog.pipelines.get(pipeline)
+        return self._region_key.slot(found.spec) if found is not None and self._region_key is not None else None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -27,6 +28,7 @@ from instantstart_fs.config.sections import (
     MountConfig,
     OnRefusal,
     OriginsConfig,
+    RegionalConfig,
     S3Config,
     ServeUnsealed,
     StagingConfig,
@@ -124,6 +126,20 @@ class _Origins(Table):
     s3: _S3 = msgspec.field(default_factory=_S3)
 
 
+class _Regional(Table):
+    url: str
+    key_file: str
+    host: str | None = None
+    endpoint_url: str | None = None
+    region_name: str | None = None
+    profile: str | None = None
+    upstream: tuple[str, ...] = ()
+    write_back: bool = True
+    rate: str | int | None = None
+    verify: Literal["chunks", "origin"] = "chunks"
+    rack: str = ""
+
+
 class _File(Table):
     region: str = "local"
     mount: _Mount = msgspec.field(default_factory=_Mount)
@@ -134,6 +150,7 @@ class _File(Table):
     http: _Http = msgspec.field(default_factory=_Http)
     control: _Control = msgspec.field(default_factory=_Control)
     origins: _Origins = msgspec.field(default_factory=_Origins)
+    regional: _Regional | None = None
     pipelines: dict[str, PipelineTable] = msgspec.field(default_factory=dict)
 
 
@@ -244,6 +261,7 @@ def _build(
             at.parsed("store.scrub_rate", parse_rate, raw.store.scrub_rate),
         ),
         fill=_fill(at, raw.fill),
+        regional=_regional(at, raw.regional) if raw.regional is not None else None,
         eviction=_eviction(at, raw.eviction),
         staging=_staging(at, raw.staging),
         http=_http(at, raw.http),
@@ -359,3 +377,31 @@ def _path_problem(path: str) -> str | None:
     if not os.access(probe, os.X_OK | (os.W_OK if probe != path else 0)):
         return f"this user may not use {path}" if probe == path else f"this user may not create {path} in {probe}"
     return None
+
+
+_TIER = re.compile(r"(s3://[a-z0-9][a-z0-9._-]{1,254}(/[^?#]*)?|file:///[^?#]+)\Z")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+
+
+def _regional(at: At, raw: _Regional) -> RegionalConfig:
+    for key, url in (("regional.url", raw.url), *(("regional.upstream", one) for one in raw.upstream)):
+        at.require(
+            _TIER.match(url) is not None, key, f"{url[:200]!r} is neither s3://bucket/prefix nor file:///directory"
+        )
+    at.s3_url("regional.endpoint_url", raw.endpoint_url)
+    host = raw.host if raw.host is not None else os.uname().nodename
+    at.require(_HOST.match(host) is not None, "regional.host", f"{host[:80]!r} is no host's name")
+    at.require(not raw.rack or _HOST.match(raw.rack) is not None, "regional.rack", f"{raw.rack[:80]!r} is no name")
+    return RegionalConfig(
+        url=raw.url,
+        key_file=at.path("regional.key_file", raw.key_file),
+        host=host,
+        endpoint_url=raw.endpoint_url,
+        region_name=raw.region_name,
+        profile=raw.profile,
+        upstream=raw.upstream,
+        write_back=raw.write_back,
+        rate=at.parsed("regional.rate", parse_rate, raw.rate) if raw.rate is not None else None,
+        verify=raw.verify,
+        rack=raw.rack,
+    )

@@ -146,6 +146,25 @@ class OriginsConfig(msgspec.Struct, frozen=True):
     allow_private: tuple[str, ...] = ()
 
 
+class RegionalConfig(msgspec.Struct, frozen=True):
+    """The regional tier. ``url``: s3://bucket/prefix or file:///directory; ``upstream``: other regions' tiers, asked
+    before the origin; ``key_file``: of the region's secret; ``host``: this host's name; ``verify``: "chunks" believes a
+    file whose every chunk is what the region's seal says, "origin" hashes it here as well; ``rate``: bytes a second
+    that are written back, None = any; ``rack``: its rack, "" = none."""
+
+    url: str
+    key_file: str
+    host: str
+    endpoint_url: str | None = None
+    region_name: str | None = None
+    profile: str | None = None
+    upstream: tuple[str, ...] = ()
+    write_back: bool = True
+    rate: int | None = None
+    verify: Literal["chunks", "origin"] = "chunks"
+    rack: str = ""
+
+
 class Config(msgspec.Struct, frozen=True):
     """The whole. ``file``: where it was read from, None for defaults. ``pipelines``: those of the file(s), by id."""
 
@@ -159,4 +178,5 @@ class Config(msgspec.Struct, frozen=True):
     control: ControlConfig = ControlConfig()
     pipelines: tuple[PipelineSpec, ...] = ()
     region: str = "local"
+    regional: RegionalConfig | None = None
     file: str | None = None

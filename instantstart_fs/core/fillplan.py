@@ -106,10 +106,35 @@ class FillPlan(Generic[K]):
         """Read ``present`` again: it lost chunks (a failed fdatasync)."""
         entry = self._entries[key]
         for chunk in range(entry.present.chunks):
-            entry.todo[chunk] = 0 if chunk in entry.present or chunk in entry.in_flight else 1
+            entry.todo[chunk] = not (chunk in entry.present or chunk in entry.in_flight or chunk in entry.shut)
         for chunk in entry.wanted:
             if entry.todo[chunk]:
                 entry.demands[chunk] = None
+        self._ready(entry)
+
+    def shut(self, key: K, chunks: Iterable[int]) -> None:
+        """Do not request these chunks until ``open``: they come from elsewhere. Requests in flight go on."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        for chunk in chunks:
+            entry.shut.add(chunk)
+            entry.todo[chunk] = 0
+            entry.demands.pop(chunk, None)
+        if not entry.demands:
+            entry.lane.demanded.pop(key, None)
+
+    def open(self, key: K, chunk: int) -> None:
+        """Request this chunk as any other."""
+        entry = self._entries.get(key)
+        if entry is None or chunk not in entry.shut:
+            return
+        entry.shut.discard(chunk)
+        if chunk in entry.present or chunk in entry.in_flight:
+            return
+        entry.todo[chunk] = 1
+        if chunk in entry.wanted:
+            entry.demands[chunk] = None
         self._ready(entry)
 
     # -- what is wanted ------------------------------------------------------------------------------------------
@@ -124,7 +149,7 @@ class FillPlan(Generic[K]):
                 continue
             entry.last_demand = chunk
             entry.wanted.add(chunk)
-            if chunk in entry.in_flight:
+            if chunk in entry.in_flight or chunk in entry.shut:
                 continue
             if chunk not in entry.demands:
                 entry.demands[chunk] = None
@@ -247,7 +272,7 @@ class FillPlan(Generic[K]):
             return
         self._finish_flight(entry, chunk)
         self._suspect(entry, suspect)
-        if chunk in entry.present:
+        if chunk in entry.present or chunk in entry.shut:
             return
         entry.todo[chunk] = 1
         if chunk in entry.wanted:

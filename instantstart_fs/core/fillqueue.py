@@ -104,6 +104,7 @@ class Entry(Generic[K]):
         "preempted",
         "present",
         "rank",
+        "shut",
         "suspect",
         "todo",
         "version",
@@ -121,6 +122,8 @@ class Entry(Generic[K]):
         if present.count:
             self.todo = bytearray(0 if chunk in present else 1 for chunk in range(present.chunks))
         self.in_flight: dict[int, Flight[K]] = {}
+        self.shut: set[int] = set()
+        """Chunks that are not to be requested: they come from elsewhere."""
         self.suspect = False
         self.preempted = 0
         """How often in a row one of its flights was preempted."""

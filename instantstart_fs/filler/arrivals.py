@@ -5,12 +5,13 @@ again. What a failure means is decided in filler/failures.py, the end of a fill 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import trio
 
 from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.retry import Effort, quantum
-from instantstart_fs.errors import InstantStartError
+from instantstart_fs.errors import InstantStartError, StoreError
 from instantstart_fs.filler.breakers import host_of
 from instantstart_fs.filler.completion import Completion
 from instantstart_fs.filler.delivery import Delivery, DeliveryEvents
@@ -24,6 +25,9 @@ from instantstart_fs.filler.sources import Locator
 from instantstart_fs.filler.table import FillTable
 from instantstart_fs.filler.tally import WORKER_LOST, Tally
 from instantstart_fs.filler.target import FileKey, FileState
+
+if TYPE_CHECKING:
+    from instantstart_fs.filler.regional import Regional
 
 
 class Arrivals(DeliveryEvents):
@@ -59,6 +63,7 @@ class Arrivals(DeliveryEvents):
         self._locator = locator
         self._rates = rates
         self._tally = tally
+        self.regional: Regional | None = None
         self.fetched_bytes = 0
         """Bytes of whole chunks since the start."""
 
@@ -84,6 +89,8 @@ class Arrivals(DeliveryEvents):
         if effort is not None and effort.received(request.counted, now):
             target.last_progress = self._table.last_arrival[target.key.pipeline] = now
         self._rates.add(target.key.pipeline, count, now)
+        if request.piece is not None and self.regional is not None:
+            self.regional.progressed(request)
 
     def on_paused(self, seconds: float) -> None:
         self._plan.pause(trio.current_time() + seconds)
@@ -100,7 +107,10 @@ class Arrivals(DeliveryEvents):
     def on_worker_lost(self, fill: Fill, lost: list[FetchRequest]) -> None:
         for request in lost:
             self._tally.failed(request.source.key, WORKER_LOST)
-            self._plan.failed(fill.target.key, request.chunk)
+            if request.piece is not None and self.regional is not None:
+                self.regional.lost(request)
+            else:
+                self._plan.failed(fill.target.key, request.chunk)
         self._table.stream_ended(fill)
         self._completion.check(fill)
         self._table.wakeup.set()
@@ -149,6 +159,11 @@ class Arrivals(DeliveryEvents):
             return
         self._table.stream_ended(fill)
         self._tally.failed(request.source.key, error.code)
+        if request.piece is not None and self.regional is not None:
+            self.regional.failed(request, error)
+            self._table.wakeup.set()
+            if not isinstance(error, StoreError):
+                return
         self._failures.apply(request, error, silent, counts=counts)
 
     def _chunk_complete(self, request: FetchRequest, chunk: int) -> None:
@@ -162,20 +177,24 @@ class Arrivals(DeliveryEvents):
         self._tally.came(source, length)
         self._rates.add(key.pipeline, max(length - request.counted, 0), now)
         request.counted = max(request.counted - length, 0)
-        if fill.location is not None and fill.location.foreseen:
+        from_tier = request.piece is not None
+        if fill.location is not None and fill.location.foreseen and not from_tier:
             self._locator.foresaw(source, key.pipeline, rightly=True)
         target.present.add(chunk)
         if target.state is FileState.ABSENT:
             target.state = FileState.FILLING
         target.last_progress = self._table.last_arrival[key.pipeline] = now
         target.efforts.pop(chunk, None)
-        fill.failures = fill.refused = fill.stale = fill.missing = 0
-        fill.slow = False
-        fill.streak.answered()
-        if fill.held_until and not fill.streaming:
-            fill.held_until = 0.0
-            self._plan.release(key)
-        self._pacing.origin_answered(source, host_of(source, request.url), key)
+        if not from_tier:
+            fill.failures = fill.refused = fill.stale = fill.missing = 0
+            fill.slow = False
+            fill.streak.answered()
+            if fill.held_until and not fill.streaming:
+                fill.held_until = 0.0
+                self._plan.release(key)
+            self._pacing.origin_answered(source, host_of(source, request.url), key)
+        if self.regional is not None:
+            self.regional.came(fill, chunk, request)
         committer = self._completion.committer
         if target.error is not None and committer.stuck is None:
             target.error = None

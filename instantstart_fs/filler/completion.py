@@ -5,6 +5,7 @@ fetches again what a failed sync may have lost. When bytes become durable is the
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -22,6 +23,9 @@ from instantstart_fs.filler.table import FillTable
 from instantstart_fs.filler.target import FileKey, FileState, FillTarget
 from instantstart_fs.index.environment import Index
 from instantstart_fs.store.blobstore import BlobStore
+
+if TYPE_CHECKING:
+    from instantstart_fs.filler.regional import Regional
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,7 @@ class Completion(CommitEvents):
         self._quarantine = quarantine
         self._space = space
         self.committer = Committer(store, index, settings.commit_bytes, settings.commit_seconds, self)
+        self.regional: Regional | None = None
         self.poisoned = 0
         """Digest mismatches since the start."""
 
@@ -71,7 +76,15 @@ class Completion(CommitEvents):
             fill.sealing = True
             self._delivery.close_in_worker(fill)
             self.committer.seal(target, "unverified")
+        elif fill.proven_by:
+            fill.sealing = True
+            self._delivery.close_in_worker(fill)
+            target.proven_by = fill.proven_by
+            self.committer.seal(target, "sealed")
         elif fill.hashed is None:
+            if fill.unhashed:  # a chunk came from elsewhere: the file is hashed after all
+                fill.unhashed = False
+                self._delivery.close_in_worker(fill)
             if fill.worker is None:
                 self._delivery.schedule_open(fill)
         elif fill.hashed == digest.value:
@@ -96,6 +109,8 @@ class Completion(CommitEvents):
         self._table.leave(fill)
         target.state = FileState.POISONED
         target.fail(error)
+        if self.regional is not None:
+            self.regional.poisoned(target)
         self.committer.poison(target)
 
     def hash_failed(self, fill: Fill, error: InstantStartError) -> None:
@@ -117,6 +132,9 @@ class Completion(CommitEvents):
         target.error = None
         self._quarantine.proven(target.key)
         target.wake()
+        if self.regional is not None:
+            digest = target.entry.file.digest
+            self.regional.sealed(target, "" if target.proven_by else str(digest or "size"))
         self._events.target_sealed(target)
 
     def on_poisoned(self, target: FillTarget) -> None:
@@ -140,7 +158,8 @@ class Completion(CommitEvents):
         fill.sealing = False
         for request in list(fill.requests):
             self._delivery.finish(request)
-            self._plan.failed(target.key, request.chunk)
+            for key in self._table.keys(target.key):
+                self._plan.failed(key, request.chunk)
         fill.unsent.clear()
         self._table.stream_ended(fill)
         self._delivery.close_in_worker(fill)  # its hash covers bytes that will be written again

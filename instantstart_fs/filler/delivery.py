@@ -27,6 +27,7 @@ from instantstart_fs.filler.messages import (
     Hashed,
     HashFailed,
     OpenFile,
+    Piece,
     Progress,
     Report,
     SetLocation,
@@ -39,7 +40,7 @@ from instantstart_fs.filler.messages import (
 from instantstart_fs.filler.pausing import Pausing
 from instantstart_fs.filler.pool import Worker, WorkerPool
 from instantstart_fs.filler.settings import FillSettings
-from instantstart_fs.filler.sources import Locator, expired
+from instantstart_fs.filler.sources import Locator, Source, expired
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.store.blobfile import BlobFile
@@ -207,28 +208,40 @@ class Delivery:
 
     # -- out -------------------------------------------------------------------------------------------------------
 
-    def dispatch(self, planned: Request[FileKey], fill: Fill) -> None:
-        """Send a request, once its file is open, located and given to a worker."""
+    def dispatch(
+        self, planned: Request[FileKey], fill: Fill, piece: Piece | None = None, source: Source | None = None
+    ) -> FetchRequest:
+        """Send a request, once its file is open, located and given to a worker; to a tier (``source``), if ``piece`` is
+        given, without a location."""
         self._numbers += 1
         request = FetchRequest(self._numbers, fill, planned.chunk, planned.demand)
+        request.piece = piece
+        if source is not None:
+            request.source = source
         self._requests[request.number] = request
         fill.requests.add(request)
-        if fill.worker is not None and fill.location is not None and not expired(fill.location):
+        if fill.worker is not None and (piece is not None or _located(fill)):
             self._send(request)
         else:
             fill.unsent.append(request)
             self.schedule_open(fill)
+        return request
 
     def _send(self, request: FetchRequest) -> None:
         fill = request.fill
         worker = fill.worker
         assert worker is not None
         request.worker = worker
-        request.source = fill.source
         request.location_epoch = fill.location_epoch
-        request.url = fill.location.url if fill.location is not None else None
+        if request.piece is not None:
+            request.url = request.piece.url
+        else:
+            request.source = fill.source
+            request.url = fill.location.url if fill.location is not None else None
         worker.in_flight += 1
-        worker.send(Fetch(request.number, fill.file, request.chunk, request.demand, fill.target.has_reader()))
+        worker.send(
+            Fetch(request.number, fill.file, request.chunk, request.demand, fill.target.has_reader(), request.piece)
+        )
         if request.demand:
             self._pause_for(request)
 
@@ -296,6 +309,16 @@ class Delivery:
             while not (fill.done or fill.sealing):
                 # A fresh location that has expired already (clock ahead, credentials ending) is tried: the server
                 # decides.
+                if fill.worker is not None:
+                    pieces = [request for request in fill.unsent if request.piece is not None]
+                    fill.unsent = [request for request in fill.unsent if request.piece is None]
+                    for request in pieces:
+                        self._send(request)
+                elif any(request.piece is not None for request in fill.unsent):
+                    worker = await self.pool.wait_worker()
+                    if not fill.done:
+                        self._open_at(fill, worker)
+                    continue
                 if fill.unsent and (fill.location is None or (expired(fill.location) and not fresh)):
                     location = await self._locator.locate(
                         fill.source, target.entry, target.key.pipeline, foresee=fill.may_foresee
@@ -366,7 +389,14 @@ class Delivery:
         number, present, file = self._numbers, target.present, target.entry.file
         # Before anything is recorded: if there is no descriptor for it, the worker does not know the file.
         worker.send(
-            OpenFile(number, target.entry.path, file.size, present.chunk_size, file.digest, present.to_bytes()),
+            OpenFile(
+                number,
+                target.entry.path,
+                file.size,
+                present.chunk_size,
+                None if fill.unhashed else file.digest,
+                present.to_bytes(),
+            ),
             target.blob.fd,
         )
         fill.file = number
@@ -391,10 +421,10 @@ class Delivery:
 
     def _on_report(self, worker: Worker, report: Report) -> None:
         match report:
-            case Arrived(request=number, answered=answered):
+            case Arrived(request=number, answered=answered, digest=proven):
                 request = self._requests.get(number)
                 if request is not None:
-                    request.answered = answered
+                    request.answered, request.digest = answered, proven
                     self._events.on_arrived(request)
             case Progress(request=number, bytes=count):
                 request = self._requests.get(number)
@@ -442,3 +472,7 @@ class Delivery:
     def _set_quiet(self) -> None:
         quiet, self._quiet = self._quiet, trio.Event()
         quiet.set()
+
+
+def _located(fill: Fill) -> bool:
+    return fill.location is not None and not expired(fill.location)

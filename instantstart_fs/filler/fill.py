@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from instantstart_fs.core.faults import Streak
 
 if TYPE_CHECKING:
+    from instantstart_fs.filler.messages import Piece
     from instantstart_fs.filler.pool import Worker
     from instantstart_fs.filler.sources import Source
     from instantstart_fs.filler.target import FillTarget
@@ -27,9 +28,11 @@ class FetchRequest:
         "chunk",
         "counted",
         "demand",
+        "digest",
         "fill",
         "location_epoch",
         "number",
+        "piece",
         "source",
         "url",
         "worker",
@@ -41,6 +44,9 @@ class FetchRequest:
         self.chunk = chunk
         self.demand = demand
         self.source: Source = fill.source
+        self.piece: Piece | None = None
+        """It goes to a regional tier, not to the chain of sources."""
+        self.digest = b""
         self.worker: Worker | None = None
         self.counted = 0
         self.answered: float | None = None
@@ -82,6 +88,12 @@ class Fill:
         self.hash_failures = 0
         self.hashed: str | None = None
         self.sealing = False
+        self.regional = True
+        """The regional tier may be asked for it."""
+        self.unhashed = False
+        """The region's seal is to prove it: its worker does not hash the file."""
+        self.proven_by = ""
+        """Whose proof that is, once every chunk is what the seal says."""
         self.done = False
 
     def discard_location(self) -> None:

@@ -45,6 +45,19 @@ class SetLocation(msgspec.Struct, frozen=True, tag="location"):
     location: Location
 
 
+class Piece(msgspec.Struct, frozen=True):
+    """A chunk as an object of its own, in a regional tier: its keyed digest, then its bytes.
+
+    ``key``: of the digest, bound to this very chunk. ``digest``: what it must be where a seal says so, b"" = what the
+    object says, which counts since only who has the region's key can have made it.
+    """
+
+    url: str
+    key: bytes
+    digest: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+
+
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     """Fetch a chunk. ``keep_pages``: the pipeline is being read. Otherwise the file's pages are dropped after hashing,
     so that a background fill evicts nothing from the page cache that is in use."""
@@ -54,6 +67,7 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     chunk: int
     demand: bool
     keep_pages: bool = True
+    piece: Piece | None = None
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
@@ -91,6 +105,8 @@ class Arrived(msgspec.Struct, frozen=True, tag="arrived"):
 
     request: int
     answered: float | None = None
+    digest: bytes = b""
+    """Of a ``Piece``: proven over what was written."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

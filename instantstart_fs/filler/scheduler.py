@@ -20,7 +20,8 @@ own deadline.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -54,10 +55,14 @@ from instantstart_fs.filler.space import FreeSpace, SpaceRequests
 from instantstart_fs.filler.table import FillTable
 from instantstart_fs.filler.tally import Tally
 from instantstart_fs.filler.target import COMPLETE, FileKey, FillTarget
+from instantstart_fs.filler.tierkey import TierKey, file_key
 from instantstart_fs.filler.uncached import UncachedReader
 from instantstart_fs.index.environment import Index
 from instantstart_fs.origins.base import OriginKey
 from instantstart_fs.store.blobstore import BlobStore
+
+if TYPE_CHECKING:
+    from instantstart_fs.filler.regional import Regional, RegionSettings
 
 __all__ = ["FillEvents", "FillSettings", "FillStatistics", "Filler"]
 
@@ -80,6 +85,8 @@ class Filler:
         *,
         tiers: Sequence[Tier] = (),
         free_space: FreeSpace | None = None,
+        region: RegionSettings | None = None,
+        slot_of: Callable[[str], str | None] = lambda pipeline: None,
     ) -> None:
         self._settings = settings
         self._quantum = quantum(settings.read_deadline)
@@ -123,6 +130,12 @@ class Filler:
             tally=self._tally,
         )
         self._uncached = UncachedReader(self._locator, settings, self._breakers, self._pacing, self._tally)
+        self.regional: Regional | None = None
+        if region is not None:
+            from instantstart_fs.filler import regional as module  # late: only a region needs it
+
+            regional = module.Regional(region, slot_of, self._plan, self._table, self._delivery)
+            self.regional = self._table.regional = self._arrivals.regional = self._completion.regional = regional
         self._start_workers: trio.Event | None = None
         """Set to start workers that ``hold_workers`` held back."""
 
@@ -137,6 +150,8 @@ class Filler:
             try:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(self._space.run)
+                    if self.regional is not None:
+                        await nursery.start(self.regional.run)
                     await nursery.start(self._deliver)
                     nursery.start_soon(self._pump)
                     task_status.started()
@@ -169,6 +184,11 @@ class Filler:
             self._send(now)
             if stopped := self._plan.preempt(now):
                 for request in stopped:
+                    if isinstance(request.key, TierKey):
+                        if self.regional is not None:
+                            self.regional.preempted(request.key, request.chunk)
+                        self._delivery.stop(table.fills[file_key(request.key)], request.chunk)
+                        continue
                     fill = table.fills[request.key]
                     fill.slow = True
                     self._delivery.stop(fill, request.chunk)
@@ -181,9 +201,13 @@ class Filler:
     def _send(self, now: float) -> None:
         fills, queue_moved = self._table.fills, self._table.queue_moved
         for request in self._plan.next_requests(now, background=self._completion.committer.stuck is None):
-            fill = fills[request.key]
+            tier = isinstance(request.key, TierKey)
+            fill = fills[file_key(request.key) if tier else request.key]
             fill.target.efforts.setdefault(request.chunk, Effort(queue_moved(fill.target), self._quantum))
-            self._delivery.dispatch(request, fill)
+            if tier and self.regional is not None:
+                self.regional.send(request, fill)
+            else:
+                self._delivery.dispatch(request, fill)
 
     # -- what is wanted ------------------------------------------------------------------------------------------
 
@@ -199,8 +223,11 @@ class Filler:
         chunks = target.present.chunks_of(wanted)
         self._delivery.urge(fill, chunks)
         self._plan.demand(target.key, chunks)
+        if self.regional is not None:
+            self.regional.demand(target.key, chunks)
         if not target.serve_unsealed:
-            self._plan.demand_whole(target.key)  # the reader waits for the seal, and that for every chunk
+            for key in self._table.keys(target.key):
+                self._plan.demand_whole(key)  # the reader waits for the seal, and that for every chunk
         self._pacing.sync_breaker(fill)
         self._completion.check(fill)
         self._table.wakeup.set()
@@ -220,7 +247,8 @@ class Filler:
         background.setdefault(pipeline, set()).update(keys)
         if not background[pipeline]:
             del background[pipeline]
-        self._plan.append_background(pipeline, keys)
+        entries = keys if self.regional is None else [entry for key in keys for entry in self._table.keys(key)]
+        self._plan.append_background(pipeline, entries)
         for fill in entered:
             self._completion.check(fill)
         self._table.wakeup.set()
@@ -231,7 +259,8 @@ class Filler:
         if fill is None:
             return
         self._table.background.setdefault(target.key.pipeline, set()).add(target.key)
-        self._plan.add_background(target.key)
+        for key in self._table.keys(target.key):
+            self._plan.add_background(key)
         self._completion.check(fill)
         self._table.wakeup.set()
 
@@ -379,6 +408,7 @@ class Filler:
         mismatches = self._quarantine.mismatches(key)
         # It is not known whose bytes were wrong: from then on only the origin is asked.
         fill = Fill(target, chain_for(target, () if mismatches else self._tiers))
+        fill.regional = not mismatches
         self._table.enter(fill)
         origin = target.origin.key
         trusted = endpoint_trusted(origin.scheme, origin.endpoint)

@@ -5,6 +5,7 @@ no failure.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -14,6 +15,9 @@ from instantstart_fs.filler.delivery import Delivery
 from instantstart_fs.filler.events import FillEvents
 from instantstart_fs.filler.fill import Fill
 from instantstart_fs.filler.target import FileKey, FillTarget, TargetOwner
+
+if TYPE_CHECKING:
+    from instantstart_fs.filler.regional import Regional
 
 
 class FillTable(TargetOwner):
@@ -27,6 +31,7 @@ class FillTable(TargetOwner):
         self._delivery = delivery
         self._events = events
         self.fills: dict[FileKey, Fill] = {}
+        self.regional: Regional | None = None
         self.background: dict[str, set[FileKey]] = {}
         """By pipeline, the files that are filled in the background. A pipeline without any has no entry."""
         self.last_arrival: dict[str, float] = {}
@@ -48,6 +53,8 @@ class FillTable(TargetOwner):
         self.fills[target.key] = fill
         self._plan.add(target.key, target.key.pipeline, fill.source.key, target.present)
         target.owner = self
+        if self.regional is not None and fill.regional:
+            self.regional.enter(fill)
 
     def leave(self, fill: Fill) -> None:
         """Forget a fill: its requests are given up and its worker closes the file. No effect the second time."""
@@ -58,6 +65,8 @@ class FillTable(TargetOwner):
         key = fill.target.key
         del self.fills[key]
         self._plan.remove(key)
+        if self.regional is not None:
+            self.regional.leave(key)
         pending = self.background.get(key.pipeline)
         if pending is not None:
             pending.discard(key)
@@ -78,7 +87,11 @@ class FillTable(TargetOwner):
 
     def demand_again(self, target: FillTarget) -> None:
         """Put back what readers wait for, after present bytes were lost."""
-        self._plan.demand(target.key, [chunk for chunk in target.waiting if chunk not in target.present])
+        wanted = [chunk for chunk in target.waiting if chunk not in target.present]
+        self._plan.demand(target.key, wanted)
+        if self.regional is not None:
+            self.regional.reread(target.key)
+            self.regional.demand(target.key, wanted)
 
     def stream_ended(self, fill: Fill) -> None:
         """Request chunks again once the last request is over of which one took the whole file."""
@@ -87,6 +100,10 @@ class FillTable(TargetOwner):
             self._plan.release(fill.target.key)
             self._plan.hold(fill.target.key, fill.held_until)
 
+    def keys(self, key: FileKey) -> tuple[FileKey, ...]:
+        """The plan's entries of a file: one, or two where a region is asked before its origin."""
+        return (key,) if self.regional is None else self.regional.keys(key)
+
     # -- what targets ask of their owner ---------------------------------------------------------------------------
 
     def unwaited(self, target: FillTarget, chunks: list[int]) -> None:
@@ -94,6 +111,8 @@ class FillTable(TargetOwner):
         if self.find(target) is None:
             return
         self._plan.undemand(target.key, chunks)
+        if self.regional is not None:
+            self.regional.undemand(target.key, chunks)
         if not target.waiting:
             self._plan.undemand_whole(target.key)
 

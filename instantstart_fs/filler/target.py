@@ -100,6 +100,7 @@ class FillTarget:
         "origin",
         "owner",
         "present",
+        "proven_by",
         "serve_unsealed",
         "state",
         "waiting",
@@ -132,6 +133,8 @@ class FillTarget:
         self.last_progress = trio.current_time()
         self.deadline_extended_to = 0.0
         self.serve_unsealed = True
+        self.proven_by = ""
+        """By whose proof it is sealed, where not by this host's own hash: the region's seal."""
         self.allocated = 0
         self.has_reader = has_reader
         self.owner: TargetOwner | None = None

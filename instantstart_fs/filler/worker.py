@@ -42,6 +42,7 @@ from instantstart_fs.filler.messages import (
     Fetch,
     OpenFile,
     Order,
+    Piece,
     Ping,
     Pong,
     Ready,
@@ -239,6 +240,9 @@ class Worker:
             if file.take_unreported(order.chunk):
                 self.report(Arrived(order.request))
                 return
+            if order.piece is not None:
+                self._fetch_piece(file, order, order.piece, work, buffer)
+                return
             location = file.location
             if location is None:
                 raise OriginMisbehaved("no location is known")
@@ -278,6 +282,20 @@ class Worker:
             self.report(Failed(order.request, unforeseen.code, unforeseen.message))
         finally:
             file.leave()
+
+    def _fetch_piece(self, file: FillFile, order: Fetch, piece: Piece, work: FetchSink, buffer: memoryview) -> None:
+        from instantstart_fs.filler.pieces import fetch_piece  # late: only a region needs it
+
+        wanted = file.present.byte_range(order.chunk)
+        with file.writing() as blob:
+            blob.reserve(wanted)
+        digest, answered = fetch_piece(self._fetcher, piece, wanted, buffer, work)
+        with file.lock:
+            if file.closed or work.stopped:
+                raise Abandoned
+            file.present.add(order.chunk)
+        self.report(Arrived(order.request, answered, digest))
+        self._hashing.schedule(file)
 
 
 def main(arguments: list[str]) -> None:

@@ -162,7 +162,7 @@ class S3Store:
                 method,
                 f"{url}?{query_text(query)}" if query else url,
                 headers=signed,
-                body=body,  # type: ignore[arg-type]  (http.client sends any buffer)
+                body=body,  # type: ignore[arg-type]
                 redirect=False,
                 preload_content=False,
                 decode_content=False,

@@ -48,6 +48,8 @@ class SealRecord(msgspec.Struct, frozen=True):
     digest: str | None = None
     sealed_at_ns: int = 0
     v: int = FORMAT
+    proof: str = ""
+    """By whose proof, where this host did not hash it itself: "region:<host>"."""
 
 
 _SEAL_DECODER = msgspec.json.Decoder(SealRecord)

@@ -1,0 +1,24 @@
+"""Builds the filler's side of a region from its configuration. Reads the key's file; asks nobody."""
+
+from __future__ import annotations
+
+from instantstart_fs.config.sections import RegionalConfig
+from instantstart_fs.filler.regional import RegionSettings
+from instantstart_fs.regional.keys import RegionKey, read_key
+from instantstart_fs.regional.opening import open_store
+
+
+def region_settings(config: RegionalConfig) -> RegionSettings:
+    """Raises ConfigError."""
+    stores = tuple(
+        open_store(url, endpoint_url=config.endpoint_url, region_name=config.region_name, profile=config.profile)
+        for url in (config.url, *config.upstream)
+    )
+    return RegionSettings(
+        host=config.host,
+        key=RegionKey(read_key(config.key_file)),
+        stores=stores,
+        trust_seals=config.verify == "chunks",
+        write_back=config.write_back,
+        rate=config.rate,
+    )
