@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +16,9 @@ import pytest
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from tests.harness import Daemon
+from tests.servers.blackhole import BlackHole
 from tests.servers.hub import HubServer
+from tests.servers.ports import free_ports
 from tests.servers.seaweed import SeaweedServer
 
 MIB = 1 << 20
@@ -40,7 +45,7 @@ class Site:
         self.daemons: list[Daemon] = []
 
     def host(self, name: str, **regional: Any) -> Daemon:
-        config = {
+        config: dict[str, Any] = {
             "fill": {"chunk_size": "1MiB"},
             "http": {"listen": "127.0.0.1:0"},
             "origins": {"huggingface": {"endpoint": self.hub.endpoint}},
@@ -52,6 +57,7 @@ class Site:
                 **regional,
             },
         }
+        config["regional"] = {key: value for key, value in config["regional"].items() if value is not None}
         daemon = Daemon(
             self.directory / name,
             config=config,
@@ -117,4 +123,215 @@ def test_a_second_host_takes_no_byte_from_the_hub(site: Site, tmp_path: Path) ->
     second = site.host("two")
     site.warm(second)
     right(second, made)
-    assert site.sent() - before < 20_000, [request for request in site.hub.requests()][-9:]
+    assert site.sent() - before < 20_000, site.hub.requests()[-9:]
+
+
+def test_a_seal_says_by_whose_proof_and_saves_the_second_hash(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    site.warm(site.host("one"))
+    site.wait_seals(len(FILES))
+    trusting = site.host("two")
+    site.warm(trusting)
+    strict = site.host("three", verify="origin")
+    site.warm(strict)
+    records = {host: seal_proofs(host) for host in (trusting, strict)}
+    assert set(records[trusting].values()) == {"region:one"}
+    assert set(records[strict].values()) == {""}
+
+
+def seal_proofs(daemon: Daemon) -> dict[str, str]:
+    found = {}
+    for path in sorted((daemon.directory / "store").rglob("*")):
+        if path.is_file() and "user.instantstart.seal" in os.listxattr(path):
+            record = json.loads(os.getxattr(path, "user.instantstart.seal"))
+            found[path.name] = record.get("proof", "")
+    assert len(found) == len(FILES), found
+    return found
+
+
+def chunks_of(site: Site) -> list[str]:
+    return sorted(name for name in site.objects() if "/c/" in name)
+
+
+def poison(site: Site, what: str) -> None:
+    """What one can do who can write to the bucket, and has not the region's key."""
+    client, names = site.seaweed.client(), chunks_of(site)
+    bodies = {name: client.get_object(Bucket=site.bucket, Key=name)["Body"].read() for name in names}
+    seals = sorted(name for name in site.objects() if name.endswith("/seal"))
+
+    def put(name: str, body: bytes) -> None:
+        client.put_object(Bucket=site.bucket, Key=name, Body=body)
+
+    whole = [name for name in names if len(bodies[name]) == MIB + 32]
+    match what:
+        case "overwritten":
+            for name in names:
+                body = bytearray(bodies[name])
+                body[-1] ^= 1
+                put(name, bytes(body))
+        case "another index" | "another file":
+            # Each full chunk gets the body of the one that follows: of the same file, or of the next one.
+            for one, other in zip(whole, whole[1:] + whole[:1], strict=True):
+                put(one, bodies[other])
+        case "truncated":
+            for name in names:
+                put(name, bodies[name][:-1])
+        case "empty":
+            for name in names:
+                put(name, b"")
+        case "oversized":
+            for name in names:
+                put(name, bodies[name] + b"x" * 100)
+        case "seal replayed":
+            sealed = [client.get_object(Bucket=site.bucket, Key=name)["Body"].read() for name in seals]
+            for name, body in zip(seals, sealed[1:] + sealed[:1], strict=True):
+                put(name, body)
+        case "seal forged":
+            for name in seals:
+                put(name, b"m" * 32 + b"\x80")
+        case "claims by the thousand":
+            for name in seals:
+                client.delete_object(Bucket=site.bucket, Key=name)
+            for name in names:
+                client.delete_object(Bucket=site.bucket, Key=name)
+            for place in {name.rpartition("/c/")[0] for name in names}:
+                for group in range(300):
+                    put(f"{place}/k/{group:08x}.0000", b"mine")
+        case "emptied":
+            for name in names:
+                client.delete_object(Bucket=site.bucket, Key=name)
+        case _:
+            raise AssertionError(what)
+
+
+POISONS = [
+    "overwritten",
+    "another index",
+    "truncated",
+    "empty",
+    "oversized",
+    "seal replayed",
+    "seal forged",
+    "claims by the thousand",
+    "emptied",
+]
+
+
+@pytest.mark.parametrize("what", POISONS)
+def test_poison_is_refused_and_the_origin_serves(site: Site, tmp_path: Path, what: str) -> None:
+    files = {"a.safetensors": 4 * MIB + 13, "b.safetensors": 3 * MIB}
+    made = model(tmp_path / "model", files)
+    site.hub.publish("org/model", made)
+    first = site.host("one")
+    site.warm(first)
+    site.wait_seals(len(files))
+    first.close(check=False)
+    site.daemons.remove(first)
+    poison(site, what)
+    second = site.host("two")
+    began = time.monotonic()
+    site.warm(second)
+    assert time.monotonic() - began < 60
+    right(second, made)
+
+
+def test_another_key_meets_nobody(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", {"a.safetensors": 3 * MIB})
+    site.hub.publish("org/model", made)
+    site.warm(site.host("one"))
+    site.wait_seals(1)
+    other = tmp_path / "other.key"
+    other.write_text(secrets.token_hex(32))
+    other.chmod(0o600)
+    before = site.sent()
+    second = site.host("two", key_file=str(other))
+    site.warm(second)
+    right(second, made)
+    assert site.sent() - before >= 3 * MIB
+
+
+def test_no_object_tells_what_a_region_has(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", {"secret-name.safetensors": MIB})
+    site.hub.publish("org/model", made)
+    site.warm(site.host("one"))
+    site.wait_seals(1)
+    assert not [name for name in site.objects() if "secret" in name or "model" in name or "org" in name]
+
+
+def test_the_tier_serves_while_the_origin_is_gone(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    second = site.host("two")
+    site.warm(site.host("one"))
+    site.wait_seals(len(FILES))
+    site.hub.kill()
+    site.warm(second)
+    right(second, made)
+
+
+def test_a_tier_that_is_not_there_costs_little(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    (port,) = free_ports(1)
+    host = site.host("one", endpoint_url=f"http://127.0.0.1:{port}")
+    began = time.monotonic()
+    site.warm(host)
+    assert time.monotonic() - began < 20
+    right(host, made)
+
+
+def test_a_tier_that_swallows_everything_costs_little(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    with BlackHole() as hole:
+        host = site.host("one", endpoint_url=f"http://127.0.0.1:{hole.port}")
+        began = time.monotonic()
+        site.warm(host)
+        assert time.monotonic() - began < 45
+        right(host, made)
+
+
+def test_readers_of_a_tier_that_swallows_everything_wait_no_longer_than_their_patience(
+    site: Site, tmp_path: Path
+) -> None:
+    made = model(tmp_path / "model", {"a.safetensors": 6 * MIB})
+    site.hub.publish("org/model", made)
+    with BlackHole() as hole:
+        host = site.host("one", endpoint_url=f"http://127.0.0.1:{hole.port}")
+        began = time.monotonic()
+        with open(host.path("p") / "a.safetensors", "rb") as file:
+            assert file.read(10) == (made / "a.safetensors").read_bytes()[:10]
+        assert time.monotonic() - began < 10
+
+
+def test_a_shared_directory_is_a_tier(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    site.warm(site.host("one", url=f"file://{shared}", endpoint_url=None))
+    end = time.monotonic() + 30
+    while len(list(shared.rglob("seal"))) < len(FILES):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    before = site.sent()
+    second = site.host("two", url=f"file://{shared}", endpoint_url=None)
+    site.warm(second)
+    right(second, made)
+    assert site.sent() - before < 20_000
+
+
+def test_three_hosts_at_once_pull_it_once(site: Site, tmp_path: Path) -> None:
+    size = 48 * MIB
+    made = model(tmp_path / "model", {"a.safetensors": size})
+    site.hub.publish("org/model", made)
+    hosts = [site.host(name) for name in ("one", "two", "three")]
+    threads = [threading.Thread(target=site.warm, args=(host,)) for host in hosts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for host in hosts:
+        right(host, made)
+    assert site.sent() <= 1.05 * size
