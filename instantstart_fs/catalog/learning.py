@@ -32,14 +32,14 @@ RETRY_SECONDS = 10.0
 
 
 class _Start:
-    """``last``: when a weight file was opened, or closed; ``opened``: weight files, by path; ``learned``: paths that
-    this start has added."""
+    """``last``: when a weight file was opened, or closed; ``opened``: weight files, by path, in the order of their
+    first opens; ``learned``: paths that this start has added."""
 
     __slots__ = ("last", "learned", "opened")
 
     def __init__(self, now: float) -> None:
         self.last = now
-        self.opened: set[str] = set()
+        self.opened: dict[str, None] = {}
         self.learned: set[str] = set()
 
 
@@ -63,7 +63,7 @@ class Learning:
         generation = file.generation
         if counts_as_request(file):
             start = self._start(generation)
-            start.opened.add(file.entry.path)
+            start.opened.setdefault(file.entry.path)
             if passthrough and not generation.in_load_set(file.entry.index):
                 self.read_whole(file)
         elif not generation.in_load_set(file.entry.index):
@@ -136,7 +136,10 @@ class Learning:
     def _end(self, pipeline: Pipeline, start: _Start) -> None:
         del self._starts[pipeline]
         self._aside.pop(pipeline, None)
+        before = pipeline.learned.order
         pipeline.learned = pipeline.learned.after_start(start.opened)
+        if pipeline.learned.order != before and isinstance(pipeline.head, Generation):
+            pipeline.head.follow(pipeline.learned.order)
         self._save(pipeline)
 
     def end_all(self) -> None:

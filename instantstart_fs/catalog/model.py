@@ -20,7 +20,7 @@ from instantstart_fs.catalog.unloaded import Counts, UnloadedGeneration
 from instantstart_fs.core.access import Access
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.learned import Learned
-from instantstart_fs.core.loadset import Hints, LoadSet, sort_files, with_wanted
+from instantstart_fs.core.loadset import Hints, LoadSet, in_seen_order, sort_files, with_wanted
 from instantstart_fs.core.manifest import FileEntry, Manifest, ModelSpec, PipelineSpec
 from instantstart_fs.core.scrub import ScrubProgress
 from instantstart_fs.core.staging import Shard
@@ -203,6 +203,7 @@ class Generation:
         return Hints(
             include={at: include.get(model.name, ()) for at, model in enumerate(self.manifest.models)},
             wanted=frozenset(self.pipeline.learned.wanted),
+            order=self.pipeline.learned.order,
         )
 
     @property
@@ -235,6 +236,10 @@ class Generation:
         """What the pipeline has learned has changed in another way. Walks over all files."""
         self._know(sort_files(self.manifest.files, self._hints()))
         self.sorted_with = self.pipeline.learned.wanted
+
+    def follow(self, order: Sequence[str]) -> None:
+        """An engine was seen to open the weight files in this order: they are fetched and staged in it from now on."""
+        self._know(in_seen_order(self.known, self.manifest.files, order))
 
     def _know(self, known: LoadSet) -> None:
         self.known = known

@@ -20,12 +20,14 @@ MOST_WANTED = 10_000
 
 class Learned(msgspec.Struct, frozen=True, array_like=True):
     """``wanted``: paths that belong to the load set whatever the rules say. ``starts``: how many were seen.
-    ``touched``: path → the number of the last start that opened it, of those after the start ``since``."""
+    ``touched``: path → the number of the last start that opened it, of those after the start ``since``.
+    ``order``: in which order the last start that opened several weight files did so for the first time."""
 
     wanted: tuple[str, ...] = ()
     starts: int = 0
     touched: dict[str, int] = {}
     since: int = 0
+    order: tuple[str, ...] = ()
 
     def wanting(self, paths: Iterable[str]) -> Learned:
         """A copy with these files as well, oldest first."""
@@ -38,6 +40,8 @@ class Learned(msgspec.Struct, frozen=True, array_like=True):
     def after_start(self, opened: Collection[str]) -> Learned:
         """A copy after one more start that opened these weight files."""
         number = self.starts + 1
+        if 1 < len(opened) <= MOST_TRACKED:
+            self = msgspec.structs.replace(self, order=tuple(opened))
         touched = {**self.touched, **dict.fromkeys(opened, number)}
         if len(touched) > MOST_TRACKED:
             return msgspec.structs.replace(self, starts=number, touched={}, since=number)

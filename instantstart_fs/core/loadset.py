@@ -50,10 +50,12 @@ class LoadSet(msgspec.Struct, frozen=True):
 
 class Hints(msgspec.Struct, frozen=True):
     """Knowledge beside the names. ``include``: model (its position) → the globs that it was added with. ``wanted``:
-    paths within the pipeline that belong to the load set whatever the rules say."""
+    paths within the pipeline that belong to the load set whatever the rules say. ``order``: of weight files, as an
+    engine was seen to open them."""
 
     include: Mapping[int, Sequence[str]] = {}
     wanted: Collection[str] = ()
+    order: Sequence[str] = ()
 
 
 _NO_HINTS = Hints()
@@ -61,7 +63,7 @@ _NO_HINTS = Hints()
 
 def sort_files(files: Sequence[FileEntry], hints: Hints = _NO_HINTS) -> LoadSet:
     """Model by model; within one, configuration and tokenizer first (small, and read first), then the weights in
-    natural order.
+    the order in which an engine was seen to open them, else in natural order.
 
     Where this finds no weights (a repository of unknown formats), every file counts.
     """
@@ -82,7 +84,21 @@ def sort_files(files: Sequence[FileEntry], hints: Hints = _NO_HINTS) -> LoadSet:
         choices += found.choices
         open_ones += found.open
     useless = len(left_out.keys() - weights)
-    return LoadSet(tuple(order), frozenset(weights), left_out, tuple(choices), tuple(open_ones), useless)
+    known = LoadSet(tuple(order), frozenset(weights), left_out, tuple(choices), tuple(open_ones), useless)
+    return in_seen_order(known, files, hints.order)
+
+
+def in_seen_order(known: LoadSet, files: Sequence[FileEntry], order: Sequence[str]) -> LoadSet:
+    """A copy whose weight files come in this order of paths. Those that it does not name, and all other files, keep
+    their places."""
+    rank = {path: at for at, path in enumerate(order)}
+    places = [at for at, index in enumerate(known.order) if index in known.weights and files[index].path in rank]
+    if not places:
+        return known
+    found = list(known.order)
+    for at, index in zip(places, sorted((found[at] for at in places), key=lambda i: rank[files[i].path]), strict=True):
+        found[at] = index
+    return msgspec.structs.replace(known, order=tuple(found))
 
 
 def with_wanted(known: LoadSet, indices: Collection[int]) -> LoadSet:

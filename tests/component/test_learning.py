@@ -302,6 +302,29 @@ async def test_a_copy_of_all_variants_chooses_none_of_them(tmp_path: Path) -> No
         assert library._catalog.pipelines["p"].learned.wanted == ()
 
 
+async def test_the_order_of_first_opens_in_one_start_is_that_of_fetching_in_the_next(tmp_path: Path) -> None:
+    names = [f"model-{number:05}-of-00004.safetensors" for number in range(1, 5)]
+    seen = [names[2], names[0], names[3], names[1]]
+    source = make(tmp_path / "source", {**dict.fromkeys(names, MIB), "config.json": 2})
+
+    def order(library: Library) -> list[str]:
+        generation = library._catalog.pipeline("p").current
+        assert isinstance(generation, Generation)
+        return [generation.manifest.files[index].path for index in generation.load_set]
+
+    async with running(tmp_path) as library:
+        await library.add(spec("p", source))
+        assert order(library) == ["config.json", *names]
+        for name in [*seen, *names]:  # opened again in another order: the first opens count
+            library.release(await library.open(find(library, "p", name)))
+        library._learning.end_all()
+        assert order(library) == ["config.json", *seen]
+        await library.evict("p")
+        assert order(library) == ["config.json", *seen], "the next start fetches in it"
+    async with running(tmp_path) as library:
+        assert order(library) == ["config.json", *seen], "and so it does after a restart"
+
+
 async def test_what_no_start_touches_is_said(tmp_path: Path) -> None:
     source = make(tmp_path / "source", {"a.safetensors": MIB, "b.safetensors": MIB, "config.json": 2})
     async with running(tmp_path) as library:
