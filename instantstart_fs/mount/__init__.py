@@ -1,1 +1,1 @@
-"""What processes see: the kernel's requests translated to the library's View, and the life of the mount."""
+"""The FUSE mount: translates the kernel's requests into calls of the Vfs. What is served is decided in the library."""

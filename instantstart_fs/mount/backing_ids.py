@@ -64,7 +64,7 @@ class BackingIds:
         try:
             self.unregister(identifier)
         except OSError as error:
-            log.warning("the kernel would not let go of a backing file: %s", error)
+            log.warning("the kernel did not release a backing file: %s", error)
         if self.table is not None:
             self.table.remove(BACKING | nodeid)
 
@@ -113,7 +113,7 @@ class BackingIds:
 
 
 def _probe_file(store: str) -> IO[bytes]:
-    """A file on the store's filesystem: its lock, which is there on a full disk too. Raises OSError."""
+    """Open a file on the store's filesystem: its lock, which exists on a full disk too. Raises OSError."""
     try:
         return open(os.open(Layout(store).lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
     except FileNotFoundError:

@@ -175,7 +175,7 @@ def write_shown(todo: list[tuple[str, Shown, int]]) -> None:
 
 
 def _write_one(file: int | str, atime_ns: int, values: Mapping[str, str], mtime_ns: int) -> None:
-    """On the store's own inode, what is not so already. Raises OSError."""
+    """Set times and attributes of the store's own inode where they differ. Raises OSError."""
     found = os.stat(file)
     if (found.st_atime_ns, found.st_mtime_ns) != (atime_ns, mtime_ns):
         os.utime(file, ns=(atime_ns, mtime_ns))

@@ -73,7 +73,8 @@ class Plan(NamedTuple):
 
 
 def plan(bound: Mapping[str, BindableFile], wanted: Mapping[str, BindableFile]) -> Plan:
-    """What leads from ``bound`` to ``wanted`` (of one pipeline, by path). A file that became another one is both."""
+    """The changes from ``bound`` to ``wanted`` (one pipeline, by path). A file that became another one is detached and
+    attached."""
     return Plan(
         detach=tuple(sorted(path for path, file in bound.items() if wanted.get(path) != file)),
         attach=tuple(file for path, file in sorted(wanted.items()) if bound.get(path) != file),
@@ -93,7 +94,7 @@ class Binder:
         self._shown: dict[str, int | None] = {}
         """pipeline → the last request that its bound files show."""
         self._refused: dict[BindableFile, int] = {}
-        """What could not be bound → how often it was tried; said once, tried again later and later."""
+        """File that could not be bound → number of tries. It is logged once, and tried at growing intervals."""
         self._lost: list[tuple[BindableFile, StoreLost]] = []
         """Whose store file was not there, or not the one that was sealed, when it was to be bound."""
         self._checks = 0
@@ -115,8 +116,9 @@ class Binder:
         self._store_mount = check_support(self._store)
 
     async def run_when_known(self, mountpoint: str, decided: Callable[[str | None], None]) -> None:
-        """The same for where ``probe`` raised BindUnknown: it is tried again and again. ``decided`` is told why not, or
-        None."""
+        """Like ``run``, after ``probe`` raised BindUnknown: probe again until it is known whether files can be bound.
+
+        ``decided`` is called once, with the reason why they cannot, or None."""
         while True:
             await trio.sleep(PROBE_INTERVAL)
             try:
@@ -134,7 +136,7 @@ class Binder:
     async def run(self, mountpoint: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep complete files bound until cancelled. Started when those that are complete already are.
 
-        Leaves the binds to whoever takes the mount down: detaching it takes them along. Raises MountFailed.
+        Leaves the binds when it ends: detaching the mount takes them along. Raises MountFailed.
         """
         assert self._bindings is not None
         self._mountpoint = mountpoint
@@ -210,7 +212,8 @@ class Binder:
                 raise _busy(pipeline)
 
     async def _detach(self, pipeline: str, paths: tuple[str, ...], *, lazily: bool = True) -> None:
-        """Every open of them is noted then. Raises PipelineBusy unless ``lazily``, MountFailed."""
+        """Unmount these binds; every open of them is noted before it returns. Raises PipelineBusy unless ``lazily``,
+        MountFailed."""
         bound = self._bound.get(pipeline, {})
         done: list[str] = []
 
@@ -231,8 +234,8 @@ class Binder:
         finally:
             self._events.read()  # they were opened until now, and nobody knows their inodes from here on
             for path in done:
-                gone = bound.pop(path)
-                self._events.unwatch(gone.inode, gone.store_path)
+                removed = bound.pop(path)
+                self._events.unwatch(removed.inode, removed.store_path)
             if not bound:
                 self._bound.pop(pipeline, None)
         await self._note()
@@ -296,9 +299,9 @@ class Binder:
             log.debug("%d files bound", len(done), extra={"pipeline": pipeline})
 
     async def _check(self) -> set[str]:
-        """The pipelines of which binds are gone, or could not be made. Also asks for each new bind's name once more:
-        the kernel was told to keep it for a second when the file was not complete yet, and is told a day now, for which
-        the name then survives the daemon. Raises MountFailed."""
+        """The pipelines with binds that have vanished, or could not be made. Also asks for each new bind's name once
+        more: the kernel was told to keep it for a second when the file was not complete yet, and is told a day now, for
+        which the name then survives the daemon. Raises MountFailed."""
         async with self._lock:
             fresh, self._fresh = self._fresh, []
 
@@ -335,7 +338,7 @@ class Binder:
             self._show_soon({file.pipeline for file in closed if self._bindings.poll_release(file)})
 
     async def _note(self) -> set[BindableFile]:
-        """Tell the library of every open that was seen; what was closed."""
+        """Tell the library of every open that was seen; return the files that were closed."""
         assert self._bindings is not None
         closed: set[BindableFile] = set()
         while (pipeline := self._events.next_pipeline) is not None:
@@ -349,7 +352,7 @@ class Binder:
         return closed
 
     async def _keep_asking(self) -> None:
-        """Of what was open when its bind was taken away nobody tells, and a close may be told of too early."""
+        """Poll what is open: nothing tells of a file whose bind was withdrawn, and a close may be told of too early."""
         assert self._bindings is not None
         while True:
             await trio.sleep(CHECK_INTERVAL)

@@ -53,7 +53,7 @@ MAX_PAGES: Final = 256
 LARGEST_READ: Final = 16 * 1024 * 1024
 DYING_POLL: Final = 0.2
 CTX: Final[Any] = None
-"""Operations asks for nobody's uid: the kernel checks permissions itself."""
+"""In the place of a caller: Operations does not look at one where the kernel checks permissions itself."""
 
 _Answer = Callable[["DevFuse", wire.Request], Coroutine[Any, Any, "tuple[bytes, ...]"]]
 """Makes the payload of a reply, from memory."""
@@ -84,7 +84,7 @@ class DevFuse:
         self._orphans: frozenset[int] = frozenset()
         """Nodeids that the kernel holds open and the Vfs does not know any more: nobody will say when they close."""
         self._answered: dict[int, Row] = {}
-        """By serial: the opens that an earlier daemon recorded, and may not have answered."""
+        """Serial → the row of an OPEN that an earlier daemon recorded, and may not have answered."""
         self._view = view
         self._store = store
         self._max_tasks = max_tasks
@@ -148,7 +148,7 @@ class DevFuse:
         self.close()
 
     async def main(self) -> None:
-        """Serve until the mount is gone. Raises PassthroughRefused before anything was served, HandoverRefused when the
+        """Serve until it is unmounted. Raises PassthroughRefused before anything was served, HandoverRefused when the
         kernel will not send again what the daemon before left unanswered."""
         if self._adopted:
             try:
@@ -339,7 +339,7 @@ class DevFuse:
         await self._opened(unique, nodeid, info.fh)
 
     async def _answer_again(self, unique: int) -> bool:
-        """What an earlier daemon recorded of this very OPEN before it died; False if it did not come so far."""
+        """Answer an OPEN as an earlier daemon recorded it before it died; False if it recorded nothing."""
         row = self._answered.pop(unique & ~wire.RESENT, None)
         if row is None:
             return False

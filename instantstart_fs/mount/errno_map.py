@@ -1,8 +1,8 @@
-"""Which errno a process sees for each error of the tree: one dict, one row for every class.
+"""Says which errno a process sees for each error of the tree: one dict, one row for every class. It raises nothing.
 
 EIO is what every engine understands as "the bytes could not be had". ENOENT is kept for what truly has no name: engines
 probe for optional files, and an origin's 404 shown as ENOENT would make them load half a model. ESTALE is what a node
-that is gone says, since the kernel then looks the path up again.
+that no longer exists says, since the kernel then looks the path up again.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
 }
 
 
-def errno_of(error: errors.InstantStartError, *, gone: int = errno.ENOENT) -> int:
-    """The errno for ``error``; ``gone`` is what NoSuchEntry means to the caller (ENOENT for names, ESTALE for nodes).
+def errno_of(error: errors.InstantStartError, *, missing: int = errno.ENOENT) -> int:
+    """The errno for ``error``; ``missing`` is what NoSuchEntry means to the caller (ENOENT for names, ESTALE for
+    nodes).
 
     A class without a row of its own (one defined elsewhere) takes that of its nearest ancestor.
     """
     if isinstance(error, errors.NoSuchEntry):
-        return gone
+        return missing
     for cls in type(error).__mro__:
         if cls in ERRNO:
             return ERRNO[cls]

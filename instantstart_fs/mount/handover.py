@@ -1,4 +1,5 @@
-"""What outlives a daemon so that the next goes on with its live mount: the /dev/fuse descriptor and the handle table.
+"""Keeps a mount alive over a restart: the /dev/fuse descriptor and the table of handles that the next daemon takes
+over.
 
 Both lie in a supervisor's descriptor store (systemd's; FdStore). While no daemon runs, the kernel queues requests; the
 next daemon verifies that the descriptor is that of the mount it is to serve, restores the handles, asks the kernel to
@@ -35,7 +36,7 @@ TABLE_NAME: Final = "instantstart-handles"
 """Of the two descriptors in the store (FDNAME)."""
 
 FORMAT: Final = 1
-"""Of the table. Another one is refused: the mount is then made anew, which its readers see as an error."""
+"""Version of the table. Another one is refused: the mount is made again, which its readers see as an error."""
 MAGIC: Final = b"ISFS-HND"
 _HEAD: Final = struct.Struct("=8sIIQ")
 """magic, format, length of the terms, epoch"""
@@ -43,7 +44,7 @@ _EPOCH: Final = struct.Struct("=Q")
 _EPOCH_AT: Final = 16
 _TERMS_AT: Final = _HEAD.size
 _HEADER: Final = 8192
-"""Bytes before the first row: room for a mountpoint of 4095 bytes."""
+"""Bytes before the first row: enough for a mountpoint of 4095 bytes."""
 _ROW: Final = struct.Struct("=QQQq")
 """handle (0: a free row), nodeid, serial of the OPEN, backing id (0: none)"""
 _BODY: Final = struct.Struct("=QQq")
@@ -67,7 +68,7 @@ class HandoverRefused(MountFailed):
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """What was agreed on with the kernel when the mount was made. ``device``: of the mount, "major:minor"."""
+    """The agreement with the kernel when the mount was made. ``device``: of the mount, "major:minor"."""
 
     path: str
     device: str
@@ -110,7 +111,7 @@ class HandleTable:
 
     @classmethod
     def open(cls, fd: int) -> Self:
-        """A predecessor's. Owns ``fd`` from then on. Raises HandoverRefused."""
+        """The table of the daemon before. Owns ``fd`` from then on. Raises HandoverRefused."""
         try:
             if os.fstat(fd).st_size < _HEADER:
                 raise HandoverRefused("its table of open files is cut short")
@@ -145,16 +146,16 @@ class HandleTable:
         return int(_EPOCH.unpack_from(self._map, _EPOCH_AT)[0])
 
     def begin_epoch(self) -> int:
-        """Another daemon takes over; its epoch."""
+        """Count one more daemon; its epoch."""
         _EPOCH.pack_into(self._map, _EPOCH_AT, self.epoch + 1)
         return self.epoch
 
     def handles(self) -> list[Row]:
-        """Of the handles that are open."""
+        """One row for each open handle."""
         return [row for row, _ in self._rows() if row.fh and not row.fh & BACKING]
 
     def backings(self) -> list[Row]:
-        """Of the backing ids that are registered: a row of its own each, since they outlive the last handle."""
+        """One row for each registered backing id, which outlives the last handle of its file."""
         return [row for row, _ in self._rows() if row.fh & BACKING]
 
     def _rows(self) -> Iterator[tuple[Row, int]]:
@@ -192,11 +193,11 @@ class HandleTable:
         return bool(self._free)
 
     def spoil(self) -> None:
-        """Nobody shall take over with it."""
+        """Make the table unusable for the next daemon."""
         self._map[: len(MAGIC)] = bytes(len(MAGIC))
 
     def close(self) -> None:
-        """Let go of it; a copy in the store lives on."""
+        """Close this process's descriptor; the copy in the supervisor's store lives on."""
         if self.fd >= 0:
             self._map.close()
             os.close(self.fd)
@@ -213,7 +214,8 @@ class Inherited:
 
     @classmethod
     def receive(cls, descriptors: Mapping[str, int]) -> Inherited | None:
-        """From what the supervisor handed back, by name; None if no mount is among it. Owns what it uses."""
+        """The mount among the descriptors that the supervisor handed back, by name; None if there is none. Owns what it
+        uses."""
         fd, table_fd = descriptors.get(MOUNT_NAME, -1), descriptors.get(TABLE_NAME, -1)
         if fd < 0:
             if table_fd >= 0:
@@ -272,13 +274,13 @@ class Inherited:
 
 
 class Handover:
-    """What a session needs for both ends: ``store`` for its successor, ``inherited`` of its predecessor."""
+    """Both ends of a restart for a session: ``store`` for the next daemon, ``inherited`` from the one before."""
 
     def __init__(self, store: FdStore | None = None, inherited: Inherited | None = None) -> None:
         self.store = store
         self.inherited = inherited
 
     def take(self) -> Inherited | None:
-        """What was inherited, once."""
+        """The inherited mount; None when it was taken already."""
         inherited, self.inherited = self.inherited, None
         return inherited

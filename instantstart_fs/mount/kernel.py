@@ -57,7 +57,8 @@ def bind(source: str, target: str) -> None:
 
 
 def make_bind_readonly(path: str) -> None:
-    """Of a bind: no writes, no setuid, no devices; private, so that it shows in no other namespace. Raises OSError.
+    """Restrict a bind: no writes, no setuid, no devices; private, so that it shows in no other namespace. Raises
+    OSError.
 
     noatime: a read-only bind never writes access times, whatever its flags say."""
     _mount(None, path, MS_PRIVATE)
@@ -77,7 +78,7 @@ def umount(path: str, *, lazily: bool = False) -> None:
 
 
 class FanEvent(NamedTuple):
-    """What was done to a marked file since the last look, by one process: ``opened`` (by another than this one), and a
+    """What one process did to a marked file since the last read: ``opened`` (by another than this one), and a
     description of it ended, mappings included (``closed``), or both, however often. ``inode``: (st_dev, st_ino);
     ``mount_id``: of the mount by whose path it was opened, or UNKNOWN_MOUNT."""
 
@@ -102,7 +103,7 @@ _AT_FDCWD: Final = -100
 
 
 def fanotify() -> int:
-    """A new fanotify group that does not block; as root. Raises OSError."""
+    """Make a fanotify group that does not block; as root. Raises OSError."""
     return checked(LIBC.fanotify_init(_FAN_INIT, os.O_RDONLY | os.O_CLOEXEC))
 
 
@@ -113,8 +114,8 @@ def fan_mark(fd: int, path: str, *, add: bool) -> None:
 
 
 def fan_events(fd: int) -> list[FanEvent]:
-    """What there is now, FAN_MOST at most: each comes with a descriptor. Raises OSError: without descriptors to spare
-    the kernel forgets what it could not tell of."""
+    """Read the events that wait, FAN_MOST at most: each comes with a descriptor. Raises OSError: without descriptors to
+    spare the kernel forgets what it could not tell of."""
     try:
         data = os.read(fd, _FAN_METADATA.size * FAN_MOST)
     except BlockingIOError:
@@ -137,13 +138,13 @@ def fan_events(fd: int) -> list[FanEvent]:
 
 
 def mount_id(fd: int) -> int:
-    """Of the mount by whose path it was opened."""
+    """The id of the mount by whose path ``fd`` was opened."""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
 
 
 def umount_lazily(path: str) -> None:
-    """Detach what is mounted at ``path``, whoever uses it. As root by umount2, else by fusermount3.
+    """Detach what is mounted at ``path``, used or not. As root by umount2, else by fusermount3.
 
     Nothing mounted there is no error. Raises MountFailed. May block for as long as fusermount3 runs (10 s at most).
     """
@@ -164,8 +165,8 @@ def umount_lazily(path: str) -> None:
 
 
 def abort_mount(path: str) -> None:
-    """The same for the FUSE mount at ``path``, without /sys (which a container has read-only). It stays mounted, dead.
-    Nothing mounted there, or not as root: nothing happens."""
+    """Abort the connection of the FUSE mount at ``path``, without /sys (which a container has read-only). It stays
+    mounted, dead. Nothing mounted there, or not as root: nothing happens."""
     _umount2(path, MNT_FORCE | UMOUNT_NOFOLLOW)
 
 
@@ -180,7 +181,7 @@ def set_readahead(mount: Mount, kilobytes: int) -> None:
 
 
 def set_background_limits(mount: Mount, requests: int) -> None:
-    """How many background requests (readahead, and so most faults) a FUSE mount may have out. Raises OSError.
+    """Set how many background requests (readahead, and so most faults) a FUSE mount may have in flight. Raises OSError.
 
     With the default of 12, two dozen stuck faults hold up every other file's.
     """
@@ -229,7 +230,7 @@ PASSTHROUGH_RELEASE: Final = (6, 9)
 
 
 def why_no_passthrough(release: tuple[int, int] | None = None, sys_admin: bool | None = None) -> str | None:
-    """What is known to keep FUSE passthrough from working before it is tried; None if nothing is. ``None``: as here."""
+    """The known reason why FUSE passthrough cannot work, None if there is none. Arguments of None mean this machine."""
     major, minor = kernel_release() if release is None else release
     if (major, minor) < PASSTHROUGH_RELEASE:
         return f"Linux {major}.{minor} is older than 6.9"
@@ -250,7 +251,7 @@ def user_allow_other(text: str | None = None) -> bool:
 
 
 def libfuse_version() -> str | None:
-    """As libfuse says it, "3.14.0"; None when the library cannot be loaded."""
+    """The version of libfuse, as "3.14.0"; None when the library cannot be loaded."""
     for name in ("libfuse3.so.3", "libfuse3.so.4", "libfuse3.so"):
         try:
             library = ctypes.CDLL(name)

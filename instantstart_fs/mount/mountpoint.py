@@ -70,7 +70,7 @@ def _is_dead(path: str) -> bool:
 
 
 def may_allow_other(settings: MountSettings) -> bool:
-    """With a line in the log where it has to be given up."""
+    """Whether other users may see the mount; logs a warning where that was wanted and is not permitted."""
     if not settings.allow_other or os.geteuid() == 0 or kernel.user_allow_other():
         return settings.allow_other
     log.warning("only this user will see the mount: /etc/fuse.conf lacks user_allow_other")

@@ -45,7 +45,7 @@ STABLE_NEGATIVE_TIMEOUT: Final = 10.0
 """Seconds for an absent name in a pinned directory: engines probe for optional files many times in one start."""
 
 WANT_SECONDS: Final = 10.0
-"""Between two lines about descriptors that are wanting."""
+"""Seconds between two lines in the log about a want of descriptors."""
 NAME_MAX: Final = 255
 BLOCK_SIZE: Final = 4096
 PREFERRED_IO: Final = 128 * 1024
@@ -111,7 +111,7 @@ def _as_fuse_error(handler: str, error: Exception, pipeline: str | None) -> FUSE
             _tell_want(handler, error, about)
         elif not isinstance(error, NoSuchEntry):
             log.warning("%s: %s: %s", handler, error.code, error.message, extra=about)
-        return FUSEError(errno_of(error, gone=errno.ESTALE))
+        return FUSEError(errno_of(error, missing=errno.ESTALE))
     log.error("%s failed in a way nobody foresaw; its caller sees EIO", handler, exc_info=error, extra=about)
     return FUSEError(errno.EIO)
 
@@ -151,7 +151,7 @@ class Entry(EntryAttributes):
 
 
 def entry_attributes(attributes: Attributes) -> Entry:
-    """As lookup, getattr and readdir all show it."""
+    """The attributes as lookup, getattr and readdir all show them."""
     timeout = STABLE_TIMEOUT if attributes.stable else CHANGING_TIMEOUT
     if attributes.private is not None:
         timeout = 0.0  # the kernel would show it to the next caller, too
@@ -180,18 +180,18 @@ class _Buffers:
     def __init__(self) -> None:
         self._idle: list[mmap.mmap] = []
 
-    def take(self, size: int) -> mmap.mmap:
+    def acquire(self, size: int) -> mmap.mmap:
         if size <= READ_BUFFER and self._idle:
             return self._idle.pop()
         return mmap.mmap(-1, max(size, READ_BUFFER), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-    def give_back(self, buffer: mmap.mmap) -> None:
+    def release(self, buffer: mmap.mmap) -> None:
         if len(buffer) == READ_BUFFER and len(self._idle) < IDLE_BUFFERS:
             self._idle.append(buffer)
 
 
 class _Kept(NamedTuple):
-    """A Caller beyond its request."""
+    """A Caller that outlives its request."""
 
     uid: int
     gid: int
@@ -199,7 +199,7 @@ class _Kept(NamedTuple):
 
 
 _NOBODY: Final = _Kept(uid=2**32 - 2, gid=2**32 - 2, pid=0)
-"""Whoever opened a directory before this daemon took the mount over: nothing private is listed to it."""
+"""The caller of an opendir that an earlier daemon answered: nothing private is listed to it."""
 
 
 class _Directory:
@@ -231,12 +231,12 @@ class Operations(pyfuse3.Operations):
         self._handles = itertools.count(1)  # see adopt_handles
         self._buffers = _Buffers()
         self.requests: Counter[str] = Counter()
-        """How often each handler was called since the mount."""
+        """Handler → number of calls since the mount."""
         self._only_at_once = False
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Meanwhile what would have to wait for the store raises NotInMemory: call it once more outside of this, where
+        """Within this, what would have to wait for the store raises NotLoaded: call it once more outside of this, where
         it keeps nobody else waiting. Not for ``open`` and ``read``."""
         self._only_at_once = True
         try:
@@ -250,7 +250,7 @@ class Operations(pyfuse3.Operations):
         return len(self._files) + len(self._directories)
 
     def pipeline_of(self, handler: str, arguments: Sequence[object]) -> str | None:
-        """For the log: whose node or open file a handler was called with."""
+        """The pipeline of the node or open file that a handler was called with, for the log."""
         first = arguments[0] if arguments else None
         if handler in ("read", "release"):
             file = self._files.get(first) if isinstance(first, int) else None
@@ -401,13 +401,13 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         file = self._files.get(fh)
         if file is None:
-            raise FUSEError(errno.ESTALE)  # opened under an earlier daemon, and gone since
-        buffer = self._buffers.take(size)
+            raise FUSEError(errno.ESTALE)  # opened under an earlier daemon, and removed since
+        buffer = self._buffers.acquire(size)
         # On an error or a cancellation the buffer is dropped: a thread may still be writing into it.
         view = memoryview(buffer)[:size]
         count = await self._view.read_into(file, off, view)
         # Back into the pool before it is used: nobody can take it until the session's next checkpoint.
-        self._buffers.give_back(buffer)
+        self._buffers.release(buffer)
         return view[:count]  # type: ignore[return-value]  # pyfuse3 takes any buffer; its stub says bytes
 
     @_guarded
@@ -417,23 +417,24 @@ class Operations(pyfuse3.Operations):
             self._view.release(file)
 
     def adopt_handles(self, first: int, files: Iterable[tuple[int, int]]) -> frozenset[int]:
-        """Go on with (handle, nodeid) pairs of an earlier daemon; new handles from ``first`` on. The nodeids that are
-        gone. No handler."""
-        gone = set()
+        """Go on with (handle, nodeid) pairs of an earlier daemon; new handles from ``first`` on. Returns the nodeids
+        that no longer exist. No handler."""
+        lost = set()
         self._handles = itertools.count(first)
         for handle, nodeid in files:
             try:
                 self._files[handle] = self._view.reopen(nodeid)
             except NoSuchEntry as error:
-                log.warning("an open file of the earlier daemon is gone: %s", error.message)
-                gone.add(nodeid)
-        return frozenset(gone)
+                log.warning("an open file of the earlier daemon no longer exists: %s", error.message)
+                lost.add(nodeid)
+        return frozenset(lost)
 
     def is_open(self, fh: int) -> bool:
         return fh in self._files
 
     def adopt_directory(self, fh: int, nodeid: int) -> None:
-        """The same for a directory, if it is not known: its cursors are positions in a list that is built anew."""
+        """Go on with an open directory of an earlier daemon, if it is not known: its cursors are positions in a list
+        that is built again."""
         if fh not in self._directories:
             self._directories[fh] = _Directory(nodeid, _NOBODY, kept=False)
 

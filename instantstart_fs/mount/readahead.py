@@ -1,9 +1,9 @@
-"""The staging process: ``python -m instantstart_fs.mount.readahead SOCKET_FD THREADS``.
+"""The staging process: reads files into the page cache. ``python -m instantstart_fs.mount.readahead SOCKET_FD THREADS``
 
-Brings files into the page cache by readahead(2), and does nothing else: it never writes, opens nothing, and imports
-nothing but the standard library, so that it starts in a moment. Spawned by mount/staging.py; a process of its own, so
-that its threads share no interpreter lock with the daemon (docs/decisions/staging.md). It ends with its socket (there
-is no PDEATHSIG: that follows a thread).
+It calls readahead(2) and does nothing else: it never writes, opens nothing, and imports nothing but the standard
+library, so that it starts in a moment. Spawned by mount/staging.py; a process of its own, so that its threads share no
+interpreter lock with the daemon (docs/decisions/staging.md). It ends with its socket (there is no PDEATHSIG: that
+follows a thread).
 
 Packets on the SOCK_SEQPACKET socket, both ways, are ``PACKET``: a kind, a job's number, a count of bytes.
 
@@ -55,7 +55,7 @@ class _Job:
         self.step = readahead_step(os.fstat(fd).st_dev)
 
 
-class Crew:
+class ReadAheadThreads:
     """Threads that work through jobs, one after the other, block by block. ``report``: (kind, job, bytes), from any
     thread. Raises OSError where not one thread can be started."""
 
@@ -140,7 +140,7 @@ def read_ahead(fd: int, start: int, stop: int, step: int) -> int:
 
 
 def readahead_step(device: int) -> int:
-    """How many bytes one readahead(2) on that st_dev takes at most: the kernel cuts it, without a word, to the larger
+    """The most bytes that one readahead(2) takes on that st_dev: the kernel cuts it, without a word, to the larger
     of the device's largest request and its read_ahead_kb (mm/readahead.c, force_page_cache_ra)."""
     found = _LEAST_STEP
     place = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
@@ -152,7 +152,7 @@ def readahead_step(device: int) -> int:
 
 
 def serve(connection: socket.socket, threads: int) -> None:
-    """Until the other end is gone."""
+    """Obey orders until the other end is closed."""
 
     def report(kind: int, number: int, count: int) -> None:
         try:
@@ -160,7 +160,7 @@ def serve(connection: socket.socket, threads: int) -> None:
         except OSError:
             os._exit(0)
 
-    crew = Crew(threads, report)
+    pool = ReadAheadThreads(threads, report)
     space = socket.CMSG_SPACE(array.array("i").itemsize)
     while True:
         packet, ancillary, _, _ = connection.recvmsg(PACKET.size, space, socket.MSG_CMSG_CLOEXEC)
@@ -172,11 +172,11 @@ def serve(connection: socket.socket, threads: int) -> None:
             if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
                 descriptors.frombytes(data)
         if kind == STAGE and descriptors:
-            crew.stage(number, descriptors[0], count)
+            pool.stage(number, descriptors[0], count)
         elif kind == STAGE:
             report(DONE, number, 0)  # out of descriptors: staging is a favour
         elif kind == DROP:
-            crew.drop(number)
+            pool.drop(number)
 
 
 def main(arguments: list[str]) -> None:

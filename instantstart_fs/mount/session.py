@@ -52,7 +52,7 @@ async def serve(
 ) -> None:
     """Mount ``view`` and answer for it until cancelled, or until somebody unmounts it, which is logged.
 
-    With ``handover`` a live mount of the daemon before is gone on with, and left to the next one when cancelled.
+    With ``handover`` it goes on with the live mount of the daemon before, and leaves it to the next one when cancelled.
 
     Started when the mount answers. Raises MountFailed when the mountpoint is held by a live daemon or by something
     else, is no empty directory, or cannot be mounted.
@@ -212,7 +212,7 @@ async def _serve_on(
             if unmounted.is_set():
                 leave = False
             if leave and serving.cancelled_caught and isinstance(transport, DevFuse) and transport.kept:
-                # Whoever waits goes on waiting, for the next daemon or for the supervisor to say that none comes.
+                # Readers that wait go on waiting: for the next daemon, or for the supervisor to say that none comes.
                 log.info("the mount stays for the next daemon")
                 transport.leave()
             else:
@@ -253,8 +253,9 @@ async def _main(transport: Transport, unmounted: trio.Event, serving: trio.Cance
 
 
 async def _watch_table(mount: mountinfo.Mount, unmounted: trio.Event) -> None:
-    """A lazy unmount leaves the connection to those who have files open: requests still come, and nobody new can open
-    anything. What is mounted over it, or done to a mount above it, is no unmount."""
+    """Set ``unmounted`` when the mount leaves the table. A lazy unmount leaves the connection to those who have files
+    open: requests still come, and nobody new can open anything. What is mounted over it, or done to a mount above it,
+    is no unmount."""
     while True:
         end, other_end = os.pipe2(os.O_CLOEXEC)
         try:
@@ -288,7 +289,7 @@ async def _end_serving(serving: trio.CancelScope, invalidator: Invalidator) -> N
 
 
 async def _wait_ready(path: str, settings: MountSettings) -> Mounted:
-    """Until the mount answers; then tune it, since the kernel sets its own figures when the connection begins."""
+    """Wait until the mount answers, then tune it: the kernel sets its own figures when the connection begins."""
     await _in_thread(os.statvfs, path, deadline=settings.ready_deadline, what=f"the new mount at {path}")
     mount = mountinfo.find_mount(path)
     if mount is None:

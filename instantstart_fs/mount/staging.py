@@ -1,25 +1,20 @@
-"""Staging: while an engine loads a pipeline, its shards come into the page cache ahead of it (core/staging.py decides
-what, when and how much).
+"""Reads the shards of a pipeline into the page cache ahead of the engine that is loading it: staging.
 
-The library tells of weight files opened and released, sealed and retired (serving.open_notifications.OpenListener); a
-session follows each pipeline from its first open until 5 s after its last release; a process of its own does the
-reading ahead, through descriptors of the store's own files (readahead(2) on a passed-through file would come to the
-daemon as READs). Staging is a favour: whatever goes wrong here is logged and costs speed, never a read. It holds no
-file in use: a retired file's descriptor is given up within a block, so that eviction frees its space.
+core/staging.py decides which shards, when and how much; this follows the engines. The library tells of weight files
+opened and released, sealed and retired (serving.open_notifications.OpenListener); a session follows each pipeline from
+its first open until 5 s after its last release; a process of its own does the reading ahead (staging_process), through
+descriptors of the store's own files (readahead(2) on a passed-through file would come to the daemon as READs).
 
-All of it lives on the trio thread.
+Whatever goes wrong here is logged and costs speed, never a read. A retired file's descriptor is closed within a block,
+so that eviction frees its space. All of it lives on the trio thread.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import itertools
 import logging
 import math
-import os
-import socket as stdlib_socket
-import subprocess
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,7 +23,6 @@ import trio
 
 from instantstart_fs.config import StagingConfig
 from instantstart_fs.config.memory import Memory, read_memory
-from instantstart_fs.core.retry import Backoff
 from instantstart_fs.core.staging import (
     LINGER_SECONDS,
     Shard,
@@ -38,22 +32,21 @@ from instantstart_fs.core.staging import (
 )
 from instantstart_fs.errors import InstantStartError, OutOfResources
 from instantstart_fs.filler.target import FileKey
-from instantstart_fs.ipc.children import spawn_module
-from instantstart_fs.ipc.supervised import reap, send_packet
 from instantstart_fs.mount import readahead
+from instantstart_fs.mount.staging_process import StagingProcess
 
 log = logging.getLogger(__name__)
 
 BUDGET_SECONDS = 1.0
 """While something waits for memory, the budget is looked at again after so long: it changes as the engine grows."""
-GOODBYE_SECONDS = 3.0
 
 
-class Shelves(Protocol):
-    """What staging asks of the library."""
+class StagingHost(Protocol):
+    """The library, as staging needs it."""
 
     def shards(self, pipeline: str, generation: int) -> tuple[Shard, ...]:
-        """Of that generation, in the natural order of their names, as they are now; empty when it is gone."""
+        """The shards of that generation as they are now, in the natural order of their names; empty when it was
+        dropped."""
         ...
 
     async def load_order(self, pipeline: str, generation: int) -> tuple[int, ...]:
@@ -61,7 +54,7 @@ class Shelves(Protocol):
         ...
 
     def open_stored(self, key: FileKey) -> int:
-        """A descriptor of the store's own file, the caller's to close; to have it is not to have the file open. Raises
+        """A descriptor of the store's own file, which the caller closes; it does not count as an open file. Raises
         InstantStartError."""
         ...
 
@@ -132,13 +125,13 @@ class Staging:
 
     def __init__(
         self,
-        shelves: Shelves,
+        host: StagingHost,
         config: StagingConfig,
         *,
         read_ahead: Callable[[Callable[[int, int, int], None]], ReadAhead] | None = None,
         memory: Callable[[], Memory] = read_memory,
     ) -> None:
-        self._shelves = shelves
+        self._host = host
         self._config = config
         self._memory = memory
         self._read_ahead = (read_ahead or (lambda report: StagingProcess(config.threads, report)))(self._on_report)
@@ -150,7 +143,7 @@ class Staging:
         self._started = self._bytes = self._files = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until cancelled. ``started`` when opens may be told."""
+        """Stage until cancelled. Started when opens may be told."""
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._read_ahead.run)
@@ -259,7 +252,7 @@ class Staging:
         """Move the window; False where the budget left something out."""
         if session.order is None:
             try:
-                order = await self._shelves.load_order(session.pipeline, session.generation)
+                order = await self._host.load_order(session.pipeline, session.generation)
             except InstantStartError as error:
                 log.warning("staging in the order of names: %s", error.message, extra={"pipeline": session.pipeline})
                 order = ()
@@ -270,11 +263,11 @@ class Staging:
             log.debug("staging waits: the memory that is left cannot be read: %s", error)
             return False
         if session.wakeup.is_set():
-            return True  # something was opened, released, retired or put to rest meanwhile: decide again
+            return True  # something was opened, released, retired or put to rest in the meantime: decide again
         budget = staging_budget(memory.available, self._config.max_memory.of(memory.available), memory.cgroups_left)
         order_of, last = session.order, len(session.order)
         shards = sorted(
-            self._shelves.shards(session.pipeline, session.generation),
+            self._host.shards(session.pipeline, session.generation),
             key=lambda shard: order_of.get(shard.index, last),
         )
         window = plan_window(
@@ -290,7 +283,7 @@ class Staging:
         for index, length in window.stage:
             key = FileKey(session.pipeline, session.generation, index)
             try:
-                fd = self._shelves.open_stored(key)
+                fd = self._host.open_stored(key)
             except OutOfResources as error:
                 # Readers come first. What is left is staged when some of them have closed theirs.
                 if not session.short:
@@ -339,110 +332,8 @@ class Staging:
             found.left -= count
             self._bytes += count
             self._files += found.left <= 0
-            self._shelves.staged(session.pipeline, count, file_done=found.left <= 0)
+            self._host.staged(session.pipeline, count, file_done=found.left <= 0)
             return
         del self._jobs[job]
         if session.jobs.get(found.index) == job:
             del session.jobs[found.index]
-
-
-class StagingProcess:
-    """``readahead.py`` in a process: started with ``run``, started again when it ends before us."""
-
-    def __init__(self, threads: int, report: Callable[[int, int, int], None]) -> None:
-        self._threads = threads
-        self._report = report
-        self._jobs: set[int] = set()
-        self._outbox: trio.MemorySendChannel[tuple[bytes, int]] | None = None
-        self._backoff = Backoff(base=0.1, cap=30.0)
-
-    def stage(self, job: int, fd: int, length: int) -> None:
-        self._jobs.add(job)
-        if self._outbox is None:
-            os.close(fd)
-            self._lose(job)
-            return
-        self._outbox.send_nowait((readahead.PACKET.pack(readahead.STAGE, job, length), fd))
-
-    def drop(self, job: int) -> None:
-        if self._outbox is not None:
-            self._outbox.send_nowait((readahead.PACKET.pack(readahead.DROP, job, 0), -1))
-
-    def _lose(self, job: int) -> None:
-        self._jobs.discard(job)
-        self._report(readahead.DONE, job, 0)
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep it running until cancelled; then end it. A daemon without it serves all the same."""
-        failures = 0
-        while True:
-            began = trio.current_time()
-            try:
-                await self._serve_one(task_status if failures == 0 else trio.TASK_STATUS_IGNORED)
-                log.warning("the staging process ended; another one takes over")
-            except OSError as error:
-                log.error("the staging process cannot be started: %s", error)
-                if failures == 0:
-                    task_status.started()
-            failures = failures + 1 if trio.current_time() - began < 30.0 else 1
-            await trio.sleep(self._backoff.delay(failures, 0.5))
-
-    async def _serve_one(self, task_status: trio.TaskStatus[None]) -> None:
-        ours, theirs = stdlib_socket.socketpair(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_SEQPACKET)
-        try:
-            with theirs:
-                process = await trio.to_thread.run_sync(self._popen, theirs.fileno())
-        except BaseException:
-            ours.close()
-            raise
-        connection = trio.socket.from_stdlib_socket(ours)
-        send, receive = trio.open_memory_channel[tuple[bytes, int]](math.inf)
-        self._outbox = send
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write, connection, receive)
-                task_status.started()
-                await self._read(connection)
-                nursery.cancel_scope.cancel()
-        finally:
-            self._outbox = None
-            connection.close()  # it leaves on EOF
-            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
-                while True:
-                    _, fd = receive.receive_nowait()
-                    if fd >= 0:
-                        os.close(fd)
-            for job in list(self._jobs):
-                self._lose(job)
-            with trio.CancelScope(shield=True):
-                await reap(process, "staging process", GOODBYE_SECONDS)
-
-    def _popen(self, fd: int) -> subprocess.Popen[bytes]:
-        return spawn_module(
-            "instantstart_fs.mount.readahead", str(fd), str(self._threads), pass_fds=(fd,), process_group=0
-        )
-
-    async def _read(self, connection: trio.socket.SocketType) -> None:
-        while True:
-            try:
-                packet = await connection.recv(readahead.PACKET.size)
-            except OSError:
-                return
-            if not packet:
-                return
-            kind, job, count = readahead.PACKET.unpack(packet)
-            if kind == readahead.DONE:
-                self._jobs.discard(job)
-            self._report(kind, job, count)
-
-    async def _write(
-        self, connection: trio.socket.SocketType, outbox: trio.MemoryReceiveChannel[tuple[bytes, int]]
-    ) -> None:
-        async for packet, fd in outbox:
-            try:
-                await send_packet(connection, packet, [fd] if fd >= 0 else [])
-            except OSError:
-                return  # it is dying: the reader sees the end
-            finally:
-                if fd >= 0:
-                    os.close(fd)

@@ -1,4 +1,4 @@
-"""What a mount is asked for and what was made, and the protocol of those who serve one: no mount is made here."""
+"""The settings of a mount, the report of what was made, and the protocol of its transports. It mounts nothing."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class MountSettings(msgspec.Struct, frozen=True):
 
 
 class Mounted(msgspec.Struct):
-    """What was made. ``notes`` say which tunings were not permitted; ``reason`` why reads are not passed through, ""
-    where they are or nobody asked; ``requests``: how often each handler of Operations was called, as it goes on.
-    ``transport`` and ``reason`` change when it is found out later that files can be bound."""
+    """The mount that was made. ``notes`` say which tunings were not permitted; ``reason`` why reads are not passed
+    through, "" where they are or nobody asked; ``requests``: how often each handler of Operations was called, as it
+    goes on. ``transport`` and ``reason`` change when it is found out later that files can be bound."""
 
     path: str
     mount: mountinfo.Mount
@@ -49,14 +49,14 @@ class Mounted(msgspec.Struct):
 
 
 class Transport(Protocol):
-    """Who speaks the kernel's protocol."""
+    """Speaks the kernel's protocol for one mount."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def requests(self) -> Mapping[str, int]:
-        """How often each handler of Operations was called; it goes on counting."""
+        """How often each handler of Operations was called; the mapping is live."""
         ...
 
     def mount(self, path: str, *, fsname: str, subtype: str, allow_other: bool) -> None:
@@ -64,7 +64,7 @@ class Transport(Protocol):
         ...
 
     async def main(self) -> None:
-        """Serve until the mount is gone."""
+        """Serve until it is unmounted."""
         ...
 
     def send(self, invalidation: Invalidation) -> None:
@@ -72,5 +72,5 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """After the mount was taken down, and never while ``send`` runs."""
+        """Free the connection: after the mount was taken down, and never while ``send`` runs."""
         ...

@@ -1,4 +1,4 @@
-"""Weights straight into the memory of the devices that need them, while the engine is still importing.
+"""Loads weights straight into the memory of the devices that need them, while the engine is still importing.
 
     layout    safetensors header → where each tensor lies (pure)
     plan      which files go to which device, in which order (pure)

@@ -100,7 +100,7 @@ class HoldClient:
         return TakenFile(taken.path, taken.size, taken.device, taken.layout, fd, taken.handle)
 
     def release_file(self, path: str) -> None:
-        """This engine is done with it."""
+        """Tell the holder that this engine is done with the file."""
         self._ask(ReleaseFile(path), Ok)
 
     def release(self) -> None:
@@ -108,7 +108,7 @@ class HoldClient:
         self._ask(ReleaseAll(), Ok)
 
     def wait_ended(self, timeout: float) -> None:
-        """Until the holder has gone, within ``timeout`` seconds. Raises PrefetchError."""
+        """Wait until the holder has ended, at most ``timeout`` seconds. Raises PrefetchError."""
         self._socket.settimeout(timeout)
         try:
             while self._socket.recv(4096):
@@ -116,7 +116,7 @@ class HoldClient:
         except TimeoutError as error:
             raise PrefetchError(f"{self._path} was released and is still there after {timeout:.0f} s") from error
         except OSError:
-            return  # reset: it is gone
+            return  # reset: it has ended
 
     def _ask(self, request: msgspec.Struct, kind: type[_T], more: float = 0.0) -> _T:
         self._socket.settimeout(ANSWER_DEADLINE + more)

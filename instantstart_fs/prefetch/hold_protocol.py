@@ -140,7 +140,7 @@ answers = msgspec.json.Decoder(HoldStatus | HoldManifest | Taken | Ok | Refused)
 
 
 def hold_socket(pipeline: str) -> str:
-    """Where this user's hold of that pipeline answers: below $INSTANTSTART_PREFETCH_DIR, else the run directory.
+    """The socket of this user's hold of that pipeline: below $INSTANTSTART_PREFETCH_DIR, else the run directory.
     Raises InvalidName."""
     validate_pipeline_id(pipeline)
     return os.path.join(directory(), f"{pipeline}{SUFFIX}")

@@ -1,4 +1,4 @@
-"""A safetensors header: where each tensor lies in its file. Pure, but for ``read_layout``, which reads the header.
+"""Parses a safetensors header: where each tensor lies in its file. Pure, but for ``read_layout``, which reads it.
 
 The format (github.com/huggingface/safetensors): 8 bytes little endian n, n bytes of JSON, then the data. Everything
 here is bounded by the file's own size, since a header may lie: nothing is ever allocated by what it says.

@@ -1,4 +1,4 @@
-"""torch, loaded when it is needed. It is an extra: nothing here may need it at import."""
+"""Loads torch when it is needed: it is an extra, and no module of the package may need it at import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``load_state_dict``: the weights of a pipeline as a dict of tensors, for engines without a plugin of their own."""
+"""Loads a pipeline's weights as a dict of tensors (``load_state_dict``), for engines without a plugin of their own."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def _staged(source: Source, device: str, model: str | None, timeout: float | Non
 
 
 def _owned(tensors: dict[str, Any]) -> dict[str, Any]:
-    """As they are on the CPU, where a view keeps its memory alive; copies of memory that is another process's."""
+    """The tensors themselves on the CPU, where a view keeps its memory alive; copies of another process's GPU
+    memory."""
     return {name: tensor.clone() if tensor.is_cuda else tensor for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""The memory of a file that is staged to the CPU: a memfd, so that it can be handed to another process uncopied."""
+"""Makes and maps the memory of a file that is staged to the CPU: a memfd, which another process can take uncopied."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SHARE = 0.9
 
 
 def allocate(name: str, size: int) -> int:
-    """A memfd of ``size`` bytes, rounded up so that a reader may write whole blocks; its length is sealed. It takes
-    memory only as it is written. The caller closes it. Raises OutOfBudget, PrefetchError."""
+    """Make a memfd of ``size`` bytes, rounded up so that a reader may write whole blocks; its length is sealed. It
+    takes memory only as it is written. The caller closes it. Raises OutOfBudget, PrefetchError."""
     try:
         fd = os.memfd_create(f"instantstart:{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
@@ -65,7 +65,7 @@ def mapped(fd: int) -> mmap.mmap:
         else:
             memory = mmap.mmap(fd, size)
     except OSError as error:
-        raise _refusal(error, f"no room for {size} bytes in this process") from error
+        raise _refusal(error, f"no space for {size} bytes in this process") from error
     with contextlib.suppress(OSError):  # only where shmem_enabled allows it
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

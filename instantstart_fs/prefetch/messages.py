@@ -1,5 +1,7 @@
-"""What a Stage and its workers say to each other: one JSON object in each packet of a SOCK_SEQPACKET pair, descriptors
-beside it (SCM_RIGHTS). Only these two, of one release, ever speak it."""
+"""The messages between a Stage and its workers. They have no compatibility to keep: both are of one release.
+
+One JSON object in each packet of a SOCK_SEQPACKET pair, descriptors beside it (SCM_RIGHTS).
+"""
 
 from __future__ import annotations
 

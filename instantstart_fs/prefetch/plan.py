@@ -1,4 +1,4 @@
-"""Which file goes to which device, and in which order. Pure: sizes and names in, a frozen plan out.
+"""Decides which file goes to which device, and in which order. Pure: sizes and names in, a frozen plan out.
 
 - A ``sharded_state`` checkpoint (``model-rank-R-part-P.safetensors``) belongs to its ranks already: rank R's files go
   to rank R's device.
@@ -84,7 +84,7 @@ class Plan(msgspec.Struct, frozen=True):
         return None
 
     def without(self, models: Sequence[str]) -> Plan:
-        """The same without these models."""
+        """A plan without these models."""
         devices = tuple(
             msgspec.structs.replace(
                 device, files=tuple(file for file in device.files if file.model not in frozenset(models))

@@ -1,4 +1,4 @@
-"""Reading one extent of a file into memory: from the page cache what is there, the rest by O_DIRECT. No state.
+"""Reads one extent of a file into memory: what the page cache has from there, the rest by O_DIRECT. It has no state.
 
 Measured (docs/decisions/prefetch-reading.md): several threads of O_DIRECT reach the disk's ceiling, where page-cache
 reads pay for a second copy and for the pages' allocation. What another process has just read is in the cache
@@ -25,8 +25,8 @@ def read_extent(
 ) -> tuple[int, int]:
     """Fill ``memory`` with the bytes ``start`` to ``end``; (from the page cache, from the disk).
 
-    ``start`` is a multiple of BLOCK, ``memory`` begins at a multiple of BLOCK and has room for whole blocks (what lies
-    beyond ``end`` is undefined afterwards). ``direct`` None: all of it by way of the page cache, counted as disk.
+    ``start`` is a multiple of BLOCK, ``memory`` begins at a multiple of BLOCK and is long enough for whole blocks (what
+    lies beyond ``end`` is undefined afterwards). ``direct`` None: all of it by way of the page cache, counted as disk.
     Raises StoreDamaged when the file ends early or cannot be read, OutOfBudget when the memory cannot be had.
     """
     length = end - start
@@ -70,10 +70,10 @@ def _from_cache(plain: int, start: int, memory: memoryview) -> int:
 
 def _by_direct(direct: int, start: int, length: int, done: int, memory: memoryview) -> int:
     """``done`` and the result: bytes in place from ``start``; it stops early where O_DIRECT does not work."""
-    room = -(-length // BLOCK) * BLOCK
+    padded = -(-length // BLOCK) * BLOCK
     while done < length:
         try:
-            count = os.preadv(direct, [memory[done:room]], start + done)
+            count = os.preadv(direct, [memory[done:padded]], start + done)
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.EFAULT):
                 return done  # a filesystem with another idea of alignment; memory that a device cannot write to

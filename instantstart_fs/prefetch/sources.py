@@ -1,4 +1,4 @@
-"""Where the files come from: descriptors, as each file is whole.
+"""Gives a Stage descriptors of the weight files, each as soon as it is whole. It reads none of them.
 
 ``LeaseSource``: from a daemon, over its control socket, with a lease on the pipeline that lasts until the source is
 closed. ``DirectorySource``: the files of a plain directory. A Stage closes its source when it ends.
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class OpenedFile(NamedTuple):
-    """``fd``: open for reading; ``direct``: the same file opened O_DIRECT, None where its filesystem cannot. Whoever
-    gets it closes both."""
+    """``fd``: open for reading; ``direct``: the same file opened O_DIRECT, None where its filesystem cannot. The
+    receiver closes both."""
 
     path: str
     size: int

@@ -1,4 +1,4 @@
-"""What a Stage knows of its files and devices, and the reports that it makes of that. It starts and reads nothing."""
+"""The account of a Stage's files and devices, and the reports made of it. It starts and reads nothing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class StagedFile:
         return self.planned.path
 
     def drop_memory(self) -> None:
-        """Let go of its memory in this process; tensors that somebody still holds keep theirs."""
+        """Release its memory in this process; tensors that are still in use keep theirs."""
         memory, self.memory, self.mapping, self.base = self.memory, None, None, None
         if memory is not None:
             os.close(memory)

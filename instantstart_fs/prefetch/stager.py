@@ -85,6 +85,9 @@ class Stager:
 class Stage:
     """Weights on their way to, or in, device memory. Made by Stager.start; a context manager; usable by any thread.
 
+    It has more than 25 methods, 20 of them public, because it is the one object that a caller gets: waiting, account
+    and access to the tensors all need the same lock and the same files.
+
     Every wait has a deadline. After ``close``, or leaving the ``with``, device memory is free (on the CPU: once the
     caller's own tensors are gone too)."""
 
@@ -192,7 +195,7 @@ class Stage:
                 fds.append(file.memory)
             with self._changed:
                 if self._closed or self._error is not None:
-                    # Whoever took everything down may not have seen this memory.
+                    # The take-down may not have seen this memory.
                     file.drop_memory()
                     return
                 file.given_at = worker.heard_at = time.monotonic()
@@ -306,12 +309,13 @@ class Stage:
             return self._changed.wait_for(condition, timeout)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until every file is in place. ``timeout``: seconds in all; without one the wait still ends, since a stuck
-        worker and a source without progress each fail the stage. Raises what made it fail, PrefetchError."""
+        """Wait until every file is in place. ``timeout``: seconds in all; without one the wait still ends, since a
+        stuck worker and a source without progress each fail the stage. Raises what made it fail, PrefetchError."""
         self._wait_for(lambda: self.done, timeout, "not all is staged")
 
     def wait_file(self, path: str, timeout: float | None = None) -> None:
-        """Until this file is in place. Raises as ``wait``, and PrefetchError for a path that is not in the plan."""
+        """Wait until this file is in place. Raises as ``wait``, and PrefetchError for a path that is not in the
+        plan."""
         file = self._file(path)
         self._wait_for(lambda: file.ready_at is not None or file.released, timeout, f"{path} is not staged")
 
@@ -347,12 +351,12 @@ class Stage:
             return ready_seconds(self._files.values(), self._started_at)
 
     def place(self, device: str) -> str:
-        """As tensors.place_of, in the process that has the memory."""
+        """The place (tensors.place_of) of a device, as its worker names it; "" if it is not known."""
         return next((w.ready.place for w in self._workers if w.plan.device == device and w.ready is not None), "")
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of the files that are staged, or will be, and not released."""
+        """Paths of the files that are staged, or will be, and are not released."""
         return tuple(path for path, file in self._files.items() if not file.released)
 
     def is_ready(self, path: str) -> bool:
@@ -383,7 +387,7 @@ class Stage:
         return found
 
     def file_tensors(self, path: str) -> dict[str, Any]:
-        """The same for one safetensors file."""
+        """``tensors`` of one safetensors file."""
         file = self._ready(path)
         if file.layout is None:
             raise PrefetchError(f"{path} is no safetensors file; take its bytes")
@@ -398,7 +402,7 @@ class Stage:
         return self._file(path).layout
 
     def export(self, path: str, timeout: float = 30.0) -> Exported:
-        """A handle to the file's memory for another process. Raises as ``tensors``."""
+        """Make a handle to the file's memory for another process. Raises as ``tensors``."""
         file = self._ready(path)
         if file.memory is not None:
             try:
@@ -422,7 +426,7 @@ class Stage:
         return Exported(path, file.planned.size, file.layout, None, answer.handle)
 
     def release(self, path: str) -> None:
-        """Free this file's memory; tensors that somebody still holds keep theirs. Idempotent."""
+        """Free this file's memory; tensors that are still in use keep theirs. Idempotent."""
         file = self._file(path)
         with self._changed:
             if file.released:
@@ -434,7 +438,7 @@ class Stage:
             file.worker.send(Release(file.number), [])
 
     def cancel(self) -> None:
-        """The same as ``close``: nothing is kept of a half-staged pipeline."""
+        """Close the stage: nothing is kept of a half-staged pipeline."""
         self.close()
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
-"""Tensors as views into a staged file: no byte is copied, but for one that does not lie on a multiple of its element.
+"""Makes tensors that are views into a staged file. It copies a tensor only where its bytes are not aligned to its
+dtype.
 
-For this process and for whoever takes the memory over: all it needs is the file's bytes and its layout.
+It serves the Stage's own process and the one that takes the memory over: it needs the file's bytes and its layout.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from instantstart_fs.prefetch.messages import IpcHandle
 
 
 def place_of(device: str) -> str:
-    """What tells a device's memory apart in every process: "cpu", or the UUID of the GPU that is "cuda:N" here.
+    """The name of a device's memory in every process: "cpu", or the UUID of the GPU that is "cuda:N" here.
     Raises PrefetchError for a GPU that is not there."""
     if not device.startswith("cuda"):
         return "cpu"
@@ -44,7 +45,7 @@ def from_memory(memory: mmap.mmap, size: int) -> Any:
 
 def from_ipc(handle: IpcHandle, size: int) -> Any:
     """The ``size`` first bytes of another process's device memory as a uint8 tensor. A handle can be opened once.
-    Raises PrefetchError when CUDA refuses: the owner is gone, or this process sees other devices."""
+    Raises PrefetchError when CUDA refuses: the owner has ended, or this process sees other devices."""
     torch = load_torch()
     try:
         number, storage = _opened(torch, handle)
@@ -71,7 +72,7 @@ def _opened(torch: Any, handle: IpcHandle) -> tuple[int, Any]:
         )
     except Exception:
         # Without a storage nobody else does that, and the owner would keep the memory for as long as it lives.
-        with contextlib.suppress(Exception):  # the owner is gone, or this torch is one without CUDA
+        with contextlib.suppress(Exception):  # the owner has ended, or this torch is one without CUDA
             torch.UntypedStorage._release_ipc_counter_cuda(*reference)
         raise
 

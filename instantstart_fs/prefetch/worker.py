@@ -1,4 +1,4 @@
-"""The process of one device: takes files over a socket, brings their bytes into the device's memory.
+"""The process of one device: receives files over a socket and loads their bytes into the device's memory.
 
     python -m instantstart_fs.prefetch.worker FD '{"device": …}'
 
@@ -60,12 +60,12 @@ class Worker:
         self._progress_lock = threading.Lock()
         self._backend: Backend | None = None
         self._place = ""
-        self._taken: dict[int, int] = {}
-        self._lent = False
+        self._device_bytes: dict[int, int] = {}
+        self._still_open = False
         """Whether somebody still has open what was released: then it is collected later."""
 
     def run(self) -> None:
-        """Until the other end closes."""
+        """Obey orders until the other end closes."""
         try:
             self._begin()
         except Exception as error:
@@ -76,7 +76,7 @@ class Worker:
             poll = select.poll()
             poll.register(self._socket, select.POLLIN)
             while True:
-                if not poll.poll(COLLECT_INTERVAL * 1000 if self._lent else None):
+                if not poll.poll(COLLECT_INTERVAL * 1000 if self._still_open else None):
                     self._collect()
                     continue
                 packet, fds, _, _ = socket.recv_fds(self._socket, MAX_PACKET, MAX_FDS)
@@ -113,7 +113,7 @@ class Worker:
         torch.cuda.init()
 
     def _load(self, load: Load, fds: list[int]) -> None:
-        if len(fds) != load.descriptors:  # the kernel drops what there is no room for
+        if len(fds) != load.descriptors:  # the kernel drops those that do not fit
             for descriptor in fds:
                 os.close(descriptor)
             self._send(Failed(load.number, PrefetchError.code, NO_MORE))
@@ -129,7 +129,7 @@ class Worker:
             else:
                 before = self._allocated()
                 target = self._torch.empty(load.size, dtype=self._torch.uint8, device=self._settings.device)
-                self._taken[load.number] = self._allocated() - before
+                self._device_bytes[load.number] = self._allocated() - before
         except Exception as error:
             os.close(plain)
             if direct is not None:
@@ -192,15 +192,15 @@ class Worker:
         item.target = item.memory = None
         if self._cuda:
             del item
-            del self._taken[number]
+            del self._device_bytes[number]
             self._collect()
 
     def _collect(self) -> None:
-        """Give the device back what nobody uses: first what others had open of what was released, then all of it. An
+        """Return unused memory to the device: first what others had open of what was released, then all of it. An
         engine's own reference may outlive its release by a moment, so this is asked again."""
         self._torch.cuda.ipc_collect()
         self._torch.cuda.empty_cache()  # waits for copies that are under way
-        self._lent = self._allocated() > sum(self._taken.values())
+        self._still_open = self._allocated() > sum(self._device_bytes.values())
 
     def _allocated(self) -> int:
         """Bytes of the device that are this process's, what others still have open of it among them."""

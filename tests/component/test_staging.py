@@ -20,7 +20,8 @@ from instantstart_fs.core.staging import Shard
 from instantstart_fs.errors import StoreDamaged
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.mount import readahead
-from instantstart_fs.mount.staging import Staging, StagingProcess, Statistics
+from instantstart_fs.mount.staging import Staging, Statistics
+from instantstart_fs.mount.staging_process import StagingProcess
 from tests.harness import alive, children
 
 MIB = 1 << 20

@@ -26,11 +26,11 @@ def test_an_origins_404_is_not_an_absent_file() -> None:
 def test_a_missing_entry_is_what_the_caller_says_it_is() -> None:
     missing = errors.NoSuchEntry("x")
     assert errno_of(missing) == errno.ENOENT
-    assert errno_of(missing, gone=errno.ESTALE) == errno.ESTALE
+    assert errno_of(missing, missing=errno.ESTALE) == errno.ESTALE
 
 
 def test_gone_changes_nothing_for_other_errors() -> None:
-    assert errno_of(errors.StoreFull("x"), gone=errno.ESTALE) == errno.ENOSPC
+    assert errno_of(errors.StoreFull("x"), missing=errno.ESTALE) == errno.ENOSPC
 
 
 def test_a_class_from_elsewhere_takes_its_ancestors_row() -> None:

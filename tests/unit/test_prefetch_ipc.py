@@ -55,10 +55,10 @@ def test_a_worker_looks_again_only_while_somebody_has_open_what_was_released() -
         worker._torch = SimpleNamespace(cuda=cuda)
         for number in (1, 2):
             worker._items[number] = SimpleNamespace()  # type: ignore[assignment]
-            worker._taken[number] = 512
+            worker._device_bytes[number] = 512
         allocated[0] = 1024
         worker._release(1)
-        assert worker._lent
+        assert worker._still_open
         allocated[0] = 512
         worker._collect()
-        assert not worker._lent
+        assert not worker._still_open

@@ -1,4 +1,4 @@
-"""How bytes get from files into a device's memory. One protocol (``base``); each backend says why it cannot, if so.
+"""The ways by which bytes get from files into a device's memory: one protocol (``base``), and the choice of a backend.
 
 direct   the built-in one: threads of O_DIRECT reads (page cache where it has the bytes), for CUDA through a ring of
          page-locked buffers with copies that overlap the reads
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from instantstart_fs.errors import UsageError
-from instantstart_fs.prefetch.backends.base import Backend, Settled
+from instantstart_fs.prefetch.backends.base import Backend, Refusals
 from instantstart_fs.prefetch.backends.direct import DirectCpu, DirectCuda
 from instantstart_fs.prefetch.backends.gds import Gds
 from instantstart_fs.prefetch.backends.mapped import Mapped
@@ -29,7 +29,7 @@ def order(wanted: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((wanted, "direct", "mmap")))
 
 
-def choose(names: Sequence[str], device: str, readers: int, rate: float) -> tuple[Backend, Settled]:
+def choose(names: Sequence[str], device: str, readers: int, rate: float) -> tuple[Backend, Refusals]:
     """The first that does not refuse, and the refusals of those before it. ``mmap`` refuses nothing that can be served
     at all. Raises what makes the device itself unusable."""
     refusals: list[tuple[str, str]] = []

@@ -1,4 +1,5 @@
-"""The protocol of backends, and what they share: a file to bring in, a queue of extents, a rate limit."""
+"""The protocol of backends, and their common parts: a file to load, a queue of extents, a rate limit. It reads
+nothing."""
 
 from __future__ import annotations
 
@@ -13,14 +14,14 @@ from typing import Any, Protocol
 from instantstart_fs.prefetch.memory import Memfd
 from instantstart_fs.prefetch.plan import EXTENT
 
-Settled = tuple[tuple[str, str], ...]
+Refusals = tuple[tuple[str, str], ...]
 """(backend, reason) of the refusals."""
 
 
 class Item:
-    """One file on its way. ``target``: a writable memoryview with room for whole blocks (CPU) of ``memory``, or a uint8
-    tensor of ``size`` elements on the device. ``fds``: the file, and the same opened O_DIRECT; closed when all of it is
-    there, or else with the last reference: a reader may be inside a call when its file is released.
+    """One file on its way. ``target``: a writable memoryview, long enough for whole blocks (CPU), of ``memory``, or a
+    uint8 tensor of ``size`` elements on the device. ``fds``: the file, and the same opened O_DIRECT; closed when all of
+    it is there, or else with the last reference: a reader may be inside a call when its file is released.
     ``on_moved(item, cached, disk)`` and ``on_end(item, error | None)`` are called from the backend's threads;
     ``on_end`` once, and nothing after it."""
 
@@ -95,7 +96,7 @@ class Backend(Protocol):
 
 
 class Extents:
-    """What is to be read, the lowest ``order`` first."""
+    """The extents that are still to be read, the lowest ``order`` first."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -114,7 +115,7 @@ class Extents:
             return self._take() if self._heap else None
 
     def wait_next(self) -> tuple[Item, int, int]:
-        """The same, waiting for it: a reader has nothing else to do until its process ends."""
+        """Wait for the next one: a reader has nothing else to do until its process ends."""
         with self._condition:
             self._condition.wait_for(lambda: self._heap)
             return self._take()
@@ -139,7 +140,7 @@ class Throttle:
         self._lock = threading.Lock()
         self._free_at = 0.0
 
-    def wait_for_room(self, count: int) -> None:
+    def wait_for_turn(self, count: int) -> None:
         if self._rate <= 0:
             return
         with self._lock:

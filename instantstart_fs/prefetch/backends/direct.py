@@ -1,5 +1,7 @@
-"""The built-in backend. CPU: threads read into the file's memory itself. CUDA: threads read into page-locked buffers,
-two for each thread, and copy each to the device on a stream of the thread's own, so that copies overlap the reads.
+"""The built-in backend: several threads read, by O_DIRECT or from the page cache.
+
+CPU: they read into the file's memory itself. CUDA: they read into page-locked buffers, two for each thread, and
+copy each to the device on a stream of the thread's own, so that copies overlap the reads.
 
 os.preadv releases the GIL; the rest of a thread's turn is some 50 µs for 8 MiB.
 """
@@ -42,16 +44,16 @@ class DirectCpu(_Readers):
             self._read(*self._extents.wait_next())
 
     def _read(self, item: Item, start: int, end: int) -> None:
-        """Of its own, so that a reader that waits for work holds no file's memory, and no descriptor."""
+        """A method of its own, so that a reader that waits for work holds no file's memory and no descriptor."""
         if item.failed:
             return
-        self._throttle.wait_for_room(end - start)
+        self._throttle.wait_for_turn(end - start)
         try:
-            room = start + -(-(end - start) // BLOCK) * BLOCK
+            padded = start + -(-(end - start) // BLOCK) * BLOCK
             memory, target = item.memory, item.target
             if memory is not None:
-                memory.fill(start, room)
-            cached, disk = read_extent(item.plain, item.direct, start, end, target[start:room], item.path)
+                memory.fill(start, padded)
+            cached, disk = read_extent(item.plain, item.direct, start, end, target[start:padded], item.path)
         except Exception as error:
             item.fail(error)
             return
@@ -68,7 +70,7 @@ class _Slot:
         self.pending: tuple[Item, Any, int, int] | None = None
         """The copy's target too: freed before its end, that memory could be another file's when the bytes arrive."""
 
-    def settle(self) -> None:
+    def finish_copy(self) -> None:
         """Wait for its copy, and tell of it."""
         if self.pending is not None:
             item, _target, cached, disk = self.pending
@@ -87,7 +89,7 @@ class DirectCuda(_Readers):
         self._device = device
         self._torch = load_torch()
         self._ring: list[_Slot] = []
-        self._taken = 0
+        self._used_slots = 0
         self._lock = threading.Lock()
 
     def refusal(self) -> str | None:
@@ -109,26 +111,26 @@ class DirectCuda(_Readers):
     def _run(self) -> None:
         torch = self._torch
         with self._lock:
-            slots = self._ring[self._taken : self._taken + SLOTS]
-            self._taken += SLOTS
+            slots = self._ring[self._used_slots : self._used_slots + SLOTS]
+            self._used_slots += SLOTS
         torch.cuda.set_device(self._device)
         stream = torch.cuda.Stream()
         turn = 0
         item: Item | None = None
         while True:
             slot = slots[turn]
-            slot.settle()
+            slot.finish_copy()
             taken = self._extents.next_now()
             if taken is None:
                 for other in slots:
-                    other.settle()
+                    other.finish_copy()
                 item = None  # held by nobody who waits
                 taken = self._extents.wait_next()
             item, start, end = taken
             del taken
             if item.failed:
                 continue
-            self._throttle.wait_for_room(end - start)
+            self._throttle.wait_for_turn(end - start)
             try:
                 cached, disk = read_extent(item.plain, item.direct, start, end, slot.memory, item.path)
                 target = item.target[start:end]

@@ -1,4 +1,4 @@
-"""GPUDirect Storage by way of torch.cuda.gds. Opt-in, after a probe.
+"""The backend for GPUDirect Storage, by torch.cuda.gds. It is used only when asked for, and after a probe.
 
 cuFile falls back to a compatibility mode (bounce buffers, slower than the built-in backend) without a word when its
 kernel side is missing, so the probe looks for what says which way bytes would go, and such a place is refused.
@@ -30,7 +30,7 @@ class GdsProbe(NamedTuple):
 
 
 def probe() -> GdsProbe:
-    """What cuFile would do here, by its library, its configuration and its driver. Opens no CUDA context."""
+    """Find out what cuFile would do here, by its library, its configuration and its driver. Opens no CUDA context."""
     torch = load_torch()
     if not torch.cuda.is_available():
         return GdsProbe(False, False, "there is no CUDA device")

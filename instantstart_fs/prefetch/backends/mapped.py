@@ -1,4 +1,4 @@
-"""The plain way: map the file, copy it. One thread; the page cache and its readahead do the reading."""
+"""The plain backend: maps each file and copies it, in one thread. The page cache and its readahead do the reading."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Mapped(Threaded):
             self._read(*self._extents.wait_next())
 
     def _read(self, item: Item, start: int, end: int) -> None:
-        """Of its own, so that a reader that waits for work holds no file."""
+        """A method of its own, so that a reader that waits for work holds no file."""
         if item.failed:
             self._memory = None
             return
-        self._throttle.wait_for_room(end - start)
+        self._throttle.wait_for_turn(end - start)
         try:
             memory = self._memory
             if memory is None or self._owner != item.number:
