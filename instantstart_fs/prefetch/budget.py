@@ -8,8 +8,11 @@ from instantstart_fs.errors import OutOfBudget
 from instantstart_fs.prefetch.memory import available, rounded
 from instantstart_fs.prefetch.plan import Plan, admit
 
-DEVICE_RESERVE = 256 * 1024 * 1024
-"""Bytes of a GPU's free memory that are left alone: engines start their own contexts at the same time."""
+DEVICE_RESERVE = 512 * 1024 * 1024
+"""Bytes of a GPU's free memory that are left alone: engines start at the same time, and a context takes about so
+much."""
+CUDA_UNIT = 2 * 1024 * 1024
+"""Bytes. cudaMalloc takes whole pages of the device, and torch rounds what it asks for up to so much."""
 
 
 def cpu_limits(plan: Plan, budget: Mapping[str, int], *, what_fits: bool) -> dict[str, int]:
@@ -45,7 +48,7 @@ def device_limits(free: Mapping[str, int], budget: Mapping[str, int]) -> dict[st
 
 def refusals(plan: Plan, limits: Mapping[str, int], *, what_fits: bool) -> tuple[str, ...]:
     """The models of ``plan`` that do not fit. Raises OutOfBudget unless what fits is wanted and something does."""
-    refused = admit(plan, limits)
+    refused = admit(plan, limits, cuda_unit=CUDA_UNIT)
     if refused and (not what_fits or not plan.without(refused).total_bytes):
         needed = {device.device: device.bytes for device in plan.devices}
         described = ", ".join(

@@ -42,6 +42,11 @@ class DeviceWorker:
     def cuda(self) -> bool:
         return self.plan.device.startswith("cuda")
 
+    @property
+    def backend(self) -> str:
+        """The name of its backend; "" until it is ready."""
+        return self.ready.backend if self.ready is not None else ""
+
     def start(self, settings: Settings) -> None:
         """Start the process. Raises PrefetchError."""
         try:

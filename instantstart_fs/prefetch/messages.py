@@ -17,7 +17,8 @@ class _Message(msgspec.Struct, frozen=True, tag=True):
 
 class Load(_Message, frozen=True):
     """Bring this file in; its descriptors are beside it: the file, with ``direct`` the same opened O_DIRECT, and with
-    ``memory`` the memfd that takes it (CPU). ``order``: lower ones first."""
+    ``memory`` the memfd that takes it (CPU). ``order``: lower ones first. ``lead``: bytes of device memory to leave
+    free before it (CUDA)."""
 
     number: int
     path: str
@@ -25,6 +26,7 @@ class Load(_Message, frozen=True):
     order: int
     direct: bool
     memory: bool
+    lead: int = 0
 
     @property
     def descriptors(self) -> int:

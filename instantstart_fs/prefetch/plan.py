@@ -159,16 +159,18 @@ def plan(
     )
 
 
-def admit(planned: Plan, budgets: Mapping[str, int]) -> tuple[str, ...]:
+def admit(planned: Plan, budgets: Mapping[str, int], *, cuda_unit: int = 1) -> tuple[str, ...]:
     """The models that do not fit: those are admitted, in schedule order, whose files still fit on every device.
 
-    ``budgets``: bytes by device; a device that is not named has no limit."""
+    ``budgets``: bytes by device; a device that is not named has no limit. ``cuda_unit``: bytes that the memory of a
+    file on a GPU is a multiple of."""
     left = dict(budgets)
     refused = []
     for model in planned.models:
-        needed = {
-            device.device: sum(file.size for file in device.files if file.model == model) for device in planned.devices
-        }
+        needed = {}
+        for part in planned.devices:
+            unit = cuda_unit if part.device.startswith("cuda") else 1
+            needed[part.device] = sum(-(-file.size // unit) * unit for file in part.files if file.model == model)
         if any(device in left and count > left[device] for device, count in needed.items()):
             refused.append(model)
             continue

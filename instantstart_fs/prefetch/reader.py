@@ -16,8 +16,9 @@ from instantstart_fs.prefetch.plan import BLOCK
 NO_MEMORY = (errno.ENOMEM, errno.EFAULT, errno.ENOBUFS)
 """What the kernel says when the pages to read into cannot be had."""
 
-CACHE_STEP = 512 * 1024
-"""Bytes asked of the page cache by one call."""
+CACHE_STEP = 2 * 1024 * 1024
+"""Bytes asked of the page cache by one call after the first page's. Each call is a turn with the GIL; each extent of
+which the cache has a part costs up to so many bytes of readahead that the direct read then pays for again."""
 
 
 def read_extent(
@@ -51,9 +52,8 @@ def read_extent(
 
 
 def _from_cache(plain: int, start: int, memory: memoryview) -> int:
-    """As many bytes as the page cache has from ``start`` on. A miss starts readahead of all that was asked, which the
-    direct read would then pay for a second time: so the first page alone is asked for first, no more than CACHE_STEP at
-    once after it, and the first short answer is the last."""
+    """Copy as many bytes as the page cache has from ``start`` on; how many. A miss starts readahead of all that was
+    asked, so the first page alone is asked for first, and the first short answer is the last."""
     done = 0
     wanted = min(BLOCK, len(memory))
     while done < wanted:

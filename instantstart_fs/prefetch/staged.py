@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from instantstart_fs.prefetch.device_worker import DeviceWorker
@@ -14,6 +16,11 @@ from instantstart_fs.prefetch.memory import mapped
 from instantstart_fs.prefetch.messages import IpcHandle
 from instantstart_fs.prefetch.plan import PlannedFile
 from instantstart_fs.prefetch.tensors import from_ipc, from_memory
+
+ALIGNMENT = 512
+"""Bytes. torch aligns each of its own allocations so; TMA and fp8 matrix products need 16, and a safetensors header
+ends at a multiple of 8."""
+_COUNTER = re.compile(r"torch_\w+")
 
 
 class DeviceReport(NamedTuple):
@@ -84,6 +91,25 @@ class StagedFile:
             else:
                 self.base = from_ipc(handle(), size)
         return self.base
+
+
+def lead_of(layout: FileLayout) -> int:
+    """Bytes to leave free before a file in device memory, so that its tensors begin at a multiple of ALIGNMENT as far
+    as the first one does."""
+    return -layout.data_start % ALIGNMENT
+
+
+def remove_counters(names: Iterable[str]) -> None:
+    """Unlink torch's reference counters of memory that was handed over. A worker never ends in a way that does it.
+
+    Args:
+        names: as in IpcHandle.reference_handle: of files in /dev/shm, in hexadecimal.
+    """
+    for name in names:
+        with contextlib.suppress(ValueError, OSError):
+            file = bytes.fromhex(name).decode("ascii").lstrip("/")
+            if _COUNTER.fullmatch(file):
+                os.unlink(f"/dev/shm/{file}")
 
 
 def device_reports(

@@ -35,7 +35,15 @@ from instantstart_fs.prefetch.memory import allocate
 from instantstart_fs.prefetch.messages import MAX_PACKET, Export, IpcHandle, Load, Release, Settings
 from instantstart_fs.prefetch.plan import Plan
 from instantstart_fs.prefetch.sources import OpenedFile, Source
-from instantstart_fs.prefetch.staged import DeviceReport, Exported, StagedFile, device_reports, ready_seconds
+from instantstart_fs.prefetch.staged import (
+    DeviceReport,
+    Exported,
+    StagedFile,
+    device_reports,
+    lead_of,
+    ready_seconds,
+    remove_counters,
+)
 from instantstart_fs.prefetch.tensors import views
 
 START_DEADLINE = 120.0
@@ -101,6 +109,8 @@ class Stage:
         self._numbers: dict[int, StagedFile] = {}
         self._exports: dict[int, messages.Exported | None] = {}
         self._tokens = itertools.count()
+        self._counters: set[str] = set()
+        """Names of torch's reference counters that workers made, in hexadecimal."""
         self._error: InstantStartError | None = None
         self._closed = False
         self._threads: list[threading.Thread] = []
@@ -181,12 +191,14 @@ class Stage:
 
     def _give(self, file: StagedFile, opened: OpenedFile) -> None:
         planned, worker = file.planned, file.worker
+        lead = 0
         try:
             if opened.size != planned.size:
                 raise BadWeights(f"{planned.path} has {opened.size} bytes and {planned.size} were planned for")
             if planned.path.endswith(".safetensors"):
                 # Before anything is allocated: a file that lies is refused for the price of its header.
                 file.layout = read_layout(opened.fd, planned.path)
+                lead = lead_of(file.layout) if worker.cuda and worker.backend != "gds" else 0
             fds = [opened.fd]
             if opened.direct is not None:
                 fds.append(opened.direct)
@@ -208,6 +220,7 @@ class Stage:
                     planned.order,
                     opened.direct is not None,
                     file.memory is not None,
+                    lead,
                 ),
                 fds,
             )
@@ -409,6 +422,8 @@ class Stage:
                 return Exported(path, file.planned.size, file.layout, os.dup(file.memory), None)
             except OSError as error:
                 raise PrefetchError(f"{path} cannot be handed over: {NO_MORE}") from error
+        if not file.planned.size:
+            raise PrefetchError(f"{path} has no bytes, so there is no device memory to hand over")
         with self._changed:
             token = next(self._tokens)
             self._exports[token] = None
@@ -423,6 +438,7 @@ class Stage:
                 self._exports.pop(token, None)
         if answer is None or answer.handle is None:
             raise PrefetchError(f"{path} cannot be handed over: {answer.error if answer else 'no answer'}")
+        self._counters.add(answer.handle.reference_handle)
         return Exported(path, file.planned.size, file.layout, None, answer.handle)
 
     def release(self, path: str) -> None:
@@ -456,16 +472,19 @@ class Stage:
 
     def _take_down(self) -> None:
         self._stager.source.close()
+        with self._changed:
+            # Before the workers end: CUDA checks memory of another process when it is closed, inside a destructor,
+            # where an error ends this process.
+            for file in self._files.values():
+                file.drop_memory()
+                file.released = True
         for worker in self._workers:
             if worker.socket is not None:
                 with contextlib.suppress(OSError):
                     worker.socket.shutdown(socket.SHUT_RDWR)
         for worker in self._workers:
             worker.end()
-        with self._changed:
-            for file in self._files.values():
-                file.drop_memory()
-                file.released = True
+        remove_counters(self._counters)
 
     def _paths_of(self, device: str, model: str | None) -> list[str]:
         if device not in [worker.plan.device for worker in self._workers]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Iterator
 from typing import Any
 
 from instantstart_fs.errors import BadWeights, PrefetchError
@@ -61,20 +62,42 @@ def _opened(torch: Any, handle: IpcHandle) -> tuple[int, Any]:
     try:
         number = _number_of(handle.place)
         torch.cuda.init()
-        return number, torch.UntypedStorage._new_shared_cuda(
-            number,
-            bytes.fromhex(handle.handle),
-            handle.size,
-            handle.offset,
-            *reference,
-            bytes.fromhex(handle.event_handle),
-            handle.event_sync,
-        )
+        for exported in _versions(bytes.fromhex(handle.handle)):
+            try:
+                storage = torch.UntypedStorage._new_shared_cuda(
+                    number,
+                    exported,
+                    handle.size,
+                    handle.offset,
+                    *reference,
+                    bytes.fromhex(handle.event_handle),
+                    handle.event_sync,
+                )
+            except RuntimeError as error:
+                if "future version" not in str(error):
+                    raise
+                refused = error
+                continue
+            return number, storage
+        raise refused
     except Exception:
         # Without a storage nobody else does that, and the owner would keep the memory for as long as it lives.
         with contextlib.suppress(Exception):  # the owner has ended, or this torch is one without CUDA
             torch.UntypedStorage._release_ipc_counter_cuda(*reference)
         raise
+
+
+def _versions(handle: bytes) -> Iterator[bytes]:
+    """The exported handle, then the same as older releases of torch write it: helper and engine may have different
+    ones.
+
+    Its first byte is the version of the format (c10/cuda/CUDACachingAllocator.cpp, SHAREABLE_HANDLE_VERSION). torch
+    refuses one that is newer than its own, though nothing but the number differs for memory of cudaMalloc (kind
+    "c")."""
+    yield handle
+    if handle[1:2] == b"c":
+        for version in range(handle[0] - 1, 0, -1):
+            yield bytes([version]) + handle[1:]
 
 
 def views(base: Any, layout: FileLayout, path: str = "file") -> dict[str, Any]:

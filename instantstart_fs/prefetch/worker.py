@@ -128,7 +128,8 @@ class Worker:
                 target = memoryview(mapped(fd))
             else:
                 before = self._allocated()
-                target = self._torch.empty(load.size, dtype=self._torch.uint8, device=self._settings.device)
+                whole = self._torch.empty(load.lead + load.size, dtype=self._torch.uint8, device=self._settings.device)
+                target = whole[load.lead :]
                 self._device_bytes[load.number] = self._allocated() - before
         except Exception as error:
             os.close(plain)
@@ -172,7 +173,10 @@ class Worker:
         try:
             if item is None or item.target is None:
                 raise PrefetchError("was released")
+            lead = int(item.target.storage_offset())
             _, handle, size, offset, reference, at, event, sync = item.target.untyped_storage()._share_cuda_()
+            # Of the whole allocation; the file alone is handed over.
+            size, offset = size - lead, offset + lead
         except Exception as error:
             self._send(Exported(number, token, None, failure(number, error).message))
             return

@@ -20,7 +20,7 @@ import pytest
 
 from instantstart_fs.prefetch.backends import direct
 from instantstart_fs.prefetch.backends.base import Item
-from instantstart_fs.prefetch.plan import EXTENT
+from instantstart_fs.prefetch.plan import BLOCK, EXTENT
 from tests.harness import random_file, wait_for
 
 SIZE = 9 * EXTENT + 4097
@@ -163,3 +163,20 @@ def test_memory_that_is_released_lives_until_the_copies_to_it_have_ended(cuda: L
 
     wait_for(freed, "the memory's end", 10)
     assert errors == []
+
+
+def test_page_locked_memory_that_is_not_aligned_costs_memory_and_not_the_backend(
+    cuda: LateCuda, tmp_path: Path
+) -> None:
+    """O_DIRECT wants memory that begins at a multiple of a block."""
+    asked: list[int] = []
+
+    def empty(count: int, dtype: str, pin_memory: bool) -> Tensor:
+        asked.append(count)
+        return Tensor(cuda, mmap.mmap(-1, count + 64), 64, count + 64)
+
+    cuda.empty = empty  # type: ignore[method-assign]
+    made = ring(1)
+    assert asked == [2 * EXTENT, 2 * EXTENT + BLOCK]
+    assert len(made._ring) == 2
+    assert all(slot.tensor.data_ptr() % BLOCK == 0 and len(slot.tensor) == EXTENT for slot in made._ring)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 
-from instantstart_fs.errors import PrefetchError
-from instantstart_fs.prefetch import tensors
-from instantstart_fs.prefetch.messages import IpcHandle, Settings
+from instantstart_fs.errors import OutOfBudget, PrefetchError
+from instantstart_fs.prefetch import DirectorySource, Stage, Stager, messages, plan, tensors
+from instantstart_fs.prefetch.backends.base import Item
+from instantstart_fs.prefetch.budget import CUDA_UNIT, refusals
+from instantstart_fs.prefetch.layout import FileLayout, TensorLayout
+from instantstart_fs.prefetch.messages import IpcHandle, Load, Settings
+from instantstart_fs.prefetch.staged import StagedFile, lead_of
 from instantstart_fs.prefetch.worker import Worker
 
 HANDLE = IpcHandle("GPU-1", "aa", 4096, 0, "bb", 7, "cc", False)
@@ -62,3 +69,125 @@ def test_a_worker_looks_again_only_while_somebody_has_open_what_was_released() -
         allocated[0] = 512
         worker._collect()
         assert not worker._still_open
+
+
+def test_a_handle_of_a_newer_torch_is_opened_by_an_older_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of cudaMalloc: nothing but the version in front differs."""
+    tried: list[bytes] = []
+
+    def open_old(number: int, handle: bytes, *_: Any) -> str:
+        tried.append(handle)
+        if handle[0] > 2:
+            raise RuntimeError(
+                "received sharable handle from a future version of torch that this version does not know"
+            )
+        return "storage"
+
+    released: list[Any] = []
+    storage = SimpleNamespace(
+        _new_shared_cuda=open_old, _release_ipc_counter_cuda=lambda *given: released.append(given)
+    )
+    cuda = SimpleNamespace(
+        device_count=lambda: 1, init=lambda: None, get_device_properties=lambda _: SimpleNamespace(uuid="GPU-1")
+    )
+    torch = SimpleNamespace(cuda=cuda, UntypedStorage=storage)
+    monkeypatch.setattr(tensors, "load_torch", lambda: torch)
+    handle = msgspec.structs.replace(HANDLE, handle=b"\x03cIPC".hex())
+    assert tensors._opened(torch, handle) == (0, "storage")
+    assert tried == [b"\x03cIPC", b"\x02cIPC"] and not released
+    tried.clear()
+    with pytest.raises(RuntimeError, match="future version"):  # another kind of memory: the rest differs, too
+        tensors._opened(torch, msgspec.structs.replace(HANDLE, handle=b"\x03eIPC".hex()))
+    assert tried == [b"\x03eIPC"] and released == [(b"\xbb", 7)]
+
+
+class Allocated:
+    """A tensor over an allocation of ``size`` bytes, as ``_export`` sees it."""
+
+    def __init__(self, size: int, lead: int = 0) -> None:
+        self.size, self.lead = size, lead
+
+    def __getitem__(self, part: slice) -> Allocated:
+        return Allocated(self.size, part.start)
+
+    def storage_offset(self) -> int:
+        return self.lead
+
+    def untyped_storage(self) -> Allocated:
+        return self
+
+    def _share_cuda_(self) -> tuple[Any, ...]:
+        return 0, b"\x02c", self.size, 1 << 20, b"/torch_1_2_3", 5, b"", False
+
+
+def test_a_file_lies_so_that_its_tensors_are_aligned_and_is_handed_over_without_what_is_before_it() -> None:
+    layout = FileLayout(5_000, 1_208, (TensorLayout("w", "F32", (948,), 1_208, 5_000),))
+    lead = lead_of(layout)
+    assert (lead + layout.data_start) % 512 == 0 and 0 <= lead < 512
+    made: list[int] = []
+
+    def empty(size: int, **_: Any) -> Allocated:
+        made.append(size)
+        return Allocated(size)
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        worker = Worker(theirs, Settings("cuda:0", ("direct",)))
+        worker._torch = SimpleNamespace(
+            empty=empty, uint8="uint8", cuda=SimpleNamespace(memory_allocated=lambda _: sum(made))
+        )
+        submitted: list[Item] = []
+        worker._backend = cast(Any, SimpleNamespace(submit=submitted.append))
+        fd = os.open("/dev/null", os.O_RDONLY)
+        worker._load(Load(4, "a.safetensors", 5_000, 0, direct=False, memory=False, lead=lead), [fd])
+        assert made == [lead + 5_000] and submitted[0].target.lead == lead
+        worker._export(4, 9)
+        answer = messages.from_worker.decode(ours.recv(messages.MAX_PACKET))
+        assert isinstance(answer, messages.Exported) and answer.handle is not None
+        assert (answer.handle.size, answer.handle.offset) == (5_000, (1 << 20) + lead)
+
+
+def test_opened_memory_is_closed_before_its_owner_ends_and_counters_are_unlinked(tmp_path: Path) -> None:
+    counter = Path(f"/dev/shm/torch_{os.getpid()}_1_0")
+    counter.write_bytes(b"")
+    foreign = tmp_path / "torch_x"
+    foreign.write_bytes(b"")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "w.bin").write_bytes(b"x" * 64)
+    source = DirectorySource(str(tmp_path / "m"))
+    stage = Stage(Stager(source), plan(source.weights, None, ["cuda:0"]))
+    (worker,) = stage._workers
+    file = StagedFile(0, worker.plan.files[0], worker)
+    stage._files["w.bin"] = file
+    file.base = object()
+    seen: list[Any] = []
+    worker.end = lambda: seen.append(file.base)  # type: ignore[method-assign]
+    stage._counters = {name.encode().hex() for name in (f"/{counter.name}", f"../..{foreign}", "../torch_1")}
+    stage.close()
+    assert seen == [None]
+    assert not counter.exists() and foreign.exists()
+
+
+def test_a_file_without_bytes_is_not_handed_over(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "empty.bin").write_bytes(b"")
+    (tmp_path / "m" / "w.bin").write_bytes(b"x")
+    source = DirectorySource(str(tmp_path / "m"))
+    stage = Stage(Stager(source), plan(source.weights, None, ["cuda:0"]))
+    (worker,) = stage._workers
+    planned = next(file for file in worker.plan.files if file.path == "empty.bin")
+    file = stage._files["empty.bin"] = StagedFile(0, planned, worker)
+    file.ready_at = 1.0
+    with pytest.raises(PrefetchError, match=r"empty\.bin has no bytes"):
+        stage.export("empty.bin", timeout=1)
+
+
+def test_the_budget_counts_whole_pages_of_the_device(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.bin").write_bytes(b"x" * 4096)
+    source = DirectorySource(str(tmp_path))
+    made = plan(source.weights, None, ["cuda:0"])
+    assert refusals(made, {"cuda:0": 3 * CUDA_UNIT}, what_fits=False) == ()
+    with pytest.raises(OutOfBudget):
+        refusals(made, {"cuda:0": 3 * CUDA_UNIT - 1}, what_fits=False)
+    assert refusals(plan(source.weights, None, ["cpu"]), {"cpu": 3 * 4096}, what_fits=False) == ()

@@ -98,10 +98,14 @@ class DirectCuda(_Readers):
         try:
             with torch.cuda.device(self._device):
                 # Exactly a power of two by default: torch's allocator of such memory rounds up to one.
-                whole = torch.empty(self._count * SLOTS * EXTENT, dtype=torch.uint8, pin_memory=True)
-                if whole.data_ptr() % BLOCK:
-                    return f"page-locked memory does not begin at a multiple of {BLOCK}"
-                for begin in range(0, len(whole), EXTENT):
+                size = self._count * SLOTS * EXTENT
+                whole = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                first = -whole.data_ptr() % BLOCK
+                if first:
+                    # O_DIRECT wants whole blocks of memory, too: twice the memory is better than the slow backend.
+                    whole = torch.empty(size + BLOCK, dtype=torch.uint8, pin_memory=True)
+                    first = -whole.data_ptr() % BLOCK
+                for begin in range(first, first + size, EXTENT):
                     # blocking: eight threads that wait would otherwise spin on eight cores.
                     self._ring.append(_Slot(whole[begin : begin + EXTENT], torch.cuda.Event(blocking=True)))
         except RuntimeError as error:
