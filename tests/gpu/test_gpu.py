@@ -20,7 +20,13 @@ pytestmark = pytest.mark.timeout(600)
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     directory = tmp_path_factory.mktemp("weights")
     options = argparse.Namespace(
-        size=2 * GIB, shards=32, rounds=1, limit=3600.0, out=str(tmp_path_factory.mktemp("results"))
+        size=2 * GIB,
+        shards=32,
+        rounds=1,
+        limit=3600.0,
+        out=str(tmp_path_factory.mktemp("results")),
+        only="",
+        contenders="",
     )
     made = Run(options, directory)
     made.checkpoint()

@@ -1,0 +1,85 @@
+"""bench/gpu.py when things go wrong: whatever fails, and wherever it is cut off, it says what it has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu import PARTS, CutOff, Part, Run, Skipped
+
+
+def run(tmp_path: Path, **options: Any) -> Run:
+    given = {"limit": 460.0, "out": str(tmp_path), "only": "", "contenders": "", **options}
+    return Run(argparse.Namespace(**given), tmp_path)
+
+
+def parts_where(bad: str, error: BaseException) -> list[Part]:
+    """The bench's own, by name and in order; each measures one figure, and ``bad`` fails after that."""
+
+    def work(name: str) -> Any:
+        def measure(made: Run) -> dict[str, Any]:
+            made.rows.append((name, "1.00 GB/s"))
+            made.result["parts"][name] = {"figure": 1}
+            if name == bad:
+                raise error
+            return {"figure": 1}
+
+        return measure
+
+    return [Part(part.name, work(part.name), part.needs) for part in PARTS]
+
+
+@pytest.mark.parametrize("bad", [part.name for part in PARTS])
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: no\nmore"), AssertionError(), SystemExit(3)], ids=repr)
+def test_a_part_that_fails_keeps_what_it_measured_and_ends_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str, error: BaseException
+) -> None:
+    made = run(tmp_path)
+    made.all_parts(parts_where(bad, error))
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(written["parts"]) == [part.name for part in PARTS]
+    assert all(found["figure"] == 1 for found in written["parts"].values())
+    assert [name for name, found in written["parts"].items() if "failed" in found] == [bad]
+    assert len(written["failed"]) == 1 and not written["not_run"]
+    assert capsys.readouterr().out.count("1.00 GB/s") == len(PARTS)
+
+
+@pytest.mark.parametrize("bad", [part.name for part in PARTS])
+@pytest.mark.parametrize("error", [CutOff(), KeyboardInterrupt()], ids=repr)
+def test_cut_off_anywhere_it_prints_its_table_and_what_was_not_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str, error: BaseException
+) -> None:
+    made = run(tmp_path)
+    made.all_parts(parts_where(bad, error))
+    names = [part.name for part in PARTS]
+    after = names[names.index(bad) :]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert [line.split(":")[0] for line in written["not_run"]] == after
+    assert capsys.readouterr().out.count("1.00 GB/s") == len(names) - len(after) + 1
+
+
+def test_what_has_no_time_left_or_cannot_be_run_here_is_listed(tmp_path: Path) -> None:
+    made = run(tmp_path, limit=50.0)
+    made.all_parts(parts_where("environment", Skipped("there is none")))
+    assert made.not_run[0] == "environment: there is none"
+    assert {line.split(":")[0] for line in made.not_run[1:]} == {part.name for part in PARTS if part.needs > 45} - {
+        "environment"
+    }
+
+
+def test_single_parts_can_be_asked_for(tmp_path: Path) -> None:
+    made = run(tmp_path, only="equality, rivals")
+    made.all_parts(parts_where("", RuntimeError()))
+    assert list(made.result["parts"]) == ["checkpoint", "equality", "rivals"]
+    with pytest.raises(SystemExit, match="no part is named 'warp'"):
+        run(tmp_path, only="warp").all_parts(PARTS)
+
+
+def test_what_must_be_known_first_is_run_first() -> None:
+    names = [part.name for part in PARTS]
+    order = ["environment", "equality", "speed", "hand-over by share", "killed while loading", "rivals"]
+    assert [name for name in names if name in order] == order
