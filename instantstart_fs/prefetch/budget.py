@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from instantstart_fs.errors import OutOfBudget
+from instantstart_fs.prefetch.device_worker import DeviceWorker
 from instantstart_fs.prefetch.memory import available, rounded
 from instantstart_fs.prefetch.plan import Plan, admit
 
@@ -40,10 +41,14 @@ def cpu_limits(plan: Plan, budget: Mapping[str, int], *, what_fits: bool) -> dic
     raise OutOfBudget(f"{plan.pipeline} needs {wanted} bytes of memory and {free} may be taken (90 % of what is free)")
 
 
-def device_limits(free: Mapping[str, int], budget: Mapping[str, int]) -> dict[str, int]:
-    """Bytes that may be taken on each GPU: of what is ``free`` there, and not more than the user's ``budget``."""
-    limits = {device: max(0, count - DEVICE_RESERVE) for device, count in free.items()}
-    return {device: min(limit, budget.get(device, limit)) for device, limit in limits.items()}
+def device_limits(workers: Sequence[DeviceWorker], budget: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that may be taken on each GPU: of what is free there, and not more than the user's ``budget``."""
+    limits = {}
+    for worker in workers:
+        if worker.ready is not None and worker.ready.free is not None:
+            free = max(0, worker.ready.free - DEVICE_RESERVE)
+            limits[worker.plan.device] = min(free, budget.get(worker.plan.device, free))
+    return limits
 
 
 def refusals(plan: Plan, limits: Mapping[str, int], *, what_fits: bool) -> tuple[str, ...]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Generator
 
 from instantstart_fs.errors import PrefetchError
 from instantstart_fs.ipc.children import spawn_module
 from instantstart_fs.prefetch import messages
-from instantstart_fs.prefetch.messages import Settings, ToWorker
+from instantstart_fs.prefetch.messages import MAX_PACKET, FromWorker, Settings, ToWorker
 from instantstart_fs.prefetch.plan import DevicePlan
 
 STOP_DEADLINE = 5.0
@@ -21,6 +23,10 @@ STOP_DEADLINE = 5.0
 
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Meant for the engine. Expandable segments would hand memory over in another way, which needs the right to trace."""
+
+
+class WorkerStuck(Exception):
+    """A worker made no progress and was killed; the text names it."""
 
 
 class DeviceWorker:
@@ -35,6 +41,10 @@ class DeviceWorker:
         self.disk = 0
         self.first_given_at: float | None = None
         self.finished_at: float | None = None
+        self.releases = 0
+        """Orders to release a file that it has not answered."""
+        self.lent = False
+        """Whether another process has memory of released files open."""
         self.heard_at = time.monotonic()
         self.send_lock = threading.Lock()
 
@@ -75,6 +85,40 @@ class DeviceWorker:
         with self.send_lock:
             socket.send_fds(self.socket, [messages.encode(message)], fds)
 
+    def reports(self, stuck: Callable[[], bool]) -> Generator[FromWorker, None, None]:
+        """What the worker reports, until its socket ends; closes the socket then.
+
+        Args:
+            stuck: asked every second in which nothing comes.
+
+        Raises:
+            WorkerStuck: it was stuck, and was killed.
+            OSError, msgspec.DecodeError: the socket, or what came, cannot be read.
+        """
+        assert self.socket is not None
+        connection = self.socket
+        # The socket stays blocking (orders are written to it); poll has the deadline.
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        try:
+            while True:
+                if not poll.poll(1000):
+                    if stuck():
+                        assert self.process is not None
+                        self.process.kill()
+                        raise WorkerStuck(f"the worker of {self.plan.device}")
+                    continue
+                try:
+                    packet = connection.recv(MAX_PACKET)
+                except ConnectionResetError:  # it died with orders unread
+                    packet = b""
+                if not packet:
+                    return
+                yield messages.from_worker.decode(packet)
+        finally:
+            with self.send_lock:
+                connection.close()
+
     def end(self) -> None:
         """Tell it to end, wait, kill it after STOP_DEADLINE. The socket itself is closed by its listener."""
         if self.socket is not None:
@@ -88,6 +132,12 @@ class DeviceWorker:
             self.process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):  # inside a read that no signal ends
                 self.process.wait(STOP_DEADLINE)
+
+    def failure(self, text: str, path: str) -> str:
+        """The text of a failure that the worker told of, with the device and the file where they are not in it."""
+        device = self.plan.device
+        prefix = f"{path}: " if path and path not in text else ""
+        return f"{'' if text.startswith(f'{device}: ') else f'{device}: '}{prefix}{text}"
 
     def how_it_ended(self) -> str:
         """What became of a process whose socket has ended, to follow "the worker of cuda:0"."""

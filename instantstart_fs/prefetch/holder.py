@@ -46,6 +46,9 @@ from instantstart_fs.prefetch.hold_protocol import (
 )
 from instantstart_fs.prefetch.stager import Stage
 
+RETURN_DEADLINE = 10.0
+"""Seconds that engines get to close the memory of files that they are done with, before the hold ends without them."""
+
 
 class Holder:
     """Serves ``stage`` on ``path`` from threads of its own; a context manager. ``limit``: seconds until it ends;
@@ -63,6 +66,7 @@ class Holder:
         self._path = path
         self._ends_at = None if limit is None else time.monotonic() + limit
         self._released = threading.Event()
+        self._all_freed = threading.Event()
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._listener = _listen(path)
         self._thread = threading.Thread(target=self._accept, name="holder", daemon=True)
@@ -130,6 +134,10 @@ class Holder:
                     finally:
                         if fd is not None:
                             os.close(fd)
+                    if self._all_freed.is_set():
+                        # After the answer. An engine may still refer to the last file, whose memory ends with the hold.
+                        self._stage.wait_returned(RETURN_DEADLINE)
+                        self._released.set()
                     connection.settimeout(None)
         finally:
             self._connections.release()
@@ -221,7 +229,7 @@ class Holder:
         with self._lock:
             self._freed.add(path)
         if not self._stage.paths:
-            self._released.set()
+            self._all_freed.set()
 
     def _take(self, path: str, timeout: float) -> tuple[Answer, int | None]:
         self._stage.wait_file(path, min(max(timeout, 0.0), 3600.0))

@@ -91,6 +91,14 @@ class Exported(_Message, frozen=True):
     error: str = ""
 
 
+class Collected(_Message, frozen=True):
+    """Answers ``releases`` orders to Release (CUDA). ``lent``: whether another process still has released memory
+    open."""
+
+    releases: int
+    lent: bool
+
+
 class Failed(_Message, frozen=True):
     """``number``: the file, or -1 for the worker. ``code``: of the error class."""
 
@@ -110,9 +118,9 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 ToWorker = Load | Export | Release
-FromWorker = Ready | Moved | Loaded | Exported | Failed
+FromWorker = Ready | Moved | Loaded | Exported | Collected | Failed
 
 encode = msgspec.json.Encoder().encode
 to_worker = msgspec.json.Decoder(ToWorker)
-from_worker = msgspec.json.Decoder(Ready | Moved | Loaded | Exported | Failed)
+from_worker = msgspec.json.Decoder(Ready | Moved | Loaded | Exported | Collected | Failed)
 settings = msgspec.json.Decoder(Settings)

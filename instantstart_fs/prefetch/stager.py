@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import select
 import socket
 import threading
 import time
@@ -29,10 +28,10 @@ from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import BadWeights, InstantStartError, PrefetchError, from_code
 from instantstart_fs.prefetch import backends, messages
 from instantstart_fs.prefetch.budget import cpu_limits, device_limits, refusals
-from instantstart_fs.prefetch.device_worker import STOP_DEADLINE, DeviceWorker
+from instantstart_fs.prefetch.device_worker import STOP_DEADLINE, DeviceWorker, WorkerStuck
 from instantstart_fs.prefetch.layout import FileLayout, read_layout
 from instantstart_fs.prefetch.memory import allocate
-from instantstart_fs.prefetch.messages import MAX_PACKET, Export, IpcHandle, Load, Release, Settings
+from instantstart_fs.prefetch.messages import Export, IpcHandle, Load, Release, Settings
 from instantstart_fs.prefetch.plan import Plan
 from instantstart_fs.prefetch.sources import OpenedFile, Source
 from instantstart_fs.prefetch.staged import (
@@ -142,7 +141,7 @@ class Stage:
             worker.start(Settings(worker.plan.device, self._stager.backends, self._stager.readers, self._stager.rate))
             self._spawn(self._listen, worker)
         self._wait_for(lambda: all(worker.ready for worker in self._workers), START_DEADLINE, "the workers' start")
-        self._check_device_budget()
+        self._admit(device_limits([worker for worker in self._workers if worker.cuda], self._stager.budget))
         self._spawn(self._feed)
 
     def _spawn(self, target: Callable[..., None], *arguments: Any) -> None:
@@ -157,14 +156,6 @@ class Stage:
         )
         for path in [path for path, file in self._files.items() if file.planned.model in self.refused_models]:
             del self._numbers[self._files.pop(path).number]
-
-    def _check_device_budget(self) -> None:
-        free = {
-            worker.plan.device: worker.ready.free
-            for worker in self._workers
-            if worker.cuda and worker.ready is not None and worker.ready.free is not None
-        }
-        self._admit(device_limits(free, self._stager.budget))
 
     # -- feeding ---------------------------------------------------------------------------------------------------
 
@@ -212,18 +203,9 @@ class Stage:
                     return
                 file.given_at = worker.heard_at = time.monotonic()
                 worker.first_given_at = worker.first_given_at or file.given_at
-            worker.send(
-                Load(
-                    file.number,
-                    planned.path,
-                    planned.size,
-                    planned.order,
-                    opened.direct is not None,
-                    file.memory is not None,
-                    lead,
-                ),
-                fds,
-            )
+            direct, memory = opened.direct is not None, file.memory is not None
+            load = Load(file.number, planned.path, planned.size, planned.order, direct, memory, lead)
+            worker.send(load, fds)
         except OSError as error:
             # The listener knows better why a worker is gone.
             if not self._wait_quietly(lambda: self._error is not None, STOP_DEADLINE):
@@ -234,39 +216,19 @@ class Stage:
     # -- listening -------------------------------------------------------------------------------------------------
 
     def _listen(self, worker: DeviceWorker) -> None:
-        assert worker.socket is not None
-        connection = worker.socket
-        # The socket stays blocking (the feeder writes to it); poll has the deadline.
-        poll = select.poll()
-        poll.register(connection, select.POLLIN)
         try:
-            while True:
-                if not poll.poll(1000):
-                    if self._is_stuck(worker):
-                        assert worker.process is not None
-                        worker.process.kill()
-                        raise PrefetchError(
-                            f"the worker of {worker.plan.device} brought no byte for {self._stager.timeout:g} s "
-                            "and was killed"
-                        )
-                    continue
-                try:
-                    packet = connection.recv(MAX_PACKET)
-                except ConnectionResetError:  # it died with orders unread
-                    packet = b""
-                if not packet:
-                    if self._closed:
-                        return
-                    raise PrefetchError(f"the worker of {worker.plan.device} {worker.how_it_ended()}")
-                self._heard(worker, messages.from_worker.decode(packet))
+            with contextlib.closing(worker.reports(lambda: self._is_stuck(worker))) as reports:
+                for message in reports:
+                    self._heard(worker, message)
+            if not self._closed:
+                raise PrefetchError(f"the worker of {worker.plan.device} {worker.how_it_ended()}")
+        except WorkerStuck as error:
+            self._fail(PrefetchError(f"{error} brought no byte for {self._stager.timeout:g} s and was killed"))
         except InstantStartError as error:
             self._fail(error)
         except (OSError, msgspec.DecodeError) as error:
             if not self._closed:
                 self._fail(PrefetchError(f"the worker of {worker.plan.device}: {error}"))
-        finally:
-            with worker.send_lock:
-                connection.close()
 
     def _is_stuck(self, worker: DeviceWorker) -> bool:
         with self._changed:
@@ -292,11 +254,12 @@ class Stage:
                 case messages.Exported():
                     if message.token in self._exports:
                         self._exports[message.token] = message
+                case messages.Collected(releases, lent):
+                    worker.releases -= releases
+                    worker.lent = lent
                 case messages.Failed(number, code, text):
                     file = self._numbers.get(number)
-                    prefix = f"{file.planned.path}: " if file is not None and file.planned.path not in text else ""
-                    who = "" if text.startswith(f"{worker.plan.device}: ") else f"{worker.plan.device}: "
-                    raise from_code(code, f"{who}{prefix}{text}")
+                    raise from_code(code, worker.failure(text, file.path if file is not None else ""))
             self._changed.notify_all()
 
     def _fail(self, error: InstantStartError) -> None:
@@ -377,6 +340,13 @@ class Stage:
         file = self._file(path)
         return file.ready_at is not None and not file.released
 
+    def wait_returned(self, timeout: float) -> bool:
+        """Wait until no other process has memory of released files open, at most ``timeout`` seconds; whether it is
+        so."""
+        return self._wait_quietly(
+            lambda: self._closed or not any(worker.releases or worker.lent for worker in self._workers), timeout
+        )
+
     def worker_pids(self) -> tuple[int, ...]:
         return tuple(worker.process.pid for worker in self._workers if worker.process is not None)
 
@@ -448,6 +418,8 @@ class Stage:
             if file.released:
                 return
             file.released = True
+            if file.worker.cuda and file.given_at is not None:
+                file.worker.releases += 1
             self._changed.notify_all()
         file.drop_memory()  # not under the lock: the kernel takes a second for a large file's pages
         with contextlib.suppress(OSError):

@@ -27,6 +27,7 @@ from instantstart_fs.prefetch.memory import Memfd, mapped
 from instantstart_fs.prefetch.messages import (
     MAX_FDS,
     MAX_PACKET,
+    Collected,
     Export,
     Exported,
     Failed,
@@ -78,6 +79,8 @@ class Worker:
             while True:
                 if not poll.poll(COLLECT_INTERVAL * 1000 if self._still_open else None):
                     self._collect()
+                    if not self._still_open:
+                        self._send(Collected(0, lent=False))
                     continue
                 packet, fds, _, _ = socket.recv_fds(self._socket, MAX_PACKET, MAX_FDS)
                 if not packet:
@@ -198,6 +201,7 @@ class Worker:
             del item
             del self._device_bytes[number]
             self._collect()
+            self._send(Collected(1, self._still_open))
 
     def _collect(self) -> None:
         """Return unused memory to the device: first what others had open of what was released, then all of it. An

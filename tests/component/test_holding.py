@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,3 +193,26 @@ def test_a_place_that_cannot_be_looked_at_is_not_taken_for_an_empty_one(
 def test_nobody_holds_it(place: str) -> None:
     with pytest.raises(PrefetchError, match="nobody holds"):
         HoldClient(NAME)
+
+
+def test_a_hold_ends_when_its_memory_has_come_back_and_not_before(
+    stage: Stage, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that has freed the last file still refers to its tensors for a moment."""
+    asked, back = threading.Event(), threading.Event()
+
+    def wait_returned(timeout: float) -> bool:
+        asked.set()
+        return back.wait(timeout)
+
+    monkeypatch.setattr(stage, "wait_returned", wait_returned)
+    stage.wait(60)
+    with Holder(stage, place) as holder, HoldClient("m", place) as client:
+        for file in client.manifest().files:
+            taken = client.take(file.path)
+            if taken.fd is not None:
+                os.close(taken.fd)
+            client.release_file(file.path)  # the last one is answered, too
+        assert asked.wait(10) and not holder.wait_released(0)
+        back.set()
+        assert holder.wait_released(10)

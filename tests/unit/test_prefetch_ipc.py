@@ -66,6 +66,7 @@ def test_a_worker_looks_again_only_while_somebody_has_open_what_was_released() -
         allocated[0] = 1024
         worker._release(1)
         assert worker._still_open
+        assert messages.from_worker.decode(ours.recv(4096)) == messages.Collected(1, lent=True)
         allocated[0] = 512
         worker._collect()
         assert not worker._still_open
@@ -191,3 +192,20 @@ def test_the_budget_counts_whole_pages_of_the_device(tmp_path: Path) -> None:
     with pytest.raises(OutOfBudget):
         refusals(made, {"cuda:0": 3 * CUDA_UNIT - 1}, what_fits=False)
     assert refusals(plan(source.weights, None, ["cpu"]), {"cpu": 3 * 4096}, what_fits=False) == ()
+
+
+def test_a_stage_knows_when_what_was_released_has_come_back(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"x")
+    source = DirectorySource(str(tmp_path))
+    stage = Stage(Stager(source), plan(source.weights, None, ["cuda:0"]))
+    (worker,) = stage._workers
+    worker.send = lambda *_: None  # type: ignore[method-assign]
+    file = stage._files["w.bin"] = StagedFile(0, worker.plan.files[0], worker)
+    file.given_at = file.ready_at = 1.0
+    assert stage.wait_returned(0)
+    stage.release("w.bin")
+    assert not stage.wait_returned(0), "the worker has not answered"
+    stage._heard(worker, messages.Collected(1, lent=True))
+    assert not stage.wait_returned(0), "an engine has it open"
+    stage._heard(worker, messages.Collected(0, lent=False))
+    assert stage.wait_returned(0)
