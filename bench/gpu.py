@@ -11,7 +11,7 @@ instanttensor are rivals where they are installed. Makes a checkpoint on the dis
 
 and checks that the bytes are equal, that memory stays within weights + 5 % during a hand-over to a second process, that
 a helper killed at any stage frees its memory and says so, that what does not fit is refused, and what GDS would do.
-`python -m pytest tests/gpu -ra` runs the same parts, smaller, as one test each.
+`python -m pytest -c tests/gpu/bare.ini tests/gpu -ra` runs the same parts, smaller, as one test each.
 
 The parts run in the order of what they tell: environment, equality, speed, hand-over, kills, and the rivals last. Each
 is guarded: what fails, or was not run, is listed by name at the end, and keeps what it measured. SIGTERM, ^C or the end

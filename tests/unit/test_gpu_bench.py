@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.gpu import PARTS, CutOff, Part, Run, Skipped
+from tests.harness import REPOSITORY
 
 
 def run(tmp_path: Path, **options: Any) -> Run:
@@ -83,3 +86,16 @@ def test_what_must_be_known_first_is_run_first() -> None:
     names = [part.name for part in PARTS]
     order = ["environment", "equality", "speed", "hand-over by share", "killed while loading", "rivals"]
     assert [name for name in names if name in order] == order
+
+
+def test_the_gpu_tests_start_with_nothing_but_pytest() -> None:
+    """On a bare machine there is no pytest-trio: an unknown ini key, and warnings as errors, ended the run there."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-c", "tests/gpu/bare.ini", "tests/gpu", "-q",
+            "-p", "no:trio", "-p", "no:timeout", "-p", "no:xdist", "-p", "no:hypothesispytest",
+            "-W", "error::pytest.PytestConfigWarning",
+        ],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
