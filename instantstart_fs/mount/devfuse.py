@@ -22,11 +22,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
 import trio
-from pyfuse3 import FUSEError
 
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.mount import kernel, wire
 from instantstart_fs.mount.backing_ids import BackingIds, PassthroughRefused
+from instantstart_fs.mount.fuse_types import FUSEError
 from instantstart_fs.mount.handover import (
     EPOCH_SHIFT,
     MOUNT_NAME,

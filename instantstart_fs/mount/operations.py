@@ -27,12 +27,11 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, Concatenate, Final, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
-import pyfuse3
-from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
-
 from instantstart_fs.core.weights import may_read
 from instantstart_fs.errors import InstantStartError, NoSuchEntry, OutOfResources
+from instantstart_fs.mount import fuse_types
 from instantstart_fs.mount.errno_map import errno_of
+from instantstart_fs.mount.fuse_types import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
 from instantstart_fs.vfs import ROOT, Attributes, NotLoaded, OpenFile, Vfs
 
 log = logging.getLogger(__name__)
@@ -133,7 +132,7 @@ def _may_find(caller: Caller, owner: int, group: int, mode: int) -> bool:
     if may_read(caller.uid, (caller.gid,), owner=owner, group=group, mode=mode):
         return True
     try:
-        groups = pyfuse3.get_sup_groups(caller.pid)
+        groups = fuse_types.supplementary_groups(caller.pid)
     except (OSError, RuntimeError):  # gone, or in a pid namespace that this one does not see
         return False
     return may_read(caller.uid, (caller.gid, *groups), owner=owner, group=group, mode=mode)
@@ -214,7 +213,7 @@ class _Directory:
         self.names: list[str] | None = None
 
 
-class Operations(pyfuse3.Operations):
+class Operations(fuse_types.BaseOperations):
     """One mount's handlers. Owns the file handles' numbers, the read buffers and the counters, nothing else."""
 
     supports_dot_lookup = False
@@ -314,7 +313,7 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.ENOTSUP)
         value = self._view.xattrs(inode).get(_text(name))
         if value is None:
-            raise FUSEError(pyfuse3.ENOATTR)
+            raise FUSEError(fuse_types.ENOATTR)
         return value
 
     @_guarded
@@ -345,7 +344,7 @@ class Operations(pyfuse3.Operations):
         nothing is shown twice or skipped. The attributes are looked up as they are sent: the kernel keeps them for
         long, and those of an older moment would outlive their own invalidation."""
         directory = self._directories[fh]
-        reply: ReaddirReply = self._reply or pyfuse3.readdir_reply
+        reply: ReaddirReply = self._reply or fuse_types.readdir_reply
         if start_id == 0 or directory.names is None:
             directory.names = list(self._view.list_directory(directory.nodeid))
         for position in range(start_id, len(directory.names)):

@@ -26,7 +26,6 @@ from instantstart_fs.mount.devfuse import DevFuse
 from instantstart_fs.mount.handover import Handover, HandoverRefused, Inherited
 from instantstart_fs.mount.invalidator import Invalidator
 from instantstart_fs.mount.mountpoint import may_allow_other, prepare_mountpoint, resolved
-from instantstart_fs.mount.pyfuse3_transport import Pyfuse3Transport
 from instantstart_fs.mount.transport import Mounted, MountSettings, Transport
 from instantstart_fs.system import mountinfo
 from instantstart_fs.vfs import Vfs
@@ -93,11 +92,20 @@ async def serve(
                     raise
                 log.info("files are not bound: %s", error.message)
                 reason, binder = f"{reason}; {error.message}", None
-        await _serve_on(
-            Pyfuse3Transport(view, settings), view, path, settings, reason, task_status, binder, known=known
-        )
+        transport = _pyfuse3(view, settings, reason)
+        await _serve_on(transport, view, path, settings, reason, task_status, binder, known=known)
     finally:
         _mounted = False
+
+
+def _pyfuse3(view: Vfs, settings: MountSettings, reason: str) -> Transport:
+    """Raises MountFailed where pyfuse3 cannot be loaded; ``reason``: why passthrough does not serve in its place."""
+    try:
+        from instantstart_fs.mount.pyfuse3_transport import Pyfuse3Transport
+    except ImportError as error:
+        because = f", and {reason}" if reason else ""
+        raise MountFailed(f"pyfuse3 cannot be loaded ({error}){because}") from error
+    return Pyfuse3Transport(view, settings)
 
 
 async def _took_over(

@@ -11,7 +11,7 @@ import stat
 import struct
 from typing import Final, NamedTuple
 
-from pyfuse3 import EntryAttributes, StatvfsData
+from instantstart_fs.mount.fuse_types import EntryAttributes, StatvfsData
 
 MAJOR: Final = 7
 MINOR: Final = 40

@@ -251,7 +251,7 @@ class _Listing:
         self.room = room
         self.entries: list[tuple[bytes, int, int]] = []
         self.left = 0
-        monkeypatch.setattr(module.pyfuse3, "readdir_reply", self._reply)
+        monkeypatch.setattr(module.fuse_types, "readdir_reply", self._reply)
 
     def _reply(self, token: object, name: bytes, entry: pyfuse3.EntryAttributes, cursor: int) -> bool:
         if self.left == 0:

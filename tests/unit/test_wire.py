@@ -8,6 +8,8 @@ import logging
 import os
 import socket
 import struct
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from instantstart_fs.mount.devfuse import HANDLERS, DevFuse
 from instantstart_fs.mount.operations import entry_attributes
 from instantstart_fs.vfs import ROOT, Attributes, NotLoaded
 from tests.fuse.fake_view import FakeView, content, standard_tree
+from tests.harness import REPOSITORY
 
 SIZES = {
     "IN_HEADER": 40, "OUT_HEADER": 16, "INIT_IN": 16, "INIT_OUT": 64, "ATTR": 88, "ENTRY": 40, "ATTR_OUT": 16,
@@ -354,3 +357,45 @@ def test_a_listing_is_dropped_whole_and_a_files_pages_never() -> None:
     at = wire.OUT_HEADER.size
     assert wire.INVAL_INODE.unpack_from(wire.inval_inode(9, listing=True), at) == (9, 0, 0)
     assert wire.INVAL_INODE.unpack_from(wire.inval_inode(9), at) == (9, -1, 0)
+
+
+WITHOUT_PYFUSE3 = """
+import sys
+sys.modules["pyfuse3"] = None  # not installed
+import errno, trio
+from instantstart_fs.errors import MountFailed
+from instantstart_fs.vfs import ROOT
+from instantstart_fs.mount import session, wire
+from instantstart_fs.mount.transport import MountSettings
+from tests.unit.test_wire import Kernel, message, content
+
+async def main():
+    kernel = Kernel()
+    nodeid = next(i for i, n in kernel.view.names.items() if n == "weights.safetensors")
+    assert (await kernel.ask(message(wire.OPENDIR, bytes(8), nodeid=1)))[0] == 0
+    assert (await kernel.ask(message(wire.STATFS)))[0] == 0
+    assert (await kernel.ask(message(wire.GETATTR, bytes(16), nodeid=nodeid)))[0] == 0
+    assert (await kernel.ask(message(wire.LOOKUP, b"nothing\\0")))[0] in (0, errno.ENOENT)
+    absent = wire.XATTR_SIZE.pack(0, 0) + b"user.x\\0"
+    assert (await kernel.ask(message(wire.GETXATTR, absent, nodeid=nodeid)))[0] == errno.ENODATA
+    assert (await kernel.ask(message(wire.WRITE, bytes(40), nodeid=nodeid)))[0] == errno.EROFS
+    error, reply = await kernel.ask(message(wire.OPEN, bytes(8), nodeid=nodeid))
+    fh = wire.OPEN_OUT.unpack(reply)[0]
+    read = wire.READ_IN.pack(fh, 100, 50, 0, 0, 0, 0)
+    assert await kernel.ask(message(wire.READ, read, nodeid=nodeid)) == (0, content(100, 50))
+    try:
+        session._pyfuse3(kernel.view, MountSettings("/x"), "Linux 5.4 is older than 6.9")
+    except MountFailed as failed:
+        assert failed.message.startswith("pyfuse3 cannot be loaded") and failed.message.endswith("older than 6.9")
+    else:
+        raise AssertionError
+
+trio.run(main)
+"""
+
+
+def test_passthrough_serves_where_pyfuse3_is_not_installed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PYFUSE3], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
