@@ -7,7 +7,7 @@ import os
 from instantstart_fs.config.units import option, parse_mode, parse_owner, parse_size
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
-from instantstart_fs.core.source import normalize_source, parse_source
+from instantstart_fs.core.pasted import understand
 from instantstart_fs.core.urls import s3_url_problem
 from instantstart_fs.errors import UsageError
 
@@ -36,16 +36,14 @@ def specification(
             if source
             else f"SOURCE is missing: instantstart add {pipeline} hf://org/repo"
         )
-    models = [ModelSpec(normalize_source(source), "", include, exclude)] if source is not None else []
+    models = [_model(source, "", include, exclude)] if source is not None else []
     for text in named:
         name, equals, address = text.partition("=")
         if not equals or not name:
             raise UsageError(f"--model {text!r}: write NAME=SOURCE")
-        models.append(ModelSpec(normalize_source(address), validate_model_name(name), include, exclude))
+        models.append(_model(address, validate_model_name(name), include, exclude))
     if len({model.name for model in models}) != len(models):
         raise UsageError("--model: two models have the same name")
-    for model in models:
-        parse_source(model.source)
     if anonymous and aws_profile is not None:
         raise UsageError("--anonymous and --aws-profile exclude each other")
     if token_file is not None:
@@ -69,3 +67,10 @@ def specification(
         requester_pays=requester_pays,
         quota=option("--quota", parse_size, quota) if quota is not None else None,
     )
+
+
+def _model(text: str, name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> ModelSpec:
+    """A model of what was pasted: one file of a repository comes with what --include names."""
+    directory = os.getcwd() if text.lstrip().startswith(".") else None
+    pasted = understand(text, home=os.path.expanduser("~"), directory=directory)
+    return ModelSpec(pasted.source, name, (*pasted.include, *include), exclude)

@@ -12,7 +12,7 @@ from instantstart_fs.config.located import At, Table, convert
 from instantstart_fs.config.units import parse_mode, parse_owner, parse_size
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
-from instantstart_fs.core.source import normalize_source, parse_source
+from instantstart_fs.core.pasted import understand
 from instantstart_fs.errors import ConfigError, UsageError
 
 
@@ -49,15 +49,13 @@ def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str
             raise ConfigError("give either `source` or a `models` table")
         models: list[ModelSpec] = []
         if raw.source is not None:
-            models.append(ModelSpec(normalize_source(raw.source), "", raw.include, raw.exclude))
+            models.append(_model(raw.source, "", raw.include, raw.exclude))
         for model, value in raw.models.items():
             entry = _Model(value) if isinstance(value, str) else value
             if not model:
                 raise ConfigError("a model in `models` needs a name")
             include, exclude = entry.include or raw.include, entry.exclude or raw.exclude
-            models.append(ModelSpec(normalize_source(entry.source), validate_model_name(model), include, exclude))
-        for spec in models:
-            parse_source(spec.source)
+            models.append(_model(entry.source, validate_model_name(model), include, exclude))
         uid, gid = parse_owner(raw.owner) if raw.owner is not None else (os.geteuid(), os.getegid())
         mode = parse_mode(raw.mode)
         if raw.anonymous and raw.aws_profile is not None:
@@ -79,3 +77,9 @@ def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str
         requester_pays=raw.requester_pays,
         quota=None if raw.quota is None else at.parsed(f"{prefix}quota", parse_size, raw.quota),
     )
+
+
+def _model(text: str, name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> ModelSpec:
+    """By the rules of ``add``, but for paths that begin with a dot: a file has no directory of its own to mean."""
+    pasted = understand(text, home=os.path.expanduser("~"))
+    return ModelSpec(pasted.source, name, (*pasted.include, *include), exclude)

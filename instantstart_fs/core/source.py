@@ -4,7 +4,7 @@
     s3://bucket              s3://bucket/prefix            (the prefix is a directory, or names one object)
     file:///absolute/path    (percent-encoding is decoded, as in any file URL)
 
-``normalize_source`` makes hf:// of a hub's own web address and of other spellings that can mean nothing else.
+This is the one spelling that is kept and sent. What people paste is made into it by ``core/pasted.py``.
 ``str(source)`` gives the address back in one spelling. Messages never repeat what may hold a password.
 """
 
@@ -21,20 +21,11 @@ _REPO_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?\Z")
 _REVISION = re.compile(r"[A-Za-z0-9._/+-]{1,255}\Z")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
 _REPO = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-_HUB = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/"
-_HUB_PAGE = re.compile(
-    rf"{_HUB}(?!datasets/|spaces/|api/|docs/|collections/|papers/|blog/|models/)({_REPO})"
-    r"(?:/tree/([A-Za-z0-9._%+-]{1,255}))?/?(?:\?[^@#]*)?(?:#[^@]*)?"
-)
-_HUB_FILE = re.compile(rf"{_HUB}({_REPO})/(?:blob|resolve|raw|tree)/[A-Za-z0-9._%+-]+/([A-Za-z0-9._/-]+)(?:\?.*)?")
-_HUB_OTHER = re.compile(_HUB)
-_SHORT = re.compile(rf"hf:(?:/(?!/))?({_REPO}(?:@[A-Za-z0-9._/+-]+)?)")
 _BARE_REPO = re.compile(rf"{_REPO}(?:@[A-Za-z0-9._+-]+)?")
 _COLON_REVISION = re.compile(
     r"([A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?):([A-Za-z0-9][A-Za-z0-9._/+-]{0,254})"
 )
 _USUAL_REVISION = re.compile(r"main|master|v?[0-9][0-9.]*|[0-9a-f]{40}|refs/pr/[0-9]+")
-_S3_PAGE = re.compile(r"https?://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])\.s3[a-z0-9.-]*\.amazonaws\.com(/[A-Za-z0-9._/-]*)?")
 _EXAMPLES = "write hf://org/repo@revision, s3://bucket/prefix or file:///directory"
 
 
@@ -70,19 +61,6 @@ class DirectorySource(msgspec.Struct, frozen=True):
 Source = HubSource | S3Source | DirectorySource
 
 
-def normalize_source(text: str) -> str:
-    """The address that is meant by what people paste; all else, also what is wrong, as it is.
-
-    https://huggingface.co/org/repo[/tree/revision], hf.co/org/repo, hf:org/repo → hf://org/repo[@revision]
-    """
-    text = text.strip()
-    found = _HUB_PAGE.fullmatch(text)
-    if found is not None:
-        return f"hf://{found[1]}@{unquote(found[2])}" if found[2] else f"hf://{found[1]}"
-    found = _SHORT.fullmatch(text)
-    return f"hf://{found[1]}" if found is not None else text
-
-
 def _meant(text: str) -> str:
     """A guess at what was meant by an invalid address, as the end of a message; "" where there is none. Only harmless
     text is repeated: there may be a password in it."""
@@ -92,12 +70,6 @@ def _meant(text: str) -> str:
         return "; after the colon come two slashes"
     if colon := _with_colon(text):
         return colon
-    if (file := _HUB_FILE.fullmatch(text)) is not None:
-        return f"; did you mean hf://{file[1]} with --include {file[2]!r}?"
-    if _HUB_OTHER.match(text):
-        return "; a pipeline is made of a model's repository, not of a dataset, a space or a page of the hub"
-    if (bucket := _S3_PAGE.fullmatch(text)) is not None:
-        return f"; did you mean s3://{bucket[1]}{bucket[2] or ''}?"
     if text.startswith(("/", "./", "../", "~")):
         return "; did you mean a directory? Write file:// and its absolute path"
     return ""

@@ -124,3 +124,19 @@ def test_an_etag_that_is_no_md5_can_be_told_to_the_daemon(
     daemon.warm("p")
     assert daemon.status("p")["state"] == "unverified"
     assert daemon.path("p", "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_the_page_of_one_gguf_file_is_that_file(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path
+) -> None:
+    (tmp_path / "m" / "q").mkdir(parents=True)
+    for name in ("README.md", "q/q4.gguf", "q/q8.gguf"):
+        (tmp_path / "m" / name).write_bytes(b"content of " + name.encode())
+    hub.publish("org/gguf", tmp_path / "m")
+    daemon = make_daemon(config={"origins": {"huggingface": {"endpoint": hub.endpoint}}}, allow=["."])
+    daemon.ok("add", "p", "https://huggingface.co/org/gguf/blob/main/q/q4.gguf")
+    daemon.ok("add", "whole", "org/gguf")
+    assert [file["path"] for file in daemon.status("p")["files"]] == ["q/q4.gguf"]
+    assert daemon.path("p", "q/q4.gguf").read_bytes() == b"content of q/q4.gguf"
+    assert len(daemon.status("whole")["files"]) == 3
+    assert "this is a dataset" in daemon.refused(2, "add", "d", "https://huggingface.co/datasets/org/gguf")

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instantstart_fs.cli.specification import specification
-from instantstart_fs.core.source import DirectorySource, HubSource, S3Source, Source, normalize_source, parse_source
+from instantstart_fs.core.source import DirectorySource, HubSource, S3Source, Source, parse_source
 from instantstart_fs.errors import InvalidSource
 
 
@@ -75,56 +74,6 @@ def test_a_refusal_never_repeats_a_password(text: str) -> None:
     with pytest.raises(InvalidSource) as refused:
         parse_source(text)
     assert "hunter2" not in refused.value.message
-
-
-@pytest.mark.parametrize(
-    ("pasted", "source"),
-    [
-        ("https://huggingface.co/Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B"),
-        ("https://huggingface.co/Qwen/Qwen3-8B/", "hf://Qwen/Qwen3-8B"),
-        ("https://huggingface.co/Qwen/Qwen3-8B/tree/main", "hf://Qwen/Qwen3-8B@main"),
-        ("https://huggingface.co/Qwen/Qwen3-8B/tree/refs%2Fpr%2F3", "hf://Qwen/Qwen3-8B@refs/pr/3"),
-        ("https://huggingface.co/Qwen/Qwen3-8B?library=transformers", "hf://Qwen/Qwen3-8B"),
-        ("https://huggingface.co/Qwen/Qwen3-8B#usage", "hf://Qwen/Qwen3-8B"),
-        ("http://www.huggingface.co/Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B"),
-        ("huggingface.co/Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B"),
-        ("hf.co/Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B"),
-        ("hf:Qwen/Qwen3-8B@v1", "hf://Qwen/Qwen3-8B@v1"),
-        (" hf://Qwen/Qwen3-8B\n", "hf://Qwen/Qwen3-8B"),
-        ("hf://gpt2", "hf://gpt2"),
-        ("s3://bucket/a", "s3://bucket/a"),
-        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
-    ],
-)
-def test_what_people_paste_is_understood_where_it_can_mean_one_thing(pasted: str, source: str) -> None:
-    assert normalize_source(pasted) == source
-    assert specification("x", pasted if "://" in source else "hf://a/b").models[0].source in (source, "hf://a/b")
-
-
-@pytest.mark.parametrize(
-    ("text", "meant"),
-    [
-        ("Qwen/Qwen3-8B", "did you mean hf://Qwen/Qwen3-8B?"),
-        ("Qwen/Qwen3-8B@v1", "did you mean hf://Qwen/Qwen3-8B@v1?"),
-        ("Qwen/Qwen3-8B:main", "did you mean hf://Qwen/Qwen3-8B@main?"),
-        ("hf://Qwen/Qwen3-8B:main", "did you mean hf://Qwen/Qwen3-8B@main?"),
-        ("gpt2:main", "did you mean hf://gpt2@main?"),
-        ("me:hunter", "a revision follows @"),
-        ("https://huggingface.co/Qwen/Qwen3-8B/blob/main/a/b.gguf", "hf://Qwen/Qwen3-8B with --include 'a/b.gguf'"),
-        ("https://huggingface.co/datasets/org/name", "not of a dataset"),
-        ("https://huggingface.co/Qwen", "not of a dataset, a space or a page"),
-        ("https://models.s3.eu-west-1.amazonaws.com/llama/8b", "did you mean s3://models/llama/8b?"),
-        ("/data/model", "file://"),
-        ("s3:bucket/model", "come two slashes"),
-        ("file:/data/model", "come two slashes"),
-        ("./model", "file://"),
-        ("HF://org/model", "small letters, hf://"),
-    ],
-)
-def test_what_was_meant_is_said(text: str, meant: str) -> None:
-    with pytest.raises(InvalidSource) as refused:
-        parse_source(normalize_source(text))
-    assert meant in refused.value.message
 
 
 @given(st.text(max_size=40))

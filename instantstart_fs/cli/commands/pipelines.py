@@ -25,7 +25,7 @@ def add(
         str | None,
         typer.Argument(
             metavar="SOURCE",
-            help="hf://org/repo[@revision], s3://bucket/prefix or file:///directory.",
+            help="org/repo or its web address, hf://org/repo/FILE.gguf, s3://bucket/prefix or a directory.",
             show_default=False,
         ),
     ] = None,
