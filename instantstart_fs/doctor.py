@@ -25,6 +25,7 @@ from instantstart_fs.admin.access_proof import prove_access
 from instantstart_fs.admin.origin_checks import MOST_CHECKS, choose
 from instantstart_fs.config import Config, load_config
 from instantstart_fs.config.places import find_socket
+from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.control.client import Client
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.access import asks_somebody
@@ -107,6 +108,8 @@ def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) 
     origins = config.origins
     settings = OriginSettings(origins.huggingface, origins.s3, timeout=10.0, allow_private=origins.allow_private)
     yield from check_origins(mine, settings)
+    if config.regional is not None:
+        yield check_region(config.regional)
     yield check_clock(skew[0] if skew else None)
 
 
@@ -420,6 +423,28 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             skew.append(time.time() - email.utils.parsedate_to_datetime(date).timestamp())
     return Check("hub", "ok", f"{endpoint} answers")
+
+
+def check_region(config: RegionalConfig) -> Check:
+    """Whether the regional tier can be used: its key, a round trip, and that of eight writers of one new object one
+    wins."""
+    from instantstart_fs.filler.region_settings import region_settings
+    from instantstart_fs.regional.probe import probe
+
+    where = f"{config.url} as {config.host}"
+    try:
+        found = _within(2 * ORIGIN_DEADLINE, lambda: probe(region_settings(config).stores[0]))
+    except TimeoutError:
+        return Check(
+            "region", "fail", f"{where}: no answer within {2 * ORIGIN_DEADLINE:g} s", "check regional.endpoint_url"
+        )
+    except InstantStartError as error:
+        return Check("region", "fail", f"{where}: {error.message}", "files come from their origins until this is right")
+    if found.winners != 1:
+        advice = "hosts pull more than once; nothing else suffers. SeaweedFS from 4.17, Ceph, MinIO, AWS and R2 do it"
+        return Check("region", "warn", f"{where}: of 8 writers of one new object {found.winners} won", advice)
+    off = f"; this clock is {-found.skew:+.0f} s off, requests are signed by the tier's" if found.skew else ""
+    return Check("region", "ok", f"{where}: reads, writes, and lets one writer win{off}")
 
 
 class _Attempt(Generic[_T]):

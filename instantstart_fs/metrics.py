@@ -30,7 +30,7 @@ from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.status import PipelineState, PipelineStatus
-from instantstart_fs.filler.events import FillStatistics
+from instantstart_fs.filler.events import FillStatistics, RegionStatistics
 from instantstart_fs.telemetry.telemetry import FoundBy, Served, Totals
 from instantstart_fs.views.store_summary import StoreSummary
 
@@ -156,6 +156,14 @@ def _start_seconds(source: Source) -> Samples:
     return [((status.pipeline,), found[status.pipeline]) for status in _shown(source) if status.pipeline in found]
 
 
+def _regional(value: Callable[[RegionStatistics], float]) -> Callable[[Source], Samples]:
+    def samples(source: Source) -> Samples:
+        region = source.fills.region
+        return [((), value(region))] if region is not None else []
+
+    return samples
+
+
 DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_info", "gauge", "", "1, with the daemon's version.", lambda s: [((s.version,), 1.0)], ("version",), open=True),
     Definition("instantstart_uptime_seconds", "gauge", "seconds", "Since the daemon started.", _one(lambda s: s.uptime), open=True),
@@ -174,6 +182,12 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_read_wait_seconds", "histogram", "seconds", "How long reads of bytes that were not here waited for them.", lambda s: [((), s.totals.waits)]),
     Definition("instantstart_errors_total", "counter", "", "Opens and reads that failed, by the error's code.", lambda s: [(key, count) for key, count in sorted(s.totals.errors.items())], ("operation", "code")),
     Definition("instantstart_fetched_bytes_total", "counter", "bytes", "Bytes that came from origins, in whole chunks.", _counted(lambda s: _bounded(s.fills.fetched_from)), ("origin",)),
+    Definition("instantstart_regional_taken_bytes_total", "counter", "bytes", "Bytes that came from the regional tiers, each chunk verified.", _regional(lambda r: r.taken_bytes)),
+    Definition("instantstart_regional_written_bytes_total", "counter", "bytes", "Bytes that this host wrote to its regional tier.", _regional(lambda r: r.put_bytes)),
+    Definition("instantstart_regional_pending_chunks", "gauge", "", "Chunks that wait to be written to the regional tier.", _regional(lambda r: r.pending)),
+    Definition("instantstart_regional_claims_total", "counter", "", "Claims of chunk groups, won or lost to another host.", lambda s: [(("won",), s.fills.region.claims_won), (("lost",), s.fills.region.claims_lost)] if s.fills.region is not None else [], ("outcome",)),
+    Definition("instantstart_regional_fallbacks_total", "counter", "", "What the regional tier did not give, or not rightly, by reason: missing, failed, wrong (the digest), forged (a record), not-written.", lambda s: _counted(lambda s: dict(s.fills.region.fallbacks if s.fills.region is not None else ()))(s), ("reason",)),
+    Definition("instantstart_regional_left_alone", "gauge", "", "1 while the regional tier fails and is not asked.", _regional(lambda r: float(bool(r.broken)))),
     Definition("instantstart_fetch_retries_total", "counter", "", "Requests to origins that failed, and were made again unless that was in vain; by the error's code (429 and 503 are origin-throttled), or worker-lost where the fetch process ended.", _retries, ("origin", "code")),
     Definition("instantstart_origin_answer_seconds", "histogram", "seconds", "From a request for bytes to the first byte of its good answer: connecting, TLS and redirects included, fetching them not.", _answers, ("origin",)),
     Definition("instantstart_fetches_in_flight", "gauge", "", "Chunks that are being fetched.", _one(lambda s: s.fills.in_flight)),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from instantstart_fs.cli import version_line
-from instantstart_fs.cli.commands import cold_starts, listing, pipelines, prefetch, service, startup
+from instantstart_fs.cli.commands import cold_starts, listing, pipelines, prefetch, regional, service, startup
 from instantstart_fs.cli.verbs import Verbs
 
 app = typer.Typer(
@@ -41,3 +41,4 @@ for task in (service, pipelines, startup, cold_starts, listing):
     app.add_typer(task.commands)
 app.add_typer(startup.caches, name="startup-cache")
 app.add_typer(prefetch.commands, name="prefetch")
+app.add_typer(regional.commands, name="regional")

@@ -39,6 +39,8 @@ MOST_UNREADABLE = 4
 """Looks that found nothing that could be read, over CLAIM_TTL, after which a claim counts for nothing."""
 MOST_LIVE = 32
 """Groups of a file that may be claimed in a region at once; beyond, nobody claims more: origins count connections."""
+MOST_VANISHED = 3
+"""A claim that was listed and not there so often is nobody's."""
 LEAST_PATIENCE, FIRST_PATIENCE, MOST_PATIENCE = 0.25, 1.0, 2.0
 """Seconds a reader's chunk waits for a claim: as long as fetching one from the origin takes, within these bounds; the
 middle one while no fetch was measured."""
@@ -198,6 +200,7 @@ class PullPlan:
         self._theirs: dict[int, Claim] = {}
         self._advisory: set[int] = set()
         self._advisory_all = False
+        self._vanished: dict[int, int] = {}
         self._finished: list[tuple[int, int]] = []
         self._order: list[int] | None = None
         self._gone: set[int] = set()
@@ -358,6 +361,18 @@ class PullPlan:
         claim = self._theirs.get(group)
         if claim is not None and claim.epoch == epoch:
             del self._theirs[group]
+            # A listing that goes on naming what is gone must not make anybody wait for ever.
+            times = self._vanished[group] = self._vanished.get(group, 0) + 1
+            if times >= MOST_VANISHED:
+                self.unclaimed(group)
+
+    def forged(self, group: int, epoch: int) -> None:
+        """Its record was not written by a host of the region: nobody is behind it, and no claim of the group means
+        anything. This host pulls it."""
+        claim = self._theirs.get(group)
+        if claim is not None and claim.epoch == epoch:
+            del self._theirs[group]
+            self.unclaimed(group)
 
     def renewals(self, now: float) -> list[Renewal]:
         """Records of this host's claims to write again now."""

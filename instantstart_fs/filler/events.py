@@ -47,6 +47,19 @@ class BreakerState(msgspec.Struct, frozen=True):
     in_flight: int
 
 
+class RegionStatistics(msgspec.Struct, frozen=True):
+    """Since the start. ``fallbacks``: what the tier did not give, or not rightly, by reason; ``broken``: why it is left
+    alone now, "" = it is not; ``pending``: chunks that wait to be written to it."""
+
+    taken_bytes: int = 0
+    put_bytes: int = 0
+    claims_won: int = 0
+    claims_lost: int = 0
+    fallbacks: tuple[tuple[str, int], ...] = ()
+    broken: str = ""
+    pending: int = 0
+
+
 class FillStatistics(msgspec.Struct, frozen=True):
     """``queued`` chunks are wanted and not in flight. ``fetched_from``: bytes by scheme and endpoint."""
 
@@ -62,6 +75,8 @@ class FillStatistics(msgspec.Struct, frozen=True):
     index_stuck: bool
     fetched_from: tuple[tuple[str, int], ...]
     origins: tuple[BreakerState, ...]
+    region: RegionStatistics | None = None
+    """None without a regional tier."""
     retried: tuple[tuple[tuple[str, str], int], ...] = ()
     """Failed requests by origin (as in ``fetched_from``) and error code."""
     answers: tuple[tuple[str, Histogram], ...] = ()

@@ -41,6 +41,7 @@ from instantstart_fs.errors import (
     StoreError,
 )
 from instantstart_fs.filler.delivery import Delivery
+from instantstart_fs.filler.events import RegionStatistics
 from instantstart_fs.filler.fill import FetchRequest, Fill
 from instantstart_fs.filler.messages import Piece
 from instantstart_fs.filler.table import FillTable
@@ -92,18 +93,6 @@ class RegionSettings(msgspec.Struct, frozen=True):
     trust_seals: bool = True
     write_back: bool = True
     rate: int | None = None
-
-
-class RegionStatistics(msgspec.Struct, frozen=True):
-    """Since the start. ``fallbacks``: chunks that the tier was asked for and the next source gave, by reason."""
-
-    taken_bytes: int = 0
-    put_bytes: int = 0
-    claims_won: int = 0
-    claims_lost: int = 0
-    fallbacks: tuple[tuple[str, int], ...] = ()
-    broken: str = ""
-    pending: int = 0
 
 
 class _Follow:
@@ -173,6 +162,7 @@ class Regional:
         self._fallbacks: dict[str, int] = {}
         self._taken = self._put = self._won = self._lost = 0
         self._told = ""
+        self._used: dict[str, str] = {}
         self._puts_until = 0.0
 
     @property
@@ -506,6 +496,7 @@ class Regional:
             if not await self._may_use(follow):
                 self._turn_off(follow)
                 return
+            self._mark_used(follow.slot)
             for source in range(len(self._sources)):
                 seal = await self._find_seal(follow, source)
                 if seal is not None:
@@ -531,6 +522,20 @@ class Regional:
         except InstantStartError as error:
             self._tier_failed(error)
             self._turn_off(follow)
+
+    def _mark_used(self, slot: str) -> None:
+        """Once a day and host: what is not used goes (`instantstart regional gc`)."""
+        day = time.strftime("%Y-%m-%d", time.gmtime())
+        if self._used.get(slot) == day or self._nursery is None:
+            return
+        self._used[slot] = day
+        name = f"v1/{slot}/used/{day}"
+
+        async def mark() -> None:
+            with contextlib.suppress(InstantStartError):
+                await self._thread(lambda: self._sources[0].store.put_new(name, b""))
+
+        self._nursery.start_soon(mark)
 
     async def _find_seal(self, follow: _Follow, source: int) -> Seal | None:
         from instantstart_fs.regional.records import Forged, most_seal, seal_name, unpack_seal
@@ -572,12 +577,14 @@ class Regional:
                     claims[number] = max(epoch, claims.get(number, 0))
             return chunks, claims
 
-        def read(group: int, epoch: int) -> ClaimMark | None:
+        def read(group: int, epoch: int) -> ClaimMark | str:
             name = records.claim_name(follow.slot, follow.pin, group, epoch)
             try:
                 claim = records.unpack_claim(key, name, store.get(name, records.MOST_RECORD))
-            except (OriginNotFound, records.Forged, OriginMisbehaved):
-                return None
+            except OriginNotFound:
+                return "vanished"
+            except (records.Forged, OriginMisbehaved):
+                return "forged"
             return ClaimMark(f"{claim.host}/{claim.life}", claim.beat, claim.done)
 
         def record(group: int, epoch: int, mark: ClaimMark) -> tuple[str, bytes]:
@@ -592,8 +599,11 @@ class Regional:
             self._apply(follow)
             for take in pull.watches(WATCHED, trio.current_time()):
                 mark = await self._thread(lambda take=take: read(take.group, take.epoch))  # type: ignore[misc]
-                if mark is not None:
+                if isinstance(mark, ClaimMark):
                     pull.seen(take.group, take.epoch, mark, trio.current_time())
+                elif mark == "forged":
+                    self._fallbacks["forged"] = self._fallbacks.get("forged", 0) + 1
+                    pull.forged(take.group, take.epoch)
                 else:
                     pull.vanished(take.group, take.epoch)
             room = ROOM - pull.holding

@@ -352,6 +352,7 @@ class Filler:
             commits=self._completion.committer.commits,
             poisoned=self._completion.poisoned,
             index_stuck=self._completion.committer.stuck is not None,
+            region=self.regional.statistics if self.regional is not None else None,
             fetched_from=tuple(sorted(self._tally.fetched.items())),
             retried=tuple(sorted(self._tally.retried.items())),
             answers=tuple(sorted(self._tally.answers.items())),

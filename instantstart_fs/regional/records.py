@@ -122,6 +122,14 @@ def unpack_seal(key: RegionKey, name: str, data: bytes, size: int, chunk_size: i
     return seal
 
 
+def unpack_any_seal(key: RegionKey, name: str, data: bytes) -> Seal:
+    """A seal of a file of whatever size. Raises Forged."""
+    seal = _decode(_unpack(key, "seal", name, data), Seal, name)
+    if seal.chunk_size <= 0 or len(seal.digests) != -(-seal.size // seal.chunk_size) * DIGEST_BYTES:
+        raise Forged(f"{name}: its digests are not those of its chunks")
+    return seal
+
+
 def most_seal(size: int, chunk_size: int) -> int:
     """Bytes that the seal of a file of ``size`` bytes can have."""
     return MOST_RECORD + -(-size // chunk_size) * DIGEST_BYTES

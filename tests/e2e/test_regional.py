@@ -335,3 +335,37 @@ def test_three_hosts_at_once_pull_it_once(site: Site, tmp_path: Path) -> None:
     for host in hosts:
         right(host, made)
     assert site.sent() <= 1.05 * size
+
+
+def test_the_tier_is_looked_at_verified_and_cleaned_by_commands(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    host = site.host("one")
+    site.warm(host)
+    site.wait_seals(len(FILES))
+    config = str(host.config)
+    assert "one pull" in host.ok("regional", "status", "--config", config)
+    (slot,) = json.loads(host.ok("regional", "ls", "--config", config, "--json"))
+    assert (slot["pipeline"], slot["sealed"], slot["files"]) == ("p", len(FILES), len(FILES))
+    assert "0 damaged" in host.ok("regional", "verify", "p", "--config", config)
+    damaged = chunks_of(site)[3]
+    site.seaweed.client().put_object(Bucket=site.bucket, Key=damaged, Body=b"x")
+    done = host.cli("regional", "verify", "p", "--config", config, "--json")
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert [f"t/{name}" for name in found["damaged"]] == [damaged]
+    assert "0 slots" in host.ok("regional", "gc", "--config", config)
+    assert chunks_of(site)
+    host.ok("regional", "remove", "p", "--config", config)
+    assert not chunks_of(site)
+
+
+def test_what_is_not_used_goes(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", {"a.safetensors": MIB})
+    site.hub.publish("org/model", made)
+    host = site.host("one")
+    site.warm(host)
+    site.wait_seals(1)
+    time.sleep(2.1)
+    assert "1 slots" in host.ok("regional", "gc", "--config", str(host.config), "--keep-hot", "1s")
+    assert not chunks_of(site)

@@ -272,6 +272,27 @@ def test_thousands_of_claims_of_nobody_hold_up_no_reader_and_die() -> None:
     assert [take.epoch for take in one.next_claims(ROOM, CLAIM_TTL)] == [1, 1]
 
 
+def test_a_claim_that_nobody_of_the_region_wrote_is_nobodys() -> None:
+    one = plan(GROUP_CHUNKS)
+    one.listed([], {0: 0xFFFF}, 0.0)
+    assert one.watches(1, 0.0)
+    one.forged(0, 0xFFFF)
+    assert dict(one.take_moves(0.0)) == dict.fromkeys(range(GROUP_CHUNKS), one.origin)
+    one.listed([], {0: 0xFFFF}, 1.0)
+    assert one.state(0) is ClaimState.ADVISORY
+
+
+def test_a_listing_that_names_what_is_gone_makes_nobody_wait_for_ever() -> None:
+    one, now = plan(GROUP_CHUNKS), 0.0
+    while one.route(0) == WAIT:
+        one.listed([], {0: 0}, now)
+        for take in one.watches(1, now):
+            one.vanished(take.group, take.epoch)
+        one.take_moves(now)
+        now += 1.0
+        assert now < 20
+
+
 def test_a_region_pulls_a_file_with_so_many_claims_at_most() -> None:
     one = plan(100 * GROUP_CHUNKS)
     one.listed([], dict.fromkeys(range(MOST_LIVE), 0), 0.0)

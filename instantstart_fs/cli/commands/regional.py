@@ -1,0 +1,145 @@
+"""`instantstart regional`: the region's tier, looked at and cleaned from any host. Asks the tier itself; of the daemon
+it wants the pipelines' names, and does without where none runs."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from instantstart_fs.cli.options import ConfigFile, Json, Pipeline, Socket
+from instantstart_fs.errors import InstantStartError, PipelineNotFound, UsageError
+
+if TYPE_CHECKING:
+    from instantstart_fs.core.manifest import PipelineSpec
+    from instantstart_fs.filler.regional import RegionSettings
+
+commands = typer.Typer(help="The region's tier of weights ([regional]).", no_args_is_help=True)
+
+
+def _region(config: str | None) -> tuple[RegionSettings, float, tuple[PipelineSpec, ...]]:
+    from instantstart_fs.config import load_config
+    from instantstart_fs.filler.region_settings import region_settings
+
+    loaded = load_config(config)
+    if loaded.regional is None:
+        raise UsageError("there is no [regional] in the configuration; see docs/CONFIGURATION.md")
+    return region_settings(loaded.regional), loaded.eviction.keep_hot, loaded.pipelines
+
+
+def _specs(configured: tuple[PipelineSpec, ...], socket: str | None) -> dict[str, PipelineSpec]:
+    from instantstart_fs.control.client import Client
+
+    found = {spec.id: spec for spec in configured}
+    with contextlib.suppress(InstantStartError), Client(socket) as client:  # no daemon: what the file says is known
+        found |= {spec.id: spec for spec in client.specs()}
+    return found
+
+
+def _slot(region: RegionSettings, specs: dict[str, PipelineSpec], pipeline: str) -> str:
+    if pipeline not in specs:
+        raise PipelineNotFound(f"{pipeline}: neither the configuration nor a running daemon knows it")
+    return region.key.slot(specs[pipeline])
+
+
+@commands.command("ls")
+def regional_ls(config: ConfigFile = None, socket: Socket = None, json: Json = False) -> None:
+    """List what the tier holds: slots, their files and bytes, when they were last used."""
+    from datetime import UTC, datetime
+
+    from instantstart_fs.cli import show
+    from instantstart_fs.core.humanize import human_bytes
+    from instantstart_fs.regional import hygiene
+
+    region, _, configured = _region(config)
+    names = {region.key.slot(spec): name for name, spec in _specs(configured, socket).items()}
+    found = hygiene.summaries(region.stores[0], names)
+    if json:
+        print(show.as_json(found))
+        return
+    for slot in found:
+        used = datetime.fromtimestamp(slot.used, UTC).strftime("%Y-%m-%d %H:%M")
+        print(
+            f"{slot.pipeline or slot.slot:<32}  {human_bytes(slot.bytes):>10}  "
+            f"{slot.sealed}/{slot.files} files sealed  {slot.claims} claims  last used {used} UTC"
+        )
+
+
+@commands.command("status")
+def regional_status(config: ConfigFile = None, json: Json = False) -> None:
+    """Say whether the tier can be used from here; exit 1 if not."""
+    from instantstart_fs.cli import show
+    from instantstart_fs.regional.probe import WRITERS, probe
+
+    region, _, _ = _region(config)
+    store = region.stores[0]
+    found = probe(store)
+    if json:
+        print(show.as_json({"endpoint": store.endpoint, "single_winner": found.winners == 1, "skew": found.skew}))
+    else:
+        claims = "one pull" if found.winners == 1 else f"{found.winners} of {WRITERS} writers win: hosts may pull twice"
+        print(f"{store.scheme}://{store.endpoint}: reads and writes; {claims}")
+
+
+@commands.command("warm")
+def regional_warm(pipeline: Pipeline, socket: Socket = None) -> None:
+    """Have this host's daemon fill a pipeline and, through it, the tier."""
+    from instantstart_fs.control.client import Client
+
+    with Client(socket) as client:
+        client.wait_warm(pipeline, everything=True)
+    print(f"{pipeline}: warm here; what the tier lacked is written to it")
+
+
+@commands.command("verify")
+def regional_verify(pipeline: Pipeline, config: ConfigFile = None, socket: Socket = None, json: Json = False) -> None:
+    """Read a pipeline's files in the tier again; delete what is damaged. Exit 1 if anything was."""
+    from instantstart_fs.cli import show
+    from instantstart_fs.core.humanize import human_bytes
+    from instantstart_fs.regional import hygiene
+
+    region, _, configured = _region(config)
+    found = hygiene.verify(region.stores[0], region.key, _slot(region, _specs(configured, socket), pipeline))
+    if json:
+        print(show.as_json(found))
+    else:
+        print(f"{pipeline}: {found.chunks} chunks read again, {human_bytes(found.bytes)}; {len(found.damaged)} damaged")
+        for name in found.damaged:
+            print(f"  damaged  {name} (deleted)")
+    if found.damaged:
+        raise typer.Exit(1)
+
+
+@commands.command("gc")
+def regional_gc(
+    config: ConfigFile = None,
+    json: Json = False,
+    keep_hot: Annotated[
+        str | None, typer.Option("--keep-hot", metavar="TIME", help="Instead of [eviction] keep_hot.")
+    ] = None,
+) -> None:
+    """Remove what was not used for [eviction] keep_hot, and claims of hosts that died."""
+    from instantstart_fs.cli import show
+    from instantstart_fs.config.units import parse_duration
+    from instantstart_fs.core.humanize import human_bytes
+    from instantstart_fs.regional import hygiene
+
+    region, hot, _ = _region(config)
+    found = hygiene.collect(region.stores[0], parse_duration(keep_hot) if keep_hot is not None else hot)
+    if json:
+        print(show.as_json(found))
+    else:
+        print(f"{found.slots} slots removed, {human_bytes(found.bytes)}; {found.claims} dead claims")
+
+
+@commands.command("remove")
+def regional_remove(pipeline: Pipeline, config: ConfigFile = None, socket: Socket = None, json: Json = False) -> None:
+    """Remove all that the tier holds of a pipeline. Hosts keep what they have."""
+    from instantstart_fs.cli import show
+    from instantstart_fs.core.humanize import human_bytes
+    from instantstart_fs.regional import hygiene
+
+    region, _, configured = _region(config)
+    found = hygiene.remove(region.stores[0], _slot(region, _specs(configured, socket), pipeline))
+    print(show.as_json(found) if json else f"{pipeline}: {found.objects} objects, {human_bytes(found.bytes)} removed")
