@@ -198,6 +198,8 @@ class Fleet:
         """Neither here nor on its way."""
         self.offered = numpy.zeros((hosts, pieces), dtype=bool)
         """The tier is to be asked for it, as far as this host knows."""
+        self.idle = numpy.ones(hosts, dtype=bool)
+        """Nothing is on its way to it."""
         self.serving = numpy.zeros(hosts, dtype=numpy.int32)
         self.left = [pieces] * hosts
         self.done_at = [math.inf] * hosts
@@ -230,7 +232,9 @@ class Fleet:
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
         for host in self.hosts:
-            if not self.setting.cold:
+            if self.setting.tier == "none":
+                host.plan.give_up()
+            elif not self.setting.cold:
                 host.plan.sealed(0)
             self._look_after(host, self.chance.uniform(0, 0.05))
         self.fluid.run(done=lambda: not self.undone)
@@ -267,7 +271,7 @@ class Fleet:
                 self.claims[renewal.group, renewal.epoch] = renewal.mark
             self._claim(host)
         self._begin(host)
-        if self.left[host.number]:
+        if self.left[host.number] and (self.setting.cold or self.setting.racks):
             self._look_after(host, self.chance.uniform(*LOOK) * min(max(1.0, self.setting.hosts / 1000), 4.0))
 
     def _claim(self, host: Host) -> None:
@@ -326,8 +330,11 @@ class Fleet:
             self._from_neighbour(host, int(owner[piece]), piece)
             return True
         if self.fluid.now - host.waiting_since >= region.CHUNK_DEADLINE:
-            self.way_out += 1
-            return self._from_tier(host, self._first(host, offered))
+            # Who goes round an owner that works, only slowly, makes a tier that is busy busier, for everybody.
+            stuck = offered & self.idle[owner]
+            if self._from_tier(host, self._first(host, stuck)):
+                self.way_out += 1
+                return True
         return False
 
     def _first(self, host: Host, which: numpy.typing.NDArray[Any]) -> int | None:
@@ -342,9 +349,11 @@ class Fleet:
     def _from_tier(self, host: Host, piece: int | None) -> bool:
         if piece is None:
             return False
-        server = self.chance.choice(self.places[piece])
-        if self.setting.tier == "hosts" and host.number in self.places[piece]:
-            server = host.number
+        places = self.places[piece]
+        server = host.number if self.setting.tier == "hosts" and host.number in places else self.chance.choice(places)
+        if self.setting.tier == "hosts" and self.setting.pieces < self.setting.hosts:
+            # A piece stands for many chunks then, which lie on many hosts and not on two.
+            server = self.chance.randrange(self.setting.hosts)
         self._fetch(host, piece, self.network.from_server(server, host.number))
         return True
 
@@ -358,6 +367,9 @@ class Fleet:
 
     def _pull(self, host: Host, piece: int) -> None:
         self.pullers.add(host.number)
+        if self.setting.tier == "none":
+            self._fetch(host, piece, self.network.from_origin(host.number))
+            return
 
         def told() -> None:
             waiting = set(self.places[piece])
@@ -379,9 +391,11 @@ class Fleet:
         number = host.number
         self.wanted[number, piece] = False
         host.streams += 1
+        self.idle[number] = False
 
         def told() -> None:
             host.streams -= 1
+            self.idle[number] = not host.streams
             self.have[number, piece] = True
             host.plan.came(piece)
             self.left[number] -= 1
