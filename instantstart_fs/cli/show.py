@@ -99,6 +99,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column:
     return "\n".join([line(header, False), *(line(row, True) for row in rows)])
 
 
+def is_pattern(text: str) -> bool:
+    return not set("*?[").isdisjoint(text)
+
+
 def chosen(statuses: Sequence[PipelineStatus], wanted: Sequence[str]) -> list[PipelineStatus]:
     """Those that the ids and patterns name; all without any. Raises PipelineNotFound for one that names none."""
     if not wanted:
@@ -108,9 +112,7 @@ def chosen(statuses: Sequence[PipelineStatus], wanted: Sequence[str]) -> list[Pi
     for pattern in wanted:
         matching = {pattern} & set(names) or set(fnmatch.filter(names, pattern))
         if not matching:
-            what = (
-                f"no pipeline matches {pattern!r}" if set(pattern) & set("*?[") else f"there is no pipeline {pattern!r}"
-            )
+            what = f"no pipeline matches {pattern!r}" if is_pattern(pattern) else f"there is no pipeline {pattern!r}"
             raise PipelineNotFound(f"{what}{did_you_mean(pattern, names)}; `instantstart ls` lists them")
         found |= matching
     return [status for status in statuses if status.pipeline in found]

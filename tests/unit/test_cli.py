@@ -144,6 +144,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
         (["verify", "x", "--rate", "200MB"], ("verify", "x", 200_000_000)),
         (["verify", "x", "--access"], ("access", "x")),
         (["status", "x"], ("status", "x")),
+        (["status", "x", "?"], ("status", "x")),
         (["status"], ("ls",)),
         (["ls"], ("ls",)),
         (["ls", "x"], ("ls",)),
@@ -260,6 +261,20 @@ def test_status_json_is_the_documented_object(client: type[FakeClient], capsys: 
     assert found["fill"] == {"bytes_per_second": 3000, "eta_seconds": 3}
     assert found["error"] == {"code": "origin-unavailable", "message": "no route", "since": "2026-01-01T00:00:00Z"}
     assert list(found["files"][0]) == ["path", "state", "size", "cached_bytes", "digest"]
+
+
+def test_status_of_several_shows_each_and_is_a_list_in_json(client: type[FakeClient], capsys: Any) -> None:
+    pair = [msgspec.structs.replace(STATUS, pipeline=name, files=None) for name in ("x1", "x2", "other")]
+    client.pipelines = lambda self: pair  # type: ignore[method-assign]
+    client.status = lambda self, name, **_: msgspec.structs.replace(STATUS, pipeline=name)  # type: ignore[method-assign]
+    assert run(["status", "x*", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["pipeline"] for one in found] == ["x1", "x2"] and found[0]["files"]
+    assert run(["status", "other", "x1"]) == 0
+    assert capsys.readouterr().out.count("b.safetensors") == 2
+    assert run(["status", "x1", "othre"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "did you mean 'other'?" in captured.err
 
 
 def test_ls_json_is_a_list_without_files(client: type[FakeClient], capsys: Any) -> None:

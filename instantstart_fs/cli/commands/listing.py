@@ -34,11 +34,11 @@ def ls(
 
 @commands.command()
 def status(
-    pipeline: Annotated[
-        str | None,
+    pipelines: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="PIPELINE",
-            help="All of them if left out.",
+            metavar="[PIPELINE]...",
+            help="Several, or patterns ('llama-*'); all of them if left out.",
             show_default=False,
             autocompletion=completion.pipelines,
         ),
@@ -46,15 +46,19 @@ def status(
     socket: Socket = None,
     json: Json = False,
 ) -> None:
-    """Show state, rate and last error of one or all pipelines."""
+    """Show state, rate and last error of pipelines."""
+    wanted = pipelines or []
     with control.Client(socket) as client:
-        if pipeline is not None:
-            found = client.status(pipeline)
+        if not wanted:
+            _list(client, [], json)
+            if not json:
+                print(f"\n{show.mounted(client.ping())}")
+        elif len(wanted) == 1 and not show.is_pattern(wanted[0]):
+            found = client.status(wanted[0])
             print(show.as_json(found) if json else show.pipeline(found))
-            return
-        _list(client, [], json)
-        if not json:
-            print(f"\n{show.mounted(client.ping())}")
+        else:
+            several = [client.status(one.pipeline) for one in show.chosen(client.pipelines(), wanted)]
+            print(show.as_json(several) if json else "\n\n".join(show.pipeline(one) for one in several))
 
 
 def _list(client: control.Client, wanted: list[str], json: bool) -> None:
