@@ -12,13 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from instantstart_fs.core.enginetable import host_of, port_of
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.startup.wire import Wire
 
+TYPE_CHECKING = False  # the module itself takes 3 ms of every command
 if TYPE_CHECKING:
+    from typing import Any
+
     from instantstart_fs.startup.run import Start
     from instantstart_fs.startup.supervise import Command
 

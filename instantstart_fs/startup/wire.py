@@ -9,9 +9,12 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, from_code
+
+TYPE_CHECKING = False  # the module itself takes 3 ms of every command
+if TYPE_CHECKING:
+    from typing import Any
 
 ANSWER_SECONDS = 50.0
 RESTART_SECONDS = 20.0
