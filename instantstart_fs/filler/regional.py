@@ -416,6 +416,11 @@ class Regional:
             for follow in list(self._follows.values()):
                 self._turn_off(follow)
 
+    def _tier_answers(self, source: int) -> None:
+        if source == 0:
+            self._breaker.succeeded()
+            self._told = ""
+
     def _is_broken(self) -> bool:
         return self._breaker.limit(trio.current_time()) == 0
 
@@ -544,8 +549,10 @@ class Regional:
         size, chunk_size = follow.target.entry.file.size, follow.target.present.chunk_size
         try:
             data = await self._thread(lambda: store.get(name, most_seal(size, chunk_size)))
+            self._tier_answers(source)
             return unpack_seal(self._settings.key, name, data, size, chunk_size)
         except OriginNotFound:
+            self._tier_answers(source)
             return None
         except (Forged, OriginMisbehaved) as error:
             self._fallbacks["forged"] = self._fallbacks.get("forged", 0) + 1

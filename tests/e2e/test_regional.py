@@ -20,6 +20,7 @@ from tests.servers.blackhole import BlackHole
 from tests.servers.hub import HubServer
 from tests.servers.ports import free_ports
 from tests.servers.seaweed import SeaweedServer
+from tests.servers.tier_faults import Fault, TierFaults
 
 MIB = 1 << 20
 SPEC = PipelineSpec("p", (ModelSpec("hf://org/model"),))
@@ -369,3 +370,32 @@ def test_what_is_not_used_goes(site: Site, tmp_path: Path) -> None:
     time.sleep(2.1)
     assert "1 slots" in host.ok("regional", "gc", "--config", str(host.config), "--keep-hot", "1s")
     assert not chunks_of(site)
+
+
+@pytest.mark.parametrize("fault", ["503", "slow", "412", "full"])
+def test_a_tier_in_trouble_fails_no_read(site: Site, tmp_path: Path, fault: Fault) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    with TierFaults(site.seaweed.endpoint_url, fault) as tier:
+        host = site.host("one", endpoint_url=tier.url)
+        began = time.monotonic()
+        site.warm(host)
+        assert time.monotonic() - began < 45
+        assert tier.asked
+        right(host, made)
+
+
+def test_a_sealed_tier_that_gets_into_trouble_gives_way_to_the_origin(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    site.warm(site.host("one"))
+    site.wait_seals(len(FILES))
+    with TierFaults(site.seaweed.endpoint_url, "slow") as tier:
+        host = site.host("two", endpoint_url=tier.url)
+        began = time.monotonic()
+        with open(host.path("p") / "model-2.safetensors", "rb") as file:
+            assert file.read(10) == (made / "model-2.safetensors").read_bytes()[:10]
+        assert time.monotonic() - began < 10
+        site.warm(host)
+        assert time.monotonic() - began < 60
+        right(host, made)
