@@ -144,10 +144,10 @@ async def serve(
                         log.info("the mount answers %.2f s after this process began", seconds_since_start())
                         if config.staging.enabled:
                             # After the mount: a reader waits for that one.
-                            daemon.staging = Staging(library, config.staging)
+                            daemon.staging = Staging(library.shards, config.staging)
                             await nursery.start(daemon.staging.run)
                             # Tells it of what engines have open since before this daemon, too.
-                            library.notify_opens(daemon.staging)
+                            library.shards.notify_opens(daemon.staging)
                         daemon.mounted = mounted
                         daemon.requests = mounted.requests
                         server = ControlServer(
@@ -164,7 +164,7 @@ async def serve(
                             nursery.start_soon(daemon.keep_page, listeners, server.callers.sight)
                         daemon.ready = True
                         task_status.started()
-                        line = f"ready: {library.count} pipelines at {config.mount.path}, socket {socket_path}"
+                        line = f"ready: {len(library.pipelines)} pipelines at {config.mount.path}, socket {socket_path}"
                         line += f", transport {daemon.transport}" + (f", page {daemon.http}" if daemon.http else "")
                         notifier.send(f"READY=1\nSTATUS={line}")
                         announce(line)
@@ -243,7 +243,7 @@ class Daemon:
             mount=self._config.mount.path,
             store=self._config.store.path,
             uptime=round(time.monotonic() - self._started, 3),
-            pipelines=self._library.count,
+            pipelines=len(self._library.pipelines),
             ready=self.ready,
             transport=self.transport,
             requests=dict(self.requests),
@@ -285,7 +285,9 @@ class Daemon:
 
     def _status_line(self) -> str:
         """How many pipelines, and not in which states: systemd tells it to everybody."""
-        return f"ready: {self._library.count} pipelines at {self._config.mount.path}, transport {self.transport}"
+        return (
+            f"ready: {len(self._library.pipelines)} pipelines at {self._config.mount.path}, transport {self.transport}"
+        )
 
     async def keep_mounted(
         self, handover: Handover, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED
@@ -293,7 +295,9 @@ class Daemon:
         """Raises MountFailed when it cannot be mounted, or somebody else unmounts it."""
         mount = self._config.mount
         settings = MountSettings(path=mount.path, store=self._config.store.path, transport=mount.transport)
-        await session.serve(self._library, settings, handover, task_status=task_status)
+        await session.serve(
+            self._library.mounted, settings, handover, bindings=self._library.bindings, task_status=task_status
+        )
         raise MountFailed(
             f"{self._config.mount.path} was unmounted by somebody else; the next start of the daemon mounts it again"
         )
@@ -333,9 +337,9 @@ class Daemon:
             serve_page, site, make_visitors = await trio.to_thread.run_sync(_import_web)
             health = HealthProbe(
                 self._config.mount.path,
-                self._library.prove_index_writable,
-                self._library.fill_statistics,
-                store_problem=self._library.store_problem,
+                self._library.snapshots.prove_index_writable,
+                self._library.filler.statistics,
+                store_problem=self._library.snapshots.store_problem,
             )
             visitors = make_visitors(self._config.http, sight_of)
             made = site(self._library, self.info, self._config.http, health, visitors, pending=self.pending)
@@ -410,14 +414,14 @@ class Daemon:
         while True:
             try:
                 with contextlib.suppress(PipelineNotFound):
-                    self._compare(spec, self._library.spec(spec.id))
-                    if self._library.spec(spec.id).pinned != spec.pinned and spec.pinned:
-                        await self._library.set_pinned(spec.id, True)
-                    if self._library.spec(spec.id).quota != spec.quota:
-                        await self._library.set_quota(spec.id, spec.quota)
+                    self._compare(spec, self._library.pipelines.spec(spec.id))
+                    if self._library.pipelines.spec(spec.id).pinned != spec.pinned and spec.pinned:
+                        await self._library.admin.set_pinned(spec.id, True)
+                    if self._library.pipelines.spec(spec.id).quota != spec.quota:
+                        await self._library.admin.set_quota(spec.id, spec.quota)
                         log.info("its quota is now %s", spec.quota or "unlimited", extra={"pipeline": spec.id})
                     return
-                await self._library.add(spec)
+                await self._library.admin.add(spec)
                 self._failed.pop(spec.id, None)
                 return
             except PipelineExists:

@@ -8,13 +8,10 @@ read of an absent chunk waits for the network.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import trio
-
-if TYPE_CHECKING:
-    from instantstart_fs.serving.bindings import Bindings
 
 ROOT = 1
 """The nodeid of the mountpoint itself, fixed by the FUSE protocol."""
@@ -72,7 +69,7 @@ class Invalidation(msgspec.Struct, frozen=True):
     """To be asked again at the next lookup; what is mounted or open below stays as it is."""
 
 
-class Filesystem(msgspec.Struct, frozen=True):
+class FilesystemStats(msgspec.Struct, frozen=True):
     """Capacity of the store, for statfs. Bytes; ``files`` is how many pipelines there are."""
 
     total_bytes: int
@@ -114,11 +111,6 @@ class Vfs(Protocol):
     @property
     def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]: ...
 
-    @property
-    def bindings(self) -> Bindings | None:
-        """Which files may be covered by the store's own (mount/bind_mounts.py); None where there is no store."""
-        ...
-
     def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
         """Whether complete files are shown under the nodeid whose opens have a ``backing``; off at first.
 
@@ -148,7 +140,7 @@ class Vfs(Protocol):
 
     def xattrs(self, nodeid: int) -> dict[str, bytes]: ...
 
-    def filesystem(self) -> Filesystem: ...
+    def filesystem(self) -> FilesystemStats: ...
 
     def pipeline_of(self, nodeid: int) -> str | None:
         """For the log: whose file or directory that is. None for the mount's own and for what is gone."""

@@ -22,7 +22,6 @@ import msgspec
 import trio
 
 from instantstart_fs.admin.access_proof import prove_access
-from instantstart_fs.admin.rehash import Pace, rehash
 from instantstart_fs.catalog.catalog import Catalog, SharedFile
 from instantstart_fs.catalog.model import Generation, Pipeline
 from instantstart_fs.catalog.unloaded import summary_of
@@ -55,6 +54,7 @@ from instantstart_fs.serving.fill_events import drop_target
 from instantstart_fs.serving.open_by import UsingProcess, known, listed, processes_using
 from instantstart_fs.serving.open_files import OpenFiles
 from instantstart_fs.serving.reads import Reads
+from instantstart_fs.upkeep.rehash import Pace, rehash
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class VerifyReport(msgspec.Struct, frozen=True):
     unproven: tuple[str, ...]
 
 
-class Admin:
+class Lifecycle:
     """Owned by the Library. ``chunk_size`` in bytes, for new generations. ``settings``: of the
     origins, for listing processes."""
 
@@ -168,7 +168,7 @@ class Admin:
                 await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
                 try:
                     # What is covered is opened for this, and opening that would be a request.
-                    async with catalog.withdrawn(pipeline):
+                    async with catalog.bind_gate.withdrawn(pipeline.id):
                         kept = await self._share(old, new) if old is not None else {}
                         await self._record(new, kept)
                         catalog.switch_generation(new, kept)
@@ -216,6 +216,12 @@ class Admin:
             problem = self._reads.integrity_error(found.old)
             if problem is not None:
                 await self._reads.replace_damaged(new.files[index], problem, wanted=True, found_by="update")
+
+    async def drop_drained(self) -> None:
+        """Delete superseded generations when their last open ends, until cancelled."""
+        async for generation in self._open_files.drained_generations:
+            await self.drop_generation(generation)
+            del generation  # the next may be long in coming
 
     async def drop_generation(self, generation: Generation) -> None:
         """Delete a superseded generation that nobody holds open any more."""
@@ -266,7 +272,7 @@ class Admin:
                 raise PipelineBusy(f"{pipeline_id}: {_leased(pipeline)}; {by_force}")
             processes = await self._processes_using(pipeline)
             self._still_there(pipeline)
-            async with self._catalog.withdrawn(pipeline):
+            async with self._catalog.bind_gate.withdrawn(pipeline.id):
                 taken = self._catalog.deleting(*pipeline.heads())
                 for generation in pipeline.heads():
                     if isinstance(generation, Generation):
@@ -361,7 +367,10 @@ class Admin:
                     self._open_files.keep_readers_open(superseded)
                     with catalog.deleting(superseded):
                         await self._drop_generation(superseded)
-            async with catalog.making(pipeline, old.manifest) as new, catalog.withdrawn(pipeline, idle_only=not force):
+            async with (
+                catalog.making(pipeline, old.manifest) as new,
+                catalog.bind_gate.withdrawn(pipeline.id, idle_only=not force),
+            ):
                 # From here to the switch nothing awaits: nobody can open the old generation in between.
                 refuse_in_use(pipeline)
                 self._open_files.keep_readers_open(old)

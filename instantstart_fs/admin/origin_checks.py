@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from instantstart_fs.admin.lifecycle import Admin
+from instantstart_fs.admin.lifecycle import Lifecycle
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import OriginCheck
@@ -27,9 +27,9 @@ KEPT_SECONDS = 10.0
 class OriginChecks:
     """Owned by the Library, on the trio thread."""
 
-    def __init__(self, catalog: Catalog, admin: Admin) -> None:
+    def __init__(self, catalog: Catalog, lifecycle: Lifecycle) -> None:
         self._catalog = catalog
-        self._admin = admin
+        self._lifecycle = lifecycle
         self._one_at_a_time = trio.Lock()
         self._kept: dict[tuple[str, str, str], tuple[float, OriginCheck]] = {}
 
@@ -66,7 +66,7 @@ class OriginChecks:
             pipeline = self._catalog.pipelines.get(spec.id)
             if pipeline is not None:
                 await self._catalog.ensure_loaded(pipeline)  # its own files are the best proof
-            await self._admin.check_source(spec, model, fetch=True)
+            await self._lifecycle.check_source(spec, model, fetch=True)
         except InstantStartError as error:
             failure = error
         found = _finding(spec, model, others, failure)

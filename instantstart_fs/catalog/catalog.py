@@ -12,13 +12,14 @@ import math
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import msgspec
 import trio
 
+from instantstart_fs.catalog.bind_gate import BindGate
 from instantstart_fs.catalog.gc_control import gc_paused
 from instantstart_fs.catalog.model import CachedFile, Failure, Generation, NodeTable, OpenOrigin, Pipeline
 from instantstart_fs.catalog.unloaded import UnloadedGeneration, summary_of
@@ -67,20 +68,23 @@ class SharedFile(NamedTuple):
 _NOTHING_SHARED: Mapping[int, SharedFile] = MappingProxyType({})
 
 
-class Withdrawn(Protocol):
-    def __call__(self, pipeline: Pipeline, *, idle_only: bool = False) -> AbstractAsyncContextManager[None]: ...
-
-
-@asynccontextmanager
-async def _nothing_bound(pipeline: Pipeline, *, idle_only: bool = False) -> AsyncIterator[None]:
-    yield
+def _ignore(file: CachedFile) -> None:
+    pass
 
 
 class Catalog:
-    """Owned by the Library. ``now_ns``: the wall clock in nanoseconds."""
+    """Owned by the Library. ``now_ns``: the wall clock in nanoseconds. ``retire``: called for each incarnation of a
+    file that no new open will find. ``bind_gate``: held shut while a complete file changes."""
 
     def __init__(
-        self, store: BlobStore, index: Index, open_origin: OpenOrigin, now_ns: Callable[[], int] = time.time_ns
+        self,
+        store: BlobStore,
+        index: Index,
+        open_origin: OpenOrigin,
+        now_ns: Callable[[], int] = time.time_ns,
+        *,
+        bind_gate: BindGate | None = None,
+        retire: Callable[[CachedFile], None] = _ignore,
     ) -> None:
         self.store = store
         self.index = index
@@ -90,12 +94,8 @@ class Catalog:
         self.nodes = NodeTable()
         self.passthrough = False
         """Whether the mount lets the kernel read complete files itself (vfs.Vfs.use_passthrough)."""
-        self.retire: Callable[[CachedFile], None] = lambda file: None
-        """Told of every incarnation that no new open will find."""
-        self.on_complete: Callable[[CachedFile], None] = lambda file: None
-        """Told of every file that has become complete."""
-        self.withdrawn: Withdrawn = _nothing_bound
-        """Around everything that changes a complete file: see bindings.Bindings.withdrawn."""
+        self.retire = retire
+        self.bind_gate = bind_gate or BindGate()
         self.without_summary: set[str] = set()
         """Pipelines that the index surely has no summary of; see ``mark``."""
         self.dirty_at_start: list[Pipeline] = []
@@ -640,7 +640,7 @@ class Catalog:
             if (shown := await self.ensure_loaded(pipeline)) is not None:
                 self._renew_names(shown)
         # Hidden, nothing of it may be covered, and this takes away what is; shown again, its end has it covered.
-        async with self.withdrawn(pipeline):
+        async with self.bind_gate.withdrawn(pipeline.id):
             pass
 
     def _renew_names(self, generation: Generation) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import trio
 
 from instantstart_fs.config.unixsocket import Peer
-from instantstart_fs.control.administration import Administration
+from instantstart_fs.control.administration import Pipelines
 from instantstart_fs.control.protocol import (
     CheckOrigins,
     ColdStarts,
@@ -73,7 +73,7 @@ OF_OWNERS = (
     *(Status, Touch, Lease, Warm, Include, Mark, ColdStarts),
     *(StartupBegin, StartupSave, StartupReport, StartupCaches, StartupVerify, StartupRemove),
 )
-"""What a pipeline's owner may ask for. A startup cache is code: library/startupcaches.py gives it to nobody else."""
+"""What a pipeline's owner may ask for. A startup cache is code: serving/startupcaches.py gives it to nobody else."""
 
 
 class Place:
@@ -98,8 +98,8 @@ class Place:
 class Callers:
     """Owned by the ControlServer; on the trio thread. ``group``: its members administer."""
 
-    def __init__(self, library: Administration, *, group: int | None = None, group_access: bool = False) -> None:
-        self._library = library
+    def __init__(self, pipelines: Pipelines, *, group: int | None = None, group_access: bool = False) -> None:
+        self._pipelines = pipelines
         self._group = group
         self._group_access = group_access
         self._administrators, self._owners_seats, self._strangers = Seats(), Seats(), Seats()
@@ -130,10 +130,10 @@ class Callers:
         """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
         if self.administers(peer) or isinstance(request, Ping | Ls | Names | CheckOrigins):
             return
-        if isinstance(request, OF_OWNERS) and self.owns(peer, self._library.spec(request.pipeline)):
+        if isinstance(request, OF_OWNERS) and self.owns(peer, self._pipelines.spec(request.pipeline)):
             return
         if isinstance(request, Open):
-            spec = self._library.spec(request.pipeline)
+            spec = self._pipelines.spec(request.pipeline)
             if _may_read(peer, spec):
                 return
             raise PermissionRefused(
@@ -208,7 +208,7 @@ class Callers:
         if self.administers(peer):
             return peer.uid
         if trio.current_time() >= self._owners_at + OWNERS_REFRESH:
-            self._owners, self._owners_at = self._library.owners(), trio.current_time()
+            self._owners, self._owners_at = self._pipelines.owners(), trio.current_time()
         known = any(self._is_owner(peer, uid, gid) for uid, gid in self._owners)
         return peer.uid if known else STRANGERS
 

@@ -19,7 +19,7 @@ import trio
 from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.config.unixsocket import Peer
 from instantstart_fs.control import protocol, startup
-from instantstart_fs.control.administration import Administration, Report
+from instantstart_fs.control.administration import Parts, Report
 from instantstart_fs.control.callers import Callers
 from instantstart_fs.core.eviction import without_others
 from instantstart_fs.core.manifest import PipelineSpec
@@ -69,7 +69,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        library: Administration,
+        library: Parts,
         callers: Callers,
         info: Callable[[], protocol.DaemonInfo],
         pending: Callable[[], Mapping[str, PipelineStatus]],
@@ -94,13 +94,13 @@ class Dispatcher:
             case protocol.Names(prefix):
                 return self._names(caller.peer, prefix)
             case protocol.Specs():
-                return [library.spec(status.pipeline) for status in library.list()]
+                return [library.pipelines.spec(status.pipeline) for status in library.pipelines.list()]
             case protocol.Status(pipeline, brief):
                 return self._shown(caller, await self._status(pipeline, with_files=not brief))
             case protocol.Touch(pipeline):
-                return library.touch(pipeline)
+                return library.admin.touch(pipeline)
             case protocol.Mark(pipeline, moment, at_ns, start):
-                return library.mark(pipeline, moment, at_ns, start)
+                return library.admin.mark(pipeline, moment, at_ns, start)
             case protocol.StartupBegin():
                 return await self._begin_start(request, caller)
             case protocol.StartupSave():
@@ -114,43 +114,43 @@ class Dispatcher:
             case protocol.StartupRemove(pipeline, numbers):
                 return await change(lambda: library.startup.remove(pipeline, numbers))
             case protocol.ColdStarts(pipeline):
-                return library.cold_starts(pipeline)
+                return library.admin.cold_starts(pipeline)
             case protocol.Add(spec, warm):
                 return await change(lambda: self._add(spec, warm))
             case protocol.Update(pipeline):
-                return await change(lambda: library.update(pipeline))
+                return await change(lambda: library.admin.update(pipeline))
             case protocol.Remove(pipeline, force):
-                return await change(lambda: self._withdraw(library.remove, pipeline, force))
+                return await change(lambda: self._withdraw(library.admin.remove, pipeline, force))
             case protocol.Evict(pipeline, force):
-                return await change(lambda: self._withdraw(library.evict, pipeline, force))
+                return await change(lambda: self._withdraw(library.admin.evict, pipeline, force))
             case protocol.Pin(pipeline, pinned):
-                return await change(lambda: library.set_pinned(pipeline, pinned))
+                return await change(lambda: library.admin.set_pinned(pipeline, pinned))
             case protocol.Warm(pipeline, everything, wait):
-                await change(lambda: library.warm(pipeline, everything=everything))
+                await change(lambda: library.warming.warm(pipeline, everything=everything))
                 if wait:
                     return await self._wait_warm(caller, pipeline, everything)
-                return self._shown(caller, library.status(pipeline))
+                return self._shown(caller, library.pipelines.status(pipeline))
             case protocol.Include(pipeline, globs):
-                return await change(lambda: library.include(pipeline, globs))
+                return await change(lambda: library.warming.include(pipeline, globs))
             case protocol.Verify(pipeline, rate):
                 return await self._verify(caller, pipeline, rate)
             case protocol.CheckOrigins():
-                return await library.check_origins(lambda spec: self.callers.oversees(caller.peer, spec))
+                return await library.admin.check_origins(lambda spec: self.callers.oversees(caller.peer, spec))
             case protocol.Access(pipeline):
-                return await change(lambda: library.check_access(pipeline))
+                return await change(lambda: library.admin.check_access(pipeline))
             case protocol.Lease() | protocol.Open():
                 raise AssertionError("a lease is held, see hold()")
 
     async def _begin_start(self, request: protocol.StartupBegin, caller: Caller) -> protocol.StartupBegun:
         pipeline = request.pipeline
-        start = await self._library.begin_start(pipeline, request.start, request.requested_ns)
+        start = await self._library.admin.begin_start(pipeline, request.start, request.requested_ns)
         caller.starts.append((pipeline, start))
-        fill = None if request.start else self._start_change(lambda: self._library.warm(pipeline))
+        fill = None if request.start else self._start_change(lambda: self._library.warming.warm(pipeline))
         mount = self._info_for(caller.peer).mount
         return await startup.begin(self._library.startup, request, caller.peer.uid, start, mount, fill, caller.send)
 
     def _report_start(self, report: protocol.StartupReport) -> None:
-        self._library.report_start(
+        self._library.admin.report_start(
             report.pipeline,
             report.start,
             restore_seconds=report.restore_seconds,
@@ -164,7 +164,7 @@ class Dispatcher:
     def gone(self, caller: Caller) -> None:
         """Its connection has ended: so have the starts that `run` began on it, which is its lease's, too."""
         for pipeline, start in caller.starts:
-            self._library.end_start(pipeline, start)
+            self._library.admin.end_start(pipeline, start)
 
     async def hold(self, request: protocol.Lease | protocol.Open, caller: Caller) -> None:
         """Returns only by an exception: the lease lasts as long as the connection, and is ended with it."""
@@ -179,12 +179,12 @@ class Dispatcher:
         raise trio.BrokenResourceError("the lease has ended")
 
     async def _lease(self, request: protocol.Lease, caller: Caller) -> None:
-        with self._library.lease(request.pipeline, caller.lessee):
+        with self._library.leases.lease(request.pipeline, caller.lessee):
             await caller.send(protocol.Done())
             await trio.sleep_forever()
 
     async def _hand_over(self, request: protocol.Open, caller: Caller) -> None:
-        async with self._library.opening(request.pipeline, request.deadlines, caller.lessee) as handover:
+        async with self._library.leases.opening(request.pipeline, request.deadlines, caller.lessee) as handover:
             await caller.send(protocol.Opening(handover.weights))
             while not handover.finished:
                 handed = await handover.next_files(protocol.MAX_HANDED_FILES, 1.0)
@@ -205,16 +205,16 @@ class Dispatcher:
         return status if self.callers.administers(caller.peer) else _without_others(status)
 
     def _brief(self, caller: Caller, pipeline: str) -> PipelineStatus:
-        return self._shown(caller, self._library.status(pipeline, with_files=False))
+        return self._shown(caller, self._library.pipelines.status(pipeline, with_files=False))
 
     async def _add(self, spec: PipelineSpec, warm: bool) -> PipelineStatus:
-        status = await self._library.add(spec)
+        status = await self._library.admin.add(spec)
         if warm:
             try:
-                await self._library.warm(spec.id)
+                await self._library.warming.warm(spec.id)
             except VariantNotChosen as error:
                 raise VariantNotChosen(f"{spec.id} was added, and is not filled: {error.message}") from error
-            status = self._library.status(spec.id)
+            status = self._library.pipelines.status(spec.id)
         return status
 
     async def _wait_warm(self, caller: Caller, pipeline: str, everything: bool) -> PipelineStatus:
@@ -224,7 +224,7 @@ class Dispatcher:
         told_at = -PROGRESS_INTERVAL
         while True:
             began = time.perf_counter()
-            status = self._library.status(pipeline, with_files=everything)
+            status = self._library.pipelines.status(pipeline, with_files=everything)
             brief = self._shown(caller, status.brief if everything else status)
             if _is_warm(status, everything):
                 return brief
@@ -251,7 +251,7 @@ class Dispatcher:
             if trio.current_time() >= told_at + PROGRESS_INTERVAL:
                 told_at = trio.current_time()
                 await caller.send(protocol.Progress(status=brief))
-            await self._library.wait_changed(pipeline, PROGRESS_INTERVAL)
+            await self._library.pipelines.wait_changed(pipeline, PROGRESS_INTERVAL)
             await trio.sleep(pause)
 
     async def _verify(self, caller: Caller, pipeline: str, rate: float | None) -> protocol.VerifyResult:
@@ -261,7 +261,7 @@ class Dispatcher:
             nonlocal latest
             latest = (done, total)
 
-        change = self._start_change(lambda: self._library.verify(pipeline, progress, rate))
+        change = self._start_change(lambda: self._library.admin.verify(pipeline, progress, rate))
         while not change.finished.is_set():
             with trio.move_on_after(1.0) as waiting:
                 await change.finished.wait()
@@ -273,22 +273,22 @@ class Dispatcher:
     def _visible(self, peer: Peer) -> list[PipelineStatus]:
         """What ``ls`` shows this peer: all, or what it owns."""
         if self.callers.administers(peer):
-            found = self._library.list()
+            found = self._library.pipelines.list()
             known = {status.pipeline for status in found}
             waiting = [status for name, status in self._pending().items() if name not in known]
             return sorted([*found, *waiting], key=lambda status: status.pipeline)
-        owned = self._library.list_where(lambda spec: self.callers.owns(peer, spec))
+        owned = self._library.pipelines.list_where(lambda spec: self.callers.owns(peer, spec))
         return [_without_others(status) for status in owned]
 
     def _names(self, peer: Peer, prefix: str) -> list[str]:
         """The first ids that begin with ``prefix``, of those that this peer may ask for."""
         if self.callers.administers(peer):
-            found = {*self._library.names_where(prefix, lambda spec: True)}
+            found = {*self._library.pipelines.names_where(prefix, lambda spec: True)}
             found.update(name for name in self._pending() if name.startswith(prefix))
         else:
             sight = self.callers.sight(peer.uid, peer.groups)
-            named = self._library.names_where(prefix, sight.sees)
-            found = {name for name in named if self._library.shown_to(name, sight)}
+            named = self._library.pipelines.names_where(prefix, sight.sees)
+            found = {name for name in named if self._library.pipelines.shown_to(name, sight)}
         return sorted(found)[: protocol.MAX_NAMES]
 
     def _start_change(self, operation: Callable[[], Awaitable[Any]]) -> Change:
@@ -332,8 +332,8 @@ class Dispatcher:
 
     async def _status(self, pipeline: str, *, with_files: bool) -> PipelineStatus:
         try:
-            await self._library.ensure_loaded(pipeline)
-            return self._library.status(pipeline, with_files=with_files)
+            await self._library.pipelines.ensure_loaded(pipeline)
+            return self._library.pipelines.status(pipeline, with_files=with_files)
         except PipelineNotFound:
             waiting = self._pending().get(pipeline)
             if waiting is None:

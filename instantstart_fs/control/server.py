@@ -15,7 +15,7 @@ from typing import Any
 import trio
 
 from instantstart_fs.config.unixsocket import Peer, peer_of
-from instantstart_fs.control.administration import Administration
+from instantstart_fs.control.administration import Parts
 from instantstart_fs.control.callers import Callers
 from instantstart_fs.control.connection import Connection
 from instantstart_fs.control.dispatcher import Dispatcher
@@ -34,7 +34,7 @@ class ControlServer:
 
     def __init__(
         self,
-        library: Administration,
+        library: Parts,
         info: Callable[[], DaemonInfo],
         path: str,
         *,
@@ -48,7 +48,7 @@ class ControlServer:
         self._info = info
         self._peer = peer
         self._pending = pending
-        self.callers = Callers(library, group=group, group_access=group_access)
+        self.callers = Callers(library.pipelines, group=group, group_access=group_access)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until cancelled. Raises ControlError when the socket cannot be made, or a daemon answers on it."""
@@ -82,7 +82,7 @@ class ControlServer:
 
 @asynccontextmanager
 async def serving(
-    library: Administration, info: Callable[[], DaemonInfo], path: str, **options: Any
+    library: Parts, info: Callable[[], DaemonInfo], path: str, **options: Any
 ) -> AsyncIterator[ControlServer]:
     """The server running inside the ``async with``."""
     server = ControlServer(library, info, path, **options)

@@ -27,6 +27,7 @@ from instantstart_fs.mount.handover import Handover, HandoverRefused, Inherited
 from instantstart_fs.mount.invalidator import Invalidator
 from instantstart_fs.mount.mountpoint import may_allow_other, prepare_mountpoint, resolved
 from instantstart_fs.mount.transport import Mounted, MountSettings, Transport
+from instantstart_fs.serving.bindings import Bindings
 from instantstart_fs.system import mountinfo
 from instantstart_fs.vfs import Vfs
 
@@ -47,9 +48,11 @@ async def serve(
     settings: MountSettings,
     handover: Handover | None = None,
     *,
+    bindings: Bindings | None = None,
     task_status: trio.TaskStatus[Mounted] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Mount ``view`` and answer for it until cancelled, or until somebody unmounts it, which is logged.
+    """Mount ``view`` and answer for it until cancelled, or until somebody unmounts it, which is logged. ``bindings``:
+    which files may be bind-mounted from the store; None where there is no store.
 
     With ``handover`` it goes on with the live mount of the daemon before, and leaves it to the next one when cancelled.
 
@@ -80,7 +83,7 @@ async def serve(
         binder: Binder | None = None
         known = True
         if settings.transport in ("auto", "bind"):
-            binder = Binder(view.bindings, settings.store)
+            binder = Binder(bindings, settings.store)
             try:
                 await _in_thread(binder.probe, deadline=PROBE_DEADLINE, what="a bind within the store")
             except BindUnknown as error:

@@ -9,14 +9,15 @@ every RETRY_SECONDS, so that it recovers by itself; so does the evictor's look (
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import trio
 
 from instantstart_fs.catalog.model import CachedFile, Generation, Pipeline, Uncached
 from instantstart_fs.core.chunks import ChunkMap
+from instantstart_fs.core.eviction import Admission, Refusal
 from instantstart_fs.errors import InstantStartError
-from instantstart_fs.upkeep.eviction import Evictor
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +28,29 @@ FREE_BYTES_SECONDS = 0.5
 """How long one look at the room serves single reads: a look walks over all pipelines."""
 
 
-class Admissions:
-    """Owned by the Library; on the trio thread."""
+class Space(Protocol):
+    """Decides about the store's space, and frees some where it can (upkeep/eviction.py)."""
 
-    def __init__(self, evictor: Evictor) -> None:
-        self._evictor = evictor
+    def free_bytes(self) -> int:
+        """How many bytes may come in now without evicting anything."""
+        ...
+
+    def decide(self, pipeline: str, needed: int, *, own: int, quota: int | None) -> Admission:
+        """What ``admit`` would do now."""
+        ...
+
+    async def admit(
+        self, pipeline: str, needed: int, promise: Callable[[], None], *, own: int, quota: int | None
+    ) -> Refusal | None:
+        """Free ``needed`` bytes for ``pipeline``, then call ``promise``; or say why not."""
+        ...
+
+
+class Admissions:
+    """On the trio thread."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
         self._free_bytes = 0
         self._free_bytes_until = 0.0
 
@@ -49,7 +68,7 @@ class Admissions:
 
         needed = generation.needed_bytes(everything=everything)
         needed += generation.reserved_outside_fill(filling=True, everything=everything)
-        refusal = await self._evictor.admit(
+        refusal = await self._space.admit(
             pipeline.id, needed, promise, own=pipeline.allocated, quota=pipeline.spec.quota
         )
         if refusal is None:
@@ -69,7 +88,7 @@ class Admissions:
             return False
         if pipeline.spec.quota is None:
             if now >= self._free_bytes_until:
-                self._free_bytes, self._free_bytes_until = self._evictor.free_bytes(), now + FREE_BYTES_SECONDS
+                self._free_bytes, self._free_bytes_until = self._space.free_bytes(), now + FREE_BYTES_SECONDS
             if needed <= self._free_bytes:
                 self._free_bytes -= needed
                 generation.reserve(file, present, chunks)
@@ -82,13 +101,13 @@ class Admissions:
 
         # What is promised to this pipeline already is not there yet, and will be.
         needed += generation.reserved_bytes
-        refusal = await self._evictor.admit(
+        refusal = await self._space.admit(
             pipeline.id, needed, promise, own=pipeline.allocated, quota=pipeline.spec.quota
         )
         if refusal is not None:
             # What people want to know is what the whole of it would take.
             missing = max(needed, generation.needed_bytes(everything=False))
-            whole = self._evictor.decide(pipeline.id, missing, own=pipeline.allocated, quota=pipeline.spec.quota)
+            whole = self._space.decide(pipeline.id, missing, own=pipeline.allocated, quota=pipeline.spec.quota)
             self._refuse(pipeline, str(whole.refusal or refusal), RETRY_SECONDS)
         return refusal is None
 
@@ -106,7 +125,7 @@ class Admissions:
             if generation is None or now < pipeline.uncached.retry_at:
                 continue
             needed = generation.needed_bytes(everything=False)
-            decision = self._evictor.decide(pipeline.id, needed, own=pipeline.allocated, quota=pipeline.spec.quota)
+            decision = self._space.decide(pipeline.id, needed, own=pipeline.allocated, quota=pipeline.spec.quota)
             if decision.refusal is None:
                 self._clear(pipeline)
             else:

@@ -13,19 +13,16 @@ All methods but ``descriptor`` belong on the trio thread.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
-import trio
 
+from instantstart_fs.catalog.bind_gate import BindGate, Withdraw
 from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.model import CachedFile, Pipeline, counts_as_request
+from instantstart_fs.catalog.model import CachedFile, counts_as_request
 from instantstart_fs.config import descriptors
 from instantstart_fs.core.coldstart_tracker import Starts
-from instantstart_fs.errors import InstantStartError, PipelineBusy, StoreError
+from instantstart_fs.errors import InstantStartError, StoreError
 from instantstart_fs.index.access_times import AccessTimes
 from instantstart_fs.serving.open_files import OpenFiles
 from instantstart_fs.store.blobfile import BlobFile
@@ -36,16 +33,9 @@ from instantstart_fs.views import status
 MOST_FILES = 1024
 """Of one pipeline with more weight files none is covered: each costs an entry in every mount table that sees it."""
 
-BUSY_SECONDS = 30.0
-"""For as long the evictor takes a pipeline for open after it found it so: only trying tells, and trying takes covers
-away for a moment."""
-
-Withdraw = Callable[[str, bool], Awaitable[None]]
-"""(pipeline, only if nobody has them open). Raises PipelineBusy, MountFailed."""
-
 
 class ReplaceDamaged(Protocol):
-    """See fill_events.FillEventHandler.discard."""
+    """See fill_events.FillEventHandler.replace_damaged."""
 
     async def __call__(
         self, file: CachedFile, problem: InstantStartError, *, wanted: bool, found_by: FoundBy
@@ -71,77 +61,41 @@ class Bindings:
     """Owned by the Library. ``keep_hot`` in seconds."""
 
     def __init__(
-        self, catalog: Catalog, access: AccessTimes, open_files: OpenFiles, telemetry: Telemetry, keep_hot: float
+        self,
+        catalog: Catalog,
+        gate: BindGate,
+        access: AccessTimes,
+        open_files: OpenFiles,
+        telemetry: Telemetry,
+        replace_damaged: ReplaceDamaged,
+        keep_hot: float,
     ) -> None:
         self._catalog = catalog
         self._access = access
         self._open_files = open_files
         self._telemetry = telemetry
         self._keep_hot = keep_hot
-        self._withdrawn: Counter[str] = Counter()
+        self._gate = gate
+        self._replace_damaged = replace_damaged
         self._held: dict[BindableFile, CachedFile] = {}
+        """Bound files that were seen open and not yet seen closed, also where the bind mount is gone by now."""
         self._starts: dict[BindableFile, Starts] = {}
         """The cold starts that those opens belong to."""
-        """What somebody was seen to open and not yet found to have let go of; also where its cover is gone by now."""
-        self._changed: set[str] = set()
-        self._wake = trio.Event()
-        self._busy_until: dict[str, float] = {}
-        self._withdraw: Withdraw | None = None
-        self.replace_damaged: ReplaceDamaged | None = None
-        catalog.withdrawn = self.withdrawn
-        catalog.on_complete = lambda file: self.wake(file.generation.pipeline.id)
-
-    # -- the library's side ----------------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def withdrawn(self, pipeline: Pipeline, *, idle_only: bool = False) -> AsyncIterator[None]:
-        """Meanwhile no file of the pipeline is covered. Raises PipelineBusy (``idle_only``: somebody has one open),
-        MountFailed; then nothing has changed."""
-        self._withdrawn[pipeline.id] += 1
-        try:
-            if self._withdraw is not None:
-                try:
-                    await self._withdraw(pipeline.id, idle_only)
-                except PipelineBusy:
-                    self._busy_until[pipeline.id] = trio.current_time() + BUSY_SECONDS
-                    raise
-            yield
-        finally:
-            self._withdrawn[pipeline.id] -= 1
-            self.wake(pipeline.id)
-
-    def recently_busy(self, pipeline: str) -> bool:
-        """Whether somebody was found to have a covered file of it open a moment ago."""
-        until = self._busy_until.get(pipeline)
-        if until is not None and until < trio.current_time():
-            del self._busy_until[pipeline]
-            return False
-        return until is not None
-
-    def wake(self, pipeline: str) -> None:
-        """What may be covered of it has changed."""
-        if self._withdraw is not None:
-            self._changed.add(pipeline)
-            self._wake.set()
 
     # -- the side of who covers ------------------------------------------------------------------------------------
 
     def attach(self, withdraw: Withdraw | None) -> None:
-        """None: nobody covers any more, nor tells of opens."""
-        self._withdraw = withdraw
+        """Connect the binder; None disconnects it: nothing is bound any more, and no opens are reported."""
+        self._gate.attach(withdraw)
         if withdraw is None:
             for bound in list(self._held):
                 self._record_release(bound)
         for pipeline in self._catalog.pipelines:
-            self.wake(pipeline)
+            self._gate.wake(pipeline)
 
     async def wait_changed(self, timeout: float) -> set[str]:
-        """The pipelines that ``files`` may say something new of; empty after ``timeout`` seconds without any."""
-        with trio.move_on_after(timeout):
-            await self._wake.wait()
-        self._wake = trio.Event()
-        changed, self._changed = self._changed, set()
-        return changed
+        """Return the pipelines for which ``files`` may have changed; empty after ``timeout`` seconds without any."""
+        return await self._gate.wait_changed(timeout)
 
     async def ensure_loaded(self, pipeline: str) -> None:
         """So that ``files`` need not read what is not in memory."""
@@ -152,7 +106,7 @@ class Bindings:
     def files(self, pipeline: str) -> dict[str, BindableFile]:
         """What may be covered of that pipeline now, by path."""
         found = self._catalog.pipelines.get(pipeline)
-        if found is None or found.removed or found.hidden or self._withdrawn[pipeline]:
+        if found is None or found.removed or found.hidden or self._gate.is_withdrawn(pipeline):
             return {}
         spec = found.spec
         head = found.head
@@ -187,8 +141,8 @@ class Bindings:
     async def lost(self, bound: BindableFile, problem: InstantStartError) -> None:
         """The store has lost it: it is dropped, and fetched again. Nothing else of the binder's may be under way."""
         file = self._file(bound)
-        if file is not None and self.replace_damaged is not None:
-            await self.replace_damaged(file, problem, wanted=True, found_by="open")
+        if file is not None:
+            await self._replace_damaged(file, problem, wanted=True, found_by="open")
 
     def opened(self, bound: BindableFile) -> None:
         """Record an open of the bound file: a request, and an access. Call ``ensure_loaded`` first, also before
@@ -200,7 +154,7 @@ class Bindings:
         self._access.record_request(bound.pipeline, now)
         self._access.record_read(bound.pipeline, bound.generation, bound.key, now)
         if bound in self._held:
-            self._telemetry.closed(self._telemetry.opened(file, passthrough=True, mode="bind"))
+            self._telemetry.closed(file, self._telemetry.opened(file, passthrough=True, mode="bind"))
         else:
             self._record_open(bound, file)
 
@@ -250,7 +204,7 @@ class Bindings:
 
     def _record_release(self, bound: BindableFile) -> None:
         file = self._held.pop(bound)
-        self._telemetry.closed(self._starts.pop(bound))
+        self._telemetry.closed(file, self._starts.pop(bound))
         self._open_files.release(file)
 
     def last_request(self, pipeline: str) -> int | None:

@@ -126,7 +126,7 @@ class FillEventHandler(FillEvents):
         elif generation.undecided and generation.fill_is_over:
             generation.filling_load_set = False
         generation.pipeline.changed()
-        self._catalog.on_complete(file)
+        self._catalog.bind_gate.wake(generation.pipeline.id)
 
     def target_poisoned(self, target: FillTarget, error: InstantStartError) -> None:
         file = self._file_of(target)
@@ -186,7 +186,7 @@ class FillEventHandler(FillEvents):
         async def work() -> None:
             try:
                 with self._open_files.using(file.generation), file.generation.pipeline.changing():
-                    async with self._catalog.withdrawn(file.generation.pipeline):
+                    async with self._catalog.bind_gate.withdrawn(file.generation.pipeline.id):
                         if self._catalog.file(file.key) is not file:
                             return  # evicted, before this was begun
                         await self._replace_damaged(file, problem, wanted=wanted)

@@ -12,16 +12,16 @@ import itertools
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import trio
 
-from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.model import CachedFile, Generation, counts_as_request
+from instantstart_fs.catalog.model import CachedFile, Generation, Pipeline, counts_as_request
 from instantstart_fs.config import descriptors
 from instantstart_fs.errors import NoSuchEntry, OutOfResources, StoreDamaged, StoreError, StoreLost
 from instantstart_fs.serving.open_notifications import NullListener, OpenListener
 from instantstart_fs.store.blobfile import BlobFile
+from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.store.locks import used_elsewhere
 from instantstart_fs.store.os_errors import translate, translated
 
@@ -35,8 +35,8 @@ GIVE_UP = 16
 class OpenFiles:
     """Owned by the Library; on the trio thread, but for ``read_blocking``."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
         self._drained = trio.open_memory_channel[Generation](math.inf)
         self._idle: OrderedDict[CachedFile, None] = OrderedDict()
         """Complete files that nobody has open, whose descriptor is kept. The least recently used comes first."""
@@ -44,11 +44,8 @@ class OpenFiles:
         self.closing: Callable[[int], None] | None = None
         """See vfs.Vfs.use_passthrough."""
         self.listener: OpenListener = NullListener()
-        self.on_release: Callable[[CachedFile], None] = lambda file: None
-        """Told of every open that has ended."""
         self._stale: dict[CachedFile, list[BlobFile]] = {}
         """Descriptors of what the store has lost since, while somebody may be inside a read of them."""
-        catalog.retire = self._retire
 
     @property
     def drained_generations(self) -> trio.MemoryReceiveChannel[Generation]:
@@ -76,25 +73,24 @@ class OpenFiles:
     def release(self, file: CachedFile) -> None:
         """One less."""
         file.handles -= 1
-        self.on_release(file)
         if file.handles == 0 and _watched(file):
             self.listener.released(file.key)
         self._keep_or_close_reader(file)
         self._release_generation(file.generation)
 
-    def notify(self, listener: OpenListener) -> None:
+    def notify(self, listener: OpenListener, pipelines: Iterable[Pipeline]) -> None:
         """Tell it of opens from now on, and at once of what is open already."""
         self.listener = listener
-        for pipeline in self._catalog.pipelines.values():
+        for pipeline in pipelines:
             for generation in pipeline.heads():
                 if isinstance(generation, Generation) and generation.handles:
                     for file in generation.files:
                         if file.handles and _watched(file):
                             listener.opened(file.key)
 
-    def queue_drained(self) -> None:
+    def queue_drained(self, pipelines: Iterable[Pipeline]) -> None:
         """Of superseded generations that nobody held when they were loaded, or no longer."""
-        for pipeline in self._catalog.pipelines.values():
+        for pipeline in pipelines:
             for generation in pipeline.draining:
                 if not generation.handles:
                     self._drained[0].send_nowait(generation)
@@ -119,7 +115,7 @@ class OpenFiles:
             oldest, _ = self._idle.popitem(last=False)
             self.close_reader(oldest)
 
-    def _retire(self, file: CachedFile) -> None:
+    def retire(self, file: CachedFile) -> None:
         """Nobody will open it again: an idle descriptor would keep its deleted bytes on the disk."""
         self.listener.retired(file.key)
         if not file.handles:
@@ -163,7 +159,7 @@ class OpenFiles:
         assert blob is not None
         if blob.path is None:
             generation = file.generation
-            blob.path = self._catalog.store.layout.blob(generation.pipeline.id, generation.number, file.entry.path)
+            blob.path = self._store.layout.blob(generation.pipeline.id, generation.number, file.entry.path)
         try:
             # A kept descriptor is right whatever became of its name; the next start finds only the name. At each open,
             # so one system call.
@@ -198,7 +194,7 @@ class OpenFiles:
             return used_elsewhere(file.reader.fd)
         generation = file.generation
         try:
-            blob = self._catalog.store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
+            blob = self._store.existing_blob(generation.pipeline.id, generation.number, file.entry.path)
         except StoreDamaged:
             return False
         except StoreError:
@@ -274,7 +270,7 @@ class OpenFiles:
         return there_are
 
     def _open_reader(self, file: CachedFile) -> BlobFile:
-        store, generation = self._catalog.store, file.generation
+        store, generation = self._store, file.generation
         where = (generation.pipeline.id, generation.number, file.entry.path)
         if file.complete:
             blob = store.open_sealed(*where, file.proof)

@@ -202,7 +202,7 @@ class Reads:
             for handle in handles:
                 handle.starts = self._telemetry.opened(handle.file, passthrough=handle.backing is not None)
                 self.release(handle)
-        self._open_files.queue_drained()
+        self._open_files.queue_drained(self._catalog.pipelines.values())
 
     def _fail_fast(self, file: CachedFile) -> None:
         """An error at open is a traceback in the engine; one at a page fault is a SIGBUS. So refuse early."""
@@ -261,7 +261,7 @@ class Reads:
         if handle.released:
             return
         handle.released = True
-        self._telemetry.closed(handle.starts)
+        self._telemetry.closed(handle.file, handle.starts)
         self._open_files.release(handle.file)
 
     @contextlib.contextmanager

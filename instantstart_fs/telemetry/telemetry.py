@@ -148,8 +148,10 @@ class Telemetry:
             self._wake.set()
         return starts
 
-    def closed(self, starts: Starts) -> None:
+    def closed(self, file: CachedFile, starts: Starts) -> None:
         self.totals.open_files -= 1
+        if self._learning is not None:
+            self._learning.closed(file)
         self._tracker.closed(starts, self._clock())
 
     def served(self, source: Served, count: int) -> None:

@@ -1,5 +1,5 @@
 """Evictor: keeps the store below its limits by core/eviction's plans, whole pipelines, least recently requested first.
-What there is to evict and how a pipeline is emptied is its host's (the library's).
+What there is to evict is in upkeep/inventory.py; how a pipeline is emptied, in admin/.
 
 It runs when new bytes have come (``wake``), every LOOK_SECONDS (others may fill the disk, pipelines grow idle, the
 clock may be set), before a fill begins (``admit``), and when the filesystem itself is full (``free_space``). One
@@ -21,6 +21,8 @@ from instantstart_fs.core import eviction
 from instantstart_fs.core.clockwatch import ClockState, ClockWatch
 from instantstart_fs.core.eviction import Candidate, Refusal
 from instantstart_fs.errors import InstantStartError, StoreError
+from instantstart_fs.index.access_times import AccessTimes
+from instantstart_fs.index.environment import Index
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +37,8 @@ ATTEMPTS = 4
 """How often an admission is decided again because a pipeline came into use before its eviction."""
 
 
-class EvictionHost(Protocol):
-    """What holds the pipelines (the library)."""
-
-    def budget(self) -> eviction.Budget:
-        """The limits of the store, and the filesystem's free space now."""
-        ...
-
-    def candidates(self) -> Sequence[Candidate]:
-        """All pipelines with cached or promised bytes; the sum of their bytes is the usage."""
-        ...
-
-    def clock_was_set(self) -> None:
-        """Count stored times that now lie in the future as now: the wall clock jumped."""
-        ...
+class Evictions(Protocol):
+    """Empties pipelines (admin/administration.py)."""
 
     async def evict_unused(self, pipeline: str) -> None:
         """Evict a pipeline. Raises PipelineBusy if it came into use, or was requested, since it was chosen."""
@@ -58,13 +48,21 @@ class EvictionHost(Protocol):
         """Return once no eviction is under way whose ``evict_unused`` was cancelled."""
         ...
 
-    async def save_clock(self, state: ClockState) -> None:
-        """Save the clocks for the next daemon. Raises StoreError."""
+
+class Inventory(Protocol):
+    """What there is to evict (upkeep/inventory.py)."""
+
+    def budget(self) -> eviction.Budget:
+        """The limits of the store, and the filesystem's free space now."""
         ...
 
-    def reevaluate(self) -> None:
-        """Try refused admissions again: there may be space now."""
+    def candidates(self) -> Sequence[Candidate]:
+        """All pipelines with cached or promised bytes; the sum of their bytes is the usage."""
         ...
+
+
+def _nothing() -> None:
+    pass
 
 
 def boottime() -> float:
@@ -85,18 +83,26 @@ class Evictor:
     """On the trio thread.
 
     Args:
-        host: What holds the pipelines.
+        inventory: What there is to evict, and how full the store is.
+        evictions: Returns what empties pipelines. Called when something is first evicted: emptying a pipeline cancels
+            its fills, and fills ask this object for space, so one of the two is built later.
+        access: Told when the wall clock jumped: stored times that lie in the future count as now.
+        index: Keeps the clocks for the next daemon.
         now: The wall clock, seconds.
         keep_hot: Seconds for which a request protects a pipeline.
         max_idle: Seconds after which an idle pipeline is evicted; None = never.
         boot: A clock that is never set, seconds.
         boot_id: The boot that ``boot`` counts from.
         known: The clocks as an earlier daemon saved them.
+        on_pass: Called after each run: there may be space now for refused admissions.
     """
 
     def __init__(
         self,
-        host: EvictionHost,
+        inventory: Inventory,
+        evictions: Callable[[], Evictions],
+        access: AccessTimes,
+        index: Index,
         now: Callable[[], float],
         *,
         keep_hot: float = 0.0,
@@ -104,8 +110,13 @@ class Evictor:
         boot: Callable[[], float] = boottime,
         boot_id: str = "",
         known: ClockState | None = None,
+        on_pass: Callable[[], None] = _nothing,
     ) -> None:
-        self._host = host
+        self._inventory = inventory
+        self._evictions = evictions
+        self._access = access
+        self._index = index
+        self._on_pass = on_pass
         self._now = now
         self._boot = boot
         self._max_idle = max_idle
@@ -126,7 +137,7 @@ class Evictor:
         """Whether eviction is suspended because the wall clock was set (design rule 9)."""
         boot = self._boot()
         if self._watch.observe(self._now(), boot):
-            self._host.clock_was_set()
+            self._access.clock_was_set()
             self._saved = None
             self._clock_was_set.set()  # saved at once, for the next daemon
             self.wake()
@@ -156,7 +167,7 @@ class Evictor:
             return
         state = self._watch.state(self._now(), boot)
         try:
-            await self._host.save_clock(state)
+            await self._index.write(lambda txn: txn.put_clock(state))
         except StoreError as error:
             if not self._saving_fails:
                 log.warning("the clocks are not noted for the next start: %s", error.message)
@@ -168,28 +179,28 @@ class Evictor:
         """Evict what is idle for too long, then what is too much."""
         if not self.suspended():
             async with self._deciding():
-                candidates = self._host.candidates()
+                candidates = self._inventory.candidates()
                 if self._max_idle is not None:
                     await self._evict(eviction.idle(candidates, self._max_idle, self._now()), "idle")
-                    candidates = self._host.candidates()
+                    candidates = self._inventory.candidates()
                 for _ in range(ATTEMPTS):
                     usage = sum(candidate.bytes for candidate in candidates)
-                    chosen = eviction.plan(usage, self._host.budget(), candidates, self._now())
+                    chosen = eviction.plan(usage, self._inventory.budget(), candidates, self._now())
                     if await self._evict(chosen, "space") == len(chosen):
                         break
-                    candidates = self._host.candidates()
-        self._host.reevaluate()
+                    candidates = self._inventory.candidates()
+        self._on_pass()
 
     def decide(self, pipeline: str, needed: int, *, own: int, quota: int | None) -> eviction.Admission:
         """Decide, without acting, what ``admit`` would do now."""
-        candidates = self._host.candidates()
+        candidates = self._inventory.candidates()
         usage = sum(candidate.bytes for candidate in candidates)
         others = [candidate for candidate in candidates if candidate.pipeline != pipeline]
         if self.suspended():
             others = [msgspec.structs.replace(candidate, hot=True) for candidate in others]
         return eviction.admit(
             usage,
-            self._host.budget(),
+            self._inventory.budget(),
             others,
             self._now(),
             needed,
@@ -199,9 +210,11 @@ class Evictor:
 
     def free_bytes(self) -> int:
         """Bytes that may come in now without evicting anything."""
-        candidates = self._host.candidates()
+        candidates = self._inventory.candidates()
         usage = sum(candidate.bytes for candidate in candidates)
-        return eviction.free_bytes(usage, self._host.budget()) - sum(candidate.promised for candidate in candidates)
+        return eviction.free_bytes(usage, self._inventory.budget()) - sum(
+            candidate.promised for candidate in candidates
+        )
 
     async def admit(
         self, pipeline: str, needed: int, promise: Callable[[], None], *, own: int, quota: int | None
@@ -235,15 +248,15 @@ class Evictor:
         if self.suspended():
             return False
         async with self._deciding():
-            candidates = self._host.candidates()
-            budget = self._host.budget()
+            candidates = self._inventory.candidates()
+            budget = self._inventory.budget()
             usage = max(sum(candidate.bytes for candidate in candidates), budget.capacity)
             others = [candidate for candidate in candidates if candidate.pipeline != pipeline]
             for _ in range(ATTEMPTS):
                 chosen = eviction.plan(usage, budget, others, self._now())
                 if not chosen or await self._evict(chosen, f"a full disk under {pipeline}"):
                     return bool(chosen)
-                others = [candidate for candidate in self._host.candidates() if candidate.pipeline != pipeline]
+                others = [candidate for candidate in self._inventory.candidates() if candidate.pipeline != pipeline]
             return False
 
     @asynccontextmanager
@@ -251,7 +264,7 @@ class Evictor:
         """One decision at a time, after the evictions of cancelled ones: their bytes, still counted as used, would cost
         another pipeline its own."""
         async with self._lock:
-            await self._host.evictions_end()
+            await self._evictions().evictions_end()
             yield
 
     async def _evict(self, chosen: Sequence[str], why: str) -> int:
@@ -259,7 +272,7 @@ class Evictor:
         freed = 0
         for pipeline in chosen:
             try:
-                await self._host.evict_unused(pipeline)
+                await self._evictions().evict_unused(pipeline)
                 freed += 1
                 log.info("evicted for %s", why, extra={"pipeline": pipeline})
             except InstantStartError as error:

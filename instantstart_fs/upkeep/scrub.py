@@ -1,7 +1,7 @@
 """The scrub: complete files are read again in the background and compared, so that bytes that rot, or are exchanged,
 under their seal are found before an engine loads them.
 
-Which pipeline, when, and when to rest: core/scrub. This reads (admin/rehash: past the page cache, at a bounded rate),
+Which pipeline, when, and when to rest: core/scrub. This reads (upkeep/rehash: past the page cache, at a bounded rate),
 drops and fetches again what is wrong (Reads.discard), and remembers how far it came. It is in nobody's way: it rests
 while there is demand, and what it reads counts neither as open nor as requested, so it can be evicted, updated and
 removed under it.
@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import trio
 
-from instantstart_fs.admin.rehash import Pace, rehash
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.model import CachedFile, Pipeline
 from instantstart_fs.core import scrub
@@ -23,6 +22,7 @@ from instantstart_fs.core.status import ScrubStatus
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.serving.reads import Reads
 from instantstart_fs.telemetry.telemetry import Telemetry
+from instantstart_fs.upkeep.rehash import Pace, rehash
 from instantstart_fs.views.status import rfc3339
 
 log = logging.getLogger(__name__)

@@ -112,7 +112,7 @@ class StoreSummaries:
         async with self._lock:
             if self._kept is None or trio.current_time() >= self._good_until:
                 began = time.thread_time()
-                self._kept = view_model.ordered(self._with_pending(await self._library.store_summary()))
+                self._kept = view_model.ordered(self._with_pending(await self._library.snapshots.store_summary()))
                 self._seen.clear()
                 took = time.thread_time() - began
                 self._good_until = trio.current_time() + max(KEEP_SECONDS, SHARE * took)
@@ -128,7 +128,7 @@ class StoreSummaries:
             return store_summary
         shown: list[PipelineStatus] = []
         for position, status in enumerate(store_summary.pipelines):
-            if self._library.shown_to(status.pipeline, sight):
+            if self._library.pipelines.shown_to(status.pipeline, sight):
                 shown.append(status)
             if position % LOOKS_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
@@ -260,7 +260,7 @@ class Site:
             version=info.version,
             uptime=info.uptime,
             totals=self._library.telemetry.totals,
-            fills=self._library.fill_statistics(),
+            fills=self._library.filler.statistics(),
             store_summary=store_summary,
             healthy=health.ok if health is not None else None,
             per_pipeline=self._config.metrics_pipelines,

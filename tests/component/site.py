@@ -67,14 +67,30 @@ class FakeTelemetry:
         return [record for record in self.records if record.pipeline == name]
 
 
-class FakeLibrary:
-    """What the site asks of a Library. Change ``pipelines`` under ``lock``-free rules: one thread looks at a time."""
+class FakePipelines(dict[str, PipelineStatus]):
+    """``hidden``: which of them only administrators see."""
 
     def __init__(self) -> None:
-        self.pipelines: dict[str, PipelineStatus] = {}
-        self.telemetry = FakeTelemetry()
+        super().__init__()
         self.hidden: set[str] = set()
-        """Which of them only those who administer see."""
+
+    def shown_to(self, name: str, sight: Sight) -> bool:
+        return name in self and (sight.everything or name not in self.hidden)
+
+
+class FakeFiller:
+    def statistics(self) -> FillStatistics:
+        return FillStatistics(2, 0, 0, 0, 0, 0, 0, 0, 0, False, (), ())
+
+
+class FakeLibrary:
+    """What the site asks of a Library. Change ``pipelines`` without a lock: one thread looks at a time."""
+
+    def __init__(self) -> None:
+        self.pipelines = FakePipelines()
+        self.telemetry = FakeTelemetry()
+        self.filler = FakeFiller()
+        self.snapshots = self
         self.looks = 0
 
     async def store_summary(self) -> StoreSummary:
@@ -85,12 +101,6 @@ class FakeLibrary:
             if builder.wants_a_pause:
                 await trio.lowlevel.checkpoint()
         return builder.build(self.telemetry.records)
-
-    def fill_statistics(self) -> FillStatistics:
-        return FillStatistics(2, 0, 0, 0, 0, 0, 0, 0, 0, False, (), ())
-
-    def shown_to(self, name: str, sight: Sight) -> bool:
-        return name in self.pipelines and (sight.everything or name not in self.hidden)
 
     async def prove_index_writable(self) -> None:
         pass
@@ -125,7 +135,7 @@ def serving(
 
     async def main() -> None:
         info = DaemonInfo("0", 1, "/models", "/store", 1.0, 1, True)
-        health = HealthProbe(mount, library.prove_index_writable, library.fill_statistics)
+        health = HealthProbe(mount, library.prove_index_writable, library.filler.statistics)
         known = {0: EVERYTHING} if uids else {}
         visitors = Visitors(config, lambda uid, _: known.get(uid, sight) if uid is not None else sight)
         site = Site(cast(Library, library), lambda: info, config, health, visitors)

@@ -106,7 +106,7 @@ def stored(root: Path, bound: BindableFile) -> Path:
 async def test_an_open_holds_the_pipeline_until_nobody_has_the_file_and_is_told_to_the_watcher(tmp_path: Path) -> None:
     async with running(tmp_path) as library:
         bound, told = await bound_file(library, make_source(tmp_path / "source")), Told()
-        library.notify_opens(told)
+        library.shards.notify_opens(told)
         key = FileKey(bound.pipeline, bound.generation, bound.key)
         in_use = use_of(library, bound.pipeline)
         with descriptor(stored(tmp_path, bound)):
@@ -116,7 +116,7 @@ async def test_an_open_holds_the_pipeline_until_nobody_has_the_file_and_is_told_
             library.bindings.poll_release(bound)
             assert (told.open, in_use()) == ([key], True)
             later = Told()
-            library.notify_opens(later)
+            library.shards.notify_opens(later)
             assert later.open == [key], "what was open before somebody watched"
         library.bindings.poll_releases("another")
         assert in_use()
@@ -127,13 +127,13 @@ async def test_an_open_holds_the_pipeline_until_nobody_has_the_file_and_is_told_
 async def test_what_was_open_before_it_was_covered_is_no_request(tmp_path: Path) -> None:
     async with running(tmp_path) as library:
         bound = await bound_file(library, make_source(tmp_path / "source"))
-        in_use, before = use_of(library, bound.pipeline), library.status(bound.pipeline).last_request
+        in_use, before = use_of(library, bound.pipeline), library.pipelines.status(bound.pipeline).last_request
         with descriptor(stored(tmp_path, bound)):
             library.bindings.note_already_open(bound)
             assert in_use()
-            assert library.status(bound.pipeline).last_request == before
+            assert library.pipelines.status(bound.pipeline).last_request == before
             library.bindings.opened(bound)
-            assert library.status(bound.pipeline).last_request != before
+            assert library.pipelines.status(bound.pipeline).last_request != before
         library.bindings.attach(None)
         assert not in_use(), "nobody would ask any more"
 
@@ -143,11 +143,11 @@ async def test_an_open_is_counted_once_and_to_its_end_while_there_is_no_descript
 ) -> None:
     async with running(tmp_path) as library:
         bound, told = await bound_file(library, make_source(tmp_path / "source")), Told()
-        library.notify_opens(told)
+        library.shards.notify_opens(told)
         in_use = use_of(library, bound.pipeline)
         with descriptor(stored(tmp_path, bound)):
             with monkeypatch.context() as without:
-                without.setattr(library._catalog.store, "existing_blob", no_descriptor)
+                without.setattr(library.catalog.store, "existing_blob", no_descriptor)
                 library.bindings.opened(bound)
                 library.bindings.opened(bound)
                 assert library.bindings.poll_releases() == set(), "nobody knows"
@@ -155,10 +155,10 @@ async def test_an_open_is_counted_once_and_to_its_end_while_there_is_no_descript
             library.bindings.poll_releases()
             assert in_use()
         with monkeypatch.context() as without:
-            without.setattr(library._catalog.store, "existing_blob", no_descriptor)
+            without.setattr(library.catalog.store, "existing_blob", no_descriptor)
             assert library.bindings.poll_releases() == {"p"}, "each look opened the file, and told of that"
         assert (told.open, in_use()) == ([], False)
-        await library.evict("p")
+        await library.admin.evict("p")
 
 
 def no_descriptor(*place: object) -> None:
@@ -168,7 +168,7 @@ def no_descriptor(*place: object) -> None:
 async def test_a_descriptor_for_staging_holds_nothing(tmp_path: Path) -> None:
     async with running(tmp_path) as library:
         bound = await bound_file(library, make_source(tmp_path / "source"))
-        fd = library.open_stored(FileKey(bound.pipeline, bound.generation, bound.key))
+        fd = library.shards.open_stored(FileKey(bound.pipeline, bound.generation, bound.key))
         try:
             assert not library.bindings.in_use(bound)
             with descriptor(stored(tmp_path, bound)):
@@ -188,32 +188,32 @@ async def test_what_two_generations_share_is_open_once_and_found_without_a_walk(
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         await bound_file(library, source)
-        held = await library.open(find(library, "p", WEIGHTS))
-        await library.read_into(held, 0, memoryview(bytearray(16)))
+        held = await library.mounted.open(find(library, "p", WEIGHTS))
+        await library.mounted.read_into(held, 0, memoryview(bytearray(16)))
         (source / "config.json").write_bytes(b"another")
         (source / "new.safetensors").write_bytes(b"of this generation only")
-        assert (await library.update("p")).generation == 2
+        assert (await library.admin.update("p")).generation == 2
         await fills(library, "p")
-        pipeline = library._catalog.pipeline("p")
+        pipeline = library.catalog.pipeline("p")
         (draining,) = pipeline.draining
         draining.files = Unwalked(draining.files)
         for name in (WEIGHTS, "new.safetensors"):
             bound = library.bindings.files("p")[name]
             assert bound.generation == 2
-            handle = await library.open(find(library, "p", name))
-            await library.read_into(handle, 0, memoryview(bytearray(16)))
+            handle = await library.mounted.open(find(library, "p", name))
+            await library.mounted.read_into(handle, 0, memoryview(bytearray(16)))
             assert not library.bindings.in_use(bound), "by two descriptions of this daemon"
-            library.release(handle)
+            library.mounted.release(handle)
         draining.files = list(list.__iter__(draining.files))
-        library.release(held)
+        library.mounted.release(held)
 
 
 async def bound_file(library: Library, source: Path) -> BindableFile:
     library.bindings.attach(withdraw)
-    await library.add(spec("p", source))
+    await library.admin.add(spec("p", source))
     await fills(library, "p")
     return library.bindings.files("p")[WEIGHTS]
 
 
 def use_of(library: Library, pipeline: str) -> Callable[[], bool]:
-    return lambda: library._catalog.pipeline(pipeline).in_use
+    return lambda: library.catalog.pipeline(pipeline).in_use

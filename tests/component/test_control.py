@@ -89,7 +89,8 @@ class FakeLibrary:
         self.hold: trio.Event | None = None
         self.entered = trio.Event()
         self.done = trio.Event()
-        self.leases = 0
+        self.lease_count = 0
+        self.admin = self.warming = self.pipelines = self.leases = self
         self.handover = FakeHandover([("a", b"one")])
         self.lease_changed = trio.Event()
         self.changed = trio.Event()
@@ -124,7 +125,7 @@ class FakeLibrary:
     async def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
         await self._held("remove")
         self.spec(pipeline)
-        if self.leases and not force:
+        if self.lease_count and not force:
             raise PipelineBusy("leased")
         return ["pid 7 (engine, uid 1)"] if force else []
 
@@ -198,13 +199,13 @@ class FakeLibrary:
             yield self.handover
 
     def _leased(self, change: int) -> None:
-        self.leases += change
+        self.lease_count += change
         self.lease_changed.set()
         self.lease_changed = trio.Event()
 
     async def wait_leases(self, count: int) -> None:
         with trio.fail_after(10):
-            while self.leases != count:
+            while self.lease_count != count:
                 await self.lease_changed.wait()
 
 
@@ -369,7 +370,7 @@ async def test_a_lease_ends_with_its_connection(library: FakeLibrary, path: str)
     async with run(library, path):
         with await trio.to_thread.run_sync(Client, path) as client:
             await trio.to_thread.run_sync(client.lease, "x")
-            assert library.leases == 1
+            assert library.lease_count == 1
         await library.wait_leases(0)
         with pytest.raises(PipelineNotFound):
             await ask(path, lambda client: client.lease("z"))
@@ -592,7 +593,7 @@ async def test_who_says_nothing_for_long_is_sent_away(
             while True:
                 await trio.to_thread.run_sync(idle.ping)
                 await trio.sleep(0.3)
-        assert library.leases == 1, "a lease is no silence"
+        assert library.lease_count == 1, "a lease is no silence"
         uid = 0
         patient = await connected(path)
         await trio.sleep(0.3)
@@ -756,14 +757,14 @@ async def test_open_hands_descriptors_to_whoever_may_read_and_to_nobody_else(lib
             else:
                 with pytest.raises(PermissionRefused, match="belong to 1234:50 with mode 0550"):
                     await ask(path, opened)
-                assert library.leases == 0
+                assert library.lease_count == 0
 
 
 async def test_the_lease_of_an_open_lasts_as_long_as_its_connection(library: FakeLibrary, path: str) -> None:
     async with run(library, path):
         client = Client(path)
         await trio.to_thread.run_sync(opened, client)
-        assert library.leases == 1
+        assert library.lease_count == 1
         assert not await trio.to_thread.run_sync(client.wait_ended, 0.01)
         client.close()
         await library.wait_leases(0)
@@ -794,7 +795,7 @@ async def test_by_force_the_leases_end_and_whoever_held_them_is_told(library: Fa
         await trio.to_thread.run_sync(getattr(holder, how), "x")
         with pytest.raises(PipelineBusy):
             await trio.to_thread.run_sync(other.remove, "x")
-        assert library.leases == 1
+        assert library.lease_count == 1
         assert await trio.to_thread.run_sync(lambda: other.remove("x", force=True)) == ["pid 7 (engine, uid 1)"]
         await library.wait_leases(0)
         with trio.fail_after(10):

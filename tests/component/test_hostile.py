@@ -202,13 +202,13 @@ async def test_an_origin_that_breaks_in_a_way_nobody_foresaw_is_an_origin_error(
 
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("q", source))
-        monkeypatch.setattr(library._catalog, "open_origin", lambda *_: Broken())
+        await library.admin.add(spec("q", source))
+        monkeypatch.setattr(library.catalog, "open_origin", lambda *_: Broken())
         with pytest.raises(OriginMisbehaved) as refused:
-            await library.add(spec("p", source))
+            await library.admin.add(spec("p", source))
         assert "secret" not in refused.value.message
         with pytest.raises(OriginMisbehaved):
-            await library.check_access("q")
+            await library.admin.check_access("q")
 
 
 async def test_a_file_of_absurd_size_is_refused_when_it_is_pinned(tmp_path: Path) -> None:
@@ -217,9 +217,9 @@ async def test_a_file_of_absurd_size_is_refused_when_it_is_pinned(tmp_path: Path
     with open(source / "huge.safetensors", "wb") as file:
         file.truncate(15 << 40)
     async with running(tmp_path) as library:
-        library._admin._chunk_size = 64 * 1024
+        library.lifecycle._chunk_size = 64 * 1024
         with pytest.raises(OriginUnsupported, match=r"huge\.safetensors"):
-            await library.add(spec("p", source))
+            await library.admin.add(spec("p", source))
 
 
 @contextlib.contextmanager
@@ -320,7 +320,7 @@ async def test_a_directory_whose_name_is_no_utf8_is_a_source_like_others(tmp_pat
     expected = (source / name).read_bytes()
     where = PipelineSpec(id="p", models=(ModelSpec(source="file://" + quote(os.fsencode(source))),))
     async with running(tmp_path) as library:
-        await library.add(where)
+        await library.admin.add(where)
         assert await read_all(library, "p", name) == expected
         for path in source.glob("model-1*"):
             path.unlink()
@@ -328,11 +328,11 @@ async def test_a_directory_whose_name_is_no_utf8_is_a_source_like_others(tmp_pat
             await read_all(library, "p", "model-1-of-2.safetensors")
         assert "\x1b" not in gone.value.message
         # Whoever asks gets an answer, and the others' pipelines with it.
-        status = library.status("p")
+        status = library.pipelines.status("p")
         assert status.error is not None
         encode_response(Done([status]))
-        root = library.lookup(1, "p").nodeid
-        assert b"\x1b" not in library.xattrs(root)["user.instantstart.error"]
+        root = library.mounted.lookup(1, "p").nodeid
+        assert b"\x1b" not in library.mounted.xattrs(root)["user.instantstart.error"]
 
 
 @pytest.mark.parametrize("message", ["[/] and [/red]", "[Errno 5] x", "[link=file:///etc/passwd]"])
@@ -388,10 +388,10 @@ async def test_what_is_handed_over_cannot_be_written_by_whoever_owns_it(tmp_path
     """Binds give the store's files their tenant as owner, and an owner may fchmod what it has open, then reopen it."""
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        await library.warm("p")
+        await library.admin.add(spec("p", source))
+        await library.warming.warm("p")
         await wait_library(library, "p", "unverified")
-        async with library.opening("p", {}) as handover:
+        async with library.leases.opening("p", {}) as handover:
             handed = await handover.next_files(8, 5.0)
             assert len(handed) == 2
             for path, descriptors in handed:
@@ -413,24 +413,24 @@ async def test_the_evictor_waits_for_no_update(tmp_path: Path) -> None:
     """Whoever needs room waits for the evictor, and a listing may take minutes."""
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        async with library._catalog.pipeline("p").lock:
+        await library.admin.add(spec("p", source))
+        async with library.catalog.pipeline("p").lock:
             with trio.fail_after(5), pytest.raises(PipelineBusy):
-                await library.evict_unused("p")
+                await library.admin.evict_unused("p")
 
 
 async def test_a_read_for_which_no_room_is_made_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
 
         async def forever(*_: object, **__: object) -> bool:
             await trio.sleep_forever()
             raise AssertionError
 
         for name in ("admit_fill", "admit_chunks"):
-            monkeypatch.setattr(library._admissions, name, forever)
-        monkeypatch.setattr(library._reads, "_read_deadline", 0.3)
+            monkeypatch.setattr(library.admissions, name, forever)
+        monkeypatch.setattr(library.reads, "_read_deadline", 0.3)
         with trio.fail_after(10), pytest.raises(ReadDeadline):
             await read_all(library, "p", "model-2-of-2.safetensors")
 
@@ -441,10 +441,10 @@ async def test_a_file_that_proves_wrong_needs_no_room_and_no_index_at_that_momen
     """It gets a nodeid that was never used before, in a place that must not raise."""
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
         assert await read_all(library, "p", "config.json")
         await wait_library(library, "p", "unverified", "filling", "partial")
-        file = next(found for found in library._catalog.pipeline("p").generations()).files[0]
+        file = next(found for found in library.catalog.pipeline("p").generations()).files[0]
         with trio.fail_after(10):
             while not file.complete:
                 await trio.sleep(0.01)
@@ -452,8 +452,8 @@ async def test_a_file_that_proves_wrong_needs_no_room_and_no_index_at_that_momen
         def full(*_: object) -> None:
             raise StoreFull("no space")
 
-        monkeypatch.setattr(library._index, "write_sync", full)
-        await library._reads.replace_damaged(file, StoreDamaged("rotten"), wanted=False, found_by="read")
+        monkeypatch.setattr(library.index, "write_sync", full)
+        await library.reads.replace_damaged(file, StoreDamaged("rotten"), wanted=False, found_by="read")
         assert file.stale_error is not None
 
 
@@ -469,17 +469,19 @@ async def test_who_holds_wrong_bytes_is_looked_up_beside_the_loop(
 
     monkeypatch.setattr(fill_events, "processes_holding", look)
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        handle = await library.open(library.lookup(library.lookup(1, "p").nodeid, "config.json").nodeid)
-        assert await library.read_into(handle, 0, memoryview(bytearray(8))) == 8
-        file = library._catalog.pipeline("p").current.files[0]  # type: ignore[union-attr]
+        await library.admin.add(spec("p", source))
+        handle = await library.mounted.open(
+            library.mounted.lookup(library.mounted.lookup(1, "p").nodeid, "config.json").nodeid
+        )
+        assert await library.mounted.read_into(handle, 0, memoryview(bytearray(8))) == 8
+        file = library.catalog.pipeline("p").current.files[0]  # type: ignore[union-attr]
         with trio.fail_after(10):
             while not file.complete:
                 await trio.sleep(0.01)
-            await library._reads.replace_damaged(file, StoreDamaged("rotten"), wanted=False, found_by="read")
+            await library.reads.replace_damaged(file, StoreDamaged("rotten"), wanted=False, found_by="read")
             while "7 (engine)" not in caplog.text:
                 await trio.sleep(0.01)
-        library.release(handle)
+        library.mounted.release(handle)
     assert [path for path, _ in looked] == ["/p/config.json"]
     assert looked[0][1] is not threading.main_thread()
 
@@ -506,7 +508,7 @@ async def test_a_mount_that_answers_with_an_error_ends_no_daemon(
 
 async def test_systemd_is_told_no_states_since_it_tells_everybody(tmp_path: Path) -> None:
     async with running(tmp_path) as library:
-        await library.add(spec("hidden", make_source(tmp_path / "source")))
+        await library.admin.add(spec("hidden", make_source(tmp_path / "source")))
         config = Config(mount=MountConfig(path="/mnt"), store=StoreConfig(path=str(tmp_path)))
         line = daemon.Daemon(config, library, str(tmp_path / "s"))._status_line()
     assert line == "ready: 1 pipelines at /mnt, transport "
@@ -515,15 +517,15 @@ async def test_systemd_is_told_no_states_since_it_tells_everybody(tmp_path: Path
 async def test_a_pin_that_cannot_be_written_down_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
 
         def full(*_: object) -> None:
             raise StoreFull("no space")
 
-        monkeypatch.setattr(library._store.metadata, "write_pipeline", full)
+        monkeypatch.setattr(library.store.metadata, "write_pipeline", full)
         with pytest.raises(StoreFull):
-            await library.set_pinned("p", True)
-        assert not library.spec("p").pinned and not library.status("p").pinned
+            await library.admin.set_pinned("p", True)
+        assert not library.pipelines.spec("p").pinned and not library.pipelines.status("p").pinned
 
 
 def test_a_stage_that_is_closed_while_it_makes_memory_keeps_none(

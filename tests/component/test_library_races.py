@@ -50,11 +50,11 @@ class Gate:
 async def test_reading_another_file_does_not_stop_the_load_set(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        await library.warm("p")
-        handle = await library.open(find(library, "p", "pytorch_model.bin"))
-        assert await library.read_into(handle, MIB, memoryview(bytearray(4096))) == 4096
-        library.release(handle)
+        await library.admin.add(spec("p", source))
+        await library.warming.warm("p")
+        handle = await library.mounted.open(find(library, "p", "pytorch_model.bin"))
+        assert await library.mounted.read_into(handle, MIB, memoryview(bytearray(4096))) == 4096
+        library.mounted.release(handle)
         await wait_state(library, "p", "unverified")
 
 
@@ -63,46 +63,46 @@ async def test_a_warm_that_an_eviction_overtakes_fills_nothing_unseen(
 ) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
     async with running(tmp_path) as library, trio.open_nursery() as nursery:
         gate = Gate(monkeypatch, Generation, "origin")
 
         async def warm() -> None:
             with pytest.raises(FillCancelled):
-                await library.warm("p")
+                await library.warming.warm("p")
 
         nursery.start_soon(warm)
         await gate.reached()
-        await library.evict("p")
+        await library.admin.evict("p")
         gate.go.set()
         await trio.testing.wait_all_tasks_blocked(0.1)
-        assert library.status("p").fill is None
-        await library.warm("p")
+        assert library.pipelines.status("p").fill is None
+        await library.warming.warm("p")
         await wait_state(library, "p", "unverified")
 
 
 async def test_what_is_being_verified_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library, trio.open_nursery() as nursery:
-        await library.add(spec("p", source))
-        await library.warm("p")
+        await library.admin.add(spec("p", source))
+        await library.warming.warm("p")
         await wait_state(library, "p", "unverified")
         gate = Gate(monkeypatch, BlobStore, "existing_blob")
         healed: list[tuple[str, ...]] = []
 
         async def verify() -> None:
-            healed.append((await library.verify("p", lambda done, total: None)).healed)
+            healed.append((await library.admin.verify("p", lambda done, total: None)).healed)
 
         nursery.start_soon(verify)
         await gate.reached()
         with pytest.raises(PipelineBusy):
-            await library.evict("p")
+            await library.admin.evict("p")
         gate.go.set()
         with trio.fail_after(10):
             while not healed:
                 await trio.sleep(0.01)
         assert healed == [()]
-        await library.evict("p")
+        await library.admin.evict("p")
 
 
 async def test_an_update_during_verify_drops_the_old_generation_in_the_end(
@@ -110,14 +110,14 @@ async def test_an_update_during_verify_drops_the_old_generation_in_the_end(
 ) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library, trio.open_nursery() as nursery:
-        await library.add(spec("p", source))
-        await library.warm("p")
+        await library.admin.add(spec("p", source))
+        await library.warming.warm("p")
         await wait_state(library, "p", "unverified")
         gate = Gate(monkeypatch, BlobStore, "existing_blob", once=True)
-        nursery.start_soon(library.verify, "p", lambda done, total: None)
+        nursery.start_soon(library.admin.verify, "p", lambda done, total: None)
         await gate.reached()
         (source / "config.json").write_bytes(b'{"a": 2}')
-        assert (await library.update("p")).generation == 2
+        assert (await library.admin.update("p")).generation == 2
         assert (tmp_path / "store/slots/p/1").exists()
         gate.go.set()
         with trio.fail_after(10):
@@ -138,8 +138,8 @@ async def test_many_readers_of_a_lost_file_have_it_dropped_once(
         original(store, pipeline, generation, path)
 
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        await library.warm("p")
+        await library.admin.add(spec("p", source))
+        await library.warming.warm("p")
         await wait_state(library, "p", "unverified")
         (tmp_path / "store/slots/p/1/files" / name).unlink()
         monkeypatch.setattr(BlobStore, "delete_blob", counted)
@@ -147,7 +147,7 @@ async def test_many_readers_of_a_lost_file_have_it_dropped_once(
 
         async def read() -> None:
             with pytest.raises(NoSuchEntry):  # the kernel looks the name up again, and finds another file
-                await library.open(node)
+                await library.mounted.open(node)
 
         async with trio.open_nursery() as nursery:
             for _ in range(20):
@@ -162,8 +162,8 @@ async def test_a_complete_file_without_its_seal_is_not_believed(tmp_path: Path) 
     source = make_source(tmp_path / "source")
     name = "model-2-of-2.safetensors"
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        await library.warm("p")
+        await library.admin.add(spec("p", source))
+        await library.warming.warm("p")
         await wait_state(library, "p", "unverified")
     stored = tmp_path / "store/slots/p/1/files" / name
     stored.unlink()
@@ -185,17 +185,17 @@ async def test_an_old_generation_that_cannot_be_deleted_ends_nothing(
         raise StoreError("the disk does not let go")
 
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        handle = await library.open(find(library, "p", "config.json"))
+        await library.admin.add(spec("p", source))
+        handle = await library.mounted.open(find(library, "p", "config.json"))
         (source / "config.json").write_bytes(b'{"a": 2}')
-        await library.update("p")
+        await library.admin.update("p")
         monkeypatch.setattr(BlobStore, "delete_generation", refuse)
-        library.release(handle)
+        library.mounted.release(handle)
         await trio.testing.wait_all_tasks_blocked(0.1)
         assert await read_all(library, "p", "config.json") == b'{"a": 2}'
-        await library.update("p")
+        await library.admin.update("p")
         (source / "config.json").write_bytes(b'{"a": 3}')
-        assert (await library.update("p")).generation == 3
+        assert (await library.admin.update("p")).generation == 3
     async with running(tmp_path) as library:  # nor does it keep the daemon from starting
         assert await read_all(library, "p", "config.json") == b'{"a": 3}'
 
@@ -204,7 +204,7 @@ async def test_origins_that_hang_hold_up_no_read(tmp_path: Path, monkeypatch: py
     source = make_source(tmp_path / "source")
     name = "model-2-of-2.safetensors"
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
         expected = await read_all(library, "p", name)
         release = threading.Event()
 
@@ -215,8 +215,8 @@ async def test_origins_that_hang_hold_up_no_read(tmp_path: Path, monkeypatch: py
         def hang(spec: object, model: ModelSpec) -> Origin:
             return Hanging()  # type: ignore[return-value]
 
-        monkeypatch.setattr(library._catalog, "open_origin", hang)
-        monkeypatch.setattr(type(library._open_files), "read_cached", lambda *_: 0)  # the page cache is empty
+        monkeypatch.setattr(library.catalog, "open_origin", hang)
+        monkeypatch.setattr(type(library.open_files), "read_cached", lambda *_: 0)  # the page cache is empty
         async with trio.open_nursery() as nursery:
             for number in range(60):
                 nursery.start_soon(_add_in_vain, library, f"q{number}", source)
@@ -231,7 +231,7 @@ async def test_origins_that_hang_hold_up_no_read(tmp_path: Path, monkeypatch: py
 
 async def _add_in_vain(library: Library, pipeline: str, source: Path) -> None:
     with trio.move_on_after(15):
-        await library.add(spec(pipeline, source))
+        await library.admin.add(spec(pipeline, source))
 
 
 async def test_a_partly_filled_file_that_vanished_is_forgotten_before_another_takes_its_place(tmp_path: Path) -> None:
@@ -239,30 +239,30 @@ async def test_a_partly_filled_file_that_vanished_is_forgotten_before_another_ta
     source = make_source(tmp_path / "source")
     name = "pytorch_model.bin"
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        handle = await library.open(find(library, "p", name))
-        await library.read_into(handle, 0, memoryview(bytearray(4096)))
-        library.release(handle)
+        await library.admin.add(spec("p", source))
+        handle = await library.mounted.open(find(library, "p", name))
+        await library.mounted.read_into(handle, 0, memoryview(bytearray(4096)))
+        library.mounted.release(handle)
     stored = tmp_path / "store/slots/p/1/files" / name
     stored.unlink()
     async with running(tmp_path) as library:
-        index = library._index
-        (file,) = [file for file in library.status("p").files or () if file.path == name]
+        index = library.index
+        (file,) = [file for file in library.pipelines.status("p").files or () if file.path == name]
         assert 0 < file.cached_bytes < file.size, "it is partly filled, as far as the index knows"
         records: list[dict[int, FileRecord]] = []
-        real = library._store.blob
+        real = library.store.blob
 
         def watched(*where: object) -> object:
             assert not stored.exists()
             records.append(index.read(lambda txn: dict(txn.files("p", 1))))
             return real(*where)  # type: ignore[arg-type]
 
-        library._store.blob = watched  # type: ignore[method-assign, assignment]
+        library.store.blob = watched  # type: ignore[method-assign, assignment]
         assert await read_all(library, "p", name) == (source / name).read_bytes()
         assert [record.bitmap for record in records[0].values()] == [b""]
         assert await fills_to_the_end(library, name) == os.stat(source / name).st_size
     async with running(tmp_path) as library:
-        assert library._catalog.pipelines["p"].allocated == blocks(tmp_path, "p")
+        assert library.catalog.pipelines["p"].allocated == blocks(tmp_path, "p")
 
 
 async def test_a_read_of_what_was_removed_changes_nothing_of_what_has_its_name_now(
@@ -270,14 +270,14 @@ async def test_a_read_of_what_was_removed_changes_nothing_of_what_has_its_name_n
 ) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        handle = await library.open(find(library, "p", "pytorch_model.bin"))
-        await library.remove("p")
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
+        handle = await library.mounted.open(find(library, "p", "pytorch_model.bin"))
+        await library.admin.remove("p")
+        await library.admin.add(spec("p", source))
         with pytest.raises(FillCancelled, match="was removed"):
-            await library.read_into(handle, MIB, memoryview(bytearray(4096)))
-        assert library._index.read(lambda txn: set(txn.summarized())) == {"p"}
-        library.release(handle)
+            await library.mounted.read_into(handle, MIB, memoryview(bytearray(4096)))
+        assert library.index.read(lambda txn: set(txn.summarized())) == {"p"}
+        library.mounted.release(handle)
 
 
 async def test_while_a_fill_is_prepared_nothing_is_settled_nor_written_for_what_was_removed(
@@ -286,13 +286,13 @@ async def test_while_a_fill_is_prepared_nothing_is_settled_nor_written_for_what_
     source = make_source(tmp_path / "source")
     name = "pytorch_model.bin"
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        handle = await library.open(find(library, "p", name))
-        await library.read_into(handle, 0, memoryview(bytearray(4096)))
-        library.release(handle)
+        await library.admin.add(spec("p", source))
+        handle = await library.mounted.open(find(library, "p", name))
+        await library.mounted.read_into(handle, 0, memoryview(bytearray(4096)))
+        library.mounted.release(handle)
     (tmp_path / "store/slots/p/1/files" / name).unlink()
     async with running(tmp_path) as library, trio.open_nursery() as nursery:
-        handle = await library.open(find(library, "p", name))
+        handle = await library.mounted.open(find(library, "p", name))
         assert handle.file.bitmap
         gate = Gate(monkeypatch, BlobStore, "existing_blob")
         forgotten: list[object] = []
@@ -300,24 +300,24 @@ async def test_while_a_fill_is_prepared_nothing_is_settled_nor_written_for_what_
 
         async def read() -> None:
             with pytest.raises(FillCancelled, match="was removed"):
-                await library.read_into(handle, MIB, memoryview(bytearray(4096)))
+                await library.mounted.read_into(handle, MIB, memoryview(bytearray(4096)))
 
         nursery.start_soon(read)
         await gate.reached()
-        assert not is_clean(library._catalog.pipelines["p"])
-        await library.remove("p")
-        await library.add(spec("p", source))
+        assert not is_clean(library.catalog.pipelines["p"])
+        await library.admin.remove("p")
+        await library.admin.add(spec("p", source))
         gate.go.set()
         await trio.testing.wait_all_tasks_blocked(0.1)
         assert not forgotten
-        library.release(handle)
+        library.mounted.release(handle)
 
 
 async def fills_to_the_end(library: Library, name: str) -> int:
     """Bytes that are cached of it, once it is complete."""
     with trio.fail_after(20):
         while True:
-            (file,) = [file for file in library.status("p").files or () if file.path == name]
+            (file,) = [file for file in library.pipelines.status("p").files or () if file.path == name]
             if file.state in ("sealed", "unverified"):
                 return file.cached_bytes
             await trio.sleep(0.005)

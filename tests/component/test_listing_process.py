@@ -82,13 +82,13 @@ async def test_a_large_source_is_listed_outside(
     monkeypatch.setattr(lifecycle, "Lister", Watched)
     monkeypatch.setattr("instantstart_fs.library.IN_THE_DAEMON", Bounds(body=1 << 20, files=1000, final=False))
     async with from_hub(tmp_path, hub) as library:
-        status = await library.add(PipelineSpec("p", (ModelSpec(SOURCE),)))
+        status = await library.admin.add(PipelineSpec("p", (ModelSpec(SOURCE),)))
         assert runs == ["resolve"]
         assert status.skipped is not None and status.skipped.count == 1
-        assert len(library.status("p").files or ()) == len(names)
+        assert len(library.pipelines.status("p").files or ()) == len(names)
         small = PipelineSpec("small", (ModelSpec(SOURCE, include=("part-0000*",)),))
         hub.publish_names(REPO, names[:20], tmp_path / "payload")
-        await library.add(small)
+        await library.admin.add(small)
         assert runs == ["resolve"], "what is small is listed here"
 
 
@@ -108,7 +108,7 @@ async def test_who_gives_up_ends_the_process(
     async with from_hub(tmp_path, hub) as library:
         with trio.move_on_after(60) as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(library.add, PipelineSpec("p", (ModelSpec(SOURCE),)))
+                nursery.start_soon(library.admin.add, PipelineSpec("p", (ModelSpec(SOURCE),)))
                 while not any(lister._process for lister in listers):
                     await trio.sleep(0.02)
                 nursery.cancel_scope.cancel()

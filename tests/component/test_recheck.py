@@ -53,8 +53,8 @@ class World:
 
     async def warm(self, library: Library) -> None:
         models = (ModelSpec(source="hf://org/recheck"),)
-        await library.add(PipelineSpec(id="p", models=models, token_file=str(self.token)))
-        await library.warm("p")
+        await library.admin.add(PipelineSpec(id="p", models=models, token_file=str(self.token)))
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
         self.hub.forget_requests()
 
@@ -80,7 +80,7 @@ def rechecker(library: Library) -> Rechecker:
 
 
 def names(library: Library, *below: str) -> list[str]:
-    return [name for name in library.list_directory(find(library, *below)) if not name.startswith(".")]
+    return [name for name in library.mounted.list_directory(find(library, *below)) if not name.startswith(".")]
 
 
 async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
@@ -89,14 +89,14 @@ async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
     async with world.running() as library:
         await world.warm(library)
         root, shard = find(library, "p"), find(library, "p", SHARD)
-        held = await library.open(shard)
+        held = await library.mounted.open(shard)
         world.lets_in("hf_other")
         await world.later(library, 0.8 * DAY)
         assert not world.hub.requests(), "asked before its time"
         await world.later(library, 0.2 * DAY)
         assert "p" in names(library), "one 403 is no verdict"
         assert await read_all(library, "p", SHARD) == (world.source / SHARD).read_bytes()
-        status = library.status("p")
+        status = library.pipelines.status("p")
         assert status.access is not None and (status.state, status.access.verdict) == ("warm", "allowed")
         assert status.access.trouble is not None and status.access.trouble.startswith("access-refused: ")
 
@@ -108,35 +108,39 @@ async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
         assert names(library) == [] and names(library, ".warm") == names(library, ".cold") == []
         for directory, name in ((ROOT, "p"), (find(library, ".warm"), "p"), (find(library, ".cold"), "p")):
             with pytest.raises(NoSuchEntry):
-                library.lookup(directory, name)
-        for what in (lambda: library.list_directory(root), lambda: library.lookup(root, SHARD)):
+                library.mounted.lookup(directory, name)
+        for what in (lambda: library.mounted.list_directory(root), lambda: library.mounted.lookup(root, SHARD)):
             with pytest.raises(AccessRefused):
                 what()
-        assert not library.keeps_listing(root)
+        assert not library.mounted.keeps_listing(root)
         with pytest.raises(AccessRefused):
-            await library.open(shard)
+            await library.mounted.open(shard)
         with pytest.raises(AccessRefused):
-            library.open_nowait(shard)
+            library.mounted.open_nowait(shard)
         assert library.bindings.files("p") == {}
         # Nor by another door, but to its owner, and to those who administer.
-        owner = library.spec("p").uid
-        assert not library.shown_to("p", ANYBODY) and not library.shown_to("p", Sight(False, owner + 1, frozenset()))
-        assert library.shown_to("p", EVERYTHING) and library.shown_to("p", Sight(False, owner, frozenset()))
+        owner = library.pipelines.spec("p").uid
+        assert not library.pipelines.shown_to("p", ANYBODY) and not library.pipelines.shown_to(
+            "p", Sight(False, owner + 1, frozenset())
+        )
+        assert library.pipelines.shown_to("p", EVERYTHING) and library.pipelines.shown_to(
+            "p", Sight(False, owner, frozenset())
+        )
         with pytest.raises(AccessRefused):
-            await library.warm("p")
+            await library.warming.warm("p")
         with pytest.raises(AccessRefused):
-            async with library.opening("p", {}):
+            async with library.leases.opening("p", {}):
                 pass
         # Who has it open keeps it.
         buffer = bytearray(1000)
-        assert await library.read_into(held, 0, memoryview(buffer)) == 1000
+        assert await library.mounted.read_into(held, 0, memoryview(buffer)) == 1000
         assert buffer == (world.source / SHARD).read_bytes()[:1000]
-        library.release(held)
-        status = library.status("p")
+        library.mounted.release(held)
+        status = library.pipelines.status("p")
         assert status.state == "error" and status.error is not None and status.access is not None
         assert (status.error.code, status.access.verdict) == ("access-refused", "refused")
         assert status.cached_bytes == status.total_bytes
-        store_summary = await library.store_summary()
+        store_summary = await library.snapshots.store_summary()
         assert store_summary.access == {"allowed": 0, "refused": 1, "unknown": 0}
         assert library.telemetry.totals.access_checks == {"allowed": 1, "refused": 2}
 
@@ -145,7 +149,7 @@ async def test_what_its_origin_refuses_twice_goes_out_of_view_and_comes_back(
         await world.later(library, REFUSED_SECONDS)
         assert names(library) == ["p"]
         assert SHARD in library.bindings.files("p")
-        assert library.status("p").state == "warm" and library.status("p").error is None
+        assert library.pipelines.status("p").state == "warm" and library.pipelines.status("p").error is None
         assert await read_all(library, "p", SHARD) == (world.source / SHARD).read_bytes()
         assert not bodies(world.hub)
 
@@ -159,7 +163,7 @@ async def test_a_private_repository_that_is_not_shown_any_more_is_a_refusal(worl
         await world.later(library, CONFIRM_SECONDS)
         assert names(library) == []
         with pytest.raises(OriginHidden):
-            await library.check_access("p")
+            await library.admin.check_access("p")
 
 
 async def test_an_outage_and_unusable_credentials_refuse_nothing(
@@ -175,23 +179,23 @@ async def test_an_outage_and_unusable_credentials_refuse_nothing(
         assert sum("no answer" in record.message for record in caplog.records) == 1, "once is enough"
         assert not world.hub.requests(), "what others can read is shown to nobody"
         with pytest.raises(CredentialsUnusable):
-            await library.check_access("p")
+            await library.admin.check_access("p")
         os.chmod(world.token, 0o600)
         world.hub.kill()
         try:
             for _ in range(3):
                 await world.later(library, DAY)
             with pytest.raises(OriginUnavailable):
-                await library.check_access("p")
+                await library.admin.check_access("p")
         finally:
             world.hub.restart()
-        assert names(library) == ["p"] and library.status("p").state == "warm"
-        status = library.status("p").access
+        assert names(library) == ["p"] and library.pipelines.status("p").state == "warm"
+        status = library.pipelines.status("p").access
         assert status is not None and status.verdict == "allowed" and status.trouble is not None
-        assert (await library.store_summary()).access == {"allowed": 0, "refused": 0, "unknown": 1}
+        assert (await library.snapshots.store_summary()).access == {"allowed": 0, "refused": 0, "unknown": 1}
         assert await read_all(library, "p", SHARD) == (world.source / SHARD).read_bytes()
         await world.later(library, DAY)
-        assert (await library.store_summary()).access == {"allowed": 1, "refused": 0, "unknown": 0}
+        assert (await library.snapshots.store_summary()).access == {"allowed": 1, "refused": 0, "unknown": 0}
 
 
 async def test_a_restart_shows_nothing_that_was_refused_though_nobody_can_be_asked(world: World) -> None:
@@ -202,15 +206,15 @@ async def test_a_restart_shows_nothing_that_was_refused_though_nobody_can_be_ask
     try:
         async with world.running() as library:
             assert names(library) == []
-            assert library.status("p").state == "error"
+            assert library.pipelines.status("p").state == "error"
             await world.later(library, DAY)
             assert names(library) == [], "an outage does not make up for a refusal"
     finally:
         world.hub.restart()
     world.lets_in("hf_mine")
     async with world.running() as library:
-        await library.check_access("p")  # `verify --access` need not wait for the next check
-        assert names(library) == ["p"] and library.status("p").state == "warm"
+        await library.admin.check_access("p")  # `verify --access` need not wait for the next check
+        assert names(library) == ["p"] and library.pipelines.status("p").state == "warm"
 
 
 async def test_an_update_with_a_new_token_brings_it_back(world: World) -> None:
@@ -219,10 +223,10 @@ async def test_an_update_with_a_new_token_brings_it_back(world: World) -> None:
         await world.refused(library)
         assert names(library) == []
         with pytest.raises(AccessRefused):
-            await library.update("p")
+            await library.admin.update("p")
         world.token.write_text("hf_other\n")
-        await library.update("p")
-        assert names(library) == ["p"] and library.status("p").state == "warm"
+        await library.admin.update("p")
+        assert names(library) == ["p"] and library.pipelines.status("p").state == "warm"
 
 
 async def test_told_of_only(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -234,33 +238,33 @@ async def test_told_of_only(world: World, caplog: pytest.LogCaptureFixture) -> N
             await world.later(library, REFUSED_SECONDS)
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert names(library) == ["p"]
-        status = library.status("p")
+        status = library.pipelines.status("p")
         assert status.access is not None and (status.state, status.access.verdict) == ("warm", "refused")
-        assert (await library.store_summary()).access == {"allowed": 0, "refused": 1, "unknown": 0}
+        assert (await library.snapshots.store_summary()).access == {"allowed": 0, "refused": 1, "unknown": 0}
         assert await read_all(library, "p", SHARD) == (world.source / SHARD).read_bytes()
 
 
 async def test_a_fill_of_what_is_refused_ends(world: World) -> None:
     async with world.running() as library:
         models = (ModelSpec(source="hf://org/recheck"),)
-        await library.add(PipelineSpec(id="p", models=models, token_file=str(world.token)))
+        await library.admin.add(PipelineSpec(id="p", models=models, token_file=str(world.token)))
         world.hub.fault("bandwidth", port="cdn", rate=MIB // 8)
-        await library.warm("p")
+        await library.warming.warm("p")
         with trio.fail_after(10):
-            while not library.status("p").fill:
-                await library.wait_changed("p", 1.0)
+            while not library.pipelines.status("p").fill:
+                await library.pipelines.wait_changed("p", 1.0)
         await world.refused(library)
         with trio.fail_after(10):
-            while library.status("p").fill:
-                await library.wait_changed("p", 0.2)
+            while library.pipelines.status("p").fill:
+                await library.pipelines.wait_changed("p", 0.2)
         world.hub.clear()
 
 
 async def test_who_has_nobody_to_ask_is_not_asked_about(world: World) -> None:
     async with world.running() as library:
-        await library.add(spec("plain", world.source))
+        await library.admin.add(spec("plain", world.source))
         await world.later(library, 3 * DAY)
-        status = library.status("plain")
+        status = library.pipelines.status("plain")
         assert status.access is None
         assert library.telemetry.totals.access_checks == {}
 
@@ -273,5 +277,5 @@ async def test_the_daemons_own_loop_asks(world: World) -> None:
     async with world.running() as library:
         with trio.fail_after(20):
             while not library.telemetry.totals.access_checks:
-                await library.wait_changed("p", 0.5)
+                await library.pipelines.wait_changed("p", 0.5)
         assert library.telemetry.totals.access_checks == {"allowed": 1}

@@ -11,8 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from instantstart_fs.admin.rehash import Pace
 from instantstart_fs.store.blobstore import BlobStore
+from instantstart_fs.upkeep.rehash import Pace
 
 MIB = 1024 * 1024
 _LIBC = ctypes.CDLL(None, use_errno=True)

@@ -43,7 +43,7 @@ async def checkpoint(library: Library) -> None:
 
 def read_whole(library: Library) -> int:
     """How many generations this library has read from their manifests."""
-    return library._catalog.read_whole
+    return library.catalog.read_whole
 
 
 def summarized(root: Path) -> set[str]:
@@ -53,19 +53,19 @@ def summarized(root: Path) -> set[str]:
 
 
 def known_summaries(library: Library) -> set[str]:
-    return library._index.read(lambda txn: set(txn.summarized()))
+    return library.index.read(lambda txn: set(txn.summarized()))
 
 
 def everything(library: Library) -> dict[str, PipelineStatus]:
-    return {status.pipeline: status for status in library.list()}
+    return {status.pipeline: status for status in library.pipelines.list()}
 
 
 async def test_a_start_reads_no_manifest_and_no_file_record_of_what_is_settled(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         for number in range(20):
-            await library.add(spec(f"cold{number}", source))
-        await library.add(spec("warm", source))
+            await library.admin.add(spec(f"cold{number}", source))
+        await library.admin.add(spec("warm", source))
         await fills(library, "warm")
         await checkpoint(library)
         before = everything(library)
@@ -73,37 +73,43 @@ async def test_a_start_reads_no_manifest_and_no_file_record_of_what_is_settled(t
 
     async with running(tmp_path) as library:
         assert everything(library) == before
-        assert [candidate.pipeline for candidate in library.candidates()] == ["warm"]
-        assert library.filesystem().files == 21
-        assert library.status("warm").files
-        assert library.list_directory(library.lookup(ROOT, ".warm").nodeid) == ["warm"]
+        assert [candidate.pipeline for candidate in library.inventory.candidates()] == ["warm"]
+        assert library.mounted.filesystem().files == 21
+        assert library.pipelines.status("warm").files
+        assert library.mounted.list_directory(library.mounted.lookup(ROOT, ".warm").nodeid) == ["warm"]
         for name in before:
-            root = library.lookup(ROOT, name)
-            assert root == library.attributes(root.nodeid)
-            library.xattrs(root.nodeid)
+            root = library.mounted.lookup(ROOT, name)
+            assert root == library.mounted.attributes(root.nodeid)
+            library.mounted.xattrs(root.nodeid)
         assert read_whole(library) == 1  # the one whose files were asked for by name, above
         assert find(library, "cold7", WEIGHTS)
         assert read_whole(library) == 2
-        assert library.status("cold7") == msgspec.structs.replace(before["cold7"], files=library.status("cold7").files)
+        assert library.pipelines.status("cold7") == msgspec.structs.replace(
+            before["cold7"], files=library.pipelines.status("cold7").files
+        )
 
 
 async def test_what_a_summary_shows_is_what_the_whole_shows(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         for name in ("cold", "part", "warm"):
-            await library.add(spec(name, source))
+            await library.admin.add(spec(name, source))
         await fills(library, "warm")
-        handle = await library.open(find(library, "part", "pytorch_model.bin"))
-        await library.read_into(handle, 0, memoryview(bytearray(4096)))
-        library.release(handle)
+        handle = await library.mounted.open(find(library, "part", "pytorch_model.bin"))
+        await library.mounted.read_into(handle, 0, memoryview(bytearray(4096)))
+        library.mounted.release(handle)
     async with running(tmp_path) as library:  # what was being filled is read whole, and given back what nobody recorded
-        assert isinstance(library._catalog.pipelines["part"].head, Generation)
+        assert isinstance(library.catalog.pipelines["part"].head, Generation)
         await checkpoint(library)
     async with running(tmp_path) as library:
-        for name, pipeline in library._catalog.pipelines.items():
-            unloaded, root = pipeline.head, library.lookup(ROOT, name)
+        for name, pipeline in library.catalog.pipelines.items():
+            unloaded, root = pipeline.head, library.mounted.lookup(ROOT, name)
             assert isinstance(unloaded, UnloadedGeneration)
-            shown = library.xattrs(root.nodeid), everything(library)[name], library._candidate(pipeline)
+            shown = (
+                library.mounted.xattrs(root.nodeid),
+                everything(library)[name],
+                library.inventory.candidate(pipeline),
+            )
             whole = pipeline.current
             assert isinstance(whole, Generation)
             for attribute in (
@@ -112,27 +118,27 @@ async def test_what_a_summary_shows_is_what_the_whole_shows(tmp_path: Path) -> N
             ):
                 assert getattr(unloaded, attribute) == getattr(whole, attribute), (name, attribute)
             assert shown == (
-                library.xattrs(root.nodeid),
+                library.mounted.xattrs(root.nodeid),
                 everything(library)[name],
-                library._candidate(pipeline),
+                library.inventory.candidate(pipeline),
             )
-            assert library.lookup(ROOT, name) == root
+            assert library.mounted.lookup(ROOT, name) == root
             assert pipeline.allocated == blocks(tmp_path, name)
 
 
 async def test_before_the_first_byte_of_a_fill_the_summary_is_gone(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("x", source))
+        await library.admin.add(spec("x", source))
         assert known_summaries(library) == {"x"}
         seen: list[set[str]] = []
-        real = library._store.blob
+        real = library.store.blob
 
         def watched(*where: object) -> object:
             seen.append(known_summaries(library))
             return real(*where)  # type: ignore[arg-type]
 
-        library._store.blob = watched  # type: ignore[method-assign, assignment]
+        library.store.blob = watched  # type: ignore[method-assign, assignment]
         await read_all(library, "x", WEIGHTS)
         assert seen[0] == set()
         await library.residency.run_once()
@@ -143,9 +149,9 @@ async def test_bytes_that_nobody_recorded_are_given_back_at_the_next_start(tmp_p
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         for name in ("x", "settled"):
-            await library.add(spec(name, source))
-        await library._catalog.invalidate_summary(
-            library._catalog.pipelines["x"]
+            await library.admin.add(spec(name, source))
+        await library.catalog.invalidate_summary(
+            library.catalog.pipelines["x"]
         )  # a fill begins, and the daemon is killed
         stray = tmp_path / "store" / "slots" / "x" / "1" / "files" / WEIGHTS
         stray.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +159,7 @@ async def test_bytes_that_nobody_recorded_are_given_back_at_the_next_start(tmp_p
     async with running(tmp_path) as library:
         assert read_whole(library) == 1
         assert blocks(tmp_path, "x") == 0
-        assert library.status("x").cached_bytes == 0
+        assert library.pipelines.status("x").cached_bytes == 0
         await checkpoint(library)
         assert known_summaries(library) == {"x", "settled"}
 
@@ -161,10 +167,10 @@ async def test_bytes_that_nobody_recorded_are_given_back_at_the_next_start(tmp_p
 async def test_a_new_pipeline_of_an_old_name_is_marked_anew(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("x", source))
+        await library.admin.add(spec("x", source))
         await read_all(library, "x", WEIGHTS)
-        await library.remove("x")
-        await library.add(spec("x", source))
+        await library.admin.remove("x")
+        await library.admin.add(spec("x", source))
         assert known_summaries(library) == {"x"}
         await read_all(library, "x", WEIGHTS)
         assert known_summaries(library) == set()
@@ -173,29 +179,29 @@ async def test_a_new_pipeline_of_an_old_name_is_marked_anew(tmp_path: Path) -> N
 async def test_an_eviction_is_settled_only_once_its_bytes_are_gone(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("x", source))
+        await library.admin.add(spec("x", source))
         await fills(library, "x")
         await checkpoint(library)
         assert known_summaries(library) == {"x"}
         seen: list[set[str]] = []
-        real = library._store.empty_generation
+        real = library.store.empty_generation
 
         def watched(pipeline: str, generation: int) -> None:
             seen.append(known_summaries(library))
             real(pipeline, generation)
 
-        library._store.empty_generation = watched  # type: ignore[method-assign]
-        await library.evict("x")
+        library.store.empty_generation = watched  # type: ignore[method-assign]
+        await library.admin.evict("x")
         assert seen == [set()]
         await checkpoint(library)
         assert known_summaries(library) == {"x"}
     async with running(tmp_path) as library:
-        assert library.status("x").state == "cold"
+        assert library.pipelines.status("x").state == "cold"
 
 
 def close_readers(library: Library, pipeline: str) -> None:
-    for file in library._catalog.pipelines[pipeline].current.files:  # type: ignore[union-attr]
-        library._open_files.close_reader(file)
+    for file in library.catalog.pipelines[pipeline].current.files:  # type: ignore[union-attr]
+        library.open_files.close_reader(file)
 
 
 async def test_what_is_looked_into_is_let_go_of_when_there_is_too_much_and_comes_back_the_same(
@@ -205,28 +211,26 @@ async def test_what_is_looked_into_is_let_go_of_when_there_is_too_much_and_comes
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         for name in ("a", "b", "open"):
-            await library.add(spec(name, source))
+            await library.admin.add(spec(name, source))
         await fills(library, "a")
         await checkpoint(library)
         before = {name: find(library, name, WEIGHTS) for name in ("a", "b", "open")}
         data = await read_all(library, "a", WEIGHTS)
         close_readers(library, "a")
-        handle = await library.open(before["open"])
+        handle = await library.mounted.open(before["open"])
 
         def heads() -> list[str]:
-            return [
-                name for name, one in library._catalog.pipelines.items() if isinstance(one.head, UnloadedGeneration)
-            ]
+            return [name for name, one in library.catalog.pipelines.items() if isinstance(one.head, UnloadedGeneration)]
 
         await checkpoint(library)
         assert heads() == []  # little enough
-        each = len(library.status("b").files or ())
+        each = len(library.pipelines.status("b").files or ())
         monkeypatch.setattr(residency, "MOST_FILES", 2 * each)
         find(library, "a", WEIGHTS)
         await checkpoint(library)
         assert heads() == ["b"]  # the one that was not looked at for the longest time
         monkeypatch.setattr(residency, "MOST_FILES", 0)
-        memory = weakref.ref(library._catalog.pipelines["a"].current)  # type: ignore[arg-type]
+        memory = weakref.ref(library.catalog.pipelines["a"].current)  # type: ignore[arg-type]
         gc.disable()
         try:
             await checkpoint(library)
@@ -237,19 +241,19 @@ async def test_what_is_looked_into_is_let_go_of_when_there_is_too_much_and_comes
 
         assert {name: find(library, name, WEIGHTS) for name in before} == before
         assert await read_all(library, "a", WEIGHTS) == data
-        library.release(handle)
+        library.mounted.release(handle)
         # By its nodeid alone, as the kernel asks that remembers the name.
         await checkpoint(library)
         assert "b" in heads()
-        await library.ensure_loaded("b")
-        assert library.attributes(before["b"]).size == len(data)
+        await library.pipelines.ensure_loaded("b")
+        assert library.mounted.attributes(before["b"]).size == len(data)
         assert await read_all(library, "b", WEIGHTS) == data
 
 
 async def test_a_file_of_another_incarnation_is_found_by_its_nodeid_after_a_restart(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("x", source))
+        await library.admin.add(spec("x", source))
         await fills(library, "x")
         stored = tmp_path / "store" / "slots" / "x" / "1" / "files" / WEIGHTS
         stored.unlink()
@@ -264,8 +268,8 @@ async def test_a_file_of_another_incarnation_is_found_by_its_nodeid_after_a_rest
     async with running(tmp_path) as library:
         assert read_whole(library) == 0
         for asked in (nodeid, nodeid + 1):
-            await library.ensure_loaded("x")
-            found = library._catalog.nodes.find(asked)
+            await library.pipelines.ensure_loaded("x")
+            found = library.catalog.nodes.find(asked)
             assert isinstance(found, CachedFile)
             assert (found.entry.path, found.incarnation) == (WEIGHTS, 1)
         assert read_whole(library) == 1
@@ -275,14 +279,14 @@ async def test_a_manifest_that_cannot_be_read_shows_at_the_first_look(tmp_path: 
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         for name in ("bad", "good"):
-            await library.add(spec(name, source))
+            await library.admin.add(spec(name, source))
     (tmp_path / "store" / "slots" / "bad" / "1" / "manifest.json").write_text("{")
     async with running(tmp_path) as library:
-        assert library.lookup(ROOT, "bad").kind == "dir"
-        assert library.status("bad").state == "error"
-        assert "cannot be read" in (library.status("bad").error or pytest.fail("no error")).message
+        assert library.mounted.lookup(ROOT, "bad").kind == "dir"
+        assert library.pipelines.status("bad").state == "error"
+        assert "cannot be read" in (library.pipelines.status("bad").error or pytest.fail("no error")).message
         assert everything(library)["bad"].state == "error"
-        assert library.status("good").state == "cold"
+        assert library.pipelines.status("good").state == "cold"
 
 
 def _of_another_encoding(root: Path, index: Index) -> None:
@@ -314,15 +318,15 @@ async def test_whatever_is_wrong_with_what_is_recorded_of_one_pipeline_costs_no_
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         for name in ("bad", "good"):
-            await library.add(spec(name, source))
+            await library.admin.add(spec(name, source))
             if not unloaded:
-                await library._catalog.invalidate_summary(library._catalog.pipelines[name])
+                await library.catalog.invalidate_summary(library.catalog.pipelines[name])
     with Index.open(str(tmp_path / "store" / "index")) as index:
         spoil(tmp_path, index)
     async with running(tmp_path) as library:
-        await library.ensure_loaded("bad")
-        assert library.status("bad").state == "error"
-        assert (library.status("bad").error or pytest.fail("no error")).code == "store-damaged"
+        await library.pipelines.ensure_loaded("bad")
+        assert library.pipelines.status("bad").state == "error"
+        assert (library.pipelines.status("bad").error or pytest.fail("no error")).code == "store-damaged"
         assert await read_all(library, "good", WEIGHTS) == (source / WEIGHTS).read_bytes()
 
 
@@ -331,9 +335,9 @@ class Gate:
 
     def __init__(self, library: Library) -> None:
         self.entered, self._open, self.reads = trio.Event(), threading.Event(), 0
-        self._real = library._store.metadata.load_manifest
+        self._real = library.store.metadata.load_manifest
         self._token = trio.lowlevel.current_trio_token()
-        library._store.metadata.load_manifest = self._load  # type: ignore[method-assign]
+        library.store.metadata.load_manifest = self._load  # type: ignore[method-assign]
 
     def _load(self, pipeline: str, generation: int) -> Manifest:
         self.reads += 1
@@ -351,7 +355,7 @@ async def clean_library(root: Path, *names: str) -> AsyncIterator[Library]:
     source = make_source(root / "source")
     async with running(root) as library:
         for name in names:
-            await library.add(spec(name, source))
+            await library.admin.add(spec(name, source))
         await fills(library, "x")
         await checkpoint(library)
     async with running(root) as library:
@@ -367,7 +371,7 @@ async def test_while_one_pipeline_is_looked_into_the_mount_answers_for_others_an
     async with clean_library(tmp_path, "x", "other") as library:
         find(library, "other", WEIGHTS)  # in memory
         operations, gate = Operations(library), Gate(library)
-        root, other = library.lookup(ROOT, "x").nodeid, library.lookup(ROOT, "other").nodeid
+        root, other = library.mounted.lookup(ROOT, "x").nodeid, library.mounted.lookup(ROOT, "other").nodeid
         found: list[int] = []
         statuses: list[PipelineStatus] = []
         interrupted = trio.CancelScope()
@@ -380,8 +384,8 @@ async def test_while_one_pipeline_is_looked_into_the_mount_answers_for_others_an
                 await look()
 
         async def status() -> None:
-            await library.ensure_loaded("x")
-            statuses.append(library.status("x"))
+            await library.pipelines.ensure_loaded("x")
+            statuses.append(library.pipelines.status("x"))
 
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
@@ -394,7 +398,7 @@ async def test_while_one_pipeline_is_looked_into_the_mount_answers_for_others_an
                 await trio.testing.wait_all_tasks_blocked()
                 assert (await operations.lookup(other, WEIGHTS.encode(), NOBODY)).nodeid
                 assert (await operations.getattr(root, NOBODY)).nodeid == root  # the summary says it
-                assert library.pipeline_of(root) == "x"
+                assert library.mounted.pipeline_of(root) == "x"
                 await operations.releasedir(await operations.opendir(other, NOBODY))
                 assert not found and not statuses
                 gate.open()
@@ -406,18 +410,18 @@ async def test_while_one_pipeline_is_looked_into_the_mount_answers_for_others_an
 
 async def test_what_is_removed_or_read_by_another_while_it_is_looked_into_is_not_put_back(tmp_path: Path) -> None:
     async with clean_library(tmp_path, "x", "other") as library:
-        gate, before = Gate(library), len(library._catalog.nodes)
+        gate, before = Gate(library), len(library.catalog.nodes)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(library.ensure_loaded, "x")
+                nursery.start_soon(library.pipelines.ensure_loaded, "x")
                 await gate.entered.wait()
-                await library.remove("x")
+                await library.admin.remove("x")
                 gate.open()
-        assert len(library._catalog.nodes) == before - 3  # its block, its directory, its link
+        assert len(library.catalog.nodes) == before - 3  # its block, its directory, its link
         assert everything(library)["other"].error is None
 
         gate = Gate(library)
-        catalog, other = library._catalog, library._catalog.pipelines["other"]
+        catalog, other = library.catalog, library.catalog.pipelines["other"]
         found: list[Generation | None] = []
 
         async def look() -> None:
@@ -435,15 +439,15 @@ async def test_what_is_removed_or_read_by_another_while_it_is_looked_into_is_not
 
 async def test_what_is_hidden_and_removed_at_the_same_time_is_not_read_again(tmp_path: Path) -> None:
     async with clean_library(tmp_path, "x") as library:
-        gate, before = Gate(library), len(library._catalog.nodes)
+        gate, before = Gate(library), len(library.catalog.nodes)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(library._catalog.set_hidden, library._catalog.pipelines["x"], "no access")
+                nursery.start_soon(library.catalog.set_hidden, library.catalog.pipelines["x"], "no access")
                 await gate.entered.wait()
-                await library.remove("x")
+                await library.admin.remove("x")
                 gate.open()
         assert gate.reads == 1
-        assert len(library._catalog.nodes) == before - 3
+        assert len(library.catalog.nodes) == before - 3
 
 
 async def test_a_manifest_that_proves_unreadable_when_it_is_looked_into_is_an_error_of_its_pipeline_alone(
@@ -453,10 +457,12 @@ async def test_a_manifest_that_proves_unreadable_when_it_is_looked_into_is_an_er
         (tmp_path / "store" / "slots" / "x" / "1" / "manifest.json").write_text("{")
         operations = Operations(library)
         with pytest.raises(FUSEError) as stale:
-            await operations.readdir(await operations.opendir(library.lookup(ROOT, "x").nodeid, NOBODY), 0, None)
+            await operations.readdir(
+                await operations.opendir(library.mounted.lookup(ROOT, "x").nodeid, NOBODY), 0, None
+            )
         assert stale.value.errno == errno.ESTALE
-        assert library.status("x").state == "error"
-        assert (await operations.lookup(library.lookup(ROOT, "other").nodeid, WEIGHTS.encode(), NOBODY)).nodeid
+        assert library.pipelines.status("x").state == "error"
+        assert (await operations.lookup(library.mounted.lookup(ROOT, "other").nodeid, WEIGHTS.encode(), NOBODY)).nodeid
 
 
 async def test_a_file_that_the_kernel_remembers_by_its_nodeid_is_opened_after_its_pipeline_was_read(
@@ -478,15 +484,15 @@ async def test_the_collector_walks_over_no_large_generation(tmp_path: Path, monk
     monkeypatch.setattr(gc_control, "LARGE", 5)
     async with clean_library(tmp_path, "x") as library:
         enabled: list[bool] = []
-        real = library._store.metadata.load_manifest
+        real = library.store.metadata.load_manifest
 
         def watched(pipeline: str, generation: int) -> Manifest:
             enabled.append(gc.isenabled())
             return real(pipeline, generation)
 
-        library._store.metadata.load_manifest = watched  # type: ignore[method-assign]
+        library.store.metadata.load_manifest = watched  # type: ignore[method-assign]
         gc.unfreeze()
-        await library.ensure_loaded("x")
+        await library.pipelines.ensure_loaded("x")
         assert enabled == [False]
         assert gc.isenabled()
         assert gc.get_freeze_count() > 0
@@ -525,29 +531,29 @@ def living(monkeypatch: pytest.MonkeyPatch) -> Iterator[Living]:
 async def test_a_generation_is_freed_when_it_is_done_with(tmp_path: Path, living: Living) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("x", source))
+        await library.admin.add(spec("x", source))
         await fills(library, "x")
         assert await read_all(library, "x", WEIGHTS)
-        await library.evict("x")
+        await library.admin.evict("x")
         await living.are(1)
 
         await fills(library, "x")
-        handle = await library.open(find(library, "x", WEIGHTS))
+        handle = await library.mounted.open(find(library, "x", WEIGHTS))
         (source / "config.json").write_bytes(b'{"a": 2}')
-        await library.update("x")
+        await library.admin.update("x")
         await living.are(2)
-        assert await library.read_into(handle, 0, memoryview(bytearray(4096))) == 4096
-        library.release(handle)
+        assert await library.mounted.read_into(handle, 0, memoryview(bytearray(4096))) == 4096
+        library.mounted.release(handle)
         del handle
         await living.are(1)
 
         await fills(library, "x")
-        handle = await library.open(find(library, "x", WEIGHTS))
-        assert await library.read_into(handle, 0, memoryview(bytearray(4096))) == 4096
-        await library.remove("x")
-        assert await library.read_into(handle, 0, memoryview(bytearray(4096))) == 4096
+        handle = await library.mounted.open(find(library, "x", WEIGHTS))
+        assert await library.mounted.read_into(handle, 0, memoryview(bytearray(4096))) == 4096
+        await library.admin.remove("x")
+        assert await library.mounted.read_into(handle, 0, memoryview(bytearray(4096))) == 4096
         assert handle.file.generation.files
-        library.release(handle)
+        library.mounted.release(handle)
         del handle
         await living.are(0)
 
@@ -555,25 +561,25 @@ async def test_a_generation_is_freed_when_it_is_done_with(tmp_path: Path, living
 async def test_so_is_one_that_is_made_in_vain(tmp_path: Path, living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("x", source))
+        await library.admin.add(spec("x", source))
         await fills(library, "x")
 
         def refuse(pipeline: object) -> None:
             raise PipelineBusy("not now")
 
         with pytest.raises(PipelineBusy):
-            await library._admin.evict("x", refuse)
+            await library.lifecycle.evict("x", refuse)
         await living.are(1)
         (source / "config.json").write_bytes(b'{"a": 2}')
-        for where, name in ((library._catalog, "invalidate_summary"), (library._admin, "_record")):
+        for where, name in ((library.catalog, "invalidate_summary"), (library.lifecycle, "_record")):
             with monkeypatch.context() as patch:
                 patch.setattr(where, name, _no_room)
                 with pytest.raises(StoreFull):
-                    await library.update("x")
+                    await library.admin.update("x")
                 await living.are(1)
-        monkeypatch.setattr(library._admin, "_record", _no_room)
+        monkeypatch.setattr(library.lifecycle, "_record", _no_room)
         with pytest.raises(StoreFull):
-            await library.add(spec("y", source))
+            await library.admin.add(spec("y", source))
         await living.are(1)
 
 
@@ -595,9 +601,9 @@ async def test_so_is_one_that_is_read_while_its_pipeline_is_removed(
         monkeypatch.setattr(Generation, "count_all", held)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(library.ensure_loaded, "x")
+                nursery.start_soon(library.pipelines.ensure_loaded, "x")
                 await read.wait()
-                await library.remove("x")
+                await library.admin.remove("x")
                 assert len(living) == 1
                 go.set()
         await living.are(0)
@@ -606,9 +612,9 @@ async def test_so_is_one_that_is_read_while_its_pipeline_is_removed(
 async def test_so_is_one_that_proves_unreadable(tmp_path: Path, living: Living) -> None:
     async with clean_library(tmp_path, "x") as library:
         living.made.clear()
-        await library._index.write(lambda txn: txn.put_file("x", 1, 0, FileRecord("from-the-future", 0)))
-        await library.ensure_loaded("x")
-        assert library.status("x").state == "error"
+        await library.index.write(lambda txn: txn.put_file("x", 1, 0, FileRecord("from-the-future", 0)))
+        await library.pipelines.ensure_loaded("x")
+        assert library.pipelines.status("x").state == "error"
         assert len(living.made) == 1
         await living.are(0)
 
@@ -616,11 +622,11 @@ async def test_so_is_one_that_proves_unreadable(tmp_path: Path, living: Living) 
 async def test_who_keeps_a_generation_keeps_its_files(tmp_path: Path, living: Living) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("x", source))
-        generation = library._catalog.pipelines["x"].current
+        await library.admin.add(spec("x", source))
+        generation = library.catalog.pipelines["x"].current
         assert generation is not None
         with generation.retained():
-            await library.evict("x")
+            await library.admin.evict("x")
             assert len(generation.files) == generation.file_count
         assert generation.files == []
         del generation

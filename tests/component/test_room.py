@@ -104,7 +104,7 @@ def find_index(generation: Generation, path: str) -> int:
 
 
 async def fills(library: Library, pipeline: str) -> None:
-    await library.warm(pipeline)
+    await library.warming.warm(pipeline)
     await wait_state(library, pipeline, "unverified")
 
 
@@ -113,50 +113,50 @@ async def test_what_has_no_room_is_served_through_and_recovers_when_room_appears
     data = (source / WEIGHTS).read_bytes()
     async with running(tmp_path, capacity=9 * MIB) as library:
         for pipeline in ("a", "b"):
-            await library.add(spec(pipeline, source))
+            await library.admin.add(spec(pipeline, source))
         await fills(library, "a")
-        await library.set_pinned("a", True)
+        await library.admin.set_pinned("a", True)
         assert await read_all(library, "b", WEIGHTS) == data
-        status = library.status("b")
+        status = library.pipelines.status("b")
         assert status.uncached == "store full: needs 8.5 MB; evictable 0 B; pinned: a"
         assert (status.state, status.error) == ("cold", None)
         assert blocks(tmp_path, "b") == 0
-        assert library.xattrs(find(library, "b"))["user.instantstart.uncached"].startswith(b"store full")
-        handle = await library.open(find(library, "b", WEIGHTS))
+        assert library.mounted.xattrs(find(library, "b"))["user.instantstart.uncached"].startswith(b"store full")
+        handle = await library.mounted.open(find(library, "b", WEIGHTS))
         assert not handle.keep_cache  # what was never proven does not stay in the page cache
-        library.release(handle)
-        assert library.status("a").state == "unverified"
+        library.mounted.release(handle)
+        assert library.pipelines.status("a").state == "unverified"
 
-        await library.set_pinned("a", False)
+        await library.admin.set_pinned("a", False)
         with trio.fail_after(20):
-            while library.status("b").state != "unverified":
+            while library.pipelines.status("b").state != "unverified":
                 assert await read_all(library, "b", WEIGHTS) == data
                 await trio.sleep(0.05)
-        assert library.status("b").uncached is None
-        assert library.status("a").state == "cold"
+        assert library.pipelines.status("b").uncached is None
+        assert library.pipelines.status("a").state == "cold"
 
 
 async def test_a_refused_admission_evicts_nobody(tmp_path: Path) -> None:
     small, large = make_source(tmp_path / "small"), make_source(tmp_path / "large")
     (large / "model-3-of-3.safetensors").write_bytes(os.urandom(14 * MIB))
     async with running(tmp_path, capacity=20 * MIB) as library:
-        await library.add(spec("small", small))
-        await library.add(spec("large", large))
+        await library.admin.add(spec("small", small))
+        await library.admin.add(spec("large", large))
         await fills(library, "small")
         with pytest.raises(StoreFull, match=r"needs 23\.[12] MB; evictable 8.4 MB of a budget of 19\.9 MB"):
-            await library.warm("large")
-        assert library.status("small").state == "unverified"
+            await library.warming.warm("large")
+        assert library.pipelines.status("small").state == "unverified"
 
 
 async def test_beyond_its_quota_a_pipeline_is_served_through_and_evicts_nobody(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path, capacity=10 * MIB) as library:
-        await library.add(spec("other", source))
-        await library.add(msgspec.structs.replace(spec("tenant", source), quota=6 * MIB))
+        await library.admin.add(spec("other", source))
+        await library.admin.add(msgspec.structs.replace(spec("tenant", source), quota=6 * MIB))
         await fills(library, "other")
         assert await read_all(library, "tenant", WEIGHTS) == (source / WEIGHTS).read_bytes()
-        assert library.status("tenant").uncached == "quota: needs 8.5 MB, may take 6.3 MB"
-        assert library.status("other").state == "unverified"
+        assert library.pipelines.status("tenant").uncached == "quota: needs 8.5 MB, may take 6.3 MB"
+        assert library.pipelines.status("other").state == "unverified"
         assert await read_all(library, "tenant", "config.json") == (source / "config.json").read_bytes()
         assert blocks(tmp_path, "tenant") <= 6 * MIB
 
@@ -165,39 +165,39 @@ async def test_another_quota_holds_from_the_next_admission_on_and_after_a_restar
     source = make_source(tmp_path / "source")
     data = (source / WEIGHTS).read_bytes()
     async with running(tmp_path) as library:
-        await library.add(msgspec.structs.replace(spec("tenant", source), quota=6 * MIB))
+        await library.admin.add(msgspec.structs.replace(spec("tenant", source), quota=6 * MIB))
         with pytest.raises(StoreFull, match="quota"):
-            await library.warm("tenant")
-        await library.set_quota("tenant", None)
-        assert library.status("tenant").uncached is None
+            await library.warming.warm("tenant")
+        await library.admin.set_quota("tenant", None)
+        assert library.pipelines.status("tenant").uncached is None
         await fills(library, "tenant")
-        await library.set_quota("tenant", 6 * MIB)
-        assert library.status("tenant").state == "unverified"  # what is there stays
+        await library.admin.set_quota("tenant", 6 * MIB)
+        assert library.pipelines.status("tenant").state == "unverified"  # what is there stays
         assert await read_all(library, "tenant", WEIGHTS) == data
-        await library.evict("tenant")
+        await library.admin.evict("tenant")
         with pytest.raises(StoreFull, match=r"quota: needs 8.5 MB, may take 6.3 MB"):
-            await library.warm("tenant")
+            await library.warming.warm("tenant")
     async with running(tmp_path) as library:
         with pytest.raises(StoreFull, match="quota"):
-            await library.warm("tenant")
+            await library.warming.warm("tenant")
         assert await read_all(library, "tenant", WEIGHTS) == data
 
 
 async def test_what_single_reads_were_admitted_for_is_promised_until_it_comes(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path, capacity=9 * MIB) as library:
-        await library.add(spec("read", source))
-        generation = library._catalog.pipeline("read").current
+        await library.admin.add(spec("read", source))
+        generation = library.catalog.pipeline("read").current
         assert generation is not None
         file = generation.files[find_index(generation, "pytorch_model.bin")]
-        present, before = file.chunk_map(), library._evictor.free_bytes()
-        assert await library._admissions.admit_chunks(file, present, range(present.chunks))
+        present, before = file.chunk_map(), library.evictor.free_bytes()
+        assert await library.admissions.admit_chunks(file, present, range(present.chunks))
         assert generation.reserved_bytes == blocks_of(file.size)
-        assert await library._admissions.admit_chunks(file, present, range(present.chunks)), (
+        assert await library.admissions.admit_chunks(file, present, range(present.chunks)), (
             "the same once more costs nothing"
         )
         assert generation.reserved_bytes == blocks_of(file.size)
-        assert library._evictor.free_bytes() == before - blocks_of(file.size), (
+        assert library.evictor.free_bytes() == before - blocks_of(file.size), (
             "before the first byte of that read is there"
         )
         assert len(await read_all(library, "read", "pytorch_model.bin")) == file.size
@@ -209,9 +209,9 @@ async def test_bytes_that_are_being_deleted_are_still_taken(tmp_path: Path, monk
     source = make_source(tmp_path / "source")
     async with running(tmp_path, capacity=12 * MIB) as library:
         for pipeline in ("old", "new"):
-            await library.add(spec(pipeline, source))
+            await library.admin.add(spec(pipeline, source))
         await fills(library, "old")
-        store, go, begun = library._store, threading.Event(), threading.Event()
+        store, go, begun = library.store, threading.Event(), threading.Event()
         real = store.empty_generation
 
         def held(pipeline: str, generation: int) -> None:
@@ -220,37 +220,37 @@ async def test_bytes_that_are_being_deleted_are_still_taken(tmp_path: Path, monk
             real(pipeline, generation)
 
         monkeypatch.setattr(store, "empty_generation", held)
-        before = sum(candidate.bytes for candidate in library.candidates())
+        before = sum(candidate.bytes for candidate in library.inventory.candidates())
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(library.evict, "old")
+            nursery.start_soon(library.admin.evict, "old")
             await trio.to_thread.run_sync(begun.wait, 20)
-            assert sum(candidate.bytes for candidate in library.candidates()) >= before > 8 * MIB
+            assert sum(candidate.bytes for candidate in library.inventory.candidates()) >= before > 8 * MIB
             with pytest.raises(StoreFull):
-                await library.warm("new")
+                await library.warming.warm("new")
             go.set()
-        assert library.candidates() == []
+        assert library.inventory.candidates() == []
 
 
 async def test_remains_of_cold_pipelines_go_before_complete_ones(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path, capacity=18 * MIB, low=0.95) as library:
         for pipeline in ("complete", "remains", "new"):
-            await library.add(spec(pipeline, source))
+            await library.admin.add(spec(pipeline, source))
         await fills(library, "complete")
         assert await read_all(library, "remains", "pytorch_model.bin")
         await wait_state(library, "remains", "partial")
         await fills(library, "new")
-        assert library.status("complete").state == "unverified"
-        assert library.status("remains").state == "cold"
+        assert library.pipelines.status("complete").state == "unverified"
+        assert library.pipelines.status("remains").state == "cold"
         await wait_gone(tmp_path / "store/slots/remains/1/files")
 
 
 async def test_free_space_is_left_to_other_users_of_the_disk(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path, min_free=1 << 60) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
         with pytest.raises(StoreFull, match="store full"):
-            await library.warm("p")
+            await library.warming.warm("p")
         assert await read_all(library, "p", WEIGHTS) == (source / WEIGHTS).read_bytes()
         assert blocks(tmp_path, "p") == 0
 
@@ -259,34 +259,34 @@ async def test_what_nobody_asks_for_in_max_idle_goes_without_pressure(tmp_path: 
     source, clock = make_source(tmp_path / "source"), Clock()
     async with running(tmp_path, keep_hot=600.0, max_idle=3000.0, clock=clock) as library:
         for pipeline in ("idle", "used"):
-            await library.add(spec(pipeline, source))
-            library.touch(pipeline)
+            await library.admin.add(spec(pipeline, source))
+            library.admin.touch(pipeline)
             await fills(library, pipeline)
         clock.passes(2990.0)
-        library.touch("used")
-        await library._evictor.run_once()
-        assert library.status("idle").state == "unverified"
+        library.admin.touch("used")
+        await library.evictor.run_once()
+        assert library.pipelines.status("idle").state == "unverified"
         clock.passes(20.0)
-        await library._evictor.run_once()
-        assert library.status("idle").state == "cold"
-        assert library.status("used").state == "unverified"
+        await library.evictor.run_once()
+        assert library.pipelines.status("idle").state == "cold"
+        assert library.pipelines.status("used").state == "unverified"
 
 
 async def test_a_clock_that_was_set_and_set_back_is_remembered_over_a_restart(tmp_path: Path) -> None:
     source, clock = make_source(tmp_path / "source"), Clock()
     async with running(tmp_path, keep_hot=3600.0, clock=clock) as library:
-        await library.add(spec("a", source))
+        await library.admin.add(spec("a", source))
         with trio.fail_after(10):
-            while library._evictor._saved is None:
+            while library.evictor._saved is None:
                 await trio.sleep(0.001)
         for jump in (7200.0, -7200.0):  # the clocks say the same as before
             clock.ahead += jump
-            assert library._evictor.suspended()
+            assert library.evictor.suspended()
     clock.passes(3500.0)
     async with running(tmp_path, keep_hot=3600.0, clock=clock) as library:
-        assert library._evictor.suspended()
+        assert library.evictor.suspended()
         clock.passes(200.0)
-        assert not library._evictor.suspended()
+        assert not library.evictor.suspended()
 
 
 @pytest.mark.parametrize("jump", [30 * 86400.0, -30 * 86400.0])
@@ -294,39 +294,39 @@ async def test_a_clock_that_is_set_suspends_eviction_for_keep_hot(tmp_path: Path
     source, clock = make_source(tmp_path / "source"), Clock()
     async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
         for pipeline in ("a", "b"):
-            await library.add(spec(pipeline, source))
-        library.touch("a")
+            await library.admin.add(spec(pipeline, source))
+        library.admin.touch("a")
         await fills(library, "a")
         clock.ahead += jump
         with pytest.raises(StoreFull, match="hot: a"):
-            await library.warm("b")
+            await library.warming.warm("b")
         clock.passes(3500.0)
         await trio.sleep(1.1)  # a refusal is not asked again within a second
         with pytest.raises(StoreFull, match="hot: a"):
-            await library.warm("b")
+            await library.warming.warm("b")
         clock.passes(3700.0)
         await trio.sleep(1.1)
         await fills(library, "b")
-        assert library.status("a").state == "cold"
+        assert library.pipelines.status("a").state == "cold"
 
 
 async def test_the_suspension_outlives_the_daemon(tmp_path: Path) -> None:
     source, clock = make_source(tmp_path / "source"), Clock()
     async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
         for pipeline in ("a", "b"):
-            await library.add(spec(pipeline, source))
+            await library.admin.add(spec(pipeline, source))
         await fills(library, "a")  # never requested, so not hot: only the clock keeps it
         clock.ahead += 7200.0
-        await library._evictor.run_once()
-        await library._evictor._save_clock()
+        await library.evictor.run_once()
+        await library.evictor._save_clock()
     clock.passes(3500.0)
     async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
         with pytest.raises(StoreFull, match="hot: a"):
-            await library.warm("b")
+            await library.warming.warm("b")
     clock.passes(200.0)
     async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
         await fills(library, "b")
-        assert library.status("a").state == "cold"
+        assert library.pipelines.status("a").state == "cold"
 
 
 @pytest.mark.parametrize("jump", [7200.0, -7200.0])
@@ -334,40 +334,40 @@ async def test_a_clock_that_is_set_while_no_daemon_runs_is_noticed(tmp_path: Pat
     source, clock = make_source(tmp_path / "source"), Clock()
     async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
         for pipeline in ("a", "b"):
-            await library.add(spec(pipeline, source))
+            await library.admin.add(spec(pipeline, source))
         await fills(library, "a")
-        await library._evictor._save_clock()
+        await library.evictor._save_clock()
     clock.ahead += jump
     async with running(tmp_path, capacity=10 * MIB, keep_hot=3600.0, clock=clock) as library:
         with pytest.raises(StoreFull, match="hot: a"):
-            await library.warm("b")
+            await library.warming.warm("b")
 
 
 async def test_a_fill_that_nobody_waits_for_gives_way(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path, capacity=10 * MIB) as library:
         for pipeline in ("warming", "read"):
-            await library.add(spec(pipeline, source))
-        await library.warm("warming")
+            await library.admin.add(spec(pipeline, source))
+        await library.warming.warm("warming")
         with trio.fail_after(10):
-            while not library.status("warming").cached_bytes:
-                await library.wait_changed("warming", 1.0)
-        held = await library.open(find(library, "read", WEIGHTS))
-        await library.read_into(held, 4 * MIB, memoryview(bytearray(MIB)))
+            while not library.pipelines.status("warming").cached_bytes:
+                await library.pipelines.wait_changed("warming", 1.0)
+        held = await library.mounted.open(find(library, "read", WEIGHTS))
+        await library.mounted.read_into(held, 4 * MIB, memoryview(bytearray(MIB)))
         await wait_state(library, "read", "unverified")
-        assert library.status("warming").state == "cold"
-        library.release(held)
+        assert library.pipelines.status("warming").state == "cold"
+        library.mounted.release(held)
 
 
 async def test_after_a_restart_the_accounts_are_what_the_disk_says(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         for pipeline in ("whole", "part"):
-            await library.add(spec(pipeline, source))
+            await library.admin.add(spec(pipeline, source))
         await fills(library, "whole")
-        handle = await library.open(find(library, "part", "pytorch_model.bin"))
-        await library.read_into(handle, 0, memoryview(bytearray(4096)))
-        library.release(handle)
+        handle = await library.mounted.open(find(library, "part", "pytorch_model.bin"))
+        await library.mounted.read_into(handle, 0, memoryview(bytearray(4096)))
+        library.mounted.release(handle)
     # What a kill leaves: blocks that were never committed, and a file that no record speaks of.
     files = tmp_path / "store/slots/part/1/files"
     with open(files / "pytorch_model.bin", "r+b") as partial:
@@ -375,7 +375,7 @@ async def test_after_a_restart_the_accounts_are_what_the_disk_says(tmp_path: Pat
     (files / WEIGHTS).write_bytes(b"y" * MIB)
     async with running(tmp_path) as library:
         for pipeline in ("whole", "part"):
-            assert library._catalog.pipeline(pipeline).allocated == blocks(tmp_path, pipeline) > 0
+            assert library.catalog.pipeline(pipeline).allocated == blocks(tmp_path, pipeline) > 0
         assert not (files / WEIGHTS).exists()
         assert await read_all(library, "part", "pytorch_model.bin") == (source / "pytorch_model.bin").read_bytes()
 

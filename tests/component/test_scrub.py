@@ -45,7 +45,7 @@ class World:
         self, *, period: float = 30 * DAY, rate: int = 1 << 30, passthrough: bool = False
     ) -> AsyncIterator[Library]:
         def prepare(library: Library) -> None:
-            library.use_passthrough(passthrough)
+            library.mounted.use_passthrough(passthrough)
             scrubber(library)._quiet = IdleDetector(0.0)
 
         settings = {"scrub": period, "scrub_rate": rate}
@@ -54,8 +54,8 @@ class World:
             yield library
 
     async def warm(self, library: Library, pipeline: str = "p") -> None:
-        await library.add(PipelineSpec(id=pipeline, models=(ModelSpec(source="hf://org/scrub"),)))
-        await library.warm(pipeline)
+        await library.admin.add(PipelineSpec(id=pipeline, models=(ModelSpec(source="hf://org/scrub"),)))
+        await library.warming.warm(pipeline)
         await wait_state(library, pipeline, "warm")
         self.hub.forget_requests()
 
@@ -121,7 +121,7 @@ async def test_what_changed_under_its_seal_is_found_by_the_scrub_and_fetched_aga
     async with world.running(passthrough=passthrough) as library:
         await world.warm(library)
         before = find(library, "p", SHARD)
-        handle = await library.open(before) if held else None
+        handle = await library.mounted.open(before) if held else None
         damage(world.blob(SHARD))
         world.clock.passes(31 * DAY)
         with caplog.at_level(logging.INFO):
@@ -136,15 +136,15 @@ async def test_what_changed_under_its_seal_is_found_by_the_scrub_and_fetched_aga
         assert find(library, "p", SHARD) != before
         if handle is None:
             with pytest.raises(NoSuchEntry):
-                await library.open(before)
+                await library.mounted.open(before)
         else:
             with pytest.raises(DigestMismatch):
-                await library.read_into(handle, 0, memoryview(bytearray(10)))
-            library.release(handle)
+                await library.mounted.read_into(handle, 0, memoryview(bytearray(10)))
+            library.mounted.release(handle)
         await wait_state(library, "p", "warm")
         assert await read_all(library, "p", SHARD) == world.want(SHARD)
         assert world.blob(SHARD).read_bytes() == world.want(SHARD)
-        assert library.status("p").error is None
+        assert library.pipelines.status("p").error is None
         assert bodies(world.hub) == world.once(SHARD), "the bad file is fetched again, whole, and no other"
         world.clock.passes(31 * DAY)
         await scrubber(library).run_once()
@@ -193,11 +193,11 @@ async def test_a_bad_file_that_cannot_be_fetched_is_not_served(world: World) -> 
         try:
             world.clock.passes(31 * DAY)
             await scrubber(library).run_once()
-            assert library.status("p").state != "warm"
+            assert library.pipelines.status("p").state != "warm"
             assert not world.blob(SHARD).exists() or world.blob(SHARD).stat().st_blocks == 0
         finally:
             world.hub.restart()
-        await library.warm("p")
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
         assert await read_all(library, "p", SHARD) == world.want(SHARD)
 
@@ -206,19 +206,19 @@ async def test_it_is_no_request_and_leaves_last_access_alone(world: World) -> No
     async with world.running() as library:
         await world.warm(library)
         node = find(library, "p", SHARD)
-        before = library.attributes(node), library.status("p").last_request
-        assert library.status("p").scrub == ScrubStatus(proven=None, state="waiting")
+        before = library.mounted.attributes(node), library.pipelines.status("p").last_request
+        assert library.pipelines.status("p").scrub == ScrubStatus(proven=None, state="waiting")
         world.clock.passes(31 * DAY)
         began = world.clock.now_ns() // 10**9
         await scrubber(library).run_once()
-        assert (library.attributes(node), library.status("p").last_request) == before
-        scrub = library.status("p").scrub
+        assert (library.mounted.attributes(node), library.pipelines.status("p").last_request) == before
+        scrub = library.pipelines.status("p").scrub
         assert scrub is not None and scrub.proven is not None and scrub.state == "waiting"
-        files = [file for file in library.status("p").files or () if file.state == "sealed"]
+        files = [file for file in library.pipelines.status("p").files or () if file.state == "sealed"]
         assert library.telemetry.totals.scrubbed_bytes == sum(file.size for file in files)
-        store_summary = await library.store_summary()
+        store_summary = await library.snapshots.store_summary()
         assert store_summary.scrub is not None and store_summary.scrub.overdue == 0
-        assert began <= (library._catalog.pipelines["p"].scrubbed.proven_at_ns + 10**9) // 10**9
+        assert began <= (library.catalog.pipelines["p"].scrubbed.proven_at_ns + 10**9) // 10**9
 
 
 async def test_nothing_is_read_before_it_is_due(world: World) -> None:
@@ -272,11 +272,11 @@ async def test_it_rests_while_there_is_demand_and_gives_way_to_an_eviction(
             while not scrubber(library).resting:
                 await trio.sleep(0.005)
         so_far = library.telemetry.totals.scrubbed_bytes
-        status = library.status("p").scrub
+        status = library.pipelines.status("p").scrub
         assert status is not None and status.state == "resting"
         await trio.sleep(0.2)
         assert library.telemetry.totals.scrubbed_bytes == so_far and not returned.is_set()
-        await library.evict("p")
+        await library.admin.evict("p")
         with trio.fail_after(10):
             await returned.wait()
         held = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_link(fd)]
@@ -302,10 +302,10 @@ async def test_when_demand_ends_it_goes_on(world: World, monkeypatch: pytest.Mon
         with trio.fail_after(10):
             while not scrubber(library).resting:
                 await trio.sleep(0.005)
-            store_summary = await library.store_summary()
+            store_summary = await library.snapshots.store_summary()
             assert store_summary.scrub is not None and store_summary.scrub.resting
             demand = False
-            while library._catalog.pipelines["p"].scrubbed.under_way:
+            while library.catalog.pipelines["p"].scrubbed.under_way:
                 await trio.sleep(0.005)
         assert library.telemetry.totals.scrubbed_bytes > 8 * MIB
 
@@ -329,15 +329,15 @@ async def test_a_restart_goes_on_where_it_was(world: World, monkeypatch: pytest.
         assert SHARD in read
         monkeypatch.setattr(Scrubber, "_file", file)
     async with world.running() as library:
-        total = sum(found.size for found in library.status("p").files or () if found.state == "sealed")
+        total = sum(found.size for found in library.pipelines.status("p").files or () if found.state == "sealed")
         with trio.fail_after(20):  # the daemon's own loop looks at once
-            while library._catalog.pipelines["p"].scrubbed.under_way:
+            while library.catalog.pipelines["p"].scrubbed.under_way:
                 await trio.sleep(0.01)
         assert 0 < library.telemetry.totals.scrubbed_bytes <= total - len(world.want(SHARD))
-        proven = library._catalog.pipelines["p"].scrubbed.proven_at_ns
+        proven = library.catalog.pipelines["p"].scrubbed.proven_at_ns
         assert proven > 0
     async with world.running() as library:
-        assert library._catalog.pipelines["p"].scrubbed.proven_at_ns == proven
+        assert library.catalog.pipelines["p"].scrubbed.proven_at_ns == proven
 
 
 async def test_the_daemons_own_loop_heals_by_itself(world: World) -> None:

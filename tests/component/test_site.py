@@ -349,7 +349,15 @@ def contrast(page: object, selector: str) -> float:
 
 
 def test_the_fake_is_what_the_site_asks_of_a_library() -> None:
-    from instantstart_fs.library import Library
+    from instantstart_fs.filler.scheduler import Filler
+    from instantstart_fs.upkeep.snapshot import Snapshots
+    from instantstart_fs.views.pipelines import Pipelines
 
-    for name in ("store_summary", "fill_statistics", "prove_index_writable"):
-        assert callable(getattr(Library, name)) and callable(getattr(FakeLibrary, name))
+    fake = FakeLibrary()
+    for part, real, name in (
+        (fake.snapshots, Snapshots, "store_summary"),
+        (fake.snapshots, Snapshots, "prove_index_writable"),
+        (fake.filler, Filler, "statistics"),
+        (fake.pipelines, Pipelines, "shown_to"),
+    ):
+        assert callable(getattr(real, name)) and callable(getattr(part, name))

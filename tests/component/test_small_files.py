@@ -42,9 +42,9 @@ async def warm(root: Path, hub: HubServer, source: Path) -> dict[str, int]:
     token.write_text("hf_mine\n")
     async with hub_library(root, hub, fill={"workers": 2, "connections": FillConfig().connections}) as library:
         models = (ModelSpec(source=f"hf://{REPO}"),)
-        await library.add(PipelineSpec(id="p", models=models, token_file=str(token)))
+        await library.admin.add(PipelineSpec(id="p", models=models, token_file=str(token)))
         hub.forget_requests()
-        await library.warm("p")
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
         requests = hub.requests()
         for path in source.rglob("*"):

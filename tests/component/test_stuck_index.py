@@ -123,7 +123,7 @@ async def warm_and_cold(root: Path) -> AsyncIterator[Library]:
     source = make_source(root / "source")
     async with running(root, capacity=64 * MIB) as library:
         for name in ("warm", "cold"):
-            await library.add(spec(name, source))
+            await library.admin.add(spec(name, source))
         await fills(library, "warm")
         yield library
 
@@ -131,8 +131,8 @@ async def warm_and_cold(root: Path) -> AsyncIterator[Library]:
 async def test_warm_reads_go_on_cold_ones_fail_in_time_and_health_says_index(tmp_path: Path) -> None:
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
-        probe = HealthProbe("/", library.prove_index_writable, library.fill_statistics, lambda mount: None)
-        async with hanging(library._index) as disk:
+        probe = HealthProbe("/", library.snapshots.prove_index_writable, library.fill_statistics, lambda mount: None)
+        async with hanging(library.index) as disk:
             with trio.fail_after(20):
 
                 async def fails() -> None:
@@ -143,8 +143,8 @@ async def test_warm_reads_go_on_cold_ones_fail_in_time_and_health_says_index(tmp
                     for _ in range(100):  # more than there are threads
                         nursery.start_soon(fails)
                 assert await read_all(library, "warm", WEIGHTS) == data
-                assert library.lookup(ROOT, "cold").kind == "dir"
-                assert library.status("warm").state == "unverified"
+                assert library.mounted.lookup(ROOT, "cold").kind == "dir"
+                assert library.pipelines.status("warm").state == "unverified"
                 problems = {check.name: check.problem for check in (await probe.ask()).checks}
                 assert problems["index"] is not None
                 assert problems["mount"] is None
@@ -155,9 +155,9 @@ async def test_warm_reads_go_on_cold_ones_fail_in_time_and_health_says_index(tmp
 async def test_a_commit_that_hangs_pauses_filling_and_is_not_taken_for_one_that_failed(tmp_path: Path) -> None:
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
-        committer = library._filler._completion.committer
-        await library._catalog.invalidate_summary(library._catalog.pipelines["cold"])
-        async with hanging(library._index) as disk:
+        committer = library.filler._completion.committer
+        await library.catalog.invalidate_summary(library.catalog.pipelines["cold"])
+        async with hanging(library.index) as disk:
             with trio.fail_after(20):
                 # What arrives is served, though it is not durable.
                 assert await read_all(library, "cold", WEIGHTS) == data
@@ -166,25 +166,25 @@ async def test_a_commit_that_hangs_pauses_filling_and_is_not_taken_for_one_that_
                 assert committer._busy, "what may still happen is not let go of"
                 assert library.fill_statistics().index_stuck
                 disk.release()
-                while committer.stuck is not None or library._filler.is_filling("cold"):
+                while committer.stuck is not None or library.filler.is_filling("cold"):
                     await trio.sleep(0.001)
         assert not library.fill_statistics().index_stuck
     async with running(tmp_path, capacity=64 * MIB) as library:
-        assert library._catalog.pipelines["cold"].allocated == blocks(tmp_path, "cold")
+        assert library.catalog.pipelines["cold"].allocated == blocks(tmp_path, "cold")
         assert await read_all(library, "cold", WEIGHTS) == data
 
 
 async def test_a_damaged_file_is_dropped_once_the_index_answers_though_nobody_waited(tmp_path: Path) -> None:
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
-        pipeline = library._catalog.pipelines["warm"]
+        pipeline = library.catalog.pipelines["warm"]
         assert pipeline.current is not None
         for file in pipeline.current.files:
-            library._open_files.close_reader(file)
+            library.open_files.close_reader(file)
         stored = tmp_path / "store" / "slots" / "warm" / "1" / "files" / WEIGHTS
         stored.unlink()
         nodeid = find(library, "warm", WEIGHTS)
-        async with hanging(library._index) as disk:
+        async with hanging(library.index) as disk:
             with trio.fail_after(20):
                 with pytest.raises(IndexStuck, match="is to be dropped"):
                     await read_all(library, "warm", WEIGHTS)
@@ -199,39 +199,39 @@ async def test_a_damaged_file_is_dropped_once_the_index_answers_though_nobody_wa
 async def test_so_it_is_in_every_generation_that_shares_it(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
         await fills(library, "p")
-        held = await library.open(find(library, "p", WEIGHTS))
+        held = await library.mounted.open(find(library, "p", WEIGHTS))
         (source / "config.json").write_bytes(b'{"a": 2}')
-        await library.update("p")
-        current = library._catalog.pipelines["p"].current
+        await library.admin.update("p")
+        current = library.catalog.pipelines["p"].current
         assert current is not None
         (file,) = [file for file in current.files if file.entry.path == WEIGHTS]
         assert file.complete and held.file.complete and file is not held.file
-        async with hanging(library._index) as disk:
+        async with hanging(library.index) as disk:
             with trio.fail_after(20):
                 with pytest.raises(IndexStuck):
-                    await library._reads.replace_damaged(file, StoreDamaged("rotten"), wanted=False, found_by="verify")
+                    await library.reads.replace_damaged(file, StoreDamaged("rotten"), wanted=False, found_by="verify")
                 disk.release()
                 while held.file.stale_error is None:
                     await trio.sleep(0.001)
         assert file.stale_error is not None
-        library.release(held)
+        library.mounted.release(held)
 
 
 async def test_an_eviction_goes_on_when_the_reader_that_wanted_the_room_has_gone(tmp_path: Path) -> None:
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
-        async with hanging(library._index) as disk:
+        async with hanging(library.index) as disk:
             with trio.fail_after(20):
                 with trio.move_on_after(DEADLINE) as reader:
-                    await library.evict_unused("warm")
+                    await library.admin.evict_unused("warm")
                 assert reader.cancelled_caught
-                assert library._catalog.pipelines["warm"].lock.locked()
+                assert library.catalog.pipelines["warm"].lock.locked()
                 disk.release()
-                while library.status("warm").state != "cold":
+                while library.pipelines.status("warm").state != "cold":
                     await trio.sleep(0.001)
-        async with library._catalog.pipelines["warm"].lock:
+        async with library.catalog.pipelines["warm"].lock:
             assert blocks(tmp_path, "warm") == 0
         assert await read_all(library, "warm", WEIGHTS) == data
 
@@ -242,11 +242,11 @@ async def test_while_the_bytes_of_one_are_going_no_other_is_evicted_for_the_next
     source = make_source(tmp_path / "source")
     async with running(tmp_path, capacity=21 * MIB, low=0.95) as library:
         for name in ("x", "y", "new"):
-            await library.add(spec(name, source))
+            await library.admin.add(spec(name, source))
         for name in ("x", "y"):
             await fills(library, name)
-        store, going, go = library._store, trio.Event(), threading.Event()
-        token, real = trio.lowlevel.current_trio_token(), library._store.empty_generation
+        store, going, go = library.store, trio.Event(), threading.Event()
+        token, real = trio.lowlevel.current_trio_token(), library.store.empty_generation
 
         def empty(pipeline: str, generation: int) -> None:
             token.run_sync_soon(going.set)
@@ -256,17 +256,17 @@ async def test_while_the_bytes_of_one_are_going_no_other_is_evicted_for_the_next
         monkeypatch.setattr(store, "empty_generation", empty)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(library.warm, "new")
+                nursery.start_soon(library.warming.warm, "new")
                 await going.wait()
                 nursery.cancel_scope.cancel()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(library.warm, "new")
+                nursery.start_soon(library.warming.warm, "new")
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 go.set()
-            while library.status("new").state != "unverified":
-                await library.wait_changed("new", 1.0)
-        assert library.status("y").state == "unverified"
-        assert library.status("x").state == "cold"
+            while library.pipelines.status("new").state != "unverified":
+                await library.pipelines.wait_changed("new", 1.0)
+        assert library.pipelines.status("y").state == "unverified"
+        assert library.pipelines.status("x").state == "cold"
         assert library.telemetry.totals.evictions == 1
 
 
@@ -277,9 +277,9 @@ async def test_an_eviction_that_the_end_cuts_short_leaves_nothing_that_lies(
     monkeypatch.setattr("instantstart_fs.library.FLUSH_SECONDS", DEADLINE)
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
-        disk, emptied = Disk(library._index), trio.Event()
+        disk, emptied = Disk(library.index), trio.Event()
         token = trio.lowlevel.current_trio_token()
-        switch, real = library._catalog.switch_generation, library._store.empty_generation
+        switch, real = library.catalog.switch_generation, library.store.empty_generation
 
         def switched(new: Generation) -> Generation | None:
             disk.hang()
@@ -290,15 +290,15 @@ async def test_an_eviction_that_the_end_cuts_short_leaves_nothing_that_lies(
             disk.release()  # else the index could not be closed
             token.run_sync_soon(emptied.set)
 
-        library._catalog.switch_generation = switched  # type: ignore[method-assign, assignment]
-        library._store.empty_generation = empty  # type: ignore[method-assign]
+        library.catalog.switch_generation = switched  # type: ignore[method-assign, assignment]
+        library.store.empty_generation = empty  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(library.evict_unused, "warm")
+            nursery.start_soon(library.admin.evict_unused, "warm")
             await disk.hangs.wait()
             nursery.cancel_scope.cancel()
     assert emptied.is_set()
     async with running(tmp_path, capacity=64 * MIB) as library:
-        assert library._catalog.pipelines["warm"].allocated == blocks(tmp_path, "warm") == 0
+        assert library.catalog.pipelines["warm"].allocated == blocks(tmp_path, "warm") == 0
         assert await read_all(library, "warm", WEIGHTS) == data
 
 
@@ -307,28 +307,28 @@ async def test_after_an_eviction_that_the_index_does_not_know_of_nothing_is_fill
 ) -> None:
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
-        index, real, refusing = library._index, library._index.write, True
+        index, real, refusing = library.index, library.index.write, True
 
         async def write(op: object, **how: object) -> object:
             if refusing:
                 raise StoreFull("no space is left on the disk")
             return await real(op, **how)  # type: ignore[arg-type]
 
-        generation = library._catalog.pipelines["warm"].current
+        generation = library.catalog.pipelines["warm"].current
         assert generation is not None
         base = generation.base
-        await library._catalog.invalidate_summary(library._catalog.pipelines["warm"])
-        reserved = await library._catalog.new_generation(library._catalog.pipelines["warm"], generation.manifest)
-        made = library._catalog.new_generation
+        await library.catalog.invalidate_summary(library.catalog.pipelines["warm"])
+        reserved = await library.catalog.new_generation(library.catalog.pipelines["warm"], generation.manifest)
+        made = library.catalog.new_generation
 
         async def prepared(*args: object) -> object:
             return reserved
 
-        library._catalog.new_generation = prepared  # type: ignore[method-assign, assignment]
+        library.catalog.new_generation = prepared  # type: ignore[method-assign, assignment]
         index.write = write  # type: ignore[method-assign, assignment]
         with pytest.raises(StoreFull):
-            await library.evict("warm")
-        library._catalog.new_generation = made  # type: ignore[method-assign]
+            await library.admin.evict("warm")
+        library.catalog.new_generation = made  # type: ignore[method-assign]
         assert blocks(tmp_path, "warm") == 0
         assert index.read(lambda txn: dict(txn.files("warm", 1))), "the index speaks of what is gone"
         with pytest.raises(StoreFull):
@@ -337,13 +337,13 @@ async def test_after_an_eviction_that_the_index_does_not_know_of_nothing_is_fill
 
         refusing = False
         seen: list[object] = []
-        blob = library._store.blob
+        blob = library.store.blob
 
         def watched(*where: object) -> object:
             seen.append(index.read(lambda txn: (dict(txn.files("warm", 1)), txn.get_generation("warm", 1))))
             return blob(*where)  # type: ignore[arg-type]
 
-        library._store.blob = watched  # type: ignore[method-assign, assignment]
+        library.store.blob = watched  # type: ignore[method-assign, assignment]
         assert await read_all(library, "warm", WEIGHTS) == data
         files, record = seen[0]  # type: ignore[misc]
         assert files == {}

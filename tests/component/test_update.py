@@ -56,45 +56,45 @@ async def test_only_what_has_changed_is_fetched_again(tmp_path: Path, hub: HubSe
     while they are held open and after, by the daemon that made the update and by the next one."""
     old, new = published(hub, tmp_path)
     async with from_hub(tmp_path, hub) as library:
-        await library.add(HUB_SPEC)
-        await library.warm("p", everything=True)
+        await library.admin.add(HUB_SPEC)
+        await library.warming.warm("p", everything=True)
         await wait_state(library, "p", "warm")
-        await library.warm("p", everything=True)
+        await library.warming.warm("p", everything=True)
         with trio.fail_after(20):
-            while any(file.state != "sealed" for file in library.status("p").files or ()):
-                await library.wait_changed("p", 1.0)
+            while any(file.state != "sealed" for file in library.pipelines.status("p").files or ()):
+                await library.pipelines.wait_changed("p", 1.0)
         before = {name: find(library, "p", name) for name in SHARDS}
-        held = await library.open(before[SHARDS[0]])
-        allocated = library.candidates()[0].bytes
+        held = await library.mounted.open(before[SHARDS[0]])
+        allocated = library.inventory.candidates()[0].bytes
         hub.publish("org/update", new)
         hub.forget_requests()
-        status = await library.update("p")
+        status = await library.admin.update("p")
         assert (status.generation, status.state) == (2, "partial"), "two files are not here yet"
         assert not bodies(hub), "update itself moves no bytes"
         states = {file.path: file.state for file in status.files or ()}
         assert {path for path, state in states.items() if state != "sealed"} == {"config.json", "added.json"}
-        assert library.candidates()[0].bytes <= allocated, "what both generations share is counted once"
+        assert library.inventory.candidates()[0].bytes <= allocated, "what both generations share is counted once"
         # The holder of the old generation's file keeps it, under its nodeid; the new one has one of its own.
         buffer = bytearray(1000)
-        assert await library.read_into(held, 2 * MIB, memoryview(buffer)) == 1000
+        assert await library.mounted.read_into(held, 2 * MIB, memoryview(buffer)) == 1000
         assert buffer == (old / SHARDS[0]).read_bytes()[2 * MIB : 2 * MIB + 1000]
         for name in SHARDS:
             assert find(library, "p", name) != before[name]
             assert await read_all(library, "p", name) == (new / name).read_bytes()
-        await library.warm("p")
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
-        library.release(held)
+        library.mounted.release(held)
         await wait_gone(tmp_path / "store/slots/p/1")
-        report = await library.verify("p", lambda done, total: None)
+        report = await library.admin.verify("p", lambda done, total: None)
         assert (report.healed, report.unproven) == ((), ())
         # (The files that went are gone from the disk: nothing keeps their space.)
-        assert library.candidates()[0].bytes <= allocated + 2 * 4096
+        assert library.inventory.candidates()[0].bytes <= allocated + 2 * 4096
     async with from_hub(tmp_path, hub) as library:
-        assert library.status("p").state == "warm"
+        assert library.pipelines.status("p").state == "warm"
         for path in new.rglob("*"):
             if path.is_file():
                 assert await read_all(library, "p", *path.relative_to(new).parts) == path.read_bytes()
-        await library.evict("p")
+        await library.admin.evict("p")
         assert not os.path.exists(tmp_path / "store/slots/p/2/files")
     assert bodies(hub) == {"config.json": 8, "added.json": 2}
 
@@ -103,12 +103,12 @@ async def test_a_plain_directory_keeps_what_is_the_very_same_file(tmp_path: Path
     """Nothing proves such files: they stay where path, inode, length and time are what they were."""
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        await library.warm("p")
+        await library.admin.add(spec("p", source))
+        await library.warming.warm("p")
         await wait_state(library, "p", "unverified")
         changed = source / SHARDS[1]
         changed.write_bytes(os.urandom(changed.stat().st_size))
-        status = await library.update("p")
+        status = await library.admin.update("p")
         states = {file.path: file.state for file in status.files or ()}
         assert (states[SHARDS[0]], states[SHARDS[1]]) == ("unverified", "absent")
         for name in SHARDS:
@@ -118,8 +118,8 @@ async def test_a_plain_directory_keeps_what_is_the_very_same_file(tmp_path: Path
 async def test_an_update_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
-        await library.warm("p")
+        await library.admin.add(spec("p", source))
+        await library.warming.warm("p")
         await wait_state(library, "p", "unverified")
         (source / "config.json").write_bytes(b'{"a": 2}')
 
@@ -129,33 +129,33 @@ async def test_an_update_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: 
         with monkeypatch.context() as patch:
             patch.setattr(Admin, "_record", fail)
             with pytest.raises(StoreDamaged):
-                await library.update("p")
+                await library.admin.update("p")
         assert sorted(path.name for path in (tmp_path / "store/slots/p").iterdir()) == ["1", "pipeline.json"]
-        assert library.status("p").generation == 1
-        assert (await library.update("p")).generation == 2
+        assert library.pipelines.status("p").generation == 1
+        assert (await library.admin.update("p")).generation == 2
 
 
 async def test_a_generation_held_over_a_restart_shares_and_is_counted_once(tmp_path: Path, hub: HubServer) -> None:
     old, new = published(hub, tmp_path)
     async with from_hub(tmp_path, hub) as library:
-        await library.add(HUB_SPEC)
-        await library.warm("p")
+        await library.admin.add(HUB_SPEC)
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
-        held = await library.open(find(library, "p", SHARDS[0]))
-        allocated = library.candidates()[0].bytes
+        held = await library.mounted.open(find(library, "p", SHARDS[0]))
+        allocated = library.inventory.candidates()[0].bytes
         hub.publish("org/update", new)
-        await library.update("p")
+        await library.admin.update("p")
         nodeid = held.nodeid
     async with from_hub(tmp_path, hub, held=[nodeid]) as library:
-        assert library.candidates()[0].bytes <= allocated
-        handle = library.reopen(nodeid)
+        assert library.inventory.candidates()[0].bytes <= allocated
+        handle = library.mounted.reopen(nodeid)
         buffer = bytearray(1000)
-        assert await library.read_into(handle, MIB, memoryview(buffer)) == 1000
+        assert await library.mounted.read_into(handle, MIB, memoryview(buffer)) == 1000
         assert buffer == (old / SHARDS[0]).read_bytes()[MIB : MIB + 1000]
         assert await read_all(library, "p", SHARDS[0]) == (new / SHARDS[0]).read_bytes()
-        library.release(handle)
+        library.mounted.release(handle)
         await wait_gone(tmp_path / "store/slots/p/1")
-        assert library.candidates()[0].bytes <= allocated
+        assert library.inventory.candidates()[0].bytes <= allocated
 
 
 @pytest.mark.parametrize("when", ["before the record", "before the old one is deleted"])
@@ -170,29 +170,29 @@ async def test_what_a_crash_in_an_update_leaves(
 
     old, new = published(hub, tmp_path)
     async with from_hub(tmp_path, hub) as library:
-        await library.add(HUB_SPEC)
-        await library.warm("p")
+        await library.admin.add(HUB_SPEC)
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
         hub.publish("org/update", new)
         hub.forget_requests()
         with monkeypatch.context() as patch:
             patch.setattr(Admin, "_record" if when == "before the record" else "drop_generation", crash)
             with pytest.raises(Crash):
-                await library.update("p")
+                await library.admin.update("p")
     async with from_hub(tmp_path, hub) as library:
-        assert library.status("p").generation == (1 if when == "before the record" else 2)
+        assert library.pipelines.status("p").generation == (1 if when == "before the record" else 2)
         slots = tmp_path / "store/slots/p"
         assert len([path for path in slots.iterdir() if path.is_dir()]) == 1
         assert {path.stat().st_nlink for path in slots.rglob("*.safetensors")} == {1}
-        usage = library.candidates()[0].bytes
+        usage = library.inventory.candidates()[0].bytes
         taken = sum(path.stat().st_blocks * 512 for path in slots.glob("*/files/**/*") if path.is_file())
         assert usage == taken, "accounts and disk differ"
         for name in SHARDS:
             assert await read_all(library, "p", name) == (old / name).read_bytes()
-        await library.update("p")
-        await library.warm("p")
+        await library.admin.update("p")
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
-        assert (await library.verify("p", lambda done, total: None)).healed == ()
+        assert (await library.admin.verify("p", lambda done, total: None)).healed == ()
     assert set(bodies(hub)) <= {"config.json", "added.json"}
 
 
@@ -201,23 +201,23 @@ async def found_bad(library: Library, path: Path) -> None:
     data[3 * MIB // 2] ^= 1
     with path.open("r+b") as file:
         file.write(data)
-    assert (await library.verify("p", lambda done, total: None)).healed == (path.name,)
+    assert (await library.admin.verify("p", lambda done, total: None)).healed == (path.name,)
 
 
 async def test_what_rots_is_dropped_in_every_generation_that_shares_it(tmp_path: Path, hub: HubServer) -> None:
     old, new = published(hub, tmp_path)
     async with from_hub(tmp_path, hub) as library:
-        await library.add(HUB_SPEC)
-        await library.warm("p")
+        await library.admin.add(HUB_SPEC)
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
-        held = await library.open(find(library, "p", SHARDS[0]))
+        held = await library.mounted.open(find(library, "p", SHARDS[0]))
         hub.publish("org/update", new)
-        await library.update("p")
+        await library.admin.update("p")
         await found_bad(library, tmp_path / "store/slots/p/2/files" / SHARDS[0])
         with pytest.raises(InstantStartError, match="not those that were sealed"):
-            await library.read_into(held, 0, memoryview(bytearray(10)))
-        library.release(held)
-        await library.warm("p")
+            await library.mounted.read_into(held, 0, memoryview(bytearray(10)))
+        library.mounted.release(held)
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
         assert await read_all(library, "p", SHARDS[0]) == (old / SHARDS[0]).read_bytes()
 
@@ -227,8 +227,8 @@ async def test_what_is_found_bad_while_it_is_taken_over_is_bad_there(
 ) -> None:
     old, new = published(hub, tmp_path)
     async with from_hub(tmp_path, hub) as library:
-        await library.add(HUB_SPEC)
-        await library.warm("p")
+        await library.admin.add(HUB_SPEC)
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
         hub.publish("org/update", new)
         record: Callable[..., object] = Admin._record
@@ -238,8 +238,8 @@ async def test_what_is_found_bad_while_it_is_taken_over_is_bad_there(
             await record(self, *arguments)  # type: ignore[misc]
 
         monkeypatch.setattr(Admin, "_record", late)
-        await library.update("p")
-        await library.warm("p")
+        await library.admin.update("p")
+        await library.warming.warm("p")
         await wait_state(library, "p", "warm")
         assert await read_all(library, "p", SHARDS[0]) == (old / SHARDS[0]).read_bytes()
-        assert (await library.verify("p", lambda done, total: None)).healed == ()
+        assert (await library.admin.verify("p", lambda done, total: None)).healed == ()

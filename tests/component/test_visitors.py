@@ -119,7 +119,7 @@ def site(**config: object) -> Iterator[Served]:
     """Root sees everything, others all but HIDDEN."""
     with serving(HttpConfig(port=0, **config), sight=ANYBODY, uids=True) as served:  # type: ignore[arg-type]
         fill_with_examples(served.library)
-        served.library.hidden.add(HIDDEN)
+        served.library.pipelines.hidden.add(HIDDEN)
         yield served
 
 

@@ -66,22 +66,22 @@ def stumbling(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 async def test_one_io_error_is_read_again_and_two_are_damage(tmp_path: Path, stumbling: list[int]) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
         await fills(library, "p")
-        handle = await library.open(find(library, "p", WEIGHTS))
+        handle = await library.mounted.open(find(library, "p", WEIGHTS))
         buffer = memoryview(bytearray(4096))
         for numbers in ([errno.EIO], []):
             stumbling[:] = numbers
-            assert await library.read_into(handle, 0, buffer) == 4096
+            assert await library.mounted.read_into(handle, 0, buffer) == 4096
             assert bytes(buffer) == (source / WEIGHTS).read_bytes()[:4096]
         stumbling[:] = [errno.ENOMEM]
         with pytest.raises(OutOfMemory):
-            await library.read_into(handle, 0, buffer)
-        assert await library.read_into(handle, 0, buffer) == 4096, "a want of memory is no damage"
+            await library.mounted.read_into(handle, 0, buffer)
+        assert await library.mounted.read_into(handle, 0, buffer) == 4096, "a want of memory is no damage"
         stumbling[:] = [errno.EIO, errno.EIO]
         with pytest.raises(StoreDamaged):
-            await library.read_into(handle, 0, buffer)
-        library.release(handle)
+            await library.mounted.read_into(handle, 0, buffer)
+        library.mounted.release(handle)
         await fills(library, "p")
         assert await read_all(library, "p", WEIGHTS) == (source / WEIGHTS).read_bytes()
 
@@ -92,7 +92,7 @@ async def test_what_cannot_be_read_now_is_read_later_and_is_no_error(
     monkeypatch.setattr(catalog_module, "PATIENCE_SECONDS", 0.0)
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
         await fills(library, "p")
         await checkpoint(library)
     wanting = [100]
@@ -107,14 +107,14 @@ async def test_what_cannot_be_read_now_is_read_later_and_is_no_error(
     monkeypatch.setattr(SlotMetadata, "load_manifest", load_manifest)
     async with running(tmp_path) as library:
         with pytest.raises(OutOfResources):
-            await library.ensure_loaded("p")
-        assert isinstance(library._catalog.pipelines["p"].head, UnloadedGeneration)
-        assert library._catalog.pipelines["p"].current is None
-        (status,) = library.list()
+            await library.pipelines.ensure_loaded("p")
+        assert isinstance(library.catalog.pipelines["p"].head, UnloadedGeneration)
+        assert library.catalog.pipelines["p"].current is None
+        (status,) = library.pipelines.list()
         assert status.state == "unverified" and status.error is not None and status.error.code == "out-of-resources"
         wanting[0] = 3
-        await library.ensure_loaded("p")
-        assert library.status("p").error is None
+        await library.pipelines.ensure_loaded("p")
+        assert library.pipelines.status("p").error is None
         assert await read_all(library, "p", WEIGHTS) == (source / WEIGHTS).read_bytes()
 
 

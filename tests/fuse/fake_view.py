@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from instantstart_fs.errors import InstantStartError, NoSuchEntry, OriginBroken, ReadDeadline
-from instantstart_fs.vfs import ROOT, Attributes, Filesystem, Invalidation, OpenFile
+from instantstart_fs.vfs import ROOT, Attributes, FilesystemStats, Invalidation, OpenFile
 
 BLOCK = bytes((i * 131 + i // 256 * 17 + 7) % 256 for i in range(65521))
 """A prime period, so that no chunk or page looks like its neighbour."""
@@ -124,8 +124,8 @@ class FakeView:
     def xattrs(self, nodeid: int) -> dict[str, bytes]:
         return {"user.instantstart.state": b"warm", "user.instantstart.error": b""} if nodeid != ROOT else {}
 
-    def filesystem(self) -> Filesystem:
-        return Filesystem(total_bytes=1 << 40, available_bytes=1 << 39, files=len(self.nodes))
+    def filesystem(self) -> FilesystemStats:
+        return FilesystemStats(total_bytes=1 << 40, available_bytes=1 << 39, files=len(self.nodes))
 
     def pipeline_of(self, nodeid: int) -> str | None:
         return "fake" if nodeid != ROOT else None

@@ -45,7 +45,7 @@ from instantstart_fs.library import Library
 from instantstart_fs.origins.base import Location
 from instantstart_fs.serving import admission
 from instantstart_fs.store.blobstore import BlobStore
-from instantstart_fs.upkeep import eviction as evictor_module
+from instantstart_fs.upkeep import eviction as upkeep_eviction
 from tests.component.test_library import find
 
 KIB = 1024
@@ -128,7 +128,7 @@ class InlinePool:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "WorkerPool", InlinePool)
     monkeypatch.setattr(committer, "SEAL_SECONDS", 0.0)
-    monkeypatch.setattr(evictor_module, "INTERVAL", 0.01)
+    monkeypatch.setattr(upkeep_eviction, "INTERVAL", 0.01)
     monkeypatch.setattr(residency, "MOST_FILES", 0)
     monkeypatch.setattr(residency, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(admission, "RETRY_SECONDS", 0.0)
@@ -188,8 +188,8 @@ class World:
         )
         with BlobStore.open(config.store.path) as store, Index.open(str(self.root / "index")) as index:
             library = Library(config, store, index, now_ns=lambda: int(self.now() * 1e9), boot=self.boot)
-            library.budget = self.budget  # type: ignore[method-assign]  # disks that shrink
-            switch = library._catalog.switch_generation
+            library.inventory.budget = self.budget  # type: ignore[method-assign]  # disks that shrink
+            switch = library.catalog.switch_generation
 
             def watched(new: Any, *kept: Any) -> Any:
                 # An eviction takes effect here: without an await since it was last asked whether it may.
@@ -200,7 +200,7 @@ class World:
                     self.evictions += 1
                 return switch(new, *kept)
 
-            library._catalog.switch_generation = watched  # type: ignore[method-assign]
+            library.catalog.switch_generation = watched  # type: ignore[method-assign]
             async with library.running():
                 self.library = library
                 yield
@@ -220,16 +220,16 @@ class World:
     async def settle(self) -> None:
         """Until nothing is being fetched or sealed."""
         with trio.fail_after(20):
-            while any(self.library._filler.is_filling(name) for name in self.library._catalog.pipelines):
+            while any(self.library.filler.is_filling(name) for name in self.library.catalog.pipelines):
                 await trio.sleep(0.0005)
-            while self.library._filler.statistics().in_flight:
+            while self.library.filler.statistics().in_flight:
                 await trio.sleep(0.0005)
             # Superseded generations that nobody holds are on their way out.
-            while any(not old.handles for found in self.library._catalog.pipelines.values() for old in found.draining):
+            while any(not old.handles for found in self.library.catalog.pipelines.values() for old in found.draining):
                 await trio.sleep(0.0005)
 
     def usage(self) -> int:
-        return sum(candidate.bytes for candidate in self.library.candidates())
+        return sum(candidate.bytes for candidate in self.library.inventory.candidates())
 
     def on_disk(self, name: str, generation: int | str = "*") -> int:
         files = (self.root / "store" / "slots" / name).glob(f"{generation}/files/**/*")
@@ -237,7 +237,7 @@ class World:
 
     def check_after_restart(self) -> None:
         assert os.listdir(self.root / "store" / "trash") == []
-        for name, pipeline in self.library._catalog.pipelines.items():
+        for name, pipeline in self.library.catalog.pipelines.items():
             assert pipeline.allocated == self.on_disk(name), f"{name}: the accounts are wrong"
             assert pipeline.current is not None  # reads what its summary stood for
             assert pipeline.allocated == self.on_disk(name), f"{name}: the summary is wrong"
@@ -250,19 +250,19 @@ class World:
     # -- operations ----------------------------------------------------------------------------------------------------
 
     def known(self, number: int) -> bool:
-        return str(number) in self.library._catalog.pipelines
+        return str(number) in self.library.catalog.pipelines
 
     async def do_add(self, number: int, amount: int) -> None:
         if self.known(number):
             return
         model = ModelSpec(source=f"file://{self.sources / str(number)}")
         quota = 60 * KIB if amount % 5 == 0 else None
-        await self.library.add(PipelineSpec(id=str(number), models=(model,), quota=quota))
+        await self.library.admin.add(PipelineSpec(id=str(number), models=(model,), quota=quota))
 
     async def do_remove(self, number: int, amount: int) -> None:
         if self.known(number) and not self.leases.get(number) and amount % 4 == 0:
             self.close_all(number)
-            await self.library.remove(str(number))
+            await self.library.admin.remove(str(number))
             self.pinned.discard(number)
             self.requested.pop(number, None)
 
@@ -271,46 +271,46 @@ class World:
 
     async def do_open(self, number: int, amount: int) -> None:
         if self.known(number):
-            self.handles.setdefault(number, []).append(await self.library.open(self.node(number)))
+            self.handles.setdefault(number, []).append(await self.library.mounted.open(self.node(number)))
             self.requested[number] = self.now()
 
     async def do_close(self, number: int, amount: int) -> None:
         if self.handles.get(number):
-            self.library.release(self.handles[number].pop())
+            self.library.mounted.release(self.handles[number].pop())
 
     def close_all(self, number: int) -> None:
         for handle in self.handles.pop(number, []):
-            self.library.release(handle)
+            self.library.mounted.release(handle)
 
     async def do_read(self, number: int, amount: int) -> None:
         if not self.known(number):
             return
         name = (FIRST, "model-2-of-2.safetensors", "pytorch_model.bin", "config.json")[amount % 4]
         want = (self.sources / str(number) / name).read_bytes()
-        handle = await self.library.open(self.node(number, name))
+        handle = await self.library.mounted.open(self.node(number, name))
         self.handles.setdefault(number, []).append(handle)
         if name != "config.json":
             self.requested[number] = self.now()
-        served = self.library._filler._uncached.bytes
+        served = self.library.filler._uncached.bytes
         got = bytearray(len(want))
         step = 4 * KIB * (1 + amount % 7)
         for offset in range(0, len(want), step):
-            count = await self.library.read_into(handle, offset, memoryview(got)[offset : offset + step])
+            count = await self.library.mounted.read_into(handle, offset, memoryview(got)[offset : offset + step])
             assert count == min(step, len(want) - offset)
         assert got == want, "wrong bytes"
-        self.through += self.library._filler._uncached.bytes > served
+        self.through += self.library.filler._uncached.bytes > served
         self.handles[number].remove(handle)
-        self.library.release(handle)
+        self.library.mounted.release(handle)
 
     async def do_touch(self, number: int, amount: int) -> None:
         if self.known(number):
-            self.library.touch(str(number))
+            self.library.admin.touch(str(number))
             self.requested[number] = self.now()
 
     async def do_lease(self, number: int, amount: int) -> None:
         if self.known(number):
             held = contextlib.ExitStack()
-            held.enter_context(self.library.lease(str(number)))
+            held.enter_context(self.library.leases.lease(str(number)))
             self.leases.setdefault(number, []).append(held)
             self.requested[number] = self.now()
 
@@ -322,13 +322,13 @@ class World:
     async def do_pin(self, number: int, amount: int) -> None:
         if self.known(number):
             pinned = amount % 3 == 0
-            await self.library.set_pinned(str(number), pinned)
+            await self.library.admin.set_pinned(str(number), pinned)
             (self.pinned.add if pinned else self.pinned.discard)(number)
 
     async def do_warm(self, number: int, amount: int) -> None:
         if self.known(number):
             with contextlib.suppress(StoreFull, FillCancelled):
-                await self.library.warm(str(number), everything=amount % 2 == 0)
+                await self.library.warming.warm(str(number), everything=amount % 2 == 0)
 
     async def do_evict(self, number: int, amount: int) -> None:
         if not self.known(number):
@@ -336,9 +336,9 @@ class World:
         self.by_hand = str(number)
         held = number in self.pinned or self.leases.get(number) or self.handles.get(number)
         try:
-            await self.library.evict(str(number))
+            await self.library.admin.evict(str(number))
             assert not held
-            current = self.library._catalog.pipelines[str(number)].current
+            current = self.library.catalog.pipelines[str(number)].current
             assert current is not None
             assert self.on_disk(str(number), current.number) == 0, "an eviction that freed nothing"
         except PipelineBusy:
@@ -358,18 +358,18 @@ class World:
             return
         # A source that changes under a fill ends it, which is not what is asked here.
         await self.settle()
-        pipeline = self.library._catalog.pipelines[str(number)]
+        pipeline = self.library.catalog.pipelines[str(number)]
         assert pipeline.current is not None
         complete = {file.entry.path for file in pipeline.current.files if file.complete}
         changed = self.change(number, amount)
-        fetched, evictions = self.library._filler.statistics().fetched_bytes, self.evictions
-        await self.library.update(str(number))
+        fetched, evictions = self.library.filler.statistics().fetched_bytes, self.evictions
+        await self.library.admin.update(str(number))
         if self.evictions == evictions:  # else it, or one whose room others wait for, may have gone meanwhile
             now = {file.entry.path for file in pipeline.current.files if file.complete}
             # (What was fetched for a reader may have been sealed in between.)
             assert now >= complete - {changed}, f"{complete} became {now} when {changed} changed"
             assert changed not in now
-            assert self.library._filler.statistics().fetched_bytes == fetched
+            assert self.library.filler.statistics().fetched_bytes == fetched
         self.updates += 1
 
     async def do_time(self, number: int, amount: int) -> None:
@@ -380,14 +380,14 @@ class World:
     async def do_jump(self, number: int, amount: int) -> None:
         if amount % 4:
             return
-        self.library._evictor.suspended()  # it looks every minute: it has seen the clock before
+        self.library.evictor.suspended()  # it looks every minute: it has seen the clock before
         self.ahead += 10000.0 if amount % 8 else -10000.0
         self.rests_until = self.boot() + KEEP_HOT
         self.requested = {number: min(at, self.now()) for number, at in self.requested.items()}
-        self.library._evictor.suspended()
+        self.library.evictor.suspended()
         # What was seen a moment before kill -9 may be lost; and two jumps may cancel each other out.
         with trio.fail_after(20):
-            while self.library._evictor._saved is None:
+            while self.library.evictor._saved is None:
                 await trio.sleep(0.0005)
 
     async def do_shrink(self, number: int, amount: int) -> None:
@@ -400,17 +400,15 @@ class World:
         """Let go of whatever may be let go of: nobody may notice."""
         for _ in range(2):
             await self.library.residency.run_once()
-        self.unloads += sum(
-            isinstance(one.head, UnloadedGeneration) for one in self.library._catalog.pipelines.values()
-        )
+        self.unloads += sum(isinstance(one.head, UnloadedGeneration) for one in self.library.catalog.pipelines.values())
 
     async def do_look(self, number: int, amount: int) -> None:
         await self.settle()
-        await self.library._evictor.run_once()
+        await self.library.evictor.run_once()
         # What an earlier daemon saw of the clock may have it rest for longer than this reference remembers.
-        rests = self.boot() < self.rests_until + 0.5 or self.library._evictor.suspended()
+        rests = self.boot() < self.rests_until + 0.5 or self.library.evictor.suspended()
         if not rests and self.usage() > 0.9 * self.capacity:
-            left = [candidate for candidate in self.library.candidates() if candidate.evictable]
+            left = [candidate for candidate in self.library.inventory.candidates() if candidate.evictable]
             assert not left, f"too full: {self.usage()} of {self.capacity}, and {left} may go"
 
     # -- histories -----------------------------------------------------------------------------------------------------
@@ -430,7 +428,7 @@ class World:
                     if name == "crash":
                         await self.crash(number, amount)
                         break
-                    before = sum(candidate.frees for candidate in self.library.candidates())
+                    before = sum(candidate.frees for candidate in self.library.inventory.candidates())
                     await getattr(self, f"do_{name}")(number, amount)
                     if amount % 3:
                         await self.settle()
@@ -447,32 +445,32 @@ class World:
         """What kill -9 leaves: nothing more is committed or flushed; an eviction ends between index and files."""
         library = self.library
         if amount % 2:
-            await library._access.flush()
+            await library.access.flush()
         if self.known(number) and amount % 3 == 0:
 
             def die(pipeline: str, generation: int) -> None:
                 raise StoreError("killed")
 
-            library._store.empty_generation = die  # type: ignore[method-assign]
+            library.store.empty_generation = die  # type: ignore[method-assign]
             self.by_hand = str(number)
             with contextlib.suppress(StoreError, PipelineBusy):
-                await library.evict(str(number))
+                await library.admin.evict(str(number))
             self.by_hand = None
         if self.known(number) and amount % 3 == 1:
 
             async def stay(generation: Any) -> None: ...
 
             await self.settle()
-            library._admin.drop_generation = stay  # type: ignore[method-assign]
+            library.lifecycle.drop_generation = stay  # type: ignore[method-assign]
             self.change(number, amount)
-            await library.update(str(number))
-        on_disk = library._index.read(lambda txn: txn.last_requests())
+            await library.admin.update(str(number))
+        on_disk = library.index.read(lambda txn: txn.last_requests())
 
         async def nothing() -> None: ...
 
-        library._filler._completion.committer.commit = nothing  # type: ignore[method-assign]
-        library._access.flush = nothing  # type: ignore[method-assign]
-        library._evictor._save_clock = nothing  # type: ignore[method-assign]
+        library.filler._completion.committer.commit = nothing  # type: ignore[method-assign]
+        library.access.flush = nothing  # type: ignore[method-assign]
+        library.evictor._save_clock = nothing  # type: ignore[method-assign]
         # The last few seconds of requests are lost, and no more: what was flushed is what counts from now on.
         for key in list(self.requested):
             stored = on_disk.get(str(key))

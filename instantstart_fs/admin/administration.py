@@ -1,0 +1,195 @@
+"""Pipelines' administration as the control socket and the configuration ask for it: by name, answering with a status.
+
+Each method is one use case over lifecycle.py and what follows from it (an access check noted, counters, an evictor that
+looks again). Who may ask is decided in control/callers.py.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+
+from instantstart_fs.admin.lifecycle import Lifecycle, VerifyReport
+from instantstart_fs.admin.origin_checks import OriginChecks
+from instantstart_fs.catalog.catalog import Catalog
+from instantstart_fs.catalog.learning import Learning
+from instantstart_fs.catalog.model import Pipeline
+from instantstart_fs.core.coldstart import ColdStart, Moment
+from instantstart_fs.core.manifest import PipelineSpec
+from instantstart_fs.core.status import OriginCheck, PipelineStatus
+from instantstart_fs.errors import PipelineBusy
+from instantstart_fs.index.access_times import AccessTimes
+from instantstart_fs.serving.bindings import Bindings
+from instantstart_fs.serving.reads import Reads
+from instantstart_fs.serving.shielded import ShieldedOperations
+from instantstart_fs.serving.startupcaches import StartupCaches
+from instantstart_fs.telemetry.telemetry import Telemetry
+from instantstart_fs.upkeep.access_recheck import Rechecker
+from instantstart_fs.upkeep.eviction import Evictor
+from instantstart_fs.upkeep.inventory import Inventory
+from instantstart_fs.views.pipelines import Pipelines
+
+EVICTION = "eviction"
+"""The kind of shielded operation."""
+
+
+class Administration:
+    """On the trio thread. It has more than 8 collaborators: here a request meets everything that has to know of it.
+    ``rechecker``: None where origins are not asked again."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        lifecycle: Lifecycle,
+        pipelines: Pipelines,
+        *,
+        reads: Reads,
+        access: AccessTimes,
+        learning: Learning,
+        telemetry: Telemetry,
+        bindings: Bindings,
+        evictor: Evictor,
+        inventory: Inventory,
+        shielded: ShieldedOperations,
+        startup: StartupCaches,
+        rechecker: Rechecker | None,
+    ) -> None:
+        self._catalog = catalog
+        self._lifecycle = lifecycle
+        self._pipelines = pipelines
+        self._reads = reads
+        self._access = access
+        self._learning = learning
+        self._telemetry = telemetry
+        self._bindings = bindings
+        self._evictor = evictor
+        self._inventory = inventory
+        self._shielded = shielded
+        self._startup = startup
+        self._rechecker = rechecker
+        self._origin_checks = OriginChecks(catalog, lifecycle)
+
+    async def add(self, spec: PipelineSpec) -> PipelineStatus:
+        """Resolve, pin and show a new pipeline. Raises PipelineExists, UsageError, OriginError, StoreError."""
+        pipeline = await self._lifecycle.add(spec)
+        await self._note_allowed(pipeline)
+        return self._pipelines.status_of(pipeline)
+
+    async def update(self, pipeline: str) -> PipelineStatus:
+        """Resolve again and switch to a new generation if anything changed. Raises like add, and PipelineNotFound."""
+        if not await self._lifecycle.update(pipeline):
+            # Asked again on purpose: what failed for good at the same pins may be tried anew.
+            generation = await self._catalog.ensure_loaded(self._catalog.pipeline(pipeline))
+            if generation is not None:
+                with generation.retained():
+                    await self._reads.reset_failures(generation)
+        await self._note_allowed(self._catalog.pipeline(pipeline))
+        return self._pipelines.status(pipeline)
+
+    async def _note_allowed(self, pipeline: Pipeline) -> None:
+        """Its sources were just listed with its credentials."""
+        if self._rechecker is not None:
+            await self._rechecker.note(pipeline, None)
+
+    async def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
+        """Returns the processes that still have files of it open; their space is free once those are closed. Raises
+        PipelineNotFound, PipelineBusy (leased; not with ``force``)."""
+        found = self._catalog.pipeline(pipeline)
+        processes = await self._lifecycle.remove(pipeline, force=force)
+        self._learning.forget(found)
+        self._telemetry.forget(pipeline)
+        self._startup.forget(found)
+        if pipeline not in self._catalog.pipelines:
+            self._access.forget(pipeline)
+        return [str(process) for process in processes]
+
+    async def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
+        """Returns what ``remove`` returns. Raises PipelineNotFound, PipelineBusy (pinned; without ``force`` also leased
+        or open)."""
+        self._bindings.poll_releases(pipeline)
+        dropped, processes = await self._lifecycle.evict_by_hand(pipeline, force=force)
+        self._telemetry.evicted(dropped)
+        await self._startup.evicted(pipeline)
+        self._evictor.wake()
+        return [str(process) for process in processes]
+
+    async def evict_unused(self, pipeline: str) -> None:
+        """``evict`` for the evictor. Raises PipelineBusy, too, if it was requested since it was chosen, or is being
+        changed: an update may take minutes, and whoever needs space waits for this."""
+        if self._catalog.pipeline(pipeline).lock.locked():
+            raise PipelineBusy(f"{pipeline} is being changed")
+
+        def refuse(found: Pipeline) -> None:
+            if self._evictor.suspended() or not self._inventory.candidate(found, locked=False).evictable:
+                raise PipelineBusy(f"{found.id}: it was requested meanwhile, or the clock was set")
+
+        async def work() -> None:
+            self._telemetry.evicted(await self._lifecycle.evict(pipeline, refuse))
+            await self._startup.evicted(pipeline)
+            self._evictor.wake()
+
+        # The caller may be a reader whose patience ends.
+        await self._shielded.run_to_completion(work, EVICTION)
+
+    async def evictions_end(self) -> None:
+        """Return once no eviction of ``evict_unused`` is under way."""
+        await self._shielded.wait_idle(EVICTION)
+
+    async def set_pinned(self, pipeline: str, pinned: bool) -> None:
+        """Raises PipelineNotFound, StoreError."""
+        await self._lifecycle.set_pinned(pipeline, pinned)
+
+    async def set_quota(self, pipeline: str, quota: int | None) -> None:
+        """Bytes of disk that its files may take from now on; None: no limit. Raises PipelineNotFound, StoreError."""
+        await self._lifecycle.set_quota(pipeline, quota)
+
+    def touch(self, pipeline: str) -> None:
+        """Count a request now. Raises PipelineNotFound."""
+        self._access.record_request(self._catalog.pipeline(pipeline).id, self._catalog.now_ns())
+
+    async def verify(
+        self, pipeline: str, progress: Callable[[int, int], None], rate: float | None = None
+    ) -> VerifyReport:
+        """See Lifecycle.verify. ``rate``: bytes a second at most."""
+        return await self._lifecycle.verify(pipeline, progress, rate)
+
+    async def check_origins(self, shown: Callable[[PipelineSpec], bool]) -> Sequence[OriginCheck]:
+        """See OriginChecks.run."""
+        return await self._origin_checks.run(shown)
+
+    async def check_access(self, pipeline: str) -> tuple[str, ...]:
+        """Returns the pipeline's sources; its own credentials may fetch all of them. Raises what an origin answers.
+        With `recheck_access`, the answer counts as one of its checks."""
+        if self._rechecker is None:
+            return await self._lifecycle.check_access(pipeline)
+        found = self._catalog.pipeline(pipeline)
+        await self._rechecker.check(found)
+        return tuple(model.source for model in found.spec.models)
+
+    def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None, start: str = "") -> None:
+        """Record a moment of a cold start that a filesystem cannot see. ``at_ns``: wall clock, None for now;
+        ``start``: of the start with that id. Raises PipelineNotFound, NoColdStart."""
+        self._telemetry.mark(self._catalog.pipeline(pipeline).id, moment, at_ns, start)
+
+    async def begin_start(self, pipeline: str, start: str, requested_ns: int | None) -> str:
+        """Begin a start for `run`, or go on with the one that is called ``start``. Returns its id. Raises
+        PipelineNotFound."""
+        found = self._catalog.pipeline(pipeline)
+        await self._catalog.ensure_loaded(found)
+        self._catalog.pipeline(pipeline)
+        if not start:
+            start = secrets.token_hex(8)
+            self._telemetry.begin_start(found, start, requested_ns)
+        return start
+
+    def report_start(self, pipeline: str, start: str, **changes: object) -> None:
+        """Record what `run` says of its start. Raises PipelineNotFound, NoColdStart."""
+        self._telemetry.report_start(self._catalog.pipeline(pipeline).id, start, **changes)
+
+    def end_start(self, pipeline: str, start: str) -> None:
+        """The connection of that `run` has ended."""
+        self._telemetry.end_start(pipeline, start)
+
+    def cold_starts(self, pipeline: str) -> list[ColdStart]:
+        """The last ones, newest first. Raises PipelineNotFound."""
+        return self._telemetry.cold_starts(self._catalog.pipeline(pipeline).id)

@@ -1,0 +1,22 @@
+"""How busy the daemon is, for what runs only while nobody wants anything (core/scrub.py)."""
+
+from __future__ import annotations
+
+from instantstart_fs.core.scrub import Activity
+from instantstart_fs.filler.scheduler import Filler
+from instantstart_fs.serving.leases import Leases
+from instantstart_fs.telemetry.telemetry import Telemetry
+
+
+class ActivityMeter:
+    """On the trio thread. The kernel's own reads of complete files show in their opens alone."""
+
+    def __init__(self, telemetry: Telemetry, filler: Filler, leases: Leases) -> None:
+        self._telemetry = telemetry
+        self._filler = filler
+        self._leases = leases
+
+    def now(self) -> Activity:
+        totals, fills = self._telemetry.totals, self._filler.statistics()
+        events = totals.opens.total() + totals.reads + totals.staged_bytes + fills.fetched_bytes
+        return Activity(events, busy=fills.in_flight > 0 or self._leases.any_prefetch())
