@@ -494,7 +494,7 @@ async def test_a_mount_that_answers_with_an_error_ends_no_daemon(
 
     monkeypatch.setattr(daemon, "STATUS_INTERVAL", 0.05)
     monkeypatch.setattr(daemon.os, "statvfs", gone)
-    library = SimpleNamespace(list=list, count=0)
+    library = SimpleNamespace(pipelines=())
     told = daemon.Daemon(
         Config(mount=MountConfig(path=str(tmp_path)), store=StoreConfig(path=str(tmp_path))),
         cast(Any, library),
@@ -590,7 +590,7 @@ async def test_half_a_request_byte_by_byte_is_no_reason_to_wait_for_ever(
 
     monkeypatch.setattr(connection, "REQUEST_DEADLINE", 0.5)
     place = str(tmp_path / "s")
-    async with server.serving(cast(Any, object()), lambda: INFO, place):
+    async with server.serving(cast(Any, SimpleNamespace(pipelines=None)), lambda: INFO, place):
         stream = await trio.open_unix_socket(place)
         ended = trio.Event()
 

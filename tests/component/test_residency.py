@@ -370,7 +370,7 @@ async def test_while_one_pipeline_is_looked_into_the_mount_answers_for_others_an
 ) -> None:
     async with clean_library(tmp_path, "x", "other") as library:
         find(library, "other", WEIGHTS)  # in memory
-        operations, gate = Operations(library), Gate(library)
+        operations, gate = Operations(library.mounted), Gate(library)
         root, other = library.mounted.lookup(ROOT, "x").nodeid, library.mounted.lookup(ROOT, "other").nodeid
         found: list[int] = []
         statuses: list[PipelineStatus] = []
@@ -455,7 +455,7 @@ async def test_a_manifest_that_proves_unreadable_when_it_is_looked_into_is_an_er
 ) -> None:
     async with clean_library(tmp_path, "x", "other") as library:
         (tmp_path / "store" / "slots" / "x" / "1" / "manifest.json").write_text("{")
-        operations = Operations(library)
+        operations = Operations(library.mounted)
         with pytest.raises(FUSEError) as stale:
             await operations.readdir(
                 await operations.opendir(library.mounted.lookup(ROOT, "x").nodeid, NOBODY), 0, None
@@ -471,7 +471,7 @@ async def test_a_file_that_the_kernel_remembers_by_its_nodeid_is_opened_after_it
     async with clean_library(tmp_path, "x") as library:
         nodeid = find(library, "x", WEIGHTS)
     async with running(tmp_path) as library:
-        operations, gate = Operations(library), Gate(library)
+        operations, gate = Operations(library.mounted), Gate(library)
         assert operations.open_nowait(nodeid, 0) is None  # it has to wait
         gate.open()
         opened = await operations.open(nodeid, 0, NOBODY)

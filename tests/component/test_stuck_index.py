@@ -131,7 +131,7 @@ async def warm_and_cold(root: Path) -> AsyncIterator[Library]:
 async def test_warm_reads_go_on_cold_ones_fail_in_time_and_health_says_index(tmp_path: Path) -> None:
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
-        probe = HealthProbe("/", library.snapshots.prove_index_writable, library.fill_statistics, lambda mount: None)
+        probe = HealthProbe("/", library.snapshots.prove_index_writable, library.filler.statistics, lambda mount: None)
         async with hanging(library.index) as disk:
             with trio.fail_after(20):
 
@@ -164,11 +164,11 @@ async def test_a_commit_that_hangs_pauses_filling_and_is_not_taken_for_one_that_
                 while committer.stuck is None:
                     await trio.sleep(0.001)
                 assert committer._busy, "what may still happen is not let go of"
-                assert library.fill_statistics().index_stuck
+                assert library.filler.statistics().index_stuck
                 disk.release()
                 while committer.stuck is not None or library.filler.is_filling("cold"):
                     await trio.sleep(0.001)
-        assert not library.fill_statistics().index_stuck
+        assert not library.filler.statistics().index_stuck
     async with running(tmp_path, capacity=64 * MIB) as library:
         assert library.catalog.pipelines["cold"].allocated == blocks(tmp_path, "cold")
         assert await read_all(library, "cold", WEIGHTS) == data

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from instantstart_fs.admin.lifecycle import Admin
+from instantstart_fs.admin.lifecycle import Lifecycle
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import InstantStartError, StoreDamaged
 from instantstart_fs.library import Library
@@ -127,7 +127,7 @@ async def test_an_update_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: 
             raise StoreDamaged("the index cannot be written")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Admin, "_record", fail)
+            patch.setattr(Lifecycle, "_record", fail)
             with pytest.raises(StoreDamaged):
                 await library.admin.update("p")
         assert sorted(path.name for path in (tmp_path / "store/slots/p").iterdir()) == ["1", "pipeline.json"]
@@ -176,7 +176,7 @@ async def test_what_a_crash_in_an_update_leaves(
         hub.publish("org/update", new)
         hub.forget_requests()
         with monkeypatch.context() as patch:
-            patch.setattr(Admin, "_record" if when == "before the record" else "drop_generation", crash)
+            patch.setattr(Lifecycle, "_record" if when == "before the record" else "drop_generation", crash)
             with pytest.raises(Crash):
                 await library.admin.update("p")
     async with from_hub(tmp_path, hub) as library:
@@ -231,13 +231,13 @@ async def test_what_is_found_bad_while_it_is_taken_over_is_bad_there(
         await library.warming.warm("p")
         await wait_state(library, "p", "warm")
         hub.publish("org/update", new)
-        record: Callable[..., object] = Admin._record
+        record: Callable[..., object] = Lifecycle._record
 
-        async def late(self: Admin, *arguments: object) -> None:
+        async def late(self: Lifecycle, *arguments: object) -> None:
             await found_bad(library, tmp_path / "store/slots/p/1/files" / SHARDS[0])
             await record(self, *arguments)  # type: ignore[misc]
 
-        monkeypatch.setattr(Admin, "_record", late)
+        monkeypatch.setattr(Lifecycle, "_record", late)
         await library.admin.update("p")
         await library.warming.warm("p")
         await wait_state(library, "p", "warm")
