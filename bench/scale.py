@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from bench import common, daemon
 from bench.common import run, show_size, summary, table
 from instantstart_fs.catalog.model import Generation, Pipeline
-from instantstart_fs.catalog.unloaded import summary_of
+from instantstart_fs.catalog.summaries import summary_of
 from instantstart_fs.core.eviction import Budget, Candidate, admit, plan
 from instantstart_fs.core.manifest import Digest, Manifest, ManifestFile, ModelManifest, ModelSpec, PipelineSpec
 from instantstart_fs.filler.target import FileState

@@ -24,7 +24,7 @@ import trio
 from instantstart_fs.admin.access_proof import prove_access
 from instantstart_fs.catalog.catalog import Catalog, SharedFile
 from instantstart_fs.catalog.model import Generation, Pipeline
-from instantstart_fs.catalog.unloaded import summary_of
+from instantstart_fs.catalog.summaries import summary_of
 from instantstart_fs.core import access
 from instantstart_fs.core.chunks import MAX_CHUNKS
 from instantstart_fs.core.limits import MAX_BYTES, MAX_ID

@@ -20,9 +20,11 @@ import msgspec
 import trio
 
 from instantstart_fs.catalog.bind_gate import BindGate
+from instantstart_fs.catalog.failure import Failure
 from instantstart_fs.catalog.gc_control import gc_paused
-from instantstart_fs.catalog.model import CachedFile, Failure, Generation, NodeTable, OpenOrigin, Pipeline
-from instantstart_fs.catalog.unloaded import UnloadedGeneration, summary_of
+from instantstart_fs.catalog.inodes import NodeTable
+from instantstart_fs.catalog.model import CachedFile, Generation, OpenOrigin, Pipeline, UnloadedGeneration
+from instantstart_fs.catalog.summaries import summary_of
 from instantstart_fs.core.learned import Learned
 from instantstart_fs.core.loadset import RULES
 from instantstart_fs.core.manifest import Manifest
@@ -778,7 +780,7 @@ def _failure_record(pipeline: Pipeline) -> FailureRecord | None:
         failure.error.message,
         failure.since_ns,
         failure.final,
-        failure.file.generation.number if failure.file is not None else head.number,
+        failure.file.triple[1] if failure.file is not None else head.number,
         failure.index,
     )
 

@@ -7,16 +7,17 @@ holds the old one can never see the new bytes, nor the other way round.
 
 from __future__ import annotations
 
-import bisect
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from instantstart_fs.catalog.unloaded import Counts, UnloadedGeneration
+from instantstart_fs.catalog.accounting import Account, Counts, Uncached
+from instantstart_fs.catalog.failure import Failure
+from instantstart_fs.catalog.unloaded import Unloaded
 from instantstart_fs.core.access import Access
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.learned import Learned
@@ -27,6 +28,7 @@ from instantstart_fs.core.staging import Shard
 from instantstart_fs.core.tree import NODEIDS_PER_NODE, Tree
 from instantstart_fs.errors import AccessRefused
 from instantstart_fs.filler.target import COMPLETE, FileKey, FileState, FillTarget
+from instantstart_fs.index.schema import SummaryRecord
 from instantstart_fs.store.blobstore import Proof
 from instantstart_fs.vfs import NotLoaded
 
@@ -128,11 +130,6 @@ class CachedFile:
         return self.chunk_map().present_bytes if self.bitmap else 0
 
 
-OVERHEAD_BLOCKS = 3
-"""What a file takes on the disk beyond its bytes, at most: the rest of its last block, its seal record, the map of its
-extents."""
-
-
 class Lessee(NamedTuple):
     """Who holds a lease, as the kernel says of the other end of a connection; ``pid``: 0 where it is not in sight."""
 
@@ -140,15 +137,7 @@ class Lessee(NamedTuple):
     uid: int
 
 
-class Uncached(NamedTuple):
-    """A pipeline's reads are served straight from its origin. ``retry_at``: trio.current_time() from which on it is
-    asked for room again."""
-
-    text: str
-    retry_at: float
-
-
-class Generation:
+class Generation(Account):
     """One resolved generation of a pipeline and the state of its files, by manifest index.
 
     Directory nodes have the nodeid ``base + 2·node``, but the pipeline's and the models' roots keep theirs for the
@@ -156,6 +145,7 @@ class Generation:
     """
 
     def __init__(self, pipeline: Pipeline, manifest: Manifest, base: int, open_origin: OpenOrigin) -> None:
+        super().__init__()
         self.pipeline = pipeline
         self.manifest = manifest
         self.number = manifest.generation
@@ -174,17 +164,6 @@ class Generation:
         self.retainers = 0
         """How many count on finding this very object again in its pipeline; see ``kept``."""
         self._ended = False
-        self.filling_load_set = False
-        self.filling_everything = False
-        self.reservations: dict[tuple[int, int], int] = {}
-        """(file, chunk) → bytes: what single reads were admitted for and what has not come yet."""
-        self.block = 4096
-        """Of the store's filesystem, bytes."""
-        self._counts: Counts | None = None
-        self._incomplete: dict[int, int] = {}
-        """Directory node → how many of its files are not complete; of those that somebody listed."""
-        self.shared_with_current: frozenset[int] = frozenset()
-        """Of a superseded generation: files that the one after it shares; there they are counted."""
         self.eviction_done: trio.Event | None = None
         """Set while the store's files are being taken away (eviction): fills wait for it."""
         self.suspect = False
@@ -210,6 +189,10 @@ class Generation:
     def load_set(self) -> tuple[int, ...]:
         """File indices, in load order."""
         return self.known.order
+
+    @property
+    def counted(self) -> Sequence[CachedFile]:
+        return self.files
 
     @property
     def undecided(self) -> int:
@@ -306,9 +289,6 @@ class Generation:
     def nodeid_count(self) -> int:
         return NODEIDS_PER_NODE * len(self.tree)
 
-    def in_load_set(self, index: int) -> bool:
-        return index in self._in_load_set
-
     def default_file_nodeid(self, index: int) -> int:
         return self.base + NODEIDS_PER_NODE * self.tree.node_of_file(index)
 
@@ -340,147 +320,6 @@ class Generation:
         ]
         self._counts = Counts(0, 0, 0, 0, 0, 0)
 
-    def invalidate_counts(self) -> None:
-        """Recompute the counts when they are next needed. For changes that neither ``add_cached_bytes`` nor
-        ``completed`` covers."""
-        self._counts = None
-        self._incomplete.clear()
-
-    def add_cached_bytes(self, file: CachedFile, count: int) -> None:
-        """``count`` more bytes of ``file`` are here. Constant time: it is called for each chunk."""
-        if self._counts is not None:
-            cached, complete, unverified, everything, allocated, finished = self._counts
-            inside = self.in_load_set(file.entry.index)
-            self._counts = Counts(
-                cached + (count if inside else 0),
-                complete,
-                unverified,
-                everything + count,
-                allocated + self._rounded(count),
-                finished,
-            )
-
-    def completed(self, file: CachedFile, allocated: int) -> None:
-        """``file``, all of whose bytes were counted, became sealed or unverified, and takes ``allocated`` bytes of disk
-        (0: not measured). Constant time."""
-        parent = self.tree.nodes[self.tree.node_of_file(file.entry.index)].parent
-        if parent in self._incomplete:
-            self._incomplete[parent] -= 1
-        before = file.extra
-        self.set_allocated(file, allocated)
-        if self._counts is not None:
-            cached, complete, unverified, everything, taken, finished = self._counts
-            inside = self.in_load_set(file.entry.index)
-            self._counts = Counts(
-                cached,
-                complete + inside,
-                unverified + (inside and file.state is FileState.UNVERIFIED),
-                everything,
-                taken + file.extra - before,
-                finished + 1,
-            )
-
-    def set_allocated(self, file: CachedFile, allocated: int) -> None:
-        """``file`` takes ``allocated`` bytes of disk (0: not known). If it is counted already, call
-        ``invalidate_counts``."""
-        file.extra = allocated - self._rounded(file.cached_bytes) if allocated else 0
-
-    def _rounded(self, count: int) -> int:
-        return -(-count // self.block) * self.block
-
-    @property
-    def own_allocated(self) -> int:
-        """Bytes of disk that its files take and no later generation's."""
-        shared_with_current = (self.files[index] for index in self.shared_with_current)
-        return self.counts.allocated - sum(
-            self._rounded(file.size) + file.extra for file in shared_with_current if file.complete
-        )
-
-    def missing_bytes(self, *, everything: bool) -> int:
-        """Of the load set, or of all files: bytes that are not here."""
-        counts = self.counts
-        return self.total_bytes - counts.everything if everything else self.load_bytes - counts.cached
-
-    def needed_bytes(self, *, everything: bool) -> int:
-        """Bytes of disk that the fill of what is missing takes, at most."""
-        missing = self.missing_bytes(everything=everything)
-        return missing + self._overhead(everything=everything) if missing else 0
-
-    def _overhead(self, *, everything: bool) -> int:
-        unfinished = len(self.files) - self.counts.finished if everything else len(self.load_set) - self.counts.complete
-        return unfinished * OVERHEAD_BLOCKS * self.block
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes of disk that were admitted and are still to come: by the fill under way, and for single reads."""
-        promised = 0
-        if self.filling_load_set:
-            everything = self.filling_everything
-            promised = self.missing_bytes(everything=everything) + self._overhead(everything=everything)
-        return promised + self.reserved_outside_fill(filling=self.filling_load_set, everything=self.filling_everything)
-
-    def reserved_outside_fill(self, *, filling: bool, everything: bool) -> int:
-        """Bytes admitted for single reads that are no part of such a fill."""
-        if not self.reservations or (filling and everything):
-            return 0
-        return sum(
-            length for (index, _), length in self.reservations.items() if not (filling and index in self._in_load_set)
-        )
-
-    def reserve(self, file: CachedFile, present: ChunkMap, chunks: Sequence[int]) -> None:
-        """Those of these chunks that are not here were admitted: they count as promised until they come."""
-        self.reservations.update(self.unreserved(file, present, chunks))
-
-    def unreserved(self, file: CachedFile, present: ChunkMap, chunks: Sequence[int]) -> dict[tuple[int, int], int]:
-        """Those that are neither here nor promised to a single read, with their bytes of disk."""
-        index = file.entry.index
-        return {
-            (index, chunk): self._rounded(present.byte_range(chunk).length)
-            for chunk in chunks
-            if chunk not in present and (index, chunk) not in self.reservations
-        }
-
-    def release_reservations(self, file: CachedFile) -> None:
-        """Nothing more of this file will come for the reads that were admitted."""
-        index = file.entry.index
-        for key in [key for key in self.reservations if key[0] == index]:
-            del self.reservations[key]
-
-    @property
-    def counts(self) -> Counts:
-        """Kept up to date, so that neither 10,000 pipelines to list nor 10,000 files to seal cost a walk each."""
-        if self._counts is None:
-            cached = complete = unverified = everything = allocated = finished = 0
-            for file in self.files:
-                here = file.cached_bytes
-                everything += here
-                finished += file.complete
-                allocated += self._rounded(here) + file.extra if here or file.extra else 0
-                if file.entry.index in self._in_load_set:
-                    cached += here
-                    complete += file.complete
-                    unverified += file.state is FileState.UNVERIFIED
-            self._counts = Counts(cached, complete, unverified, everything, allocated, finished)
-        return self._counts
-
-    def count_all(self) -> None:
-        """What takes a walk over all files, now: in a thread, so that the loop need not."""
-        _ = self.counts
-        for node, entry in enumerate(self.tree.nodes):
-            if entry.children is not None:
-                self.mostly_complete(node)
-
-    def mostly_complete(self, node: int) -> bool:
-        """Of a directory: whether at least three in four entries are complete files or directories."""
-        children = self.tree.nodes[node].children or {}
-        incomplete = self._incomplete.get(node)
-        if incomplete is None:
-            nodes = self.tree.nodes
-            incomplete = self._incomplete[node] = sum(
-                nodes[child].file >= 0 and not self.files[nodes[child].file].complete for child in children.values()
-            )
-        return incomplete * 4 <= len(children)
-
     @property
     def load_set_complete(self) -> bool:
         """Whether an engine can start: all that it loads is here (and somebody has said what that is), or all there
@@ -497,34 +336,21 @@ class Generation:
         return self.counts.complete == len(self.load_set)
 
 
-class Failure:
-    """What went wrong last with a pipeline. ``final``: filling has stopped because of it. ``file``: with which one.
-    ``recalled``: of an earlier daemon, with the file of that index (-1: with none)."""
-
-    __slots__ = ("error", "file", "final", "index", "recalled", "since_ns")
+class UnloadedGeneration(Unloaded["Pipeline"]):
+    """A generation of which only the summary is in memory. ``load`` reads the rest and may block: None, and the
+    pipeline in error, where that cannot be read; this very object where it cannot be read now."""
 
     def __init__(
         self,
-        error: InstantStartError,
-        since_ns: int,
-        *,
-        final: bool,
-        file: CachedFile | None = None,
-        index: int = -1,
-        recalled: bool = False,
+        pipeline: Pipeline,
+        summary: SummaryRecord,
+        load: Callable[[UnloadedGeneration], Generation | UnloadedGeneration | None],
     ) -> None:
-        self.error = error
-        self.since_ns = since_ns
-        self.final = final
-        self.file = file
-        self.index = index if file is None else file.entry.index
-        self.recalled = recalled
+        super().__init__(pipeline, summary)
+        self._load = load
 
-    def lifted_by(self, file: CachedFile) -> bool:
-        """Whether bytes of that file, which have come, show that it goes on after all."""
-        if self.recalled:
-            return self.index in (-1, file.entry.index)
-        return self.final and self.file is file
+    def load(self) -> Generation | UnloadedGeneration | None:
+        return self._load(self)
 
 
 class Pipeline:
@@ -669,102 +495,6 @@ class Pipeline:
         """Return at the next change of state or progress, at the latest after ``timeout`` seconds."""
         with trio.move_on_after(timeout):
             await self._changed.wait()
-
-
-class NodeTable:
-    """nodeid → what it names. Blocks of consecutive nodeids belong to generations; re-incarnated files and constant
-    directories are kept one by one."""
-
-    def __init__(self) -> None:
-        self._bases: list[int] = []
-        self._blocks: list[tuple[int, int, Generation | UnloadedGeneration]] = []
-        self._single: dict[int, CachedFile | Pipeline | UnloadedGeneration] = {}
-
-    def __len__(self) -> int:
-        """Entries: a block counts once."""
-        return len(self._blocks) + len(self._single)
-
-    def add_block(self, generation: Generation | UnloadedGeneration) -> None:
-        position = bisect.bisect(self._bases, generation.base)
-        self._bases.insert(position, generation.base)
-        self._blocks.insert(position, (generation.base, generation.nodeid_count, generation))
-
-    def load_blocks(self, unloaded: Iterable[UnloadedGeneration]) -> None:
-        """``add_folded`` for many at once."""
-        for generation in unloaded:
-            self._blocks.append((generation.base, generation.nodeid_count, generation))
-            for nodeid in generation.summary.nodeids:
-                self._single[nodeid] = generation
-        self._blocks.sort(key=lambda block: block[0])
-        self._bases = [block[0] for block in self._blocks]
-
-    def unload(self, generation: Generation, unloaded: UnloadedGeneration) -> None:
-        """``unloaded`` stands for ``generation`` from now on."""
-        self.drop_generation(generation)
-        self.add_block(unloaded)
-        for nodeid in unloaded.summary.nodeids:
-            self._single[nodeid] = unloaded
-
-    def drop_unloaded(self, unloaded: UnloadedGeneration) -> None:
-        self._drop_block(unloaded)
-        for nodeid in unloaded.summary.nodeids:
-            self._single.pop(nodeid, None)
-
-    def drop_generation(self, generation: Generation) -> None:
-        """Forget its block and the nodeids of its re-incarnated files."""
-        self._drop_block(generation)
-        for file in generation.files:
-            self._single.pop(file.nodeid, None)
-
-    def _drop_block(self, generation: Generation | UnloadedGeneration) -> None:
-        position = bisect.bisect_left(self._bases, generation.base)
-        if position < len(self._bases) and self._blocks[position][2] is generation:
-            del self._bases[position], self._blocks[position]
-
-    def add_pipeline(self, pipeline: Pipeline) -> None:
-        for nodeid in pipeline.directory_nodeids.values():
-            self._single[nodeid] = pipeline
-        self._single[pipeline.link_nodeid] = pipeline
-
-    def drop_pipeline(self, pipeline: Pipeline) -> None:
-        for nodeid in pipeline.directory_nodeids.values():
-            self._single.pop(nodeid, None)
-        self._single.pop(pipeline.link_nodeid, None)
-
-    def add_file(self, file: CachedFile) -> None:
-        self._single[file.nodeid] = file
-
-    def drop_file(self, nodeid: int) -> None:
-        self._single.pop(nodeid, None)
-
-    def find(self, nodeid: int) -> CachedFile | Pipeline | tuple[Generation, int] | None:
-        """A file (by either of its nodeids), a pipeline (constant directory or symlink), a (generation, directory
-        node), or None (stale). Raises NotInMemory where a generation has to be read first."""
-        single = self._single.get(nodeid)
-        if isinstance(single, UnloadedGeneration):
-            raise NotLoaded(single.pipeline.id)
-        if single is not None:
-            return single
-        single = self._single.get(nodeid - 1)
-        if isinstance(single, CachedFile):
-            return single
-        if isinstance(single, UnloadedGeneration):
-            raise NotLoaded(single.pipeline.id)
-        position = bisect.bisect(self._bases, nodeid) - 1
-        if position < 0:
-            return None
-        base, count, generation = self._blocks[position]
-        if nodeid - base >= count:
-            return None
-        if isinstance(generation, UnloadedGeneration):
-            raise NotLoaded(generation.pipeline.id)
-        generation.pipeline.used_at = time.monotonic()
-        node, mode = divmod(nodeid - base, NODEIDS_PER_NODE)
-        file = generation.tree.nodes[node].file
-        if file < 0:
-            return (generation, node) if mode == 0 else None
-        found = generation.files[file]
-        return found if found.nodeid == nodeid - mode else None
 
 
 def counts_as_request(file: CachedFile) -> bool:

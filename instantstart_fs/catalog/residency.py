@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import trio
 
+from instantstart_fs.catalog.accounting import Counts
 from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.model import Generation, Pipeline
-from instantstart_fs.catalog.unloaded import Counts, UnloadedGeneration, summary_of
+from instantstart_fs.catalog.model import Generation, Pipeline, UnloadedGeneration
+from instantstart_fs.catalog.summaries import summary_of
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.index.schema import SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn

@@ -14,7 +14,8 @@ from typing import Protocol
 
 import trio
 
-from instantstart_fs.catalog.model import CachedFile, Generation, Pipeline, Uncached
+from instantstart_fs.catalog.accounting import Uncached
+from instantstart_fs.catalog.model import CachedFile, Generation, Pipeline
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.eviction import Admission, Refusal
 from instantstart_fs.errors import InstantStartError

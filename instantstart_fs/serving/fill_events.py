@@ -15,7 +15,8 @@ from typing import NamedTuple
 import trio
 
 from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.model import CachedFile, Failure, Generation, Pipeline
+from instantstart_fs.catalog.failure import Failure
+from instantstart_fs.catalog.model import CachedFile, Generation, Pipeline
 from instantstart_fs.core.incidents import Incident
 from instantstart_fs.core.manifest import same_bytes
 from instantstart_fs.errors import (

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import trio
 
+from instantstart_fs.catalog.accounting import Uncached
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.learning import Learning
-from instantstart_fs.catalog.model import CachedFile, Generation, Uncached, counts_as_request
+from instantstart_fs.catalog.model import CachedFile, Generation, counts_as_request
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.coldstart_tracker import Starts
 from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, safetensors_header_length

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import msgspec
 import trio
@@ -36,9 +37,9 @@ from instantstart_fs.errors import (
     StoreDamaged,
     StoreFull,
 )
+from instantstart_fs.serving.admission import Space
 from instantstart_fs.store import startupcaches as on_disk
 from instantstart_fs.store.layout import STARTUP
-from instantstart_fs.upkeep.eviction import Evictor
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,12 @@ class Offer(msgspec.Struct, frozen=True):
     choice: Choice
     generation: str
     pack: int = -1
+
+
+class Evictor(Space, Protocol):
+    """Decides about the store's space (upkeep/eviction.py), and looks again when bytes have gone."""
+
+    def wake(self) -> None: ...
 
 
 class StartupCaches:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.model import Pipeline
-from instantstart_fs.catalog.unloaded import UnloadedGeneration
+from instantstart_fs.catalog.model import Pipeline, UnloadedGeneration
 from instantstart_fs.core.coldstart import Facts
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.sight import Sight

@@ -10,7 +10,8 @@ import stat
 from typing import Protocol
 
 from instantstart_fs.catalog import loadsets
-from instantstart_fs.catalog.model import CachedFile, Failure, Generation, Pipeline
+from instantstart_fs.catalog.failure import Failure
+from instantstart_fs.catalog.model import CachedFile, Generation, Pipeline
 from instantstart_fs.core.eviction import without_others
 from instantstart_fs.core.status import (
     AccessStatus,

@@ -315,18 +315,18 @@ async def test_the_order_of_first_opens_in_one_start_is_that_of_fetching_in_the_
     source = make(tmp_path / "source", {**dict.fromkeys(names, MIB), "config.json": 2})
 
     def order(library: Library) -> list[str]:
-        generation = library._catalog.pipeline("p").current
+        generation = library.catalog.pipeline("p").current
         assert isinstance(generation, Generation)
         return [generation.manifest.files[index].path for index in generation.load_set]
 
     async with running(tmp_path) as library:
-        await library.add(spec("p", source))
+        await library.admin.add(spec("p", source))
         assert order(library) == ["config.json", *names]
         for name in [*seen, *names]:  # opened again in another order: the first opens count
-            library.release(await library.open(find(library, "p", name)))
-        library._learning.end_all()
+            library.mounted.release(await library.mounted.open(find(library, "p", name)))
+        library.learning.end_all()
         assert order(library) == ["config.json", *seen]
-        await library.evict("p")
+        await library.admin.evict("p")
         assert order(library) == ["config.json", *seen], "the next start fetches in it"
     async with running(tmp_path) as library:
         assert order(library) == ["config.json", *seen], "and so it does after a restart"

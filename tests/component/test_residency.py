@@ -18,8 +18,7 @@ import trio.testing
 from pyfuse3 import FUSEError, RequestContext
 
 from instantstart_fs.catalog import gc_control, residency
-from instantstart_fs.catalog.model import CachedFile, Generation
-from instantstart_fs.catalog.unloaded import UnloadedGeneration
+from instantstart_fs.catalog.model import CachedFile, Generation, UnloadedGeneration
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.errors import PipelineBusy, StoreFull

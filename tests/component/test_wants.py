@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from instantstart_fs.catalog import catalog as catalog_module
-from instantstart_fs.catalog.unloaded import UnloadedGeneration
+from instantstart_fs.catalog.model import UnloadedGeneration
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.errors import OutOfMemory, OutOfResources, StoreDamaged, StoreError, StoreFull
 from instantstart_fs.index.environment import Index

@@ -32,7 +32,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 
 from instantstart_fs.catalog import residency
-from instantstart_fs.catalog.unloaded import UnloadedGeneration
+from instantstart_fs.catalog.model import UnloadedGeneration
 from instantstart_fs.config import Capacity, Config, EvictionConfig, FillConfig, MountConfig, StoreConfig
 from instantstart_fs.core import eviction
 from instantstart_fs.core.chunks import ChunkMap

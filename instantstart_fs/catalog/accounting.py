@@ -1,0 +1,232 @@
+"""The account of one generation: which of its bytes are here, which were promised, what they take on the disk.
+
+It counts what it is told; whether bytes may come in is decided in serving/admission.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+from instantstart_fs.core.chunks import ChunkMap
+from instantstart_fs.core.manifest import FileEntry
+from instantstart_fs.core.tree import Tree
+from instantstart_fs.filler.target import FileState
+
+OVERHEAD_BLOCKS = 3
+"""Blocks that a file takes on the disk beyond its bytes, at most: the rest of its last block, its seal record, the map
+of its extents."""
+
+
+class Counts(NamedTuple):
+    """Of the load set: ``cached`` bytes, ``complete`` files, ``unverified`` ones among these; ``everything``: the
+    cached bytes of all files; ``allocated``: the bytes of disk that these take; ``finished``: how many of all files are
+    complete."""
+
+    cached: int
+    complete: int
+    unverified: int
+    everything: int
+    allocated: int
+    finished: int
+
+
+class Uncached(NamedTuple):
+    """A pipeline's reads are served straight from its origin. ``retry_at``: trio.current_time() from which on it is
+    asked for room again."""
+
+    text: str
+    retry_at: float
+
+
+class CountedFile(Protocol):
+    """What the account needs of catalog.model.CachedFile. ``extra``: bytes of disk beyond its cached bytes' blocks."""
+
+    entry: FileEntry
+    state: FileState
+    extra: int
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def cached_bytes(self) -> int: ...
+
+
+class Account:
+    """The account of a generation with these files and this tree; catalog.model.Generation is one."""
+
+    tree: Tree
+    load_bytes: int
+    total_bytes: int
+    _in_load_set: Collection[int]
+
+    def __init__(self) -> None:
+        self.block = 4096
+        """Of the store's filesystem, bytes."""
+        self.filling_load_set = False
+        self.filling_everything = False
+        self.reservations: dict[tuple[int, int], int] = {}
+        """(file, chunk) → bytes: what single reads were admitted for and what has not come yet."""
+        self.shared_with_current: frozenset[int] = frozenset()
+        """Of a superseded generation: files that the one after it shares; there they are counted."""
+        self._counts: Counts | None = None
+        self._incomplete: dict[int, int] = {}
+        """Directory node → how many of its files are not complete; of those that somebody listed."""
+
+    @property
+    def counted(self) -> Sequence[CountedFile]:
+        """The files, by manifest index."""
+        raise NotImplementedError
+
+    @property
+    def load_set(self) -> tuple[int, ...]:
+        """File indices, in load order."""
+        raise NotImplementedError
+
+    def in_load_set(self, index: int) -> bool:
+        return index in self._in_load_set
+
+    def invalidate_counts(self) -> None:
+        """Recompute the counts when they are next needed. For changes that neither ``add_cached_bytes`` nor
+        ``completed`` covers."""
+        self._counts = None
+        self._incomplete.clear()
+
+    def add_cached_bytes(self, file: CountedFile, count: int) -> None:
+        """``count`` more bytes of ``file`` are here. Constant time: it is called for each chunk."""
+        if self._counts is not None:
+            cached, complete, unverified, everything, allocated, finished = self._counts
+            inside = self.in_load_set(file.entry.index)
+            self._counts = Counts(
+                cached + (count if inside else 0),
+                complete,
+                unverified,
+                everything + count,
+                allocated + self._rounded(count),
+                finished,
+            )
+
+    def completed(self, file: CountedFile, allocated: int) -> None:
+        """``file``, all of whose bytes were counted, became sealed or unverified, and takes ``allocated`` bytes of disk
+        (0: not measured). Constant time."""
+        parent = self.tree.nodes[self.tree.node_of_file(file.entry.index)].parent
+        if parent in self._incomplete:
+            self._incomplete[parent] -= 1
+        before = file.extra
+        self.set_allocated(file, allocated)
+        if self._counts is not None:
+            cached, complete, unverified, everything, taken, finished = self._counts
+            inside = self.in_load_set(file.entry.index)
+            self._counts = Counts(
+                cached,
+                complete + inside,
+                unverified + (inside and file.state is FileState.UNVERIFIED),
+                everything,
+                taken + file.extra - before,
+                finished + 1,
+            )
+
+    def set_allocated(self, file: CountedFile, allocated: int) -> None:
+        """``file`` takes ``allocated`` bytes of disk (0: not known). If it is counted already, call
+        ``invalidate_counts``."""
+        file.extra = allocated - self._rounded(file.cached_bytes) if allocated else 0
+
+    def _rounded(self, count: int) -> int:
+        return -(-count // self.block) * self.block
+
+    @property
+    def own_allocated(self) -> int:
+        """Bytes of disk that its files take and no later generation's."""
+        shared_with_current = (self.counted[index] for index in self.shared_with_current)
+        return self.counts.allocated - sum(
+            self._rounded(file.size) + file.extra for file in shared_with_current if file.complete
+        )
+
+    def missing_bytes(self, *, everything: bool) -> int:
+        """Of the load set, or of all files: bytes that are not here."""
+        counts = self.counts
+        return self.total_bytes - counts.everything if everything else self.load_bytes - counts.cached
+
+    def needed_bytes(self, *, everything: bool) -> int:
+        """Bytes of disk that the fill of what is missing takes, at most."""
+        missing = self.missing_bytes(everything=everything)
+        return missing + self._overhead(everything=everything) if missing else 0
+
+    def _overhead(self, *, everything: bool) -> int:
+        unfinished = (
+            len(self.counted) - self.counts.finished if everything else len(self.load_set) - self.counts.complete
+        )
+        return unfinished * OVERHEAD_BLOCKS * self.block
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of disk that were admitted and are still to come: by the fill under way, and for single reads."""
+        promised = 0
+        if self.filling_load_set:
+            everything = self.filling_everything
+            promised = self.missing_bytes(everything=everything) + self._overhead(everything=everything)
+        return promised + self.reserved_outside_fill(filling=self.filling_load_set, everything=self.filling_everything)
+
+    def reserved_outside_fill(self, *, filling: bool, everything: bool) -> int:
+        """Bytes admitted for single reads that are no part of such a fill."""
+        if not self.reservations or (filling and everything):
+            return 0
+        return sum(
+            length for (index, _), length in self.reservations.items() if not (filling and index in self._in_load_set)
+        )
+
+    def reserve(self, file: CountedFile, present: ChunkMap, chunks: Sequence[int]) -> None:
+        """Those of these chunks that are not here were admitted: they count as promised until they come."""
+        self.reservations.update(self.unreserved(file, present, chunks))
+
+    def unreserved(self, file: CountedFile, present: ChunkMap, chunks: Sequence[int]) -> dict[tuple[int, int], int]:
+        """Those that are neither here nor promised to a single read, with their bytes of disk."""
+        index = file.entry.index
+        return {
+            (index, chunk): self._rounded(present.byte_range(chunk).length)
+            for chunk in chunks
+            if chunk not in present and (index, chunk) not in self.reservations
+        }
+
+    def release_reservations(self, file: CountedFile) -> None:
+        """Nothing more of this file will come for the reads that were admitted."""
+        index = file.entry.index
+        for key in [key for key in self.reservations if key[0] == index]:
+            del self.reservations[key]
+
+    @property
+    def counts(self) -> Counts:
+        """Kept up to date, so that neither 10,000 pipelines to list nor 10,000 files to seal cost a walk each."""
+        if self._counts is None:
+            cached = complete = unverified = everything = allocated = finished = 0
+            for file in self.counted:
+                here = file.cached_bytes
+                everything += here
+                finished += file.complete
+                allocated += self._rounded(here) + file.extra if here or file.extra else 0
+                if file.entry.index in self._in_load_set:
+                    cached += here
+                    complete += file.complete
+                    unverified += file.state is FileState.UNVERIFIED
+            self._counts = Counts(cached, complete, unverified, everything, allocated, finished)
+        return self._counts
+
+    def count_all(self) -> None:
+        """What takes a walk over all files, now: in a thread, so that the loop need not."""
+        _ = self.counts
+        for node, entry in enumerate(self.tree.nodes):
+            if entry.children is not None:
+                self.mostly_complete(node)
+
+    def mostly_complete(self, node: int) -> bool:
+        """Of a directory: whether at least three in four entries are complete files or directories."""
+        children = self.tree.nodes[node].children or {}
+        incomplete = self._incomplete.get(node)
+        if incomplete is None:
+            nodes = self.tree.nodes
+            incomplete = self._incomplete[node] = sum(
+                nodes[child].file >= 0 and not self.counted[nodes[child].file].complete for child in children.values()
+            )
+        return incomplete * 4 <= len(children)

@@ -1,0 +1,44 @@
+"""What went wrong last with a pipeline."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from instantstart_fs.errors import InstantStartError
+
+
+class FailedFile(Protocol):
+    """What is needed of catalog.model.CachedFile. ``triple``: pipeline, generation, index."""
+
+    @property
+    def triple(self) -> tuple[str, int, int]: ...
+
+
+class Failure:
+    """What went wrong last with a pipeline. ``final``: filling has stopped because of it. ``file``: with which one.
+    ``recalled``: of an earlier daemon, with the file of that index (-1: with none)."""
+
+    __slots__ = ("error", "file", "final", "index", "recalled", "since_ns")
+
+    def __init__(
+        self,
+        error: InstantStartError,
+        since_ns: int,
+        *,
+        final: bool,
+        file: FailedFile | None = None,
+        index: int = -1,
+        recalled: bool = False,
+    ) -> None:
+        self.error = error
+        self.since_ns = since_ns
+        self.final = final
+        self.file = file
+        self.index = index if file is None else file.triple[2]
+        self.recalled = recalled
+
+    def lifted_by(self, file: FailedFile) -> bool:
+        """Whether bytes of that file, which have come, show that it goes on after all."""
+        if self.recalled:
+            return self.index in (-1, file.triple[2])
+        return self.final and self.file is file
