@@ -193,7 +193,7 @@ class Library:
                 self.catalog,
                 self.reads,
                 self.telemetry,
-                self.lifecycle.check_source,
+                self.lifecycle.sources.check_source,
                 period=config.origins.recheck_access,
                 hide=config.origins.on_refusal == "hide",
             )

@@ -161,7 +161,7 @@ class Administration:
         """Returns the pipeline's sources; its own credentials may fetch all of them. Raises what an origin answers.
         With `recheck_access`, the answer counts as one of its checks."""
         if self._rechecker is None:
-            return await self._lifecycle.check_access(pipeline)
+            return await self._lifecycle.sources.check_access(pipeline)
         found = self._catalog.pipeline(pipeline)
         await self._rechecker.check(found)
         return tuple(model.source for model in found.spec.models)

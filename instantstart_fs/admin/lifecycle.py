@@ -13,71 +13,44 @@ Each holds the pipeline's lock, so one of them runs at a time. Orders that a cra
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import msgspec
 import trio
 
-from instantstart_fs.admin.access_proof import prove_access
+from instantstart_fs.admin.sources import Sources
+from instantstart_fs.admin.users import Users, leased
 from instantstart_fs.catalog.catalog import Catalog, SharedFile
 from instantstart_fs.catalog.model import Generation, Pipeline
 from instantstart_fs.catalog.summaries import summary_of
-from instantstart_fs.core import access
-from instantstart_fs.core.chunks import MAX_CHUNKS
-from instantstart_fs.core.limits import MAX_BYTES, MAX_ID
-from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest, ModelSpec, PipelineSpec, same_bytes
-from instantstart_fs.core.names import validate_model_name, validate_origin_paths, validate_pipeline_id
+from instantstart_fs.core.manifest import Manifest, PipelineSpec, same_bytes
+from instantstart_fs.core.specification import validate_spec
 from instantstart_fs.errors import (
     FillCancelled,
     IndexStuck,
     InstantStartError,
-    InvalidName,
-    OriginMisbehaved,
-    OriginUnavailable,
-    OriginUnsupported,
     PipelineBusy,
     PipelineExists,
     StoreDamaged,
     StoreError,
-    UsageError,
 )
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
 from instantstart_fs.index.transactions import WriteTxn
-from instantstart_fs.ipc.threads import run_abandonable
-from instantstart_fs.origins.bounds import TooLarge
-from instantstart_fs.origins.lister import Lister, Order, What
 from instantstart_fs.origins.settings import OriginSettings
 from instantstart_fs.serving.fill_events import drop_target
-from instantstart_fs.serving.open_by import UsingProcess, known, listed, processes_using
+from instantstart_fs.serving.open_by import UsingProcess, listed
 from instantstart_fs.serving.open_files import OpenFiles
 from instantstart_fs.serving.reads import Reads
 from instantstart_fs.upkeep.rehash import Pace, rehash
 
 log = logging.getLogger(__name__)
 
-RESOLVE_DEADLINE = 300.0
-"""Seconds for listing and pinning one source: a million keys are a thousand S3 listing pages."""
-
-RESOLVE_AT_ONCE = 32
-"""Sources that are listed at the same time; the others wait, and their deadline with them."""
-
-PROC_SCAN_DEADLINE = 5.0
-"""Seconds for a look through /proc: a busy host's takes one."""
-
-MOST_HELD = 2000
-"""Files whose inode numbers in the store are looked up for it."""
-
 NO_VISIBLE_PROCESS = (
     "nobody whom this daemon can see (a process that it may not look at, the kernel itself, or its own verify or scrub)"
 )
 FILES_OPEN = "somebody has files of it open"
 """How a refusal ends that says no more."""
-
-CHECK_DEADLINE = 60.0
-"""Seconds for one source to say whether it may be fetched: a few small requests."""
 
 
 class VerifyReport(msgspec.Struct, frozen=True):
@@ -104,15 +77,14 @@ class Lifecycle:
         self._catalog = catalog
         self._reads = reads
         self._open_files = open_files
-        self._looking = trio.CapacityLimiter(1)
+        self._users = Users(catalog.store)
         self._chunk_size = chunk_size
-        self._settings = settings
+        self.sources = Sources(catalog, chunk_size, settings)
         self._adding: set[str] = set()
-        self._resolving = trio.Semaphore(RESOLVE_AT_ONCE)
 
     async def add(self, spec: PipelineSpec) -> Pipeline:
         """Resolve and pin every model, store the manifest, show the pipeline. Raises PipelineExists, OriginError, …"""
-        _validate(spec)
+        validate_spec(spec)
         catalog = self._catalog
         if spec.id in catalog.pipelines or spec.id in self._adding:
             raise PipelineExists(
@@ -121,7 +93,7 @@ class Lifecycle:
             )
         self._adding.add(spec.id)
         try:
-            models = await self._resolve(spec)
+            models = await self.sources.resolve(spec)
             manifest = Manifest(
                 pipeline=spec.id,
                 generation=1,
@@ -150,7 +122,7 @@ class Lifecycle:
         pipeline = catalog.pipeline(pipeline_id)
         async with pipeline.lock:
             self._still_there(pipeline)
-            models = await self._resolve(pipeline.spec)
+            models = await self.sources.resolve(pipeline.spec)
             old = await catalog.ensure_loaded(pipeline)
             if old is not None and await trio.to_thread.run_sync(old.manifest.models.__eq__, models):
                 pipeline.failure = None
@@ -269,8 +241,8 @@ class Lifecycle:
             self._still_there(pipeline)
             if pipeline.leases and not force:
                 by_force = f"end that first, or `instantstart remove --force {pipeline_id}`"
-                raise PipelineBusy(f"{pipeline_id}: {_leased(pipeline)}; {by_force}")
-            processes = await self._processes_using(pipeline)
+                raise PipelineBusy(f"{pipeline_id}: {leased(pipeline)}; {by_force}")
+            processes = await self._users.processes_using(pipeline)
             self._still_there(pipeline)
             async with self._catalog.bind_gate.withdrawn(pipeline.id):
                 taken = self._catalog.deleting(*pipeline.heads())
@@ -302,7 +274,7 @@ class Lifecycle:
         pipeline = self._catalog.pipeline(pipeline_id)
         if force:
             self._refuse_pinned(pipeline)
-            processes = await self._processes_using(pipeline)
+            processes = await self._users.processes_using(pipeline)
             return await self.evict(pipeline_id, force=True), processes
         try:
             return await self.evict(pipeline_id), []
@@ -311,39 +283,14 @@ class Lifecycle:
                 raise
             by_force = f"end that first, or `instantstart evict --force {pipeline_id}`"
             if pipeline.leases:
-                raise PipelineBusy(f"{pipeline_id}: {_leased(pipeline)}; {by_force}") from error
-            found = await self._processes_using(pipeline)
+                raise PipelineBusy(f"{pipeline_id}: {leased(pipeline)}; {by_force}") from error
+            found = await self._users.processes_using(pipeline)
             who = (
                 listed(found)
                 if found
                 else "nobody whom this daemon can see: a container's process, or the kernel's own"
             )
             raise PipelineBusy(f"{error.message}: {who}; {by_force}") from error
-
-    async def _processes_using(self, pipeline: Pipeline) -> list[UsingProcess]:
-        """Which processes have files of it open or mapped, or were handed them; nobody after HOLDERS_DEADLINE."""
-        generations = [found for found in pipeline.heads() if isinstance(found, Generation)]
-        if not any(generation.handles for generation in generations) and not pipeline.leases:
-            return []
-        files = [file for generation in generations for file in generation.files if file.handles or file.complete]
-        inodes: dict[str, set[int]] = {}
-        for file in files:
-            inodes.setdefault(file.entry.path.rpartition("/")[2], set()).add(file.nodeid)
-        held = [(file.triple, file.entry.path) for file in files if file.complete][:MOST_HELD]
-
-        def look() -> list[UsingProcess]:
-            # Whom a file was handed, or who has it bound over the mount, has the store's own open.
-            for (name, generation, _), path in held:
-                with contextlib.suppress(InstantStartError):
-                    blob = self._catalog.store.existing_blob(name, generation, path)
-                    if blob is not None:
-                        with blob:
-                            inodes[path.rpartition("/")[2]].add(os.fstat(blob.fd).st_ino)
-            return processes_using(inodes)
-
-        with trio.move_on_after(PROC_SCAN_DEADLINE):
-            return await run_abandonable(look, limiter=self._looking)
-        return []
 
     async def evict(
         self, pipeline_id: str, refuse: Callable[[Pipeline], None] | None = None, *, force: bool = False
@@ -473,109 +420,7 @@ class Lifecycle:
                     await self._reads.replace_damaged(file, problem, wanted=True, found_by="verify")
         return VerifyReport(files=len(files), bytes=total, healed=tuple(healed), unproven=tuple(unproven))
 
-    async def check_access(self, pipeline_id: str) -> tuple[str, ...]:
-        """Prove that every source may be fetched with the pipeline's own credentials, by a byte of it; the sources.
-
-        Asks with fresh clients: what an earlier one was allowed proves nothing. Raises what an origin answers.
-        """
-        pipeline = self._catalog.pipeline(pipeline_id)
-        await self._catalog.ensure_loaded(pipeline)  # its own files are the best proof
-        for model in pipeline.spec.models:
-            await self.check_source(pipeline.spec, model, fetch=True)
-        return tuple(model.source for model in pipeline.spec.models)
-
-    async def check_source(self, spec: PipelineSpec, model: ModelSpec, *, fetch: bool = False) -> None:
-        """The same of one source; ``fetch``: also by one byte of its pinned files, as far as they are in memory."""
-        pipeline = self._catalog.pipelines.get(spec.id)
-        pinned: tuple[ManifestFile, ...] = ()
-        if pipeline is not None and isinstance(pipeline.head, Generation):
-            for found in pipeline.head.manifest.models:
-                if (found.name, found.source) == (model.name, model.source):
-                    pinned = found.files
-
-        lister = self._lister("check", spec, model, CHECK_DEADLINE)
-
-        def check() -> None:
-            origin = self._catalog.open_origin(spec, model)
-            try:
-                origin.check()
-            except TooLarge:
-                lister.run()
-            if fetch and access.asks_somebody([model.source]):
-                prove_access(origin, pinned)
-
-        with trio.move_on_after(CHECK_DEADLINE) as scope:
-            try:
-                await run_abandonable(check)
-            except InstantStartError:
-                raise
-            except Exception as error:
-                raise _unforeseen(spec, model, error) from error
-            finally:
-                lister.end()
-        if scope.cancelled_caught:
-            raise OriginUnavailable(f"{model.source}: no answer within {CHECK_DEADLINE:g} s")
-
     # -- steps -----------------------------------------------------------------------------------------------------
-
-    async def _resolve(self, spec: PipelineSpec) -> tuple[ModelManifest, ...]:
-        resolved: list[ModelManifest | None] = [None] * len(spec.models)
-        failures: list[InstantStartError] = []
-
-        async def one(position: int) -> None:
-            model = spec.models[position]
-
-            lister = self._lister("resolve", spec, model, RESOLVE_DEADLINE)
-
-            def resolve() -> ModelManifest | None:
-                try:
-                    return self._catalog.open_origin(spec, model).resolve()
-                except TooLarge:
-                    log.info("%s is large: a process of its own lists it", model.source, extra={"pipeline": spec.id})
-                    return lister.run()
-
-            try:
-                # Threads of their own: an origin that hangs must not use up those that read the store.
-                async with self._resolving:
-                    with trio.move_on_after(RESOLVE_DEADLINE) as scope:
-                        resolved[position] = await run_abandonable(resolve)
-                if scope.cancelled_caught:
-                    raise OriginUnavailable(f"{model.source}: no answer within {RESOLVE_DEADLINE:g} s")
-            except InvalidName as error:
-                # The caller's own names were looked at before: this is one of the origin's.
-                failures.append(OriginUnsupported(f"{model.source}: {error.message}"))
-            except InstantStartError as error:
-                failures.append(error)
-            except Exception as error:
-                failures.append(_unforeseen(spec, model, error))
-            finally:
-                lister.end()
-
-        async with trio.open_nursery() as nursery:
-            for position in range(len(spec.models)):
-                nursery.start_soon(one, position)
-        if failures:
-            raise failures[0]
-        models = tuple(model for model in resolved if model is not None)
-        await trio.to_thread.run_sync(self._refuse_unservable, models)
-        return models
-
-    def _refuse_unservable(self, models: Sequence[ModelManifest]) -> None:
-        """In a thread: a hundred thousand files take a moment."""
-        for model in models:
-            for file in model.files:
-                if file.size > MAX_CHUNKS * self._chunk_size:
-                    raise OriginUnsupported(
-                        f"{model.source}: {file.path} has {file.size} bytes; with fill.chunk_size = {self._chunk_size} "
-                        f"a file may have {MAX_CHUNKS * self._chunk_size}"
-                    )
-        # The origins have validated their own names; together with the models' names they must not collide either.
-        validate_origin_paths(
-            f"{model.name}/{file.path}" if model.name else file.path for model in models for file in model.files
-        )
-
-    def _lister(self, what: What, spec: PipelineSpec, model: ModelSpec, seconds: float) -> Lister:
-        return Lister(Order(what, spec, model, self._settings, seconds))
 
     def _write_slot(self, spec: PipelineSpec, manifest: Manifest, fresh: bool) -> None:
         store = self._catalog.store
@@ -624,7 +469,7 @@ class Lifecycle:
     def _refuse_in_use(cls, pipeline: Pipeline) -> None:
         cls._refuse_pinned(pipeline)
         if pipeline.leases:
-            raise PipelineBusy(f"{pipeline.id}: {_leased(pipeline)}")
+            raise PipelineBusy(f"{pipeline.id}: {leased(pipeline)}")
         if pipeline.in_use:
             raise PipelineBusy(f"{pipeline.id}: {FILES_OPEN}")
 
@@ -634,23 +479,10 @@ class Lifecycle:
             raise PipelineBusy(f"{pipeline.id}: it was removed and added again meanwhile")
 
 
-def _leased(pipeline: Pipeline) -> str:
-    """``2 lease(s) hold it: pid 7 (vllm, uid 1000), …``"""
-    processes = [known(lessee.pid, lessee.uid) for lessee in pipeline.lessees]
-    return f"{pipeline.leases} lease(s) hold it" + (f": {listed(processes)}" if processes else "")
-
-
 def drop_targets(generation: Generation) -> None:
     """After ``wait_quiet``: let go of what was filling."""
     for file in generation.files:
         drop_target(file)
-
-
-def _unforeseen(spec: PipelineSpec, model: ModelSpec, error: Exception) -> OriginMisbehaved:
-    """An origin's answer, or our reading of it, broke in a way that its seam does not know. The log has the traceback;
-    the message does not repeat what may hold a signature."""
-    log.error("%s cannot be read", model.source, exc_info=error, extra={"pipeline": spec.id})
-    return OriginMisbehaved(f"{model.source}: {type(error).__name__} while reading what it answered; see the log")
 
 
 def _generation_record(new: Generation) -> GenerationRecord:
@@ -662,21 +494,3 @@ def _generation_record(new: Generation) -> GenerationRecord:
         file_count=len(manifest.files),
         chunk_size=manifest.chunk_size,
     )
-
-
-def _validate(spec: PipelineSpec) -> None:
-    validate_pipeline_id(spec.id)
-    names: Sequence[str] = [validate_model_name(model.name) for model in spec.models]
-    if not names:
-        raise InvalidName(f"{spec.id}: a pipeline needs at least one source")
-    if len(set(names)) != len(names):
-        raise InvalidName(f"{spec.id}: two models have the same name")
-    if "" in names and len(names) > 1:
-        raise InvalidName(f"{spec.id}: with several models, each needs a name (--model NAME=SOURCE)")
-    if spec.mode & ~0o777:
-        raise InvalidName(f"{spec.id}: mode {spec.mode:o} is not a permission mode")
-    # A client may be anybody's program: what the kernel's protocol or the index cannot say would fail later, for all.
-    if not (0 <= spec.uid <= MAX_ID and 0 <= spec.gid <= MAX_ID):
-        raise UsageError(f"{spec.id}: owner {spec.uid}:{spec.gid} is out of range")
-    if spec.quota is not None and not 0 <= spec.quota <= MAX_BYTES:
-        raise UsageError(f"{spec.id}: quota {spec.quota} is not a size")

@@ -66,7 +66,7 @@ class OriginChecks:
             pipeline = self._catalog.pipelines.get(spec.id)
             if pipeline is not None:
                 await self._catalog.ensure_loaded(pipeline)  # its own files are the best proof
-            await self._lifecycle.check_source(spec, model, fetch=True)
+            await self._lifecycle.sources.check_source(spec, model, fetch=True)
         except InstantStartError as error:
             failure = error
         found = _finding(spec, model, others, failure)

@@ -149,6 +149,7 @@ class Generation(Account):
         self.pipeline = pipeline
         self.manifest = manifest
         self.number = manifest.generation
+        self.resolved_at_ns = manifest.resolved_at_ns
         self.base = base
         self._open_origin = open_origin
         self._origins: dict[int, Origin] = {}
@@ -239,10 +240,6 @@ class Generation(Account):
     def revision(self) -> str:
         """As `status` shows it: of all models."""
         return " ".join(model.revision for model in self.manifest.models)
-
-    @property
-    def resolved_at_ns(self) -> int:
-        return self.manifest.resolved_at_ns
 
     def subdirectories(self, nodeid: int) -> int | None:
         """How many directories lie in that of one of the constant nodeids; None: it has none here."""

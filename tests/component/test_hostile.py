@@ -217,7 +217,7 @@ async def test_a_file_of_absurd_size_is_refused_when_it_is_pinned(tmp_path: Path
     with open(source / "huge.safetensors", "wb") as file:
         file.truncate(15 << 40)
     async with running(tmp_path) as library:
-        library.lifecycle._chunk_size = 64 * 1024
+        library.lifecycle.sources._chunk_size = 64 * 1024
         with pytest.raises(OriginUnsupported, match=r"huge\.safetensors"):
             await library.admin.add(spec("p", source))
 

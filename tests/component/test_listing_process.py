@@ -18,7 +18,6 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import trio
 
-from instantstart_fs.admin import lifecycle
 from instantstart_fs.config import HuggingFaceConfig
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import OriginHidden, OriginUnavailable
@@ -79,7 +78,7 @@ async def test_a_large_source_is_listed_outside(
             runs.append(self._order.what)
             return super().run()
 
-    monkeypatch.setattr(lifecycle, "Lister", Watched)
+    monkeypatch.setattr(sources, "Lister", Watched)
     monkeypatch.setattr("instantstart_fs.library.IN_THE_DAEMON", Bounds(body=1 << 20, files=1000, final=False))
     async with from_hub(tmp_path, hub) as library:
         status = await library.admin.add(PipelineSpec("p", (ModelSpec(SOURCE),)))
@@ -103,7 +102,7 @@ async def test_who_gives_up_ends_the_process(
             hub.fault("blackhole", port="hub", path="/tree/")
             return super().run()
 
-    monkeypatch.setattr(lifecycle, "Lister", Watched)
+    monkeypatch.setattr(sources, "Lister", Watched)
     monkeypatch.setattr("instantstart_fs.library.IN_THE_DAEMON", Bounds(files=1000, final=False))
     async with from_hub(tmp_path, hub) as library:
         with trio.move_on_after(60) as scope:
