@@ -265,7 +265,7 @@ class Library:
             nursery.start_soon(self.reads.run_replacements)
             nursery.start_soon(self.lifecycle.drop_drained)
             nursery.start_soon(self.residency.run)
-            nursery.start_soon(self.catalog.keep_failures)
+            nursery.start_soon(self.catalog.records.keep_failures)
             nursery.start_soon(self.evictor.run)
             self.evictor.wake()
             if self.scrubber is not None:
@@ -278,7 +278,7 @@ class Library:
                 # What is under way then (a commit, half an eviction) is finished, unless the disk hangs.
                 trio.lowlevel.spawn_system_task(self._give_up_later, ending)
                 with trio.CancelScope(shield=True), trio.move_on_after(FLUSH_SECONDS):
-                    for flush in (self.access.flush, self.catalog.save_failures):
+                    for flush in (self.access.flush, self.catalog.records.save_failures):
                         try:
                             await flush()
                         except InstantStartError as error:

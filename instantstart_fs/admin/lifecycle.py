@@ -102,7 +102,7 @@ class Lifecycle:
                 resolved_at_ns=catalog.now_ns(),
             )
             names = ["", *(model.name for model in models if model.name)]
-            first = await catalog.reserve_nodeids(2 * len(names))
+            first = await catalog.nodeids.reserve(2 * len(names))
             directory_nodeids = {name: first + 2 * position for position, name in enumerate(names)}
             pipeline = Pipeline(spec, directory_nodeids, pinned=spec.pinned, created_at_ns=catalog.now_ns())
             async with catalog.making(pipeline, manifest) as fresh:

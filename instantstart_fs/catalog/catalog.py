@@ -6,7 +6,6 @@ change that the kernel may have cached goes out as an Invalidation.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
@@ -16,7 +15,6 @@ from contextlib import asynccontextmanager, contextmanager
 from types import MappingProxyType
 from typing import NamedTuple
 
-import msgspec
 import trio
 
 from instantstart_fs.catalog.bind_gate import BindGate
@@ -24,38 +22,25 @@ from instantstart_fs.catalog.failure import Failure
 from instantstart_fs.catalog.gc_control import gc_paused
 from instantstart_fs.catalog.inodes import NodeTable
 from instantstart_fs.catalog.model import CachedFile, Generation, OpenOrigin, Pipeline, UnloadedGeneration
+from instantstart_fs.catalog.nodeids import NodeidSupply
+from instantstart_fs.catalog.reader import GenerationReader
+from instantstart_fs.catalog.records import Records
 from instantstart_fs.catalog.summaries import summary_of
 from instantstart_fs.core.learned import Learned
 from instantstart_fs.core.loadset import RULES
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.errors import (
-    DigestMismatch,
-    FillCancelled,
     InstantStartError,
-    NoSuchEntry,
-    OriginError,
     OutOfResources,
     PipelineNotFound,
-    StoreDamaged,
-    StoreLost,
-    from_code,
 )
 from instantstart_fs.filler.target import FileKey, FileState
 from instantstart_fs.index.environment import Index
-from instantstart_fs.index.schema import FailureRecord, UpkeepRecord
-from instantstart_fs.index.transactions import WriteTxn
+from instantstart_fs.index.schema import UpkeepRecord
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.vfs import ROOT, Invalidation
 
 log = logging.getLogger(__name__)
-
-UPKEEP_SECONDS = 1.0
-"""Between two writes of what troubles pipelines: an origin that comes and goes costs a write a second at most."""
-LOOK_SECONDS = 5.0
-"""Between two looks whether the slot of what is being filled is whole."""
-PATIENCE_TRIES, PATIENCE_SECONDS = 20, 0.25
-SPARE_NODEIDS = 4096
-"""Reserved ahead, so that a poisoned file gets its new nodeid without waiting for the disk."""
 
 
 class SharedFile(NamedTuple):
@@ -102,16 +87,13 @@ class Catalog:
         """Pipelines that the index surely has no summary of; see ``mark``."""
         self.dirty_at_start: list[Pipeline] = []
         """Of those that ``load`` found: what had no summary, and may hold what a crash left."""
-        self.read_whole = 0
-        """How many generations were read from their manifests."""
         self.pending_deletions: list[tuple[str, int]] = []
         """(pipeline, bytes of disk): what is out of view and not deleted yet."""
         self._loading: dict[UnloadedGeneration, trio.Event] = {}
         """What is being read in a thread."""
-        self._spare = range(0)
-        self._unsaved: dict[str, Pipeline] = {}
-        """Whose trouble the index does not know yet."""
-        self._saving = trio.Event()
+        self.records = Records(store, index)
+        self.nodeids = NodeidSupply(index)
+        self.reader = GenerationReader(store, index, open_origin)
         self._send, self.invalidations = trio.open_memory_channel[Invalidation](math.inf)
 
     # -- loading -------------------------------------------------------------------------------------------------
@@ -150,12 +132,11 @@ class Catalog:
         self.nodes.load_blocks(unloaded)
         for name, known in upkeep.items():
             if name in self.pipelines:
-                self._recall(self.pipelines[name], known.failure)
+                self.records.recall(self.pipelines[name], known.failure)
         for pipeline in self.pipelines.values():
-            pipeline.on_failure = self._save_failure_soon
-        if not self._spare:
-            # Now: when a file proves wrong there may be no room, or no index, to reserve any.
-            self._reserve_spare()
+            pipeline.on_failure = self.records.save_failure_soon
+        # Now: when a file proves wrong there may be no space, or no index, to reserve any.
+        self.nodeids.fill()
         strangers = slots - self.pipelines.keys()
         unknown = sorted(name for name in strangers if self.store.metadata.has_pipeline(name))
         if unknown:
@@ -194,7 +175,7 @@ class Catalog:
             done = self._loading[unloaded] = trio.Event()
             read: Generation | InstantStartError
             try:
-                read = await trio.to_thread.run_sync(self._read_patiently, unloaded)
+                read = await trio.to_thread.run_sync(self.reader.read_patiently, unloaded)
             except InstantStartError as error:
                 read = error
             finally:
@@ -214,7 +195,7 @@ class Catalog:
         """The same for who cannot wait. Blocks, for as long as it takes to read and decode one manifest."""
         read: Generation | InstantStartError
         try:
-            read = self._read_unloaded(unloaded)
+            read = self.reader.read_unloaded(unloaded)
         except OutOfResources as error:
             self._want(unloaded.pipeline, error)
             return unloaded
@@ -227,30 +208,6 @@ class Catalog:
         if pipeline.failure is None or not isinstance(pipeline.failure.error, OutOfResources):
             log.warning("cannot be read now: %s", error.message, extra={"pipeline": pipeline.id})
             pipeline.failure = Failure(error, self.now_ns(), final=False)
-
-    def _read_patiently(self, unloaded: UnloadedGeneration) -> Generation:
-        """The same in a thread, which waits for descriptors or memory that are wanting, for some seconds."""
-        for _ in range(PATIENCE_TRIES):
-            try:
-                return self._read_unloaded(unloaded)
-            except OutOfResources:
-                time.sleep(PATIENCE_SECONDS)
-        return self._read_unloaded(unloaded)
-
-    def _read_unloaded(self, unloaded: UnloadedGeneration) -> Generation:
-        """Blocks, and may run in a thread: it changes nothing. Raises InstantStartError."""
-        with gc_paused(unloaded.file_count):
-            generation = self._read_generation(unloaded.pipeline, unloaded.number)
-            with _ended_unless_done(generation):
-                for file in generation.files:
-                    if file.bitmap:
-                        # No record says what it takes.
-                        where = (unloaded.pipeline.id, unloaded.number, file.entry.path)
-                        if (blob := self.store.existing_blob(*where)) is not None:
-                            with blob:
-                                generation.set_allocated(file, blob.allocated_bytes())
-                generation.count_all()
-            return generation
 
     def _put_in_place(self, unloaded: UnloadedGeneration, read: Generation | InstantStartError) -> Generation | None:
         """``read`` is what ``unloaded`` stands for, or why that cannot be read."""
@@ -271,22 +228,6 @@ class Catalog:
         generation.pipeline.current = unloaded
         generation.end()
 
-    def trim(self, generation: Generation) -> None:
-        """Give back what a crash left of files whose record does not speak of it. Blocks; nobody may be filling. Raises
-        StoreError."""
-        if all(file.complete for file in generation.files):
-            return
-        keep = {
-            file.entry.path: None if file.complete else file.chunk_map()
-            for file in generation.files
-            if file.complete or file.bitmap
-        }
-        taken = self.store.trim(generation.pipeline.id, generation.number, keep)
-        for file in generation.files:
-            if not file.complete and file.entry.path in taken:
-                generation.set_allocated(file, taken[file.entry.path])
-        generation.invalidate_counts()
-
     async def invalidate_summary(self, pipeline: Pipeline) -> None:
         """What lies in its slot is about to change: before the first byte of that, its summary goes, durably. Raises
         StoreError."""
@@ -294,64 +235,6 @@ class Catalog:
             with pipeline.changing():  # no summary is made while this one goes
                 await self.index.write(lambda txn: txn.delete_summary(pipeline.id), patience=self.index.commit_deadline)
             self.without_summary.add(pipeline.id)
-
-    def check_present(self, file: CachedFile) -> None:
-        """Raises why nobody may fill it any more: it is gone, or what it belongs to is."""
-        pipeline = file.generation.pipeline
-        if file.stale_error is not None:
-            raise file.stale_error
-        if pipeline.removed:
-            raise FillCancelled(f"{pipeline.id}: the pipeline was removed")
-        if self.file(file.key) is not file:
-            raise FillCancelled(f"{pipeline.id}: the pipeline was evicted or updated meanwhile")
-
-    async def prepare_filling(self, file: CachedFile) -> None:
-        """Before bytes of it may come: the index says nothing of it that would not be so. Raises StoreError, and what
-        ``check_present`` raises: what it writes would be another's that has the same name."""
-        generation = file.generation
-        with generation.pipeline.changing():
-            self.check_present(file)
-            await self.invalidate_summary(generation.pipeline)
-            self.check_present(file)
-            if generation.suspect or trio.current_time() >= generation.checked_at + LOOK_SECONDS:
-                await self._restore_slot(generation)
-                self.check_present(file)
-            if (forget := generation.owed_index_write) is not None:
-                await self.index.write(forget, patience=self.index.commit_deadline)
-                generation.owed_index_write = None
-            if (lost := file.bitmap) and not await trio.to_thread.run_sync(self._is_there, file):
-                self.check_present(file)
-                # A new file in its place, and a kill before its first commit: the old record would vouch for its holes.
-                forget = functools.partial(_forget_bitmap, file, lost)
-                await self.index.write(forget, patience=self.index.commit_deadline)
-                if file.bitmap == lost and file.target is None:
-                    file.bitmap = b""
-                    generation.set_allocated(file, 0)
-                    generation.invalidate_counts()
-
-    async def _restore_slot(self, generation: Generation) -> None:
-        """What its slot says of itself, where somebody removed that under the daemon: the next start has need of it.
-        Raises StoreError."""
-        generation.suspect, generation.checked_at = False, trio.current_time()
-        pipeline = generation.pipeline
-        restored = await trio.to_thread.run_sync(
-            self.store.metadata.restore_slot, pipeline.spec, pipeline.created_at_ns, generation.manifest
-        )
-        if restored:
-            log.warning("its description was removed from the store, and is restored", extra={"pipeline": pipeline.id})
-            if pipeline.removed and pipeline.id not in self.pipelines:
-                await trio.to_thread.run_sync(self.store.delete_pipeline, pipeline.id)
-
-    def _is_there(self, file: CachedFile) -> bool:
-        """Blocks."""
-        try:
-            blob = self.store.existing_blob(*file.triple[:2], file.entry.path)
-        except StoreLost:
-            return False  # something else is; whoever fills it removes that
-        if blob is None:
-            return False
-        with blob:
-            return blob.size == file.size
 
     def _load_draining(self, pipeline: Pipeline, held: Collection[int]) -> None:
         numbers = self.index.read(lambda txn: [record.number for record in txn.generations(pipeline.id)])
@@ -390,63 +273,15 @@ class Catalog:
         )
 
     def _load_generation(self, pipeline: Pipeline, number: int) -> Generation:
-        generation = self._read_generation(pipeline, number)
+        generation = self.reader.read(pipeline, number)
         self._place(generation)
-        return generation
-
-    def _read_generation(self, pipeline: Pipeline, number: int) -> Generation:
-        """From manifest and records, for ``_place``. Blocks; changes nothing. Raises StoreError."""
-        self.read_whole += 1
-        try:
-            return self._decode_generation(pipeline, number)
-        except InstantStartError:
-            raise
-        except Exception as error:
-            # A record that says what cannot be, in whatever way, is its pipeline's trouble and nobody else's.
-            raise StoreDamaged(
-                f"{pipeline.id}: what is recorded of generation {number} cannot be read ({type(error).__name__}: "
-                f"{error}); run `instantstart fsck`"
-            ) from error
-
-    def _decode_generation(self, pipeline: Pipeline, number: int) -> Generation:
-        try:
-            manifest = self.store.metadata.load_manifest(pipeline.id, number)
-        except NoSuchEntry as error:
-            raise StoreLost(
-                f"{pipeline.id}: its manifest is gone; `instantstart update {pipeline.id}` resolves it anew"
-            ) from error
-        if not pipeline.learned_read:
-            # An earlier version, or fsck without an index, wrote nothing of it there.
-            pipeline.learned = self.store.metadata.load_learned(pipeline.id)
-            pipeline.learned_read = True
-        record = self.index.read(lambda txn: txn.get_generation(pipeline.id, number))
-        if record is None:
-            raise StoreDamaged(
-                f"{pipeline.id}: the index has no record of generation {number}; run `instantstart fsck`"
-            )
-        files = self.index.read(lambda txn: dict(txn.files(pipeline.id, number)))
-        generation = Generation(pipeline, manifest, record.nodeid_base, self.open_origin)
-        generation.block = self.store.block_size
-        generation.set_absent()
-        with _ended_unless_done(generation):
-            for index, state in files.items():
-                file = generation.files[index]
-                file.state = FileState(state.state)
-                file.incarnation = state.incarnation
-                file.bitmap = state.bitmap
-                if file.bitmap:
-                    file.chunk_map()  # raises for one of another length
-                generation.set_allocated(file, state.allocated)
-                # With an incarnation and no nodeid: died between the poisoning and the record of its new one.
-                file.nodeid = state.nodeid or (0 if state.incarnation else file.nodeid)
-        generation.invalidate_counts()
         return generation
 
     def _place(self, generation: Generation) -> None:
         """From now on its files are found by their nodeids."""
         for file in generation.files:
             if file.nodeid == 0:
-                file.nodeid = self.spare_nodeid()  # never fall back to the old one
+                file.nodeid = self.nodeids.spare()  # never fall back to the old one
             if file.nodeid != generation.default_file_nodeid(file.entry.index):
                 self.nodes.add_file(file)
         self.nodes.add_block(generation)
@@ -474,110 +309,10 @@ class Catalog:
                 made.count_all()
 
         made = await trio.to_thread.run_sync(make)
-        made.base = await self.reserve_nodeids(made.nodeid_count)
+        made.base = await self.nodeids.reserve(made.nodeid_count)
         made.block = self.store.block_size
         await trio.to_thread.run_sync(fill_in)
         return made
-
-    @staticmethod
-    def _recall(pipeline: Pipeline, record: FailureRecord | None) -> None:
-        head = pipeline.head
-        if record is None or pipeline.failure is not None or head is None or head.number != record.generation:
-            return
-        error = from_code(record.code, record.message)
-        pipeline.failure = Failure(error, record.since_ns, final=record.final, index=record.file, recalled=True)
-
-    def _save_failure_soon(self, pipeline: Pipeline) -> None:
-        self._unsaved[pipeline.id] = pipeline
-        self._saving.set()
-
-    async def keep_failures(self) -> None:
-        """Write what troubles pipelines, until cancelled. What cannot be written costs no more than an error that a
-        restart forgets."""
-        failing = False
-        while True:
-            await self._saving.wait()
-            try:
-                await self.save_failures()
-                failing = False
-            except InstantStartError as error:
-                if not failing:
-                    log.warning("errors of pipelines are not noted, trying on: %s", error.message)
-                failing = True
-            await trio.sleep(UPKEEP_SECONDS)
-
-    async def save_failures(self) -> None:
-        """Raises StoreError."""
-        self._saving = trio.Event()
-        while self._unsaved:
-            _, pipeline = self._unsaved.popitem()
-            try:
-                await self.save_upkeep(pipeline)
-            except BaseException:
-                self._save_failure_soon(pipeline)
-                raise
-
-    async def save_upkeep(self, pipeline: Pipeline) -> None:
-        """Note what is done about it in the background, and what troubles it. Raises StoreError."""
-        record = _upkeep_record(pipeline)
-
-        def write(txn: WriteTxn) -> None:
-            if txn.get_pipeline(pipeline.id) is not None:
-                txn.put_upkeep(pipeline.id, record)
-
-        if not pipeline.removed:
-            await self.index.write(write)
-
-    async def save_learned(self, pipeline: Pipeline) -> bool:
-        """Note what it has learned, in its slot and in the index; False: not now, somebody is changing it. Raises
-        StoreError."""
-        try:
-            pipeline.lock.acquire_nowait()  # else it might be written into a slot that is being deleted
-        except trio.WouldBlock:
-            return False
-        try:
-            if not pipeline.removed:
-                learned, record = pipeline.learned, _upkeep_record(pipeline)
-
-                def write(txn: WriteTxn) -> None:
-                    if txn.get_pipeline(pipeline.id) is None:
-                        return
-                    before = (txn.get_upkeep(pipeline.id) or UpkeepRecord()).learned or Learned()
-                    if before.wanted != learned.wanted:
-                        txn.delete_summary(pipeline.id)  # it counts another load set
-                    txn.put_upkeep(pipeline.id, record)
-
-                # The index first: it is what the next start believes. The slot is asked where there is none.
-                await self.index.write(write)
-                await trio.to_thread.run_sync(self.store.metadata.write_learned, pipeline.id, learned)
-        finally:
-            pipeline.lock.release()
-        return True
-
-    # -- nodeids -------------------------------------------------------------------------------------------------
-
-    def _reserve_now(self, count: int) -> int:
-        return self.index.write_sync(lambda txn: txn.reserve_nodeids(count), patience=self.index.commit_deadline)
-
-    async def reserve_nodeids(self, count: int) -> int:
-        """The first of ``count`` consecutive nodeids that were never used before and never will be again."""
-        return await self.index.write(lambda txn: txn.reserve_nodeids(count))
-
-    def _reserve_spare(self) -> None:
-        """Blocks."""
-        self._spare = _evens(self._reserve_now(SPARE_NODEIDS))
-
-    async def top_up(self) -> None:
-        """See to it that ``spare_nodeid`` has some. Raises StoreError; then there are still those that were left."""
-        if len(self._spare) < SPARE_NODEIDS // 8:
-            self._spare = _evens(await self.reserve_nodeids(SPARE_NODEIDS))
-
-    def spare_nodeid(self) -> int:
-        """One fresh nodeid, at once. Even, so that its odd neighbour is free for the file's other I/O mode."""
-        if len(self._spare) == 0:
-            self._reserve_spare()
-        nodeid, self._spare = self._spare[0], self._spare[1:]
-        return nodeid
 
     # -- finding -------------------------------------------------------------------------------------------------
 
@@ -603,7 +338,7 @@ class Catalog:
     def publish(self, pipeline: Pipeline) -> None:
         """Show a new pipeline in the mount."""
         self.pipelines[pipeline.id] = pipeline
-        pipeline.on_failure = self._save_failure_soon
+        pipeline.on_failure = self.records.save_failure_soon
         self.nodes.add_pipeline(pipeline)
         self.invalidate(1, pipeline.id)
 
@@ -713,7 +448,7 @@ class Catalog:
         generation = old.generation
         old.stale_error = reason
         self.nodes.drop_file(old.nodeid)
-        new = CachedFile(generation, old.entry, FileState.ABSENT, old.incarnation + 1, self.spare_nodeid(), b"")
+        new = CachedFile(generation, old.entry, FileState.ABSENT, old.incarnation + 1, self.nodeids.spare(), b"")
         generation.files[old.entry.index] = new
         generation.invalidate_counts()
         self.nodes.add_file(new)
@@ -752,45 +487,3 @@ class Catalog:
 
     def _invalidate_listing(self, directory: int) -> None:
         self._send.send_nowait(Invalidation(directory, None, directory, listing=True))
-
-
-def _upkeep_record(pipeline: Pipeline) -> UpkeepRecord:
-    learned = pipeline.learned if pipeline.learned_read else None
-    return UpkeepRecord(pipeline.scrubbed, pipeline.access, _failure_record(pipeline), learned, pipeline.startup_bytes)
-
-
-@contextmanager
-def _ended_unless_done(generation: Generation) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        generation.end()
-        raise
-
-
-def _failure_record(pipeline: Pipeline) -> FailureRecord | None:
-    """None for what a start finds out by itself, or what is of this moment and this machine."""
-    failure, head = pipeline.failure, pipeline.head
-    if failure is None or head is None:
-        return None
-    if not failure.final and not isinstance(failure.error, OriginError | DigestMismatch):
-        return None
-    return FailureRecord(
-        failure.error.code,
-        failure.error.message,
-        failure.since_ns,
-        failure.final,
-        failure.file.triple[1] if failure.file is not None else head.number,
-        failure.index,
-    )
-
-
-def _forget_bitmap(file: CachedFile, lost: bytes, txn: WriteTxn) -> None:
-    record = txn.get_file(*file.triple)
-    if record is not None and record.incarnation == file.incarnation and record.bitmap == lost:
-        txn.put_file(*file.triple, msgspec.structs.replace(record, state=FileState.ABSENT.value, bitmap=b""))
-
-
-def _evens(first: int) -> range:
-    """Of SPARE_NODEIDS nodeids from ``first`` on."""
-    return range(first + first % 2, first + SPARE_NODEIDS - 1, 2)

@@ -207,7 +207,7 @@ class Learning:
             written = pipeline.removed
             try:
                 if not written:
-                    written = await self._catalog.save_learned(pipeline)
+                    written = await self._catalog.records.save_learned(pipeline)
                 self._failing = False
             except InstantStartError as error:
                 if not self._failing:

@@ -21,6 +21,7 @@ from instantstart_fs.catalog.accounting import Uncached
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.learning import Learning
 from instantstart_fs.catalog.model import CachedFile, Generation, counts_as_request
+from instantstart_fs.catalog.slots import check_present, prepare_filling
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.coldstart_tracker import Starts
 from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, safetensors_header_length
@@ -432,8 +433,8 @@ class Reads:
             if origin is None:
                 origin = await trio.to_thread.run_sync(generation.origin, file.entry.model)
             if not file.complete:
-                await self._catalog.prepare_filling(file)
-        self._catalog.check_present(file)
+                await prepare_filling(self._catalog, file)
+        check_present(self._catalog, file)
         if file.target is None and not file.complete:
             assert origin is not None
             opener = functools.partial(
@@ -464,7 +465,7 @@ class Reads:
                     await self._catalog.index.write(functools.partial(_record_nodeid, file))
                     if wanted:
                         await self.start_fill(generation, first=file)
-                    await self._catalog.top_up()
+                    await self._catalog.nodeids.top_up()
                 except InstantStartError as error:
                     self._fill_events.set_failure(generation.pipeline, error, final=True)
                 del file, generation  # the next may be long in coming

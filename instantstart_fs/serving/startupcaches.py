@@ -118,7 +118,7 @@ class StartupCaches:
             pipeline.startup_bytes = taken
             pipeline.changed()
             try:
-                await self._catalog.save_upkeep(pipeline)
+                await self._catalog.records.save_upkeep(pipeline)
             except InstantStartError as error:
                 log.warning("startup caches: not noted: %s", error.message, extra={"pipeline": pipeline.id})
 

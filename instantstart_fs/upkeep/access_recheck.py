@@ -109,7 +109,7 @@ class Rechecker:
         pipeline.changed()
         await self._act(pipeline)
         try:
-            await self._catalog.save_upkeep(pipeline)
+            await self._catalog.records.save_upkeep(pipeline)
         except InstantStartError as problem:
             # A restart would ask again at once.
             log.warning("access check: not noted: %s", problem.message, extra={"pipeline": pipeline.id})

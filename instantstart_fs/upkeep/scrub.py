@@ -168,7 +168,7 @@ class Scrubber:
 
     async def _save(self, pipeline: Pipeline) -> None:
         try:
-            await self._catalog.save_upkeep(pipeline)
+            await self._catalog.records.save_upkeep(pipeline)
         except InstantStartError as error:
             # Costs no more than reading some files once more after a restart.
             log.warning("scrub: how far it came is not noted: %s", error.message, extra={"pipeline": pipeline.id})

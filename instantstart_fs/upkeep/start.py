@@ -6,6 +6,7 @@ import functools
 import logging
 
 from instantstart_fs.catalog.catalog import Catalog
+from instantstart_fs.catalog.slots import trim
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.store.layout import generation_number
@@ -30,7 +31,7 @@ def remove_superseded(catalog: Catalog) -> None:
                     index.write_sync(
                         functools.partial(_forget_generation, pipeline.id, number), patience=index.commit_deadline
                     )
-            catalog.trim(current)
+            trim(catalog, current)
         except InstantStartError as error:
             pipeline.leftovers = True
             # One slot that cannot be cleaned must not keep the others from being served.

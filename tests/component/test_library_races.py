@@ -296,7 +296,7 @@ async def test_while_a_fill_is_prepared_nothing_is_settled_nor_written_for_what_
         assert handle.file.bitmap
         gate = Gate(monkeypatch, BlobStore, "existing_blob")
         forgotten: list[object] = []
-        monkeypatch.setattr("instantstart_fs.catalog.catalog._forget_bitmap", lambda *what: forgotten.append(what))
+        monkeypatch.setattr("instantstart_fs.catalog.slots._forget_bitmap", lambda *what: forgotten.append(what))
 
         async def read() -> None:
             with pytest.raises(FillCancelled, match="was removed"):

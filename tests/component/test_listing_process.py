@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import trio
 
+from instantstart_fs.admin import sources
 from instantstart_fs.config import HuggingFaceConfig
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import OriginHidden, OriginUnavailable
@@ -182,6 +183,7 @@ class Vast(BaseHTTPRequestHandler):
 
 DAEMON = """
 import resource, sys
+from instantstart_fs.admin import sources
 from instantstart_fs.config import HuggingFaceConfig
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import OriginUnsupported

@@ -42,7 +42,7 @@ async def checkpoint(library: Library) -> None:
 
 def read_whole(library: Library) -> int:
     """How many generations this library has read from their manifests."""
-    return library.catalog.read_whole
+    return library.catalog.reader.read_whole
 
 
 def summarized(root: Path) -> set[str]:
