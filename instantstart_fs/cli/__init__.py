@@ -10,8 +10,8 @@ import contextlib
 import errno
 import sys
 
-from instantstart_fs import __version__
 from instantstart_fs.cli import serve, terminal
+from instantstart_fs.cli.version import version_line
 from instantstart_fs.errors import InstantStartError, UsageError
 
 TYPE_CHECKING = False  # the module itself takes 3 ms of every command
@@ -70,11 +70,6 @@ def _run(arguments: list[str]) -> int:
         print(f"instantstart: cannot write: {error.strerror}", file=sys.stderr)
         return terminal.discard_output(sys.stdout, 1)
     return status if isinstance(status, int) else 0
-
-
-def version_line() -> str:
-    """What ``--version`` prints."""
-    return f"instantstart {__version__}"
 
 
 def _fail(error: InstantStartError, arguments: list[str]) -> int:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from instantstart_fs.cli import version_line
 from instantstart_fs.cli.commands import cold_starts, listing, pipelines, prefetch, regional, service, startup
 from instantstart_fs.cli.verbs import Verbs
+from instantstart_fs.cli.version import version_line
 
 app = typer.Typer(
     name="instantstart",

@@ -5,7 +5,8 @@ no failure.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import Protocol
 
 import trio
 
@@ -16,8 +17,16 @@ from instantstart_fs.filler.events import FillEvents
 from instantstart_fs.filler.fill import Fill
 from instantstart_fs.filler.target import FileKey, FillTarget, TargetOwner
 
-if TYPE_CHECKING:
-    from instantstart_fs.filler.regional import Regional
+
+class Tier(Protocol):
+    """What hears of files that are filled, to serve chunks of them (filler/regional.py)."""
+
+    def enter(self, fill: Fill) -> None: ...
+    def keys(self, key: FileKey) -> tuple[FileKey, ...]: ...
+    def demand(self, key: FileKey, chunks: Iterable[int]) -> None: ...
+    def undemand(self, key: FileKey, chunks: list[int]) -> None: ...
+    def leave(self, key: FileKey) -> None: ...
+    def reread(self, key: FileKey) -> None: ...
 
 
 class FillTable(TargetOwner):
@@ -31,7 +40,7 @@ class FillTable(TargetOwner):
         self._delivery = delivery
         self._events = events
         self.fills: dict[FileKey, Fill] = {}
-        self.regional: Regional | None = None
+        self.regional: Tier | None = None
         self.background: dict[str, set[FileKey]] = {}
         """By pipeline, the files that are filled in the background. A pipeline without any has no entry."""
         self.last_arrival: dict[str, float] = {}

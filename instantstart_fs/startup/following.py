@@ -21,7 +21,7 @@ TYPE_CHECKING = False  # the module itself takes 3 ms of every command
 if TYPE_CHECKING:
     from typing import Any
 
-    from instantstart_fs.startup.run import Start
+    from instantstart_fs.startup.start import Start
     from instantstart_fs.startup.supervise import Command
 
 DRAIN_SECONDS = 5.0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 
 from instantstart_fs.config.places import find_socket
@@ -21,58 +20,17 @@ from instantstart_fs.core.enginetable import LAYOUTS, Engine, engine_named, engi
 from instantstart_fs.core.startuppack import BadPack
 from instantstart_fs.errors import UsageError
 from instantstart_fs.startup.options import Options
-from instantstart_fs.startup.packing import Seen, unpack
+from instantstart_fs.startup.packing import unpack
+from instantstart_fs.startup.start import Start
 from instantstart_fs.startup.supervise import Command
 from instantstart_fs.startup.surroundings import key_of
-from instantstart_fs.startup.views import NoView, View, base_directory, take_view
+from instantstart_fs.startup.views import NoView, base_directory, take_view
 from instantstart_fs.startup.wire import Wire
 
 USER_LAYOUT = "user-"
 """Before the number of a directory that the user named."""
 TRIES = 2
 """Versions that are tried before a start is a cold one."""
-
-
-class Start:
-    """What is known of this start. Times: time.monotonic()."""
-
-    def __init__(self, options: Options, engine: Engine | None) -> None:
-        self.options = options
-        self.engine = engine
-        self.began = time.monotonic()
-        self.began_ns = time.time_ns()
-        self.spawned = 0.0
-        self.environment = dict(os.environ)
-        self.key: dict[str, str] = {}
-        self.identity = ""
-        """The daemon's name of this start."""
-        self.generation = ""
-        self.mount = ""
-        self.outcome = "off"
-        self.differs: tuple[str, ...] = ()
-        self.restored: dict[str, object] | None = None
-        self.restore_seconds = 0.0
-        self.view: View | None = None
-        self.layouts: dict[str, tuple[str, ...]] = {}
-        """Those that have a directory in the view → names in it that are not kept."""
-        self.seen: Seen = {}
-        """What was restored."""
-        self.saved: Seen = {}
-        """What the store has of this start."""
-        self.socket = ""
-
-    @property
-    def pipeline(self) -> str:
-        return self.options.pipeline
-
-    def say(self, text: str) -> None:
-        """One line, for people."""
-        if not self.options.quiet:
-            self.warn(text)
-
-    def warn(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            print(f"instantstart: {self.pipeline}: {text}", file=sys.stderr, flush=True)
 
 
 def run(options: Options) -> int:

@@ -12,7 +12,7 @@ from instantstart_fs.startup.packing import BLOCK, TooMuch, pack, scan
 from instantstart_fs.startup.wire import Wire
 
 if TYPE_CHECKING:
-    from instantstart_fs.startup.run import Start
+    from instantstart_fs.startup.start import Start
 
 __all__ = ["TooMuch", "save"]
 

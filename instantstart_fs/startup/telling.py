@@ -13,7 +13,7 @@ from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.core.humanize import precise_seconds as seconds
 
 if TYPE_CHECKING:
-    from instantstart_fs.startup.run import Start
+    from instantstart_fs.startup.start import Start
 
 SHOWN_FIELDS = 4
 """Of those in which the nearest startup cache differs."""

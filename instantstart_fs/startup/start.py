@@ -1,0 +1,55 @@
+"""One start of a replica: what `instantstart run` knows of it. Values, and a line for people."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+
+from instantstart_fs.core.enginetable import Engine
+from instantstart_fs.startup.options import Options
+from instantstart_fs.startup.packing import Seen
+from instantstart_fs.startup.views import View
+
+
+class Start:
+    """What is known of this start. Times: time.monotonic()."""
+
+    def __init__(self, options: Options, engine: Engine | None) -> None:
+        self.options = options
+        self.engine = engine
+        self.began = time.monotonic()
+        self.began_ns = time.time_ns()
+        self.spawned = 0.0
+        self.environment = dict(os.environ)
+        self.key: dict[str, str] = {}
+        self.identity = ""
+        """The daemon's name of this start."""
+        self.generation = ""
+        self.mount = ""
+        self.outcome = "off"
+        self.differs: tuple[str, ...] = ()
+        self.restored: dict[str, object] | None = None
+        self.restore_seconds = 0.0
+        self.view: View | None = None
+        self.layouts: dict[str, tuple[str, ...]] = {}
+        """Those that have a directory in the view → names in it that are not kept."""
+        self.seen: Seen = {}
+        """What was restored."""
+        self.saved: Seen = {}
+        """What the store has of this start."""
+        self.socket = ""
+
+    @property
+    def pipeline(self) -> str:
+        return self.options.pipeline
+
+    def say(self, text: str) -> None:
+        """One line, for people."""
+        if not self.options.quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(f"instantstart: {self.pipeline}: {text}", file=sys.stderr, flush=True)
