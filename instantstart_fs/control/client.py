@@ -50,8 +50,8 @@ RESOLVE_DEADLINE = 660.0
 class Client:
     """A connection to the daemon at ``path`` (default: ``find_socket()``). A context manager; not for several threads.
 
-    Every method raises errors of ControlError's family for the connection, and those that the daemon raised. It has a
-    public method for each request of the protocol, and so many of them.
+    Every method raises errors of ControlError's family for the connection, and those that the daemon raised. It has as
+    many public methods as the protocol has requests.
     """
 
     def __init__(self, path: str | None = None, *, deadline: float = CONNECT_DEADLINE) -> None:

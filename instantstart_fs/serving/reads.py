@@ -79,7 +79,10 @@ class Handle:
 
 
 class Reads:
-    """Owned by the Library. ``read_deadline``: seconds without progress after which a waiting read fails."""
+    """Owned by the Library. ``read_deadline``: seconds without progress after which a waiting read fails.
+
+    It has 8 collaborators: a cold read is where the catalog, the filler, the account of space and the records meet.
+    """
 
     def __init__(
         self,

@@ -95,7 +95,10 @@ class Totals:
 
 
 class Telemetry:
-    """Owned by the Library. ``facts``: a pipeline's load set as it is now. ``learning``: is told of opens and reads."""
+    """Owned by the Library. ``facts``: a pipeline's load set as it is now. ``learning``: is told of opens and reads.
+
+    It has one of its public methods for each kind of event, so that a caller says what happened in one call.
+    """
 
     def __init__(
         self,

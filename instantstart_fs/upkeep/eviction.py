@@ -80,7 +80,7 @@ def boot_identity() -> str:
 
 
 class Evictor:
-    """On the trio thread.
+    """On the trio thread. It has four collaborators; what else it is made with are settings and clocks.
 
     Args:
         inventory: What there is to evict, and how full the store is.
