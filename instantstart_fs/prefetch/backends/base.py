@@ -19,11 +19,11 @@ Refusals = tuple[tuple[str, str], ...]
 
 
 class Item:
-    """One file on its way: a value of nine fields without collaborators. ``target``: a writable memoryview, long enough for whole blocks (CPU), of ``memory``, or a
-    uint8 tensor of ``size`` elements on the device. ``fds``: the file, and the same opened O_DIRECT; closed when all of
-    it is there, or else with the last reference: a reader may be inside a call when its file is released.
-    ``on_moved(item, cached, disk)`` and ``on_end(item, error | None)`` are called from the backend's threads;
-    ``on_end`` once, and nothing after it."""
+    """One file on its way: a value of nine fields without collaborators. ``target``: a writable memoryview, long
+    enough for whole blocks (CPU), of ``memory``, or a uint8 tensor of ``size`` elements on the device. ``fds``: the
+    file, and the same opened O_DIRECT; closed when all of it is there, or else with the last reference: a reader
+    may be inside a call when its file is released. ``on_moved(item, cached, disk)`` and ``on_end(item, error |
+    None)`` are called from the backend's threads; ``on_end`` once, and nothing after it."""
 
     def __init__(
         self,
