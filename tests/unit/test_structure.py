@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,13 @@ def test_a_module_can_be_read_at_a_sitting() -> None:
     """A longer one has two reasons to change: split it there."""
     lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
     assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_every_path_of_the_architecture_exists() -> None:
+    text = (REPOSITORY / "docs/ARCHITECTURE.md").read_text() + (REPOSITORY / "docs/GLOSSARY.md").read_text()
+    paths = set(re.findall(r"`([\w./-]+(?:\.py|/))`", text))
+    assert len(paths) > 100
+    assert {path for path in paths if not (ROOT / path).exists() and not (REPOSITORY / path).exists()} == set()
 
 
 def classes() -> Iterator[tuple[str, ast.ClassDef]]:
