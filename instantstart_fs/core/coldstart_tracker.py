@@ -4,8 +4,7 @@ A record begins with the first open of a weight file while none is live, and wit
 It is live until ``first-token``, or until the pipeline has been quiet: QUIET_SECONDS with no weight file open, or
 HELD_QUIET_SECONDS with one (an engine that keeps its files mapped), or MAX_SECONDS in all. Opening, reading, waiting,
 fetching, staging and closing are no quiet. So of replicas that mark nothing, one that starts within half a minute after
-another's load belongs to the same record, and where the first token of one ends it, what another had left to open
-begins no record.
+another's load belongs to the same record.
 
 A start by `instantstart run` has an id, and a record of its own from its begin until it is ready (or its first token
 has come, if it asks for one), whatever else starts meanwhile; its marks name it.
@@ -14,8 +13,7 @@ What a filesystem cannot see (the request that made the replica start, the engin
 by ``mark``. Where one replica is requested while another still loads, both records are live: what is opened, fetched
 and staged then counts for both, since nobody can say whose it is; reads count for the records that their open did.
 
-Two clocks: ``now`` is monotonic seconds, for durations; ``wall_ns`` says when, and places marks that name a time. A
-mark that says "now" is placed by the monotonic clock, so that a wall clock that was set meanwhile displaces nothing.
+Two clocks: ``now`` is monotonic seconds, for durations; ``wall_ns`` says when, and places marks that name a time.
 """
 
 from __future__ import annotations
