@@ -187,7 +187,6 @@ class Region:
                 "region_name": "us-east-1",
                 "key_file": str(self.key_file),
                 "host": place.name,
-                **({"rack": rack} if rack is not None else {}),
                 **self._config.get("regional", {}),
             }
         host = RegionHost(self.directory / place.name, place, config, env)

@@ -137,7 +137,6 @@ class _Regional(Table):
     write_back: bool = True
     rate: str | int | None = None
     verify: Literal["chunks", "origin"] = "chunks"
-    rack: str = ""
 
 
 class _File(Table):
@@ -391,7 +390,6 @@ def _regional(at: At, raw: _Regional) -> RegionalConfig:
     at.s3_url("regional.endpoint_url", raw.endpoint_url)
     host = raw.host if raw.host is not None else os.uname().nodename
     at.require(_HOST.match(host) is not None, "regional.host", f"{host[:80]!r} is no host's name")
-    at.require(not raw.rack or _HOST.match(raw.rack) is not None, "regional.rack", f"{raw.rack[:80]!r} is no name")
     return RegionalConfig(
         url=raw.url,
         key_file=at.path("regional.key_file", raw.key_file),
@@ -403,5 +401,4 @@ def _regional(at: At, raw: _Regional) -> RegionalConfig:
         write_back=raw.write_back,
         rate=at.parsed("regional.rate", parse_rate, raw.rate) if raw.rate is not None else None,
         verify=raw.verify,
-        rack=raw.rack,
     )

@@ -239,7 +239,9 @@ class Committer:
             assert target.blob is not None
             file = target.entry.file
             digest = str(file.digest) if file.digest is not None and state == "sealed" else None
-            record = SealRecord(size=file.size, state=state, digest=digest, sealed_at_ns=now, proof=target.proven_by)
+            record = SealRecord(
+                size=file.size, state=state, digest=digest, sealed_at_ns=now, proof=target.proven_by or msgspec.UNSET
+            )
             seals[target] = Seal(target.blob, record, mtime_ns=file.mtime_ns or None)
         keep_pages = {target for target in seals if target.has_reader()}
 

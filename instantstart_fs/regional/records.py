@@ -55,16 +55,6 @@ class ClaimRecord(msgspec.Struct, frozen=True):
     done: int
 
 
-class HostRecord(msgspec.Struct, frozen=True):
-    """What one host has: by slot, the state of the pipeline and how much of it is there."""
-
-    host: str
-    rack: str
-    at: float
-    period: float
-    slots: dict[str, tuple[str, int]]
-
-
 def directory(slot: str, pin: str) -> str:
     return f"v1/{slot}/{pin}/"
 
@@ -106,11 +96,6 @@ def _unpack(key: RegionKey, kind: str, name: str, data: bytes) -> bytes:
 def unpack_claim(key: RegionKey, name: str, data: bytes) -> ClaimRecord:
     """Raises Forged."""
     return _decode(_unpack(key, "claim", name, data), ClaimRecord, name)
-
-
-def unpack_host(key: RegionKey, name: str, data: bytes) -> HostRecord:
-    """Raises Forged."""
-    return _decode(_unpack(key, "host", name, data), HostRecord, name)
 
 
 def unpack_seal(key: RegionKey, name: str, data: bytes, size: int, chunk_size: int) -> Seal:

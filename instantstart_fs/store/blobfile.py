@@ -48,7 +48,7 @@ class SealRecord(msgspec.Struct, frozen=True):
     digest: str | None = None
     sealed_at_ns: int = 0
     v: int = FORMAT
-    proof: str = ""
+    proof: str | msgspec.UnsetType = msgspec.UNSET
     """By whose proof, where this host did not hash it itself: "region:<host>"."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from instantstart_fs.catalog import catalog as catalog_module
+from instantstart_fs.catalog import reader
 from instantstart_fs.catalog.model import UnloadedGeneration
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.errors import OutOfMemory, OutOfResources, StoreDamaged, StoreError, StoreFull
@@ -89,7 +89,7 @@ async def test_one_io_error_is_read_again_and_two_are_damage(tmp_path: Path, stu
 async def test_what_cannot_be_read_now_is_read_later_and_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog_module, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(reader, "PATIENCE_SECONDS", 0.0)
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         await library.admin.add(spec("p", source))
