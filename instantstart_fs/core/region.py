@@ -1,16 +1,12 @@
 """One pull for a region: which chunks of a file this host pulls itself, which it takes from the regional tier, and how
 long it waits for what another host pulls. Pure: time is a parameter, chance is not needed.
 
-One ``PullPlan`` follows one file that is being filled. Knowledge goes in (what the tier holds, which groups of chunks
-are claimed, what came, who waits); two things come out: where each chunk is to be fetched now (``take_moves``), and
-which claims to make, renew and watch.
+One ``PullPlan`` follows one file that is being filled. Knowledge goes in (what the tier holds, what is claimed, what
+came, who waits); out come where each chunk is to be fetched (``take_moves``), and which claims to make and watch.
 
 Rules (tests/unit/test_region_plan.py shows each):
-
-- A claim is an economy. Bytes are proven by their digests, never by a claim, so a wrong belief about a claim costs a
-  duplicate fetch and nothing else.
-- Every host walks the groups in an order of its own (rendezvous hashing), so that hosts that start together claim
-  different ones.
+- A claim is an economy. Bytes are proven by digests: a wrong belief about a claim costs a duplicate fetch.
+- Every host walks the groups in an order of its own (rendezvous hashing): hosts claim different ones.
 - A claim lives while its record changes, as this host's own monotonic clock sees it: no clock is compared with another.
 - A reader's chunk never waits longer for a claim than ``patience``: then this host fetches it as well.
 - What the tier failed to give goes to the next source at once, chunk by chunk, and stays there.
@@ -31,10 +27,9 @@ GROUP_CHUNKS = 8
 CLAIM_TTL = 8.0
 """Seconds without a change of its record after which a claim's owner counts as dead."""
 CLAIM_STALL = 30.0
-"""Seconds without a further chunk after which it counts as stuck, though its record changes."""
-RENEW_SECONDS = 2.0
-WATCH_SECONDS = 2.0
-"""How often a claim that this host waits for is looked at."""
+"""Seconds without a further chunk after which it counts as stuck."""
+RENEW_SECONDS = WATCH_SECONDS = 2.0
+"""How often a claim is renewed, and one that this host waits for is looked at."""
 MOST_UNREADABLE = 4
 """Looks that found nothing that could be read, over CLAIM_TTL, after which a claim counts for nothing."""
 MOST_LIVE = 32
@@ -162,7 +157,7 @@ def give_up_at(began: float, last_byte: float, *, demanded: bool) -> float:
 
 
 class PullPlan:
-    """One file that is being filled here.
+    """One file that is being filled here. It has many methods: one for each thing that becomes known or is asked.
 
     A route is WAIT, or a source: 0 is the region's own tier, 1 … ``upstream`` the tiers asked after it, the next number
     the origin (``origin``). A chunk moves from WAIT to a source and from a source to a later one, never back, so that

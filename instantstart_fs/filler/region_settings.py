@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from instantstart_fs.config.sections import RegionalConfig
-from instantstart_fs.filler.regional import RegionSettings
+from instantstart_fs.filler.region_follow import RegionSettings
 from instantstart_fs.regional.keys import RegionKey, read_key
 from instantstart_fs.regional.opening import open_store
 

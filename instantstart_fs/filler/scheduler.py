@@ -62,7 +62,8 @@ from instantstart_fs.origins.base import OriginKey
 from instantstart_fs.store.blobstore import BlobStore
 
 if TYPE_CHECKING:
-    from instantstart_fs.filler.regional import Regional, RegionSettings
+    from instantstart_fs.filler.region_follow import RegionSettings
+    from instantstart_fs.filler.regional import Regional
 
 __all__ = ["FillEvents", "FillSettings", "FillStatistics", "Filler"]
 

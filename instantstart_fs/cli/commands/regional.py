@@ -13,7 +13,7 @@ from instantstart_fs.errors import InstantStartError, PipelineNotFound, UsageErr
 
 if TYPE_CHECKING:
     from instantstart_fs.core.manifest import PipelineSpec
-    from instantstart_fs.filler.regional import RegionSettings
+    from instantstart_fs.filler.region_follow import RegionSettings
 
 commands = typer.Typer(help="The region's tier of weights ([regional]).", no_args_is_help=True)
 

@@ -1,0 +1,141 @@
+"""What the parts of a region's filling share: a file that is followed, the tiers, and how they fare."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import msgspec
+import trio
+
+from instantstart_fs.core.manifest import ManifestFile
+from instantstart_fs.core.region import PullPlan
+from instantstart_fs.core.retry import Breaker
+from instantstart_fs.errors import InstantStartError, OriginUnavailable
+from instantstart_fs.filler.fill import FetchRequest, Fill
+from instantstart_fs.filler.tierkey import TierKey
+from instantstart_fs.origins.base import Location, OriginKey
+
+if TYPE_CHECKING:
+    from instantstart_fs.regional.keys import RegionKey
+    from instantstart_fs.regional.records import Seal
+    from instantstart_fs.regional.store import TierStore
+
+ASK_SECONDS = 4.0
+"""For one answer of the tier to what is no chunk."""
+THREADS = 16
+_T = TypeVar("_T")
+
+
+class TierSource:
+    """A tier as the counters know it. It locates nothing: its chunks are objects of their own."""
+
+    def __init__(self, store: TierStore) -> None:
+        self.store = store
+        self.key = OriginKey("tier", store.endpoint, "")
+
+    def locate(self, file: ManifestFile) -> Location:
+        raise OriginUnavailable(f"{file.path}: a tier keeps no files")
+
+
+class RegionSettings(msgspec.Struct, frozen=True):
+    """``stores``: the region's own tier, then those asked before the origin. ``trust_seals``: a file whose every chunk
+    is what a seal of the region says is not hashed here. ``rate``: bytes a second that are written back, None = any."""
+
+    host: str
+    key: RegionKey
+    stores: tuple[TierStore, ...]
+    trust_seals: bool = True
+    write_back: bool = True
+    rate: int | None = None
+
+
+class Follow:
+    """A file under the region. ``state``: fresh | asking | sealed | followed | off."""
+
+    def __init__(self, fill: Fill, slot: str, pin: str, pull: PullPlan) -> None:
+        self.fill = fill
+        self.target = fill.target
+        self.key = fill.target.key
+        self.tier_key = TierKey(self.key.pipeline, self.key.generation, self.key.index)
+        self.slot = slot
+        self.pin = pin
+        self.pull = pull
+        self.state = "fresh"
+        self.seals: dict[int, Seal] = {}
+        self.digests: dict[int, bytes] = {}
+        self.proven: set[int] = set()
+        self.began_empty = fill.target.present.count == 0
+        self.parked: list[int] = []
+        self.flights: dict[int, tuple[FetchRequest, float, int]] = {}
+        """By chunk: the request, when it was sent (trio), which source."""
+        self.last_byte: dict[int, float] = {}
+        self.to_put: set[int] = set()
+        self.put: set[int] = set()
+        self.fd = -1
+        self.sealed_here = ""
+        """What this host has proven it by, once it has."""
+        self.changed = trio.Event()
+        self.claims: dict[int, int] = {}
+        self.ended = False
+        self.settled = False
+        """The file is complete here, and whatever follows of that was begun."""
+
+    def over(self) -> bool:
+        return self.ended or self.state == "off"
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class Routes(Protocol):
+    """What claims and answers of the tier change (filler/regional.py)."""
+
+    def apply(self, follow: Follow) -> None:
+        """Open each chunk where its plan says."""
+        ...
+
+    def turn_off(self, follow: Follow) -> None:
+        """Ask the tier for nothing more of this file."""
+        ...
+
+    def tier_failed(self, error: InstantStartError) -> None:
+        """The region's own tier did not do what it was asked."""
+        ...
+
+
+class Tiers:
+    """The tiers, how they fare, and the threads that wait for them. On the trio thread.
+
+    ``told``: why the region's own tier is left alone, "" while it is not. ``fallbacks``: by reason, how often something
+    was not had from a tier.
+    """
+
+    def __init__(self, stores: tuple[TierStore, ...]) -> None:
+        self.sources = [TierSource(store) for store in stores]
+        self.threads = trio.CapacityLimiter(THREADS)
+        self.nursery: trio.Nursery | None = None
+        """While filling runs."""
+        self.breaker = Breaker(threshold=3, grace=0.0, window=1.0, first=5.0, cap=120.0)
+        self.fallbacks: dict[str, int] = {}
+        self.told = ""
+
+    def count(self, reason: str) -> None:
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+
+    def answers(self, source: int) -> None:
+        if source == 0:
+            self.breaker.succeeded()
+            self.told = ""
+
+    def is_broken(self) -> bool:
+        return self.breaker.limit(trio.current_time()) == 0
+
+    async def ask(self, call: Callable[[], _T]) -> _T:
+        """In a thread that is given up after ASK_SECONDS. Raises InstantStartError."""
+        with trio.move_on_after(ASK_SECONDS):
+            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self.threads)
+        raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")

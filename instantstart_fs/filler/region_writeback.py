@@ -1,0 +1,172 @@
+"""Puts chunks that came from elsewhere into the region's own tier, and seals a file there once this host has proven it.
+
+The queue waits for nobody: a reader never does for a put.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections import deque
+
+import trio
+
+from instantstart_fs.core.region import GROUP_CHUNKS
+from instantstart_fs.errors import InstantStartError, OriginUnavailable
+from instantstart_fs.filler.region_follow import Follow, RegionSettings, Tiers
+
+log = logging.getLogger(__name__)
+
+PUTS = 4
+"""Chunks that are put at once."""
+
+
+class WriteBack:
+    """On the trio thread. ``detached``: files whose fill is over and that something is still to be put of;
+    ``put_bytes`` were put."""
+
+    def __init__(self, settings: RegionSettings, tiers: Tiers) -> None:
+        self._settings = settings
+        self._tiers = tiers
+        self.detached: set[Follow] = set()
+        self._queue: deque[tuple[Follow, int]] = deque()
+        self._more = trio.Event()
+        self._threads = trio.CapacityLimiter(PUTS)
+        self._puts_until = 0.0
+        self.put_bytes = 0
+
+    @property
+    def pending(self) -> int:
+        return len(self._queue)
+
+    def add(self, follow: Follow, chunk: int) -> None:
+        if not self._settings.write_back or follow.state == "off" or (follow.target.blob is None and follow.fd < 0):
+            return
+        if follow.fd < 0 and follow.target.blob is not None:
+            try:
+                follow.fd = os.dup(follow.target.blob.fd)
+            except OSError:
+                return
+        follow.to_put.add(chunk)
+        self._queue.append((follow, chunk))
+        more, self._more = self._more, trio.Event()
+        more.set()
+
+    async def run(self) -> None:
+        while True:
+            while not self._queue:
+                await self._more.wait()
+            follow, chunk = self._queue.popleft()
+            if chunk not in follow.to_put:
+                continue
+            try:
+                if not self._tiers.is_broken():
+                    await self._put_chunk(follow, chunk)
+            except InstantStartError as error:
+                log.warning(
+                    "a chunk was not written to the regional tier: %s",
+                    error.message,
+                    extra={"pipeline": follow.key.pipeline},
+                )
+                self._tiers.count("not-written")
+                self._tiers.breaker.failed(trio.current_time(), 1.0)
+            finally:
+                follow.to_put.discard(chunk)
+                self.check_done(follow)
+
+    async def _put_chunk(self, follow: Follow, chunk: int) -> None:
+        from instantstart_fs.regional.keys import keyed_digest
+        from instantstart_fs.regional.records import HEADER, chunk_name
+
+        wanted = follow.target.present.byte_range(chunk)
+        name = chunk_name(follow.slot, follow.pin, chunk)
+        key, store, fd = (
+            self._settings.key.chunk_key(follow.pin, chunk, wanted.length),
+            self._tiers.sources[0].store,
+            follow.fd,
+        )
+
+        def put() -> bytes:
+            data = bytearray(HEADER + wanted.length)
+            view = memoryview(data)
+            done = 0
+            while done < wanted.length:
+                count = os.preadv(fd, [view[HEADER + done :]], wanted.start + done)
+                if count <= 0:
+                    raise OriginUnavailable("the file ends early")
+                done += count
+            digest = keyed_digest(key, view[HEADER:])
+            view[:HEADER] = digest
+            store.put(name, data)
+            return digest
+
+        if self._settings.rate is not None:
+            now = trio.current_time()
+            self._puts_until = max(self._puts_until, now) + wanted.length / self._settings.rate
+            await trio.sleep_until(self._puts_until)
+        try:
+            digest = await trio.to_thread.run_sync(put, limiter=self._threads)
+        except OSError as error:
+            raise OriginUnavailable(f"it cannot be read: {error.strerror}") from error
+        follow.digests[chunk] = digest
+        follow.put.add(chunk)
+        self.put_bytes += wanted.length
+        await self._release_claim(follow, chunk // GROUP_CHUNKS)
+
+    async def _release_claim(self, follow: Follow, group: int) -> None:
+        """Remove this host's claim once all of its group is in the tier."""
+        from instantstart_fs.regional.records import claim_name
+
+        chunks = range(group * GROUP_CHUNKS, min((group + 1) * GROUP_CHUNKS, follow.pull.chunks))
+        if group not in follow.claims or not all(chunk in follow.digests for chunk in chunks):
+            return
+        name = claim_name(follow.slot, follow.pin, group, follow.claims.pop(group))
+        with contextlib.suppress(InstantStartError):  # else it expires
+            await self._tiers.ask(lambda: self._tiers.sources[0].store.delete(name))
+
+    async def take_back(self, follow: Follow, chunks: set[int]) -> None:
+        from instantstart_fs.regional.records import chunk_name
+
+        for chunk in chunks:
+            name = chunk_name(follow.slot, follow.pin, chunk)
+            try:
+                await self._tiers.ask(lambda name=name: self._tiers.sources[0].store.delete(name))  # type: ignore[misc]
+            except InstantStartError as error:
+                log.error("wrong bytes stay in the regional tier, and no seal will name them: %s", error.message)
+                return
+
+    def check_done(self, follow: Follow) -> None:
+        """Seal the file in the tier, or let go of it."""
+        if not follow.ended or follow.to_put or follow not in self.detached:
+            return
+        if follow.sealed_here and len(follow.digests) == follow.pull.chunks and self._tiers.nursery is not None:
+            proof, follow.sealed_here = follow.sealed_here, ""
+            self._tiers.nursery.start_soon(self._seal, follow, proof)
+            return
+        if follow.settled or follow.target.failed:
+            self.detached.discard(follow)
+            follow.close()
+
+    async def _seal(self, follow: Follow, proof: str) -> None:
+        from instantstart_fs.regional.records import Seal, pack, seal_name
+
+        name, pull = seal_name(follow.slot, follow.pin), follow.pull
+        seal = Seal(
+            follow.target.entry.file.size,
+            follow.target.present.chunk_size,
+            b"".join(follow.digests[chunk] for chunk in range(pull.chunks)),
+            proof,
+            self._settings.host,
+            time.time(),
+        )
+        data = pack(self._settings.key, "seal", name, seal)
+        try:
+            if 0 not in follow.seals:
+                await self._tiers.ask(lambda: self._tiers.sources[0].store.put(name, data))
+        except InstantStartError as error:
+            log.warning("the regional tier has no seal: %s", error.message, extra={"pipeline": follow.key.pipeline})
+        finally:
+            self.detached.discard(follow)
+            follow.close()
