@@ -2,7 +2,7 @@
 long it waits for what another host pulls. Pure: time is a parameter, chance is not needed.
 
 One ``PullPlan`` follows one file that is being filled. Knowledge goes in (what the tier holds, what is claimed, what
-came, who waits); out come where each chunk is to be fetched (``take_moves``), and which claims to make and watch.
+came, who waits); out come where each chunk is fetched (``take_moves``), and which claims to make and watch.
 
 Rules (tests/unit/test_region_plan.py shows each):
 - A claim is an economy. Bytes are proven by digests: a wrong belief about a claim costs a duplicate fetch.
@@ -30,12 +30,10 @@ CLAIM_STALL = 30.0
 """Seconds without a further chunk after which it counts as stuck."""
 RENEW_SECONDS = WATCH_SECONDS = 2.0
 """How often a claim is renewed, and one that this host waits for is looked at."""
-MOST_UNREADABLE = 4
-"""Looks that found nothing that could be read, over CLAIM_TTL, after which a claim counts for nothing."""
+MOST_UNREADABLE, MOST_VANISHED = 4, 3
+"""Looks (over CLAIM_TTL) at what cannot be read, or is not there though listed, after which a claim is nobody's."""
 MOST_LIVE = 32
 """Groups of a file that may be claimed in a region at once; beyond, nobody claims more: origins count connections."""
-MOST_VANISHED = 3
-"""A claim that was listed and not there so often is nobody's."""
 LEAST_PATIENCE, FIRST_PATIENCE, MOST_PATIENCE = 0.25, 1.0, 2.0
 """Seconds a reader's chunk waits for a claim: as long as fetching one from the origin takes, within these bounds; the
 middle one while no fetch was measured."""
