@@ -52,7 +52,9 @@ class Command:
     def wait(self, timeout: float) -> int | None:
         """Its exit status, negative for a signal. None: it took longer than ``timeout`` seconds, and was killed."""
         with self._answers:
-            if select.select([self._answers], [], [], timeout)[0]:
+            poll = select.poll()  # not select(2): a test may have more than a thousand descriptors
+            poll.register(self._answers, select.POLLIN)
+            if poll.poll(timeout * 1000):
                 return int(self._answers.readline())
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)  # not waited for: it may be unkillable until its mount goes

@@ -46,7 +46,7 @@ def same_everywhere(daemon: Daemon, pipeline: str, source: Path) -> None:
     ("status", "arguments", "says"),
     [
         (2, ("p", "ftp://host/x"), "ftp"),
-        (2, ("p", "org/model"), "hf://"),
+        (2, ("p", "org model"), "hf://"),
         (2, ("../p", "hf://org/model"), "pipeline id"),
         (2, (".warm", "hf://org/model"), "pipeline id"),
         (2, ("p", "s3://"), "s3://"),

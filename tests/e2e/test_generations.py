@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +140,9 @@ def test_an_update_keeps_what_has_not_changed(
         assert "open" in daemon.refused(1, "evict", "p")
     wait_for(lambda: not (daemon.store / "slots/p/1").exists(), "the old generation's end")
     requested = daemon.status("p")["last_request"]
+    wait_for(
+        lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()) > requested, "the next second: it shows seconds"
+    )
     assert probe("tree", new, daemon.path("p"), timeout=60)["files"] > 5
     wait_for(lambda: daemon.status("p")["last_request"] != requested, "the opens after the update to count")
     weights = [request for request in hub.requests("cdn") if request.sent]

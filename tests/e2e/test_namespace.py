@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import MIB, Daemon, must, probe, random_file, run, safetensors_file, tree_files
+from tests.harness import MIB, Daemon, must, probe, random_file, run, safetensors_file, tree_files, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -163,5 +163,6 @@ def test_an_unknown_name_is_enoent(daemon: Daemon, model: Path) -> None:
 
 def test_configured_pipelines_appear(make_daemon: Callable[..., Daemon], model: Path) -> None:
     daemon = make_daemon(config={"pipelines": {"from-file": {"source": f"file://{model}", "mode": "0500"}}})
+    wait_for(lambda: daemon.path("from-file").exists(), "its place in the mount", 20)
     daemon.ok("warm", "from-file", "--wait")
     assert stat.S_IMODE(os.stat(daemon.path("from-file")).st_mode) == 0o500
