@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from instantstart_fs.cli.commands import cold_starts, listing, pipelines, prefetch, regional, service, startup
+from instantstart_fs.cli.commands import cold_starts, listing, mounting, pipelines, prefetch, regional, service, startup
 from instantstart_fs.cli.verbs import Verbs
 from instantstart_fs.cli.version import version_line
 
@@ -37,7 +37,7 @@ def options(
 
 
 # In the order of `instantstart --help`.
-for task in (service, pipelines, startup, cold_starts, listing):
+for task in (mounting, service, pipelines, startup, cold_starts, listing):
     app.add_typer(task.commands)
 app.add_typer(startup.caches, name="startup-cache")
 app.add_typer(prefetch.commands, name="prefetch")

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
@@ -98,6 +99,11 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def peer_pid(self) -> int:
+        """The daemon's process as the kernel numbers it for this one; 0 where it lies in another pid namespace."""
+        size = struct.calcsize("3i")
+        return int(struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0])
 
     # -- requests --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,101 @@
+"""`mount`, `unmount`, `stop`: one command from a source to files, a daemon of its own, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from instantstart_fs.control.client import Client
+from instantstart_fs.core.manifest import ModelSpec
+from instantstart_fs.core.readable import readable_id
+from tests.harness import REPOSITORY, alive, command, mounted, succeeded, to_toml, unmount, wait_for
+
+CONTENT = b"weights" * 1000
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Where a daemon would be; it is stopped in the end."""
+    source = tmp_path / "tiny"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(CONTENT)
+    places = {"store": {"path": str(tmp_path / "store")}, "http": {"listen": "off"}}
+    (tmp_path / "config.toml").write_text(to_toml({**places, "mount": {"path": str(tmp_path / "models")}}))
+    env = {"INSTANTSTART_SOCKET": str(tmp_path / "run" / "control.sock")}
+    yield env
+    command("stop", env=env)
+    unmount(tmp_path / "models")
+
+
+def test_from_a_source_to_files_and_back(tmp_path: Path, env: dict[str, str]) -> None:
+    here, again = tmp_path / "here", tmp_path / "again"
+    config = ("--config", tmp_path / "config.toml")
+    told = json.loads(succeeded(command("mount", tmp_path / "tiny", here, *config, "--json", env=env)))
+    assert (told["pipeline"], told["started"]) == ("tiny", True)
+    assert (here / "model.safetensors").read_bytes() == CONTENT
+    again.mkdir()
+    told = json.loads(succeeded(command("mount", tmp_path / "tiny", again, *config, "--json", env=env)))
+    assert (told["pipeline"], told["started"]) == ("tiny", False)
+    succeeded(command("warm", "tiny", "--wait", env=env))
+    succeeded(command("mount", tmp_path / "tiny", again, "--offline", env=env))
+    refused = command("mount", "org/never-seen", tmp_path / "no", "--offline", env=env)
+    assert refused.returncode == 1 and "never added" in refused.stderr and not (tmp_path / "no").exists()
+    full = command("mount", tmp_path / "tiny", tmp_path / "tiny", env=env)
+    assert full.returncode == 2 and "not empty" in full.stderr
+    succeeded(command("unmount", again, env=env))
+    assert not os.path.lexists(again) and here.exists()
+    assert command("unmount", tmp_path / "tiny", env=env).returncode == 2
+    with Client(env["INSTANTSTART_SOCKET"]) as client:
+        pid = client.peer_pid()
+    succeeded(command("stop", env=env))
+    assert not alive(pid) and not mounted(tmp_path / "models")
+
+
+def test_in_the_foreground_it_undoes_all_at_its_end(tmp_path: Path, env: dict[str, str]) -> None:
+    words = ["mount", str(tmp_path / "tiny"), str(tmp_path / "here"), "--config", str(tmp_path / "config.toml")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "instantstart_fs.cli", *words, "--foreground"],
+        env={**os.environ, **env},
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and "tiny, cold" in process.stdout.readline()
+        with Client(env["INSTANTSTART_SOCKET"]) as client:
+            pid = client.peer_pid()
+            wait_for(lambda: client.status("tiny").leases, "the lease")
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()
+    assert not os.path.lexists(tmp_path / "here") and not alive(pid) and not mounted(tmp_path / "models")
+
+
+def test_a_daemon_that_cannot_start_says_why(tmp_path: Path, env: dict[str, str]) -> None:
+    (tmp_path / "config.toml").write_text("nonsense = 1")
+    done = command("mount", tmp_path / "tiny", tmp_path / "x", "--config", tmp_path / "config.toml", env=env)
+    assert done.returncode == 1 and "nonsense" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "taken", "name"),
+    [
+        (ModelSpec("hf://Qwen/Qwen3-8B"), (), "Qwen3-8B"),
+        (ModelSpec("hf://Qwen/Qwen3-8B@refs/pr/1"), (), "Qwen3-8B-refs-pr-1"),
+        (ModelSpec("hf://o/r", "", ("d/q4.gguf",)), (), "r-q4"),
+        (ModelSpec("s3://bucket"), (), "bucket"),
+        (ModelSpec("s3://bucket/a/b c"), (), "b-c"),
+        (ModelSpec("file:///"), (), "model"),
+        (ModelSpec("s3://bucket"), ("bucket",), "bucket-eb0375"),
+    ],
+)
+def test_ids_are_readable(model: ModelSpec, taken: tuple[str, ...], name: str) -> None:
+    assert readable_id(model, taken) == name
