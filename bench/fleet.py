@@ -34,7 +34,8 @@ from bench.common import RESULTS, table, write_result
 from bench.curves import Curve, Line, draw
 from bench.fluid import UNLIMITED, Fluid
 from instantstart_fs.core import region
-from instantstart_fs.core.region import ClaimMark, Patience, PullPlan, Take
+from instantstart_fs.core.claims import ClaimMark, ClaimRoom, Take, looking_period, starting_delay
+from instantstart_fs.core.region import Patience, PullPlan
 from instantstart_fs.core.rendezvous import score
 
 GBIT = 1e9 / 8
@@ -161,12 +162,13 @@ class Network:
 class Host:
     """One of the fleet: a PullPlan, as the daemon has one for each file, and what is under way."""
 
-    __slots__ = ("looking", "mine", "number", "plan", "pulling", "seen", "streams", "waiting_since")
+    __slots__ = ("looking", "mine", "number", "plan", "pulling", "room", "seen", "streams", "waiting_since")
 
     def __init__(self, number: int, name: str, pieces: int) -> None:
         self.number = number
         self.plan = PullPlan(name, PIN, [False] * pieces, Patience())
         self.plan.background = True
+        self.room = ClaimRoom(1, 1, 1)
         self.streams = 0
         self.looking = False
         """Whether a look at the tier is due at some time."""
@@ -206,6 +208,8 @@ class Fleet:
         self.undone = hosts
         self.stored: list[int] = []
         """The tier's pieces, in the order in which they came."""
+        self.held = bytearray(pieces)
+        """Whether each piece is in the tier."""
         self.claims: dict[tuple[int, int], ClaimMark] = {}
         """The tier's records, by group and epoch."""
         self.claimed: dict[int, int] = {}
@@ -232,11 +236,12 @@ class Fleet:
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
         for host in self.hosts:
+            host.room = ClaimRoom(1, 2 * self.setting.streams, 2 * self.setting.streams)
             if self.setting.tier == "none":
                 host.plan.give_up()
             elif not self.setting.cold:
                 host.plan.sealed(0)
-            self._look_after(host, self.chance.uniform(0, 0.05))
+            self._look_after(host, 0.05 + starting_delay(self.setting.hosts, self.chance.random()))
         self.fluid.run(done=lambda: not self.undone)
         assert not self.undone, f"{self.undone} hosts never get warm"
         return self._account(time.monotonic() - started)
@@ -259,6 +264,7 @@ class Fleet:
             self.requests += 1
             plan.listed(self.stored[host.seen :], self.claimed, now)
             host.seen = len(self.stored)
+            host.room.looked(others=plan.others(now))
             for watch in plan.watches(MOST_WATCHED, now):
                 self.requests += 1
                 mark = self.claims.get((watch.group, watch.epoch))
@@ -272,11 +278,10 @@ class Fleet:
             self._claim(host)
         self._begin(host)
         if self.left[host.number] and (self.setting.cold or self.setting.racks):
-            self._look_after(host, self.chance.uniform(*LOOK) * min(max(1.0, self.setting.hosts / 1000), 4.0))
+            self._look_after(host, looking_period(self.setting.hosts, self.chance.uniform(*LOOK)))
 
     def _claim(self, host: Host) -> None:
-        room = 2 * self.setting.streams - host.plan.holding
-        for take in host.plan.next_claims(room, self.fluid.now):
+        for take in host.plan.next_claims(host.room.left(host.plan.holding), self.fluid.now):
             self.requests += 1
             self.fluid.after(PUT_SECONDS, lambda take=take: self._put(host, take))  # type: ignore[misc]
 
@@ -287,6 +292,8 @@ class Fleet:
         else:
             self.claims[key] = ClaimMark(host.plan.host, 0, 0)
             self.claimed[take.group] = max(take.epoch, self.claimed.get(take.group, 0))
+            if self.held[take.group]:  # its claim was removed since this host looked
+                host.plan.listed([take.group], {}, self.fluid.now)
             host.plan.won(take.group, self.fluid.now)
             self._begin(host)
 
@@ -378,6 +385,8 @@ class Fleet:
                 waiting.discard(server)
                 if not waiting:
                     self.stored.append(piece)
+                    self.held[piece] = 1
+                    host.plan.released(piece)
                     for epoch in range(self.claimed.pop(piece, -1) + 1):
                         self.claims.pop((piece, epoch), None)
 
@@ -405,7 +414,7 @@ class Fleet:
             if then is not None:
                 then()
             if self.left[number]:
-                if self.setting.cold and host.plan.holding < 2 * self.setting.streams:
+                if self.setting.cold and host.room.left(host.plan.holding) > 0:
                     self._claim(host)
                 self._begin(host)
 

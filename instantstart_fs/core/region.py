@@ -7,40 +7,45 @@ came, who waits); out come where each chunk is fetched (``take_moves``), and whi
 Rules (tests/unit/test_region_plan.py shows each):
 - A claim is an economy. Bytes are proven by digests: a wrong belief about a claim costs a duplicate fetch.
 - Every host walks the groups in an order of its own (rendezvous hashing): hosts claim different ones.
-- A claim lives while its record changes, as this host's own monotonic clock sees it: no clock is compared with another.
+- A claim is dead by evidence only: looks that showed an unchanged record (core/claims.py). No two clocks are compared.
 - A reader's chunk never waits longer for a claim than ``patience``: then this host fetches it as well.
-- What the tier failed to give goes to the next source at once, chunk by chunk, and stays there.
+- What the tier failed to give goes to the next source at once, chunk by chunk, and stays there. What it is slow to give
+  and no reader waits for, it is asked for once more: a busy machine must not cost a duplicate.
 """
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
-
 from instantstart_fs.core import rendezvous
+from instantstart_fs.core.claims import (
+    MOST_VANISHED,
+    RENEW_SECONDS,
+    Claim,
+    ClaimMark,
+    ClaimState,
+    OwnClaim,
+    Renewal,
+    Take,
+)
 
 GROUP_CHUNKS = 8
 """Chunks under one claim: 64 MiB of chunks of 8 MiB. Measured in docs/decisions/regional.md."""
-CLAIM_TTL = 8.0
-"""Seconds without a change of its record after which a claim's owner counts as dead."""
-CLAIM_STALL = 30.0
-"""Seconds without a further chunk after which it counts as stuck."""
-RENEW_SECONDS = WATCH_SECONDS = 2.0
-"""How often a claim is renewed, and one that this host waits for is looked at."""
-MOST_UNREADABLE, MOST_VANISHED = 4, 3
-"""Looks (over CLAIM_TTL) at what cannot be read, or is not there though listed, after which a claim is nobody's."""
 MOST_LIVE = 32
 """Groups of a file that may be claimed in a region at once; beyond, nobody claims more: origins count connections."""
 LEAST_PATIENCE, FIRST_PATIENCE, MOST_PATIENCE = 0.25, 1.0, 2.0
 """Seconds a reader's chunk waits for a claim: as long as fetching one from the origin takes, within these bounds; the
 middle one while no fetch was measured."""
 CHUNK_DEADLINE = 2.0
-"""Seconds without a byte after which a chunk is taken from the next source."""
-CHUNK_SLOWEST = 10.0
+"""Seconds without a byte after which a reader's chunk is taken from the next source."""
+BACKGROUND_DEADLINE = 6.0
+"""The same for a chunk that nobody waits for: a host or tier that is busy is not a dead one."""
+CHUNK_SLOWEST = 20.0
 """Seconds within which a whole chunk has to come from a tier, if nobody waits for it."""
+TICK_COUNTS = 0.25
+"""Seconds that pass for a deadline between two looks at it, at most: what this host itself slept through is not the
+tier's silence."""
 
 WAIT = -1
 """A route: nobody fetches the chunk here now; another host may be pulling it."""
@@ -51,89 +56,13 @@ def order(host: str, pin: str, groups: int) -> list[int]:
     return sorted(range(groups), key=lambda group: (-rendezvous.score(host, f"{pin}/{group}"), group))
 
 
-class ClaimMark(msgspec.Struct, frozen=True):
-    """What one look at a claim's record showed: whose it is, how often it was renewed, how many chunks came."""
-
-    host: str
-    beat: int
-    done: int
-
-
-class Claim:
-    """Another host's claim, as it was seen over time. ``epoch``: how often the group was taken over before.
-
-    Where there are many, each is looked at seldom. What was alive at the last look is alive until another one tells
-    otherwise; what could never be read is believed for CLAIM_TTL, whoever wrote it."""
-
-    __slots__ = ("changed", "epoch", "looked", "mark", "moved", "observed", "tries")
-
-    def __init__(self, epoch: int, now: float) -> None:
-        self.epoch = epoch
-        self.mark: ClaimMark | None = None
-        self.changed = self.moved = self.observed = now
-        self.looked = -math.inf
-        self.tries = 0
-        """Looks since its record was last read."""
-
-    def look(self, now: float) -> None:
-        """Its record is asked for."""
-        self.looked = now
-        self.tries += 1
-
-    def see(self, mark: ClaimMark, now: float) -> None:
-        """Its record was read."""
-        self.looked = self.observed = now
-        self.tries = 0
-        if self.mark is None or (mark.host, mark.beat) != (self.mark.host, self.mark.beat):
-            self.changed = now
-        if self.mark is None or mark.done > self.mark.done or mark.host != self.mark.host:
-            self.moved = now
-        self.mark = mark
-
-    def dead(self, now: float) -> bool:
-        """Whether its owner counts as dead or stuck, or nobody can read the record."""
-        if self.mark is None:
-            return now - self.changed >= CLAIM_TTL
-        if self.observed - self.changed >= CLAIM_TTL or self.observed - self.moved >= CLAIM_STALL:
-            return True
-        return self.tries >= MOST_UNREADABLE and self.looked - self.observed >= CLAIM_TTL
-
-
-class _Mine:
-    __slots__ = ("beat", "epoch", "renewed")
-
-    def __init__(self, epoch: int, now: float) -> None:
-        self.epoch = epoch
-        self.beat = 0
-        self.renewed = now
-
-
-class Take(msgspec.Struct, frozen=True):
-    """Claim this group: by a conditional put of the record of this epoch."""
-
-    group: int
-    epoch: int
-
-
-class Renewal(msgspec.Struct, frozen=True):
-    group: int
-    epoch: int
-    mark: ClaimMark
-
-
-class ClaimState(enum.Enum):
-    FREE = "free"
-    ASKED = "asked"
-    MINE = "mine"
-    THEIRS = "theirs"
-    ADVISORY = "advisory"
-    """The tier keeps no claims: everybody pulls."""
-
-
 class Patience:
-    """How long a reader's chunk waits for another host: as long as a fetch from the origin takes here."""
+    """How long a reader's chunk waits for another host: as long as a fetch from the origin takes here.
+
+    ``progress`` grows with all that this host gets of the origin."""
 
     def __init__(self) -> None:
+        self.progress = 0
         self._typical: float | None = None
 
     def took(self, seconds: float) -> None:
@@ -147,11 +76,26 @@ class Patience:
         return min(max(self._typical, LEAST_PATIENCE), MOST_PATIENCE)
 
 
+class FairClock:
+    """Seconds that count for deadlines: those in which this host looked. Each look adds at most TICK_COUNTS, so that a
+    machine that was stopped or busy does not take its own absence for the silence of others."""
+
+    def __init__(self, now: float) -> None:
+        self._last = now
+        self.time = 0.0
+
+    def look(self, now: float) -> float:
+        self.time += min(max(now - self._last, 0.0), TICK_COUNTS)
+        self._last = now
+        return self.time
+
+
 def give_up_at(began: float, last_byte: float, *, demanded: bool) -> float:
-    """When a fetch from a tier has taken too long and the next source is asked. Times are of one monotonic clock.
-    ``last_byte``: when something last came, ``began`` while nothing did."""
-    silent = last_byte + CHUNK_DEADLINE
-    return min(silent, began + (2 * CHUNK_DEADLINE if demanded else CHUNK_SLOWEST))
+    """When a fetch from a tier has taken too long. Times are of one FairClock. ``last_byte``: when something last came,
+    ``began`` while nothing did."""
+    if demanded:
+        return min(last_byte + CHUNK_DEADLINE, began + 2 * CHUNK_DEADLINE)
+    return min(last_byte + BACKGROUND_DEADLINE, began + CHUNK_SLOWEST)
 
 
 class PullPlan:
@@ -176,6 +120,8 @@ class PullPlan:
         self.groups = -(-self.chunks // GROUP_CHUNKS)
         self.origin = upstream + 1
         self.background = False
+        self.lag = 0.0
+        """Seconds that the slowest of this host's own requests to the tier took of late."""
         self._patience = patience
         self._here = bytearray(map(bool, present))
         self._missing = self.chunks - sum(self._here)
@@ -187,14 +133,15 @@ class PullPlan:
         self._demands: dict[int, float] = {}
         self._late: set[int] = set()
         """Chunks whose reader has waited long enough."""
+        self._slow: set[int] = set()
+        """Chunks that the tier was slow to give once."""
         self._moves: dict[int, int] = {}
         self._asked: dict[int, int] = {}
-        self._mine: dict[int, _Mine] = {}
+        self._mine: dict[int, OwnClaim] = {}
         self._theirs: dict[int, Claim] = {}
         self._advisory: set[int] = set()
         self._advisory_all = False
         self._vanished: dict[int, int] = {}
-        self._finished: list[tuple[int, int]] = []
         self._order: list[int] | None = None
         self._gone: set[int] = set()
         """Groups that need no claim any more: each of their chunks is here or in the tier."""
@@ -211,6 +158,8 @@ class PullPlan:
         self._moves.pop(chunk, None)
         self._demands.pop(chunk, None)
         self._late.discard(chunk)
+        self._slow.discard(chunk)
+        self.progressed()
         self._check_group(chunk // GROUP_CHUNKS)
 
     def left(self, chunk: int) -> None:
@@ -231,9 +180,11 @@ class PullPlan:
         for chunk in chunks:
             self._demands.pop(chunk, None)
 
-    def listed(self, chunks: Iterable[int], claims: Mapping[int, int], now: float) -> None:
-        """The tier holds these chunks, and these groups are claimed (group → epoch). What a listing leaves out is not
-        believed to be gone."""
+    def listed(
+        self, chunks: Iterable[int], claims: Mapping[int, int], now: float, stamps: Mapping[int, float] | None = None
+    ) -> None:
+        """The tier holds these chunks, and these groups are claimed (group → epoch). ``stamps``: when a claim's record
+        last changed, by the storage's clock. What a listing leaves out is not believed to be gone."""
         for chunk in chunks:
             if 0 <= chunk < self.chunks and not self._there[chunk]:
                 self._there[chunk] = 1
@@ -246,7 +197,9 @@ class PullPlan:
             if mine is not None and epoch <= mine.epoch:
                 continue
             if theirs is None or epoch > theirs.epoch:
-                self._theirs[group] = Claim(epoch, now)
+                theirs = self._theirs[group] = Claim(epoch, now)
+            if stamps is not None and group in stamps and epoch == theirs.epoch:
+                theirs.listed(stamps[group], now)
 
     def sealed(self, source: int = 0) -> None:
         """This tier holds the whole file, and says by whose proof."""
@@ -259,6 +212,23 @@ class PullPlan:
         self._first[chunk] = max(self._first[chunk], source + 1)
         self._gone.discard(chunk // GROUP_CHUNKS)
         self._decide(chunk)
+
+    def slow(self, chunk: int, source: int) -> bool:
+        """This tier was too slow with the chunk. Whether it is asked for it once more: the first time, if no reader
+        waits; else the next source is."""
+        if chunk in self._demands or chunk in self._slow:
+            self.failed(chunk, source)
+            return False
+        self._slow.add(chunk)
+        return True
+
+    def demanded(self, chunk: int) -> bool:
+        """Whether a reader waits for it."""
+        return chunk in self._demands
+
+    @property
+    def has_readers(self) -> bool:
+        return bool(self._demands)
 
     def give_up(self) -> None:
         """No tier is to be asked any more: all goes to the origin."""
@@ -285,7 +255,8 @@ class PullPlan:
         if self._advisory_all or not self._missing:
             return []
         takes: list[Take] = []
-        live = len(self._mine) + len(self._asked) + sum(1 for claim in self._theirs.values() if not claim.dead(now))
+        live = len(self._mine) + len(self._asked)
+        live += sum(1 for claim in self._theirs.values() if not claim.dead(now, self.lag))
         for group in self._candidates():
             if room <= 0 or (live >= MOST_LIVE and not self._demanded(group)):
                 break
@@ -294,7 +265,7 @@ class PullPlan:
             if not self._lacks(group):
                 continue
             claim = self._theirs.get(group)
-            if claim is not None and not claim.dead(now):
+            if claim is not None and not claim.dead(now, self.lag):
                 continue
             epoch = claim.epoch + 1 if claim is not None else 0
             self._asked[group] = epoch
@@ -306,11 +277,8 @@ class PullPlan:
     def won(self, group: int, now: float) -> None:
         """The claim was written: this host pulls the group's missing chunks."""
         epoch = self._asked.pop(group, 0)
-        if group in self._gone:
-            self._finished.append((group, epoch))
-            return
         self._theirs.pop(group, None)
-        self._mine[group] = _Mine(epoch, now)
+        self._mine[group] = OwnClaim(epoch, now)
         self._decide_group(group)
 
     def lost(self, group: int, now: float) -> None:
@@ -320,23 +288,41 @@ class PullPlan:
         if claim is None or claim.epoch < epoch:
             self._theirs[group] = Claim(epoch, now)
 
+    def recovered(self, group: int, epoch: int, now: float) -> None:
+        """A claim that was not known to be written is this host's own."""
+        self._asked[group] = epoch
+        self.won(group, now)
+
+    def progressed(self) -> None:
+        """More came, or was put into the tier: claims of this host that have to wait for it are not stuck."""
+        self._patience.progress += 1
+
     def unclaimed(self, group: int) -> None:
         """The tier does not say (it failed, or keeps no claims): this host pulls the group, as others may."""
         self._asked.pop(group, None)
         self._advisory.add(group)
         self._decide_group(group)
 
+    def others(self, now: float) -> bool:
+        """Whether another host pulls this file, too."""
+        return any(not claim.dead(now, self.lag) for claim in self._theirs.values())
+
+    def unasked(self, group: int) -> None:
+        """It is not known what became of the claim: it is tried again."""
+        self._asked.pop(group, None)
+
     def watches(self, most: int, now: float) -> list[Take]:
-        """Claims of others to look at now, those with readers first; ``seen`` and ``vanished`` tell the answer."""
+        """Claims of others to look at now: those with readers first, then those that may be dead, then those not looked
+        at for long; ``seen`` and ``vanished`` tell the answer."""
         readers = {chunk // GROUP_CHUNKS for chunk in self._demands}
         due = [
-            (group not in readers, claim.looked, group, claim)
+            (group not in readers, not claim.still, claim.looked, group, claim)
             for group, claim in self._theirs.items()
-            if now - claim.looked >= WATCH_SECONDS
+            if claim.due(now)
         ]
-        due.sort(key=lambda item: item[:3])
+        due.sort(key=lambda item: item[:4])
         chosen: list[Take] = []
-        for _, _, group, claim in due:
+        for *_, group, claim in due:
             if len(chosen) >= most:
                 break
             if group not in self._gone and self._lacks(group):
@@ -368,7 +354,7 @@ class PullPlan:
             self.unclaimed(group)
 
     def renewals(self, now: float) -> list[Renewal]:
-        """Records of this host's claims to write again now."""
+        """Records of this host's claims to write again now: also of groups that are here whole, until ``released``."""
         due: list[Renewal] = []
         for group, mine in self._mine.items():
             if now - mine.renewed >= RENEW_SECONDS:
@@ -379,17 +365,16 @@ class PullPlan:
     def mark(self, group: int) -> ClaimMark:
         """What this host's record of the group says now."""
         mine = self._mine.get(group)
-        done = sum(1 for chunk in self._chunks_of(group) if self._here[chunk] or self._there[chunk])
-        return ClaimMark(self.host, mine.beat if mine is not None else 0, done)
+        return ClaimMark(self.host, mine.beat if mine is not None else 0, self._patience.progress)
 
-    def take_finished(self) -> list[tuple[int, int]]:
-        """Groups (and epochs) whose claims this host may remove: all of them is here and in nobody's way."""
-        finished, self._finished = self._finished, []
-        return finished
+    def held(self) -> list[tuple[int, int, bool]]:
+        """(group, epoch, whether all of it is here or in the tier) of each claim of this host. A claim is removed, and
+        ``released``, once what was pulled under it is in the tier: before that others would see neither."""
+        return [(group, mine.epoch, group in self._gone) for group, mine in self._mine.items()]
 
-    def held(self) -> list[tuple[int, int]]:
-        """Claims of this host that are not finished: what it gives up when it stops."""
-        return [(group, mine.epoch) for group, mine in self._mine.items()]
+    def released(self, group: int) -> None:
+        """This host's claim of it is no more."""
+        self._mine.pop(group, None)
 
     @property
     def holding(self) -> int:
@@ -424,20 +409,12 @@ class PullPlan:
             not self._here[chunk] and self._route[chunk] == WAIT for chunk in range(self.chunks)
         )
 
-    def next_time(self, now: float) -> float:
-        """When something changes by time alone; inf = never."""
-        times = [
-            since + self._patience.seconds
-            for chunk, since in self._demands.items()
-            if self._route[chunk] == WAIT and chunk not in self._late
-        ]
-        times += [mine.renewed + RENEW_SECONDS for mine in self._mine.values()]
-        for group, claim in self._theirs.items():
-            if group not in self._gone:
-                times.append(max(claim.looked, now - WATCH_SECONDS) + WATCH_SECONDS)
-                if claim.mark is None and claim.changed + CLAIM_TTL > now:
-                    times.append(claim.changed + CLAIM_TTL)
-        return min((max(when, now) for when in times), default=math.inf)
+    def next_patience(self) -> float:
+        """When the next reader has waited long enough for other hosts; inf = none waits for them."""
+        waiting = (
+            since for chunk, since in self._demands.items() if self._route[chunk] == WAIT and chunk not in self._late
+        )
+        return min(waiting, default=math.inf) + self._patience.seconds
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -469,9 +446,6 @@ class PullPlan:
         ):
             self._gone.add(group)
             self._theirs.pop(group, None)
-            mine = self._mine.pop(group, None)
-            if mine is not None:
-                self._finished.append((group, mine.epoch))
 
     def _decide_group(self, group: int) -> None:
         for chunk in self._chunks_of(group):

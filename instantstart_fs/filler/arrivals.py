@@ -84,13 +84,15 @@ class Arrivals(DeliveryEvents):
     def on_progress(self, request: FetchRequest, count: int) -> None:
         target, now = request.fill.target, trio.current_time()
         request.counted += count
-        self._plan.progressed(target.key, request.chunk, count, now)
+        key = target.key
+        if self.regional is not None:
+            key = self.regional.plan_key(request)
+            self.regional.progressed(request)
+        self._plan.progressed(key, request.chunk, count, now)
         effort = target.efforts.get(request.chunk)
         if effort is not None and effort.received(request.counted, now):
             target.last_progress = self._table.last_arrival[target.key.pipeline] = now
         self._rates.add(target.key.pipeline, count, now)
-        if request.piece is not None and self.regional is not None:
-            self.regional.progressed(request)
 
     def on_paused(self, seconds: float) -> None:
         self._plan.pause(trio.current_time() + seconds)

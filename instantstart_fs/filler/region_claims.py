@@ -1,6 +1,10 @@
 """Finds out what the tiers hold of a file, and shares the pulling of the rest with other hosts by claims.
 
-It decides nothing: core/region.py's PullPlan does. It waits for the tier in threads, never on a reader's way.
+    start ─► waiting ─► asking (has a tier its seal?) ─► sealed
+                                └─► parked ─► followed (list, look at claims, claim) ─► all is here
+
+Few files are asked about and followed at once, in the order in which they are filled; those with readers go first. It
+decides nothing: core/region.py's PullPlan does. It waits for the tier in threads, never on a reader's way.
 """
 
 from __future__ import annotations
@@ -9,13 +13,14 @@ import contextlib
 import logging
 import random
 import secrets
-import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
 
-from instantstart_fs.core.region import GROUP_CHUNKS, ClaimMark
+from instantstart_fs.core.claims import ClaimMark, ClaimRoom, looking_period, starting_delay
+from instantstart_fs.core.region import GROUP_CHUNKS
 from instantstart_fs.errors import (
     AccessRefused,
     CredentialsUnusable,
@@ -24,6 +29,7 @@ from instantstart_fs.errors import (
     OriginNotFound,
 )
 from instantstart_fs.filler.region_follow import Follow, RegionSettings, Routes, Tiers
+from instantstart_fs.filler.region_records import FileRecords, mark_used
 
 if TYPE_CHECKING:
     from instantstart_fs.regional.records import Seal
@@ -32,28 +38,71 @@ log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 10.0
 LIST_SECONDS = 0.5
-MOST_LISTED = 200_000
-"""Names of one file that are read: a listing may have no end."""
-ROOM = 2 * GROUP_CHUNKS
-"""Chunks of a file under this host's claims at once."""
-MOST_FOLLOWED = 64
+RETRY_SECONDS = 0.5
+SHARED_ROOM, LONE_ROOM = 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS
+"""Chunks of a pipeline under this host's claims at once: while others pull, too, and while nobody does."""
+MOST_ASKED, MOST_FOLLOWED = 8, 8
+"""Files in the background; as many more may be for readers."""
 WATCHED = 16
 
 
 class Claims:
-    """On the trio thread. ``followed``: how many files are followed now; ``won`` and ``lost`` count claims;
+    """On the trio thread. ``hosts``: how many hosts may be pulling in the region now. ``won``, ``lost`` count claims;
     ``allowed``: by pipeline, whether its own credentials may read the source, once that was asked."""
 
-    def __init__(self, settings: RegionSettings, tiers: Tiers, routes: Routes, followed: Callable[[], int]) -> None:
+    def __init__(self, settings: RegionSettings, tiers: Tiers, routes: Routes, hosts: Callable[[], int]) -> None:
         self._settings = settings
         self._tiers = tiers
         self._routes = routes
-        self._followed = followed
-        self._life = secrets.token_hex(8)
+        self._hosts = hosts
+        self._me = f"{settings.host}/{secrets.token_hex(8)}"
+        self._waiting: deque[Follow] = deque()
+        self._parked: deque[Follow] = deque()
+        self._asking = 0
+        self._following: set[Follow] = set()
+        self._rooms: dict[str, ClaimRoom] = {}
+        self._holders: set[Follow] = set()
+        """Files of which this host has claims."""
         self.allowed: dict[str, bool] = {}
         self._checking: dict[str, trio.Event] = {}
         self._used: dict[str, str] = {}
         self.won = self.lost = 0
+
+    # -- whose turn it is --------------------------------------------------------------------------------------------
+
+    def start(self, follow: Follow) -> None:
+        """Find out about this file when its turn comes."""
+        follow.state = "waiting"
+        follow.pull.background = True
+        (self._waiting.appendleft if follow.pull.has_readers else self._waiting.append)(follow)
+        self._pump()
+
+    def urge(self, follow: Follow) -> None:
+        """A reader waits for some of it: it is its turn, unless too many have readers."""
+        line = {"waiting": self._waiting, "parked": self._parked}.get(follow.state)
+        if line is not None and line[0] is not follow:
+            line.remove(follow)
+            line.appendleft(follow)
+        self._pump()
+
+    def _pump(self) -> None:
+        nursery = self._tiers.nursery
+        if nursery is None:
+            return
+        while self._waiting and self._asking < _most(MOST_ASKED, self._waiting[0]):
+            follow = self._waiting.popleft()
+            if not follow.over():
+                self._asking += 1
+                follow.state = "asking"
+                nursery.start_soon(self._ask, follow)
+        while self._parked and len(self._following) < _most(MOST_FOLLOWED, self._parked[0]):
+            follow = self._parked.popleft()
+            if not follow.over():
+                follow.state = "followed"
+                self._following.add(follow)
+                nursery.start_soon(self._follow, follow)
+
+    # -- whether a tier has it whole ---------------------------------------------------------------------------------
 
     async def _may_use(self, follow: Follow) -> bool:
         """Whether the pipeline's own credentials may read the source: asked once, before the first use."""
@@ -82,52 +131,45 @@ class Claims:
                 done.set()
         return self.allowed.get(pipeline, False)
 
-    async def ask(self, follow: Follow) -> None:
-        """Find out what the tiers have of a file; then follow it, if no seal says that all is there."""
+    async def _ask(self, follow: Follow) -> None:
         try:
             if not await self._may_use(follow):
                 self._routes.turn_off(follow)
                 return
-            self._mark_used(follow.slot)
+            mark_used(self._tiers, follow.slot, self._used)
             for source in range(len(self._tiers.sources)):
+                if await self._take_seal(follow, source) and source == 0:
+                    return
+            if not follow.over():
+                self._routes.apply(follow)
+                follow.state = "parked"
+                (self._parked.appendleft if follow.pull.has_readers else self._parked.append)(follow)
+        finally:
+            self._asking -= 1
+            self._pump()
+
+    async def _take_seal(self, follow: Follow, source: int) -> bool:
+        """Whether this tier has the whole file. A tier that does not answer is asked again, until its breaker opens."""
+        while not follow.over():
+            try:
                 seal = await self._find_seal(follow, source)
-                if seal is not None:
-                    follow.seals[source] = seal
-                    follow.pull.sealed(source)
-                    if source == 0:
-                        break
-            if follow.over():
-                return
-            if 0 in follow.seals:
+            except InstantStartError as error:
+                if source:
+                    return False
+                self._routes.tier_failed(error)
+                await trio.sleep(RETRY_SECONDS)
+                continue
+            if seal is None or follow.over():
+                return False
+            follow.seals[source] = seal
+            follow.pull.sealed(source)
+            if source == 0:
                 follow.state = "sealed"
                 if self._settings.trust_seals and follow.began_empty and follow.fill.worker is None:
                     follow.fill.unhashed = follow.target.entry.file.digest is not None
-                self._routes.apply(follow)
-                return
-            while self._followed() >= MOST_FOLLOWED:
-                self._routes.apply(follow)
-                await trio.sleep(LIST_SECONDS)
-            if follow.over():
-                return
-            follow.state = "followed"
-            await self._follow(follow)
-        except InstantStartError as error:
-            self._routes.tier_failed(error)
-            self._routes.turn_off(follow)
-
-    def _mark_used(self, slot: str) -> None:
-        """Once a day and host: what is not used goes (`instantstart regional gc`)."""
-        day = time.strftime("%Y-%m-%d", time.gmtime())
-        if self._used.get(slot) == day or self._tiers.nursery is None:
-            return
-        self._used[slot] = day
-        name = f"v1/{slot}/used/{day}"
-
-        async def mark() -> None:
-            with contextlib.suppress(InstantStartError):
-                await self._tiers.ask(lambda: self._tiers.sources[0].store.put_new(name, b""))
-
-        self._tiers.nursery.start_soon(mark)
+            self._routes.apply(follow)
+            return True
+        return False
 
     async def _find_seal(self, follow: Follow, source: int) -> Seal | None:
         from instantstart_fs.regional.records import Forged, most_seal, seal_name, unpack_seal
@@ -145,92 +187,131 @@ class Claims:
             self._tiers.count("forged")
             log.error("the regional tier holds a seal that is none: %s", error, extra={"pipeline": follow.key.pipeline})
             return None
-        except InstantStartError:
-            if source == 0:
-                raise
-            return None
+
+    # -- claims --------------------------------------------------------------------------------------------------------
 
     async def _follow(self, follow: Follow) -> None:
         """Claim what nobody pulls, and find out what others have put, until all is here."""
-        from instantstart_fs.regional import records
-
-        store, pull, key = self._tiers.sources[0].store, follow.pull, self._settings.key
-        below = records.directory(follow.slot, follow.pin)
-
-        def look() -> tuple[list[int], dict[int, int]]:
-            chunks: list[int] = []
-            claims: dict[int, int] = {}
-            for found in store.list(below, MOST_LISTED):
-                what = records.listed(found.name.removeprefix(below))
-                if what is None:
-                    continue
-                number, epoch = what
-                if epoch is None:
-                    chunks.append(number)
-                else:
-                    claims[number] = max(epoch, claims.get(number, 0))
-            return chunks, claims
-
-        def read(group: int, epoch: int) -> ClaimMark | str:
-            name = records.claim_name(follow.slot, follow.pin, group, epoch)
-            try:
-                claim = records.unpack_claim(key, name, store.get(name, records.MOST_RECORD))
-            except OriginNotFound:
-                return "vanished"
-            except (records.Forged, OriginMisbehaved):
-                return "forged"
-            return ClaimMark(f"{claim.host}/{claim.life}", claim.beat, claim.done)
-
-        def record(group: int, epoch: int, mark: ClaimMark) -> tuple[str, bytes]:
-            name = records.claim_name(follow.slot, follow.pin, group, epoch)
-            claim = records.ClaimRecord(self._settings.host, self._life, mark.beat, mark.done)
-            return name, records.pack(key, "claim", name, claim)
-
-        while not (follow.over() or pull.complete):
-            follow.changed = trio.Event()
-            chunks, claims = await self._tiers.ask(look)
-            pull.listed(chunks, claims, trio.current_time())
-            self._routes.apply(follow)
-            for take in pull.watches(WATCHED, trio.current_time()):
-                mark = await self._tiers.ask(lambda take=take: read(take.group, take.epoch))  # type: ignore[misc]
-                if isinstance(mark, ClaimMark):
-                    pull.seen(take.group, take.epoch, mark, trio.current_time())
-                elif mark == "forged":
-                    self._tiers.count("forged")
-                    pull.forged(take.group, take.epoch)
-                else:
-                    pull.vanished(take.group, take.epoch)
-            room = ROOM - pull.holding
-            for take in pull.next_claims(room, trio.current_time()) if self._settings.write_back else ():
-                name, data = record(take.group, take.epoch, ClaimMark("", 0, 0))
+        records = FileRecords(self._settings, self._tiers, follow, self._me)
+        pipeline = follow.key.pipeline
+        try:
+            if pipeline not in self._rooms:
+                self._rooms[pipeline] = ClaimRoom(GROUP_CHUNKS, SHARED_ROOM, LONE_ROOM)
+                await trio.sleep(starting_delay(self._hosts(), random.random()))
+            while not (follow.over() or follow.pull.complete):
+                follow.changed = trio.Event()
                 try:
-                    won = await self._tiers.ask(lambda name=name, data=data: store.put_new(name, data))  # type: ignore[misc]
+                    await self._turn(follow, records)
                 except InstantStartError as error:
-                    self._routes.tier_failed(error)
-                    pull.unclaimed(take.group)
-                else:
-                    if won:
-                        self.won += 1
-                        follow.claims[take.group] = take.epoch
-                        pull.won(take.group, trio.current_time())
-                    else:
-                        self.lost += 1
-                        pull.lost(take.group, trio.current_time())
-                self._routes.apply(follow)
-            if not self._settings.write_back:  # it gives nothing, so it holds nobody up
-                for take in pull.next_claims(room, trio.current_time()):
-                    pull.unclaimed(take.group)
-            for renewal in pull.renewals(trio.current_time()):
-                name, data = record(renewal.group, renewal.epoch, renewal.mark)
-                await self._tiers.ask(lambda name=name, data=data: store.put(name, data))  # type: ignore[misc]
-            pull.take_finished()
+                    self._routes.tier_failed(error)  # turns it off where that is too often
+                    if isinstance(error, AccessRefused | CredentialsUnusable):
+                        self._routes.turn_off(follow)
+                if follow.over() or follow.pull.complete:
+                    break
+                await self._pause(follow)
+        finally:
+            self._following.discard(follow)
+            if not any(other.key.pipeline == pipeline for other in (*self._following, *self._parked)):
+                self._rooms.pop(pipeline, None)
+            self._pump()
+
+    async def _turn(self, follow: Follow, records: FileRecords) -> None:
+        """One look at the tier, and what follows from it."""
+        pull, now = follow.pull, trio.current_time()
+        pull.lag = self._tiers.lag
+        if now - follow.listed_at >= looking_period(self._hosts(), LIST_SECONDS) / 2:
+            chunks, claims, stamps = await self._tiers.ask(records.listing)
+            follow.listed_at = now = trio.current_time()
+            pull.listed(chunks, claims, now, stamps)
             self._routes.apply(follow)
-            if follow.over() or pull.complete:
-                break
-            waits = LIST_SECONDS * (0.75 + random.random() / 2)
-            if pull.holding <= ROOM // 2:
-                with trio.move_on_after(waits):
-                    await follow.changed.wait()
-                await trio.sleep(0.02)
+            self._look_round(follow, now)
+        for take in pull.watches(WATCHED, trio.current_time()):
+            mark = await self._tiers.ask(lambda take=take: records.read(take.group, take.epoch))  # type: ignore[misc]
+            self._saw(follow, take.group, take.epoch, mark)
+        for take in pull.next_claims(self._room(follow), trio.current_time()):
+            if self._settings.write_back and self._tiers.takes_writes():
+                await self._claim(follow, records, take.group, take.epoch)
             else:
-                await trio.sleep(waits)
+                pull.unclaimed(take.group)  # it gives nothing, so it holds nobody up
+        self._routes.apply(follow)
+
+    def _look_round(self, follow: Follow, now: float) -> None:
+        pipeline = follow.key.pipeline
+        others = any(one.pull.others(now) for one in self._following if one.key.pipeline == pipeline)
+        self._rooms[pipeline].looked(others=others)
+
+    def _room(self, follow: Follow) -> int:
+        pipeline = follow.key.pipeline
+        holding = sum(one.pull.holding for one in self._following if one.key.pipeline == pipeline)
+        return self._rooms[pipeline].left(holding)
+
+    def _saw(self, follow: Follow, group: int, epoch: int, mark: ClaimMark | str) -> None:
+        pull, now = follow.pull, trio.current_time()
+        if mark == "forged":
+            self._tiers.count("forged")
+            pull.forged(group, epoch)
+        elif not isinstance(mark, ClaimMark):
+            pull.vanished(group, epoch)
+        elif mark.host == self._me:
+            self._won(follow, group, epoch)
+        else:
+            pull.seen(group, epoch, mark, now)
+
+    def _won(self, follow: Follow, group: int, epoch: int) -> None:
+        self.won += 1
+        follow.pull.recovered(group, epoch, trio.current_time())
+        self._holders.add(follow)
+        self._routes.apply(follow)
+
+    async def _claim(self, follow: Follow, records: FileRecords, group: int, epoch: int) -> None:
+        pull = follow.pull
+        try:
+            won = await self._tiers.ask(lambda: records.claim(group, epoch))
+            self._tiers.writes.succeeded()
+            if won:  # who had it may have put all of it, and removed the claim, since this host looked
+                pull.listed(await self._tiers.ask(lambda: records.chunks(group)), {}, trio.current_time())
+        except InstantStartError as error:
+            pull.unasked(group)
+            # Where the put was only slow, its record tells by and by: a listing names it.
+            if self._tiers.writes.failed(trio.current_time(), 1.0) or not self._tiers.takes_writes():
+                log.warning("the regional tier takes no claims: %s", error.message)
+            return
+        if won:
+            self._won(follow, group, epoch)
+        else:
+            self.lost += 1
+            pull.lost(group, trio.current_time())
+
+    async def _pause(self, follow: Follow) -> None:
+        waits = looking_period(self._hosts(), LIST_SECONDS) * (0.75 + random.random() / 2)
+        if self._room(follow) > 0:
+            with trio.move_on_after(waits):
+                await follow.changed.wait()
+            await trio.sleep(0.02)
+        else:
+            await trio.sleep(waits)
+
+    async def renew_forever(self) -> None:
+        """Say that this host is alive, whatever else it waits for; remove claims of what is in the tier."""
+        while True:
+            await trio.sleep(0.5)
+            async with trio.open_nursery() as nursery:
+                for follow in list(self._holders):
+                    nursery.start_soon(self._renew, follow)
+
+    async def _renew(self, follow: Follow) -> None:
+        records = FileRecords(self._settings, self._tiers, follow, self._me)
+        for group, epoch, whole in follow.pull.held():
+            if (whole or follow.over()) and not follow.is_putting(group):
+                follow.pull.released(group)
+                with contextlib.suppress(InstantStartError):  # else it expires
+                    await self._tiers.ask(lambda group=group, epoch=epoch: records.remove(group, epoch))  # type: ignore[misc]
+        for renewal in follow.pull.renewals(trio.current_time()):
+            with contextlib.suppress(InstantStartError):  # the next one comes soon
+                await self._tiers.ask(lambda renewal=renewal: records.renew(renewal))  # type: ignore[misc]
+        if not follow.pull.held():
+            self._holders.discard(follow)
+
+
+def _most(count: int, follow: Follow) -> int:
+    return 2 * count if follow.pull.has_readers else count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -10,7 +11,7 @@ import msgspec
 import trio
 
 from instantstart_fs.core.manifest import ManifestFile
-from instantstart_fs.core.region import PullPlan
+from instantstart_fs.core.region import GROUP_CHUNKS, PullPlan
 from instantstart_fs.core.retry import Breaker
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.fill import FetchRequest, Fill
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 ASK_SECONDS = 4.0
 """For one answer of the tier to what is no chunk."""
+LAG_KEPT = 0.9
+"""How much of the slowest answer's time the next one leaves."""
 THREADS = 16
 _T = TypeVar("_T")
 
@@ -52,7 +55,8 @@ class RegionSettings(msgspec.Struct, frozen=True):
 
 
 class Follow:
-    """A file under the region. ``state``: fresh | asking | sealed | followed | off."""
+    """A file under the region. ``state``: fresh (nobody asked for it) | waiting (for its turn) | asking (for a seal) |
+    sealed | parked (no seal; waits for its turn to be followed) | followed | off."""
 
     def __init__(self, fill: Fill, slot: str, pin: str, pull: PullPlan) -> None:
         self.fill = fill
@@ -67,9 +71,8 @@ class Follow:
         self.digests: dict[int, bytes] = {}
         self.proven: set[int] = set()
         self.began_empty = fill.target.present.count == 0
-        self.parked: list[int] = []
         self.flights: dict[int, tuple[FetchRequest, float, int]] = {}
-        """By chunk: the request, when it was sent (trio), which source."""
+        """By chunk: the request, when it was sent (FairClock), which source."""
         self.last_byte: dict[int, float] = {}
         self.to_put: set[int] = set()
         self.put: set[int] = set()
@@ -77,10 +80,14 @@ class Follow:
         self.sealed_here = ""
         """What this host has proven it by, once it has."""
         self.changed = trio.Event()
-        self.claims: dict[int, int] = {}
+        self.listed_at = -math.inf
         self.ended = False
         self.settled = False
         """The file is complete here, and whatever follows of that was begun."""
+
+    def is_putting(self, group: int) -> bool:
+        """Whether some of this group of chunks is still to be put into the tier."""
+        return any(chunk // GROUP_CHUNKS == group for chunk in self.to_put)
 
     def over(self) -> bool:
         return self.ended or self.state == "off"
@@ -120,6 +127,10 @@ class Tiers:
         self.nursery: trio.Nursery | None = None
         """While filling runs."""
         self.breaker = Breaker(threshold=3, grace=0.0, window=1.0, first=5.0, cap=120.0)
+        self.writes = Breaker(threshold=3, grace=0.0, window=1.0, first=10.0, cap=600.0)
+        """Of what is put into the region's own tier: one that is full, or read-only, still serves."""
+        self.lag = 0.0
+        """Seconds that the slowest answer took of late."""
         self.fallbacks: dict[str, int] = {}
         self.told = ""
 
@@ -134,8 +145,15 @@ class Tiers:
     def is_broken(self) -> bool:
         return self.breaker.limit(trio.current_time()) == 0
 
+    def takes_writes(self) -> bool:
+        return self.writes.limit(trio.current_time()) != 0
+
     async def ask(self, call: Callable[[], _T]) -> _T:
         """In a thread that is given up after ASK_SECONDS. Raises InstantStartError."""
-        with trio.move_on_after(ASK_SECONDS):
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self.threads)
+        began = trio.current_time()
+        try:
+            with trio.move_on_after(ASK_SECONDS):
+                return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self.threads)
+        finally:
+            self.lag = max(trio.current_time() - began, self.lag * LAG_KEPT)
         raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")

@@ -5,7 +5,6 @@ The queue waits for nobody: a reader never does for a put.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -13,7 +12,6 @@ from collections import deque
 
 import trio
 
-from instantstart_fs.core.region import GROUP_CHUNKS
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.region_follow import Follow, RegionSettings, Tiers
 
@@ -62,8 +60,9 @@ class WriteBack:
             if chunk not in follow.to_put:
                 continue
             try:
-                if not self._tiers.is_broken():
+                if not self._tiers.is_broken() and self._tiers.takes_writes():
                     await self._put_chunk(follow, chunk)
+                    self._tiers.writes.succeeded()
             except InstantStartError as error:
                 log.warning(
                     "a chunk was not written to the regional tier: %s",
@@ -71,7 +70,7 @@ class WriteBack:
                     extra={"pipeline": follow.key.pipeline},
                 )
                 self._tiers.count("not-written")
-                self._tiers.breaker.failed(trio.current_time(), 1.0)
+                self._tiers.writes.failed(trio.current_time(), 1.0)
             finally:
                 follow.to_put.discard(chunk)
                 self.check_done(follow)
@@ -113,18 +112,7 @@ class WriteBack:
         follow.digests[chunk] = digest
         follow.put.add(chunk)
         self.put_bytes += wanted.length
-        await self._release_claim(follow, chunk // GROUP_CHUNKS)
-
-    async def _release_claim(self, follow: Follow, group: int) -> None:
-        """Remove this host's claim once all of its group is in the tier."""
-        from instantstart_fs.regional.records import claim_name
-
-        chunks = range(group * GROUP_CHUNKS, min((group + 1) * GROUP_CHUNKS, follow.pull.chunks))
-        if group not in follow.claims or not all(chunk in follow.digests for chunk in chunks):
-            return
-        name = claim_name(follow.slot, follow.pin, group, follow.claims.pop(group))
-        with contextlib.suppress(InstantStartError):  # else it expires
-            await self._tiers.ask(lambda: self._tiers.sources[0].store.delete(name))
+        follow.pull.progressed()
 
     async def take_back(self, follow: Follow, chunks: set[int]) -> None:
         from instantstart_fs.regional.records import chunk_name

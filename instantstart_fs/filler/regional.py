@@ -20,7 +20,7 @@ import trio
 
 from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.fillqueue import Request
-from instantstart_fs.core.region import WAIT, Patience, PullPlan, give_up_at
+from instantstart_fs.core.region import WAIT, FairClock, Patience, PullPlan, give_up_at
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable, StoreError
 from instantstart_fs.filler.delivery import Delivery
 from instantstart_fs.filler.events import RegionStatistics
@@ -37,6 +37,7 @@ from instantstart_fs.origins.base import OriginKey
 log = logging.getLogger(__name__)
 
 TICK = 0.05
+SWEEP_TICKS = 20
 
 
 class Regional:
@@ -56,14 +57,14 @@ class Regional:
         self._table = table
         self._delivery = delivery
         self._tiers = Tiers(settings.stores)
-        self._claims = Claims(settings, self._tiers, self, self._followed)
+        self._claims = Claims(settings, self._tiers, self, lambda: 1)
         self._writeback = WriteBack(settings, self._tiers)
         self._patience: dict[OriginKey, Patience] = {}
         self._follows: dict[FileKey, Follow] = {}
+        self._busy: set[Follow] = set()
+        """Those with readers or requests, for which time alone may change something."""
+        self._clock = FairClock(0.0)
         self._taken = 0
-
-    def _followed(self) -> int:
-        return sum(follow.state == "followed" for follow in self._follows.values())
 
     @property
     def statistics(self) -> RegionStatistics:
@@ -83,6 +84,7 @@ class Regional:
             self._tiers.nursery = nursery
             try:
                 nursery.start_soon(self._tick_forever)
+                nursery.start_soon(self._claims.renew_forever)
                 if self._settings.write_back:
                     for _ in range(PUTS):
                         nursery.start_soon(self._writeback.run)
@@ -118,12 +120,20 @@ class Regional:
         follow = self._follows.get(key)
         return (key,) if follow is None else (follow.tier_key, key)
 
+    def plan_key(self, request: FetchRequest) -> FileKey:
+        """Under which of the plan's entries a request is in flight."""
+        key = request.fill.target.key
+        follow = self._follows.get(key) if request.piece is not None else None
+        return key if follow is None else follow.tier_key
+
     def demand(self, key: FileKey, chunks: Iterable[int]) -> None:
         follow = self._follows.get(key)
         if follow is not None:
             wanted = list(chunks)
             self._plan.demand(follow.tier_key, wanted)
             follow.pull.demand(wanted, trio.current_time())
+            self._busy.add(follow)
+            self._claims.urge(follow)
             follow.changed.set()
 
     def undemand(self, key: FileKey, chunks: list[int]) -> None:
@@ -139,6 +149,7 @@ class Regional:
             return
         self._plan.remove(follow.tier_key)
         follow.flights.clear()
+        self._busy.discard(follow)
         follow.ended = True
         follow.changed.set()
         self._writeback.detached.add(follow)
@@ -163,10 +174,8 @@ class Regional:
             self._plan.failed(request.key, request.chunk)
             return
         if follow.state == "fresh" and self._tiers.nursery is not None:
-            follow.state = "asking"
-            follow.pull.background = True
-            self._tiers.nursery.start_soon(self._claims.ask, follow)
-        if follow.state in ("fresh", "asking"):
+            self._claims.start(follow)
+        if follow.state in ("fresh", "waiting", "asking"):
             self._park(follow, request.chunk)
             return
         source = follow.pull.route(request.chunk)
@@ -226,9 +235,13 @@ class Regional:
             follow.flights.pop(chunk, None)
 
     def progressed(self, request: FetchRequest) -> None:
+        """More of a chunk came, from wherever."""
         follow = self._follows.get(request.fill.target.key)
-        if follow is not None and request.chunk in follow.flights:
-            follow.last_byte[request.chunk] = trio.current_time()
+        if follow is None:
+            return
+        follow.pull.progressed()
+        if request.chunk in follow.flights:
+            follow.last_byte[request.chunk] = self._clock.time
 
     def sealed(self, target: FillTarget, proof: str) -> None:
         """The file is whole and proven by this host itself (``proof``), or by the region's seal ("")."""
@@ -286,9 +299,9 @@ class Regional:
             return
         piece = Piece(address.url, self._settings.key.chunk_key(follow.pin, chunk, length), digest, address.headers)
         sent = self._delivery.dispatch(request, follow.fill, piece, self._tiers.sources[source])
-        now = trio.current_time()
-        follow.flights[chunk] = (sent, now, source)
-        follow.last_byte[chunk] = now
+        follow.flights[chunk] = (sent, self._clock.time, source)
+        follow.last_byte[chunk] = self._clock.time
+        self._busy.add(follow)
 
     def _fall_back(self, follow: Follow, chunk: int, source: int, error: InstantStartError) -> None:
         if isinstance(error, OriginNotFound):
@@ -332,23 +345,38 @@ class Regional:
 
     async def _tick_forever(self) -> None:
         """Readers' patience and the deadlines of flights: a cheap look, some times a second."""
+        self._clock = FairClock(trio.current_time())
+        ticks = 0
         while True:
             await trio.sleep(TICK)
-            now = trio.current_time()
-            for follow in list(self._writeback.detached):
-                self._writeback.check_done(follow)
-            for follow in list(self._follows.values()):
-                if follow.state == "off":
+            ticks += 1
+            now, fair = trio.current_time(), self._clock.look(trio.current_time())
+            if ticks % SWEEP_TICKS == 0:
+                for follow in list(self._writeback.detached):
+                    self._writeback.check_done(follow)
+            for follow in list(self._busy):
+                if follow.state == "off" or not (follow.flights or follow.pull.has_readers):
+                    self._busy.discard(follow)
                     continue
-                if follow.pull.next_time(now) <= now:
+                if follow.pull.next_patience() <= now:
                     self.apply(follow)
-                for chunk, (request, began, source) in list(follow.flights.items()):
-                    if request.worker is None:
-                        began = follow.last_byte[chunk] = now
-                        follow.flights[chunk] = (request, now, source)
-                        continue
-                    if now < give_up_at(began, follow.last_byte.get(chunk, began), demanded=request.demand):
-                        continue
-                    self._delivery.stop(follow.fill, chunk)
-                    follow.flights.pop(chunk, None)
-                    self._fall_back(follow, chunk, source, OriginUnavailable("the tier is too slow"))
+                self._check_flights(follow, fair)
+
+    def _check_flights(self, follow: Follow, fair: float) -> None:
+        for chunk, (request, began, source) in list(follow.flights.items()):
+            if request.worker is None:
+                follow.flights[chunk] = (request, fair, source)
+                follow.last_byte[chunk] = fair
+                continue
+            demanded = request.demand or follow.pull.demanded(chunk)
+            if fair < give_up_at(began, follow.last_byte.get(chunk, began), demanded=demanded):
+                continue
+            self._delivery.stop(follow.fill, chunk)
+            follow.flights.pop(chunk, None)
+            error = OriginUnavailable("the tier is too slow")
+            if follow.pull.slow(chunk, source):
+                self._tiers.count("failed")
+                self._plan.failed(follow.tier_key, chunk)
+                self.tier_failed(error)
+            else:
+                self._fall_back(follow, chunk, source, error)

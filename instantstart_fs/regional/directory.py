@@ -84,9 +84,14 @@ class DirectoryStore:
     def list(self, prefix: str, most: int) -> Iterator[Stored]:
         with _translated(prefix):
             os.stat(self._directory)
-        top = self._path(prefix)
+        top, start = self._path(prefix), ""
+        if not prefix.endswith("/"):  # it may end within a name
+            top, start = os.path.split(top)
         count = 0
         for parent, directories, files in os.walk(top):
+            if start and parent == top:
+                directories[:] = [name for name in directories if name.startswith(start)]
+                files = [name for name in files if name.startswith(start)]
             directories.sort()
             for file in sorted(files):
                 if file.startswith(_TEMPORARY):

@@ -47,7 +47,8 @@ class Seal(msgspec.Struct, frozen=True):
 
 
 class ClaimRecord(msgspec.Struct, frozen=True):
-    """``life``: of the process that wrote it; ``beat``: how often it was renewed; ``done``: chunks that came."""
+    """``life``: of the process that wrote it; ``beat``: how often it was renewed; ``done`` grows with all that
+    comes of the group."""
 
     host: str
     life: str
@@ -61,6 +62,11 @@ def directory(slot: str, pin: str) -> str:
 
 def chunk_name(slot: str, pin: str, chunk: int) -> str:
     return f"v1/{slot}/{pin}/c/{chunk:08x}"
+
+
+def near(chunk: int) -> str:
+    """What begins the names, below ``directory``, of the sixteen chunks around this one."""
+    return f"c/{chunk:08x}"[:-1]
 
 
 def claim_name(slot: str, pin: str, group: int, epoch: int) -> str:

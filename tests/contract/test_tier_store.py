@@ -76,6 +76,13 @@ def test_a_listing_tells_names_below_the_prefix_and_ends(store: TierStore) -> No
     assert list(store.list("v1/nothing/", 10)) == []
 
 
+def test_a_prefix_may_end_within_a_name(store: TierStore) -> None:
+    for name in ("c/00000008", "c/0000000f", "c/00000010", "k/00000001.0000"):
+        store.put(f"v1/p/{name}", b"x")
+    assert sorted(each.name for each in store.list("v1/p/c/0000000", 100)) == ["v1/p/c/00000008", "v1/p/c/0000000f"]
+    assert [each.name for each in store.list("v1/p/c/00000010", 100)] == ["v1/p/c/00000010"]
+
+
 def test_what_was_deleted_is_gone_and_deleting_it_again_does_nothing(store: TierStore) -> None:
     store.put("v1/x/gone", b"1")
     store.delete("v1/x/gone")

@@ -1,0 +1,175 @@
+"""Claims of a region's hosts: what is seen of one over time, when its owner counts as dead, how many a host makes.
+Pure: time is a parameter, on the observer's own monotonic clock. Clocks of two hosts are never compared.
+
+A claim is believed dead by evidence only: it was looked at, and was the same each time. A host that was not looked at,
+or looked at by a machine that is slow itself, is not dead (tests/unit/test_region_plan.py).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import msgspec
+
+CLAIM_TTL = 8.0
+"""Seconds without a change of its record after which a claim's owner may count as dead."""
+CLAIM_STALL = 60.0
+"""Seconds without a further byte after which it may count as stuck, though its owner renews it."""
+LEAST_STILL = 3
+"""Looks in a row with an unchanged record, without which no owner is dead: a machine that is slow looks seldom."""
+LAGS = 4.0
+"""How many of its own slowest answers an observer adds to CLAIM_TTL: what is slow for it is slow for the owner, too."""
+RENEW_SECONDS = WATCH_SECONDS = 2.0
+"""How often a claim is renewed, and one that may be dead is looked at."""
+CALM_SECONDS = 10.0
+"""How often a claim is looked at that listings show to be renewed."""
+MOST_UNREADABLE, MOST_VANISHED = 4, 3
+"""Looks (over CLAIM_TTL) at what cannot be read, or is not there though listed, after which a claim is nobody's."""
+
+
+class ClaimMark(msgspec.Struct, frozen=True):
+    """What one look at a claim's record showed: whose it is, how often renewed; ``done`` grows as its host gets on."""
+
+    host: str
+    beat: int
+    done: int
+
+
+class Claim:
+    """Another host's claim, as it was seen over time. ``epoch``: how often the group was taken over before.
+
+    Two things tell that it lives: its record, which costs a request, and the time that listings give for it, which
+    costs none. What was alive at the last look is alive until looks tell otherwise."""
+
+    __slots__ = ("_stamp", "_stamp_read", "changed", "epoch", "looked", "mark", "moved", "observed", "still", "tries")
+
+    def __init__(self, epoch: int, now: float) -> None:
+        self.epoch = epoch
+        self.mark: ClaimMark | None = None
+        self.changed = self.moved = self.observed = now
+        self.looked = -math.inf
+        self.still = 0
+        """Looks in a row that showed nothing new."""
+        self.tries = 0
+        """Looks since its record was last read."""
+        self._stamp: float | None = None
+        self._stamp_read: float | None = None
+        """The listed time when its record was last read."""
+
+    def listed(self, stamp: float, now: float) -> None:
+        """A listing named it, with this time of its last change (of the storage's clock: only ever compared with
+        itself)."""
+        if self._stamp is None:
+            self._stamp = stamp
+        elif stamp != self._stamp:
+            self._stamp, self.changed, self.still = stamp, now, 0
+
+    def look(self, now: float) -> None:
+        """Its record is asked for."""
+        self.looked = now
+        self.tries += 1
+
+    def see(self, mark: ClaimMark, now: float) -> None:
+        """Its record was read."""
+        self.looked = self.observed = now
+        self.tries = 0
+        known, self.mark = self.mark, mark
+        explained = self._stamp is not None and self._stamp != self._stamp_read
+        self._stamp_read = self._stamp
+        if known is None or known.host != mark.host:
+            self.changed = self.moved = now
+            self.still = 0
+            return
+        if mark.done > known.done:
+            self.moved = now
+        if mark.beat == known.beat:
+            self.still += 1
+        elif not explained:  # else listings have told when it was renewed
+            self.changed, self.still = now, 0
+
+    def due(self, now: float) -> bool:
+        """Whether it should be looked at."""
+        calm = self.mark is not None and now - self.changed < 2 * RENEW_SECONDS
+        return now - self.looked >= (CALM_SECONDS if calm else WATCH_SECONDS)
+
+    def dead(self, now: float, lag: float = 0.0) -> bool:
+        """Whether its owner counts as dead or stuck, or nobody can read the record. ``lag``: seconds that the slowest
+        of the observer's own requests took of late."""
+        patience = CLAIM_TTL + LAGS * lag
+        if self.mark is None:
+            return self.tries >= MOST_UNREADABLE and now - self.changed >= patience
+        if self.still >= LEAST_STILL and self.observed - self.changed >= patience:
+            return True
+        if self.observed - self.moved >= CLAIM_STALL + LAGS * lag:
+            return True
+        return self.tries >= MOST_UNREADABLE and self.looked - self.observed >= patience
+
+
+class OwnClaim:
+    """A claim of this host."""
+
+    __slots__ = ("beat", "epoch", "renewed")
+
+    def __init__(self, epoch: int, now: float) -> None:
+        self.epoch = epoch
+        self.beat = 0
+        self.renewed = now
+
+
+class Take(msgspec.Struct, frozen=True):
+    """Claim this group: by a conditional put of the record of this epoch."""
+
+    group: int
+    epoch: int
+
+
+class Renewal(msgspec.Struct, frozen=True):
+    group: int
+    epoch: int
+    mark: ClaimMark
+
+
+class ClaimState(enum.Enum):
+    FREE = "free"
+    ASKED = "asked"
+    MINE = "mine"
+    THEIRS = "theirs"
+    ADVISORY = "advisory"
+    """The tier keeps no claims: everybody pulls."""
+
+
+class ClaimRoom:
+    """How much of a pipeline one host may have under its claims: little at first, and as long as others pull, too.
+
+    Hosts that start together see no claims of one another. Who takes much at once then takes all of a small pipeline,
+    and the others watch. So each starts with one group, looks again, and doubles that while nobody else shows up.
+
+    Args:
+        group: Chunks of a group.
+        shared: Chunks while others pull: what keeps the origin's connections busy for the time of one claim.
+        alone: Chunks while nobody else does.
+    """
+
+    def __init__(self, group: int, shared: int, alone: int) -> None:
+        self._group, self._shared, self._alone = group, shared, alone
+        self._now = group
+
+    def looked(self, *, others: bool) -> None:
+        """A listing has come. ``others``: whether another host has a claim."""
+        self._now = min(2 * self._now, self._shared if others else self._alone)
+
+    def left(self, holding: int) -> int:
+        """Chunks that may be claimed beside the ``holding`` that are under claims and not here."""
+        return self._now - holding
+
+
+def starting_delay(hosts: int, chance: float) -> float:
+    """Seconds until a host claims for the first time, where ``hosts`` may start at once: their claims are to be seen by
+    one another. ``chance`` is from [0, 1)."""
+    return min(0.02 * (hosts - 1), 2.0) * chance
+
+
+def looking_period(hosts: int, least: float) -> float:
+    """Seconds between two listings of a host, so that ``hosts`` together ask a tier about as often as 50 would."""
+    return min(max(least, least * hosts / 50), 10.0)

@@ -1,0 +1,91 @@
+"""What the tier's records say of one file that is followed: calls that block, for threads."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from instantstart_fs.core.claims import ClaimMark, Renewal
+from instantstart_fs.core.region import GROUP_CHUNKS
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound
+from instantstart_fs.filler.region_follow import Follow, RegionSettings, Tiers
+from instantstart_fs.regional import records
+
+MOST_LISTED = 200_000
+"""Names of one file that are read: a listing may have no end."""
+
+
+class FileRecords:
+    """Thread-safe. All raise InstantStartError. ``me``: this host, and this life of its daemon."""
+
+    def __init__(self, settings: RegionSettings, tiers: Tiers, follow: Follow, me: str) -> None:
+        self._key = settings.key
+        self._store = tiers.sources[0].store
+        self._slot, self._pin = follow.slot, follow.pin
+        self._host, _, self._life = me.rpartition("/")
+
+    def listing(self) -> tuple[list[int], dict[int, int], dict[int, float]]:
+        """The chunks that the tier has; the epoch of each claimed group; when that claim's record last changed."""
+        below = records.directory(self._slot, self._pin)
+        chunks: list[int] = []
+        claims: dict[int, int] = {}
+        stamps: dict[int, float] = {}
+        for found in self._store.list(below, MOST_LISTED):
+            what = records.listed(found.name.removeprefix(below))
+            if what is None:
+                continue
+            number, epoch = what
+            if epoch is None:
+                chunks.append(number)
+            elif epoch >= claims.get(number, 0):
+                claims[number], stamps[number] = epoch, found.modified
+        return chunks, claims, stamps
+
+    def chunks(self, group: int) -> list[int]:
+        """Those of a group that the tier has."""
+        below = records.directory(self._slot, self._pin)
+        found = self._store.list(f"{below}{records.near(group * GROUP_CHUNKS)}", MOST_LISTED)
+        names = (records.listed(one.name.removeprefix(below)) for one in found)
+        return [what[0] for what in names if what is not None and what[1] is None]
+
+    def read(self, group: int, epoch: int) -> ClaimMark | str:
+        """A claim's record; "vanished" where there is none, "forged" where no host of the region wrote it."""
+        name = records.claim_name(self._slot, self._pin, group, epoch)
+        try:
+            claim = records.unpack_claim(self._key, name, self._store.get(name, records.MOST_RECORD))
+        except OriginNotFound:
+            return "vanished"
+        except (records.Forged, OriginMisbehaved):
+            return "forged"
+        return ClaimMark(f"{claim.host}/{claim.life}", claim.beat, claim.done)
+
+    def claim(self, group: int, epoch: int) -> bool:
+        """Whether this host has it now."""
+        name, data = self._record(group, epoch, 0, 0)
+        return self._store.put_new(name, data)
+
+    def renew(self, renewal: Renewal) -> None:
+        name, data = self._record(renewal.group, renewal.epoch, renewal.mark.beat, renewal.mark.done)
+        self._store.put(name, data)
+
+    def remove(self, group: int, epoch: int) -> None:
+        self._store.delete(records.claim_name(self._slot, self._pin, group, epoch))
+
+    def _record(self, group: int, epoch: int, beat: int, done: int) -> tuple[str, bytes]:
+        name = records.claim_name(self._slot, self._pin, group, epoch)
+        return name, records.pack(self._key, "claim", name, records.ClaimRecord(self._host, self._life, beat, done))
+
+
+def mark_used(tiers: Tiers, slot: str, used: dict[str, str]) -> None:
+    """Once a day and host: what is not used goes (`instantstart regional gc`). ``used``: the last day, by slot."""
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    if used.get(slot) == day or tiers.nursery is None:
+        return
+    used[slot] = day
+    name = f"v1/{slot}/used/{day}"
+
+    async def mark() -> None:
+        with contextlib.suppress(InstantStartError):
+            await tiers.ask(lambda: tiers.sources[0].store.put_new(name, b""))
+
+    tiers.nursery.start_soon(mark)
