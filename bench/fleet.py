@@ -264,7 +264,7 @@ class Fleet:
             self.requests += 1
             plan.listed(self.stored[host.seen :], self.claimed, now)
             host.seen = len(self.stored)
-            host.room.looked(others=plan.others(now))
+            host.room.looked(now, others=plan.others(now))
             for watch in plan.watches(MOST_WATCHED, now):
                 self.requests += 1
                 mark = self.claims.get((watch.group, watch.epoch))

@@ -24,6 +24,8 @@ RENEW_SECONDS = WATCH_SECONDS = 2.0
 """How often a claim is renewed, and one that may be dead is looked at."""
 CALM_SECONDS = 10.0
 """How often a claim is looked at that listings show to be renewed."""
+ROOM_SECONDS = 0.25
+"""At least so long a host has the room that it has: its many files are listed one after the other."""
 MOST_UNREADABLE, MOST_VANISHED = 4, 3
 """Looks (over CLAIM_TTL) at what cannot be read, or is not there though listed, after which a claim is nobody's."""
 
@@ -154,10 +156,13 @@ class ClaimRoom:
     def __init__(self, group: int, shared: int, alone: int) -> None:
         self._group, self._shared, self._alone = group, shared, alone
         self._now = group
+        self._doubled = -math.inf
 
-    def looked(self, *, others: bool) -> None:
+    def looked(self, now: float, *, others: bool) -> None:
         """A listing has come. ``others``: whether another host has a claim."""
-        self._now = min(2 * self._now, self._shared if others else self._alone)
+        if now - self._doubled >= ROOM_SECONDS:
+            self._now, self._doubled = 2 * self._now, now
+        self._now = min(self._now, self._shared if others else self._alone)
 
     def left(self, holding: int) -> int:
         """Chunks that may be claimed beside the ``holding`` that are under claims and not here."""

@@ -10,6 +10,7 @@ decides nothing: core/region.py's PullPlan does. It waits for the tier in thread
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import random
 import secrets
@@ -44,6 +45,8 @@ SHARED_ROOM, LONE_ROOM = 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS
 MOST_ASKED, MOST_FOLLOWED = 8, 8
 """Files in the background; as many more may be for readers."""
 WATCHED = 16
+WINDOW = 32
+"""Files among which each host has an order of its own."""
 
 
 class Claims:
@@ -90,7 +93,7 @@ class Claims:
         if nursery is None:
             return
         while self._waiting and self._asking < _most(MOST_ASKED, self._waiting[0]):
-            follow = self._waiting.popleft()
+            follow = self._next_waiting()
             if not follow.over():
                 self._asking += 1
                 follow.state = "asking"
@@ -101,6 +104,15 @@ class Claims:
                 follow.state = "followed"
                 self._following.add(follow)
                 nursery.start_soon(self._follow, follow)
+
+    def _next_waiting(self) -> Follow:
+        """The next file. Of small ones each host takes another first: they are claimed whole, one after the other, and
+        hosts that want the same claim at once wait for one another in the tier."""
+        best = first = self._waiting[0]
+        if first.pull.groups == 1 and not first.pull.has_readers:
+            best = max(itertools.islice(self._waiting, WINDOW), key=lambda follow: follow.score)
+        self._waiting.remove(best)
+        return best
 
     # -- whether a tier has it whole ---------------------------------------------------------------------------------
 
@@ -113,9 +125,7 @@ class Claims:
             done = self._checking[pipeline] = trio.Event()
             try:
                 with trio.move_on_after(CHECK_SECONDS):
-                    await trio.to_thread.run_sync(
-                        follow.target.origin.check, abandon_on_cancel=True, limiter=self._tiers.threads
-                    )
+                    await trio.to_thread.run_sync(follow.target.origin.check, abandon_on_cancel=True)
                 self.allowed[pipeline] = True  # an origin that does not answer refuses nobody: it was listed here
             except (AccessRefused, CredentialsUnusable) as error:
                 self.allowed[pipeline] = False
@@ -140,13 +150,25 @@ class Claims:
             for source in range(len(self._tiers.sources)):
                 if await self._take_seal(follow, source) and source == 0:
                     return
-            if not follow.over():
+            if not follow.over() and not await self._claim_whole(follow):
                 self._routes.apply(follow)
                 follow.state = "parked"
                 (self._parked.appendleft if follow.pull.has_readers else self._parked.append)(follow)
         finally:
             self._asking -= 1
             self._pump()
+
+    async def _claim_whole(self, follow: Follow) -> bool:
+        """Claim a file of a single group without looking round first: of such there may be ten thousands."""
+        if follow.pull.groups > 1 or not self._settings.write_back or not self._tiers.takes_writes():
+            return False
+        records = FileRecords(self._settings, self._tiers, follow, self._me)
+        for take in follow.pull.next_claims(1, trio.current_time()):
+            await self._claim(follow, records, take.group, take.epoch)
+        if not follow.pull.held():
+            return False
+        follow.state = "pulled"
+        return True
 
     async def _take_seal(self, follow: Follow, source: int) -> bool:
         """Whether this tier has the whole file. A tier that does not answer is asked again, until its breaker opens."""
@@ -238,7 +260,7 @@ class Claims:
     def _look_round(self, follow: Follow, now: float) -> None:
         pipeline = follow.key.pipeline
         others = any(one.pull.others(now) for one in self._following if one.key.pipeline == pipeline)
-        self._rooms[pipeline].looked(others=others)
+        self._rooms[pipeline].looked(now, others=others)
 
     def _room(self, follow: Follow) -> int:
         pipeline = follow.key.pipeline
@@ -268,7 +290,9 @@ class Claims:
         try:
             won = await self._tiers.ask(lambda: records.claim(group, epoch))
             self._tiers.writes.succeeded()
-            if won:  # who had it may have put all of it, and removed the claim, since this host looked
+            if (
+                won and follow.pull.groups > 1
+            ):  # who had it may have put all of it, and removed the claim, since this host looked
                 pull.listed(await self._tiers.ask(lambda: records.chunks(group)), {}, trio.current_time())
         except InstantStartError as error:
             pull.unasked(group)
@@ -302,7 +326,11 @@ class Claims:
     async def _renew(self, follow: Follow) -> None:
         records = FileRecords(self._settings, self._tiers, follow, self._me)
         for group, epoch, whole in follow.pull.held():
-            if (whole or follow.over()) and not follow.is_putting(group):
+            # Of a file that is one group the claim stays until it is sealed: others look for nothing else.
+            put = not follow.is_putting(group)
+            if follow.pull.groups == 1 and follow.state != "off":
+                put = follow.closed
+            if put and (whole or follow.over()):
                 follow.pull.released(group)
                 with contextlib.suppress(InstantStartError):  # else it expires
                     await self._tiers.ask(lambda group=group, epoch=epoch: records.remove(group, epoch))  # type: ignore[misc]

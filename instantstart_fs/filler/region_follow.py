@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import msgspec
 import trio
 
+from instantstart_fs.core import rendezvous
 from instantstart_fs.core.manifest import ManifestFile
 from instantstart_fs.core.region import GROUP_CHUNKS, PullPlan
 from instantstart_fs.core.retry import Breaker
@@ -56,7 +57,10 @@ class RegionSettings(msgspec.Struct, frozen=True):
 
 class Follow:
     """A file under the region. ``state``: fresh (nobody asked for it) | waiting (for its turn) | asking (for a seal) |
-    sealed | parked (no seal; waits for its turn to be followed) | followed | off."""
+    sealed | parked (no seal; waits for its turn to be followed) | followed | pulled (all of it by this host) | off.
+
+    ``score``: of this host for it; the higher, the sooner it is this host's turn among files that it could pull whole.
+    """
 
     def __init__(self, fill: Fill, slot: str, pin: str, pull: PullPlan) -> None:
         self.fill = fill
@@ -67,6 +71,8 @@ class Follow:
         self.pin = pin
         self.pull = pull
         self.state = "fresh"
+        self.score = rendezvous.score(pull.host, pin) if pull.groups == 1 else 0
+        self.closed = False
         self.seals: dict[int, Seal] = {}
         self.digests: dict[int, bytes] = {}
         self.proven: set[int] = set()
@@ -93,6 +99,8 @@ class Follow:
         return self.ended or self.state == "off"
 
     def close(self) -> None:
+        """Nothing more is put of it."""
+        self.closed = True
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -123,7 +131,9 @@ class Tiers:
 
     def __init__(self, stores: tuple[TierStore, ...]) -> None:
         self.sources = [TierSource(store) for store in stores]
-        self.threads = trio.CapacityLimiter(THREADS)
+        self.threads = trio.Semaphore(THREADS)
+        self._abandoned = trio.CapacityLimiter(4 * THREADS)
+        """Threads that were given up end by themselves, within the store's own deadlines."""
         self.nursery: trio.Nursery | None = None
         """While filling runs."""
         self.breaker = Breaker(threshold=3, grace=0.0, window=1.0, first=5.0, cap=120.0)
@@ -150,10 +160,11 @@ class Tiers:
 
     async def ask(self, call: Callable[[], _T]) -> _T:
         """In a thread that is given up after ASK_SECONDS. Raises InstantStartError."""
-        began = trio.current_time()
-        try:
-            with trio.move_on_after(ASK_SECONDS):
-                return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self.threads)
-        finally:
-            self.lag = max(trio.current_time() - began, self.lag * LAG_KEPT)
+        async with self.threads:  # waiting for a thread is no silence of the tier
+            began = trio.current_time()
+            try:
+                with trio.move_on_after(ASK_SECONDS):
+                    return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._abandoned)
+            finally:
+                self.lag = max(trio.current_time() - began, self.lag * LAG_KEPT)
         raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")

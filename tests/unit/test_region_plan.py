@@ -469,14 +469,16 @@ def test_a_tier_that_is_slow_with_what_nobody_waits_for_is_asked_once_more() -> 
 def test_hosts_that_start_together_leave_room_for_one_another() -> None:
     room = ClaimRoom(8, 16, 32)
     assert room.left(0) == 8
-    room.looked(others=True)
-    room.looked(others=True)
+    room.looked(0.0, others=True)
+    room.looked(0.1, others=True)
+    assert room.left(8) == 8
+    room.looked(1.0, others=True)
     assert room.left(8) == 8
     alone = ClaimRoom(8, 16, 32)
-    for _ in range(5):
-        alone.looked(others=False)
+    for now in range(5):
+        alone.looked(now, others=False)
     assert alone.left(0) == 32
-    alone.looked(others=True)
+    alone.looked(5.1, others=True)
     assert alone.left(16) == 0
 
 
@@ -490,7 +492,7 @@ def test_a_small_pipeline_is_shared_by_all_hosts(seed: int) -> None:
     while not all(one.complete for one in plans):
         chance.shuffle(plans)
         for one in plans:
-            rooms[one.host].looked(others=one.others(now))
+            rooms[one.host].looked(now, others=one.others(now))
             turn(tier, one, now, pulled, room=rooms[one.host].left(one.holding))
         now += 0.25
         assert now < 600
