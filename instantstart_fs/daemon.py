@@ -27,7 +27,7 @@ from instantstart_fs import __version__
 from instantstart_fs.config import Config, default_socket, unixsocket
 from instantstart_fs.config.descriptors import raise_file_limit
 from instantstart_fs.config.directories import PASSABLE, make_directory
-from instantstart_fs.config.loading import load_pipelines
+from instantstart_fs.config.loader import load_pipelines
 from instantstart_fs.config.places import make_run_directory
 from instantstart_fs.config.threads import keep_spare_threads
 from instantstart_fs.control.protocol import DaemonInfo
@@ -52,8 +52,8 @@ from instantstart_fs.service import (
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.system import mountinfo
 from instantstart_fs.upkeep.index_recovery import open_index
-from instantstart_fs.web.binding import BACKLOG, address, bind
 from instantstart_fs.web.health import HealthProbe
+from instantstart_fs.web.listener import BACKLOG, address, bind
 
 if TYPE_CHECKING:
     from instantstart_fs.web.app import Site

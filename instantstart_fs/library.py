@@ -18,7 +18,7 @@ from instantstart_fs.admin.administration import Administration
 from instantstart_fs.admin.lifecycle import Lifecycle
 from instantstart_fs.catalog.bind_gate import BindGate
 from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.learning import Learning
+from instantstart_fs.catalog.loadset_learner import LoadSetLearner
 from instantstart_fs.catalog.model import Pipeline
 from instantstart_fs.catalog.residency import Residency
 from instantstart_fs.config import Config
@@ -42,7 +42,7 @@ from instantstart_fs.serving.reads import Reads
 from instantstart_fs.serving.shards import Shards
 from instantstart_fs.serving.shielded import ShieldedOperations
 from instantstart_fs.serving.startupcaches import StartupCaches
-from instantstart_fs.serving.warming import Warming
+from instantstart_fs.serving.warm_requests import WarmRequests
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.telemetry.telemetry import Telemetry
 from instantstart_fs.upkeep.access_recheck import Rechecker
@@ -100,8 +100,8 @@ class Library:
         self.bind_gate = BindGate()
         self.catalog = Catalog(store, index, opener, now_ns, bind_gate=self.bind_gate, retire=self.open_files.retire)
         self.access = AccessTimes(index, clock=now_ns)
-        self.learning = Learning(self.catalog)
-        self.telemetry = Telemetry(index, now_ns, self._facts, learning=self.learning)
+        self.learner = LoadSetLearner(self.catalog)
+        self.telemetry = Telemetry(index, now_ns, self._facts, learner=self.learner)
         self.residency = Residency(self.catalog)
 
         # Space. Evicting cancels fills, and fills need space: the evictor asks for ``admin`` when it first evicts.
@@ -158,7 +158,7 @@ class Library:
             self.fill_events,
             self.filler,
             self.admissions,
-            self.learning,
+            self.learner,
         )
         self.bindings = Bindings(
             self.catalog,
@@ -169,7 +169,7 @@ class Library:
             self.fill_events.replace_damaged,
             config.eviction.keep_hot,
         )
-        self.warming = Warming(self.catalog, self.reads, self.learning)
+        self.warming = WarmRequests(self.catalog, self.reads, self.learner)
         self.leases = Leases(
             self.catalog, self.access, self.open_files, self.reads, self.warming, config.fill.read_deadline
         )
@@ -211,7 +211,7 @@ class Library:
             self.pipelines,
             reads=self.reads,
             access=self.access,
-            learning=self.learning,
+            learner=self.learner,
             telemetry=self.telemetry,
             bindings=self.bindings,
             evictor=self.evictor,
@@ -259,7 +259,7 @@ class Library:
             await trio.to_thread.run_sync(remove_superseded, self.catalog)
             await trio.to_thread.run_sync(self.telemetry.load)
             nursery.start_soon(self.telemetry.run)
-            nursery.start_soon(self.learning.run)
+            nursery.start_soon(self.learner.run)
             await nursery.start(self.shielded.run)
             await nursery.start(self.filler.run)
             nursery.start_soon(self.reads.run_replacements)

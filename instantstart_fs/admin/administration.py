@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from instantstart_fs.admin.lifecycle import Lifecycle, VerifyReport
 from instantstart_fs.admin.origin_checks import OriginChecks
 from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.learning import Learning
+from instantstart_fs.catalog.loadset_learner import LoadSetLearner
 from instantstart_fs.catalog.model import Pipeline
 from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.manifest import PipelineSpec
@@ -45,7 +45,7 @@ class Administration:
         *,
         reads: Reads,
         access: AccessTimes,
-        learning: Learning,
+        learner: LoadSetLearner,
         telemetry: Telemetry,
         bindings: Bindings,
         evictor: Evictor,
@@ -59,7 +59,7 @@ class Administration:
         self._pipelines = pipelines
         self._reads = reads
         self._access = access
-        self._learning = learning
+        self._learner = learner
         self._telemetry = telemetry
         self._bindings = bindings
         self._evictor = evictor
@@ -96,7 +96,7 @@ class Administration:
         PipelineNotFound, PipelineBusy (leased; not with ``force``)."""
         found = self._catalog.pipeline(pipeline)
         processes = await self._lifecycle.remove(pipeline, force=force)
-        self._learning.forget(found)
+        self._learner.forget(found)
         self._telemetry.forget(pipeline)
         self._startup.forget(found)
         if pipeline not in self._catalog.pipelines:

@@ -381,7 +381,7 @@ class Pipeline:
         self.scrubbed = ScrubProgress()
         """How far the scrub has come with it (upkeep/scrub.py)."""
         self.learned = Learned()
-        """What engines were seen to load (catalog/learning.py)."""
+        """What engines were seen to load (catalog/loadset_learner.py)."""
         self.learned_read = True
         """Whether that is what the store has of it; else it is read with the manifest."""
         self.startup_bytes = 0

@@ -12,7 +12,7 @@ TYPE_CHECKING = False  # the module itself takes 3 ms of every command
 if TYPE_CHECKING:
     from typing import Any
 
-    from instantstart_fs.config.loading import load_config
+    from instantstart_fs.config.loader import load_config
     from instantstart_fs.config.places import default_mount, default_socket, default_store, run_directory
     from instantstart_fs.config.sections import (
         Capacity,

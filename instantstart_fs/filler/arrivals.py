@@ -18,7 +18,7 @@ from instantstart_fs.filler.delivery import Delivery, DeliveryEvents
 from instantstart_fs.filler.events import FillEvents
 from instantstart_fs.filler.failures import FailurePolicy
 from instantstart_fs.filler.fill import FetchRequest, Fill
-from instantstart_fs.filler.pacing import Pacing
+from instantstart_fs.filler.origin_backoff import OriginBackoff
 from instantstart_fs.filler.rates import Rates
 from instantstart_fs.filler.settings import FillSettings
 from instantstart_fs.filler.sources import Locator
@@ -47,7 +47,7 @@ class Arrivals(DeliveryEvents):
         delivery: Delivery,
         completion: Completion,
         failures: FailurePolicy,
-        pacing: Pacing,
+        origin_backoff: OriginBackoff,
         locator: Locator,
         rates: Rates,
         tally: Tally,
@@ -59,7 +59,7 @@ class Arrivals(DeliveryEvents):
         self._delivery = delivery
         self._completion = completion
         self._failures = failures
-        self._pacing = pacing
+        self._origin_backoff = origin_backoff
         self._locator = locator
         self._rates = rates
         self._tally = tally
@@ -194,7 +194,7 @@ class Arrivals(DeliveryEvents):
             if fill.held_until and not fill.streaming:
                 fill.held_until = 0.0
                 self._plan.release(key)
-            self._pacing.origin_answered(source, host_of(source, request.url), key)
+            self._origin_backoff.origin_answered(source, host_of(source, request.url), key)
         if self.regional is not None:
             self.regional.came(fill, chunk, request)
         committer = self._completion.committer

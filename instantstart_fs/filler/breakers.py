@@ -1,5 +1,5 @@
 """The circuit breakers: one per pipeline and failing host, and one per file. Bookkeeping over core/retry's Breaker;
-what follows when one opens or closes (held files, woken readers) is filler/pacing.py's.
+what follows when one opens or closes (held files, woken readers) is filler/origin_backoff.py's.
 
 A host is the hub's API, its CDN, an S3 endpoint. The failures of one file open only its own breaker. A pipeline's
 breaker opens when two of its files fail at one host. It never opens another pipeline's: the cause may be one

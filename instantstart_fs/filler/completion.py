@@ -15,7 +15,7 @@ from instantstart_fs.filler.committer import CommitEvents, Committer
 from instantstart_fs.filler.delivery import Delivery
 from instantstart_fs.filler.events import FillEvents
 from instantstart_fs.filler.fill import Fill
-from instantstart_fs.filler.pacing import Pacing
+from instantstart_fs.filler.origin_backoff import OriginBackoff
 from instantstart_fs.filler.quarantine import Quarantine, etag_hint
 from instantstart_fs.filler.settings import FillSettings
 from instantstart_fs.filler.space import SpaceRequests
@@ -47,7 +47,7 @@ class Completion(CommitEvents):
         plan: FillPlan[FileKey],
         table: FillTable,
         delivery: Delivery,
-        pacing: Pacing,
+        origin_backoff: OriginBackoff,
         quarantine: Quarantine,
         space: SpaceRequests,
     ) -> None:
@@ -55,7 +55,7 @@ class Completion(CommitEvents):
         self._plan = plan
         self._table = table
         self._delivery = delivery
-        self._pacing = pacing
+        self._origin_backoff = origin_backoff
         self._quarantine = quarantine
         self._space = space
         self.committer = Committer(store, index, settings.commit_bytes, settings.commit_seconds, self)
@@ -167,7 +167,7 @@ class Completion(CommitEvents):
         self._table.demand_again(target)
         target.error = error
         self._events.failure(target, error)
-        self._pacing.hold(fill)
+        self._origin_backoff.hold(fill)
         if isinstance(error, StoreFull):
             self._space.store_full(fill, error)
         self.check(fill)

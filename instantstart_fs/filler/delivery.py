@@ -37,7 +37,7 @@ from instantstart_fs.filler.messages import (
     Waits,
     WorkerSettings,
 )
-from instantstart_fs.filler.pausing import Pausing
+from instantstart_fs.filler.pause_budget import PauseBudget
 from instantstart_fs.filler.pool import Worker, WorkerPool
 from instantstart_fs.filler.settings import FillSettings
 from instantstart_fs.filler.sources import Locator, Source, expired
@@ -135,7 +135,7 @@ class Delivery:
         self._requests: dict[int, FetchRequest] = {}
         self._files: dict[int, Fill] = {}
         self._closing: dict[int, tuple[str, Worker]] = {}
-        self._pausing = Pausing(settings.demand_pause)
+        self._pauses = PauseBudget(settings.demand_pause)
         self._opening: set[Fill] = set()
         """Fills whose blob is being opened."""
         self._numbers = 0
@@ -248,7 +248,7 @@ class Delivery:
     def _pause_for(self, request: FetchRequest) -> None:
         """Pause background for a demand, unless that is probably stuck itself."""
         if len(self._requests) > 1 and not request.fill.failures and not request.fill.slow:
-            self._set_pause(self._pausing.pause(time.monotonic()))
+            self._set_pause(self._pauses.pause(time.monotonic()))
 
     def _set_pause(self, until: float) -> None:
         self.pool.pause_background_until(until)
@@ -283,7 +283,7 @@ class Delivery:
             if request.demand and not any(
                 other.demand and other.worker is not None for other in self._requests.values()
             ):
-                self._pausing.end(time.monotonic())
+                self._pauses.end(time.monotonic())
                 self._set_pause(0.0)
 
     def schedule_open(self, fill: Fill) -> None:

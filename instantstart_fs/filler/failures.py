@@ -1,6 +1,6 @@
 """What a failed request means for its file: ask for a fresh address, back off, use the next source, wait for space, or
 fail the file. Which failures are final after how many is decided in core/faults.py; backoff and breakers are
-filler/pacing.py's.
+filler/origin_backoff.py's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from instantstart_fs.errors import (
 from instantstart_fs.filler.breakers import host_of
 from instantstart_fs.filler.events import FillEvents
 from instantstart_fs.filler.fill import FetchRequest, Fill
-from instantstart_fs.filler.pacing import Pacing
+from instantstart_fs.filler.origin_backoff import OriginBackoff
 from instantstart_fs.filler.quarantine import Quarantine
 from instantstart_fs.filler.sources import Locator
 from instantstart_fs.filler.space import SpaceRequests
@@ -40,7 +40,7 @@ class FailurePolicy:
         events: FillEvents,
         plan: FillPlan[FileKey],
         table: FillTable,
-        pacing: Pacing,
+        origin_backoff: OriginBackoff,
         locator: Locator,
         quarantine: Quarantine,
         space: SpaceRequests,
@@ -48,7 +48,7 @@ class FailurePolicy:
         self._events = events
         self._plan = plan
         self._table = table
-        self._pacing = pacing
+        self._origin_backoff = origin_backoff
         self._locator = locator
         self._quarantine = quarantine
         self._space = space
@@ -83,9 +83,9 @@ class FailurePolicy:
                 fill.discard_location()
                 fill.stale += 1
                 if fill.stale > 1:
-                    if self._pacing.next_link(fill):
+                    if self._origin_backoff.next_link(fill):
                         return self._requeue(request)
-                    self._pacing.hold(fill)
+                    self._origin_backoff.hold(fill)
             case AccessRefused() if fill.location is not None and fill.refused == 0:
                 # The service's own word about one address: credentials are replaced under a running daemon.
                 fill.discard_location()
@@ -96,31 +96,31 @@ class FailurePolicy:
                 if fill.missing > 1:
                     final = error
             case OriginThrottled():
-                self._pacing.throttled(fill, error, now)
+                self._origin_backoff.throttled(fill, error, now)
             case OriginMisbehaved():
-                if self._pacing.next_link(fill):
+                if self._origin_backoff.next_link(fill):
                     return self._requeue(request)
                 final = fill.streak.failed(error)
                 fill.discard_location()  # others of the same burst add nothing
-                self._pacing.hold(fill)
+                self._origin_backoff.hold(fill)
                 suspect = True
             case OriginUnavailable():
-                if self._pacing.next_link(fill):
+                if self._origin_backoff.next_link(fill):
                     return self._requeue(request)
                 if counts:
                     source = request.source.key
-                    self._pacing.origin_failed(source, host_of(source, request.url), key, silent, error)
-                self._pacing.hold(fill)
+                    self._origin_backoff.origin_failed(source, host_of(source, request.url), key, silent, error)
+                self._origin_backoff.hold(fill)
                 suspect = True
             case OutOfResources():
-                self._pacing.hold(fill)  # it passes; the file is unchanged
+                self._origin_backoff.hold(fill)  # it passes; the file is unchanged
             case StoreFull():
                 self._plan.failed(key, request.chunk)
                 self._space.store_full(fill, error)
                 return None
             case _:
                 final = error
-        if final is not None and not isinstance(final, StoreError) and self._pacing.next_link(fill):
+        if final is not None and not isinstance(final, StoreError) and self._origin_backoff.next_link(fill):
             final = None
         if final is not None:
             if isinstance(final, OriginIncompatible):
@@ -145,5 +145,5 @@ class FailurePolicy:
         fill = request.fill
         self._plan.failed(fill.target.key, request.chunk, held_until=fill.held_until, suspect=suspect)
         if not fill.done:
-            self._pacing.sync_breaker(fill)
+            self._origin_backoff.sync_breaker(fill)
         self._table.wakeup.set()

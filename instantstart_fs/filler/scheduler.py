@@ -46,7 +46,7 @@ from instantstart_fs.filler.delivery import Delivery
 from instantstart_fs.filler.events import BreakerState, FillEvents, FillStatistics
 from instantstart_fs.filler.failures import FailurePolicy
 from instantstart_fs.filler.fill import Fill
-from instantstart_fs.filler.pacing import Pacing
+from instantstart_fs.filler.origin_backoff import OriginBackoff
 from instantstart_fs.filler.quarantine import Quarantine, etag_hint
 from instantstart_fs.filler.rates import Rates
 from instantstart_fs.filler.settings import FillSettings
@@ -98,7 +98,7 @@ class Filler:
         self._delivery = Delivery(store, settings, self._locator)
         self._table = FillTable(self._plan, self._delivery, events)
         self._breakers = Breakers()
-        self._pacing = Pacing(self._plan, self._table.fills, self._breakers, settings)
+        self._origin_backoff = OriginBackoff(self._plan, self._table.fills, self._breakers, settings)
         self._quarantine = Quarantine()
         self._rates = Rates()
         self._tally = Tally()
@@ -111,7 +111,7 @@ class Filler:
             plan=self._plan,
             table=self._table,
             delivery=self._delivery,
-            pacing=self._pacing,
+            origin_backoff=self._origin_backoff,
             quarantine=self._quarantine,
             space=self._space,
         )
@@ -123,14 +123,14 @@ class Filler:
             delivery=self._delivery,
             completion=self._completion,
             failures=FailurePolicy(
-                events, self._plan, self._table, self._pacing, self._locator, self._quarantine, self._space
+                events, self._plan, self._table, self._origin_backoff, self._locator, self._quarantine, self._space
             ),
-            pacing=self._pacing,
+            origin_backoff=self._origin_backoff,
             locator=self._locator,
             rates=self._rates,
             tally=self._tally,
         )
-        self._uncached = UncachedReader(self._locator, settings, self._breakers, self._pacing, self._tally)
+        self._uncached = UncachedReader(self._locator, settings, self._breakers, self._origin_backoff, self._tally)
         self.regional: Regional | None = None
         if region is not None:
             from instantstart_fs.filler import regional as module  # late: only a region needs it
@@ -229,7 +229,7 @@ class Filler:
         if not target.serve_unsealed:
             for key in self._table.keys(target.key):
                 self._plan.demand_whole(key)  # the reader waits for the seal, and that for every chunk
-        self._pacing.sync_breaker(fill)
+        self._origin_backoff.sync_breaker(fill)
         self._completion.check(fill)
         self._table.wakeup.set()
 
@@ -416,5 +416,5 @@ class Filler:
         trusted = endpoint_trusted(origin.scheme, origin.endpoint)
         target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, trusted)
         if mismatches:
-            self._plan.hold(key, now + self._pacing.backoff(mismatches + 1))
+            self._plan.hold(key, now + self._origin_backoff.backoff(mismatches + 1))
         return fill

@@ -39,7 +39,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.filler.breakers import Breakers, host_of
 from instantstart_fs.filler.messages import WorkerSettings
-from instantstart_fs.filler.pacing import Pacing
+from instantstart_fs.filler.origin_backoff import OriginBackoff
 from instantstart_fs.filler.settings import FillSettings
 from instantstart_fs.filler.sources import Locator, Source, expired
 from instantstart_fs.filler.tally import Tally
@@ -92,13 +92,13 @@ class UncachedReader:
     """Shares the locator, the breakers and the counters of the filler. On the trio thread."""
 
     def __init__(
-        self, locator: Locator, settings: FillSettings, breakers: Breakers, pacing: Pacing, tally: Tally
+        self, locator: Locator, settings: FillSettings, breakers: Breakers, origin_backoff: OriginBackoff, tally: Tally
     ) -> None:
         self._tally = tally
         self._locator = locator
         self._settings = settings
         self._breakers = breakers
-        self._pacing = pacing
+        self._origin_backoff = origin_backoff
         self._threads: dict[str, trio.CapacityLimiter] = {}
         self._blocks: OrderedDict[tuple[FileKey, int], bytearray] = OrderedDict()
         self._pending: dict[tuple[FileKey, int], _PendingBlock] = {}
@@ -247,11 +247,13 @@ class UncachedReader:
                     pause = max(pause, believed_retry_after(error.retry_after) or 0.0)
                 elif not isinstance(error, OriginMisbehaved):
                     host = host_of(source.key, asked.url if asked is not None else None)
-                    self._pacing.origin_failed(source.key, host, key, trio.current_time() - started, error)
+                    self._origin_backoff.origin_failed(source.key, host, key, trio.current_time() - started, error)
                 await trio.sleep(pause)
                 continue
             used = self._locations.get(key)
-            self._pacing.origin_answered(source.key, host_of(source.key, used.url if used is not None else None), key)
+            self._origin_backoff.origin_answered(
+                source.key, host_of(source.key, used.url if used is not None else None), key
+            )
             self._last_error.pop(key, None)
             return data
 

@@ -5,7 +5,8 @@ calls ``os._exit`` at once, whatever its threads wait for (PR_SET_PDEATHSIG is o
 ignores SIGINT, which the daemon handles.
 
 One thread reads orders; each running fetch has a thread, reused, with one buffer; a few threads hash
-(filler/hashing.py). Nothing here imports trio, and awscrt only where a digest needs it (a worker stays under 120 MiB).
+(filler/hash_threads.py). Nothing here imports trio, and awscrt only where a digest needs it (a worker stays
+under 120 MiB).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from instantstart_fs.config.descriptors import raise_file_limit
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved
 from instantstart_fs.filler.fetch import Abandoned, Fetcher, new_buffer
 from instantstart_fs.filler.fillfile import FetchSink, FillFile, WaitsForStream
-from instantstart_fs.filler.hashing import HashThreads
+from instantstart_fs.filler.hash_threads import HashThreads
 from instantstart_fs.filler.messages import (
     FULL_PACKET,
     MAX_MESSAGE,

@@ -15,11 +15,11 @@ made, and in the workers of CUDA devices.
 """
 
 from instantstart_fs.prefetch.layout import FileLayout, TensorLayout, read_layout
-from instantstart_fs.prefetch.loading import load_state_dict
 from instantstart_fs.prefetch.plan import DevicePlan, Plan, PlannedFile, plan
 from instantstart_fs.prefetch.sources import DirectorySource, LeaseSource, OpenedFile, Source
 from instantstart_fs.prefetch.staged import DeviceReport, Exported
 from instantstart_fs.prefetch.stager import Stage, Stager
+from instantstart_fs.prefetch.state_dict import load_state_dict
 
 __all__ = [
     "DevicePlan",

@@ -25,8 +25,8 @@ from vllm.model_executor.model_loader.weight_utils import safetensors_weights_it
 from instantstart_fs.errors import InstantStartError, PrefetchError
 from instantstart_fs.prefetch.hold_client import HoldClient
 from instantstart_fs.prefetch.hold_protocol import HeldFile
-from instantstart_fs.prefetch.loading import take
 from instantstart_fs.prefetch.mounts import pipeline_of
+from instantstart_fs.prefetch.state_dict import take
 from instantstart_fs.prefetch.tensors import place_of
 
 log = logging.getLogger("vllm.instantstart")

@@ -18,7 +18,7 @@ from instantstart_fs.index.access_times import AccessTimes
 from instantstart_fs.serving.export import Handover
 from instantstart_fs.serving.open_files import OpenFiles
 from instantstart_fs.serving.reads import Reads
-from instantstart_fs.serving.warming import Warming
+from instantstart_fs.serving.warm_requests import WarmRequests
 
 PREFETCH_SECONDS = 600.0
 """How long a prefetch is taken for reading. It holds its lease for as long as it holds the weights, and does not report
@@ -34,7 +34,7 @@ class Leases:
         access: AccessTimes,
         open_files: OpenFiles,
         reads: Reads,
-        warming: Warming,
+        warming: WarmRequests,
         read_deadline: float,
     ) -> None:
         self._catalog = catalog

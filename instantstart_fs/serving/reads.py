@@ -19,7 +19,7 @@ import trio
 
 from instantstart_fs.catalog.accounting import Uncached
 from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.learning import Learning
+from instantstart_fs.catalog.loadset_learner import LoadSetLearner
 from instantstart_fs.catalog.model import CachedFile, Generation, counts_as_request
 from instantstart_fs.catalog.slots import check_present, prepare_filling
 from instantstart_fs.core.chunks import ByteRange
@@ -94,7 +94,7 @@ class Reads:
         fill_events: FillEventHandler,
         filler: Filler,
         admissions: Admissions,
-        learning: Learning,
+        learner: LoadSetLearner,
     ) -> None:
         self._catalog = catalog
         self._access = access
@@ -104,7 +104,7 @@ class Reads:
         self._fill_events = fill_events
         self.filler = filler
         self._admissions = admissions
-        self._learning = learning
+        self._learner = learner
         self._restored: dict[int, list[Handle]] = {}
         self._waiting: dict[str, int] = {}
         """Reads that wait, by pipeline."""
@@ -299,7 +299,7 @@ class Reads:
             if target is None:
                 return "store"
             if self._starts_fill(file, target, wanted.start):
-                self._learning.begins_to_load(file)
+                self._learner.begins_to_load(file)
                 refused = await self.start_fill(file.generation, first=file)
                 if refused is not None:
                     return "store" if target.readable(wanted) else None

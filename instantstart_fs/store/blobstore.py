@@ -10,7 +10,8 @@ a record (refilled over, or found by fsck), never a record without its bytes. As
 ``created``.
 
 It never follows a symbolic link below its root and never opens a file with a name elsewhere: what is in a slot is that
-slot's alone, or StoreDamaged. Generations of one pipeline may share a complete file under one path (store/sharing.py).
+slot's alone, or StoreDamaged. Generations of one pipeline may share a complete file under one path
+(store/shared_files.py).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from instantstart_fs.store.blobfile import BlobFile, punch_hole, read_seal
 from instantstart_fs.store.layout import BIND, DIRECTORY_MODE, FILE_MODE, FILES, IDENTITY, SLOTS, TRASH, Layout
 from instantstart_fs.store.metadata import SlotMetadata
 from instantstart_fs.store.os_errors import translate, translated
-from instantstart_fs.store.sharing import blob_place, check_shared, stat_blob
+from instantstart_fs.store.shared_files import blob_place, check_shared, stat_blob
 from instantstart_fs.store.tree import DIRECTORY_FLAGS, StoreTree, check_own, shown
 
 log = logging.getLogger(__name__)

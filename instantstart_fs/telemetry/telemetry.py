@@ -18,7 +18,7 @@ from typing import Literal
 import msgspec
 import trio
 
-from instantstart_fs.catalog.learning import Learning
+from instantstart_fs.catalog.loadset_learner import LoadSetLearner
 from instantstart_fs.catalog.model import CachedFile, Pipeline, counts_as_request
 from instantstart_fs.core import coldstart
 from instantstart_fs.core.access import Outcome
@@ -95,7 +95,7 @@ class Totals:
 
 
 class Telemetry:
-    """Owned by the Library. ``facts``: a pipeline's load set as it is now. ``learning``: is told of opens and reads.
+    """Owned by the Library. ``facts``: a pipeline's load set as it is now. ``learner``: is told of opens and reads.
 
     It has one of its public methods for each kind of event, so that a caller says what happened in one call.
     """
@@ -106,13 +106,13 @@ class Telemetry:
         now_ns: Callable[[], int],
         facts: Callable[[Pipeline], Facts],
         clock: Callable[[], float] = trio.current_time,
-        learning: Learning | None = None,
+        learner: LoadSetLearner | None = None,
     ) -> None:
         self._index = index
         self._now_ns = now_ns
         self._facts = facts
         self._clock = clock
-        self._learning = learning
+        self._learner = learner
         self._tracker = Tracker()
         self._history: dict[str, dict[int, ColdStart]] = {}
         self._count = 0
@@ -128,8 +128,8 @@ class Telemetry:
         and the close of this open are to be told with."""
         self.totals.opens[mode or ("passthrough" if passthrough else "daemon")] += 1
         self.totals.open_files += 1
-        if self._learning is not None:
-            self._learning.opened(file, passthrough=passthrough)
+        if self._learner is not None:
+            self._learner.opened(file, passthrough=passthrough)
         if not counts_as_request(file):
             return ()
         self.totals.weight_opens["hit" if file.complete else "miss"] += 1
@@ -153,8 +153,8 @@ class Telemetry:
 
     def closed(self, file: CachedFile, starts: Starts) -> None:
         self.totals.open_files -= 1
-        if self._learning is not None:
-            self._learning.closed(file)
+        if self._learner is not None:
+            self._learner.closed(file)
         self._tracker.closed(starts, self._clock())
 
     def served(self, source: Served, count: int) -> None:
@@ -166,8 +166,8 @@ class Telemetry:
         self.totals.reads += 1
         self.totals.read_bytes += count
         file.served_bytes += count
-        if file.served_bytes >= file.size and self._learning is not None:
-            self._learning.read_whole(file)
+        if file.served_bytes >= file.size and self._learner is not None:
+            self._learner.read_whole(file)
         self._tracker.read(starts, count, self._clock())
 
     @contextlib.contextmanager

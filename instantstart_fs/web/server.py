@@ -27,7 +27,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
 from starlette.types import ASGIApp
 
-from instantstart_fs.control.listening import accept_connections
+from instantstart_fs.control.listener import accept_connections
 from instantstart_fs.core.seats import Seat, Seats
 from instantstart_fs.web.visitors import Visitor
 

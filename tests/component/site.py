@@ -26,8 +26,8 @@ from instantstart_fs.library import Library
 from instantstart_fs.telemetry.telemetry import Totals
 from instantstart_fs.views.store_summary import StoreSummary, StoreSummaryBuilder
 from instantstart_fs.web.app import Site
-from instantstart_fs.web.binding import address, bind
 from instantstart_fs.web.health import HealthProbe
+from instantstart_fs.web.listener import address, bind
 from instantstart_fs.web.server import serve
 from instantstart_fs.web.visitors import Visitors
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from instantstart_fs import cli
-from instantstart_fs.cli import prefetching
+from instantstart_fs.cli import prefetch_run
 from instantstart_fs.errors import PermissionRefused, PrefetchError, UsageError
 from instantstart_fs.prefetch import DirectorySource, Stage, Stager, load_state_dict, plan
 from instantstart_fs.prefetch.hold_client import HoldClient
@@ -125,9 +125,9 @@ def test_a_device_that_is_none_is_refused_before_anything_is_taken(stage: Stage,
 def test_freeing_much_memory_may_take_longer(stage: Stage, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(HoldClient, "wait_ended", lambda _, timeout: waits.append(timeout))
-    monkeypatch.setattr(prefetching, "FREEING_RATE", 1000.0)
+    monkeypatch.setattr(prefetch_run, "FREEING_RATE", 1000.0)
     with Holder(stage, place) as holder:
-        prefetching.release(NAME)
+        prefetch_run.release(NAME)
         assert holder.over == "released"
     assert waits == [20.0 + stage.plan.total_bytes / 1000]
 

@@ -22,7 +22,7 @@ import pytest
 import trio
 
 from instantstart_fs import daemon, doctor
-from instantstart_fs.cli import progress, waiting
+from instantstart_fs.cli import long_commands, progress
 from instantstart_fs.config import Config, MountConfig, StoreConfig
 from instantstart_fs.control.protocol import Done, encode_response
 from instantstart_fs.core.chunks import ByteRange
@@ -341,8 +341,8 @@ def test_a_progress_bar_shows_what_an_origin_says_and_does_not_parse_it(
 ) -> None:
     monkeypatch.setattr(progress, "_size", lambda _: os.terminal_size((120, 24)))
     error = ErrorStatus("origin-unavailable", message, "2026-01-01T00:00:00Z")
-    monkeypatch.setattr(waiting, "fits", lambda _: True)
-    with waiting._reporter("p", quiet=False) as report:
+    monkeypatch.setattr(long_commands, "fits", lambda _: True)
+    with long_commands._reporter("p", quiet=False) as report:
         report(1, 2, pipeline("p", error=error))
     assert message in capfd.readouterr().err
 

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from instantstart_fs.catalog import loadsets
-from instantstart_fs.catalog.learning import QUIET_SECONDS, Learning
+from instantstart_fs.catalog.loadset_learner import QUIET_SECONDS, LoadSetLearner
 from instantstart_fs.catalog.model import Generation
 from instantstart_fs.core.manifest import FileEntry, ModelSpec, PipelineSpec
 from instantstart_fs.errors import UsageError, VariantNotChosen
@@ -207,8 +207,8 @@ async def test_where_one_model_has_variants_the_others_are_warmed_and_the_questi
 async def test_what_an_earlier_version_warmed_with_all_variants_stays_warm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Learning, "begins_to_load", lambda *_: None)  # it knew neither
-    monkeypatch.setattr(Learning, "read_whole", lambda *_: None)
+    monkeypatch.setattr(LoadSetLearner, "begins_to_load", lambda *_: None)  # it knew neither
+    monkeypatch.setattr(LoadSetLearner, "read_whole", lambda *_: None)
     source = make(tmp_path / "source", {**GGUFS, "README.md": 10})
     async with running(tmp_path) as library:
         await library.admin.add(spec("p", source))
@@ -324,7 +324,7 @@ async def test_the_order_of_first_opens_in_one_start_is_that_of_fetching_in_the_
         assert order(library) == ["config.json", *names]
         for name in [*seen, *names]:  # opened again in another order: the first opens count
             library.mounted.release(await library.mounted.open(find(library, "p", name)))
-        library.learning.end_all()
+        library.learner.end_all()
         assert order(library) == ["config.json", *seen]
         await library.admin.evict("p")
         assert order(library) == ["config.json", *seen], "the next start fetches in it"
@@ -336,15 +336,15 @@ async def test_what_no_start_touches_is_said(tmp_path: Path) -> None:
     source = make(tmp_path / "source", {"a.safetensors": MIB, "b.safetensors": MIB, "config.json": 2})
     async with running(tmp_path) as library:
         now = [0.0]
-        library.learning._clock = lambda: now[0]
+        library.learner._clock = lambda: now[0]
         await library.admin.add(spec("p", source))
         for start in range(4):
             assert fields(library, "untouched") == ({} if start < 3 else {"b.safetensors": True}), start
             library.mounted.release(await library.mounted.open(find(library, "p", "a.safetensors")))
             now[0] += QUIET_SECONDS
-            library.learning.end_all() if start == 2 else None
+            library.learner.end_all() if start == 2 else None
         library.mounted.release(await library.mounted.open(find(library, "p", "b.safetensors")))
-        library.learning.end_all()
+        library.learner.end_all()
         assert fields(library, "untouched") == {}
 
 
@@ -372,7 +372,7 @@ async def test_a_summary_that_counts_another_load_set_is_not_believed(tmp_path: 
 async def test_what_cannot_be_written_down_is_known_and_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instantstart_fs.catalog.learning.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("instantstart_fs.catalog.loadset_learner.RETRY_SECONDS", 0.01)
     source = make(tmp_path / "source", TWINS)
     async with running(tmp_path) as library:
         await library.admin.add(spec("p", source))

@@ -23,7 +23,7 @@ from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.manifest import Digest, FileEntry, ManifestFile
 from instantstart_fs.errors import DigestMismatch, OriginChanged, StoreFull
 from instantstart_fs.filler.breakers import Breakers
-from instantstart_fs.filler.pacing import Pacing
+from instantstart_fs.filler.origin_backoff import OriginBackoff
 from instantstart_fs.filler.settings import FillSettings
 from instantstart_fs.filler.sources import Locator
 from instantstart_fs.filler.tally import Tally
@@ -404,7 +404,7 @@ def entry_of(path: Path, *, wrong: bool = False) -> FileEntry:
 def uncached(**settings: Any) -> UncachedReader:
     chosen = FillSettings(**settings)
     breakers = Breakers()
-    return UncachedReader(Locator(5.0), chosen, breakers, Pacing(FillPlan(4), {}, breakers, chosen), Tally())
+    return UncachedReader(Locator(5.0), chosen, breakers, OriginBackoff(FillPlan(4), {}, breakers, chosen), Tally())
 
 
 async def read(served: UncachedReader, source: Source, entry: FileEntry, wanted: ByteRange) -> bytes:

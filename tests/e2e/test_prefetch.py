@@ -20,7 +20,7 @@ import pytest
 
 from bench.common import evict, resident_bytes
 from instantstart_fs.errors import OutOfBudget, PipelineNotFound, PrefetchError, UsageError
-from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, loading, plan
+from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, plan, state_dict
 from instantstart_fs.prefetch.hold_client import HoldClient
 from tests.component.test_prefetch import write_safetensors
 from tests.e2e.test_generations import config
@@ -389,7 +389,7 @@ def test_a_holder_killed_in_the_middle_of_a_hand_over_costs_no_tensor(
     with holding(daemon, tmp_path) as process:
         for variable in ("INSTANTSTART_PREFETCH_DIR", "INSTANTSTART_SOCKET"):
             monkeypatch.setenv(variable, daemon.env[variable])
-        take, taken = loading.take, []
+        take, taken = state_dict.take, []
 
         def take_and_kill(held: HoldClient, path: str) -> dict[str, Any]:
             found = take(held, path)
@@ -398,7 +398,7 @@ def test_a_holder_killed_in_the_middle_of_a_hand_over_costs_no_tensor(
             process.wait(10)
             return found
 
-        monkeypatch.setattr(loading, "take", take_and_kill)
+        monkeypatch.setattr(state_dict, "take", take_and_kill)
         found = load_state_dict("m")
     assert len(taken) == 1 and "what is held was not taken over" in caplog.text
     assert found.keys() == wanted.keys() and all(found[name].equal(wanted[name]) for name in wanted)

@@ -106,7 +106,7 @@ def test_the_documented_file(write, tmp_path: Path) -> None:
 
 
 def test_defaults_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instantstart_fs.config.loading.SYSTEM_CONFIG", str(tmp_path / "absent.toml"))
+    monkeypatch.setattr("instantstart_fs.config.loader.SYSTEM_CONFIG", str(tmp_path / "absent.toml"))
     monkeypatch.delenv("INSTANTSTART_CONFIG", raising=False)
     config = load_config(mount=str(tmp_path / "m"), store=str(tmp_path / "s"))
     assert config.file is None

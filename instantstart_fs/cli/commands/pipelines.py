@@ -180,7 +180,7 @@ def warm(
     json: Json = False,
 ) -> None:
     """Fetch a pipeline's weights now."""
-    from instantstart_fs.cli.waiting import wait_warm
+    from instantstart_fs.cli.long_commands import wait_warm
 
     with control.Client(socket) as client:
         if include:
@@ -211,7 +211,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Hash cached files again; repair what is wrong."""
-    from instantstart_fs.cli.waiting import verify_progress
+    from instantstart_fs.cli.long_commands import verify_progress
     from instantstart_fs.config.units import option, parse_rate
 
     if access:
@@ -247,7 +247,7 @@ def lease(
     socket: Socket = None,
 ) -> None:
     """Run a command that keeps the pipeline in use."""
-    from instantstart_fs.cli.waiting import run_leased
+    from instantstart_fs.cli.long_commands import run_leased
 
     wanted = command[1:] if command[0] == "--" else command
     if not wanted:

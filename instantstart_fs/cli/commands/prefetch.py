@@ -68,10 +68,10 @@ def prefetch(
     json: Json = False,
 ) -> None:
     """Bring a pipeline's weights into GPU (or CPU) memory."""
-    from instantstart_fs.cli import prefetching
+    from instantstart_fs.cli import prefetch_run
     from instantstart_fs.config.units import option, parse_duration
 
-    prefetching.run(
+    prefetch_run.run(
         pipeline,
         devices=devices,
         tensor_parallel=tensor_parallel,
@@ -84,7 +84,7 @@ def prefetch(
         socket=socket,
         quiet=json,
         on_staged=lambda stage: print(
-            show.as_json([report._asdict() for report in stage.progress()]) if json else prefetching.table(stage),
+            show.as_json([report._asdict() for report in stage.progress()]) if json else prefetch_run.table(stage),
             flush=True,
         ),
     )
@@ -104,17 +104,17 @@ def hold_status(
     json: Json = False,
 ) -> None:
     """Show what `prefetch --hold` keeps, of one pipeline or of all."""
-    from instantstart_fs.cli import prefetching
+    from instantstart_fs.cli import prefetch_run
 
     if pipeline is not None:
-        found = prefetching.hold_status(pipeline)
-        print(show.as_json(prefetching.plain(found)) if json else prefetching.show_hold(found))
+        found = prefetch_run.hold_status(pipeline)
+        print(show.as_json(prefetch_run.plain(found)) if json else prefetch_run.show_hold(found))
         return
-    every, silent = prefetching.hold_statuses()
+    every, silent = prefetch_run.hold_statuses()
     if json:
-        print(show.as_json([prefetching.plain(found) for found in every]))
+        print(show.as_json([prefetch_run.plain(found) for found in every]))
     else:
-        print("\n".join(map(prefetching.show_hold, every)) or "nothing is held")
+        print("\n".join(map(prefetch_run.show_hold, every)) or "nothing is held")
     for error in silent:
         print(f"instantstart: {error.message}", file=sys.stderr)
     if silent:
@@ -131,7 +131,7 @@ def hold_release(
     ],
 ) -> None:
     """End what `prefetch --hold` keeps of a pipeline; returns when its memory is free."""
-    from instantstart_fs.cli import prefetching
+    from instantstart_fs.cli import prefetch_run
 
-    prefetching.release(pipeline)
+    prefetch_run.release(pipeline)
     print(f"{pipeline}: released")

@@ -42,7 +42,7 @@ def fsck(
     json: Json = False,
 ) -> None:
     """Rebuild the index from the store (daemon stopped)."""
-    from instantstart_fs.cli.waiting import fsck_progress
+    from instantstart_fs.cli.long_commands import fsck_progress
     from instantstart_fs.config import load_config
     from instantstart_fs.upkeep.fsck import repair
 

@@ -8,19 +8,19 @@ import trio
 
 from instantstart_fs.catalog import loadsets
 from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.learning import Learning
+from instantstart_fs.catalog.loadset_learner import LoadSetLearner
 from instantstart_fs.catalog.model import Generation, Pipeline
 from instantstart_fs.errors import InstantStartError, StoreFull, VariantNotChosen
 from instantstart_fs.serving.reads import Reads
 
 
-class Warming:
+class WarmRequests:
     """On the trio thread."""
 
-    def __init__(self, catalog: Catalog, reads: Reads, learning: Learning) -> None:
+    def __init__(self, catalog: Catalog, reads: Reads, learner: LoadSetLearner) -> None:
         self._catalog = catalog
         self._reads = reads
-        self._learning = learning
+        self._learner = learner
 
     async def warm(self, pipeline: str, *, everything: bool = False) -> None:
         """Start filling the load set (``everything``: all files) in the background.
@@ -49,7 +49,7 @@ class Warming:
                 indices = await trio.to_thread.run_sync(loadsets.included, name, files, globs)
             if generation is self.visible(pipeline).head:  # an update may have replaced it
                 break
-        self._learning.want(generation, indices)
+        self._learner.want(generation, indices)
 
     def visible(self, pipeline: str) -> Pipeline:
         """Raises PipelineNotFound, and AccessRefused while it is hidden."""

@@ -43,7 +43,7 @@ class _Start:
         self.learned: set[str] = set()
 
 
-class Learning:
+class LoadSetLearner:
     """Owned by the Library. ``clock``: seconds."""
 
     def __init__(self, catalog: Catalog, clock: Callable[[], float] = trio.current_time) -> None:

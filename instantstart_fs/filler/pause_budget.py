@@ -9,7 +9,7 @@ PAUSE_SAVED = 4.0
 """Seconds of pause that can be saved up."""
 
 
-class Pausing:
+class PauseBudget:
     """How long background may be paused for a demand. ``longest``: seconds at a time. Times are of one monotonic
     clock."""
 

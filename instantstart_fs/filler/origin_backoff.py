@@ -19,7 +19,7 @@ from instantstart_fs.filler.target import FileKey
 from instantstart_fs.origins.base import OriginKey
 
 
-class Pacing:
+class OriginBackoff:
     """``fills``: those of the fill table, which alone changes it."""
 
     def __init__(
