@@ -51,7 +51,7 @@ __all__ = [
     "run_directory",
 ]
 _ELSEWHERE = {
-    "load_config": "loading",
+    "load_config": "loader",
     "default_mount": "places",
     "default_socket": "places",
     "default_store": "places",

@@ -7,7 +7,7 @@
     worker    the process that does it, one for each device
     stager    starts workers, feeds them, keeps account: Stager, Stage
     holder    a Stage kept for engines, which take it file by file
-    loading   load_state_dict, for engines without a plugin
+    state_dict  load_state_dict, for engines without a plugin
     vllm_loader  vLLM's plugin; imported by vLLM alone
 
 The daemon never imports this package. It needs neither torch nor CUDA to be imported; torch is loaded where tensors are
