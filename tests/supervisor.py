@@ -4,7 +4,7 @@
         daemon.again(kill=True)        # SIGKILL; the next daemon gets the descriptors
         daemon.told("WATCHDOG=1")
 
-tests/listenfds.py starts the daemon as systemd would. Ending for good runs systemd/stop-post, as the unit does.
+tests/listenfds.py starts the daemon as systemd would. Ending for good runs stop-post, as the unit does.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Supervised(Daemon):
 
     def end(self) -> None:
         """What systemd does when the unit has stopped for good."""
-        script = REPOSITORY / "systemd/stop-post"
+        script = REPOSITORY / "instantstart_fs/installation/systemd/stop-post"
         environment = {**os.environ, "SERVICE_RESULT": "success"}
         subprocess.run([str(script), str(self.socket.parent)], check=True, timeout=20, env=environment)
         self.kept.drop()

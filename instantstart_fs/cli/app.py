@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from instantstart_fs.cli.commands import cold_starts, listing, mounting, pipelines, prefetch, regional, service, startup
+from instantstart_fs.cli.commands import (
+    cold_starts,
+    installation,
+    listing,
+    mounting,
+    pipelines,
+    prefetch,
+    regional,
+    service,
+    startup,
+)
 from instantstart_fs.cli.verbs import Verbs
 from instantstart_fs.cli.version import version_line
 
@@ -42,3 +52,4 @@ for task in (mounting, service, pipelines, startup, cold_starts, listing):
 app.add_typer(startup.caches, name="startup-cache")
 app.add_typer(prefetch.commands, name="prefetch")
 app.add_typer(regional.commands, name="regional")
+app.add_typer(installation.service, name="service")

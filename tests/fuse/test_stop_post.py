@@ -1,4 +1,4 @@
-"""systemd/stop-post: whether the mount stays for the next daemon or goes, for each way in which one ends."""
+"""stop-post: whether the mount stays for the next daemon or goes, for each way in which one ends."""
 
 from __future__ import annotations
 
@@ -61,7 +61,12 @@ def test_the_mount_stays_exactly_where_another_daemon_follows(
     done = subprocess.run(
         [
             *("unshare", "--mount", "--propagation", "private", sys.executable, "-c", NAMESPACE),
-            *(str(REPOSITORY / "systemd/stop-post"), str(runtime), str(mountpoint), str(shims)),
+            *(
+                str(REPOSITORY / "instantstart_fs/installation/systemd/stop-post"),
+                str(runtime),
+                str(mountpoint),
+                str(shims),
+            ),
         ],
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
+from instantstart_fs.installation import service
 from tests.harness import REPOSITORY, Hung, wait_for
 
 OPT_IN = "INSTANTSTART_NSPAWN"
@@ -75,9 +76,9 @@ class Machine:
         self._uuid = uuid.uuid4()
 
     def _install(self) -> None:
-        """The files of scripts/install, and this environment in the place of one of its own."""
+        """The files of `instantstart service install`, and this environment in the place of one of its own."""
         files = self.directory / "files"
-        subprocess.run([REPOSITORY / "scripts/install", "--root", files], check=True, timeout=60)
+        service.install(lambda _: None, prefix="/opt/instantstart", root=str(files))
         shutil.copytree(files / "etc/systemd/system", self.units, dirs_exist_ok=True)
         shutil.copytree(files / "opt/instantstart", self.opt, dirs_exist_ok=True)
         program = self.opt / "bin/instantstart"

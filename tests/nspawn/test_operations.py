@@ -181,7 +181,7 @@ def test_from_the_first_install_to_the_last_uninstall(user: User, source: Path) 
 
 
 def served(user: User) -> None:
-    """systemd/vllm@.service: the engine has its lease, also over a restart of the filesystem, and until it ends."""
+    """vllm@.service: the engine has its lease, also over a restart of the filesystem, and until it ends."""
     machine = user.machine
     engine = r"#!/bin/sh\nsha256sum $2/*.safetensors && exec sleep 1000\n"
     user.types(f"mkdir -p /opt/vllm/bin; printf '{engine}' > /opt/vllm/bin/vllm; chmod 755 /opt/vllm/bin/vllm")
