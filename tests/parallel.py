@@ -79,6 +79,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath))))
 
 
+@pytest.hookimpl
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a pytest whose node ids pytest-xdist cannot extend: every worker would make every fixture again."""
+    if not (hasattr(session.config, "workerinput") and session.config.getoption("loadgroup", False)):
+        return
+    ungrouped = [
+        item.nodeid for item in session.items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid
+    ]
+    if ungrouped:
+        raise pytest.UsageError(f"pytest-xdist does not group {ungrouped[0]}: see the pin of pytest in pyproject.toml")
+
+
 def shares_with_its_module(item: pytest.Item) -> bool:
     if not isinstance(item, pytest.Function):
         return False
