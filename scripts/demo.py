@@ -29,7 +29,7 @@ from instantstart_fs.cli.show import table
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import PipelineStatus
-from instantstart_fs.core.words import human_bytes
+from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.store import filesystem
 

@@ -10,7 +10,7 @@ from instantstart_fs.cli.commands import (
     cold_starts,
     installation,
     listing,
-    mounting,
+    mount,
     pipelines,
     prefetch,
     regional,
@@ -47,7 +47,7 @@ def options(
 
 
 # In the order of `instantstart --help`.
-for task in (mounting, service, pipelines, startup, cold_starts, listing):
+for task in (mount, service, pipelines, startup, cold_starts, listing):
     app.add_typer(task.commands)
 app.add_typer(startup.caches, name="startup-cache")
 app.add_typer(prefetch.commands, name="prefetch")

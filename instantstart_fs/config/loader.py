@@ -17,7 +17,7 @@ import msgspec
 
 from instantstart_fs.config.located import At, Table, convert
 from instantstart_fs.config.pipelines import PipelineTable, read_pipeline
-from instantstart_fs.config.places import SYSTEM_CONFIG, default_mount, default_store
+from instantstart_fs.config.places import default_mount, default_store, find_config
 from instantstart_fs.config.sections import (
     Config,
     ControlConfig,
@@ -156,12 +156,12 @@ class _File(Table):
 def load_config(file: str | None = None, *, mount: str | None = None, store: str | None = None) -> Config:
     """Read and check the configuration. Raises ConfigError (file, key, reason).
 
-    ``file``, else $INSTANTSTART_CONFIG, else /etc/instantstart/config.toml if there is one, else defaults alone;
+    ``file``, else $INSTANTSTART_CONFIG, else the one of ``places.find_config``, else defaults alone;
     ``pipelines.d/*.toml`` beside the file are read too, one pipeline each. ``mount`` and ``store`` win over the file.
     """
     named = file or os.environ.get("INSTANTSTART_CONFIG") or None
-    if named is None and os.path.exists(SYSTEM_CONFIG):
-        named = SYSTEM_CONFIG
+    if named is None:
+        named = find_config()
     if named is None:
         return _build(_File(), None, {}, mount, store)
     path = os.path.abspath(os.path.expanduser(named))

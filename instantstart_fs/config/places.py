@@ -21,11 +21,31 @@ def default_mount() -> str:
     return "/models" if os.geteuid() == 0 else os.path.expanduser("~/models")
 
 
+def spare_mount() -> str:
+    """Where the daemon that `mount` starts mounts when something else lies at ``default_mount``."""
+    return os.path.join(run_directory(), "models")
+
+
 def default_store() -> str:
-    """/var/lib/instantstart for root, $XDG_DATA_HOME/instantstart (~/.local/share/instantstart) for anybody else."""
+    """/var/lib/instantstart for root; $XDG_CACHE_HOME/instantstart/store (~/.cache/instantstart/store) for others,
+    since all of it can be fetched again. A store of release 0.1, in $XDG_DATA_HOME/instantstart, is used on."""
     if os.geteuid() == 0:
         return "/var/lib/instantstart"
-    return os.path.join(_home("XDG_DATA_HOME", "~/.local/share"), "instantstart")
+    earlier = os.path.join(_home("XDG_DATA_HOME", "~/.local/share"), "instantstart")
+    if os.path.isdir(os.path.join(earlier, "slots")):
+        return earlier
+    return os.path.join(_home("XDG_CACHE_HOME", "~/.cache"), "instantstart", "store")
+
+
+def own_config() -> str:
+    """An ordinary user's own configuration: $XDG_CONFIG_HOME/instantstart/config.toml."""
+    return os.path.join(_home("XDG_CONFIG_HOME", "~/.config"), "instantstart", "config.toml")
+
+
+def find_config() -> str | None:
+    """The configuration where none is named: an ordinary user's own one, else the machine's; None: there is none."""
+    places = [SYSTEM_CONFIG] if os.geteuid() == 0 else [own_config(), SYSTEM_CONFIG]
+    return next((path for path in places if os.path.exists(path)), None)
 
 
 def run_directory() -> str:
@@ -52,10 +72,15 @@ def default_socket() -> str:
     return os.environ.get("INSTANTSTART_SOCKET") or os.path.join(run_directory(), SOCKET_NAME)
 
 
+def machine_socket() -> str:
+    """Of the daemon that runs as a service."""
+    return os.path.join(SYSTEM_RUN_DIRECTORY, SOCKET_NAME)
+
+
 def find_socket(given: str | None = None) -> str:
     """``given``, else $INSTANTSTART_SOCKET, else this user's socket, else the machine's where only that is there."""
     if given or os.environ.get("INSTANTSTART_SOCKET"):
         return given or os.environ["INSTANTSTART_SOCKET"]
     own = default_socket()
-    machine = os.path.join(SYSTEM_RUN_DIRECTORY, SOCKET_NAME)
+    machine = machine_socket()
     return machine if not os.path.exists(own) and os.path.exists(machine) else own

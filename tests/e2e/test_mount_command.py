@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from instantstart_fs.cli import own_daemon
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.core.readable import readable_id
-from tests.harness import REPOSITORY, alive, command, mounted, succeeded, to_toml, unmount, wait_for
+from tests.harness import REPOSITORY, alive, command, mounted, must, succeeded, to_toml, unmount, wait_for
+from tests.servers.hub import HubServer
+from tests.servers.seaweed import SeaweedServer
 
 CONTENT = b"weights" * 1000
 
@@ -77,6 +81,79 @@ def test_in_the_foreground_it_undoes_all_at_its_end(tmp_path: Path, env: dict[st
         process.kill()
         process.communicate()
     assert not os.path.lexists(tmp_path / "here") and not alive(pid) and not mounted(tmp_path / "models")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="test_ordinary_user.py runs it: root's default places are the machine's")
+def test_an_ordinary_user_needs_no_configuration(tmp_path: Path, hub: HubServer) -> None:
+    """From a hub, with default places; after a crash; with ~/models in use."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").write_bytes(CONTENT)
+    hub.publish("org/tiny", tmp_path / "m")
+    env = {"HOME": str(tmp_path), "HF_ENDPOINT": hub.endpoint, "XDG_RUNTIME_DIR": "", "XDG_CACHE_HOME": ""}
+    cache, here = tmp_path / ".cache" / "instantstart", tmp_path / "here"
+    try:
+        done = command("mount", "org/tiny", here, env=env)
+        assert "tiny, cold" in succeeded(done) and "as an ordinary user" in done.stderr
+        assert (here / "model.safetensors").read_bytes() == CONTENT
+        assert (cache / "store" / "slots" / "tiny").is_dir() and os.readlink(here) == str(tmp_path / "models" / "tiny")
+        succeeded(command("warm", "tiny", "--wait", env=env))
+        with Client(str(cache / "control.sock")) as client:
+            os.kill(client.peer_pid(), signal.SIGKILL)
+            assert client.wait_ended(10)
+        hub.fault("status", status=503)
+        succeeded(command("mount", "org/tiny", here, "--offline", env=env))
+        assert (here / "model.safetensors").read_bytes() == CONTENT
+        succeeded(command("stop", env=env))
+        assert not mounted(tmp_path / "models")
+        (tmp_path / "models" / "mine").touch()
+        done = command("mount", "org/tiny", here, env=env)
+        assert "the default place is in use" in done.stderr and os.readlink(here) == str(cache / "models" / "tiny")
+        assert (here / "model.safetensors").read_bytes() == CONTENT
+        succeeded(command("stop", env=env))
+        succeeded(command("unmount", here, env=env))  # a link that points nowhere now
+        assert not os.path.lexists(here)
+    finally:
+        command("stop", env=env)
+        unmount(tmp_path / "models")
+        unmount(cache / "models")
+
+
+def test_from_s3(tmp_path: Path, env: dict[str, str], seaweed: SeaweedServer) -> None:
+    seaweed.new_bucket("mounted")
+    seaweed.client().put_object(Bucket="mounted", Key="a/tiny/model.safetensors", Body=CONTENT)
+    env |= seaweed.environment
+    succeeded(command("mount", "s3://mounted/a/tiny", tmp_path / "m", "--config", tmp_path / "config.toml", env=env))
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == CONTENT
+    if os.geteuid() == 0:  # as a container runtime binds a directory: it follows the link
+        (tmp_path / "inside").mkdir()
+        must("mount", "--bind", tmp_path / "m", tmp_path / "inside")
+        try:
+            assert (tmp_path / "inside" / "model.safetensors").read_bytes() == CONTENT
+        finally:
+            unmount(tmp_path / "inside")
+
+
+def test_what_is_in_the_way_is_told(tmp_path: Path, env: dict[str, str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "elsewhere").symlink_to("/nowhere")
+    for place, words in (
+        ("file", "is a file"),
+        ("elsewhere", "a link to somewhere else"),
+        ("tiny", "is not empty"),
+        ("no/such", "there is no directory"),
+    ):
+        done = command("mount", "org/tiny", tmp_path / place, env=env)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    for place, words in (("file", "is no link"), ("elsewhere", "`rm` removes the link"), ("absent", "is not there")):
+        done = command("unmount", tmp_path / place, env=env)
+        assert done.returncode == 2 and words in done.stderr
+    assert command("stop", env=env).returncode == 1
+    assert not (tmp_path / "run").exists(), "nothing was started"
+
+
+def test_a_service_is_known_by_its_cgroup() -> None:
+    assert own_daemon.is_service("0::/system.slice/instantstart.service\n")
+    assert not own_daemon.is_service("0::/system.slice/ssh.service\n12:devices:/user.slice\n")
 
 
 def test_a_daemon_that_cannot_start_says_why(tmp_path: Path, env: dict[str, str]) -> None:

@@ -106,7 +106,7 @@ def test_the_documented_file(write, tmp_path: Path) -> None:
 
 
 def test_defaults_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instantstart_fs.config.loader.SYSTEM_CONFIG", str(tmp_path / "absent.toml"))
+    monkeypatch.setattr("instantstart_fs.config.places.SYSTEM_CONFIG", str(tmp_path / "absent.toml"))
     monkeypatch.delenv("INSTANTSTART_CONFIG", raising=False)
     config = load_config(mount=str(tmp_path / "m"), store=str(tmp_path / "s"))
     assert config.file is None
@@ -121,13 +121,24 @@ def test_an_ordinary_user_gets_places_of_their_own(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("HOME", "/home/alice")
-    for name in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "INSTANTSTART_SOCKET"):
+    for name in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "INSTANTSTART_SOCKET"):
         monkeypatch.delenv(name, raising=False)
     assert places.default_mount() == "/home/alice/models"
-    assert places.default_store() == "/home/alice/.local/share/instantstart"
+    assert places.default_store() == "/home/alice/.cache/instantstart/store"
     assert places.default_socket() == "/home/alice/.cache/instantstart/control.sock"
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert places.default_socket() == f"{tmp_path}/instantstart/control.sock"
+    assert places.spare_mount() == f"{tmp_path}/instantstart/models"
+    (tmp_path / "instantstart" / "slots").mkdir(parents=True)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert places.default_store() == f"{tmp_path}/instantstart", "a store of release 0.1 is used on"
+    monkeypatch.setattr(places, "SYSTEM_CONFIG", str(tmp_path / "machine.toml"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert places.find_config() is None
+    (tmp_path / "machine.toml").touch()
+    assert places.find_config() == str(tmp_path / "machine.toml")
+    (tmp_path / "instantstart" / "config.toml").touch()
+    assert places.find_config() == str(tmp_path / "instantstart" / "config.toml")
 
 
 def test_the_environment_names_the_file_and_options_win(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,43 +1,52 @@
-"""Runs `mount`, `unmount` and `stop`: finds or starts the user's own daemon, and links a directory to a pipeline.
+"""Finds, starts and stops the daemon that `mount` uses: the one that answers this user, or the user's own.
 
-DIR becomes a symbolic link to the pipeline's directory under the daemon's one mount. A link needs no rights, survives
-the daemon's restart, and cannot be left as a dead mount. The daemon's log lies beside its socket.
+The user's own daemon needs no configuration: it takes the default places (config/places.py), and another mountpoint
+where the default one is in use for something else. Its log lies beside its socket.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
-from instantstart_fs.config.places import default_mount, default_socket, make_run_directory
+from instantstart_fs.config.places import (
+    default_mount,
+    default_socket,
+    find_config,
+    machine_socket,
+    make_run_directory,
+    own_config,
+    spare_mount,
+)
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.core.readable import readable_id
 from instantstart_fs.core.source import parse_source
 from instantstart_fs.errors import DaemonUnreachable, InstantStartError, PermissionRefused, UsageError
+from instantstart_fs.system import mountinfo
 
 START_DEADLINE = 60.0
 """Seconds from the daemon's start to its answer: it may have to make its index anew."""
 STOP_DEADLINE = 40.0
-SHOWN_DEADLINE = 20.0
+PROBE_DEADLINE = 3.0
+"""Seconds in which a mount that is already there has to answer, or it counts as somebody's."""
+LOG_NAME = "daemon.log"
 UNIT = "/etc/systemd/system/instantstart.service"
 
 
 def connect(socket: str | None, config: str | None) -> tuple[Client, bool]:
     """A connection to the daemon, started if there is none; and whether it was. Raises InstantStartError."""
-    with contextlib.suppress(DaemonUnreachable):
-        try:
-            return Client(socket), False
-        except PermissionRefused:
-            if socket is not None or os.environ.get("INSTANTSTART_SOCKET"):
-                raise  # else it is the machine's daemon, which is not for this user: one of its own
+    if (found := _running(socket)) is not None:
+        return found, False
     if os.geteuid() == 0 and socket is None and not config and os.path.exists(UNIT):
         raise DaemonUnreachable("the service is installed but does not run: `systemctl start instantstart`")
     path = socket or default_socket()
@@ -47,9 +56,29 @@ def connect(socket: str | None, config: str | None) -> tuple[Client, bool]:
         with _only_one(os.path.join(directory, "start.lock")):
             with contextlib.suppress(DaemonUnreachable):
                 return Client(path), False  # another `mount` has just started it
-            return _start(path, config, os.path.join(directory, "daemon.log")), True
+            return _start(path, config, os.path.join(directory, LOG_NAME)), True
     except OSError as error:
         raise DaemonUnreachable(f"{directory}: no daemon can be started: {error.strerror or error}") from error
+
+
+def _running(socket: str | None) -> Client | None:
+    """A daemon that this user may add pipelines to: the named one, the user's own, or the machine's."""
+    named = socket or os.environ.get("INSTANTSTART_SOCKET")
+    for path in [named] if named else [default_socket(), machine_socket()]:
+        try:
+            client = Client(path)
+            if named:
+                return client
+            client.specs()
+        except DaemonUnreachable:
+            continue
+        except PermissionRefused:
+            if named:
+                raise
+            client.close()  # the machine's, which is not for this user: one of its own
+            continue
+        return client
+    return None
 
 
 @contextlib.contextmanager
@@ -73,23 +102,68 @@ def _only_one(path: str) -> Iterator[None]:
 
 
 def _start(path: str, config: str | None, log: str) -> Client:
-    command = [sys.executable, "-m", "instantstart_fs.cli", "serve", "--socket", path]
-    if config is not None:
-        command += ["--config", os.path.abspath(config)]
+    command = [sys.executable, "-m", "instantstart_fs.cli", "serve", "--socket", path, *_places(config)]
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+        # "/": a daemon that stands in a directory keeps its filesystem from being unmounted.
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, cwd="/"
+        )
     finally:
         os.close(out)
     deadline = time.monotonic() + START_DEADLINE
-    while time.monotonic() < deadline:
-        with contextlib.suppress(DaemonUnreachable):
-            return Client(path)
-        if child.poll() is not None:
-            raise DaemonUnreachable(f"the daemon ended at once: {_last_line(log)} (log: {log})")
-        time.sleep(0.02)
+    try:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(DaemonUnreachable):
+                return Client(path)
+            if child.poll() is not None:
+                raise DaemonUnreachable(f"the daemon ended at once: {_last_line(log)} (log: {log})")
+            time.sleep(0.02)
+    except KeyboardInterrupt:
+        child.terminate()
+        raise
     child.terminate()
     raise DaemonUnreachable(f"the daemon did not answer within {START_DEADLINE:g} s (log: {log})")
+
+
+def _places(config: str | None) -> list[str]:
+    """Options of `serve`. A configuration that somebody wrote is followed to the letter; without one, a mountpoint that
+    is in use gives way to the spare one. The machine's configuration is not an ordinary user's: its store, owners and
+    tokens are the service's."""
+    named = config or os.environ.get("INSTANTSTART_CONFIG")
+    if named:
+        return ["--config", os.path.abspath(os.path.expanduser(named))]
+    if find_config() is not None and (os.geteuid() == 0 or os.path.exists(own_config())):
+        return []
+    options = ["--config", os.devnull]
+    return options if mountpoint_is_free(default_mount()) else [*options, "--mount", spare_mount()]
+
+
+def mountpoint_is_free(path: str) -> bool:
+    """Whether a daemon could mount there: nothing is there, or an empty directory, or what a killed daemon left."""
+    if any(mount.path == path for mount in mountinfo.mounts()):
+        return _is_dead(path)
+    try:
+        return not os.listdir(path)
+    except FileNotFoundError:
+        return os.access(os.path.dirname(path), os.W_OK | os.X_OK)
+    except OSError:
+        return False
+
+
+def _is_dead(path: str) -> bool:
+    found: list[int | None] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(path)
+        except OSError as error:
+            found.append(error.errno)
+
+    thread = threading.Thread(target=ask, daemon=True)  # a mount whose daemon hangs never answers
+    thread.start()
+    thread.join(PROBE_DEADLINE)
+    return found[:1] in ([errno.ENOTCONN], [errno.ECONNABORTED])
 
 
 def _last_line(log: str) -> str:
@@ -111,65 +185,9 @@ def pipeline_of(client: Client, model: ModelSpec) -> tuple[str, bool]:
     return readable_id(model, {spec.id for spec in specs} | set(client.names())), False
 
 
-def check_free(directory: str) -> None:
-    """Raises UsageError unless DIR may become a link: it is absent, an empty directory, or a link of `mount`."""
-    if os.path.islink(directory):
-        if not _is_ours(directory, None):
-            raise UsageError(f"{directory} is a link to somewhere else; name another directory")
-    elif os.path.lexists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
-        raise UsageError(f"{directory} is not empty; name a directory that is empty or not there yet")
-    elif not os.path.isdir(os.path.dirname(directory)):
-        raise UsageError(f"there is no directory {os.path.dirname(directory)}")
-
-
-def _is_ours(directory: str, mount: str | None) -> bool:
-    target = os.path.dirname(os.readlink(directory))
-    if target in (mount, default_mount()):
-        return True
-    with contextlib.suppress(InstantStartError), Client() as client:
-        return client.ping().mount == target
-    return False
-
-
-def link(directory: str, target: str) -> None:
-    """Make DIR a link to ``target``, once that is shown. Raises InstantStartError."""
-    deadline = time.monotonic() + SHOWN_DEADLINE
-    while not os.path.isdir(target):
-        if time.monotonic() > deadline:
-            raise InstantStartError(f"{target} is not shown after {SHOWN_DEADLINE:g} s: `instantstart doctor`")
-        time.sleep(0.05)
-    beside = f"{directory}.instantstart-{os.getpid()}"
-    try:
-        if os.path.isdir(directory) and not os.path.islink(directory):
-            os.rmdir(directory)
-        os.symlink(target, beside)
-        os.rename(beside, directory)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise InstantStartError(f"{directory}: {error.strerror or error}") from error
-
-
-def unlink(directory: str, mount: str | None = None) -> str:
-    """Take DIR's link away; the pipeline's id. Raises UsageError where it is none of `mount`'s."""
-    if not os.path.islink(directory) or not _is_ours(directory, mount):
-        raise UsageError(f"{directory} was not made by `instantstart mount`")
-    pipeline = os.path.basename(os.readlink(directory))
-    try:
-        os.unlink(directory)
-    except OSError as error:
-        raise InstantStartError(f"{directory}: {error.strerror or error}") from error
-    return pipeline
-
-
 def stay(client: Client, pipeline: str) -> None:
-    """Until SIGINT or SIGTERM, with a lease. Raises DaemonUnreachable when the daemon ends before."""
+    """Hold a lease until KeyboardInterrupt (SIGINT, SIGTERM). Raises DaemonUnreachable when the daemon ends before."""
     client.lease(pipeline)
-
-    def end(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, end)
     with contextlib.suppress(KeyboardInterrupt):
         while not client.wait_ended(3600.0):
             pass
@@ -181,7 +199,7 @@ def stop(client: Client) -> None:
     pid = client.peer_pid()
     try:
         with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
-            if "/instantstart.service" in file.read():
+            if is_service(file.read()):
                 raise UsageError("systemd runs this daemon and would start it again: `systemctl stop instantstart`")
         process = os.pidfd_open(pid)
         if client.wait_ended(0.001):  # it has ended already, and the number may be somebody else's by now
@@ -199,3 +217,8 @@ def stop(client: Client) -> None:
         pass  # it has ended meanwhile
     finally:
         os.close(process)
+
+
+def is_service(cgroups: str) -> bool:
+    """Whether the process of this /proc/PID/cgroup is the unit's."""
+    return any(line.rpartition("/")[2] == "instantstart.service" for line in cgroups.splitlines())
