@@ -199,7 +199,7 @@ def test_access_is_the_hubs_to_refuse_and_not_its_cdns(
 
 
 @pytest.mark.alone  # it measures, and its 8,000 readers would be in everybody's way
-@pytest.mark.parametrize("fault", ["drips", "is silent"])
+@pytest.mark.parametrize("fault", [pytest.param("drips", marks=pytest.mark.soak), "is silent"])
 def test_a_slow_file_of_one_pipeline_leaves_others_of_the_same_hub_quick(
     make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path, fault: str
 ) -> None:

@@ -70,6 +70,7 @@ def test_what_was_exchanged_under_its_seal_is_found_and_never_read_again(
     assert "instantstart_scrub_overdue_seconds" in metrics
 
 
+@pytest.mark.soak  # for half a minute it only waits
 def test_scrubbing_is_no_request(make_daemon: Callable[..., Daemon], model: Path) -> None:
     """Pass after pass, also over bind, where the daemon watches the store's files for others' opens."""
     daemon = make_daemon(config={"mount": {"transport": "bind"}, "store": {"scrub": "1s", "scrub_rate": "1GB"}})
