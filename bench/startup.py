@@ -115,7 +115,7 @@ def _row(name: str, values: dict[str, Any]) -> tuple[str, ...]:
 
 def view(rounds: int) -> dict[str, Any]:
     """A cache of 1,000 small files and 20 larger ones: as a pack with its digest, and as a tree by other means."""
-    from instantstart_fs.startup.packing import pack, scan, unpack
+    from instantstart_fs.startup.pack import pack, scan, unpack
 
     found: dict[str, Any] = {}
     with workspace(None) as work:
@@ -265,9 +265,11 @@ def _brief(one: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in one.items() if name != "tokens"}
 
 
-def vllm(rounds: int, python: str) -> dict[str, Any]:
+def vllm(rounds: int, python: str, minutes: float) -> dict[str, Any]:
     """Engine initialisation as vLLM's log says, and seconds until /health says 200: plain from a local directory with
-    an empty cache, by `run` with no startup cache, and by `run` with the one that the start before it saved."""
+    an empty cache, by `run` with no startup cache, and by `run` with the one that the start before it saved. After
+    ``minutes`` no further round begins."""
+    end = time.monotonic() + minutes * 60
     results: dict[str, list[dict[str, Any]]] = {"plain": [], "first": [], "second": []}
     with workspace(None) as work, daemons.daemon(work) as daemon:
         source = toy(work / "source")
@@ -282,6 +284,8 @@ def vllm(rounds: int, python: str) -> dict[str, Any]:
         }
         base.pop("PYTHONPATH", None)
         for at in range(rounds):
+            if time.monotonic() > end:
+                break
             for name, found in results.items():
                 port, log, report = _port(), work / f"{name}-{at}.log", work / f"{name}-{at}.json"
                 directory = source if name == "plain" else daemon.mount / "p"
@@ -359,7 +363,7 @@ def vllm(rounds: int, python: str) -> dict[str, Any]:
         "second_faster_than_first": ratios(init["second"], init["first"]),
         "second_faster_than_plain": ratios(init["second"], init["plain"]),
         "cache": [{"bytes": version["size"], "files": version["files"]} for version in versions],
-        "rounds": [{name: _brief(values[at]) for name, values in results.items()} for at in range(rounds)],
+        "rounds": [{name: _brief(values[at]) for name, values in results.items()} for at in range(len(every) // 3)],
     }  # fmt: skip
     print(f"engine initialisation: second start {found_all['second_faster_than_first']['median']:.1f} times faster")
     return found_all
@@ -369,12 +373,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("overhead", "view", "compile", "vllm"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=60.0, help="after these no further round of vllm begins")
     parser.add_argument("--python", default=os.environ.get("INSTANTSTART_VLLM_PYTHON", ""))
     arguments = parser.parse_args()
     if arguments.part == "vllm":
         if not arguments.python:
             parser.error("--python: the interpreter of an environment with vLLM")
-        result = vllm(arguments.rounds, arguments.python)
+        result = vllm(arguments.rounds, arguments.python, arguments.minutes)
     else:
         parts = {"overhead": overhead, "view": view, "compile": compile_times}
         result = parts[arguments.part](arguments.rounds)

@@ -385,7 +385,9 @@ class Pipeline:
         self.learned_read = True
         """Whether that is what the store has of it; else it is read with the manifest."""
         self.startup_bytes = 0
-        """Bytes of disk that its startup caches take (library/startupcaches.py)."""
+        """Bytes of disk that its startup caches take (serving/startupcaches.py)."""
+        self.startup_promised = 0
+        """Bytes of those that are being saved: what has come of each, and what may still come."""
         self.access = Access()
         """What its origins said last to its credentials (upkeep/access_recheck.py)."""
         self.hidden: str | None = None
@@ -462,7 +464,7 @@ class Pipeline:
     @property
     def allocated(self) -> int:
         """Bytes of disk that its files and its startup caches take."""
-        return self.startup_bytes + sum(generation.own_allocated for generation in self.heads())
+        return self.startup_bytes + self.startup_promised + sum(generation.own_allocated for generation in self.heads())
 
     def current_nowait(self) -> Generation | None:
         """``current`` without reading anything. Raises NotInMemory where that would be needed."""

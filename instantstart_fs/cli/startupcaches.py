@@ -12,7 +12,7 @@ from instantstart_fs.cli.show import table as columns
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.enginetable import differences, engine_named, engine_of
 from instantstart_fs.core.humanize import human_bytes
-from instantstart_fs.core.startupcache import StartupRecord
+from instantstart_fs.core.startupcache import StartupRecord, whole_key
 from instantstart_fs.errors import printable
 from instantstart_fs.startup.surroundings import key_of
 
@@ -47,13 +47,14 @@ def key_for(
 ) -> dict[str, str]:
     """What a start of this command, by this user, on this machine, would ask for, as `run` does."""
     found = engine_of(command) if not engine else engine_named(engine)
-    key = key_of(command, found, os.environ)
-    key["caches"] = " ".join(caches)
     status = client.status(pipeline, brief=True)
-    key["owner"] = str(os.geteuid())
-    key["generation"] = f"{status.generation} {status.revision}".strip()
-    key["source"] = " ".join(status.source)
-    return key
+    return whole_key(
+        key_of(command, found, os.environ, caches),
+        uid=os.geteuid(),
+        generation=status.generation,
+        sources=status.source,
+        revision=status.revision,
+    )
 
 
 def explained(records: Sequence[StartupRecord], key: Mapping[str, str] | None) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def ensure_utf8_names() -> None:
 
 def prepare() -> None:
     """Make stdout and stderr take everything. Called once, before anything is written."""
+    _keep_standard_descriptors()
     codecs.register_error(HANDLER, _plain)
     codecs.register(_ascii)
     encoding = os.environ.pop(ENCODING, None)
@@ -98,6 +99,17 @@ def prepare() -> None:
             with contextlib.suppress(AttributeError, OSError, ValueError, LookupError):
                 known = encoding or stream.encoding
                 stream.reconfigure(encoding=ASCII if codecs.lookup(known).name == "ascii" else known, errors=HANDLER)
+
+
+def _keep_standard_descriptors() -> None:
+    """Of 0, 1 and 2 those that were closed stand for nothing: else a socket would get the number of one, and whoever
+    prints, or runs a command, would write to it. What we start finds them closed, as we did."""
+    for number in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            while (made := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < number:
+                pass
+            if made > number:
+                os.close(made)
 
 
 def unicode_capable(stream: Any) -> bool:

@@ -50,8 +50,8 @@ async def begin(
     caches: StartupCaches, request: StartupBegin, uid: int, start: str, mount: str, fill: Change | None, send: Send
 ) -> StartupBegun:
     """``fill``: the fill that was begun for it."""
-    warning = ""
     offer = await caches.offer(request.pipeline, request.key, uid, restore=request.restore, without=request.without)
+    warning = offer.problem and f"no startup cache: {offer.problem}"
     try:
         if fill is not None:
             with trio.move_on_after(WARNING_SECONDS):
@@ -60,7 +60,7 @@ async def begin(
                 try:
                     fill.result()
                 except InstantStartError as error:
-                    warning = error.message
+                    warning = "; ".join(filter(None, (error.message, warning)))
         if offer.pack >= 0:
             await send(Handed((HandedFile(CACHE, 1),)), [offer.pack])
     finally:

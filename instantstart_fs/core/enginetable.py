@@ -6,6 +6,8 @@ Imports nothing that takes time: `instantstart run` reads this before it starts 
 
 from __future__ import annotations
 
+import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 
 
@@ -102,8 +104,8 @@ COMPILER_PREFIXES = ("nvidia-cuda-", "nvidia-cudnn", "nvidia-cublas", "nvidia-nc
 
 _IGNORED_WITH_VALUE = frozenset(
     {
-        "--host", "--port", "--api-key", "--uds", "--root-path", "--uvicorn-log-level", "--log-level",
-        "--log-config-file",
+        "--host", "--port", "--api-key", "--admin-api-key", "--uds", "--root-path", "--uvicorn-log-level",
+        "--log-level", "--log-config-file", "--ssl-keyfile-password",
         "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--hf-token", "--log-level-http", "--chat-template",
         "--served-model-name", "--download-dir", "--otlp-traces-endpoint", "--max-log-len", "--allowed-origins",
     }
@@ -114,7 +116,8 @@ _IGNORED = frozenset(
         "--disable-uvicorn-access-log",
     }
 )  # fmt: skip
-_SECRET = ("key", "token", "secret", "password")
+_SECRET = frozenset({"key", "apikey", "token", "secret", "password"})
+_SECRET_ENDINGS = ("_api_key", "_token", "_secret", "_password")
 _RANKS = {
     "vllm": (
         ("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"),
@@ -224,36 +227,43 @@ def ranks_of(command: Sequence[str], engine: str) -> int:
 
 
 def key_arguments(command: Sequence[str], engine: str) -> str:
-    """The command's words that may make compiled code another. Of an unknown engine, all of them; of a known one all
-    but addresses, logs and secrets, which differ between replicas of one deployment."""
+    """The command's words that may make compiled code another, quoted as a shell does, so that no two commands look
+    alike. Of an unknown engine, all of them; of a known one all but addresses, logs and secrets, which differ between
+    replicas of one deployment. What may be a secret by its name is in it by its digest: it may be none."""
     words: list[str] = []
-    skip = False
+    skip = hide = False
     for word in command[1:]:
         if skip:
             skip = False
             continue
-        name, equals, _ = word.partition("=")
-        secret = name.startswith("--") and any(part in name.lower() for part in _SECRET) and "tokens" not in name
-        if secret:
-            words.append(name)
-        if secret and "tokenizer" in name:
-            words[-1] = word
-            continue
-        if secret or (engine and name in _IGNORED_WITH_VALUE):
+        if hide:
+            hide = False
+            if not word.startswith("--"):
+                words.append(short_digest(word))
+                continue
+        name, equals, value = word.partition("=")
+        if engine and name in _IGNORED_WITH_VALUE:
             skip = not equals
             continue
         if engine and name in _IGNORED:
             continue
+        if name.startswith("--") and not _SECRET.isdisjoint(name.lower().replace("_", "-").split("-")):
+            hide = not equals
+            word = f"{name}={short_digest(value)}" if equals else name
         words.append(word)
-    return " ".join(words)
+    return shlex.join(words)
+
+
+def short_digest(text: str) -> str:
+    """Of any text, one that is no Unicode included."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def is_key_variable(name: str) -> bool:
     """Whether what this environment variable says may make compiled code another."""
     if name in _OTHER_VARIABLES or any(layout.variable == name for layout in LAYOUTS):
         return False
-    lowered = name.lower()
-    if any(part in lowered for part in ("api_key", "token", "secret", "password")):
+    if name.lower().endswith(_SECRET_ENDINGS):
         return False
     return name in _VARIABLES or name.startswith(_VARIABLE_PREFIXES)
 
@@ -268,3 +278,29 @@ def is_key_package(name: str, engine: Engine | None) -> bool:
 def differences(mine: Mapping[str, str], theirs: Mapping[str, str]) -> tuple[str, ...]:
     """The fields of two keys that are not the same, sorted: one that only one of them has differs, too."""
     return tuple(sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name)))
+
+
+LONGEST_VALUE = 1000
+"""Characters of a field's name, and of its value, that are kept as they are."""
+MOST_FIELDS = 256
+
+
+def storable(key: Mapping[str, str]) -> dict[str, str]:
+    """The same key in a form that can be sent and kept, whatever is in it: what is long, or no Unicode, becomes its
+    digest, and of very many fields all become one. Two keys that differ still do."""
+    found = {_storable(name): _storable(value) for name, value in key.items()}
+    if len(found) <= MOST_FIELDS:
+        return found
+    whole = shlex.join(f"{name}={value}" for name, value in sorted(found.items()))
+    return {"all fields": f"{len(found)}, SHA-256 {hashlib.sha256(whole.encode()).hexdigest()}"}
+
+
+def _storable(text: str) -> str:
+    try:
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError:
+        raw = b""
+    if (raw and len(text) <= LONGEST_VALUE) or not text:
+        return text
+    shown = text[:60].encode("ascii", "replace").decode("ascii")
+    return f"{shown}… SHA-256 {hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()}"

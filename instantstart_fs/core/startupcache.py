@@ -7,6 +7,7 @@ A cache is executable code. It is restored only to its pipeline's owner, and onl
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -70,7 +71,7 @@ def whole_key(
         **key,
         "owner": str(uid),
         "generation": f"{generation} {revision}".strip(),
-        "source": " ".join(sources),
+        "source": shlex.join(sources),
     }
 
 

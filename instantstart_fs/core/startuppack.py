@@ -7,12 +7,13 @@ in one piece.
     its length (16 hexadecimal digits), MAGIC
 
 Only regular files: a path, what it may be, when it was changed. No links, no owners, nothing that leads out of the
-directory that it is unpacked into. Pure, and quick to import.
+directory that it is unpacked into. Quick to import.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 
 MAGIC = b"instantstart-pack-1\n"
@@ -81,6 +82,7 @@ def decode_index(body: bytes, size: int) -> list[Entry]:
         raise BadPack("its index is none")
     found: list[Entry] = []
     seen: set[str] = set()
+    directories: set[str] = set()
     end, limit = 0, size - TAIL - len(body)
     for row in rows:
         if not (isinstance(row, list) and len(row) == 5 and isinstance(row[0], str)):
@@ -94,9 +96,27 @@ def decode_index(body: bytes, size: int) -> list[Entry]:
         if offset < end or offset + length > limit:
             raise BadPack(f"{path!r} lies outside of it")
         seen.add(path)
+        while (path := path.rpartition("/")[0]) and path not in directories:
+            directories.add(path)
         end = offset + length
-        found.append(Entry(path, offset, length, mode & 0o777, mtime_ns))
+        found.append(Entry(row[0], offset, length, mode & 0o777, mtime_ns))
+    if clash := seen & directories:
+        raise BadPack(f"{min(clash)!r} is a file, and a directory as well")
     return found
+
+
+def mtime_of(mtime_ns: int) -> int:
+    """What an index says of a file that was changed then: nothing is older than 1970."""
+    return min(max(mtime_ns, 0), 2**63 - 1)
+
+
+def read_index(fd: int, size: int) -> list[Entry]:
+    """Of the pack of ``size`` bytes that this descriptor reads. Raises BadPack, OSError."""
+    length = index_length(os.pread(fd, TAIL, max(size - TAIL, 0)))
+    body = os.pread(fd, length, max(size - TAIL - length, 0))
+    if len(body) != length:
+        raise BadPack("it is cut short")
+    return decode_index(body, size)
 
 
 def is_safe(path: str) -> bool:

@@ -34,6 +34,7 @@ from instantstart_fs.errors import (
     NoSuchEntry,
     PermissionRefused,
     PipelineBusy,
+    PipelineNotFound,
     StoreDamaged,
     StoreFull,
 )
@@ -47,15 +48,19 @@ SAVING_AT_ONCE = 2
 """Saves of all pipelines: each takes a thread and the disk's bandwidth."""
 LOCK_SECONDS = 60.0
 """For which a save waits for what changes its pipeline (an update may list an origin for minutes)."""
+START_LOCK_SECONDS = 3.0
+"""For which a start does: it can begin without a cache."""
 
 
 class Offer(msgspec.Struct, frozen=True):
     """What a start gets. ``generation``: what the pipeline holds, to be said again when the start saves. ``pack``: a
-    descriptor that is the caller's to close, -1 without one."""
+    descriptor that is the caller's to close, -1 without one. ``problem``: why it gets none, where that is no matter of
+    its key."""
 
     choice: Choice
-    generation: str
+    generation: str = ""
     pack: int = -1
+    problem: str = ""
 
 
 class Evictor(Space, Protocol):
@@ -78,10 +83,14 @@ class StartupCaches:
     async def records(self, pipeline_id: str) -> list[StartupRecord]:
         """Newest first. What cannot be read any more is deleted, with a word in the log."""
         pipeline = self._catalog.pipeline(pipeline_id)
-        if pipeline not in self._known:
-            async with self._locked(pipeline):
-                await self._read(pipeline)
+        await self._ensure_read(pipeline, LOCK_SECONDS)
         return sorted(self._known.get(pipeline, ()), key=lambda record: record.number, reverse=True)
+
+    async def _ensure_read(self, pipeline: Pipeline, patience: float) -> None:
+        """Raises PipelineBusy, StoreError."""
+        if pipeline not in self._known:
+            async with self._locked(pipeline, patience):
+                await self._read(pipeline)
 
     async def _read(self, pipeline: Pipeline) -> list[StartupRecord]:
         """With the pipeline's lock held."""
@@ -99,9 +108,9 @@ class StartupCaches:
         return found
 
     @asynccontextmanager
-    async def _locked(self, pipeline: Pipeline) -> AsyncIterator[None]:
+    async def _locked(self, pipeline: Pipeline, patience: float = LOCK_SECONDS) -> AsyncIterator[None]:
         """Nothing deletes its slot meanwhile. Raises PipelineBusy, PipelineNotFound."""
-        with trio.move_on_after(LOCK_SECONDS) as scope:
+        with trio.move_on_after(patience) as scope:
             await pipeline.lock.acquire()
         if scope.cancelled_caught:
             raise PipelineBusy(f"{pipeline.id}: an update, an eviction or a removal is under way; try again")
@@ -128,26 +137,41 @@ class StartupCaches:
         self, pipeline_id: str, key: Mapping[str, str], uid: int, *, restore: bool, without: tuple[int, ...] = ()
     ) -> Offer:
         """What the start of ``uid`` with that key may have. ``restore``: whether it wants any; ``without``: versions
-        that it found damaged: they are read again, and deleted if they are."""
-        check_key(key)
+        that it found damaged: they are read again, and deleted if they are. Raises PipelineNotFound and nothing else:
+        whatever is wrong with the caches is a start without one."""
         pipeline = self._catalog.pipeline(pipeline_id)
-        generation = await self._generation(pipeline)
-        if uid != pipeline.spec.uid:
-            return Offer(Choice("not-owner"), generation)
-        if not restore:
-            return Offer(Choice("off"), generation)
+        generation = ""
+        try:
+            generation = await self._generation(pipeline)
+            if uid != pipeline.spec.uid:
+                return Offer(Choice("not-owner"), generation)
+            if not restore:
+                return Offer(Choice("off"), generation)
+            check_key(key)
+            return await self._offer(pipeline, self._whole(pipeline, key, uid, generation), uid, generation, without)
+        except PipelineNotFound:
+            raise
+        except InstantStartError as error:
+            log.warning("a start gets no startup cache: %s", error.message, extra={"pipeline": pipeline_id})
+            return Offer(Choice("failed"), generation, problem=error.message)
+
+    async def _offer(
+        self, pipeline: Pipeline, key: Mapping[str, str], uid: int, generation: str, without: tuple[int, ...]
+    ) -> Offer:
+        """Raises PipelineBusy, StoreError."""
+        await self._ensure_read(pipeline, START_LOCK_SECONDS)
         if without:
-            await self.verify(pipeline_id, only=without)
-        records = await self.records(pipeline_id)
+            await self.verify(pipeline.id, only=without)
+        records = await self.records(pipeline.id)
         for _ in range(len(records) + 1):
-            choice = choose(records, self._whole(pipeline, key, uid, generation), uid=uid, without=without)
+            choice = choose(records, key, uid=uid, without=without)
             if choice.record is None:
                 return Offer(choice, generation)
             try:
-                pack = await trio.to_thread.run_sync(on_disk.open_pack, self._catalog.store, pipeline_id, choice.record)
+                pack = await trio.to_thread.run_sync(on_disk.open_pack, self._catalog.store, pipeline.id, choice.record)
                 return Offer(choice, generation, pack)
             except StoreDamaged as error:
-                log.warning("%s", error.message, extra={"pipeline": pipeline_id})
+                log.warning("%s", error.message, extra={"pipeline": pipeline.id})
                 without = (*without, choice.record.number)
                 await self._drop(pipeline, [choice.record])
         return Offer(Choice("damaged"), generation)
@@ -201,7 +225,8 @@ class StartupCaches:
                 layouts=layouts,
                 key=self._whole(pipeline, key, uid, generation),
             )
-            await self._admit(pipeline, on_disk.taken(record))
+            taken = on_disk.taken(record)
+            await self._admit(pipeline, taken)
             incoming = None
             try:
                 incoming = await trio.to_thread.run_sync(on_disk.IncomingPack, self._catalog.store, size)
@@ -210,16 +235,14 @@ class StartupCaches:
                 with trio.CancelScope(shield=True):
                     if incoming is not None:
                         await trio.to_thread.run_sync(incoming.drop)
-                    if pipeline in self._known:
-                        await self._count(pipeline)
-                    else:
-                        pipeline.startup_bytes = max(0, pipeline.startup_bytes - on_disk.taken(record))
+                    pipeline.startup_promised -= taken
+                    pipeline.changed()
 
     async def _admit(self, pipeline: Pipeline, needed: int) -> None:
         """Raises StoreFull. From then on it counts as taken."""
 
         def promise() -> None:
-            pipeline.startup_bytes += needed
+            pipeline.startup_promised += needed
 
         refusal = await self._evictor.admit(
             pipeline.id, needed, promise, own=pipeline.allocated, quota=pipeline.spec.quota

@@ -18,11 +18,17 @@ import time
 from instantstart_fs.config.places import find_socket
 from instantstart_fs.core.enginetable import LAYOUTS, Engine, engine_named, engine_of
 from instantstart_fs.core.startuppack import BadPack
-from instantstart_fs.errors import UsageError
+from instantstart_fs.errors import (
+    DaemonUnreachable,
+    InstantStartError,
+    PermissionRefused,
+    PipelineNotFound,
+    UsageError,
+)
 from instantstart_fs.startup.options import Options
-from instantstart_fs.startup.packing import unpack
+from instantstart_fs.startup.pack import unpack
 from instantstart_fs.startup.start import Start
-from instantstart_fs.startup.supervise import Command
+from instantstart_fs.startup.supervise import Command, Interrupted
 from instantstart_fs.startup.surroundings import key_of
 from instantstart_fs.startup.views import NoView, base_directory, take_view
 from instantstart_fs.startup.wire import Wire
@@ -31,6 +37,8 @@ USER_LAYOUT = "user-"
 """Before the number of a directory that the user named."""
 TRIES = 2
 """Versions that are tried before a start is a cold one."""
+BEGIN_SECONDS = 15.0
+"""For which the daemon may think of a startup cache; then the start goes on without."""
 
 
 def run(options: Options) -> int:
@@ -38,14 +46,19 @@ def run(options: Options) -> int:
     start = Start(options, _engine(options))
     start.socket = find_socket(options.socket or None)
     check(options)
-    command = Command()  # from here on signals wait until there is a command that they can go to
-    wire = Wire(start.socket)
-    _prepare_view(start)
-    _restore(start, wire)
-    wire.ask("lease", pipeline=start.pipeline)
-    from instantstart_fs.startup import following
+    command = Command()
+    try:
+        wire = _prepare(start)
+        from instantstart_fs.startup import follower
 
-    listening = following.Listening(start)
+        listening = follower.Listening(start)
+        command.block()
+    except BaseException as error:
+        command.block()
+        _give_up(start)
+        if isinstance(error, Interrupted):
+            return 128 + error.number
+        raise
     inherited = (start.view.descriptor,) if start.view is not None else ()
     status = command.start(options.command, start.environment, listening.streams)
     start.spawned = time.monotonic()
@@ -54,10 +67,34 @@ def run(options: Options) -> int:
     if status:
         _give_up(start)
         return status
-    follower = following.Follower(start, command, listening, wire)
-    follower.begin()
+    beside = follower.Follower(start, command, listening, wire)
+    beside.begin()
     status = command.wait()
-    return follower.end(status)
+    return beside.end(status)
+
+
+def _prepare(start: Start) -> Wire:
+    """All that is done before the command; the connection that has the lease. Raises PipelineNotFound,
+    PermissionRefused, and DaemonUnreachable where no daemon gives the lease."""
+    wire = Wire(start.socket)
+    _prepare_view(start)
+    try:
+        _restore(start, wire)
+    except (PipelineNotFound, PermissionRefused):
+        raise
+    except InstantStartError as error:
+        # A daemon of another release, one that just ended, an index that cannot be read: what it could say of caches is
+        # no reason not to start.
+        start.do_without(f"no startup cache: {error.message}")
+        wire.close()
+        wire = Wire(start.socket)
+    try:
+        wire.ask("lease", pipeline=start.pipeline)
+    except DaemonUnreachable:  # it is being restarted
+        wire.close()
+        wire = Wire(start.socket)
+        wire.ask("lease", pipeline=start.pipeline)
+    return wire
 
 
 def check(options: Options) -> None:
@@ -115,7 +152,10 @@ def _prepare_view(start: Start) -> None:
     for name, variable, skip in named:
         path = os.path.join(view.path, name)
         if variable.startswith("/"):
-            if not _link(start, variable, path):
+            try:
+                view.link(variable, name)
+            except OSError as error:
+                start.warn(f"--cache {variable}: left alone: {error.strerror or error}")
                 continue
         elif start.environment.get(variable):
             continue  # the user's own choice: it is neither restored nor saved
@@ -125,25 +165,11 @@ def _prepare_view(start: Start) -> None:
         start.layouts[name] = skip
 
 
-def _link(start: Start, wanted: str, path: str) -> bool:
-    """For an engine that keeps something at a place of its own: a symbolic link from there, where nothing else is."""
-    try:
-        if os.path.islink(wanted) and os.readlink(wanted).startswith(os.path.dirname(os.path.dirname(path))):
-            os.unlink(wanted)
-        os.makedirs(os.path.dirname(wanted), exist_ok=True)
-        os.symlink(path, wanted)
-    except OSError as error:
-        start.warn(f"--cache {wanted}: left alone, {error.strerror or error}")
-        return False
-    return True
-
-
 def _restore(start: Start, wire: Wire) -> None:
     """Ask for a startup cache and put it in place. Raises what makes the start pointless: no such pipeline."""
     options = start.options
     try:
-        start.key = key_of(options.command, start.engine, start.environment)
-        start.key["caches"] = " ".join(options.caches)
+        start.key = key_of(options.command, start.engine, start.environment, options.caches)
     except Exception as error:
         start.warn(f"no startup caches: what they depend on cannot be found out: {type(error).__name__}: {error}")
         start.layouts = {}
@@ -158,6 +184,7 @@ def _restore(start: Start, wire: Wire) -> None:
             without=damaged,
             start=start.identity,
             requested_ns=_requested_ns(options),
+            seconds=BEGIN_SECONDS,
         )
         start.identity, start.generation = str(answer["start"]), str(answer["generation"])
         start.mount, start.outcome = str(answer["mount"]), str(answer["outcome"])

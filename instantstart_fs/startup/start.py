@@ -9,7 +9,7 @@ import time
 
 from instantstart_fs.core.enginetable import Engine
 from instantstart_fs.startup.options import Options
-from instantstart_fs.startup.packing import Seen
+from instantstart_fs.startup.pack import Seen
 from instantstart_fs.startup.views import View
 
 
@@ -44,6 +44,12 @@ class Start:
     @property
     def pipeline(self) -> str:
         return self.options.pipeline
+
+    def do_without(self, why: str) -> None:
+        """Neither restore nor save: ``why`` is said."""
+        self.warn(why)
+        self.outcome, self.restored, self.seen, self.saved = "failed", None, {}, {}
+        self.options.no_save = True
 
     def say(self, text: str) -> None:
         """One line, for people."""

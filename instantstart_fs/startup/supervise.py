@@ -4,7 +4,8 @@ Every signal that somebody sends is passed on; one that the terminal sends (Ctrl
 already, which is in the same foreground group. Standard input is the command's own. As PID 1 whoever is left without a
 parent is reaped. The exit status is the command's, 128 + N when signal N ended it, 126 or 127 when it cannot be run.
 
-The main thread waits in ``sigwaitinfo`` with its signals blocked: without handlers no signal comes at a bad time.
+Until there is a command, a signal that asks to end is raised as ``Interrupted``: nothing that we wait for then may keep
+us. From then on the main thread waits in ``sigwaitinfo`` with its signals blocked: none comes at a bad time.
 """
 
 from __future__ import annotations
@@ -29,14 +30,33 @@ _DEFAULTS = tuple(
 """Python ignores these, and what we start must not inherit that."""
 
 
+class Interrupted(BaseException):
+    """A signal came that asks to end, before the command ran."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class Command:
     """A command that runs. Made once, on the main thread, before any other thread: they inherit its blocked signals."""
 
     def __init__(self) -> None:
-        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED - _ENDING)
+        for number in _ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the command is to ignore it, too
+                signal.signal(number, self._interrupted)
         self.pid = 0
         self.ended_by: int | None = None
         """The first signal that was passed on and asks a process to end."""
+
+    @staticmethod
+    def _interrupted(number: int, _frame: object) -> None:
+        raise Interrupted(number)
+
+    def block(self) -> None:
+        """From here on signals wait until there is a command that they can go to."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
 
     def start(self, words: Sequence[str], environment: Mapping[str, str], streams: Mapping[int, int]) -> int:
         """Start it; 0, or the status to exit with (and what is wrong was said). ``streams``: which of our descriptors

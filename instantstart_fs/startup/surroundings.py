@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,15 +19,20 @@ from instantstart_fs.core.enginetable import (
     is_key_variable,
     key_arguments,
     ranks_of,
+    short_digest,
+    storable,
 )
 
-FORMAT = "1"
+FORMAT = "2"
 """Of the key: raised when what is in it means something else."""
 
 
-def key_of(command: Sequence[str], engine: Engine | None, environment: Mapping[str, str]) -> dict[str, str]:
+def key_of(
+    command: Sequence[str], engine: Engine | None, environment: Mapping[str, str], caches: Sequence[str] = ()
+) -> dict[str, str]:
     """Field → value, all that makes compiled code another but what the daemon knows (the pipeline's owner and
-    generation). Where a version cannot be found, the program's own file stands for it."""
+    generation). Where a version cannot be found, the program's own file stands for it. ``caches``: directories that the
+    user named."""
     name = engine.name if engine is not None else ""
     key = {
         "format": FORMAT,
@@ -34,6 +40,7 @@ def key_of(command: Sequence[str], engine: Engine | None, environment: Mapping[s
         "arguments": key_arguments(command, name),
         "ranks": str(ranks_of(command, name)),
         "machine": os.uname().machine,
+        "caches": shlex.join(caches),
     }
     program = _on_path(command[0], environment)
     interpreter = interpreter_of(command, program)
@@ -46,15 +53,10 @@ def key_of(command: Sequence[str], engine: Engine | None, environment: Mapping[s
         key["program"] = _identity(program)
     for variable, value in environment.items():
         if is_key_variable(variable):
-            key[f"environment {variable}"] = _short(value)
+            key[f"environment {variable}"] = short_digest(value)  # it may be a secret, whatever its name
     key.update(processor())
     key.update(devices(environment))
-    return key
-
-
-def _short(value: str) -> str:
-    """What a variable says may be a secret, whatever its name."""
-    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return storable(key)
 
 
 def _identity(path: str) -> str:

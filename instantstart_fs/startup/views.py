@@ -2,6 +2,8 @@
 
     <base>/<pipeline>/<n>/            n: the lowest that nobody uses, so that a lone replica always has the same path
     <base>/<pipeline>/<n>.lock        held (flock) by `run` and by the command: one whose `run` was killed keeps it
+    <base>/<pipeline>/<n>.links       symbolic links that lead into it from elsewhere (`--cache /ABSOLUTE`): they go
+                                      with it, or before the next one is made there
 
 What is compiled may have its own path in it, so the path is the same from start to start. What an earlier start left
 there is removed first: what is not in the store was not kept.
@@ -9,9 +11,13 @@ there is removed first: what is not in the store was not kept.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import stat
+import time
+from collections.abc import Iterator
 
 MAX_VIEWS = 64
 """Starts of one pipeline on one machine at the same time."""
@@ -36,6 +42,10 @@ def base_directory() -> str:
     return f"/var/tmp/instantstart-startup-{os.geteuid()}"
 
 
+LINKING_SECONDS = 1.0
+"""For which another start that makes its links is waited for."""
+
+
 class View:
     """A private directory. ``descriptor``: its lock, which the command inherits."""
 
@@ -47,7 +57,43 @@ class View:
         """When the command has ended. The lock goes with the last process that has it."""
         import shutil
 
+        with contextlib.suppress(OSError):
+            self._unlink()
         shutil.rmtree(self.path, ignore_errors=True)
+
+    def link(self, place: str, name: str) -> None:
+        """Make ``place``, an absolute path, a symbolic link to ``name`` in it. Raises OSError where something is there
+        that is not the link of a start that has ended."""
+        base = os.path.dirname(os.path.dirname(self.path))
+        with _linking(base):
+            try:
+                found = os.readlink(place)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(place), exist_ok=True)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                raise FileExistsError(errno.EEXIST, "something else is there") from error
+            else:
+                _check_left(base, found)
+                os.unlink(place)
+            with open(f"{self.path}.links", "ab") as file:  # first: what is not in it stays when we are killed
+                file.write(os.fsencode(place) + b"\0")
+            os.symlink(os.path.join(self.path, name), place)
+
+    def _unlink(self) -> None:
+        """Raises OSError."""
+        known = f"{self.path}.links"
+        try:
+            with open(known, "rb") as file:
+                places = file.read().split(b"\0")
+        except FileNotFoundError:
+            return
+        for place in filter(None, places):
+            with contextlib.suppress(OSError):
+                if os.readlink(place).startswith(os.fsencode(self.path) + b"/"):
+                    os.unlink(place)
+        os.unlink(known)
 
     def empty(self) -> None:
         """Raises OSError."""
@@ -78,6 +124,7 @@ def take_view(pipeline: str, base: str) -> View:
                 continue
             view = View(path, lock)
             try:
+                view._unlink()
                 view.empty()
             except OSError:
                 os.close(lock)
@@ -87,3 +134,39 @@ def take_view(pipeline: str, base: str) -> View:
     except OSError as error:
         raise NoView(f"{base}: {error.strerror or error}") from error
     raise NoView(f"{directory}: {MAX_VIEWS} starts use their directories already")
+
+
+def _check_left(base: str, found: str) -> None:
+    """Raises OSError unless a link to ``found`` was left by a start that has ended."""
+    below = os.path.relpath(found, base).split("/")  # <pipeline>/<n>/<name>
+    if len(below) != 3 or below[0] == ".." or not below[1].isdecimal():
+        raise FileExistsError(errno.EEXIST, "it is a link to somewhere else")
+    try:
+        lock = os.open(os.path.join(base, *below[:1], f"{below[1]}.lock"), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FileExistsError(errno.EEXIST, "another start, which still runs, has it") from error
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _linking(base: str) -> Iterator[None]:
+    """One start of this user at a time. Raises OSError."""
+    lock = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        end = time.monotonic() + LINKING_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(lock)

@@ -47,8 +47,10 @@ class Wire:
                     ) from error
             time.sleep(0.1)
 
-    def ask(self, operation: str, **fields: object) -> Any:
-        """The result; descriptors that came with it are in ``descriptors``."""
+    def ask(self, operation: str, *, seconds: float = ANSWER_SECONDS, **fields: object) -> Any:
+        """The result; descriptors that came with it are in ``descriptors``. ``seconds``: for which it may say
+        nothing."""
+        self._socket.settimeout(seconds)
         self.send(operation, **fields)
         while True:
             message = self.receive()
@@ -72,7 +74,9 @@ class Wire:
                     65536, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
                 )
             except TimeoutError as error:
-                raise DaemonUnreachable(f"{self.path}: the daemon said nothing for {ANSWER_SECONDS:g} s") from error
+                raise DaemonUnreachable(
+                    f"{self.path}: the daemon said nothing for {self._socket.gettimeout():g} s"
+                ) from error
             except OSError as error:
                 raise DaemonUnreachable(f"{self.path}: {error.strerror or error}") from error
             for level, kind, payload in ancillary:

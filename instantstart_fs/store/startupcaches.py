@@ -20,6 +20,7 @@ import time
 import msgspec
 
 from instantstart_fs.core.startupcache import StartupRecord
+from instantstart_fs.core.startuppack import BadPack, read_index
 from instantstart_fs.errors import StoreDamaged, StoreFull, StoreLost
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.store.layout import DIRECTORY_MODE, FILE_MODE, STARTUP, generation_number
@@ -167,7 +168,13 @@ def problem(store: BlobStore, pipeline: str, record: StartupRecord) -> str | Non
     with translated(f"read startup cache {record.number} of {pipeline}"), open(fd, "rb") as file:
         while data := file.read(_BLOCK):
             hasher.update(data)
-    return None if hasher.hexdigest() == record.digest else "its bytes are not those that were saved"
+        if hasher.hexdigest() != record.digest:
+            return "its bytes are not those that were saved"
+        try:
+            read_index(file.fileno(), record.size)
+        except BadPack as error:
+            return f"no start can use it: {error}"
+    return None
 
 
 def taken(record: StartupRecord) -> int:

@@ -3,9 +3,14 @@ start gets, what a pack may hold, what an engine's log says."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -26,10 +31,11 @@ from instantstart_fs.core.enginetable import (
     port_of,
     ranks_of,
 )
-from instantstart_fs.core.startupcache import KEPT, StartupRecord, choose, surplus, whole_key
+from instantstart_fs.core.startupcache import KEPT, StartupRecord, check_key, choose, surplus, whole_key
 from instantstart_fs.core.startuppack import BadPack, decode_index, encode_index, index_length, is_safe
 from instantstart_fs.startup import options, surroundings
-from instantstart_fs.startup.packing import pack, scan, unpack
+from instantstart_fs.startup import pack as packs
+from instantstart_fs.startup.pack import pack, scan, unpack
 from instantstart_fs.startup.views import NoView, take_view
 
 KEY = {"engine": "vllm", "package torch": "2.13.0", "arguments": "serve /models/x", "driver": "580.1"}
@@ -349,9 +355,7 @@ def test_the_requests_of_the_quick_client_are_those_of_the_protocol() -> None:
 
 
 def test_what_runs_before_the_engine_imports_nothing_that_takes_time() -> None:
-    import subprocess
-
-    program = "import sys; from instantstart_fs.startup import run, following, options, wire; print(*sys.modules)"
+    program = "import sys; from instantstart_fs.startup import run, follower, options, wire; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     heavy = {"msgspec", "typer", "rich", "trio", "subprocess", "asyncio", "logging", "urllib.request", "http.client"}
     assert heavy & set(done.stdout.split()) == set()
@@ -385,3 +389,224 @@ def test_the_table_names_each_variable_once() -> None:
     variables = [layout.variable for layout in enginetable.LAYOUTS]
     names = [layout.name for layout in enginetable.LAYOUTS]
     assert len(set(variables)) == len(variables) and len(set(names)) == len(names)
+
+
+# ---------------------------------------------------------------- what a review found
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (["x", "p q", "r"], ["x", "p", "q r"]),
+        (["x", "--key-frame", "--mode", "fast"], ["x", "--key-frame", "--kind", "fast"]),
+        (["x", "--key-size", "64"], ["x", "--key-size", "128"]),
+        (["vllm", "--kv-key-dtype=fp8"], ["vllm", "--kv-key-dtype=fp16"]),
+    ],
+)
+def test_two_commands_that_differ_have_two_keys(one: list[str], two: list[str]) -> None:
+    engine = "vllm" if one[0] == "vllm" else ""
+    assert key_arguments(one, engine) != key_arguments(two, engine)
+
+
+def test_directories_sources_and_variables_are_told_apart() -> None:
+    one = surroundings.key_of(["x"], None, {}, ["/a b", "/c"])
+    assert differences(one, surroundings.key_of(["x"], None, {}, ["/a", "b /c"])) == ("caches",)
+    parts = {"uid": 1, "generation": 1, "revision": "r"}
+    assert whole_key({}, sources=["a b"], **parts) != whole_key({}, sources=["a", "b"], **parts)
+    assert is_key_variable("VLLM_MAX_TOKENS_PER_STEP") and is_key_variable("TORCH_TOKENIZER_KIND")
+    assert not is_key_variable("SGLANG_HF_TOKEN")
+
+
+@pytest.mark.parametrize("word", ["x" * 9000, "\udcff", "é" * 4000, ""])
+def test_a_key_of_any_argument_can_be_sent_and_kept(word: str) -> None:
+    engine = engine_of(["vllm"])
+    environment = {"VLLM_A": word, f"VLLM_{word}": "1"}
+    keys = [surroundings.key_of(["vllm", "serve", word + end], engine, environment) for end in ("", "y")]
+    check_key(keys[0])
+    request = protocol.StartupBegin("p", keys[0])
+    assert protocol.decode_request(protocol.encode_request(request)[:-1]) == request
+    assert differences(*keys) == ("arguments",)
+
+
+def test_a_key_of_very_many_fields_is_one_field() -> None:
+    engine = engine_of(["vllm"])
+    many = {f"VLLM_{number}": "1" for number in range(5000)}
+    key = surroundings.key_of(["vllm"], engine, many)
+    check_key(key)
+    assert key != surroundings.key_of(["vllm"], engine, {**many, "VLLM_7": "2"})
+
+
+def test_what_a_pack_could_not_give_back_is_left_out_of_it(tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    (root / "triton").mkdir(parents=True)
+    old = root / "triton" / "old"
+    old.write_text("x")
+    os.utime(old, ns=(-1_000_000_000, -1_000_000_000))
+    deep = root / "triton"
+    try:
+        for _ in range(15):
+            deep = deep / ("d" * 200)
+            deep.mkdir()
+        (deep / "f").write_text("too far down")
+    except OSError:  # a temporary directory with a long name
+        pass
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("not the engine's")
+    (root / "inductor").symlink_to(tmp_path / "elsewhere")
+    seen = scan(str(root), {"triton": (), "inductor": ()})
+    assert seen == {"triton/old": (1, 0, old.stat().st_mode & 0o777)}
+    fd = os.open(tmp_path / "pack", os.O_RDWR | os.O_CREAT)
+    try:
+        size, digest, files = pack(str(root), seen, fd)
+        (tmp_path / "b").mkdir()
+        assert files == 1
+        assert unpack(fd, size, digest, str(tmp_path / "b"), lambda layout: True) == seen
+    finally:
+        os.close(fd)
+
+
+def test_an_index_larger_than_a_restore_takes_is_no_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tree(tmp_path / "a")
+    monkeypatch.setattr(packs, "MAX_INDEX", 20)
+    with pytest.raises(packs.TooMuch), (tmp_path / "pack").open("wb") as out:
+        pack(str(root), scan(str(root), {"triton": ()}), out.fileno())
+
+
+def test_a_path_that_is_a_file_and_a_directory_is_no_index() -> None:
+    body = msgspec.json.encode([["a/b", 0, 0, 0o644, 0], ["a/b/c/d", 0, 0, 0o644, 0]])
+    with pytest.raises(BadPack, match="directory as well"):
+        decode_index(body, 1000)
+
+
+def test_a_link_from_elsewhere_is_taken_over_only_from_a_start_that_has_ended(tmp_path: Path) -> None:
+    base, place = str(tmp_path / "base"), tmp_path / "fixed" / "cache"
+    other = take_view("my-llm", base)
+    other.link(str(place), "user-1")
+    mine = take_view("my", base)
+    with pytest.raises(FileExistsError, match="still runs"):
+        mine.link(str(place), "user-1")
+    second = take_view("my-llm", base)
+    with pytest.raises(FileExistsError, match="still runs"):
+        second.link(str(place), "user-1")
+    assert os.readlink(place) == f"{other.path}/user-1"
+
+    os.close(other.descriptor)  # killed: its link stays, and its directory
+    mine.link(str(place), "user-1")
+    assert os.readlink(place) == f"{mine.path}/user-1"
+    mine.remove()
+    assert not os.path.lexists(place), "a link that leads nowhere would keep the engine from making the directory"
+    assert not os.path.lexists(f"{mine.path}.links")
+
+    place.write_text("the user's")
+    with pytest.raises(FileExistsError, match="something else"):
+        second.link(str(place), "user-1")
+    assert place.read_text() == "the user's"
+    for view in (mine, second):
+        os.close(view.descriptor)
+
+
+def test_links_that_a_killed_start_left_go_before_the_next_one(tmp_path: Path) -> None:
+    base, place = str(tmp_path / "base"), tmp_path / "cache"
+    killed = take_view("p", base)
+    killed.link(str(place), "user-1")
+    os.close(killed.descriptor)
+    again = take_view("p", base)
+    assert again.path == killed.path and not os.path.lexists(place)
+    place.symlink_to("/somewhere")
+    with pytest.raises(FileExistsError, match="somewhere else"):
+        again.link(str(place), "user-1")
+    os.close(again.descriptor)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_start_that_waits_for_its_daemon_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    program = (
+        "import sys; from instantstart_fs.startup import options, run, wire\n"
+        "ask = wire.time.sleep\n"
+        "def waits(seconds): print('waits', flush=True); ask(60)\n"
+        "wire.time.sleep = waits\n"
+        f"sys.exit(run.run(options.plain(['run', 'p', '--socket', {str(tmp_path / 'none.sock')!r}, '--', 'true'])))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"waits\n"
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class OldDaemon(threading.Thread):
+    """Answers as a daemon does that knows nothing of startup caches, or that says what ``answers`` has."""
+
+    def __init__(self, path: Path, answers: dict[str, dict[str, object]]) -> None:
+        super().__init__(daemon=True)
+        self.answers = answers
+        self.asked: list[str] = []
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen()
+
+    def run(self) -> None:
+        kept = []
+        while True:
+            connection, _ = self.listener.accept()
+            kept.append(connection)
+            threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection: socket.socket) -> None:
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                operation = json.loads(line)["request"]["op"]
+                self.asked.append(operation)
+                answer = self.answers.get(operation, {"type": "done", "result": None})
+                connection.sendall(json.dumps(answer).encode() + b"\n")
+
+
+@pytest.mark.parametrize("code", ["usage", "pipeline-busy", "store-damaged", "control-protocol"])
+def test_whatever_is_wrong_with_caches_the_command_runs(tmp_path: Path, code: str) -> None:
+    daemon = OldDaemon(
+        tmp_path / "s", {"startup-begin": {"type": "failed", "code": code, "message": "it is not known here"}}
+    )
+    daemon.start()
+    program = (
+        "import sys; from instantstart_fs.startup import options, run\n"
+        f"sys.exit(run.run(options.plain(['run', 'p', '--socket', {str(tmp_path / 's')!r}, '--no-stage', '--', "
+        "'sh', '-c', 'echo ran; exit 5'])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "INSTANTSTART_STARTUP_DIR": str(tmp_path / "views")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("ran\n", 5), done.stderr
+    assert "no startup cache: it is not known here" in done.stderr
+    assert daemon.asked[:2] == ["startup-begin", "lease"] and "startup-save" not in daemon.asked
+
+
+def test_a_pattern_that_takes_for_ever_holds_no_output_up(tmp_path: Path) -> None:
+    daemon = OldDaemon(tmp_path / "s", {"startup-begin": {"type": "failed", "code": "usage", "message": "no"}})
+    daemon.start()
+    program = (
+        "import sys; from instantstart_fs.startup import options, run\n"
+        f"sys.exit(run.run(options.plain(['run', 'p', '--socket', {str(tmp_path / 's')!r}, '--no-stage', "
+        "'--ready-log', '(a+)+$', '--', sys.executable, '-c', \"print('a' * 60 + 'b'); print('x' * 3_000_000)\"])))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and len(done.stdout) > 3_000_000, done.stderr
+
+
+def test_a_closed_standard_descriptor_is_nobody_elses() -> None:
+    program = (
+        "import os; from instantstart_fs.cli import terminal; terminal.prepare()\n"
+        "import socket; one, two = socket.socketpair()\n"
+        "os.write(2, repr([one.fileno() > 2, two.fileno() > 2, os.get_inheritable(1)]).encode())"
+    )
+    words = ["sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, "-c", program]
+    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert done.stderr == "[True, True, False]"

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable
 
 from instantstart_fs.core.enginetable import host_of, port_of
-from instantstart_fs.errors import InstantStartError
+from instantstart_fs.errors import DaemonUnreachable, InstantStartError
 from instantstart_fs.startup.wire import Wire
 
 TYPE_CHECKING = False  # the module itself takes 3 ms of every command
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from typing import Any
 
+    from instantstart_fs.startup.pattern import Pattern
     from instantstart_fs.startup.start import Start
     from instantstart_fs.startup.supervise import Command
 
@@ -47,11 +49,11 @@ class Listening:
 
         self.log = EngineLog(start.engine.name if start.engine is not None else "")
         self.matched = threading.Event()
-        self._pattern: Any = None
+        self._pattern: Pattern | None = None
         if start.options.ready_log:
-            import re
+            from instantstart_fs.startup.pattern import Pattern
 
-            self._pattern = re.compile(start.options.ready_log)
+            self._pattern = Pattern(start.options.ready_log, self.matched.set, start.warn)
         self.streams: dict[int, int] = {}
         """Descriptor of the command's → our end of its pipe."""
         self._reads: dict[int, int] = {}
@@ -59,15 +61,15 @@ class Listening:
         for stream in (1, 2):
             if self._pattern is None and (not self.log.listens or _is_terminal(stream)):
                 continue
-            try:
-                os.fstat(stream)
-            except OSError:
-                continue  # closed: the command shall find it closed
+            if not os.get_inheritable(stream):
+                continue  # it was closed (cli/terminal.py): the command shall find it closed
             read, write = os.pipe2(os.O_CLOEXEC)
             self.streams[stream], self._reads[stream] = write, read
 
-    def begin(self) -> None:
-        """Once the command has its ends."""
+    def begin(self, mask: Collection[int]) -> None:
+        """Once the command has its ends. ``mask``: the signals that are blocked in the command."""
+        if self._pattern is not None:
+            self._pattern.begin(mask)
         for stream, write in self.streams.items():
             os.close(write)
             thread = threading.Thread(target=self._pass_on, args=(stream,), name=f"output {stream}", daemon=True)
@@ -79,6 +81,13 @@ class Listening:
         end = time.monotonic() + DRAIN_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        if self._pattern is not None:
+            self._pattern.end()
+
+    def end(self) -> None:
+        """Nobody asks any more whether the pattern was matched."""
+        if self._pattern is not None:
+            self._pattern.kill()
 
     def _pass_on(self, stream: int) -> None:
         read, rest = self._reads[stream], b""
@@ -100,10 +109,9 @@ class Listening:
         self._hear(rest)
 
     def _hear(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace")
-        self.log.line(text)
-        if self._pattern is not None and not self.matched.is_set() and self._pattern.search(text):
-            self.matched.set()
+        self.log.line(line.decode("utf-8", "replace"))
+        if self._pattern is not None and not self.matched.is_set():
+            self._pattern.hear(line)
 
 
 def _write(stream: int, view: memoryview) -> int:
@@ -141,7 +149,10 @@ class Follower:
         self._watch: threading.Thread | None = None
 
     def begin(self) -> None:
-        self._listening.begin()
+        try:
+            self._listening.begin(self._command.mask)
+        except OSError as error:
+            self._start.warn(f"--ready-log: it is not looked for: {error.strerror or error}")
         for name, target in (("lease", self._keep_leased), ("watch", self._follow), ("stage", self._stage)):
             thread = threading.Thread(target=self._guarded, args=(name, target), name=name, daemon=True)
             thread.start()
@@ -160,6 +171,7 @@ class Follower:
             work.join(0.02)
             if signal.sigtimedwait({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP}, 0) is not None:
                 break
+        self._listening.end()
         if self._start.view is not None:
             self._start.view.remove()
         return status
@@ -313,11 +325,21 @@ class Follower:
             return
         from instantstart_fs.config.memory import read_memory
 
-        wire = Wire(self._start.socket)
+        memory = read_memory(active=True)
+        left = int(min(memory.available, *memory.cgroups_left, memory.available) * STAGED_SHARE)
+        read: set[str] = set()
+        while not self._ended.is_set():
+            try:
+                self._stage_from(Wire(self._start.socket), left, read)
+                return
+            except DaemonUnreachable:  # it is being restarted: go on where we were
+                if self._ended.wait(LEASE_RETRY):
+                    return
+
+    def _stage_from(self, wire: Wire, left: int, read: set[str]) -> None:
+        """Files but those in ``read``, which it adds to, in at most ``left`` bytes."""
         try:
             wire.send("open", pipeline=self._start.pipeline)
-            memory = read_memory(active=True)
-            left = int(min(memory.available, *memory.cgroups_left, memory.available) * STAGED_SHARE)
             while not self._ended.is_set():
                 message = wire.receive()
                 if message.get("type") == "done":
@@ -325,7 +347,9 @@ class Follower:
                 for file in message.get("files", ()):
                     # The first is the plain one; what follows is the same file opened O_DIRECT.
                     count = int(file["descriptors"])
-                    left -= self._read_ahead(wire.descriptors[0], left)
+                    if file["path"] not in read:
+                        left -= self._read_ahead(wire.descriptors[0], left)
+                        read.add(file["path"])
                     for descriptor in wire.descriptors[:count]:
                         os.close(descriptor)
                     del wire.descriptors[:count]
@@ -360,7 +384,7 @@ class Follower:
 
     # -- what the daemon is told -----------------------------------------------------------------------------------
 
-    def _ask(self, operation: str, **fields: object) -> Any:
+    def _ask(self, operation: str, **fields: Any) -> Any:
         wire = Wire(self._start.socket, patience=2.0)
         try:
             return wire.ask(operation, pipeline=self._start.pipeline, **fields)
@@ -396,17 +420,17 @@ class Follower:
         if self._told or "ready" not in self._moments or (start.options.quiet and not start.options.report):
             return
         self._told = True
-        from instantstart_fs.startup import telling
+        from instantstart_fs.startup import report
 
         record = None
         try:
-            record = telling.record_of(start.socket, start.pipeline, start.identity)
+            record = report.record_of(start.socket, start.pipeline, start.identity)
         except InstantStartError as error:
             start.warn(f"where its time went is not known: {error.message}")
-        for line in telling.lines(start, self._moments, self._listening.log.phases, record):
+        for line in report.lines(start, self._moments, self._listening.log.phases, record):
             start.say(line)
         if start.options.report:
-            telling.write(start, self._moments, self._listening.log.phases, record, start.options.report)
+            report.write(start, self._moments, self._listening.log.phases, record, start.options.report)
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -415,12 +439,12 @@ class Follower:
         start = self._start
         if start.view is None or not start.layouts or start.options.no_save or start.outcome == "not-owner":
             return
-        from instantstart_fs.startup import saving
+        from instantstart_fs.startup import save
 
         with self._saving:
             try:
-                saved = saving.save(start)
-            except (OSError, saving.TooMuch) as error:
+                saved = save.save(start)
+            except (OSError, save.TooMuch) as error:
                 start.warn(f"startup cache not saved: {getattr(error, 'strerror', None) or error}")
             except InstantStartError as error:
                 start.warn(f"startup cache not saved: {error.message}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.errors import ControlProtocolError, InstantStartError
-from instantstart_fs.startup.packing import BLOCK, TooMuch, pack, scan
+from instantstart_fs.startup.pack import BLOCK, TooMuch, pack, scan
 from instantstart_fs.startup.wire import Wire
 
 if TYPE_CHECKING:

@@ -14,12 +14,14 @@ from instantstart_fs.core.enginetable import SKIPPED_SUFFIXES
 from instantstart_fs.core.startuppack import (
     MAX_BYTES,
     MAX_FILES,
+    MAX_INDEX,
     TAIL,
     BadPack,
     Entry,
-    decode_index,
     encode_index,
-    index_length,
+    is_safe,
+    mtime_of,
+    read_index,
     start_of,
 )
 
@@ -43,7 +45,8 @@ def scan(root: str, skip: Mapping[str, tuple[str, ...]]) -> Seen:
     found: Seen = {}
     total = 0
     for layout, left_out in skip.items():
-        pending = [layout]
+        # A link in place of a layout's directory is none of ours, as one in it is not.
+        pending = [layout] if not os.path.islink(os.path.join(root, layout)) else []
         while pending:
             directory = pending.pop()
             try:
@@ -56,13 +59,15 @@ def scan(root: str, skip: Mapping[str, tuple[str, ...]]) -> Seen:
                     continue
                 with contextlib.suppress(OSError, UnicodeEncodeError):
                     path.encode("utf-8")
+                    if not is_safe(path):
+                        continue  # too long a path: a pack with it could not be restored
                     if entry.is_dir(follow_symlinks=False):
                         if entry.name != "__pycache__":
                             pending.append(path)
                         continue
                     status = entry.stat(follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode):
-                        found[path] = (status.st_size, status.st_mtime_ns, status.st_mode & 0o777)
+                        found[path] = (status.st_size, mtime_of(status.st_mtime_ns), status.st_mode & 0o777)
                         total += status.st_size
             if len(found) > MAX_FILES or total > MAX_BYTES:
                 raise TooMuch(f"more than {MAX_FILES} files or {MAX_BYTES} bytes")
@@ -71,7 +76,7 @@ def scan(root: str, skip: Mapping[str, tuple[str, ...]]) -> Seen:
 
 def pack(root: str, seen: Seen, out: int) -> tuple[int, str, int]:
     """Write these files of ``root`` to the descriptor ``out``, from its beginning: (bytes, SHA-256, files). A file that
-    changes meanwhile is left out: the engine still works on it. Raises OSError of ``out``."""
+    changes meanwhile is left out: the engine still works on it. Raises OSError of ``out``, TooMuch."""
     hasher = hashlib.sha256()
     entries: list[Entry] = []
     at = 0
@@ -105,13 +110,16 @@ def pack(root: str, seen: Seen, out: int) -> tuple[int, str, int]:
                 entries.append(Entry(path, offset, size, mode, mtime_ns))
         finally:
             os.close(fd)
-    put(encode_index(entries))
+    index = encode_index(entries)
+    if len(index) - TAIL > MAX_INDEX:
+        raise TooMuch(f"an index of more than {MAX_INDEX} bytes")
+    put(index)
     return at, hasher.hexdigest(), len(entries)
 
 
 def _is_still(fd: int, size: int, mtime_ns: int) -> bool:
     status = os.fstat(fd)
-    return stat.S_ISREG(status.st_mode) and (status.st_size, status.st_mtime_ns) == (size, mtime_ns)
+    return stat.S_ISREG(status.st_mode) and (status.st_size, mtime_of(status.st_mtime_ns)) == (size, mtime_ns)
 
 
 def digest_of(fd: int, size: int) -> str:
@@ -129,13 +137,9 @@ def unpack(fd: int, size: int, digest: str, root: str, wanted: Callable[[str], b
     BadPack for one that is not what its digest says, OSError of the disk."""
     if os.fstat(fd).st_size != size or digest_of(fd, size) != digest:
         raise BadPack("its bytes are not those that were saved")
-    length = index_length(os.pread(fd, TAIL, max(size - TAIL, 0)))
-    body = os.pread(fd, length, max(size - TAIL - length, 0))
-    if len(body) != length:
-        raise BadPack("it is cut short")
     made: set[str] = set()
     found: Seen = {}
-    for entry in decode_index(body, size):
+    for entry in read_index(fd, size):
         layout, _, rest = entry.path.partition("/")
         if not rest or not wanted(layout):
             continue
