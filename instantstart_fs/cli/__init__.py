@@ -75,7 +75,7 @@ def _run(arguments: list[str]) -> int:
 def _fail(error: InstantStartError, arguments: list[str]) -> int:
     terminal.flush()  # what was said before it comes first
     with contextlib.suppress(OSError):
-        print(f"instantstart: {error.message}", file=sys.stderr)
+        print(terminal.wrapped(f"instantstart: {error.message}", sys.stderr), file=sys.stderr)
         if "--json" in arguments:
             import json
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
 from instantstart_fs.cli.commands import (
     cold_starts,
+    configuration,
     installation,
     listing,
     mount,
@@ -17,6 +19,7 @@ from instantstart_fs.cli.commands import (
     service,
     startup,
 )
+from instantstart_fs.cli.options import Socket
 from instantstart_fs.cli.verbs import Verbs
 from instantstart_fs.cli.version import version_line
 
@@ -42,8 +45,25 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    socket: Socket = None,
 ) -> None:
     """Model weights on NVMe, read through a mount: add a pipeline, point the engine at its directory."""
+    if socket is not None:
+        os.environ["INSTANTSTART_SOCKET"] = socket  # as if it were said there; --socket after the verb wins
+
+
+@app.command(hidden=True)
+def version() -> None:
+    """Print the version."""
+    print(version_line())
+
+
+@app.command("help", hidden=True)
+def help_(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]...", show_default=False)] = None,
+) -> None:
+    """Show the help of a command."""
+    app(args=[*(words or ()), "--help"], prog_name="instantstart", standalone_mode=True)
 
 
 # In the order of `instantstart --help`.
@@ -53,3 +73,4 @@ app.add_typer(startup.caches, name="startup-cache")
 app.add_typer(prefetch.commands, name="prefetch")
 app.add_typer(regional.commands, name="regional")
 app.add_typer(installation.service, name="service")
+app.add_typer(configuration.config, name="config")

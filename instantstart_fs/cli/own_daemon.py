@@ -22,6 +22,7 @@ from instantstart_fs.config.places import (
     default_mount,
     default_socket,
     find_config,
+    find_socket,
     machine_socket,
     make_run_directory,
     own_config,
@@ -164,6 +165,17 @@ def _is_dead(path: str) -> bool:
     thread.start()
     thread.join(PROBE_DEADLINE)
     return found[:1] in ([errno.ENOTCONN], [errno.ECONNABORTED])
+
+
+def log_command(socket: str | None, follow: bool, lines: int) -> list[str]:
+    """The program that shows the log of the daemon of that socket. Raises InstantStartError where nobody keeps one."""
+    path = find_socket(socket)
+    log = os.path.join(os.path.dirname(os.path.abspath(path)), LOG_NAME)
+    if path != machine_socket() or not os.path.exists(UNIT):
+        if os.path.exists(log):
+            return ["tail", "-n", str(lines), *(["-F"] if follow else []), log]
+        raise InstantStartError(f"there is no {log}; `mount` and `start` keep it there, `serve` writes to its terminal")
+    return ["journalctl", "-u", "instantstart", "-n", str(lines), *(["-f"] if follow else ["--no-pager"])]
 
 
 def _last_line(log: str) -> str:

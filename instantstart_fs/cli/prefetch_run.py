@@ -78,12 +78,15 @@ def run(
     on_staged: Callable[[Stage], None],
 ) -> None:
     """Stage; ``on_staged`` once all is in place; hold if asked to."""
+    if devices == "auto":
+        _say(quiet, f"{pipeline}: importing torch, to find the GPUs …")
     wanted = devices_of(devices)
     path = hold_socket(pipeline) if hold else ""
     wanted_at = deadlines_of(deadlines)
     with _terminated(), LeaseSourceContext(pipeline, socket, wanted_at) as source:
         made = plan(source.weights, None, wanted, tensor_parallel, deadlines=wanted_at)
         stager = Stager(source, backend=backend, readers=readers, what_fits=what_fits)
+        _say(quiet, f"{pipeline}: starting a worker for each of {', '.join(wanted)} (each imports torch) …")
         with stager.start(made) as stage:
             for report in stage.progress():
                 for name, reason in report.refusals:
@@ -101,6 +104,12 @@ def run(
                 if not holder.over:
                     _keep(pipeline, stage, source, holder)
                 print(f"{pipeline}: {holder.over}")
+
+
+def _say(quiet: bool, text: str) -> None:
+    """To who looks on: importing torch takes seconds in which nothing else can be shown."""
+    if not quiet and sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _keep(pipeline: str, stage: Stage, source: LeaseSource, holder: Holder) -> None:

@@ -119,8 +119,8 @@ def chosen(statuses: Sequence[PipelineStatus], wanted: Sequence[str]) -> list[Pi
 
 
 CHIP = "●"
-HEADER = ("", "PIPELINE", "STATE", "%", "SIZE", "FILL", "LAST ACCESS", "HOT UNTIL", "SOURCE", "")
-CHIP_COLUMN, NAME, STATE, SIZE, FILL, LAST_ACCESS, HOT_UNTIL, SOURCE, NOTE = 0, 1, 2, 4, 5, 6, 7, 8, 9
+HEADER = ("", "PIPELINE", "STATE", "%", "SIZE", "FILL", "REQUESTED", "HOT UNTIL", "SOURCE", "")
+CHIP_COLUMN, NAME, STATE, SIZE, FILL, LAST_REQUEST, HOT_UNTIL, SOURCE, NOTE = 0, 1, 2, 4, 5, 6, 7, 8, 9
 
 
 def pipelines(statuses: Sequence[PipelineStatus], *, width: int | None = None) -> str:
@@ -221,7 +221,7 @@ def _fitting(natural: Sequence[int], room: int, *, filling: bool) -> dict[int, i
         drop(FILL)
     drop(SOURCE)
     shrink(NAME, 16)
-    for position in (HOT_UNTIL, NOTE, LAST_ACCESS):
+    for position in (HOT_UNTIL, NOTE, LAST_REQUEST):
         drop(position)
     if filling and FILL in widths and 0 < excess() <= widths[SIZE] + 1:
         drop(SIZE)  # beside the share, how fast and how long yet say more

@@ -149,3 +149,15 @@ def discard_output(stream: Any, status: int) -> int:
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
     return status
+
+
+def wrapped(text: str, stream: Any, width: int | None = None) -> str:
+    """One line as it is for programs; on a terminal in lines of its ``width`` (None: ask it), broken between words and
+    going on below the first word, so that what is to be copied stays whole."""
+    if not stream.isatty():
+        return text
+    import shutil
+    import textwrap
+
+    room = max(20, width or shutil.get_terminal_size().columns)
+    return textwrap.fill(text, room, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

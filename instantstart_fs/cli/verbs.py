@@ -8,11 +8,73 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from instantstart_fs.errors import without_secrets
+from instantstart_fs.config import places
+from instantstart_fs.errors import UsageError, without_secrets
+
+TASKS = (
+    ("Try a model", ("mount", "unmount")),
+    ("Pipelines", ("add", "update", "remove", "evict", "pin", "unpin", "touch", "warm", "verify")),
+    ("What is there", ("ls", "status", "explain")),
+    ("Start an engine", ("run", "lease", "mark", "prefetch", "startup-cache")),
+    ("The daemon", ("start", "stop", "serve", "logs", "doctor", "fsck", "config", "service")),
+)
+"""The tasks of `instantstart --help`, and their commands. What is in none comes last."""
+ALIASES = {"rm": "remove", "delete": "remove", "list": "ls", "ps": "ls", "umount": "unmount", "info": "status"}
+"""What people type for a command that has another name here."""
+ANSWERS = {
+    "pull": "`add ID SOURCE --warm` fetches a new one, `warm ID --wait` what an added one lacks, `update ID` a newer "
+    "revision",
+    "get": "`mount SOURCE DIR` shows a model in DIR; `add ID SOURCE` adds it under an id",
+    "download": "`add ID SOURCE --warm` fetches a model; `mount SOURCE DIR` shows it in DIR",
+    "create": "`add ID SOURCE` makes a pipeline",
+    "restart": "`stop`, then `start`; as a service: `systemctl restart instantstart`",
+    "login": "`hf auth login` keeps a token that is used here, too; or `add … --token-file FILE`",
+    "install": "`service install` makes it a service of systemd",
+    "clean": "`evict ID` frees its bytes, `remove ID` forgets it; beyond the watermark the oldest go by themselves",
+    "gc": "`evict ID` frees its bytes, `remove ID` forgets it; of the region's tier: `regional gc`",
+}
+"""What to do instead of a command that is not here."""
+
+
+def _epilog() -> str:
+    return f"""\
+Examples:
+  instantstart mount Qwen/Qwen3-8B ./qwen       one command: ./qwen shows it
+  instantstart add my-llm hf://Qwen/Qwen3-8B    then {places.default_mount()}/my-llm
+  instantstart warm my-llm --wait               fetch it before it is needed
+  instantstart run my-llm -- vllm serve {places.default_mount()}/my-llm
+
+Default places for this user:
+  mount   {places.default_mount()}
+  store   {places.default_store()}
+  socket  {places.default_socket()}
+"""
 
 
 class Verbs(TyperGroup):
     """All of them. What a complaint about the words of a line repeats of it goes into logs of scripts, too."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or super().get_command(ctx, ALIASES.get(cmd_name, ""))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in ANSWERS and args[0] not in self.commands:
+            raise UsageError(f"there is no `{args[0]}`: {ANSWERS[args[0]]}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        left = {name: found for name in self.list_commands(ctx) if not (found := self.commands[name]).hidden}
+        limit = formatter.width - 6 - max(map(len, left), default=0)
+        tasks = [(title, [name for name in names if name in left]) for title, names in TASKS]
+        listed = {name for _, names in tasks for name in names}
+        tasks.append(("More", [name for name in left if name not in listed]))
+        for title, names in tasks:
+            if names:
+                with formatter.section(title):
+                    formatter.write_dl([(name, left[name].get_short_help_str(limit)) for name in names])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(f"\n{_epilog()}")
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -169,6 +169,11 @@ def load_config(file: str | None = None, *, mount: str | None = None, store: str
     return _build(raw, path, _drop_ins(path), mount, store)
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema of the file, for editors. It knows keys and types; ``load_config`` knows more."""
+    return msgspec.json.schema(_File)
+
+
 def load_pipelines(file: str | None) -> tuple[PipelineSpec, ...]:
     """The pipelines of the configuration at ``file`` (``Config.file``) alone, for SIGHUP. Raises ConfigError."""
     return () if file is None else load_config(file).pipelines

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from instantstart_fs.core.humanize import did_you_mean
 from instantstart_fs.core.urls import s3_url_problem, url_problem
 from instantstart_fs.errors import ConfigError, UsageError
 
@@ -34,9 +35,16 @@ def convert(data: Any, kind: type[_T], path: str, prefix: str = "") -> _T:
         reason, key = (match["reason"], (match["key"] or "").lstrip(".")) if match else (str(error), "")
         unknown = _UNKNOWN.match(reason)
         if unknown:
-            key, reason = f"{key}.{unknown['field']}".lstrip("."), "unknown key"
+            field = unknown["field"]
+            key, reason = f"{key}.{field}".lstrip("."), f"unknown key{did_you_mean(field, _keys(kind))}"
         key = f"{prefix}{key}".rstrip(".")
         raise ConfigError(f"{path}: {key}: {reason}" if key else f"{path}: {reason}") from error
+
+
+def _keys(kind: type[Any]) -> list[str]:
+    """The names of all keys of ``kind`` and of the tables within."""
+    _, parts = msgspec.json.schema_components([kind])
+    return sorted({key for part in parts.values() for key in part.get("properties", {})})
 
 
 class At:

@@ -82,7 +82,7 @@ class Client:
         else:
             reason = error.strerror or str(error)
         return DaemonUnreachable(
-            f"{self.path}: {reason}; start one (`systemctl start instantstart`, or `instantstart serve`) "
+            f"{self.path}: {reason}; start one (`systemctl start instantstart`, or `instantstart start`) "
             "or name its socket with --socket"
         )
 

@@ -89,7 +89,7 @@ def parse_source(text: str) -> Source:
     """The source that ``text`` names. Raises InvalidSource saying what is wrong and what would be right."""
     scheme, separator, rest = text.partition("://")
     if not separator:
-        raise InvalidSource(f"a source needs a scheme: {_EXAMPLES}{_meant(text)}")
+        raise InvalidSource(f"a source needs a scheme, or is a hub's org/repo: {_EXAMPLES}{_meant(text)}")
     if "\0" in text or "\n" in text:
         raise InvalidSource("a source may not hold control characters")
     if scheme == "hf":

@@ -55,9 +55,11 @@ def test_from_a_source_to_files_and_back(tmp_path: Path, env: dict[str, str]) ->
     succeeded(command("unmount", again, env=env))
     assert not os.path.lexists(again) and here.exists()
     assert command("unmount", tmp_path / "tiny", env=env).returncode == 2
+    assert "it runs already" in succeeded(command("start", env=env))
+    assert "ready: " in succeeded(command("logs", env=env))
     with Client(env["INSTANTSTART_SOCKET"]) as client:
         pid = client.peer_pid()
-    succeeded(command("stop", env=env))
+    succeeded(command("--socket", env["INSTANTSTART_SOCKET"], "stop"))
     assert not alive(pid) and not mounted(tmp_path / "models")
 
 
@@ -118,11 +120,20 @@ def test_an_ordinary_user_needs_no_configuration(tmp_path: Path, hub: HubServer)
         unmount(cache / "models")
 
 
-def test_from_s3(tmp_path: Path, env: dict[str, str], seaweed: SeaweedServer) -> None:
-    seaweed.new_bucket("mounted")
-    seaweed.client().put_object(Bucket="mounted", Key="a/tiny/model.safetensors", Body=CONTENT)
-    env |= seaweed.environment
-    succeeded(command("mount", "s3://mounted/a/tiny", tmp_path / "m", "--config", tmp_path / "config.toml", env=env))
+def test_from_a_bucket_that_everybody_may_read(tmp_path: Path, env: dict[str, str], seaweed: SeaweedServer) -> None:
+    """There are no credentials; SeaweedFS' own policy lets everybody list and read."""
+    client = seaweed.client()
+    for bucket in ("public", "private"):
+        seaweed.new_bucket(bucket)
+        client.put_object(Bucket=bucket, Key="a/tiny/model.safetensors", Body=CONTENT)
+    allowed = {"Effect": "Allow", "Principal": "*", "Action": ["s3:GetObject", "s3:ListBucket"]}
+    policy = {
+        "Version": "2012-10-17",
+        "Statement": [{**allowed, "Resource": ["arn:aws:s3:::public", "arn:aws:s3:::public/*"]}],
+    }
+    client.put_bucket_policy(Bucket="public", Policy=json.dumps(policy))
+    env["AWS_ENDPOINT_URL"] = seaweed.endpoint_url
+    succeeded(command("mount", "s3://public/a/tiny", tmp_path / "m", "--config", tmp_path / "config.toml", env=env))
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == CONTENT
     if os.geteuid() == 0:  # as a container runtime binds a directory: it follows the link
         (tmp_path / "inside").mkdir()
@@ -131,6 +142,11 @@ def test_from_s3(tmp_path: Path, env: dict[str, str], seaweed: SeaweedServer) ->
             assert (tmp_path / "inside" / "model.safetensors").read_bytes() == CONTENT
         finally:
             unmount(tmp_path / "inside")
+    succeeded(command("add", "asked", "s3://public/a/tiny", "--anonymous", env=env))
+    refused = command("add", "no", "s3://private/a/tiny", env=env)
+    assert refused.returncode == 1 and "there are no usable credentials" in refused.stderr
+    refused = command("add", "no", "s3://private/a/tiny", "--anonymous", env=env)
+    assert refused.returncode == 1 and "not open to everybody" in refused.stderr
 
 
 def test_what_is_in_the_way_is_told(tmp_path: Path, env: dict[str, str]) -> None:
@@ -147,7 +163,7 @@ def test_what_is_in_the_way_is_told(tmp_path: Path, env: dict[str, str]) -> None
     for place, words in (("file", "is no link"), ("elsewhere", "`rm` removes the link"), ("absent", "is not there")):
         done = command("unmount", tmp_path / place, env=env)
         assert done.returncode == 2 and words in done.stderr
-    assert command("stop", env=env).returncode == 1
+    assert "no daemon to stop" in succeeded(command("stop", env=env))
     assert not (tmp_path / "run").exists(), "nothing was started"
 
 

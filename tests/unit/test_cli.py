@@ -236,7 +236,7 @@ def test_no_daemon_is_one_line_that_says_what_to_do(tmp_path: Path, capsys: Any)
     assert run(["ls", "--socket", str(tmp_path / "none")]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "instantstart serve" in error
+    assert "instantstart start" in error
 
 
 def test_status_json_is_the_documented_object(client: type[FakeClient], capsys: Any) -> None:
@@ -427,7 +427,7 @@ def test_ls_is_a_table_with_a_chip_on_a_terminal_and_plain_elsewhere() -> None:
     plain = show.pipelines(statuses).splitlines()
     assert "●" not in "".join(plain) and "\x1b" not in "".join(plain)
     for lines in (drawn, plain):
-        assert "HOT UNTIL" in lines[0] and "LAST ACCESS" in lines[0]
+        assert "HOT UNTIL" in lines[0] and "REQUESTED" in lines[0]
         assert "100 %" in lines[1] and "0 %" in lines[2]
 
 
@@ -458,7 +458,7 @@ def test_ls_cuts_nothing_short_that_is_no_source_in_a_narrow_terminal(
     for row in rows:
         assert "unverified" in row and "50 %" in row and "3.00 GB of 6.00 GB" in row
     assert "".join(line[2:].split(" ")[0] for line in drawn[1:-1]) == name
-    assert width < 80 or "LAST ACCESS" in drawn[0]
+    assert width < 80 or "REQUESTED" in drawn[0]
     assert width < 100 or "HOT UNTIL" in drawn[0]
     assert width < 250 or "hf://" in drawn[1]
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from instantstart_fs.config import Capacity, load_config
+from instantstart_fs.cli import run
+from instantstart_fs.config import Capacity, load_config, places
+from instantstart_fs.config.loader import schema
+from instantstart_fs.config.template import TEMPLATE, commented
 from instantstart_fs.config.units import (
     parse_capacity,
     parse_duration,
@@ -21,6 +27,7 @@ from instantstart_fs.config.units import (
 )
 from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.errors import ConfigError
+from tests.harness import REPOSITORY
 
 FULL = """
 region = "eu"
@@ -117,8 +124,6 @@ def test_defaults_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_ordinary_user_gets_places_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from instantstart_fs.config import places
-
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("HOME", "/home/alice")
     for name in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "INSTANTSTART_SOCKET"):
@@ -314,3 +319,33 @@ def test_a_file_with_such_numbers_is_refused_by_name(write, line: str) -> None:
     path = write(line)
     with pytest.raises(ConfigError, match=r"config\.toml"):
         load_config(path)
+
+
+def test_the_template_is_the_documented_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sets nothing, knows every key, and what it shows are the defaults."""
+    monkeypatch.setattr(places, "SYSTEM_CONFIG", str(tmp_path / "absent.toml"))
+    monkeypatch.delenv("INSTANTSTART_CONFIG", raising=False)
+    assert f"```toml\n{TEMPLATE}```" in (REPOSITORY / "docs" / "CONFIGURATION.md").read_text()
+    mount, store = str(tmp_path / "m"), str(tmp_path / "s")
+    assert re.findall(r"(?m)^[^#\[\s].*", commented(mount, store)) == []
+    file = tmp_path / "config.toml"
+    file.write_text(TEMPLATE.replace("/models", mount, 1).replace("/var/lib/instantstart", store, 1))
+    assert msgspec.structs.replace(load_config(str(file)), file=None) == load_config(mount=mount, store=store)
+    parts = [
+        part for part in schema()["$defs"].values() if part["title"] not in ("PipelineTable", "_Regional", "_Model")
+    ]
+    keys = {key for part in parts for key in part["properties"]} - {"regional", "pipelines"}
+    assert [key for key in sorted(keys) if f"{key} = " not in TEMPLATE and f"{key}]" not in TEMPLATE] == []
+
+
+def test_config_init_check_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "new" / "config.toml")
+    assert run(["config", "init", file]) == 0 and run(["config", "init", file]) == 2
+    assert run(["config", "check", file]) == 0 and "good, 0 pipelines" in capsys.readouterr().out
+    assert run(["config", "show", "--config", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fill"]["connections"] == 16
+    text = Path(file).read_text().replace("# connections =", "conections =")
+    Path(file).write_text(text)
+    assert run(["config", "check", file]) == 2
+    assert "fill.conections: unknown key (did you mean 'connections'?)" in capsys.readouterr().err
+    assert run(["config", "schema"]) == 0 and "read_deadline" in capsys.readouterr().out

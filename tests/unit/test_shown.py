@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import textwrap
 
 import msgspec
 import pytest
 
-from instantstart_fs.cli import progress, show, timeline
+from instantstart_fs.cli import progress, show, timeline, watch
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.humanize import reason_first
 from instantstart_fs.core.status import ErrorStatus, FillStatus
@@ -61,7 +63,7 @@ LS = {
             warm-one, my-llm
     """,
     80: """
-          PIPELINE STATE       % SIZE               FILL                     LAST ACCESS
+          PIPELINE STATE       % SIZE               FILL                     REQUESTED
         ● my-llm   filling   5 % 3.00 GB of 60.0 GB 119 MB/s, 8 min 3 s left never
           connection refused (cdn.hub.example:8443, model-00001-of-00002.safetensors,
             hf://org/my-llm@main)
@@ -70,19 +72,19 @@ LS = {
           uncached: store full: needs 60.0 GB; evictable 0 B; hot: warm-one, my-llm
     """,
     100: """
-          PIPELINE STATE       % SIZE               FILL                     LAST ACCESS HOT UNTIL
-        ● my-llm   filling   5 % 3.00 GB of 60.0 GB 119 MB/s, 8 min 3 s left never       -         pinned
+          PIPELINE STATE       % SIZE               FILL                     REQUESTED HOT UNTIL
+        ● my-llm   filling   5 % 3.00 GB of 60.0 GB 119 MB/s, 8 min 3 s left never     -         pinned
           connection refused (cdn.hub.example:8443, model-00001-of-00002.safetensors, hf://org/my-llm@main)
-        ● warm-one warm    100 % 60.0 GB            -                        never       -         pinned
-        ○ full     cold      0 % 60.0 GB            -                        never       -
+        ● warm-one warm    100 % 60.0 GB            -                        never     -         pinned
+        ○ full     cold      0 % 60.0 GB            -                        never     -
           uncached: store full: needs 60.0 GB; evictable 0 B; hot: warm-one, my-llm
     """,
     120: """
-          PIPELINE STATE       % SIZE               FILL                     LAST ACCESS HOT UNTIL SOURCE
-        ● my-llm   filling   5 % 3.00 GB of 60.0 GB 119 MB/s, 8 min 3 s left never       -         hf://org/my-llm@main pinned
+          PIPELINE STATE       % SIZE               FILL                     REQUESTED HOT UNTIL SOURCE
+        ● my-llm   filling   5 % 3.00 GB of 60.0 GB 119 MB/s, 8 min 3 s left never     -         hf://org/my-llm@main pinned
           connection refused (cdn.hub.example:8443, model-00001-of-00002.safetensors, hf://org/my-llm@main)
-        ● warm-one warm    100 % 60.0 GB            -                        never       -         hf://org/my-llm@main pinned
-        ○ full     cold      0 % 60.0 GB            -                        never       -         hf://org/my-llm@main
+        ● warm-one warm    100 % 60.0 GB            -                        never     -         hf://org/my-llm@main pinned
+        ○ full     cold      0 % 60.0 GB            -                        never     -         hf://org/my-llm@main
           uncached: store full: needs 60.0 GB; evictable 0 B; hot: warm-one, my-llm
     """,  # noqa: E501
 }
@@ -140,3 +142,18 @@ def test_explain_and_mark_say_that_a_mark_came_late(capsys: pytest.CaptureFixtur
     told = timeline.marked([late, usual], "ready")
     assert "counted for the cold start of 1970-01-01" in told and "20 min 56 s after what went before it" in told
     assert timeline.marked([usual], "ready") == "" == timeline.marked([], "ready")
+
+
+def test_ls_watch_draws_over_what_was_there() -> None:
+    assert watch.frame("a\nb", 3) == "\x1b[Ha\x1b[K\r\nb\x1b[K\x1b[J"
+    assert "… 3 more lines" in watch.frame("a\nb\nc\nd", 2)
+    shown: list[float] = []
+
+    def pause(seconds: float) -> None:
+        shown.append(seconds)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()) as out:
+        watch.watch(lambda: "text", pause=pause)
+    assert out.getvalue() == "text\n\ntext\n\n"

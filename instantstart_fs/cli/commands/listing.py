@@ -9,6 +9,7 @@ import typer
 from instantstart_fs.cli import completion, show
 from instantstart_fs.cli.options import Json, Socket
 from instantstart_fs.control import client as control
+from instantstart_fs.errors import DaemonUnreachable, UsageError, printable
 
 commands = typer.Typer()
 
@@ -24,10 +25,17 @@ def ls(
             autocompletion=completion.pipelines,
         ),
     ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every second, until Ctrl-C.")] = False,
     socket: Socket = None,
     json: Json = False,
 ) -> None:
     """List the pipelines and how much of each is cached."""
+    if watch:
+        from instantstart_fs.cli.watch import watch as show_again
+
+        if json:
+            raise UsageError("--watch and --json exclude each other")
+        show_again(lambda: _listed(socket, pipelines or []))
     with control.Client(socket) as client:
         _list(client, pipelines or [], json)
 
@@ -59,6 +67,15 @@ def status(
         else:
             several = [client.status(one.pipeline) for one in show.chosen(client.pipelines(), wanted)]
             print(show.as_json(several) if json else "\n\n".join(show.pipeline(one) for one in several))
+
+
+def _listed(socket: str | None, wanted: list[str]) -> str:
+    """For --watch: a daemon that is being restarted is no reason to end."""
+    try:
+        with control.Client(socket) as client:
+            return show.pipelines(show.chosen(client.pipelines(), wanted))
+    except DaemonUnreachable as error:
+        return printable(error.message)
 
 
 def _list(client: control.Client, wanted: list[str], json: bool) -> None:

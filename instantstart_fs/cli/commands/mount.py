@@ -1,4 +1,4 @@
-"""Commands for one model without configuration: mount, unmount, stop."""
+"""Commands for one model without configuration, and for the daemon that shows it: mount, unmount, start, stop, logs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from instantstart_fs.control import client as control
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.core.readable import readable_id
-from instantstart_fs.errors import InstantStartError, PipelineExists, UsageError
+from instantstart_fs.errors import DaemonUnreachable, InstantStartError, PipelineExists, UsageError
 
 commands = typer.Typer()
 
@@ -163,10 +163,44 @@ def unmount(
 
 
 @commands.command()
+def start(config: ConfigFile = None, socket: Socket = None) -> None:
+    """Start this user's daemon in the background, if none answers."""
+    from instantstart_fs.cli import own_daemon
+
+    client, started = own_daemon.connect(socket, config)
+    with client:
+        info = client.ping()
+    print(f"{'started' if started else 'it runs already'}: {show.mounted(info)}")
+    if started and (notes := slower(info, os.geteuid())):
+        print("\n".join(notes), file=sys.stderr)
+
+
+@commands.command()
 def stop(socket: Socket = None) -> None:
     """Stop the daemon that `mount` or `serve` started."""
     from instantstart_fs.cli import own_daemon
 
-    with control.Client(socket) as client:
+    try:
+        client = control.Client(socket)
+    except DaemonUnreachable:
+        print("there is no daemon to stop")
+        return
+    with client:
         own_daemon.stop(client)
     print("stopped; what `mount` showed is back with the next `instantstart mount`")
+
+
+@commands.command()
+def logs(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", metavar="N", min=0, help="The last N lines.")] = 50,
+    socket: Socket = None,
+) -> None:
+    """Show the daemon's log: of `mount` and `start`, or the service's."""
+    from instantstart_fs.cli import own_daemon
+
+    command = own_daemon.log_command(socket, follow, lines)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise InstantStartError(f"{command[0]} cannot be run: {error.strerror or error}") from error

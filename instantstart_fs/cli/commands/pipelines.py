@@ -68,6 +68,8 @@ def add(
     """Pin a source and show it under the mount."""
     from instantstart_fs.cli.specification import specification
 
+    if source is None and not model and "/" in pipeline:
+        raise UsageError("the id that you choose comes first, then the source: instantstart add my-llm org/repo")
     spec = specification(
         pipeline,
         source,
@@ -104,7 +106,7 @@ def _show_pinned(client: control.Client, status: PipelineStatus, json: bool, not
     full = client.status(status.pipeline, brief=True)
     count, size = (full.listed.count, full.listed.size) if full.listed is not None else (0, 0)
     mounted = os.path.join(client.ping().mount, status.pipeline)
-    print(f"{status.pipeline}: pinned generation {status.generation}{f' ({note})' if note else ''}")
+    print(f"{status.pipeline}: generation {status.generation}{f' ({note})' if note else ''}")
     print(f"  source    {printable(' '.join(status.source))}")
     print(f"  revision  {printable(status.revision) or '-'}")
     print(f"  files     {count}, {human_bytes(size)} (an engine loads {human_bytes(status.total_bytes)})")
