@@ -64,11 +64,11 @@ log = logging.getLogger(__name__)
 STOP_DEADLINE = 25.0
 """Seconds from the signal to the end, whatever hangs; below systemd's TimeoutStopSec (30 s in our unit)."""
 PREDECESSOR_DEADLINE = 5.0
-"""Seconds for the daemon whose mount we inherited to be gone."""
+"""Seconds in which the daemon whose mount we inherited has to end."""
 REBUILD_PATIENCE = 60_000_000
-"""Microseconds more that systemd waits for the start, at each sign of life while the index is made anew."""
+"""Microseconds by which each sign of life extends systemd's start time-out while the index is rebuilt."""
 STATUS_INTERVAL = 30.0
-"""Seconds between two looks at what the status line says; the watchdog may want them more often."""
+"""Seconds between two updates of the status line. The watchdog may need them more often."""
 PAGE_RETRY = 5.0
 FIRST_RETRY = 5.0
 LAST_RETRY = 300.0
@@ -96,7 +96,7 @@ def run(
 
 
 def _raise_first(group: BaseExceptionGroup[BaseException]) -> NoReturn:
-    """The one error that explains the end, where all are ours; else the group as it is: that is a bug to be seen."""
+    """Raise the one error that explains the end if all are ours; else the group itself, which shows a bug."""
     ours, others = group.split(InstantStartError)
     if others is not None or ours is None:
         raise group
@@ -109,8 +109,9 @@ def _raise_first(group: BaseExceptionGroup[BaseException]) -> NoReturn:
 async def serve(
     config: Config, socket_path: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
-    """The whole daemon; started when the mount answers. Returns after a stop signal; raises InstantStartError, possibly
-    in a group, for what kept it from starting or ended it."""
+    """Run the whole daemon until a stop signal. It has started (``task_status``) when the mount answers.
+
+    Raises InstantStartError, possibly in a group: what kept it from starting or ended it."""
     notifier = Notifier()
     inherited = Inherited.receive(received_descriptors())
     handover = Handover(descriptor_store(), inherited)
@@ -175,7 +176,7 @@ async def serve(
 
 
 def _write_mountpoint(directory: str, path: str) -> None:
-    """For the unit's ExecStopPost, which unmounts what a daemon that was killed left, and may ask nobody."""
+    """Write the mountpoint's path for the unit's ExecStopPost, which unmounts what a killed daemon left."""
     if "\n" in path:
         return
     try:
@@ -187,11 +188,11 @@ def _write_mountpoint(directory: str, path: str) -> None:
 
 
 async def _open_store(config: Config, inherited: Inherited | None) -> BlobStore:
-    """Raises StoreError.
+    """Open the store, and end a predecessor that keeps its lock. Raises StoreError.
 
-    A daemon that was killed may be unable to die: a thread of it tells the kernel of a changed name, waits there for a
-    request in that directory, and the answer would have to come from us, who wait for its lock. Aborting the mount ends
-    that circle; it is then made anew.
+    A killed daemon may be unable to die: one of its threads is in the kernel, which waits for a request that only this
+    daemon can answer, and this daemon waits for the store's lock. Aborting the mount ends that deadlock; the mount is
+    then made anew.
     """
     deadline = trio.current_time() + PREDECESSOR_DEADLINE
     aborted = inherited is None
@@ -211,7 +212,7 @@ async def _open_store(config: Config, inherited: Inherited | None) -> BlobStore:
 
 
 class Daemon:
-    """What the tasks of one daemon share."""
+    """The state that the tasks of one daemon share, and those tasks."""
 
     def __init__(self, config: Config, library: Library, socket_path: str) -> None:
         self._config = config
@@ -231,7 +232,7 @@ class Daemon:
 
     @property
     def transport(self) -> str:
-        """Who serves the mount, and why nobody faster does; "" until it is mounted."""
+        """The transport that serves the mount, and why no faster one does; "" until it is mounted."""
         if self.mounted is None:
             return ""
         return self.mounted.transport + (f" ({self.mounted.reason})" if self.mounted.reason else "")
@@ -252,8 +253,8 @@ class Daemon:
         )
 
     async def keep_told(self, notifier: Notifier) -> None:
-        """Signs of life and the status line, for systemd. The watchdog is fed only while the mount answers: statvfs is
-        a request to this very daemon, through the kernel and back."""
+        """Send systemd signs of life and the status line. The watchdog is fed only while the mount answers a statvfs,
+        which is a request to this very daemon through the kernel."""
         watchdog = watchdog_interval()
         interval = min(watchdog or STATUS_INTERVAL, STATUS_INTERVAL)
         told, told_at = "", -STATUS_INTERVAL
@@ -276,7 +277,7 @@ class Daemon:
             await trio.sleep(interval)
 
     def _ask_mount(self) -> str | None:
-        """What is wrong; None: it answers. Blocks."""
+        """Return why the mount does not answer; None if it does. Blocks."""
         try:
             os.statvfs(self._config.mount.path)
         except OSError as error:
@@ -284,7 +285,7 @@ class Daemon:
         return None
 
     def _status_line(self) -> str:
-        """How many pipelines, and not in which states: systemd tells it to everybody."""
+        """Return the number of pipelines. Not their states: systemd shows the line to every user."""
         return (
             f"ready: {len(self._library.pipelines)} pipelines at {self._config.mount.path}, transport {self.transport}"
         )
@@ -292,7 +293,7 @@ class Daemon:
     async def keep_mounted(
         self, handover: Handover, *, task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Raises MountFailed when it cannot be mounted, or somebody else unmounts it."""
+        """Serve the mount until cancelled. Raises MountFailed if it cannot be made, or somebody else unmounts it."""
         mount = self._config.mount
         settings = MountSettings(path=mount.path, store=self._config.store.path, transport=mount.transport)
         await session.serve(
@@ -305,7 +306,7 @@ class Daemon:
     # -- the page --------------------------------------------------------------------------------------------------
 
     def bind_page(self) -> list[socket.socket]:
-        """The page's listening sockets; none where there are to be none, or none can be had (the log says why)."""
+        """Return the page's listening sockets: none if the page is off, or cannot be bound (the log says why)."""
         http = self._config.http
         listeners: list[socket.socket] = []
         if http.port is not None:
@@ -323,7 +324,7 @@ class Daemon:
         return listeners
 
     async def keep_page(self, listeners: Sequence[socket.socket], sight_of: SightOf) -> None:
-        """Serve page, metrics and health. What fails here is logged, ends nothing else, and is begun again."""
+        """Serve page, metrics and health. A failure is logged, ends nothing else, and the page starts again."""
         while True:
             await self._serve_page(listeners, sight_of)
             await trio.sleep(PAGE_RETRY)
@@ -355,7 +356,7 @@ class Daemon:
                     os.unlink(self._config.http.socket)
 
     async def handle_signals(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-        """SIGHUP: pipelines again. SIGTERM, SIGINT: stop, within STOP_DEADLINE."""
+        """Act on signals. SIGHUP: read the pipelines again. SIGTERM, SIGINT: stop within STOP_DEADLINE."""
         async for number in signals:
             if number == signal.SIGHUP:
                 await self._read_again()
@@ -378,7 +379,7 @@ class Daemon:
     # -- the configuration's pipelines -----------------------------------------------------------------------------
 
     def pending(self) -> dict[str, PipelineStatus]:
-        """Configured pipelines that could not be added yet, as `status` shows them."""
+        """Return the configured pipelines that could not be added yet, as `status` shows them."""
         return {
             name: PipelineStatus(
                 pipeline=name,
@@ -399,7 +400,7 @@ class Daemon:
         }
 
     async def keep_pipelines(self) -> None:
-        """Add what the configuration names and is not there; what fails is tried again, later and later."""
+        """Add the configured pipelines that are missing. One that fails is tried again, with growing pauses."""
         while True:
             self._reread = trio.Event()
             self._failed.clear()
@@ -464,7 +465,7 @@ def _import_web() -> tuple[Callable[..., Awaitable[None]], type[Site], type[Visi
 
 
 def _end_at_deadline(mount: str) -> None:
-    """A thread that ends the process when stopping hangs. The mount is detached by the kernel when the process ends."""
+    """Start a thread that exits the process when stopping hangs. The kernel detaches the mount at the exit."""
 
     def end() -> None:
         time.sleep(STOP_DEADLINE)

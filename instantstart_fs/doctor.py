@@ -51,7 +51,7 @@ Outcome = Literal["ok", "warn", "fail"]
 ORIGIN_DEADLINE = 20.0
 HUB = "https://huggingface.co"
 SKEW_LIMIT = 300.0
-"""Seconds; S3 refuses signatures that are 15 minutes off."""
+"""Seconds that the clock may be off. S3 refuses signatures at 15 minutes."""
 LOW_SPACE = 20 * 10**9
 MINIMUM_KERNEL = (5, 4)
 
@@ -59,7 +59,7 @@ _T = TypeVar("_T")
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One finding. ``advice`` is "" where nothing is to be done."""
+    """One finding. ``advice`` says what to do; "" if nothing."""
 
     name: str
     outcome: Outcome
@@ -68,7 +68,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 def diagnose_configuration(file: str | None, mount: str | None, store: str | None) -> tuple[Config | None, list[Check]]:
-    """The configuration, and whether it can be read; None where it cannot."""
+    """Read the configuration: the Config (None if it cannot be read) and the finding."""
     try:
         config = load_config(file, mount=mount, store=store)
     except ConfigError as error:
@@ -78,8 +78,8 @@ def diagnose_configuration(file: str | None, mount: str | None, store: str | Non
 
 
 def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) -> Iterator[Check]:
-    """All checks, one after the other, as they are done. ``adopt``: nobody named a store or a mount, so those of a
-    running daemon are looked at."""
+    """Run all checks in order and yield each finding. ``adopt``: the user named neither store nor mount, so those of a
+    running daemon are checked."""
     yield check_kernel(kernel.kernel_release())
     yield check_fuse_device("/dev/fuse")
     yield check_privileges()
@@ -125,8 +125,13 @@ def check_kernel(release: tuple[int, int]) -> Check:
 
 
 def check_transport(wanted: str, running: str, refusal: str | None, *, binds: bool) -> Check:
-    """``wanted``: as configured; ``running``: what the daemon says, "" where none does; ``refusal``: what is known to
-    keep passthrough from working here; ``binds``: whether this process may bind."""
+    """Check which transport serves the mount.
+
+    Args:
+        wanted: as configured.
+        running: what the daemon says; "" if none runs.
+        refusal: why passthrough cannot work here, if that is known.
+        binds: whether this process may make bind mounts."""
     if running:
         slow = running.startswith("pyfuse3 (")
         advice = "warm reads go through FUSE, at a fraction of the disk's speed" if slow else ""
@@ -164,7 +169,7 @@ def check_fuse_device(path: str) -> Check:
 def check_privileges(
     *, root: bool | None = None, sys_admin: bool | None = None, allow_other: bool | None = None
 ) -> Check:
-    """``None``: as this process has it."""
+    """Check what this process may do. Arguments that are None are found out."""
     is_root = os.geteuid() == 0 if root is None else root
     if kernel.has_sys_admin() if sys_admin is None else sys_admin:
         return Check("privileges", "ok", "CAP_SYS_ADMIN: can mount, and raise readahead and queue limits")
@@ -192,7 +197,7 @@ def check_libfuse(version: str | None) -> Check:
 
 
 def check_clock(skew: float | None) -> Check:
-    """``skew``: seconds that this clock is ahead of a server's, None where none was asked."""
+    """Check the clock. ``skew``: seconds that it is ahead of a server's; None if none was asked."""
     if skew is not None and abs(skew) > SKEW_LIMIT:
         return Check("clock", "fail", f"{abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}", "run an NTP client")
     if time.time() < 1_735_689_600:
@@ -206,7 +211,7 @@ def check_clock(skew: float | None) -> Check:
 def check_daemon(
     config: Config, socket: str | None, *, adopt: bool = False
 ) -> tuple[Check, list[PipelineSpec], DaemonInfo | None]:
-    """Also the pipelines that the daemon has, and what it says of itself."""
+    """Ask the daemon. Returns the finding, its pipelines, and what it says of itself."""
     path = find_socket(socket)
     try:
         with Client(path) as client:
@@ -302,7 +307,7 @@ _NAMESPACE = "it may run in another mount namespace (container): look from there
 
 
 def ask_daemon(socket: str | None) -> tuple[bool, list[Check]]:
-    """What the daemon gets when it fetches a byte from each of its origins; False where it does not say."""
+    """Have the daemon fetch a byte from each of its origins, and return its findings; False if it does not say."""
     try:
         with Client(find_socket(socket)) as client:
             answers = client.check_origins()
@@ -325,7 +330,7 @@ def ask_daemon(socket: str | None) -> tuple[bool, list[Check]]:
 
 
 def check_origins(specs: Sequence[PipelineSpec], settings: OriginSettings) -> Iterator[Check]:
-    """Try them from this process, all at once, within ORIGIN_DEADLINE."""
+    """Fetch a byte of each source from this process, all at once, within ORIGIN_DEADLINE."""
     deadline = time.monotonic() + ORIGIN_DEADLINE
     started = [
         (spec, model, _Attempt(functools.partial(_fetch_a_byte, spec, model, settings)))
@@ -340,7 +345,7 @@ def _result(attempt: _Attempt[None], deadline: float) -> None:
 
 
 def check_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) -> Check:
-    """Try one from this process."""
+    """Fetch a byte of one source from this process."""
     return _judged(spec, model, lambda: _within(ORIGIN_DEADLINE, lambda: _fetch_a_byte(spec, model, settings)))
 
 
@@ -382,14 +387,14 @@ def _origin_check(pipeline: str, model: str, source: str, error: InstantStartErr
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an answer, too: root follows nobody into the machine for the sake of a date."""
+    """Takes a redirect as the answer: root must not be led to an internal address only to learn the time."""
 
     def redirect_request(self, *_: object, **__: object) -> None:
         return None
 
 
 def check_hub(endpoint: str, skew: list[float]) -> Check:
-    """Whether the hub answers at all; appends how far the clock is ahead of its."""
+    """Check that the hub answers. Appends to ``skew`` the seconds that this clock is ahead of the hub's."""
     problem = url_problem(endpoint)
     if problem is not None:
         return Check(
@@ -426,8 +431,7 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
 
 
 def check_region(config: RegionalConfig) -> Check:
-    """Whether the regional tier can be used: its key, a round trip, and that of eight writers of one new object one
-    wins."""
+    """Check the regional tier: its key, a round trip, and that exactly one of eight writers of a new object wins."""
     from instantstart_fs.filler.region_settings import region_settings
     from instantstart_fs.regional.probe import probe
 
@@ -448,7 +452,7 @@ def check_region(config: RegionalConfig) -> Check:
 
 
 class _Attempt(Generic[_T]):
-    """Work in a thread of its own, which is given up when it takes too long."""
+    """A call in a thread of its own, which is abandoned when it takes too long."""
 
     def __init__(self, work: Callable[[], _T]) -> None:
         self._work = work
@@ -464,7 +468,7 @@ class _Attempt(Generic[_T]):
             self._errors.append(error)
 
     def result(self, seconds: float) -> _T:
-        """Within ``seconds``. Raises TimeoutError, or what the work raised."""
+        """Return its result within ``seconds``. Raises TimeoutError, or what the call raised."""
         self._thread.join(max(seconds, 0.0))
         if self._errors:
             raise self._errors[0]
@@ -474,5 +478,5 @@ class _Attempt(Generic[_T]):
 
 
 def _within(seconds: float, work: Callable[[], _T]) -> _T:
-    """``work()`` in a thread that is given up after ``seconds``. Raises TimeoutError, or what it raised."""
+    """Return ``work()`` from a thread that is abandoned after ``seconds``. Raises TimeoutError, or what it raised."""
     return _Attempt(work).result(seconds)

@@ -33,7 +33,7 @@
     │   │   └── StoreLost          a file that the store had is not there any more, or something else is in its place
     │   ├── OutOfResources         descriptors are used up for the moment: nothing is wrong with what was asked for
     │   │   └── OutOfMemory        the same of the kernel's memory
-    │   ├── IndexFull              the LMDB map has no room left
+    │   ├── IndexFull              the LMDB map has no space left
     │   └── IndexStuck             no commit comes to an end; what was to be written may still happen
     ├── DigestMismatch             bytes came whole and are not those of the manifest
     ├── ReadDeadline               no progress within the read deadline

@@ -249,7 +249,7 @@ class Library:
         """Load what the store holds, run the background tasks; on leaving, flush what must not be lost."""
         ending = trio.CancelScope()
         async with AsyncExitStack() as after, trio.open_nursery() as nursery:
-            after.callback(ending.cancel)  # whoever uses the index then has all the time it takes
+            after.callback(ending.cancel)  # operations on the index then have all the time they take
             await nursery.start(self.access.run)
             await trio.to_thread.run_sync(self.catalog.load, frozenset(self._held))
             if self.rechecker is not None:

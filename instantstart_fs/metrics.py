@@ -1,7 +1,7 @@
-"""Every metric: its name, unit, help text and labels are here and nowhere else; docs/METRICS.md says the same.
+"""Defines every metric (name, unit, help text, labels) and renders Prometheus's text. docs/METRICS.md lists the same.
 
-``render`` turns what the library counted into Prometheus's text. It reads, and keeps nothing: what is counted is
-counted where it happens (telemetry.telemetry.Totals, filler.state.FillStatistics, views.store_summary.Overview).
+It counts nothing itself. Events are counted where they happen (telemetry.telemetry.Totals, filler.tally,
+filler.events.FillStatistics); states are read from views.store_summary.
 
 Labels are bounded. ``pipeline`` is given to at most ``http.metrics_pipelines`` pipelines, those requested last;
 ``origin`` to ORIGINS addresses, the rest count as "other"; all others have a handful of values fixed by the code.
@@ -45,9 +45,11 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Source(msgspec.Struct, frozen=True):
-    """All that a scrape looks at. ``everything``: whoever asks sees all pipelines; else ``store_summary`` has those that he
-    sees, and only what is ``open`` is told. ``healthy``: what /healthz says, None where it was not asked. ``requests``: of the
-    kernel, by kind, since the mount."""
+    """What a scrape reads.
+
+    ``everything``: the caller may see all pipelines. If not, ``store_summary`` has only those that it may see, and only
+    metrics that are ``open`` are shown. ``healthy``: what /healthz says; None if it was not asked. ``requests``: the
+    kernel's requests by kind, since the mount."""
 
     version: str
     uptime: float
@@ -65,7 +67,7 @@ Samples = Iterable[tuple[tuple[str, ...], Value]]
 
 
 class Definition(msgspec.Struct, frozen=True):
-    """``samples`` gives (label values, value). A counter's name ends in _total."""
+    """One metric. ``samples`` gives (label values, value) pairs. A counter's name ends in _total."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -74,7 +76,7 @@ class Definition(msgspec.Struct, frozen=True):
     samples: Callable[[Source], Samples]
     labels: tuple[str, ...] = ()
     open: bool = False
-    """Whether it is told to everybody: it says nothing of pipelines, or goes by those of the overview alone."""
+    """Whether every caller sees it: it tells nothing about pipelines, or only about those in the caller's summary."""
 
 
 def _one(value: Callable[[Source], float]) -> Callable[[Source], Samples]:
@@ -262,7 +264,7 @@ class _Once(Collector):
 
 
 def render(source: Source) -> bytes:
-    """Prometheus's text format."""
+    """Return all metrics in Prometheus's text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Once(source))
     ProcessCollector(registry=registry)
@@ -270,7 +272,7 @@ def render(source: Source) -> bytes:
 
 
 def table() -> str:
-    """The table of docs/METRICS.md."""
+    """Return the table of docs/METRICS.md."""
     lines = ["| metric | kind | unit | labels | |", "|---|---|---|---|---|"]
     for definition in DEFINITIONS:
         labels = ", ".join(f"`{label}`" for label in definition.labels)

@@ -42,8 +42,8 @@ class _Nowhere:
 
 
 def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: float = 10.0) -> None:
-    """Raises OriginError where one of the ``pinned`` files that stand for all may not be fetched. That it is not what
-    was pinned any more is `update`'s business: whoever is told so was let in. Blocks, ``timeout`` seconds for each
+    """Raises OriginError where one of the ``pinned`` files that stand for all may not be fetched. A file that changed
+    since it was pinned is no refusal: only callers with access are told so. Blocks, ``timeout`` seconds for each
     silence."""
     from instantstart_fs.filler.fetch import Fetcher, new_buffer  # late: not everybody who imports this fetches
 

@@ -115,7 +115,7 @@ class Administration:
 
     async def evict_unused(self, pipeline: str) -> None:
         """``evict`` for the evictor. Raises PipelineBusy, too, if it was requested since it was chosen, or is being
-        changed: an update may take minutes, and whoever needs space waits for this."""
+        changed: an update may take minutes, and a fill that needs space waits for this."""
         if self._catalog.pipeline(pipeline).lock.locked():
             raise PipelineBusy(f"{pipeline} is being changed")
 

@@ -33,7 +33,7 @@ class Counts(NamedTuple):
 
 class Uncached(NamedTuple):
     """A pipeline's reads are served straight from its origin. ``retry_at``: trio.current_time() from which on it is
-    asked for room again."""
+    asked for space again."""
 
     text: str
     retry_at: float

@@ -204,7 +204,7 @@ class Catalog:
         return self._put_in_place(unloaded, read)
 
     def _want(self, pipeline: Pipeline, error: OutOfResources) -> None:
-        """It cannot be read now; nothing is wrong with it, and whoever asks next tries again."""
+        """It cannot be read now; nothing is wrong with it, and the next request tries again."""
         if pipeline.failure is None or not isinstance(pipeline.failure.error, OutOfResources):
             log.warning("cannot be read now: %s", error.message, extra={"pipeline": pipeline.id})
             pipeline.failure = Failure(error, self.now_ns(), final=False)
@@ -222,7 +222,7 @@ class Catalog:
         return read
 
     def unload(self, generation: Generation) -> None:
-        """Let go of what is in memory of it: for what is settled and unused (catalog/residency.py)."""
+        """Keep the summary alone in memory. For generations that are clean and unused (catalog/residency.py)."""
         unloaded = UnloadedGeneration(generation.pipeline, summary_of(generation), self._load_blocking)
         self.nodes.unload(generation, unloaded)
         generation.pipeline.current = unloaded
@@ -343,7 +343,7 @@ class Catalog:
         self.invalidate(1, pipeline.id)
 
     def withdraw(self, pipeline: Pipeline) -> None:
-        """Take a pipeline out of view; its handles stay with whoever holds them."""
+        """Take a pipeline out of view; handles that are open stay valid."""
         pipeline.removed = True
         self.pipelines.pop(pipeline.id, None)
         self.nodes.drop_pipeline(pipeline)
@@ -376,7 +376,7 @@ class Catalog:
             self.invalidate(ROOT, pipeline.id)
             if (shown := await self.ensure_loaded(pipeline)) is not None:
                 self._renew_names(shown)
-        # Hidden, nothing of it may be covered, and this takes away what is; shown again, its end has it covered.
+        # A hidden pipeline may have no bind mounts: entering removes them. At its end they are made where they may be.
         async with self.bind_gate.withdrawn(pipeline.id):
             pass
 
@@ -472,7 +472,7 @@ class Catalog:
         for pipeline in self.pipelines.values():
             self._send.send_nowait(Invalidation(ROOT, pipeline.id, expire=True))
             generation = pipeline.head
-            # Of what is settled nothing has changed for so long that the news was told (catalog/residency.py).
+            # A clean pipeline has not changed for so long that the kernel was told (catalog/residency.py).
             if not isinstance(generation, Generation):
                 continue
             tree = generation.tree

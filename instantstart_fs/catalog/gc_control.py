@@ -1,8 +1,8 @@
 """Keeps Python's garbage collector from walking over large generations.
 
-What is made for 100,000 files is made in a second and stays for hours. A full collection walks over all of it, 35 ms in
-which nobody is served, and one comes several times while it is made. So the collector rests meanwhile, and what was
-made is put beyond its reach for good: whoever has done with a generation takes its cycles apart (Generation.end).
+The objects of 100,000 files are made in a second and stay for hours. A full collection walks over all of them: for
+35 ms nobody is served, and it happens several times while they are made. So the collector is paused meanwhile, and the
+new objects are frozen (gc.freeze). Generation.end therefore has to break a generation's reference cycles itself.
 """
 
 from __future__ import annotations

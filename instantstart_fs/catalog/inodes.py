@@ -30,7 +30,7 @@ class NodeTable:
         self._blocks.insert(position, (generation.base, generation.nodeid_count, generation))
 
     def load_blocks(self, unloaded: Iterable[UnloadedGeneration]) -> None:
-        """``add_folded`` for many at once."""
+        """Add the blocks of many unloaded generations at once."""
         for generation in unloaded:
             self._blocks.append((generation.base, generation.nodeid_count, generation))
             for nodeid in generation.summary.nodeids:

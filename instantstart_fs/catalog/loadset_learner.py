@@ -1,15 +1,15 @@
-"""Learning what engines load: what one has read to its end belongs to the pipeline's load set from then on, whatever
-the rules say (core/loadset.py); and the variant that one begins to load is the one that is wanted.
+"""Learns from engines' reads which files belong to a pipeline's load set. The rules of core/loadset.py come first.
 
-A *start* is what the cold-start record calls one, seen from here: it begins with an open of a weight file and ends when
-the pipeline was quiet for QUIET_SECONDS with nothing open. What a start has read of a file counts once that is all of
-it. A complete file that the kernel reads itself counts when it is opened: nobody tells of its reads.
+A file that an engine has read to its end belongs to the load set from then on. Of several variants, the one that an
+engine begins to load is the wanted one.
 
-A copy is no start: whoever reads the documentation and the images of a repository, all of them, reads everything, and
-what it read meanwhile is forgotten again.
+A *start* begins with an open of a weight file, and ends when the pipeline was quiet for QUIET_SECONDS with nothing
+open. A file counts once a start has read all of it. A complete file counts when it is opened, where the kernel reads it
+itself and the daemon sees no reads. A copy of a repository is no start: a program that reads the documentation and the
+images as well reads everything, so what it read is forgotten.
 
-On the trio thread; costs a few comparisons for each open, and one for each read. What is learned goes to the slot and
-to the index at once, in a task of its own: what cannot be written is known until the daemon ends, and tried again.
+Runs on the trio thread. It costs a few comparisons for each open, and one for each read. A task of its own writes what
+was learned to the slot and to the index. What cannot be written is kept until the daemon ends, and tried again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Keeps summaries of what is quiet, so that the next start need not read it, and memory for what is looked into.
+"""Writes summaries of unchanged pipelines, so that a start need not read them, and unloads unused generations.
 
-A pipeline is *settled* while the index has its summary (index/schema.py, SummaryRecord). What changes it takes the
-summary away before the change begins; here it is written again, once nothing has happened to the pipeline between two
-looks. What is not settled is read whole at the next start, and cleaned of what a crash may have left.
+A pipeline is *clean* while the index has its summary (index/schema.py, SummaryRecord). A change removes the summary
+before it begins; here it is written again, once nothing has happened to the pipeline between two looks. A pipeline that
+is not clean is read whole at the next start, and what a crash may have left of it is removed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOOK_SECONDS = 15.0
 MOST_FILES = 200_000
 """Files that stay in memory though nobody uses them: some 200 MB."""
 IDLE_SECONDS = 60.0
-"""For so long what was looked into stays, whatever there is."""
+"""A generation stays loaded for so long after its last use, however many files are in memory."""
 BATCH = 256
 """Summaries that one transaction takes, and pipelines between two pauses."""
 
@@ -57,7 +57,7 @@ class Residency:
                 failing = True
 
     async def run_once(self) -> None:
-        """Settle what has been quiet since the last look, then fold what is too much. Raises StoreError."""
+        """Write summaries of unchanged pipelines, then unload unused generations. Raises StoreError."""
         here = [one for one in self._catalog.pipelines.values() if isinstance(one.head, Generation)]
         if not here:
             self._before = {}
@@ -90,7 +90,7 @@ class Residency:
                 continue
             if is_clean(pipeline):
                 summaries[name] = summary_of(generation)
-                # From here on whoever fills it takes the summary away again: that comes after it in the writer's queue.
+                # A fill that begins from here on removes the summary again: that comes later in the writer's queue.
                 self._catalog.without_summary.discard(name)
 
         def write(txn: WriteTxn) -> None:
@@ -135,7 +135,7 @@ class Residency:
 
 
 def is_clean(pipeline: Pipeline) -> bool:
-    """Whether the index says of its files what is so, and nothing that would change them is under way."""
+    """Whether the index is right about its files, and nothing is under way that would change them."""
     generation = pipeline.head
     if isinstance(generation, UnloadedGeneration):
         return True
@@ -150,7 +150,7 @@ def is_clean(pipeline: Pipeline) -> bool:
 
 
 def is_unused(pipeline: Pipeline) -> bool:
-    """Whether nobody would miss what is in memory of it and not in the index."""
+    """Whether nothing in memory is needed that the index does not have."""
     generation = pipeline.head
     return isinstance(generation, Generation) and not (
         generation.handles

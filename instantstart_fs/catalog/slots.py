@@ -95,7 +95,7 @@ def _is_there(catalog: Catalog, file: CachedFile) -> bool:
     try:
         blob = catalog.store.existing_blob(*file.triple[:2], file.entry.path)
     except StoreLost:
-        return False  # something else is; whoever fills it removes that
+        return False  # something else is; the next fill removes that
     if blob is None:
         return False
     with blob:

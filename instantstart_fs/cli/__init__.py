@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     terminal.prepare()
     streams = sys.stdout, sys.stderr
     status = _run(arguments)
-    if (sys.stdout, sys.stderr) != streams:  # typer met a reader that has gone
+    if (sys.stdout, sys.stderr) != streams:  # typer met a closed pipe
         sys.stdout, sys.stderr = streams
         status = terminal.discard_output(sys.stdout, 141)
     written = terminal.flush()
@@ -62,7 +62,7 @@ def _run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # `instantstart ls | head`: whoever read has had enough.
+        # `instantstart ls | head`: the reader has closed the pipe.
         return terminal.discard_output(sys.stdout, 141)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):

@@ -32,12 +32,12 @@ def lines(name: str, done: int, total: int, rate: str, reason: str, width: int) 
     share = 100 if total <= 0 or done >= total else done * 100 // total
     ends = [f"{share:>3} %", *([rate] if rate else [])]
     amount = f"{human_bytes(done)} of {human_bytes(total)}"
-    room = width - len(amount) - sum(len(end) + 2 for end in ends) - min(cell_len(name), NAME) - 2
-    if room >= 0:
+    left = width - len(amount) - sum(len(end) + 2 for end in ends) - min(cell_len(name), NAME) - 2
+    if left >= 0:
         ends.insert(1, amount)
     else:
-        room += len(amount)
-    size = min(BAR, room - 2)
+        left += len(amount)
+    size = min(BAR, left - 2)
     filled = size * share // 100
     drawn = ["█" * filled + "░" * (size - filled)] if size >= 5 else []
     tail = "  ".join([*drawn, *ends])
@@ -98,7 +98,7 @@ class Bar:
 
     def report(self, done: int, total: int, rate: str, reason: str) -> None:
         self._last = (done, total, rate, reason)
-        if self._room() != self._rows:
+        if self._rows_needed() != self._rows:
             self._give_back()
             self._take()
         if self._rows:
@@ -107,7 +107,7 @@ class Bar:
             # One write: nobody else's comes in between. The cursor goes back to where it was.
             self._write(f"\x1b7\x1b[{top};1H{shown}\x1b[K\x1b[{top + 1};1H{below}\x1b[K\r\x1b8")
 
-    def _room(self) -> int:
+    def _rows_needed(self) -> int:
         """The terminal's rows; 0 where no bar may be drawn now."""
         with contextlib.suppress(OSError):  # it is not this session's terminal: no shell runs jobs on it
             if os.tcgetpgrp(self._stream.fileno()) != os.getpgrp():
@@ -116,7 +116,7 @@ class Bar:
         return rows if rows >= LEAST_ROWS else 0
 
     def _take(self) -> None:
-        self._rows = rows = self._room()
+        self._rows = rows = self._rows_needed()
         if rows:
             self._write("\n" * LINES + f"\x1b[{LINES}A\x1b7\x1b[1;{rows - LINES}r\x1b8")
 

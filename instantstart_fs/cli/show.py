@@ -200,13 +200,13 @@ def _troubles(status: PipelineStatus) -> list[str]:
     return found
 
 
-def _fitting(natural: Sequence[int], room: int, *, filling: bool) -> dict[int, int]:
-    """Column → width, within ``room`` as far as that goes: the source is cut short, then whole columns give way, those
+def _fitting(natural: Sequence[int], width: int, *, filling: bool) -> dict[int, int]:
+    """Column → width, within ``width`` as far as that goes: the source is cut short, then whole columns give way, those
     first that say least, and a name goes on in the next line. What remains is never cut."""
     widths = {position: size for position, size in enumerate(natural) if size}
 
     def excess() -> int:
-        return sum(widths.values()) + len(widths) - 1 - room
+        return sum(widths.values()) + len(widths) - 1 - width
 
     def shrink(position: int, least: int) -> None:
         if position in widths and excess() > 0:
@@ -227,7 +227,7 @@ def _fitting(natural: Sequence[int], room: int, *, filling: bool) -> dict[int, i
         drop(SIZE)  # beside the share, how fast and how long yet say more
     drop(FILL)
     if NOTE not in widths and 0 < natural[NOTE] + 1 <= -excess():
-        widths[NOTE] = natural[NOTE]  # what is broader had to go as well, and left room for it
+        widths[NOTE] = natural[NOTE]  # broader columns were dropped too, so it fits
     if SOURCE in widths:
         widths[SOURCE] = min(natural[SOURCE], widths[SOURCE] + max(0, -excess()))
     elif NAME in widths:

@@ -70,7 +70,7 @@ class FillConfig(msgspec.Struct, frozen=True):
 
 class EvictionConfig(msgspec.Struct, frozen=True):
     """Seconds. ``keep_hot``: a pipeline requested within it is never evicted. ``max_idle``: one that was not requested
-    for so long goes though there is room; None = it stays."""
+    for so long is evicted though there is space; None = it stays."""
 
     keep_hot: float = 48 * 3600.0
     max_idle: float | None = None
@@ -95,7 +95,7 @@ class StagingConfig(msgspec.Struct, frozen=True):
 class HttpConfig(msgspec.Struct, frozen=True):
     """Page, metrics and health. ``host`` and ``port``: where; port 0 takes a free one, None serves nothing.
 
-    ``public``: whoever reaches it sees every pipeline; else each caller what the mount would show him. ``token_file``:
+    ``public``: every caller sees every pipeline; else each caller what the mount would show him. ``token_file``:
     the file of a token, the bearer of which sees every pipeline. ``socket``: a unix socket to be served on as well.
     ``details``: show sources, revisions and error messages too. ``hosts``: names by which browsers may call it, beside
     the loopback ones; ("*",) = any. ``metrics_pipelines``: how many pipelines get metrics of their own.

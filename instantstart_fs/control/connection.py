@@ -44,7 +44,7 @@ class Connection:
         try:
             await self._run()
         finally:
-            self._dispatcher.gone(self._caller)
+            self._dispatcher.disconnected(self._caller)
 
     async def _run(self) -> None:
         if self._place.refusal is not None:
@@ -85,28 +85,28 @@ class Connection:
 
     async def _answer(self, request: protocol.Request) -> bool:
         """False when the connection is over."""
-        gone = False
+        disconnected = False
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
                 # Only an end or a broken line is of interest while a request runs; what else comes is for afterwards.
-                nonlocal gone
+                nonlocal disconnected
                 with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     while len(self._buffer) <= protocol.MAX_REQUEST:
                         data = await self._stream.receive_some(65536)
                         if not data:
                             break
                         self._buffer.feed(data)
-                gone = True
+                disconnected = True
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(watch)
             try:
                 await self._send(await self._response(request))
             except* (trio.BrokenResourceError, trio.ClosedResourceError):
-                gone = True
+                disconnected = True
             nursery.cancel_scope.cancel()
-        return not gone
+        return not disconnected
 
     async def _response(self, request: protocol.Request) -> protocol.Response:
         """What is to be answered; a lease never returns, it is ended by the connection's end."""

@@ -161,8 +161,8 @@ class Dispatcher:
             ended=report.ended,
         )
 
-    def gone(self, caller: Caller) -> None:
-        """Its connection has ended: so have the starts that `run` began on it, which is its lease's, too."""
+    def disconnected(self, caller: Caller) -> None:
+        """End the starts that `run` began on this connection, which has ended."""
         for pipeline, start in caller.starts:
             self._library.admin.end_start(pipeline, start)
 

@@ -1,7 +1,7 @@
 """Which network addresses an origin may send the daemon to. Pure: nothing is resolved or connected here.
 
 The daemon runs as root in the middle of a network: it reaches services of this machine, a cloud's metadata and the
-neighbours, which whoever writes a redirect, or a DNS record, may not reach. So an address that is chosen elsewhere must
+neighbours, which the author of a redirect or of a DNS record may not reach. So an address that is chosen elsewhere must
 be a public one, unless the configuration names it (``Permit``). What counts is the address that is connected to, never
 how it was written: origins/guard.py resolves a name once, and connects to what was judged here.
 """

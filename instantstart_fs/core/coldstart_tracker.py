@@ -130,7 +130,7 @@ class _Live:
 
 
 Starts = tuple[_Live, ...]
-"""What an open, and the reads of whoever opened, belong to: mostly nothing, or one cold start."""
+"""The cold starts that an open and its reads belong to: mostly none, or one."""
 
 
 class Tracker:

@@ -159,7 +159,7 @@ def admit(
     """Whether ``needed`` bytes more of one pipeline may come in. ``candidates``: the others alone.
 
     What was promised to the others counts as if it were there. ``own``: what the pipeline takes already, which with
-    ``needed`` may not pass its ``quota``: whoever is over quota evicts nobody.
+    ``needed`` may not pass its ``quota``: a pipeline over its quota evicts no other.
     """
     if needed <= 0:
         return Admission()

@@ -16,8 +16,11 @@ class Bucket:
         self._at = now
 
     def take(self, now: float, count: float = 1.0) -> float:
-        """Take ``count`` tokens; the seconds to wait before using them. They may be owed: whoever comes next waits
-        longer, so that many callers at once are served one after the other and in all never faster than ``rate``."""
+        """Take ``count`` tokens and return the seconds to wait before using them.
+
+        The bucket may go into debt, which the next caller waits for as well: callers are served one after the other,
+        and all of them together never faster than ``rate``.
+        """
         self._tokens = min(self._burst, self._tokens + max(0.0, now - self._at) * self._rate)
         self._at = max(now, self._at)
         self._tokens -= count

@@ -1,4 +1,4 @@
-"""Checks a pipeline's specification, whoever wrote it: a command, a configuration file, another program. Pure."""
+"""Checks a pipeline's specification, be it from a command, a configuration file or another program. Pure."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ EXACT_CHUNKS = 64
 
 
 class TargetOwner(Protocol):
-    """Whoever fills targets (filler/table.py)."""
+    """The filler's table, which is told that nobody waits any more (filler/table.py)."""
 
     def unwaited(self, target: FillTarget, chunks: list[int]) -> None:
         """No reader waits for these chunks any more, although they did not arrive."""

@@ -268,7 +268,7 @@ class UncachedReader:
         provable = digest is not None and wanted.length == size
         if not provable and not may_serve_unsealed(self._settings.serve_unsealed, location.trusted):
             raise StoreFull(
-                f"{entry.path}: there is no room to keep it, and bytes that come unprotected may not be served "
+                f"{entry.path}: there is no space to keep it, and bytes that come unprotected may not be served "
                 "before the whole file is proven (fill.serve_unsealed)"
             )
         sink = _BufferSink(wanted)

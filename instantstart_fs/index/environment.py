@@ -289,15 +289,15 @@ class Index:
             with self._mutex, contextlib.suppress(ValueError):
                 self._watchers.remove(wake)
         if self._failure is not None:
-            raise self._gone()
+            raise self._stopped_error()
 
-    def _gone(self) -> StoreError:
+    def _stopped_error(self) -> StoreError:
         return StoreError(f"the writer of the index {self.path} has stopped: {self._failure or 'it was closed'}")
 
     def _submit(self, job: _Job[T]) -> None:
         with self._mutex:
             if self._stopped:
-                raise self._gone()
+                raise self._stopped_error()
             if self._given_up:
                 raise self._stuck()
             self._queue.put(job)  # type: ignore[arg-type]
@@ -331,7 +331,7 @@ class Index:
                 watchers = list(self._watchers)
             for left in [*group, *self._drain()]:
                 if left.error is None:
-                    left.error = self._gone()
+                    left.error = self._stopped_error()
                 left.end()
             for wake in watchers:
                 wake()

@@ -270,14 +270,14 @@ async def _watch_table(mount: mountinfo.Mount, unmounted: trio.Event) -> None:
     while True:
         end, other_end = os.pipe2(os.O_CLOEXEC)
         try:
-            gone = await run_abandonable(mountinfo.wait_unmounted, mount, end)
+            ended = await run_abandonable(mountinfo.wait_unmounted, mount, end)
         except OSError as error:
             log.warning("the mount table cannot be watched, trying on: %s", error.strerror)
             await trio.sleep(WATCH_RETRY)
             continue
         finally:
             os.close(other_end)
-        if gone:
+        if ended:
             unmounted.set()
             return
 

@@ -1,4 +1,4 @@
-"""Limits how large a listing may become in the process that makes it."""
+"""Bounds of a listing: what the daemon lists itself (IN_THE_DAEMON), and what its listing process may (WHOLE)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ MAX_PAGES = 100_000
 MAX_BARREN = 100
 """Pages in a row that say nothing new."""
 LISTING_SECONDS = 290.0
-"""For all pages together: less than whoever waits has (admin/lifecycle.py), so that it is told the reason."""
+"""For all pages together: less than callers wait (admin/lifecycle.py), so that they are told the reason."""
 
 
 class Lfs(msgspec.Struct, frozen=True):

@@ -1,10 +1,11 @@
-"""The listing process: lists and pins one source, tells what it found file by file, and ends, its memory with it.
+"""The listing process: lists and pins one source, reports it file by file, and exits, which frees its memory.
 
     python -m instantstart_fs.origins.lister < order > frames
 
-For what is too large for the daemon (origins/bounds.py): decoding a hundred megabytes holds up all its threads, and
-what it took of memory once, a process keeps. ``run`` is the daemon's side. The process ends with its standard input
-(whoever asked has gone), with its time, and beyond its memory; the kernel takes it before the daemon.
+For sources that are too large for the daemon (origins/bounds.py): decoding a hundred megabytes would stop all its
+threads, and a process seldom gives memory back. ``run`` is the daemon's side. The process exits when its standard input
+ends (its caller is not there any more), after its time, and beyond its memory. The OOM killer takes it before the
+daemon.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def _end_with(stream: IO[bytes]) -> None:
 
 def main() -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whoever prints must not speak in between
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not come in between
     raw = _read(sys.stdin.buffer)
     if raw is None:
         return

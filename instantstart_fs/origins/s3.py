@@ -76,7 +76,7 @@ REMEMBERED = 4096
 EARLY = 60.0
 """Seconds before its end."""
 LISTING_SECONDS = 290.0
-"""For all pages together: less than whoever waits has (admin/lifecycle.py), so that it is told the reason."""
+"""For all pages together: less than callers wait (admin/lifecycle.py), so that they are told the reason."""
 MANY = 64
 """Objects; so many are asked about one by one."""
 SMALL = 1024 * 1024

@@ -1,9 +1,9 @@
-"""Whether bytes of a pipeline may come into the store: asked before the first of them is written.
+"""Decides whether bytes of a pipeline may come into the store, before the first of them is written.
 
-A fill is admitted whole, with all that it still needs; a single read (a header, a tokenizer) with its chunks. Both
-count as promised until they come: whoever is admitted after them finds that room taken. What is refused is served
-straight from the origin and not kept (filler/uncached.py), and the pipeline's ``uncached`` says why. Reads ask again
-every RETRY_SECONDS, so that it recovers by itself; so does the evictor's look (``reevaluate``).
+A fill is admitted with all bytes that it still needs, a single read (of a header, a tokenizer) with its chunks.
+Admitted bytes are reserved until they come, so later admissions cannot count on that space. Refused bytes are served
+from the origin and not kept (filler/uncached.py), and the pipeline's ``uncached`` says why. Reads ask again every
+RETRY_SECONDS, and so does the evictor (``reevaluate``), so a refusal ends by itself.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
 DISK_RETRY_SECONDS = 10.0
-"""After the filesystem itself said that it is full although the accounts had room."""
+"""Seconds after the filesystem itself said that it is full, although by our accounts it was not."""
 FREE_BYTES_SECONDS = 0.5
-"""How long one look at the room serves single reads: a look walks over all pipelines."""
+"""Seconds for which single reads share one look at the space: a look walks over all pipelines."""
 
 
 class Space(Protocol):
@@ -113,7 +113,7 @@ class Admissions:
         return refusal is None
 
     def disk_full(self, pipeline: Pipeline, error: InstantStartError) -> None:
-        """The filesystem had no room for what was admitted: somebody else fills the disk."""
+        """Note that the filesystem had no space for admitted bytes: others fill the disk."""
         self._refuse(pipeline, f"store full: {error.message}", DISK_RETRY_SECONDS)
 
     def reevaluate(self, pipelines: Iterable[Pipeline]) -> None:

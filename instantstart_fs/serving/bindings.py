@@ -1,11 +1,11 @@
-"""Decides which files may be bind-mounted over the FUSE mount, and has the binds withdrawn before the files change.
+"""Decides which files may be bind-mounted over the FUSE mount, and records their opens. It mounts nothing.
 
-A bind shows a complete file of the current generation to readers without the mount. The binder (mount/bind_mounts.py)
-asks here which files may have one. Everything that changes a complete file (update, evict, remove, a dropped file) does
-it inside ``withdrawn``, so that no bind ever shows what the library no longer means.
+A bind mount lets readers bypass the FUSE mount: they open the store's complete file itself. The binder
+(mount/bind_mounts.py) asks here which files may have one. Every change of a complete file (update, evict, remove,
+damage) happens inside ``BindGate.withdrawn``, so that no bind mount shows a file that was replaced.
 
-An open of a bound file is treated like one through the mount: it is a request, its generation is in use, it is staged.
-It ends when the kernel says that nobody has the store's file open or mapped any more, by whichever mount.
+An open of a bound file counts like one through the mount: it is a request, its generation is in use, and staging is
+told. It ends when the kernel reports that no process has the store's file open or mapped any more, by any mount.
 
 All methods but ``descriptor`` belong on the trio thread.
 """
@@ -31,7 +31,7 @@ from instantstart_fs.telemetry.telemetry import FoundBy, Telemetry
 from instantstart_fs.views import status
 
 MOST_FILES = 1024
-"""Of one pipeline with more weight files none is covered: each costs an entry in every mount table that sees it."""
+"""A pipeline with more weight files gets no bind mounts: each costs an entry in every mount table that sees it."""
 
 
 class ReplaceDamaged(Protocol):
@@ -78,14 +78,14 @@ class Bindings:
         self._gate = gate
         self._replace_damaged = replace_damaged
         self._held: dict[BindableFile, CachedFile] = {}
-        """Bound files that were seen open and not yet seen closed, also where the bind mount is gone by now."""
+        """Bound files that were seen open and not yet seen closed, also where the bind mount was removed meanwhile."""
         self._starts: dict[BindableFile, Starts] = {}
         """The cold starts that those opens belong to."""
 
-    # -- the side of who covers ------------------------------------------------------------------------------------
+    # -- for the binder --------------------------------------------------------------------------------------------
 
     def attach(self, withdraw: Withdraw | None) -> None:
-        """Connect the binder; None disconnects it: nothing is bound any more, and no opens are reported."""
+        """Connect the binder. None disconnects it: no file is bound any more, and all its opens have ended."""
         self._gate.attach(withdraw)
         if withdraw is None:
             for bound in list(self._held):
@@ -98,13 +98,13 @@ class Bindings:
         return await self._gate.wait_changed(timeout)
 
     async def ensure_loaded(self, pipeline: str) -> None:
-        """So that ``files`` need not read what is not in memory."""
+        """Load the pipeline's metadata if it is complete, so that ``files`` does not read it on the loop."""
         found = self._catalog.pipelines.get(pipeline)
         if found is not None and found.head is not None and found.head.counts.finished:
             await self._catalog.ensure_loaded(found)
 
     def files(self, pipeline: str) -> dict[str, BindableFile]:
-        """What may be covered of that pipeline now, by path."""
+        """Return the files of that pipeline that may be bound now, by path."""
         found = self._catalog.pipelines.get(pipeline)
         if found is None or found.removed or found.hidden or self._gate.is_withdrawn(pipeline):
             return {}
@@ -135,11 +135,11 @@ class Bindings:
         }
 
     def descriptor(self, wanted: BindableFile) -> BlobFile:
-        """The store's file, which must be the one that was sealed; in a thread. Raises StoreError."""
+        """Open the store's file, which must be the one that was sealed. Blocks. Raises StoreError."""
         return self._catalog.store.open_sealed(wanted.pipeline, wanted.generation, wanted.path, wanted.proof)
 
     async def lost(self, bound: BindableFile, problem: InstantStartError) -> None:
-        """The store has lost it: it is dropped, and fetched again. Nothing else of the binder's may be under way."""
+        """Replace a file that the store has lost, and fetch it again. The binder may do nothing else meanwhile."""
         file = self._file(bound)
         if file is not None:
             await self._replace_damaged(file, problem, wanted=True, found_by="open")
@@ -159,17 +159,17 @@ class Bindings:
             self._record_open(bound, file)
 
     def note_already_open(self, bound: BindableFile) -> None:
-        """Somebody has had it open since before it was covered: no request."""
+        """Record that the file was open before it was bound. It is in use, but this is no request."""
         file = self._file(bound)
         if file is not None and bound not in self._held:
             self._record_open(bound, file)
 
     def is_open(self, bound: BindableFile) -> bool:
-        """Whether somebody had it open when it was last asked for."""
+        """Whether it was open when that was last checked."""
         return bound in self._held
 
     def poll_release(self, bound: BindableFile) -> bool:
-        """Somebody may have let go of it: ask. True when it was held, and is not any more."""
+        """Ask the kernel whether an open file is still in use. True if it was open and is not any more."""
         file = self._held.get(bound)
         if file is None:
             return False
@@ -180,7 +180,7 @@ class Bindings:
         return True
 
     def poll_releases(self, pipeline: str | None = None) -> set[str]:
-        """Ask of all that was open (of that pipeline); the pipelines of which something is not any more."""
+        """Poll all open files (of that pipeline), and return the pipelines in which one is not in use any more."""
         asked = [bound for bound in self._held if pipeline in (None, bound.pipeline)]
         return {bound.pipeline for bound in asked if self.poll_release(bound)}
 
@@ -196,8 +196,11 @@ class Bindings:
         self._held[bound] = file
 
     def _keep_reader(self, file: CachedFile) -> None:
-        """To ask of this one, whatever lies at its path later; without opening it each time, which would be told of as
-        an open that ended, and asked about again. Another time where that cannot be now."""
+        """Keep a descriptor of the file for ``poll_release``, if one can be had now.
+
+        It names this incarnation whatever lies at the path later. Opening the file for each poll would be reported by
+        fanotify as an open that ended, and so cause the next poll.
+        """
         if file.stale_error is None and (file.reader is not None or descriptors.may_hold_another(spare=True)):
             with contextlib.suppress(StoreError):
                 self._open_files.reader(file)
@@ -208,11 +211,13 @@ class Bindings:
         self._open_files.release(file)
 
     def last_request(self, pipeline: str) -> int | None:
-        """ns of the wall clock."""
+        """When the pipeline was last requested: ns of the wall clock, or None."""
         return self._access.last_request(pipeline)
 
     def attributes(self, bound: BindableFile) -> tuple[int, dict[str, str]] | None:
-        """(st_atime in ns, user.instantstart.* without the prefix) as the mount would show them; None: it is gone."""
+        """(st_atime in ns, user.instantstart.* without the prefix) as the mount would show them.
+
+        None if the file was replaced."""
         file = self._file(bound)
         if file is None:
             return None

@@ -1,7 +1,7 @@
-"""What becomes of a file when the filler reports, or when its bytes prove lost or wrong: states change here only.
+"""Applies the filler's reports, and findings of lost or wrong bytes, to files. Only this module changes their states.
 
-Poisoned, dropped or unreadable files get a fresh incarnation; those that were wanted are fetched again by whoever
-takes them from ``replaced`` (serving/reads.py).
+A file whose bytes are wrong, lost or unreadable gets a fresh incarnation. It goes through the channel ``replaced`` to
+serving/reads.py, which fetches it again if it was wanted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class Exposure(NamedTuple):
-    """A file proved wrong while it was open ``opens`` times: its bytes may be mapped, and cannot be recalled."""
+    """Wrong bytes that were served: the file was open ``opens`` times, and mapped pages cannot be recalled."""
 
     pipeline: str
     path: str
@@ -100,7 +100,7 @@ class FillEventHandler(FillEvents):
         self._telemetry.fetched(file, length)
         pipeline = file.generation.pipeline
         if pipeline.failure is not None and pipeline.failure.lifted_by(file):
-            pipeline.failure = None  # it goes on after all; the trouble of another file stays
+            pipeline.failure = None  # it goes on after all; an error of another file stays
         pipeline.grown_at_ns = self._catalog.now_ns()
         self._on_growth()
         pipeline.changed()
@@ -161,7 +161,7 @@ class FillEventHandler(FillEvents):
         if error is not None:
             file.generation.invalidate_counts()  # what could not be made durable is not present any more
             if isinstance(error, StoreFull):
-                return  # room is made, or target_failed says that there is none
+                return  # space is freed, or target_failed says that there is none
             self.set_failure(pipeline, error, final=False)
         elif pipeline.failure is not None and not pipeline.failure.final:
             self._log_recovery(pipeline)
@@ -173,10 +173,13 @@ class FillEventHandler(FillEvents):
     async def replace_damaged(
         self, file: CachedFile, problem: InstantStartError, *, wanted: bool, found_by: FoundBy
     ) -> None:
-        """Drop a complete file whose bytes are lost, unreadable or wrong; fetch it again if it is ``wanted``.
+        """Replace a complete file whose bytes are lost, unreadable or wrong; fetch it again if it is ``wanted``.
 
-        Later opens get the new incarnation; handles of this one get ``problem``. Raises StoreError if the index cannot
-        be told: then nothing has changed; IndexStuck if that takes too long: it goes on.
+        Later opens get the new incarnation; reads by handles of this one fail with ``problem``.
+
+        Raises:
+            StoreError: the index could not be written, and nothing has changed.
+            IndexStuck: writing takes too long. The replacement goes on.
         """
         if file.stale_error is not None or not file.complete or file.generation.pipeline.removed:
             return
@@ -206,7 +209,7 @@ class FillEventHandler(FillEvents):
             )
 
     def integrity_error(self, file: CachedFile) -> InstantStartError | None:
-        """Why that file is not, or soon no longer, what its state says; None: nothing is known against it."""
+        """Why the file is, or soon will be, unusable whatever its state says; None: no error is known."""
         if file.stale_error is not None:
             return file.stale_error
         if file in self._replacing or not file.complete:
@@ -214,7 +217,7 @@ class FillEventHandler(FillEvents):
         return None
 
     async def _replace_shared(self, file: CachedFile, problem: InstantStartError) -> None:
-        """Other generations that have the same file on disk have the same bad bytes."""
+        """Replace the file in the other generations that share it on disk: they have the same bad bytes."""
         generation = file.generation
         for other in list(generation.pipeline.generations()):
             for twin in () if other is generation else other.files:
@@ -225,8 +228,8 @@ class FillEventHandler(FillEvents):
                     break
 
     async def _replace_lost(self, generation: Generation, found_by: FoundBy) -> None:
-        """Where the store has lost one file of a generation, it may have lost others (somebody removed a directory):
-        they are dropped at once, so that its state is true, and fetched again beside each other."""
+        """Check all files of a generation of which one was lost: somebody may have removed a directory. Lost ones
+        are replaced at once, so that the state shown is true, and fetched in parallel."""
         pipeline, store = generation.pipeline, self._catalog.store
         there = await trio.to_thread.run_sync(store.survey, pipeline.id, generation.number)
         lost = [file for file in generation.files if file.complete and there.get(file.entry.path) != file.size]
@@ -263,7 +266,7 @@ class FillEventHandler(FillEvents):
                 self._catalog.store.delete_blob, generation.pipeline.id, generation.number, file.entry.path
             )
         except StoreError as error:
-            # The index speaks of it no more; whoever fills it anew makes room for it, or says why not.
+            # The index does not speak of it any more. The next fill frees space for it, or says why not.
             log.error("%s: cannot be removed: %s", file.entry.path, error.message)
         if file.stale_error is None and not generation.pipeline.removed:
             self._poison(file, problem, wanted=wanted)
@@ -271,7 +274,7 @@ class FillEventHandler(FillEvents):
     def _poison(self, file: CachedFile, error: InstantStartError, *, wanted: bool, quiet: bool = False) -> None:
         """Put a fresh incarnation in the place of one whose bytes are wrong, and fetch it again if it is wanted.
 
-        The store's file was unlinked and the index told (incarnation + 1) by whoever found out.
+        The caller has unlinked the store's file and written incarnation + 1 to the index.
         """
         pipeline = file.generation.pipeline
         file.state = FileState.POISONED
@@ -301,7 +304,7 @@ class FillEventHandler(FillEvents):
         pipeline.changed()
 
     def _log_incident(self, pipeline: Pipeline, error: InstantStartError) -> None:
-        """Log it, once for all files and requests that meet the same; then how often, from time to time."""
+        """Log an error once for all files and requests that meet it, and then from time to time how often."""
         now = trio.current_time()
         known = self._incidents.setdefault(pipeline.id, {})
         incident = known.setdefault(error.code, Incident(now))
@@ -327,7 +330,7 @@ class FillEventHandler(FillEvents):
             self._incidents.pop(pipeline.id, None)
 
     def reset_incidents(self, pipeline: Pipeline) -> None:
-        """Somebody asks again on purpose: what goes wrong from now on is said again."""
+        """Log errors anew from now on: `warm` or `update` asks on purpose."""
         self._incidents.pop(pipeline.id, None)
 
     def _file_of(self, target: FillTarget) -> CachedFile | None:
@@ -336,7 +339,7 @@ class FillEventHandler(FillEvents):
         return file if file is not None and file.target is target else None
 
     async def log_exposure(self, exposure: Exposure) -> None:
-        """Log who holds it. In a thread, one at a time: /proc of a busy host takes seconds."""
+        """Log which processes have it open. Runs in a thread, one at a time: /proc of a busy host takes seconds."""
         processes: list[str] = []
         with contextlib.suppress(OSError):  # no descriptor to look with
             processes = await run_abandonable(
@@ -353,7 +356,7 @@ class FillEventHandler(FillEvents):
 
 
 def drop_target(file: CachedFile) -> None:
-    """Let go of a target that the filler has done with, and of its descriptor."""
+    """Close a target that the filler has finished, with its descriptor."""
     if file.target is not None and file.target.blob is not None:
         file.target.blob.close()
     file.target = None

@@ -1,7 +1,7 @@
-"""Which files are open here: their descriptors, how many hold them, and which generations are in use.
+"""Keeps the open files: their descriptors, the number of their opens, and which generations are in use. It also reads.
 
-A descriptor outlives the opens for a while, since opening and registering it anew was half of the time of an open. It
-never outlives the incarnation: nobody could open that again, and its deleted bytes would stay on the disk.
+A descriptor is kept for a while after the last close: opening and registering it anew took half of the time of an open.
+It is closed when its incarnation is replaced. Nobody can open that again, and its deleted bytes would stay on the disk.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from instantstart_fs.store.locks import used_elsewhere
 from instantstart_fs.store.os_errors import translate, translated
 
 IDLE_READERS = 256
-"""Descriptors of files that were open a while ago: the shards of some pipelines, and a quarter of the least limit of
-open files (1024) that a daemon may be given."""
+"""Idle descriptors that are kept: enough for the shards of some pipelines, and a quarter of the least limit of open
+files (1024) that a daemon may be given."""
 GIVE_UP = 16
-"""Of these, so many at once, when a descriptor is wanted."""
+"""Idle descriptors that are closed at once when one is needed."""
 
 
 class OpenFiles:
@@ -55,7 +55,7 @@ class OpenFiles:
     # -- holding -------------------------------------------------------------------------------------------------
 
     def acquire(self, file: CachedFile) -> None:
-        """One more has it open."""
+        """Count an open of the file."""
         self._idle.pop(file, None)
         file.handles += 1
         file.generation.handles += 1
@@ -63,7 +63,7 @@ class OpenFiles:
             self.listener.opened(file.key)
 
     def keep_readers_open(self, generation: Generation) -> None:
-        """Before its names go: whoever has a complete file open can read it to the end by our own descriptor."""
+        """Open each complete file that readers have open, before its name is deleted: they read it to the end."""
         if generation.handles:
             for file in generation.files:
                 if file.handles and file.complete and file.stale_error is None:
@@ -71,7 +71,7 @@ class OpenFiles:
                         self.reader(file)
 
     def release(self, file: CachedFile) -> None:
-        """One less."""
+        """Count a close of the file."""
         file.handles -= 1
         if file.handles == 0 and _watched(file):
             self.listener.released(file.key)
@@ -79,7 +79,7 @@ class OpenFiles:
         self._release_generation(file.generation)
 
     def notify(self, listener: OpenListener, pipelines: Iterable[Pipeline]) -> None:
-        """Tell it of opens from now on, and at once of what is open already."""
+        """Report opens to the listener from now on, and at once those that there are."""
         self.listener = listener
         for pipeline in pipelines:
             for generation in pipeline.heads():
@@ -89,14 +89,14 @@ class OpenFiles:
                             listener.opened(file.key)
 
     def queue_drained(self, pipelines: Iterable[Pipeline]) -> None:
-        """Of superseded generations that nobody held when they were loaded, or no longer."""
+        """Queue the superseded generations that are not in use for deletion."""
         for pipeline in pipelines:
             for generation in pipeline.draining:
                 if not generation.handles:
                     self._drained[0].send_nowait(generation)
 
     def _keep_or_close_reader(self, file: CachedFile) -> None:
-        """Keep the descriptor of a file that nobody has open for the next one, if there may be a next one."""
+        """Keep the descriptor of a closed file for its next open, if there may be one; else close it."""
         if file.handles:
             return
         if file.reader is None or file in self._stale:
@@ -116,7 +116,7 @@ class OpenFiles:
             self.close_reader(oldest)
 
     def retire(self, file: CachedFile) -> None:
-        """Nobody will open it again: an idle descriptor would keep its deleted bytes on the disk."""
+        """Close the idle descriptor of a replaced file, which would keep its deleted bytes on the disk."""
         self.listener.retired(file.key)
         if not file.handles:
             self.close_reader(file)
@@ -133,7 +133,7 @@ class OpenFiles:
 
     @contextlib.contextmanager
     def using(self, generation: Generation) -> Iterator[None]:
-        """Meanwhile nothing of the generation is evicted or deleted, as if a file of it were open."""
+        """Keep the generation from being evicted or deleted inside the block, as if a file of it were open."""
         generation.handles += 1
         try:
             yield
@@ -148,13 +148,13 @@ class OpenFiles:
     # -- descriptors ---------------------------------------------------------------------------------------------
 
     def backing(self, file: CachedFile) -> int:
-        """The descriptor that the kernel is to read. Raises NoSuchEntry, StoreDamaged."""
+        """Return the descriptor for the kernel to read from (passthrough). Raises NoSuchEntry, StoreDamaged."""
         if not file.passthrough_eligible:
             raise NoSuchEntry(f"{file.entry.path} is not complete any more")
         return self.check(file)
 
     def check(self, file: CachedFile) -> int:
-        """The descriptor of a complete file, which the store still has. Raises StoreDamaged, StoreError."""
+        """Return the descriptor of a complete file after a check that the store still has it. Raises StoreError."""
         fd, blob = self.reader(file), file.reader
         assert blob is not None
         if blob.path is None:
@@ -175,21 +175,22 @@ class OpenFiles:
         return fd
 
     def duplicate(self, file: CachedFile) -> int:
-        """Another descriptor of the same description, the caller's to close, to read the file ahead: whoever has it
-        does not count as somebody who has the file open. Raises StoreDamaged, OutOfResources."""
+        """Return a duplicate of the file's descriptor for reading ahead; the caller closes it.
+
+        It does not count as an open of the file. Raises StoreDamaged, OutOfResources."""
         kept = file.reader is not None
         try:
             with translated(f"open {file.entry.path}"):
                 return descriptors.held(os.dup(self.reader(file)), spare=True)
         finally:
             if file.handles and not kept:
-                self.close_reader(file)  # whoever has it open reads what is bound, and needs none of ours
+                self.close_reader(file)  # its readers read the bind mount, and need none of ours
             else:
                 self._keep_or_close_reader(file)
 
     def used_elsewhere(self, file: CachedFile) -> bool:
-        """Whether somebody has the store's file open or mapped, past this daemon. True, too, while that cannot be
-        asked: without a descriptor to spare, say."""
+        """Whether a process other than this daemon has the store's file open or mapped. Also True while that cannot be
+        asked, for want of a descriptor, say."""
         if file.reader is not None:
             return used_elsewhere(file.reader.fd)
         generation = file.generation
@@ -205,7 +206,7 @@ class OpenFiles:
             return used_elsewhere(blob.fd)
 
     def read_cached(self, file: CachedFile, offset: int, view: memoryview) -> int:
-        """As many bytes as the page cache has at once; 0 when it would block."""
+        """Read into ``view`` what the page cache has; return the bytes read, 0 if the read would block."""
         try:
             return os.preadv(self.reader(file), [view], offset, os.RWF_NOWAIT)
         except OSError:
@@ -215,7 +216,7 @@ class OpenFiles:
 
     @staticmethod
     def read_blocking(file: CachedFile, fd: int, offset: int, view: memoryview) -> None:
-        """``fd``: its ``reader``, which whoever has it open keeps. In a thread. Raises StoreDamaged, OutOfResources."""
+        """Fill ``view`` from ``fd``, the file's ``reader``. Blocks. Raises StoreDamaged, OutOfResources."""
         done, again = 0, True
         while done < len(view):
             try:
@@ -230,7 +231,7 @@ class OpenFiles:
             done += count
 
     def reader(self, file: CachedFile) -> int:
-        """Its descriptor, for as long as nothing is awaited. Raises StoreError."""
+        """Return the file's descriptor. It may be closed at the caller's next ``await``. Raises StoreError."""
         if file.reader is not None and not file.complete and self._filled_elsewhere(file):
             # The store lost the file under a fill that has begun anew. Others may be inside a read of the old one.
             self._stale.setdefault(file, []).append(file.reader)
@@ -240,8 +241,8 @@ class OpenFiles:
         return file.reader.fd
 
     def _within_reserve(self, file: CachedFile) -> BlobFile:
-        """Those that nobody has open give theirs up first. Raises OutOfResources: more must not be opened for readers,
-        or the daemon could do nothing else any more."""
+        """Make sure that a descriptor may be opened for a reader, closing idle ones first. Raises OutOfResources where
+        the rest is reserved for the daemon's own work."""
         while True:
             try:
                 blob = self._open_reader(file)
@@ -256,14 +257,14 @@ class OpenFiles:
                 raise _too_many(file)
 
     def check_descriptors(self, file: CachedFile) -> None:
-        """Of a file that is not complete: what reading it takes is refused at its open, and not waited for in a read.
-        Raises OutOfResources."""
+        """Raise OutOfResources at the open of a file that is not complete, if there is no descriptor for reading it
+        later."""
         while file.reader is None and not descriptors.may_hold_another():
             if not self._give_up_idle():
                 raise _too_many(file)
 
     def _give_up_idle(self) -> bool:
-        """Some of those whose descriptor is kept without need; False: there are none."""
+        """Close some idle descriptors; False if there are none."""
         there_are = bool(self._idle)
         for oldest in list(itertools.islice(self._idle, GIVE_UP)):
             self.close_reader(oldest)
@@ -294,7 +295,7 @@ class OpenFiles:
         return filled is not None and file.reader is not None and not os.path.sameopenfile(filled.fd, file.reader.fd)
 
     def sealed(self, file: CachedFile) -> None:
-        """It is complete from now on; while its target still says which file of the store was filled."""
+        """Note that the file is complete. Call it while its target still names the store's file that was filled."""
         if file.reader is not None and self._filled_elsewhere(file):
             self._stale.setdefault(file, []).append(file.reader)
             file.reader = None
@@ -308,13 +309,14 @@ def _too_many(file: CachedFile) -> OutOfResources:
 
 
 def _filled(file: CachedFile) -> BlobFile | None:
-    """The store's file that is being filled, open."""
+    """Return the open store's file that is being filled, if any."""
     blob = file.target.blob if file.target is not None else None
     return blob if blob is not None and blob.fd >= 0 else None
 
 
 def _join(blob: BlobFile, file: CachedFile) -> None:
-    """A file that an update kept is open here by one description for all generations: by two, each would look used."""
+    """Share one open file description between generations that an update let share the file. With two, each would make
+    the other look like use by another process."""
     pipeline = file.generation.pipeline
     if not pipeline.draining:
         return
@@ -326,7 +328,7 @@ def _join(blob: BlobFile, file: CachedFile) -> None:
 
 
 def _at(generation: Generation, path: str) -> CachedFile | None:
-    """Its file of that path, by the tree: a walk over a hundred thousand files would stop everybody at each open."""
+    """Find the generation's file of that path by its tree: a walk over all files would stop the loop at each open."""
     tree, node = generation.tree, 0
     for name in path.split("/"):
         child = tree.child(node, name)

@@ -1,5 +1,7 @@
-"""What the library tells whoever follows an engine's loading (mount/staging.py). Plain calls on the trio thread that
-return at once; only weight files of the load set are told of, never listings, attributes, configuration or tokenizers.
+"""The protocol by which staging (mount/staging.py) is told of opens, releases and seals of weight files.
+
+Plain calls on the trio thread that return at once. Only weight files of the load set are reported, never listings,
+attributes, configuration or tokenizers.
 """
 
 from __future__ import annotations

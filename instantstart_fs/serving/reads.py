@@ -1,10 +1,10 @@
-"""Opening and reading: where the mount's demand meets the filler.
+"""Opens and reads files for the mount. Absent bytes are asked of the filler, and waited for.
 
-A read of present bytes touches neither the network nor another thread, where the page cache has them. A read of absent
-bytes asks the filler (ahead of all background work) and waits for the chunk. The first READ beyond a weight file's
+A read of bytes that the page cache has touches neither the network nor another thread. A read of absent bytes asks the
+filler (ahead of all background work) and waits for the chunk. The first READ beyond a weight file's
 header starts the background fill of the pipeline's load set, from that file on.
 
-What the filler reports is serving/fill_events.py's, what is open serving/open_files.py's.
+The filler's reports are applied in serving/fill_events.py; serving/open_files.py has the open files.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from instantstart_fs.vfs import NotLoaded
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 16_384
-"""Reads of one pipeline that wait at a time; more fail at once. All that wait share the mount's tasks and memory."""
+"""Waiting reads of one pipeline at a time; more fail at once. They share the mount's tasks and memory."""
 FILL_SLICE = 1000
-"""Files that are ordered without a pause: a million of them must not stop everybody else."""
+"""Files that are handed to the filler without a pause: a million must not stop the loop."""
 
 
 class Handle:
-    """One open of one file incarnation, by one of its two nodeids; ``backing``: see view.OpenFile."""
+    """One open of one file incarnation, by one of its two nodeids; ``backing``: see vfs.OpenFile."""
 
     __slots__ = ("backing", "file", "nodeid", "released", "starts")
 
@@ -174,8 +174,8 @@ class Reads:
         return Handle(file, nodeid, backing)
 
     def restore_handles(self, nodeids: Sequence[int]) -> None:
-        """The kernel holds these open, one for each handle: nothing of theirs is evicted or deleted from now on. What
-        is gone is left out."""
+        """Restore the handles that the kernel holds open from an earlier daemon, one for each nodeid given. Their files
+        are not evicted or deleted from now on. Nodeids that name nothing any more are left out."""
         for nodeid in nodeids:
             try:
                 file = self._catalog.nodes.find(nodeid)
@@ -201,7 +201,7 @@ class Reads:
         return handle
 
     def release_unclaimed(self) -> None:
-        """Whoever was to be reopened is."""
+        """End the handles of the earlier daemon that the kernel did not ask for again."""
         restored, self._restored = self._restored, {}
         for handles in restored.values():
             for handle in handles:
@@ -210,7 +210,7 @@ class Reads:
         self._open_files.queue_drained(self._catalog.pipelines.values())
 
     def _fail_fast(self, file: CachedFile) -> None:
-        """An error at open is a traceback in the engine; one at a page fault is a SIGBUS. So refuse early."""
+        """Raise at open what would fail later: the engine gets a traceback there, and a SIGBUS at a page fault."""
         refusal = self.filler.refusal(file.target) if file.target is not None else None
         if refusal is not None and not isinstance(refusal, StoreFull):
             raise refusal
@@ -271,7 +271,7 @@ class Reads:
 
     @contextlib.contextmanager
     def _one_more_waits(self, file: CachedFile) -> Iterator[None]:
-        """Raises ReadDeadline where too many of the pipeline do."""
+        """Count a waiting read inside the block. Raises ReadDeadline where the pipeline has too many."""
         pipeline = file.generation.pipeline.id
         count = self._waiting.get(pipeline, 0)
         if count >= MOST_WAITING:
@@ -287,8 +287,8 @@ class Reads:
     # -- asking the filler ---------------------------------------------------------------------------------------
 
     async def _wait_readable(self, handle: Handle, wanted: ByteRange, since: float) -> Served | None:
-        """Return when the store has these bytes, and whether it had them before; None when it has no room for them.
-        ``since``: when the read came; whatever it waits for on its way, it has one ``read_deadline``."""
+        """Wait until the store has these bytes. True: it had them before; None: it has no space for them.
+        ``since``: when the read came (trio's clock). ``read_deadline`` counts from there, for all waits together."""
         file = handle.file
         if file.stale_error is not None:
             raise file.stale_error
@@ -308,7 +308,7 @@ class Reads:
             if not await self._admitted(file, target, wanted):
                 return "store" if target.readable(wanted) else None
         if asking.cancelled_caught or target is None:
-            raise ReadDeadline(f"{file.entry.path}: no room was made for it within {self._read_deadline:g} s")
+            raise ReadDeadline(f"{file.entry.path}: no space was freed for it within {self._read_deadline:g} s")
         try:
             self.filler.demand(target, wanted)
             try:
@@ -330,7 +330,7 @@ class Reads:
         return await self._admissions.admit_chunks(file, target.present, chunks)
 
     async def _read_through(self, handle: Handle, offset: int, view: memoryview, since: float) -> int:
-        """Straight from the origin; nothing of it is kept."""
+        """Read straight from the origin into ``view``; nothing is kept in the store."""
         file = handle.file
         origin = file.generation.opened_origin(file.entry.model)
         assert origin is not None, "target() opened it"
@@ -363,8 +363,8 @@ class Reads:
     async def start_fill(
         self, generation: Generation, first: CachedFile | None = None, *, everything: bool = False
     ) -> Uncached | None:
-        """Fill the load set in the background (or ``everything``), from ``first`` on. What it says when there is no
-        room for that: then nothing begins.
+        """Fill the load set in the background (or ``everything``), from ``first`` on. Returns the refusal if there
+        is no space for it: then nothing begins.
 
         A ``first`` outside the load set, or of a superseded generation, is filled beside what is being filled; so is
         one that is to be fetched again while the load set is being filled.
@@ -458,7 +458,7 @@ class Reads:
     # -- background tasks ----------------------------------------------------------------------------------------
 
     async def run_replacements(self) -> None:
-        """Record the nodeids of new incarnations, then fetch those files again that somebody wanted."""
+        """Write the nodeids of new incarnations to the index, then fetch the wanted ones again. Until cancelled."""
         async with trio.open_nursery() as nursery:
             async for file, wanted, exposure in self._fill_events.replaced:
                 if exposure is not None:
@@ -474,7 +474,7 @@ class Reads:
                 del file, generation  # the next may be long in coming
 
     async def reset_failures(self, generation: Generation) -> None:
-        """Somebody asks again on purpose: what failed for good may be tried anew at once."""
+        """Let files that failed for good be fetched again at once: `warm` or `update` asks on purpose."""
         pipeline = generation.pipeline
         self.filler.reset_failures(pipeline.id)
         self._fill_events.reset_incidents(pipeline)
@@ -490,7 +490,7 @@ class Reads:
 
 
 def _record_nodeid(file: CachedFile, txn: WriteTxn) -> None:
-    """Keep what the record says of the file's presence; it may be filling already."""
+    """Write the nodeid alone into the file's record, which may say more by now: it may be filling."""
     key = file.key
     if file.generation.pipeline.removed or file.stale_error is not None:
         return

@@ -1,5 +1,7 @@
-"""What has to be finished once it has begun, whoever asked for it: half an eviction, or a file that is dropped on the
-disk and not in the index, would lie."""
+"""Runs operations that must complete even if their requester is cancelled or disconnects.
+
+Half an eviction, or a file that is deleted on the disk and still in the index, would be wrong on disk.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ class ShieldedOperations:
             try:
                 await trio.sleep_forever()
             finally:
-                self._nursery = None  # before it takes none any more: what is under way may outlive this
+                self._nursery = None  # it accepts nothing from here on; operations under way may outlive this
 
     async def wait_idle(self, kind: str) -> None:
         """Return once all of that kind that have begun by now have ended."""
@@ -38,8 +40,15 @@ class ShieldedOperations:
             await event.wait()
 
     async def run_to_completion(self, work: Callable[[], Awaitable[T]], kind: str = "") -> T:
-        """Do it in a task of its own; what it returns or raises. Whoever waits for it here may be cancelled: it goes
-        on. Raises FillCancelled when the daemon ends."""
+        """Run ``work`` in a task of its own and return its result. It goes on if the caller is cancelled.
+
+        Args:
+            work: the operation.
+            kind: a group of operations that ``wait_idle`` can wait for.
+
+        Raises:
+            FillCancelled: the daemon ends. Anything that ``work`` raises.
+        """
         if self._nursery is None:
             raise FillCancelled("the daemon ends")
         done = trio.Event()

@@ -88,5 +88,5 @@ def probe_xattrs(fd: int, root: str) -> None:
                 f"the filesystem of the store {root} takes no user xattrs (tmpfs does from Linux 6.6 on); {_ADVICE}"
             ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return  # it can, and has no room for it now: what is there is served all the same
+            return  # it can, and has no space for it now: what is there is served all the same
         raise translate(error, f"write an xattr in {root}") from error

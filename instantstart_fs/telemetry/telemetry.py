@@ -1,8 +1,7 @@
-"""What happens, counted: totals for the metrics, cold-start records for `explain`. Lives on the trio thread.
+"""Records events for the metrics (totals) and for `explain` (cold-start records). Lives on the trio thread.
 
-Whoever does something tells it here with one call that costs about a microsecond and cannot fail; it changes nothing
-about what is served. Totals count from the daemon's start. Records go to the index in batches; an index that takes none
-loses history, never a read.
+Calls are cheap (about 1 µs), never fail and never affect what is served. Totals count from the daemon's start. Records
+are written to the index in batches; if the index takes none, history is lost and never a read.
 """
 
 from __future__ import annotations
@@ -349,13 +348,13 @@ class Telemetry:
                 if before is None or before.live:
                     self.totals.cold_start_ended(record)
             kept[record.started_ns] = record
-        gone = self._surplus(changed)
+        surplus = self._surplus(changed)
 
         def write(txn: WriteTxn) -> None:
             for record in changed:
                 if txn.get_pipeline(record.pipeline) is not None:
                     txn.put_cold_start(record)
-            for record in gone:
+            for record in surplus:
                 txn.delete_cold_start(record.pipeline, record.started_ns)
 
         try:
@@ -370,13 +369,13 @@ class Telemetry:
             if len(self._history[pipeline]) > coldstart.PER_PIPELINE
             for record in self._history[pipeline].values()
         ]
-        gone = coldstart.surplus(crowded)
-        if self._count - len(gone) > coldstart.OVERALL:
-            gone = coldstart.surplus(record for records in self._history.values() for record in records.values())
-        for record in gone:
+        surplus = coldstart.surplus(crowded)
+        if self._count - len(surplus) > coldstart.OVERALL:
+            surplus = coldstart.surplus(record for records in self._history.values() for record in records.values())
+        for record in surplus:
             kept = self._history[record.pipeline]
             del kept[record.started_ns]
             self._count -= 1
             if not kept:
                 del self._history[record.pipeline]
-        return gone
+        return surplus

@@ -363,7 +363,7 @@ def repair(
 ) -> FsckReport:
     """`instantstart fsck`: the whole of it, for a store that no daemon has open and whose index may be unreadable.
 
-    An index that cannot be read is moved aside (``index.damaged-…`` beside it, for whoever wants to look) and a new one
+    An index that cannot be read is moved aside (``index.damaged-…`` beside it, for a later look) and a new one
     is made. Raises StoreLocked while a daemon runs; else like ``fsck``.
     """
     with BlobStore.open(root) as store:

@@ -1,10 +1,10 @@
-"""The scrub: complete files are read again in the background and compared, so that bytes that rot, or are exchanged,
-under their seal are found before an engine loads them.
+"""The scrub: reads complete files again in the background, so that bytes that rotted or were exchanged under their seal
+are found before an engine loads them.
 
-Which pipeline, when, and when to rest: core/scrub. This reads (upkeep/rehash: past the page cache, at a bounded rate),
-drops and fetches again what is wrong (Reads.discard), and remembers how far it came. It is in nobody's way: it rests
-while there is demand, and what it reads counts neither as open nor as requested, so it can be evicted, updated and
-removed under it.
+core/scrub.py decides which pipeline is read, when, and when to pause. This module reads (by upkeep/rehash.py: past the
+page cache, at a bounded rate), replaces damaged files (Reads.replace_damaged) and records its progress. It pauses while
+there is demand. Its reads count neither as open nor as requested, so a pipeline can be evicted, updated and removed
+under it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from instantstart_fs.views.status import rfc3339
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 60.0
-"""At most, between two looks for what is due: pipelines come and go."""
+"""At most so many seconds between two looks for a pipeline that is due: they come and go."""
 REST_SECONDS = 1.0
-"""At most, between two looks whether there is still demand."""
+"""At most so many seconds between two looks whether there is still demand."""
 SAVE_SECONDS = 60.0
 RETRY_SECONDS = 300.0
-"""After the index could not be told of a bad file."""
+"""Seconds until the next try after the index could not record a bad file."""
 BATCH = 1000
-"""Absent files that are passed over without a pause."""
+"""Absent files that are skipped without a pause."""
 
 
 class _GivenUp(Exception):
-    """What was being read is not shown any more."""
+    """The file that was being read was replaced or removed."""
 
 
 class Scrubber:
-    """Owned by the Library. ``period`` in seconds, ``rate`` in bytes a second; ``activity``: what readers and fills
-    do."""
+    """Owned by the Library. ``period``: seconds between two passes over a pipeline. ``rate``: bytes per second.
+    ``activity``: tells what readers and fills do."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Scrubber:
         self._quiet = IdleDetector()
         self._reading_now: str | None = None
         self.resting = False
-        """Whether there is something to read, and demand keeps it waiting."""
+        """Whether a pass is paused by demand."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -74,7 +74,7 @@ class Scrubber:
             await trio.sleep(pause)
 
     async def run_once(self) -> float:
-        """Read one pipeline if one is due; the seconds until the next look."""
+        """Read one pipeline if one is due, and return the seconds until the next look."""
         due, wait = scrub.next_pass(self._accounts(), self._period, self._now())
         if due is None:
             return min(wait, LOOK_SECONDS, self._period)
@@ -86,7 +86,7 @@ class Scrubber:
         except _GivenUp:
             pass
         except InstantStartError as error:
-            log.error("scrub: put off: %s", error.message, extra={"pipeline": due})
+            log.error("scrub postponed: %s", error.message, extra={"pipeline": due})
             return RETRY_SECONDS
         finally:
             self._reading_now = None
@@ -95,11 +95,11 @@ class Scrubber:
         return 0.0
 
     def overdue(self) -> float:
-        """Seconds by which the longest unproven pipeline is late."""
+        """Return the seconds by which the pipeline that waits longest is late."""
         return scrub.overdue(self._accounts(), self._period, self._now())
 
     def status(self, pipeline: Pipeline) -> ScrubStatus:
-        """What `status` shows."""
+        """Return what `status` shows of the scrub."""
         under_way = self._reading_now == pipeline.id
         return ScrubStatus(
             proven=rfc3339(pipeline.scrubbed.proven_at_ns or None),
@@ -111,7 +111,7 @@ class Scrubber:
 
     def _accounts(self) -> list[ScrubCandidate]:
         return [
-            # What was never scrubbed was proven when it was sealed, so not before the pipeline was there.
+            # A pipeline that was never scrubbed was proven when it was sealed, and so not before it was added.
             ScrubCandidate(pipeline.id, 1, (pipeline.scrubbed.proven_at_ns or pipeline.created_at_ns) / 1e9)
             for pipeline in self._catalog.pipelines.values()
             if pipeline.head is not None and pipeline.head.counts.finished
@@ -123,7 +123,7 @@ class Scrubber:
             return
         pipeline.scrubbed = pipeline.scrubbed.begun(generation.number, self._catalog.now_ns())
         pace, saved_at, files, found = Pace(self._rate), trio.current_time(), 0, 0
-        shown = generation.files  # also once the generation has let go of them
+        shown = generation.files  # a copy: Generation.end clears the generation's own
         for index in range(pipeline.scrubbed.next_index, len(shown)):
             file = shown[index]
             if file.complete and file.stale_error is None:
@@ -142,7 +142,7 @@ class Scrubber:
         log.info("scrub: %d files read, %d of them bad", files, found, extra={"pipeline": pipeline.id})
 
     async def _file(self, file: CachedFile, pace: Pace) -> bool:
-        """Whether it was bad. Raises _GivenUp, StoreError (the index cannot be told)."""
+        """Check one file; True if it was bad. Raises _GivenUp, StoreError (the index cannot record it)."""
 
         async def ready(count: int) -> None:
             while (rest := self._quiet.observe(self._activity(), trio.current_time())) > 0:
@@ -161,7 +161,7 @@ class Scrubber:
         return True
 
     def _check_shown(self, file: CachedFile) -> None:
-        """A file that was evicted keeps its space as long as it is open: let go of it."""
+        """Raise _GivenUp if the file was replaced: an evicted file takes space for as long as it is open here."""
         generation = file.generation
         if file.stale_error is not None or generation.pipeline.removed or generation is not generation.pipeline.head:
             raise _GivenUp
@@ -171,4 +171,4 @@ class Scrubber:
             await self._catalog.records.save_upkeep(pipeline)
         except InstantStartError as error:
             # Costs no more than reading some files once more after a restart.
-            log.warning("scrub: how far it came is not noted: %s", error.message, extra={"pipeline": pipeline.id})
+            log.warning("scrub: its progress cannot be saved: %s", error.message, extra={"pipeline": pipeline.id})

@@ -1,6 +1,6 @@
-"""How pipelines and files look from outside: attributes, xattrs, states and status. Decides nothing, changes nothing.
+"""Computes what is shown of pipelines and files: attributes, xattrs, states and status. It changes nothing.
 
-docs/SEMANTICS.md states what is computed here; nothing here counts as a request or starts a fill.
+docs/SEMANTICS.md defines the results. Nothing here counts as a request or starts a fill.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SKIPS_SHOWN = 10
 
 
 class Clocks(Protocol):
-    """What is known of accesses, and now. Nanoseconds of the wall clock."""
+    """The times that are shown: now, and of requests and reads. Nanoseconds of the wall clock."""
 
     def last_request(self, pipeline: str) -> int | None: ...
 
@@ -62,22 +62,22 @@ def pipeline_state(pipeline: Pipeline, *, filling: bool) -> PipelineState:
 
 
 def state_directory(state: PipelineState) -> str:
-    """Which of .warm, .filling and .cold lists a pipeline of this state."""
+    """Return which of .warm, .filling and .cold lists a pipeline of this state."""
     if state in ("warm", "unverified"):
         return ".warm"
     return ".filling" if state == "filling" else ".cold"
 
 
 def blocks(size: int, cached: int) -> int:
-    """st_blocks in units of 512 bytes: what is cached; never 0 for a file that has bytes, since GNU tar -S and cp take
-    0 blocks for one great hole."""
+    """Return st_blocks (units of 512 bytes) for so many cached bytes. Never 0 for a file that has bytes: GNU tar -S
+    and cp take 0 blocks for one large hole."""
     if size == 0:
         return 0
     return max(1, -(-cached // BLOCK))
 
 
 def file_attributes(file: CachedFile, clocks: Clocks, nodeid: int) -> Attributes:
-    """``nodeid``: the one of the file's two that is asked about; both look the same."""
+    """Return a file's attributes. ``nodeid``: the one of its two that is asked about; both look the same."""
     spec = file.generation.pipeline.spec
     mtime = file.entry.file.mtime_ns
     accessed = clocks.last_access(*file.triple)
@@ -118,8 +118,8 @@ def directory_attributes(
 
 
 def link_attributes(pipeline: Pipeline) -> Attributes:
-    """The symlink ``.warm/<id>`` and its like: its target is ``../<id>``. Which directory holds it says the
-    pipeline's state, so only those find it who may list the pipeline."""
+    """Return the attributes of the symlink ``.warm/<id>`` and its like, whose target is ``../<id>``. The directory
+    that holds it tells the pipeline's state, so only users who may list the pipeline find it."""
     spec = pipeline.spec
     return Attributes(
         nodeid=pipeline.link_nodeid,
@@ -143,7 +143,8 @@ def link_target(pipeline: Pipeline) -> str:
 
 
 def root_attributes(pipeline: Pipeline, nodeid: int, resolved_at_ns: int, children: int) -> Attributes:
-    """A directory that is there for the pipeline's life: its own, or a model's. ``children``: directories in it."""
+    """Return the attributes of a pipeline's or model's directory, which stays for the pipeline's life. ``children``:
+    directories in it."""
     spec = pipeline.spec
     # stat(2) of a pipeline's root is for everybody: of a walled one no more than its owner and that it was added.
     walled = nodeid == pipeline.root_nodeid and spec.mode & 0o005 != 0o005
@@ -159,14 +160,14 @@ def root_attributes(pipeline: Pipeline, nodeid: int, resolved_at_ns: int, childr
 
 
 def tree_directory_attributes(generation: Generation, node: int) -> Attributes:
-    """A directory of a generation (also the pipeline's root)."""
+    """Return the attributes of a directory in a generation (also of the pipeline's root)."""
     return root_attributes(
         generation.pipeline, generation.nodeid(node), generation.resolved_at_ns, generation.tree.subdirectories(node)
     )
 
 
 def file_xattrs(file: CachedFile, state: PipelineState, clocks: Clocks, keep_hot: float) -> dict[str, str]:
-    """user.instantstart.* of a file (without the prefix)."""
+    """Return user.instantstart.* of a file, without the prefix."""
     model = file.generation.manifest.models[file.entry.model]
     values = {
         "state": file.state.value,
@@ -191,7 +192,7 @@ def file_xattrs(file: CachedFile, state: PipelineState, clocks: Clocks, keep_hot
 
 
 def pipeline_xattrs(pipeline: Pipeline, state: PipelineState, clocks: Clocks, keep_hot: float) -> dict[str, str]:
-    """user.instantstart.* of a pipeline's directory (without the prefix)."""
+    """Return user.instantstart.* of a pipeline's directory, without the prefix."""
     values = {"state": state, "source": " ".join(model.source for model in pipeline.spec.models)}
     generation = pipeline.head
     if generation is not None:
@@ -228,8 +229,12 @@ def pipeline_status(
     scrub: ScrubStatus | None = None,
     access: AccessStatus | None = None,
 ) -> PipelineStatus:
-    """``rate`` in bytes per second. ``received``: bytes of chunks that are on their way.
-    ``in_brief``: with how many files there are, if the pipeline is in memory."""
+    """Return what `status` and `ls` show of a pipeline.
+
+    Args:
+        rate: bytes per second that its fills receive.
+        received: bytes of chunks that are still on their way.
+        in_brief: without the lists of files; their numbers, if the pipeline is in memory."""
     listed = pipeline.current if with_files else None
     brief = pipeline.head if in_brief and isinstance(pipeline.head, Generation) else None
     choices = listed or brief
@@ -274,7 +279,7 @@ def pipeline_status(
 
 
 def _skipped(pipeline: Pipeline) -> SkippedStatus | None:
-    """Of a pipeline that is in memory (``status`` and ``add`` see to that)."""
+    """Return the files that the load set leaves out. The pipeline must be in memory."""
     if not isinstance(pipeline.head, Generation):
         return None
     found = [model.skipped for model in pipeline.head.manifest.models if model.skipped is not None]

@@ -60,7 +60,7 @@ MAX_SIGHTS = 64
 LOOKS_AT_ONCE = 256
 """Pipelines between two pauses, while that is found out."""
 MAX_VIEWS = 64
-"""Different pages of one overview that are kept: whoever is at the door may ask for any."""
+"""Rendered pages of one summary that are kept: any caller may ask for any."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 HEADERS = {
     "Content-Security-Policy": (

@@ -108,7 +108,7 @@ class HealthProbe:
             with trio.move_on_after(PROBE_DEADLINE) as scope:
                 await self._prove_index()
         except InstantStartError as error:
-            # The code and not the message: whoever asks /healthz may not know the store's paths.
+            # The code and not the message: callers of /healthz may not learn the store's paths.
             return error.code
         return f"does not take a write within {PROBE_DEADLINE:g} s" if scope.cancelled_caught else None
 

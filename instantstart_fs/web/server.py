@@ -144,15 +144,15 @@ class Connection(TCPServer):
                     self.seat.at_work()
             await super().protocol_send(event)
             return
-        # A byte now and then is not reading: whoever takes an answer so slowly holds a connection for nothing.
-        gone = False
+        # A byte now and then is not reading: a peer that is so slow holds a connection for nothing.
+        disconnected = False
         async with self.send_lock:
             with trio.move_on_after(STALLED_SECONDS, shield=True) as taking:
                 try:
                     await self.stream.send_all(event.data)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    gone = True
-        if gone or taking.cancelled_caught:
+                    disconnected = True
+        if disconnected or taking.cancelled_caught:
             await trio.aclose_forcefully(self.stream)
             await self.protocol.handle(Closed())
 
