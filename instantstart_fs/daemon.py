@@ -417,9 +417,9 @@ class Daemon:
                 with contextlib.suppress(PipelineNotFound):
                     self._compare(spec, self._library.pipelines.spec(spec.id))
                     if self._library.pipelines.spec(spec.id).pinned != spec.pinned and spec.pinned:
-                        await self._library.admin.set_pinned(spec.id, True)
+                        await self._library.lifecycle.set_pinned(spec.id, True)
                     if self._library.pipelines.spec(spec.id).quota != spec.quota:
-                        await self._library.admin.set_quota(spec.id, spec.quota)
+                        await self._library.lifecycle.set_quota(spec.id, spec.quota)
                         log.info("its quota is now %s", spec.quota or "unlimited", extra={"pipeline": spec.id})
                     return
                 await self._library.admin.add(spec)

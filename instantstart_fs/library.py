@@ -1,7 +1,7 @@
 """The composition root of what lies between the mount and the origins: builds the parts and runs their tasks.
 
 Callers take the part that they need: the mount ``mounted`` and ``bindings``, staging ``shards``, the control socket
-``admin``, ``pipelines``, ``warming`` and ``leases``, the page ``summary`` and ``telemetry``. Nothing is forwarded here.
+those of control/parts.py, the page ``snapshots`` and ``telemetry``. Nothing is forwarded here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import msgspec
 import trio
 
 from instantstart_fs.admin.administration import Administration
+from instantstart_fs.admin.cold_starts import ColdStarts
 from instantstart_fs.admin.lifecycle import Lifecycle
+from instantstart_fs.admin.origin_checks import OriginChecks
 from instantstart_fs.catalog.bind_gate import BindGate
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.loadset_learner import LoadSetLearner
@@ -220,6 +222,9 @@ class Library:
             startup=self.startup,
             rechecker=self.rechecker,
         )
+
+        self.origin_checks = OriginChecks(self.catalog, self.lifecycle)
+        self.cold_starts = ColdStarts(self.catalog, self.telemetry)
 
         # What others see.
         self.namespace = Namespace(self.catalog, self.access, self._state_of, config.eviction.keep_hot)

@@ -1,22 +1,17 @@
-"""Pipelines' administration as the control socket and the configuration ask for it: by name, answering with a status.
+"""Adds, updates, removes and evicts pipelines by name, with all that follows for the other parts of the library.
 
-Each method is one use case over lifecycle.py and what follows from it (an access check noted, counters, an evictor that
-looks again). Who may ask is decided in control/callers.py.
+A change itself is made in lifecycle.py. Here follow its effects on counters, access checks, startup caches and the
+evictor. Who may ask for a change is decided in control/callers.py.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Sequence
-
-from instantstart_fs.admin.lifecycle import Lifecycle, VerifyReport
-from instantstart_fs.admin.origin_checks import OriginChecks
+from instantstart_fs.admin.lifecycle import Lifecycle
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.loadset_learner import LoadSetLearner
 from instantstart_fs.catalog.model import Pipeline
-from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.manifest import PipelineSpec
-from instantstart_fs.core.status import OriginCheck, PipelineStatus
+from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.errors import PipelineBusy
 from instantstart_fs.index.access_times import AccessTimes
 from instantstart_fs.serving.bindings import Bindings
@@ -34,8 +29,12 @@ EVICTION = "eviction"
 
 
 class Administration:
-    """On the trio thread. It has more than 8 collaborators: here a request meets everything that has to know of it.
-    ``rechecker``: None where origins are not asked again."""
+    """Changes of pipelines; on the trio thread.
+
+    It has more than 8 collaborators, because a pipeline that comes or goes has to be made known to each of them.
+
+    ``rechecker``: None where origins are not asked again.
+    """
 
     def __init__(
         self,
@@ -67,7 +66,6 @@ class Administration:
         self._shielded = shielded
         self._startup = startup
         self._rechecker = rechecker
-        self._origin_checks = OriginChecks(catalog, lifecycle)
 
     async def add(self, spec: PipelineSpec) -> PipelineStatus:
         """Resolve, pin and show a new pipeline. Raises PipelineExists, UsageError, OriginError, StoreError."""
@@ -87,13 +85,13 @@ class Administration:
         return self._pipelines.status(pipeline)
 
     async def _note_allowed(self, pipeline: Pipeline) -> None:
-        """Its sources were just listed with its credentials."""
+        """Record a passed access check: its sources were just listed with its credentials."""
         if self._rechecker is not None:
             await self._rechecker.note(pipeline, None)
 
     async def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
-        """Returns the processes that still have files of it open; their space is free once those are closed. Raises
-        PipelineNotFound, PipelineBusy (leased; not with ``force``)."""
+        """Remove a pipeline. Returns the processes that still have files of it open: their space is free once they
+        close them. Raises PipelineNotFound, PipelineBusy (leased; not with ``force``)."""
         found = self._catalog.pipeline(pipeline)
         processes = await self._lifecycle.remove(pipeline, force=force)
         self._learner.forget(found)
@@ -104,8 +102,8 @@ class Administration:
         return [str(process) for process in processes]
 
     async def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
-        """Returns what ``remove`` returns. Raises PipelineNotFound, PipelineBusy (pinned; without ``force`` also leased
-        or open)."""
+        """Delete a pipeline's bytes and keep its manifest. Returns what ``remove`` returns. Raises PipelineNotFound,
+        PipelineBusy (pinned; without ``force`` also leased or open)."""
         self._bindings.poll_releases(pipeline)
         dropped, processes = await self._lifecycle.evict_by_hand(pipeline, force=force)
         self._telemetry.evicted(dropped)
@@ -114,8 +112,8 @@ class Administration:
         return [str(process) for process in processes]
 
     async def evict_unused(self, pipeline: str) -> None:
-        """``evict`` for the evictor. Raises PipelineBusy, too, if it was requested since it was chosen, or is being
-        changed: an update may take minutes, and a fill that needs space waits for this."""
+        """Evict a pipeline for the evictor. Raises PipelineBusy also if it was requested since it was chosen, or is
+        being changed: an update may take minutes, and a fill that needs space waits for this."""
         if self._catalog.pipeline(pipeline).lock.locked():
             raise PipelineBusy(f"{pipeline} is being changed")
 
@@ -128,68 +126,22 @@ class Administration:
             await self._startup.evicted(pipeline)
             self._evictor.wake()
 
-        # The caller may be a reader whose patience ends.
+        # The caller may be a read whose deadline ends.
         await self._shielded.run_to_completion(work, EVICTION)
 
     async def evictions_end(self) -> None:
         """Return once no eviction of ``evict_unused`` is under way."""
         await self._shielded.wait_idle(EVICTION)
 
-    async def set_pinned(self, pipeline: str, pinned: bool) -> None:
-        """Raises PipelineNotFound, StoreError."""
-        await self._lifecycle.set_pinned(pipeline, pinned)
-
-    async def set_quota(self, pipeline: str, quota: int | None) -> None:
-        """Bytes of disk that its files may take from now on; None: no limit. Raises PipelineNotFound, StoreError."""
-        await self._lifecycle.set_quota(pipeline, quota)
-
     def touch(self, pipeline: str) -> None:
         """Count a request now. Raises PipelineNotFound."""
         self._access.record_request(self._catalog.pipeline(pipeline).id, self._catalog.now_ns())
 
-    async def verify(
-        self, pipeline: str, progress: Callable[[int, int], None], rate: float | None = None
-    ) -> VerifyReport:
-        """See Lifecycle.verify. ``rate``: bytes a second at most."""
-        return await self._lifecycle.verify(pipeline, progress, rate)
-
-    async def check_origins(self, shown: Callable[[PipelineSpec], bool]) -> Sequence[OriginCheck]:
-        """See OriginChecks.run."""
-        return await self._origin_checks.run(shown)
-
     async def check_access(self, pipeline: str) -> tuple[str, ...]:
-        """Returns the pipeline's sources; its own credentials may fetch all of them. Raises what an origin answers.
-        With `recheck_access`, the answer counts as one of its checks."""
+        """Prove that the pipeline's own credentials may fetch all of its sources, and return these. Raises
+        PipelineNotFound, OriginError. With `recheck_access`, the answer counts as one of its checks."""
         if self._rechecker is None:
             return await self._lifecycle.sources.check_access(pipeline)
         found = self._catalog.pipeline(pipeline)
         await self._rechecker.check(found)
         return tuple(model.source for model in found.spec.models)
-
-    def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None, start: str = "") -> None:
-        """Record a moment of a cold start that a filesystem cannot see. ``at_ns``: wall clock, None for now;
-        ``start``: of the start with that id. Raises PipelineNotFound, NoColdStart."""
-        self._telemetry.mark(self._catalog.pipeline(pipeline).id, moment, at_ns, start)
-
-    async def begin_start(self, pipeline: str, start: str, requested_ns: int | None) -> str:
-        """Begin a start for `run`, or go on with the one that is called ``start``. Returns its id. Raises
-        PipelineNotFound."""
-        found = self._catalog.pipeline(pipeline)
-        await self._catalog.ensure_loaded(found)
-        self._catalog.pipeline(pipeline)
-        if not start:
-            start = secrets.token_hex(8)
-            self._telemetry.begin_start(found, start, requested_ns)
-        return start
-
-    def report_start(self, pipeline: str, start: str, **changes: object) -> None:
-        """Record what `run` says of its start. Raises PipelineNotFound, NoColdStart."""
-        self._telemetry.report_start(self._catalog.pipeline(pipeline).id, start, **changes)
-
-    def end_start(self, pipeline: str, start: str) -> None:
-        """The connection of that `run` has ended."""
-        self._telemetry.end_start(pipeline, start)
-
-    def cold_starts(self, pipeline: str) -> list[ColdStart]:
-        """The last ones, newest first. Raises PipelineNotFound."""
-        return self._telemetry.cold_starts(self._catalog.pipeline(pipeline).id)

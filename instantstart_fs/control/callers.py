@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import trio
 
 from instantstart_fs.config.unixsocket import Peer
-from instantstart_fs.control.administration import Pipelines
+from instantstart_fs.control.parts import Pipelines
 from instantstart_fs.control.protocol import (
     CheckOrigins,
     ColdStarts,

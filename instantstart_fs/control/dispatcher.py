@@ -19,8 +19,8 @@ import trio
 from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.config.unixsocket import Peer
 from instantstart_fs.control import protocol, startup
-from instantstart_fs.control.administration import Parts, Report
 from instantstart_fs.control.callers import Callers
+from instantstart_fs.control.parts import Parts, Report
 from instantstart_fs.core.eviction import without_others
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import PipelineStatus
@@ -100,7 +100,7 @@ class Dispatcher:
             case protocol.Touch(pipeline):
                 return library.admin.touch(pipeline)
             case protocol.Mark(pipeline, moment, at_ns, start):
-                return library.admin.mark(pipeline, moment, at_ns, start)
+                return library.cold_starts.mark(pipeline, moment, at_ns, start)
             case protocol.StartupBegin():
                 return await self._begin_start(request, caller)
             case protocol.StartupSave():
@@ -114,7 +114,7 @@ class Dispatcher:
             case protocol.StartupRemove(pipeline, numbers):
                 return await change(lambda: library.startup.remove(pipeline, numbers))
             case protocol.ColdStarts(pipeline):
-                return library.admin.cold_starts(pipeline)
+                return library.cold_starts.of(pipeline)
             case protocol.Add(spec, warm):
                 return await change(lambda: self._add(spec, warm))
             case protocol.Update(pipeline):
@@ -124,7 +124,7 @@ class Dispatcher:
             case protocol.Evict(pipeline, force):
                 return await change(lambda: self._withdraw(library.admin.evict, pipeline, force))
             case protocol.Pin(pipeline, pinned):
-                return await change(lambda: library.admin.set_pinned(pipeline, pinned))
+                return await change(lambda: library.lifecycle.set_pinned(pipeline, pinned))
             case protocol.Warm(pipeline, everything, wait):
                 await change(lambda: library.warming.warm(pipeline, everything=everything))
                 if wait:
@@ -135,7 +135,7 @@ class Dispatcher:
             case protocol.Verify(pipeline, rate):
                 return await self._verify(caller, pipeline, rate)
             case protocol.CheckOrigins():
-                return await library.admin.check_origins(lambda spec: self.callers.oversees(caller.peer, spec))
+                return await library.origin_checks.run(lambda spec: self.callers.oversees(caller.peer, spec))
             case protocol.Access(pipeline):
                 return await change(lambda: library.admin.check_access(pipeline))
             case protocol.Lease() | protocol.Open():
@@ -143,14 +143,14 @@ class Dispatcher:
 
     async def _begin_start(self, request: protocol.StartupBegin, caller: Caller) -> protocol.StartupBegun:
         pipeline = request.pipeline
-        start = await self._library.admin.begin_start(pipeline, request.start, request.requested_ns)
+        start = await self._library.cold_starts.begin(pipeline, request.start, request.requested_ns)
         caller.starts.append((pipeline, start))
         fill = None if request.start else self._start_change(lambda: self._library.warming.warm(pipeline))
         mount = self._info_for(caller.peer).mount
         return await startup.begin(self._library.startup, request, caller.peer.uid, start, mount, fill, caller.send)
 
     def _report_start(self, report: protocol.StartupReport) -> None:
-        self._library.admin.report_start(
+        self._library.cold_starts.report(
             report.pipeline,
             report.start,
             restore_seconds=report.restore_seconds,
@@ -164,7 +164,7 @@ class Dispatcher:
     def disconnected(self, caller: Caller) -> None:
         """End the starts that `run` began on this connection, which has ended."""
         for pipeline, start in caller.starts:
-            self._library.admin.end_start(pipeline, start)
+            self._library.cold_starts.end(pipeline, start)
 
     async def hold(self, request: protocol.Lease | protocol.Open, caller: Caller) -> None:
         """Returns only by an exception: the lease lasts as long as the connection, and is ended with it."""
@@ -261,7 +261,7 @@ class Dispatcher:
             nonlocal latest
             latest = (done, total)
 
-        change = self._start_change(lambda: self._library.admin.verify(pipeline, progress, rate))
+        change = self._start_change(lambda: self._library.lifecycle.verify(pipeline, progress, rate))
         while not change.finished.is_set():
             with trio.move_on_after(1.0) as waiting:
                 await change.finished.wait()

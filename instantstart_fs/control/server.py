@@ -15,11 +15,11 @@ from typing import Any
 import trio
 
 from instantstart_fs.config.unixsocket import Peer, peer_of
-from instantstart_fs.control.administration import Parts
 from instantstart_fs.control.callers import Callers
 from instantstart_fs.control.connection import Connection
 from instantstart_fs.control.dispatcher import Dispatcher
 from instantstart_fs.control.listener import accept_connections, listen
+from instantstart_fs.control.parts import Parts
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.status import PipelineStatus
 

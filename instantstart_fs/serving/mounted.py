@@ -54,7 +54,7 @@ class MountedPipelines:
     def use_passthrough(self, on: bool, closing: Callable[[int], None] | None = None) -> None:
         """See vfs.Vfs.use_passthrough."""
         self._catalog.passthrough = on
-        self._open_files.closing = closing
+        self._open_files.before_close(closing)
 
     def on_mounted(self, *, resumed: bool) -> None:
         """See vfs.Vfs.on_mounted."""

@@ -41,9 +41,8 @@ class OpenFiles:
         self._idle: OrderedDict[CachedFile, None] = OrderedDict()
         """Complete files that nobody has open, whose descriptor is kept. The least recently used comes first."""
         self._most_idle = min(IDLE_READERS, descriptors.limit() // 4)
-        self.closing: Callable[[int], None] | None = None
-        """See vfs.Vfs.use_passthrough."""
-        self.listener: OpenListener = NullListener()
+        self._before_close: Callable[[int], None] = lambda nodeid: None
+        self._listener: OpenListener = NullListener()
         self._stale: dict[CachedFile, list[BlobFile]] = {}
         """Descriptors of what the store has lost since, while somebody may be inside a read of them."""
 
@@ -52,7 +51,19 @@ class OpenFiles:
         """Superseded generations whose last handle has just been released."""
         return self._drained[1]
 
-    # -- holding -------------------------------------------------------------------------------------------------
+    @property
+    def listener(self) -> OpenListener:
+        """Who is told of opens, releases, seals and retirements (``notify``)."""
+        return self._listener
+
+    def before_close(self, callback: Callable[[int], None] | None) -> None:
+        """Call ``callback`` with a file's passthrough nodeid before its descriptor is closed; None ends that.
+
+        The mount gives it, once the kernel has agreed to passthrough (vfs.Vfs.use_passthrough).
+        """
+        self._before_close = callback or (lambda nodeid: None)
+
+    # -- use ---------------------------------------------------------------------------------------------------
 
     def acquire(self, file: CachedFile) -> None:
         """Count an open of the file."""
@@ -60,7 +71,7 @@ class OpenFiles:
         file.handles += 1
         file.generation.handles += 1
         if file.handles == 1 and _watched(file):
-            self.listener.opened(file.key)
+            self._listener.opened(file.key)
 
     def keep_readers_open(self, generation: Generation) -> None:
         """Open each complete file that readers have open, before its name is deleted: they read it to the end."""
@@ -74,13 +85,13 @@ class OpenFiles:
         """Count a close of the file."""
         file.handles -= 1
         if file.handles == 0 and _watched(file):
-            self.listener.released(file.key)
+            self._listener.released(file.key)
         self._keep_or_close_reader(file)
         self._release_generation(file.generation)
 
     def notify(self, listener: OpenListener, pipelines: Iterable[Pipeline]) -> None:
         """Report opens to the listener from now on, and at once those that there are."""
-        self.listener = listener
+        self._listener = listener
         for pipeline in pipelines:
             for generation in pipeline.heads():
                 if isinstance(generation, Generation) and generation.handles:
@@ -117,7 +128,7 @@ class OpenFiles:
 
     def retire(self, file: CachedFile) -> None:
         """Close the idle descriptor of a replaced file, which would keep its deleted bytes on the disk."""
-        self.listener.retired(file.key)
+        self._listener.retired(file.key)
         if not file.handles:
             self.close_reader(file)
 
@@ -126,8 +137,7 @@ class OpenFiles:
         for stale in self._stale.pop(file, ()):
             stale.close()
         if file.reader is not None:
-            if self.closing is not None:
-                self.closing(file.passthrough_nodeid)
+            self._before_close(file.passthrough_nodeid)
             file.reader.close()
             file.reader = None
 

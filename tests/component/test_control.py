@@ -90,7 +90,8 @@ class FakeLibrary:
         self.entered = trio.Event()
         self.done = trio.Event()
         self.lease_count = 0
-        self.admin = self.warming = self.pipelines = self.leases = self
+        self.admin = self.lifecycle = self.origin_checks = self.cold_starts = self
+        self.warming = self.pipelines = self.leases = self
         self.handover = FakeHandover([("a", b"one")])
         self.lease_changed = trio.Event()
         self.changed = trio.Event()

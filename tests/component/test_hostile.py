@@ -524,7 +524,7 @@ async def test_a_pin_that_cannot_be_written_down_is_none(tmp_path: Path, monkeyp
 
         monkeypatch.setattr(library.store.metadata, "write_pipeline", full)
         with pytest.raises(StoreFull):
-            await library.admin.set_pinned("p", True)
+            await library.lifecycle.set_pinned("p", True)
         assert not library.pipelines.spec("p").pinned and not library.pipelines.status("p").pinned
 
 

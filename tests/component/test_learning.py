@@ -95,7 +95,7 @@ async def test_opening_weights_of_any_kind_is_a_request_and_a_cold_start(tmp_pat
             library.mounted.release(await library.mounted.open(find(library, pipeline, *path.split("/"))))
             status = library.pipelines.status(pipeline)
             assert status.last_request is not None and status.hot_until is not None, path
-            assert [record.opened_files for record in library.admin.cold_starts(pipeline)] == [1], path
+            assert [record.opened_files for record in library.cold_starts.of(pipeline)] == [1], path
 
 
 async def test_reading_anything_else_is_none(tmp_path: Path) -> None:

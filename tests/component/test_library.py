@@ -197,10 +197,10 @@ async def test_evict_refuses_what_is_in_use_and_frees_the_rest(tmp_path: Path) -
         library.mounted.release(held)
         with library.leases.lease("p"), pytest.raises(PipelineBusy):
             await library.admin.evict("p")
-        await library.admin.set_pinned("p", True)
+        await library.lifecycle.set_pinned("p", True)
         with pytest.raises(PipelineBusy, match="unpin"):
             await library.admin.evict("p")
-        await library.admin.set_pinned("p", False)
+        await library.lifecycle.set_pinned("p", False)
         await library.admin.evict("p")
         assert library.pipelines.status("p").state == "cold"
         assert not os.path.exists(tmp_path / "store/slots/p/1/files")
@@ -218,7 +218,7 @@ async def test_verify_heals_what_rotted(tmp_path: Path) -> None:
         os.unlink(tmp_path / "store/slots/p/1/files/model-2-of-2.safetensors")
         before = find(library, "p", "model-2-of-2.safetensors")
         seen: list[tuple[int, int]] = []
-        report = await library.admin.verify("p", lambda done, total: seen.append((done, total)))
+        report = await library.lifecycle.verify("p", lambda done, total: seen.append((done, total)))
         assert report.healed == ("model-2-of-2.safetensors",)
         assert seen[-1][0] == seen[-1][1] == report.bytes
         await wait_state(library, "p", "unverified")
@@ -274,7 +274,7 @@ async def test_least_recently_requested_pipelines_go_when_the_high_watermark_is_
     async with running(tmp_path, capacity=25 * MIB) as library:
         for pipeline in ("oldest", "pinned", "recent"):
             await library.admin.add(spec(pipeline, source))
-        await library.admin.set_pinned("pinned", True)
+        await library.lifecycle.set_pinned("pinned", True)
         for pipeline in ("oldest", "pinned"):
             await library.warming.warm(pipeline)
             await wait_state(library, pipeline, "unverified")

@@ -115,7 +115,7 @@ async def test_what_has_no_room_is_served_through_and_recovers_when_room_appears
         for pipeline in ("a", "b"):
             await library.admin.add(spec(pipeline, source))
         await fills(library, "a")
-        await library.admin.set_pinned("a", True)
+        await library.lifecycle.set_pinned("a", True)
         assert await read_all(library, "b", WEIGHTS) == data
         status = library.pipelines.status("b")
         assert status.uncached == "store full: needs 8.5 MB; evictable 0 B; pinned: a"
@@ -127,7 +127,7 @@ async def test_what_has_no_room_is_served_through_and_recovers_when_room_appears
         library.mounted.release(handle)
         assert library.pipelines.status("a").state == "unverified"
 
-        await library.admin.set_pinned("a", False)
+        await library.lifecycle.set_pinned("a", False)
         with trio.fail_after(20):
             while library.pipelines.status("b").state != "unverified":
                 assert await read_all(library, "b", WEIGHTS) == data
@@ -168,10 +168,10 @@ async def test_another_quota_holds_from_the_next_admission_on_and_after_a_restar
         await library.admin.add(msgspec.structs.replace(spec("tenant", source), quota=6 * MIB))
         with pytest.raises(StoreFull, match="quota"):
             await library.warming.warm("tenant")
-        await library.admin.set_quota("tenant", None)
+        await library.lifecycle.set_quota("tenant", None)
         assert library.pipelines.status("tenant").uncached is None
         await fills(library, "tenant")
-        await library.admin.set_quota("tenant", 6 * MIB)
+        await library.lifecycle.set_quota("tenant", 6 * MIB)
         assert library.pipelines.status("tenant").state == "unverified"  # what is there stays
         assert await read_all(library, "tenant", WEIGHTS) == data
         await library.admin.evict("tenant")

@@ -322,7 +322,7 @@ class World:
     async def do_pin(self, number: int, amount: int) -> None:
         if self.known(number):
             pinned = amount % 3 == 0
-            await self.library.admin.set_pinned(str(number), pinned)
+            await self.library.lifecycle.set_pinned(str(number), pinned)
             (self.pinned.add if pinned else self.pinned.discard)(number)
 
     async def do_warm(self, number: int, amount: int) -> None:
