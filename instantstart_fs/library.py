@@ -67,7 +67,7 @@ GIVE_UP_SECONDS = 15.0
 
 
 class Library:
-    """All parts as attributes, on the trio thread. It has as many collaborators as there are parts: it builds them.
+    """All parts as attributes, on the trio thread. It has more than 8 collaborators, because it builds all parts.
 
     ``held``: nodeids that the kernel holds open from an earlier daemon, one for each handle. ``taking_over``: readers
     wait for the mount, so fetch workers are started once it stands. ``now_ns``: the wall clock, in nanoseconds.

@@ -48,6 +48,22 @@ def why_no_mount() -> str | None:
     return None
 
 
+def skip_below(directory: Path, items: list[pytest.Item], reason: str | None) -> None:
+    """Skip the tests in that directory; None: skip nothing. For pytest_collection_modifyitems."""
+    for item in items:
+        if reason is not None and item.path.is_relative_to(directory):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def give_up(process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
+    """Kill a command, but do not wait for it: it may be unkillable until its mount is unmounted."""
+    process.kill()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+    process.returncode = -9  # so that no ResourceWarning asks for the wait that we must not do
+
+
 class Hung(AssertionError):
     """A command did not end in time."""
 
@@ -71,11 +87,7 @@ def run(
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
-        process.returncode = -9  # so that no ResourceWarning asks for the wait that we must not do
+        give_up(process)
         raise Hung(f"{' '.join(words)} took longer than {timeout:g} s") from None
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 

@@ -61,7 +61,9 @@ def _ignore(file: CachedFile) -> None:
 
 class Catalog:
     """Owned by the Library. ``now_ns``: the wall clock in nanoseconds. ``retire``: called for each incarnation of a
-    file that no new open will find. ``bind_gate``: held shut while a complete file changes."""
+    file that no new open will find. ``bind_gate``: closed while a complete file changes.
+
+    It has more than 8 collaborators, because it is the one place that keeps pipelines, nodeids and records in step."""
 
     def __init__(
         self,

@@ -35,8 +35,8 @@ from instantstart_fs.core.fillqueue import SLOW_RATE, Entry, Flight, K, Lane, Po
 class FillPlan(Generic[K]):
     """The plan of all pipelines.
 
-    It has more than 25 public methods since they are one vocabulary over one state: every event changes the same
-    tables, and a part of it alone would keep no invariant.
+    It has more than 25 public methods, because every event changes the same tables, and a part of the class alone
+    would keep no invariant.
 
     Args:
         connections: Background requests in flight per origin key.

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Arrivals(DeliveryEvents):
     """Handles the reports, on the trio thread.
 
-    It has more than 8 collaborators: each chunk that arrives updates them all in one call, since a call more per chunk
-    and collaborator would cost more than the work itself.
+    It has more than 8 collaborators, because each chunk that arrives updates them all in one call: a call more per
+    chunk and collaborator would cost more than the work itself.
     """
 
     def __init__(

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class Completion(CommitEvents):
     """Ends fills, on the trio thread.
 
-    It has more than 8 collaborators: the end of a fill touches the plan, the worker, the index and the library in one
-    order, which must not be spread over several classes.
+    It has more than 8 collaborators, because the end of a fill touches the plan, the worker, the index and the library
+    in one order, which must not be spread over several classes.
     """
 
     def __init__(

@@ -71,8 +71,8 @@ REVIVE_SECONDS = 5.0
 
 
 class Filler:
-    """Everything but ``run``, ``read_through`` and ``wait_quiet`` answers at once. More than 8 collaborators: it is
-    where the filler is put together.
+    """Everything but ``run``, ``read_through`` and ``wait_quiet`` answers at once. It has more
+    than 8 collaborators, because it puts the filler together.
 
     ``tiers``: sources asked before the origin. ``free_space``: asked when the store is full (upkeep/eviction.py).
     """

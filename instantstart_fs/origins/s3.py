@@ -107,8 +107,8 @@ class Listed(msgspec.Struct, frozen=True):
 
 
 class S3Origin:
-    """One prefix of one bucket, asked with one pipeline's credentials. Thread-safe. It is made with more than 8
-    things, all of them settings; its collaborators are three.
+    """One prefix of one bucket, asked with one pipeline's credentials. Thread-safe. All but three of its
+    parameters are settings.
 
     ``profile`` names a section of the AWS files; when it is given, neither AWS_ACCESS_KEY_ID nor the machine's own role
     is used in its place. Without it, boto3's usual chain applies, and where that finds nothing the bucket may be a

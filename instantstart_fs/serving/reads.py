@@ -81,7 +81,7 @@ class Handle:
 class Reads:
     """Owned by the Library. ``read_deadline``: seconds without progress after which a waiting read fails.
 
-    It has 8 collaborators: a cold read is where the catalog, the filler, the account of space and the records meet.
+    In a cold read the catalog, the filler, admission and telemetry meet, so it has 8 collaborators.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ class Totals:
 class Telemetry:
     """Owned by the Library. ``facts``: a pipeline's load set as it is now. ``learner``: is told of opens and reads.
 
-    It has one of its public methods for each kind of event, so that a caller says what happened in one call.
+    It has more than 25 public methods, because each kind of event has one, so that a caller reports it in one call.
     """
 
     def __init__(

@@ -80,7 +80,10 @@ def boot_identity() -> str:
 
 
 class Evictor:
-    """On the trio thread. It has four collaborators; what else it is made with are settings and clocks.
+    """On the trio thread.
+
+    It has more than 8 collaborators, because it is made with each clock and callback that it needs, which tests set;
+    four are parts of the library.
 
     Args:
         inventory: What there is to evict, and how full the store is.

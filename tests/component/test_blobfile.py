@@ -16,12 +16,6 @@ SIZE = 1 << 20
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[BlobStore]:
-    with BlobStore.open(str(tmp_path / "store")) as store:
-        yield store
-
-
-@pytest.fixture
 def blob(store: BlobStore) -> Iterator[BlobFile]:
     with store.blob("p", 1, "sub dir/wäight.bin", SIZE) as blob:
         yield blob

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,18 +44,6 @@ class Told:
 
     def on_stuck(self, targets: list[FillTarget], error: InstantStartError | None) -> None:
         self.stuck.append(error)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[BlobStore]:
-    with BlobStore.open(str(tmp_path / "store")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def index(store: BlobStore) -> Iterator[Index]:
-    with Index.open(store.root + "/index", map_size=16 << 20) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -73,18 +73,6 @@ def server() -> Iterator[ByteServer]:
         yield running
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[BlobStore]:
-    with BlobStore.open(str(tmp_path / "store")) as opened:
-        yield opened
-
-
-@pytest.fixture
-def index(store: BlobStore) -> Iterator[Index]:
-    with Index.open(store.root + "/index", map_size=16 << 20) as opened:
-        yield opened
-
-
 @asynccontextmanager
 async def filling(
     store: BlobStore, index: Index, settings: FillSettings = QUICK, *, free_space: FreeSpace | None = None

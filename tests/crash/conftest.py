@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import make_daemon, model, why_no_mount
+from tests.harness import make_daemon, model, skip_below, why_no_mount
 
 __all__ = ["make_daemon", "model"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = why_no_mount()
-    here = str(Path(__file__).parent)
-    for item in items:
-        if reason is not None and str(item.path).startswith(here):
-            item.add_marker(pytest.mark.skip(reason=reason))
+    skip_below(Path(__file__).parent, items, why_no_mount())

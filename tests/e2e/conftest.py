@@ -8,7 +8,7 @@ import pytest
 
 from instantstart_fs.mount import kernel
 from tests import harness
-from tests.harness import make_daemon, model, why_no_mount
+from tests.harness import make_daemon, model, skip_below, why_no_mount
 
 __all__ = ["make_daemon", "model"]
 
@@ -52,8 +52,4 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = why_no_mount()
-    here = str(Path(__file__).parent)
-    for item in items:
-        if reason is not None and str(item.path).startswith(here):
-            item.add_marker(pytest.mark.skip(reason=reason))
+    skip_below(Path(__file__).parent, items, why_no_mount())

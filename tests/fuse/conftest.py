@@ -19,6 +19,7 @@ import pytest
 import instantstart_fs
 from instantstart_fs.mount import kernel
 from instantstart_fs.system import mountinfo
+from tests.harness import give_up, skip_below
 
 FAKE_DAEMON = Path(__file__).with_name("fake_view.py")
 PACKAGE_ROOT = os.path.dirname(os.path.dirname(instantstart_fs.__file__))
@@ -33,11 +34,7 @@ def _why_no_fuse() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = _why_no_fuse()
-    here = str(Path(__file__).parent)
-    for item in items:
-        if reason is not None and str(item.path).startswith(here):
-            item.add_marker(pytest.mark.skip(reason=reason))
+    skip_below(Path(__file__).parent, items, _why_no_fuse())
 
 
 class Hung(Exception):
@@ -51,11 +48,7 @@ def command(*args: str, timeout: float = 20.0) -> subprocess.CompletedProcess[st
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
-        process.returncode = -9  # so that no ResourceWarning asks for the wait that we must not do
+        give_up(process)
         raise Hung(" ".join(args)) from None
     return subprocess.CompletedProcess(args, process.returncode, out, err)
 

@@ -21,6 +21,17 @@ def weed_program() -> str | None:
     return str(beside) if beside.exists() else shutil.which("weed")
 
 
+def environment_for(endpoint_url: str, access_key: str, secret_key: str) -> dict[str, str]:
+    """AWS_* variables for an S3 client of that endpoint."""
+    return {
+        "AWS_ACCESS_KEY_ID": access_key,
+        "AWS_SECRET_ACCESS_KEY": secret_key,
+        "AWS_ENDPOINT_URL": endpoint_url,
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
 class SeaweedServer:
     """``endpoint_url``, ``access_key``, ``secret_key``; ``client()`` is a boto3 S3 client of the administrator."""
 
@@ -85,13 +96,7 @@ class SeaweedServer:
     @property
     def environment(self) -> dict[str, str]:
         """AWS_* variables with which any S3 client finds its way here."""
-        return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_ENDPOINT_URL": self.endpoint_url,
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        return environment_for(self.endpoint_url, self.access_key, self.secret_key)
 
     def client(self, *, attempts: int = 3) -> Any:
         import boto3

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.servers.netns import Host, Network
 from tests.servers.process import ServerProcess, answers
-from tests.servers.seaweed import weed_program
+from tests.servers.seaweed import environment_for, weed_program
 
 MASTER, FILER, VOLUME, S3 = 9333, 8888, 8080, 8333
 
@@ -121,13 +121,7 @@ class SeaweedCluster:
     @property
     def environment(self) -> dict[str, str]:
         """AWS_* variables with which any S3 client on a host finds its way here."""
-        return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_ENDPOINT_URL": self.endpoint_url,
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
+        return environment_for(self.endpoint_url, self.access_key, self.secret_key)
 
     def client(self, *, attempts: int = 3) -> _Client:
         return _Client(self, attempts)

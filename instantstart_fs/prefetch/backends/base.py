@@ -167,5 +167,14 @@ class Threaded:
                 thread.start()
         self._extents.put(item)
 
+    def refusal(self) -> str | None:
+        """Why it cannot serve here: a backend that needs nothing always can."""
+        return None
+
     def _run(self) -> None:
+        while True:
+            self._read(*self._extents.wait_next())
+
+    def _read(self, item: Item, start: int, end: int) -> None:
+        """Read one extent. A method of its own, so that a waiting thread holds no file's memory and no descriptor."""
         raise NotImplementedError

@@ -36,15 +36,7 @@ class DirectCpu(_Readers):
     def __init__(self, readers: int, rate: float) -> None:
         super().__init__(readers or CPU_READERS, rate)
 
-    def refusal(self) -> str | None:
-        return None
-
-    def _run(self) -> None:
-        while True:
-            self._read(*self._extents.wait_next())
-
     def _read(self, item: Item, start: int, end: int) -> None:
-        """A method of its own, so that a reader that waits for work holds no file's memory and no descriptor."""
         if item.failed:
             return
         self._throttle.wait_for_turn(end - start)

@@ -18,15 +18,7 @@ class Mapped(Threaded):
         self._memory: mmap.mmap | None = None
         self._owner = -1
 
-    def refusal(self) -> str | None:
-        return None
-
-    def _run(self) -> None:
-        while True:
-            self._read(*self._extents.wait_next())
-
     def _read(self, item: Item, start: int, end: int) -> None:
-        """A method of its own, so that a reader that waits for work holds no file."""
         if item.failed:
             self._memory = None
             return
