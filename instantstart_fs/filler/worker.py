@@ -11,7 +11,6 @@ under 120 MiB).
 
 from __future__ import annotations
 
-import array
 import mmap
 import os
 import queue
@@ -57,6 +56,7 @@ from instantstart_fs.filler.messages import (
     encode,
     packet,
 )
+from instantstart_fs.ipc import fd_passing
 
 IDLE_THREAD_SECONDS = 20.0
 """An idle fetching thread gives its buffer back after this."""
@@ -94,17 +94,10 @@ class Worker:
         threading.Thread(target=self._fetch_forever, daemon=True).start()
         self._idle = self._threads = 1
         self.report(Ready(os.getpid()))
-        descriptor_space = socket.CMSG_SPACE(MOST_DESCRIPTORS * array.array("i").itemsize)
         while True:
-            received, ancillary, flags, _ = self._connection.recvmsg(
-                MAX_MESSAGE, descriptor_space, socket.MSG_CMSG_CLOEXEC
-            )
+            received, descriptors, flags = fd_passing.receive(self._connection, MAX_MESSAGE, MOST_DESCRIPTORS)
             if not received:
                 return
-            descriptors = array.array("i")
-            for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise RuntimeError("an order was cut short")
             numbers = iter(descriptors)

@@ -1,6 +1,6 @@
 """The staging process: reads files into the page cache. ``python -m instantstart_fs.mount.readahead SOCKET_FD THREADS``
 
-It calls readahead(2) and does nothing else: it never writes, opens nothing, and imports nothing but the standard
+It calls readahead(2) and does nothing else: it never writes, opens nothing, and imports little but the standard
 library, so that it starts in a moment. Spawned by mount/staging.py; a process of its own, so that its threads share no
 interpreter lock with the daemon (docs/decisions/staging.md). It ends with its socket (there is no PDEATHSIG: that
 follows a thread).
@@ -15,7 +15,6 @@ Packets on the SOCK_SEQPACKET socket, both ways, are ``PACKET``: a kind, a job's
 
 from __future__ import annotations
 
-import array
 import collections
 import contextlib
 import ctypes
@@ -27,6 +26,8 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
+
+from instantstart_fs.ipc import fd_passing
 
 PACKET = struct.Struct("<BQQ")
 STAGE, DROP, STAGED, DONE = 1, 2, 3, 4
@@ -161,16 +162,11 @@ def serve(connection: socket.socket, threads: int) -> None:
             os._exit(0)
 
     pool = ReadAheadThreads(threads, report)
-    space = socket.CMSG_SPACE(array.array("i").itemsize)
     while True:
-        packet, ancillary, _, _ = connection.recvmsg(PACKET.size, space, socket.MSG_CMSG_CLOEXEC)
+        packet, descriptors, _ = fd_passing.receive(connection, PACKET.size, 1)
         if not packet:
             return
         kind, number, count = PACKET.unpack(packet)
-        descriptors = array.array("i")
-        for level, what, data in ancillary:
-            if level == socket.SOL_SOCKET and what == socket.SCM_RIGHTS:
-                descriptors.frombytes(data)
         if kind == STAGE and descriptors:
             pool.stage(number, descriptors[0], count)
         elif kind == STAGE:

@@ -22,6 +22,7 @@ from instantstart_fs.config import unixsocket
 from instantstart_fs.config.places import run_directory
 from instantstart_fs.core.names import validate_pipeline_id
 from instantstart_fs.errors import PrefetchError
+from instantstart_fs.ipc import fd_passing
 from instantstart_fs.prefetch.layout import FileLayout
 from instantstart_fs.prefetch.messages import IpcHandle
 
@@ -178,7 +179,7 @@ class LineReader:
         while (end := self._pending.find(b"\n")) < 0:
             if len(self._pending) > self._limit:
                 raise OSError(f"a message of more than {self._limit} bytes")
-            data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 20, self._most, socket.MSG_CMSG_CLOEXEC)
+            data, descriptors, _ = fd_passing.receive(self._socket, 1 << 20, self._most)
             self._descriptors += descriptors
             if not data:
                 self.close()

@@ -19,6 +19,7 @@ from typing import Any
 
 from instantstart_fs.config.descriptors import NO_MORE
 from instantstart_fs.errors import InstantStartError, OutOfBudget, PrefetchError
+from instantstart_fs.ipc import fd_passing
 from instantstart_fs.prefetch import messages
 from instantstart_fs.prefetch.backends import choose
 from instantstart_fs.prefetch.backends.base import Backend, Item
@@ -82,7 +83,7 @@ class Worker:
                     if not self._still_open:
                         self._send(Collected(0, lent=False))
                     continue
-                packet, fds, _, _ = socket.recv_fds(self._socket, MAX_PACKET, MAX_FDS)
+                packet, fds, _ = fd_passing.receive(self._socket, MAX_PACKET, MAX_FDS)
                 if not packet:
                     return
                 match messages.to_worker.decode(packet):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +27,7 @@ PLAIN = set(
 """A constructor's parameter of these types alone is a value and no collaborator."""
 REASON = r"more than {bound}\b[^.]*?(?:, because|, since|:) (?:\S+ ){{4,}}\S+\."
 """The sentence that a class beyond a bound has in its docstring: which bound, and why."""
-GERUNDS = {"accounting", "staging", "listing"}
+GERUNDS = {"accounting", "staging", "listing", "fd_passing"}
 """Modules whose name ends in -ing: nouns of their own, and the field's terms."""
 PRIVATE = set(
     re.findall(
@@ -262,3 +264,19 @@ def test_every_module_says_what_it_is_for() -> None:
         text = ast.get_docstring(parsed(path)) or ""
         first = text.split("\n\n")[0]
         assert len(first.split()) >= 5 or name.endswith("__main__"), f"{name}: what is it for?"
+
+
+def test_dependencies_md_names_every_library_that_is_imported_or_required() -> None:
+    told = set(re.findall(r"[a-z][a-z0-9_]+", (REPOSITORY / "docs/decisions/dependencies.md").read_text().lower()))
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    required = {re.match(r"[A-Za-z0-9_]+", line)[0].lower() for line in project["dependencies"]}  # type: ignore[index]
+    used = set()
+    for path in modules().values():
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Import):
+                used |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                used.add(node.module.partition(".")[0])
+    used -= {PACKAGE, "mypy_boto3_s3", *sys.stdlib_module_names}  # stubs, which nothing imports at run time
+    assert len(used) > 10
+    assert (required | used) - told == set()
