@@ -211,16 +211,17 @@ class Client:
         """Hold a lease until this client is closed (or its process ends)."""
         self._ask(protocol.Lease(pipeline), type(None))
 
-    def open(self, pipeline: str, deadlines: Mapping[str, float] | None = None) -> WeightSet:
+    def open(self, pipeline: str, deadlines: Mapping[str, float] | None = None, *, stream: bool = False) -> WeightSet:
         """Ask for the pipeline's weight files, under a lease until this client is closed (or its process ends); what
-        there will be. ``deadlines``: model → seconds, see core.weights.schedule. ``opened_files`` has to follow.
+        there will be. ``deadlines``: model → seconds, see core.weights.schedule. ``opened_files`` has to follow;
+        with ``stream``: ``opened_parts``.
         Raises UsageError for a deadline that is no number."""
         # JSON knows no infinity, and a model without a deadline comes last anyway.
         wanted_at = {model: seconds for model, seconds in (deadlines or {}).items() if seconds != math.inf}
         for model, seconds in wanted_at.items():
             if not math.isfinite(seconds):
                 raise UsageError(f"{pipeline}: the deadline of {model!r} is {seconds:g}")
-        self._send(protocol.Open(pipeline, wanted_at), ANSWER_DEADLINE)
+        self._send(protocol.Open(pipeline, wanted_at, stream), ANSWER_DEADLINE)
         message = self._receive(ANSWER_DEADLINE)
         if isinstance(message, protocol.Opening):
             return message.weights
@@ -233,21 +234,34 @@ class Client:
     def opened_files(self) -> Iterator[tuple[str, list[int]]]:
         """(path, descriptors) of each file, as it is complete: open for reading, and, where its filesystem can, the
         same opened O_DIRECT. They are the caller's to close. Raises what keeps a file from coming."""
+        for part, descriptors in self.opened_parts():
+            yield part.path, descriptors
+
+    def opened_parts(self) -> Iterator[tuple[protocol.Part, list[int]]]:
+        """News of the files as they come, with the descriptors (as of ``opened_files``). Raises what keeps a file from
+        coming."""
         while True:
             match self._receive(ANSWER_DEADLINE):
+                case protocol.Parts(parts):
+                    for part in parts:
+                        yield part, self._take_descriptors(part.descriptors)
                 case protocol.Handed(files):
                     for file in files:
-                        if len(self._descriptors) < file.descriptors or not file.descriptors:
-                            raise ControlProtocolError(
-                                "a file came without its descriptor: this process may not open more (ulimit -n)"
-                            )
-                        yield file.path, [self._descriptors.popleft() for _ in range(file.descriptors)]
+                        if not file.descriptors:
+                            raise ControlProtocolError("a file came without a descriptor; use the same release of both")
+                        part = protocol.Part(file.path, file.descriptors, complete=True)
+                        yield part, self._take_descriptors(file.descriptors)
                 case protocol.Failed() as failed:
                     raise failed.error()
                 case protocol.Done():
                     return
                 case _:
                     pass
+
+    def _take_descriptors(self, count: int) -> list[int]:
+        if len(self._descriptors) < count:
+            raise ControlProtocolError("a file came without its descriptor: this process may not open more (ulimit -n)")
+        return [self._descriptors.popleft() for _ in range(count)]
 
     def wait_ended(self, timeout: float) -> bool:
         """Whether the daemon ended the connection, and with it the lease, within ``timeout`` seconds."""

@@ -186,6 +186,23 @@ class Dispatcher:
     async def _hand_over(self, request: protocol.Open, caller: Caller) -> None:
         async with self._library.leases.opening(request.pipeline, request.deadlines, caller.lessee) as handover:
             await caller.send(protocol.Opening(handover.weights))
+            while request.stream and not handover.finished:
+                parts = await handover.next_parts(protocol.MAX_HANDED_FILES, 1.0)
+                try:
+                    if parts:
+                        news = (
+                            protocol.Part(part.path, len(part.descriptors), part.ranges, part.complete, part.again)
+                            for part in parts
+                        )
+                        await caller.send(
+                            protocol.Parts(tuple(news)), [fd for part in parts for fd in part.descriptors]
+                        )
+                    else:
+                        await caller.send(protocol.Progress(status=self._brief(caller, request.pipeline)))
+                finally:
+                    for part in parts:
+                        for fd in part.descriptors:
+                            os.close(fd)
             while not handover.finished:
                 handed = await handover.next_files(protocol.MAX_HANDED_FILES, 1.0)
                 try:

@@ -28,6 +28,21 @@ class Report(Protocol):
     def unproven(self) -> tuple[str, ...]: ...
 
 
+class FilePart(Protocol):
+    """See ``serving.export.FilePart``."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def descriptors(self) -> list[int]: ...
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]: ...
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def again(self) -> bool: ...
+
+
 class FileHandover(Protocol):
     """See ``serving.export.Handover``."""
 
@@ -36,6 +51,7 @@ class FileHandover(Protocol):
     @property
     def finished(self) -> bool: ...
     async def next_files(self, limit: int, timeout: float) -> list[tuple[str, list[int]]]: ...
+    async def next_parts(self, limit: int, timeout: float) -> Sequence[FilePart]: ...
 
 
 class Administration(Protocol):

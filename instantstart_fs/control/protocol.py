@@ -13,6 +13,8 @@ and the server answers with any number of progress messages, then exactly one ``
 ``open`` answers with ``opening`` (what there is), then ``handed`` messages, whose descriptors come beside them
 (SCM_RIGHTS, in the files' order, at most MAX_HANDED_FILES × 2 of them), and ``progress`` in between.
 
+With ``stream`` it answers with ``parts`` messages instead: files before they are complete, and what comes of them.
+
 After ``done`` of a ``lease`` or an ``open`` the lease lasts until the connection ends. Closing the connection ends a
 wait, not what is waited for. Garbage raises ControlProtocolError, whatever it is.
 """
@@ -138,10 +140,12 @@ class Lease(_Request, frozen=True, tag="lease"):
 class Open(_Request, frozen=True, tag="open"):
     """→ ``opening``, ``handed``…, null: read-only descriptors of the weight files as each is complete, for whoever may
     read the pipeline's files in the mount. A lease until the connection ends; a cold pipeline is filled. They come as
-    core.weights.schedule says for these ``deadlines`` (model → seconds)."""
+    core.weights.schedule says for these ``deadlines`` (model → seconds). ``stream``: files come before they are
+    complete, in ``parts``."""
 
     pipeline: str
     deadlines: dict[str, float] = {}
+    stream: bool = False
 
 
 class Ls(_Request, frozen=True, tag="ls"):
@@ -343,6 +347,22 @@ class Handed(msgspec.Struct, frozen=True, tag="handed"):
     files: tuple[HandedFile, ...]
 
 
+class Part(msgspec.Struct, frozen=True):
+    """News of a file. ``descriptors``: as of HandedFile; 0 where it was handed over before. ``ranges``: [start, end) in
+    bytes that can be read now, and could not before. ``complete``: all of it is there and proven; nothing more comes of
+    it. ``again``: what was read of it before is void."""
+
+    path: str
+    descriptors: int = 0
+    ranges: tuple[tuple[int, int], ...] = ()
+    complete: bool = False
+    again: bool = False
+
+
+class Parts(msgspec.Struct, frozen=True, tag="parts"):
+    files: tuple[Part, ...]
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     result: Any = None
 
@@ -357,7 +377,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
         return from_code(self.code, self.message, retry_after=self.retry_after)
 
 
-Response = Progress | Opening | Handed | Done | Failed
+Response = Progress | Opening | Handed | Parts | Done | Failed
 
 
 class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -372,7 +392,7 @@ class _Version(msgspec.Struct, frozen=True):
 _encoder = msgspec.json.Encoder()
 _envelopes = msgspec.json.Decoder(_Envelope)
 _versions = msgspec.json.Decoder(_Version)
-_responses = msgspec.json.Decoder(Progress | Opening | Handed | Done | Failed)
+_responses = msgspec.json.Decoder(Progress | Opening | Handed | Parts | Done | Failed)
 
 
 def encode_request(request: Request) -> bytes:

@@ -254,6 +254,19 @@ class Filler:
             self._completion.check(fill)
         self._table.wakeup.set()
 
+    def want(self, target: FillTarget) -> None:
+        """Fetch the whole file ahead of background work for who wants all of it soon, and no byte at once. Under a
+        region that waits for what other hosts pull, where a reader would not."""
+        if self.regional is None:
+            self.demand(target, ByteRange(0, target.present.size))
+        else:
+            self.fill_also(target)
+
+    @property
+    def may_stream(self) -> bool:
+        """Whether bytes may be loaded, though not used, before their file is proven."""
+        return self._settings.serve_unsealed != "never"
+
     def fill_also(self, target: FillTarget) -> None:
         """Fill this one in the background too, before the rest of the pipeline's order."""
         fill = self._enter_unless_complete(target)

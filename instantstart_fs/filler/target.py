@@ -161,6 +161,13 @@ class FillTarget:
         for event in waiters:
             event.set()
 
+    def watch(self, event: trio.Event) -> None:
+        """Set it at the next change; ``unwatch`` it afterwards."""
+        self._waiters.add(event)
+
+    def unwatch(self, event: trio.Event) -> None:
+        self._waiters.discard(event)
+
     async def wait_readable(self, wanted: ByteRange, no_progress: float, since: float | None = None) -> None:
         """Return once ``readable(wanted)``. Cancellation is safe.
 

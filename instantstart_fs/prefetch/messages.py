@@ -9,6 +9,7 @@ import msgspec
 
 MAX_PACKET = 64 * 1024
 MAX_FDS = 3
+MAX_RANGES = 1000
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -18,7 +19,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True):
 class Load(_Message, frozen=True):
     """Bring this file in; its descriptors are beside it: the file, with ``direct`` the same opened O_DIRECT, and with
     ``memory`` the memfd that takes it (CPU). ``order``: lower ones first. ``lead``: bytes of device memory to leave
-    free before it (CUDA)."""
+    free before it (CUDA). ``streaming``: only what Available names can be read."""
 
     number: int
     path: str
@@ -27,10 +28,18 @@ class Load(_Message, frozen=True):
     direct: bool
     memory: bool
     lead: int = 0
+    streaming: bool = False
 
     @property
     def descriptors(self) -> int:
         return 1 + self.direct + self.memory
+
+
+class Available(_Message, frozen=True):
+    """[start, end) of a file in bytes that can be read now; each byte is named once. At most MAX_RANGES."""
+
+    number: int
+    ranges: tuple[tuple[int, int], ...]
 
 
 class Export(_Message, frozen=True):
@@ -48,12 +57,13 @@ class Release(_Message, frozen=True):
 
 class Ready(_Message, frozen=True):
     """The worker works. ``refusals``: (backend, why not) of those tried before. ``free``: bytes of device memory, None
-    for the CPU, whose memory is the Stage's. ``place``: as tensors.place_of."""
+    for the CPU, whose memory is the Stage's. ``place``: as tensors.place_of. ``streams``: it takes Available."""
 
     backend: str
     refusals: tuple[tuple[str, str], ...]
     free: int | None = None
     place: str = "cpu"
+    streams: bool = True
 
 
 class Moved(_Message, frozen=True):
@@ -117,7 +127,7 @@ class Settings(msgspec.Struct, frozen=True):
     rate: float = 0.0
 
 
-ToWorker = Load | Export | Release
+ToWorker = Load | Available | Export | Release
 FromWorker = Ready | Moved | Loaded | Exported | Collected | Failed
 
 encode = msgspec.json.Encoder().encode

@@ -1,4 +1,4 @@
-"""Gives a Stage descriptors of the weight files, each as soon as it is whole. It reads none of them.
+"""Gives a Stage descriptors of the weight files, each as soon as some of it is there. It reads none of them.
 
 ``LeaseSource``: from a daemon, over its control socket, with a lease on the pipeline that lasts until the source is
 closed. ``DirectorySource``: the files of a plain directory. A Stage closes its source when it ends.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from instantstart_fs.core.manifest import Manifest, ManifestFile, ModelManifest
 from instantstart_fs.core.weights import WeightSet, scheduled, weight_set
@@ -33,6 +33,18 @@ class OpenedFile(NamedTuple):
             os.close(self.direct)
 
 
+class Arrival(NamedTuple):
+    """News of a file. ``opened``: its descriptors, with the first news. ``ranges``: [start, end) in bytes that can be
+    read, and could not before (of a file that is ``complete`` at once: none are named). ``complete``: all of it is
+    there, and proven. ``again``: what was read of it before is void."""
+
+    path: str
+    opened: OpenedFile | None
+    ranges: tuple[tuple[int, int], ...] = ()
+    complete: bool = True
+    again: bool = False
+
+
 class Source(Protocol):
     @property
     def weights(self) -> WeightSet: ...
@@ -45,6 +57,22 @@ class Source(Protocol):
     def close(self) -> None:
         """End it, and ``files`` with it, from any thread. Idempotent."""
         ...
+
+
+@runtime_checkable
+class StreamingSource(Source, Protocol):
+    def arrivals(self) -> Iterator[Arrival]:
+        """In the place of ``files``: news of files before they are whole, too."""
+        ...
+
+
+def arrivals(source: Source) -> Iterator[Arrival]:
+    """What comes of any source."""
+    if isinstance(source, StreamingSource):
+        yield from source.arrivals()
+        return
+    for opened in source.files():
+        yield Arrival(opened.path, opened)
 
 
 class DirectorySource:
@@ -111,18 +139,26 @@ def _weights_below(root: str, name: str, models: bool) -> WeightSet:
 
 
 class LeaseSource:
-    """A pipeline of a daemon, leased; a cold one is filled, its files coming as each is sealed.
+    """A pipeline of a daemon, leased; a cold one is filled, its chunks coming as each is there.
 
     Raises DaemonUnreachable, PermissionRefused, PipelineNotFound. ``path``: the daemon's socket. ``deadlines``: model →
-    seconds, the same as for ``plan``: files come, and are fetched, in that order.
+    seconds, the same as for ``plan``: files come, and are fetched, in that order. ``stream``: False = each file comes
+    as it is whole.
     """
 
-    def __init__(self, pipeline: str, path: str | None = None, *, deadlines: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: str,
+        path: str | None = None,
+        *,
+        deadlines: Mapping[str, float] | None = None,
+        stream: bool = True,
+    ) -> None:
         from instantstart_fs.control.client import Client
 
         self._client: Client = Client(path)
         try:
-            self._weights = self._client.open(pipeline, deadlines)
+            self._weights = self._client.open(pipeline, deadlines, stream=stream)
         except BaseException:
             self._client.close()
             raise
@@ -132,14 +168,31 @@ class LeaseSource:
         return self._weights
 
     def files(self) -> Iterator[OpenedFile]:
-        sizes = {file.path: file.size for file in self._weights.files}
-        for path, fds in self._client.opened_files():
-            opened = OpenedFile(path, sizes.get(path, -1), fds[0], fds[1] if len(fds) > 1 else None)
-            found = os.fstat(opened.fd).st_size
-            if found != opened.size:
+        """As of Source. Call this or ``arrivals``."""
+        early: dict[str, OpenedFile] = {}
+        try:
+            for arrival in self.arrivals():
+                if arrival.again and (void := early.pop(arrival.path, None)) is not None:
+                    void.close()
+                if arrival.opened is not None:
+                    early[arrival.path] = arrival.opened
+                if arrival.complete and arrival.path in early:
+                    yield early.pop(arrival.path)
+        finally:
+            for opened in early.values():
                 opened.close()
-                raise BadWeights(f"{path} has {found} bytes in the store and should have {opened.size}")
-            yield opened
+
+    def arrivals(self) -> Iterator[Arrival]:
+        sizes = {file.path: file.size for file in self._weights.files}
+        for part, fds in self._client.opened_parts():
+            opened = None
+            if fds:
+                opened = OpenedFile(part.path, sizes.get(part.path, -1), fds[0], fds[1] if len(fds) > 1 else None)
+                found = os.fstat(opened.fd).st_size
+                if found != opened.size:
+                    opened.close()
+                    raise BadWeights(f"{part.path} has {found} bytes in the store and should have {opened.size}")
+            yield Arrival(part.path, opened, part.ranges, part.complete, part.again)
 
     def wait_ended(self, timeout: float) -> bool:
         """Whether the lease ended (the daemon did) within ``timeout`` seconds; asked after ``files`` has ended."""

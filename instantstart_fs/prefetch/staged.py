@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.memory import mapped
 from instantstart_fs.prefetch.messages import IpcHandle
 from instantstart_fs.prefetch.plan import PlannedFile
+from instantstart_fs.prefetch.sources import OpenedFile
 from instantstart_fs.prefetch.tensors import from_ipc, from_memory
 
 ALIGNMENT = 512
@@ -67,10 +69,54 @@ class StagedFile:
         self.given_at: float | None = None
         self.ready_at: float | None = None
         self.released = False
+        self.opened: OpenedFile | None = None
+        """Its descriptors, until its worker has them."""
+        self.offered: list[tuple[int, int]] = []
+        """[start, end) that can be read and that its worker was not told of."""
+        self.streaming = False
+        """Its worker reads what it is told of, and not all of it."""
+        self.told = self.moved = 0
+        """Bytes that its worker may read, and has read."""
+        self.loaded = False
+        self.complete = False
+        """All of it is in the store, and proven."""
 
     @property
     def path(self) -> str:
         return self.planned.path
+
+    def open(self, opened: OpenedFile | None) -> None:
+        """Take these descriptors in the place of others."""
+        before, self.opened = self.opened, opened
+        if before is not None:
+            before.close()
+
+    @property
+    def idle(self) -> bool:
+        """Whether its worker has nothing to do for it now."""
+        return self.loaded or (self.streaming and self.moved >= self.told)
+
+    def offered_from_start(self) -> int:
+        """Bytes from its beginning, without a gap, that can be read."""
+        end = 0
+        for start, stop in sorted(self.offered):
+            if start > end:
+                break
+            end = max(end, stop)
+        return end
+
+    def settle(self) -> None:
+        """In place once all of it is loaded, and proven."""
+        if self.loaded and self.complete and self.ready_at is None:
+            self.ready_at = time.monotonic()
+
+    def forget(self) -> None:
+        """What was loaded of it does not count."""
+        self.worker.disk -= self.moved
+        self.given_at = None
+        self.offered.clear()
+        self.told = self.moved = 0
+        self.loaded = self.complete = self.streaming = False
 
     def drop_memory(self) -> None:
         """Release its memory in this process; tensors that are still in use keep theirs."""

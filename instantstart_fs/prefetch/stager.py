@@ -25,21 +25,20 @@ import msgspec
 
 from instantstart_fs.config.descriptors import NO_MORE, raise_file_limit
 from instantstart_fs.core.weights import WeightSet
-from instantstart_fs.errors import BadWeights, InstantStartError, PrefetchError, from_code
+from instantstart_fs.errors import InstantStartError, PrefetchError, from_code
 from instantstart_fs.prefetch import backends, messages
 from instantstart_fs.prefetch.budget import cpu_limits, device_limits, refusals
 from instantstart_fs.prefetch.device_worker import STOP_DEADLINE, DeviceWorker, WorkerStuck
-from instantstart_fs.prefetch.layout import FileLayout, read_layout
-from instantstart_fs.prefetch.memory import allocate
-from instantstart_fs.prefetch.messages import Export, IpcHandle, Load, Release, Settings
+from instantstart_fs.prefetch.feeder import Feeder
+from instantstart_fs.prefetch.layout import FileLayout
+from instantstart_fs.prefetch.messages import Export, IpcHandle, Release, Settings
 from instantstart_fs.prefetch.plan import Plan
-from instantstart_fs.prefetch.sources import OpenedFile, Source
+from instantstart_fs.prefetch.sources import Source, arrivals
 from instantstart_fs.prefetch.staged import (
     DeviceReport,
     Exported,
     StagedFile,
     device_reports,
-    lead_of,
     ready_seconds,
     remove_counters,
 )
@@ -160,15 +159,21 @@ class Stage:
     # -- feeding ---------------------------------------------------------------------------------------------------
 
     def _feed(self) -> None:
+        feeder = Feeder(
+            self._files,
+            self._numbers,
+            self._changed,
+            lambda: self._closed or self._error is not None,
+            lambda: self._wait_quietly(lambda: self._error is not None, STOP_DEADLINE),
+        )
         try:
-            for opened in self._stager.source.files():
-                file = self._files.get(opened.path)
-                if file is None or self._closed:
-                    opened.close()
-                    if self._closed:
-                        return
-                    continue
-                self._give(file, opened)
+            for arrival in arrivals(self._stager.source):
+                feeder.take(arrival)
+                if self._closed:
+                    return
+                with self._changed:
+                    for worker in self._workers:
+                        self._note_end(worker)
             with self._changed:
                 self._fed = True
                 missing = [path for path, file in self._files.items() if file.given_at is None]
@@ -179,39 +184,8 @@ class Stage:
             self._fail(error)
         except Exception as error:
             self._fail(PrefetchError(f"{self.plan.pipeline}: {type(error).__name__}: {error}"))
-
-    def _give(self, file: StagedFile, opened: OpenedFile) -> None:
-        planned, worker = file.planned, file.worker
-        lead = 0
-        try:
-            if opened.size != planned.size:
-                raise BadWeights(f"{planned.path} has {opened.size} bytes and {planned.size} were planned for")
-            if planned.path.endswith(".safetensors"):
-                # Before anything is allocated: a file that lies is refused for the price of its header.
-                file.layout = read_layout(opened.fd, planned.path)
-                lead = lead_of(file.layout) if worker.cuda and worker.backend != "gds" else 0
-            fds = [opened.fd]
-            if opened.direct is not None:
-                fds.append(opened.direct)
-            if not worker.cuda:
-                file.memory = allocate(os.path.basename(planned.path), planned.size)
-                fds.append(file.memory)
-            with self._changed:
-                if self._closed or self._error is not None:
-                    # The take-down may not have seen this memory.
-                    file.drop_memory()
-                    return
-                file.given_at = worker.heard_at = time.monotonic()
-                worker.first_given_at = worker.first_given_at or file.given_at
-            direct, memory = opened.direct is not None, file.memory is not None
-            load = Load(file.number, planned.path, planned.size, planned.order, direct, memory, lead)
-            worker.send(load, fds)
-        except OSError as error:
-            # The listener knows better why a worker is gone.
-            if not self._wait_quietly(lambda: self._error is not None, STOP_DEADLINE):
-                raise PrefetchError(f"{planned.path}: {error.strerror or error}") from error
         finally:
-            opened.close()
+            feeder.close()
 
     # -- listening -------------------------------------------------------------------------------------------------
 
@@ -233,7 +207,7 @@ class Stage:
     def _is_stuck(self, worker: DeviceWorker) -> bool:
         with self._changed:
             busy = any(
-                file.worker is worker and file.given_at is not None and file.ready_at is None and not file.released
+                file.worker is worker and file.given_at is not None and not file.released and not file.idle
                 for file in self._files.values()
             )
             return busy and time.monotonic() > worker.heard_at + self._stager.timeout
@@ -244,13 +218,16 @@ class Stage:
             match message:
                 case messages.Ready():
                     worker.ready = message
-                case messages.Moved(_, cached, disk):
-                    worker.cached += cached
-                    worker.disk += disk
+                case messages.Moved(number, cached, disk):
+                    if (moved := self._numbers.get(number)) is not None:
+                        moved.moved += cached + disk
+                        worker.cached += cached
+                        worker.disk += disk
                 case messages.Loaded(number):
-                    self._numbers[number].ready_at = time.monotonic()
-                    if all(file.ready_at for file in self._files.values() if file.worker is worker):
-                        worker.finished_at = time.monotonic()
+                    if (loaded := self._numbers.get(number)) is not None:
+                        loaded.loaded = True
+                        loaded.settle()
+                        self._note_end(worker)
                 case messages.Exported():
                     if message.token in self._exports:
                         self._exports[message.token] = message
@@ -261,6 +238,10 @@ class Stage:
                     file = self._numbers.get(number)
                     raise from_code(code, worker.failure(text, file.path if file is not None else ""))
             self._changed.notify_all()
+
+    def _note_end(self, worker: DeviceWorker) -> None:
+        if worker.finished_at is None and all(file.ready_at for file in self._files.values() if file.worker is worker):
+            worker.finished_at = time.monotonic()
 
     def _fail(self, error: InstantStartError) -> None:
         with self._changed:

@@ -28,6 +28,7 @@ from instantstart_fs.prefetch.memory import Memfd, mapped
 from instantstart_fs.prefetch.messages import (
     MAX_FDS,
     MAX_PACKET,
+    Available,
     Collected,
     Export,
     Exported,
@@ -57,6 +58,7 @@ class Worker:
         self._cuda = settings.device.startswith("cuda")
         self._torch: Any = None
         self._items: dict[int, Item] = {}
+        self._streaming: set[int] = set()
         self._send_lock = threading.Lock()
         self._progress: dict[int, list[float]] = {}
         self._progress_lock = threading.Lock()
@@ -89,6 +91,8 @@ class Worker:
                 match messages.to_worker.decode(packet):
                     case Load() as load:
                         self._load(load, fds)
+                    case Available(number, ranges):
+                        self._available(number, ranges)
                     case Export(number, token):
                         self._export(number, token)
                     case Release(number):
@@ -105,7 +109,7 @@ class Worker:
         if self._cuda:
             free = int(self._torch.cuda.mem_get_info(settings.device)[0])
         self._place = place_of(settings.device)
-        self._send(Ready(self._backend.name, refusals, free, self._place))
+        self._send(Ready(self._backend.name, refusals, free, self._place, self._backend.streams))
 
     def _check_device(self) -> None:
         torch, device = load_torch(), self._settings.device
@@ -148,10 +152,23 @@ class Worker:
         assert self._backend is not None
         if load.size == 0:
             self._ended(item, None)
+        elif load.streaming:
+            self._streaming.add(load.number)
         else:
             self._backend.submit(item)
 
+    def _available(self, number: int, ranges: tuple[tuple[int, int], ...]) -> None:
+        item = self._items.get(number)
+        if item is None or item.failed:
+            return
+        assert self._backend is not None
+        for start, end in ranges:
+            self._backend.submit(item, start, end)
+
     def _moved(self, item: Item, cached: int, disk: int) -> None:
+        if item.number in self._streaming:  # what comes next may take its time
+            self._send(Moved(item.number, cached, disk))
+            return
         with self._progress_lock:
             state = self._progress.setdefault(item.number, [0, 0, time.monotonic()])
             state[0] += cached
@@ -194,6 +211,7 @@ class Worker:
 
     def _release(self, number: int) -> None:
         item = self._items.pop(number, None)
+        self._streaming.discard(number)
         if item is None:
             return
         item.failed = True  # a reader that is still at it drops what it has, and the last one its descriptors

@@ -1,15 +1,20 @@
 """Handing a pipeline's weight files over to a process that reads them itself: read-only descriptors of complete files.
 
 The receiver never has the store's permissions: what it gets are descriptors that this process opened. A cold pipeline
-is filled, and each file goes over as it is sealed; the next one wanted is demanded, which puts it ahead of background
-work. Meanwhile the generation counts as open, and the caller holds a lease.
+is filled, and each file goes over as it is sealed, or, for who asks for a stream, before that, with news of what can be
+read of it. The next one wanted is fetched ahead of background work. Meanwhile the generation counts as open, and the
+caller holds a lease.
+
+What of a stream is not proven yet may be loaded, and is used by nobody before the file is complete: see
+docs/decisions/prefetch-reading.md.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import trio
 
@@ -17,8 +22,35 @@ from instantstart_fs.catalog.model import CachedFile, Generation
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.weights import WeightSet, scheduled, weight_entries, weight_set
 from instantstart_fs.errors import InstantStartError, StoreDamaged
+from instantstart_fs.filler.target import FillTarget
 from instantstart_fs.serving.reads import Reads
 from instantstart_fs.store.blobstore import BlobStore
+
+COALESCE_SECONDS = 0.02
+"""Chunks that come within this time are told of together."""
+MOST_STREAMED = 64
+"""Files that are told of before they are complete: the next ones in load order."""
+MOST_RANGES = 2000
+
+
+class FilePart(NamedTuple):
+    """News of a file. ``descriptors``: the receiver's to close, empty where it has them; ``ranges``: [start, end) that
+    can be read since the last news; ``complete``: all is there and proven; ``again``: what was read before is void."""
+
+    path: str
+    descriptors: list[int]
+    ranges: tuple[tuple[int, int], ...]
+    complete: bool
+    again: bool
+
+
+class _Told:
+    """What the receiver knows of a file that is not complete."""
+
+    def __init__(self, target: FillTarget, inode: tuple[int, int]) -> None:
+        self.target = target
+        self.inode = inode
+        self.chunks = bytearray(target.present.chunks)
 
 
 class Handover:
@@ -41,6 +73,7 @@ class Handover:
         entries = weight_entries(generation.manifest.files, generation.known)
         indices = {entry.path: entry.index for entry in entries}
         self._pending = [indices[file.path] for file in scheduled(self.weights, deadlines)]
+        self._told: dict[int, _Told] = {}
 
     @property
     def finished(self) -> bool:
@@ -76,13 +109,120 @@ class Handover:
             raise
         return handed
 
+    async def next_parts(self, limit: int, timeout: float) -> Sequence[FilePart]:
+        """As ``next_files``, with news of files that are not complete: at most ``limit`` with descriptors."""
+        parts: list[FilePart] = []
+        try:
+            await self._look(parts, limit)
+            if not parts and self._pending:
+                await self._wait_news(timeout)
+                await self._look(parts, limit)
+        except BaseException:
+            close_all([(part.path, part.descriptors) for part in parts])
+            raise
+        return parts
+
+    async def _look(self, parts: list[FilePart], limit: int) -> None:
+        files = self._generation.files
+        for index in self._pending[:MOST_STREAMED]:
+            file, told = files[index], self._told.get(index)
+            if sum(bool(part.descriptors) for part in parts) >= limit:
+                return
+            if file.complete:
+                try:
+                    descriptors = await trio.to_thread.run_sync(self._open, file)
+                except StoreDamaged as error:
+                    await self._reads.replace_damaged(file, error, wanted=True, found_by="open")
+                    continue
+                parts.append(self._completed(file, told, descriptors))
+                self._pending.remove(index)
+                self._told.pop(index, None)
+            elif (part := await self._news(index, file, told)) is not None:
+                parts.append(part)
+
+    def _completed(self, file: CachedFile, told: _Told | None, descriptors: list[int]) -> FilePart:
+        path, whole = file.entry.path, ((0, file.size),)
+        if told is None:
+            return FilePart(path, descriptors, whole, complete=True, again=False)
+        if told.inode != _inode(descriptors[0]):  # another incarnation of it
+            return FilePart(path, descriptors, whole, complete=True, again=True)
+        close_all([(path, descriptors)])
+        left = tuple(_ranges(told.target, (chunk for chunk, known in enumerate(told.chunks) if not known)))
+        return FilePart(path, [], left, complete=True, again=False)
+
+    async def _news(self, index: int, file: CachedFile, told: _Told | None) -> FilePart | None:
+        target, path = file.target, file.entry.path
+        if told is not None and (
+            target is not told.target
+            or any(known and chunk not in target.present for chunk, known in enumerate(told.chunks))
+        ):
+            del self._told[index]  # another incarnation, or bytes that a failed sync may have lost
+            return FilePart(path, [], (), complete=False, again=True)
+        if target is None or target.blob is None or target.failed or not self._reads.filler.may_stream:
+            return None
+        descriptors: list[int] = []
+        if told is None:
+            if not target.present.count:
+                return None
+            descriptors = await trio.to_thread.run_sync(self._open_unsealed, file)
+            if not descriptors or file.target is not target or target.blob is None:
+                close_all([(path, descriptors)])
+                return None
+            told = self._told[index] = _Told(target, _inode(descriptors[0]))
+            if told.inode != _inode(target.blob.fd):
+                del self._told[index]
+                close_all([(path, descriptors)])
+                return None
+        fresh = [chunk for chunk in range(target.present.chunks) if chunk in target.present and not told.chunks[chunk]]
+        for chunk in fresh[:MOST_RANGES]:
+            told.chunks[chunk] = 1
+        ranges = tuple(_ranges(target, iter(fresh[:MOST_RANGES])))
+        return FilePart(path, descriptors, ranges, complete=False, again=False) if ranges or descriptors else None
+
+    def _open_unsealed(self, file: CachedFile) -> list[int]:
+        """Blocks. Empty where it cannot be handed over before it is complete."""
+        generation = self._generation
+        try:
+            blob = self._store.handed_blob(generation.pipeline.id, generation.number, file.entry.path)
+        except InstantStartError:
+            return []
+        if blob is None:
+            return []
+        try:
+            return _again(blob.fd)
+        except OSError:
+            return []
+        finally:
+            blob.close()
+
+    async def _wait_news(self, timeout: float) -> None:
+        """Until something came, or is complete, or failed; about ``timeout`` seconds at most."""
+        files = self._generation.files
+        first = await self._reads.target(files[self._pending[0]])
+        if first is None:
+            return
+        self._reads.filler.want(first)
+        targets = [target for index in self._pending[:MOST_STREAMED] if (target := files[index].target) is not None]
+        event = trio.Event()
+        for target in targets:
+            target.watch(event)
+        try:
+            with trio.move_on_after(0 if first.failed or first.broken is not None else timeout):
+                await event.wait()
+                await trio.sleep(COALESCE_SECONDS)
+        finally:
+            for target in targets:
+                target.unwatch(event)
+        if not event.is_set():  # why not?
+            await self._wait(files[self._pending[0]], timeout)
+
     async def _wait(self, file: CachedFile, timeout: float) -> None:
         pipeline = self._generation.pipeline
         target = await self._reads.target(file)
         if target is None:
             return
         whole = ByteRange(0, file.size)
-        self._reads.filler.demand(target, whole)
+        self._reads.filler.want(target)
         with trio.move_on_after(timeout):
             await target.wait_readable(whole, self._read_deadline)
             # All is there; what is left is the proof.
@@ -98,15 +238,38 @@ class Handover:
         with self._store.open_sealed(
             generation.pipeline.id, generation.number, file.entry.path, file.proof, handed=True
         ) as blob:
-            # Descriptions of their own: the receiver may change flags and readahead of what it gets.
-            place = f"/proc/self/fd/{blob.fd}"
             try:
-                descriptors = [os.open(place, os.O_RDONLY | os.O_CLOEXEC)]
+                return _again(blob.fd)
             except OSError as error:
                 raise InstantStartError(f"{file.entry.path} cannot be opened: {error.strerror}") from error
-            with contextlib.suppress(OSError):  # this filesystem has no direct reads: the receiver does without
-                descriptors.append(os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
-            return descriptors
+
+
+def _again(fd: int) -> list[int]:
+    """Descriptions of their own: the receiver may change flags and readahead of what it gets. Raises OSError."""
+    place = f"/proc/self/fd/{fd}"
+    descriptors = [os.open(place, os.O_RDONLY | os.O_CLOEXEC)]
+    with contextlib.suppress(OSError):  # this filesystem has no direct reads: the receiver does without
+        descriptors.append(os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT))
+    return descriptors
+
+
+def _inode(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _ranges(target: FillTarget, chunks: Iterator[int]) -> Iterator[tuple[int, int]]:
+    """The bytes of these chunks, ascending; neighbours as one."""
+    start = end = -1
+    for chunk in chunks:
+        place = target.present.byte_range(chunk)
+        if place.start != end:
+            if end >= 0:
+                yield start, end
+            start = place.start
+        end = place.stop
+    if end >= 0:
+        yield start, end
 
 
 def close_all(handed: list[tuple[str, list[int]]]) -> None:

@@ -50,7 +50,7 @@ from instantstart_fs.origins.base import Location, OriginKey
 from instantstart_fs.origins.hubtree import Answer
 from instantstart_fs.origins.huggingface import HuggingFaceOrigin
 from instantstart_fs.origins.s3 import S3Origin
-from instantstart_fs.prefetch import DirectorySource, messages, plan, stager
+from instantstart_fs.prefetch import DirectorySource, feeder, messages, plan
 from instantstart_fs.prefetch.holder import Holder
 from instantstart_fs.prefetch.stager import Stage, Stager
 from instantstart_fs.prefetch.worker import Worker as PrefetchWorker
@@ -535,14 +535,14 @@ def test_a_stage_that_is_closed_while_it_makes_memory_keeps_none(
     (tmp_path / "m" / "closed-meanwhile.bin").write_bytes(b"x" * 4096)
     source = DirectorySource(str(tmp_path / "m"))
     stage = Stage(Stager(source), plan(source.weights, None, ["cpu"]))
-    allocate = stager.allocate
+    allocate = feeder.allocate
 
     def allocate_late(name: str, size: int) -> int:
         memory = allocate(name, size)
         stage.close()
         return memory
 
-    monkeypatch.setattr(stager, "allocate", allocate_late)
+    monkeypatch.setattr(feeder, "allocate", allocate_late)
     with contextlib.suppress(PrefetchError):
         stage._start()
     for thread in stage._threads:

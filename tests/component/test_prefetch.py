@@ -8,11 +8,13 @@ import errno
 import json
 import mmap
 import os
+import queue
 import resource
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from instantstart_fs.prefetch import DirectorySource, Stage, Stager, backends, p
 from instantstart_fs.prefetch.layout import BITS
 from instantstart_fs.prefetch.plan import BLOCK, EXTENT
 from instantstart_fs.prefetch.reader import CACHE_STEP, read_extent
-from instantstart_fs.prefetch.sources import OpenedFile
+from instantstart_fs.prefetch.sources import Arrival, OpenedFile, open_file
 from tests.harness import alive, children, memory_cgroup, random_file, wait_for
 
 MIB = 1024 * 1024
@@ -334,6 +336,85 @@ class Dripping:
 
     def close(self) -> None:
         self.closed.set()
+
+
+class Streaming(Dripping):
+    """Tells what the test gives it. ``parts``: what is told; None ends it."""
+
+    def __init__(self, inner: DirectorySource) -> None:
+        super().__init__(inner)
+        self.parts: queue.Queue[Arrival | None] = queue.Queue()
+
+    def arrivals(self) -> Iterator[Arrival]:
+        while (arrival := self.parts.get(timeout=60)) is not None:
+            yield arrival
+
+
+def test_parts_of_a_file_are_loaded_as_they_come_and_used_when_all_is_proven(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "whole.safetensors", {"w": ("U8", [3 << 20])}, seed=5)
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    (tmp_path / "d").mkdir()
+    path = tmp_path / "d" / "m.safetensors"
+    path.write_bytes(bytes(len(content)))  # as the store's: all zeros where nothing came yet
+    source = Streaming(DirectorySource(str(tmp_path / "d")))
+
+    def fill(start: int, end: int, data: bytes = content) -> tuple[int, int]:
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(data[start:end])
+        return start, end
+
+    def opened() -> OpenedFile:
+        return open_file(str(path), "m.safetensors", len(content))
+
+    def tell(*ranges: tuple[int, int], **more: Any) -> None:
+        source.parts.put(Arrival("m.safetensors", more.pop("opened", None), ranges, **{"complete": False, **more}))
+
+    mib = 1 << 20
+    with Stager(source).start(plan(source.weights, None, ["cpu"])) as stage:
+        tell(fill(mib, 2 * mib), opened=opened())
+        wait_moved(stage, mib)
+        tell(fill(0, mib))
+        wait_moved(stage, 2 * mib)
+        with pytest.raises(PrefetchError, match="not in place"):
+            stage.export("m.safetensors")
+        # It proves to be another: what was read is void.
+        tell(again=True)
+        other = content[:-5] + b"other"
+        path.unlink()
+        path.write_bytes(bytes(len(content)))
+        tell(fill(0, mib, other), fill(2 * mib, len(other), other), opened=opened())
+        wait_moved(stage, len(other) - mib)
+        tell(fill(mib, 2 * mib, other), complete=True)
+        source.parts.put(None)
+        stage.wait(30)
+        exported = stage.export("m.safetensors")
+        assert exported.fd is not None
+        with open(exported.fd, "rb") as file:
+            assert file.read(len(other)) == other
+        assert stage.progress()[0].bytes == len(other)
+
+
+def wait_moved(stage: Stage, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while stage.progress()[0].bytes != count:
+        assert time.monotonic() < deadline, stage.progress()
+        stage.wait_changed(0.05)
+
+
+def test_all_that_is_loaded_is_not_in_place_before_it_is_proven(checkpoint: Path) -> None:
+    source = Streaming(DirectorySource(str(checkpoint)))
+    files = {file.path: file.size for file in source.weights.files}
+    with Stager(source).start(plan(source.weights, None, ["cpu"])) as stage:
+        for path, size in files.items():
+            source.parts.put(Arrival(path, open_file(str(checkpoint / path), path, size), ((0, size),), complete=False))
+        wait_moved(stage, sum(files.values()))
+        assert not any(stage.is_ready(path) for path in files)
+        for path in files:
+            source.parts.put(Arrival(path, None))
+            stage.wait_file(path, 30)
+        source.parts.put(None)
+        stage.wait(30)
 
 
 def test_files_are_staged_as_they_come(checkpoint: Path) -> None:

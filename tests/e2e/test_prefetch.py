@@ -57,6 +57,39 @@ def test_a_cold_pipeline_is_followed_and_a_warm_one_taken_at_once(
     wait_for(lambda: daemon.status("m")["leases"] == 0, "the lease's end")
 
 
+@pytest.mark.parametrize("unsealed", ["auto", "never"])
+def test_the_copy_begins_before_the_fill_is_done_and_nothing_is_used_before_it_is_proven(
+    make_daemon: Callable[..., Daemon], hub: HubServer, tmp_path: Path, unsealed: str
+) -> None:
+    (tmp_path / "origin").mkdir()
+    wanted = safetensors_file(tmp_path / "origin" / "model.safetensors", 6 * MIB + 100, 3).read_bytes()
+    hub.publish("org/m", tmp_path / "origin")
+    settings = config(hub)
+    settings["fill"] = {"chunk_size": "1MiB", "serve_unsealed": unsealed}
+    daemon = make_daemon(config=settings)
+    daemon.ok("add", "m", "hf://org/m")
+    # Two of its requests are not answered until the hub is no more; each is a chunk.
+    hub.fault("blackhole", port="cdn", method="GET", count=2)
+    source = LeaseSource("m", str(daemon.socket))
+    with Stager(source, timeout=60).start(plan(source.weights, None, ["cpu"])) as stage:
+        wait_for(lambda: daemon.status("m")["cached_bytes"] >= 3 * MIB, "some of it", 60)
+        if unsealed == "auto":
+            wait_for(lambda: stage.progress()[0].bytes >= 2 * MIB, "the copy of what is there", 60)
+        assert daemon.status("m")["state"] != "warm"
+        with pytest.raises(PrefetchError, match="not in place"):
+            stage.export("model.safetensors")
+        if unsealed == "never":
+            assert stage.progress()[0].bytes == 0
+        hub.kill()
+        hub.restart()
+        stage.wait(120)
+        exported = stage.export("model.safetensors")
+        assert exported.fd is not None
+        with open(exported.fd, "rb") as file:
+            assert file.read(len(wanted)) == wanted
+        assert stage.progress()[0].bytes == len(wanted), "nothing was read twice"
+
+
 def test_while_it_is_leased_it_is_neither_evicted_nor_removed(
     make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path
 ) -> None:

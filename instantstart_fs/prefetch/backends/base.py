@@ -90,23 +90,27 @@ class Backend(Protocol):
         """Why it cannot serve here; None when it can. Asked first, once; it may set up what it needs."""
         ...
 
-    def submit(self, item: Item) -> None:
-        """Bring it in; lower ``order`` first. Returns at once. A file without bytes is not submitted."""
+    streams: bool
+    """Whether ``submit`` takes parts of a file."""
+
+    def submit(self, item: Item, start: int = 0, end: int | None = None) -> None:
+        """Bring in these bytes of it (None: to its end); lower ``order`` first, then lower ``start``. ``start`` is a
+        multiple of BLOCK, ``end`` too, or the file's end. Returns at once. A file without bytes is not submitted."""
         ...
 
 
 class Extents:
-    """The extents that are still to be read, the lowest ``order`` first."""
+    """The extents that are still to be read, the lowest ``order`` first, then the lowest byte."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._heap: list[tuple[int, int, Item]] = []
-        self._offsets: dict[int, int] = {}
+        self._heap: list[tuple[int, int, int, int, Item]] = []
+        """(order, start, serial, end, item)"""
         self._serial = itertools.count()
 
-    def put(self, item: Item) -> None:
+    def put(self, item: Item, start: int, end: int) -> None:
         with self._condition:
-            heapq.heappush(self._heap, (item.order, next(self._serial), item))
+            heapq.heappush(self._heap, (item.order, start, next(self._serial), end, item))
             self._condition.notify_all()
 
     def next_now(self) -> tuple[Item, int, int] | None:
@@ -121,14 +125,12 @@ class Extents:
             return self._take()
 
     def _take(self) -> tuple[Item, int, int]:
-        item = self._heap[0][2]
-        start = self._offsets.get(item.number, 0)
-        end = min(start + EXTENT, item.size)
-        if end == item.size or item.failed:
+        order, start, serial, last, item = self._heap[0]
+        end = min(start + EXTENT, last)
+        if end == last or item.failed:
             heapq.heappop(self._heap)
-            self._offsets.pop(item.number, None)
         else:
-            self._offsets[item.number] = end
+            heapq.heapreplace(self._heap, (order, end, serial, last, item))
         return item, start, end
 
 
@@ -153,19 +155,21 @@ class Throttle:
 class Threaded:
     """A backend's threads, started by the first file; each runs ``_run``, taking extents until the process ends."""
 
+    streams = True
+
     def __init__(self, count: int, rate: float) -> None:
         self._count = count
         self._extents = Extents()
         self._throttle = Throttle(rate)
         self._threads: list[threading.Thread] = []
 
-    def submit(self, item: Item) -> None:
+    def submit(self, item: Item, start: int = 0, end: int | None = None) -> None:
         if not self._threads:
             for number in range(self._count):
                 thread = threading.Thread(target=self._run, name=f"reader-{number}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        self._extents.put(item)
+        self._extents.put(item, start, item.size if end is None else end)
 
     def refusal(self) -> str | None:
         """Why it cannot serve here: a backend that needs nothing always can."""

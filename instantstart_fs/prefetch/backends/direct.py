@@ -27,9 +27,10 @@ SLOTS = 2
 class _Readers(Threaded):
     name = "direct"
 
-    def submit(self, item: Item) -> None:
-        os.posix_fadvise(item.plain, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead for what O_DIRECT reads
-        super().submit(item)
+    def submit(self, item: Item, start: int = 0, end: int | None = None) -> None:
+        if start == 0:
+            os.posix_fadvise(item.plain, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead for what O_DIRECT reads
+        super().submit(item, start, end)
 
 
 class DirectCpu(_Readers):

@@ -64,6 +64,7 @@ class Gds:
     """Whole files, one after another: cuFile splits and overlaps by itself."""
 
     name = "gds"
+    streams = False
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -76,7 +77,7 @@ class Gds:
         found = probe()
         return None if found.usable and found.native else found.reason
 
-    def submit(self, item: Item) -> None:
+    def submit(self, item: Item, start: int = 0, end: int | None = None) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="gds", daemon=True)
             self._thread.start()
