@@ -694,7 +694,9 @@ class Run:
             stage = stack.enter_context(self.staged(rate=1.5e9 if when == "while loading" else 0.0))
             ask = None
             if when == "while loading":
-                while not stage.progress()[0].bytes > 64 * MIB:
+                enough = min(64 * MIB, self.total // 4)
+                while stage.progress()[0].bytes <= enough:
+                    assert time.monotonic() < started + 60, "a quarter of it did not come within 60 s"
                     stage.wait_changed(5)
             else:
                 stage.wait(120)
@@ -930,6 +932,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="isfs-gpu-", dir=options.dir) as directory:
         run = Run(options, Path(directory))
         signal.signal(signal.SIGTERM, cut_off)
+        signal.signal(signal.SIGALRM, cut_off)
+        signal.setitimer(signal.ITIMER_REAL, options.limit)  # also for a part that hangs
         if missing := no_gpu():
             print(f"no GPU: {missing}; not run:")
             for part in PARTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any
 import pytest
 
 from bench.gpu import PARTS, CutOff, Part, Run, Skipped
+from tests.fake_cuda.sitecustomize import POINTS
 from tests.harness import REPOSITORY
+
+UNHEEDED = ("pinned",)
+"""Where another backend goes on."""
 
 
 def run(tmp_path: Path, **options: Any) -> Run:
@@ -99,3 +104,46 @@ def test_the_gpu_tests_start_with_nothing_but_pytest() -> None:
         cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def on_the_fake_device(directory: Path, *arguments: str, **env: str) -> tuple[int, str, dict[str, Any]]:
+    """bench/gpu.py as a process, on tests/fake_cuda: its exit status, what it printed, and gpu.json."""
+    path = os.pathsep.join(filter(None, (str(REPOSITORY / "tests/fake_cuda"), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "bench/gpu.py", "--size", "0.0625GiB", "--shards", "2", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--dir", directory, "--out", directory, *arguments],
+        capture_output=True, text=True, timeout=600, check=False, cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": path, "INSTANTSTART_FAKE_CUDA": str(directory / "device"), **env},
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr, json.loads((directory / "gpu.json").read_text())
+
+
+def test_every_byte_is_equal_on_a_fake_device(tmp_path: Path) -> None:
+    """The stage, its worker's page-locked ring, and CUDA's IPC: from files to tensors of this process."""
+    status, text, found = on_the_fake_device(tmp_path, "--only", "equality")
+    assert status == 0, text
+    assert found["parts"]["equality"]["backend"] == "direct"
+    assert found["parts"]["equality"]["equal_bytes"] >= 2**26, found
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(700)
+def test_the_whole_bench_runs_on_fake_devices(tmp_path: Path) -> None:
+    status, text, found = on_the_fake_device(tmp_path, INSTANTSTART_FAKE_CUDA_GPUS="2")
+    assert status == 0, text
+    assert not found["failed"] and not [line for line in found["not_run"] if "is not installed" not in line], found
+    assert found["parts"]["hand-over by share"]["ratio"] <= 1.05
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("point", POINTS)
+def test_wherever_the_device_fails_the_others_parts_are_run_and_the_table_is_printed(
+    tmp_path: Path, point: str
+) -> None:
+    status, text, found = on_the_fake_device(tmp_path, "--limit", "300", INSTANTSTART_FAKE_CUDA_FAIL=point)
+    assert status == (0 if point in UNHEEDED else 1), text
+    assert {*found["parts"], *(line.partition(": ")[0] for line in found["not_run"])} >= {part.name for part in PARTS}
+    assert not [line for line in found["not_run"] if "no time left" in line or "came first" in line], found
+    if status:
+        assert any(f"{point} failed, as it was told to" in line for line in found["failed"]), found["failed"]

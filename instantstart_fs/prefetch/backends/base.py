@@ -166,7 +166,7 @@ class Threaded:
     def submit(self, item: Item, start: int = 0, end: int | None = None) -> None:
         if not self._threads:
             for number in range(self._count):
-                thread = threading.Thread(target=self._run, name=f"reader-{number}", daemon=True)
+                thread = threading.Thread(target=self._run_or_fail, name=f"reader-{number}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
         self._extents.put(item, start, item.size if end is None else end)
@@ -174,6 +174,14 @@ class Threaded:
     def refusal(self) -> str | None:
         """Why it cannot serve here: a backend that needs nothing always can."""
         return None
+
+    def _run_or_fail(self) -> None:
+        """A thread that cannot go on fails what it takes: left alone, the others' files would wait for its part."""
+        try:
+            self._run()
+        except Exception as error:
+            while True:
+                self._extents.wait_next()[0].fail(error)
 
     def _run(self) -> None:
         while True:

@@ -85,10 +85,10 @@ class Gds:
 
     def _run(self) -> None:
         torch = load_torch()
-        torch.cuda.set_device(self._device)
         while True:
             item = self._queue.get()[2]
             try:
+                torch.cuda.set_device(self._device)
                 if item.direct is None:
                     raise RuntimeError("its filesystem knows no O_DIRECT")
                 end = spoil_end(torch, item)
