@@ -41,14 +41,15 @@ STOP_DEADLINE = 40.0
 PROBE_DEADLINE = 3.0
 """Seconds in which a mount that is already there has to answer, or it counts as somebody's."""
 LOG_NAME = "daemon.log"
-UNIT = "/etc/systemd/system/instantstart.service"
+UNITS = ("/etc/systemd/system/instantstart.service", "/lib/systemd/system/instantstart.service")
+"""Where an administrator has it, and where a package has it."""
 
 
 def connect(socket: str | None, config: str | None) -> tuple[Client, bool]:
     """A connection to the daemon, started if there is none; and whether it was. Raises InstantStartError."""
     if (found := _running(socket)) is not None:
         return found, False
-    if os.geteuid() == 0 and socket is None and not config and os.path.exists(UNIT):
+    if os.geteuid() == 0 and socket is None and not config and any(map(os.path.exists, UNITS)):
         raise DaemonUnreachable("the service is installed but does not run: `systemctl start instantstart`")
     path = socket or default_socket()
     directory = os.path.dirname(os.path.abspath(path))
@@ -171,7 +172,7 @@ def log_command(socket: str | None, follow: bool, lines: int) -> list[str]:
     """The program that shows the log of the daemon of that socket. Raises InstantStartError where nobody keeps one."""
     path = find_socket(socket)
     log = os.path.join(os.path.dirname(os.path.abspath(path)), LOG_NAME)
-    if path != machine_socket() or not os.path.exists(UNIT):
+    if path != machine_socket() or not any(map(os.path.exists, UNITS)):
         if os.path.exists(log):
             return ["tail", "-n", str(lines), *(["-F"] if follow else []), log]
         raise InstantStartError(f"there is no {log}; `mount` and `start` keep it there, `serve` writes to its terminal")

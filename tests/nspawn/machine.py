@@ -14,6 +14,7 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import uuid
@@ -47,7 +48,10 @@ def why_no_machine() -> str | None:
 class Machine:
     """``directory``: takes what outlives a reboot. ``binds``: host directories visible inside, read-only, at the same
     path. ``writable``: others, by where they are inside. ``bare``: nothing is installed, and /opt is the machine's own.
-    The directory's ``store`` is behind /var/lib/instantstart."""
+    The directory's ``store`` is behind /var/lib/instantstart.
+
+    ``root``: a whole system of its own in that directory, in the place of this one's /usr; all of it is writable and
+    outlives a reboot, and nothing is installed."""
 
     def __init__(
         self,
@@ -56,7 +60,10 @@ class Machine:
         binds: Sequence[Path] = (),
         writable: Mapping[str, Path] = MappingProxyType({}),
         bare: bool = False,
+        root: Path | None = None,
     ) -> None:
+        bare = bare or root is not None
+        self._root = root
         self.directory = directory
         self.units = directory / "units"
         self.etc = directory / "etc"
@@ -93,11 +100,15 @@ class Machine:
         )
 
     def __enter__(self) -> Machine:
-        command = ["systemd-nspawn", "--directory=/", "--volatile=yes", "--boot", "--private-network", "--quiet"]
+        command = ["systemd-nspawn", "--boot", "--private-network", "--quiet"]
         command += ["--register=no", "--keep-unit", "--console=pipe", f"--machine={self._name}"]
         command += [f"--uuid={self._uuid}", f"--bind={self.logs}:/var/log/journal"]
-        command += ["--bind=/dev/fuse", f"--bind={self.store}:/var/lib/instantstart"]
-        command += [f"--bind={self.units}:/etc/systemd/system", f"--bind={self.etc}:/etc/instantstart"]
+        if self._root is not None:
+            command += [f"--directory={self._root}", f"--bind={self._fuse_device()}:/dev/fuse"]
+        else:
+            command += ["--directory=/", "--volatile=yes", "--bind=/dev/fuse"]
+            command += [f"--bind={self.store}:/var/lib/instantstart"]
+            command += [f"--bind={self.units}:/etc/systemd/system", f"--bind={self.etc}:/etc/instantstart"]
         command += [f"--bind={path}:{place}" for place, path in self._writable.items()]
         if not self._bare:
             command += [f"--bind-ro={self.opt}:/opt/instantstart"]
@@ -113,6 +124,14 @@ class Machine:
             self.close()
             raise
         return self
+
+    def _fuse_device(self) -> Path:
+        """As udev makes it, for everybody; the host's may be root's alone."""
+        node = self.directory / "fuse"
+        if not node.exists():
+            os.mknod(node, stat.S_IFCHR, os.makedev(10, 229))
+            node.chmod(0o666)
+        return node
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -35,7 +35,7 @@ def install(
     root: Root = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Put it in place and start it; or go over to this version.
+    """Put it in place and start it, or upgrade it.
 
     What runs is restarted: with passthrough its readers see a pause, else files that are open fail.
     """
