@@ -117,7 +117,11 @@ def uninstall(say: Callable[[str], None], *, root: str = "", purge: bool = False
     for placement in reversed(plan.placements(plan.Places(prefix=prefix), templates())):
         if not placement.keep:
             host.remove(placement.path)
-    host.remove_empty(f"{prefix}/libexec")
+    for directory in (
+        f"{prefix}/libexec",
+        plan.Places(prefix=prefix).sysusers,
+    ):  # no package of a distribution makes it
+        host.remove_empty(directory)
     host.edit(plan.UPDATEDB, plan.unpruned)
     link = host.place(plan.LINK)
     if os.path.islink(link) and os.readlink(link) == f"{prefix}/bin/instantstart":
