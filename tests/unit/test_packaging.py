@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from distribution import manual, units
 from instantstart_fs import __version__
 from instantstart_fs.cli import run
 from instantstart_fs.errors import InstantStartError, PermissionRefused, UsageError
@@ -225,3 +226,38 @@ def test_updatedb_is_edited_once_and_restored() -> None:
         once = plan.pruned(text)
         assert plan.pruned(once) == once
         assert plan.unpruned(once) == text
+
+
+def test_manual_and_completions_are_the_command_line_s_own(tmp_path: Path) -> None:
+    manual.write(tmp_path)
+    page = (tmp_path / "man/man1/instantstart.1").read_text()
+    for words in (
+        r"instantstart add\fR",
+        r"instantstart service install\fR",
+        r"\fB\-\-dry\-run\fR",
+        "FILES",
+        "EXIT STATUS",
+    ):
+        assert words in page
+    assert not re.search(r"^\.(?!TH |SH |TP$|RS$|RE$)", page, re.MULTILINE), "a help text became a request of roff"
+    if shutil.which("man"):
+        done = subprocess.run(
+            ["man", "--warnings", "-l", tmp_path / "man/man1/instantstart.1"],
+            env={**os.environ, "LC_ALL": "C.UTF-8", "MANWIDTH": "80"},
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert done.stderr == "" and "instantstart service install" in done.stdout
+    for _, path in manual.COMPLETIONS:
+        assert "_INSTANTSTART_COMPLETE" in (tmp_path / path).read_text()
+
+
+def test_a_package_has_the_same_service_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    units.main("/usr/lib/instantstart", str(tmp_path))
+    capsys.readouterr()
+    packaged = files_below(tmp_path)
+    unit = packaged["lib/systemd/system/instantstart.service"].decode()
+    assert unit.replace("/usr/lib/instantstart/", "/opt/instantstart/") == (UNITS / "instantstart.service").read_text()
+    assert plan.prefix_of_unit(unit) == "/usr/lib/instantstart"
+    assert "usr/lib/instantstart/libexec/instantstart-stop-post" in packaged
+    for script in ("postinst", "prerm", "postrm"):
+        subprocess.run(["sh", "-n", ROOT / "distribution/debian" / script], check=True, timeout=10)
