@@ -7,6 +7,7 @@ evictor. Who may ask for a change is decided in control/callers.py.
 from __future__ import annotations
 
 from instantstart_fs.admin.lifecycle import Lifecycle
+from instantstart_fs.admin.users import Users
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.loadset_learner import LoadSetLearner
 from instantstart_fs.catalog.model import Pipeline
@@ -15,6 +16,7 @@ from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.errors import PipelineBusy
 from instantstart_fs.index.access_times import AccessTimes
 from instantstart_fs.serving.bindings import Bindings
+from instantstart_fs.serving.open_by import known
 from instantstart_fs.serving.reads import Reads
 from instantstart_fs.serving.shielded import ShieldedOperations
 from instantstart_fs.serving.startupcaches import StartupCaches
@@ -66,6 +68,14 @@ class Administration:
         self._shielded = shielded
         self._startup = startup
         self._rechecker = rechecker
+        self._users = Users(catalog.store)
+
+    async def holders(self, pipeline: str) -> list[str]:
+        """Who keeps it from being evicted, in words: leases, and processes that have files of it open. Looks through
+        /proc, for some seconds at most. Raises PipelineNotFound."""
+        found = self._catalog.pipeline(pipeline)
+        leases = [f"lease: {known(lessee.pid, lessee.uid)}" for lessee in found.lessees]
+        return leases + [f"open: {process}" for process in await self._users.processes_using(found)]
 
     async def add(self, spec: PipelineSpec) -> PipelineStatus:
         """Resolve, pin and show a new pipeline. Raises PipelineExists, UsageError, OriginError, StoreError."""

@@ -1,4 +1,5 @@
-"""The routes: / page, /api/pipelines, /api/cold-starts/ID, /api/events, /badge/ID.svg, /metrics, /healthz.
+"""The routes: / page, /pipelines/ID, /api/pipelines, /api/cold-starts/ID, /api/events, /badge/ID.svg, /metrics,
+/healthz.
 
 All are GET and change nothing. Each caller sees what visitors.py and core/sight.py permit; what it may not see is
 answered as if it did not exist. One overview at a time is taken, kept for a second (longer where it takes long) and
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.resources
+import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -39,6 +41,8 @@ from instantstart_fs.library import Library
 from instantstart_fs.views.store_summary import StoreSummary
 from instantstart_fs.web import view_model
 from instantstart_fs.web.health import HealthProbe
+from instantstart_fs.web.pipeline_page import PipelinePages
+from instantstart_fs.web.pipeline_view import PipelineView
 from instantstart_fs.web.visitors import STRANGER, Visitor, Visitors
 
 MAX_STREAMS = 32
@@ -183,6 +187,7 @@ class Site:
             Route("/", self.page),
             Route("/api/pipelines", self.pipelines),
             Route("/api/cold-starts/{pipeline}", self.cold_starts),
+            *PipelinePages(self._library, sight_of, self._render_pipeline, details=self._config.details).routes(),
             Route("/api/events", self.events),
             Route("/badge/{pipeline}.svg", self.badge),
             Route("/metrics", self.metrics),
@@ -199,7 +204,8 @@ class Site:
     async def page(self, request: Request) -> Response:
         query = query_of(request.query_params)
         shown = await self._summaries.view(query, sight_of(request))
-        text = self._render("page.html", shown, link=request.url.query)
+        node = os.uname().nodename if sight_of(request).everything else ""
+        text = self._render("page.html", shown, link=request.url.query, node=node)
         return Response(text, media_type="text/html; charset=utf-8")
 
     def _render(self, template: str, shown: view_model.View, **more: str) -> str:
@@ -210,8 +216,15 @@ class Site:
             assets=self._version,
             link_to=link_to,
             orders=list(view_model.ORDER),
+            transport=info.transport,
+            uptime=view_model.coarse(info.uptime),
             **more,
         )
+
+    def _render_pipeline(self, template: str, found: PipelineView | None) -> str:
+        """``found``: None where there is none for that caller."""
+        info = self._info()
+        return self._templates.get_template(template).render(view=found, version=info.version, assets=self._version)
 
     async def static(self, request: Request) -> Response:
         name = request.path_params["name"]

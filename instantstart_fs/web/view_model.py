@@ -17,6 +17,7 @@ from instantstart_fs.core.coldstart import ColdStart, late, length, phases, scal
 from instantstart_fs.core.humanize import human_bytes, human_seconds
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.views.store_summary import StoreSummary
+from instantstart_fs.web.problems import Problem, problems
 
 PAGE_SIZE = 50
 MAX_PAGE_SIZE = 200
@@ -107,6 +108,8 @@ class View(msgspec.Struct, frozen=True):
     store: StoreView | None
     cold_starts: tuple[ColdStartRow, ...]
     spreads: tuple[SpreadRow, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    problem_count: int = 0
 
 
 def ordered(store_summary: StoreSummary) -> StoreSummary:
@@ -125,7 +128,10 @@ def view(store_summary: StoreSummary, query: Query, *, details: bool, everything
     offset = max(0, min(query.offset, max(len(wanted) - 1, 0) // query.limit * query.limit))
     shown = wanted[offset : offset + query.limit]
     now = store_summary.at_ns / 1e9
+    shown_problems, problem_count = problems(store_summary.pipelines, details=details)
     return View(
+        problems=shown_problems,
+        problem_count=problem_count,
         rows=tuple(row(status, now, details=details, everything=everything) for status in shown),
         total=len(store_summary.pipelines),
         matching=len(wanted),
@@ -276,6 +282,11 @@ def _distance(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60:.0f} min"
     return f"{seconds // 3600:.0f} h" if seconds < 48 * 3600 else f"{seconds // 86400:.0f} days"
+
+
+def coarse(seconds: float) -> str:
+    """How long something has been: 5 min, 3 h, 12 days."""
+    return _distance(seconds) or "less than a minute"
 
 
 def _since(seconds: float) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, cast
 
+import msgspec
 import trio
 
 from instantstart_fs.config import HttpConfig
@@ -20,7 +21,8 @@ from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import Budget, Candidate
 from instantstart_fs.core.sight import EVERYTHING, Sight
-from instantstart_fs.core.status import ErrorStatus, FillStatus, PipelineState, PipelineStatus
+from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, ListedStatus, PipelineState, PipelineStatus
+from instantstart_fs.errors import PipelineNotFound
 from instantstart_fs.filler.events import FillStatistics
 from instantstart_fs.library import Library
 from instantstart_fs.telemetry.telemetry import Totals
@@ -77,6 +79,24 @@ class FakePipelines(dict[str, PipelineStatus]):
     def shown_to(self, name: str, sight: Sight) -> bool:
         return name in self and (sight.everything or name not in self.hidden)
 
+    def status(self, name: str, *, with_files: bool = True) -> PipelineStatus:
+        files = (
+            FileStatus("config.json", "sealed", 700, 700, None),
+            FileStatus("model-00001-of-00002.safetensors", "filling", 5 * GB, 3 * GB, "sha256:ab"),
+            FileStatus("onnx/model.onnx", "absent", 9 * GB, 0, None, left_out="for another runtime"),
+        )
+        if name not in self:
+            raise PipelineNotFound(name)
+        return msgspec.structs.replace(self[name], files=files if with_files else None, listed=ListedStatus(3, 14 * GB))
+
+    async def ensure_loaded(self, name: str) -> None:
+        pass
+
+
+class FakeAdministration:
+    async def holders(self, name: str) -> list[str]:
+        return ["lease: pid 7 (vllm, uid 1000)"]
+
 
 class FakeFiller:
     def statistics(self) -> FillStatistics:
@@ -91,6 +111,7 @@ class FakeLibrary:
         self.telemetry = FakeTelemetry()
         self.filler = FakeFiller()
         self.snapshots = self
+        self.admin = FakeAdministration()
         self.looks = 0
 
     async def store_summary(self) -> StoreSummary:

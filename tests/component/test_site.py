@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 
 import pytest
 import trio
@@ -19,10 +20,12 @@ import trio.testing
 
 from instantstart_fs.config import HttpConfig
 from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import ErrorStatus, FillStatus
-from instantstart_fs.errors import StoreFull
+from instantstart_fs.errors import InstantStartError, StoreFull
 from instantstart_fs.filler.events import FillStatistics
 from instantstart_fs.web import app, server
+from instantstart_fs.web import problems as error_advice
 from instantstart_fs.web.health import KEEP_SECONDS, PROBE_DEADLINE, HealthProbe
 from tests.component.site import GB, FakeLibrary, Served, fill_with_examples, pipeline, serving
 
@@ -40,6 +43,10 @@ def test_hostile_names_are_text() -> None:
         served.library.pipelines["x"] = pipeline(HOSTILE, "error", source=(HOSTILE,), error=error)
         served.library.telemetry.records = [ColdStart(pipeline=HOSTILE, started_ns=1, state="cold", opened_after=1.0)]
         quoted = urllib.parse.quote(HOSTILE, safe="")
+        image = "<img src=x onerror=alert(2)>"
+        served.library.pipelines[image] = pipeline(image, "error", source=(HOSTILE,), error=error)
+        detail = get(served, f"pipelines/{urllib.parse.quote(image)}")
+        assert "&lt;script&gt;" in detail and "<script>alert" not in detail and "<img src=x" not in detail
         events = []
         with urllib.request.urlopen(served.url + f"api/events?q={quoted}", timeout=20) as stream:
             while not events or events[-1].strip():
@@ -315,6 +322,10 @@ def test_in_a_browser(width: int, height: int, scheme: str) -> None:
         page.wait_for_selector("tr[data-key='p-voice-agent'] .chip.warm", timeout=10_000)
         assert page.evaluate("window.same") is True
         assert page.input_value("input[type=search]") == "half-typed"
+        # The error is the first thing on the page, with what to run.
+        assert page.evaluate("document.querySelector('main').firstElementChild.className") == "alarm"
+        assert page.locator(".alarm code").inner_text() == "instantstart verify gated-model --access"
+        assert page.locator(".tick-label").all_inner_texts() == ["85 %", "95 %"]
         page.fill("input[type=search]", "qwen")
         page.press("input[type=search]", "Enter")
         page.wait_for_selector("tr[data-key='p-qwen3-30b-a3b']")
@@ -327,6 +338,11 @@ def test_in_a_browser(width: int, height: int, scheme: str) -> None:
         assert unnamed == 0
         assert page.locator("h1").count() == 1 and page.get_attribute("html", "lang") == "en"
         assert contrast(page, ".quiet") >= 4.5 and contrast(page, "tbody .id") >= 7
+        page.click("tr[data-key='p-qwen3-30b-a3b'] a")
+        page.wait_for_selector(".facts")
+        assert "pid 7 (vllm, uid 1000)" in page.inner_text(".facts") and page.locator("tbody tr").count() == 3
+        assert page.locator(".starts li").count() == 1
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert said == []
         assert all(address.startswith(served.url) for address in asked)
         browser.close()
@@ -348,7 +364,41 @@ def contrast(page: object, selector: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
+def test_the_page_of_a_pipeline_tells_each_caller_what_is_his() -> None:
+    with serving(sight=Sight(False, 1000, frozenset(), False)) as served:
+        fill_with_examples(served.library)
+        served.library.pipelines.hidden.add("flux-dev")
+        found = json.loads(get(served, "api/pipelines/gated-model"))
+        assert found["holders"] is None and found["revision"] == "" and found["row"]["sources"] == []
+        assert found["problem"]["text"] == "access-refused", "messages name sources"
+        assert [file["percent"] for file in found["files"]] == [100, 60, 0]
+        assert "access-refused" in get(served, "pipelines/gated-model")
+        for path in ("pipelines/flux-dev", "pipelines/none", "api/pipelines/flux-dev", "api/pipelines/none"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                get(served, path)
+            with refused.value as answer:
+                assert answer.code == 404
+        assert f"<b>{os.uname().nodename}</b>" not in get(served)
+
+
+def test_what_to_run_is_told_for_each_error_and_the_rest_is_counted() -> None:
+    error = ErrorStatus("digest-mismatch", "m", "2026-01-01T00:00:00Z")
+    failed = [pipeline(f"p{number}", "error", error=error) for number in range(7)]
+    shown, count = error_advice.problems([pipeline("good", "warm"), *failed], details=True)
+    assert count == 7 and [one.pipeline for one in shown] == [f"p{number}" for number in range(error_advice.SHOWN)]
+    assert shown[0].command == "instantstart verify p0" and shown[0].text == "digest-mismatch: m"
+    known = {kind.code for kind in subclasses(InstantStartError)}
+    assert set(error_advice.COMMANDS) <= known, "a code that no error has"
+
+
+def subclasses(kind: type[InstantStartError]) -> Iterator[type[InstantStartError]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from subclasses(below)
+
+
 def test_the_fake_is_what_the_site_asks_of_a_library() -> None:
+    from instantstart_fs.admin.administration import Administration
     from instantstart_fs.filler.scheduler import Filler
     from instantstart_fs.upkeep.snapshot import Snapshots
     from instantstart_fs.views.pipelines import Pipelines
@@ -359,5 +409,8 @@ def test_the_fake_is_what_the_site_asks_of_a_library() -> None:
         (fake.snapshots, Snapshots, "prove_index_writable"),
         (fake.filler, Filler, "statistics"),
         (fake.pipelines, Pipelines, "shown_to"),
+        (fake.pipelines, Pipelines, "status"),
+        (fake.pipelines, Pipelines, "ensure_loaded"),
+        (fake.admin, Administration, "holders"),
     ):
         assert callable(getattr(real, name)) and callable(getattr(part, name))

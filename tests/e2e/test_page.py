@@ -98,6 +98,9 @@ def test_page_metrics_and_health_follow_a_cold_start(daemon: Daemon, source: Pat
     drawn = daemon.ok("explain", "my-llm")
     assert "fetching" in drawn and "2 of 2 weight files opened" in drawn and "\x1b" not in drawn
     assert "my-llm" in get(daemon, "/").text
+    detail = json.loads(get(daemon, "/api/pipelines/my-llm").text)
+    assert {file["state"] for file in detail["files"]} >= {"unverified"} and len(detail["cold_starts"]) == 1
+    assert detail["file_count"] == len(detail["files"]) and "my-llm" in get(daemon, "/pipelines/my-llm").text
     (shown,) = json.loads(get(daemon, "/api/cold-starts/my-llm").text)
     assert shown["fetched_bytes"] == record["fetched_bytes"] and "slowest_file" not in shown
 

@@ -1,0 +1,77 @@
+"""Words what the page of one pipeline shows: its files, sources, holders and cold starts. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from instantstart_fs.core.coldstart import ColdStart
+from instantstart_fs.core.humanize import human_bytes
+from instantstart_fs.core.status import FileStatus, PipelineStatus
+from instantstart_fs.web import view_model
+from instantstart_fs.web.problems import Problem, problem
+
+MAX_FILES = 500
+"""Rows of the table; a page of more is no help to anybody."""
+MAX_LISTED = 5_000
+"""Files of a pipeline beyond which they are not listed at all: that takes time of the loop, which readers wait for."""
+
+
+class FileRow(msgspec.Struct, frozen=True):
+    path: str
+    state: str
+    size: str
+    percent: int
+    note: str
+
+
+class PipelineView(msgspec.Struct, frozen=True):
+    """``files`` is None where there are too many to list; ``file_count``: of all. ``holders`` is None for callers who
+    may not know; ``revision`` "" without details."""
+
+    row: view_model.Row
+    generation: int
+    revision: str
+    cached: str
+    problem: Problem | None
+    skipped: str
+    files: tuple[FileRow, ...] | None
+    file_count: int
+    holders: tuple[str, ...] | None
+    cold_starts: tuple[view_model.ColdStartRow, ...]
+
+
+def pipeline_view(
+    status: PipelineStatus,
+    records: Sequence[ColdStart],
+    holders: Sequence[str] | None,
+    now: float,
+    *,
+    details: bool,
+    everything: bool,
+) -> PipelineView:
+    """``now``: the wall clock in seconds."""
+    files = status.files
+    count = len(files) if files is not None else status.listed.count if status.listed is not None else 0
+    skipped = status.skipped
+    return PipelineView(
+        row=view_model.row(status, now, details=details, everything=everything),
+        generation=status.generation,
+        revision=status.revision if details else "",
+        cached=f"{human_bytes(status.cached_bytes)} of {human_bytes(status.total_bytes)}",
+        problem=problem(status, details=details),
+        skipped=f"{skipped.count}: {'; '.join(skipped.first)}" if skipped is not None else "",
+        files=None if files is None else tuple(_file(file) for file in files[:MAX_FILES]),
+        file_count=count,
+        holders=None if holders is None else tuple(holders),
+        cold_starts=view_model.cold_starts(records, now),
+    )
+
+
+def _file(file: FileStatus) -> FileRow:
+    share = 100 if file.cached_bytes >= file.size else file.cached_bytes * 100 // file.size
+    note = f"left out: {file.left_out}" if file.left_out is not None else ""
+    if not note and file.untouched:
+        note = "not opened by the last 3 starts"
+    return FileRow(file.path, file.state, human_bytes(file.size), share, note or ("learned" if file.learned else ""))
