@@ -70,7 +70,7 @@ class Administration:
         self._rechecker = rechecker
         self._users = Users(catalog.store)
 
-    async def holders(self, pipeline: str) -> list[str]:
+    async def used_by(self, pipeline: str) -> list[str]:
         """Who keeps it from being evicted, in words: leases, and processes that have files of it open. Looks through
         /proc, for some seconds at most. Raises PipelineNotFound."""
         found = self._catalog.pipeline(pipeline)

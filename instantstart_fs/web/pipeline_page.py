@@ -1,7 +1,7 @@
 """The routes of one pipeline: its page /pipelines/ID, and the same as JSON /api/pipelines/ID.
 
 They are answered as they are asked for, not kept: whoever opens them looks at one pipeline. Who sees what is as in
-app.py; holders are told to those who see everything.
+app.py; who uses it is told to those who see everything.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class PipelinePages:
                     raise
                 except InstantStartError:
                     pass  # its files cannot be read now: the rest is shown
-            holders = await library.admin.holders(pipeline) if sight.everything else None
+            used_by = await library.admin.used_by(pipeline) if sight.everything else None
         except PipelineNotFound:
             return None
         return pipeline_view(
             status,
             library.telemetry.cold_starts(pipeline),
-            holders,
+            used_by,
             time.time(),
             details=self._details,
             everything=sight.everything,

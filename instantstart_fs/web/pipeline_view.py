@@ -1,4 +1,4 @@
-"""Words what the page of one pipeline shows: its files, sources, holders and cold starts. Pure."""
+"""Words what the page of one pipeline shows: its files, sources, users and cold starts. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FileRow(msgspec.Struct, frozen=True):
 
 
 class PipelineView(msgspec.Struct, frozen=True):
-    """``files`` is None where there are too many to list; ``file_count``: of all. ``holders`` is None for callers who
+    """``files`` is None where there are too many to list; ``file_count``: of all. ``used_by`` is None for callers who
     may not know; ``revision`` "" without details."""
 
     row: view_model.Row
@@ -38,14 +38,14 @@ class PipelineView(msgspec.Struct, frozen=True):
     skipped: str
     files: tuple[FileRow, ...] | None
     file_count: int
-    holders: tuple[str, ...] | None
+    used_by: tuple[str, ...] | None
     cold_starts: tuple[view_model.ColdStartRow, ...]
 
 
 def pipeline_view(
     status: PipelineStatus,
     records: Sequence[ColdStart],
-    holders: Sequence[str] | None,
+    used_by: Sequence[str] | None,
     now: float,
     *,
     details: bool,
@@ -64,7 +64,7 @@ def pipeline_view(
         skipped=f"{skipped.count}: {'; '.join(skipped.first)}" if skipped is not None else "",
         files=None if files is None else tuple(_file(file) for file in files[:MAX_FILES]),
         file_count=count,
-        holders=None if holders is None else tuple(holders),
+        used_by=None if used_by is None else tuple(used_by),
         cold_starts=view_model.cold_starts(records, now),
     )
 

@@ -94,7 +94,7 @@ class FakePipelines(dict[str, PipelineStatus]):
 
 
 class FakeAdministration:
-    async def holders(self, name: str) -> list[str]:
+    async def used_by(self, name: str) -> list[str]:
         return ["lease: pid 7 (vllm, uid 1000)"]
 
 

@@ -325,7 +325,7 @@ def test_in_a_browser(width: int, height: int, scheme: str) -> None:
         # The error is the first thing on the page, with what to run.
         assert page.evaluate("document.querySelector('main').firstElementChild.className") == "alarm"
         assert page.locator(".alarm code").inner_text() == "instantstart verify gated-model --access"
-        assert page.locator(".tick-label").all_inner_texts() == ["85 %", "95 %"]
+        assert page.locator(".tick-label").all_text_contents() == ["85 %", "95 %"]
         page.fill("input[type=search]", "qwen")
         page.press("input[type=search]", "Enter")
         page.wait_for_selector("tr[data-key='p-qwen3-30b-a3b']")
@@ -369,7 +369,7 @@ def test_the_page_of_a_pipeline_tells_each_caller_what_is_his() -> None:
         fill_with_examples(served.library)
         served.library.pipelines.hidden.add("flux-dev")
         found = json.loads(get(served, "api/pipelines/gated-model"))
-        assert found["holders"] is None and found["revision"] == "" and found["row"]["sources"] == []
+        assert found["used_by"] is None and found["revision"] == "" and found["row"]["sources"] == []
         assert found["problem"]["text"] == "access-refused", "messages name sources"
         assert [file["percent"] for file in found["files"]] == [100, 60, 0]
         assert "access-refused" in get(served, "pipelines/gated-model")
@@ -411,6 +411,6 @@ def test_the_fake_is_what_the_site_asks_of_a_library() -> None:
         (fake.pipelines, Pipelines, "shown_to"),
         (fake.pipelines, Pipelines, "status"),
         (fake.pipelines, Pipelines, "ensure_loaded"),
-        (fake.admin, Administration, "holders"),
+        (fake.admin, Administration, "used_by"),
     ):
         assert callable(getattr(real, name)) and callable(getattr(part, name))
