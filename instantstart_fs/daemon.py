@@ -249,6 +249,7 @@ class Daemon:
             transport=self.transport,
             requests=dict(self.requests),
             http=self.http,
+            tier=self._library.heartbeats.tier if self._library.heartbeats is not None else None,
             staging=msgspec.structs.asdict(self.staging.statistics()) if self.staging is not None else {},
         )
 

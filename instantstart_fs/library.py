@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 
 import msgspec
 import trio
@@ -26,7 +27,7 @@ from instantstart_fs.catalog.residency import Residency
 from instantstart_fs.config import Config
 from instantstart_fs.core.coldstart import Facts
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
-from instantstart_fs.core.status import PipelineState
+from instantstart_fs.core.status import PipelineState, TierStatus
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.filler.scheduler import Filler, FillSettings
 from instantstart_fs.index.access_times import AccessTimes
@@ -57,6 +58,10 @@ from instantstart_fs.upkeep.start import remove_superseded
 from instantstart_fs.views.namespace import Namespace
 from instantstart_fs.views.pipelines import Pipelines, load_set_facts
 from instantstart_fs.views.status import pipeline_state
+from instantstart_fs.views.store_summary import RegionSummary
+
+if TYPE_CHECKING:
+    from instantstart_fs.upkeep.heartbeats import Heartbeats
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +138,7 @@ class Library:
         if config.regional is not None:
             from instantstart_fs.filler.region_settings import region_settings  # late: only a region needs it
 
-            region = region_settings(config.regional)
+            region = region_settings(config.regional, config.origins.recheck_access)
         self._region_key = region.key if region is not None else None
         self.filler = Filler(
             store,
@@ -206,7 +211,15 @@ class Library:
             keep_hot=config.eviction.keep_hot,
             scrub=self.scrubber.status if self.scrubber is not None else lambda pipeline: None,
             access=self.rechecker.status if self.rechecker is not None else lambda pipeline: None,
+            tier=self._tier_of,
         )
+        self.heartbeats: Heartbeats | None = None
+        if self.filler.regional is not None:
+            from instantstart_fs.upkeep.heartbeats import Heartbeats  # late: only a region needs it
+
+            self.heartbeats = Heartbeats(
+                self.catalog, self.filler.regional, self.pipelines, lambda: self.telemetry.totals.warmed
+            )
         self.admin = Administration(
             self.catalog,
             self.lifecycle,
@@ -232,13 +245,28 @@ class Library:
             self.catalog, self.namespace, self.pipelines, self.reads, self.open_files, self.filler
         )
         self.snapshots = Snapshots(
-            self.catalog, self.pipelines, self.inventory, self.telemetry, self.scrubber, self.rechecker
+            self.catalog,
+            self.pipelines,
+            self.inventory,
+            self.telemetry,
+            self.scrubber,
+            self.rechecker,
+            self._region_summary,
         )
 
     def _slot_of(self, pipeline: str) -> str | None:
         """The pipeline's slot in the regional tier."""
         found = self.catalog.pipelines.get(pipeline)
         return self._region_key.slot(found.spec) if found is not None and self._region_key is not None else None
+
+    def _region_summary(self) -> RegionSummary | None:
+        found = self.filler.regional
+        if found is None or self.heartbeats is None:
+            return None
+        return RegionSummary(self.heartbeats.endpoint, self.heartbeats.tier, found.hosts, found.statistics)
+
+    def _tier_of(self, pipeline: Pipeline) -> TierStatus | None:
+        return self.heartbeats.tier_of(pipeline) if self.heartbeats is not None else None
 
     def _is_filling(self, pipeline: str) -> bool:
         return self.filler.is_filling(pipeline)
@@ -277,6 +305,8 @@ class Library:
                 nursery.start_soon(self.scrubber.run)
             if self.rechecker is not None:
                 nursery.start_soon(self.rechecker.run)
+            if self.heartbeats is not None:
+                nursery.start_soon(self.heartbeats.run)
             try:
                 yield
             finally:

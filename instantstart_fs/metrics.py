@@ -185,6 +185,8 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_errors_total", "counter", "", "Opens and reads that failed, by the error's code.", lambda s: [(key, count) for key, count in sorted(s.totals.errors.items())], ("operation", "code")),
     Definition("instantstart_fetched_bytes_total", "counter", "bytes", "Bytes that came from origins, in whole chunks.", _counted(lambda s: _bounded(s.fills.fetched_from)), ("origin",)),
     Definition("instantstart_regional_taken_bytes_total", "counter", "bytes", "Bytes that came from the regional tiers, each chunk verified.", _regional(lambda r: r.taken_bytes)),
+    Definition("instantstart_regional_missed_bytes_total", "counter", "bytes", "Bytes of files under the region that came from their origins. taken / (taken + missed) is the hit ratio.", _regional(lambda r: r.missed_bytes)),
+    Definition("instantstart_regional_hosts", "gauge", "", "Hosts of the region that live, as far as their heartbeats tell.", lambda s: [((), s.store_summary.region.hosts)] if s.store_summary.region is not None else []),
     Definition("instantstart_regional_written_bytes_total", "counter", "bytes", "Bytes that this host wrote to its regional tier.", _regional(lambda r: r.put_bytes)),
     Definition("instantstart_regional_pending_chunks", "gauge", "", "Chunks that wait to be written to the regional tier.", _regional(lambda r: r.pending)),
     Definition("instantstart_regional_claims_total", "counter", "", "Claims of chunk groups, won or lost to another host.", lambda s: [(("won",), s.fills.region.claims_won), (("lost",), s.fills.region.claims_lost)] if s.fills.region is not None else [], ("outcome",)),

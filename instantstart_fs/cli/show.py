@@ -16,7 +16,7 @@ import msgspec
 from instantstart_fs.cli.terminal import escaped, unicode_capable
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.humanize import did_you_mean, human_bytes, human_seconds, reason_first
-from instantstart_fs.core.status import FileStatus, PipelineStatus, SkippedStatus
+from instantstart_fs.core.status import FileStatus, PipelineStatus, SkippedStatus, TierStatus
 from instantstart_fs.errors import PipelineNotFound, printable
 
 _COLOURS = {
@@ -237,7 +237,15 @@ def _fitting(natural: Sequence[int], width: int, *, filling: bool) -> dict[int, 
 
 def mounted(info: DaemonInfo) -> str:
     """Where the mount is, who serves it, and why nobody faster does."""
-    return f"{info.mount}: {info.transport or 'not mounted yet'}"
+    told = f"{info.mount}: {info.transport or 'not mounted yet'}"
+    return told if info.tier is None else f"{told}\nregional tier: {tier(info.tier)}"
+
+
+def tier(found: TierStatus) -> str:
+    """How the regional tier fares, for whom that was asked."""
+    if found.state in ("ok", "unknown"):
+        return found.state if found.state == "ok" else "not asked yet"
+    return f"{found.state} since {human_time(found.since)}: {printable(found.why)}"
 
 
 def _short_note(status: PipelineStatus) -> str:
@@ -285,6 +293,8 @@ def pipeline(status: PipelineStatus) -> str:
     if status.access is not None:
         told = f"{status.access.verdict}, {human_time(status.access.checked)}"
         rows.append(("access", told if status.access.trouble is None else f"{told}; last: {status.access.trouble}"))
+    if status.tier is not None:
+        rows.append(("tier", tier(status.tier)))
     if status.scrub is not None:
         proven = human_time(status.scrub.proven)
         rows.append(("scrubbed", proven if status.scrub.state == "waiting" else f"{proven}; {status.scrub.state} now"))
@@ -345,7 +355,7 @@ def _explained(file: FileStatus) -> str:
 
 
 OPTIONAL = frozenset(
-    {"files", "listed", "variants", "undecided", "uncached", "scrub", "access", "skipped", "startup_bytes"}
+    {"files", "listed", "variants", "undecided", "uncached", "scrub", "access", "skipped", "startup_bytes", "tier"}
 )
 
 

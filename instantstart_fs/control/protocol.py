@@ -30,6 +30,7 @@ from instantstart_fs.core.coldstart import Moment
 from instantstart_fs.core.limits import MAX_BYTES, MAX_TIME_NS, MIN_RATE
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.startupcache import Outcome, StartupRecord
+from instantstart_fs.core.status import TierStatus
 from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.errors import ControlProtocolError, InstantStartError, UsageError, from_code
 
@@ -291,6 +292,8 @@ class DaemonInfo(msgspec.Struct, frozen=True):
     transport: str = ""
     requests: dict[str, int] = {}
     http: str = ""
+    tier: TierStatus | None = None
+    """How this host fares with the regional tier; None without one."""
     staging: dict[str, int] = {}
     """mount.staging.Statistics; empty where staging is off."""
 

@@ -95,12 +95,26 @@ class VariantStatus(msgspec.Struct, frozen=True):
     chosen: bool
 
 
+TierState = Literal["ok", "read-only", "down", "refused", "unknown"]
+
+
+class TierStatus(msgspec.Struct, frozen=True):
+    """How this host fares with the regional tier. ``read-only``: it takes no writes; ``down``: it is left alone;
+    ``refused``: this pipeline gets nothing out of it, since its source refuses its credentials; ``unknown``: it was not
+    asked yet. ``since``: RFC 3339, when that began; ``why``: "" while it is ok."""
+
+    state: TierState
+    since: str | None
+    why: str = ""
+
+
 class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     """``cached_bytes``/``total_bytes`` speak of the load set (docs/SEMANTICS.md). ``revision``: what each model was
     pinned to, joined by spaces. ``files`` is None in `ls`. ``uncached`` is null unless a miss is served without being
     kept, ``scrub`` without `store.scrub`, ``access`` without `origins.recheck_access` or where there is nobody to ask,
     ``skipped`` where the source holds nothing that cannot be shown, and in `ls`.
-    ``startup_bytes``: of disk, that its startup caches take, null without any. ``listed`` stands for ``files``
+    ``startup_bytes``: of disk, that its startup caches take, null without any. ``tier``: null
+    without a regional tier. ``listed`` stands for ``files``
     where somebody asked for those in brief. ``undecided`` unless one of so many variants is to be chosen; ``variants``
     come with ``files``, where there are any.
     """
@@ -126,6 +140,7 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     variants: tuple[VariantStatus, ...] | None = None
     listed: ListedStatus | None = None
     startup_bytes: int | None = None
+    tier: TierStatus | None = None
     files: tuple[FileStatus, ...] | None = None
 
     @property

@@ -49,7 +49,8 @@ class BreakerState(msgspec.Struct, frozen=True):
 
 class RegionStatistics(msgspec.Struct, frozen=True):
     """Since the start. ``fallbacks``: what the tier did not give, or not rightly, by reason; ``broken``: why it is left
-    alone now, "" = it is not; ``pending``: chunks that wait to be written to it."""
+    alone now, "" = it is not, ``broken_since_ns``: the wall clock when that began; ``missed_bytes`` of files under the
+    region came from their origins; ``pending``: chunks that wait to be written to it."""
 
     taken_bytes: int = 0
     put_bytes: int = 0
@@ -57,6 +58,8 @@ class RegionStatistics(msgspec.Struct, frozen=True):
     claims_lost: int = 0
     fallbacks: tuple[tuple[str, int], ...] = ()
     broken: str = ""
+    broken_since_ns: int = 0
+    missed_bytes: int = 0
     pending: int = 0
 
 

@@ -29,6 +29,7 @@ from instantstart_fs.errors import (
     OriginMisbehaved,
     OriginNotFound,
 )
+from instantstart_fs.filler.region_access import SourceAccess
 from instantstart_fs.filler.region_follow import Follow, RegionSettings, Routes, Tiers
 from instantstart_fs.filler.region_records import FileRecords, mark_used
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECK_SECONDS = 10.0
 LIST_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 SHARED_ROOM, LONE_ROOM = 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS
@@ -50,8 +50,7 @@ WINDOW = 32
 
 
 class Claims:
-    """On the trio thread. ``hosts``: how many hosts may be pulling in the region now. ``won``, ``lost`` count claims;
-    ``allowed``: by pipeline, whether its own credentials may read the source, once that was asked."""
+    """On the trio thread. ``hosts``: how many hosts the region has now. ``won``, ``lost`` count claims."""
 
     def __init__(self, settings: RegionSettings, tiers: Tiers, routes: Routes, hosts: Callable[[], int]) -> None:
         self._settings = settings
@@ -66,8 +65,7 @@ class Claims:
         self._rooms: dict[str, ClaimRoom] = {}
         self._holders: set[Follow] = set()
         """Files of which this host has claims."""
-        self.allowed: dict[str, bool] = {}
-        self._checking: dict[str, trio.Event] = {}
+        self.access = SourceAccess(settings.recheck)
         self._used: dict[str, str] = {}
         self.won = self.lost = 0
 
@@ -116,34 +114,9 @@ class Claims:
 
     # -- whether a tier has it whole ---------------------------------------------------------------------------------
 
-    async def _may_use(self, follow: Follow) -> bool:
-        """Whether the pipeline's own credentials may read the source: asked once, before the first use."""
-        pipeline = follow.key.pipeline
-        while pipeline in self._checking:
-            await self._checking[pipeline].wait()
-        if pipeline not in self.allowed:
-            done = self._checking[pipeline] = trio.Event()
-            try:
-                with trio.move_on_after(CHECK_SECONDS):
-                    await trio.to_thread.run_sync(follow.target.origin.check, abandon_on_cancel=True)
-                self.allowed[pipeline] = True  # an origin that does not answer refuses nobody: it was listed here
-            except (AccessRefused, CredentialsUnusable) as error:
-                self.allowed[pipeline] = False
-                log.warning(
-                    "nothing is taken from the regional tier: the source refuses this pipeline (%s)",
-                    error.message,
-                    extra={"pipeline": pipeline},
-                )
-            except InstantStartError:
-                self.allowed[pipeline] = True
-            finally:
-                del self._checking[pipeline]
-                done.set()
-        return self.allowed.get(pipeline, False)
-
     async def _ask(self, follow: Follow) -> None:
         try:
-            if not await self._may_use(follow):
+            if not await self.access.may_use(follow.target):
                 self._routes.turn_off(follow)
                 return
             mark_used(self._tiers, follow.slot, self._used)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -45,7 +46,8 @@ class TierSource:
 
 class RegionSettings(msgspec.Struct, frozen=True):
     """``stores``: the region's own tier, then those asked before the origin. ``trust_seals``: a file whose every chunk
-    is what a seal of the region says is not hashed here. ``rate``: bytes a second that are written back, None = any."""
+    is what a seal of the region says is not hashed here. ``rate``: bytes a second that are written back, None = any.
+    ``recheck``: seconds after which an origin is asked again whether a pipeline may be read, None = it is not."""
 
     host: str
     key: RegionKey
@@ -53,6 +55,7 @@ class RegionSettings(msgspec.Struct, frozen=True):
     trust_seals: bool = True
     write_back: bool = True
     rate: int | None = None
+    recheck: float | None = None
 
 
 class Follow:
@@ -143,6 +146,14 @@ class Tiers:
         """Seconds that the slowest answer took of late."""
         self.fallbacks: dict[str, int] = {}
         self.told = ""
+        self.told_at_ns = 0
+        """The wall clock when that began."""
+
+    def leave_alone(self, why: str) -> None:
+        """Its breaker has opened."""
+        if not self.told:
+            self.told_at_ns = time.time_ns()
+        self.told = why
 
     def count(self, reason: str) -> None:
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.filler.region_follow import RegionSettings
 from instantstart_fs.regional.keys import RegionKey, read_key
-from instantstart_fs.regional.opening import open_store
+from instantstart_fs.regional.stores import open_store
 
 
-def region_settings(config: RegionalConfig) -> RegionSettings:
-    """Raises ConfigError."""
+def region_settings(config: RegionalConfig, recheck: float | None = None) -> RegionSettings:
+    """``recheck``: [origins] recheck_access. Raises ConfigError."""
     stores = tuple(
         open_store(url, endpoint_url=config.endpoint_url, region_name=config.region_name, profile=config.profile)
         for url in (config.url, *config.upstream)
@@ -21,4 +21,5 @@ def region_settings(config: RegionalConfig) -> RegionSettings:
         trust_seals=config.verify == "chunks",
         write_back=config.write_back,
         rate=config.rate,
+        recheck=recheck,
     )

@@ -51,32 +51,54 @@ class Regional:
         table: FillTable,
         delivery: Delivery,
     ) -> None:
-        self._settings = settings
+        self.settings = self._settings = settings
         self._slot_of = slot_of
         self._plan = plan
         self._table = table
         self._delivery = delivery
         self._tiers = Tiers(settings.stores)
-        self._claims = Claims(settings, self._tiers, self, lambda: 1)
+        self.hosts = 1
+        """How many hosts the region has, as far as their heartbeats tell."""
+        self._claims = Claims(settings, self._tiers, self, lambda: self.hosts)
         self._writeback = WriteBack(settings, self._tiers)
         self._patience: dict[OriginKey, Patience] = {}
         self._follows: dict[FileKey, Follow] = {}
         self._busy: set[Follow] = set()
         """Those with readers or requests, for which time alone may change something."""
         self._clock = FairClock(0.0)
-        self._taken = 0
+        self._taken = self._missed = 0
 
     @property
     def statistics(self) -> RegionStatistics:
         return RegionStatistics(
             taken_bytes=self._taken,
+            missed_bytes=self._missed,
             put_bytes=self._writeback.put_bytes,
             claims_won=self._claims.won,
             claims_lost=self._claims.lost,
             fallbacks=tuple(sorted(self._tiers.fallbacks.items())),
             broken=self._tiers.told,
+            broken_since_ns=self._tiers.told_at_ns if self._tiers.told else 0,
             pending=self._writeback.pending,
         )
+
+    @property
+    def answers(self) -> bool:
+        """Whether the tier may be asked now: its breaker is not open."""
+        return not self._tiers.is_broken()
+
+    def answered(self) -> None:
+        """The tier did what somebody else asked of it: if it was left alone, that is over."""
+        if self._tiers.told and self.answers:
+            self._tiers.answers(0)
+
+    def forget(self, pipeline: str) -> None:
+        """It is gone."""
+        self._claims.access.forget(pipeline)
+
+    def refusal(self, pipeline: str) -> tuple[int, str] | None:
+        """Since when (wall clock) and why this pipeline gets nothing out of the tier."""
+        return self._claims.access.refusal(pipeline)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow, claim and write back until cancelled."""
@@ -101,7 +123,7 @@ class Regional:
         """A file is in the plan: put it under the region, if its pipeline has a slot there."""
         target = fill.target
         chunks = target.present.chunks
-        refused = self._claims.allowed.get(target.key.pipeline) is False
+        refused = self._claims.access.refuses(target)
         if not chunks or self._tiers.nursery is None or self._tiers.is_broken() or refused:
             return
         slot = self._slot_of(target.key.pipeline)
@@ -206,6 +228,7 @@ class Regional:
             if source:
                 self._writeback.add(follow, chunk)
         else:
+            self._missed += length
             if request.answered is not None:
                 self._patience[fill.target.origin.key].took(request.answered + 0.05)
             self._writeback.add(follow, chunk)
@@ -326,7 +349,7 @@ class Regional:
         if tiers.breaker.failed(trio.current_time(), 1.0) or tiers.is_broken():
             if not tiers.told:
                 log.warning("the regional tier is left alone for a while: %s", error.message)
-            tiers.told = error.message
+            tiers.leave_alone(error.message)
             for follow in list(self._follows.values()):
                 self.turn_off(follow)
 

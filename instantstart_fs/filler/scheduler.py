@@ -297,6 +297,8 @@ class Filler:
         for origin in self._breakers.forget(pipeline):
             self._plan.set_limit(origin, None, pipeline)
         self._locator.forget(pipeline)
+        if self.regional is not None:
+            self.regional.forget(pipeline)
         self._uncached.forget(pipeline)
         self._quarantine.forget_refusals(pipeline)  # a later pipeline of this name is another one
 

@@ -65,6 +65,18 @@ class RegionKey:
         version = "" if strong else f"{file.address}\0{file.version}"
         return self._name("pin", slot, path, str(file.size), str(chunk_size), digest, version)
 
+    def host(self, host: str) -> str:
+        """The name of a host."""
+        return self._name("host", host)
+
+    def revision(self, slot: str, revision: str) -> str:
+        """What a pipeline is pinned to, in 8 hex digits: equal where it is the same."""
+        return self._name("revision", slot, revision)[:8]
+
+    def content(self, record: msgspec.Struct) -> str:
+        """What a record says, in 16 hex digits."""
+        return keyed_digest(self._names, msgspec.msgpack.encode(record)).hex()[:16]
+
     def chunk_key(self, pin: str, chunk: int, length: int) -> bytes:
         """The key of one chunk's digest: bound to its pin (slot, path and what was pinned), index and length."""
         return keyed_digest(self._chunks, f"{pin}\0{chunk}\0{length}".encode())

@@ -4,7 +4,7 @@
     v1/<slot>/<pin>/k/<group>.<epoch>    a claim: who pulls a group of chunks
     v1/<slot>/<pin>/seal                 the digests of all chunks, and by whose proof
     v1/<slot>/used/<day>                 that it was used that day
-    v1/hosts/<host>                      what a host has
+    v1/hosts/<host>.<content>            what a host has (regional/heartbeats.py)
 
 ``pin`` names one file as it was pinned (regional/keys.py). Whoever can write to the bucket can put anything there:
 each record carries a MAC over its kind, its name and its body, so that it is worth nothing under another name.
@@ -127,6 +127,11 @@ def most_seal(size: int, chunk_size: int) -> int:
 
 
 _R = TypeVar("_R", bound=msgspec.Struct)
+
+
+def unpack(key: RegionKey, kind: str, name: str, data: bytes, record: type[_R]) -> _R:
+    """A record of any kind. Raises Forged."""
+    return _decode(_unpack(key, kind, name, data), record, name)
 
 
 def _decode(body: bytes, kind: type[_R], name: str) -> _R:

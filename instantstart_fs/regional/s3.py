@@ -1,6 +1,6 @@
 """A tier in a bucket of any S3-compatible engine. Needs of it only GET, PUT, PUT with If-None-Match: *, DELETE, LIST.
 
-Signatures are made here (regional/signing.py); where the credentials come from is boto3's business. Where this
+Signatures are made here (regional/sigv4.py); where the credentials come from is boto3's business. Where this
 machine's clock is off, the engine says so (RequestTimeTooSkewed): the difference is then taken from its Date header.
 """
 
@@ -28,7 +28,7 @@ from instantstart_fs.errors import (
     OriginUnavailable,
     printable,
 )
-from instantstart_fs.regional.signing import Secrets, Signer, query_text
+from instantstart_fs.regional.sigv4 import Secrets, Signer, query_text
 from instantstart_fs.regional.store import Address, Stored
 
 LIFETIME = 3600

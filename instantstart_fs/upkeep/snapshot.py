@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import trio
 
@@ -13,7 +14,7 @@ from instantstart_fs.upkeep.access_recheck import Rechecker
 from instantstart_fs.upkeep.inventory import Inventory
 from instantstart_fs.upkeep.scrub import Scrubber
 from instantstart_fs.views.pipelines import Pipelines
-from instantstart_fs.views.store_summary import ScrubSummary, StoreSummary, StoreSummaryBuilder
+from instantstart_fs.views.store_summary import RegionSummary, ScrubSummary, StoreSummary, StoreSummaryBuilder
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Snapshots:
         telemetry: Telemetry,
         scrubber: Scrubber | None,
         rechecker: Rechecker | None,
+        region: Callable[[], RegionSummary | None],
     ) -> None:
         self._catalog = catalog
         self._pipelines = pipelines
@@ -36,6 +38,7 @@ class Snapshots:
         self._telemetry = telemetry
         self._scrubber = scrubber
         self._rechecker = rechecker
+        self._region = region
         self._removal_logged = False
 
     async def store_summary(self) -> StoreSummary:
@@ -51,7 +54,8 @@ class Snapshots:
         access = None if rechecker is None else rechecker.verdicts()
         latest = self._telemetry.latest(builder.COLD_STARTS)
         found = (self._telemetry.spread(name) for name in dict.fromkeys(record.pipeline for record in latest))
-        return builder.build(latest, scrub, access, [spread for spread in found if spread is not None])
+        spreads = [spread for spread in found if spread is not None]
+        return builder.build(latest, scrub, access, spreads, self._region())
 
     async def prove_index_writable(self) -> None:
         """Raises StoreError."""

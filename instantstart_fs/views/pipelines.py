@@ -12,7 +12,7 @@ from instantstart_fs.catalog.model import Pipeline, UnloadedGeneration
 from instantstart_fs.core.coldstart import Facts
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.sight import Sight
-from instantstart_fs.core.status import AccessStatus, PipelineState, PipelineStatus, ScrubStatus
+from instantstart_fs.core.status import AccessStatus, PipelineState, PipelineStatus, ScrubStatus, TierStatus
 from instantstart_fs.errors import OutOfResources
 from instantstart_fs.filler.scheduler import Filler
 from instantstart_fs.views import status
@@ -23,7 +23,7 @@ def _none(pipeline: Pipeline) -> None:
 
 
 class Pipelines:
-    """On the trio thread. ``keep_hot`` in seconds. ``scrub``, ``access``: what these upkeep tasks say of a pipeline,
+    """On the trio thread. ``keep_hot`` in seconds. ``scrub``, ``access``, ``tier``: what these tasks say of a pipeline,
     None where they do not run."""
 
     def __init__(
@@ -35,6 +35,7 @@ class Pipelines:
         keep_hot: float,
         scrub: Callable[[Pipeline], ScrubStatus | None] = _none,
         access: Callable[[Pipeline], AccessStatus | None] = _none,
+        tier: Callable[[Pipeline], TierStatus | None] = _none,
     ) -> None:
         self._catalog = catalog
         self._clocks = clocks
@@ -42,6 +43,7 @@ class Pipelines:
         self._keep_hot = keep_hot
         self._scrub = scrub
         self._access = access
+        self._tier = tier
 
     def __len__(self) -> int:
         return len(self._catalog.pipelines)
@@ -70,6 +72,7 @@ class Pipelines:
             in_brief=in_brief,
             scrub=self._scrub(pipeline),
             access=self._access(pipeline),
+            tier=self._tier(pipeline),
         )
 
     def list(self) -> list[PipelineStatus]:

@@ -23,6 +23,7 @@ from instantstart_fs.core.status import (
     PipelineStatus,
     ScrubStatus,
     SkippedStatus,
+    TierStatus,
 )
 from instantstart_fs.errors import AccessRefused
 from instantstart_fs.filler.target import FileState
@@ -228,6 +229,7 @@ def pipeline_status(
     in_brief: bool = False,
     scrub: ScrubStatus | None = None,
     access: AccessStatus | None = None,
+    tier: TierStatus | None = None,
 ) -> PipelineStatus:
     """Return what `status` and `ls` show of a pipeline.
 
@@ -274,6 +276,7 @@ def pipeline_status(
         variants=loadsets.variants(choices) if choices is not None else None,
         listed=ListedStatus(len(brief.files), brief.total_bytes) if brief is not None else None,
         startup_bytes=pipeline.startup_bytes or None,
+        tier=tier,
         files=_file_statuses(listed) if listed is not None else None,
     )
 

@@ -11,7 +11,8 @@ import msgspec
 from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart, PipelineSpread
 from instantstart_fs.core.eviction import Budget, Candidate
-from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.status import PipelineStatus, TierStatus
+from instantstart_fs.filler.events import RegionStatistics
 
 
 class ScrubSummary(msgspec.Struct, frozen=True):
@@ -22,12 +23,22 @@ class ScrubSummary(msgspec.Struct, frozen=True):
     resting: bool
 
 
+class RegionSummary(msgspec.Struct, frozen=True):
+    """The regional tier as this host sees it. ``hosts``: those of the region that live."""
+
+    endpoint: str
+    tier: TierStatus
+    hosts: int
+    statistics: RegionStatistics
+
+
 class StoreSummary(msgspec.Struct, frozen=True):
     """``used_bytes``, ``evictable_bytes``: of the store, all pipelines together. ``states``: pipelines by state.
     ``silent``: pipelines that are being filled and got no byte for some seconds. ``nodes``: entries of the table of
     nodeids (a generation's block is one). ``pipelines`` by id. ``scrub``: None without one.
     ``spreads``: how long starts of those pipelines take that started last.
-    ``access``: how many pipelines have each verdict of the access check, None where nobody asks."""
+    ``access``: how many pipelines have each verdict of the access check, None where nobody asks.
+    ``region``: None without a regional tier."""
 
     at_ns: int
     budget: Budget
@@ -41,6 +52,7 @@ class StoreSummary(msgspec.Struct, frozen=True):
     scrub: ScrubSummary | None = None
     access: dict[Outcome, int] | None = None
     spreads: tuple[PipelineSpread, ...] = ()
+    region: RegionSummary | None = None
 
     def narrowed(self, shown: Sequence[PipelineStatus]) -> StoreSummary:
         """Of these pipelines alone, in that order. What counts bytes, nodes and checks of all stays: who sees only some
@@ -91,6 +103,7 @@ class StoreSummaryBuilder:
         scrub: ScrubSummary | None = None,
         access: dict[Outcome, int] | None = None,
         spreads: Sequence[PipelineSpread] = (),
+        region: RegionSummary | None = None,
     ) -> StoreSummary:
         return StoreSummary(
             at_ns=self._at_ns,
@@ -105,4 +118,5 @@ class StoreSummaryBuilder:
             scrub=scrub,
             access=access,
             spreads=tuple(spreads),
+            region=region,
         )

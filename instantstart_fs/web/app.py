@@ -1,5 +1,5 @@
-"""The routes: / page, /pipelines/ID, /api/pipelines, /api/cold-starts/ID, /api/events, /badge/ID.svg, /metrics,
-/healthz.
+"""The routes: / page, /pipelines/ID, /api/pipelines, /api/cold-starts/ID, /api/events, /badge/ID.svg,
+/v1/placement/ID, /metrics, /healthz.
 
 All are GET and change nothing. Each caller sees what visitors.py and core/sight.py permit; what it may not see is
 answered as if it did not exist. One overview at a time is taken, kept for a second (longer where it takes long) and
@@ -37,6 +37,7 @@ from instantstart_fs.core.coldstart import as_plain
 from instantstart_fs.core.ratelimit import Bucket
 from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.errors import InstantStartError, PipelineNotFound
 from instantstart_fs.library import Library
 from instantstart_fs.views.store_summary import StoreSummary
 from instantstart_fs.web import view_model
@@ -189,6 +190,7 @@ class Site:
             Route("/api/cold-starts/{pipeline}", self.cold_starts),
             *PipelinePages(self._library, sight_of, self._render_pipeline, details=self._config.details).routes(),
             Route("/api/events", self.events),
+            Route("/v1/placement/{pipeline}", self.placement),
             Route("/badge/{pipeline}.svg", self.badge),
             Route("/metrics", self.metrics),
             Route("/healthz", self.healthz),
@@ -263,6 +265,22 @@ class Site:
             for record in records:
                 record.pop("slowest_file")
         return JSONResponse(records)
+
+    async def placement(self, request: Request) -> Response:
+        """Which hosts of the region hold a pipeline: for an autoscaler."""
+        pipeline = request.path_params["pipeline"]
+        if not self._library.pipelines.shown_to(pipeline, sight_of(request)):
+            return JSONResponse({"error": "pipeline-not-found"}, 404)
+        if self._library.heartbeats is None:
+            return JSONResponse({"error": "no-region", "message": "there is no [regional] in the configuration"}, 404)
+        try:
+            found = await self._library.heartbeats.placement(pipeline)
+        except PipelineNotFound:
+            return JSONResponse({"error": "pipeline-not-found"}, 404)
+        except InstantStartError as error:
+            told = {"error": "tier-unavailable", "message": error.message if self._config.details else ""}
+            return JSONResponse(told, 503, headers={"Retry-After": "10"})
+        return JSONResponse(msgspec.to_builtins(found))
 
     async def metrics(self, request: Request) -> Response:
         sight = sight_of(request)

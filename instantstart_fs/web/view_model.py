@@ -16,7 +16,7 @@ import msgspec
 from instantstart_fs.core.coldstart import ColdStart, late, length, phases, scale
 from instantstart_fs.core.humanize import human_bytes, human_seconds
 from instantstart_fs.core.status import PipelineState, PipelineStatus
-from instantstart_fs.views.store_summary import StoreSummary
+from instantstart_fs.views.store_summary import RegionSummary, StoreSummary
 from instantstart_fs.web.problems import Problem, problems
 
 PAGE_SIZE = 50
@@ -97,6 +97,25 @@ class StoreView(msgspec.Struct, frozen=True):
     full: bool
 
 
+class RegionView(msgspec.Struct, frozen=True):
+    """``taken``: bytes from tiers; ``missed``: from origins though under the region; ``hit``: percent, None before any;
+    ``fallbacks``: what the tier did not give, by reason."""
+
+    endpoint: str
+    state: str
+    why: str
+    since: str | None
+    hosts: int
+    taken: str
+    missed: str
+    written: str
+    hit: int | None
+    pending: int
+    claims_won: int
+    claims_lost: int
+    fallbacks: str
+
+
 class View(msgspec.Struct, frozen=True):
     """One page, as it is drawn. Equal views are drawn the same."""
 
@@ -110,6 +129,7 @@ class View(msgspec.Struct, frozen=True):
     spreads: tuple[SpreadRow, ...] = ()
     problems: tuple[Problem, ...] = ()
     problem_count: int = 0
+    region: RegionView | None = None
 
 
 def ordered(store_summary: StoreSummary) -> StoreSummary:
@@ -151,6 +171,7 @@ def view(store_summary: StoreSummary, query: Query, *, details: bool, everything
             for found in store_summary.spreads[:10]
             if found.total.count > 1
         ),
+        region=_region(store_summary.region) if everything and store_summary.region is not None else None,
     )
 
 
@@ -213,6 +234,26 @@ def _store(store_summary: StoreSummary) -> StoreView:
         high=round(100 * budget.high, 1),
         evictable=human_bytes(store_summary.evictable_bytes),
         full=store_summary.used_bytes > budget.high * budget.capacity and not store_summary.evictable_bytes,
+    )
+
+
+def _region(found: RegionSummary) -> RegionView:
+    figures = found.statistics
+    came = figures.taken_bytes + figures.missed_bytes
+    return RegionView(
+        endpoint=found.endpoint,
+        state=found.tier.state,
+        why=found.tier.why,
+        since=found.tier.since,
+        hosts=found.hosts,
+        taken=human_bytes(figures.taken_bytes),
+        missed=human_bytes(figures.missed_bytes),
+        written=human_bytes(figures.put_bytes),
+        hit=figures.taken_bytes * 100 // came if came else None,
+        pending=figures.pending,
+        claims_won=figures.claims_won,
+        claims_lost=figures.claims_lost,
+        fallbacks=", ".join(f"{count} {reason}" for reason, count in figures.fallbacks),
     )
 
 

@@ -26,7 +26,7 @@ from instantstart_fs.errors import PipelineNotFound
 from instantstart_fs.filler.events import FillStatistics
 from instantstart_fs.library import Library
 from instantstart_fs.telemetry.telemetry import Totals
-from instantstart_fs.views.store_summary import StoreSummary, StoreSummaryBuilder
+from instantstart_fs.views.store_summary import RegionSummary, StoreSummary, StoreSummaryBuilder
 from instantstart_fs.web.app import Site
 from instantstart_fs.web.health import HealthProbe
 from instantstart_fs.web.listener import address, bind
@@ -112,6 +112,8 @@ class FakeLibrary:
         self.filler = FakeFiller()
         self.snapshots = self
         self.admin = FakeAdministration()
+        self.heartbeats: Any = None
+        self.region: RegionSummary | None = None
         self.looks = 0
 
     async def store_summary(self) -> StoreSummary:
@@ -121,7 +123,7 @@ class FakeLibrary:
             builder.add(found, Candidate(found.pipeline, found.cached_bytes, 0.0, hot=found.state == "warm"))
             if builder.wants_a_pause:
                 await trio.lowlevel.checkpoint()
-        return builder.build(self.telemetry.records)
+        return builder.build(self.telemetry.records, region=self.region)
 
     async def prove_index_writable(self) -> None:
         pass

@@ -20,10 +20,13 @@ import trio.testing
 
 from instantstart_fs.config import HttpConfig
 from instantstart_fs.core.coldstart import ColdStart
-from instantstart_fs.core.sight import Sight
-from instantstart_fs.core.status import ErrorStatus, FillStatus
-from instantstart_fs.errors import InstantStartError, StoreFull
-from instantstart_fs.filler.events import FillStatistics
+from instantstart_fs.core.placement import HostHolding
+from instantstart_fs.core.sight import ANYBODY, EVERYTHING, Sight
+from instantstart_fs.core.status import ErrorStatus, FillStatus, TierStatus
+from instantstart_fs.errors import InstantStartError, OriginUnavailable, StoreFull
+from instantstart_fs.filler.events import FillStatistics, RegionStatistics
+from instantstart_fs.upkeep.heartbeats import Placement
+from instantstart_fs.views.store_summary import RegionSummary
 from instantstart_fs.web import app, server
 from instantstart_fs.web import problems as error_advice
 from instantstart_fs.web.health import KEEP_SECONDS, PROBE_DEADLINE, HealthProbe
@@ -414,3 +417,54 @@ def test_the_fake_is_what_the_site_asks_of_a_library() -> None:
         (fake.admin, Administration, "used_by"),
     ):
         assert callable(getattr(real, name)) and callable(getattr(part, name))
+
+
+def test_placement_follows_the_pages_rules() -> None:
+    """Who may not see a pipeline gets the answer for one that is not there; no region, and a tier that is silent, are
+    told apart from an empty region."""
+
+    def ask(served: Served, pipeline: str) -> tuple[int, dict[str, object]]:
+        try:
+            with urllib.request.urlopen(f"{served.url}v1/placement/{pipeline}", timeout=20) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    class Heartbeats:
+        async def placement(self, pipeline: str) -> Placement:
+            if pipeline == "silent":
+                raise OriginUnavailable("no answer from http://10.0.0.1")
+            host = HostHolding("gpu-1", "warm", 100, 10, 10, True, "2026-01-01T00:00:00Z", 3.0)
+            return Placement(pipeline, (host,), 2, 0, "2026-01-01T00:00:03Z")
+
+    with serving(sight=ANYBODY) as served:
+        library = served.library
+        for name in ("p", "silent", "secret"):
+            library.pipelines[name] = pipeline(name)
+        library.pipelines.hidden.add("secret")
+        assert ask(served, "p") == (
+            404,
+            {"error": "no-region", "message": "there is no [regional] in the configuration"},
+        )
+        library.heartbeats = Heartbeats()
+        assert ask(served, "unknown") == ask(served, "secret") == (404, {"error": "pipeline-not-found"})
+        assert ask(served, "silent") == (503, {"error": "tier-unavailable", "message": ""})
+        status, found = ask(served, "p")
+        assert (status, found["live_hosts"], found["unread"]) == (200, 2, 0)
+        assert found["hosts"] == [
+            {
+                "host": "gpu-1", "state": "warm", "percent": 100, "cached_bytes": 10, "total_bytes": 10,
+                "current": True, "last_seen": "2026-01-01T00:00:00Z", "age": 3.0,
+            }
+        ]  # fmt: skip
+
+
+def test_the_page_shows_the_region_to_who_sees_everything() -> None:
+    statistics = RegionStatistics(taken_bytes=3 * GB, missed_bytes=GB, claims_lost=7, fallbacks=(("wrong", 2),))
+    region = RegionSummary("s3://weights", TierStatus("down", "2026-01-01T00:00:00Z", HOSTILE), 12, statistics)
+    for sight, shown in ((EVERYTHING, True), (ANYBODY, False)):
+        with serving(sight=sight) as served:
+            served.library.region = region
+            text = get(served)
+            assert ("12 hosts" in text) is ("75 % hit" in text) is ("7 lost" in text) is ("2 wrong" in text) is shown
+            assert HOSTILE not in text

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from instantstart_fs.errors import AccessRefused, InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable
-from instantstart_fs.regional.opening import open_store
 from instantstart_fs.regional.s3 import S3Store
 from instantstart_fs.regional.store import TierStore
+from instantstart_fs.regional.stores import open_store
 from tests.servers.ports import free_ports
 from tests.servers.seaweed import SeaweedServer
 

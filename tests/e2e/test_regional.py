@@ -45,11 +45,11 @@ class Site:
         self.key.chmod(0o600)
         self.daemons: list[Daemon] = []
 
-    def host(self, name: str, **regional: Any) -> Daemon:
+    def host(self, name: str, origins: dict[str, Any] | None = None, **regional: Any) -> Daemon:
         config: dict[str, Any] = {
             "fill": {"chunk_size": "1MiB"},
             "http": {"listen": "127.0.0.1:0"},
-            "origins": {"huggingface": {"endpoint": self.hub.endpoint}},
+            "origins": {"huggingface": {"endpoint": self.hub.endpoint}, **(origins or {})},
             "regional": {
                 "url": f"s3://{self.bucket}/t",
                 "endpoint_url": self.seaweed.endpoint_url,

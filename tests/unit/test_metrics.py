@@ -19,11 +19,11 @@ from instantstart_fs import metrics
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import Budget
 from instantstart_fs.core.histogram import Histogram
-from instantstart_fs.core.status import FillStatus, PipelineStatus
+from instantstart_fs.core.status import FillStatus, PipelineStatus, TierStatus
 from instantstart_fs.filler.events import BreakerState, FillStatistics, RegionStatistics
 from instantstart_fs.filler.tally import ANSWER_BUCKETS
 from instantstart_fs.telemetry.telemetry import Totals
-from instantstart_fs.views.store_summary import ScrubSummary, StoreSummary
+from instantstart_fs.views.store_summary import RegionSummary, ScrubSummary, StoreSummary
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -97,6 +97,7 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
         pipelines=found,
         scrub=ScrubSummary(overdue=5.0, resting=True),
         access={"allowed": 3, "refused": 1, "unknown": 0},
+        region=RegionSummary("s3://weights", TierStatus("ok", None), 3, RegionStatistics()),
         cold_starts=(ColdStart(pipeline="p00000", started_ns=1, state="cold", opened_after=2.5, ended_after=3.0),),
     )
     return metrics.Source("1", 2.0, totals, fills, store_summary, True, per_pipeline, {"read": 5})

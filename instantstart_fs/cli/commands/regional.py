@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
+from instantstart_fs.cli import completion
 from instantstart_fs.cli.options import ConfigFile, Json, Pipeline, Socket
 from instantstart_fs.errors import InstantStartError, PipelineNotFound, UsageError
 
@@ -67,19 +69,70 @@ def regional_ls(config: ConfigFile = None, socket: Socket = None, json: Json = F
 
 
 @commands.command("status")
-def regional_status(config: ConfigFile = None, json: Json = False) -> None:
-    """Say whether the tier can be used from here; exit 1 if not."""
+def regional_status(
+    pipeline: Annotated[
+        str | None,
+        typer.Argument(metavar="[PIPELINE]", help="List the hosts that hold it.", autocompletion=completion.pipelines),
+    ] = None,
+    config: ConfigFile = None,
+    socket: Socket = None,
+    json: Json = False,
+) -> None:
+    """Say whether the tier can be used from here (exit 1 if not), or which hosts hold a pipeline."""
     from instantstart_fs.cli import show
     from instantstart_fs.regional.probe import WRITERS, probe
 
-    region, _, _ = _region(config)
+    region, _, configured = _region(config)
     store = region.stores[0]
+    if pipeline is not None:
+        _show_hosts(region, _slot(region, _specs(configured, socket), pipeline), pipeline, socket, json=json)
+        return
     found = probe(store)
     if json:
         print(show.as_json({"endpoint": store.endpoint, "single_winner": found.winners == 1, "skew": found.skew}))
     else:
         claims = "one pull" if found.winners == 1 else f"{found.winners} of {WRITERS} writers win: hosts may pull twice"
         print(f"{store.scheme}://{store.endpoint}: reads and writes; {claims}")
+
+
+def _show_hosts(region: RegionSettings, slot: str, pipeline: str, socket: str | None, *, json: bool) -> None:
+    from instantstart_fs.cli import show
+    from instantstart_fs.control.client import Client
+    from instantstart_fs.core.humanize import human_bytes, human_seconds
+    from instantstart_fs.regional.heartbeats import HeartbeatReader
+    from instantstart_fs.regional.hygiene import now_of
+
+    store, revision = region.stores[0], None
+    with contextlib.suppress(InstantStartError), Client(socket) as client:  # no daemon: nobody knows what is current
+        revision = region.key.revision(slot, client.status(pipeline, brief=True).revision)
+    now: float | None = None
+    with contextlib.suppress(InstantStartError):  # one that takes no writes: the newest heartbeat tells the time
+        now = now_of(store)
+    reader = HeartbeatReader(store, region.key)
+    look = reader.look(now)
+    hosts = reader.holding(slot, look.now, revision)
+    if json:
+        print(
+            show.as_json(
+                {
+                    "pipeline": pipeline,
+                    "hosts": [msgspec.to_builtins(host) for host in hosts],
+                    "live_hosts": look.hosts,
+                    "unread": look.unread,
+                }
+            )
+        )
+        return
+    for host in hosts:
+        amount = f"{human_bytes(host.cached_bytes)} of {human_bytes(host.total_bytes)}"
+        other = "  another revision" if host.current is False else ""
+        print(
+            f"{host.host:<32}  {show.coloured(host.state, f'{host.state:<10}')}  {host.percent:>3} %  {amount:<22}  "
+            f"seen {human_seconds(host.age)} ago{other}"
+        )
+    whole = sum(host.percent == 100 for host in hosts)
+    unread = f"; {look.unread} could not be read" if look.unread else ""
+    print(f"{pipeline}: whole on {whole} of {look.hosts} hosts, in part on {len(hosts) - whole}{unread}")
 
 
 @commands.command("warm")

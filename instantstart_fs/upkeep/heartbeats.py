@@ -1,0 +1,228 @@
+"""This host's part in knowing where a region is warm: it says what it holds, counts who else lives, and answers where a
+pipeline is.
+
+A heartbeat is one small object (regional/heartbeats.py). One that cannot be written is nobody's failure: it is tried
+again, later and later, and `status` says that the tier is down. While the tier's breaker is open none is tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from instantstart_fs.catalog.catalog import Catalog
+from instantstart_fs.catalog.model import Pipeline
+from instantstart_fs.core import placement
+from instantstart_fs.core.placement import Holding, HostHolding
+from instantstart_fs.core.retry import Backoff
+from instantstart_fs.core.status import TierStatus
+from instantstart_fs.errors import InstantStartError, OriginUnavailable
+from instantstart_fs.filler.regional import Regional
+from instantstart_fs.regional import heartbeats
+from instantstart_fs.regional.heartbeats import HeartbeatReader, HostRecord
+from instantstart_fs.views.pipelines import Pipelines
+from instantstart_fs.views.status import rfc3339
+
+log = logging.getLogger(__name__)
+
+FIRST_BEAT = 2.0
+"""Seconds after the start, at most."""
+TICK_SECONDS = 1.0
+SOONEST_BEAT = 5.0
+"""Seconds between two heartbeats at least, though something has become warm."""
+ASK_SECONDS = 10.0
+"""For one answer of the tier."""
+KEEP_SECONDS = 5.0
+"""For which an answer about placement is kept: who asks more often gets the same one."""
+KEEP_SHARE = 20
+"""It is kept so many times as long as it took, too."""
+BATCH = 64
+"""Pipelines between two pauses."""
+_T = TypeVar("_T")
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """``hosts`` hold some of the pipeline. ``live_hosts``: all of the region; ``unread``: so many of them have not been
+    read (yet): the next answer may know more. ``as_of``: RFC 3339, the storage's clock."""
+
+    pipeline: str
+    hosts: tuple[HostHolding, ...]
+    live_hosts: int
+    unread: int
+    as_of: str
+
+
+class Heartbeats:
+    """On the trio thread. ``warmed``: grows with each pipeline that becomes warm here."""
+
+    def __init__(self, catalog: Catalog, regional: Regional, pipelines: Pipelines, warmed: Callable[[], int]) -> None:
+        self._catalog = catalog
+        self._regional = regional
+        self._settings = regional.settings
+        self._pipelines = pipelines
+        self._warmed = warmed
+        self._store = self._settings.stores[0]
+        self._threads = trio.CapacityLimiter(4)
+        self._reader = HeartbeatReader(self._store, self._settings.key)
+        self._name = ""
+        """The object that this host has written."""
+        self._storage_clock: tuple[float, float] | None = None
+        """The storage's clock, and this process' own, at one moment."""
+        self._counted_at = -math.inf
+        self._failures = 0
+        self._state = TierStatus("unknown", None)
+        self._looking = trio.Lock()
+        self._good_until = -math.inf
+        self._look: heartbeats.Look | None = None
+
+    @property
+    def hosts(self) -> int:
+        """How many hosts of the region live, this one included."""
+        return self._regional.hosts
+
+    @property
+    def endpoint(self) -> str:
+        return f"{self._store.scheme}://{self._store.endpoint}"
+
+    # -- how the tier fares --------------------------------------------------------------------------------------------
+
+    @property
+    def tier(self) -> TierStatus:
+        """As fills find it, and else as heartbeats do."""
+        found = self._regional.statistics
+        if found.broken:
+            return TierStatus("down", rfc3339(found.broken_since_ns), found.broken)
+        return self._state
+
+    def tier_of(self, pipeline: Pipeline) -> TierStatus:
+        """The same for one pipeline, which may be refused."""
+        refused = self._regional.refusal(pipeline.id)
+        return self.tier if refused is None else TierStatus("refused", rfc3339(refused[0]), refused[1])
+
+    def _now_is(self, state: TierStatus) -> None:
+        if state.state != self._state.state:
+            self._state = state
+        elif state.why != self._state.why:
+            self._state = msgspec.structs.replace(state, since=self._state.since)
+
+    # -- beating -------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await trio.sleep(random.random() * FIRST_BEAT)
+        while True:
+            warmed, began = self._warmed(), trio.current_time()
+            if self._regional.answers:
+                try:
+                    await self.beat()
+                except InstantStartError as error:
+                    log.debug("no heartbeat: %s", error.message)
+                except Exception:
+                    log.exception("no heartbeat")
+            end = trio.current_time() + self._pause()
+            while trio.current_time() < end:
+                await trio.sleep(TICK_SECONDS)
+                if not self._failures and self._warmed() != warmed and trio.current_time() >= began + SOONEST_BEAT:
+                    break
+
+    def _pause(self) -> float:
+        period = placement.beat_period(self.hosts)
+        if self._failures:
+            return Backoff(period, max(600.0, period)).delay(self._failures, random.random())
+        return period * (1 - placement.JITTER + 2 * placement.JITTER * random.random())
+
+    async def beat(self) -> None:
+        """Say what this host holds; count the others where that is due. Raises InstantStartError."""
+        name, data = heartbeats.object_of(self._settings.key, await self._record())
+        before, self._name = self._name, name
+        try:
+            await self._ask(lambda: self._store.put(name, data))
+        except InstantStartError as error:
+            self._failures += 1
+            await self._find_out(error)
+            raise
+        self._failures = 0
+        self._regional.answered()
+        self._now_is(TierStatus("ok", rfc3339(time.time_ns())))
+        if before and before != name:
+            with contextlib.suppress(InstantStartError):  # it expires
+                await self._ask(lambda: self._store.delete(before))
+        if trio.current_time() - self._counted_at >= placement.count_period(self.hosts):
+            await self._count()
+
+    async def _find_out(self, error: InstantStartError) -> None:
+        """It could not be written: whether it can be read."""
+        now = rfc3339(time.time_ns())
+        try:
+            await self._ask(lambda: next(iter(self._store.list(heartbeats.DIRECTORY, 1)), None))
+            self._regional.answered()
+            self._now_is(TierStatus("read-only", now, error.message))
+        except InstantStartError as worse:
+            self._now_is(TierStatus("down", now, worse.message))
+
+    async def _count(self) -> None:
+        found = await self._ask(lambda: heartbeats.listed(self._store))
+        now = trio.current_time()
+        mine = found.get(self._settings.key.host(self._settings.host))
+        if mine is not None and mine.name == self._name:
+            self._storage_clock = (mine.modified, now)
+        alive = heartbeats.living(
+            found, self._storage_now() or max((one.modified for one in found.values()), default=0)
+        )
+        self._regional.hosts = max(1, len(alive))
+        self._counted_at = now
+
+    def _storage_now(self) -> float | None:
+        if self._storage_clock is None:
+            return None
+        there, here = self._storage_clock
+        return there + trio.current_time() - here
+
+    async def _record(self) -> HostRecord:
+        """What is here, what was requested last first."""
+        found: list[tuple[str, Holding]] = []
+        for position, pipeline in enumerate(list(self._catalog.pipelines.values())):
+            if position % BATCH == 0:
+                await trio.lowlevel.checkpoint()
+            if pipeline.removed:
+                continue
+            status = self._pipelines.status_of(pipeline)
+            if status.cached_bytes or status.state == "filling":
+                slot = self._settings.key.slot(pipeline.spec)
+                revision = self._settings.key.revision(slot, status.revision)
+                holding = Holding(slot, revision, status.state, status.cached_bytes, status.total_bytes)
+                found.append((status.last_request or "", holding))
+        found.sort(key=lambda item: item[0], reverse=True)
+        entries = placement.pack(holding for _, holding in found)
+        return HostRecord(self._settings.host, entries, max(0, len(found) - placement.MOST_HOLDINGS))
+
+    async def _ask(self, call: Callable[[], _T]) -> _T:
+        with trio.move_on_after(ASK_SECONDS):
+            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
+        raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")
+
+    # -- where a pipeline is -------------------------------------------------------------------------------------------
+
+    async def placement(self, pipeline: str) -> Placement:
+        """Raises PipelineNotFound, and InstantStartError where the tier does not say. At most KEEP_SECONDS old."""
+        slot = self._settings.key.slot(self._pipelines.spec(pipeline))
+        pinned = self._pipelines.status(pipeline, with_files=False).revision
+        revision = self._settings.key.revision(slot, pinned)
+        async with self._looking:
+            if self._look is None or trio.current_time() >= self._good_until:
+                began = trio.current_time()
+                now = self._storage_now()
+                self._look = await self._ask(lambda: self._reader.look(now))
+                took = trio.current_time() - began
+                self._good_until = trio.current_time() + max(KEEP_SECONDS, KEEP_SHARE * took)
+            look = self._look
+        hosts = await self._ask(lambda: self._reader.holding(slot, look.now, revision))
+        return Placement(pipeline, tuple(hosts), look.hosts, look.unread, rfc3339(int(look.now * 1e9)) or "")

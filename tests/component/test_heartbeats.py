@@ -1,0 +1,251 @@
+"""Heartbeats in a shared directory: who is read, who has gone, what is no heartbeat, what a reader costs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from instantstart_fs.core import placement
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.placement import Holding
+from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.errors import AccessRefused, OriginUnavailable
+from instantstart_fs.filler.events import RegionStatistics
+from instantstart_fs.filler.region_follow import RegionSettings
+from instantstart_fs.regional import heartbeats
+from instantstart_fs.regional.directory import DirectoryStore
+from instantstart_fs.regional.heartbeats import HeartbeatReader, HostRecord, object_of
+from instantstart_fs.regional.keys import RegionKey
+from instantstart_fs.regional.store import Stored
+from instantstart_fs.upkeep.heartbeats import Heartbeats
+from tests.component.site import pipeline
+
+KEY = RegionKey(b"k" * 32)
+SLOT, OTHER = "ab" * 16, "cd" * 16
+
+
+class Counting(DirectoryStore):
+    """Counts requests by kind."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(directory)
+        self.asked: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def get(self, name: str, most: int) -> bytes:
+        with self._lock:
+            self.asked["get"] += 1
+        return super().get(name, most)
+
+    def list(self, prefix: str, most: int) -> Iterator[Stored]:
+        self.asked["list"] += 1
+        return super().list(prefix, most)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Counting:
+    return Counting(str(tmp_path))
+
+
+def holding(state: str = "warm", cached: int = 10, slot: str = SLOT) -> Holding:
+    return Holding(slot, "01020304", state, cached, 10)  # type: ignore[arg-type]
+
+
+def beat(store: Counting, host: str, *held: Holding, at: float = 1000.0, key: RegionKey = KEY) -> str:
+    name, data = object_of(key, HostRecord(host, placement.pack(held)))
+    store.put(name, data)
+    os.utime(Path(store.endpoint) / name, (at, at))
+    return name
+
+
+def hosts(reader: HeartbeatReader, now: float = 1010.0) -> list[tuple[str, str, int]]:
+    return [(one.host, one.state, one.percent) for one in reader.holding(SLOT, now)]
+
+
+def test_who_holds_what(store: Counting) -> None:
+    beat(store, "half", holding("partial", 5))
+    beat(store, "whole", holding(), holding(slot=OTHER))
+    beat(store, "none", holding(slot=OTHER))
+    reader = HeartbeatReader(store, KEY)
+    assert (reader.look(1010.0).hosts, reader.look(1010.0).unread) == (3, 0)
+    assert hosts(reader) == [("whole", "warm", 100), ("half", "partial", 50)]
+    first = reader.holding(SLOT, 1010.0, "01020304")[0]
+    assert (first.current, first.age, first.last_seen) == (True, 10.0, "1970-01-01T00:16:40Z")
+    assert reader.holding(SLOT, 1010.0, "ffffffff")[0].current is False
+    assert reader.filling() == {SLOT}
+
+
+def test_who_is_silent_is_gone(store: Counting) -> None:
+    beat(store, "dead", holding(), at=1000.0)
+    beat(store, "alive", holding(), at=2000.0)
+    reader = HeartbeatReader(store, KEY)
+    assert reader.look(999.0 + placement.expiry(2)).hosts == 2
+    assert reader.look(1001.0 + placement.expiry(2)).hosts == 1
+    assert hosts(reader, 2010.0) == [("alive", "warm", 100)]
+
+
+def test_a_host_that_only_lives_is_read_once(store: Counting) -> None:
+    names = [beat(store, f"host{number}", holding()) for number in range(20)]
+    reader = HeartbeatReader(store, KEY)
+    for now in (1010.0, 1040.0, 1070.0):
+        for name in names:
+            os.utime(Path(store.endpoint) / name, (now, now))
+        assert reader.look(now).hosts == 20
+    assert store.asked == {"list": 3, "get": 20}
+    beat(store, "host3", holding("partial", 5), at=1071.0)  # and died before it removed what it had said
+    reader.look(1080.0)
+    assert store.asked["get"] == 21
+    assert ("host3", "partial", 50) in hosts(reader, 1080.0)
+    assert len(hosts(reader, 1080.0)) == 20
+
+
+def test_what_is_no_heartbeat_is_not_believed_and_read_once(store: Counting) -> None:
+    beat(store, "stranger", holding(), key=RegionKey(b"x" * 32))
+    one, other = beat(store, "one", holding()), beat(store, "other", holding("partial", 5))
+    root = Path(store.endpoint)
+    (root / one).write_bytes((root / other).read_bytes())  # another's heartbeat under this name
+    forged = f"{heartbeats.DIRECTORY}{'0' * 32}.{'0' * 16}"
+    store.put(forged, b"x" * 5_000_000)
+    for name in (one, forged):
+        os.utime(root / name, (1000.0, 1000.0))
+    store.put(heartbeats.DIRECTORY + "no name of ours", b"")
+    reader = HeartbeatReader(store, KEY)
+    assert reader.look(1010.0).unread == 3
+    assert hosts(reader) == [("other", "partial", 50)]
+    asked = store.asked["get"]
+    reader.look(1011.0)
+    assert store.asked["get"] == asked
+
+
+def test_memory_is_bounded(store: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeats, "MOST_HELD", 3 * placement.ENTRY_BYTES)
+    for number in range(5):
+        beat(store, f"host{number}", holding())
+    reader = HeartbeatReader(store, KEY)
+    assert (reader.look(1010.0).hosts, reader.look(1010.0).unread) == (5, 2)
+    assert len(hosts(reader)) == 3
+
+
+def test_a_tier_that_fails_is_said_to(store: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    beat(store, "one", holding())
+
+    def fail(*_: object) -> bytes:
+        raise OriginUnavailable("gone")
+
+    monkeypatch.setattr(store, "get", fail)
+    with pytest.raises(OriginUnavailable):
+        HeartbeatReader(store, KEY).look(1010.0)
+
+
+# -- the daemon's side ------------------------------------------------------------------------------------------------
+
+
+class Broken(Counting):
+    """``writes``, ``reads``: whether it takes them."""
+
+    writes = reads = True
+
+    def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        if not self.writes:
+            raise AccessRefused("read-only")
+        super().put(name, data)
+
+    def list(self, prefix: str, most: int) -> Iterator[Stored]:
+        if not self.reads:
+            raise OriginUnavailable("no answer")
+        return super().list(prefix, most)
+
+
+class Site:
+    """A host's Heartbeats over a made-up library."""
+
+    def __init__(self, store: Broken, host: str = "here") -> None:
+        self.store = store
+        self.broken = ""
+        self.statuses = {"p": pipeline("p", "warm", cached_bytes=10, total_bytes=10)}
+        self.spec = PipelineSpec("p", (ModelSpec("hf://org/model"),))
+        self.settings = RegionSettings(host, KEY, (store,))
+        self.hosts, self.answers, self.warmed = 1, True, 0
+        self.pipelines = {"p": SimpleNamespace(id="p", spec=self.spec, removed=False)}
+        known = SimpleNamespace(spec=lambda _: self.spec, status=self.status, status_of=self.status_of)
+        self.heartbeats = Heartbeats(cast(Any, self), cast(Any, self), cast(Any, known), lambda: self.warmed)
+
+    @property
+    def statistics(self) -> RegionStatistics:
+        return RegionStatistics(broken=self.broken, broken_since_ns=1)
+
+    def answered(self) -> None:
+        self.broken = ""
+
+    def refusal(self, pipeline: str) -> tuple[int, str] | None:
+        return (2_000_000_000, "403") if pipeline == "refused" else None
+
+    def status_of(self, pipeline: Any) -> PipelineStatus:
+        return self.statuses[pipeline.id]
+
+    def status(self, pipeline: str, **_: object) -> PipelineStatus:
+        return self.statuses[pipeline]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(Broken(str(tmp_path)))
+
+
+async def test_a_host_says_what_it_has_and_answers_from_what_it_has_read(site: Site) -> None:
+    other = Site(site.store, "there")
+    other.statuses["p"] = pipeline("p", "partial", cached_bytes=3, total_bytes=10)
+    await other.heartbeats.beat()
+    await site.heartbeats.beat()
+    assert site.hosts == 2
+    site.store.asked.clear()
+    for _ in range(50):  # a scraper that hammers
+        found = await site.heartbeats.placement("p")
+    assert [(one.host, one.percent, one.current) for one in found.hosts] == [("here", 100, True), ("there", 30, True)]
+    assert (found.live_hosts, found.unread) == (2, 0)
+    assert site.store.asked == {"list": 1, "get": 2}
+
+
+async def test_a_host_keeps_one_object_and_none_of_what_it_lost(site: Site) -> None:
+    await site.heartbeats.beat()
+    site.statuses["p"] = pipeline("p", "partial", cached_bytes=3, total_bytes=10)
+    await site.heartbeats.beat()
+    assert len(list(site.store.list(heartbeats.DIRECTORY, 10))) == 1
+    site.statuses["p"] = pipeline("p", "cold", cached_bytes=0, total_bytes=10)
+    await site.heartbeats.beat()
+    assert (await site.heartbeats.placement("p")).hosts == ()
+
+
+async def test_status_says_how_the_tier_fares(site: Site) -> None:
+    assert site.heartbeats.tier.state == "unknown"
+    await site.heartbeats.beat()
+    ok = site.heartbeats.tier
+    assert (ok.state, ok.why) == ("ok", "")
+    site.store.writes = False
+    with pytest.raises(AccessRefused):
+        await site.heartbeats.beat()
+    assert (site.heartbeats.tier.state, site.heartbeats.tier.why) == ("read-only", "read-only")
+    site.store.reads = False
+    with pytest.raises(AccessRefused):
+        await site.heartbeats.beat()
+    assert (site.heartbeats.tier.state, site.heartbeats.tier.why) == ("down", "no answer")
+    site.store.writes = site.store.reads = True
+    site.broken = "as a fill found it"
+    assert (site.heartbeats.tier.state, site.heartbeats.tier.since) == ("down", "1970-01-01T00:00:00Z")
+    await site.heartbeats.beat()  # it answers again: nobody has to fill for that to be known
+    assert site.heartbeats.tier.state == "ok"
+    refused = site.heartbeats.tier_of(cast(Any, SimpleNamespace(id="refused")))
+    assert (refused.state, refused.since, refused.why) == ("refused", "1970-01-01T00:00:02Z", "403")
+
+
+async def test_no_answer_about_placement_is_an_error_and_not_an_empty_region(site: Site) -> None:
+    site.store.reads = False
+    with pytest.raises(OriginUnavailable):
+        await site.heartbeats.placement("p")
