@@ -21,7 +21,8 @@ NAME = "instantstart"
 FILES = (
     ("/etc/instantstart/config.toml", "The configuration; every key has a default."),
     ("/etc/instantstart/pipelines.d/*.toml", "One pipeline each."),
-    ("/var/lib/instantstart", "The store: cached bytes. Another user's daemon keeps them in his home directory."),
+    ("~/.config/instantstart/config.toml", "The same for a user's own daemon."),
+    ("/var/lib/instantstart", "The store: cached bytes. A user's own daemon has it in ~/.cache/instantstart."),
     ("/run/instantstart/control.sock", "Where the daemon listens."),
     ("/models", "Where pipelines are shown."),
 )
@@ -68,7 +69,7 @@ def sections(command: Any, words: list[str]) -> list[str]:
     """What is said of ``command``, and of those below it."""
     below = getattr(command, "commands", None)
     shown = [it for it in command.params if it.param_type_name == "option" and not getattr(it, "hidden", False)]
-    lines = []
+    lines: list[str] = []
     if below is None or any(it.param_type_name == "argument" for it in command.params):
         arguments = [it for it in command.params if it.param_type_name == "argument"]
         usage = [bold(" ".join(words)), *(["[options]"] if shown else [])]
@@ -104,12 +105,14 @@ def page() -> str:
         f"{bold(NAME)} {italic('COMMAND')} [{italic('ARGUMENTS')}]",
         ".SH DESCRIPTION",
         roff(
-            "Shows the weights of each pipeline as read-only files. What is not there yet is fetched from Hugging Face,\n"
-            "S3 or a directory when it is first read, proven by its digest, and kept on the machine's disk."
+            "Shows the weights of each pipeline as read-only files. What is not there yet is fetched from\n"
+            "Hugging Face, S3 or a directory when it is first read, proven by its digest, and kept on the machine's disk."
         ),
         ".SH COMMANDS",
     ]
     lines += sections(command, [NAME])
+    everywhere = tuple(option(it) for it in command.params if not getattr(it, "hidden", False))
+    lines += [".SH OPTIONS", *(line for names, text in everywhere for line in (".TP", names, text))]
     lines += [".SH EXIT STATUS", *table(STATUSES), ".SH FILES", *table(FILES), ".SH ENVIRONMENT", *table(ENVIRONMENT)]
     lines += [".SH SEE ALSO", bold("systemctl") + "(1), " + bold("fusermount3") + "(1)"]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
-"""Puts the files of the service where a distribution's package has them (a wheel's user: `instantstart service install`).
+"""Puts the files of the service where a package has them; an administrator calls `instantstart service install`.
 
-    python -m distribution.units PREFIX ROOT
+python -m distribution.units PREFIX ROOT
 """
 
 from __future__ import annotations
