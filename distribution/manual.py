@@ -106,7 +106,7 @@ def page() -> str:
         ".SH DESCRIPTION",
         roff(
             "Shows the weights of each pipeline as read-only files. What is not there yet is fetched from\n"
-            "Hugging Face, S3 or a directory when it is first read, proven by its digest, and kept on the machine's disk."
+            "Hugging Face, S3 or a directory when it is first read, proven by its digest, and kept on the disk."
         ),
         ".SH COMMANDS",
     ]
