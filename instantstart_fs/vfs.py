@@ -1,8 +1,8 @@
-"""What the mount sees of the library: the one seam between them.
+"""The interface between the mount and the library: the protocol Vfs, and its values. Nothing is implemented here.
 
-All plain methods answer from memory, at once, whatever the origins do (design rule 3). Where a pipeline's metadata
-is not in memory they raise NotLoaded, and ``ensure_loaded`` reads it from the store, while others are served. Only a
-read of an absent chunk waits for the network.
+All plain methods answer at once from memory, whatever the origins do (design rule 3). If a pipeline's metadata is not
+in memory they raise NotLoaded; ``ensure_loaded`` then reads it from the store while others are served. Only a read of
+an absent chunk waits for the network.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = 1
 
 
 class NotLoaded(Exception):
-    """What was asked for must be read from the store first: ``await ensure_loaded(pipeline)``, then ask again."""
+    """The metadata must be read from the store first: ``await ensure_loaded(pipeline)``, then ask again."""
 
     def __init__(self, pipeline: str) -> None:
         super().__init__(f"{pipeline} is not in memory")
@@ -26,7 +26,7 @@ class NotLoaded(Exception):
 
 
 class Private(msgspec.Struct, frozen=True):
-    """Whose: the owner, group and permission bits that the kernel's rules are applied to."""
+    """Owner, group and permission bits, by which the kernel decides who may pass."""
 
     uid: int
     gid: int
@@ -37,7 +37,7 @@ class Attributes(msgspec.Struct, frozen=True):
     """What stat shows. ``mode`` is the full st_mode; ``blocks`` counts 512-byte units that are cached.
 
     ``stable``: pinned and complete, so that the kernel may keep it long; False while it can change by itself.
-    ``private``: only those may find it who may read a directory of that owner and mode; None: everybody.
+    ``private``: only users who may read a directory of that owner and mode may find it; None: all users.
     ``shown_inode``: st_ino where it is not the nodeid: a file has a nodeid for each I/O mode and shows one number.
     """
 
@@ -58,15 +58,15 @@ class Attributes(msgspec.Struct, frozen=True):
 
 
 class Invalidation(msgspec.Struct, frozen=True):
-    """Something that the kernel may have cached has changed: the entry ``name`` in ``parent``, or, with ``name`` None,
-    the attributes of ``nodeid``; ``listing``: it is a directory, and what it lists has changed too."""
+    """A change of something that the kernel may have cached: the entry ``name`` in ``parent``, or, with ``name`` None,
+    the attributes of ``nodeid``. ``listing``: it is a directory, and its listing has changed too."""
 
     parent: int
     name: str | None
     nodeid: int | None = None
     listing: bool = False
     expire: bool = False
-    """To be asked again at the next lookup; what is mounted or open below stays as it is."""
+    """The kernel is to look it up again next time. What is mounted or open below stays as it is."""
 
 
 class FilesystemStats(msgspec.Struct, frozen=True):
@@ -85,17 +85,17 @@ class OpenFile(Protocol):
 
     @property
     def pipeline(self) -> str:
-        """For the log: whose it is, also when it is gone from the mount."""
+        """The pipeline's id, for the log, also after it was removed."""
         ...
 
     @property
     def sealed(self) -> bool:
-        """Whether its bytes are all there and proven, so that no read of it can wait."""
+        """Whether the file is complete and proven, so that no read of it waits."""
         ...
 
     @property
     def keep_cache(self) -> bool:
-        """Whether pages that an earlier open left are as good as those of this one."""
+        """Whether the kernel may keep the pages of earlier opens."""
         ...
 
     @property
@@ -119,7 +119,7 @@ class Vfs(Protocol):
         ...
 
     async def ensure_loaded(self, pipeline: str) -> None:
-        """After NotLoaded: return once it is in memory, or is shown as unreadable, or is gone."""
+        """Return once the pipeline is in memory, is shown as unreadable, or was removed. Call it after NotLoaded."""
         ...
 
     def lookup(self, parent: int, name: str) -> Attributes: ...
@@ -131,9 +131,8 @@ class Vfs(Protocol):
         ...
 
     def keeps_listing(self, nodeid: int) -> bool:
-        """Whether the kernel may keep what the directory lists until an Invalidation with ``listing`` says otherwise:
-        its names are pinned, and few of its entries are not ``stable`` (of a kept listing, it asks for each of those
-        singly)."""
+        """Whether the kernel may keep the directory's listing until an Invalidation with ``listing``. It may if the
+        names are pinned and few entries are not ``stable``: it asks for each of those singly."""
         ...
 
     def readlink(self, nodeid: int) -> str: ...
@@ -143,31 +142,34 @@ class Vfs(Protocol):
     def filesystem(self) -> FilesystemStats: ...
 
     def pipeline_of(self, nodeid: int) -> str | None:
-        """For the log: whose file or directory that is. None for the mount's own and for what is gone."""
+        """The id of the pipeline that a nodeid belongs to, for the log. None for the mount's own and for unknown
+        nodeids."""
         ...
 
     def open_nowait(self, nodeid: int) -> OpenFile | None:
-        """``open`` where it need not wait for anything; None: it must. Raises what ``open`` raises."""
+        """Open the file if that needs no wait; None if it does. Raises what ``open`` raises."""
         ...
 
     async def open(self, nodeid: int) -> OpenFile:
-        """Counts as a request when the file is a weight file. Raises OriginBroken for an unsealed weight file while
-        its origin's breaker is open, and what made a file fail for good."""
+        """Open a file. It counts as a request if it is a weight file. Raises OriginBroken for an unsealed weight file
+        while its origin's breaker is open, and the error of a file that failed for good."""
         ...
 
     async def read_into(self, file: OpenFile, offset: int, buffer: memoryview) -> int:
-        """Fill ``buffer`` from ``offset``; the number of bytes, short only at the end of the file.
+        """Fill ``buffer`` from ``offset`` and return the number of bytes, which is short only at the end of the file.
 
         Waits for absent chunks, at most ``read_deadline`` without progress. Raises InstantStartError.
         """
         ...
 
     def reopen(self, nodeid: int) -> OpenFile:
-        """A file that the kernel holds open since an earlier daemon; no request. Raises NoSuchEntry if it is gone."""
+        """Return a file that the kernel holds open since an earlier daemon. No request. Raises NoSuchEntry if it was
+        replaced."""
         ...
 
     def on_mounted(self, *, resumed: bool) -> None:
-        """The mount stands; every ``reopen`` is done. ``resumed``: the kernel knows names from an earlier daemon."""
+        """Note that the mount answers and every ``reopen`` is done. ``resumed``: the kernel knows names from an earlier
+        daemon."""
         ...
 
     def release(self, file: OpenFile) -> None: ...

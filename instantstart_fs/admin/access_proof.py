@@ -1,4 +1,4 @@
-"""The proof that a pinned file may be fetched: one byte of it, by the very code that fetches all the others.
+"""Proves that pinned files may be fetched, by fetching one byte with the code that fills use.
 
 Runs in a thread of the daemon; nothing is written.
 """
@@ -26,7 +26,7 @@ from instantstart_fs.origins.common import samples
 
 
 class _Nowhere:
-    """A sink for bytes that nobody wants."""
+    """A sink that discards all bytes."""
 
     def write(self, data: memoryview, offset: int) -> None:
         pass
@@ -42,9 +42,9 @@ class _Nowhere:
 
 
 def prove_access(origin: Origin, pinned: tuple[ManifestFile, ...], timeout: float = 10.0) -> None:
-    """Raises OriginError where one of the ``pinned`` files that stand for all may not be fetched. A file that changed
-    since it was pinned is no refusal: only callers with access are told so. Blocks, ``timeout`` seconds for each
-    silence."""
+    """Fetch a byte of each file of ``pinned`` that stands for the others. Raises OriginError where that is refused. A
+    file that changed since it was pinned is no refusal: only callers with access are told so. Blocks, ``timeout``
+    seconds for each silence."""
     from instantstart_fs.filler.fetch import Fetcher, new_buffer  # late: not everybody who imports this fetches
 
     fetcher = Fetcher(WorkerSettings(connect_timeout=timeout, stall_timeout=timeout, slow_window=timeout))

@@ -1,6 +1,6 @@
-"""What changes pipelines: add, update, remove, evict, verify.
+"""Changes pipelines on disk, in the index and in memory: add, update, remove, evict, verify.
 
-Each holds the pipeline's lock, so one of them runs at a time. Orders that a crash may cut at any point:
+Each operation holds the pipeline's lock, so only one runs at a time. A crash may interrupt these orders at any point:
 
     add      slot's pipeline.json and manifest.json, then the index record      a slot without a record is an orphan:
                                                                                 removed by the next add of that id
@@ -50,11 +50,12 @@ NO_VISIBLE_PROCESS = (
     "nobody whom this daemon can see (a process that it may not look at, the kernel itself, or its own verify or scrub)"
 )
 FILES_OPEN = "somebody has files of it open"
-"""How a refusal ends that says no more."""
+"""The reason of a refusal when no process can be named."""
 
 
 class VerifyReport(msgspec.Struct, frozen=True):
-    """``files`` and ``bytes`` read; ``healed``: were wrong, are being fetched again; ``unproven``: have no digest."""
+    """``files`` and ``bytes`` that were read. ``healed``: paths that were wrong and are fetched again. ``unproven``:
+    paths that have no digest."""
 
     files: int
     bytes: int
@@ -168,7 +169,7 @@ class Lifecycle:
         return True
 
     async def _share(self, old: Generation, new: Generation) -> dict[int, SharedFile]:
-        """What ``new`` takes over of ``old``, by its own index: complete files whose bytes it wants as well."""
+        """Return the complete files of ``old`` that ``new`` takes over, by their index in ``new``."""
         before = {file.entry.path: file for file in old.files if file.complete and file.stale_error is None}
         wanted = {
             entry.path: entry.index
@@ -183,7 +184,7 @@ class Lifecycle:
         return {wanted[path]: SharedFile(before[path], states[path], allocated) for path, allocated in given.items()}
 
     async def _distrust(self, new: Generation, kept: Mapping[int, SharedFile]) -> None:
-        """Files that were found bad in the old generation while the new one took them over are bad there, too."""
+        """Replace shared files in the new generation that were found bad in the old one meanwhile."""
         for index, found in kept.items():
             problem = self._reads.integrity_error(found.old)
             if problem is not None:
@@ -231,8 +232,8 @@ class Lifecycle:
             )
 
     async def remove(self, pipeline_id: str, *, force: bool = False) -> list[UsingProcess]:
-        """Forget the pipeline and its bytes. Complete files stay readable for those who hold them open, and take their
-        space until then: those are returned, as far as they can be seen.
+        """Remove the pipeline and its bytes. Complete files stay readable to processes that have them open, and take
+        space until then. Returns those processes, as far as they can be seen.
 
         Raises PipelineBusy while it is leased, unless by ``force``.
         """
@@ -268,9 +269,10 @@ class Lifecycle:
         return processes
 
     async def evict_by_hand(self, pipeline_id: str, *, force: bool = False) -> tuple[int, list[UsingProcess]]:
-        """``evict``, and a refusal says who is in the way. By ``force`` neither leases nor opens are: complete files
-        stay readable for those who hold them open, of others they get an error, and the space is free once they close
-        them: who they are, as far as can be seen, is returned as well."""
+        """``evict``, whose refusal names the processes that use it. With ``force``, leases and opens do not prevent it.
+
+        Processes that have a complete file open can read on; of other files they get an error. The space is free once
+        they close them. Returns the bytes dropped, and those processes, as far as they can be seen."""
         pipeline = self._catalog.pipeline(pipeline_id)
         if force:
             self._refuse_pinned(pipeline)
@@ -295,8 +297,8 @@ class Lifecycle:
     async def evict(
         self, pipeline_id: str, refuse: Callable[[Pipeline], None] | None = None, *, force: bool = False
     ) -> int:
-        """Drop the pipeline's bytes, keep its manifest; the number of bytes dropped. ``refuse`` is asked at the moment
-        from which on nothing can come in between, and may raise.
+        """Delete the pipeline's bytes, keep its manifest; return the number of bytes. ``refuse`` may raise: it is
+        called at the point from which on nothing can intervene.
 
         Raises PipelineBusy while it is pinned, leased or open; by ``force`` only while it is pinned.
         """
@@ -373,7 +375,7 @@ class Lifecycle:
             pipeline.changed()
 
     async def set_quota(self, pipeline_id: str, quota: int | None) -> None:
-        """From the next admission on. What is there stays, and so does what was admitted."""
+        """Limit the bytes of disk (None: no limit) from the next admission on; what is there or admitted stays."""
         pipeline = self._catalog.pipeline(pipeline_id)
         async with pipeline.lock:
             self._still_there(pipeline)
@@ -389,10 +391,10 @@ class Lifecycle:
     async def verify(
         self, pipeline_id: str, progress: Callable[[int, int], None], rate: float | None = None
     ) -> VerifyReport:
-        """Read every complete file again, at most ``rate`` bytes a second, past the page cache, and compare its digest;
-        what is wrong is dropped and fetched again.
+        """Read every complete file again and compare its digest; fetch again what is wrong.
 
-        ``progress(bytes done, bytes in all)`` is called on the trio thread.
+        Reads go past the page cache, at most ``rate`` bytes per second. ``progress(bytes done, bytes in all)`` is
+        called on the trio thread.
         """
         pipeline = self._catalog.pipeline(pipeline_id)
         generation = await self._catalog.ensure_loaded(pipeline)
@@ -480,7 +482,7 @@ class Lifecycle:
 
 
 def drop_targets(generation: Generation) -> None:
-    """After ``wait_quiet``: let go of what was filling."""
+    """Close the targets of a generation whose fills have ended (``wait_quiet``)."""
     for file in generation.files:
         drop_target(file)
 

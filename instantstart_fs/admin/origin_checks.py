@@ -1,8 +1,8 @@
-"""Whether this daemon can fetch: one byte from each of its origins, by the code, credentials and environment that its
-fills use. For `doctor`, which runs elsewhere, as somebody else.
+"""Checks for `doctor` that this daemon can fetch from its origins: one byte from each, with the code, credentials and
+environment of its fills. `doctor` itself runs as another user in another environment.
 
-Bounded: each origin and credentials are asked once, then other sources up to MOST_CHECKS; all within DEADLINE, AT_ONCE
-of them at a time; an answer stands for KEPT_SECONDS, however many ask.
+The work is bounded. Each pair of origin and credentials is asked first, then other sources up to MOST_CHECKS, all
+within DEADLINE, AT_ONCE of them at a time. Answers are kept for KEPT_SECONDS, however many callers ask.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OriginChecks:
         self._kept: dict[tuple[str, str, str], tuple[float, OriginCheck]] = {}
 
     async def run(self, shown: Callable[[PipelineSpec], bool]) -> Sequence[OriginCheck]:
-        """Of the pipelines that are ``shown``. Raises nothing that an origin says: that is the finding."""
+        """Check the origins of the pipelines that are ``shown``. An origin's error is a finding, and is not raised."""
         async with self._one_at_a_time:
             now = trio.current_time()
             self._kept = {key: found for key, found in self._kept.items() if now - found[0] < KEPT_SECONDS}
@@ -75,8 +75,10 @@ class OriginChecks:
 
 
 def choose(specs: Sequence[PipelineSpec], most: int) -> list[tuple[PipelineSpec, ModelSpec, int]]:
-    """What to ask, and for how many other sources it stands: one of each origin and credentials first, then others
-    that are sources of their own, as many as there may be. In the order of the pipelines' ids."""
+    """Choose the sources to ask, with the number of other sources that each stands for.
+
+    One for each pair of origin and credentials comes first, then further sources up to ``most``; in the order of the
+    pipelines' ids."""
     first: dict[tuple[str | None, ...], list[tuple[PipelineSpec, ModelSpec]]] = {}
     for spec in sorted(specs, key=lambda spec: spec.id):
         for model in spec.models:

@@ -1,7 +1,7 @@
-"""Asks the origins: what a source holds now, and whether a pipeline's own credentials may fetch it.
+"""Asks origins what a source holds now, and whether a pipeline's own credentials may fetch it.
 
-What is done with the answer is lifecycle.py's. Each question has a deadline and a thread of its own, and a process of
-its own where the listing is large.
+lifecycle.py acts on the answers. Each question has a deadline and a thread of its own, and a process of its own if the
+listing is large.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RESOLVE_DEADLINE = 300.0
 """Seconds for listing and pinning one source: a million keys are a thousand S3 listing pages."""
 
 RESOLVE_AT_ONCE = 32
-"""Sources that are listed at the same time; the others wait, and their deadline with them."""
+"""Sources that are listed at the same time. The deadline of the others begins when they do."""
 
 CHECK_DEADLINE = 60.0
 """Seconds for one source to say whether it may be fetched: a few small requests."""
@@ -96,7 +96,7 @@ class Sources:
         return models
 
     def _refuse_unservable(self, models: Sequence[ModelManifest]) -> None:
-        """In a thread: a hundred thousand files take a moment."""
+        """Refuse what the mount cannot serve. Blocks: a hundred thousand files take a moment."""
         for model in models:
             for file in model.files:
                 if file.size > MAX_CHUNKS * self._chunk_size:
@@ -113,9 +113,9 @@ class Sources:
         return Lister(Order(what, spec, model, self._settings, seconds))
 
     async def check_access(self, pipeline_id: str) -> tuple[str, ...]:
-        """Prove that every source may be fetched with the pipeline's own credentials, by a byte of it; the sources.
+        """Prove that every source may be fetched with the pipeline's own credentials; return the sources.
 
-        Asks with fresh clients: what an earlier one was allowed proves nothing. Raises what an origin answers.
+        New clients are used, since an earlier one may have been allowed more. Raises OriginError.
         """
         pipeline = self._catalog.pipeline(pipeline_id)
         await self._catalog.ensure_loaded(pipeline)  # its own files are the best proof
@@ -124,7 +124,7 @@ class Sources:
         return tuple(model.source for model in pipeline.spec.models)
 
     async def check_source(self, spec: PipelineSpec, model: ModelSpec, *, fetch: bool = False) -> None:
-        """The same of one source; ``fetch``: also by one byte of its pinned files, as far as they are in memory."""
+        """Prove the same for one source. ``fetch``: also by one byte of its pinned files, if they are in memory."""
         pipeline = self._catalog.pipelines.get(spec.id)
         pinned: tuple[ManifestFile, ...] = ()
         if pipeline is not None and isinstance(pipeline.head, Generation):
@@ -157,7 +157,7 @@ class Sources:
 
 
 def _unforeseen(spec: PipelineSpec, model: ModelSpec, error: Exception) -> OriginMisbehaved:
-    """An origin's answer, or our reading of it, broke in a way that its seam does not know. The log has the traceback;
-    the message does not repeat what may hold a signature."""
+    """Turn an exception that the origin's module did not translate into an error. The log has the traceback; the
+    message repeats nothing that may hold a signature."""
     log.error("%s cannot be read", model.source, exc_info=error, extra={"pipeline": spec.id})
     return OriginMisbehaved(f"{model.source}: {type(error).__name__} while reading what it answered; see the log")

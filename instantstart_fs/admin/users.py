@@ -21,14 +21,15 @@ MOST_HELD = 2000
 
 
 class Users:
-    """Looks through /proc, once at a time."""
+    """Looks through /proc for processes, one look at a time."""
 
     def __init__(self, store: BlobStore) -> None:
         self._store = store
         self._looking = trio.CapacityLimiter(1)
 
     async def processes_using(self, pipeline: Pipeline) -> list[UsingProcess]:
-        """Which processes have files of it open or mapped, or were handed them; nobody after PROC_SCAN_DEADLINE."""
+        """Return the processes that have files of it open or mapped, handed-over ones too; none after
+        PROC_SCAN_DEADLINE."""
         generations = [found for found in pipeline.heads() if isinstance(found, Generation)]
         if not any(generation.handles for generation in generations) and not pipeline.leases:
             return []

@@ -1,6 +1,6 @@
-"""The account of one generation: which of its bytes are here, which were promised, what they take on the disk.
+"""Counts a generation's bytes: cached, reserved by admissions, and allocated on the disk.
 
-It counts what it is told; whether bytes may come in is decided in serving/admission.py.
+It only counts. serving/admission.py decides whether bytes may come in.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ of its extents."""
 
 
 class Counts(NamedTuple):
-    """Of the load set: ``cached`` bytes, ``complete`` files, ``unverified`` ones among these; ``everything``: the
-    cached bytes of all files; ``allocated``: the bytes of disk that these take; ``finished``: how many of all files are
-    complete."""
+    """Of the load set: ``cached`` bytes, ``complete`` files, and how many of these are ``unverified``. Of all files:
+    cached bytes (``everything``), bytes on disk (``allocated``), and how many are complete (``finished``)."""
 
     cached: int
     complete: int
@@ -32,8 +31,8 @@ class Counts(NamedTuple):
 
 
 class Uncached(NamedTuple):
-    """A pipeline's reads are served straight from its origin. ``retry_at``: trio.current_time() from which on it is
-    asked for space again."""
+    """Why a pipeline's reads are served straight from its origin. ``retry_at``: when space is asked for again, by
+    trio.current_time()."""
 
     text: str
     retry_at: float
@@ -145,12 +144,12 @@ class Account:
         )
 
     def missing_bytes(self, *, everything: bool) -> int:
-        """Of the load set, or of all files: bytes that are not here."""
+        """Return the absent bytes of the load set, or of all files."""
         counts = self.counts
         return self.total_bytes - counts.everything if everything else self.load_bytes - counts.cached
 
     def needed_bytes(self, *, everything: bool) -> int:
-        """Bytes of disk that the fill of what is missing takes, at most."""
+        """Return the bytes of disk that filling the absent bytes takes at most."""
         missing = self.missing_bytes(everything=everything)
         return missing + self._overhead(everything=everything) if missing else 0
 
@@ -162,7 +161,7 @@ class Account:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of disk that were admitted and are still to come: by the fill under way, and for single reads."""
+        """Return the admitted bytes of disk that have not come yet: of the running fill and of single reads."""
         promised = 0
         if self.filling_load_set:
             everything = self.filling_everything
@@ -170,7 +169,7 @@ class Account:
         return promised + self.reserved_outside_fill(filling=self.filling_load_set, everything=self.filling_everything)
 
     def reserved_outside_fill(self, *, filling: bool, everything: bool) -> int:
-        """Bytes admitted for single reads that are no part of such a fill."""
+        """Return the bytes admitted for single reads that no such fill covers."""
         if not self.reservations or (filling and everything):
             return 0
         return sum(
@@ -178,11 +177,11 @@ class Account:
         )
 
     def reserve(self, file: CountedFile, present: ChunkMap, chunks: Sequence[int]) -> None:
-        """Those of these chunks that are not here were admitted: they count as promised until they come."""
+        """Reserve those of these chunks that are absent, until they come."""
         self.reservations.update(self.unreserved(file, present, chunks))
 
     def unreserved(self, file: CountedFile, present: ChunkMap, chunks: Sequence[int]) -> dict[tuple[int, int], int]:
-        """Those that are neither here nor promised to a single read, with their bytes of disk."""
+        """Return those of these chunks that are neither present nor reserved, and their bytes of disk."""
         index = file.entry.index
         return {
             (index, chunk): self._rounded(present.byte_range(chunk).length)
@@ -191,14 +190,15 @@ class Account:
         }
 
     def release_reservations(self, file: CountedFile) -> None:
-        """Nothing more of this file will come for the reads that were admitted."""
+        """Drop the reservations of a file: nothing more of it will come."""
         index = file.entry.index
         for key in [key for key in self.reservations if key[0] == index]:
             del self.reservations[key]
 
     @property
     def counts(self) -> Counts:
-        """Kept up to date, so that neither 10,000 pipelines to list nor 10,000 files to seal cost a walk each."""
+        """The counts. They are kept up to date, so that listing 10,000 pipelines or sealing 10,000 files costs no
+        walks."""
         if self._counts is None:
             cached = complete = unverified = everything = allocated = finished = 0
             for file in self.counted:
@@ -214,14 +214,14 @@ class Account:
         return self._counts
 
     def count_all(self) -> None:
-        """What takes a walk over all files, now: in a thread, so that the loop need not."""
+        """Compute now what takes a walk over all files. For a thread, so that the loop need not."""
         _ = self.counts
         for node, entry in enumerate(self.tree.nodes):
             if entry.children is not None:
                 self.mostly_complete(node)
 
     def mostly_complete(self, node: int) -> bool:
-        """Of a directory: whether at least three in four entries are complete files or directories."""
+        """Whether at least three in four entries of a directory are complete files or directories."""
         children = self.tree.nodes[node].children or {}
         incomplete = self._incomplete.get(node)
         if incomplete is None:

@@ -1,7 +1,7 @@
-"""The catalog: all pipelines in memory, the nodeids that name them, and the news for the kernel.
+"""The catalog: all pipelines in memory, the nodeids that name them, and the invalidations for the kernel.
 
-Loads what store and index hold at start, hands out nodeids, publishes and withdraws pipelines and generations. Every
-change that the kernel may have cached goes out as an Invalidation.
+It loads store and index at start, hands out nodeids, and publishes and withdraws pipelines and generations. Every
+change of something that the kernel may have cached is sent as an Invalidation.
 """
 
 from __future__ import annotations
@@ -359,7 +359,7 @@ class Catalog:
         pipeline.changed()
 
     def end(self, pipeline: Pipeline) -> None:
-        """Nothing will be done about a withdrawn one any more."""
+        """Release a withdrawn pipeline's memory: no operation on it follows."""
         for generation in pipeline.heads():
             if isinstance(generation, Generation):
                 generation.end()
@@ -367,8 +367,8 @@ class Catalog:
         pipeline.draining = []
 
     async def set_hidden(self, pipeline: Pipeline, reason: str | None) -> None:
-        """Take it out of view, or (None) show it again. Its nodeids stay. What is open stays open. Raises MountFailed
-        where what is bound over the mount cannot be taken away: repeat it."""
+        """Hide a pipeline, or show it again (None). Nodeids and open files stay valid. Raises MountFailed if a bind
+        mount cannot be removed: call it again then."""
         if pipeline.removed or (pipeline.hidden is None and reason is None):
             return
         turned = (pipeline.hidden is None) != (reason is None)
@@ -383,7 +383,7 @@ class Catalog:
             pass
 
     def _renew_names(self, generation: Generation) -> None:
-        """Whatever the kernel knows of what lies in it is asked anew."""
+        """Invalidate all names of the generation that the kernel may have cached."""
         tree = generation.tree
         for nodeid in sorted(generation.pipeline.directory_nodeids.values()):
             node = generation.node_of_root(nodeid)
@@ -429,7 +429,7 @@ class Catalog:
 
     @contextmanager
     def deleting(self, *generations: Generation | UnloadedGeneration) -> Iterator[None]:
-        """Meanwhile their bytes count as taken, although nobody finds them any more."""
+        """Count the generations' bytes as used inside the block, although they are not shown any more."""
         count = sum(generation.own_allocated + generation.reserved_bytes for generation in generations)
         entry = (generations[0].pipeline.id, count) if generations else ("", 0)
         self.pending_deletions.append(entry)
@@ -461,7 +461,7 @@ class Catalog:
         return new
 
     def invalidate_file(self, file: CachedFile) -> None:
-        """The name leads to another nodeid from now on."""
+        """Tell the kernel that the file's name leads to another nodeid now."""
         tree = file.generation.tree
         self.invalidate(self._parent(file), tree.nodes[tree.node_of_file(file.entry.index)].name)
 
@@ -470,7 +470,8 @@ class Catalog:
         return file.generation.nodeid(tree.nodes[tree.node_of_file(file.entry.index)].parent)
 
     def expire_names(self) -> None:
-        """Where an update or a seal shows: the news may have been lost with the daemon that died on its way."""
+        """Expire the names that an update or a seal changes: an earlier daemon may have died before it told the
+        kernel."""
         for pipeline in self.pipelines.values():
             self._send.send_nowait(Invalidation(ROOT, pipeline.id, expire=True))
             generation = pipeline.head

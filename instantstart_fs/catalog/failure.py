@@ -1,4 +1,4 @@
-"""What went wrong last with a pipeline."""
+"""The last error of a pipeline, as `status` shows it, and what lifts it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ class FailedFile(Protocol):
 
 
 class Failure:
-    """What went wrong last with a pipeline. ``final``: filling has stopped because of it. ``file``: with which one.
-    ``recalled``: of an earlier daemon, with the file of that index (-1: with none)."""
+    """The last error of a pipeline.
+
+    ``final``: filling has stopped because of it. ``file``: the file that it is about. ``recalled``: it is from an
+    earlier daemon, about the file of that index (-1: about none)."""
 
     __slots__ = ("error", "file", "final", "index", "recalled", "since_ns")
 
@@ -38,7 +40,7 @@ class Failure:
         self.recalled = recalled
 
     def lifted_by(self, file: FailedFile) -> bool:
-        """Whether bytes of that file, which have come, show that it goes on after all."""
+        """Whether new bytes of that file show that the error is over."""
         if self.recalled:
             return self.index in (-1, file.triple[2])
         return self.final and self.file is file

@@ -22,7 +22,7 @@ _was_on = True
 
 @contextmanager
 def gc_paused(files: int) -> Iterator[None]:
-    """Around making what there is of so many files, in any thread."""
+    """Pause the collector while objects of so many files are made, in any thread."""
     global _making, _was_on
     if files < LARGE:
         yield

@@ -12,8 +12,8 @@ from instantstart_fs.vfs import NotLoaded
 
 
 class NodeTable:
-    """nodeid → what it names. Blocks of consecutive nodeids belong to generations; re-incarnated files and constant
-    directories are kept one by one."""
+    """Maps nodeids to what they name. Generations have blocks of consecutive nodeids; re-incarnated files and constant
+    directories have single entries."""
 
     def __init__(self) -> None:
         self._bases: list[int] = []

@@ -27,7 +27,7 @@ from instantstart_fs.errors import InstantStartError
 log = logging.getLogger(__name__)
 
 QUIET_SECONDS = 30.0
-"""After which the next open of a weight file is another start, where nothing is held open."""
+"""With no weight file open for so long, the next open of one is another start."""
 RETRY_SECONDS = 10.0
 
 
@@ -77,7 +77,7 @@ class LoadSetLearner:
             start.last = self._clock()
 
     def read_whole(self, file: CachedFile) -> None:
-        """Readers have got as many bytes of it as it has."""
+        """Note that readers have got as many bytes of the file as it has."""
         generation = file.generation
         pipeline = generation.pipeline
         start = self._starts.get(pipeline)
@@ -88,7 +88,7 @@ class LoadSetLearner:
             start.learned.update(self.want(generation, (file.entry.index,)))
 
     def begins_to_load(self, file: CachedFile) -> None:
-        """Its weights are wanted, not only its header: of variants that nobody has chosen from, this is the one."""
+        """Note that an engine reads the file's weights, not only its header: this variant is the wanted one."""
         generation = file.generation
         if not generation.known.open or generation is not generation.pipeline.head:
             return
@@ -97,8 +97,8 @@ class LoadSetLearner:
             self._start(generation).learned.update(self.want(generation, (index,)))
 
     def want(self, generation: Generation, indices: Collection[int]) -> set[str]:
-        """These files belong to the load set from now on, with the other parts of the variants that they are of; which
-        paths are new in it."""
+        """Add these files to the load set, with the other parts of their variants. Returns the paths that are new in
+        it."""
         before = frozenset(generation.load_set)
         if (aside := self._aside.get(generation.pipeline)) is not None:
             aside[1].difference_update(indices)
@@ -114,7 +114,7 @@ class LoadSetLearner:
         return paths
 
     def forget(self, pipeline: Pipeline) -> None:
-        """It was removed."""
+        """Forget a removed pipeline."""
         for known in (self._starts, self._aside):
             known.pop(pipeline, None)
         self._unsaved.pop(pipeline, None)
@@ -143,7 +143,7 @@ class LoadSetLearner:
         self._save(pipeline)
 
     def end_all(self) -> None:
-        """The daemon ends."""
+        """End all starts: the daemon ends."""
         for pipeline, start in list(self._starts.items()):
             self._end(pipeline, start)
 
@@ -182,7 +182,7 @@ class LoadSetLearner:
         self._wake.set()
 
     async def run(self) -> None:
-        """Write down what is learned, until cancelled; then a last time."""
+        """Write what is learned until cancelled, and then a last time."""
         try:
             while True:
                 with trio.move_on_after(QUIET_SECONDS if self._starts else math.inf):

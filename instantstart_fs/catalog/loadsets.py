@@ -12,12 +12,12 @@ from instantstart_fs.core.twins import Choice
 from instantstart_fs.errors import UsageError
 
 MOST_EXPLAINED = 10_000
-"""Files of a generation of which every one is explained; of a larger one only those that hold weights: an answer has a
+"""Up to so many files, each file is explained. In a larger generation only weight files are, since an answer has a
 bound."""
 
 
 class Explained:
-    """Of each file of a generation: why it is in the load set, or not."""
+    """Tells of each file of a generation why it is in the load set, or not."""
 
     def __init__(self, generation: Generation) -> None:
         files, learned = generation.manifest.files, generation.pipeline.learned
@@ -39,7 +39,7 @@ class Explained:
 
 
 def variants(generation: Generation) -> tuple[VariantStatus, ...] | None:
-    """All that there are, chosen or not; None where there are none."""
+    """Return all variants, chosen or not; None if there are none."""
     return tuple(_variants(generation.known.choices)) or None
 
 
@@ -51,8 +51,8 @@ def _variants(choices: Iterable[Choice]) -> Iterable[VariantStatus]:
 
 
 def included(pipeline: str, files: Sequence[FileEntry], globs: Sequence[str]) -> list[int]:
-    """Which of a manifest's files match any of the globs, by their path within the model, as with `add`. Raises
-    UsageError for a glob that matches nothing. Slow for many files: call it in a thread."""
+    """Return the indices of a manifest's files that match any of the globs, by their path within the model, as `add`
+    does. Raises UsageError for a glob that matches nothing. Slow for many files: call it in a thread."""
     found: set[int] = set()
     for glob in globs:
         wanted = matcher(glob)
@@ -64,7 +64,7 @@ def included(pipeline: str, files: Sequence[FileEntry], globs: Sequence[str]) ->
 
 
 def question(generation: Generation) -> str:
-    """What somebody has to decide before an engine could start, and how."""
+    """Return the sentence that asks the user to choose a variant, and how to do so."""
     first = generation.known.open[0]
     # One model at a time, and one part of it.
     offered = list(_variants(choice for choice in generation.known.open if choice.model == first.model))

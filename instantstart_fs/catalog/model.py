@@ -1,4 +1,4 @@
-"""The live state of pipelines, generations and files. Values and bookkeeping; no IO of its own, no waiting.
+"""The live state of pipelines, generations and files in memory. It does no IO of its own.
 
 The Library owns these objects; they live on the trio thread. A ``CachedFile`` is one incarnation of one file:
 poisoning, eviction and update never change one but put another, with another nodeid, in its place, so a handle that
@@ -46,10 +46,10 @@ class CachedFile:
     """One incarnation of one file.
 
     ``bitmap``: durable presence while neither sealed nor filling (then the target knows). ``handles``: how many opens
-    hold it; ``reader`` is their shared descriptor; ``served_bytes`` were given to readers by the daemon. ``gone``: why
-    another incarnation has taken its place. ``extra``: bytes of disk beyond the blocks of its cached bytes, as far as
-    they were measured (its attributes' block, extents). ``passed``: bytes of it were served straight from the origin,
-    and may lie in a page cache unproven.
+    hold it; ``reader`` is their shared descriptor; ``served_bytes`` were given to readers by the daemon.
+    ``stale_error``: why another incarnation has taken its place. ``extra``: bytes of disk beyond the blocks of its
+    cached bytes, as far as they were measured (its attributes' block, extents). ``served_uncached``: bytes of it were
+    served straight from the origin, and may lie in a page cache unproven.
     """
 
     __slots__ = (
@@ -99,7 +99,7 @@ class CachedFile:
 
     @property
     def proof(self) -> Proof:
-        """What its seal must say once it is complete."""
+        """Return what the seal of the complete file must say."""
         digest = self.entry.file.digest
         return Proof(self.size, None if digest is None else str(digest))
 
@@ -131,7 +131,8 @@ class CachedFile:
 
 
 class Lessee(NamedTuple):
-    """Who holds a lease, as the kernel says of the other end of a connection; ``pid``: 0 where it is not in sight."""
+    """A process that holds a lease, as the kernel names the peer of a connection. ``pid``: 0 if /proc does not show
+    it."""
 
     pid: int
     uid: int
@@ -197,7 +198,7 @@ class Generation(Account):
 
     @property
     def undecided(self) -> int:
-        """How many variants there are of which somebody has to choose one; 0: nothing is to be chosen."""
+        """How many variants there are to choose one from; 0 if no choice is needed."""
         if not self.known.open:
             return 0
         # An earlier version fetched all variants: whichever the engine loads is here.
@@ -212,17 +213,17 @@ class Generation(Account):
         return index < len(self.files) and self.files[index].complete
 
     def want(self, indices: Collection[int]) -> None:
-        """These belong to the load set from now on, with the other parts of what they are part of. What the pipeline
-        has learned says so as well, as soon as nothing awaits."""
+        """Add these files to the load set, with the other parts of what they are part of. The pipeline's learned facts
+        must say the same before the next ``await``."""
         self._know(with_wanted(self.known, indices))
 
     def sort_again(self) -> None:
-        """What the pipeline has learned has changed in another way. Walks over all files."""
+        """Sort the files into the load set anew, after other learned facts changed. Walks over all files."""
         self._know(sort_files(self.manifest.files, self._hints()))
         self.sorted_with = self.pipeline.learned.wanted
 
     def follow(self, order: Sequence[str]) -> None:
-        """An engine was seen to open the weight files in this order: they are fetched and staged in it from now on."""
+        """Fetch and stage the weight files in this order from now on: an engine was seen to open them so."""
         self._know(in_seen_order(self.known, self.manifest.files, order))
 
     def _know(self, known: LoadSet) -> None:
@@ -242,13 +243,13 @@ class Generation(Account):
         return " ".join(model.revision for model in self.manifest.models)
 
     def subdirectories(self, nodeid: int) -> int | None:
-        """How many directories lie in that of one of the constant nodeids; None: it has none here."""
+        """How many directories the directory of a constant nodeid has; None if this generation lacks it."""
         node = self.node_of_root(nodeid)
         return None if node is None else self.tree.subdirectories(node)
 
     @contextmanager
     def retained(self) -> Iterator[None]:
-        """Meanwhile it stays in memory: for who holds it over an await without having a file of it open."""
+        """Keep the generation in memory inside the block. For code that awaits without having a file of it open."""
         self.retainers += 1
         try:
             yield
@@ -258,8 +259,8 @@ class Generation(Account):
                 self.end()
 
     def end(self) -> None:
-        """Nobody finds it any more. Once nobody keeps it or has a file of it open (call it again then), it and its
-        files let go of each other: the collector would never find them (catalog/gc_control.py)."""
+        """Release a generation that is not shown any more. Does nothing while it is retained or a file is open: call it
+        again then. It breaks the reference cycles with its files (catalog/gc_control.py)."""
         self._ended = True
         if not self.retainers and not self.handles:
             self.files = []
@@ -319,23 +320,21 @@ class Generation(Account):
 
     @property
     def load_set_complete(self) -> bool:
-        """Whether an engine can start: all that it loads is here (and somebody has said what that is), or all there
-        is."""
+        """Whether an engine can start: its load set is complete and no variant is to be chosen, or all files are."""
         complete = self.counts.complete == len(self.load_set) and not self.undecided
         return complete or self.counts.finished == len(self.manifest.files)
 
     @property
     def fill_is_over(self) -> bool:
-        """Whether what was to be filled is here, which is not all that an engine loads while a variant is to be
-        chosen."""
+        """Whether all that was to be filled is here. While a variant is to be chosen, an engine needs more."""
         if self.filling_everything:
             return self.counts.finished == len(self.manifest.files)
         return self.counts.complete == len(self.load_set)
 
 
 class UnloadedGeneration(Unloaded["Pipeline"]):
-    """A generation of which only the summary is in memory. ``load`` reads the rest and may block: None, and the
-    pipeline in error, where that cannot be read; this very object where it cannot be read now."""
+    """A generation of which only the summary is in memory. ``load`` reads the rest, and may block. It returns None, and
+    sets the pipeline's error, if that cannot be read; and this object if it cannot be read now."""
 
     def __init__(
         self,
@@ -413,10 +412,10 @@ class Pipeline:
 
     @property
     def current(self) -> Generation | None:
-        """The generation that is shown, read from the store if it is not in memory. None: it cannot be.
+        """The generation that is shown, read from the store if it is not in memory; None if it cannot be read.
 
-        Reads it blocks, a second and more for a hundred thousand files: where others are served meanwhile,
-        ``Catalog.ensure_loaded`` comes first."""
+        Reading blocks for a second and more for a hundred thousand files. On the loop, await
+        ``Catalog.ensure_loaded`` first."""
         self.used_at = time.monotonic()
         found = self._head
         if isinstance(found, UnloadedGeneration):
@@ -431,12 +430,12 @@ class Pipeline:
 
     @property
     def head(self) -> Generation | UnloadedGeneration | None:
-        """The same as far as it is known without reading anything: what walks over all pipelines asks this one."""
+        """``current``, or its summary if it is not in memory. Never reads. For walks over all pipelines."""
         return self._head
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Meanwhile the index and memory may say different things of its files, or both may be wrong."""
+        """Mark that index and memory may disagree inside the block: no summary is written then."""
         self.changes += 1
         try:
             yield
@@ -467,7 +466,7 @@ class Pipeline:
         return self.startup_bytes + self.startup_promised + sum(generation.own_allocated for generation in self.heads())
 
     def current_nowait(self) -> Generation | None:
-        """``current`` without reading anything. Raises NotInMemory where that would be needed."""
+        """``current`` without reading. Raises NotLoaded if it is not in memory."""
         self.used_at = time.monotonic()
         if isinstance(self._head, UnloadedGeneration):
             raise NotLoaded(self.id)

@@ -29,7 +29,7 @@ class NodeidSupply:
         self._spare = _evens(self._reserve_now(SPARE_NODEIDS))
 
     async def top_up(self) -> None:
-        """See to it that ``spare`` has some. Raises StoreError; then there are still those that were left."""
+        """Reserve more nodeids for ``spare``. Raises StoreError; those that were left stay usable."""
         if len(self._spare) < SPARE_NODEIDS // 8:
             self._spare = _evens(await self.reserve(SPARE_NODEIDS))
 

@@ -26,7 +26,7 @@ class GenerationReader:
         self.read_whole = 0
 
     def read_patiently(self, unloaded: UnloadedGeneration) -> Generation:
-        """``read_unloaded``, which waits some seconds for descriptors or memory that are wanting."""
+        """``read_unloaded``, repeated for some seconds while descriptors or memory are short."""
         for _ in range(PATIENCE_TRIES):
             try:
                 return self.read_unloaded(unloaded)
@@ -50,7 +50,7 @@ class GenerationReader:
             return generation
 
     def read(self, pipeline: Pipeline, number: int) -> Generation:
-        """From manifest and records, for ``_place``. Blocks; changes nothing. Raises StoreError."""
+        """Build a generation from its manifest and records. Blocks; changes nothing. Raises StoreError."""
         self.read_whole += 1
         try:
             return self._decode_generation(pipeline, number)

@@ -1,6 +1,6 @@
-"""Writes what outlives a restart about a pipeline besides its files: its error, upkeep, what was learned of it.
+"""Writes a pipeline's error, upkeep times and learned facts, so that they outlive a restart. Files are not its matter.
 
-The index has it; what was learned lies in the slot as well. The catalog reads it all at the start.
+They go to the index, learned facts also to the slot. The catalog reads them at the start.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Records:
         pipeline.failure = Failure(error, record.since_ns, final=record.final, index=record.file, recalled=True)
 
     def save_failure_soon(self, pipeline: Pipeline) -> None:
-        """Its error has changed: ``keep_failures`` writes it."""
+        """Have ``keep_failures`` write the pipeline's changed error."""
         self._unsaved[pipeline.id] = pipeline
         self._saving.set()
 
     async def keep_failures(self) -> None:
-        """Write what troubles pipelines, until cancelled. What cannot be written costs no more than an error that a
-        restart forgets."""
+        """Write changed errors of pipelines, until cancelled. If writing fails, a restart forgets the error: no
+        more."""
         failing = False
         while True:
             await self._saving.wait()
@@ -75,7 +75,7 @@ class Records:
                 raise
 
     async def save_upkeep(self, pipeline: Pipeline) -> None:
-        """Note what is done about it in the background, and what troubles it. Raises StoreError."""
+        """Write the pipeline's upkeep times and its error. Raises StoreError."""
         record = _upkeep_record(pipeline)
 
         def write(txn: WriteTxn) -> None:
@@ -86,7 +86,7 @@ class Records:
             await self._index.write(write)
 
     async def save_learned(self, pipeline: Pipeline) -> bool:
-        """Note what it has learned, in its slot and in the index; False: not now, somebody is changing it. Raises
+        """Write the pipeline's learned facts to its slot and the index. False if it is being changed: try later. Raises
         StoreError."""
         try:
             pipeline.lock.acquire_nowait()  # else it might be written into a slot that is being deleted
@@ -118,7 +118,7 @@ def _upkeep_record(pipeline: Pipeline) -> UpkeepRecord:
 
 
 def _failure_record(pipeline: Pipeline) -> FailureRecord | None:
-    """None for what a start finds out by itself, or what is of this moment and this machine."""
+    """Return the record of the error; None for an error that a start finds by itself, or that is momentary."""
     failure, head = pipeline.failure, pipeline.head
     if failure is None or head is None:
         return None

@@ -1,6 +1,6 @@
-"""What has to hold in a slot before bytes come into it, and what a crash left there.
+"""Prepares slots for fills, and removes what a crash left in them.
 
-A fill asks here before its first byte: the file still counts, index and slot say nothing that would not be so.
+Before its first byte a fill makes sure here that the file is still wanted, and that index and slot claim nothing false.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from instantstart_fs.index.transactions import WriteTxn
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 5.0
-"""Between two looks whether the slot of what is being filled is whole."""
+"""Seconds between two checks that the slot of a running fill is whole."""
 
 
 def trim(catalog: Catalog, generation: Generation) -> None:
-    """Give back what a crash left of files whose record does not speak of it. Blocks; nobody may be filling. Raises
-    StoreError."""
+    """Delete bytes that a crash left and no file record mentions. Blocks; no fill may run. Raises StoreError."""
     if all(file.complete for file in generation.files):
         return
     keep = {
@@ -41,7 +40,7 @@ def trim(catalog: Catalog, generation: Generation) -> None:
 
 
 def check_present(catalog: Catalog, file: CachedFile) -> None:
-    """Raises why nobody may fill it any more: it is gone, or what it belongs to is."""
+    """Raise InstantStartError if the file, its generation or its pipeline is not there any more."""
     pipeline = file.generation.pipeline
     if file.stale_error is not None:
         raise file.stale_error
@@ -52,8 +51,8 @@ def check_present(catalog: Catalog, file: CachedFile) -> None:
 
 
 async def prepare_filling(catalog: Catalog, file: CachedFile) -> None:
-    """Before bytes of it may come: the index says nothing of it that would not be so. Raises StoreError, and what
-    ``check_present`` raises: what it writes would be another's that has the same name."""
+    """Make index and slot ready for the file's first bytes. Raises StoreError, and what ``check_present`` raises, since
+    the file's name may belong to another pipeline by now."""
     generation = file.generation
     with generation.pipeline.changing():
         check_present(catalog, file)
@@ -77,8 +76,8 @@ async def prepare_filling(catalog: Catalog, file: CachedFile) -> None:
 
 
 async def _restore_slot(catalog: Catalog, generation: Generation) -> None:
-    """What its slot says of itself, where somebody removed that under the daemon: the next start has need of it.
-    Raises StoreError."""
+    """Write pipeline.json and manifest.json again if somebody removed them: the next start needs them. Raises
+    StoreError."""
     generation.suspect, generation.checked_at = False, trio.current_time()
     pipeline = generation.pipeline
     restored = await trio.to_thread.run_sync(

@@ -1,4 +1,4 @@
-"""Makes the summary that stands for a generation that is not in memory."""
+"""Makes summaries of generations. A summary stands for its generation while that is not in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from instantstart_fs.index.schema import SummaryRecord
 
 
 def summary_of(generation: Generation) -> SummaryRecord:
-    """What stands for it as it is now."""
+    """Return the generation's summary as of now."""
     block = range(generation.base, generation.base + generation.nodeid_count)
     found = {name: generation.subdirectories(nodeid) for name, nodeid in generation.pipeline.directory_nodeids.items()}
     return SummaryRecord(

@@ -1,8 +1,8 @@
-"""Generations that nobody has looked into: their summary stands for them, and the manifest is read when somebody does.
+"""Generations that are not loaded: a summary stands for each until more is needed.
 
-A start reads one summary for each pipeline. A generation's manifest, tree and file records come with the first lookup
-below its directory, the first read, or whatever else asks for more than a summary says.
-When a summary may be trusted: index/schema.py, SummaryRecord.
+A start reads one summary per pipeline. The generation's manifest, tree and file records are read at the first lookup
+below its directory, the first read, or any other question that the summary does not answer. index/schema.py
+(SummaryRecord) says when a summary may be trusted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ P = TypeVar("P", bound="Owner")
 
 
 class Owner(Protocol):
-    """What is needed of catalog.model.Pipeline."""
+    """The part of catalog.model.Pipeline that is used here."""
 
     directory_nodeids: dict[str, int]
 
@@ -26,7 +26,7 @@ class Owner(Protocol):
 
 
 class Unloaded(Generic[P]):
-    """What is known of a generation that is not in memory, under the names that catalog.model.Generation has for it."""
+    """A generation that is not in memory, with the attributes of catalog.model.Generation that its summary has."""
 
     def __init__(self, pipeline: P, summary: SummaryRecord) -> None:
         self.pipeline = pipeline

@@ -37,13 +37,13 @@ class Space(Protocol):
         ...
 
     def decide(self, pipeline: str, needed: int, *, own: int, quota: int | None) -> Admission:
-        """What ``admit`` would do now."""
+        """Return what ``admit`` would do now."""
         ...
 
     async def admit(
         self, pipeline: str, needed: int, promise: Callable[[], None], *, own: int, quota: int | None
     ) -> Refusal | None:
-        """Free ``needed`` bytes for ``pipeline``, then call ``promise``; or say why not."""
+        """Free ``needed`` bytes for ``pipeline`` and call ``promise``; or return the refusal."""
         ...
 
 
@@ -56,8 +56,8 @@ class Admissions:
         self._free_bytes_until = 0.0
 
     async def admit_fill(self, generation: Generation, *, everything: bool) -> Uncached | None:
-        """Admit the fill of the load set (``everything``: of all files); None when it may begin, and then it counts as
-        being filled."""
+        """Admit the fill of the load set (``everything``: of all files). None if it may begin, and it then counts as
+        being filled; else the refusal."""
         pipeline = generation.pipeline
         if pipeline.uncached is not None and trio.current_time() < pipeline.uncached.retry_at:
             return pipeline.uncached
@@ -78,7 +78,7 @@ class Admissions:
         return self._refuse(pipeline, str(refusal), RETRY_SECONDS)
 
     async def admit_chunks(self, file: CachedFile, present: ChunkMap, chunks: Sequence[int]) -> bool:
-        """Admit those of these chunks that are not here, for a reader that waits for them."""
+        """Admit the absent ones of these chunks, for a reader that waits for them."""
         generation = file.generation
         pipeline = generation.pipeline
         needed = sum(generation.unreserved(file, present, chunks).values())
@@ -117,7 +117,7 @@ class Admissions:
         self._refuse(pipeline, f"store full: {error.message}", DISK_RETRY_SECONDS)
 
     def reevaluate(self, pipelines: Iterable[Pipeline]) -> None:
-        """Forget refusals that would not be given now; the next read begins the fill."""
+        """Drop refusals that would not be given now; the next read begins the fill."""
         now = trio.current_time()
         for pipeline in pipelines:
             if pipeline.uncached is None:

@@ -1,11 +1,11 @@
-"""Handing a pipeline's weight files over to a process that reads them itself: read-only descriptors of complete files.
+"""Hands a pipeline's weight files over to a process that reads them itself, as read-only descriptors of complete files.
 
-The receiver never has the store's permissions: what it gets are descriptors that this process opened. A cold pipeline
-is filled, and each file goes over as it is sealed, or, for who asks for a stream, before that, with news of what can be
-read of it. The next one wanted is fetched ahead of background work. Meanwhile the generation counts as open, and the
-caller holds a lease.
+The receiver needs no permissions on the store: this process opens the files. A cold pipeline is filled, and each file
+is handed over as it is sealed. A receiver that asks for a stream gets it earlier, with news of the ranges that it can
+read. The next file is fetched ahead of background work. Meanwhile the generation counts as open, and the caller holds a
+lease.
 
-What of a stream is not proven yet may be loaded, and is used by nobody before the file is complete: see
+Bytes of a stream that are not proven yet may be loaded, but not used before the file is complete: see
 docs/decisions/prefetch-reading.md.
 """
 
@@ -54,8 +54,8 @@ class _Told:
 
 
 class Handover:
-    """Of one generation to one receiver, in the order of ``scheduled`` for its ``deadlines``, as far as what is there
-    allows. ``weights``: what will be handed over, in load order."""
+    """The hand-over of one generation to one receiver, in the order of ``scheduled`` for its ``deadlines`` as far as
+    present files allow. ``weights``: what will be handed over, in load order."""
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class Handover:
         return not self._pending
 
     async def next_files(self, limit: int, timeout: float) -> list[tuple[str, list[int]]]:
-        """(path, descriptors) of at most ``limit`` more complete files; empty when none became complete within
-        ``timeout`` seconds. The descriptors are the caller's to close: the file, and, where its filesystem allows it,
-        the same opened O_DIRECT.
+        """Return (path, descriptors) of at most ``limit`` more complete files; none if none became complete within
+        ``timeout`` seconds. The caller closes the descriptors: the file, and the same opened O_DIRECT if its
+        filesystem allows that.
 
-        Raises what keeps a file from ever being complete, ReadDeadline without progress of the file that is fetched.
+        Raises InstantStartError if a file cannot become complete, ReadDeadline if the fetched file makes no progress.
         """
         files = self._generation.files
         ready = [index for index in self._pending if files[index].complete][:limit]

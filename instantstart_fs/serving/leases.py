@@ -21,7 +21,7 @@ from instantstart_fs.serving.reads import Reads
 from instantstart_fs.serving.warm_requests import WarmRequests
 
 PREFETCH_SECONDS = 600.0
-"""How long a prefetch is taken for reading. It holds its lease for as long as it holds the weights, and does not report
+"""Seconds for which a prefetch counts as reading. It keeps its lease while it holds the weights, and does not report
 when it has read them."""
 
 
@@ -70,8 +70,8 @@ class Leases:
     async def opening(
         self, pipeline: str, deadlines: Mapping[str, float], lessee: Lessee | None = None
     ) -> AsyncIterator[Handover]:
-        """Under a lease, hand over its weight files in the order of core.weights.schedule. A pipeline that is not warm
-        is filled; staging pauses for it. Raises PipelineNotFound, and what forbids filling it."""
+        """Hand over weight files under a lease, in the order of core.weights.schedule. A pipeline that is not warm is
+        filled; staging pauses for it. Raises PipelineNotFound, and InstantStartError if it may not be filled."""
         with self.lease(pipeline, lessee), self._staging_paused(pipeline):
             found = self._warming.visible(pipeline)
             generation = await self._catalog.ensure_loaded(found)
@@ -103,7 +103,7 @@ class Leases:
 
     @contextmanager
     def _staging_paused(self, pipeline: str) -> Iterator[None]:
-        """A prefetch reads past the page cache and wants the disk and the memory for itself. Nests."""
+        """Pause staging inside the block: a prefetch reads past the page cache and needs disk and memory. Nests."""
         listener = self._open_files.listener
         listener.rest(pipeline, True)
         try:

@@ -1,4 +1,4 @@
-"""The pipelines as the mount sees them: the implementation of vfs.Vfs, put together from names and reads."""
+"""Implements vfs.Vfs, what the mount calls, from the namespace (views/) and the read path (reads.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from instantstart_fs.views.pipelines import Pipelines
 
 
 class MountedPipelines:
-    """Implements vfs.Vfs. Its attributes are the parts' own methods, so that a request costs no call more."""
+    """Implements vfs.Vfs. Its attributes are the parts' own methods, so that a request costs no extra call."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""Which processes hold files of a pipeline open or mapped: for the log when wrong bytes were served, and for root, who
-wants to know whose file it is that keeps a pipeline from being evicted.
+"""Finds the processes that have a pipeline's files open or mapped, by /proc, as lsof does.
 
-By name and inode number, since a container sees the mount elsewhere, and a bound file (mount/bind_mounts.py), or one
-that `prefetch` was handed, is the store's own. Reads /proc; what may not be read, or ends meanwhile, is left out.
+It is for the log when wrong bytes were served, and for refusals of an eviction. Files are found by name and inode
+number: a container sees the mount at another path, and a bound file, or one that `prefetch` got, is the store's own.
+Processes that may not be looked at, or end meanwhile, are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SHOWN = 5
 
 
 class UsingProcess(NamedTuple):
-    """A process, as this daemon's /proc shows it. ``uid``: its effective one, -1 where that cannot be seen."""
+    """A process, as this daemon's /proc shows it. ``uid``: its effective one, -1 if that cannot be seen."""
 
     pid: int
     uid: int
@@ -33,21 +33,22 @@ def known(pid: int, uid: int | None = None) -> UsingProcess:
 
 
 def listed(processes: Sequence[UsingProcess]) -> str:
-    """For a message: the first ones, and how many more."""
+    """Return a list for a message: the first ones, and how many more."""
     shown = ", ".join(str(holder) for holder in processes[:SHOWN])
     more = len(processes) - SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
 
 
 def processes_holding(suffix: str) -> list[str]:
-    """ "pid (name)" of every process that has a file whose path ends in ``suffix`` open or mapped."""
+    """Return "pid (name)" of every process that has a file whose path ends in ``suffix`` open or mapped."""
     found = _processes(lambda path, _: path.endswith(suffix))
     return [f"{holder.pid} ({holder.command})" for holder in found]
 
 
 def processes_using(files: Mapping[str, Collection[int]]) -> list[UsingProcess]:
-    """Every process but this one and its children that has one of these files open or mapped. ``files``: the last
-    component of each name → the inode numbers that it has."""
+    """Return the processes, other than this one and its children, that have one of these files open or mapped.
+
+    ``files``: the last component of each name → its inode numbers."""
 
     def wanted(path: str, inode: Callable[[], int | None]) -> bool:
         inodes = files.get(path.rpartition("/")[2])

@@ -37,15 +37,15 @@ WRITE_SECONDS = 1.0
 
 
 Served = Literal["store", "fetched", "passed"]
-"""Where the bytes of a READ came from: they were here; it waited for them to come into the store; they came straight
-from the origin and were not kept."""
+"""Where the bytes of a READ came from: from the store; from the store after a wait for their fill; straight from the
+origin without being kept."""
 
 FoundBy = Literal["open", "read", "verify", "scrub", "update"]
-"""Who finds a complete file damaged; update: another generation has the same file."""
+"""What found a complete file damaged; update: it was found in another generation that shares the file."""
 
 
 class Totals:
-    """Since the daemon's start. Bytes, but where a name says otherwise."""
+    """Counters since the daemon's start; bytes unless a name says otherwise."""
 
     def __init__(self) -> None:
         self.opens: Counter[str] = Counter()
@@ -123,8 +123,9 @@ class Telemetry:
     # -- what happens ------------------------------------------------------------------------------------------------
 
     def opened(self, file: CachedFile, *, passthrough: bool, mode: str = "") -> Starts:
-        """``passthrough``: whether the kernel reads it itself; ``mode``: what to count it as instead. What the reads
-        and the close of this open are to be told with."""
+        """Record an open. Returns the cold starts that it belongs to, for the reads and the close of this open.
+
+        ``passthrough``: whether the kernel reads the file itself. ``mode``: what to count the open as instead."""
         self.totals.opens[mode or ("passthrough" if passthrough else "daemon")] += 1
         self.totals.open_files += 1
         if self._learner is not None:
@@ -157,11 +158,11 @@ class Telemetry:
         self._tracker.closed(starts, self._clock())
 
     def served(self, source: Served, count: int) -> None:
-        """Bytes of a READ, by where they were."""
+        """Count the bytes of a READ by where they came from."""
         self.totals.served[source] += count
 
     def read(self, file: CachedFile, starts: Starts, count: int) -> None:
-        """A READ was answered by the daemon."""
+        """Record a READ that the daemon answered."""
         self.totals.reads += 1
         self.totals.read_bytes += count
         file.served_bytes += count
@@ -171,7 +172,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def waiting(self, file: CachedFile, starts: Starts) -> Iterator[None]:
-        """Around a read's wait for bytes that are not here."""
+        """Record a read's wait for absent bytes, inside the block."""
         since, failed = self._clock(), True
         self._tracker.waiting(starts, since)
         try:
@@ -183,18 +184,18 @@ class Telemetry:
             self._tracker.waited(starts, file.entry.path, now - since, now, failed=failed)
 
     def uncached(self, starts: Starts, count: int) -> None:
-        """``count`` bytes came straight from the origin to a reader, and are not kept."""
+        """Record ``count`` bytes that went straight from the origin to a reader."""
         self._tracker.uncached(starts, count, self._clock())
 
     def failed(self, operation: str, error: InstantStartError) -> None:
-        """``operation``: open or read."""
+        """Count a failed operation: open or read."""
         self.totals.errors[operation, error.code] += 1
 
     def fetched(self, file: CachedFile, count: int) -> None:
         self._tracker.fetched(file.generation.pipeline.id, count, self._clock())
 
     def completed(self, file: CachedFile, *, warm: bool) -> None:
-        """``warm``: it was the last one of its load set."""
+        """Record a complete file. ``warm``: it was the last one of its load set."""
         self.totals.files_completed[file.state.value] += 1
         self.totals.warmed += warm
         if counts_as_request(file):
@@ -206,19 +207,19 @@ class Telemetry:
         self.totals.fill_failures[error.code] += 1
 
     def poisoned(self, file: CachedFile) -> None:
-        """Its bytes were wrong, or are now."""
+        """Count a file whose bytes proved wrong."""
         self.totals.poisoned_served_bytes += file.served_bytes
 
     def damaged(self, found_by: FoundBy) -> None:
-        """A complete file was dropped: its bytes in the store were lost, unreadable or wrong."""
+        """Count a complete file that was replaced because its bytes were lost, unreadable or wrong."""
         self.totals.damaged[found_by] += 1
 
     def scrubbed(self, count: int) -> None:
-        """The scrub has read so many bytes more."""
+        """Count bytes that the scrub has read."""
         self.totals.scrubbed_bytes += count
 
     def access_checked(self, outcome: Outcome) -> None:
-        """An origin was asked whether a pipeline's credentials may still fetch its source."""
+        """Count an access check by its outcome."""
         self.totals.access_checks[outcome] += 1
 
     def evicted(self, count: int) -> None:
@@ -226,12 +227,12 @@ class Telemetry:
         self.totals.evicted_bytes += count
 
     def staged(self, pipeline: str, count: int, *, file_done: bool) -> None:
-        """``count`` bytes of a weight file were brought into the page cache; ``file_done``: it is whole there now."""
+        """Record ``count`` bytes of a weight file that were read ahead; ``file_done``: the file is staged whole."""
         self.totals.staged_bytes += count
         self._tracker.staged(pipeline, count, self._clock(), file_done=file_done)
 
     def forget(self, pipeline: str) -> None:
-        """The pipeline was removed."""
+        """Forget a removed pipeline."""
         self._tracker.forget(pipeline)
         self.totals.pipeline_seconds.pop(pipeline, None)
         self._spreads.pop(pipeline, None)
@@ -240,7 +241,7 @@ class Telemetry:
     # -- cold starts -------------------------------------------------------------------------------------------------
 
     def begin_start(self, pipeline: Pipeline, start: str, requested_ns: int | None) -> None:
-        """`run` begins a start with this id."""
+        """Begin the record of a start by `run`, with this id."""
         facts = self._facts(pipeline)
         self.totals.cold_starts[facts.state] += 1
         self._tracker.begin_start(
@@ -249,21 +250,21 @@ class Telemetry:
         self._wake.set()
 
     def report_start(self, pipeline: str, start: str, **changes: object) -> None:
-        """What `run` says of it. Raises NoColdStart for one that nobody knows (any more)."""
+        """Add what `run` reports to the start's record. Raises NoColdStart if there is none (any more)."""
         if not self._tracker.report(pipeline, start, self._clock(), **changes):
             raise NoColdStart(f"{pipeline}: no start {start!r} is known; the daemon was restarted meanwhile")
         self._wake.set()
 
     def end_start(self, pipeline: str, start: str) -> None:
-        """`run` has gone: if it did not say how its start ended, it ends here."""
+        """End a start whose `run` has disconnected, if it did not report the end itself."""
         running = self._tracker.running(pipeline, self._clock())
         if any(record.start == start and record.ready_ns is None for record in running):
             self._tracker.report(pipeline, start, self._clock(), ended=True)
             self._wake.set()
 
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None, start: str = "") -> None:
-        """``at_ns``: wall clock, None for now. Raises NoColdStart when there is none that it could be about, UsageError
-        for a time that cannot be meant."""
+        """Record a mark. ``at_ns``: wall clock, None for now. Raises NoColdStart if no start fits, UsageError for a
+        time that cannot be meant."""
         wall_ns = self._now_ns()
         if at_ns is not None:
             coldstart.check_mark(moment, at_ns, wall_ns)
@@ -281,7 +282,7 @@ class Telemetry:
         self._wake.set()
 
     def cold_starts(self, pipeline: str) -> list[ColdStart]:
-        """Newest first, the live ones included."""
+        """Return a pipeline's records, newest first, live ones included."""
         known = dict(self._history.get(pipeline, {}))
         known.update((record.started_ns, record) for record in self._tracker.untaken(pipeline))
         for live in self._tracker.running(pipeline, self._clock()):
@@ -289,7 +290,7 @@ class Telemetry:
         return [known[at] for at in sorted(known, reverse=True)]
 
     def spread(self, pipeline: str) -> PipelineSpread | None:
-        """Of the starts that are kept of it; None where none has ended."""
+        """Return the spread of a pipeline's recorded starts; None if none has ended."""
         if pipeline not in self._spreads:
             records = list(self._history.get(pipeline, {}).values())
             total = coldstart.spreads(records).get("total")
@@ -298,7 +299,8 @@ class Telemetry:
         return self._spreads[pipeline]
 
     def latest(self, count: int) -> list[ColdStart]:
-        """Of all pipelines, newest first. What is live is as it was when last written down, at most seconds ago."""
+        """Return the latest records of all pipelines, newest first. Live ones are as last written, seconds ago at
+        most."""
         records = (record for records in self._history.values() for record in records.values())
         found = heapq.nlargest(count, records, key=lambda record: record.started_ns)
         return [self._current(record) for record in found]
@@ -312,14 +314,14 @@ class Telemetry:
     # -- keeping them ------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Read what the index has. Blocks; before anything is observed."""
+        """Read the records of the index. Blocks; call it before any event."""
         for record in self._index.read(lambda txn: list(txn.cold_starts())):
             known = record if not record.live else msgspec.structs.replace(record, interrupted=True)
             self._history.setdefault(record.pipeline, {})[record.started_ns] = known
             self._count += 1
 
     async def run(self) -> None:
-        """Write down what changes, end what has become quiet, until cancelled; then write a last time."""
+        """Write changed records and end quiet ones, until cancelled; then write a last time."""
         try:
             while True:
                 deadline = self._tracker.tick(self._clock())

@@ -1,10 +1,9 @@
-"""Asking the origins, now and then, whether each pipeline's own credentials may still fetch its source, and taking a
-pipeline out of view when they may not.
+"""Asks origins from time to time whether each pipeline's own credentials may still fetch its source, and hides a
+pipeline when they may not.
 
-What an answer means and when the next question is due: core/access. Out of view means: the mount neither lists nor
-finds it, no file of it is opened, bound or handed over, nothing of it is fetched; `status` says why. Its bytes stay
-(until they are evicted like others), so that it is warm when access comes back. Who has a file open keeps it: an open
-descriptor cannot be taken back.
+core/access.py decides what an answer means and when to ask again. The mount neither lists nor finds a hidden pipeline,
+none of its files is opened, bound, handed over or fetched, and `status` says why. Its bytes stay until they are evicted
+like others, so it is warm when access comes back. Files that are open stay open: a descriptor cannot be revoked.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from instantstart_fs.views.status import rfc3339
 log = logging.getLogger(__name__)
 
 AT_ONCE = 16
-"""Questions at the same time: each may take a minute of silence."""
+"""Checks at the same time: each may take a minute."""
 LOOK_SECONDS = 60.0
-"""At most, between two looks for what is due: pipelines come and go."""
+"""Seconds at most between two looks for checks that are due: pipelines come and go."""
 
 
 class Rechecker:
-    """Owned by the Library. ``ask`` raises what the origin of one source answers. ``period`` in seconds; ``hide``:
-    whether what is refused goes out of view, or is only told of."""
+    """Owned by the Library. ``ask`` raises OriginError if the origin refuses a source. ``period``: seconds between
+    checks. ``hide``: whether a refused pipeline is hidden, or only reported."""
 
     def __init__(
         self,
@@ -58,7 +57,7 @@ class Rechecker:
         self._asking = trio.Semaphore(AT_ONCE)
 
     def recall(self) -> None:
-        """What was refused when an earlier daemon ended is out of view from the start. Before anybody sees anything."""
+        """Hide the pipelines that were refused when an earlier daemon ended. Call it before anything is served."""
         for pipeline in self._concerned():
             if self._hide and pipeline.access.verdict == "refused":
                 pipeline.hidden = _refusal(pipeline)
@@ -71,7 +70,7 @@ class Rechecker:
             await trio.sleep(pause)
 
     async def run_once(self) -> float:
-        """Ask for all that are due; the seconds until the next look."""
+        """Check all pipelines that are due, and return the seconds until the next look."""
         async with trio.open_nursery() as nursery:
             for pipeline in self._concerned():
                 if self._due_in(pipeline) <= 0:
@@ -80,7 +79,7 @@ class Rechecker:
         return min(max(wait, 0.1), LOOK_SECONDS, self._period)
 
     async def check(self, pipeline: Pipeline) -> None:
-        """Ask now, for all its sources, and act on the answer. Raises it."""
+        """Check all sources of a pipeline now, and act on the answer. Raises the refusal."""
         found: list[InstantStartError] = []
         async with self._asking:
             for model in pipeline.spec.models:
@@ -94,7 +93,7 @@ class Rechecker:
             raise answer
 
     async def note(self, pipeline: Pipeline, error: InstantStartError | None) -> None:
-        """The origins have answered so (None: it may be fetched)."""
+        """Act on the answer of a pipeline's origins (None: it may be fetched)."""
         if pipeline.removed or not access.asks_somebody(model.source for model in pipeline.spec.models):
             return
         before, outcome = pipeline.access, access.judge(error)
@@ -115,7 +114,7 @@ class Rechecker:
             log.warning("access check: not noted: %s", problem.message, extra={"pipeline": pipeline.id})
 
     def status(self, pipeline: Pipeline) -> AccessStatus | None:
-        """What `status` shows; None where there is nobody to ask."""
+        """Return what `status` shows; None if the pipeline's origins cannot be asked."""
         if not access.asks_somebody(model.source for model in pipeline.spec.models):
             return None
         found = pipeline.access
@@ -126,7 +125,7 @@ class Rechecker:
         )
 
     def verdicts(self) -> dict[Outcome, int]:
-        """How many pipelines each verdict has; "unknown" counts those whose last question was not answered."""
+        """Return the number of pipelines by verdict. "unknown": the last check was not answered."""
         counts: Counter[Outcome] = Counter()
         for pipeline in self._concerned():
             found = pipeline.access

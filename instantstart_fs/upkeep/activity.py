@@ -1,4 +1,4 @@
-"""How busy the daemon is, for what runs only while nobody wants anything (core/scrub.py)."""
+"""Measures how busy the daemon is, for work that runs only while it is idle (core/scrub.py)."""
 
 from __future__ import annotations
 

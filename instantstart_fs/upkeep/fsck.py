@@ -1,4 +1,4 @@
-"""fsck: rebuild the index from what lies in the slots. The store must not be in use.
+"""fsck: rebuilds the index from the slots. The store must not be in use.
 
 What a slot says by itself: pipeline.json, manifest.json, and on each whole file its seal record. A file is restored
 when its record, its size and the manifest agree (``deep``: and when its bytes hash to the manifest's digest). Anything
@@ -78,7 +78,7 @@ class _Restored(msgspec.Struct):
 
 
 class _Run:
-    """``keep``: of what is no use nothing is removed."""
+    """One run. ``keep``: useless files are not removed."""
 
     def __init__(
         self, store: BlobStore, deep: bool, report: Callable[[FsckProgress], None], *, keep: bool = False
@@ -152,7 +152,7 @@ class _Run:
             )
 
     def _look_at_startup_caches(self, pipeline: str) -> None:
-        """What is not whole goes; ``deep``: what is not what was saved, too."""
+        """Remove startup caches that are not whole; with ``deep`` also those whose digest is wrong."""
         for name in self.store.tree.list_directory(pipeline, STARTUP):
             shown = f"{pipeline}/{STARTUP}/{name}"
             number = generation_number(name)
@@ -201,8 +201,8 @@ class _Run:
                     self._orphan((*components, name), f"{'/'.join(where)}/{path}: {self.fate}, not in the manifest")
 
     def _judge(self, manifest: Manifest, entry: FileEntry) -> State | None:
-        """What the file may be restored as; None: it is to be dropped (and a problem is noted, unless it was merely
-        partial)."""
+        """Return the state that the file is restored in; None if it is dropped. That is a problem, unless the file was
+        only partial."""
         shown = f"{manifest.pipeline}/{manifest.generation}/{entry.path}"
         try:
             blob = self.store.existing_blob(manifest.pipeline, manifest.generation, entry.path)
@@ -337,8 +337,8 @@ def fsck(
 def rebuild(
     store: BlobStore, index: Index, report: Callable[[FsckProgress], None] | None = None, *, rest: float
 ) -> FsckReport:
-    """The same for an index that knows nothing (upkeep/index_recovery.py), by the seals; nothing is removed from slots.
-    Nothing is evicted for ``rest`` seconds, since nobody knows when anything was requested."""
+    """Rebuild an empty index by the seals (upkeep/index_recovery.py). Nothing is removed from slots. Nothing is evicted
+    for ``rest`` seconds, since the times of requests are lost."""
     run = _Run(store, False, report or (lambda progress: None), keep=True)
     run.look({})
     clock = ClockState(boot_identity(), time.time(), boottime(), rest)
@@ -361,7 +361,7 @@ def repair(
     *,
     map_size: int = DEFAULT_MAP_SIZE,
 ) -> FsckReport:
-    """`instantstart fsck`: the whole of it, for a store that no daemon has open and whose index may be unreadable.
+    """Run `instantstart fsck` for a store that no daemon has open and whose index may be unreadable.
 
     An index that cannot be read is moved aside (``index.damaged-…`` beside it, for a later look) and a new one
     is made. Raises StoreLocked while a daemon runs; else like ``fsck``.

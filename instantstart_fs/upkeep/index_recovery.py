@@ -1,10 +1,9 @@
-"""Opens the index for the daemon, and makes it anew from the slots where it is lost: the slots are the truth, and a
-daemon that began with an empty index would show nothing of what lies there.
+"""Opens the index for the daemon, and rebuilds it from the slots if it is lost. The slots are the truth.
 
-Lost is an index that is not there or holds nothing, one that cannot be read, and one of another store (each store has
-an identity, which its index names). What is replaced is moved aside. Nothing of a slot is removed here; what is partly
-filled is fetched again, since presence cannot be read off a sparse file. What only the index knew is gone: times of
-requests (so nothing is evicted for ``rest`` seconds, as after a clock that was set), partial files, cold starts.
+An index is lost if it is missing or empty, cannot be read, or belongs to another store (each store has an identity,
+which its index names). The old one is moved aside. Nothing is removed from slots. Partly filled files are fetched
+again, since a sparse file does not tell which bytes were written. What only the index knew is lost: times of requests
+(so nothing is evicted for ``rest`` seconds, as after a clock that was set), partial files, cold starts.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ TOLD_SECONDS = 5.0
 
 
 def open_index(store: BlobStore, *, rest: float, told: Callable[[str], None] = lambda line: None) -> Index:
-    """The index of ``store``, rebuilt where it was lost. Blocks: some milliseconds, or a minute for a million files to
-    rebuild; ``told`` gets a line every few seconds then. Raises StoreError."""
+    """Open the index of ``store``, rebuilt if it was lost. Blocks for some milliseconds, or a minute to rebuild a
+    million files; ``told`` gets a line every few seconds then. Raises StoreError."""
     began = time.monotonic()
     reason, index = _open(store)
     if index is not None and reason is None:
@@ -53,7 +52,7 @@ def open_index(store: BlobStore, *, rest: float, told: Callable[[str], None] = l
 
 
 def _open(store: BlobStore) -> tuple[str | None, Index | None]:
-    """(Why it is to be rebuilt, None where it is not; the index, None where it cannot be used.)"""
+    """Return why the index is to be rebuilt (None: it is not), and the index (None: it cannot be used)."""
     slots = store.tree.list_directory()
     if not os.path.exists(os.path.join(store.layout.index, "data.mdb")):
         _keep_nodeids_apart(store, slots)
@@ -102,7 +101,7 @@ def _move_aside(store: BlobStore, reason: str) -> None:
 
 
 def _keep_nodeids_apart(store: BlobStore, slots: list[str] | None = None) -> None:
-    """With the index the file of the nodeids may be lost, too: begin far beyond any that the kernel may remember."""
+    """Begin with nodeids far beyond any that the kernel may remember: their file may be lost with the index."""
     place = store.layout.nodeids
     if slots == []:
         return

@@ -1,4 +1,4 @@
-"""What there is to evict and how full the store is: the values that core/eviction decides on."""
+"""Collects the values that core/eviction.py decides on: candidates, their bytes, and how full the store is."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Inventory:
         return candidates
 
     def candidate(self, pipeline: Pipeline, *, locked: bool | None = None) -> eviction.Candidate:
-        """``locked``: whether an administrative change is under way; None: look."""
+        """Return a pipeline as a candidate. ``locked``: whether a change of it is under way; None: find out."""
         requested = (self._access.last_request(pipeline.id) or 0) / 1e9
         generation = pipeline.head
         complete = generation is not None and generation.load_set_complete

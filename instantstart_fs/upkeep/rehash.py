@@ -1,4 +1,4 @@
-"""Reads a complete file again and comparing its digest, block by block, at a given pace, past the page cache.
+"""Reads a complete file again and compares its digest, block by block, at a given pace, past the page cache.
 
 The pages that engines have cached stay, and nothing new is cached: verifying a store of terabytes flushes nobody.
 """
@@ -38,9 +38,14 @@ async def rehash(
     ready: Callable[[int], Awaitable[object]],
     on_read: Callable[[int], object],
 ) -> InstantStartError | None:
-    """None when the store's bytes are those that were sealed (of a file without a digest: when all can be read), else
-    what is wrong. ``ready`` returns when so many bytes more may be read (``Pace.wait``, say), or raises; ``on_read`` is
-    told the bytes of each block, on the trio thread."""
+    """Return what is wrong with the store's bytes; None if they are those that were sealed. A file without a digest is
+    right if all of it can be read.
+
+    Args:
+        store: The store.
+        file: The file, which is complete.
+        ready: Returns when so many bytes more may be read (``Pace.wait``, say), or raises.
+        on_read: Is called with the bytes of each block, on the trio thread."""
     digest, generation = file.entry.file.digest, file.generation
     buffer = mmap.mmap(-1, BLOCK)
     try:

@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 
 
 def remove_superseded(catalog: Catalog) -> None:
-    """Delete what an update, an eviction or a fill left behind when the daemon died. Blocks; before anything is filled.
-    A pipeline with a current summary (catalog/residency.py) has left nothing behind."""
+    """Delete what an update, an eviction or a fill left when the daemon died. Blocks; call it before anything is
+    filled. A pipeline with a current summary (catalog/residency.py) is clean, and skipped."""
     store, index = catalog.store, catalog.index
     for pipeline in catalog.dirty_at_start:
         current = pipeline.current

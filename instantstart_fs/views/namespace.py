@@ -1,4 +1,4 @@
-"""What ls, stat and getfattr see: the namespace of the mount, answered from memory.
+"""Answers lookups, listings, attributes and xattrs of the mount from memory: its namespace.
 
 /                      ROOT
 /.warm /.filling /.cold   symlinks to the pipelines of that state
@@ -149,7 +149,8 @@ class Namespace:
         return pipeline.hidden is None and status.state_directory(self._state_of(pipeline)) == directory
 
     def _directory(self, nodeid: int) -> tuple[Generation, int]:
-        """Raises NoSuchEntry, and why the pipeline is out of view: a container may hold its directories bound."""
+        """Return a directory. Raises NoSuchEntry; AccessRefused if the pipeline is hidden, since a container may have
+        its directory bound."""
         found = self._catalog.nodes.find(nodeid)
         pipeline = found if isinstance(found, Pipeline) else found[0].pipeline if isinstance(found, tuple) else None
         if pipeline is not None:

@@ -1,6 +1,6 @@
 """Answers questions about pipelines by name: status, specification, who sees which of them. Changes nothing.
 
-What a status consists of is in views/status.py; the summary of the whole store is in views/store_summary.py.
+views/status.py makes a status; views/store_summary.py makes the summary of the whole store.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Pipelines:
         return len(self._catalog.pipelines)
 
     async def ensure_loaded(self, pipeline: str) -> None:
-        """Load its metadata, so that ``status`` with all files need not. Raises why it cannot be loaded."""
+        """Load the pipeline's metadata before a ``status`` with all files. Raises InstantStartError if it cannot be
+        loaded."""
         found = self._catalog.pipelines.get(pipeline)
         if found is None:
             return
@@ -93,8 +94,8 @@ class Pipelines:
         ]
 
     def shown_to(self, pipeline: str, sight: Sight) -> bool:
-        """Whether that caller sees more of it than its name. A hidden pipeline is shown to its owner and to
-        administrators only; a missing one to nobody."""
+        """Whether that caller sees more than the pipeline's name. A hidden pipeline is shown only to its owner and
+        administrators, a missing one to nobody."""
         found = self._catalog.pipelines.get(pipeline)
         if found is None:
             return False

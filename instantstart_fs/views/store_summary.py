@@ -1,4 +1,4 @@
-"""Everything at a glance: what the page and the metrics show, taken in one walk that lets others run in between."""
+"""The summary of the whole store that the page and the metrics show, made in one walk that pauses for other tasks."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class StoreSummary(msgspec.Struct, frozen=True):
     region: RegionSummary | None = None
 
     def narrowed(self, shown: Sequence[PipelineStatus]) -> StoreSummary:
-        """Of these pipelines alone, in that order. What counts bytes, nodes and checks of all stays: who sees only some
-        is not told it."""
+        """Return a summary of these pipelines alone, in that order. Sums over all pipelines stay; callers that see only
+        some are not shown them."""
         names = {status.pipeline for status in shown}
         return msgspec.structs.replace(
             self,
@@ -68,7 +68,8 @@ class StoreSummary(msgspec.Struct, frozen=True):
 
 
 class StoreSummaryBuilder:
-    """Takes pipelines one by one. Not a snapshot of one instant: those first asked are a few milliseconds older."""
+    """Builds a summary from pipelines one by one. It is no snapshot of one instant: the first are some milliseconds
+    older."""
 
     COLD_STARTS: ClassVar = 20
     BATCH: ClassVar = 64
