@@ -170,7 +170,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 30.0, in
         time.sleep(interval)
 
 
-def settle() -> None:
+def let_writes_end() -> None:
     """Write everything back, so that one measurement does not pay for another's dirty pages."""
     os.sync()
 
@@ -312,7 +312,7 @@ class Rounds:
         for number in range(self.rounds):
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                settle()
+                let_writes_end()
                 before = cpu_times()
                 sample = self.contenders[name]()
                 sample.setdefault("cores_busy", cpu_busy(before))

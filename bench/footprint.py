@@ -163,7 +163,7 @@ def first_byte(work: Path, rounds: int) -> dict[str, Any]:
         daemon.daemon(work, env={"HF_ENDPOINT": hub.endpoint}, name="first") as served,
     ):
         for number in range(rounds):
-            common.settle()
+            common.let_writes_end()
             name = f"first-{number}"
             started = time.monotonic()
             add, _ = served.cli("add", name, "hf://bench/model")

@@ -90,7 +90,7 @@ def main() -> None:
                 paths = [served.mount / "p" / path.name for path in model.shards]
                 for number in range(options.rounds):
                     for count in (1, options.ranks) if number % 2 else (options.ranks, 1):
-                        common.settle()
+                        common.let_writes_end()
                         for state, found in times.items():
                             found.setdefault(count, []).append(load_by(count, paths))
                             print(f"  round {number + 1}: {count} on {state}: {found[count][-1]:.2f} s", flush=True)

@@ -212,7 +212,7 @@ def main() -> None:
             for name, paths in plain.items():
                 served.cli("add", name.replace("_", "-"), f"file://{paths[0].parent}")
                 served.cli("warm", name.replace("_", "-"), "--wait")
-            common.settle()
+            common.let_writes_end()
             for name, paths in plain.items():
                 pipeline = name.replace("_", "-")
                 mounted = [served.mount / pipeline / path.name for path in paths]

@@ -140,7 +140,7 @@ class Lifecycle:
                 await catalog.invalidate_summary(pipeline)
                 await trio.to_thread.run_sync(self._write_slot, pipeline.spec, manifest, False)
                 try:
-                    # What is covered is opened for this, and opening that would be a request.
+                    # A bound file would be opened through its bind mount here, which would count as a request.
                     async with catalog.bind_gate.withdrawn(pipeline.id):
                         kept = await self._share(old, new) if old is not None else {}
                         await self._record(new, kept)

@@ -79,7 +79,7 @@ class NodeTable:
 
     def find(self, nodeid: int) -> CachedFile | Pipeline | tuple[Generation, int] | None:
         """A file (by either of its nodeids), a pipeline (constant directory or symlink), a (generation, directory
-        node), or None (stale). Raises NotInMemory where a generation has to be read first."""
+        node), or None (stale). Raises NotLoaded where a generation has to be read first."""
         single = self._single.get(nodeid)
         if isinstance(single, UnloadedGeneration):
             raise NotLoaded(single.pipeline.id)

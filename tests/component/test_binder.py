@@ -118,7 +118,7 @@ class FakeBlob:
 
 
 class FakeBindings:
-    """One pipeline, whose files may be covered. ``in_memory``: what needs its files need not read them on the loop."""
+    """One pipeline, whose files may be bound. ``in_memory``: what needs its files need not read them on the loop."""
 
     def __init__(self, files: dict[str, BindableFile], slots: Path) -> None:
         self._files, self._slots = files, slots
@@ -300,7 +300,7 @@ async def test_a_mount_table_that_cannot_be_read_ends_nothing(
         await world.bindings.opened_one.wait()
 
 
-async def test_a_folded_pipeline_is_looked_into_before_an_open_is_noted_and_shown(world: World) -> None:
+async def test_an_unloaded_pipeline_is_loaded_before_an_open_is_recorded_and_shown(world: World) -> None:
     async with running(world):
         world.bindings.in_memory = False
         world.kernel.opens(world.files / "a")

@@ -1,4 +1,4 @@
-"""Who has a covered file open: the write lease that tells, and what the library makes of it."""
+"""Which processes have a bound file open: the write lease that tells, and what the library makes of it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from instantstart_fs.serving.bindings import BindableFile
 from instantstart_fs.serving.open_notifications import NullListener
 from instantstart_fs.store.locks import used_elsewhere
 from instantstart_fs.store.os_errors import translate
+from tests.component.test_full_store import WEIGHTS, fills, running
 from tests.component.test_library import find, make_source, spec
-from tests.component.test_room import WEIGHTS, fills, running
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -103,7 +103,9 @@ def stored(root: Path, bound: BindableFile) -> Path:
     return root / "store" / "slots" / bound.pipeline / str(bound.generation) / "files" / bound.path
 
 
-async def test_an_open_holds_the_pipeline_until_nobody_has_the_file_and_is_told_to_the_watcher(tmp_path: Path) -> None:
+async def test_an_open_keeps_the_pipeline_in_use_until_the_file_is_closed_and_is_told_to_the_listener(
+    tmp_path: Path,
+) -> None:
     async with running(tmp_path) as library:
         bound, told = await bound_file(library, make_source(tmp_path / "source")), Told()
         library.shards.notify_opens(told)
@@ -124,7 +126,7 @@ async def test_an_open_holds_the_pipeline_until_nobody_has_the_file_and_is_told_
         assert (later.open, in_use()) == ([], False)
 
 
-async def test_what_was_open_before_it_was_covered_is_no_request(tmp_path: Path) -> None:
+async def test_what_was_open_before_it_was_bound_is_no_request(tmp_path: Path) -> None:
     async with running(tmp_path) as library:
         bound = await bound_file(library, make_source(tmp_path / "source"))
         in_use, before = use_of(library, bound.pipeline), library.pipelines.status(bound.pipeline).last_request

@@ -812,7 +812,7 @@ async def test_a_read_through_that_is_stuck_ends_with_its_deadline_once(store: B
             assert trio.current_time() - begun < 0.9
 
 
-async def test_a_full_store_fails_that_pipeline_or_waits_for_room(
+async def test_a_full_store_fails_that_pipeline_or_waits_for_space(
     server: ByteServer, tmp_path: Path, small_filesystem: Path
 ) -> None:
     data = server.files["a"] = content(40 << 20, 20)

@@ -419,7 +419,7 @@ async def test_the_evictor_waits_for_no_update(tmp_path: Path) -> None:
                 await library.admin.evict_unused("p")
 
 
-async def test_a_read_for_which_no_room_is_made_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_read_for_which_no_space_is_freed_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         await library.admin.add(spec("p", source))
@@ -435,7 +435,7 @@ async def test_a_read_for_which_no_room_is_made_ends(tmp_path: Path, monkeypatch
             await read_all(library, "p", "model-2-of-2.safetensors")
 
 
-async def test_a_file_that_proves_wrong_needs_no_room_and_no_index_at_that_moment(
+async def test_a_file_that_proves_wrong_needs_no_space_and_no_index_at_that_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It gets a nodeid that was never used before, in a place that must not raise."""

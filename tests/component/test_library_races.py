@@ -20,8 +20,8 @@ from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library import Library
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.store.blobstore import BlobStore
+from tests.component.test_full_store import blocks
 from tests.component.test_library import MIB, find, make_source, read_all, running, spec, wait_state
-from tests.component.test_room import blocks
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -280,7 +280,7 @@ async def test_a_read_of_what_was_removed_changes_nothing_of_what_has_its_name_n
         library.mounted.release(handle)
 
 
-async def test_while_a_fill_is_prepared_nothing_is_settled_nor_written_for_what_was_removed(
+async def test_while_a_fill_is_prepared_nothing_is_summarized_nor_written_for_what_was_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_source(tmp_path / "source")

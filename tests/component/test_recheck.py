@@ -21,8 +21,8 @@ from instantstart_fs.library import Library
 from instantstart_fs.upkeep.access_recheck import Rechecker
 from instantstart_fs.vfs import ROOT
 from tests.component.hub_library import hub_library
+from tests.component.test_full_store import Clock
 from tests.component.test_library import MIB, find, make_source, read_all, spec, wait_state
-from tests.component.test_room import Clock
 from tests.component.test_update import bodies
 from tests.servers.hub import HubServer
 

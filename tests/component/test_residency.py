@@ -1,4 +1,4 @@
-"""What a start reads and what it leaves for the first look: summaries, settled pipelines, folding. A real library."""
+"""What a start reads and what it leaves for the first look: summaries, clean pipelines, unloading. A real library."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from instantstart_fs.library import Library
 from instantstart_fs.mount.operations import Operations
 from instantstart_fs.store import manifest_json
 from instantstart_fs.vfs import ROOT
+from tests.component.test_full_store import MIB, WEIGHTS, blocks, fills, running
 from tests.component.test_library import find, make_source, read_all, spec
-from tests.component.test_room import MIB, WEIGHTS, blocks, fills, running
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -59,7 +59,7 @@ def everything(library: Library) -> dict[str, PipelineStatus]:
     return {status.pipeline: status for status in library.pipelines.list()}
 
 
-async def test_a_start_reads_no_manifest_and_no_file_record_of_what_is_settled(tmp_path: Path) -> None:
+async def test_a_start_reads_no_manifest_and_no_file_record_of_a_clean_pipeline(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         for number in range(20):
@@ -125,7 +125,7 @@ async def test_what_a_summary_shows_is_what_the_whole_shows(tmp_path: Path) -> N
             assert pipeline.allocated == blocks(tmp_path, name)
 
 
-async def test_before_the_first_byte_of_a_fill_the_summary_is_gone(tmp_path: Path) -> None:
+async def test_before_the_first_byte_of_a_fill_the_summary_is_deleted(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         await library.admin.add(spec("x", source))
@@ -147,7 +147,7 @@ async def test_before_the_first_byte_of_a_fill_the_summary_is_gone(tmp_path: Pat
 async def test_bytes_that_nobody_recorded_are_given_back_at_the_next_start(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
-        for name in ("x", "settled"):
+        for name in ("x", "quiet"):
             await library.admin.add(spec(name, source))
         await library.catalog.invalidate_summary(
             library.catalog.pipelines["x"]
@@ -160,7 +160,7 @@ async def test_bytes_that_nobody_recorded_are_given_back_at_the_next_start(tmp_p
         assert blocks(tmp_path, "x") == 0
         assert library.pipelines.status("x").cached_bytes == 0
         await checkpoint(library)
-        assert known_summaries(library) == {"x", "settled"}
+        assert known_summaries(library) == {"x", "quiet"}
 
 
 async def test_a_new_pipeline_of_an_old_name_is_marked_anew(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ async def test_a_new_pipeline_of_an_old_name_is_marked_anew(tmp_path: Path) -> N
         assert known_summaries(library) == set()
 
 
-async def test_an_eviction_is_settled_only_once_its_bytes_are_gone(tmp_path: Path) -> None:
+async def test_a_pipeline_is_clean_again_only_once_its_evicted_bytes_are_deleted(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     async with running(tmp_path) as library:
         await library.admin.add(spec("x", source))

@@ -10,7 +10,7 @@ from instantstart_fs.errors import FillCancelled, StoreError
 from instantstart_fs.serving.shielded import ShieldedOperations
 
 
-async def test_it_is_finished_though_who_asked_for_it_has_gone() -> None:
+async def test_it_is_finished_though_its_requester_was_cancelled() -> None:
     shielded, go, done = ShieldedOperations(), trio.Event(), trio.Event()
 
     async def work() -> int:

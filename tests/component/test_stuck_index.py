@@ -21,8 +21,8 @@ from instantstart_fs.library import GIVE_UP_SECONDS, Library
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.vfs import ROOT
 from instantstart_fs.web.health import HealthProbe
+from tests.component.test_full_store import MIB, WEIGHTS, blocks, fills, running
 from tests.component.test_library import find, make_source, read_all, spec
-from tests.component.test_room import MIB, WEIGHTS, blocks, fills, running
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -219,7 +219,7 @@ async def test_so_it_is_in_every_generation_that_shares_it(tmp_path: Path) -> No
         library.mounted.release(held)
 
 
-async def test_an_eviction_goes_on_when_the_reader_that_wanted_the_room_has_gone(tmp_path: Path) -> None:
+async def test_an_eviction_goes_on_when_the_read_that_needed_the_space_was_cancelled(tmp_path: Path) -> None:
     async with warm_and_cold(tmp_path) as library:
         data = await read_all(library, "warm", WEIGHTS)
         async with hanging(library.index) as disk:

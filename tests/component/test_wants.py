@@ -18,9 +18,9 @@ from instantstart_fs.store import os_errors
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.store.metadata import SlotMetadata
 from instantstart_fs.upkeep.fsck import fsck
+from tests.component.test_full_store import WEIGHTS, fills, running
 from tests.component.test_library import find, make_source, read_all, spec
 from tests.component.test_residency import checkpoint
-from tests.component.test_room import WEIGHTS, fills, running
 
 
 @pytest.mark.parametrize(

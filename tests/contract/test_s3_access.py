@@ -255,13 +255,13 @@ def test_lost_credentials_are_no_refusal(world: S3World, gate: S3Gate, home: Pat
 def part_heads(count: int, status: int) -> object:
     left = [count]
 
-    def trouble(method: str, query: dict[str, list[str]]) -> int | None:
+    def fault(method: str, query: dict[str, list[str]]) -> int | None:
         if method == "HEAD" and "partNumber" in query and left[0]:
             left[0] -= 1
             return status
         return None
 
-    return trouble
+    return fault
 
 
 @pytest.mark.parametrize("status", [503, 500, 429])
@@ -270,12 +270,12 @@ def test_a_throttled_head_of_a_part_makes_nothing_unverified(world: S3World, gat
     whole = through(gate, world).resolve()
     big = next(file for file in whole.files if file.path == "big.bin")
     assert big.digest is not None
-    gate.trouble = part_heads(3, status)  # type: ignore[assignment]
+    gate.fault = part_heads(3, status)  # type: ignore[assignment]
     assert through(gate, world).resolve() == whole
-    gate.trouble = part_heads(10**6, status)  # type: ignore[assignment]
+    gate.fault = part_heads(10**6, status)  # type: ignore[assignment]
     with pytest.raises(OriginUnavailable if status == 500 else OriginThrottled):
         through(gate, world).resolve()
-    gate.trouble = part_heads(10**6, 501)  # type: ignore[assignment]
+    gate.fault = part_heads(10**6, 501)  # type: ignore[assignment]
     told = {file.path: file.digest for file in through(gate, world).resolve().files}
     assert told["big.bin"] is None or not told["big.bin"].part_size, "the engine does not know parts"
 

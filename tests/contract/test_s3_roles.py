@@ -78,20 +78,20 @@ def test_a_session_that_ended_is_renewed(world: S3World, gate: S3Gate, sts: StsS
     read(origin, files)
 
 
-@pytest.mark.parametrize("trouble", [(503, "ServiceUnavailable"), (500, "InternalFailure"), (400, "Throttling")])
-def test_a_token_service_in_trouble_is_no_refusal(
-    world: S3World, gate: S3Gate, sts: StsServer, token: Path, trouble: tuple[int, str]
+@pytest.mark.parametrize("fault", [(503, "ServiceUnavailable"), (500, "InternalFailure"), (400, "Throttling")])
+def test_a_token_service_that_fails_is_no_refusal(
+    world: S3World, gate: S3Gate, sts: StsServer, token: Path, fault: tuple[int, str]
 ) -> None:
     sts.lifetime = 60.0
     origin = through(gate, world)
     files = origin.resolve().files
-    sts.trouble = trouble
+    sts.fault = fault
     for call in every_door(origin, files):
-        with pytest.raises(OriginUnavailable, match=f"AssumeRoleWithWebIdentity.*{trouble[1]}"):
+        with pytest.raises(OriginUnavailable, match=f"AssumeRoleWithWebIdentity.*{fault[1]}"):
             call()
     with pytest.raises(OriginUnavailable):
         through(gate, world).resolve()
-    sts.trouble = None
+    sts.fault = None
     read(origin, files)
 
 

@@ -176,7 +176,7 @@ def test_what_somebody_holds_is_not_evicted_also_from_another_mount_namespace(
     assert probe("compare", "read", model / FIRST, path, timeout=60) > 0
 
 
-def test_update_detaches_under_holders_and_in_every_mount_namespace(
+def test_update_detaches_under_open_files_and_in_every_mount_namespace(
     daemon: Daemon, p: str, hub: HubServer, model: Path, tmp_path: Path
 ) -> None:
     new = model_directory(tmp_path / "new", seed=91)

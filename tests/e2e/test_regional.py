@@ -375,7 +375,7 @@ def test_what_is_not_used_goes(site: Site, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["503", "slow", "412", "full"])
-def test_a_tier_in_trouble_fails_no_read(site: Site, tmp_path: Path, fault: Fault) -> None:
+def test_a_tier_that_fails_fails_no_read(site: Site, tmp_path: Path, fault: Fault) -> None:
     made = model(tmp_path / "model", FILES)
     site.hub.publish("org/model", made)
     with TierFaults(site.seaweed.endpoint_url, fault) as tier:
@@ -387,7 +387,7 @@ def test_a_tier_in_trouble_fails_no_read(site: Site, tmp_path: Path, fault: Faul
         right(host, made)
 
 
-def test_a_sealed_tier_that_gets_into_trouble_gives_way_to_the_origin(site: Site, tmp_path: Path) -> None:
+def test_a_sealed_tier_that_begins_to_fail_gives_way_to_the_origin(site: Site, tmp_path: Path) -> None:
     made = model(tmp_path / "model", FILES)
     site.hub.publish("org/model", made)
     site.warm(site.host("one"))

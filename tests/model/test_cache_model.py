@@ -217,7 +217,7 @@ class World:
         assert self.now() - last >= KEEP_HOT - 0.5, "a hot pipeline was evicted"
         assert self.boot() >= self.rests_until - 0.5, "something was evicted although the clock had just been set"
 
-    async def settle(self) -> None:
+    async def wait_quiet(self) -> None:
         """Until nothing is being fetched or sealed."""
         with trio.fail_after(20):
             while any(self.library.filler.is_filling(name) for name in self.library.catalog.pipelines):
@@ -357,7 +357,7 @@ class World:
         if not self.known(number):
             return
         # A source that changes under a fill ends it, which is not what is asked here.
-        await self.settle()
+        await self.wait_quiet()
         pipeline = self.library.catalog.pipelines[str(number)]
         assert pipeline.current is not None
         complete = {file.entry.path for file in pipeline.current.files if file.complete}
@@ -403,7 +403,7 @@ class World:
         self.unloads += sum(isinstance(one.head, UnloadedGeneration) for one in self.library.catalog.pipelines.values())
 
     async def do_look(self, number: int, amount: int) -> None:
-        await self.settle()
+        await self.wait_quiet()
         await self.library.evictor.run_once()
         # What an earlier daemon saw of the clock may have it rest for longer than this reference remembers.
         rests = self.boot() < self.rests_until + 0.5 or self.library.evictor.suspended()
@@ -423,7 +423,7 @@ class World:
                     position += 1
                     self.done += 1
                     if name == "restart":
-                        await self.settle()
+                        await self.wait_quiet()
                         break
                     if name == "crash":
                         await self.crash(number, amount)
@@ -431,7 +431,7 @@ class World:
                     before = sum(candidate.frees for candidate in self.library.inventory.candidates())
                     await getattr(self, f"do_{name}")(number, amount)
                     if amount % 3:
-                        await self.settle()
+                        await self.wait_quiet()
                     # The blocks of a seal's attributes and extents come on top of what was admitted: a few per file.
                     assert self.usage() <= max(before, 0.9 * self.capacity) + 64 * KIB, "more came in than was admitted"
                 for number in list(self.handles):
@@ -460,7 +460,7 @@ class World:
 
             async def stay(generation: Any) -> None: ...
 
-            await self.settle()
+            await self.wait_quiet()
             library.lifecycle.drop_generation = stay  # type: ignore[method-assign]
             self.change(number, amount)
             await library.admin.update(str(number))

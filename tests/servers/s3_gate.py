@@ -27,7 +27,7 @@ _KEY = re.compile(r"Credential=([^/%]+)")
 
 class S3Gate:
     """``denied``: rights by their names in a policy. ``renamed``: (is, shown as) in
-    listings. ``trouble(method, query)``: a status to answer instead, or None.
+    listings. ``fault(method, query)``: a status to answer instead, or None.
     ``seen``: (right, access key or "") of each request. A context manager."""
 
     def __init__(self, seaweed: SeaweedServer) -> None:
@@ -40,7 +40,7 @@ class S3Gate:
         """Of all objects, or of those whose keys end so; without any other checksum."""
         self.renamed = (b"", b"")
         self.code = "AccessDenied"
-        self.trouble: Callable[[str, dict[str, list[str]]], int | None] = lambda method, query: None
+        self.fault: Callable[[str, dict[str, list[str]]], int | None] = lambda method, query: None
         self.seen: list[tuple[str, str]] = []
         self._server = _Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         key = found[1] if found else ""
         gate.seen.append((right, key))
-        status = gate.trouble(self.command, query)
+        status = gate.fault(self.command, query)
         if status is not None:
             return self.refuse(status, "SlowDown" if status == 503 else "InternalError")
         if not key and not gate.public:

@@ -19,7 +19,7 @@ _KEY = re.compile(r"Credential=([^/,]+)")
 
 class StsServer:
     """``tokens``: web identities that it knows. ``sources``: access keys that may assume a role. ``lifetime``: seconds
-    of what it lends. ``trouble``: (status, code) of every answer, or None. ``hung``: an Event that answers wait for. A
+    of what it lends. ``fault``: (status, code) of every answer, or None. ``hung``: an Event that answers wait for. A
     context manager."""
 
     def __init__(self, gate: S3Gate) -> None:
@@ -27,7 +27,7 @@ class StsServer:
         self.tokens: set[str] = set()
         self.sources: set[str] = set()
         self.lifetime = 3600.0
-        self.trouble: tuple[int, str] | None = None
+        self.fault: tuple[int, str] | None = None
         self.hung = threading.Event()
         self.hung.set()
         self.asked: list[str] = []
@@ -72,8 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
             shown, known = found[1] if found else "", sts.sources
         sts.asked.append(shown)
         sts.hung.wait(30)
-        if sts.trouble is not None:
-            return self.answer(sts.trouble[0], _error(sts.trouble[1]))
+        if sts.fault is not None:
+            return self.answer(sts.fault[0], _error(sts.fault[1]))
         if shown not in known:
             web = action == "AssumeRoleWithWebIdentity"
             return self.answer(

@@ -108,7 +108,7 @@ async def fills(library: Library, pipeline: str) -> None:
     await wait_state(library, pipeline, "unverified")
 
 
-async def test_what_has_no_room_is_served_through_and_recovers_when_room_appears(tmp_path: Path) -> None:
+async def test_what_has_no_space_is_served_through_and_recovers_when_space_appears(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
     data = (source / WEIGHTS).read_bytes()
     async with running(tmp_path, capacity=9 * MIB) as library:
