@@ -159,5 +159,5 @@ def wrapped(text: str, stream: Any, width: int | None = None) -> str:
     import shutil
     import textwrap
 
-    room = max(20, width or shutil.get_terminal_size().columns)
-    return textwrap.fill(text, room, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    columns = max(20, width or shutil.get_terminal_size().columns)
+    return textwrap.fill(text, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

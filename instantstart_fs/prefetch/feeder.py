@@ -163,7 +163,7 @@ class Feeder:
         self._read_layout(file)
         file.open(None)
         with self._changed:
-            file.settle()
+            file.mark_ready()
             self._changed.notify_all()
 
     def _start_again(self, file: StagedFile) -> None:

@@ -105,8 +105,8 @@ class StagedFile:
             end = max(end, stop)
         return end
 
-    def settle(self) -> None:
-        """In place once all of it is loaded, and proven."""
+    def mark_ready(self) -> None:
+        """Mark the file ready once all of it is loaded and proven."""
         if self.loaded and self.complete and self.ready_at is None:
             self.ready_at = time.monotonic()
 

@@ -226,7 +226,7 @@ class Stage:
                 case messages.Loaded(number):
                     if (loaded := self._numbers.get(number)) is not None:
                         loaded.loaded = True
-                        loaded.settle()
+                        loaded.mark_ready()
                         self._note_end(worker)
                 case messages.Exported():
                     if message.token in self._exports:
