@@ -32,13 +32,6 @@ from instantstart_fs.core.enginelog import EngineLog
 from tests.harness import model_directory
 
 CLI = (sys.executable, "-m", "instantstart_fs.cli")
-INSTALLED = (
-    *(sys.executable, "-S", "-c"),
-    f"import sys; sys.path += [{str(Path(__file__).parents[1])!r}, {sysconfig.get_paths()['purelib']!r}]; "
-    "from instantstart_fs.cli import main; main()",
-)
-"""The command as it is where it was installed by pip: an editable install looks for its sources at each start (a third
-of the whole, on its own)."""
 NOW = "import time; print(time.clock_gettime(time.CLOCK_MONOTONIC))"
 
 
@@ -70,38 +63,67 @@ def toy(directory: Path, layers: int = 4, seed: int = 0) -> Path:
 # -- what it costs -----------------------------------------------------------------------------------------------------
 
 
+def installed(directory: Path) -> Path:
+    """The command as pip installs it from a wheel: an environment of its own, the package and its bytecode in it, a
+    console script. (An editable install looks for its sources at each start.)"""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(directory), "platbase": str(directory)}))
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith(("__editable__", "instantstart")) and entry.suffix != ".pth":
+            (site / entry.name).symlink_to(entry)
+    package = Path(__file__).parents[1] / "instantstart_fs"
+    shutil.copytree(package, site / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([directory / "bin" / "python", "-m", "compileall", "-q", site / package.name], check=True)
+    script = directory / "bin" / "instantstart"
+    script.write_text(
+        f"#!{directory}/bin/python\nimport re\nimport sys\nfrom instantstart_fs.cli import main\n"
+        "if __name__ == '__main__':\n"
+        "    sys.argv[0] = re.sub(r'(-script\\.pyw|\\.exe)?$', '', sys.argv[0])\n    sys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    return script
+
+
 def overhead(rounds: int) -> dict[str, Any]:
     """Seconds from the call to the command's first instruction, and to the end of all."""
-    times: dict[str, list[float]] = {name: [] for name in ("bare", "lease", "run", "bare whole", "run whole")}
+    names = ("bare", "bare python", "lease", "run", "bare whole", "run whole")
+    times: dict[str, list[float]] = {name: [] for name in names}
     with workspace(None) as work, daemons.daemon(work) as daemon:
+        instantstart = installed(work / "venv")
+        python = str(instantstart.with_name("python"))
         daemon.cli("add", "p", f"file://{model_directory(work / 'source', weights=(4 << 20,))}")
         daemon.cli("warm", "p", "--wait")
         env = {**daemon.env, "INSTANTSTART_STARTUP_DIR": str(work / "views")}
-        command = ["/bin/sh", "-c", 'mkdir -p "$TRITON_CACHE_DIR"; echo kernel > "$TRITON_CACHE_DIR/k"; exit 0']
-        run([*INSTALLED, "run", "p", "-q", "--", *command], env=env)
-        assert (
-            "restored"
-            in subprocess.run(
-                [*INSTALLED, "run", "p", "--", *command], env=env, capture_output=True, text=True, check=True
-            ).stderr
-        )
+        env.pop("PYTHONPATH", None)
         # The daemon's own interpreter: what it takes to reach its first instruction is in every figure.
-        say = [sys.executable, "-I", "-S", "-c", NOW]
-        run([*INSTALLED, "run", "p", "-q", "--", *say], env=env)
+        kernel = 'mkdir -p "$TRITON_CACHE_DIR"; echo kernel > "$TRITON_CACHE_DIR/k"'
+        say = ["/bin/sh", "-c", f'{kernel}; exec {sys.executable} -I -S -c "{NOW}"']
+        run([instantstart, "run", "p", "-q", "--", *say], env=env)
+        second = subprocess.run(
+            [instantstart, "run", "p", "--", *say], env=env, capture_output=True, text=True, check=True
+        )
+        assert "restored" in second.stderr, second.stderr
+        bare = [say[0], say[1], say[2].replace("$TRITON_CACHE_DIR", str(work / "k"))]
         for _ in range(rounds):
             for name, words in (
-                ("bare", say),
-                ("lease", [*INSTALLED, "lease", "p", "--", *say]),
-                ("run", [*INSTALLED, "run", "p", "-q", "--", *say]),
+                ("bare", bare),
+                ("lease", [instantstart, "lease", "p", "--", *bare]),
+                ("run", [instantstart, "run", "p", "-q", "--", *say]),
             ):
                 began = time.monotonic()
                 _, out = run(words, env=env)
                 times[name].append(float(out) - began)
                 if name != "lease":
                     times[f"{name} whole"].append(time.monotonic() - began)
+            began = time.monotonic()
+            run([python, "-c", "pass"], env=env)
+            times["bare python"].append(time.monotonic() - began)
     found = {name: summary(values) for name, values in times.items()}
     cost = [ours - bare for ours, bare in zip(times["run"], times["bare"], strict=True)]
     found["run minus bare"] = summary(cost)
+    found["run minus bare minus bare python"] = summary(
+        [more - python for more, python in zip(cost, times["bare python"], strict=True)]
+    )
     print(table(("", "median", "min", "max"), [_row(name, values) for name, values in found.items()]))
     return found
 

@@ -63,6 +63,9 @@ from instantstart_fs.views.store_summary import RegionSummary
 if TYPE_CHECKING:
     from instantstart_fs.upkeep.heartbeats import Heartbeats
 
+if TYPE_CHECKING:
+    from instantstart_fs.serving.startup_region import RegionalStartups
+
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 10.0
@@ -130,7 +133,6 @@ class Library:
 
         # Serving.
         self.shielded = ShieldedOperations()
-        self.startup = StartupCaches(self.catalog, self.evictor)
         self.fill_events = FillEventHandler(
             self.catalog, self.open_files, self.telemetry, self.admissions, self.evictor.wake, self.shielded
         )
@@ -140,6 +142,12 @@ class Library:
 
             region = region_settings(config.regional, config.origins.recheck_access)
         self._region_key = region.key if region is not None else None
+        self._regional_startups: RegionalStartups | None = None
+        if region is not None and config.regional is not None and config.regional.startup_caches:
+            from instantstart_fs.serving.startup_region import RegionalStartups
+
+            self._regional_startups = RegionalStartups(region, self._slot_of)
+        self.startup = StartupCaches(self.catalog, self.evictor, self._regional_startups)
         self.filler = Filler(
             store,
             index,
@@ -294,6 +302,8 @@ class Library:
             nursery.start_soon(self.telemetry.run)
             nursery.start_soon(self.learner.run)
             await nursery.start(self.shielded.run)
+            if self._regional_startups is not None:
+                await nursery.start(self._regional_startups.run)
             await nursery.start(self.filler.run)
             nursery.start_soon(self.reads.run_replacements)
             nursery.start_soon(self.lifecycle.drop_drained)

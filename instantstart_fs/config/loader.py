@@ -135,6 +135,7 @@ class _Regional(Table):
     profile: str | None = None
     upstream: tuple[str, ...] = ()
     write_back: bool = True
+    startup_caches: bool = True
     rate: str | int | None = None
     verify: Literal["chunks", "origin"] = "chunks"
 
@@ -404,6 +405,7 @@ def _regional(at: At, raw: _Regional) -> RegionalConfig:
         profile=raw.profile,
         upstream=raw.upstream,
         write_back=raw.write_back,
+        startup_caches=raw.startup_caches,
         rate=at.parsed("regional.rate", parse_rate, raw.rate) if raw.rate is not None else None,
         verify=raw.verify,
     )

@@ -150,7 +150,7 @@ class RegionalConfig(msgspec.Struct, frozen=True):
     """The regional tier. ``url``: s3://bucket/prefix or file:///directory; ``upstream``: other regions' tiers, asked
     before the origin; ``key_file``: of the region's secret; ``host``: this host's name; ``verify``: "chunks" believes a
     file whose every chunk is what the region's seal says, "origin" hashes it here as well; ``rate``: bytes a second
-    that are written back, None = any."""
+    that are written back, None = any; ``startup_caches``: whether what engines compiled travels, too."""
 
     url: str
     key_file: str
@@ -162,6 +162,7 @@ class RegionalConfig(msgspec.Struct, frozen=True):
     write_back: bool = True
     rate: int | None = None
     verify: Literal["chunks", "origin"] = "chunks"
+    startup_caches: bool = True
 
 
 class Config(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ import trio
 from instantstart_fs.control.protocol import (
     Handed,
     HandedFile,
+    Progress,
     Response,
     StartupBegin,
     StartupBegun,
@@ -25,11 +26,12 @@ from instantstart_fs.control.protocol import (
 )
 from instantstart_fs.core.startupcache import StartupRecord
 from instantstart_fs.errors import ControlError, InstantStartError
-from instantstart_fs.serving.startupcaches import StartupCaches
+from instantstart_fs.serving.startupcaches import Offer, StartupCaches
 
 PIPE_BYTES = 1024 * 1024
 STALL_SECONDS = 60.0
 """Without a byte of a pack that is being saved, after which it is given up."""
+PROGRESS_SECONDS = 3.0
 WARNING_SECONDS = 0.02
 """For which a start waits to hear why its fill cannot begin."""
 CACHE = "startup-cache"
@@ -50,7 +52,7 @@ async def begin(
     caches: StartupCaches, request: StartupBegin, uid: int, start: str, mount: str, fill: Change | None, send: Send
 ) -> StartupBegun:
     """``fill``: the fill that was begun for it."""
-    offer = await caches.offer(request.pipeline, request.key, uid, restore=request.restore, without=request.without)
+    offer = await _offered(caches, request, uid, send)
     warning = offer.problem and f"no startup cache: {offer.problem}"
     try:
         if fill is not None:
@@ -68,6 +70,31 @@ async def begin(
             os.close(offer.pack)
     choice = offer.choice
     return StartupBegun(start, offer.generation, mount, choice.outcome, choice.record, choice.differs, warning)
+
+
+async def _offered(caches: StartupCaches, request: StartupBegin, uid: int, send: Send) -> Offer:
+    """A cache that comes from the region may take longer than a client waits for silence."""
+
+    async def say_that_it_comes() -> None:
+        with contextlib.suppress(trio.BrokenResourceError, OSError):
+            while True:
+                await trio.sleep(PROGRESS_SECONDS)
+                with trio.CancelScope(shield=True):  # a line that is cut would spoil the next one
+                    await send(Progress(), ())
+
+    offer: Offer | InstantStartError
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(say_that_it_comes)
+        try:
+            offer = await caches.offer(
+                request.pipeline, request.key, uid, restore=request.restore, without=request.without
+            )
+        except InstantStartError as error:
+            offer = error
+        nursery.cancel_scope.cancel()
+    if isinstance(offer, InstantStartError):
+        raise offer
+    return offer
 
 
 async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send) -> StartupRecord:

@@ -31,7 +31,8 @@ owner's; not asked for; could not be put in place."""
 
 class StartupRecord(msgspec.Struct, frozen=True):
     """One saved version. ``size`` of its pack in bytes, ``digest`` its SHA-256. ``uid`` who saved it. ``view``: the
-    directory that the engine had it in. ``key``: field → value."""
+    directory that the engine had it in. ``key``: field → value. ``host``: of the region, which compiled it; "" for this
+    one."""
 
     number: int
     saved_at_ns: int
@@ -42,6 +43,7 @@ class StartupRecord(msgspec.Struct, frozen=True):
     view: str
     layouts: tuple[str, ...]
     key: dict[str, str]
+    host: str = ""
 
     @property
     def engine(self) -> str:

@@ -7,14 +7,13 @@ in one piece.
     its length (16 hexadecimal digits), MAGIC
 
 Only regular files: a path, what it may be, when it was changed. No links, no owners, nothing that leads out of the
-directory that it is unpacked into. Quick to import.
+directory that it is unpacked into. Pure, and quick to import.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 MAGIC = b"instantstart-pack-1\n"
 TAIL = 16 + len(MAGIC)
@@ -110,10 +109,10 @@ def mtime_of(mtime_ns: int) -> int:
     return min(max(mtime_ns, 0), 2**63 - 1)
 
 
-def read_index(fd: int, size: int) -> list[Entry]:
-    """Of the pack of ``size`` bytes that this descriptor reads. Raises BadPack, OSError."""
-    length = index_length(os.pread(fd, TAIL, max(size - TAIL, 0)))
-    body = os.pread(fd, length, max(size - TAIL - length, 0))
+def read_index(read: Callable[[int, int], bytes], size: int) -> list[Entry]:
+    """Of the pack of ``size`` bytes, of which ``read`` gives (count, offset). Raises BadPack, and as ``read``."""
+    length = index_length(read(TAIL, max(size - TAIL, 0)))
+    body = read(length, max(size - TAIL - length, 0))
     if len(body) != length:
         raise BadPack("it is cut short")
     return decode_index(body, size)

@@ -15,6 +15,8 @@ import msgspec
 from instantstart_fs.errors import InstantStartError, OriginNotFound
 from instantstart_fs.regional import records
 from instantstart_fs.regional.keys import DIGEST_BYTES, RegionKey, keyed_digest
+from instantstart_fs.regional.startup import NAME as STARTUP
+from instantstart_fs.regional.startup import unpack_entry
 from instantstart_fs.regional.store import TierStore
 
 MOST = 20_000_000
@@ -68,7 +70,7 @@ def summaries(store: TierStore, names: dict[str, str]) -> list[SlotSummary]:
         summary.bytes += stored.size
         summary.used = max(summary.used, stored.modified)
         pin, _, what = rest.partition("/")
-        if pin == "used":
+        if pin == "used" or what.startswith("s/"):
             continue
         pins.setdefault(slot, set()).add(pin)
         summary.sealed += what == "seal"
@@ -122,6 +124,12 @@ def collect(store: TierStore, keep_hot: float, kept: Iterable[str] = (), said: S
 def verify(store: TierStore, key: RegionKey, slot: str, said: Said = lambda text: None) -> Verified:
     """Read every sealed file of a slot again; what is wrong is deleted, so that the next host brings it anew."""
     result = Verified()
+    for name in [stored.name for stored in store.list(f"v1/{slot}/", MOST) if STARTUP.search(stored.name)]:
+        try:
+            unpack_entry(key, name, store.get(name, records.MOST_RECORD))
+        except (records.Forged, InstantStartError):
+            result.damaged.append(name)
+            store.delete(name)
     for name in [stored.name for stored in store.list(f"v1/{slot}/", MOST) if stored.name.endswith("/seal")]:
         pin = name.split("/")[2]
         try:

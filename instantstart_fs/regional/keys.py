@@ -77,6 +77,10 @@ class RegionKey:
         """What a record says, in 16 hex digits."""
         return keyed_digest(self._names, msgspec.msgpack.encode(record)).hex()[:16]
 
+    def startup(self, slot: str, identity: str, digest: str = "") -> str:
+        """The name of the startup caches of a slot that depend on ``identity``; with ``digest``, of one's bytes."""
+        return self._name("startup", slot, identity, digest)
+
     def chunk_key(self, pin: str, chunk: int, length: int) -> bytes:
         """The key of one chunk's digest: bound to its pin (slot, path and what was pinned), index and length."""
         return keyed_digest(self._chunks, f"{pin}\0{chunk}\0{length}".encode())

@@ -3,6 +3,7 @@
     v1/<slot>/<pin>/c/<chunk>            a chunk: its keyed digest, then its bytes
     v1/<slot>/<pin>/k/<group>.<epoch>    a claim: who pulls a group of chunks
     v1/<slot>/<pin>/seal                 the digests of all chunks, and by whose proof
+    v1/<slot>/<key>/s/<number>           a startup cache (regional/startup.py)
     v1/<slot>/used/<day>                 that it was used that day
     v1/hosts/<host>.<content>            what a host has (regional/heartbeats.py)
 
@@ -27,6 +28,7 @@ MOST_RECORD = 1 << 20
 _CHUNK = re.compile(r"c/([0-9a-f]{8})\Z")
 _CLAIM = re.compile(r"k/([0-9a-f]{8})\.([0-9a-f]{4})\Z")
 MAC = 32
+_R = TypeVar("_R", bound=msgspec.Struct)
 
 
 class Forged(Exception):
@@ -124,9 +126,6 @@ def unpack_any_seal(key: RegionKey, name: str, data: bytes) -> Seal:
 def most_seal(size: int, chunk_size: int) -> int:
     """Bytes that the seal of a file of ``size`` bytes can have."""
     return MOST_RECORD + -(-size // chunk_size) * DIGEST_BYTES
-
-
-_R = TypeVar("_R", bound=msgspec.Struct)
 
 
 def unpack(key: RegionKey, kind: str, name: str, data: bytes, record: type[_R]) -> _R:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from typing import Protocol
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import trio
@@ -42,6 +42,10 @@ from instantstart_fs.serving.admission import Space
 from instantstart_fs.store import startupcaches as on_disk
 from instantstart_fs.store.layout import STARTUP
 
+if TYPE_CHECKING:
+    from instantstart_fs.regional.startup import Place
+    from instantstart_fs.serving.startup_region import RegionalStartups
+
 log = logging.getLogger(__name__)
 
 SAVING_AT_ONCE = 2
@@ -50,6 +54,9 @@ LOCK_SECONDS = 60.0
 """For which a save waits for what changes its pipeline (an update may list an origin for minutes)."""
 START_LOCK_SECONDS = 3.0
 """For which a start does: it can begin without a cache."""
+
+FETCH_SECONDS = 60.0
+"""For which a start waits for what comes from the region, once that has it (startup_region.FIND_SECONDS)."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -72,9 +79,11 @@ class Evictor(Space, Protocol):
 class StartupCaches:
     """Owned by the Library."""
 
-    def __init__(self, catalog: Catalog, evictor: Evictor) -> None:
+    def __init__(self, catalog: Catalog, evictor: Evictor, region: RegionalStartups | None = None) -> None:
         self._catalog = catalog
         self._evictor = evictor
+        self._region = region
+        self._fetching: dict[Pipeline, trio.Lock] = {}
         self._known: dict[Pipeline, list[StartupRecord]] = {}
         self._saving = trio.Semaphore(SAVING_AT_ONCE)
 
@@ -165,6 +174,8 @@ class StartupCaches:
         records = await self.records(pipeline.id)
         for _ in range(len(records) + 1):
             choice = choose(records, key, uid=uid, without=without)
+            if choice.record is None and (brought := await self._from_region(pipeline, key, uid)) is not None:
+                choice = Choice("restored", brought)
             if choice.record is None:
                 return Offer(choice, generation)
             try:
@@ -175,6 +186,62 @@ class StartupCaches:
                 without = (*without, choice.record.number)
                 await self._drop(pipeline, [choice.record])
         return Offer(Choice("damaged"), generation)
+
+    async def _from_region(self, pipeline: Pipeline, key: Mapping[str, str], uid: int) -> StartupRecord | None:
+        """A version of exactly that key, saved by the same user on another host, which is then one of this host's.
+        Never raises; takes FETCH_SECONDS at most."""
+        generation = pipeline.current
+        if self._region is None or generation is None:
+            return None
+        place = self._region.place(pipeline.id, key, generation.manifest)
+        if place is None:
+            return None
+        with trio.move_on_after(FETCH_SECONDS) as scope:
+            async with self._fetching.setdefault(pipeline, trio.Lock()):  # of starts at once one brings it
+                try:
+                    return await self._fetch(self._region, pipeline, place, key, uid)
+                except InstantStartError as error:
+                    log.warning("no startup cache from the region: %s", error.message, extra={"pipeline": pipeline.id})
+        if scope.cancelled_caught:
+            log.warning(
+                "no startup cache from the region: it did not come within %g s",
+                FETCH_SECONDS,
+                extra={"pipeline": pipeline.id},
+            )
+        return None
+
+    async def _fetch(
+        self, region: RegionalStartups, pipeline: Pipeline, place: Place, key: Mapping[str, str], uid: int
+    ) -> StartupRecord | None:
+        """Raises StoreError, OriginError, DigestMismatch, PipelineBusy."""
+        entry = await region.find(pipeline.id, place)
+        if entry is None or entry.record.uid != uid or not 0 < entry.record.size <= MAX_BYTES:
+            return None
+        for known in self._known.get(pipeline, ()):
+            if known.key == key and known.digest == entry.record.digest:
+                return known  # another start brought it meanwhile
+        record = msgspec.structs.replace(
+            entry.record, number=0, saved_at_ns=self._catalog.now_ns(), key=dict(key), host=entry.by
+        )
+        async with self._incoming(pipeline, record) as receiving:
+            async with aclosing(region.read(place, entry.record)) as pieces:
+                async for piece in pieces:
+                    await receiving.write(piece)
+            return await self.keep(pipeline, record, receiving.incoming)
+
+    async def _to_region(self, pipeline: Pipeline, record: StartupRecord) -> None:
+        """What a start of this host has saved. Never raises."""
+        generation = pipeline.current
+        if self._region is None or generation is None:
+            return
+        place = self._region.place(pipeline.id, record.key, generation.manifest)
+        if place is None or record.key["generation"] != await self._generation(pipeline):
+            return
+        try:
+            pack = await trio.to_thread.run_sync(on_disk.open_pack, self._catalog.store, pipeline.id, record)
+        except InstantStartError:
+            return  # it went meanwhile
+        self._region.put(pipeline.id, place, record, pack)
 
     async def _generation(self, pipeline: Pipeline) -> str:
         found = await self._catalog.ensure_loaded(pipeline)
@@ -213,23 +280,29 @@ class StartupCaches:
             raise PipelineBusy(f"{pipeline_id} was updated since this start began: its startup cache is not kept")
         if not 0 < size <= MAX_BYTES:
             raise StoreFull(f"a startup cache may have {MAX_BYTES} bytes, this one has {size}")
+        record = StartupRecord(
+            number=0,
+            saved_at_ns=self._catalog.now_ns(),
+            uid=uid,
+            size=size,
+            digest=digest,
+            files=files,
+            view=view,
+            layouts=layouts,
+            key=self._whole(pipeline, key, uid, generation),
+        )
+        async with self._incoming(pipeline, record) as receiving:
+            yield receiving
+
+    @asynccontextmanager
+    async def _incoming(self, pipeline: Pipeline, record: StartupRecord) -> AsyncIterator[Receiving]:
+        """Room for its pack, and a file for it. Raises StoreFull."""
         async with self._saving:
-            record = StartupRecord(
-                number=0,
-                saved_at_ns=self._catalog.now_ns(),
-                uid=uid,
-                size=size,
-                digest=digest,
-                files=files,
-                view=view,
-                layouts=layouts,
-                key=self._whole(pipeline, key, uid, generation),
-            )
             taken = on_disk.taken(record)
             await self._admit(pipeline, taken)
             incoming = None
             try:
-                incoming = await trio.to_thread.run_sync(on_disk.IncomingPack, self._catalog.store, size)
+                incoming = await trio.to_thread.run_sync(on_disk.IncomingPack, self._catalog.store, record.size)
                 yield Receiving(self, pipeline, record, incoming)
             finally:
                 with trio.CancelScope(shield=True):
@@ -328,6 +401,7 @@ class StartupCaches:
     def forget(self, pipeline: Pipeline) -> None:
         """It was removed."""
         self._known.pop(pipeline, None)
+        self._fetching.pop(pipeline, None)
 
 
 class Receiving:
@@ -339,12 +413,14 @@ class Receiving:
         self._caches = caches
         self._pipeline = pipeline
         self._record = record
-        self._incoming = incoming
+        self.incoming = incoming
 
     async def write(self, data: bytes) -> None:
         """Raises StoreError."""
-        await trio.to_thread.run_sync(self._incoming.write, data)
+        await trio.to_thread.run_sync(self.incoming.write, data)
 
     async def keep(self) -> StartupRecord:
         """All has come. Raises DigestMismatch, StoreError."""
-        return await self._caches.keep(self._pipeline, self._record, self._incoming)
+        record = await self._caches.keep(self._pipeline, self._record, self.incoming)
+        await self._caches._to_region(self._pipeline, record)
+        return record

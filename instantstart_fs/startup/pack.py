@@ -139,7 +139,7 @@ def unpack(fd: int, size: int, digest: str, root: str, wanted: Callable[[str], b
         raise BadPack("its bytes are not those that were saved")
     made: set[str] = set()
     found: Seen = {}
-    for entry in read_index(fd, size):
+    for entry in read_index(lambda count, at: os.pread(fd, count, at), size):
         layout, _, rest = entry.path.partition("/")
         if not rest or not wanted(layout):
             continue

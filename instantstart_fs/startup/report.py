@@ -11,6 +11,7 @@ from instantstart_fs.control.client import Client
 from instantstart_fs.core.coldstart import MEANINGS, ColdStart, as_plain, attack, length, phases
 from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.core.humanize import precise_seconds as seconds
+from instantstart_fs.errors import printable
 
 if TYPE_CHECKING:
     from instantstart_fs.startup.start import Start
@@ -29,9 +30,10 @@ def cache_line(start: Start) -> str:
     """What became of the startup cache, in one line."""
     record: Any = start.restored
     if record is not None:
+        compiled = f" (compiled by {printable(str(record['host']))})" if record.get("host") else ""
         return (
-            f"startup cache {record['number']} restored: {record['files']} files, {human_bytes(record['size'])} "
-            f"in {seconds(start.restore_seconds)}"
+            f"startup cache {record['number']} restored{compiled}: {record['files']} files, "
+            f"{human_bytes(record['size'])} in {seconds(start.restore_seconds)}"
         )
     fields = ", ".join(start.differs[:SHOWN_FIELDS]) + (", …" if len(start.differs) > SHOWN_FIELDS else "")
     return {

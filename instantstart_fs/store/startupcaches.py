@@ -171,7 +171,7 @@ def problem(store: BlobStore, pipeline: str, record: StartupRecord) -> str | Non
         if hasher.hexdigest() != record.digest:
             return "its bytes are not those that were saved"
         try:
-            read_index(file.fileno(), record.size)
+            read_index(lambda count, at: os.pread(fd, count, at), record.size)
         except BadPack as error:
             return f"no start can use it: {error}"
     return None

@@ -15,6 +15,10 @@ from instantstart_fs.core.startupcache import MAX_FIELDS, StartupRecord
 from instantstart_fs.core.startuppack import Entry, encode_index
 from instantstart_fs.errors import DigestMismatch, StoreReadOnly
 from instantstart_fs.library import Library
+from instantstart_fs.regional.directory import DirectoryStore
+from instantstart_fs.regional.keys import RegionKey
+from instantstart_fs.regional.records import Forged
+from instantstart_fs.regional.startup import CHUNK, MOST_VERSIONS, Place
 from instantstart_fs.serving import startupcaches
 from tests.component.test_library import make_source, running, spec
 
@@ -113,3 +117,80 @@ async def test_a_pack_that_no_start_can_unpack_is_deleted_when_one_says_so(tmp_p
         os.close(offer.pack)
         assert offer.choice.record is not None and offer.choice.record.number == 1
         assert [found.number for found in await library.startup.records("p")] == [1], "its digest was right"
+
+
+# ---------------------------------------------------------------- in a region's tier
+
+REGION = RegionKey(b"k" * 32)
+PACK = valid(CHUNK + 100)
+IDENTITY = {"engine": "vllm", "owner": "7", "generation": "digest"}
+
+
+def of(raw: bytes) -> StartupRecord:
+    return StartupRecord(1, 1, 7, len(raw), hashlib.sha256(raw).hexdigest(), 1, "/v", ("triton",), {"owner": "7"})
+
+
+def put(place: Place, raw: bytes, host: str = "a") -> bool:
+    return place.save(of(raw), lambda count, at: raw[at : at + count], host, 0.0)
+
+
+def test_a_region_gives_the_last_version_of_exactly_that_key(tmp_path: Path) -> None:
+    store = DirectoryStore(str(tmp_path))
+    place = Place(store, REGION, "s" * 32, IDENTITY)
+    assert place.latest() is None
+    assert put(place, PACK) and not put(place, PACK, "b"), "what is there already is not written again"
+    found = place.latest()
+    assert found is not None and (found.by, b"".join(place.read(found.record))) == ("a", PACK)
+    newer = valid(5)
+    assert put(place, newer, "b")
+    found = place.latest()
+    assert found is not None and (found.by, b"".join(place.read(found.record))) == ("b", newer)
+    forged = tmp_path / "v1" / ("s" * 32) / place._name / "s" / "0005"
+    forged.write_bytes(b"no key")
+    found = place.latest()
+    assert found is not None and found.by == "b", "who has no key cannot hide what others saved by one record"
+    forged.unlink()
+    for other in ({**IDENTITY, "owner": "8"}, {**IDENTITY, "generation": "x"}, {**IDENTITY, "package torch": "2"}):
+        assert Place(store, REGION, "s" * 32, other).latest() is None
+    assert Place(store, REGION, "t" * 32, IDENTITY).latest() is None, "another pipeline's"
+    for number in range(2 * MOST_VERSIONS):
+        put(place, valid(number + 10))
+    assert len(list((tmp_path / "v1" / ("s" * 32)).glob("*/s/*"))) == MOST_VERSIONS
+
+
+def test_two_hosts_that_save_at_once_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both saw none, and both write version 0: each pack lies by itself, and one record is first."""
+    store = DirectoryStore(str(tmp_path))
+    one, two = (Place(store, REGION, "s" * 32, IDENTITY) for _ in range(2))
+    monkeypatch.setattr(two, "_numbers", list)
+    assert put(one, PACK) and put(two, valid(9), "b")
+    found = Place(store, REGION, "s" * 32, IDENTITY).latest()
+    assert found is not None and found.by == "b" and b"".join(one.read(found.record)) == valid(9)
+    assert b"".join(one.read(of(PACK))) == PACK
+
+
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        *((what, how) for what in ("s", "c", "seal") for how in ("flipped", "cut")),
+        ("s", "another's"),
+        ("seal", "another's"),
+    ],
+)
+def test_what_was_not_written_with_the_regions_key_is_not_used(tmp_path: Path, what: str, how: str) -> None:
+    store = DirectoryStore(str(tmp_path))
+    place = Place(store, REGION, "s" * 32, IDENTITY)
+    put(place, PACK)
+    other = Place(store, RegionKey(b"x" * 32), "s" * 32, IDENTITY)
+    mine = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    put(other, PACK)
+    theirs = [path for path in tmp_path.rglob("*") if path.is_file() and path not in mine]
+    target = next(path for path in sorted(mine) if what in (path.name, path.parent.name))
+    foreign = next(path for path in sorted(theirs) if what in (path.name, path.parent.name))
+    raw = bytearray(mine[target])
+    raw[50] ^= 1
+    target.write_bytes({"flipped": bytes(raw), "cut": bytes(raw[:-1]), "another's": foreign.read_bytes()}[how])
+    with pytest.raises(Forged):
+        found = place.latest()
+        assert found is not None
+        b"".join(place.read(found.record))

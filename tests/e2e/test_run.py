@@ -34,9 +34,10 @@ class Site:
         self.directory = directory
         self.env = {**os.environ, **daemon.env, "INSTANTSTART_STARTUP_DIR": str(directory / "views")}
         self.count = 0
+        self.pipeline = "m"
 
-    def command(self, *words: str, options: tuple[str, ...] = (), pipeline: str = "m") -> list[str]:
-        return [*RUN, pipeline, *options, "--", *words]
+    def command(self, *words: str, options: tuple[str, ...] = ()) -> list[str]:
+        return [*RUN, self.pipeline, *options, "--", *words]
 
     def run(
         self, *words: str, options: tuple[str, ...] = (), timeout: float = 60, **more: Any
@@ -72,7 +73,7 @@ class Site:
         return {**found, "said": done.stderr}
 
     def versions(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(self.daemon.ok("startup-cache", "ls", "m", "--json"))
+        found: list[dict[str, Any]] = json.loads(self.daemon.ok("startup-cache", "ls", self.pipeline, "--json"))
         return found
 
     def pack(self, number: int) -> Path:

@@ -1,0 +1,159 @@
+"""Startup caches of the whole region: a start that finds none here takes what another host of the region compiled, and
+what is saved here goes there. On the trio thread; the storage is asked in threads that are given up when it is slow.
+
+Whatever goes wrong is a start without that cache, after a bounded wait, and the tier is then left alone for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from instantstart_fs.core.manifest import Manifest
+from instantstart_fs.core.startupcache import StartupRecord
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable
+from instantstart_fs.filler.region_follow import RegionSettings
+from instantstart_fs.regional.records import Forged
+from instantstart_fs.regional.startup import Entry, Place, identity_of
+
+log = logging.getLogger(__name__)
+
+FIND_SECONDS = 3.0
+"""For what the tier has; a start waits for it."""
+PIECE_SECONDS = 10.0
+"""For one piece (4 MiB) of a pack."""
+SAVE_SECONDS = 600.0
+LEFT_ALONE = 30.0
+"""Seconds without a question after one that failed."""
+TRIES, AGAIN = 4, 45.0
+"""Of a save, and seconds between two."""
+MOST_WAITING = 32
+"""Saves that wait for their turn; beyond, they stay on this host."""
+_T = TypeVar("_T")
+
+
+class _Save(msgspec.Struct, frozen=True):
+    """``pack``: a descriptor of its own."""
+
+    pipeline: str
+    place: Place
+    record: StartupRecord
+    pack: int
+
+
+class RegionalStartups:
+    """Owned by the Library. ``slot_of``: the slot of a pipeline, None where none is to be used."""
+
+    def __init__(self, settings: RegionSettings, slot_of: Callable[[str], str | None]) -> None:
+        self._settings = settings
+        self._slot_of = slot_of
+        self._left_alone_until = 0.0
+        self._threads = trio.CapacityLimiter(8)
+        self._queue, self._waiting = trio.open_memory_channel[_Save](MOST_WAITING)
+
+    def place(self, pipeline: str, key: Mapping[str, str], manifest: Manifest) -> Place | None:
+        """Where the startup caches of this key are; None where a pipeline has no slot."""
+        slot = self._slot_of(pipeline)
+        if slot is None:
+            return None
+        identity = identity_of(key, content_of(manifest))
+        return Place(self._settings.stores[0], self._settings.key, slot, identity)
+
+    async def find(self, pipeline: str, place: Place) -> Entry | None:
+        """What the region has there. Never raises; never takes longer than FIND_SECONDS."""
+        if trio.current_time() < self._left_alone_until:
+            return None
+        try:
+            return await self._ask(place.latest, FIND_SECONDS)
+        except (InstantStartError, Forged) as error:
+            self._failed(pipeline, "asked for", error)
+            return None
+
+    async def read(self, place: Place, record: StartupRecord) -> AsyncGenerator[bytes, None]:
+        """Its pack, piece by piece, each proven. Raises OriginError."""
+        pieces = place.read(record)
+        while True:
+            try:
+                piece = await self._ask(lambda: next(pieces, b""), PIECE_SECONDS)
+            except Forged as error:
+                raise OriginMisbehaved(str(error)) from error
+            if not piece:
+                return
+            yield piece
+
+    def put(self, pipeline: str, place: Place, record: StartupRecord, pack: int) -> None:
+        """Have it saved there, some time. Takes the descriptor over."""
+        if not self._settings.write_back:
+            os.close(pack)
+            return
+        try:
+            self._queue.send_nowait(_Save(pipeline, place, record, pack))
+        except trio.WouldBlock:
+            os.close(pack)
+            log.warning("a startup cache stays on this host: too many wait", extra={"pipeline": pipeline})
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Save what is to be saved, until cancelled."""
+        task_status.started()
+        try:
+            async for save in self._waiting:
+                try:
+                    await self._save(save)
+                finally:
+                    os.close(save.pack)
+        finally:
+            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+                while True:
+                    os.close(self._waiting.receive_nowait().pack)
+
+    async def _save(self, save: _Save) -> None:
+        for left in range(TRIES - 1, -1, -1):
+            # A descriptor of the thread's own: it may outlive us.
+            fd = os.dup(save.pack)
+
+            def put(fd: int = fd) -> bool:
+                try:
+                    return save.place.save(
+                        save.record, lambda count, at: os.pread(fd, count, at), self._settings.host, time.time()
+                    )
+                finally:
+                    os.close(fd)
+
+            try:
+                if await self._ask(put, SAVE_SECONDS):
+                    log.info(
+                        "startup cache %d is the region's, too", save.record.number, extra={"pipeline": save.pipeline}
+                    )
+                return
+            except (InstantStartError, OSError) as error:
+                if not left:
+                    self._failed(save.pipeline, "saved", error)
+                    return
+            await trio.sleep(AGAIN)
+
+    async def _ask(self, call: Callable[[], _T], seconds: float) -> _T:
+        with trio.move_on_after(seconds):
+            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
+        raise OriginUnavailable(f"the regional tier does not answer within {seconds:g} s")
+
+    def _failed(self, pipeline: str, what: str, error: Exception) -> None:
+        self._left_alone_until = trio.current_time() + LEFT_ALONE
+        said = error.message if isinstance(error, InstantStartError) else str(error)
+        log.warning("a startup cache could not be %s in the region: %s", what, said, extra={"pipeline": pipeline})
+
+
+def content_of(manifest: Manifest) -> str:
+    """A digest of what a generation holds, the same on all hosts that pinned the same bytes."""
+    models = [
+        (model.name, model.revision, [(file.path, file.size, str(file.digest), file.version) for file in model.files])
+        for model in manifest.models
+    ]
+    return hashlib.sha256(msgspec.json.encode(models)).hexdigest()
