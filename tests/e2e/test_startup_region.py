@@ -9,8 +9,8 @@ import pytest
 
 from instantstart_fs.regional import hygiene
 from instantstart_fs.regional.keys import RegionKey, read_key
-from instantstart_fs.regional.opening import open_store
 from instantstart_fs.regional.store import TierStore
+from instantstart_fs.regional.stores import open_store
 from tests.e2e import test_run
 from tests.e2e.test_regional import SPEC, Site, hub, model, site
 from tests.harness import Daemon, wait_for
