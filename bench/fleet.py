@@ -34,7 +34,7 @@ from bench.common import RESULTS, table, write_result
 from bench.curves import Curve, Line, draw
 from bench.fluid import UNLIMITED, Fluid
 from instantstart_fs.core import region
-from instantstart_fs.core.claims import ClaimMark, ClaimRoom, Take, looking_period, starting_delay
+from instantstart_fs.core.claims import ClaimBudget, ClaimMark, Take, looking_period, starting_delay
 from instantstart_fs.core.region import Patience, PullPlan
 from instantstart_fs.core.rendezvous import score
 
@@ -162,13 +162,13 @@ class Network:
 class Host:
     """One of the fleet: a PullPlan, as the daemon has one for each file, and what is under way."""
 
-    __slots__ = ("looking", "mine", "number", "plan", "pulling", "room", "seen", "streams", "waiting_since")
+    __slots__ = ("budget", "looking", "mine", "number", "plan", "pulling", "seen", "streams", "waiting_since")
 
     def __init__(self, number: int, name: str, pieces: int) -> None:
         self.number = number
         self.plan = PullPlan(name, PIN, [False] * pieces, Patience())
         self.plan.background = True
-        self.room = ClaimRoom(1, 1, 1)
+        self.budget = ClaimBudget(1, 1, 1)
         self.streams = 0
         self.looking = False
         """Whether a look at the tier is due at some time."""
@@ -236,7 +236,7 @@ class Fleet:
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
         for host in self.hosts:
-            host.room = ClaimRoom(1, 2 * self.setting.streams, 2 * self.setting.streams)
+            host.budget = ClaimBudget(1, 2 * self.setting.streams, 2 * self.setting.streams)
             if self.setting.tier == "none":
                 host.plan.give_up()
             elif not self.setting.cold:
@@ -264,7 +264,7 @@ class Fleet:
             self.requests += 1
             plan.listed(self.stored[host.seen :], self.claimed, now)
             host.seen = len(self.stored)
-            host.room.looked(now, others=plan.others(now))
+            host.budget.looked(now, others=plan.others(now))
             for watch in plan.watches(MOST_WATCHED, now):
                 self.requests += 1
                 mark = self.claims.get((watch.group, watch.epoch))
@@ -281,7 +281,7 @@ class Fleet:
             self._look_after(host, looking_period(self.setting.hosts, self.chance.uniform(*LOOK)))
 
     def _claim(self, host: Host) -> None:
-        for take in host.plan.next_claims(host.room.left(host.plan.holding), self.fluid.now):
+        for take in host.plan.next_claims(host.budget.left(host.plan.holding), self.fluid.now):
             self.requests += 1
             self.fluid.after(PUT_SECONDS, lambda take=take: self._put(host, take))  # type: ignore[misc]
 
@@ -414,7 +414,7 @@ class Fleet:
             if then is not None:
                 then()
             if self.left[number]:
-                if self.setting.cold and host.room.left(host.plan.holding) > 0:
+                if self.setting.cold and host.budget.left(host.plan.holding) > 0:
                     self._claim(host)
                 self._begin(host)
 

@@ -61,10 +61,9 @@ from instantstart_fs.views.status import pipeline_state
 from instantstart_fs.views.store_summary import RegionSummary
 
 if TYPE_CHECKING:
-    from instantstart_fs.upkeep.heartbeats import Heartbeats
-
-if TYPE_CHECKING:
+    from instantstart_fs.regional.keys import RegionKey
     from instantstart_fs.serving.startup_region import RegionalStartups
+    from instantstart_fs.upkeep.heartbeats import Heartbeats
 
 log = logging.getLogger(__name__)
 
@@ -141,12 +140,12 @@ class Library:
             from instantstart_fs.filler.region_settings import region_settings  # late: only a region needs it
 
             region = region_settings(config.regional, config.origins.recheck_access)
-        self._region_key = region.key if region is not None else None
         self._regional_startups: RegionalStartups | None = None
         if region is not None and config.regional is not None and config.regional.startup_caches:
             from instantstart_fs.serving.startup_region import RegionalStartups
 
-            self._regional_startups = RegionalStartups(region, self._slot_of)
+            key = region.key
+            self._regional_startups = RegionalStartups(region, lambda pipeline: self._slot_of(pipeline, key))
         self.startup = StartupCaches(self.catalog, self.evictor, self._regional_startups)
         self.filler = Filler(
             store,
@@ -262,10 +261,10 @@ class Library:
             self._region_summary,
         )
 
-    def _slot_of(self, pipeline: str) -> str | None:
-        """The pipeline's slot in the regional tier."""
+    def _slot_of(self, pipeline: str, key: RegionKey) -> str | None:
+        """The pipeline's slot in a regional tier that has this key."""
         found = self.catalog.pipelines.get(pipeline)
-        return self._region_key.slot(found.spec) if found is not None and self._region_key is not None else None
+        return key.slot(found.spec) if found is not None else None
 
     def _region_summary(self) -> RegionSummary | None:
         found = self.filler.regional

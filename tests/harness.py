@@ -142,12 +142,20 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = 30.0) 
 
 def to_toml(config: Mapping[str, Any], prefix: str = "") -> str:
     """Nested mappings of strings, numbers, booleans and lists as TOML."""
-    lines = [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in config.items() if not isinstance(value, dict)]
+    lines = [f"{json.dumps(key)} = {_inline(value)}" for key, value in config.items() if not isinstance(value, dict)]
     for key, value in config.items():
         if isinstance(value, dict):
             name = f"{prefix}{json.dumps(key)}"
             lines += [f"[{name}]", to_toml(value, f"{name}.")]
     return "\n".join(lines)
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_inline(each)}" for key, each in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value)
 
 
 def children(pid: int) -> list[int]:

@@ -34,6 +34,7 @@ from instantstart_fs.config.sections import (
     StagingConfig,
     StoreConfig,
     Transport,
+    UpstreamConfig,
 )
 from instantstart_fs.config.units import (
     parse_capacity,
@@ -126,6 +127,14 @@ class _Origins(Table):
     s3: _S3 = msgspec.field(default_factory=_S3)
 
 
+class _Upstream(Table):
+    url: str
+    endpoint_url: str | None = None
+    region_name: str | None = None
+    profile: str | None = None
+    key_file: str | None = None
+
+
 class _Regional(Table):
     url: str
     key_file: str
@@ -133,7 +142,7 @@ class _Regional(Table):
     endpoint_url: str | None = None
     region_name: str | None = None
     profile: str | None = None
-    upstream: tuple[str, ...] = ()
+    upstream: tuple[str | _Upstream, ...] = ()
     write_back: bool = True
     startup_caches: bool = True
     rate: str | int | None = None
@@ -389,11 +398,14 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 
 def _regional(at: At, raw: _Regional) -> RegionalConfig:
-    for key, url in (("regional.url", raw.url), *(("regional.upstream", one) for one in raw.upstream)):
+    upstream = [_Upstream(one) if isinstance(one, str) else one for one in raw.upstream]
+    for key, url in (("regional.url", raw.url), *(("regional.upstream", one.url) for one in upstream)):
         at.require(
             _TIER.match(url) is not None, key, f"{url[:200]!r} is neither s3://bucket/prefix nor file:///directory"
         )
     at.s3_url("regional.endpoint_url", raw.endpoint_url)
+    for one in upstream:
+        at.s3_url("regional.upstream.endpoint_url", one.endpoint_url)
     host = raw.host if raw.host is not None else os.uname().nodename
     at.require(_HOST.match(host) is not None, "regional.host", f"{host[:80]!r} is no host's name")
     return RegionalConfig(
@@ -403,7 +415,16 @@ def _regional(at: At, raw: _Regional) -> RegionalConfig:
         endpoint_url=raw.endpoint_url,
         region_name=raw.region_name,
         profile=raw.profile,
-        upstream=raw.upstream,
+        upstream=tuple(
+            UpstreamConfig(
+                one.url,
+                one.endpoint_url or raw.endpoint_url,
+                one.region_name or raw.region_name,
+                one.profile or raw.profile,
+                at.path("regional.upstream.key_file", one.key_file) if one.key_file is not None else None,
+            )
+            for one in upstream
+        ),
         write_back=raw.write_back,
         startup_caches=raw.startup_caches,
         rate=at.parsed("regional.rate", parse_rate, raw.rate) if raw.rate is not None else None,

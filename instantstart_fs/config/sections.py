@@ -146,6 +146,16 @@ class OriginsConfig(msgspec.Struct, frozen=True):
     allow_private: tuple[str, ...] = ()
 
 
+class UpstreamConfig(msgspec.Struct, frozen=True):
+    """Another region's tier. What is None is as in RegionalConfig."""
+
+    url: str
+    endpoint_url: str | None = None
+    region_name: str | None = None
+    profile: str | None = None
+    key_file: str | None = None
+
+
 class RegionalConfig(msgspec.Struct, frozen=True):
     """The regional tier. ``url``: s3://bucket/prefix or file:///directory; ``upstream``: other regions' tiers, asked
     before the origin; ``key_file``: of the region's secret; ``host``: this host's name; ``verify``: "chunks" believes a
@@ -158,7 +168,7 @@ class RegionalConfig(msgspec.Struct, frozen=True):
     endpoint_url: str | None = None
     region_name: str | None = None
     profile: str | None = None
-    upstream: tuple[str, ...] = ()
+    upstream: tuple[UpstreamConfig, ...] = ()
     write_back: bool = True
     rate: int | None = None
     verify: Literal["chunks", "origin"] = "chunks"

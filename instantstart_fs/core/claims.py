@@ -24,7 +24,7 @@ RENEW_SECONDS = WATCH_SECONDS = 2.0
 """How often a claim is renewed, and one that may be dead is looked at."""
 CALM_SECONDS = 10.0
 """How often a claim is looked at that listings show to be renewed."""
-ROOM_SECONDS = 0.25
+BUDGET_SECONDS = 0.25
 """At least so long a host has the room that it has: its many files are listed one after the other."""
 MOST_UNREADABLE, MOST_VANISHED = 4, 3
 """Looks (over CLAIM_TTL) at what cannot be read, or is not there though listed, after which a claim is nobody's."""
@@ -141,7 +141,7 @@ class ClaimState(enum.Enum):
     """The tier keeps no claims: everybody pulls."""
 
 
-class ClaimRoom:
+class ClaimBudget:
     """How much of a pipeline one host may have under its claims: little at first, and as long as others pull, too.
 
     Hosts that start together see no claims of one another. Who takes much at once then takes all of a small pipeline,
@@ -160,7 +160,7 @@ class ClaimRoom:
 
     def looked(self, now: float, *, others: bool) -> None:
         """A listing has come. ``others``: whether another host has a claim."""
-        if now - self._doubled >= ROOM_SECONDS:
+        if now - self._doubled >= BUDGET_SECONDS:
             self._now, self._doubled = 2 * self._now, now
         self._now = min(self._now, self._shared if others else self._alone)
 

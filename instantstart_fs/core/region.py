@@ -143,7 +143,7 @@ class PullPlan:
         self._advisory_all = False
         self._vanished: dict[int, int] = {}
         self._order: list[int] | None = None
-        self._gone: set[int] = set()
+        self._finished: set[int] = set()
         """Groups that need no claim any more: each of their chunks is here or in the tier."""
 
     # -- what became known -------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class PullPlan:
         if self._here[chunk]:
             self._here[chunk] = 0
             self._missing += 1
-            self._gone.discard(chunk // GROUP_CHUNKS)
+            self._finished.discard(chunk // GROUP_CHUNKS)
             self._decide(chunk)
 
     def demand(self, chunks: Iterable[int], now: float) -> None:
@@ -191,7 +191,7 @@ class PullPlan:
                 self._decide(chunk)
                 self._check_group(chunk // GROUP_CHUNKS)
         for group, epoch in claims.items():
-            if not 0 <= group < self.groups or group in self._gone:
+            if not 0 <= group < self.groups or group in self._finished:
                 continue
             mine, theirs = self._mine.get(group), self._theirs.get(group)
             if mine is not None and epoch <= mine.epoch:
@@ -210,7 +210,7 @@ class PullPlan:
     def failed(self, chunk: int, source: int) -> None:
         """This tier did not give the chunk: late, missing, wrong or refused. The next source is asked."""
         self._first[chunk] = max(self._first[chunk], source + 1)
-        self._gone.discard(chunk // GROUP_CHUNKS)
+        self._finished.discard(chunk // GROUP_CHUNKS)
         self._decide(chunk)
 
     def slow(self, chunk: int, source: int) -> bool:
@@ -249,18 +249,18 @@ class PullPlan:
             return ClaimState.ASKED
         return ClaimState.THEIRS if group in self._theirs else ClaimState.FREE
 
-    def next_claims(self, room: int, now: float) -> list[Take]:
-        """Groups to claim now, of at most ``room`` chunks together but for the first: those with readers first, then in
-        this host's own order. Answer each by ``won``, ``lost`` or ``unclaimed``."""
+    def next_claims(self, budget: int, now: float) -> list[Take]:
+        """Groups to claim now, of at most ``budget`` chunks together but for the first: those with readers first, then
+        in this host's own order. Answer each by ``won``, ``lost`` or ``unclaimed``."""
         if self._advisory_all or not self._missing:
             return []
         takes: list[Take] = []
         live = len(self._mine) + len(self._asked)
         live += sum(1 for claim in self._theirs.values() if not claim.dead(now, self.lag))
         for group in self._candidates():
-            if room <= 0 or (live >= MOST_LIVE and not self._demanded(group)):
+            if budget <= 0 or (live >= MOST_LIVE and not self._demanded(group)):
                 break
-            if group in self._gone or group in self._mine or group in self._asked or group in self._advisory:
+            if group in self._finished or group in self._mine or group in self._asked or group in self._advisory:
                 continue
             if not self._lacks(group):
                 continue
@@ -270,7 +270,7 @@ class PullPlan:
             epoch = claim.epoch + 1 if claim is not None else 0
             self._asked[group] = epoch
             takes.append(Take(group, epoch))
-            room -= len(self._chunks_of(group))
+            budget -= len(self._chunks_of(group))
             live += 1
         return takes
 
@@ -325,7 +325,7 @@ class PullPlan:
         for *_, group, claim in due:
             if len(chosen) >= most:
                 break
-            if group not in self._gone and self._lacks(group):
+            if group not in self._finished and self._lacks(group):
                 claim.look(now)
                 chosen.append(Take(group, claim.epoch))
         return chosen
@@ -370,7 +370,7 @@ class PullPlan:
     def held(self) -> list[tuple[int, int, bool]]:
         """(group, epoch, whether all of it is here or in the tier) of each claim of this host. A claim is removed, and
         ``released``, once what was pulled under it is in the tier: before that others would see neither."""
-        return [(group, mine.epoch, group in self._gone) for group, mine in self._mine.items()]
+        return [(group, mine.epoch, group in self._finished) for group, mine in self._mine.items()]
 
     def released(self, group: int) -> None:
         """This host's claim of it is no more."""
@@ -434,17 +434,17 @@ class PullPlan:
         if self.background:
             if self._order is None:
                 self._order = order(self.host, self.pin, self.groups)
-            if len(self._order) > 2 * (self.groups - len(self._gone)):  # once in a while: there may be thousands
-                self._order = [group for group in self._order if group not in self._gone]
+            if len(self._order) > 2 * (self.groups - len(self._finished)):  # once in a while: there may be thousands
+                self._order = [group for group in self._order if group not in self._finished]
             yield from (group for group in self._order if group not in seen)
 
     def _check_group(self, group: int) -> None:
-        if group in self._gone:
+        if group in self._finished:
             return
         if all(
             self._here[chunk] or (self._there[chunk] and not self._first[chunk]) for chunk in self._chunks_of(group)
         ):
-            self._gone.add(group)
+            self._finished.add(group)
             self._theirs.pop(group, None)
 
     def _decide_group(self, group: int) -> None:

@@ -16,6 +16,7 @@ import trio
 
 from instantstart_fs.errors import AccessRefused, CredentialsUnusable, InstantStartError, OriginHidden
 from instantstart_fs.filler.target import FillTarget
+from instantstart_fs.origins.base import Origin
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +59,16 @@ class SourceAccess:
         for place in [place for place in self._answers if place[0] == pipeline]:
             del self._answers[place]
 
-    async def may_use(self, target: FillTarget) -> bool:
-        """Whether the tier may serve this file."""
-        place = (target.key.pipeline, target.entry.model)
+    async def may_use(self, pipeline: str, model: int, origin: Origin) -> bool:
+        """Whether the tier may serve this model's files."""
+        place = (pipeline, model)
         while place in self._asking:
             await self._asking[place].wait()
         answer = self._answers.get(place)
         if answer is None or self._is_old(answer):
             done = self._asking[place] = trio.Event()
             try:
-                refusal = await self._ask(target)
+                refusal = await self._ask(origin)
                 same = answer is not None and bool(answer.refusal) == bool(refusal)
                 since = answer.since_ns if answer is not None and same else time.time_ns()
                 self._answers[place] = now = _Answer(refusal, trio.current_time(), since)
@@ -83,11 +84,11 @@ class SourceAccess:
                 done.set()
         return not answer.refusal
 
-    async def _ask(self, target: FillTarget) -> str:
+    async def _ask(self, origin: Origin) -> str:
         """Why it is refused, "" = it is not."""
         try:
             with trio.move_on_after(CHECK_SECONDS):
-                await trio.to_thread.run_sync(target.origin.check, abandon_on_cancel=True)
+                await trio.to_thread.run_sync(origin.check, abandon_on_cancel=True)
         except (AccessRefused, CredentialsUnusable, OriginHidden) as error:
             return error.message
         except InstantStartError as error:

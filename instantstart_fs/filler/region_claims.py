@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from instantstart_fs.core.claims import ClaimMark, ClaimRoom, looking_period, starting_delay
+from instantstart_fs.core.claims import ClaimBudget, ClaimMark, looking_period, starting_delay
 from instantstart_fs.core.region import GROUP_CHUNKS
 from instantstart_fs.errors import (
     AccessRefused,
@@ -30,17 +30,18 @@ from instantstart_fs.errors import (
     OriginNotFound,
 )
 from instantstart_fs.filler.region_access import SourceAccess
-from instantstart_fs.filler.region_follow import Follow, RegionSettings, Routes, Tiers
+from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, Routes, Tiers
 from instantstart_fs.filler.region_records import FileRecords, mark_used
 
 if TYPE_CHECKING:
+    from instantstart_fs.core.manifest import FileEntry
     from instantstart_fs.regional.records import Seal
 
 log = logging.getLogger(__name__)
 
 LIST_SECONDS = 0.5
 RETRY_SECONDS = 0.5
-SHARED_ROOM, LONE_ROOM = 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS
+SHARED_BUDGET, LONE_BUDGET = 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS
 """Chunks of a pipeline under this host's claims at once: while others pull, too, and while nobody does."""
 MOST_ASKED, MOST_FOLLOWED = 8, 8
 """Files in the background; as many more may be for readers."""
@@ -62,8 +63,8 @@ class Claims:
         self._parked: deque[Follow] = deque()
         self._asking = 0
         self._following: set[Follow] = set()
-        self._rooms: dict[str, ClaimRoom] = {}
-        self._holders: set[Follow] = set()
+        self._budgets: dict[str, ClaimBudget] = {}
+        self._claiming: set[Follow] = set()
         """Files of which this host has claims."""
         self.access = SourceAccess(settings.recheck)
         self._used: dict[str, str] = {}
@@ -116,7 +117,8 @@ class Claims:
 
     async def _ask(self, follow: Follow) -> None:
         try:
-            if not await self.access.may_use(follow.target):
+            target = follow.target
+            if not await self.access.may_use(target.key.pipeline, target.entry.model, target.origin):
                 self._routes.turn_off(follow)
                 return
             mark_used(self._tiers, follow.slot, self._used)
@@ -147,7 +149,10 @@ class Claims:
         """Whether this tier has the whole file. A tier that does not answer is asked again, until its breaker opens."""
         while not follow.over():
             try:
-                seal = await self._find_seal(follow, source)
+                target = follow.target
+                seal = await self.find_seal(
+                    follow.key.pipeline, target.entry, target.present.chunk_size, source, follow.places[source]
+                )
             except InstantStartError as error:
                 if source:
                     return False
@@ -166,21 +171,24 @@ class Claims:
             return True
         return False
 
-    async def _find_seal(self, follow: Follow, source: int) -> Seal | None:
+    async def find_seal(
+        self, pipeline: str, entry: FileEntry, chunk_size: int, source: int, place: Place
+    ) -> Seal | None:
+        """A file's seal in this tier. Raises InstantStartError where it does not answer."""
         from instantstart_fs.regional.records import Forged, most_seal, seal_name, unpack_seal
 
-        name, store = seal_name(follow.slot, follow.pin), self._tiers.sources[source].store
-        size, chunk_size = follow.target.entry.file.size, follow.target.present.chunk_size
+        tier, size = self._tiers.sources[source], entry.file.size
+        name, store = seal_name(place.slot, place.pin), tier.store
         try:
             data = await self._tiers.ask(lambda: store.get(name, most_seal(size, chunk_size)))
             self._tiers.answers(source)
-            return unpack_seal(self._settings.key, name, data, size, chunk_size)
+            return unpack_seal(tier.secret, name, data, size, chunk_size)
         except OriginNotFound:
             self._tiers.answers(source)
             return None
         except (Forged, OriginMisbehaved) as error:
             self._tiers.count("forged")
-            log.error("the regional tier holds a seal that is none: %s", error, extra={"pipeline": follow.key.pipeline})
+            log.error("the regional tier holds a seal that is none: %s", error, extra={"pipeline": pipeline})
             return None
 
     # -- claims --------------------------------------------------------------------------------------------------------
@@ -190,8 +198,8 @@ class Claims:
         records = FileRecords(self._settings, self._tiers, follow, self._me)
         pipeline = follow.key.pipeline
         try:
-            if pipeline not in self._rooms:
-                self._rooms[pipeline] = ClaimRoom(GROUP_CHUNKS, SHARED_ROOM, LONE_ROOM)
+            if pipeline not in self._budgets:
+                self._budgets[pipeline] = ClaimBudget(GROUP_CHUNKS, SHARED_BUDGET, LONE_BUDGET)
                 await trio.sleep(starting_delay(self._hosts(), random.random()))
             while not (follow.over() or follow.pull.complete):
                 follow.changed = trio.Event()
@@ -207,7 +215,7 @@ class Claims:
         finally:
             self._following.discard(follow)
             if not any(other.key.pipeline == pipeline for other in (*self._following, *self._parked)):
-                self._rooms.pop(pipeline, None)
+                self._budgets.pop(pipeline, None)
             self._pump()
 
     async def _turn(self, follow: Follow, records: FileRecords) -> None:
@@ -223,7 +231,7 @@ class Claims:
         for take in pull.watches(WATCHED, trio.current_time()):
             mark = await self._tiers.ask(lambda take=take: records.read(take.group, take.epoch))  # type: ignore[misc]
             self._saw(follow, take.group, take.epoch, mark)
-        for take in pull.next_claims(self._room(follow), trio.current_time()):
+        for take in pull.next_claims(self._budget(follow), trio.current_time()):
             if self._settings.write_back and self._tiers.takes_writes():
                 await self._claim(follow, records, take.group, take.epoch)
             else:
@@ -233,12 +241,12 @@ class Claims:
     def _look_round(self, follow: Follow, now: float) -> None:
         pipeline = follow.key.pipeline
         others = any(one.pull.others(now) for one in self._following if one.key.pipeline == pipeline)
-        self._rooms[pipeline].looked(now, others=others)
+        self._budgets[pipeline].looked(now, others=others)
 
-    def _room(self, follow: Follow) -> int:
+    def _budget(self, follow: Follow) -> int:
         pipeline = follow.key.pipeline
         holding = sum(one.pull.holding for one in self._following if one.key.pipeline == pipeline)
-        return self._rooms[pipeline].left(holding)
+        return self._budgets[pipeline].left(holding)
 
     def _saw(self, follow: Follow, group: int, epoch: int, mark: ClaimMark | str) -> None:
         pull, now = follow.pull, trio.current_time()
@@ -255,7 +263,7 @@ class Claims:
     def _won(self, follow: Follow, group: int, epoch: int) -> None:
         self.won += 1
         follow.pull.recovered(group, epoch, trio.current_time())
-        self._holders.add(follow)
+        self._claiming.add(follow)
         self._routes.apply(follow)
 
     async def _claim(self, follow: Follow, records: FileRecords, group: int, epoch: int) -> None:
@@ -281,7 +289,7 @@ class Claims:
 
     async def _pause(self, follow: Follow) -> None:
         waits = looking_period(self._hosts(), LIST_SECONDS) * (0.75 + random.random() / 2)
-        if self._room(follow) > 0:
+        if self._budget(follow) > 0:
             with trio.move_on_after(waits):
                 await follow.changed.wait()
             await trio.sleep(0.02)
@@ -293,7 +301,7 @@ class Claims:
         while True:
             await trio.sleep(0.5)
             async with trio.open_nursery() as nursery:
-                for follow in list(self._holders):
+                for follow in list(self._claiming):
                     nursery.start_soon(self._renew, follow)
 
     async def _renew(self, follow: Follow) -> None:
@@ -311,7 +319,7 @@ class Claims:
             with contextlib.suppress(InstantStartError):  # the next one comes soon
                 await self._tiers.ask(lambda renewal=renewal: records.renew(renewal))  # type: ignore[misc]
         if not follow.pull.held():
-            self._holders.discard(follow)
+            self._claiming.discard(follow)
 
 
 def _most(count: int, follow: Follow) -> int:

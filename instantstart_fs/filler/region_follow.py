@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -36,8 +36,9 @@ _T = TypeVar("_T")
 class TierSource:
     """A tier as the counters know it. It locates nothing: its chunks are objects of their own."""
 
-    def __init__(self, store: TierStore) -> None:
+    def __init__(self, store: TierStore, secret: RegionKey) -> None:
         self.store = store
+        self.secret = secret
         self.key = OriginKey("tier", store.endpoint, "")
 
     def locate(self, file: ManifestFile) -> Location:
@@ -45,17 +46,26 @@ class TierSource:
 
 
 class RegionSettings(msgspec.Struct, frozen=True):
-    """``stores``: the region's own tier, then those asked before the origin. ``trust_seals``: a file whose every chunk
-    is what a seal of the region says is not hashed here. ``rate``: bytes a second that are written back, None = any.
-    ``recheck``: seconds after which an origin is asked again whether a pipeline may be read, None = it is not."""
+    """``stores``: the region's own tier, then those asked before the origin; ``keys``: of each. ``trust_seals``: a file
+    whose every chunk is what a seal of the region says is not hashed here. ``rate``: bytes a second that are written
+    back, None = any. ``recheck``: seconds after which an origin is asked again whether a pipeline may be read, None =
+    it is not."""
 
     host: str
     key: RegionKey
     stores: tuple[TierStore, ...]
+    keys: tuple[RegionKey, ...]
     trust_seals: bool = True
     write_back: bool = True
     rate: int | None = None
     recheck: float | None = None
+
+
+class Place(NamedTuple):
+    """Names of a file in one tier: they depend on its key."""
+
+    slot: str
+    pin: str
 
 
 class Follow:
@@ -65,16 +75,17 @@ class Follow:
     ``score``: of this host for it; the higher, the sooner it is this host's turn among files that it could pull whole.
     """
 
-    def __init__(self, fill: Fill, slot: str, pin: str, pull: PullPlan) -> None:
+    def __init__(self, fill: Fill, places: list[Place], pull: PullPlan) -> None:
         self.fill = fill
         self.target = fill.target
         self.key = fill.target.key
         self.tier_key = TierKey(self.key.pipeline, self.key.generation, self.key.index)
-        self.slot = slot
-        self.pin = pin
+        self.places = places
+        """Of the file in each tier."""
+        self.slot, self.pin = places[0]
         self.pull = pull
         self.state = "fresh"
-        self.score = rendezvous.score(pull.host, pin) if pull.groups == 1 else 0
+        self.score = rendezvous.score(pull.host, self.pin) if pull.groups == 1 else 0
         self.closed = False
         self.seals: dict[int, Seal] = {}
         self.digests: dict[int, bytes] = {}
@@ -91,7 +102,7 @@ class Follow:
         self.changed = trio.Event()
         self.listed_at = -math.inf
         self.ended = False
-        self.settled = False
+        self.decided = False
         """The file is complete here, and whatever follows of that was begun."""
 
     def is_putting(self, group: int) -> bool:
@@ -132,8 +143,8 @@ class Tiers:
     was not had from a tier.
     """
 
-    def __init__(self, stores: tuple[TierStore, ...]) -> None:
-        self.sources = [TierSource(store) for store in stores]
+    def __init__(self, settings: RegionSettings) -> None:
+        self.sources = [TierSource(store, key) for store, key in zip(settings.stores, settings.keys, strict=True)]
         self.threads = trio.Semaphore(THREADS)
         self._abandoned = trio.CapacityLimiter(4 * THREADS)
         """Threads that were given up end by themselves, within the store's own deadlines."""

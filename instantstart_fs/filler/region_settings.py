@@ -10,14 +10,20 @@ from instantstart_fs.regional.stores import open_store
 
 def region_settings(config: RegionalConfig, recheck: float | None = None) -> RegionSettings:
     """``recheck``: [origins] recheck_access. Raises ConfigError."""
-    stores = tuple(
-        open_store(url, endpoint_url=config.endpoint_url, region_name=config.region_name, profile=config.profile)
-        for url in (config.url, *config.upstream)
+    own = open_store(
+        config.url, endpoint_url=config.endpoint_url, region_name=config.region_name, profile=config.profile
     )
+    key = RegionKey(read_key(config.key_file))
+    others = [
+        open_store(one.url, endpoint_url=one.endpoint_url, region_name=one.region_name, profile=one.profile)
+        for one in config.upstream
+    ]
+    keys = [RegionKey(read_key(one.key_file)) if one.key_file is not None else key for one in config.upstream]
     return RegionSettings(
         host=config.host,
-        key=RegionKey(read_key(config.key_file)),
-        stores=stores,
+        key=key,
+        stores=(own, *others),
+        keys=(key, *keys),
         trust_seals=config.verify == "chunks",
         write_back=config.write_back,
         rate=config.rate,

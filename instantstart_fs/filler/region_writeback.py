@@ -133,7 +133,7 @@ class WriteBack:
             proof, follow.sealed_here = follow.sealed_here, ""
             self._tiers.nursery.start_soon(self._seal, follow, proof)
             return
-        if follow.settled or follow.target.failed:
+        if follow.decided or follow.target.failed:
             self.detached.discard(follow)
             follow.close()
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import trio
 
 from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.fillqueue import Request
+from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.region import WAIT, FairClock, Patience, PullPlan, give_up_at
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable, StoreError
 from instantstart_fs.filler.delivery import Delivery
@@ -27,12 +29,16 @@ from instantstart_fs.filler.events import RegionStatistics
 from instantstart_fs.filler.fill import FetchRequest, Fill
 from instantstart_fs.filler.messages import Piece
 from instantstart_fs.filler.region_claims import Claims
-from instantstart_fs.filler.region_follow import Follow, RegionSettings, Tiers
+from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, Tiers
+from instantstart_fs.filler.region_reads import TierReads
 from instantstart_fs.filler.region_writeback import PUTS, WriteBack
 from instantstart_fs.filler.table import FillTable
 from instantstart_fs.filler.target import FileKey, FillTarget
 from instantstart_fs.filler.tierkey import file_key
 from instantstart_fs.origins.base import OriginKey
+
+if TYPE_CHECKING:
+    from instantstart_fs.regional.keys import RegionKey
 
 log = logging.getLogger(__name__)
 
@@ -41,26 +47,31 @@ SWEEP_TICKS = 20
 
 
 class Regional:
-    """On the trio thread. ``slot_of``: the slot of a pipeline, None where none is to be used."""
+    """On the trio thread. ``slot_of``: the slot of a pipeline, None where none is to be used. ``serve_verified``:
+    whether readers get chunks that the region's seal proves, before their file is sealed here."""
 
     def __init__(
         self,
         settings: RegionSettings,
-        slot_of: Callable[[str], str | None],
+        slot_of: Callable[[str, RegionKey], str | None],
         plan: FillPlan[FileKey],
         table: FillTable,
         delivery: Delivery,
+        *,
+        serve_verified: bool,
     ) -> None:
+        self._serve_verified = serve_verified
         self.settings = self._settings = settings
         self._slot_of = slot_of
         self._plan = plan
         self._table = table
         self._delivery = delivery
-        self._tiers = Tiers(settings.stores)
+        self._tiers = Tiers(settings)
         self.hosts = 1
         """How many hosts the region has, as far as their heartbeats tell."""
         self._claims = Claims(settings, self._tiers, self, lambda: self.hosts)
         self._writeback = WriteBack(settings, self._tiers)
+        self.reads = TierReads(self._tiers, self._claims, self, self._places)
         self._patience: dict[OriginKey, Patience] = {}
         self._follows: dict[FileKey, Follow] = {}
         self._busy: set[Follow] = set()
@@ -71,7 +82,7 @@ class Regional:
     @property
     def statistics(self) -> RegionStatistics:
         return RegionStatistics(
-            taken_bytes=self._taken,
+            taken_bytes=self._taken + self.reads.bytes,
             missed_bytes=self._missed,
             put_bytes=self._writeback.put_bytes,
             claims_won=self._claims.won,
@@ -126,16 +137,25 @@ class Regional:
         refused = self._claims.access.refuses(target)
         if not chunks or self._tiers.nursery is None or self._tiers.is_broken() or refused:
             return
-        slot = self._slot_of(target.key.pipeline)
-        if slot is None:
+        places = self._places(target.key.pipeline, target.entry, target.present.chunk_size)
+        if not places:
             return
-        pin = self._settings.key.pin(slot, target.entry.path, target.entry.file, target.present.chunk_size)
         present = [chunk in target.present for chunk in range(chunks)]
         patience = self._patience.setdefault(target.origin.key, Patience())
-        pull = PullPlan(self._settings.host, pin, present, patience, upstream=len(self._tiers.sources) - 1)
-        follow = self._follows[target.key] = Follow(fill, slot, pin, pull)
+        pull = PullPlan(self._settings.host, places[0].pin, present, patience, upstream=len(self._tiers.sources) - 1)
+        follow = self._follows[target.key] = Follow(fill, places, pull)
         self._plan.add(follow.tier_key, target.key.pipeline, self._tiers.sources[0].key, target.present)
         self._plan.shut(target.key, range(chunks))
+
+    def _places(self, pipeline: str, entry: FileEntry, chunk_size: int) -> list[Place]:
+        """Names of a file in each tier; none where its pipeline has no slot."""
+        places: list[Place] = []
+        for tier in self._tiers.sources:
+            slot = self._slot_of(pipeline, tier.secret)
+            if slot is None:
+                return []
+            places.append(Place(slot, tier.secret.pin(slot, entry.path, entry.file, chunk_size)))
+        return places
 
     def keys(self, key: FileKey) -> tuple[FileKey, ...]:
         """The plan's entries of a file."""
@@ -185,6 +205,7 @@ class Regional:
             if chunk not in follow.target.present:
                 follow.pull.left(chunk)
                 follow.proven.discard(chunk)
+                follow.target.verified.discard(chunk)
                 follow.digests.pop(chunk, None)
         self._plan.refill(follow.tier_key)
         self.apply(follow)
@@ -218,11 +239,14 @@ class Regional:
         if request.piece is not None:
             self._taken += length
             self._tiers.answers(0)
-            follow.digests[chunk] = request.digest
             source = flight[2] if flight is not None else 0
+            if source == 0:
+                follow.digests[chunk] = request.digest
             seal = follow.seals.get(source)
             if seal is not None:
                 follow.proven.add(chunk)
+                if self._settings.trust_seals and self._serve_verified:
+                    fill.target.verified.add(chunk)
                 if len(follow.proven) == follow.pull.chunks and follow.fill.unhashed:
                     fill.proven_by = f"region:{seal.by}"
             if source:
@@ -271,7 +295,7 @@ class Regional:
         follow = next((one for one in self._writeback.detached if one.target is target), None)
         if follow is None:
             return
-        follow.settled = True
+        follow.decided = True
         if not proof or not self._settings.write_back or follow.fd < 0 or follow.state == "off":
             return
         follow.sealed_here = proof
@@ -315,13 +339,15 @@ class Regional:
         seal = follow.seals.get(source)
         digest = seal.digests[32 * chunk : 32 * (chunk + 1)] if seal is not None else b""
         try:
-            address = self._tiers.sources[source].store.address(chunk_name(follow.slot, follow.pin, chunk))
+            slot, pin = follow.places[source]
+            tier = self._tiers.sources[source]
+            address = tier.store.address(chunk_name(slot, pin, chunk))
         except InstantStartError as error:
             self._plan.failed(follow.tier_key, chunk)
             self._fall_back(follow, chunk, source, error)
             return
-        piece = Piece(address.url, self._settings.key.chunk_key(follow.pin, chunk, length), digest, address.headers)
-        sent = self._delivery.dispatch(request, follow.fill, piece, self._tiers.sources[source])
+        piece = Piece(address.url, tier.secret.chunk_key(pin, chunk, length), digest, address.headers)
+        sent = self._delivery.dispatch(request, follow.fill, piece, tier)
         follow.flights[chunk] = (sent, self._clock.time, source)
         follow.last_byte[chunk] = self._clock.time
         self._busy.add(follow)

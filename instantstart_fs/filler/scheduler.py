@@ -50,7 +50,7 @@ from instantstart_fs.filler.origin_backoff import OriginBackoff
 from instantstart_fs.filler.quarantine import Quarantine, etag_hint
 from instantstart_fs.filler.rates import Rates
 from instantstart_fs.filler.settings import FillSettings
-from instantstart_fs.filler.sources import Locator, Source, Tier, chain_for
+from instantstart_fs.filler.sources import Locator, Tier, chain_for
 from instantstart_fs.filler.space import FreeSpace, SpaceRequests
 from instantstart_fs.filler.table import FillTable
 from instantstart_fs.filler.tally import Tally
@@ -58,12 +58,13 @@ from instantstart_fs.filler.target import COMPLETE, FileKey, FillTarget
 from instantstart_fs.filler.tierkey import TierKey, file_key
 from instantstart_fs.filler.uncached import UncachedReader
 from instantstart_fs.index.environment import Index
-from instantstart_fs.origins.base import OriginKey
+from instantstart_fs.origins.base import Origin, OriginKey
 from instantstart_fs.store.blobstore import BlobStore
 
 if TYPE_CHECKING:
     from instantstart_fs.filler.region_follow import RegionSettings
     from instantstart_fs.filler.regional import Regional
+    from instantstart_fs.regional.keys import RegionKey
 
 __all__ = ["FillEvents", "FillSettings", "FillStatistics", "Filler"]
 
@@ -87,7 +88,7 @@ class Filler:
         tiers: Sequence[Tier] = (),
         free_space: FreeSpace | None = None,
         region: RegionSettings | None = None,
-        slot_of: Callable[[str], str | None] = lambda pipeline: None,
+        slot_of: Callable[[str, RegionKey], str | None] = lambda pipeline, key: None,
     ) -> None:
         self._settings = settings
         self._quantum = quantum(settings.read_deadline)
@@ -135,7 +136,10 @@ class Filler:
         if region is not None:
             from instantstart_fs.filler import regional as module  # late: only a region needs it
 
-            regional = module.Regional(region, slot_of, self._plan, self._table, self._delivery)
+            regional = module.Regional(
+                region, slot_of, self._plan, self._table, self._delivery, serve_verified=self.may_stream
+            )
+            self._uncached.tiers = regional.reads
             self.regional = self._table.regional = self._arrivals.regional = self._completion.regional = regional
         self._start_workers: trio.Event | None = None
         """Set to start workers that ``hold_workers`` held back."""
@@ -341,15 +345,24 @@ class Filler:
         return self._uncached.in_memory(key, offset, length)
 
     async def read_through(
-        self, key: FileKey, entry: FileEntry, origin: Source, offset: int, view: memoryview, since: float | None = None
+        self,
+        key: FileKey,
+        entry: FileEntry,
+        origin: Origin,
+        offset: int,
+        view: memoryview,
+        since: float | None = None,
+        *,
+        chunk_size: int = 0,
     ) -> None:
-        """Fill ``view`` straight from the origin and keep nothing (filler/uncached.py). ``since``: trio.current_time()
-        since which the reader waits; None = now. Raises InstantStartError."""
+        """Fill ``view`` from a regional tier or the origin and keep nothing (filler/uncached.py). ``since``:
+        trio.current_time() since which the reader waits; None = now. ``chunk_size``: of the file's generation; 0 = no
+        tier is asked. Raises InstantStartError."""
         refusal = self._quarantine.refusal(key, entry.path, trio.current_time(), etag_hint(entry.file))
         if refusal is not None:
             raise refusal
         try:
-            await self._uncached.read(key, entry, origin, offset, view, since)
+            await self._uncached.read(key, entry, chunk_size, origin, offset, view, since)
         except OriginIncompatible as error:
             if error.fault != Fault.WHOLE:  # a read that keeps the whole file succeeds all the same
                 self._quarantine.refuse(key, error)

@@ -103,6 +103,7 @@ class FillTarget:
         "proven_by",
         "serve_unsealed",
         "state",
+        "verified",
         "waiting",
     )
 
@@ -133,6 +134,8 @@ class FillTarget:
         self.last_progress = trio.current_time()
         self.deadline_extended_to = 0.0
         self.serve_unsealed = True
+        self.verified: set[int] = set()
+        """Chunks that are what a region's seal says: proven, though the file is not sealed here."""
         self.proven_by = ""
         """By whose proof it is sealed, where not by this host's own hash: the region's seal."""
         self.allocated = 0
@@ -150,10 +153,13 @@ class FillTarget:
         self.wake()
 
     def readable(self, wanted: ByteRange) -> bool:
-        """Whether these bytes may be served now: sealed, or present, not poisoned and allowed to be served unsealed."""
+        """Whether these bytes may be served now: sealed, or present, not poisoned and allowed to be served unsealed, or
+        each of their chunks proven."""
         if self.state in COMPLETE:
             return True
-        return self.serve_unsealed and self.state is not FileState.POISONED and self.present.holds(wanted)
+        if self.state is FileState.POISONED or not self.present.holds(wanted):
+            return False
+        return self.serve_unsealed or self.verified.issuperset(self.present.chunks_of(wanted))
 
     def wake(self) -> None:
         """Wake every waiter to check again. Called after each change."""

@@ -5,6 +5,8 @@ Blocks of BLOCK bytes are fetched in THREADS threads of the daemon per pipeline,
 delays no other. The last blocks are kept for the next read of a sequential reader: memory is bounded by CACHE_BLOCKS,
 and by THREADS for each pipeline that is read so. Readers of one block share one fetch.
 
+Where a regional tier has the file sealed, its chunks are taken from there (filler/region_reads.py): they are proven.
+
 Each block passes the checks of a chunk that goes into the store (filler/fetch.py: length, Content-Range, the pinned
 ETag). A digest over the whole file cannot be computed, so ``serve_unsealed`` decides as for unsealed files: bytes from
 a protected address are served, reads of others fail. A file that fits into one block is fetched whole and proven by its
@@ -44,10 +46,11 @@ from instantstart_fs.filler.settings import FillSettings
 from instantstart_fs.filler.sources import Locator, Source, expired
 from instantstart_fs.filler.tally import Tally
 from instantstart_fs.filler.target import FileKey
-from instantstart_fs.origins.base import Location
+from instantstart_fs.origins.base import Location, Origin
 
 if TYPE_CHECKING:
     from instantstart_fs.filler.fetch import Fetcher
+    from instantstart_fs.filler.region_reads import TierReads
 
 BLOCK = 4 * 1024 * 1024
 """One GET. The kernel's readahead asks for 128 KiB to 1 MiB at a time."""
@@ -99,6 +102,8 @@ class UncachedReader:
         self._settings = settings
         self._breakers = breakers
         self._origin_backoff = origin_backoff
+        self.tiers: TierReads | None = None
+        """Asked before the origin."""
         self._threads: dict[str, trio.CapacityLimiter] = {}
         self._blocks: OrderedDict[tuple[FileKey, int], bytearray] = OrderedDict()
         self._pending: dict[tuple[FileKey, int], _PendingBlock] = {}
@@ -137,7 +142,8 @@ class UncachedReader:
         self,
         key: FileKey,
         entry: FileEntry,
-        source: Source,
+        chunk_size: int,
+        source: Origin,
         offset: int,
         view: memoryview,
         since: float | None = None,
@@ -147,6 +153,7 @@ class UncachedReader:
         Args:
             key: The file.
             entry: Its manifest entry.
+            chunk_size: Of its generation.
             source: Where to fetch it from.
             offset: First byte; the whole view must lie within the file.
             view: Takes the bytes.
@@ -166,7 +173,7 @@ class UncachedReader:
                 if place in self._gave_up:
                     raise self._gave_up[place][1]
             with trio.move_on_at(since + self._settings.read_deadline) as scope:
-                data = await self._block(key, entry, source, block)
+                data = await self._block(key, entry, chunk_size, source, block)
             if scope.cancelled_caught:
                 said = f" ({self._last_error[key]})" if key in self._last_error else ""
                 error = ReadDeadline(f"{entry.path}: no bytes within {self._settings.read_deadline:g} s{said}")
@@ -178,7 +185,7 @@ class UncachedReader:
             done += count
         self.bytes += done
 
-    async def _block(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
+    async def _block(self, key: FileKey, entry: FileEntry, chunk_size: int, source: Origin, block: int) -> bytearray:
         place = (key, block)
         while True:
             data = self._blocks.get(place)
@@ -193,7 +200,7 @@ class UncachedReader:
                 raise other.error
         mine = self._pending[place] = _PendingBlock()
         try:
-            data = await self._load(key, entry, source, block)
+            data = await self._load(key, entry, chunk_size, source, block)
             self._blocks[place] = data
             while len(self._blocks) > CACHE_BLOCKS:
                 self._blocks.popitem(last=False)
@@ -205,8 +212,13 @@ class UncachedReader:
             del self._pending[place]
             mine.done.set()
 
-    async def _load(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
+    async def _load(self, key: FileKey, entry: FileEntry, chunk_size: int, source: Origin, block: int) -> bytearray:
         """Fetch with retries and backoff; the caller has a deadline. Raises errors that a retry cannot mend."""
+        if self.tiers is not None and chunk_size:
+            wanted = ByteRange(block * BLOCK, min((block + 1) * BLOCK, entry.file.size))
+            found = await self.tiers.read(key, entry, chunk_size, source, wanted, self._fetcher)
+            if found is not None:
+                return found
         failures = refused = stale = 0
         streak = Streak()
         while True:

@@ -337,7 +337,8 @@ class Reads:
         file.served_uncached = True
         near = self.filler.in_memory(file.key, offset, len(view))
         with contextlib.nullcontext() if near else self._telemetry.waiting(file, handle.starts):
-            await self.filler.read_through(file.key, file.entry, origin, offset, view, since)
+            chunk_size = file.generation.manifest.chunk_size
+            await self.filler.read_through(file.key, file.entry, origin, offset, view, since, chunk_size=chunk_size)
         self._telemetry.uncached(handle.starts, len(view))
         if file.stale_error is not None:
             raise file.stale_error

@@ -14,7 +14,7 @@ import pytest
 
 from bench.common import make_model
 from tests.harness import MIB, wait_for
-from tests.region import Region, RegionHost, why_no_region, why_no_tier
+from tests.region import BUCKET, PREFIX, Region, RegionHost, why_no_region, why_no_tier
 
 REASON = why_no_region()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -120,6 +120,19 @@ def test_three_hosts_pull_once_and_a_fourth_pulls_nothing(tmp_path: Path) -> Non
         assert region.origin_egress() == 0
         assert region.from_tier(fresh) >= 48 * MIB
         region.prove(name, source.model, [fresh])
+        # What the region's seal proves is read at once, though the way to the origin protects nothing, and the file can
+        # never be whole here.
+        assert region.cluster is not None
+        another = region.add_host()
+        region.add(name, f"hf://org/{name}", [another])
+        region.hub.kill()
+        with region.cluster.client() as client:
+            for object_name in region.cluster.objects(BUCKET, f"{PREFIX}/v1/"):
+                if object_name.endswith("/c/00000005"):
+                    client.delete_object(Bucket=BUCKET, Key=object_name)
+        shard = max(source.model.iterdir(), key=lambda path: path.stat().st_size)
+        with open(another.path(name) / shard.name, "rb") as file:
+            assert file.read(1000) == shard.read_bytes()[:1000]
 
 
 # -- eight hosts -------------------------------------------------------------------------------------------------------

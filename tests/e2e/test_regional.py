@@ -45,7 +45,9 @@ class Site:
         self.key.chmod(0o600)
         self.daemons: list[Daemon] = []
 
-    def host(self, name: str, origins: dict[str, Any] | None = None, **regional: Any) -> Daemon:
+    def host(
+        self, name: str, origins: dict[str, Any] | None = None, more: dict[str, Any] | None = None, **regional: Any
+    ) -> Daemon:
         config: dict[str, Any] = {
             "fill": {"chunk_size": "1MiB"},
             "http": {"listen": "127.0.0.1:0"},
@@ -58,6 +60,7 @@ class Site:
                 **regional,
             },
         }
+        config |= more or {}
         config["regional"] = {key: value for key, value in config["regional"].items() if value is not None}
         daemon = Daemon(
             self.directory / name,
@@ -321,6 +324,42 @@ def test_a_shared_directory_is_a_tier(site: Site, tmp_path: Path) -> None:
     site.warm(second)
     right(second, made)
     assert site.sent() - before < 20_000
+
+
+def test_what_there_is_no_room_for_is_read_from_the_tier(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    site.warm(site.host("one"))
+    site.wait_seals(len(FILES))
+    before = site.sent()
+    second = site.host("two", more={"store": {"capacity": "3MiB"}})
+    right(second, made)
+    assert "uncached" in second.status("p"), second.status("p")
+    assert site.sent() - before < 20_000, site.hub.requests()[-9:]
+
+
+def test_another_regions_tier_is_asked_before_the_origin(site: Site, tmp_path: Path) -> None:
+    """Of another kind, with an endpoint and a key of its own; what comes from there goes into this region's own."""
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    site.warm(site.host("far"))
+    site.wait_seals(len(FILES))
+    shared, key = tmp_path / "shared", tmp_path / "near.key"
+    shared.mkdir()
+    key.write_text(secrets.token_hex(32))
+    key.chmod(0o600)
+    far = {"url": f"s3://{site.bucket}/t", "endpoint_url": site.seaweed.endpoint_url, "key_file": str(site.key)}
+    before = site.sent()
+    near = site.host("near", url=f"file://{shared}", endpoint_url=None, key_file=str(key), upstream=[far])
+    site.warm(near)
+    right(near, made)
+    assert site.sent() - before < 20_000, site.hub.requests()[-9:]
+    end = time.monotonic() + 30
+    while len(list(shared.rglob("seal"))) < len(FILES):
+        assert time.monotonic() < end, list(shared.rglob("*"))
+        time.sleep(0.1)
+    site.hub.kill()
+    assert set(seal_proofs(near).values()) <= {"region:far", ""}
 
 
 def test_three_hosts_at_once_pull_it_once(site: Site, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from instantstart_fs.core.claims import (
     RENEW_SECONDS,
     WATCH_SECONDS,
     Claim,
+    ClaimBudget,
     ClaimMark,
-    ClaimRoom,
     ClaimState,
     Take,
     looking_period,
@@ -88,10 +88,10 @@ def turn(
     *,
     most: int = 2,
     late: float = 0,
-    room: int | None = None,
+    budget: int | None = None,
 ) -> None:
     """What a host does in one step of time: look, claim, renew, fetch at most ``most`` chunks. ``late``: seconds until
-    what it puts is there. ``room``: None = ROOM less what it holds."""
+    what it puts is there. ``budget``: None = ROOM less what it holds."""
     tier.at(now)
     host.listed(*tier.listing(), now, tier.stamps)
     for take in host.watches(8, now):
@@ -100,7 +100,7 @@ def turn(
             host.vanished(take.group, take.epoch)
         else:
             host.seen(take.group, take.epoch, mark, now)
-    for take in host.next_claims(ROOM - host.holding if room is None else room, now):
+    for take in host.next_claims(ROOM - host.holding if budget is None else budget, now):
         if (take.group, take.epoch) in tier.claims:
             host.lost(take.group, now)
         else:
@@ -467,14 +467,14 @@ def test_a_tier_that_is_slow_with_what_nobody_waits_for_is_asked_once_more() -> 
 
 
 def test_hosts_that_start_together_leave_room_for_one_another() -> None:
-    room = ClaimRoom(8, 16, 32)
-    assert room.left(0) == 8
-    room.looked(0.0, others=True)
-    room.looked(0.1, others=True)
-    assert room.left(8) == 8
-    room.looked(1.0, others=True)
-    assert room.left(8) == 8
-    alone = ClaimRoom(8, 16, 32)
+    budget = ClaimBudget(8, 16, 32)
+    assert budget.left(0) == 8
+    budget.looked(0.0, others=True)
+    budget.looked(0.1, others=True)
+    assert budget.left(8) == 8
+    budget.looked(1.0, others=True)
+    assert budget.left(8) == 8
+    alone = ClaimBudget(8, 16, 32)
     for now in range(5):
         alone.looked(now, others=False)
     assert alone.left(0) == 32
@@ -487,13 +487,13 @@ def test_hosts_that_start_together_leave_room_for_one_another() -> None:
 def test_a_small_pipeline_is_shared_by_all_hosts(seed: int) -> None:
     chance, tier, pulled = random.Random(seed), Tier(), []
     plans = [plan(16 * GROUP_CHUNKS, f"host{number}") for number in range(4)]
-    rooms = {one.host: ClaimRoom(GROUP_CHUNKS, ROOM, 2 * ROOM) for one in plans}
+    rooms = {one.host: ClaimBudget(GROUP_CHUNKS, ROOM, 2 * ROOM) for one in plans}
     now = 0.0
     while not all(one.complete for one in plans):
         chance.shuffle(plans)
         for one in plans:
             rooms[one.host].looked(now, others=one.others(now))
-            turn(tier, one, now, pulled, room=rooms[one.host].left(one.holding))
+            turn(tier, one, now, pulled, budget=rooms[one.host].left(one.holding))
         now += 0.25
         assert now < 600
     shares = [sum(host == one.host for host, _ in pulled) for one in plans]
