@@ -7,6 +7,7 @@ machine's clock is off, the engine says so (RequestTimeTooSkewed): the differenc
 from __future__ import annotations
 
 import email.utils
+import os
 import re
 import threading
 import time
@@ -124,6 +125,8 @@ class S3Store:
         with self._lock:
             if self._secrets is not None and time.monotonic() < self._secrets_until:
                 return self._secrets
+        if self._profile is None and (found_here := _secrets_in_environment()) is not None:
+            return found_here
         import boto3  # late: a second of imports that only a region needs
         import botocore.exceptions
 
@@ -216,6 +219,15 @@ class S3Store:
     def skew(self) -> float:
         """Seconds that the engine's clock is ahead of this machine's, as far as it matters; 0 = it does not."""
         return self._skew
+
+
+def _secrets_in_environment() -> Secrets | None:
+    """What boto3 asks first where no profile is named, without the second that importing it takes."""
+    key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
+    if not key or not secret:
+        return None
+    token = os.environ.get("AWS_SESSION_TOKEN") or os.environ.get("AWS_SECURITY_TOKEN")
+    return Secrets(key, secret, token or "")
 
 
 def _listing(body: bytes) -> tuple[list[tuple[str, int, float]], str]:
