@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.errors import (
     AccessRefused,
+    OriginChanged,
     OriginMisbehaved,
     OriginNotFound,
     OriginUnavailable,
@@ -86,7 +87,10 @@ def fetch_piece(
         _copy(unquote(parts.path), size, buffer, inner)
         return inner.prove(parts.path), None
     location = Location(piece.url, piece.headers, named=(parts.hostname or "",), service="s3")
-    answered = fetcher.fetch(location, ByteRange(0, size), size, buffer, inner)
+    try:
+        answered = fetcher.fetch(location, ByteRange(0, size), size, buffer, inner)
+    except OriginChanged as error:  # of another size: an origin may change, a chunk is then none
+        raise OriginMisbehaved(error.message) from error
     return inner.prove(f"{parts.netloc}{parts.path}"), answered
 
 

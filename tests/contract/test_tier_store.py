@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 import urllib.request
@@ -10,10 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.errors import AccessRefused, InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable
+from instantstart_fs.filler.fetch import Fetcher, new_buffer
+from instantstart_fs.filler.messages import Piece, WorkerSettings
+from instantstart_fs.filler.pieces import fetch_piece
+from instantstart_fs.origins.base import Location
+from instantstart_fs.regional.keys import RegionKey, keyed_digest
 from instantstart_fs.regional.s3 import S3Store
 from instantstart_fs.regional.store import TierStore
 from instantstart_fs.regional.stores import open_store
+from tests.contract.worlds import fetch
+from tests.servers.blackhole import BlackHole
 from tests.servers.ports import free_ports
 from tests.servers.seaweed import SeaweedServer
 
@@ -139,3 +148,79 @@ def test_a_tier_that_is_not_there_says_so_in_time(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InstantStartError):
         store.get("v1/x", 10)
     assert time.monotonic() - began < 10
+
+
+# -- what origins promise (tests/contract/test_origins.py), as far as a tier has it --------------------------------
+
+
+def test_one_address_serves_many_ranged_reads_and_says_when_it_ends(store: TierStore) -> None:
+    content = random.Random(1).randbytes(300_000)
+    store.put("v1/s/p/c/00000000", content)
+    address = store.address("v1/s/p/c/00000000")
+    location = Location(address.url, address.headers)
+    for start, stop in ((0, 10), (1, 2), (100_000, 300_000), (299_999, 300_000)):
+        assert fetch(location, start, stop) == content[start:stop]
+    assert (address.expires_at is None) == address.url.startswith("file:")
+    if address.expires_at is not None:
+        assert 600 < address.expires_at - time.time() <= 7 * 86400
+
+
+class Memory:
+    """A sink that keeps the bytes of one chunk."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def write(self, data: memoryview, offset: int) -> None:
+        self.data[offset : offset + len(data)] = data
+
+    def before_read(self) -> None:
+        pass
+
+    def progress(self, count: int) -> None:
+        pass
+
+    def take_whole(self) -> None:
+        return None
+
+
+def test_a_replaced_object_never_gives_other_bytes(store: TierStore) -> None:
+    """Replaced, cut short, grown, of another place, or gone: it is refused, and not taken for the tier's silence."""
+    key, content = RegionKey(bytes(32)), random.Random(2).randbytes(200_000)
+    fetcher = Fetcher(WorkerSettings(connect_timeout=2, stall_timeout=5))
+    name, secret = "v1/s/pin/c/00000003", key.chunk_key("pin", 3, len(content))
+
+    def take(secret: bytes = secret) -> bytes:
+        address, sink = store.address(name), Memory()
+        wanted = ByteRange(0, len(content))
+        fetch_piece(fetcher, Piece(address.url, secret, b"", address.headers), wanted, new_buffer(), sink)
+        return bytes(sink.data)
+
+    whole = keyed_digest(secret, content) + content
+    store.put(name, whole)
+    assert take() == content
+    with pytest.raises(OriginMisbehaved):
+        take(key.chunk_key("pin", 4, len(content)))
+    for wrong in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-1], whole + b"x", b""):
+        store.put(name, wrong)
+        with pytest.raises(OriginMisbehaved):
+            take()
+    store.delete(name)
+    with pytest.raises(OriginNotFound):
+        take()
+
+
+def test_opening_does_no_io() -> None:
+    (port,) = free_ports(1)
+    store = open_store("s3://bucket/prefix", endpoint_url=f"http://127.0.0.1:{port}")
+    assert store.endpoint == f"127.0.0.1:{port}"
+    assert open_store("file:///nowhere/at/all").endpoint == "/nowhere/at/all"
+
+
+def test_a_server_that_never_answers_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with BlackHole() as hole:
+        store = open_store("s3://bucket/prefix", endpoint_url=f"http://127.0.0.1:{hole.port}")
+        with pytest.raises(OriginUnavailable):
+            store.get("v1/x", 100)
