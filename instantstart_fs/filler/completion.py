@@ -148,6 +148,7 @@ class Completion(CommitEvents):
             error.message,
             extra={"pipeline": target.key.pipeline},
         )
+        target.losses += 1
         for chunk in range(target.present.chunks):
             if chunk in target.present and chunk not in target.durable:
                 target.present.discard(chunk)

@@ -96,6 +96,7 @@ class FillTarget:
         "incarnation",
         "key",
         "last_progress",
+        "losses",
         "open_blob",
         "origin",
         "owner",
@@ -138,6 +139,8 @@ class FillTarget:
         """Chunks that are what a region's seal says: proven, though the file is not sealed here."""
         self.proven_by = ""
         """By whose proof it is sealed, where not by this host's own hash: the region's seal."""
+        self.losses = 0
+        """How often chunks that had been present were lost."""
         self.allocated = 0
         self.has_reader = has_reader
         self.owner: TargetOwner | None = None

@@ -50,6 +50,8 @@ class _Told:
     def __init__(self, target: FillTarget, inode: tuple[int, int]) -> None:
         self.target = target
         self.inode = inode
+        self.losses = target.losses
+        self.count = 0
         self.chunks = bytearray(target.present.chunks)
 
 
@@ -74,6 +76,8 @@ class Handover:
         indices = {entry.path: entry.index for entry in entries}
         self._pending = [indices[file.path] for file in scheduled(self.weights, deadlines)]
         self._told: dict[int, _Told] = {}
+        self._whole_only: set[int] = set() if reads.filler.may_stream else set(self._pending)
+        """Files that are handed over once they are complete."""
 
     @property
     def finished(self) -> bool:
@@ -144,7 +148,8 @@ class Handover:
         path, whole = file.entry.path, ((0, file.size),)
         if told is None:
             return FilePart(path, descriptors, whole, complete=True, again=False)
-        if told.inode != _inode(descriptors[0]):  # another incarnation of it
+        same = told.inode == _inode(descriptors[0]) and told.target.incarnation == file.incarnation
+        if not same or told.losses != told.target.losses:
             return FilePart(path, descriptors, whole, complete=True, again=True)
         close_all([(path, descriptors)])
         left = tuple(_ranges(told.target, (chunk for chunk, known in enumerate(told.chunks) if not known)))
@@ -152,20 +157,20 @@ class Handover:
 
     async def _news(self, index: int, file: CachedFile, told: _Told | None) -> FilePart | None:
         target, path = file.target, file.entry.path
-        if told is not None and (
-            target is not told.target
-            or any(known and chunk not in target.present for chunk, known in enumerate(told.chunks))
-        ):
+        if told is not None and (target is not told.target or told.losses != told.target.losses):
             del self._told[index]  # another incarnation, or bytes that a failed sync may have lost
             return FilePart(path, [], (), complete=False, again=True)
-        if target is None or target.blob is None or target.failed or not self._reads.filler.may_stream:
+        if target is None or target.blob is None or target.failed or index in self._whole_only:
             return None
         descriptors: list[int] = []
         if told is None:
             if not target.present.count:
                 return None
             descriptors = await trio.to_thread.run_sync(self._open_unsealed, file)
-            if not descriptors or file.target is not target or target.blob is None:
+            if not descriptors:
+                self._whole_only.add(index)
+                return None
+            if file.target is not target or target.blob is None:
                 close_all([(path, descriptors)])
                 return None
             told = self._told[index] = _Told(target, _inode(descriptors[0]))
@@ -173,11 +178,14 @@ class Handover:
                 del self._told[index]
                 close_all([(path, descriptors)])
                 return None
+        if not descriptors and told.count == target.present.count:
+            return None
         fresh = [chunk for chunk in range(target.present.chunks) if chunk in target.present and not told.chunks[chunk]]
         for chunk in fresh[:MOST_RANGES]:
             told.chunks[chunk] = 1
+            told.count += 1
         ranges = tuple(_ranges(target, iter(fresh[:MOST_RANGES])))
-        return FilePart(path, descriptors, ranges, complete=False, again=False) if ranges or descriptors else None
+        return FilePart(path, descriptors, ranges, complete=False, again=False)
 
     def _open_unsealed(self, file: CachedFile) -> list[int]:
         """Blocks. Empty where it cannot be handed over before it is complete."""
