@@ -24,6 +24,8 @@ RENEW_SECONDS = WATCH_SECONDS = 2.0
 """How often a claim is renewed, and one that may be dead is looked at."""
 CALM_SECONDS = 10.0
 """How often a claim is looked at that listings show to be renewed."""
+MANY = 4
+"""Claims of others beside which a host has one group at a time."""
 BUDGET_SECONDS = 0.25
 """At least so long a host has the room that it has: its many files are listed one after the other."""
 MOST_UNREADABLE, MOST_VANISHED = 4, 3
@@ -145,7 +147,8 @@ class ClaimBudget:
     """How much of a pipeline one host may have under its claims: little at first, and as long as others pull, too.
 
     Hosts that start together see no claims of one another. Who takes much at once then takes all of a small pipeline,
-    and the others watch. So each starts with one group, looks again, and doubles that while nobody else shows up.
+    and the others watch. So each starts with one group, looks again, and doubles that while nobody else shows up. Where
+    many pull, one group of each keeps the origin busy, and what a host that dies has in hand is little.
 
     Args:
         group: Chunks of a group.
@@ -158,11 +161,12 @@ class ClaimBudget:
         self._now = group
         self._doubled = -math.inf
 
-    def looked(self, now: float, *, others: bool) -> None:
-        """A listing has come. ``others``: whether another host has a claim."""
+    def looked(self, now: float, *, others: int) -> None:
+        """A listing has come. ``others``: how many claims other hosts have."""
         if now - self._doubled >= BUDGET_SECONDS:
             self._now, self._doubled = 2 * self._now, now
-        self._now = min(self._now, self._shared if others else self._alone)
+        most = self._alone if not others else self._shared if others < MANY else self._group
+        self._now = min(self._now, most)
 
     def left(self, holding: int) -> int:
         """Chunks that may be claimed beside the ``holding`` that are under claims and not here."""

@@ -303,9 +303,9 @@ class PullPlan:
         self._advisory.add(group)
         self._decide_group(group)
 
-    def others(self, now: float) -> bool:
-        """Whether another host pulls this file, too."""
-        return any(not claim.dead(now, self.lag) for claim in self._theirs.values())
+    def others(self, now: float) -> int:
+        """How many live claims of this file others have."""
+        return sum(not claim.dead(now, self.lag) for claim in self._theirs.values())
 
     def unasked(self, group: int) -> None:
         """It is not known what became of the claim: it is tried again."""

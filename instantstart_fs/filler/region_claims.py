@@ -240,7 +240,7 @@ class Claims:
 
     def _look_round(self, follow: Follow, now: float) -> None:
         pipeline = follow.key.pipeline
-        others = any(one.pull.others(now) for one in self._following if one.key.pipeline == pipeline)
+        others = sum(one.pull.others(now) for one in self._following if one.key.pipeline == pipeline)
         self._budgets[pipeline].looked(now, others=others)
 
     def _budget(self, follow: Follow) -> int:

@@ -12,6 +12,7 @@ from instantstart_fs.core.claims import (
     CLAIM_STALL,
     CLAIM_TTL,
     LEAST_STILL,
+    MANY,
     MOST_UNREADABLE,
     RENEW_SECONDS,
     WATCH_SECONDS,
@@ -469,17 +470,19 @@ def test_a_tier_that_is_slow_with_what_nobody_waits_for_is_asked_once_more() -> 
 def test_hosts_that_start_together_leave_room_for_one_another() -> None:
     budget = ClaimBudget(8, 16, 32)
     assert budget.left(0) == 8
-    budget.looked(0.0, others=True)
-    budget.looked(0.1, others=True)
+    budget.looked(0.0, others=1)
+    budget.looked(0.1, others=1)
     assert budget.left(8) == 8
-    budget.looked(1.0, others=True)
+    budget.looked(1.0, others=1)
     assert budget.left(8) == 8
     alone = ClaimBudget(8, 16, 32)
     for now in range(5):
-        alone.looked(now, others=False)
+        alone.looked(now, others=0)
     assert alone.left(0) == 32
-    alone.looked(5.1, others=True)
+    alone.looked(5.1, others=1)
     assert alone.left(16) == 0
+    alone.looked(6.0, others=MANY)
+    assert alone.left(8) == 0
 
 
 @settings(max_examples=20, deadline=None)
