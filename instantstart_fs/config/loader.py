@@ -1,7 +1,6 @@
-"""TOML in, a Config out, or a ConfigError that names the file, the key and the reason.
+"""Reads TOML files into a Config, or raises a ConfigError that names the file, the key and the reason.
 
-Owns every default. Never touches the network, never creates anything. The documented contract is
-docs/CONFIGURATION.md.
+It has every default. It uses no network and creates nothing. docs/CONFIGURATION.md is the contract.
 """
 
 from __future__ import annotations

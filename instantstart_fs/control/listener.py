@@ -1,6 +1,6 @@
 """Opens the control socket, and accepts connections for it and for the page.
 
-Everybody may connect to the control socket, since the caller of each request is checked (``callers.py``).
+Any user may connect to the control socket: the caller of each request is checked (``callers.py``).
 """
 
 from __future__ import annotations

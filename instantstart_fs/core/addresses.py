@@ -1,4 +1,4 @@
-"""Which network addresses an origin may send the daemon to. Pure: nothing is resolved or connected here.
+"""Decides which network addresses an origin may send the daemon to. Pure: it resolves and connects to nothing.
 
 The daemon runs as root in the middle of a network: it reaches services of this machine, a cloud's metadata and the
 neighbours, which the author of a redirect or of a DNS record may not reach. So an address that is chosen elsewhere must

@@ -1,4 +1,4 @@
-"""Notices that the wall clock was set, over restarts too: stored request times then mean nothing for a while. Pure:
+"""Detects that the wall clock was set, also across restarts: stored request times are then wrong for a while. Pure:
 both clocks are parameters.
 """
 

@@ -1,4 +1,4 @@
-"""Hashers for the digests that a manifest can name. They compute; comparing is the caller's. Feed the bytes in order,
+"""Hashers for the digests that a manifest can name. They do not compare: the caller does. Feed the bytes in order,
 once.
 
 ``new_hasher(digest, size)`` gives the object that computes what ``digest.value`` should be. All values are lowercase

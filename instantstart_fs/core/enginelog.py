@@ -1,4 +1,4 @@
-"""What engines say of their own start, line by line → seconds of each phase. Pure.
+"""Reads the phases of an engine's start, in seconds, from its log lines. Pure.
 
 vLLM and SGLang print how long loading, compiling, capturing and warming up took. What is not said is not guessed.
 """

@@ -1,5 +1,5 @@
-"""Which pipelines to evict, and whether new bytes may come in: LRU by last request, whole pipelines. Pure:
-upkeep/eviction.py carries it out.
+"""Decides which pipelines to evict, and whether new bytes may come in: whole pipelines, least recently requested
+first. Pure: upkeep/eviction.py carries it out.
 
 Never a hot, pinned, open or leased one (design rule 6): where those fill the store, a plan is short and says so by
 freeing less than was asked, and an admission is refused. Remains of cold pipelines, which are worth nothing to an

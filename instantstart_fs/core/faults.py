@@ -1,4 +1,4 @@
-"""Which failures of a fetch are final, and after how many in a row. Pure; retries and backoff are not decided here.
+"""Decides which failures of a fetch are final, and after how many in a row. Pure; backoff is in core/retry.py.
 
 A server that misbehaves once may have had a bad moment: it is asked again, with backoff. One that misbehaves in the
 same way several times in a row is like that, and asking it for ever helps nobody: the file then fails for good

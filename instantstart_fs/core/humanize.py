@@ -1,4 +1,4 @@
-"""Amounts and messages in words, the same on the command line and on the page. Pure."""
+"""Formats sizes, times and messages for people, alike on the command line and the page. Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What was learned about how engines start from a pipeline: files they read that the rules leave out, and files they
-never read. Pure values; catalog/loadset_learner.py keeps them.
+"""Facts learned about how engines start from a pipeline: files that they read though the rules leave them out, and
+files that they never read. Pure values; catalog/loadset_learner.py keeps them.
 
 Paths are those within the pipeline: they outlive an update of the source.
 """

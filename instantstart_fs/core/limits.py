@@ -1,4 +1,4 @@
-"""Bounds of numbers from outside: command line, configuration, control socket. Constants only.
+"""Bounds of numbers that come from outside: command line, configuration, control socket. Constants only.
 
 One place, so that what the command line refuses is refused by the daemon as well, from any client: a rate of 1e-300
 bytes a second is a job that nobody can end, and a uid of 2⁶⁴ one that the kernel's protocol cannot say.

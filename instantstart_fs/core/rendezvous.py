@@ -1,4 +1,4 @@
-"""Rendezvous hashing: who of many owns what, so that all agree without asking one another. Pure.
+"""Rendezvous hashing: assigns each thing to one of many hosts, so that all agree without messages. Pure.
 
 Each pair of a host and a thing has a score; the host with the highest one owns the thing. When a host comes or goes,
 only what it owns changes hands. One score serves every level (region, rack): with one score for each, owners would wait

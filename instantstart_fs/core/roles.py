@@ -1,4 +1,4 @@
-"""What a single file of a model is for, by its name and size. Pure; core/loadset.py looks at the files together.
+"""Decides what a single file of a model is for, by its name and size. Pure; core/loadset.py looks at all files.
 
 *Weights*: opening them is a request for the pipeline. *Config*: configuration, tokenizers, templates, remote code,
 voice prompts: what engines read beside the weights, and what backups and indexers read of everything. *Docs* and

@@ -1,4 +1,4 @@
-"""When the bytes of which pipeline are read and compared again, and when that pauses. Pure: time is a parameter;
+"""Decides which pipeline is scrubbed (read and compared again), when, and when that pauses. Pure: time is a parameter;
 upkeep/scrub.py reads.
 
 A pass goes over one pipeline's complete files in manifest order. The next one is of the pipeline that was proven the

@@ -1,5 +1,5 @@
-"""How many connections there may be, and which idle one is closed for a new one. Pure: time is a parameter; control and
-web hold the connections.
+"""Decides how many connections there may be, and which idle one is closed for a new one. Pure: time is a parameter;
+control and web have the connections.
 
 Each connection has a seat, which counts for its share: a uid, say. A connection at work keeps its seat; an idle one is
 closed when another needs the seat. So idle connections keep nobody out, however many there are and however many shares

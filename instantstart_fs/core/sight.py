@@ -1,5 +1,5 @@
-"""Which pipelines a caller may see, the same at the control socket, the page and the metrics. Pure: who the caller is,
-is found out there.
+"""Decides which pipelines a caller may see, alike at the control socket, the page and the metrics. Pure: those find out
+who the caller is.
 
 There is one rule, the mount's: a caller that may list a pipeline's directory, by its owner, group and mode, sees its
 state. For what is unknown about a caller the least is assumed, so that hiding an identity shows nothing more.

@@ -1,4 +1,4 @@
-"""Source addresses: parses where a user says that a model is. Pure; nothing is looked up.
+"""Parses source addresses, by which users name a model's place. Pure; nothing is looked up.
 
     hf://org/repo            hf://org/repo@revision        hf://gpt2@refs/pr/1     (a revision may hold slashes)
     s3://bucket              s3://bucket/prefix            (the prefix is a directory, or names one object)

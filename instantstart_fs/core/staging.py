@@ -1,5 +1,5 @@
-"""What is read ahead into the page cache while an engine loads, when and how much. Pure; mount/staging.py carries it
-out.
+"""Decides what is read ahead into the page cache while an engine loads, when and how much. Pure; mount/staging.py
+reads.
 
 An engine that maps its weights faults them in one readahead at a time and leaves a fast disk mostly idle. So the shards
 that it is about to read are read ahead for it, in load order, within a budget of memory, a window of whole shards that

@@ -1,4 +1,4 @@
-"""Whether bytes of a file may be served before its digest is verified (``fill.serve_unsealed``). Pure."""
+"""Decides whether bytes of a file may be served before its digest is verified (``fill.serve_unsealed``). Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""When an origin is asked again: backoff, Retry-After, circuit breakers, and the next source of a chain. It keeps the
-plan and the fills in step with what origins answer; it sends nothing and ends nothing.
+"""Decides when an origin is asked again: backoff, Retry-After, circuit breakers, and the next source of a chain.
+
+It holds files in the fill plan and releases them, and wakes readers whose origin's breaker opens. It sends no request
+and ends no fill.
 """
 
 from __future__ import annotations

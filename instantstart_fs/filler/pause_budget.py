@@ -1,4 +1,4 @@
-"""The budget of pauses: background fetches leave the bandwidth to a demand, but not for ever. Pure: time is a
+"""Limits how long background fetches pause for a demand: they leave it the bandwidth, but not for ever. Pure: time is a
 parameter."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
-"""What is present and what was asked for, durably: LMDB with one writer thread. Can be rebuilt from the slots."""
+"""The index: durable records of presence, nodeids, requests and access times, in LMDB with one writer thread. It can
+be rebuilt from the slots."""

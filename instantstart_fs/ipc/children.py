@@ -1,4 +1,4 @@
-"""Starts the product's own modules as child processes. Who talks to them, and about what, is the caller's affair."""
+"""Starts the product's own modules as child processes. Callers make the sockets and speak the protocols."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The kernel's numbers for the store's files that it reads itself (FUSE passthrough), kept as long as each is needed.
+"""Registers the store's files with the kernel for FUSE passthrough, and unregisters them (backing ids).
 
-It registers and unregisters; which file is passed through is decided elsewhere.
+Which file is passed through is decided in vfs.OpenFile.backing.
 """
 
 from __future__ import annotations

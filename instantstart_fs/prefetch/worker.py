@@ -2,8 +2,8 @@
 
     python -m instantstart_fs.prefetch.worker FD '{"device": …}'
 
-For CUDA it owns the memory and lives until the Stage lets go; for the CPU the memory is the Stage's own memfds. It
-ends, and its memory with it, when the socket does: nobody has to be alive to clean up.
+For CUDA it owns the memory, and lives until the Stage closes the socket. For the CPU the memory is the Stage's own
+memfds. It exits, which frees its memory, when the socket ends: no other process has to clean up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Translates OSError into StoreError, where the filesystem's errors enter. It decides nothing about retries."""
+"""Translates OSError into StoreError, where errors of the filesystem enter. Callers decide about retries."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Complete files that generations of one pipeline share: one file on disk with a name in each (hard links), and the
-check that no name lies elsewhere. A shared file is never opened for filling.
+"""Checks complete files that generations of one pipeline share: one file on disk with a hard link in each, and none
+elsewhere. A shared file is never opened for filling.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Counters for metrics and records of cold starts. Never affects what is served."""
+"""Counters for the metrics, and records of cold starts. It never affects what is served."""

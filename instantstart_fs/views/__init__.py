@@ -1,1 +1,1 @@
-"""How pipelines and files look from outside: attributes, xattrs, names, status. Changes nothing."""
+"""What is shown of pipelines and files: attributes, xattrs, names, status. It changes nothing."""

@@ -1,4 +1,5 @@
-"""Binds the page's address. Apart from the server, so that a daemon can bind before it imports that."""
+"""Binds the page's address, or a free port. A module of its own, so that the daemon binds before it imports the
+server."""
 
 from __future__ import annotations
 

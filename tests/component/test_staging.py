@@ -63,10 +63,10 @@ class FakeReader:
         self.report = report
         self.queued: dict[int, tuple[int, int]] = {}
         self.log: list[tuple[str, int]] = []
-        self.shelves: FakeHost
+        self.catalogs: FakeHost
 
     def stage(self, job: int, fd: int, length: int) -> None:
-        index = self.shelves.index_of_fd[fd]
+        index = self.catalogs.index_of_fd[fd]
         os.close(fd)
         assert index not in [other for other, _ in self.queued.values()], "staged twice at once"
         self.queued[job] = (index, length)
@@ -93,15 +93,15 @@ class FakeReader:
 
 class World:
     def __init__(self, budget: int) -> None:
-        self.shelves = FakeHost()
+        self.catalogs = FakeHost()
         self.reader: FakeReader | None = None
         self.memory = Memory(budget)
         config = StagingConfig(max_memory=Capacity(fraction=1.0))
-        self.staging = Staging(self.shelves, config, read_ahead=self._make, memory=lambda: self.memory)
+        self.staging = Staging(self.catalogs, config, read_ahead=self._make, memory=lambda: self.memory)
 
     def _make(self, report: Callable[[int, int, int], None]) -> FakeReader:
         self.reader = FakeReader(report)
-        self.reader.shelves = self.shelves
+        self.reader.catalogs = self.catalogs
         return self.reader
 
     def open(self, index: int, generation: int = 1) -> None:
@@ -199,7 +199,7 @@ async def test_what_is_staged_is_counted(clock: trio.testing.MockClock) -> None:
         assert world.staging.statistics() == Statistics(active=1, sessions=1, bytes=0, files=0)
         world.reader.finish()
         assert world.staging.statistics() == Statistics(active=0, sessions=1, bytes=100, files=1)
-        assert world.shelves.told == [("p", 100, True)]
+        assert world.catalogs.told == [("p", 100, True)]
 
 
 async def test_it_waits_for_memory(clock: trio.testing.MockClock) -> None:
@@ -248,11 +248,11 @@ async def test_several_readers_stage_once(clock: trio.testing.MockClock) -> None
 async def test_while_filling_what_is_sealed_is_staged_and_the_rest_when_it_is(clock: trio.testing.MockClock) -> None:
     async with running() as world:
         for index in (2, 4):
-            world.shelves.ready(index, False)
+            world.catalogs.ready(index, False)
         world.open(1)
         await trio.sleep(2)
         assert world.staged == [1, 3]
-        world.shelves.ready(4, True)
+        world.catalogs.ready(4, True)
         world.staging.sealed(FileKey("p", 1, 4))
         await trio.sleep(0.1)
         assert world.staged == [1, 3, 4]
@@ -278,7 +278,7 @@ async def test_a_retired_file_is_let_go(clock: trio.testing.MockClock) -> None:
         world.open(1)
         await trio.sleep(2)
         assert world.reader is not None
-        world.shelves.ready(3, False)
+        world.catalogs.ready(3, False)
         world.staging.retired(FileKey("p", 1, 3))
         assert [index for index, _ in world.reader.queued.values()] == [1, 2, 4]
         await trio.sleep(3)
@@ -299,7 +299,7 @@ async def test_an_update_ends_the_old_generations_session(clock: trio.testing.Mo
 
 async def test_a_file_that_cannot_be_opened_keeps_nothing_else_back(clock: trio.testing.MockClock) -> None:
     async with running() as world:
-        world.shelves.broken = {2}
+        world.catalogs.broken = {2}
         world.open(1)
         await trio.sleep(2)
         assert world.staged == [1, 3, 4]

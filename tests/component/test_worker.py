@@ -159,7 +159,7 @@ def test_a_fetch_that_is_stopped_lets_go_of_its_connection_and_writes_nothing(
     worker: RunningWorker, server: ByteServer, blob: int
 ) -> None:
     data = server.files["a"] = content(2 * CHUNK, 1)
-    let_go, asked = threading.Event(), threading.Event()
+    released, asked = threading.Event(), threading.Event()
 
     def hang(handler: Handler, path: str, start: int, stop: int) -> bool:
         if asked.is_set():
@@ -167,7 +167,7 @@ def test_a_fetch_that_is_stopped_lets_go_of_its_connection_and_writes_nothing(
         asked.set()
         handler.request.settimeout(20)
         if handler.request.recv(1) == b"":
-            let_go.set()
+            released.set()
         handler.close_connection = True
         return True
 
@@ -178,7 +178,7 @@ def test_a_fetch_that_is_stopped_lets_go_of_its_connection_and_writes_nothing(
     worker.tell(Fetch(7, 1, 0, True))
     assert asked.wait(10)
     worker.tell(Stop(7, 1, 0))
-    assert let_go.wait(5), "not only when its time is up"
+    assert released.wait(5), "not only when its time is up"
     worker.tell(Fetch(8, 1, 0, True))
     report = worker.hear()
     assert isinstance(report, Arrived) and report.request == 8, "and nothing was said of the first"

@@ -518,11 +518,11 @@ def test_a_strangers_open_keeps_root_from_nothing_for_long(
                 wait_for(lambda: running.cli("evict", "p").returncode == 0, "the kernel's release of the file")
                 running.ok("remove", "p")
 
-        def let_go() -> bool:
+        def released() -> bool:
             names = [os.readlink(fd) for fd in Path(f"/proc/{running.pid}/fd").iterdir() if fd.is_symlink()]
             return not any(name.endswith(".safetensors (deleted)") for name in names)
 
-        wait_for(let_go, "the daemon's last descriptor of what was deleted")
+        wait_for(released, "the daemon's last descriptor of what was deleted")
 
 
 def test_of_a_partial_file_that_was_taken_away_nobody_reads_anything_wrong(
