@@ -4,6 +4,7 @@ origin for nothing. Real daemons in network namespaces, a real SeaweedFS with th
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -29,25 +30,35 @@ SLOW_ORIGIN = "100mbit"
 """So that the origin is the limit, and not this machine's processors."""
 
 
+NUMBERS = itertools.count(1)
+"""Of pipelines: the hosts of a module's tests are the same ones."""
+
+
 class Source:
     """Models that differ from one another, each published once. ``size``: bytes of all its files."""
 
     def __init__(self, directory: Path, region: Region, weights: int) -> None:
         self._directory, self._region, self._weights = directory, region, weights
-        self._made = 0
+        self._added: list[tuple[str, list[RegionHost] | None]] = []
         self.model = directory
         self.size = 0
 
     def next(self, hosts: list[RegionHost] | None = None) -> str:
         """Another model; the name of the pipeline that every host (or these) has of it now."""
-        self._made += 1
-        name = f"p{self._made}"
+        name = f"p{next(NUMBERS)}"
+        self._added.append((name, hosts))
         self.model = make_model(self._directory / name, self._weights, 4).directory
         self.size = sum(path.stat().st_size for path in self.model.iterdir())
         self._region.publish(f"org/{name}", self.model)
         self._region.add(name, f"hf://org/{name}", hosts)
         self._region.hub.forget_requests()  # of listing it
         return name
+
+    def remove(self) -> None:
+        """Take them off the hosts again: their disk is one."""
+        for name, hosts in self._added:
+            for host in self._region.hosts if hosts is None else hosts:
+                host.cli("remove", name, "--force")
 
     def pulled(self) -> float:
         """How many times its size the origin has sent."""
@@ -63,9 +74,11 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Region]:
 
 
 @pytest.fixture
-def source(eight: Region, tmp_path: Path) -> Source:
+def source(eight: Region, tmp_path: Path) -> Iterator[Source]:
     eight.hub.reset()
-    return Source(tmp_path, eight, 128 * MIB)
+    made = Source(tmp_path, eight, 128 * MIB)
+    yield made
+    made.remove()
 
 
 def while_warming(region: Region, name: str, act: Callable[[], None], hosts: list[RegionHost]) -> dict[str, float]:
