@@ -99,7 +99,10 @@ def give_up_at(began: float, last_byte: float, *, demanded: bool) -> float:
 
 
 class PullPlan:
-    """One file that is being filled here. It has many methods: one for each thing that becomes known or is asked.
+    """One file that is being filled here.
+
+    It has more than 25 public methods, because each thing that becomes known about a chunk or a claim has one, and all
+    of them change the same tables.
 
     A route is WAIT, or a source: 0 is the region's own tier, 1 … ``upstream`` the tiers asked after it, the next number
     the origin (``origin``). A chunk moves from WAIT to a source and from a source to a later one, never back, so that

@@ -85,9 +85,9 @@ def choose(
     nearest: tuple[int, int] | None = None
     differs: tuple[str, ...] = ()
     found: StartupRecord | None = None
-    gone = frozenset(without)
+    damaged = frozenset(without)
     for record in records:
-        if record.number in gone:
+        if record.number in damaged:
             continue
         other = differences(key, record.key)
         if record.uid != uid and "owner" not in other:
@@ -98,18 +98,18 @@ def choose(
             nearest, differs = (len(other), -record.number), other
     if found is not None:
         return Choice("restored", found)
-    return Choice("damaged" if gone else "first" if nearest is None else "mismatch", None, differs)
+    return Choice("damaged" if damaged else "first" if nearest is None else "mismatch", None, differs)
 
 
 def surplus(records: Iterable[StartupRecord]) -> list[StartupRecord]:
     """What to delete, oldest first: of each key all but the newest KEPT_PER_KEY, of all keys all but KEPT."""
     counts: dict[tuple[tuple[str, str], ...], int] = {}
-    kept, gone = 0, []
+    kept, expired = 0, []
     for record in sorted(records, key=lambda found: found.number, reverse=True):
         name = tuple(sorted(record.key.items()))
         if counts.get(name, 0) >= KEPT_PER_KEY or kept >= KEPT:
-            gone.append(record)
+            expired.append(record)
         else:
             counts[name] = counts.get(name, 0) + 1
             kept += 1
-    return gone[::-1]
+    return expired[::-1]

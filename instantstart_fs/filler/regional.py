@@ -48,7 +48,10 @@ SWEEP_TICKS = 20
 
 class Regional:
     """On the trio thread. ``slot_of``: the slot of a pipeline, None where none is to be used. ``serve_verified``:
-    whether readers get chunks that the region's seal proves, before their file is sealed here."""
+    whether readers get chunks that the region's seal proves, before their file is sealed here.
+
+    It has more than 8 collaborators, because it joins the filler's tables to the tier's claims, routes and write-back.
+    """
 
     def __init__(
         self,

@@ -202,7 +202,7 @@ class Follower:
         """A restart of the daemon ends the lease, and not the command: take it again. Ends with the process."""
         wire = self._lease
         while True:
-            wire.wait_gone()
+            wire.wait_disconnected()
             while True:
                 time.sleep(LEASE_RETRY)
                 try:

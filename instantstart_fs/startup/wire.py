@@ -100,8 +100,8 @@ class Wire:
             raise from_code(str(message.get("code")), str(message.get("message")))
         return message
 
-    def wait_gone(self) -> None:
-        """Until the daemon ends this connection: for a thread of its own."""
+    def wait_disconnected(self) -> None:
+        """Return when the daemon ends this connection. For a thread of its own."""
         self._socket.settimeout(None)
         try:
             while self._socket.recv(65536):

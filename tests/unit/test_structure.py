@@ -44,17 +44,8 @@ WRITTEN = {
     "cli/show.py trouble",
 }
 """Names that are the same on disk or in --json, with the module that has them."""
-BEING_RENAMED = (
-    "startup/",
-    "core/startup",
-    "regional/",
-    "filler/region",
-    "core/region.py",
-    "core/claims.py",
-    "cli/long",
-    "control/client",
-)
-BEING_SAID = ("Client", "PullPlan", "Regional")
+BEING_RENAMED = ("regional/hygiene", "cli/long", "control/client")
+BEING_SAID = ("Client",)
 
 
 @functools.cache
