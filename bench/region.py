@@ -1,12 +1,13 @@
 """A fresh host of a warm region: how fast is its fill, against a bare client of the same server, and what does it cost?
 
-    scripts/bench region [--size 512MiB] [--shards 4] [--rounds 3]
+    scripts/bench region [--size 512MiB] [--shards 4] [--rounds 3] [--files 3000]
 
 Real daemons in network namespaces and a SeaweedFS with three volume servers (tests/region.py), without limits of rate.
-`origin` fills from the hub on a host without a region. `tier` is a fresh host of a region in which one host has put all
-of it; no byte comes from the hub. `bare client` fetches the same objects from the same server (bench/bare_client.py:
-two processes, 16 connections, no hashing, no fsync, no store). Processor seconds are of the daemon and its fetch
-processes, from before the fill to its end. All of it shares this machine's processors: ratios count.
+`origin` fills from the hub on a host without a region, `empty tier` on the first host of one (once). `tier` is a fresh
+host of a region in which one host has put all of it; no byte comes from the hub. `bare client` fetches the same objects
+from the same server (bench/bare_client.py: two processes, 16 connections, no hashing, no fsync, no store). Processor
+seconds are of the daemon and its fetch processes, from before the fill to its end. All of it shares this machine's
+processors: ratios count.
 """
 
 from __future__ import annotations
@@ -77,24 +78,32 @@ def main() -> None:
     parser.add_argument("--size", type=common.size, default=512 * MIB)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--files", type=int, default=0, help="so many files of 2 kB in the place of shards")
     options = parser.parse_args()
     config = {"fill": {"chunk_size": "8MiB"}}
-    samples: dict[str, list[dict[str, float]]] = {"origin": [], "tier": [], "bare client": []}
+    samples: dict[str, list[dict[str, float]]] = {"origin": [], "empty tier": [], "tier": [], "bare client": []}
     with tempfile.TemporaryDirectory(prefix="isfs-bench-") as name:
         work = Path(name)
-        model = common.make_model(work / "model", options.size, options.shards)
-        files = len(list(model.directory.iterdir()))
+        directory = work / "model"
+        if options.files:
+            directory.mkdir()
+            for number in range(options.files):
+                (directory / f"voice-{number:06d}.bin").write_bytes(os.urandom(2000))
+            options.size = 2000 * options.files
+        else:
+            common.make_model(directory, options.size, options.shards)
+        files = len(list(directory.iterdir()))
         with Region(work / "plain", 0, tier=False, origin_rate=FAST, host_rate=FAST, config=config) as region:
-            region.publish("org/m", model.directory)
+            region.publish("org/m", directory)
             for _ in range(options.rounds):
                 host = region.add_host()
                 region.add("m", "hf://org/m", [host])
                 samples["origin"].append(fill(region, host, "m"))
                 host.stop()
         with Region(work / "tiered", 1, origin_rate=FAST, host_rate=FAST, config=config) as region:
-            region.publish("org/m", model.directory)
+            region.publish("org/m", directory)
             region.add("m", "hf://org/m")
-            region.warm("m")
+            samples["empty tier"] = [fill(region, region.hosts[0], "m")]
             wait_sealed(region, files)
             for _ in range(options.rounds):
                 host = region.add_host()
