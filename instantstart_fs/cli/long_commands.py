@@ -16,6 +16,7 @@ from instantstart_fs.cli.progress import Bar, fits
 from instantstart_fs.cli.show import percent, rate_line
 from instantstart_fs.cli.show import progress as fetched
 from instantstart_fs.control.client import Client
+from instantstart_fs.control.protocol import RegionState
 from instantstart_fs.core.humanize import human_bytes, reason_first
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.errors import InstantStartError, printable
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 5.0
 """Where no terminal is: a line at each tenth, and at the latest after this long."""
+WRITTEN_SECONDS = 0.3
+"""Between two questions how far write-back is."""
 LEASE_RETRY = 0.5
 """Seconds between two tries to get a lease back."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -73,6 +76,19 @@ def _summary(status: PipelineStatus, first: PipelineStatus | None, seconds: floa
 def verify_progress(pipeline: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     with _reporter(pipeline, quiet) as report:
         yield lambda done, total: report(done, total, None)
+
+
+def wait_written(client: Client, pipeline: str, report: Callable[[int, int], None]) -> RegionState:
+    """Until this host has written to the regional tier what it can; what the tier has then. No deadline but progress:
+    chunks that cannot be written are given up by the daemon."""
+    most = 0
+    while True:
+        state = client.region_state(pipeline)
+        most = max(most, state.owed_bytes)
+        report(most - state.owed_bytes, most)
+        if not state.owed_bytes and not state.unsealed:
+            return client.region_state(pipeline, check=True)
+        time.sleep(WRITTEN_SECONDS)
 
 
 @contextmanager

@@ -145,6 +145,7 @@ class _Regional(Table):
     write_back: bool = True
     startup_caches: bool = True
     rate: str | int | None = None
+    capacity: str | int | None = None
     verify: Literal["chunks", "origin"] = "chunks"
 
 
@@ -428,4 +429,5 @@ def _regional(at: At, raw: _Regional) -> RegionalConfig:
         startup_caches=raw.startup_caches,
         rate=at.parsed("regional.rate", parse_rate, raw.rate) if raw.rate is not None else None,
         verify=raw.verify,
+        capacity=at.parsed("regional.capacity", parse_size, raw.capacity) if raw.capacity is not None else None,
     )

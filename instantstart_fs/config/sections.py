@@ -160,7 +160,8 @@ class RegionalConfig(msgspec.Struct, frozen=True):
     """The regional tier. ``url``: s3://bucket/prefix or file:///directory; ``upstream``: other regions' tiers, asked
     before the origin; ``key_file``: of the region's secret; ``host``: this host's name; ``verify``: "chunks" believes a
     file whose every chunk is what the region's seal says, "origin" hashes it here as well; ``rate``: bytes a second
-    that are written back, None = any; ``startup_caches``: whether what engines compiled travels, too."""
+    that are written back, None = any; ``startup_caches``: whether what engines compiled travels, too; ``capacity``:
+    bytes that the tier may hold, which `regional gc` sees to."""
 
     url: str
     key_file: str
@@ -173,6 +174,7 @@ class RegionalConfig(msgspec.Struct, frozen=True):
     rate: int | None = None
     verify: Literal["chunks", "origin"] = "chunks"
     startup_caches: bool = True
+    capacity: int | None = None
 
 
 class Config(msgspec.Struct, frozen=True):

@@ -18,6 +18,7 @@ import trio
 from instantstart_fs.config.unixsocket import Peer
 from instantstart_fs.control.parts import Pipelines
 from instantstart_fs.control.protocol import (
+    AskRegion,
     CheckOrigins,
     ColdStarts,
     Include,
@@ -70,7 +71,7 @@ OWNERS_REFRESH = 1.0
 
 
 OF_OWNERS = (
-    *(Status, Touch, Lease, Warm, Include, Mark, ColdStarts),
+    *(AskRegion, Status, Touch, Lease, Warm, Include, Mark, ColdStarts),
     *(StartupBegin, StartupSave, StartupReport, StartupCaches, StartupVerify, StartupRemove),
 )
 """What a pipeline's owner may ask for. A startup cache is code: serving/startupcaches.py gives it to nobody else."""

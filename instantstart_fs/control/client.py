@@ -188,6 +188,10 @@ class Client:
 
         return self._ask(protocol.Warm(pipeline, everything, wait=True), PipelineStatus, on_progress=on_progress)
 
+    def region_state(self, pipeline: str, *, check: bool = False) -> protocol.RegionState:
+        """How far the regional tier has it. ``check``: the tier is asked what it holds."""
+        return self._ask(protocol.AskRegion(pipeline, check), protocol.RegionState)
+
     def check_access(self, pipeline: str) -> list[str]:
         """The sources, when all of them may be fetched with the pipeline's own credentials; else raises why not."""
         return self._ask(protocol.Access(pipeline), list[str], deadline=RESOLVE_DEADLINE)

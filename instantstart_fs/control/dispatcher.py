@@ -29,6 +29,7 @@ from instantstart_fs.errors import (
     PipelineBusy,
     PipelineNotFound,
     StoreFull,
+    UsageError,
     VariantNotChosen,
     from_code,
 )
@@ -136,6 +137,8 @@ class Dispatcher:
                 return await self._verify(caller, pipeline, rate)
             case protocol.CheckOrigins():
                 return await library.origin_checks.run(lambda spec: self.callers.oversees(caller.peer, spec))
+            case protocol.AskRegion(pipeline, check):
+                return await self._ask_region(pipeline, check)
             case protocol.Access(pipeline):
                 return await change(lambda: library.admin.check_access(pipeline))
             case protocol.Lease() | protocol.Open():
@@ -148,6 +151,13 @@ class Dispatcher:
         fill = None if request.start else self._start_change(lambda: self._library.warming.warm(pipeline))
         mount = self._info_for(caller.peer).mount
         return await startup.begin(self._library.startup, request, caller.peer.uid, start, mount, fill, caller.send)
+
+    async def _ask_region(self, pipeline: str, check: bool) -> protocol.RegionState:
+        heartbeats = self._library.heartbeats
+        if heartbeats is None:
+            raise UsageError("this daemon has no [regional] in its configuration")
+        found = await heartbeats.written(pipeline, check=check)
+        return protocol.RegionState(found.owed_bytes, found.unsealed, found.files, heartbeats.tier, found.sealed)
 
     def _report_start(self, report: protocol.StartupReport) -> None:
         self._library.cold_starts.report(

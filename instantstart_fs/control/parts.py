@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.core.coldstart import ColdStart, Moment
@@ -13,6 +13,9 @@ from instantstart_fs.core.sight import Sight
 from instantstart_fs.core.status import OriginCheck, PipelineStatus
 from instantstart_fs.core.weights import WeightSet
 from instantstart_fs.serving.startupcaches import StartupCaches
+
+if TYPE_CHECKING:
+    from instantstart_fs.upkeep.heartbeats import Heartbeats
 
 
 class Report(Protocol):
@@ -139,3 +142,5 @@ class Parts(Protocol):
     def leases(self) -> Leases: ...
     @property
     def startup(self) -> StartupCaches: ...
+    @property
+    def heartbeats(self) -> Heartbeats | None: ...

@@ -127,6 +127,13 @@ class Access(_Request, frozen=True, tag="access"):
     pipeline: str
 
 
+class AskRegion(_Request, frozen=True, tag="region", omit_defaults=True):
+    """→ RegionState. ``check``: the tier is asked what it holds of the pipeline."""
+
+    pipeline: str
+    check: bool = False
+
+
 class CheckOrigins(_Request, frozen=True, tag="check-origins"):
     """→ list of core.status.OriginCheck: what the daemon gets when it fetches one byte from each of its origins. Of the
     pipelines that the caller owns, or of all."""
@@ -266,6 +273,7 @@ Request = (
     | Include
     | Verify
     | Access
+    | AskRegion
     | CheckOrigins
     | Lease
     | Open
@@ -296,6 +304,17 @@ class DaemonInfo(msgspec.Struct, frozen=True):
     """How this host fares with the regional tier; None without one."""
     staging: dict[str, int] = {}
     """mount.staging.Statistics; empty where staging is off."""
+
+
+class RegionState(msgspec.Struct, frozen=True):
+    """Of one pipeline: ``owed_bytes`` wait to be written to the tier, ``unsealed`` files to be sealed there; of all its
+    ``files`` so many are ``sealed`` there, None where that was not asked."""
+
+    owed_bytes: int
+    unsealed: int
+    files: int
+    tier: TierStatus
+    sealed: int | None = None
 
 
 class VerifyResult(msgspec.Struct, frozen=True):

@@ -106,6 +106,12 @@ class Regional:
         if self._tiers.told and self.answers:
             self._tiers.answers(0)
 
+    def owed(self, pipeline: str) -> tuple[int, int]:
+        """Bytes of a pipeline that wait to be written to the tier, and files that wait to be sealed there."""
+        follows = [one for one in (*self._follows.values(), *self._writeback.detached) if one.key.pipeline == pipeline]
+        owed = sum(one.target.present.byte_range(chunk).length for one in follows for chunk in one.to_put)
+        return owed, sum(one in self._writeback.detached for one in follows)
+
     def forget(self, pipeline: str) -> None:
         """It is gone."""
         self._claims.access.forget(pipeline)

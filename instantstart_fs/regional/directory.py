@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 from collections.abc import Iterator
@@ -81,30 +82,34 @@ class DirectoryStore:
             with contextlib.suppress(OSError):  # its directory, where that was the last
                 os.removedirs(os.path.dirname(path))
 
+    def interrupted(self, most: int) -> Iterator[Stored]:
+        found = self._walk(self._directory, "")
+        return itertools.islice((one for one in found if os.path.basename(one.name).startswith(_TEMPORARY)), most)
+
     def list(self, prefix: str, most: int) -> Iterator[Stored]:
         with _translated(prefix):
             os.stat(self._directory)
         top, start = self._path(prefix), ""
         if not prefix.endswith("/"):  # it may end within a name
             top, start = os.path.split(top)
-        count = 0
+        found = self._walk(top, start)
+        whole = (one for one in found if not os.path.basename(one.name).startswith(_TEMPORARY))
+        yield from itertools.islice(whole, most)
+
+    def _walk(self, top: str, start: str) -> Iterator[Stored]:
+        """Every file below; directly in ``top`` only what begins with ``start``."""
         for parent, directories, files in os.walk(top):
             if start and parent == top:
                 directories[:] = [name for name in directories if name.startswith(start)]
                 files = [name for name in files if name.startswith(start)]
             directories.sort()
             for file in sorted(files):
-                if file.startswith(_TEMPORARY):
-                    continue
                 path = os.path.join(parent, file)
                 try:
                     status = os.lstat(path)
                 except OSError:
                     continue
                 yield Stored(os.path.relpath(path, self._directory), status.st_size, status.st_mtime)
-                count += 1
-                if count >= most:
-                    return
 
 
 def _remove(path: str) -> None:

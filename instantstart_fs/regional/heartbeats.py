@@ -150,7 +150,7 @@ class HeartbeatReader:
         return sorted(found, key=lambda one: (-one.percent, one.host))
 
     def filling(self) -> set[str]:
-        """Slots that some host fills, or has in part: they are in use."""
+        """Slots that some host fills: they are in use."""
         with self._lock:
             records = [self._records.get(stored.name) for stored in self._alive.values()]
         return {
@@ -158,7 +158,7 @@ class HeartbeatReader:
             for record in records
             if record is not None
             for held in placement.holdings(record.entries)
-            if held.state in ("filling", "partial")
+            if held.state == "filling"
         }
 
 

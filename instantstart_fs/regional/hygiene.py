@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
@@ -26,11 +27,26 @@ CLAIM_SECONDS = 3600.0
 """A claim that was not renewed for so long is nobody's."""
 _SLOT = re.compile(r"v1/([0-9a-f]{32})/(.+)\Z", re.S)
 
+LIVE_SECONDS = 60.0
+"""A claim that was renewed within it has an owner that fills."""
+LEFT_SECONDS = 3600.0
+"""After which what a writer left half-written, or a probe, is nobody's."""
+GONE_SECONDS = 86_400.0
+"""After which a host's heartbeat is removed; it counts for minutes only (core/placement.py)."""
+MOST_LEFT = 1_000_000
+DELETERS = 16
 Said = Callable[[str], None]
+Progress = Callable[[int, int], None]
+"""Bytes done, and of how many."""
+
+
+def _silent(done: int, size: int) -> None:
+    pass
 
 
 class SlotSummary(msgspec.Struct):
-    """``used``: the storage's clock, seconds, when something of it was last written or used."""
+    """``used``: the storage's clock, seconds, when something of it was last written or used; ``claimed``: when a claim
+    of it was last renewed, 0 = there is none."""
 
     slot: str
     pipeline: str = ""
@@ -40,6 +56,7 @@ class SlotSummary(msgspec.Struct):
     claims: int = 0
     bytes: int = 0
     used: float = 0.0
+    claimed: float = 0.0
 
 
 class Verified(msgspec.Struct):
@@ -51,10 +68,16 @@ class Verified(msgspec.Struct):
 
 
 class Collected(msgspec.Struct):
+    """``left``: half-written files and probes; ``hosts``: heartbeats of hosts long gone; ``kept_in_use``: slots that
+    some host fills."""
+
     slots: int = 0
     claims: int = 0
     objects: int = 0
     bytes: int = 0
+    left: int = 0
+    hosts: int = 0
+    kept_in_use: int = 0
 
 
 def summaries(store: TierStore, names: dict[str, str]) -> list[SlotSummary]:
@@ -75,7 +98,9 @@ def summaries(store: TierStore, names: dict[str, str]) -> list[SlotSummary]:
         pins.setdefault(slot, set()).add(pin)
         summary.sealed += what == "seal"
         summary.chunks += what.startswith("c/")
-        summary.claims += what.startswith("k/")
+        if what.startswith("k/"):
+            summary.claims += 1
+            summary.claimed = max(summary.claimed, stored.modified)
     for slot, summary in found.items():
         summary.files = len(pins.get(slot, ()))
     return sorted(found.values(), key=lambda summary: -summary.used)
@@ -93,44 +118,109 @@ def now_of(store: TierStore) -> float:
     raise OriginNotFound("what was just written is not listed")
 
 
-def remove(store: TierStore, slot: str) -> Collected:
-    """Everything of a slot, the seals first."""
+def remove(store: TierStore, slot: str, progress: Progress = _silent) -> Collected:
+    """Everything of a slot, the seals first: what is half gone has no seal."""
     found = list(store.list(f"v1/{slot}/", MOST))
-    found.sort(key=lambda stored: not stored.name.endswith("/seal"))
-    for stored in found:
-        store.delete(stored.name)
-    return Collected(int(bool(found)), 0, len(found), sum(stored.size for stored in found))
+    size = sum(stored.size for stored in found)
+    seals = [stored for stored in found if stored.name.endswith("/seal")]
+    others = [stored for stored in found if not stored.name.endswith("/seal")]
+    done = 0
+    with ThreadPoolExecutor(DELETERS) as pool:
+        for some in (seals, others):
+            for stored, _ in zip(some, pool.map(lambda one: store.delete(one.name), some), strict=True):
+                done += stored.size
+                progress(done, size)
+    return Collected(slots=int(bool(found)), objects=len(found), bytes=size)
 
 
-def collect(store: TierStore, keep_hot: float, kept: Iterable[str] = (), said: Said = lambda text: None) -> Collected:
-    """Remove slots of which nothing was written or used for ``keep_hot`` seconds but those ``kept``, and dead claims of
-    the others."""
-    now, total, kept = now_of(store), Collected(), set(kept)
-    for summary in summaries(store, {}):
-        if now - summary.used > keep_hot and summary.slot not in kept:
-            gone = remove(store, summary.slot)
-            total.slots += 1
-            total.objects += gone.objects
-            total.bytes += gone.bytes
-            said(f"{summary.slot}: removed")
-        elif summary.claims:
+class Rules(msgspec.Struct, frozen=True):
+    """What may go. ``keep_hot``: seconds since something of a slot was last written or used within which it stays.
+    ``capacity``: bytes that the tier may hold, None = whatever is not hot goes; with it slots go only above ``high``
+    of it, those used longest ago first, until ``low`` of it. ``filling``: slots that hosts fill right now, as their
+    heartbeats say."""
+
+    keep_hot: float
+    capacity: int | None = None
+    low: float = 0.85
+    high: float = 0.95
+    filling: frozenset[str] = frozenset()
+
+
+def chosen(found: Iterable[SlotSummary], rules: Rules, now: float) -> list[SlotSummary]:
+    """Slots to remove, in this order. Pure. One with a claim that lives, or that a host fills, is in use."""
+    slots = sorted(found, key=lambda summary: summary.used)
+    held = sum(summary.bytes for summary in slots)
+    if rules.capacity is not None and held <= rules.high * rules.capacity:
+        return []
+    going: list[SlotSummary] = []
+    for summary in slots:
+        if rules.capacity is not None and held <= rules.low * rules.capacity:
+            break
+        in_use = summary.slot in rules.filling or now - summary.claimed <= LIVE_SECONDS
+        if not in_use and now - summary.used > rules.keep_hot:
+            going.append(summary)
+            held -= summary.bytes
+    return going
+
+
+def collect(store: TierStore, rules: Rules, progress: Progress = _silent) -> Collected:
+    """Remove what ``chosen`` says, dead claims, what interrupted writers left, and heartbeats of hosts long gone.
+
+    A host may begin to fill a slot meanwhile: each is looked at again before it goes. What goes under a host all the
+    same costs it a fetch from its origin, whose bytes it puts back.
+    """
+    now, total = now_of(store), Collected()
+    found = summaries(store, {})
+    going = chosen(found, rules, now)
+    size = sum(summary.bytes for summary in going)
+    total.kept_in_use = sum(summary.slot in rules.filling or now - summary.claimed <= LIVE_SECONDS for summary in found)
+    done = 0
+    for summary in going:
+        if _written_since(store, summary):
+            total.kept_in_use += 1
+            continue
+        gone = remove(store, summary.slot, lambda some, _, before=done: progress(before + some, size))  # type: ignore[misc]
+        done += gone.bytes
+        total.slots += 1
+        total.objects += gone.objects
+        total.bytes += gone.bytes
+    gone_slots = {summary.slot for summary in going}
+    for summary in found:
+        if summary.claims and summary.slot not in gone_slots:
             for stored in store.list(f"v1/{summary.slot}/", MOST):
                 if "/k/" in stored.name and now - stored.modified > CLAIM_SECONDS:
                     store.delete(stored.name)
                     total.claims += 1
+    for stored in (*store.list("v1/probe/", MOST_LEFT), *store.interrupted(MOST_LEFT)):
+        if now - stored.modified > LEFT_SECONDS:
+            store.delete(stored.name)
+            total.left += 1
+    for stored in store.list("v1/hosts/", MOST_LEFT):
+        if now - stored.modified > GONE_SECONDS:
+            store.delete(stored.name)
+            total.hosts += 1
     return total
 
 
-def verify(store: TierStore, key: RegionKey, slot: str, said: Said = lambda text: None) -> Verified:
+def _written_since(store: TierStore, summary: SlotSummary) -> bool:
+    """Whether something of the slot is newer than it was."""
+    return any(stored.modified > summary.used for stored in store.list(f"v1/{summary.slot}/", MOST))
+
+
+def verify(
+    store: TierStore, key: RegionKey, slot: str, said: Said = lambda text: None, progress: Progress = _silent
+) -> Verified:
     """Read every sealed file of a slot again; what is wrong is deleted, so that the next host brings it anew."""
     result = Verified()
-    for name in [stored.name for stored in store.list(f"v1/{slot}/", MOST) if STARTUP.search(stored.name)]:
+    found = list(store.list(f"v1/{slot}/", MOST))
+    size = sum(stored.size for stored in found if "/c/" in stored.name)
+    for name in [stored.name for stored in found if STARTUP.search(stored.name)]:
         try:
             unpack_entry(key, name, store.get(name, records.MOST_RECORD))
         except (records.Forged, InstantStartError):
             result.damaged.append(name)
             store.delete(name)
-    for name in [stored.name for stored in store.list(f"v1/{slot}/", MOST) if stored.name.endswith("/seal")]:
+    for name in [stored.name for stored in found if stored.name.endswith("/seal")]:
         pin = name.split("/")[2]
         try:
             seal = records.unpack_any_seal(key, name, store.get(name, records.MOST_RECORD + (16 << 20)))
@@ -147,6 +237,7 @@ def verify(store: TierStore, key: RegionKey, slot: str, said: Said = lambda text
                 data = b""
             result.chunks += 1
             result.bytes += len(data)
+            progress(result.bytes, size)
             body = memoryview(data)[records.HEADER :]
             if len(body) != length or keyed_digest(key.chunk_key(pin, chunk, length), body) != digest:
                 result.damaged.append(where)

@@ -55,6 +55,10 @@ class TierStore(Protocol):
         """No effect where there is nothing."""
         ...
 
+    def interrupted(self, most: int) -> Iterator[Stored]:
+        """What writers left that died in the middle; ``list`` does not show it."""
+        ...
+
     def list(self, prefix: str, most: int) -> Iterator[Stored]:
         """What lies below ``prefix``, at most about ``most`` of it: a listing may have no end."""
         ...

@@ -26,7 +26,7 @@ from instantstart_fs.core.retry import Backoff
 from instantstart_fs.core.status import TierStatus
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.regional import Regional
-from instantstart_fs.regional import heartbeats
+from instantstart_fs.regional import heartbeats, hygiene
 from instantstart_fs.regional.heartbeats import HeartbeatReader, HostRecord
 from instantstart_fs.views.pipelines import Pipelines
 from instantstart_fs.views.status import rfc3339
@@ -58,6 +58,15 @@ class Placement(msgspec.Struct, frozen=True):
     live_hosts: int
     unread: int
     as_of: str
+
+
+class Written(msgspec.Struct, frozen=True):
+    """Of one pipeline, see ``control.protocol.RegionState``."""
+
+    owed_bytes: int
+    unsealed: int
+    files: int
+    sealed: int | None = None
 
 
 class Heartbeats:
@@ -208,6 +217,29 @@ class Heartbeats:
         with trio.move_on_after(ASK_SECONDS):
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
         raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")
+
+    # -- what the tier has of a pipeline -------------------------------------------------------------------------------
+
+    async def written(self, pipeline: str, *, check: bool) -> Written:
+        """How far write-back is. ``check``: ask the tier which files it has whole. Raises PipelineNotFound, and
+        InstantStartError where the tier does not say."""
+        await self._pipelines.ensure_loaded(pipeline)
+        generation = self._catalog.pipeline(pipeline).current
+        entries = list(generation.manifest.files) if generation is not None else []
+        owed, unsealed = self._regional.owed(pipeline)
+        if not check or generation is None:
+            return Written(owed, unsealed, len(entries))
+        key, slot = self._settings.key, self._settings.key.slot(self._pipelines.spec(pipeline))
+        size = generation.manifest.chunk_size
+
+        def count() -> int:
+            places = (one.name.split("/") for one in self._store.list(f"v1/{slot}/", hygiene.MOST))
+            sealed = {parts[2] for parts in places if len(parts) == 4 and parts[3] == "seal"}
+            return sum(
+                not entry.file.size or key.pin(slot, entry.path, entry.file, size) in sealed for entry in entries
+            )
+
+        return Written(owed, unsealed, len(entries), await self._ask(count))
 
     # -- where a pipeline is -------------------------------------------------------------------------------------------
 

@@ -8,14 +8,17 @@ import json
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from instantstart_fs import doctor
 from instantstart_fs.cli import run
 from instantstart_fs.config import Config, MountConfig, StoreConfig
+from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.doctor import Check
 from instantstart_fs.origins.registry import OriginSettings
+from instantstart_fs.regional.directory import DirectoryStore
 from tests.servers.blackhole import BlackHole
 
 
@@ -207,3 +210,34 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     config.write_text("[fill]\nnope = 1\n")
     assert run(arguments) == 1
     assert "fill.nope: unknown key" in capsys.readouterr().out
+
+
+def test_the_region(tmp_path: Path) -> None:
+    """Key, round trip and race; the advice says what to do."""
+    key = tmp_path / "key"
+    config = RegionalConfig(f"file://{tmp_path}/tier", str(key), "gpu-1")
+    missing = doctor.check_region(config)
+    assert (missing.outcome, f"{key}: No such file" in missing.found) == ("fail", True)
+    key.write_text("ab" * 32)
+    key.chmod(0o644)
+    assert "chmod 600" in doctor.check_region(config).found
+    key.chmod(0o600)
+    good = doctor.check_region(config)
+    assert (good.outcome, good.found) == (
+        "ok",
+        f"file://{tmp_path}/tier as gpu-1: reads, writes, and lets one writer win",
+    )
+    key.write_text("short")
+    assert "openssl rand -hex 32" in doctor.check_region(config).found
+    key.write_text("ab" * 32)
+    dead = doctor.check_region(msgspec.structs.replace(config, url="s3://b", endpoint_url="http://127.0.0.1:1"))
+    assert (dead.outcome, dead.advice) == ("fail", "files come from their origins until this is right")
+
+
+def test_an_engine_that_lets_several_writers_win_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DirectoryStore, "put_new", lambda *_: True)
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    key.chmod(0o600)
+    found = doctor.check_region(RegionalConfig(f"file://{tmp_path}/tier", str(key), "gpu-1"))
+    assert (found.outcome, "of 8 writers of one new object 8 won" in found.found) == ("warn", True)

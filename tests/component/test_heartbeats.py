@@ -79,6 +79,9 @@ def test_who_holds_what(store: Counting) -> None:
     first = reader.holding(SLOT, 1010.0, "01020304")[0]
     assert (first.current, first.age, first.last_seen) == (True, 10.0, "1970-01-01T00:16:40Z")
     assert reader.holding(SLOT, 1010.0, "ffffffff")[0].current is False
+    assert not reader.filling()
+    beat(store, "half", holding("filling", 6))
+    reader.look(1010.0)
     assert reader.filling() == {SLOT}
 
 

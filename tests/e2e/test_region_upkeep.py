@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 from instantstart_fs.control.client import Client
 from instantstart_fs.errors import InstantStartError
-from tests.e2e.test_regional import FILES, Site, hub, model, right, site
+from tests.e2e.test_regional import FILES, MIB, Site, hub, model, right, site
 from tests.harness import Daemon, wait_for
 
 __all__ = ["hub", "site"]  # fixtures
@@ -88,3 +89,56 @@ def test_who_is_refused_by_the_origin_gets_nothing_from_the_tier_until_it_is_let
     assert metric(second, "instantstart_regional_taken_bytes_total") - taken == sum(FILES.values())
     assert site.sent() - before < 40_000
     assert json.loads(second.ok("status", "p", "--json"))["tier"]["state"] == "ok"
+
+
+def regional(daemon: Daemon, *arguments: str) -> tuple[str, ...]:
+    return ("regional", *arguments, "--config", str(daemon.config))
+
+
+def test_gc_leaves_a_fill_alone_that_runs(site: Site, tmp_path: Path) -> None:
+    """The shortest keep_hot, again and again, while a host fills: its slot stays, and the fill ends well."""
+    made = model(tmp_path / "model", {"a.safetensors": 24 * MIB})
+    site.hub.publish("org/model", made)
+    host = site.host("one", rate="4MB")
+    filling = threading.Thread(target=site.warm, args=(host,))
+    filling.start()
+    wait_for(lambda: [name for name in site.objects() if "/c/" in name], "the first chunks in the tier")
+    runs = []
+    while not any(name.endswith("/seal") for name in site.objects()):
+        runs.append(json.loads(host.ok(*regional(host, "gc", "--keep-hot", "0s", "--json"))))
+    filling.join()
+    # The last one may have begun after the fill had ended.
+    assert len(runs) > 1
+    assert {(run["slots"], run["kept_in_use"]) for run in runs[:-1]} == {(0, 1)}
+    right(host, made)
+
+
+def test_regional_warm_waits_until_the_tier_has_it_all(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    host = site.host("one", rate="8MB")  # slower than the hub: write-back lags behind
+    done = host.cli(*regional(host, "warm", "p", "--socket", str(host.socket)))
+    assert done.returncode == 0, done.stderr
+    assert f"the tier has {len(FILES)} of {len(FILES)} files whole" in done.stdout
+    assert "p: to the tier: 100 %" in done.stderr
+    assert sum(name.endswith("/seal") for name in site.objects()) == len(FILES)
+    # Where nothing can be written that is said, and is no success.
+    host.ok(*regional(host, "remove", "p", "--socket", str(host.socket)))
+    refused = host.cli(*regional(host, "warm", "p", "--socket", str(host.socket)))
+    assert refused.returncode == 1
+    assert "not written to the tier" in refused.stderr
+
+
+def test_add_warm_on_one_host_warms_the_region(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    first = site.host("one")
+    first.ok("add", "another", "hf://org/model", "--warm")
+    site.wait_seals(len(FILES))
+    before = site.sent()
+    second = site.host("two")
+    second.ok("add", "another", "hf://org/model")
+    second.warm("another")
+    for path in made.iterdir():
+        assert (second.path("another") / path.name).read_bytes() == path.read_bytes()
+    assert site.sent() - before < 20_000

@@ -165,6 +165,9 @@ def test_pipelines_d_holds_one_pipeline_per_file(write, tmp_path: Path) -> None:
         load_config(file)
 
 
+REGIONAL = '[regional]\nkey_file = "/etc/region.key"'
+
+
 @pytest.mark.parametrize(
     ("text", "key", "reason"),
     [
@@ -197,6 +200,17 @@ def test_pipelines_d_holds_one_pipeline_per_file(write, tmp_path: Path) -> None:
         ('[staging]\nmax_memory = "half"', "staging.max_memory", "neither a size"),
         ('[origins.huggingface]\nendpoint = "hub"', "origins.huggingface.endpoint", "http"),
         ('[origins.huggingface]\ntoken_file = "no/such"', "origins.huggingface.token_file", "not an absolute path"),
+        (f'{REGIONAL}\nurl = "http://tier"', "regional.url", "neither s3://bucket/prefix nor file:///directory"),
+        (f'{REGIONAL}\nurl = "file://relative"', "regional.url", "neither s3://"),
+        (f'{REGIONAL}\nurl = "s3://bb"\nupstream = ["gs://c"]', "regional.upstream", "'gs://c' is neither"),
+        (f'{REGIONAL}\nurl = "s3://bb"\nendpoint_url = "tier:8333"', "regional.endpoint_url", "http"),
+        (f'{REGIONAL}\nurl = "s3://bb"\nhost = "a host"', "regional.host", "'a host' is no host"),
+        (f'{REGIONAL}\nurl = "s3://bb"\nrate = "fast"', "regional.rate", "not a "),
+        (f'{REGIONAL}\nurl = "s3://bb"\ncapacity = "much"', "regional.capacity", "not a size"),
+        (f'{REGIONAL}\nurl = "s3://bb"\nverify = "never"', "regional.verify", "Invalid enum value"),
+        (f'{REGIONAL}\nurl = "s3://bb"\nwrite_back = "yes"', "regional.write_back", "Expected `bool`"),
+        ('[regional]\nurl = "s3://bb"', "regional", "key_file"),
+        ('[regional]\nurl = "s3://bb"\nkey_file = "key"', "regional.key_file", "not an absolute path"),
         ('[pipelines.x]\nsource = "ftp://o/r"', "pipelines.x", "unknown scheme"),
         ("[pipelines.x]\npinned = true", "pipelines.x", "either `source` or"),
         ('[pipelines.".x"]\nsource = "hf://o/r"', "pipelines..x", "cannot be a pipeline id"),

@@ -4,6 +4,7 @@ it wants the pipelines' names, and does without where none runs."""
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -136,24 +137,38 @@ def _show_hosts(region: RegionSettings, slot: str, pipeline: str, socket: str | 
 
 
 @commands.command("warm")
-def regional_warm(pipeline: Pipeline, socket: Socket = None) -> None:
-    """Have this host's daemon fill a pipeline and, through it, the tier."""
+def regional_warm(pipeline: Pipeline, config: ConfigFile = None, socket: Socket = None, json: Json = False) -> None:
+    """Have this host's daemon fill a pipeline and, through it, the tier; wait until the tier has it. Exit 1 if not."""
+    from instantstart_fs.cli import long_commands, show
     from instantstart_fs.control.client import Client
 
+    _region(config)
     with Client(socket) as client:
-        client.wait_warm(pipeline, everything=True)
-    print(f"{pipeline}: warm here; what the tier lacked is written to it")
+        long_commands.wait_warm(client, pipeline, True, quiet=json)
+        with long_commands.verify_progress(f"{pipeline}: to the tier", quiet=json) as report:
+            state = long_commands.wait_written(client, pipeline, report)
+    if json:
+        print(show.as_json(state))
+    else:
+        print(f"{pipeline}: the tier has {state.sealed} of {state.files} files whole")
+    if (state.sealed or 0) < state.files:
+        why = state.tier.why or "this host had them before it had a tier; `instantstart evict` and this command again"
+        print(f"instantstart: what is missing was not written to the tier ({why})", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @commands.command("verify")
 def regional_verify(pipeline: Pipeline, config: ConfigFile = None, socket: Socket = None, json: Json = False) -> None:
     """Read a pipeline's files in the tier again; delete what is damaged. Exit 1 if anything was."""
     from instantstart_fs.cli import show
+    from instantstart_fs.cli.long_commands import verify_progress
     from instantstart_fs.core.humanize import human_bytes
     from instantstart_fs.regional import hygiene
 
     region, _, configured = _region(config)
-    found = hygiene.verify(region.stores[0], region.key, _slot(region, _specs(configured, socket), pipeline))
+    slot = _slot(region, _specs(configured, socket), pipeline)
+    with verify_progress(pipeline, quiet=json) as report:
+        found = hygiene.verify(region.stores[0], region.key, slot, progress=report)
     if json:
         print(show.as_json(found))
     else:
@@ -171,28 +186,54 @@ def regional_gc(
     keep_hot: Annotated[
         str | None, typer.Option("--keep-hot", metavar="TIME", help="Instead of [eviction] keep_hot.")
     ] = None,
+    capacity: Annotated[
+        str | None, typer.Option("--capacity", metavar="SIZE", help="Instead of [regional] capacity.")
+    ] = None,
 ) -> None:
-    """Remove what was not used for [eviction] keep_hot, and claims of hosts that died."""
+    """Remove what was not used for [eviction] keep_hot: all of it, or with a capacity, above the store's high watermark
+    of that, what was used longest ago, down to the low one. And what dead hosts left."""
     from instantstart_fs.cli import show
-    from instantstart_fs.config.units import parse_duration
+    from instantstart_fs.cli.long_commands import verify_progress
+    from instantstart_fs.config import load_config
+    from instantstart_fs.config.units import parse_duration, parse_size
     from instantstart_fs.core.humanize import human_bytes
     from instantstart_fs.regional import hygiene
+    from instantstart_fs.regional.heartbeats import HeartbeatReader
 
     region, hot, _ = _region(config)
-    found = hygiene.collect(region.stores[0], parse_duration(keep_hot) if keep_hot is not None else hot)
+    loaded = load_config(config)
+    assert loaded.regional is not None
+    store = region.stores[0]
+    reader = HeartbeatReader(store, region.key)
+    reader.look(hygiene.now_of(store))
+    rules = hygiene.Rules(
+        parse_duration(keep_hot) if keep_hot is not None else hot,
+        parse_size(capacity) if capacity is not None else loaded.regional.capacity,
+        loaded.store.low_watermark,
+        loaded.store.high_watermark,
+        frozenset(reader.filling()),
+    )
+    with verify_progress("regional gc", quiet=json) as report:
+        found = hygiene.collect(store, rules, report)
     if json:
         print(show.as_json(found))
     else:
-        print(f"{found.slots} slots removed, {human_bytes(found.bytes)}; {found.claims} dead claims")
+        print(
+            f"{found.slots} slots removed, {human_bytes(found.bytes)}; {found.claims} dead claims, {found.left} left "
+            f"half-written, {found.hosts} hosts long gone; {found.kept_in_use} in use"
+        )
 
 
 @commands.command("remove")
 def regional_remove(pipeline: Pipeline, config: ConfigFile = None, socket: Socket = None, json: Json = False) -> None:
     """Remove all that the tier holds of a pipeline. Hosts keep what they have."""
     from instantstart_fs.cli import show
+    from instantstart_fs.cli.long_commands import verify_progress
     from instantstart_fs.core.humanize import human_bytes
     from instantstart_fs.regional import hygiene
 
     region, _, configured = _region(config)
-    found = hygiene.remove(region.stores[0], _slot(region, _specs(configured, socket), pipeline))
+    slot = _slot(region, _specs(configured, socket), pipeline)
+    with verify_progress(pipeline, quiet=json) as report:
+        found = hygiene.remove(region.stores[0], slot, report)
     print(show.as_json(found) if json else f"{pipeline}: {found.objects} objects, {human_bytes(found.bytes)} removed")
