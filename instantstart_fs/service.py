@@ -63,7 +63,7 @@ def descriptor_store() -> DescriptorStore | None:
 
 
 def received_descriptors() -> dict[str, int]:
-    """What the store handed back, by name; our children will not have it. Once in a process."""
+    """Return the descriptors that the service manager kept, by name, close-on-exec. Call it once in a process."""
     count, names = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_FDNAMES", "")
     if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdigit():
         return {}

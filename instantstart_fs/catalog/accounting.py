@@ -39,7 +39,8 @@ class Uncached(NamedTuple):
 
 
 class CountedFile(Protocol):
-    """What the account needs of catalog.model.CachedFile. ``extra``: bytes of disk beyond its cached bytes' blocks."""
+    """The part of catalog.model.CachedFile that is counted. ``extra``: bytes of disk beyond its cached bytes'
+    blocks."""
 
     entry: FileEntry
     state: FileState

@@ -194,7 +194,7 @@ class Catalog:
         return pipeline.current if not pipeline.removed else None
 
     def _load_blocking(self, unloaded: UnloadedGeneration) -> Generation | UnloadedGeneration | None:
-        """The same for who cannot wait. Blocks, for as long as it takes to read and decode one manifest."""
+        """``ensure_loaded`` for callers that cannot await. Blocks while one manifest is read and decoded."""
         read: Generation | InstantStartError
         try:
             read = self.reader.read_unloaded(unloaded)
@@ -206,7 +206,7 @@ class Catalog:
         return self._put_in_place(unloaded, read)
 
     def _want(self, pipeline: Pipeline, error: OutOfResources) -> None:
-        """It cannot be read now; nothing is wrong with it, and the next request tries again."""
+        """Record that a generation cannot be read for want of resources. The next request tries again."""
         if pipeline.failure is None or not isinstance(pipeline.failure.error, OutOfResources):
             log.warning("cannot be read now: %s", error.message, extra={"pipeline": pipeline.id})
             pipeline.failure = Failure(error, self.now_ns(), final=False)
@@ -231,7 +231,7 @@ class Catalog:
         generation.end()
 
     async def invalidate_summary(self, pipeline: Pipeline) -> None:
-        """What lies in its slot is about to change: before the first byte of that, its summary goes, durably. Raises
+        """Delete the pipeline's summary durably. Call it before the first byte in its slot changes. Raises
         StoreError."""
         if pipeline.id not in self.without_summary:
             with pipeline.changing():  # no summary is made while this one goes
@@ -280,7 +280,7 @@ class Catalog:
         return generation
 
     def _place(self, generation: Generation) -> None:
-        """From now on its files are found by their nodeids."""
+        """Enter a generation into the inode table, so that its files are found by their nodeids."""
         for file in generation.files:
             if file.nodeid == 0:
                 file.nodeid = self.nodeids.spare()  # never fall back to the old one
@@ -299,7 +299,7 @@ class Catalog:
                 made.end()
 
     async def new_generation(self, pipeline: Pipeline, manifest: Manifest) -> Generation:
-        """One with nothing in it, under nodeids of its own; made in a thread: 100,000 files take a second."""
+        """Make a generation without cached bytes, with nodeids of its own. In a thread: 100,000 files take a second."""
 
         def make() -> Generation:
             with gc_paused(len(manifest.files)):

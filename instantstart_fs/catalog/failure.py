@@ -8,7 +8,7 @@ from instantstart_fs.errors import InstantStartError
 
 
 class FailedFile(Protocol):
-    """What is needed of catalog.model.CachedFile. ``triple``: pipeline, generation, index."""
+    """The part of catalog.model.CachedFile that is used here. ``triple``: pipeline, generation, index."""
 
     @property
     def triple(self) -> tuple[str, int, int]: ...

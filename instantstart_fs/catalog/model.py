@@ -239,7 +239,7 @@ class Generation(Account):
 
     @property
     def revision(self) -> str:
-        """As `status` shows it: of all models."""
+        """The pinned revisions of all models, as `status` shows them."""
         return " ".join(model.revision for model in self.manifest.models)
 
     def subdirectories(self, nodeid: int) -> int | None:
@@ -280,7 +280,7 @@ class Generation(Account):
         return found
 
     def opened_origin(self, model: int) -> Origin | None:
-        """The same if it was opened before, else None; never blocks."""
+        """``origin`` if it was opened before, else None; never blocks."""
         return self._origins.get(model)
 
     @property

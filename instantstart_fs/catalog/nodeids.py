@@ -42,5 +42,5 @@ class NodeidSupply:
 
 
 def _evens(first: int) -> range:
-    """Of SPARE_NODEIDS nodeids from ``first`` on."""
+    """Return the even ones of SPARE_NODEIDS nodeids from ``first`` on."""
     return range(first + first % 2, first + SPARE_NODEIDS - 1, 2)

@@ -43,7 +43,7 @@ class Residency:
         self._before: dict[str, tuple[Generation, Counts]] = {}
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Write summaries and unload generations every LOOK_SECONDS, until cancelled."""
         failing = False
         while True:
             await trio.sleep(LOOK_SECONDS)
@@ -103,7 +103,7 @@ class Residency:
             await self._catalog.index.write(write)
 
     def _alone(self, numbers: Mapping[str, int]) -> list[str]:
-        """Those in whose slots nothing lies but that generation; in a thread."""
+        """Return the pipelines whose slots have no other generation. Blocks."""
         listed = self._catalog.store.tree.list_directory
         return [
             name
@@ -112,7 +112,7 @@ class Residency:
         ]
 
     async def _unload(self, here: list[Pipeline], clean: set[str]) -> None:
-        """Least recently used first."""
+        """Unload generations, least recently used first, until few enough files are in memory."""
         count = sum(pipeline.head.file_count for pipeline in here if pipeline.head is not None)
         if count <= MOST_FILES:
             return

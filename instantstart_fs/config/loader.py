@@ -372,7 +372,7 @@ def _http(at: At, raw: _Http) -> HttpConfig:
 
 
 def _is_our_mount(path: str) -> bool:
-    """By /proc: a mount whose daemon is being restarted does not answer before this process does."""
+    """Whether our mount is at that path. By /proc, since a mount whose daemon restarts does not answer."""
     resolved = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
     return any(mount.path == resolved and mount.filesystem == "fuse.instantstart" for mount in mounts())
 

@@ -26,7 +26,7 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 def read_memory(root: str = "/", *, active: bool = False) -> Memory:
-    """As it is now. A few small reads of /proc and /sys; does not wait for anything. ``active``: page cache that is in
+    """Read the memory state now: a few small reads of /proc and /sys, without a wait. ``active``: page cache that is in
     use counts as free in the cgroups too, as it does in MemAvailable."""
     available = _UNLIMITED
     names = ("inactive_file", "active_file") if active else ("inactive_file",)

@@ -68,12 +68,12 @@ def make_run_directory(directory: str) -> None:
 
 
 def default_socket() -> str:
-    """Where `serve` listens when nothing else is said."""
+    """The path on which `serve` listens by default."""
     return os.environ.get("INSTANTSTART_SOCKET") or os.path.join(run_directory(), SOCKET_NAME)
 
 
 def machine_socket() -> str:
-    """Of the daemon that runs as a service."""
+    """The socket of the daemon that runs as a service."""
     return os.path.join(SYSTEM_RUN_DIRECTORY, SOCKET_NAME)
 
 

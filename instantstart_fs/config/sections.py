@@ -77,7 +77,7 @@ class EvictionConfig(msgspec.Struct, frozen=True):
 
 
 class ControlConfig(msgspec.Struct, frozen=True):
-    """Who may use the control socket beside root and the daemon's user. ``group``: the gid whose members administer;
+    """The users of the control socket beside root and the daemon's user. ``group``: the gid whose members administer;
     ``group_access``: members of a pipeline's own group may do what its owner may."""
 
     group: int | None = None

@@ -37,7 +37,7 @@ class _Spare:
     def start(
         self, fn: Callable[[], Any], deliver: Callable[[outcome.Outcome[Any]], object], name: str | None = None
     ) -> None:
-        """As trio.lowlevel.start_thread_soon."""
+        """Replace trio.lowlevel.start_thread_soon: falls back to the spare threads."""
         try:
             self._start(fn, deliver, name)
         except RuntimeError as error:  # "can't start new thread": CPython has no class of its own for it
@@ -59,7 +59,7 @@ class _Spare:
 
 
 def keep_spare_threads() -> None:
-    """Once, before trio runs. Raises RuntimeError where not even these can be started."""
+    """Start the spare threads. Call it once, before trio runs. Raises RuntimeError if they cannot be started."""
     module: Any = trio._threads  # it offers no hook
     if not isinstance(getattr(module.start_thread_soon, "__self__", None), _Spare):
         module.start_thread_soon = _Spare(module.start_thread_soon).start

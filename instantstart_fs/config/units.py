@@ -165,7 +165,7 @@ def _number(digits: str) -> int:
 
 
 def _brief(value: object) -> str:
-    """For a message: Python itself refuses to write numbers of some thousand digits."""
+    """Shorten a number for a message: Python refuses to write numbers of some thousand digits."""
     if isinstance(value, int) and abs(value) > MAX_BYTES:
         return "a number beyond 8 EiB"
     shown = repr(value)

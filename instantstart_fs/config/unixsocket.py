@@ -26,13 +26,13 @@ _TIMEVAL = struct.Struct("@ll")
 
 
 class Connection(Protocol):
-    """What both socket.socket and trio's have."""
+    """The methods that both socket.socket and trio's socket have."""
 
     def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
 
 
 class Peer(NamedTuple):
-    """Who connected, as the kernel says."""
+    """The process at the other end of a connection, as the kernel names it."""
 
     pid: int
     uid: int

@@ -1,8 +1,8 @@
 """Decides what a caller of the control socket may do, and limits how much of the loop's time it may cost.
 
 Root, the daemon's own user and members of the configured group administer. The owner of a pipeline (its uid; with
-``group_access`` its group, too) may see, touch, lease, warm and mark it. Whoever may read its files in the mount, by
-owner, group and mode, may open it. Everybody else is refused. Callers that do not administer have an allowance of
+``group_access`` its group, too) may see, touch, lease, warm and mark it. Users who may read its files in the mount, by
+owner, group and mode, may open it. All others are refused. Callers that do not administer have an allowance of
 requests and connections. All callers who own nothing share one, so that no local user can keep the loop busy.
 """
 
@@ -87,7 +87,7 @@ class Place:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """From a whole request to its answer: meanwhile it gives way to nobody."""
+        """Keep the connection's place inside the block, from a whole request to its answer."""
         assert self._seat is not None
         self._seat.at_work()
         try:
@@ -123,7 +123,7 @@ class Callers:
         return self.administers(peer) or self.owns(peer, spec)
 
     def sight(self, uid: int | None, groups: frozenset[int] | None) -> Sight:
-        """What a caller sees, by whatever door it comes; None: the kernel does not say."""
+        """Return what a caller may see; ``caller`` is None if the kernel does not name it."""
         administers = uid in (0, os.geteuid()) or (self._group is not None and self._group in (groups or ()))
         return EVERYTHING if administers else Sight(False, uid, groups, self._group_access)
 
@@ -165,7 +165,8 @@ class Callers:
 
     @contextlib.contextmanager
     def connected(self, peer: Peer) -> Iterator[Place]:
-        """Around one connection. Whoever may not stay is told why; what is idle gives way to others meanwhile."""
+        """Hold a place for a connection inside the block. A refused one is told why; an idle one may be closed for
+        others."""
         administers, share = self.administers(peer), self._share(peer)
         known = not administers and share == peer.uid
         seats = self._administrators if administers else self._owners_seats if known else self._strangers

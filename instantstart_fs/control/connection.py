@@ -29,7 +29,7 @@ REQUEST_DEADLINE = 30.0
 
 
 class Connection:
-    """One client: its requests in turn, each ended when the client goes."""
+    """One client's connection: answers its requests in turn, and ends the current one when the client disconnects."""
 
     def __init__(self, dispatcher: Dispatcher, stream: trio.SocketStream, peer: Peer, place: Place) -> None:
         self._dispatcher = dispatcher
@@ -109,7 +109,7 @@ class Connection:
         return not disconnected
 
     async def _response(self, request: protocol.Request) -> protocol.Response:
-        """What is to be answered; a lease never returns, it is ended by the connection's end."""
+        """Return the answer to a request. A lease never returns: it ends with the connection."""
         try:
             self._dispatcher.callers.authorize(self._peer, request)
             if isinstance(request, protocol.Lease | protocol.Open):

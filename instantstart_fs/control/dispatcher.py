@@ -298,7 +298,7 @@ class Dispatcher:
         return protocol.VerifyResult(found.files, found.bytes, tuple(found.healed), tuple(found.unproven))
 
     def _visible(self, peer: Peer) -> list[PipelineStatus]:
-        """What ``ls`` shows this peer: all, or what it owns."""
+        """Return the pipelines that ``ls`` shows this peer: all, or those that it owns."""
         if self.callers.administers(peer):
             found = self._library.pipelines.list()
             known = {status.pipeline for status in found}
@@ -325,7 +325,7 @@ class Dispatcher:
         return change
 
     async def _change(self, operation: Callable[[], Awaitable[Any]]) -> Any:
-        """The same, and wait for it at most CHANGE_DEADLINE; raises what it raised, else PipelineBusy."""
+        """Start a change and wait for its result, at most CHANGE_DEADLINE. Raises its exception, or PipelineBusy."""
         change = self._start_change(operation)
         with trio.move_on_after(CHANGE_DEADLINE):
             await change.finished.wait()
@@ -346,7 +346,7 @@ class Dispatcher:
 
     @contextlib.contextmanager
     def _leased(self, pipeline: str) -> Iterator[trio.CancelScope]:
-        """Around a lease: what ``_withdraw`` ends."""
+        """Hold a lease inside the block; ``_withdraw`` may end it."""
         scopes = self._leases.setdefault(pipeline, {})
         with trio.CancelScope() as scope:
             scopes[scope] = None
@@ -368,7 +368,7 @@ class Dispatcher:
             return waiting
 
     def _info_for(self, peer: Peer) -> protocol.DaemonInfo:
-        """To those who do not administer: that there is a daemon, and where its mount is."""
+        """Return what users who do not administer may know: that there is a daemon, and where its mount is."""
         info = self._info()
         if self.callers.administers(peer):
             return info
@@ -393,14 +393,14 @@ class Change:
             self.finished.set()
 
     def result(self) -> Any:
-        """What it returned, or raises what it raised."""
+        """Return its result, or raise its exception."""
         if self._error is not None:
             raise self._error
         return self._value
 
 
 def _without_others(status: PipelineStatus) -> PipelineStatus:
-    """As its owner may see it, who may not know which others are hot."""
+    """Return the message for the pipeline's owner, without the names of other pipelines."""
     if status.uncached is None:
         return status
     return msgspec.structs.replace(status, uncached=without_others(status.uncached))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Report(Protocol):
-    """What ``verify`` found; see ``protocol.VerifyResult``."""
+    """The result of ``verify``; see ``protocol.VerifyResult``."""
 
     @property
     def files(self) -> int: ...

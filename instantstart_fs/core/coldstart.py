@@ -174,7 +174,7 @@ _TOLD: tuple[PhaseName, ...] = ("compile", "capture", "warm-up")
 
 
 def _engine(record: ColdStart, start: float, end: float) -> list[Phase]:
-    """From loaded to ready, as far as the engine's log cuts it up; what it says may overlap, and is cut off then."""
+    """Split the time from loaded to ready by the phases in the engine's log. Phases that overlap are cut."""
     found: list[Phase] = []
     at = start
     for name in _TOLD:
@@ -205,7 +205,7 @@ class PipelineSpread(msgspec.Struct, frozen=True):
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Nearest rank: each is the time of a start that happened."""
+    """Return percentiles by nearest rank: each is the time of a real start."""
     found = sorted(values)
     if not found:
         return None
@@ -217,7 +217,7 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 
 def spreads(records: Iterable[ColdStart]) -> dict[str, Spread]:
-    """Of those that have ended: "total", and each phase that any of them has."""
+    """Return the spread of ended records: of "total", and of each phase that any of them has."""
     seconds: dict[str, list[float]] = {}
     for record in records:
         if record.live or record.interrupted:

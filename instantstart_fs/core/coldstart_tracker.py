@@ -45,8 +45,8 @@ MAX_LIVE = 8
 
 
 class _Live:
-    """A record that is being written. Numbers only, since a read adds to it. Who holds a file open keeps those that its
-    open belongs to (``Starts``), and tells of its reads with them."""
+    """A live record. Numbers only, since each read adds to it. An open file's handle keeps the records that it belongs
+    to (``Starts``), and its reads are reported with them."""
 
     __slots__ = (
         "began",
@@ -95,7 +95,7 @@ class _Live:
         return self.waited + (max(now - self.waiting_since, 0.0) if self.waiting else 0.0)
 
     def seen(self, now: float) -> ColdStart:
-        """Once it has ended, it is what it was then."""
+        """Return the record as of ``now``; one that has ended does not change."""
         if self.ended:
             return self.record
         waited = self.waited_until(now)
@@ -228,7 +228,7 @@ class Tracker:
         return next((live for live in self._in_memory(pipeline) if live.record.start == start), None)
 
     def report(self, pipeline: str, start: str, now: float, **changes: object) -> bool:
-        """What `run` says of its start; whether that is known. ``ended`` among the changes: it is over."""
+        """Add what `run` reports to its start's record; False if there is none. ``ended`` among the changes ends it."""
         live = self._named(pipeline, start)
         if live is None:
             return False
@@ -487,7 +487,7 @@ class Tracker:
                 self._note(live, now)
 
     def untaken(self, pipeline: str) -> list[ColdStart]:
-        """What ``take_changed`` will give of this pipeline."""
+        """Return the records that ``take_changed`` will give of this pipeline."""
         return [record for (name, _), record in self._changed.items() if name == pipeline]
 
     def take_changed(self) -> Sequence[ColdStart]:

@@ -53,7 +53,7 @@ class Learned(msgspec.Struct, frozen=True, array_like=True):
         return msgspec.structs.replace(self, touched=touched, since=self.starts) if self.starts else self
 
     def untouched(self, paths: Iterable[str]) -> tuple[str, ...]:
-        """Those of these weight files that none of the last UNTOUCHED_STARTS starts opened."""
+        """Return the weight files that none of the last UNTOUCHED_STARTS starts opened."""
         latest = self.starts - UNTOUCHED_STARTS
         if latest < 0:
             return ()

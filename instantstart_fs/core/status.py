@@ -145,5 +145,5 @@ class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):
 
     @property
     def brief(self) -> PipelineStatus:
-        """Without what there is one of for each file."""
+        """Return the status without its lists of files."""
         return msgspec.structs.replace(self, files=None, variants=None, listed=None)

@@ -183,7 +183,8 @@ class _Directory:
                 yield from group.files
 
     def whole(self, stem: str, variant: str, suffixes: Iterable[str]) -> _Group | None:
-        """One that has all its shards; of a format that others use too, one that is called as a library calls it."""
+        """Return a group that has all its shards. If others use the format too, it must be named as a library names
+        it."""
         for suffix in suffixes:
             for group in self.groups.get((stem, variant, suffix), ()):
                 if group.whole and (suffix in SAFETENSORS or group.name.standard):

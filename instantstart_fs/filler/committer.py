@@ -51,7 +51,7 @@ FLUSH_SECONDS = 10.0
 
 
 class CommitEvents(Protocol):
-    """What the committer reports, on the trio thread."""
+    """The events of the committer, on the trio thread."""
 
     def on_sealed(self, target: FillTarget) -> None:
         """The file is sealed, or unverified, on disk and in the index."""

@@ -56,7 +56,7 @@ OPEN_THREADS = 8
 
 
 class DeliveryEvents(Protocol):
-    """What is reported while ``Delivery.run`` runs, on the trio thread."""
+    """The events of ``Delivery.run``, on the trio thread."""
 
     def on_arrived(self, request: FetchRequest) -> None:
         """The chunk is whole and written."""

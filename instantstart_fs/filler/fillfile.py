@@ -22,7 +22,7 @@ PROGRESS_SECONDS = 1.0
 
 
 class Process(Protocol):
-    """What a fetch needs of the process it runs in. Thread-safe."""
+    """The part of its process that a fetch uses. Thread-safe."""
 
     def report(self, message: Report) -> None:
         """Send ``message`` to the daemon."""

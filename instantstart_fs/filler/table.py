@@ -19,7 +19,7 @@ from instantstart_fs.filler.target import FileKey, FillTarget, TargetOwner
 
 
 class Tier(Protocol):
-    """What hears of files that are filled, to serve chunks of them (filler/regional.py)."""
+    """Is told of files that are filled, to serve chunks of them (filler/regional.py)."""
 
     def enter(self, fill: Fill) -> None: ...
     def keys(self, key: FileKey) -> tuple[FileKey, ...]: ...

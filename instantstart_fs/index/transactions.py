@@ -127,7 +127,7 @@ class ReadTxn:
         return None if value is None else value.decode("ascii", "replace")
 
     def dump(self) -> dict[str, dict[bytes, bytes]]:
-        """Everything, raw: for tests and for probing a suspect index."""
+        """Return all keys and values. For tests, and for probing a suspect index."""
         return {database: dict(self._scan(database)) for database in schema.DATABASES}
 
 

@@ -34,7 +34,7 @@ class BindRefused(MountFailed):
 
 
 class BindUnknown(BindRefused):
-    """It could not be tried, for want of something that comes back."""
+    """The call could not be tried, for want of a resource; it may be tried again."""
 
 
 class BindLeft(OSError):

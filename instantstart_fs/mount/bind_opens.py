@@ -88,7 +88,7 @@ class BindEvents:
         return self._seen[0][0].pipeline if self._seen else None
 
     def take(self, pipeline: str) -> list[tuple[BindableFile, kernel.FanEvent]]:
-        """Its events, each once."""
+        """Return the events of a file, each once."""
         taken = [(file, event) for file, event in self._seen if file.pipeline == pipeline]
         self._seen = [(file, event) for file, event in self._seen if file.pipeline != pipeline]
         return taken

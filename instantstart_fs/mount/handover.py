@@ -151,11 +151,11 @@ class HandleTable:
         return self.epoch
 
     def handles(self) -> list[Row]:
-        """One row for each open handle."""
+        """Return a row for each open handle."""
         return [row for row, _ in self._rows() if row.fh and not row.fh & BACKING]
 
     def backings(self) -> list[Row]:
-        """One row for each registered backing id, which outlives the last handle of its file."""
+        """Return a row for each registered backing id. It outlives the last handle of its file."""
         return [row for row, _ in self._rows() if row.fh & BACKING]
 
     def _rows(self) -> Iterator[tuple[Row, int]]:

@@ -116,7 +116,7 @@ def _as_fuse_error(handler: str, error: Exception, pipeline: str | None) -> FUSE
 
 
 class Caller(Protocol):
-    """Who asks, as the kernel says: pyfuse3's RequestContext, or the header of a request."""
+    """The process that made a request: pyfuse3's RequestContext, or the header of a request."""
 
     @property
     def uid(self) -> int: ...
@@ -235,8 +235,8 @@ class Operations(fuse_types.BaseOperations):
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within this, what would have to wait for the store raises NotLoaded: call it once more outside of this, where
-        it keeps nobody else waiting. Not for ``open`` and ``read``."""
+        """Inside the block, handlers that would have to wait for the store raise NotLoaded. Call them again outside of
+        it, in a task that delays no other request. Not for ``open`` and ``read``."""
         self._only_at_once = True
         try:
             yield

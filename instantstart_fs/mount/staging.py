@@ -64,8 +64,8 @@ class StagingHost(Protocol):
 
 
 class ReadAhead(Protocol):
-    """Who does the reading. Reports (``readahead.STAGED`` and ``DONE``, job, bytes) go to the callback it was made
-    with; a job that is lost with its process gets its DONE too."""
+    """The staging process, as Staging uses it. Reports (``readahead.STAGED`` and ``DONE``, job, bytes) go to the
+    callback it was made with; a job that is lost with its process gets its DONE too."""
 
     def stage(self, job: int, fd: int, length: int) -> None:
         """Queue it behind the others. Takes ``fd`` over."""

@@ -186,7 +186,7 @@ class Request(NamedTuple):
 
 
 def parse(message: memoryview) -> Request:
-    """One message as it was read. Raises BadMessage."""
+    """Parse one message as it was read. Raises BadMessage."""
     if len(message) < IN_HEADER.size:
         raise BadMessage(f"{len(message)} bytes are less than a header")
     length, opcode, unique, nodeid, uid, gid, pid, extensions, _ = IN_HEADER.unpack_from(message)
@@ -218,7 +218,7 @@ def name(body: memoryview, offset: int = 0) -> bytes:
 
 
 class Init(NamedTuple):
-    """What the kernel offers; ``flags`` are 64 bits."""
+    """The kernel's offer at INIT; ``flags`` are 64 bits."""
 
     major: int
     minor: int

@@ -69,7 +69,7 @@ class Origin(Protocol):
         ...
 
     def locate(self, file: ManifestFile) -> Location:
-        """Where to fetch a pinned file now. Called once per file and signature lifetime. Raises OriginError."""
+        """Return the address of a pinned file now. Called once per file and signature lifetime. Raises OriginError."""
         ...
 
     def check(self) -> None:

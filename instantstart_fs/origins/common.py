@@ -73,8 +73,8 @@ _N = TypeVar("_N", bound=Named)
 
 
 def leave_out(model: ModelSpec, files: Sequence[_N], skips: Skips) -> Sequence[_N]:
-    """Those of the files that a filesystem can show; ``skips`` gets the others. Before anybody asks for one of them: an
-    address with ``..`` or ``//`` in it becomes that of something else on the way."""
+    """Return the files that a filesystem can show; ``skips`` gets the others. Call it before any file is requested: an
+    address with ``..`` or ``//`` in it may become another's on the way."""
     below = f"{model.name}/" if model.name else ""
     problems = unservable([below + file.path if file.path else "" for file in files])
     for position, problem in sorted(problems.items()):
@@ -128,7 +128,7 @@ def refuse_endless(source: str, chosen: int, listed: int) -> None:
 
 
 def _check_file(source: str, file: ManifestFile) -> None:
-    """What an origin says of a file is JSON of its own making: nothing of it has a type yet."""
+    """Check the types of what an origin says about a file: it is unchecked JSON."""
     digest = file.digest
     size: object = file.size
     if not isinstance(file.path, str) or not isinstance(size, int) or not 0 <= size < MAX_FILE_BYTES:
@@ -138,8 +138,8 @@ def _check_file(source: str, file: ManifestFile) -> None:
 
 
 def samples(files: Sequence[ManifestFile]) -> list[ManifestFile]:
-    """Of pinned files those that stand for all: one of each way in which a hub gives them (from a CDN, by itself), the
-    largest, and none of those that a gated repository shows to everybody if there are others."""
+    """Choose the pinned files that stand for all: the largest of each way in which a hub serves files (by a CDN, by
+    itself). Files that a gated repository shows to everybody are left out if there are others."""
 
     def weight(file: ManifestFile) -> tuple[bool, int]:
         return file.path.lower() not in SHOWN_TO_ALL, file.size

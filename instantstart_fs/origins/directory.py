@@ -3,13 +3,13 @@
 It offers no digest, and hashing a terabyte at `add` would be no pinning but a second download: files are pinned by
 identity (device, inode, size, mtime) and end as ``unverified``.
 
-**Links.** The daemon usually runs as root, while whoever owns the directory need not: a link to /etc/shadow in it must
-not become a file that everybody reads in the mount. So a link to a file is followed when it belongs to root or to the
-owner of the file that it leads to (who could have put the bytes there as well; the kernel's protected_symlinks reasons
-alike); that covers a Hugging Face cache, whose snapshots link to ../../blobs. Other links and links to directories are
-refused by name, unless excluded: many files may lie behind them. One entry that nobody can be shown (a link to nothing,
-a socket, a pipe, a device, a name that is not UTF-8) is left out and told of. Directories are walked by descriptor, so
-that none can be exchanged for a link meanwhile, and later reads are held to the pinned identity.
+**Links.** The daemon usually runs as root, while the directory's owner need not be root: a link to /etc/shadow in it
+must not become a file that everybody reads in the mount. So a link to a file is followed when it belongs to root or to
+the owner of the file that it leads to (who could have put the bytes there as well; the kernel's protected_symlinks
+reasons alike); that covers a Hugging Face cache, whose snapshots link to ../../blobs. Other links and links to
+directories are refused by name, unless excluded: many files may lie behind them. One entry that nobody can be shown (a
+link to nothing, a socket, a pipe, a device, a name that is not UTF-8) is left out and told of. Directories are walked
+by descriptor, so that none can be exchanged for a link meanwhile, and later reads are held to the pinned identity.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from instantstart_fs.origins.common import Skips, finish_manifest, refuse_endles
 
 
 def identity_of(status: os.stat_result) -> str:
-    """What a pinned local file is known by: ``device:inode:size:mtime_ns``. Compare it with fstat of an open file."""
+    """Return the identity of a pinned local file, ``device:inode:size:mtime_ns``, to compare with an open file's."""
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 
@@ -160,7 +160,7 @@ class DirectoryOrigin:
         )
 
     def _follow(self, path: str, name: str, directory: int, link: os.stat_result) -> os.stat_result | None:
-        """What the link leads to; None: nothing."""
+        """Return what the link leads to; None if that is nothing."""
         try:
             status = os.stat(name, dir_fd=directory)  # one call: owner and identity are those of the same file
         except OSError as error:

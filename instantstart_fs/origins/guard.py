@@ -58,8 +58,8 @@ def resolve(
 
 
 def check_behind_proxy(host: str, permit: Permit) -> None:
-    """The same judgement for a host that a proxy will connect to, at whichever of its addresses. A name that this
-    machine cannot resolve is the proxy's to judge."""
+    """Judge a host that a proxy will connect to, by all its addresses. A name that this machine cannot resolve is left
+    to the proxy."""
     with contextlib.suppress(OSError):
         resolve(host, 0, permit, all_of_them=True)
 
@@ -107,7 +107,7 @@ def next_address(here: str, location: str) -> str:
 
 
 def check_text(url: str, permit: Permit) -> None:
-    """What can be told of where ``url`` leads without asking anybody; the connection is judged again."""
+    """Judge ``url`` by its text alone; the connection is judged again."""
     host = host_of(url)
     address = parse_address(host)
     if address is not None and not permit.allows(host, address):

@@ -71,7 +71,7 @@ _asking: ContextVar[Asking] = ContextVar("_asking", default=Asking("", (), None)
 
 @contextlib.contextmanager
 def on_behalf_of(endpoint: str, named: tuple[str, ...], authorization: str | None) -> Iterator[None]:
-    """Around requests of one pipeline; the fields are those of ``Asking``."""
+    """Set whose requests are made inside the block; the fields are those of ``Asking``."""
     before = _asking.get()
     _asking.set(Asking(endpoint, named, authorization))
     try:

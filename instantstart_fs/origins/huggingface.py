@@ -221,7 +221,8 @@ class HuggingFaceOrigin:
         return (("Authorization", authorization),) if authorization else ()
 
     def _sent_to(self, file: ManifestFile, told: str) -> str:
-        """Where the bytes are to be had: judged by its text here, and again by the fetch that connects to it."""
+        """Return the address that the hub redirects to. Judged by its text here, and again by the fetch that
+        connects."""
         try:
             location = next_address(f"{self._endpoint}/", told)
             check_text(location, permit(self._named))
@@ -246,7 +247,7 @@ class HuggingFaceOrigin:
         self._prove(self._find_samples(commit, description))
 
     def _find_samples(self, commit: str, description: Description) -> list[ManifestFile]:
-        """Of the first page on which a chosen file lies."""
+        """Return samples from the first page that has a chosen file."""
         held = 0
         for page, _ in self._pages(commit, description):
             held += len(page)
@@ -275,7 +276,8 @@ class HuggingFaceOrigin:
                 ) from None
 
     def _ask(self, path: str, query: str, *, optional: bool = False) -> Answer:
-        """One answer of the hub's API. Raises OriginError, TooLarge; NoTree where ``optional`` is not known there."""
+        """Return one answer of the hub's API. Raises OriginError, TooLarge; NoTree if the hub does not know
+        ``optional``."""
         headers = build_hf_headers(token=self._token() or False, library_name="instantstart-fs")
         body = bytearray()
         with self._translated(str(self._source)):
@@ -311,7 +313,7 @@ class HuggingFaceOrigin:
         return chosen, witness.files
 
     def _pages(self, commit: str, description: Description) -> Iterator[tuple[list[Listed], int]]:
-        """Of the tree: files, and how many entries the page had; where there is none (mirrors), the description's own
+        """Yield the tree page by page: files, and the number of entries. Mirrors without a tree: the description's
         list."""
 
         def ask(query: str) -> Answer:
@@ -335,7 +337,7 @@ class HuggingFaceOrigin:
         yield [listed_sibling(sibling) for sibling in siblings], 0
 
     def _ask_sizes(self, files: Sequence[Listed], commit: str) -> list[Listed]:
-        """The same with what HEAD of each says: some mirrors list names alone."""
+        """Return the files with sizes and digests by HEAD of each: some mirrors list only names."""
         end = time.monotonic() + LISTING_SECONDS
 
         def ask(file: Listed) -> Listed:
@@ -460,7 +462,7 @@ class HuggingFaceOrigin:
 
 
 def _digest_of(etag: str | None) -> Digest | None:
-    """What the ETag of a hub's own answer is: the sha256 of an LFS file, else the git blob's sha1."""
+    """Return the digest in the ETag of a hub's own answer: an LFS file's sha256, else the git blob's sha1."""
     kinds: dict[int, Algorithm] = {64: "sha256", 40: "git-sha1"}
     kind = kinds.get(len(etag or ""))
     return Digest(kind, etag.lower()) if etag and kind and _HEX.issuperset(etag.lower()) else None

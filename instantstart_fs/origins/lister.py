@@ -78,7 +78,7 @@ _frames = msgspec.msgpack.Decoder(Frame)
 
 
 class Lister:
-    """One listing process. ``run`` in a thread; ``end`` from anywhere, any number of times."""
+    """One listing process. Call ``run`` in a thread; ``end`` from any thread, any number of times."""
 
     def __init__(self, order: Order) -> None:
         self._order = order

@@ -88,7 +88,7 @@ CANNOT_TELL = frozenset({400, 404, 405, 416, 501})
 
 
 class Listed(msgspec.Struct, frozen=True):
-    """What a listing says of an object. ``strong``: it has a checksum that is better than an MD5."""
+    """An object as a listing describes it. ``strong``: it has a checksum that is better than an MD5."""
 
     path: str
     key: str
@@ -256,7 +256,7 @@ class S3Origin:
         return chosen, held
 
     def _first(self, client: S3Client) -> Listed | None:
-        """Of the first page that holds a chosen one; rather one that has bytes."""
+        """Return samples from the first page that has a chosen object; preferably one with bytes."""
         empty = None
         for count, listed in enumerate(self._objects(client)):
             if selected(listed.path, self._model) and leave_out(self._model, [listed], Skips()):
@@ -419,7 +419,7 @@ class S3Origin:
     # -- proving -----------------------------------------------------------------------------------------------------
 
     def _readable(self, files: list[ManifestFile]) -> list[ManifestFile]:
-        """The same, proven by a byte of one; without their versions where these may not be read."""
+        """Prove the objects readable by a byte of one; drop their versions if these may not be read."""
         versioned = [file for file in files if _unpack(file.version)[0]]
         candidates = versioned or files
         sample = min(candidates, key=lambda file: (file.size == 0, file.size), default=None)
@@ -453,7 +453,7 @@ class S3Origin:
         return self._refusals.refused(answer, file.path, right)
 
     def _without_false_digests(self, files: list[ManifestFile]) -> list[ManifestFile]:
-        """Some engines' ETags look like MD5s and are none: the smallest object that rests on one is compared."""
+        """Drop MD5 digests if the engine's ETags are none: the smallest object with one is fetched and compared."""
         resting = [file for file in files if 0 < file.size <= TRIED_WHOLE and rests_on_etag(file)]
         if not resting:
             return files

@@ -86,7 +86,7 @@ class Answered:
 
 
 def _stamp() -> Stamp:
-    """What changes when somebody replaces credentials."""
+    """Return a value that changes when credential files are replaced."""
     found: list[object] = [os.environ.get(name) for name in _VARIABLES]
     for variable, default in _FILES:
         path = os.path.expanduser(os.environ.get(variable) or default)
@@ -134,8 +134,8 @@ class S3Access:
         self._http: URLLib3Session | None = None
 
     def client(self) -> S3Client:
-        """With the credentials of now. Raises botocore's exceptions, ValueError, CredentialsUnusable, and
-        OriginUnavailable where a service that lends them is."""
+        """Return a client with current credentials. Raises botocore's exceptions, ValueError, CredentialsUnusable, and
+        OriginUnavailable if a service that lends credentials is down."""
         with self._lock:
             stamp = _stamp()
             if self._client is None or stamp != self._stamp:
@@ -170,7 +170,7 @@ class S3Access:
         return found
 
     def parameters(self, key: str | None = None, **more: Any) -> dict[str, Any]:
-        """What every call has; ``more`` as far as it is set."""
+        """Return the parameters of every call, and those of ``more`` that are set."""
         found: dict[str, Any] = {"Bucket": self.bucket} | {name: value for name, value in more.items() if value}
         if key is not None:
             found["Key"] = key
@@ -179,7 +179,7 @@ class S3Access:
         return found
 
     def signed_headers(self, *, etag: str = "") -> dict[str, str]:
-        """What has to go with an address that was signed for the same."""
+        """Return the headers that must be sent to an address that was signed for the same."""
         headers = {"If-Match": etag} if etag else {}
         if self.requester_pays:
             headers["x-amz-request-payer"] = "requester"

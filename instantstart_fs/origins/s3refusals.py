@@ -64,7 +64,7 @@ class Refusals:
         return self._error(f"{self._source}: {path}", answer.status, word, right, wait)
 
     def _error(self, what: str, status: int, word: Word, right: str, wait: float | None) -> OriginError:
-        """What an answer with ``status`` means for one who needed ``right``."""
+        """Return the error for an answer with ``status`` to a request that needs the permission ``right``."""
         whose = f"the AWS profile {self._profile!r}" if self._profile else "the machine's AWS credentials"
         code, said = word.code, f" ({word})" if str(word) else ""
         if code == "NoSuchBucket":

@@ -86,7 +86,7 @@ class DeviceWorker:
             socket.send_fds(self.socket, [messages.encode(message)], fds)
 
     def reports(self, stuck: Callable[[], bool]) -> Generator[FromWorker, None, None]:
-        """What the worker reports, until its socket ends; closes the socket then.
+        """Yield the worker's reports until its socket ends, and close that.
 
         Args:
             stuck: asked every second in which nothing comes.
@@ -140,7 +140,7 @@ class DeviceWorker:
         return f"{'' if text.startswith(f'{device}: ') else f'{device}: '}{prefix}{text}"
 
     def how_it_ended(self) -> str:
-        """What became of a process whose socket has ended, to follow "the worker of cuda:0"."""
+        """Return what became of a process whose socket has ended, as words after "the worker of cuda:0"."""
         assert self.process is not None
         try:
             status = self.process.wait(STOP_DEADLINE)

@@ -298,7 +298,7 @@ class Stage:
     # -- account ---------------------------------------------------------------------------------------------------
 
     def progress(self) -> tuple[DeviceReport, ...]:
-        """One report for each device, in the plan's order."""
+        """Return a report for each device, in the plan's order."""
         with self._changed:
             return device_reports(self._workers, self._files.values(), self._started_at, time.monotonic())
 

@@ -84,7 +84,7 @@ def _holds(pid: str, wanted: Callable[[str, Callable[[], int | None]], bool]) ->
 
 
 def _inode(pid: str, descriptor: str) -> int | None:
-    """Without asking the filesystem itself: it may be the one that hangs."""
+    """Return the inode number from /proc, without a call to the filesystem, which may be the one that hangs."""
     try:
         with open(f"/proc/{pid}/fdinfo/{descriptor}", encoding="ascii", errors="replace") as lines:
             for line in lines:

@@ -53,7 +53,7 @@ class OpenFiles:
 
     @property
     def listener(self) -> OpenListener:
-        """Who is told of opens, releases, seals and retirements (``notify``)."""
+        """The listener that is told of opens, releases, seals and retirements (``notify``)."""
         return self._listener
 
     def before_close(self, callback: Callable[[int], None] | None) -> None:

@@ -17,7 +17,7 @@ class OpenListener(Protocol):
         ...
 
     def released(self, key: FileKey) -> None:
-        """Its last handle; as often as ``opened``."""
+        """The file's last handle was closed. Called as often as ``opened``."""
         ...
 
     def sealed(self, key: FileKey) -> None:
@@ -29,7 +29,7 @@ class OpenListener(Protocol):
         ...
 
     def rest(self, pipeline: str, resting: bool) -> None:
-        """From now on leave that pipeline alone, or no longer; calls nest."""
+        """Pause or resume staging of that pipeline; calls nest."""
         ...
 
 

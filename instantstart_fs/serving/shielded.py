@@ -26,7 +26,7 @@ class ShieldedOperations:
         self._under_way: dict[trio.Event, str] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until cancelled."""
+        """Run the operations that are given, until cancelled."""
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             try:

@@ -17,6 +17,6 @@ def checked(result: int, path: str | None = None) -> int:
 
 
 def last_error(path: str | None = None) -> OSError:
-    """What errno says of the last call of LIBC in this thread."""
+    """Return the OSError of the last call of LIBC in this thread."""
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number), path) if path is not None else OSError(number, os.strerror(number))

@@ -64,7 +64,7 @@ class Rechecker:
                 log.warning("%s", pipeline.hidden, extra={"pipeline": pipeline.id})
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Check the pipelines that are due, until cancelled."""
         while True:
             pause = await self.run_once()
             await trio.sleep(pause)

@@ -50,7 +50,7 @@ class Evictions(Protocol):
 
 
 class Inventory(Protocol):
-    """What there is to evict (upkeep/inventory.py)."""
+    """The candidates for eviction (upkeep/inventory.py)."""
 
     def budget(self) -> eviction.Budget:
         """The limits of the store, and the filesystem's free space now."""
@@ -264,8 +264,8 @@ class Evictor:
 
     @asynccontextmanager
     async def _deciding(self) -> AsyncIterator[None]:
-        """One decision at a time, after the evictions of cancelled ones: their bytes, still counted as used, would cost
-        another pipeline its own."""
+        """Hold the lock of decisions inside the block. First wait for evictions whose requester was cancelled: their
+        bytes still count as used, and would cost another pipeline its own."""
         async with self._lock:
             await self._evictions().evictions_end()
             yield

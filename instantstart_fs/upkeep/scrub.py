@@ -68,7 +68,7 @@ class Scrubber:
         """Whether a pass is paused by demand."""
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Scrub one pipeline after the other, until cancelled."""
         while True:
             pause = await self.run_once()
             await trio.sleep(pause)

@@ -62,7 +62,7 @@ class Snapshots:
         await self._catalog.index.write(lambda txn: txn.prove_writable(self._catalog.now_ns()))
 
     def store_problem(self) -> str | None:
-        """What is wrong with the store's directory, None if nothing is; logged once."""
+        """Return what is wrong with the store's directory, None if nothing is; logged once."""
         store = self._catalog.store
         if not store.tree.removed():
             return None

@@ -81,7 +81,8 @@ class Pipelines:
         return [self.status_of(self._catalog.pipelines[name]) for name in sorted(self._catalog.pipelines)]
 
     def list_where(self, shown: Callable[[PipelineSpec], bool]) -> Sequence[PipelineStatus]:
-        """Those whose specification is ``shown``, by id. The others cost a look at their specification."""
+        """Return the pipelines whose specification is ``shown``, by id. The others cost a look at their
+        specification."""
         found = [pipeline for pipeline in self._catalog.pipelines.values() if shown(pipeline.spec)]
         return [self.status_of(pipeline) for pipeline in sorted(found, key=lambda one: one.id)]
 
@@ -116,7 +117,7 @@ class Pipelines:
 
 
 def load_set_facts(pipeline: Pipeline, state: PipelineState) -> Facts:
-    """What a cold start's record notes of the pipeline when it begins."""
+    """Return the facts that a cold start's record notes at its begin."""
     generation = pipeline.current
     if generation is None:
         return Facts(state, 0, 0, 0)

@@ -80,7 +80,7 @@ STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "ima
 
 
 class Seen(NamedTuple):
-    """What one kind of caller sees of an overview, and the pages that were made of it."""
+    """What one kind of caller sees of a store summary, and the pages made of it."""
 
     store_summary: StoreSummary
     views: dict[view_model.Query, view_model.View]
@@ -346,14 +346,14 @@ class Site:
 
 
 def visitor_of(request: Request) -> Visitor:
-    """Who is at the other end of its connection."""
+    """Return the visitor at the other end of the request's connection."""
     found = request.scope.get("state", {}).get("visitor", STRANGER)
     assert isinstance(found, Visitor)
     return found
 
 
 def sight_of(request: Request) -> Sight:
-    """What whoever sent it sees, as _Bounded found."""
+    """Return what the request's sender may see, as _Bounded found."""
     found = request.scope["sight"]
     assert isinstance(found, Sight)
     return found
@@ -365,7 +365,7 @@ def event(text: str) -> bytes:
 
 
 def query_of(given: Mapping[str, str]) -> view_model.Query:
-    """From a query string; what makes no sense in it counts as not given."""
+    """Parse a query string; values that make no sense count as not given."""
 
     def number(name: str, default: int, most: int) -> int:
         with contextlib.suppress(ValueError):

@@ -117,8 +117,7 @@ class HealthProbe:
 
 
 def look_at_mount(mount: str) -> str | None:
-    """What is wrong with it, None if nothing. Blocks as long as the mount does: statvfs is never answered from a
-    cache."""
+    """Return what is wrong with the mount, None if nothing is. Blocks as long as the mount: statvfs is never cached."""
     try:
         os.statvfs(mount)
         return None if os.path.ismount(mount) else "nothing is mounted there"

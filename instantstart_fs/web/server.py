@@ -86,7 +86,7 @@ class Http1(H11Protocol):
     """
 
     async def _check_protocol(self, event: h11.Request) -> None:
-        """Where hypercorn would change to HTTP/2."""
+        """Keep hypercorn from changing to HTTP/2."""
 
     async def _create_stream(self, request: h11.Request) -> None:
         if request.http_version not in (b"1.0", b"1.1"):

@@ -37,7 +37,7 @@ Address = tuple[str, int]
 
 
 def uid_of_peer(connection: socket.socket) -> int | None:
-    """Of the process that made the other end; None: not known. Raises nothing."""
+    """Return the uid of the process at the other end; None if unknown. Raises nothing."""
     try:
         here, there = connection.getsockname()[:2], connection.getpeername()[:2]
     except OSError:
@@ -50,7 +50,7 @@ def uid_of_peer(connection: socket.socket) -> int | None:
 
 
 def uid_of(theirs: Address, ours: Address) -> int | None:
-    """Of the socket that has the address ``theirs`` and is connected to ``ours``. Raises OSError."""
+    """Return the uid of the socket at ``theirs`` that is connected to ``ours``. Raises OSError."""
     found = _ask(_plain(theirs), _plain(ours))
     # The kernel calls a user of another user namespace so.
     return None if found is None or found == _overflow_uid() else found

@@ -133,7 +133,7 @@ class View(msgspec.Struct, frozen=True):
 
 
 def ordered(store_summary: StoreSummary) -> StoreSummary:
-    """Those that need attention first: errors, fills; then by last request."""
+    """Sort pipelines: errors first, then fills, then by last request."""
     # Two stable sorts: latest request first within a state.
     found = sorted(store_summary.pipelines, key=lambda status: status.last_request or "", reverse=True)
     found.sort(key=lambda status: ORDER[status.state])
@@ -209,7 +209,7 @@ def row(status: PipelineStatus, now: float, *, details: bool, everything: bool) 
 
 
 def chip(status: PipelineStatus) -> str:
-    """What the badge says: ``warm``, ``filling 62 %``."""
+    """Return the badge's text: ``warm``, ``filling 62 %``."""
     return f"{status.state} {percent(status)} %" if status.state in ("filling", "partial") else status.state
 
 

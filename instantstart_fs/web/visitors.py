@@ -67,7 +67,7 @@ class Visitors:
         """(inode, mtime, ctime) of the file that it was read from."""
 
     def identify(self, stream: trio.SocketStream) -> Visitor:
-        """Who is at the other end of a connection that was just accepted."""
+        """Find out who is at the other end of an accepted connection."""
         connection = stream.socket
         if connection.family == socket.AF_UNIX:
             peer = peer_of(connection)
@@ -79,7 +79,7 @@ class Visitors:
         return Visitor(self._sight_of(uid, None), f"uid {uid}")
 
     def sight(self, visitor: Visitor, headers: Mapping[str, str]) -> Sight | None:
-        """What a request sees; None: its token is not the right one."""
+        """Return what a request may see; None if its token is wrong."""
         if self._config.public:
             return EVERYTHING
         scheme, _, given = headers.get("authorization", "").partition(" ")

@@ -69,7 +69,7 @@ class Item:
         self._on_end(self, error)
 
     def close(self) -> None:
-        """Its descriptors. Idempotent."""
+        """Close its descriptors. Idempotent."""
         with self._lock:
             descriptors = [fd for fd in (self.plain, self.direct) if fd is not None]
             self.plain, self.direct = -1, None
@@ -82,7 +82,7 @@ class Item:
 
 
 class Backend(Protocol):
-    """One for each worker, whose threads end with the process. ``name`` is what the table shows."""
+    """The backend of a worker; its threads end with the process. ``name`` is shown in the table."""
 
     name: str
 
