@@ -31,7 +31,7 @@ LIVE_SECONDS = 60.0
 """A claim that was renewed within it has an owner that fills."""
 LEFT_SECONDS = 3600.0
 """After which what a writer left half-written, or a probe, is nobody's."""
-GONE_SECONDS = 86_400.0
+LOST_SECONDS = 86_400.0
 """After which a host's heartbeat is removed; it counts for minutes only (core/placement.py)."""
 MOST_LEFT = 1_000_000
 DELETERS = 16
@@ -179,14 +179,14 @@ def collect(store: TierStore, rules: Rules, progress: Progress = _silent) -> Col
         if _written_since(store, summary):
             total.kept_in_use += 1
             continue
-        gone = remove(store, summary.slot, lambda some, _, before=done: progress(before + some, size))  # type: ignore[misc]
-        done += gone.bytes
+        removed = remove(store, summary.slot, lambda some, _, before=done: progress(before + some, size))  # type: ignore[misc]
+        done += removed.bytes
         total.slots += 1
-        total.objects += gone.objects
-        total.bytes += gone.bytes
-    gone_slots = {summary.slot for summary in going}
+        total.objects += removed.objects
+        total.bytes += removed.bytes
+    removed_slots = {summary.slot for summary in going}
     for summary in found:
-        if summary.claims and summary.slot not in gone_slots:
+        if summary.claims and summary.slot not in removed_slots:
             for stored in store.list(f"v1/{summary.slot}/", MOST):
                 if "/k/" in stored.name and now - stored.modified > CLAIM_SECONDS:
                     store.delete(stored.name)
@@ -196,7 +196,7 @@ def collect(store: TierStore, rules: Rules, progress: Progress = _silent) -> Col
             store.delete(stored.name)
             total.left += 1
     for stored in store.list("v1/hosts/", MOST_LEFT):
-        if now - stored.modified > GONE_SECONDS:
+        if now - stored.modified > LOST_SECONDS:
             store.delete(stored.name)
             total.hosts += 1
     return total

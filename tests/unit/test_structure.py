@@ -44,7 +44,7 @@ WRITTEN = {
     "cli/show.py trouble",
 }
 """Names that are the same on disk or in --json, with the module that has them."""
-BEING_RENAMED = ("regional/hygiene", "cli/long", "control/client")
+BEING_RENAMED = ("cli/long", "control/client")
 BEING_SAID = ("Client",)
 
 
