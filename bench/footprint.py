@@ -200,7 +200,7 @@ def first_byte(work: Path, rounds: int) -> dict[str, Any]:
 
 _ADD_MANY = """
 import sys, time
-from instantstart_fs.cli.specification import specification
+from instantstart_fs.control.specification import specification
 from instantstart_fs.control.client import Client
 count, source = int(sys.argv[1]), sys.argv[2]
 for number in range(count):

@@ -44,6 +44,7 @@
     │   └── OutOfBudget            the device, or the machine, has no memory for them
     └── ControlError               between the command line and the daemon
         ├── DaemonUnreachable      no daemon answers on the socket
+        ├── WaitDeadline           the time-out that a caller gave its own wait; what was waited for goes on
         ├── ControlProtocolError   a message that cannot be understood
         └── PermissionRefused      the caller may not do this
 
@@ -270,6 +271,10 @@ class ControlError(InstantStartError):
 
 class DaemonUnreachable(ControlError):
     code = "daemon-unreachable"
+
+
+class WaitDeadline(ControlError):
+    code = "wait-deadline"
 
 
 class ControlProtocolError(ControlError):

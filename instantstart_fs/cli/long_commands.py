@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from instantstart_fs.cli.progress import Bar, fits
 from instantstart_fs.cli.show import percent, rate_line
 from instantstart_fs.cli.show import progress as fetched
-from instantstart_fs.control.client import Client
+from instantstart_fs.control.client import Client, Lease
 from instantstart_fs.control.protocol import RegionState
 from instantstart_fs.core.humanize import human_bytes, reason_first
 from instantstart_fs.core.status import PipelineStatus
@@ -152,17 +152,15 @@ class _Lines:
         print(line, file=sys.stderr, flush=True)
 
 
-def _keep_leased(client: Client, pipeline: str) -> None:
+def _keep_leased(client: Client, held: Lease) -> None:
     """A lease ends with its connection, and a restart of the daemon ends that, but not the command: take it again. Ends
     with the process."""
-    path = client.path
     while True:
-        client.wait_gone()
+        held.wait_disconnected()
         while True:
             time.sleep(LEASE_RETRY)
             try:
-                client = Client(path)
-                client.lease(pipeline)
+                held = client.lease(held.pipeline)
                 break
             except InstantStartError:
                 continue  # not back yet; or the pipeline is gone, and may come back
@@ -170,8 +168,8 @@ def _keep_leased(client: Client, pipeline: str) -> None:
 
 def run_leased(client: Client, pipeline: str, command: list[str]) -> int:
     """Run the command under a lease; its exit status, 128 + N when signal N ended it, 127 when there is no such."""
-    client.lease(pipeline)
-    threading.Thread(target=_keep_leased, args=(client, pipeline), name="lease", daemon=True).start()
+    held = client.lease(pipeline)
+    threading.Thread(target=_keep_leased, args=(client, held), name="lease", daemon=True).start()
     before = {number: signal.getsignal(number) for number in FORWARDED}
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []

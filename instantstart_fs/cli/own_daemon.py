@@ -200,9 +200,9 @@ def pipeline_of(client: Client, model: ModelSpec) -> tuple[str, bool]:
 
 def stay(client: Client, pipeline: str) -> None:
     """Hold a lease until KeyboardInterrupt (SIGINT, SIGTERM). Raises DaemonUnreachable when the daemon ends before."""
-    client.lease(pipeline)
+    held = client.lease(pipeline)
     with contextlib.suppress(KeyboardInterrupt):
-        while not client.wait_ended(3600.0):
+        while not held.wait_ended(3600.0):
             pass
         raise DaemonUnreachable("the daemon has ended; its log says why")
 

@@ -1,98 +1,147 @@
-"""The blocking client of the control socket, for the command line and scripts. It is quick to import.
+"""The blocking client of the daemon: what the command line uses, and `from instantstart_fs import Client` gives.
 
-One Client is one connection: it sends a request and reads answers until ``done`` or ``failed``. The daemon's errors are
-raised with their own class. If no daemon answers, DaemonUnreachable says what to do.
+It is quick to import and needs msgspec alone. What may be asked is in ``calls.py``; this sends and waits. A connection
+carries one request at a time. A client keeps the connections that it made, and makes one more where all are in use, so
+that several threads may share it. One that the daemon has closed meanwhile (it restarted) is replaced.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import math
 import os
 import socket
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar
-
-import msgspec
+from typing import Self, TypeVar, Unpack
 
 from instantstart_fs.config import unixsocket
 from instantstart_fs.config.places import find_socket
-from instantstart_fs.control import protocol
+from instantstart_fs.control import calls, protocol
+from instantstart_fs.control.calls import ANSWER_DEADLINE, CONNECT_DEADLINE, NAMES_DEADLINE, Call, Finished, Refused
+from instantstart_fs.control.specification import Options
 from instantstart_fs.core.coldstart import ColdStart, Moment
-from instantstart_fs.core.humanize import did_you_mean
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.startupcache import StartupRecord
 from instantstart_fs.core.status import OriginCheck, PipelineStatus
 from instantstart_fs.core.weights import WeightSet
-from instantstart_fs.errors import (
-    ControlProtocolError,
-    DaemonUnreachable,
-    InstantStartError,
-    PermissionRefused,
-    PipelineNotFound,
-    UsageError,
-)
+from instantstart_fs.errors import ControlError, ControlProtocolError, InstantStartError, PipelineNotFound
 
 _T = TypeVar("_T")
-CONNECT_DEADLINE = 20.0
-"""Seconds to be accepted. One waits only while the backlog is full: hundreds of others came at the same moment."""
-ANSWER_DEADLINE = 50.0
-"""Seconds for an answer that comes from memory: a loaded daemon is not a dead one."""
-CHECK_DEADLINE = 120.0
-"""For ``check_origins``: the daemon takes 25 s at most, after those of others who asked before."""
-NAMES_DEADLINE = 2.0
-"""For the names that may have been meant: an error message waits for them."""
-RESOLVE_DEADLINE = 660.0
-"""Seconds for what lists an origin or deletes bytes; the daemon's own limit is a minute shorter."""
+MAX_IDLE = 4
+"""Connections that are kept for the next request."""
 
 
-class Client:
-    """A connection to the daemon at ``path`` (default: ``find_socket()``). A context manager; not for several threads.
+class Connection:
+    """One connection: lines out, messages and descriptors in. Raises DaemonUnreachable, ControlProtocolError."""
 
-    Every method raises errors of ControlError's family for the connection, and those that the daemon raised. It has as
-    many public methods as the protocol has requests.
-    """
-
-    def __init__(self, path: str | None = None, *, deadline: float = CONNECT_DEADLINE) -> None:
-        """``deadline``: seconds to be accepted."""
-        self.path = find_socket(path)
+    def __init__(self, path: str, deadline: float) -> None:
+        self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._buffer = protocol.LineBuffer(protocol.MAX_MESSAGE)
-        self._descriptors: collections.deque[int] = collections.deque()
+        self.descriptors: collections.deque[int] = collections.deque()
         try:
-            unixsocket.connect(self._socket, self.path, deadline)
+            unixsocket.connect(self._socket, path, deadline)
         except OSError as error:
             self._socket.close()
-            raise self._unreachable(error, deadline) from error
+            raise calls.unreachable(path, error, deadline) from error
 
-    def _unreachable(self, error: OSError, deadline: float) -> DaemonUnreachable | PermissionRefused:
-        if isinstance(error, PermissionError):
-            return PermissionRefused(f"{self.path}: this user may not talk to the daemon; ask as its owner (sudo)")
-        if isinstance(error, FileNotFoundError):
-            reason = "no daemon listens there"
-        elif isinstance(error, ConnectionRefusedError):
-            reason = "the daemon that listened there is gone"
-        elif isinstance(error, TimeoutError):
-            return DaemonUnreachable(
-                f"{self.path}: the daemon is busy, it accepted nobody else within {deadline:g} s; try again, and look "
-                "into its log (`journalctl -u instantstart`) if it stays so"
-            )
-        else:
-            reason = error.strerror or str(error)
-        return DaemonUnreachable(
-            f"{self.path}: {reason}; start one (`systemctl start instantstart`, or `instantstart start`) "
-            "or name its socket with --socket"
-        )
+    def send(self, request: protocol.Request, deadline: float) -> None:
+        line = protocol.encode_request(request)
+        try:
+            self._socket.settimeout(deadline)
+            # A daemon that refuses the connection may have closed it before the request was out: its reason is to be
+            # read.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._socket.sendall(line)
+        except TimeoutError as error:
+            raise calls.silent(self._path, deadline) from error
+        except OSError as error:
+            raise calls.broken(self._path, error) from error
 
-    def close(self) -> None:
-        """From any thread: one that waits for an answer gets DaemonUnreachable."""
+    def receive(self, deadline: float) -> protocol.Response:
+        """The next message, within ``deadline`` seconds of silence."""
+        while True:
+            for line in self._buffer.lines():
+                return protocol.decode_response(line)
+            try:
+                self._socket.settimeout(deadline)
+                # The kernel never joins bytes across descriptors: those that came belong to the lines that follow.
+                data, descriptors, _, _ = socket.recv_fds(
+                    self._socket, 256 * 1024, 2 * protocol.MAX_HANDED_FILES, socket.MSG_CMSG_CLOEXEC
+                )
+                self.descriptors.extend(descriptors)
+            except TimeoutError as error:
+                raise calls.silent(self._path, deadline) from error
+            except OSError as error:
+                raise calls.broken(self._path, error) from error
+            if not data:
+                raise calls.ended(self._path)
+            self._buffer.feed(data)
+
+    def is_quiet(self) -> bool:
+        """Whether it is open with nothing to be read: fit for a request."""
+        try:
+            self._socket.setblocking(False)  # with a time-out Python waits, whatever the flags say
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return not len(self._buffer)
+        except OSError:
+            pass
+        return False
+
+    def wait_ended(self, timeout: float | None) -> bool:
+        """Whether the daemon ended it within ``timeout`` seconds (None: wait as long as that takes)."""
+        end = None if timeout is None else time.monotonic() + timeout
+        try:
+            while True:
+                self._socket.settimeout(None if end is None else max(end - time.monotonic(), 0.001))
+                if not self._socket.recv(protocol.MAX_MESSAGE):
+                    return True
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
+    def peer_pid(self) -> int:
+        size = struct.calcsize("3i")
+        return int(struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0])
+
+    def shut(self) -> None:
+        """From any thread: whoever waits for a message gets DaemonUnreachable."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.shut()
         self._socket.close()
-        while self._descriptors:
-            os.close(self._descriptors.popleft())
+        while self.descriptors:
+            os.close(self.descriptors.popleft())
+
+
+class Lease:
+    """A lease on a pipeline: nothing of it is evicted. It ends with ``close``, the ``with`` block, its client, or the
+    process; and when the daemon ends, or an administrator takes it away."""
+
+    def __init__(self, pipeline: str, connection: Connection, over: Callable[[Connection], None]) -> None:
+        self.pipeline = pipeline
+        self._connection = connection
+        self._over = over
+
+    def wait_ended(self, timeout: float) -> bool:
+        """Whether it has ended, or does within ``timeout`` seconds."""
+        return self._connection.wait_ended(timeout)
+
+    def wait_disconnected(self) -> None:
+        """Until it has ended, however long that takes: for a thread of its own."""
+        self._connection.wait_ended(None)
+        self.close()
+
+    def close(self) -> None:
+        """From any thread. Idempotent."""
+        self._over(self._connection)
 
     def __enter__(self) -> Self:
         return self
@@ -100,152 +149,27 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def peer_pid(self) -> int:
-        """The daemon's process as the kernel numbers it for this one; 0 where it lies in another pid namespace."""
-        size = struct.calcsize("3i")
-        return int(struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0])
 
-    # -- requests --------------------------------------------------------------------------------------------------
+class OpenedWeights(Lease):
+    """A pipeline's weight files under a lease. ``weights``: what there will be; ``files`` has to follow."""
 
-    def ping(self) -> protocol.DaemonInfo:
-        return self._ask(protocol.Ping(), protocol.DaemonInfo)
+    def __init__(
+        self, pipeline: str, connection: Connection, over: Callable[[Connection], None], weights: WeightSet
+    ) -> None:
+        super().__init__(pipeline, connection, over)
+        self.weights = weights
 
-    def add(self, spec: PipelineSpec, *, warm: bool = False) -> PipelineStatus:
-        return self._ask(protocol.Add(spec, warm), PipelineStatus, deadline=RESOLVE_DEADLINE)
-
-    def update(self, pipeline: str) -> PipelineStatus:
-        return self._ask(protocol.Update(pipeline), PipelineStatus, deadline=RESOLVE_DEADLINE)
-
-    def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
-        """Who still has files of it open, in words. ``force``: leases are ended rather than in the way."""
-        return self._held_by(protocol.Remove(pipeline, force))
-
-    def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
-        """The same. ``force``: opens are not in the way either."""
-        return self._held_by(protocol.Evict(pipeline, force))
-
-    def _held_by(self, request: protocol.Request) -> list[str]:
-        answer: Any = self._ask(request, object, deadline=RESOLVE_DEADLINE)
-        return [] if answer is None else _as(answer, list[str])
-
-    def set_pinned(self, pipeline: str, pinned: bool) -> None:
-        self._ask(protocol.Pin(pipeline, pinned), type(None))
-
-    def touch(self, pipeline: str) -> None:
-        self._ask(protocol.Touch(pipeline), type(None))
-
-    def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
-        """``at_ns``: wall clock, None for the moment when the daemon gets it."""
-        self._ask(protocol.Mark(pipeline, moment, at_ns), type(None))
-
-    def startup_caches(self, pipeline: str) -> list[StartupRecord]:
-        """Newest first."""
-        return self._ask(protocol.StartupCaches(pipeline), list[StartupRecord])
-
-    def startup_verify(self, pipeline: str) -> protocol.StartupVerified:
-        """Read them again; what is damaged is deleted."""
-        return self._ask(protocol.StartupVerify(pipeline), protocol.StartupVerified, deadline=RESOLVE_DEADLINE)
-
-    def startup_remove(self, pipeline: str, numbers: Sequence[int] = ()) -> int:
-        """These versions, or all; how many."""
-        return self._ask(protocol.StartupRemove(pipeline, tuple(numbers)), int)
-
-    def cold_starts(self, pipeline: str) -> list[ColdStart]:
-        """Newest first."""
-        return self._ask(protocol.ColdStarts(pipeline), list[ColdStart])
-
-    def pipelines(self) -> list[PipelineStatus]:
-        return self._ask(protocol.Ls(), list[PipelineStatus])
-
-    def names(self, prefix: str = "", *, deadline: float = ANSWER_DEADLINE) -> list[str]:
-        """Ids that begin with ``prefix``, of the pipelines that this user owns or may read."""
-        return self._ask(protocol.Names(prefix), list[str], deadline=deadline)
-
-    def specs(self) -> list[PipelineSpec]:
-        return self._ask(protocol.Specs(), list[PipelineSpec])
-
-    def status(self, pipeline: str, *, brief: bool = False) -> PipelineStatus:
-        """``brief``: with ``listed`` in place of ``files``, which may be a hundred thousand."""
-        return self._ask(protocol.Status(pipeline, brief), PipelineStatus)
-
-    def warm(self, pipeline: str, *, everything: bool = False) -> PipelineStatus:
-        """Start filling; its status at once."""
-        return self._ask(protocol.Warm(pipeline, everything), PipelineStatus)
-
-    def include(self, pipeline: str, globs: Sequence[str]) -> None:
-        """What these match belongs to the load set from now on."""
-        self._ask(protocol.Include(pipeline, tuple(globs)), type(None))
-
-    def wait_warm(
-        self, pipeline: str, *, everything: bool = False, progress: Callable[[PipelineStatus], None] | None = None
-    ) -> PipelineStatus:
-        """Start filling and wait until all is there; raises what made the fill fail. No deadline but progress: the
-        daemon reports at least every second, so silence for ANSWER_DEADLINE means that it is gone."""
-
-        def on_progress(message: protocol.Progress) -> None:
-            if progress is not None:
-                progress(_as(message.status, PipelineStatus))
-
-        return self._ask(protocol.Warm(pipeline, everything, wait=True), PipelineStatus, on_progress=on_progress)
-
-    def region_state(self, pipeline: str, *, check: bool = False) -> protocol.RegionState:
-        """How far the regional tier has it. ``check``: the tier is asked what it holds."""
-        return self._ask(protocol.AskRegion(pipeline, check), protocol.RegionState)
-
-    def check_access(self, pipeline: str) -> list[str]:
-        """The sources, when all of them may be fetched with the pipeline's own credentials; else raises why not."""
-        return self._ask(protocol.Access(pipeline), list[str], deadline=RESOLVE_DEADLINE)
-
-    def check_origins(self) -> list[OriginCheck]:
-        """What the daemon itself gets from the origins of the pipelines that this user owns, or of all."""
-        return self._ask(protocol.CheckOrigins(), list[OriginCheck], deadline=CHECK_DEADLINE)
-
-    def verify(
-        self, pipeline: str, progress: Callable[[int, int], None] | None = None, *, rate: float | None = None
-    ) -> protocol.VerifyResult:
-        """``progress(bytes done, bytes in all)``; ``rate``: bytes a second at most."""
-
-        def on_progress(message: protocol.Progress) -> None:
-            if progress is not None:
-                progress(message.done_bytes, message.total_bytes)
-
-        return self._ask(protocol.Verify(pipeline, rate), protocol.VerifyResult, on_progress=on_progress)
-
-    def lease(self, pipeline: str) -> None:
-        """Hold a lease until this client is closed (or its process ends)."""
-        self._ask(protocol.Lease(pipeline), type(None))
-
-    def open(self, pipeline: str, deadlines: Mapping[str, float] | None = None, *, stream: bool = False) -> WeightSet:
-        """Ask for the pipeline's weight files, under a lease until this client is closed (or its process ends); what
-        there will be. ``deadlines``: model → seconds, see core.weights.schedule. ``opened_files`` has to follow;
-        with ``stream``: ``opened_parts``.
-        Raises UsageError for a deadline that is no number."""
-        # JSON knows no infinity, and a model without a deadline comes last anyway.
-        wanted_at = {model: seconds for model, seconds in (deadlines or {}).items() if seconds != math.inf}
-        for model, seconds in wanted_at.items():
-            if not math.isfinite(seconds):
-                raise UsageError(f"{pipeline}: the deadline of {model!r} is {seconds:g}")
-        self._send(protocol.Open(pipeline, wanted_at, stream), ANSWER_DEADLINE)
-        message = self._receive(ANSWER_DEADLINE)
-        if isinstance(message, protocol.Opening):
-            return message.weights
-        raise (
-            message.error()
-            if isinstance(message, protocol.Failed)
-            else ControlProtocolError("the daemon answered something else; use the same release of both")
-        )
-
-    def opened_files(self) -> Iterator[tuple[str, list[int]]]:
+    def files(self) -> Iterator[tuple[str, list[int]]]:
         """(path, descriptors) of each file, as it is complete: open for reading, and, where its filesystem can, the
         same opened O_DIRECT. They are the caller's to close. Raises what keeps a file from coming."""
-        for part, descriptors in self.opened_parts():
+        for part, descriptors in self.parts():
             yield part.path, descriptors
 
-    def opened_parts(self) -> Iterator[tuple[protocol.Part, list[int]]]:
-        """News of the files as they come, with the descriptors (as of ``opened_files``). Raises what keeps a file from
-        coming."""
+    def parts(self) -> Iterator[tuple[protocol.Part, list[int]]]:
+        """News of the files as they come, with the descriptors (as of ``files``), for an ``open`` with ``stream``.
+        Raises what keeps a file from coming."""
         while True:
-            match self._receive(ANSWER_DEADLINE):
+            match self._connection.receive(ANSWER_DEADLINE):
                 case protocol.Parts(parts):
                     for part in parts:
                         yield part, self._take_descriptors(part.descriptors)
@@ -263,97 +187,307 @@ class Client:
                     pass
 
     def _take_descriptors(self, count: int) -> list[int]:
-        if len(self._descriptors) < count:
+        waiting = self._connection.descriptors
+        if len(waiting) < count:
             raise ControlProtocolError("a file came without its descriptor: this process may not open more (ulimit -n)")
-        return [self._descriptors.popleft() for _ in range(count)]
+        return [waiting.popleft() for _ in range(count)]
+
+
+class Client:
+    """The daemon at ``path`` (default: ``find_socket()``). A context manager; threads may share it.
+
+    Every method raises errors of ControlError's family for the connection, and those that the daemon raised. It has as
+    many public methods as the protocol has requests.
+    """
+
+    def __init__(self, path: str | None = None, *, deadline: float = CONNECT_DEADLINE) -> None:
+        """``deadline``: seconds to be accepted. Raises DaemonUnreachable, PermissionRefused."""
+        self.path = find_socket(path)
+        self._deadline = deadline
+        self._lock = threading.Lock()
+        self._closed = False
+        self._connections: set[Connection] = set()
+        self._held: set[Connection] = set()
+        """By leases."""
+        self._idle: list[Connection] = []
+        self._idle.append(self._connect())
+
+    def close(self) -> None:
+        """From any thread: one that waits for an answer gets DaemonUnreachable. Leases end."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            held, self._held = self._held, set()
+            for connection in self._connections:
+                connection.shut()  # whoever waits for an answer closes it
+        for connection in (*idle, *held):
+            self._drop(connection)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def peer_pid(self) -> int:
+        """The daemon's process as the kernel numbers it for this one; 0 where it lies in another pid namespace."""
+        with self._idle_one() as connection:
+            return connection.peer_pid()
 
     def wait_ended(self, timeout: float) -> bool:
-        """Whether the daemon ended the connection, and with it the lease, within ``timeout`` seconds."""
-        self._socket.settimeout(timeout)
-        try:
-            return not self._socket.recv(4096)
-        except TimeoutError:
-            return False
-        except OSError:
-            return True
+        """Whether the daemon ended the connection, whose process ``peer_pid`` was, within ``timeout`` seconds."""
+        with self._idle_one() as connection:
+            return connection.wait_ended(timeout)
 
-    def wait_gone(self) -> None:
-        """Until the daemon closes this connection. For as long as that takes: for a thread of its own."""
-        self._socket.settimeout(None)
-        with contextlib.suppress(OSError):
-            while self._socket.recv(protocol.MAX_MESSAGE):
-                pass
-        self.close()
+    @contextlib.contextmanager
+    def _idle_one(self) -> Iterator[Connection]:
+        """One that waits for a request, also if the daemon has ended it."""
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        connection = connection or self._connect()
+        try:
+            yield connection
+        finally:
+            self._give_back(connection)
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def ping(self) -> protocol.DaemonInfo:
+        """What the daemon says of itself."""
+        return self._ask(calls.ping())
+
+    def add(
+        self, pipeline: str | PipelineSpec, source: str | None = None, *, warm: bool = False, **options: Unpack[Options]
+    ) -> PipelineStatus:
+        """Pin ``source`` (whatever `instantstart add` takes) and show it under the mount. ``warm``: start filling at
+        once. A PipelineSpec may stand for name, source and options. Raises PipelineExists, OriginError, UsageError."""
+        return self._ask(calls.add(pipeline, source, options, warm))
+
+    def update(self, pipeline: str) -> PipelineStatus:
+        """Resolve the source again, and switch if it changed."""
+        return self._ask(calls.update(pipeline))
+
+    def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
+        """Who still has files of it open, in words. ``force``: leases are ended rather than in the way."""
+        return self._ask(calls.remove(pipeline, force))
+
+    def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
+        """The same. ``force``: opens are not in the way either."""
+        return self._ask(calls.evict(pipeline, force))
+
+    def set_pinned(self, pipeline: str, pinned: bool) -> None:
+        """A pinned pipeline is never evicted."""
+        self._ask(calls.set_pinned(pipeline, pinned))
+
+    def touch(self, pipeline: str) -> None:
+        """Counts as a request, so that it stays hot."""
+        self._ask(calls.touch(pipeline))
+
+    def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
+        """``at_ns``: wall clock, None for the moment when the daemon gets it."""
+        self._ask(calls.mark(pipeline, moment, at_ns))
+
+    def startup_caches(self, pipeline: str) -> list[StartupRecord]:
+        """Newest first."""
+        return self._ask(calls.startup_caches(pipeline))
+
+    def startup_verify(self, pipeline: str) -> protocol.StartupVerified:
+        """Read them again; what is damaged is deleted."""
+        return self._ask(calls.startup_verify(pipeline))
+
+    def startup_remove(self, pipeline: str, numbers: Sequence[int] = ()) -> int:
+        """These versions, or all; how many."""
+        return self._ask(calls.startup_remove(pipeline, numbers))
+
+    def cold_starts(self, pipeline: str) -> list[ColdStart]:
+        """Newest first."""
+        return self._ask(calls.cold_starts(pipeline))
+
+    def pipelines(self) -> list[PipelineStatus]:
+        """Of those that this user owns, or all; without files."""
+        return self._ask(calls.pipelines())
+
+    def names(self, prefix: str = "", *, deadline: float = ANSWER_DEADLINE) -> list[str]:
+        """Ids that begin with ``prefix``, of the pipelines that this user owns or may read."""
+        return self._ask(calls.names(prefix, deadline))
+
+    def specs(self) -> list[PipelineSpec]:
+        """How the pipelines were asked for."""
+        return self._ask(calls.specs())
+
+    def status(self, pipeline: str, *, brief: bool = False) -> PipelineStatus:
+        """``brief``: with ``listed`` in place of ``files``, which may be a hundred thousand."""
+        return self._ask(calls.status(pipeline, brief))
+
+    def warm(self, pipeline: str, *, everything: bool = False) -> PipelineStatus:
+        """Start filling; its status at once."""
+        return self._ask(calls.warm(pipeline, everything, wait=False))
+
+    def include(self, pipeline: str, globs: Sequence[str]) -> None:
+        """What these match belongs to the load set from now on."""
+        self._ask(calls.include(pipeline, globs))
+
+    def wait_warm(
+        self,
+        pipeline: str,
+        *,
+        everything: bool = False,
+        progress: Callable[[PipelineStatus], None] | None = None,
+        timeout: float | None = None,
+    ) -> PipelineStatus:
+        """Start filling and wait until all is there; raises what made the fill fail. ``progress`` is called at least
+        every second. ``timeout``: seconds for the whole, then WaitDeadline; the fill goes on. Without one the daemon's
+        own patience holds: 15 minutes without a byte, and silence means that it is gone."""
+
+        def on_progress(message: protocol.Progress) -> None:
+            if progress is not None:
+                progress(calls.progress_status(message))
+
+        return self._ask(calls.warm(pipeline, everything, wait=True), on_progress, timeout)
+
+    def check_access(self, pipeline: str) -> list[str]:
+        """The sources, when all of them may be fetched with the pipeline's own credentials; else raises why not."""
+        return self._ask(calls.check_access(pipeline))
+
+    def check_origins(self) -> list[OriginCheck]:
+        """What the daemon itself gets from the origins of the pipelines that this user owns, or of all."""
+        return self._ask(calls.check_origins())
+
+    def verify(
+        self,
+        pipeline: str,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        rate: float | None = None,
+        timeout: float | None = None,
+    ) -> protocol.VerifyResult:
+        """``progress(bytes done, bytes in all)``; ``rate``: bytes a second at most; ``timeout``: as of wait_warm."""
+
+        def on_progress(message: protocol.Progress) -> None:
+            if progress is not None:
+                progress(message.done_bytes, message.total_bytes)
+
+        return self._ask(calls.verify(pipeline, rate), on_progress, timeout)
+
+    def lease(self, pipeline: str) -> Lease:
+        """Take a lease. It lasts until it is closed: ``with client.lease(…):``."""
+        connection = self._take()
+        try:
+            self._result(self._exchange(connection, calls.lease(pipeline), None, None), pipeline)
+            lease = Lease(pipeline, self._hold(connection), self._drop)
+        except BaseException:
+            self._drop(connection)
+            raise
+        return lease
+
+    def open(
+        self, pipeline: str, deadlines: Mapping[str, float] | None = None, *, stream: bool = False
+    ) -> OpenedWeights:
+        """Ask for the pipeline's weight files, under a lease; a cold pipeline is filled. ``deadlines``: model →
+        seconds, see core.weights.schedule. With ``stream`` its ``parts`` have to follow, else its ``files``. Raises UsageError for a deadline that is no number."""
+        call = calls.open_weights(pipeline, deadlines, stream)
+        connection = self._take()
+        try:
+            connection.send(call.request, ANSWER_DEADLINE)
+            message = connection.receive(ANSWER_DEADLINE)
+            if isinstance(message, protocol.Opening):
+                return OpenedWeights(pipeline, self._hold(connection), self._drop, message.weights)
+            found = calls.outcome(call, message)
+            if isinstance(found, Refused):
+                self._result(found, pipeline)
+            raise ControlProtocolError("the daemon answered something else; use the same release of both")
+        except BaseException:
+            self._drop(connection)
+            raise
 
     # -- the exchange ----------------------------------------------------------------------------------------------
 
     def _ask(
         self,
-        request: protocol.Request,
-        kind: type[_T],
-        *,
-        deadline: float = ANSWER_DEADLINE,
+        call: Call[_T],
         on_progress: Callable[[protocol.Progress], None] | None = None,
+        timeout: float | None = None,
     ) -> _T:
-        """``deadline``: seconds of silence after which the daemon counts as gone."""
-        self._send(request, deadline)
+        connection = self._take()
+        try:
+            found = self._exchange(connection, call, on_progress, timeout)
+        except BaseException:
+            self._drop(connection)  # its answer may still come, and would be taken for the next one's
+            raise
+        self._give_back(connection)
+        return self._result(found, calls.wanted(call))
+
+    @staticmethod
+    def _exchange(
+        connection: Connection,
+        call: Call[_T],
+        on_progress: Callable[[protocol.Progress], None] | None,
+        timeout: float | None,
+    ) -> Finished[_T] | Refused:
+        end = None if timeout is None else time.monotonic() + timeout
+        connection.send(call.request, call.deadline)
         while True:
-            match self._receive(deadline):
-                case protocol.Progress() as message:
-                    if on_progress is not None:
-                        on_progress(message)
-                case protocol.Done(result):
-                    return _as(result, kind)
-                case protocol.Failed() as failed:
-                    raise self._with_advice(failed.error(), request)
-                case _:
-                    raise ControlProtocolError("the daemon answered something else; use the same release of both")
-
-    def _with_advice(self, error: InstantStartError, request: protocol.Request) -> InstantStartError:
-        """For a pipeline that is not there, the name that may have been meant, of those that this user may see."""
-        wanted = getattr(request, "pipeline", None)
-        if not isinstance(error, PipelineNotFound) or not wanted:
-            return error
-        with contextlib.suppress(InstantStartError, OSError, ValueError):
-            known = {*self.names(wanted[:2], deadline=NAMES_DEADLINE), *self.names(deadline=NAMES_DEADLINE)}
-            if meant := did_you_mean(wanted, sorted(known)):
-                first, semicolon, rest = error.message.partition(";")
-                return PipelineNotFound(f"{first}{meant}{semicolon}{rest}")
-        return error
-
-    def _send(self, request: protocol.Request, deadline: float) -> None:
-        self._socket.settimeout(deadline)
-        line = protocol.encode_request(request)
-        # A daemon that refuses the connection may have closed it before the request was out: its reason is to be read.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._socket.sendall(line)
-
-    def _receive(self, deadline: float) -> protocol.Response:
-        return protocol.decode_response(self._read_line(deadline))
-
-    def _read_line(self, deadline: float) -> bytes:
-        while True:
-            for line in self._buffer.lines():
-                return line
+            wait = calls.silence(call.deadline, end, time.monotonic())
             try:
-                # The kernel never joins bytes across descriptors: those that came belong to the lines that follow.
-                data, descriptors, _, _ = socket.recv_fds(
-                    self._socket, 256 * 1024, 2 * protocol.MAX_HANDED_FILES, socket.MSG_CMSG_CLOEXEC
-                )
-                self._descriptors.extend(descriptors)
-            except TimeoutError as error:
-                raise DaemonUnreachable(
-                    f"{self.path}: the daemon said nothing for {deadline:g} s; its log may say why"
-                ) from error
-            except OSError as error:
-                raise DaemonUnreachable(f"{self.path}: {error.strerror or error}") from error
-            if not data:
-                raise DaemonUnreachable(f"{self.path}: the daemon ended before it answered; its log says why")
-            self._buffer.feed(data)
+                found = calls.outcome(call, connection.receive(wait))
+            except InstantStartError:
+                if end is not None and time.monotonic() >= end:
+                    raise calls.expired() from None
+                raise
+            if not isinstance(found, protocol.Progress):
+                return found
+            if on_progress is not None:
+                on_progress(found)
 
+    def _result(self, found: Finished[_T] | Refused, pipeline: str) -> _T:
+        if not isinstance(found, Refused):
+            return found.value
+        if isinstance(found.error, PipelineNotFound) and pipeline:
+            known: list[str] = []
+            with contextlib.suppress(InstantStartError, OSError, ValueError):
+                known += self.names(pipeline[:2], deadline=NAMES_DEADLINE)
+                known += self.names(deadline=NAMES_DEADLINE)
+            raise calls.with_advice(found.error, pipeline, sorted({*known}))
+        raise found.error
 
-def _as(value: Any, kind: type[_T]) -> _T:
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise ControlProtocolError(f"the daemon's answer is not understood: {error}") from error
+    def _connect(self) -> Connection:
+        connection = Connection(self.path, self._deadline)
+        with self._lock:
+            self._connections.add(connection)
+            if not self._closed:
+                return connection
+        self._drop(connection)
+        raise ControlError(f"{self.path}: this client is closed")
+
+    def _take(self) -> Connection:
+        """One that waits for a request, or a new one."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise ControlError(f"{self.path}: this client is closed")
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self._connect()
+            if connection.is_quiet():
+                return connection
+            self._drop(connection)
+
+    def _give_back(self, connection: Connection) -> None:
+        with self._lock:
+            if not self._closed and len(self._idle) < MAX_IDLE:
+                self._idle.append(connection)
+                return
+        self._drop(connection)
+
+    def _hold(self, connection: Connection) -> Connection:
+        with self._lock:
+            if not self._closed:
+                self._held.add(connection)
+                return connection
+        raise ControlError(f"{self.path}: this client is closed")
+
+    def _drop(self, connection: Connection) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+            self._held.discard(connection)
+        connection.close()

@@ -58,6 +58,7 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
     errors.OutOfBudget: errno.ENOMEM,
     errors.ControlError: errno.EIO,
     errors.DaemonUnreachable: errno.EIO,
+    errors.WaitDeadline: errno.EIO,
     errors.ControlProtocolError: errno.EIO,
     errors.PermissionRefused: errno.EPERM,
 }

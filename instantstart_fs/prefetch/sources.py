@@ -158,14 +158,14 @@ class LeaseSource:
 
         self._client: Client = Client(path)
         try:
-            self._weights = self._client.open(pipeline, deadlines, stream=stream)
+            self._opened = self._client.open(pipeline, deadlines, stream=stream)
         except BaseException:
             self._client.close()
             raise
 
     @property
     def weights(self) -> WeightSet:
-        return self._weights
+        return self._opened.weights
 
     def files(self) -> Iterator[OpenedFile]:
         """As of Source. Call this or ``arrivals``."""
@@ -183,8 +183,8 @@ class LeaseSource:
                 opened.close()
 
     def arrivals(self) -> Iterator[Arrival]:
-        sizes = {file.path: file.size for file in self._weights.files}
-        for part, fds in self._client.opened_parts():
+        sizes = {file.path: file.size for file in self.weights.files}
+        for part, fds in self._opened.parts():
             opened = None
             if fds:
                 opened = OpenedFile(part.path, sizes.get(part.path, -1), fds[0], fds[1] if len(fds) > 1 else None)
@@ -196,7 +196,7 @@ class LeaseSource:
 
     def wait_ended(self, timeout: float) -> bool:
         """Whether the lease ended (the daemon did) within ``timeout`` seconds; asked after ``files`` has ended."""
-        return self._client.wait_ended(timeout)
+        return self._opened.wait_ended(timeout)
 
     def close(self) -> None:
         self._client.close()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from instantstart_fs.cli.specification import specification
 from instantstart_fs.control.client import Client
+from instantstart_fs.control.specification import specification
 from tests.harness import MIB, Daemon, must, random_file, wait_for
 
 LAYOUTS = {layout["name"]: layout for layout in json.loads((Path(__file__).parents[1] / "layouts.json").read_text())}

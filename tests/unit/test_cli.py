@@ -16,8 +16,8 @@ import typer
 
 from instantstart_fs.cli import run, serve, show
 from instantstart_fs.cli.app import app
-from instantstart_fs.cli.specification import specification
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
+from instantstart_fs.control.specification import specification
 from instantstart_fs.core.humanize import did_you_mean, human_seconds
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, ListedStatus, PipelineStatus

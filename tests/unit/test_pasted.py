@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instantstart_fs.cli.specification import specification
 from instantstart_fs.config.pipelines import read_pipeline
+from instantstart_fs.control.specification import specification
 from instantstart_fs.core.manifest import matches
 from instantstart_fs.core.pasted import Pasted, understand
 from instantstart_fs.core.source import parse_source

@@ -53,7 +53,7 @@ def mount(
 ) -> None:
     """Show a model in DIR; starts the daemon if need be."""
     from instantstart_fs.cli import links, own_daemon
-    from instantstart_fs.cli.specification import specification
+    from instantstart_fs.control.specification import specification
 
     if foreground:
         signal.signal(signal.SIGTERM, _interrupt)

@@ -66,7 +66,7 @@ def add(
     json: Json = False,
 ) -> None:
     """Pin a source and show it under the mount."""
-    from instantstart_fs.cli.specification import specification
+    from instantstart_fs.control.specification import specification
 
     if source is None and not model and "/" in pipeline:
         raise UsageError("the id that you choose comes first, then the source: instantstart add my-llm org/repo")
