@@ -153,7 +153,7 @@ _nothing = as_kind(type(None))
 _status = as_kind(PipelineStatus)
 
 
-def _holders(value: Any) -> list[str]:
+def _held_by(value: Any) -> list[str]:
     return [] if value is None else as_kind(list[str])(value)
 
 
@@ -179,11 +179,11 @@ def update(pipeline: str) -> Call[PipelineStatus]:
 
 
 def remove(pipeline: str, force: bool) -> Call[list[str]]:
-    return Call(protocol.Remove(pipeline, force), _holders, RESOLVE_DEADLINE)
+    return Call(protocol.Remove(pipeline, force), _held_by, RESOLVE_DEADLINE)
 
 
 def evict(pipeline: str, force: bool) -> Call[list[str]]:
-    return Call(protocol.Evict(pipeline, force), _holders, RESOLVE_DEADLINE)
+    return Call(protocol.Evict(pipeline, force), _held_by, RESOLVE_DEADLINE)
 
 
 def set_pinned(pipeline: str, pinned: bool) -> Call[None]:

@@ -384,7 +384,8 @@ class Client:
         self, pipeline: str, deadlines: Mapping[str, float] | None = None, *, stream: bool = False
     ) -> OpenedWeights:
         """Ask for the pipeline's weight files, under a lease; a cold pipeline is filled. ``deadlines``: model →
-        seconds, see core.weights.schedule. With ``stream`` its ``parts`` have to follow, else its ``files``. Raises UsageError for a deadline that is no number."""
+        seconds, see core.weights.schedule. With ``stream`` its ``parts`` have to follow, else its ``files``. Raises
+        UsageError for a deadline that is no number."""
         call = calls.open_weights(pipeline, deadlines, stream)
         connection = self._take()
         try:

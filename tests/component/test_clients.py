@@ -350,6 +350,5 @@ async def test_the_packages_own_name_is_typed_and_lazy(tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         instantstart_fs.Nothing  # noqa: B018
     library = FakeLibrary()
-    async with run(library, str(tmp_path / "run" / "s")):
-        async with AsyncClient(str(tmp_path / "run" / "s")) as client:
-            assert await client.names() == ["x"]
+    async with run(library, str(tmp_path / "run" / "s")), AsyncClient(str(tmp_path / "run" / "s")) as client:
+        assert await client.names() == ["x"]

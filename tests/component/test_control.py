@@ -696,7 +696,7 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_no_daemon_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DaemonUnreachable, match=r"no daemon listens there.*instantstart serve"):
+    with pytest.raises(DaemonUnreachable, match=r"no daemon listens there.*instantstart start"):
         Client(str(tmp_path / "none.sock"))
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "dead.sock"))
