@@ -276,6 +276,9 @@ class AsyncClient:
     async def pipelines(self) -> list[PipelineStatus]:
         return await self._ask(calls.pipelines())
 
+    async def region_state(self, pipeline: str, *, check: bool = False) -> protocol.RegionState:
+        return await self._ask(calls.region_state(pipeline, check))
+
     async def names(self, prefix: str = "", *, deadline: float = ANSWER_DEADLINE) -> list[str]:
         return await self._ask(calls.names(prefix, deadline))
 

@@ -218,6 +218,10 @@ def pipelines() -> Call[list[PipelineStatus]]:
     return Call(protocol.Ls(), as_kind(list[PipelineStatus]))
 
 
+def region_state(pipeline: str, check: bool) -> Call[protocol.RegionState]:
+    return Call(protocol.AskRegion(pipeline, check), as_kind(protocol.RegionState))
+
+
 def names(prefix: str, deadline: float) -> Call[list[str]]:
     return Call(protocol.Names(prefix), as_kind(list[str]), deadline)
 

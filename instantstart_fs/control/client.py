@@ -307,6 +307,10 @@ class Client:
         """Of those that this user owns, or all; without files."""
         return self._ask(calls.pipelines())
 
+    def region_state(self, pipeline: str, *, check: bool = False) -> protocol.RegionState:
+        """How far the regional tier has it. ``check``: the tier is asked what it holds."""
+        return self._ask(calls.region_state(pipeline, check))
+
     def names(self, prefix: str = "", *, deadline: float = ANSWER_DEADLINE) -> list[str]:
         """Ids that begin with ``prefix``, of the pipelines that this user owns or may read."""
         return self._ask(calls.names(prefix, deadline))

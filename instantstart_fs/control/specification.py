@@ -85,7 +85,7 @@ def specification(
         raise UsageError(
             f"give either SOURCE or {spelled('model')} NAME=SOURCE, not both"
             if source
-            else f"SOURCE is missing, such as hf://org/repo: instantstart add {pipeline} hf://org/repo"
+            else f"SOURCE is missing: instantstart add {pipeline} hf://org/repo"
         )
     models = [_model(source, "", include, exclude)] if source is not None else []
     for text in named:
