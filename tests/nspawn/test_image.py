@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
 mount --bind "$place" "$place"
 mount --make-shared "$place"
 podman() {
-    command podman --storage-driver vfs --root "$work/storage" --runroot "$work/run" --cgroup-manager cgroupfs "$@"
+    command podman --storage-driver vfs --root "$work/storage" --runroot "$short" --cgroup-manager cgroupfs "$@"
 }
 podman load -q -i "$image"
 finish() { podman rm -f -t 30 instantstart >/dev/null 2>&1 || true; }
@@ -71,13 +72,13 @@ def test_the_image_serves_other_containers_and_the_host(built: Path, weights: Pa
         )  # fmt: skip
     for name in ("shared", "store"):
         (tmp_path / name).mkdir()
-    with HubServer() as hub:
+    with HubServer() as hub, tempfile.TemporaryDirectory(prefix="pod") as short:  # 50 characters are the most for it
         hub.publish("Qwen/Qwen3-8B", weights)
         (tmp_path / "config.toml").write_text(
             f'[origins.huggingface]\nendpoint = "{hub.endpoint}"\n[http]\nlisten = "off"\n'
         )
         values = {"place": tmp_path / "shared", "work": tmp_path, "image": image, "version": __version__}
-        values |= {"limits": LIMITS, "python": sys.executable, "reads": READS}
+        values |= {"limits": LIMITS, "python": sys.executable, "reads": READS, "short": short}
         done = subprocess.run(
             ["unshare", "--mount", "--propagation", "private", "sh", "-c", NAMESPACE],
             env={**environment, **{key: str(value) for key, value in values.items()}},
