@@ -11,6 +11,7 @@ from instantstart_fs.cli.commands import (
     cold_starts,
     configuration,
     installation,
+    kubernetes,
     listing,
     mount,
     pipelines,
@@ -67,7 +68,7 @@ def help_(
 
 
 # In the order of `instantstart --help`.
-for task in (mount, service, pipelines, startup, cold_starts, listing):
+for task in (mount, service, pipelines, startup, cold_starts, listing, kubernetes):
     app.add_typer(task.commands)
 app.add_typer(startup.caches, name="startup-cache")
 app.add_typer(prefetch.commands, name="prefetch")

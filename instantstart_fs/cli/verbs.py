@@ -17,6 +17,7 @@ TASKS = (
     ("What is there", ("ls", "status", "explain")),
     ("Start an engine", ("run", "lease", "mark", "prefetch", "startup-cache")),
     ("The daemon", ("start", "stop", "serve", "logs", "doctor", "fsck", "config", "service")),
+    ("Kubernetes", ("csi", "node-labels")),
 )
 """The tasks of `instantstart --help`, and their commands. What is in none comes last."""
 ALIASES = {"rm": "remove", "delete": "remove", "list": "ls", "ps": "ls", "umount": "unmount", "info": "status"}

@@ -168,8 +168,8 @@ class PipelineSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     """A pipeline as configured. Holds where credentials lie, never the credentials themselves.
 
     ``mode`` is the mode of its directories (files have it without the x bits); uid/gid own what the mount shows.
-    ``quota``: bytes of disk that its files may take, None = as many as there are. ``anonymous``: its S3 buckets are
-    asked without credentials; ``requester_pays``: their requests are paid by who makes them.
+    ``quota``: bytes of disk that its files may take, None = as many as there are. ``anonymous``: its sources are
+    asked without credentials, though the machine has some; ``requester_pays``: who asks S3 pays for it.
     """
 
     id: str

@@ -109,6 +109,7 @@ class HuggingFaceOrigin:
 
     ``token_file`` is read at each request (tokens are rotated under running daemons); when it is given, no other token
     is ever used. Without it, huggingface_hub's own look-up applies (HF_TOKEN, `hf auth login`), else anonymous.
+    ``anonymous``: no token at all, though the machine has one.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class HuggingFaceOrigin:
         timeout: float,
         bounds: Bounds = WHOLE,
         allow_private: tuple[str, ...] = (),
+        anonymous: bool = False,
     ) -> None:
         self._source = source
         self._model = model
@@ -131,7 +133,8 @@ class HuggingFaceOrigin:
         self._token_file = token_file
         self._timeout = timeout
         self._bounds = bounds
-        whose = "machine token" if token_file is None else f"token-file {token_file}"
+        self._anonymous = anonymous
+        whose = "nobody" if anonymous else "machine token" if token_file is None else f"token-file {token_file}"
         self._key = OriginKey("hf", urlsplit(self._endpoint).netloc.rpartition("@")[2], whose)
 
     @property
@@ -364,6 +367,8 @@ class HuggingFaceOrigin:
         return description.sha
 
     def _token(self) -> str | None:
+        if self._anonymous:
+            return None
         if self._basic is not None:
             if self._token_file is not None:
                 raise CredentialsUnusable(
@@ -422,6 +427,7 @@ class HuggingFaceOrigin:
         status = response.status_code
         headers = response.headers
         whom = f"the token in {self._token_file}" if self._token_file else "the machine's token (if it has one)"
+        whom = "being asked without a token" if self._anonymous else whom
         message = hub_word(headers).message
         said = f" (it says: {message})" if message else ""
         if isinstance(error, GatedRepoError):

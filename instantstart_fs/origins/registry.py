@@ -28,10 +28,11 @@ def open_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) 
                 source,
                 model,
                 endpoint=settings.huggingface.endpoint,
-                token_file=spec.token_file or settings.huggingface.token_file,
+                token_file=None if spec.anonymous else spec.token_file or settings.huggingface.token_file,
                 timeout=settings.timeout,
                 bounds=settings.bounds,
                 allow_private=settings.allow_private,
+                anonymous=spec.anonymous,
             )
         case S3Source():
             from instantstart_fs.origins.s3 import S3Origin
