@@ -46,7 +46,7 @@ def mount(
     endpoint_url: Annotated[
         str | None, typer.Option("--endpoint-url", metavar="URL", help="The S3 endpoint, if it is not AWS.")
     ] = None,
-    anonymous: Annotated[bool, typer.Option("--anonymous", help="Ask S3 without credentials.")] = False,
+    anonymous: Annotated[bool, typer.Option("--anonymous", help="Ask without credentials.")] = False,
     config: ConfigFile = None,
     socket: Socket = None,
     json: Json = False,

@@ -56,7 +56,7 @@ def add(
         str | None, typer.Option("--quota", metavar="SIZE", help="How much of the disk it may take, such as 50GiB.")
     ] = None,
     anonymous: Annotated[
-        bool, typer.Option("--anonymous", help="Ask S3 without credentials: the bucket is public.")
+        bool, typer.Option("--anonymous", help="Ask without credentials: the source is public.")
     ] = False,
     requester_pays: Annotated[
         bool, typer.Option("--requester-pays", help="The bucket's requester pays: these credentials are charged.")
