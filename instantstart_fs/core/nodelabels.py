@@ -37,5 +37,5 @@ def wanted_labels(pipelines: Iterable[PipelineStatus], limit: int) -> dict[str, 
 
 def changes(present: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str | None]:
     """What a merge patch has to say: None takes a label away. Labels that are not ours are left alone."""
-    gone: dict[str, str | None] = {key: None for key in present if key.startswith(PREFIX) and key not in wanted}
-    return gone | {key: value for key, value in wanted.items() if present.get(key) != value}
+    removed: dict[str, str | None] = {key: None for key in present if key.startswith(PREFIX) and key not in wanted}
+    return removed | {key: value for key, value in wanted.items() if present.get(key) != value}

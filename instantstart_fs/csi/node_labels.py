@@ -112,14 +112,16 @@ def follow(socket: str, api: NodeApi, limit: int, seconds: float, ended: threadi
         try:
             found = update_once(socket, api, limit)
             if found:
-                log.info("labels changed: %s", ", ".join(f"{key}={value or '(gone)'}" for key, value in found.items()))
+                log.info(
+                    "labels changed: %s", ", ".join(f"{key}={value or '(removed)'}" for key, value in found.items())
+                )
         except InstantStartError as error:
             log.warning("labels are as they were: %s", error)
         if ended.wait(seconds * random.uniform(0.8, 1.2)):  # a fleet does not ask at the same moment
             break
     try:
-        gone = changes(api.labels(), {})
-        if gone:
-            api.patch(gone)
+        removed = changes(api.labels(), {})
+        if removed:
+            api.patch(removed)
     except InstantStartError as error:
         log.warning("the labels stay: %s", error)

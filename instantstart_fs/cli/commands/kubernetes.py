@@ -80,7 +80,7 @@ def node_labels(
     path = find_socket(socket)
     if once:
         for key, value in update_once(path, api, limit).items():
-            print(f"{key}={value}" if value is not None else f"{key} (gone)")
+            print(f"{key}={value}" if value is not None else f"{key} (removed)")
         return
     _log()
     ended = threading.Event()
