@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable
 
-from instantstart_fs.control.client import Client
+from instantstart_fs.control.client import Client, Lease
 from instantstart_fs.errors import InstantStartError
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ class LeaseKeeper:
         self._lost = lost
         self._lock = threading.Lock()
         self._wanted: set[str] = set()
-        self._held: dict[str, Client] = {}
+        self._held: dict[str, Lease] = {}
         self._ended = threading.Event()
 
     def want(self, pipeline: str) -> None:
@@ -42,11 +41,11 @@ class LeaseKeeper:
             if pipeline in self._held:
                 self._wanted.add(pipeline)
                 return
-        client = _leased(self._socket, pipeline, seconds)
+        lease = _leased(self._socket, pipeline, seconds)
         with self._lock:
             self._wanted.add(pipeline)
-            client, spare = (client, self._held.get(pipeline))
-            self._held[pipeline] = client
+            spare = self._held.get(pipeline)
+            self._held[pipeline] = lease
         if spare is not None:
             spare.close()
 
@@ -54,9 +53,9 @@ class LeaseKeeper:
         """Nothing there is no error."""
         with self._lock:
             self._wanted.discard(pipeline)
-            client = self._held.pop(pipeline, None)
-        if client is not None:
-            client.close()
+            lease = self._held.pop(pipeline, None)
+        if lease is not None:
+            lease.close()
 
     def run(self) -> None:
         """Until ``end``."""
@@ -70,21 +69,21 @@ class LeaseKeeper:
         with self._lock:
             held, self._held = self._held, {}
             self._wanted.clear()
-        for client in held.values():
-            client.close()
+        for lease in held.values():
+            lease.close()
 
     def _look(self) -> bool:
         """Whether one could not be taken again."""
         with self._lock:
             held = dict(self._held)
-        for pipeline, client in held.items():
+        for pipeline, lease in held.items():
             if self._ended.is_set():
                 return False
-            if client.wait_ended(0.001):
+            if lease.wait_ended(0.001):
                 with self._lock:
-                    if self._held.get(pipeline) is client:
+                    if self._held.get(pipeline) is lease:
                         del self._held[pipeline]
-                client.close()
+                lease.close()
         with self._lock:
             missing = sorted(self._wanted - self._held.keys())
         for pipeline in missing:
@@ -92,31 +91,29 @@ class LeaseKeeper:
                 return False
             try:
                 self._lost(pipeline)
-                client = _leased(self._socket, pipeline, ASK_SECONDS)
+                lease = _leased(self._socket, pipeline, ASK_SECONDS)
             except InstantStartError as error:
                 log.warning("%s: no lease, tried again: %s", pipeline, error)
                 return True
             with self._lock:
                 kept = pipeline in self._wanted and pipeline not in self._held
                 if kept:
-                    self._held[pipeline] = client
+                    self._held[pipeline] = lease
             if not kept:
-                client.close()
+                lease.close()
         return False
 
 
-def _leased(socket: str, pipeline: str, seconds: float) -> Client:
-    """A client that holds it. Raises InstantStartError after ``seconds`` at most."""
+def _leased(socket: str, pipeline: str, seconds: float) -> Lease:
+    """A lease of it, which keeps its client. Raises InstantStartError after ``seconds`` at most."""
     client = Client(socket, deadline=seconds)
     timer = threading.Timer(seconds, client.close)
     timer.daemon = True
     timer.start()
     try:
-        client.lease(pipeline)
+        return client.lease(pipeline)
     except BaseException:
-        with contextlib.suppress(OSError):
-            client.close()
+        client.close()
         raise
     finally:
         timer.cancel()
-    return client
