@@ -196,8 +196,8 @@ class OpenedWeights(Lease):
 class Client:
     """The daemon at ``path`` (default: ``find_socket()``). A context manager; threads may share it.
 
-    Every method raises errors of ControlError's family for the connection, and those that the daemon raised. It has as
-    many public methods as the protocol has requests.
+    Every method raises errors of ControlError's family for the connection, and those that the daemon raised. It has
+    more than 25 public methods, because each request of the protocol has one.
     """
 
     def __init__(self, path: str | None = None, *, deadline: float = CONNECT_DEADLINE) -> None:

@@ -18,25 +18,26 @@ from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 import msgspec
 
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.core.source import parse_source
 from instantstart_fs.errors import InvalidSource
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REPO = rf"{_PART}/{_PART}"
-_BARE = re.compile(rf"{_REPO}(?:@[A-Za-z0-9._/+-]{{1,255}})?")
-_SCHEME = re.compile(r"(hf|s3|s3a|s3n|file|https?)://", re.IGNORECASE)
-_SHORT = re.compile(rf"hf:/?(?=[^/])(?={_PART})", re.IGNORECASE)
-_HUB_HOST = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)(?:/|\Z)", re.IGNORECASE)
+_BARE = late(rf"{_REPO}(?:@[A-Za-z0-9._/+-]{{1,255}})?")
+_SCHEME = late(r"(hf|s3|s3a|s3n|file|https?)://", re.IGNORECASE)
+_SHORT = late(rf"hf:/?(?=[^/])(?={_PART})", re.IGNORECASE)
+_HUB_HOST = late(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)(?:/|\Z)", re.IGNORECASE)
 _PAGES = ("spaces", "api", "docs", "collections", "papers", "blog", "models", "organizations", "settings")
-_REVISION_FIRST = re.compile(r"(refs/(?:pr/[0-9]+|convert/[A-Za-z0-9._-]+)|[^/]+)(?:/(.*))?", re.DOTALL)
-_FILE = re.compile(r".*\.(?:gguf|safetensors|bin|pt|pth|onnx|json|txt|model)", re.IGNORECASE | re.DOTALL)
-_SHARD = re.compile(r"(.*)-[0-9]{5}(-of-[0-9]{5}\.gguf)", re.DOTALL)
-_HARMLESS = re.compile(r"[A-Za-z0-9._/ +=-]*")
+_REVISION_FIRST = late(r"(refs/(?:pr/[0-9]+|convert/[A-Za-z0-9._-]+)|[^/]+)(?:/(.*))?", re.DOTALL)
+_FILE = late(r".*\.(?:gguf|safetensors|bin|pt|pth|onnx|json|txt|model)", re.IGNORECASE | re.DOTALL)
+_SHARD = late(r"(.*)-[0-9]{5}(-of-[0-9]{5}\.gguf)", re.DOTALL)
+_HARMLESS = late(r"[A-Za-z0-9._/ +=-]*")
 _AWS = r"(?:dualstack\.)?(?:[a-z0-9-]+\.)?amazonaws\.com(?:\.cn)?"
-_S3_HOSTED = re.compile(rf"([a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9])\.s3[.-]{_AWS}", re.IGNORECASE)
-_S3_PATH = re.compile(rf"s3[.-]{_AWS}", re.IGNORECASE)
-_CONSOLE = re.compile(r"(?:[a-z0-9-]+\.)?console\.(?:aws\.amazon\.com|amazonaws\.cn)", re.IGNORECASE)
-_ARN = re.compile(r"arn:aws[a-z-]*:s3:::(.+)", re.IGNORECASE)
+_S3_HOSTED = late(rf"([a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9])\.s3[.-]{_AWS}", re.IGNORECASE)
+_S3_PATH = late(rf"s3[.-]{_AWS}", re.IGNORECASE)
+_CONSOLE = late(r"(?:[a-z0-9-]+\.)?console\.(?:aws\.amazon\.com|amazonaws\.cn)", re.IGNORECASE)
+_ARN = late(r"arn:aws[a-z-]*:s3:::(.+)", re.IGNORECASE)
 
 
 class Pasted(msgspec.Struct, frozen=True):

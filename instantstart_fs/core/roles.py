@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from enum import Enum
 
+from instantstart_fs.core.late_pattern import late
+
 SMALL = 16 * 1024 * 1024
 """Bytes. What is larger, and neither a tokenizer nor documentation, is weights, whatever it is called."""
 UNKNOWN_WEIGHTS = 1024 * 1024
@@ -67,7 +69,7 @@ _DOCS = frozenset(
     }
 )
 _DOC_NAMES = ("license", "licence", "notice", "copying", "readme", "changelog", "use_policy")
-_DOCUMENTATION = re.compile(r"(?:\A|/)(?:docs?|images|figures)/", re.IGNORECASE)
+_DOCUMENTATION = late(r"(?:\A|/)(?:docs?|images|figures)/", re.IGNORECASE)
 """A directory of such a name is above it."""
 _NOBODYS = frozenset({".gitattributes", ".gitignore", ".gitkeep", ".gitmodules", ".ds_store", ".dockerignore"})
 _TOKENIZER = ("tokenizer", "vocab", "merges", "tekken", "spiece", "sentencepiece", "added_tokens", "special_tokens")
@@ -79,13 +81,13 @@ _TRAINING_NAMES = frozenset(
         *("rng_state.pth", "random_states.pkl"),
     }
 )
-_TRAINING = re.compile(
+_TRAINING = late(
     r"(rng_state|random_states)_\d+\.\w+|events\.out\.tfevents\..*|.*_optim_states\.pt|optimizer[-_]\d.*|.*imatrix.*"
 )
 
-_DATA_OF = re.compile(r"\.(?:onnx[._-]data|onnx\.data|gguf|safetensors|ggml|bin|pth?|nemo)[-._](?:part|split|data)?\w*")
+_DATA_OF = late(r"\.(?:onnx[._-]data|onnx\.data|gguf|safetensors|ggml|bin|pth?|nemo)[-._](?:part|split|data)?\w*")
 """``model.onnx_data_1``, ``model.onnx.data``, ``x.gguf-split-a``, ``x.safetensors.part1``: pieces of weights."""
-_TF_DATA = re.compile(r"\.data-\d+-of-\d+\Z")
+_TF_DATA = late(r"\.data-\d+-of-\d+\Z")
 
 
 def suffix_of(name: str) -> str:

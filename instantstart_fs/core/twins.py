@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.core.manifest import matches
 from instantstart_fs.core.roles import GGML, SAFETENSORS, TORCH, suffix_of
 
@@ -91,17 +92,17 @@ _RENAMED = {
 }
 _LIBRARY_STEMS = frozenset({"model", "diffusion_pytorch_model", "adapter_model"})
 """Libraries look for these names and take the first format that is there."""
-_SHARD = re.compile(r"\A(?P<stem>.*?)[-_.](?P<part>\d{1,6})-of-(?P<parts>\d{1,6})(?P<rest>.*)\Z")
-_CONSOLIDATED = re.compile(r"consolidated[-.]\d+\Z")
+_SHARD = late(r"\A(?P<stem>.*?)[-_.](?P<part>\d{1,6})-of-(?P<parts>\d{1,6})(?P<rest>.*)\Z")
+_CONSOLIDATED = late(r"consolidated[-.]\d+\Z")
 _SECOND = frozenset({".h5", ".msgpack", ".ot"})
 """TensorFlow's, Flax's and rust-bert's names of a library's model."""
-_RUNTIME = re.compile(
+_RUNTIME = late(
     r"(?P<name>onnx|openvino|coreml|tflite|flax|tensorflow|tf|jax|metal|mlx|original|rust)([-_.].*)?", re.IGNORECASE
 )
-_APPLE = re.compile(r"\.ml(package|modelc)/")
-_FEWER_BITS = re.compile(r"(b?fp?|int)\d+", re.IGNORECASE)
+_APPLE = late(r"\.ml(package|modelc)/")
+_FEWER_BITS = late(r"(b?fp?|int)\d+", re.IGNORECASE)
 """A variant that engines are told to load ("fp16"), and no state of training ("non_ema")."""
-_CHECKPOINT = re.compile(r"(checkpoint-|global_step)\d+\Z")
+_CHECKPOINT = late(r"(checkpoint-|global_step)\d+\Z")
 
 
 class _Name(NamedTuple):
@@ -322,11 +323,11 @@ def _copy_of(file: Weights, name: str, here: _Group | None, originals: Sequence[
     return None
 
 
-_EXPORTED_PART = re.compile(
+_EXPORTED_PART = late(
     r"(\w*model|\w*encoder|\w*decoder|embed_tokens|unet|transformer|vae|weights)([-_.].*)?\.onnx", re.IGNORECASE
 )
 """What exporters call a model and its parts."""
-_EXPORTED = re.compile(r"(?P<stem>.+?)\.(onnx([._-]data(_\d+)?)?|tflite|mlmodel(c\.zip)?)\Z")
+_EXPORTED = late(r"(?P<stem>.+?)\.(onnx([._-]data(_\d+)?)?|tflite|mlmodel(c\.zip)?)\Z")
 
 
 def _stem_of_export(name: str) -> str | None:
@@ -336,24 +337,24 @@ def _stem_of_export(name: str) -> str | None:
 
 # -- variants ----------------------------------------------------------------------------------------------------------
 
-_GGUF_TAG = re.compile(
+_GGUF_TAG = late(
     r"(ud|i1|imat|(iq|q|tq)\d\w*|[bf]?f\d{1,2}|b?fp?\d{1,2}|mxfp\d\w*|nvfp\d|moe|int\d|\dbits?|[ksmlxn]|xs|xxs|xl|nl|\d)"
     r"\Z",
     re.IGNORECASE,
 )
 """A word of a name that says how a model was quantised. Single digits and letters count behind one that says so."""
-_STARTS_TAG = re.compile(
+_STARTS_TAG = late(
     r"(ud|i1|imat|(iq|q|tq)\d\w*|[bf]f?\d{2}|bf16|fp\d{1,2}|mxfp\d\w*|nvfp\d|int\d|\dbits?)\Z", re.IGNORECASE
 )
-_ONNX_TAG = re.compile(
+_ONNX_TAG = late(
     r"(q?u?int\d\w*|q\d\w*|b?fp?\d{2}|bnb4|quantized|quant|quantize|o[1-4]|avx\w*|vnni|arm64|\dbit|w\da\d\w*|dynamic"
     r"|optimized)\Z",
     re.IGNORECASE,
 )
-_PART = re.compile(r"(high|low)[-_]?noise|encoder|decoder|thinker|talker", re.IGNORECASE)
+_PART = late(r"(high|low)[-_]?noise|encoder|decoder|thinker|talker", re.IGNORECASE)
 """In the names of parts of one model of which an engine loads all."""
-_WORDS = re.compile(r"[-_.]")
-_SPLIT = re.compile(r"\.(gguf|ggml)[-.](split|part)[-.]?\w+\Z", re.IGNORECASE)
+_WORDS = late(r"[-_.]")
+_SPLIT = late(r"\.(gguf|ggml)[-.](split|part)[-.]?\w+\Z", re.IGNORECASE)
 
 
 def _single_file_model(name: str) -> bool:

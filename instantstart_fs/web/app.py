@@ -2,10 +2,10 @@
 /v1/placement/ID, /metrics, /healthz.
 
 All are GET and change nothing. Each caller sees what visitors.py and core/sight.py permit; what it may not see is
-answered as if it did not exist. One overview at a time is taken, kept for a second (longer where it takes long) and
-shared by everybody who asks; without callers none is taken. Requests and event streams are counted and bounded. Pages
-hold no inline script or style, so that the Content-Security-Policy can forbid them, and the templates escape every
-name.
+answered as if it did not exist. One store summary at a time is taken, kept for a second (longer where it takes long)
+and shared by everybody who asks; without callers none is taken. Requests and event streams are counted and bounded.
+Pages hold no inline script or style, so that the Content-Security-Policy can forbid them, and the templates escape
+every name.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ TICK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 15.0
 KEEP_SECONDS = 1.0
 SHARE = 20
-"""An overview is kept SHARE times as long as it took: watching costs at most a twentieth of the daemon's time."""
+"""A store summary is kept SHARE times as long as it took: an open page costs at most a twentieth of the daemon's
+time."""
 MAX_SIGHTS = 64
-"""Callers who see different things, of one overview."""
+"""Callers who see different things, of one store summary."""
 LOOKS_AT_ONCE = 256
 """Pipelines between two pauses, while that is found out."""
 MAX_VIEWS = 64
@@ -87,7 +88,7 @@ class Seen(NamedTuple):
 
 
 class StoreSummaries:
-    """The overview that everybody shares. ``pending``: pipelines that are configured and not there yet."""
+    """The store summary that all callers share. ``pending``: pipelines that are configured and not there yet."""
 
     def __init__(self, library: Library, pending: Callable[[], Mapping[str, PipelineStatus]], details: bool) -> None:
         self._library = library

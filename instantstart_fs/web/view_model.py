@@ -1,6 +1,6 @@
-"""Words what the page and its JSON show of an overview, as plain values. Pure.
+"""Words what the page and its JSON show of a store summary, as plain values. Pure.
 
-An overview holds what its caller may see (visitors.py): ids, states, sizes and times of the pipelines that the mount
+A store summary has what its caller may see (visitors.py): ids, states, sizes and times of the pipelines that the mount
 shows that user. Sums over all pipelines need ``everything``. Sources, revisions and error messages (which name them)
 need ``details``. Credentials and paths are in neither.
 """
@@ -141,7 +141,7 @@ def ordered(store_summary: StoreSummary) -> StoreSummary:
 
 
 def view(store_summary: StoreSummary, query: Query, *, details: bool, everything: bool) -> View:
-    """In the order that the overview has. ``everything``: the caller sees all pipelines."""
+    """In the order of the store summary. ``everything``: the caller sees all pipelines."""
     wanted: Sequence[PipelineStatus] = store_summary.pipelines
     if query.text or query.state:
         wanted = [status for status in wanted if _matches(status, query)]

@@ -44,8 +44,6 @@ WRITTEN = {
     "cli/show.py trouble",
 }
 """Names that are the same on disk or in --json, with the module that has them."""
-BEING_RENAMED = ("cli/long", "control/client")
-BEING_SAID = ("Client",)
 
 
 @functools.cache
@@ -186,7 +184,7 @@ def test_a_large_class_says_why_it_is_large() -> None:
             f"{MOST_COLLABORATORS} collaborators": (len(collaborators(tree, node)), MOST_COLLABORATORS),
         }
         for bound, (count, most) in counts.items():
-            if count > most and not name.endswith(BEING_SAID) and not says_why(ast.get_docstring(node), bound):
+            if count > most and not says_why(ast.get_docstring(node), bound):
                 silent.append(f"{name}: {count}, and no sentence 'more than {bound}, because …' in its docstring")
     assert not silent
 
@@ -239,7 +237,6 @@ def test_names_are_the_fields_terms() -> None:
         for name in identifiers(path)
         for word in words_of(name) & PRIVATE
     }
-    found = {name for name in found if not name.startswith(BEING_RENAMED)}
     assert found <= WRITTEN, sorted(found - WRITTEN)
     assert words_of("_no_room") & PRIVATE and words_of("ClaimRoom") & PRIVATE and not words_of("backroom") & PRIVATE
 
