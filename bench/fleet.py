@@ -52,6 +52,8 @@ MOST_WATCHED = 4
 SERVING = 16
 """Streams that a rack's owner sends at once."""
 CURVES = Path(__file__).parent.parent / "docs" / "figures"
+DOCUMENT = CURVES.parent / "REGIONS.md"
+BEGIN, END = "<!-- scripts/bench fleet --draw writes this table -->\n", "<!-- end of the table -->\n"
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -553,6 +555,34 @@ def shown(runs: dict[str, dict[str, Any]]) -> str:
     return table(header, rows)
 
 
+def markdown(runs: dict[str, dict[str, Any]]) -> str:
+    """The table of docs/REGIONS.md."""
+    rows = [
+        "| size | region | tier | uplink Gbit/s | hosts | p50 s | p99 s | origin | busiest (over the time of the last) "
+        "| GB that a server sent: mean / most | into racks |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in sorted(runs.values(), key=lambda run: run["hosts"]):
+        if run["hosts"] == 1:
+            continue
+        tier = {"servers": "a", "hosts": "b"}[run["tier"]]
+        cells = (
+            f"{run['size'] / 1e9:g} GB",
+            "cold" if run["cold"] else "warm",
+            f"c over {tier}" if run["racks"] else tier,
+            f"{run['uplink'] / GBIT:g}" if run["uplink"] else "∞",
+            f"{run['hosts']:,}",
+            f"{run['p50']:,.1f}",
+            f"{run['p99']:,.1f}",
+            f"{run['origin_ratio']:.2f} ×",
+            f"{run['limit']} ({run['used'][run['limit']]:.0%})",
+            f"{run['served_mean'] / 1e9:,.0f} / {run['served_max'] / 1e9:,.0f}",
+            f"{run['uplinks']:,.0f} ×",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
 def numbers(text: str) -> list[int]:
     return [int(word.replace("_", "")) for word in text.split(",")]
 
@@ -569,7 +599,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=math.inf, help="begin no run after so many seconds")
     parser.add_argument("--result", default="fleet", help="the name of the file in bench/results")
     parser.add_argument("--again", action="store_true", help="do runs again that are in the results")
-    parser.add_argument("--draw", action="store_true", help="write docs/figures/region-*.svg")
+    parser.add_argument("--draw", action="store_true", help="write docs/figures/region-*.svg, and their table")
     options = parser.parse_args()
     runs = {} if options.again else kept(options.result)
     wanted = settings(options.hosts, options.sizes)
@@ -603,6 +633,9 @@ def main() -> int:
         for name, text in curves(runs).items():
             (CURVES / name).write_text(text)
             print(f"drawn: docs/figures/{name}")
+        before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+        DOCUMENT.write_text(f"{before}{BEGIN}{markdown(runs)}{END}{rest.partition(END)[2]}")
+        print("written: the table of docs/REGIONS.md")
     return 0
 
 

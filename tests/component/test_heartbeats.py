@@ -174,7 +174,7 @@ class Site:
         self.broken = ""
         self.statuses = {"p": pipeline("p", "warm", cached_bytes=10, total_bytes=10)}
         self.spec = PipelineSpec("p", (ModelSpec("hf://org/model"),))
-        self.settings = RegionSettings(host, KEY, (store,))
+        self.settings = RegionSettings(host, KEY, (store,), (KEY,))
         self.hosts, self.answers, self.warmed = 1, True, 0
         self.pipelines = {"p": SimpleNamespace(id="p", spec=self.spec, removed=False)}
         known = SimpleNamespace(spec=lambda _: self.spec, status=self.status, status_of=self.status_of)
