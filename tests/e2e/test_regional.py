@@ -283,6 +283,9 @@ def test_a_tier_that_is_not_there_costs_little(site: Site, tmp_path: Path) -> No
     site.warm(host)
     assert time.monotonic() - began < 20
     right(host, made)
+    tier = json.loads(host.ok("ls", "--json"))[0]["tier"]
+    assert tier["state"] == "down" and tier["since"] and f"127.0.0.1:{port}" in tier["why"], tier
+    assert "regional tier: down since" in host.ok("status")
 
 
 def test_a_tier_that_swallows_everything_costs_little(site: Site, tmp_path: Path) -> None:
