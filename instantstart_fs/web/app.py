@@ -271,16 +271,15 @@ class Site:
         """Which hosts of the region hold a pipeline: for an autoscaler."""
         pipeline = request.path_params["pipeline"]
         if not self._library.pipelines.shown_to(pipeline, sight_of(request)):
-            return JSONResponse({"error": "pipeline-not-found"}, 404)
+            return _failed("pipeline-not-found", f"there is no pipeline {pipeline}", 404)
         if self._library.heartbeats is None:
-            return JSONResponse({"error": "no-region", "message": "there is no [regional] in the configuration"}, 404)
+            return _failed("no-region", "there is no [regional] in the configuration", 404)
         try:
             found = await self._library.heartbeats.placement(pipeline)
         except PipelineNotFound:
-            return JSONResponse({"error": "pipeline-not-found"}, 404)
+            return _failed("pipeline-not-found", f"there is no pipeline {pipeline}", 404)
         except InstantStartError as error:
-            told = {"error": "tier-unavailable", "message": error.message if self._config.details else ""}
-            return JSONResponse(told, 503, headers={"Retry-After": "10"})
+            return _failed("tier-unavailable", error.message if self._config.details else "", 503)
         return JSONResponse(msgspec.to_builtins(found))
 
     async def metrics(self, request: Request) -> Response:
@@ -358,6 +357,12 @@ def sight_of(request: Request) -> Sight:
     found = request.scope["sight"]
     assert isinstance(found, Sight)
     return found
+
+
+def _failed(code: str, message: str, status: int) -> Response:
+    """As all of /v1 says it."""
+    headers = {"Retry-After": "10"} if status == 503 else {}
+    return JSONResponse({"error": {"code": code, "message": message}}, status, headers=headers)
 
 
 def event(text: str) -> bytes:

@@ -442,13 +442,13 @@ def test_placement_follows_the_pages_rules() -> None:
         for name in ("p", "silent", "secret"):
             library.pipelines[name] = pipeline(name)
         library.pipelines.hidden.add("secret")
-        assert ask(served, "p") == (
-            404,
-            {"error": "no-region", "message": "there is no [regional] in the configuration"},
-        )
+        no_region = {"code": "no-region", "message": "there is no [regional] in the configuration"}
+        assert ask(served, "p") == (404, {"error": no_region})
         library.heartbeats = Heartbeats()
-        assert ask(served, "unknown") == ask(served, "secret") == (404, {"error": "pipeline-not-found"})
-        assert ask(served, "silent") == (503, {"error": "tier-unavailable", "message": ""})
+        for name in ("unknown", "secret"):
+            missing = {"code": "pipeline-not-found", "message": f"there is no pipeline {name}"}
+            assert ask(served, name) == (404, {"error": missing})
+        assert ask(served, "silent") == (503, {"error": {"code": "tier-unavailable", "message": ""}})
         status, found = ask(served, "p")
         assert (status, found["live_hosts"], found["unread"]) == (200, 2, 0)
         assert found["hosts"] == [
