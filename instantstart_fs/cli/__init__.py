@@ -1,4 +1,5 @@
-"""The command line. ``main`` is the console script. Exit codes: 0 done, 1 failed (one line on stderr), 2 usage.
+"""The command line. ``main`` is the console script. Exit codes: 0 done, 1 failed (one line on stderr), 2 usage,
+130 ended by Ctrl-C, 141 by a reader that left.
 
 Commands that only ask the daemon must feel instant. So this package imports nothing heavy: no trio, boto3,
 huggingface_hub or pyfuse3, and rich only where something is drawn.

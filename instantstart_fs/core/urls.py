@@ -1,4 +1,4 @@
-"""How a web address is shown, and which parts of it are credentials. Pure."""
+"""Web addresses: how one is shown, which parts are credentials, what is wrong with one as configured. Pure."""
 
 from __future__ import annotations
 

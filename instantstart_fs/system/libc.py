@@ -1,4 +1,4 @@
-"""Calls of the C library that Python does not offer, with their errors as OSError. It knows no call in particular."""
+"""The C library, for calls that Python does not offer, and its errors as OSError. The calls are where they are used."""
 
 from __future__ import annotations
 
