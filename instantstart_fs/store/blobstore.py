@@ -211,9 +211,9 @@ class BlobStore:
         try:
             return self.blob(pipeline, generation, path, size)
         except StoreLost as error:
-            if not self._clear_way(pipeline, generation, path):
-                raise
-            log.warning("%s; it was removed, the file is fetched anew", error.message, extra={"pipeline": pipeline})
+            # Nothing in the way any more: another file's fill, which met the same, has removed it.
+            if self._clear_way(pipeline, generation, path):
+                log.warning("%s; it was removed, the file is fetched anew", error.message, extra={"pipeline": pipeline})
             return self.blob(pipeline, generation, path, size)
 
     def _clear_way(self, pipeline: str, generation: int, path: str) -> bool:

@@ -18,9 +18,9 @@ from instantstart_fs.filler.target import FileState
 from instantstart_fs.index.environment import Index
 from instantstart_fs.store.blobstore import BlobStore
 from tests.component.byteserver import ByteServer, FakeOrigin, Handler, content, make_target, sha256
-from tests.component.test_filler import CHUNK, filling, index, server, store, stored, until, wait_state
+from tests.component.test_filler import CHUNK, filling, server, stored, until, wait_state
 
-__all__ = ["index", "server", "store"]
+__all__ = ["server"]
 
 
 def _whole(data: bytes, pause: Callable[[Handler, int], None] = lambda handler, sent: None) -> Callable[..., bool]:

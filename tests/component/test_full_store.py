@@ -409,7 +409,7 @@ def uncached(**settings: Any) -> UncachedReader:
 
 async def read(served: UncachedReader, source: Source, entry: FileEntry, wanted: ByteRange) -> bytes:
     buffer = bytearray(wanted.length)
-    await served.read(FileKey("p", 1, 0), entry, source, wanted.start, memoryview(buffer))
+    await served.read(FileKey("p", 1, 0), entry, 1 << 20, source, wanted.start, memoryview(buffer))
     return bytes(buffer)
 
 

@@ -111,7 +111,7 @@ def test_no_daemon_is_said_with_what_to_do(tmp_path: Path) -> None:
     nowhere = tmp_path / "no.sock"
     daemon = Daemon(tmp_path / "d", env={"INSTANTSTART_SOCKET": str(nowhere)})
     message = daemon.refused(1, "ls")
-    assert "serve" in message
+    assert "instantstart start" in message
 
 
 def test_s3_without_bucket_key_or_credentials(
@@ -309,7 +309,7 @@ def test_a_killed_daemon_leaves_nothing_in_the_way(
     daemon.warm("p")
     daemon.kill()
     assert run("ls", daemon.mount, timeout=10).returncode != 0  # the dead mount is still there
-    assert "serve" in daemon.refused(1, "ls")  # and so is its socket
+    assert "instantstart start" in daemon.refused(1, "ls")  # and so is its socket
     daemon.start()
     assert daemon.status("p")["state"] == "warm"
     same_everywhere(daemon, "p", model)
