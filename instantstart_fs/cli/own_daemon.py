@@ -67,6 +67,7 @@ def _running(socket: str | None) -> Client | None:
     """A daemon that this user may add pipelines to: the named one, the user's own, or the machine's."""
     named = socket or os.environ.get("INSTANTSTART_SOCKET")
     for path in [named] if named else [default_socket(), machine_socket()]:
+        client = None
         try:
             client = Client(path)
             if named:
@@ -77,7 +78,8 @@ def _running(socket: str | None) -> Client | None:
         except PermissionRefused:
             if named:
                 raise
-            client.close()  # the machine's, which is not for this user: one of its own
+            if client is not None:  # the machine's, which is not for this user: one of its own
+                client.close()
             continue
         return client
     return None

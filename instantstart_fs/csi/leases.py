@@ -86,6 +86,7 @@ class LeaseKeeper:
                 lease.close()
         with self._lock:
             missing = sorted(self._wanted - self._held.keys())
+        failed = False
         for pipeline in missing:
             if self._ended.is_set():
                 return False
@@ -94,14 +95,19 @@ class LeaseKeeper:
                 lease = _leased(self._socket, pipeline, ASK_SECONDS)
             except InstantStartError as error:
                 log.warning("%s: no lease, tried again: %s", pipeline, error)
-                return True
+                failed = True
+                continue
+            except Exception:  # the other pipelines' leases and mounts depend on this thread
+                log.exception("%s: no lease, tried again", pipeline)
+                failed = True
+                continue
             with self._lock:
                 kept = pipeline in self._wanted and pipeline not in self._held
                 if kept:
                     self._held[pipeline] = lease
             if not kept:
                 lease.close()
-        return False
+        return failed
 
 
 def _leased(socket: str, pipeline: str, seconds: float) -> Lease:

@@ -81,11 +81,7 @@ class WriteBack:
 
         wanted = follow.target.present.byte_range(chunk)
         name = chunk_name(follow.slot, follow.pin, chunk)
-        key, store, fd = (
-            self._settings.key.chunk_key(follow.pin, chunk, wanted.length),
-            self._tiers.sources[0].store,
-            follow.fd,
-        )
+        key, store = self._settings.key.chunk_key(follow.pin, chunk, wanted.length), self._tiers.sources[0].store
 
         def put() -> bytes:
             data = bytearray(HEADER + wanted.length)
@@ -105,10 +101,20 @@ class WriteBack:
             now = trio.current_time()
             self._puts_until = max(self._puts_until, now) + wanted.length / self._settings.rate
             await trio.sleep_until(self._puts_until)
+        if chunk not in follow.to_put or follow.fd < 0:  # withdrawn meanwhile
+            return
         try:
-            digest = await trio.to_thread.run_sync(put, limiter=self._threads)
+            # The thread's own: the file may be let go of meanwhile, and its number be another file's.
+            fd = os.dup(follow.fd)
+            try:
+                digest = await trio.to_thread.run_sync(put, limiter=self._threads)
+            finally:
+                os.close(fd)
         except OSError as error:
             raise OriginUnavailable(f"it cannot be read: {error.strerror}") from error
+        if chunk not in follow.to_put:  # the file's bytes proved wrong while this one was on its way
+            await self.take_back(follow, {chunk})
+            return
         follow.digests[chunk] = digest
         follow.put.add(chunk)
         self.put_bytes += wanted.length

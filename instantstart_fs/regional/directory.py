@@ -79,8 +79,11 @@ class DirectoryStore:
             path = self._path(name)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            with contextlib.suppress(OSError):  # its directory, where that was the last
-                os.removedirs(os.path.dirname(path))
+            directory = os.path.dirname(path)
+            with contextlib.suppress(OSError):  # its directories, where that was the last; never the tier's own
+                while directory.startswith(f"{self._directory.rstrip('/')}/"):
+                    os.rmdir(directory)
+                    directory = os.path.dirname(directory)
 
     def interrupted(self, most: int) -> Iterator[Stored]:
         found = self._walk(self._directory, "")

@@ -204,7 +204,9 @@ class S3Store:
                 self._secrets_until = 0.0
             raise AccessRefused(said)
         if status in (429, 503):
-            raise OriginThrottled(said, retry_after=float(retry_after) if retry_after.isdigit() else None)
+            raise OriginThrottled(
+                said, retry_after=float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
+            )
         raise OriginUnavailable(said)
 
     def _takes_clock(self, date: str) -> bool:
@@ -239,7 +241,7 @@ def _listing(body: bytes) -> tuple[list[tuple[str, int, float]], str]:
         raise OriginMisbehaved("a listing with a document type is not read")
     try:
         root = ElementTree.fromstring(body)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # an encoding that Python lacks, too
         raise OriginMisbehaved(f"a listing cannot be read: {error}") from error
     entries: list[tuple[str, int, float]] = []
     token = truncated = ""

@@ -107,6 +107,8 @@ class RegionalStartups:
             async for save in self._waiting:
                 try:
                     await self._save(save)
+                except Exception:  # one cache is not worth the daemon
+                    log.exception("a startup cache stays on this host", extra={"pipeline": save.pipeline})
                 finally:
                     os.close(save.pack)
         finally:

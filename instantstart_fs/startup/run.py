@@ -98,7 +98,12 @@ def _prepare(start: Start) -> Wire:
 
 
 def check(options: Options) -> None:
-    """Raises UsageError for what would only show later."""
+    """Raises UsageError for what would only show later, and for what is no pipeline's id: it names a directory of
+    ours, whose old contents are deleted."""
+    if not options.pipeline or "/" in options.pipeline or options.pipeline.startswith("."):
+        raise UsageError(
+            f"{options.pipeline!r} cannot be a pipeline's id; `instantstart ls` lists those that there are"
+        )
     if options.ready_log:
         import re
 

@@ -106,6 +106,8 @@ class View:
 
 def take_view(pipeline: str, base: str) -> View:
     """Raises NoView where there is no place that is this user's alone."""
+    if "/" in pipeline or pipeline.startswith("."):
+        raise NoView(f"{pipeline!r} is no pipeline's id")
     try:
         os.makedirs(base, 0o700, exist_ok=True)
         directory = os.path.join(base, pipeline)

@@ -100,6 +100,13 @@ def test_what_was_deleted_is_gone_and_deleting_it_again_does_nothing(store: Tier
         store.get("v1/x/gone", 10)
 
 
+def test_an_emptied_tier_is_still_one(store: TierStore) -> None:
+    """A shared directory whose last object goes stays: without it the next look would call the tier unreachable."""
+    store.put("v1/slot/c/one", b"x")
+    store.delete("v1/slot/c/one")
+    assert list(store.list("v1/", 10)) == []
+
+
 def test_an_address_opens_the_object_to_whoever_has_it(store: TierStore) -> None:
     store.put("v1/x/chunk", b"0123456789")
     address = store.address("v1/x/chunk")

@@ -16,8 +16,9 @@ import yaml
 from instantstart_fs.core.nodelabels import changes, label, wanted_labels
 from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.volumes import VolumeRequest, volume_request
+from instantstart_fs.csi import leases
 from instantstart_fs.csi.node_labels import NodeApi
-from instantstart_fs.errors import AccessRefused, OriginUnavailable, UsageError
+from instantstart_fs.errors import AccessRefused, OriginUnavailable, PipelineBusy, UsageError
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
@@ -168,3 +169,17 @@ def test_every_object_of_the_chart_fits_its_schema() -> None:
 def test_the_driver_is_told_the_namespace_by_the_kubelet() -> None:
     [driver] = [thing["spec"] for _, thing in rendered() if thing["kind"] == "CSIDriver"]
     assert driver["podInfoOnMount"] is True and driver["volumeLifecycleModes"] == ["Ephemeral"]
+
+
+def test_one_pipeline_without_a_lease_keeps_no_other_from_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refused(socket: str, pipeline: str, seconds: float) -> None:
+        asked.append(pipeline)
+        raise PipelineBusy("busy") if pipeline == "a" else OSError("no more threads")
+
+    monkeypatch.setattr(leases, "_leased", refused)
+    kept = leases.LeaseKeeper("/nowhere", lambda pipeline: None)
+    for name in ("a", "b", "c"):
+        kept.want(name)
+    assert kept._look() and asked == ["a", "b", "c"]

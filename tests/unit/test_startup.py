@@ -33,9 +33,11 @@ from instantstart_fs.core.enginetable import (
 )
 from instantstart_fs.core.startupcache import KEPT, StartupRecord, check_key, choose, surplus, whole_key
 from instantstart_fs.core.startuppack import BadPack, decode_index, encode_index, index_length, is_safe
+from instantstart_fs.errors import UsageError
 from instantstart_fs.startup import options, surroundings
 from instantstart_fs.startup import pack as packs
 from instantstart_fs.startup.pack import pack, scan, unpack
+from instantstart_fs.startup.run import check
 from instantstart_fs.startup.views import NoView, take_view
 
 KEY = {"engine": "vllm", "package torch": "2.13.0", "arguments": "serve /models/x", "driver": "580.1"}
@@ -610,3 +612,17 @@ def test_a_closed_standard_descriptor_is_nobody_elses() -> None:
     words = ["sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, "-c", program]
     done = subprocess.run(words, stderr=subprocess.PIPE, text=True, timeout=60, check=True)
     assert done.stderr == "[True, True, False]"
+
+
+@pytest.mark.parametrize("name", ["/srv/mine", "../mine", ".hidden", ""])
+def test_a_name_that_is_a_path_makes_and_empties_no_directory(tmp_path: Path, name: str) -> None:
+    """The view's directory has the pipeline's name, and what lies in it from an earlier start is deleted."""
+    mine = tmp_path / "mine" / "0"
+    mine.mkdir(parents=True)
+    (mine / "precious").touch()
+    with pytest.raises(UsageError, match="cannot be a pipeline's id"):
+        check(options.Options(name, ["true"]))
+    if name:
+        with pytest.raises(NoView):
+            take_view(name.replace("/srv", str(tmp_path)), str(tmp_path / "views"))
+    assert (mine / "precious").exists()
