@@ -97,11 +97,12 @@ class WriteBack:
             store.put(name, data)
             return digest
 
+        owed = follow.to_put  # ``poisoned`` puts another in its place
         if self._settings.rate is not None:
             now = trio.current_time()
             self._puts_until = max(self._puts_until, now) + wanted.length / self._settings.rate
             await trio.sleep_until(self._puts_until)
-        if chunk not in follow.to_put or follow.fd < 0:  # withdrawn meanwhile
+        if follow.to_put is not owed or follow.fd < 0:
             return
         try:
             # The thread's own: the file may be let go of meanwhile, and its number be another file's.
@@ -112,7 +113,7 @@ class WriteBack:
                 os.close(fd)
         except OSError as error:
             raise OriginUnavailable(f"it cannot be read: {error.strerror}") from error
-        if chunk not in follow.to_put:  # the file's bytes proved wrong while this one was on its way
+        if follow.to_put is not owed:  # the file's bytes proved wrong while this one was on its way
             await self.take_back(follow, {chunk})
             return
         follow.digests[chunk] = digest
