@@ -243,10 +243,12 @@ class Daemon:
         self._workers: set[int] = set()
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """``TRANSPORT`` is the transport unless ``config`` names one; no page unless it asks for one."""
+        """``TRANSPORT`` is the transport unless ``config`` names one; no page unless it asks for one; and a disk that
+        others filled is no test's failure."""
         mount = {"transport": TRANSPORT, **config.get("mount", {})}
+        store = {"min_free": 0, **config.get("store", {})}
         http = {"listen": "off", **config.get("http", {})}
-        self.config.write_text(to_toml({**config, "mount": mount, "http": http}))
+        self.config.write_text(to_toml({**config, "mount": mount, "store": store, "http": http}))
 
     # -- its life --------------------------------------------------------------------------------------------------
 

@@ -62,13 +62,16 @@ class Budget(msgspec.Struct, frozen=True):
 
 class Refusal(msgspec.Struct, frozen=True):
     """Why bytes may not come in. ``needed``: how many; ``limit``: what they ran into, in bytes; ``evictable``: how many
-    could go; ``kept``: who may not go and why, "hot: a, b; pinned: c"."""
+    could go; ``kept``: who may not go and why, "hot: a, b; pinned: c". ``floor``: where it is the filesystem that is
+    full, not the store, how much of it is to stay free, and ``free`` how much still is."""
 
     reason: Literal["store full", "quota"]
     needed: int
     limit: int
     evictable: int = 0
     kept: str = ""
+    floor: int = 0
+    free: int = 0
 
     def __str__(self) -> str:
         needed, limit, evictable = (
@@ -77,7 +80,12 @@ class Refusal(msgspec.Struct, frozen=True):
         if self.reason == "quota":
             return f"quota: needs {needed}, may take {limit}"
         text = f"store full: needs {needed}; evictable {evictable}"
-        return f"{text}; {self.kept}" if self.kept else f"{text} of a budget of {limit}"
+        if self.floor:
+            free, floor = human_bytes(self.free, short=True), human_bytes(self.floor, short=True)
+            text += f"; its disk has {free} free, and min_free keeps {floor}"
+        elif not self.kept:
+            text += f" of a budget of {limit}"
+        return f"{text}; {self.kept}" if self.kept else text
 
 
 def without_others(text: str) -> str:
@@ -175,8 +183,13 @@ def admit(
         if not (candidate.hot or candidate.pinned or candidate.open or candidate.leased)
     )
     if evictable < least:
-        limit = int(min(budget.high * budget.capacity, max(usage + budget.free - budget.floor, 0)))
-        return Admission(refusal=Refusal("store full", needed, limit, evictable, kept(candidates)))
+        refusal = Refusal("store full", needed, int(budget.high * budget.capacity), evictable, kept(candidates))
+        below_floor = usage + budget.free - budget.floor
+        if below_floor < refusal.limit:
+            refusal = msgspec.structs.replace(
+                refusal, limit=int(max(below_floor, 0)), floor=budget.floor, free=int(budget.free)
+            )
+        return Admission(refusal=refusal)
     return Admission(evict=plan(usage, budget, candidates, now, needed + promised))
 
 

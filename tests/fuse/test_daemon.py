@@ -104,7 +104,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 def write(daemon: Daemon, pipelines: str) -> None:
     (daemon.root / "config.toml").write_text(
-        f'[mount]\npath = "{daemon.mount}"\n[store]\npath = "{daemon.root}/store"\n{pipelines}'
+        f'[mount]\npath = "{daemon.mount}"\n[store]\npath = "{daemon.root}/store"\nmin_free = 0\n{pipelines}'
     )
 
 

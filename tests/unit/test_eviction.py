@@ -64,7 +64,12 @@ def test_the_floor_is_a_limit_of_its_own() -> None:
     assert plan(600, roomy, ALL, 100.0) == ("old",)
     assert admit(600, roomy, ALL, 100.0, needed=150).evict == ("old", "newer")
     assert str(admit(600, roomy, ALL, 100.0, needed=900).refusal) == (
-        "store full: needs 900 B; evictable 600 B of a budget of 400 B"
+        "store full: needs 900 B; evictable 600 B; its disk has 100 B free, and min_free keeps 300 B"
+    )
+    small = msgspec.structs.replace(roomy, capacity=400)
+    assert str(admit(300, small, ALL, 100.0, needed=900).refusal).endswith("keeps 300 B"), "the tighter limit is named"
+    assert str(admit(600, BUDGET, [], 100.0, needed=900).refusal) == (
+        "store full: needs 900 B; evictable 0 B of a budget of 900 B"
     )
 
 
