@@ -5,20 +5,81 @@ The queue waits for nobody: a reader never does for a put.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 import trio
 
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.region_follow import Follow, RegionSettings, Tiers
 
+if TYPE_CHECKING:
+    from instantstart_fs.regional.store import TierStore
+
 log = logging.getLogger(__name__)
 
 PUTS = 4
 """Chunks that are put at once."""
+
+
+class _Put:
+    """One chunk on its way into the tier, in a thread that may be given up and end later, or never. It reads by a
+    descriptor of its own: the file may be let go of meanwhile, and its number be another file's."""
+
+    def __init__(self, settings: RegionSettings, store: TierStore, follow: Follow, chunk: int) -> None:
+        from instantstart_fs.regional.records import chunk_name
+
+        self._store = store
+        self._follow = follow
+        self._owed = follow.to_put
+        self._losses = follow.target.losses
+        self._where = follow.target.present.byte_range(chunk)
+        self._name = chunk_name(follow.slot, follow.pin, chunk)
+        self._key = settings.key.chunk_key(follow.pin, chunk, self._where.length)
+        self._mine = [os.dup(follow.fd)]
+        """Whoever takes it out closes it: the thread once it runs, else ``close``."""
+
+    def withdrawn(self) -> bool:
+        """Whether what it reads is not to be believed: the file proved wrong, or some of it was lost meanwhile."""
+        return self._follow.to_put is not self._owed or self._follow.target.losses != self._losses
+
+    def close(self) -> None:
+        """No thread is to begin with it any more."""
+        with contextlib.suppress(IndexError):
+            os.close(self._mine.pop())
+
+    def __call__(self) -> bytes | None:
+        """Blocks. The chunk's digest; None where it was withdrawn meanwhile, and removed again. Raises OriginError, and
+        OSError where the file cannot be read."""
+        from instantstart_fs.regional.keys import keyed_digest
+        from instantstart_fs.regional.records import HEADER
+
+        fd = self._mine.pop()
+        try:
+            data = bytearray(HEADER + self._where.length)
+            view = memoryview(data)
+            done = 0
+            while done < self._where.length:
+                count = os.preadv(fd, [view[HEADER + done :]], self._where.start + done)
+                if count <= 0:
+                    raise OriginUnavailable("the file ends early")
+                done += count
+        finally:
+            os.close(fd)
+        digest = keyed_digest(self._key, view[HEADER:])
+        view[:HEADER] = digest
+        if self.withdrawn():
+            return None
+        try:
+            self._store.put(self._name, data)
+        finally:
+            if self.withdrawn():  # here, not by who waited for it: that one may have gone
+                self._store.delete(self._name)
+        return None if self.withdrawn() else digest
 
 
 class WriteBack:
@@ -64,61 +125,46 @@ class WriteBack:
                     await self._put_chunk(follow, chunk)
                     self._tiers.writes.succeeded()
             except InstantStartError as error:
-                log.warning(
-                    "a chunk was not written to the regional tier: %s",
-                    error.message,
-                    extra={"pipeline": follow.key.pipeline},
-                )
-                self._tiers.count("not-written")
-                self._tiers.writes.failed(trio.current_time(), 1.0)
+                self._failed(follow, error.message)
+            except OSError as error:
+                self._failed(follow, f"the file cannot be read: {error.strerror}")
+            except Exception as error:  # one chunk is not worth the filler
+                log.exception("a chunk was not written", extra={"pipeline": follow.key.pipeline})
+                self._failed(follow, type(error).__name__)
             finally:
                 follow.to_put.discard(chunk)
                 self.check_done(follow)
 
+    def _failed(self, follow: Follow, why: str) -> None:
+        log.warning("a chunk was not written to the regional tier: %s", why, extra={"pipeline": follow.key.pipeline})
+        self._tiers.count("not-written")
+        self._tiers.writes.failed(trio.current_time(), 1.0)
+
     async def _put_chunk(self, follow: Follow, chunk: int) -> None:
-        from instantstart_fs.regional.keys import keyed_digest
-        from instantstart_fs.regional.records import HEADER, chunk_name
-
-        wanted = follow.target.present.byte_range(chunk)
-        name = chunk_name(follow.slot, follow.pin, chunk)
-        key, store = self._settings.key.chunk_key(follow.pin, chunk, wanted.length), self._tiers.sources[0].store
-
-        def put() -> bytes:
-            data = bytearray(HEADER + wanted.length)
-            view = memoryview(data)
-            done = 0
-            while done < wanted.length:
-                count = os.preadv(fd, [view[HEADER + done :]], wanted.start + done)
-                if count <= 0:
-                    raise OriginUnavailable("the file ends early")
-                done += count
-            digest = keyed_digest(key, view[HEADER:])
-            view[:HEADER] = digest
-            store.put(name, data)
-            return digest
+        from instantstart_fs.regional.store import put_seconds
 
         owed = follow.to_put  # ``poisoned`` puts another in its place
+        length = follow.target.present.byte_range(chunk).length
         if self._settings.rate is not None:
             now = trio.current_time()
-            self._puts_until = max(self._puts_until, now) + wanted.length / self._settings.rate
+            self._puts_until = max(self._puts_until, now) + length / self._settings.rate
             await trio.sleep_until(self._puts_until)
-        if follow.to_put is not owed or follow.fd < 0:
+        if follow.to_put is not owed or chunk not in owed or follow.fd < 0:
             return
+        put = _Put(self._settings, self._tiers.sources[0].store, follow, chunk)
+        follow.put.add(chunk)  # from now on it may be there, whatever becomes of the thread
+        seconds = put_seconds(length)
         try:
-            # The thread's own: the file may be let go of meanwhile, and its number be another file's.
-            fd = os.dup(follow.fd)
-            try:
-                digest = await trio.to_thread.run_sync(put, limiter=self._threads)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise OriginUnavailable(f"it cannot be read: {error.strerror}") from error
-        if follow.to_put is not owed:  # the file's bytes proved wrong while this one was on its way
-            await self.take_back(follow, {chunk})
+            with trio.move_on_after(seconds) as scope:
+                digest = await trio.to_thread.run_sync(put, abandon_on_cancel=True, limiter=self._threads)
+        finally:
+            put.close()
+        if scope.cancelled_caught:
+            raise OriginUnavailable(f"the regional tier does not take {length} bytes within {seconds:.0f} s")
+        if digest is None or put.withdrawn():
             return
         follow.digests[chunk] = digest
-        follow.put.add(chunk)
-        self.put_bytes += wanted.length
+        self.put_bytes += length
         follow.pull.progressed()
 
     async def take_back(self, follow: Follow, chunks: set[int]) -> None:

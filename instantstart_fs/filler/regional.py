@@ -216,6 +216,7 @@ class Regional:
                 follow.proven.discard(chunk)
                 follow.target.verified.discard(chunk)
                 follow.digests.pop(chunk, None)
+                follow.to_put.discard(chunk)
         self._plan.refill(follow.tier_key)
         self.apply(follow)
 
@@ -314,9 +315,11 @@ class Regional:
         self._writeback.check_done(follow)
 
     def poisoned(self, target: FillTarget) -> None:
-        """The bytes are wrong: what this host put of them is taken back."""
+        """The bytes are wrong: what this host put of them is taken back, and what it took that no seal has proven."""
         for follow in [one for one in (*self._writeback.detached, *self._follows.values()) if one.target is target]:
             put, follow.put, follow.to_put = follow.put, set(), set()
+            if self._settings.write_back and 0 not in follow.seals:
+                put |= follow.digests.keys()
             if put and self._tiers.nursery is not None:
                 self._tiers.nursery.start_soon(self._writeback.take_back, follow, put)
 

@@ -30,12 +30,14 @@ from instantstart_fs.errors import (
     printable,
 )
 from instantstart_fs.regional.sigv4 import Secrets, Signer, query_text
-from instantstart_fs.regional.store import Address, Stored
+from instantstart_fs.regional.store import Address, Stored, put_seconds
 
 LIFETIME = 3600
 SECRETS_SECONDS = 60.0
 """Credentials are asked for again after this: they rotate."""
 CONNECT_SECONDS, READ_SECONDS = 2.0, 4.0
+PIECE = 256 * 1024
+"""Bytes of a body that are sent at once: each has CONNECT_SECONDS, the whole ``put_seconds``."""
 MOST_LISTING = 4 << 20
 """Bytes of one page."""
 CONNECTIONS = 32
@@ -72,11 +74,12 @@ class S3Store:
         self._secrets: Secrets | None = None
         self._secrets_until = 0.0
         self._skew = 0.0
+        self._timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
         self._http = urllib3.PoolManager(
             CONNECTIONS,
             maxsize=CONNECTIONS,
             retries=False,
-            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
+            timeout=self._timeout,
         )
 
     # -- TierStore -------------------------------------------------------------------------------------------------
@@ -169,7 +172,8 @@ class S3Store:
                 method,
                 f"{url}?{query_text(query)}" if query else url,
                 headers=signed,
-                body=body,  # type: ignore[arg-type]
+                body=None if body is None else _pieces(what, body),  # type: ignore[arg-type]
+                timeout=self._timeout if body is None else _put_timeout(len(body)),
                 redirect=False,
                 preload_content=False,
                 decode_content=False,
@@ -225,6 +229,21 @@ class S3Store:
     def skew(self) -> float:
         """Seconds that the engine's clock is ahead of this machine's, as far as it matters; 0 = it does not."""
         return self._skew
+
+
+def _put_timeout(size: int) -> urllib3.Timeout:
+    """An engine may answer only after it has written the whole of it."""
+    return urllib3.Timeout(connect=CONNECT_SECONDS, read=max(READ_SECONDS, put_seconds(size) / 2))
+
+
+def _pieces(what: str, body: bytes | bytearray | memoryview) -> Iterator[memoryview]:
+    """A body piece by piece: over plain HTTP a connection's time-out is for all that is sent at once."""
+    end = time.monotonic() + put_seconds(len(body))
+    view = memoryview(body)
+    for at in range(0, len(body), PIECE):
+        if time.monotonic() > end:
+            raise OriginUnavailable(f"{what}: not {len(body)} bytes within {put_seconds(len(body)):.0f} s")
+        yield view[at : at + PIECE]
 
 
 def _secrets_in_environment() -> Secrets | None:

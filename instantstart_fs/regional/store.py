@@ -1,13 +1,22 @@
 """The few things that a tier's storage must be able to do; regional/s3.py and regional/directory.py do them.
 
-All block, each at most some seconds, and raise only OriginError's family (OriginNotFound where there is nothing). Names
-are relative to the tier's prefix. Nothing here is trusted: what is read is checked by who asked for it.
+All block, each at most some seconds (a put: about ``put_seconds``; a directory: as long as its filesystem does), and
+raise only OriginError's family (OriginNotFound where there is nothing). Names are relative to the tier's prefix.
+Nothing here is trusted: what is read is checked by who asked for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
+
+LEAST_PUT_SECONDS, SLOWEST_PUT = 10.0, 1_000_000
+
+
+def put_seconds(size: int) -> float:
+    """Seconds within which ``size`` bytes have to be written: at SLOWEST_PUT bytes a second, and some to begin with.
+    By less than that a tier is of no use to a region."""
+    return LEAST_PUT_SECONDS + size / SLOWEST_PUT
 
 
 class Stored(NamedTuple):
@@ -45,7 +54,9 @@ class TierStore(Protocol):
         """A small object; one of more than ``most`` bytes is refused."""
         ...
 
-    def put(self, name: str, data: bytes | bytearray | memoryview) -> None: ...
+    def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        """Write it, in the place of whatever there is."""
+        ...
 
     def put_new(self, name: str, data: bytes) -> bool:
         """Write it unless there is one: whether this call did."""

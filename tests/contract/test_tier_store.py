@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import random
+import socket
 import threading
 import time
 import urllib.request
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +22,7 @@ from instantstart_fs.filler.messages import Piece, WorkerSettings
 from instantstart_fs.filler.pieces import fetch_piece
 from instantstart_fs.origins.base import Location
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
-from instantstart_fs.regional.s3 import S3Store
+from instantstart_fs.regional.s3 import PIECE, S3Store
 from instantstart_fs.regional.store import TierStore
 from instantstart_fs.regional.stores import open_store
 from tests.contract.worlds import fetch
@@ -231,3 +235,65 @@ def test_a_server_that_never_answers_is_unavailable(monkeypatch: pytest.MonkeyPa
         store = open_store("s3://bucket/prefix", endpoint_url=f"http://127.0.0.1:{hole.port}")
         with pytest.raises(OriginUnavailable):
             store.get("v1/x", 100)
+
+
+class SlowServer:
+    """Takes bodies at ``rate`` bytes a second, and answers when it has all."""
+
+    def __init__(self, rate: float, size: int) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        self.port: int = self._socket.getsockname()[1]
+        self._rate, self._size = rate, size
+        self.received = 0
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        connection, _ = self._socket.accept()
+        with connection, contextlib.suppress(OSError):
+            while self.received < self._size:
+                data = connection.recv(65536)
+                if not data:
+                    return
+                self.received += len(data)
+                time.sleep(len(data) / self._rate)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def test_a_chunk_is_sent_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection's time-out is for all that is sent at once: a whole chunk would need a tier of many MB/s."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    sent: list[int] = []
+    send = http.client.HTTPConnection.send
+
+    def counted(self: http.client.HTTPConnection, data: Any) -> None:
+        sent.append(len(data))
+        send(self, data)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "send", counted)
+    size = (8 << 20) + 1
+    server = SlowServer(1e9, size)
+    try:
+        open_store("s3://tier/p", endpoint_url=f"http://127.0.0.1:{server.port}").put("v1/x", bytearray(size))
+        assert server.received >= size and max(sent) == PIECE
+    finally:
+        server.close()
+
+
+def test_a_put_that_takes_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setattr("instantstart_fs.regional.store.LEAST_PUT_SECONDS", 0.2)
+    monkeypatch.setattr("instantstart_fs.regional.store.SLOWEST_PUT", 1 << 30)
+    size = 8 << 20
+    server = SlowServer(1e6, size)
+    try:
+        with pytest.raises(OriginUnavailable):
+            open_store("s3://tier/p", endpoint_url=f"http://127.0.0.1:{server.port}").put("v1/x", bytearray(size))
+        assert server.received < size
+    finally:
+        server.close()

@@ -1,0 +1,256 @@
+"""What this host puts into the tier: its file's own bytes, nothing of a file that proved wrong, and never for ever."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+
+from instantstart_fs.core.chunks import ChunkMap
+from instantstart_fs.core.manifest import FileEntry, ManifestFile
+from instantstart_fs.core.region import Patience, PullPlan
+from instantstart_fs.errors import InstantStartError, OriginUnavailable
+from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings
+from instantstart_fs.filler.regional import Regional
+from instantstart_fs.filler.target import FileKey, FillTarget
+from instantstart_fs.regional.directory import DirectoryStore
+from instantstart_fs.regional.keys import RegionKey, keyed_digest
+from instantstart_fs.regional.records import HEADER, chunk_name
+
+KEY = RegionKey(b"k" * 32)
+SLOT, PIN = "a" * 32, "b" * 32
+CHUNK = 8
+OWN, OTHER = b"ownbytes" * 2, b"another's bytes!"
+PATIENCE = 60.0
+"""Seconds for what has to happen at all: a machine may be busy."""
+
+
+class Store(DirectoryStore):
+    """``held``: puts wait until it is set. ``putting``: one has begun."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(directory)
+        self.held = threading.Event()
+        self.held.set()
+        self.putting = threading.Event()
+        self.fails: Exception | None = None
+
+    def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        self.putting.set()
+        self.held.wait(PATIENCE)
+        if self.fails is not None:
+            raise self.fails
+        super().put(name, data)
+
+
+class Host:
+    """A real Regional, and files in it, without what fetches."""
+
+    def __init__(self, directory: Path, **more: Any) -> None:
+        (directory / "tier").mkdir()
+        self.directory = directory
+        self.store = Store(str(directory / "tier"))
+        self.settings = RegionSettings("here", KEY, (self.store,), (KEY,), **more)
+        nothing = cast(Any, SimpleNamespace(wakeup=trio.Event(), remove=lambda *_: None, refill=lambda *_: None))
+        self.regional = Regional(self.settings, lambda *_: SLOT, nothing, nothing, nothing, serve_verified=True)
+        self.writeback = self.regional._writeback
+        self.descriptors: list[int] = []
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.regional.run)
+            try:
+                yield
+            finally:
+                self.store.held.set()
+                nursery.cancel_scope.cancel()
+        for fd in self.descriptors:
+            os.close(fd)
+
+    def file(self, content: bytes = OWN, index: int = 0) -> Follow:
+        path = self.directory / f"file{index}"
+        path.write_bytes(content)
+        self.descriptors.append(os.open(path, os.O_RDONLY))
+        present = ChunkMap(len(content), CHUNK)
+        for chunk in range(present.chunks):
+            present.add(chunk)
+        entry = FileEntry(index, 0, "f", ManifestFile("f", len(content), "f"))
+        target = FillTarget(FileKey("p", 1, index), entry, 0, present, cast(Any, None), cast(Any, None))
+        target.blob = cast(Any, SimpleNamespace(fd=self.descriptors[-1]))
+        pull = PullPlan("here", PIN, [True] * present.chunks, Patience())
+        follow = Follow(cast(Any, SimpleNamespace(target=target)), [Place(SLOT, PIN)], pull)
+        follow.state = "followed"
+        self.regional._follows[target.key] = follow
+        return follow
+
+    def poison(self, follow: Follow) -> None:
+        """As filler/completion.py does it."""
+        self.regional.leave(follow.key)
+        follow.target.fail(OriginUnavailable("wrong"))
+        self.regional.poisoned(follow.target)
+
+    def there(self) -> dict[int, bytes]:
+        """The chunks in the tier, as far as their digest is right."""
+        found: dict[int, bytes] = {}
+        for chunk in range(9):
+            try:
+                data = self.store.get(chunk_name(SLOT, PIN, chunk), 1000)
+            except InstantStartError:
+                continue
+            body = data[HEADER:]
+            assert data[:HEADER] == keyed_digest(KEY.chunk_key(PIN, chunk, len(body)), body)
+            found[chunk] = body
+        return found
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+async def until(holds: Callable[[], object]) -> None:
+    with trio.fail_after(PATIENCE):
+        while not holds():
+            await trio.sleep(0.005)
+
+
+async def test_a_file_that_is_let_go_of_meanwhile_puts_no_bytes_of_another(tmp_path: Path) -> None:
+    """Its descriptor's number is another file's by the time the rate lets the put begin."""
+    host = Host(tmp_path, rate=CHUNK * 4)
+    async with host.running():
+        follow = host.file(OWN[:CHUNK])
+        host.writeback.add(follow, 0)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        number = follow.fd
+        host.poison(follow)
+        host.writeback.check_done(follow)
+        assert follow.closed
+        (tmp_path / "other").write_bytes(OTHER)
+        taken: list[int] = []
+        while number not in taken:
+            taken.append(os.open(tmp_path / "other", os.O_RDONLY))
+        host.descriptors += taken
+        again = host.file(OWN, 1)
+        host.writeback.add(again, 1)
+        await until(lambda: 1 in again.put and not again.to_put)
+        assert host.there() == {1: OWN[CHUNK:]}
+
+
+async def test_while_a_put_runs_its_file_may_be_closed(host: Host, tmp_path: Path) -> None:
+    """The thread reads by a descriptor of its own."""
+    async with host.running():
+        held = threading.Event()
+        preadv = os.preadv
+
+        def late(fd: int, buffers: Any, offset: int) -> int:
+            held.wait(PATIENCE)
+            return preadv(fd, buffers, offset)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "preadv", late)
+            follow = host.file(OWN[:CHUNK])
+            host.writeback.add(follow, 0)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            (tmp_path / "other").write_bytes(OTHER)
+            other = os.open(tmp_path / "other", os.O_RDONLY)
+            host.descriptors.append(other)
+            os.dup2(other, follow.fd)
+            held.set()
+            await until(lambda: not follow.to_put)
+        assert host.there() == {0: OWN[:CHUNK]}
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_put_under_way_when_its_file_proves_wrong_leaves_nothing(host: Host, late: bool) -> None:
+    """``late``: nobody waits for the thread any more when it ends."""
+    async with host.running():
+        first = host.file()
+        host.writeback.add(first, 0)
+        await until(lambda: host.there())
+        host.store.held.clear()
+        host.store.putting.clear()
+        host.writeback.add(first, 1)
+        await until(host.store.putting.is_set)
+        host.poison(first)
+        await until(lambda: not host.there())
+        if not late:
+            host.store.held.set()
+            await until(lambda: host.writeback._threads.borrowed_tokens == 0)
+            assert host.there() == {}
+    await until(lambda: host.writeback._threads.borrowed_tokens == 0)
+    assert host.there() == {}
+
+
+async def test_what_came_from_the_tier_without_a_seal_goes_when_the_file_proves_wrong(host: Host) -> None:
+    """It may be what was wrong: left there, each host of the region takes it once."""
+    async with host.running():
+        unproven, proven = host.file(), host.file(index=1)
+        for follow in (unproven, proven):
+            follow.digests[0] = bytes(32)
+        name = chunk_name(SLOT, PIN, 0)
+        host.store.put(name, b"from somebody")
+        proven.seals[0] = cast(Any, object())
+        host.poison(proven)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert host.store.get(name, 100) == b"from somebody"
+        host.poison(unproven)
+        await until(lambda: not list(host.store.list("v1/", 10)))
+
+
+async def test_what_was_lost_while_it_was_put_is_put_anew(host: Host) -> None:
+    """A failed sync: what a put has read meanwhile may be no bytes of the file, and is not what a seal names."""
+    async with host.running():
+        host.store.held.clear()
+        host.writeback._threads.total_tokens = 1
+        follow = host.file()
+        host.writeback.add(follow, 0)
+        host.writeback.add(follow, 1)
+        await until(host.store.putting.is_set)
+        follow.target.losses += 1
+        for chunk in (0, 1):
+            follow.target.present.discard(chunk)
+        host.regional.reread(follow.key)
+        host.store.held.set()
+        await until(lambda: not host.writeback._threads.borrowed_tokens)
+        assert not follow.digests and host.there() == {}
+        for chunk in (0, 1):  # it comes again
+            follow.target.present.add(chunk)
+            host.writeback.add(follow, chunk)
+        await until(lambda: len(follow.digests) == 2)
+        assert host.there() == {0: OWN[:CHUNK], 1: OWN[CHUNK:]}
+
+
+async def test_a_tier_that_hangs_is_given_up(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """A shared filesystem may hang for ever: the writers go on, and the daemon's stop waits for no thread."""
+    host = Host(tmp_path)
+    async with host.running():
+        host.store.held.clear()
+        follow = host.file()
+        host.writeback.add(follow, 0)
+        began = trio.current_time()
+        while follow.to_put:
+            await trio.sleep(1)
+        assert 10 <= trio.current_time() - began < 15
+        assert host.regional.statistics.fallbacks == (("not-written", 1),)
+        assert host.writeback._threads.borrowed_tokens == 1, "it hangs still"
+
+
+async def test_whatever_a_put_raises_the_writers_go_on(host: Host) -> None:
+    async with host.running():
+        host.store.fails = LookupError("unknown encoding: nonsense")
+        follow = host.file()
+        host.writeback.add(follow, 0)
+        await until(lambda: not follow.to_put)
+        host.store.fails = None
+        host.writeback.add(follow, 1)
+        await until(lambda: not follow.to_put)
+        assert host.there() == {1: OWN[CHUNK:]}
