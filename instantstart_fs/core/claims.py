@@ -30,6 +30,9 @@ BUDGET_SECONDS = 0.25
 """At least so long a host has the room that it has: its many files are listed one after the other."""
 MOST_UNREADABLE, MOST_VANISHED = 4, 3
 """Looks (over CLAIM_TTL) at what cannot be read, or is not there though listed, after which a claim is nobody's."""
+MOST_OWNERS = 3
+"""Hosts that may be seen to have one claim, one after the other. Who can write to the bucket and has no key can put
+records of the past there again; what changes to and fro is no life."""
 
 
 class ClaimMark(msgspec.Struct, frozen=True):
@@ -46,7 +49,19 @@ class Claim:
     Two things tell that it lives: its record, which costs a request, and the time that listings give for it, which
     costs none. What was alive at the last look is alive until looks tell otherwise."""
 
-    __slots__ = ("_stamp", "_stamp_read", "changed", "epoch", "looked", "mark", "moved", "observed", "still", "tries")
+    __slots__ = (
+        "_owners",
+        "_stamp",
+        "_stamp_read",
+        "changed",
+        "epoch",
+        "looked",
+        "mark",
+        "moved",
+        "observed",
+        "still",
+        "tries",
+    )
 
     def __init__(self, epoch: int, now: float) -> None:
         self.epoch = epoch
@@ -57,6 +72,7 @@ class Claim:
         """Looks in a row that showed nothing new."""
         self.tries = 0
         """Looks since its record was last read."""
+        self._owners = 0
         self._stamp: float | None = None
         self._stamp_read: float | None = None
         """The listed time when its record was last read."""
@@ -78,16 +94,23 @@ class Claim:
         """Its record was read."""
         self.looked = self.observed = now
         self.tries = 0
-        known, self.mark = self.mark, mark
+        known = self.mark
         explained = self._stamp is not None and self._stamp != self._stamp_read
         self._stamp_read = self._stamp
         if known is None or known.host != mark.host:
+            self._owners += 1
+            if self._owners > MOST_OWNERS:
+                self.still += 1
+                return
+            self.mark = mark
             self.changed = self.moved = now
             self.still = 0
             return
+        # Both only grow: what is less than it was is a record of the past.
+        self.mark = ClaimMark(known.host, max(known.beat, mark.beat), max(known.done, mark.done))
         if mark.done > known.done:
             self.moved = now
-        if mark.beat == known.beat:
+        if mark.beat <= known.beat:
             self.still += 1
         elif not explained:  # else listings have told when it was renewed
             self.changed, self.still = now, 0
@@ -111,13 +134,14 @@ class Claim:
 
 
 class OwnClaim:
-    """A claim of this host."""
+    """A claim of this host. ``beat``: more than in any claim that this process had before, also of the same group:
+    one that was given up and made again is not taken for its own past."""
 
     __slots__ = ("beat", "epoch", "renewed")
 
     def __init__(self, epoch: int, now: float) -> None:
         self.epoch = epoch
-        self.beat = 0
+        self.beat = int(now)
         self.renewed = now
 
 

@@ -20,6 +20,7 @@ from instantstart_fs.core.claims import (
     ClaimBudget,
     ClaimMark,
     ClaimState,
+    OwnClaim,
     Take,
     looking_period,
     starting_delay,
@@ -288,6 +289,45 @@ def test_a_record_that_cannot_be_read_any_more_dies() -> None:
         now += 0.5
         assert now < 3 * CLAIM_TTL
     assert tries == MOST_UNREADABLE
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [ClaimMark("a/1", 1, 5), ClaimMark("b/2", 1, 3)],
+        [ClaimMark("a/1", 1, 5), ClaimMark("a/1", 2, 7)],
+        [ClaimMark("a/1", 1, 5), ClaimMark("a/1", 2, 7), ClaimMark("b/2", 1, 3), ClaimMark("b/2", 2, 9)],
+        [ClaimMark("a/1", 1, 5)],
+    ],
+)
+@pytest.mark.parametrize("stamped", [False, True])
+def test_old_records_that_somebody_puts_there_in_turn_keep_no_claim_alive(
+    records: list[ClaimMark], stamped: bool
+) -> None:
+    """Who can write to the bucket and lacks the key has only those. Else nobody would take the group over, ever."""
+    claim, now, looks = Claim(0, 0.0), 0.0, 0
+    while not claim.dead(now, 0.1):
+        now += 0.5
+        if stamped:
+            claim.listed(1000.0 + now, now)
+        if claim.due(now):
+            claim.look(now)
+            claim.see(records[looks % len(records)], now)
+            looks += 1
+        assert now < 3 * CLAIM_STALL
+
+
+def test_a_claim_that_passes_from_host_to_host_lives_with_each() -> None:
+    """Who gives up removes its claim, and another makes one of the same name; or the same host does, later."""
+    claim, now = Claim(0, 0.0), 0.0
+    for host in ("a/1", "b/2", "c/3"):
+        own = OwnClaim(0, now)
+        for step in range(20):
+            now += RENEW_SECONDS
+            claim.see(ClaimMark(host, own.beat + step, step), now)
+            assert not claim.dead(now)
+    again = OwnClaim(0, now)
+    assert again.beat >= own.beat + 19
 
 
 def test_an_owner_that_renews_and_brings_nothing_is_stuck() -> None:
