@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import threading
 import time
@@ -44,8 +45,13 @@ from instantstart_fs.prefetch.hold_protocol import (
     requests,
     send_answer,
 )
+from instantstart_fs.prefetch.staged import Exported
 from instantstart_fs.prefetch.stager import Stage
 
+LOOK_INTERVAL = 1.0
+"""Seconds between two looks at whether the hold has ended, while the end of an engine's process is waited for."""
+SO_PEERPIDFD = 77
+"""Of socket(7); Python has no name for it."""
 RETURN_DEADLINE = 10.0
 """Seconds that engines get to close the memory of files that they are done with, before the hold ends without them."""
 
@@ -63,6 +69,9 @@ class Holder:
         self._engines: set[socket.socket] = set()
         self._done_with: dict[str, set[socket.socket]] = {}
         self._freed: set[str] = set()
+        self._lent: dict[socket.socket, list[Exported]] = {}
+        """Device memory that an engine was given, which it counts down itself for as long as it lives."""
+        self._closed = threading.Event()
         self._path = path
         self._ends_at = None if limit is None else time.monotonic() + limit
         self._released = threading.Event()
@@ -94,6 +103,7 @@ class Holder:
         return "its time is up, released" if self.seconds_left == 0.0 else ""
 
     def close(self) -> None:
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -117,8 +127,10 @@ class Holder:
                 self._connections.release()
 
     def _serve(self, connection: socket.socket) -> None:
+        process: int | None = None
         try:
             with connection, contextlib.suppress(OSError):
+                process = process_of(connection)
                 uid = peer_of(connection).uid
                 if uid not in (0, os.geteuid()):
                     send_answer(
@@ -146,6 +158,23 @@ class Holder:
                     self._engines.discard(connection)
                     for engines in self._done_with.values():
                         engines.discard(connection)
+                lent = self._lent.pop(connection, [])
+            if process is not None:
+                self._take_back(process, lent)
+
+    def _take_back(self, process: int, lent: list[Exported]) -> None:
+        """Once the process has ended, count down what it was given. One that has closed its connection and lives may
+        use that memory still, and counts down itself."""
+        try:
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            while lent and not self._closed.is_set():
+                if poll.poll(LOOK_INTERVAL * 1000):
+                    for exported in lent:
+                        self._stage.abandoned(exported)
+                    return
+        finally:
+            os.close(process)
 
     def _answer(self, line: bytes, asker: socket.socket) -> tuple[Answer, int | None]:
         try:
@@ -156,7 +185,7 @@ class Holder:
                     return self._manifest(), None
                 case Take(path, timeout):
                     self._admit(asker)
-                    return self._take(path, timeout)
+                    return self._take(path, timeout, asker)
                 case ReleaseFile(path):
                     self._release_file(path, asker)
                 case ReleaseAll():
@@ -231,11 +260,26 @@ class Holder:
         if not self._stage.paths:
             self._all_freed.set()
 
-    def _take(self, path: str, timeout: float) -> tuple[Answer, int | None]:
+    def _take(self, path: str, timeout: float, asker: socket.socket) -> tuple[Answer, int | None]:
         self._stage.wait_file(path, min(max(timeout, 0.0), 3600.0))
         exported = self._stage.export(path)
+        if exported.handle is not None:
+            with self._lock:
+                self._lent.setdefault(asker, []).append(exported)
         device = self._stage.plan.device_of(path) or ""
         return Taken(path, exported.size, device, exported.layout, exported.handle), exported.fd
+
+
+def process_of(connection: socket.socket) -> int | None:
+    """A pidfd of the other end, the caller's to close; None where it cannot be had."""
+    try:
+        return int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4), "little", signed=True)
+    except OSError:  # before Linux 6.5
+        pid = peer_of(connection).pid
+    try:
+        return os.pidfd_open(pid) if pid > 0 else None  # 0: of a namespace that is not seen from here
+    except OSError:
+        return None
 
 
 def _listen(path: str) -> socket.socket:

@@ -55,6 +55,13 @@ class Release(_Message, frozen=True):
     number: int
 
 
+class Abandoned(_Message, frozen=True):
+    """Count down a handle of this reference (CUDA): the process that it was given to has ended."""
+
+    reference_handle: str
+    reference_offset: int
+
+
 class Ready(_Message, frozen=True):
     """The worker works. ``refusals``: (backend, why not) of those tried before. ``free``: bytes of device memory, None
     for the CPU, whose memory is the Stage's. ``place``: as tensors.place_of. ``streams``: it takes Available."""
@@ -92,6 +99,8 @@ class IpcHandle(msgspec.Struct, frozen=True):
     reference_offset: int
     event_handle: str
     event_sync: bool
+    torch: str = ""
+    """The release of torch that made it."""
 
 
 class Exported(_Message, frozen=True):
@@ -127,7 +136,7 @@ class Settings(msgspec.Struct, frozen=True):
     rate: float = 0.0
 
 
-ToWorker = Load | Available | Export | Release
+ToWorker = Load | Available | Export | Release | Abandoned
 FromWorker = Ready | Moved | Loaded | Exported | Collected | Failed
 
 encode = msgspec.json.Encoder().encode

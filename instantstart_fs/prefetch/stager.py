@@ -31,7 +31,7 @@ from instantstart_fs.prefetch.budget import cpu_limits, device_limits, refusals
 from instantstart_fs.prefetch.device_worker import STOP_DEADLINE, DeviceWorker, WorkerStuck
 from instantstart_fs.prefetch.feeder import Feeder
 from instantstart_fs.prefetch.layout import FileLayout
-from instantstart_fs.prefetch.messages import Export, IpcHandle, Release, Settings
+from instantstart_fs.prefetch.messages import Abandoned, Export, IpcHandle, Release, Settings
 from instantstart_fs.prefetch.plan import Plan
 from instantstart_fs.prefetch.sources import Source, arrivals
 from instantstart_fs.prefetch.staged import (
@@ -391,6 +391,15 @@ class Stage:
             raise PrefetchError(f"{path} cannot be handed over: {answer.error if answer else 'no answer'}")
         self._counters.add(answer.handle.reference_handle)
         return Exported(path, file.planned.size, file.layout, None, answer.handle)
+
+    def abandoned(self, exported: Exported) -> None:
+        """Take back what was exported to a process that has ended: a killed one has counted down nothing, and torch
+        would keep the memory for as long as its worker lives. Not for one that lives: its memory would be used anew
+        beneath it. Idempotent."""
+        if exported.handle is not None:
+            order = Abandoned(exported.handle.reference_handle, exported.handle.reference_offset)
+            with contextlib.suppress(OSError):  # the worker has ended, and its memory with it
+                self._file(exported.path).worker.send(order, [])
 
     def release(self, path: str) -> None:
         """Free this file's memory; tensors that are still in use keep theirs. Idempotent."""

@@ -17,14 +17,21 @@ from instantstart_fs.prefetch.tensors import from_ipc, from_memory, place_of, vi
 log = logging.getLogger(__name__)
 
 
-def take(held: HoldClient, path: str, timeout: float = 600.0) -> dict[str, Any]:
-    """name → tensor of one held safetensors file, uncopied, on the device that holds it; waits until it is in place.
-    On the CPU a private view: writing into it changes nobody else's. Raises PrefetchError."""
+def take(held: HoldClient, path: str, timeout: float = 600.0, *, device: int | None = None) -> dict[str, Any]:
+    """name → tensor of one held safetensors file, uncopied; waits until it is in place. On the CPU a private view:
+    writing into it changes nobody else's.
+
+    Args:
+        device: the GPU that is to see it (tensors.from_ipc); None: the one that holds it.
+
+    Raises:
+        PrefetchError: it cannot be had.
+    """
     taken = held.take(path, timeout)
     if taken.layout is None:
         raise PrefetchError(f"{path} is no safetensors file")
     if taken.handle is not None:
-        return views(from_ipc(taken.handle, taken.size), taken.layout, path)
+        return views(from_ipc(taken.handle, taken.size, device), taken.layout, path)
     assert taken.fd is not None
     try:
         if os.fstat(taken.fd).st_size < taken.size:

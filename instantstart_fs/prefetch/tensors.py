@@ -16,6 +16,11 @@ from instantstart_fs.prefetch.layout import BITS, FileLayout, torch_dtypes
 from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.messages import IpcHandle
 
+RAW = 64
+"""Bytes of CUDA's own handle (CUDA_IPC_HANDLE_SIZE)."""
+_OTHER_FORMAT = ("future version", "handle size", "illegal type")
+"""What releases of torch say to a handle that another one has made."""
+
 
 def place_of(device: str) -> str:
     """The name of a device's memory in every process: "cpu", or the UUID of the GPU that is "cuda:N" here.
@@ -44,24 +49,39 @@ def from_memory(memory: mmap.mmap, size: int) -> Any:
     return torch.frombuffer(memory, dtype=torch.uint8, count=size)
 
 
-def from_ipc(handle: IpcHandle, size: int) -> Any:
+def from_ipc(handle: IpcHandle, size: int, device: int | None = None) -> Any:
     """The ``size`` first bytes of another process's device memory as a uint8 tensor. A handle can be opened once.
-    Raises PrefetchError when CUDA refuses: the owner has ended, or this process sees other devices."""
+
+    Args:
+        device: the GPU that is to see the memory, which may lie on another one: then its number is the tensor's
+            device, too. None: the one on which the memory lies.
+
+    Raises:
+        PrefetchError: CUDA refuses: the owner has ended, or this process sees other devices.
+    """
     torch = load_torch()
     try:
-        number, storage = _opened(torch, handle)
+        number, storage = _opened(torch, handle, device)
         return torch.empty(0, dtype=torch.uint8, device=f"cuda:{number}").set_(storage)[:size]
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         lines = str(error).splitlines() or [type(error).__name__]
-        raise PrefetchError(f"device memory of another process cannot be opened: {lines[0]}") from error
+        other = f" (made by torch {handle.torch}, and this is {torch.__version__})"
+        raise PrefetchError(
+            f"device memory of another process cannot be opened: {lines[0]}"
+            f"{other if handle.torch not in ('', str(torch.__version__)) else ''}"
+        ) from error
 
 
-def _opened(torch: Any, handle: IpcHandle) -> tuple[int, Any]:
-    """The GPU's number here, and its memory as a storage, which takes itself off the owner's count when it is freed."""
+def _opened(torch: Any, handle: IpcHandle, device: int | None = None) -> tuple[int, Any]:
+    """The number of the GPU that sees it here, and the memory as a storage, which takes itself off the owner's count
+    when it is freed."""
     reference = bytes.fromhex(handle.reference_handle), handle.reference_offset
     try:
         number = _number_of(handle.place)
         torch.cuda.init()
+        # Opened on its own GPU it would make a context there, of 500 MiB for each process that takes from it.
+        if device is not None and device != number and torch.cuda.can_device_access_peer(device, number):
+            number = device
         for exported in _versions(bytes.fromhex(handle.handle)):
             try:
                 storage = torch.UntypedStorage._new_shared_cuda(
@@ -74,7 +94,7 @@ def _opened(torch: Any, handle: IpcHandle) -> tuple[int, Any]:
                     handle.event_sync,
                 )
             except RuntimeError as error:
-                if "future version" not in str(error):
+                if not any(text in str(error) for text in _OTHER_FORMAT):
                     raise
                 refused = error
                 continue
@@ -88,16 +108,20 @@ def _opened(torch: Any, handle: IpcHandle) -> tuple[int, Any]:
 
 
 def _versions(handle: bytes) -> Iterator[bytes]:
-    """The exported handle, then the same as older releases of torch write it: helper and engine may have different
+    """The exported handle, then the same as other releases of torch write it: helper and engine may have different
     ones.
 
-    Its first byte is the version of the format (c10/cuda/CUDACachingAllocator.cpp, SHAREABLE_HANDLE_VERSION). torch
-    refuses one that is newer than its own, though nothing but the number differs for memory of cudaMalloc (kind
-    "c")."""
+    Its first byte is the version of the format (c10/cuda/CUDACachingAllocator.cpp, SHAREABLE_HANDLE_VERSION), its
+    second the kind. torch refuses a version that is newer than its own, though nothing but the number differs for
+    memory of cudaMalloc (kind "c"). Before there were versions it was CUDA's own handle, of RAW bytes."""
     yield handle
-    if handle[1:2] == b"c":
+    if len(handle) == RAW:
+        yield b"\x01c" + handle
+    elif handle[1:2] == b"c":
         for version in range(handle[0] - 1, 0, -1):
             yield bytes([version]) + handle[1:]
+        if len(handle) == RAW + 2:
+            yield handle[2:]
 
 
 def views(base: Any, layout: FileLayout, path: str = "file") -> dict[str, Any]:

@@ -106,9 +106,11 @@ class InstantStartLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is n
     def _handed_over(self, files: list[tuple[str, HeldFile]]) -> Iterator[tuple[str, torch.Tensor]]:
         assert self._held is not None
         taken = 0
+        # Of a file that another rank's GPU holds, this rank copies its slices from there: by its own device's context.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
         for position, (_, file) in enumerate(files):
             try:
-                tensors = take(self._held, file.path)
+                tensors = take(self._held, file.path, device=device)
             except InstantStartError as error:
                 log.warning("instantstart: loading %d files from the mount: %s", len(files) - position, error)
                 yield from safetensors_weights_iterator(
@@ -120,8 +122,8 @@ class InstantStartLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is n
                 return
             used = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
             yield from tensors.items()
-            for device in used | {torch.device("cuda", torch.cuda.current_device())} if used else ():
-                torch.cuda.synchronize(device)  # vLLM's copies out of this memory have to be done before it is freed
+            for seen in used | {torch.device("cuda", torch.cuda.current_device())} if used else ():
+                torch.cuda.synchronize(seen)  # vLLM's copies out of this memory have to be done before it is freed
             taken += file.size
             del tensors
             try:

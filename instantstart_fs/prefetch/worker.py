@@ -28,6 +28,7 @@ from instantstart_fs.prefetch.memory import Memfd, mapped
 from instantstart_fs.prefetch.messages import (
     MAX_FDS,
     MAX_PACKET,
+    Abandoned,
     Available,
     Collected,
     Export,
@@ -97,6 +98,8 @@ class Worker:
                         self._export(number, token)
                     case Release(number):
                         self._release(number)
+                    case Abandoned(reference, offset):
+                        self._abandon(reference, offset)
         except OSError:
             return
 
@@ -205,7 +208,17 @@ class Worker:
             Exported(
                 number,
                 token,
-                IpcHandle(self._place, handle.hex(), size, offset, reference.hex(), at, event.hex(), bool(sync)),
+                IpcHandle(
+                    self._place,
+                    handle.hex(),
+                    size,
+                    offset,
+                    reference.hex(),
+                    at,
+                    event.hex(),
+                    bool(sync),
+                    str(self._torch.__version__),
+                ),
             )
         )
 
@@ -221,6 +234,14 @@ class Worker:
             del self._device_bytes[number]
             self._collect()
             self._send(Collected(1, self._still_open))
+
+    def _abandon(self, reference: str, offset: int) -> None:
+        """Count down for a process that has ended. Harmless where it had done so: each handle has a count of its own,
+        which torch compares with "more than 0" and does not use again."""
+        with contextlib.suppress(RuntimeError, ValueError):  # the counter is gone with the file that it counted
+            self._torch.UntypedStorage._release_ipc_counter_cuda(bytes.fromhex(reference), offset)
+        self._collect()
+        self._send(Collected(0, self._still_open))
 
     def _collect(self) -> None:
         """Return unused memory to the device: first what others had open of what was released, then all of it. An

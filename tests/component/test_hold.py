@@ -18,6 +18,8 @@ from instantstart_fs.prefetch import DirectorySource, Stage, Stager, load_state_
 from instantstart_fs.prefetch.hold_client import HoldClient
 from instantstart_fs.prefetch.hold_protocol import held_pipelines
 from instantstart_fs.prefetch.holder import Holder
+from instantstart_fs.prefetch.messages import IpcHandle
+from instantstart_fs.prefetch.staged import Exported
 from tests.harness import REPOSITORY
 
 torch = pytest.importorskip("torch")
@@ -100,6 +102,40 @@ def test_a_second_engine_is_refused_and_a_dead_one_makes_room(stage: Stage, plac
                 deadline -= 1
             os.close(third.take(path).fd or -1)
             assert third.manifest().engines == 1
+
+
+def test_what_a_killed_engine_had_open_is_taken_back_and_a_living_ones_is_not(
+    stage: Stage, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process counts none of its handles of device memory down."""
+    path = stage.paths[0]
+    handle = IpcHandle("GPU-1", "aa", 4096, 0, "bb", 7, "cc", event_sync=False)
+    given = Exported(path, 4096, None, None, handle)
+    monkeypatch.setattr(stage, "export", lambda _: given)
+    back: list[Exported] = []
+    taken_back = threading.Event()
+    monkeypatch.setattr(stage, "abandoned", lambda exported: (back.append(exported), taken_back.set()))
+    program = (
+        "import sys; from instantstart_fs.prefetch.hold_client import HoldClient\n"
+        "with HoldClient(sys.argv[1]) as held: held.take(sys.argv[2])\n"
+        "print('closed', flush=True); sys.stdin.read()\n"
+    )
+    with Holder(stage, place) as holder:
+        engine = subprocess.Popen(
+            [sys.executable, "-c", program, NAME, path],
+            cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            assert engine.stdout is not None and engine.stdout.readline() == b"closed\n"
+            with HoldClient(NAME) as other:
+                while other.manifest().engines:  # until the holder has seen the end of the connection
+                    pass
+            assert not back and not taken_back.is_set()
+        finally:
+            engine.kill()
+            engine.communicate()
+        assert taken_back.wait(30) and back == [given]
+        assert not holder.over
 
 
 def test_every_rank_is_waited_for(stage: Stage, place: str) -> None:

@@ -6,10 +6,10 @@ Python imports this module by its name in every process, so the workers have the
 for each allocation of MEMFD bytes and more, which another process opens through /proc, as CUDA's IPC opens memory. DIR
 holds what the processes must know of each other: how much each has, and which memory is open elsewhere.
 
-What it is like: memory goes with the process that owns it; what another has open stays counted after its release, for
-ever if that one was killed; a full device refuses. What it is not like: nothing is asynchronous, nothing is fast, and
-"page-locked" memory is memory. INSTANTSTART_FAKE_CUDA_FAIL names a call that raises (POINTS);
-INSTANTSTART_FAKE_CUDA_GPUS is the number of devices; CUDA_VISIBLE_DEVICES is obeyed.
+What it is like: memory goes with the process that owns it; what was handed out stays counted after its release until
+the one that has it counts down, for ever if that one was killed; a full device refuses. What it is not like: nothing is
+asynchronous, nothing is fast, and "page-locked" memory is memory. INSTANTSTART_FAKE_CUDA_FAIL names a call that raises
+(POINTS); INSTANTSTART_FAKE_CUDA_GPUS is the number of devices; CUDA_VISIBLE_DEVICES is obeyed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def uuids() -> list[str]:
 
 
 class Ledger:
-    """What the processes know of each other, as files: ``own.PID.BLOCK`` with a size, ``open.BLOCK.PID``."""
+    """What the processes know of each other, as files: ``own.PID.BLOCK`` with a size, ``open.BLOCK.SERIAL`` for
+    each handle that was handed out, and not counted down."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -74,11 +75,11 @@ class Ledger:
     def disown(self, block: str) -> None:
         (self._directory / f"own.{os.getpid()}.{block}").unlink(missing_ok=True)
 
-    def opened(self, block: str) -> None:
-        (self._directory / f"open.{block}.{os.getpid()}").touch()
+    def handed_out(self, reference: str) -> None:
+        (self._directory / f"open.{reference}").touch()
 
-    def closed(self, block: str) -> None:
-        (self._directory / f"open.{block}.{os.getpid()}").unlink(missing_ok=True)
+    def count_down(self, reference: str) -> None:
+        (self._directory / f"open.{reference}").unlink(missing_ok=True)
 
     def is_open(self, block: str) -> bool:
         return any(self._directory.glob(f"open.{block}.*"))
@@ -101,7 +102,7 @@ class Device:
         self.ledger = Ledger(directory)
         self._lock = threading.RLock()
         self._blocks: dict[int, tuple[str, int, int, int]] = {}
-        """address → (block, size, descriptor, device); the descriptor is -1 for another process's memory."""
+        """address → (block, size, descriptor, device); of another process's memory (reference, size, -1, device)."""
         self._released: dict[str, int] = {}
         """Blocks that were released while another process has them open → descriptors."""
         self._count = 0
@@ -136,7 +137,7 @@ class Device:
         with self._lock:
             block, _, fd, _ = self._blocks.pop(address)
             if fd < 0:
-                self.ledger.closed(block)
+                self.ledger.count_down(block)
             elif self.ledger.is_open(block):
                 self._released[block] = fd
             else:
@@ -164,12 +165,16 @@ class Device:
         if found is None:
             raise RuntimeError("CUDA error: invalid argument (no memory of the device)")
         _, (block, size, fd, number) = found
-        handle = b"\x03c" + json.dumps([block, f"/proc/{os.getpid()}/fd/{fd}"]).encode()
-        return number, handle, size, 0, b"reference", 0, b"event", False
+        handle = b"\x03c" + json.dumps(f"/proc/{os.getpid()}/fd/{fd}").encode()
+        with self._lock:
+            self._count += 1
+            reference = f"{block}.{self._count}"
+        self.ledger.handed_out(reference)
+        return number, handle, size, 0, reference.encode(), 0, b"event", False
 
-    def open(self, number: int, handle: bytes, size: int, offset: int) -> Any:
+    def open(self, number: int, handle: bytes, size: int, offset: int, reference: bytes) -> Any:
         fail_at("open")
-        block, path = json.loads(handle[2:])
+        path = json.loads(handle[2:])
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -178,8 +183,7 @@ class Device:
             memory = mmap.mmap(fd, offset + size)
         finally:
             os.close(fd)
-        self.ledger.opened(block)
-        return self._tensor(memory, block, offset, size, -1, number).untyped_storage()
+        return self._tensor(memory, reference.decode(), offset, size, -1, number).untyped_storage()
 
 
 class Stream:
@@ -260,16 +264,19 @@ def install(torch: Any) -> None:
     torch.Tensor.is_cuda = property(lambda self: device_of(self).type == "cuda")
     torch.UntypedStorage._share_cuda_ = lambda self: device.share(self.data_ptr())
     torch.UntypedStorage._new_shared_cuda = staticmethod(
-        lambda number, handle, size, offset, *_: device.open(number, handle, size, offset)
+        lambda number, handle, size, offset, reference, *_: device.open(number, handle, size, offset, reference)
     )
-    torch.UntypedStorage._release_ipc_counter_cuda = staticmethod(nothing)
+    torch.UntypedStorage._release_ipc_counter_cuda = staticmethod(
+        lambda reference, _: device.ledger.count_down(reference.decode())
+    )
     fakes = {
         "is_available": lambda: bool(uuids()), "device_count": lambda: len(uuids()), "init": lambda: fail_at("init"),
         "set_device": set_device, "current_device": lambda: device.current, "get_device_properties": properties,
         "get_device_name": lambda which=0: properties(which).name, "mem_get_info": mem_get_info,
         "memory_allocated": lambda _=None: device.ledger.owned(os.getpid()), "empty_cache": nothing,
         "ipc_collect": device.collect, "synchronize": nothing, "Stream": Stream, "Event": Event,
-        "stream": lambda stream: stream, "device": lambda _: contextlib.nullcontext(),
+        "can_device_access_peer": lambda *_: True, "stream": lambda stream: stream,
+        "device": lambda _: contextlib.nullcontext(),
     }  # fmt: skip
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)

@@ -18,6 +18,7 @@ from instantstart_fs.prefetch.budget import CUDA_UNIT, refusals
 from instantstart_fs.prefetch.layout import FileLayout, TensorLayout
 from instantstart_fs.prefetch.messages import IpcHandle, Load, Settings
 from instantstart_fs.prefetch.staged import StagedFile, lead_of
+from instantstart_fs.prefetch.tensors import RAW
 from instantstart_fs.prefetch.worker import Worker
 
 HANDLE = IpcHandle("GPU-1", "aa", 4096, 0, "bb", 7, "cc", False)
@@ -35,7 +36,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, int]]:
     cuda = SimpleNamespace(
         device_count=lambda: 1, init=lambda: None, get_device_properties=lambda _: SimpleNamespace(uuid="GPU-1")
     )
-    torch = SimpleNamespace(cuda=cuda, UntypedStorage=storage)
+    torch = SimpleNamespace(cuda=cuda, UntypedStorage=storage, __version__="2.11.0")
     monkeypatch.setattr(tensors, "load_torch", lambda: torch)
     return found
 
@@ -91,7 +92,7 @@ def test_a_handle_of_a_newer_torch_is_opened_by_an_older_one(monkeypatch: pytest
     cuda = SimpleNamespace(
         device_count=lambda: 1, init=lambda: None, get_device_properties=lambda _: SimpleNamespace(uuid="GPU-1")
     )
-    torch = SimpleNamespace(cuda=cuda, UntypedStorage=storage)
+    torch = SimpleNamespace(cuda=cuda, UntypedStorage=storage, __version__="2.11.0")
     monkeypatch.setattr(tensors, "load_torch", lambda: torch)
     handle = msgspec.structs.replace(HANDLE, handle=b"\x03cIPC".hex())
     assert tensors._opened(torch, handle) == (0, "storage")
@@ -100,6 +101,86 @@ def test_a_handle_of_a_newer_torch_is_opened_by_an_older_one(monkeypatch: pytest
     with pytest.raises(RuntimeError, match="future version"):  # another kind of memory: the rest differs, too
         tensors._opened(torch, msgspec.structs.replace(HANDLE, handle=b"\x03eIPC".hex()))
     assert tried == [b"\x03eIPC"] and released == [(b"\xbb", 7)]
+
+
+@pytest.mark.parametrize(
+    ("made", "takes", "says"),
+    [
+        (b"\x03c" + b"C" * RAW, b"C" * RAW, "incorrect handle size"),
+        (b"C" * RAW, b"\x01c" + b"C" * RAW, "Unexpected or illegal type of shareable handle"),
+    ],
+    ids=["to a torch without versions", "of a torch without versions"],
+)
+def test_a_handle_is_opened_across_the_change_of_its_format(
+    monkeypatch: pytest.MonkeyPatch, made: bytes, takes: bytes, says: str
+) -> None:
+    def open_one(number: int, handle: bytes, *_: Any) -> str:
+        if handle != takes:
+            raise RuntimeError(says)
+        return "storage"
+
+    torch = one_gpu_each("GPU-1", opens=open_one)
+    monkeypatch.setattr(tensors, "load_torch", lambda: torch)
+    assert tensors._opened(torch, msgspec.structs.replace(HANDLE, handle=made.hex())) == (0, "storage")
+
+
+def test_where_releases_of_torch_do_not_understand_each_other_both_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("received sharable handle from a future version of torch")
+
+    torch = one_gpu_each("GPU-1", opens=refuse)
+    monkeypatch.setattr(tensors, "load_torch", lambda: torch)
+    other = msgspec.structs.replace(HANDLE, handle=b"\x04eIPC".hex(), torch="2.14.0")
+    with pytest.raises(
+        PrefetchError, match=r"future version of torch \(made by torch 2\.14\.0, and this is 2\.11\.0\)"
+    ):
+        tensors.from_ipc(other, 4096)
+
+
+def one_gpu_each(*uuids: str, opens: Any, peers: bool = True) -> SimpleNamespace:
+    """torch, of a machine with these GPUs."""
+    cuda = SimpleNamespace(
+        device_count=lambda: len(uuids),
+        init=lambda: None,
+        get_device_properties=lambda number: SimpleNamespace(uuid=uuids[number]),
+        can_device_access_peer=lambda *_: peers,
+    )
+    storage = SimpleNamespace(_new_shared_cuda=opens, _release_ipc_counter_cuda=lambda *_: None)
+    return SimpleNamespace(cuda=cuda, UntypedStorage=storage, __version__="2.11.0")
+
+
+@pytest.mark.parametrize(("peers", "device", "where"), [(True, 0, 0), (False, 0, 1), (True, 1, 1), (True, None, 1)])
+def test_another_gpus_memory_is_opened_without_a_context_there(
+    monkeypatch: pytest.MonkeyPatch, peers: bool, device: int | None, where: int
+) -> None:
+    opened: list[int] = []
+
+    def open_one(number: int, *_: Any) -> str:
+        opened.append(number)
+        return "storage"
+
+    torch = one_gpu_each("GPU-0", "GPU-1", opens=open_one, peers=peers)
+    monkeypatch.setattr(tensors, "load_torch", lambda: torch)
+    assert tensors._opened(torch, HANDLE, device) == (where, "storage") and opened == [where]
+
+
+def test_a_worker_counts_down_for_a_process_that_has_ended_and_tells_what_came_back() -> None:
+    allocated, counted = [512], list[tuple[bytes, int]]()
+
+    def count_down(reference: bytes, offset: int) -> None:
+        counted.append((reference, offset))
+        allocated[0] = 0  # it was released before, and this was its last user
+
+    cuda = SimpleNamespace(memory_allocated=lambda _: allocated[0], ipc_collect=lambda: None, empty_cache=lambda: None)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        worker = Worker(theirs, Settings("cuda:0", ("direct",)))
+        worker._torch = SimpleNamespace(cuda=cuda, UntypedStorage=SimpleNamespace(_release_ipc_counter_cuda=count_down))
+        worker._collect()
+        assert worker._still_open
+        worker._abandon("bb", 7)
+        assert counted == [(b"\xbb", 7)]
+        assert messages.from_worker.decode(ours.recv(4096)) == messages.Collected(0, lent=False)
 
 
 class Allocated:
@@ -135,7 +216,7 @@ def test_a_file_lies_so_that_its_tensors_are_aligned_and_is_handed_over_without_
     with ours, theirs:
         worker = Worker(theirs, Settings("cuda:0", ("direct",)))
         worker._torch = SimpleNamespace(
-            empty=empty, uint8="uint8", cuda=SimpleNamespace(memory_allocated=lambda _: sum(made))
+            __version__="2.11.0", empty=empty, uint8="uint8", cuda=SimpleNamespace(memory_allocated=lambda _: sum(made))
         )
         submitted: list[Item] = []
         worker._backend = cast(Any, SimpleNamespace(submit=submitted.append))
