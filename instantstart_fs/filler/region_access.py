@@ -93,6 +93,8 @@ class SourceAccess:
             return error.message
         except InstantStartError as error:
             log.debug("whether the source may be read is not known: %s", error.message)
+        except Exception:  # one origin's odd answer is not worth the filler
+            log.exception("whether the source may be read is not known")
         return ""
 
     def _is_old(self, answer: _Answer) -> bool:

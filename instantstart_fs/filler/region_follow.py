@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from instantstart_fs.regional.keys import RegionKey
     from instantstart_fs.regional.records import Seal
     from instantstart_fs.regional.store import TierStore
+
+log = logging.getLogger(__name__)
 
 ASK_SECONDS = 4.0
 """For one answer of the tier to what is no chunk."""
@@ -181,12 +184,19 @@ class Tiers:
         return self.writes.limit(trio.current_time()) != 0
 
     async def ask(self, call: Callable[[], _T]) -> _T:
-        """In a thread that is given up after ASK_SECONDS. Raises InstantStartError."""
+        """In a thread that is given up after ASK_SECONDS. Raises InstantStartError, whatever the call raises: what a
+        tier answers is not worth the filler."""
         async with self.threads:  # waiting for a thread is no silence of the tier
             began = trio.current_time()
             try:
                 with trio.move_on_after(ASK_SECONDS):
                     return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._abandoned)
+            except InstantStartError:
+                raise
+            except Exception as error:
+                log.exception("the regional tier's answer is not understood")
+                said = f"the regional tier's answer is not understood ({type(error).__name__})"
+                raise OriginUnavailable(said) from error
             finally:
                 self.lag = max(trio.current_time() - began, self.lag * LAG_KEPT)
         raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")

@@ -15,15 +15,20 @@ from instantstart_fs.regional.store import Address, Stored
 _TEMPORARY = ".tmp-"
 
 
+RACES = 8
+"""Times that a put begins anew, since another host's delete took the directory that was to hold it."""
+
+
 class DirectoryStore:
     """Objects are files; each is written under a temporary name beside, then renamed, or linked where it must be new:
-    both are atomic on a shared filesystem, too."""
+    both are atomic on a shared filesystem, too. The directory itself is never made: where it is not there, its share is
+    not mounted, and chunks would fill the disk below."""
 
     scheme = "file"
 
     def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self.endpoint = directory
+        self._directory = directory.rstrip("/")
+        self.endpoint = self._directory
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
@@ -32,7 +37,7 @@ class DirectoryStore:
         return Address("file://" + quote(self._path(name)), (), None)
 
     def get(self, name: str, most: int) -> bytes:
-        with _translated(name), open(self._open(name), "rb") as file:
+        with self._translated(name), open(self._open(name), "rb") as file:
             data = file.read(most + 1)
         if len(data) > most:
             raise OriginMisbehaved(f"{name}: more than {most} bytes")
@@ -42,7 +47,7 @@ class DirectoryStore:
         return os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
 
     def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        with _translated(name):
+        with self._translated(name):
             temporary = self._write(name, data)
             try:
                 os.replace(temporary, self._path(name))
@@ -51,7 +56,7 @@ class DirectoryStore:
                 raise
 
     def put_new(self, name: str, data: bytes) -> bool:
-        with _translated(name):
+        with self._translated(name):
             temporary = self._write(name, data)
             try:
                 os.link(temporary, self._path(name))
@@ -62,10 +67,9 @@ class DirectoryStore:
             return True
 
     def _write(self, name: str, data: bytes | bytearray | memoryview) -> str:
-        path = self._path(name)
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        temporary = os.path.join(os.path.dirname(path), f"{_TEMPORARY}{secrets.token_hex(8)}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        directory = os.path.dirname(self._path(name))
+        temporary = os.path.join(directory, f"{_TEMPORARY}{secrets.token_hex(8)}")
+        fd = self._create(directory, temporary)
         try:
             with open(fd, "wb") as file:
                 file.write(data)
@@ -74,14 +78,34 @@ class DirectoryStore:
             raise
         return temporary
 
+    def _create(self, directory: str, path: str) -> int:
+        for left in range(RACES - 1, -1, -1):
+            try:
+                self._make(directory)
+                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:
+                if not left or not os.path.isdir(self._directory):
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def _make(self, directory: str) -> None:
+        """It and what is above it, up to the tier's own."""
+        if os.path.isdir(directory):
+            return
+        if directory == self._directory:
+            raise FileNotFoundError(directory)
+        self._make(os.path.dirname(directory))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+
     def delete(self, name: str) -> None:
-        with _translated(name):
+        with self._translated(name):
             path = self._path(name)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             directory = os.path.dirname(path)
             with contextlib.suppress(OSError):  # its directories, where that was the last; never the tier's own
-                while directory.startswith(f"{self._directory.rstrip('/')}/"):
+                while directory.startswith(f"{self._directory}/"):
                     os.rmdir(directory)
                     directory = os.path.dirname(directory)
 
@@ -90,7 +114,7 @@ class DirectoryStore:
         return itertools.islice((one for one in found if os.path.basename(one.name).startswith(_TEMPORARY)), most)
 
     def list(self, prefix: str, most: int) -> Iterator[Stored]:
-        with _translated(prefix):
+        with self._translated(prefix):
             os.stat(self._directory)
         top, start = self._path(prefix), ""
         if not prefix.endswith("/"):  # it may end within a name
@@ -114,19 +138,20 @@ class DirectoryStore:
                     continue
                 yield Stored(os.path.relpath(path, self._directory), status.st_size, status.st_mtime)
 
+    @contextlib.contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            if not os.path.isdir(self._directory):
+                raise OriginUnavailable(f"{self._directory} is not there: is its share mounted?") from error
+            raise OriginNotFound(f"{name} is not in the tier") from error
+        except PermissionError as error:
+            raise AccessRefused(f"{name}: {error.strerror}") from error
+        except OSError as error:
+            raise OriginUnavailable(f"{name}: {error.strerror}") from error
+
 
 def _remove(path: str) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
-
-
-@contextlib.contextmanager
-def _translated(name: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise OriginNotFound(f"{name} is not in the tier") from error
-    except PermissionError as error:
-        raise AccessRefused(f"{name}: {error.strerror}") from error
-    except OSError as error:
-        raise OriginUnavailable(f"{name}: {error.strerror}") from error

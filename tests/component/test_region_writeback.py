@@ -254,3 +254,15 @@ async def test_whatever_a_put_raises_the_writers_go_on(host: Host) -> None:
         host.writeback.add(follow, 1)
         await until(lambda: not follow.to_put)
         assert host.there() == {1: OWN[CHUNK:]}
+
+
+async def test_an_answer_that_nobody_foresaw_is_a_tier_that_fails(host: Host) -> None:
+    """Claims, records and seals are asked for in the filler's own nursery: one odd answer would end it."""
+
+    def odd() -> None:
+        raise LookupError("unknown encoding: nonsense")
+
+    with pytest.raises(OriginUnavailable, match="not understood"):
+        await host.regional._tiers.ask(odd)
+    access = host.regional._claims.access
+    assert await access.may_use("p", 0, cast(Any, SimpleNamespace(check=odd))), "it refuses nobody"

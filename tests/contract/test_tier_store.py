@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import random
 import socket
 import threading
 import time
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from instantstart_fs.core.chunks import ByteRange
-from instantstart_fs.errors import AccessRefused, InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable
+from instantstart_fs.errors import (
+    AccessRefused,
+    InstantStartError,
+    OriginMisbehaved,
+    OriginNotFound,
+    OriginThrottled,
+    OriginUnavailable,
+)
 from instantstart_fs.filler.fetch import Fetcher, new_buffer
 from instantstart_fs.filler.messages import Piece, WorkerSettings
 from instantstart_fs.filler.pieces import fetch_piece
 from instantstart_fs.origins.base import Location
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
-from instantstart_fs.regional.s3 import PIECE, S3Store
+from instantstart_fs.regional.s3 import PIECE, S3Store, _listing
 from instantstart_fs.regional.store import TierStore
 from instantstart_fs.regional.stores import open_store
 from tests.contract.worlds import fetch
@@ -34,6 +43,7 @@ from tests.servers.seaweed import SeaweedServer
 @pytest.fixture(params=["s3", "directory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TierStore:
     if request.param == "directory":
+        (tmp_path / "shared dir").mkdir()
         return open_store(f"file://{tmp_path}/shared dir")
     server: SeaweedServer = request.getfixturevalue("seaweed")
     bucket = server.new_bucket(f"tier-{uuid.uuid4().hex[:12]}")
@@ -109,6 +119,39 @@ def test_an_emptied_tier_is_still_one(store: TierStore) -> None:
     store.put("v1/slot/c/one", b"x")
     store.delete("v1/slot/c/one")
     assert list(store.list("v1/", 10)) == []
+
+
+def test_a_share_that_is_not_mounted_is_neither_made_nor_taken_for_an_empty_tier(tmp_path: Path) -> None:
+    """Its chunks would fill the disk below the mount point."""
+    store = open_store(f"file://{tmp_path}/share/tier/")
+    calls: list[Callable[[], object]] = [
+        lambda: store.put("v1/x/one", b"x"),
+        lambda: store.put_new("v1/x/one", b"x"),
+        lambda: store.get("v1/x/one", 10),
+        lambda: list(store.list("v1/", 10)),
+    ]
+    for call in calls:
+        with pytest.raises(OriginUnavailable, match="is not there"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_delete_that_takes_the_directory_costs_no_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last object of a directory goes while another host is about to write one there."""
+    store = open_store(f"file://{tmp_path}")
+    store.put("v1/x/c/old", b"old")
+    real, taken = os.open, []
+
+    def late(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT and len(taken) < 3:
+            taken.append(path)
+            store.delete("v1/x/c/old")  # its directories, too
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", late)
+    store.put("v1/x/c/new", b"new")
+    assert store.get("v1/x/c/new", 10) == b"new"
+    assert store.put_new("v1/x/k/claim", b"claim")
 
 
 def test_an_address_opens_the_object_to_whoever_has_it(store: TierStore) -> None:
@@ -237,10 +280,34 @@ def test_a_server_that_never_answers_is_unavailable(monkeypatch: pytest.MonkeyPa
             store.get("v1/x", 100)
 
 
-class SlowServer:
-    """Takes bodies at ``rate`` bytes a second, and answers when it has all."""
+@pytest.mark.parametrize("encoding", ["gbk", "nonsense", "shift_jis", "utf-32"])
+def test_a_listing_in_an_encoding_that_is_not_read_is_a_misbehaving_tier(encoding: str) -> None:
+    with pytest.raises(OriginMisbehaved):
+        _listing(f'<?xml version="1.0" encoding="{encoding}"?><a/>'.encode())
 
-    def __init__(self, rate: float, size: int) -> None:
+
+@pytest.mark.parametrize(("said", "seconds"), [(b"7", 7.0), (b"\xb2", None), (b"soon", None), (b"", None)])
+def test_a_tier_that_asks_for_a_pause_is_understood_or_ignored(
+    monkeypatch: pytest.MonkeyPatch, said: bytes, seconds: float | None
+) -> None:
+    """\xb2 is a digit to str.isdigit, and no number."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    answer = b"HTTP/1.1 503 Slow Down\r\nRetry-After: " + said + b"\r\nContent-Length: 0\r\n\r\n"
+    server = SlowServer(1e9, 1, answer)
+    try:
+        with pytest.raises(OriginThrottled) as caught:
+            open_store("s3://tier/p", endpoint_url=f"http://127.0.0.1:{server.port}").get("v1/x", 10)
+        assert caught.value.retry_after == seconds
+    finally:
+        server.close()
+
+
+class SlowServer:
+    """Takes a request of ``size`` bytes at ``rate`` bytes a second, and answers when it has all."""
+
+    def __init__(self, rate: float, size: int, answer: bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") -> None:
+        self._answer = answer
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         self.port: int = self._socket.getsockname()[1]
@@ -257,7 +324,7 @@ class SlowServer:
                     return
                 self.received += len(data)
                 time.sleep(len(data) / self._rate)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            connection.sendall(self._answer)
 
     def close(self) -> None:
         self._socket.close()
