@@ -256,6 +256,7 @@ class Lifecycle:
                     with trio.CancelScope(shield=True), taken:
                         cancelled = FillCancelled(f"{pipeline_id}: the pipeline was removed")
                         self._reads.filler.cancel_pipeline(pipeline_id, cancelled)
+                        self._reads.filler.reset_failures(pipeline_id)  # a later one of this name has bytes of its own
                         await self._reads.filler.wait_quiet(pipeline_id)
                         for generation in pipeline.heads():
                             if isinstance(generation, Generation):

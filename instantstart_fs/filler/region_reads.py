@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
@@ -17,7 +17,7 @@ from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNo
 from instantstart_fs.filler.messages import Piece
 from instantstart_fs.filler.region_claims import Claims
 from instantstart_fs.filler.region_follow import Place, Routes, Tiers
-from instantstart_fs.filler.target import FileKey
+from instantstart_fs.filler.target import FileKey, LiveFile
 from instantstart_fs.origins.base import Origin
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ FILES, CHUNKS = 256, 4
 UNSEALED_SECONDS = 60.0
 """How long a file without a seal is not asked about again."""
 THREADS = 8
+QUEUE_SECONDS = 2 * CHUNK_DEADLINE
+"""For which a chunk waits for one of them; then it is read from the origin, and nobody is blamed."""
 
 
 class _Chunk:
@@ -56,6 +58,23 @@ class _Chunk:
         return None
 
 
+class _Sealed(NamedTuple):
+    """``source``: which tier has the file whole; ``place``: its names there."""
+
+    seal: Seal
+    source: int
+    place: Place
+
+
+class _Pending:
+    """A chunk that is being fetched: ``data`` when it has come; ``given_up``: its readers go to the origin."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.data: bytearray | None = None
+        self.given_up = False
+
+
 class TierReads:
     """On the trio thread. ``places``: of a file in each tier (pipeline, entry, chunk size)."""
 
@@ -70,12 +89,22 @@ class TierReads:
         self._claims = claims
         self._routes = routes
         self._places = places
-        self._seals: OrderedDict[FileKey, tuple[Seal | None, int, float]] = OrderedDict()
-        """The seal, of which tier, and when that was asked (trio)."""
-        self._chunks: OrderedDict[tuple[FileKey, int], bytearray] = OrderedDict()
-        self._threads = trio.CapacityLimiter(THREADS)
+        self._seals: OrderedDict[LiveFile, tuple[_Sealed | None, float]] = OrderedDict()
+        """None where no tier has it; when that was asked (trio)."""
+        self._chunks: OrderedDict[tuple[LiveFile, int], bytearray] = OrderedDict()
+        self._pending: dict[tuple[LiveFile, int], _Pending] = {}
+        self._threads = trio.Semaphore(THREADS)
+        self._abandoned = trio.CapacityLimiter(4 * THREADS)
+        """Threads that were given up end by themselves, within the fetcher's own deadlines."""
         self.bytes = 0
         """Bytes that came from tiers since the start."""
+
+    def forget(self, pipeline: str) -> None:
+        """Drop what is in memory of a pipeline. What is still under way for it ends as it would."""
+        for file in [file for file in self._seals if file[0].pipeline == pipeline]:
+            del self._seals[file]
+        for place in [place for place in self._chunks if place[0][0].pipeline == pipeline]:
+            del self._chunks[place]
 
     async def read(
         self, key: FileKey, entry: FileEntry, chunk_size: int, origin: Origin, wanted: ByteRange, fetcher: Fetcher
@@ -83,18 +112,21 @@ class TierReads:
         """The bytes ``wanted`` of the file; None where they are to come from its origin."""
         if self._tiers.is_broken() or self._tiers.nursery is None:
             return None
+        file = (key, origin)
         try:
             if not await self._claims.access.may_use(key.pipeline, entry.model, origin):
                 return None
-            seal, source = await self._seal(key, entry, chunk_size)
-            if seal is None:
+            sealed = await self._find(file, entry, chunk_size)
+            if sealed is None:
                 return None
             chunks = ChunkMap(entry.file.size, chunk_size)
             found = bytearray()
             for chunk in chunks.chunks_of(wanted):
-                place = chunks.byte_range(chunk)
-                data = await self._chunk(key, entry, chunk_size, chunk, place, seal, source, fetcher)
-                found += data[max(wanted.start - place.start, 0) : wanted.stop - place.start]
+                where = chunks.byte_range(chunk)
+                data = await self._chunk(file, sealed, chunk, where, fetcher)
+                if data is None:
+                    return None
+                found += data[max(wanted.start - where.start, 0) : wanted.stop - where.start]
             return found
         except InstantStartError as error:
             missing, wrong = isinstance(error, OriginNotFound), isinstance(error, OriginMisbehaved)
@@ -102,62 +134,94 @@ class TierReads:
             self._tiers.count(reason)
             if reason != "missing":
                 self._routes.tier_failed(error)
-            self._seals[key] = (None, 0, trio.current_time())
+            self._keep(file, None)
             return None
 
-    async def _seal(self, key: FileKey, entry: FileEntry, chunk_size: int) -> tuple[Seal | None, int]:
-        seal, source, asked = self._seals.get(key, (None, 0, -UNSEALED_SECONDS))
-        if seal is not None or trio.current_time() - asked < UNSEALED_SECONDS:
-            return seal, source
-        for source, place in enumerate(self._places(key.pipeline, entry, chunk_size)):
-            seal = await self._claims.find_seal(key.pipeline, entry, chunk_size, source, place)
-            if seal is not None:
-                break
-        self._seals[key] = (seal, source, trio.current_time())
+    def _keep(self, file: LiveFile, sealed: _Sealed | None) -> None:
+        self._seals[file] = (sealed, trio.current_time())
         while len(self._seals) > FILES:
             self._seals.popitem(last=False)
-        return seal, source
+
+    async def _find(self, file: LiveFile, entry: FileEntry, chunk_size: int) -> _Sealed | None:
+        known, asked = self._seals.get(file, (None, -UNSEALED_SECONDS))
+        if known is not None or trio.current_time() - asked < UNSEALED_SECONDS:
+            return known
+        pipeline, sealed = file[0].pipeline, None
+        for source, place in enumerate(self._places(pipeline, entry, chunk_size)):
+            seal = await self._claims.find_seal(pipeline, entry, chunk_size, source, place)
+            if seal is not None:
+                sealed = _Sealed(seal, source, place)
+                break
+        self._keep(file, sealed)
+        return sealed
 
     async def _chunk(
-        self,
-        key: FileKey,
-        entry: FileEntry,
-        chunk_size: int,
-        chunk: int,
-        where: ByteRange,
-        seal: Seal,
-        source: int,
-        fetcher: Fetcher,
-    ) -> bytearray:
-        """Raises InstantStartError, at the latest after twice CHUNK_DEADLINE."""
+        self, file: LiveFile, sealed: _Sealed, chunk: int, where: ByteRange, fetcher: Fetcher
+    ) -> bytearray | None:
+        """Readers of one chunk share a fetch; whoever began it is told of its failure, the others get None. Raises
+        InstantStartError."""
+        wanted = (file, chunk)
+        while True:
+            kept = self._chunks.get(wanted)
+            if kept is not None:
+                self._chunks.move_to_end(wanted)
+                return kept
+            other = self._pending.get(wanted)
+            if other is None:
+                break
+            await other.done.wait()
+            if other.data is not None or other.given_up:
+                return other.data
+        mine = self._pending[wanted] = _Pending()
+        try:
+            mine.data = await self._fetch(sealed, chunk, where, fetcher)
+            mine.given_up = mine.data is None
+            if mine.data is not None:
+                self._chunks[wanted] = mine.data
+                while len(self._chunks) > CHUNKS:
+                    self._chunks.popitem(last=False)
+            return mine.data
+        except InstantStartError:
+            mine.given_up = True
+            raise
+        finally:  # where its reader was cancelled, another one fetches it
+            del self._pending[wanted]
+            mine.done.set()
+
+    async def _fetch(self, sealed: _Sealed, chunk: int, where: ByteRange, fetcher: Fetcher) -> bytearray | None:
+        """None where none of this host's threads is free in time, or the tier is left alone by then. Raises
+        InstantStartError, twice CHUNK_DEADLINE after the tier was asked at the latest."""
         from instantstart_fs.filler.fetch import new_buffer
         from instantstart_fs.filler.pieces import fetch_piece
         from instantstart_fs.regional.records import chunk_name
 
-        kept = self._chunks.get((key, chunk))
-        if kept is not None:
-            return kept
-        tier, place = self._tiers.sources[source], self._places(key.pipeline, entry, chunk_size)[source]
-        address = tier.store.address(chunk_name(place.slot, place.pin, chunk))
-        digest = seal.digests[32 * chunk : 32 * (chunk + 1)]
-        piece = Piece(address.url, tier.secret.chunk_key(place.pin, chunk, where.length), digest, address.headers)
-        sink = _Chunk(where.start, where.length)
+        tier, place = self._tiers.sources[sealed.source], sealed.place
+        with trio.move_on_after(QUEUE_SECONDS) as waiting:  # for a thread of ours: that is no silence of the tier
+            await self._threads.acquire()
+        if waiting.cancelled_caught:
+            return None
         try:
-            with trio.move_on_after(2 * CHUNK_DEADLINE) as scope:
-                await trio.to_thread.run_sync(
-                    lambda: fetch_piece(fetcher, piece, where, new_buffer(), sink),
-                    abandon_on_cancel=True,
-                    limiter=self._threads,
-                )
-        except BaseException:
-            sink.given_up = True
-            raise
-        if scope.cancelled_caught:
-            sink.given_up = True
-            raise OriginUnavailable("the tier is too slow")
-        self._tiers.answers(source)
+            if self._tiers.is_broken():
+                return None
+            address = tier.store.address(chunk_name(place.slot, place.pin, chunk))
+            digest = sealed.seal.digests[32 * chunk : 32 * (chunk + 1)]
+            piece = Piece(address.url, tier.secret.chunk_key(place.pin, chunk, where.length), digest, address.headers)
+            sink = _Chunk(where.start, where.length)
+            try:
+                with trio.move_on_after(2 * CHUNK_DEADLINE) as asking:
+                    await trio.to_thread.run_sync(
+                        lambda: fetch_piece(fetcher, piece, where, new_buffer(), sink),
+                        abandon_on_cancel=True,
+                        limiter=self._abandoned,
+                    )
+            except BaseException:
+                sink.given_up = True
+                raise
+            if asking.cancelled_caught:
+                sink.given_up = True
+                raise OriginUnavailable("the tier is too slow")
+        finally:
+            self._threads.release()
+        self._tiers.answers(sealed.source)
         self.bytes += where.length
-        self._chunks[(key, chunk)] = sink.data
-        while len(self._chunks) > CHUNKS:
-            self._chunks.popitem(last=False)
         return sink.data

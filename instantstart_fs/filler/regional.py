@@ -115,6 +115,7 @@ class Regional:
     def forget(self, pipeline: str) -> None:
         """It is gone."""
         self._claims.access.forget(pipeline)
+        self.reads.forget(pipeline)
 
     def refusal(self, pipeline: str) -> tuple[int, str] | None:
         """Since when (wall clock) and why this pipeline gets nothing out of the tier."""

@@ -340,9 +340,9 @@ class Filler:
             return self._breakers.broken_for_anyone(key)
         return self._breakers.broken(key, file, half_open=not self._plan.idle(key, file.pipeline))
 
-    def in_memory(self, key: FileKey, offset: int, length: int) -> bool:
+    def in_memory(self, key: FileKey, origin: Origin, offset: int, length: int) -> bool:
         """Whether ``read_through`` has these bytes already."""
-        return self._uncached.in_memory(key, offset, length)
+        return self._uncached.in_memory(key, origin, offset, length)
 
     async def read_through(
         self,

@@ -44,6 +44,10 @@ class FileKey(msgspec.Struct, frozen=True, order=True):
     index: int
 
 
+LiveFile = tuple[FileKey, "Origin"]
+"""A file of one life of its pipeline. One that is removed and added again under its name counts its generations from 1
+again, so what is kept of its bytes, addresses and errors is kept by the Origin as well: each life opens its own."""
+
 EXACT_CHUNKS = 64
 """A wait for more chunks than this goes by the progress of the whole file, since it is checked at each arrival."""
 

@@ -43,9 +43,9 @@ from instantstart_fs.filler.breakers import Breakers, host_of
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.filler.origin_backoff import OriginBackoff
 from instantstart_fs.filler.settings import FillSettings
-from instantstart_fs.filler.sources import Locator, Source, expired
+from instantstart_fs.filler.sources import Locator, expired
 from instantstart_fs.filler.tally import Tally
-from instantstart_fs.filler.target import FileKey
+from instantstart_fs.filler.target import FileKey, LiveFile
 from instantstart_fs.origins.base import Location, Origin
 
 if TYPE_CHECKING:
@@ -105,13 +105,13 @@ class UncachedReader:
         self.tiers: TierReads | None = None
         """Asked before the origin."""
         self._threads: dict[str, trio.CapacityLimiter] = {}
-        self._blocks: OrderedDict[tuple[FileKey, int], bytearray] = OrderedDict()
-        self._pending: dict[tuple[FileKey, int], _PendingBlock] = {}
-        self._gave_up: dict[tuple[FileKey, int], tuple[float, ReadDeadline]] = {}
+        self._blocks: OrderedDict[tuple[LiveFile, int], bytearray] = OrderedDict()
+        self._pending: dict[tuple[LiveFile, int], _PendingBlock] = {}
+        self._gave_up: dict[tuple[LiveFile, int], tuple[float, ReadDeadline]] = {}
         """Waits that ended without their block within the last REPEAT_SECONDS."""
-        self._last_error: dict[FileKey, str] = {}
+        self._last_error: dict[LiveFile, str] = {}
         """The message of a file's last failed fetch, until one succeeds."""
-        self._locations: OrderedDict[FileKey, Location] = OrderedDict()
+        self._locations: OrderedDict[LiveFile, Location] = OrderedDict()
         self._random = random.Random()
         self.bytes = 0
         """Bytes served since the start."""
@@ -125,18 +125,19 @@ class UncachedReader:
         return Fetcher(WorkerSettings(connect_timeout=settings.connect_timeout, stall_timeout=settings.stall_timeout))
 
     def forget(self, pipeline: str) -> None:
-        """Drop what is in memory of a pipeline."""
-        for blocks in [block for block in self._blocks if block[0].pipeline == pipeline]:
-            del self._blocks[blocks]
+        """Drop what is in memory of a pipeline. What is still under way for it ends as it would."""
+        for place in [place for place in self._blocks if place[0][0].pipeline == pipeline]:
+            del self._blocks[place]
         self._threads.pop(pipeline, None)
-        for key in [key for key in self._locations if key.pipeline == pipeline]:
-            del self._locations[key]
-        for key in [key for key in self._last_error if key.pipeline == pipeline]:
-            del self._last_error[key]
+        for file in [file for file in self._locations if file[0].pipeline == pipeline]:
+            del self._locations[file]
+        for file in [file for file in self._last_error if file[0].pipeline == pipeline]:
+            del self._last_error[file]
 
-    def in_memory(self, key: FileKey, offset: int, length: int) -> bool:
+    def in_memory(self, key: FileKey, source: Origin, offset: int, length: int) -> bool:
         """Whether these bytes are in memory from the last reads."""
-        return all((key, block) in self._blocks for block in range(offset // BLOCK, -(-(offset + length) // BLOCK)))
+        blocks = range(offset // BLOCK, -(-(offset + length) // BLOCK))
+        return all(((key, source), block) in self._blocks for block in blocks)
 
     async def read(
         self,
@@ -167,7 +168,7 @@ class UncachedReader:
         done, since = 0, trio.current_time() if since is None else since
         while done < len(view):
             block, skip = divmod(offset + done, BLOCK)
-            place, now = (key, block), trio.current_time()
+            place, now = ((key, source), block), trio.current_time()
             if place not in self._blocks:
                 self._gave_up = {where: what for where, what in self._gave_up.items() if what[0] > now - REPEAT_SECONDS}
                 if place in self._gave_up:
@@ -175,7 +176,7 @@ class UncachedReader:
             with trio.move_on_at(since + self._settings.read_deadline) as scope:
                 data = await self._block(key, entry, chunk_size, source, block)
             if scope.cancelled_caught:
-                said = f" ({self._last_error[key]})" if key in self._last_error else ""
+                said = f" ({self._last_error[key, source]})" if (key, source) in self._last_error else ""
                 error = ReadDeadline(f"{entry.path}: no bytes within {self._settings.read_deadline:g} s{said}")
                 self._gave_up.setdefault(place, (trio.current_time(), error))
                 raise error
@@ -186,7 +187,7 @@ class UncachedReader:
         self.bytes += done
 
     async def _block(self, key: FileKey, entry: FileEntry, chunk_size: int, source: Origin, block: int) -> bytearray:
-        place = (key, block)
+        place = ((key, source), block)
         while True:
             data = self._blocks.get(place)
             if data is not None:
@@ -225,14 +226,14 @@ class UncachedReader:
             broken = self._breakers.broken(source.key, key, half_open=False)
             if broken is not None:
                 raise broken
-            started, known = trio.current_time(), self._locations.get(key)
+            started, known = trio.current_time(), self._locations.get((key, source))
             try:
                 data = await self._fetch(key, entry, source, block)
             except LocationExpired as error:
                 # Only the source can refuse access, when asked for a fresh address.
                 self._tally.failed(source.key, error.code)
-                self._locations.pop(key, None)
-                self._last_error[key] = error.message
+                self._locations.pop((key, source), None)
+                self._note(key, source, error)
                 final = streak.failed(error)
                 if final is not None:
                     raise final from error
@@ -243,13 +244,13 @@ class UncachedReader:
             except AccessRefused as error:
                 self._tally.failed(source.key, error.code)
                 refused += 1
-                if self._locations.pop(key, None) is None or refused > 1:
+                if self._locations.pop((key, source), None) is None or refused > 1:
                     raise
                 continue
             except OriginUnavailable as error:
                 self._tally.failed(source.key, error.code)
-                asked = self._locations.pop(key, known)
-                self._last_error[key] = error.message
+                asked = self._locations.pop((key, source), known)
+                self._note(key, source, error)
                 final = streak.failed(error)
                 if final is not None:
                     raise final from error
@@ -262,19 +263,24 @@ class UncachedReader:
                     self._origin_backoff.origin_failed(source.key, host, key, trio.current_time() - started, error)
                 await trio.sleep(pause)
                 continue
-            used = self._locations.get(key)
+            used = self._locations.get((key, source))
             self._origin_backoff.origin_answered(
                 source.key, host_of(source.key, used.url if used is not None else None), key
             )
-            self._last_error.pop(key, None)
+            self._last_error.pop((key, source), None)
             return data
 
-    async def _fetch(self, key: FileKey, entry: FileEntry, source: Source, block: int) -> bytearray:
+    def _note(self, key: FileKey, source: Origin, error: InstantStartError) -> None:
+        self._last_error[key, source] = error.message
+        if len(self._last_error) > LOCATIONS:
+            del self._last_error[next(iter(self._last_error))]
+
+    async def _fetch(self, key: FileKey, entry: FileEntry, source: Origin, block: int) -> bytearray:
         size, digest = entry.file.size, entry.file.digest
         wanted = ByteRange(block * BLOCK, min((block + 1) * BLOCK, size))
-        location = self._locations.get(key)
+        location = self._locations.get((key, source))
         if location is None or expired(location):
-            location = self._locations[key] = await self._locator.locate(source, entry, key.pipeline)
+            location = self._locations[key, source] = await self._locator.locate(source, entry, key.pipeline)
             while len(self._locations) > LOCATIONS:
                 self._locations.popitem(last=False)
         provable = digest is not None and wanted.length == size

@@ -335,7 +335,7 @@ class Reads:
         origin = file.generation.opened_origin(file.entry.model)
         assert origin is not None, "target() opened it"
         file.served_uncached = True
-        near = self.filler.in_memory(file.key, offset, len(view))
+        near = self.filler.in_memory(file.key, origin, offset, len(view))
         with contextlib.nullcontext() if near else self._telemetry.waiting(file, handle.starts):
             chunk_size = file.generation.manifest.chunk_size
             await self.filler.read_through(file.key, file.entry, origin, offset, view, since, chunk_size=chunk_size)

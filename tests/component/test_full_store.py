@@ -469,3 +469,21 @@ async def test_a_replaced_object_is_not_served_through(tmp_path: Path) -> None:
     path.write_bytes(os.urandom(999))
     with pytest.raises(OriginChanged):
         await read(uncached(), Source(path), entry, ByteRange(0, 10))
+
+
+async def test_reads_that_are_not_kept_give_no_byte_of_an_earlier_pipeline_of_that_name(tmp_path: Path) -> None:
+    """Its generations begin at 1 again, and a reader of the earlier one may still be at work."""
+    sources: list[Source] = []
+    for name in ("old", "new"):
+        path = tmp_path / name / "weights"
+        path.parent.mkdir()
+        path.write_bytes(os.urandom(BLOCK + 10))
+        sources.append(Source(path))
+    old, new = ((tmp_path / name / "weights").read_bytes() for name in ("old", "new"))
+    entry, whole, served = entry_of(tmp_path / "old/weights"), ByteRange(0, BLOCK + 10), uncached()
+    assert await read(served, sources[0], entry, ByteRange(0, 10)) == old[:10]
+    served.forget("p")
+    assert await read(served, sources[0], entry, whole) == old
+    assert await read(served, sources[1], entry_of(tmp_path / "new/weights"), whole) == new
+    served.forget("p")
+    assert not served._blocks and not served._locations

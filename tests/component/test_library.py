@@ -26,6 +26,8 @@ from instantstart_fs.errors import (
     StoreFull,
     UsageError,
 )
+from instantstart_fs.filler.quarantine import MISMATCHES
+from instantstart_fs.filler.target import FileKey
 from instantstart_fs.index.environment import Index
 from instantstart_fs.library import Library
 from instantstart_fs.store.blobstore import BlobStore
@@ -234,6 +236,9 @@ async def test_remove_forgets_everything(tmp_path: Path) -> None:
     async with running(tmp_path) as library:
         await library.admin.add(spec("p", source))
         await library.warming.warm("p")
+        file = FileKey("p", 1, 0)
+        for _ in range(MISMATCHES):
+            library.filler._quarantine.mismatch(file, trio.current_time())
         await library.admin.remove("p")
         with pytest.raises(PipelineNotFound):
             library.pipelines.status("p")
@@ -241,6 +246,7 @@ async def test_remove_forgets_everything(tmp_path: Path) -> None:
             library.mounted.lookup(ROOT, "p")
         assert not os.path.exists(tmp_path / "store/slots/p")
         await library.admin.add(spec("p", source))
+        assert library.filler._quarantine.refusal(file, "", trio.current_time()) is None, "its bytes are other ones"
         assert await read_all(library, "p", "config.json") == (source / "config.json").read_bytes()
 
 
