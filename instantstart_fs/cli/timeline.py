@@ -51,7 +51,8 @@ def parse_moment(word: str) -> Moment:
 def draw(pipeline: str, records: Sequence[ColdStart]) -> None:
     """On stdout, newest first."""
     if not records:
-        print(f"{pipeline}: no cold start seen yet; one begins with the first open of a weight file after a quiet time")
+        print(f"{pipeline}: no cold start seen yet")
+        print("  one begins with `run`, or with the first open of a weight file")
         return
     from rich.console import Console
     from rich.text import Text

@@ -78,7 +78,7 @@ class Refusal(msgspec.Struct, frozen=True):
             human_bytes(count, short=True) for count in (self.needed, self.limit, self.evictable)
         )
         if self.reason == "quota":
-            return f"quota: needs {needed}, may take {limit}"
+            return f"quota: needs {needed}, and its quota is {limit}"
         text = f"store full: needs {needed}; evictable {evictable}"
         if self.floor:
             free, floor = human_bytes(self.free, short=True), human_bytes(self.floor, short=True)

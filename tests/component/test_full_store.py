@@ -155,7 +155,7 @@ async def test_beyond_its_quota_a_pipeline_is_served_through_and_evicts_nobody(t
         await library.admin.add(msgspec.structs.replace(spec("tenant", source), quota=6 * MIB))
         await fills(library, "other")
         assert await read_all(library, "tenant", WEIGHTS) == (source / WEIGHTS).read_bytes()
-        assert library.pipelines.status("tenant").uncached == "quota: needs 8.5 MB, may take 6.3 MB"
+        assert library.pipelines.status("tenant").uncached == "quota: needs 8.5 MB, and its quota is 6.3 MB"
         assert library.pipelines.status("other").state == "unverified"
         assert await read_all(library, "tenant", "config.json") == (source / "config.json").read_bytes()
         assert blocks(tmp_path, "tenant") <= 6 * MIB
@@ -175,7 +175,7 @@ async def test_another_quota_holds_from_the_next_admission_on_and_after_a_restar
         assert library.pipelines.status("tenant").state == "unverified"  # what is there stays
         assert await read_all(library, "tenant", WEIGHTS) == data
         await library.admin.evict("tenant")
-        with pytest.raises(StoreFull, match=r"quota: needs 8.5 MB, may take 6.3 MB"):
+        with pytest.raises(StoreFull, match=r"quota: needs 8.5 MB, and its quota is 6.3 MB"):
             await library.warming.warm("tenant")
     async with running(tmp_path) as library:
         with pytest.raises(StoreFull, match="quota"):

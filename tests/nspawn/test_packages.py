@@ -1,8 +1,9 @@
-"""What a new user does with what is built: a fresh Debian, nothing of this checkout installed in it.
+"""What a new user does with what is built: a fresh Debian or Ubuntu, nothing of this checkout installed in it.
 
 scripts/nspawn-test packages makes the root (mmdebstrap) and the package (scripts/package), which takes minutes;
-INSTANTSTART_PACKAGES=DIR keeps both there for the next run. The readers are transformers and torch of the environment
-that the tests run in, bound read-only: neither the wheel nor the package brings them.
+INSTANTSTART_PACKAGES=DIR keeps both there for the next run, and INSTANTSTART_SUITE=noble takes Ubuntu 24.04.
+The readers are transformers and torch of the environment that the tests run in, bound read-only: neither the wheel nor
+the package brings them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,18 @@ from tests.nspawn.test_operations import hub
 from tests.nspawn.test_service import GOES_ON, UNIT, mounts
 
 KEPT_IN = "INSTANTSTART_PACKAGES"
-SYSTEM = "systemd,systemd-sysv,dbus,fuse3,python3,python3-venv,ca-certificates,man-db"
+SUITE = os.environ.get("INSTANTSTART_SUITE", "bookworm")
+"""The distribution's release: Debian's bookworm or Ubuntu's noble (24.04)."""
+KEYRING = "/usr/share/keyrings/ubuntu-archive-keyring.gpg"
+MIRRORS = {
+    "bookworm": (),
+    "noble": (f"deb [signed-by={KEYRING}] http://archive.ubuntu.com/ubuntu noble main universe",),
+}
+TOOLS = "build-essential,ca-certificates,debhelper,git,libfuse3-dev,lintian,pkg-config,python3-dev,python3-venv"
+"""What scripts/package needs, in the root that it runs in where the release is not this system's."""
+PASSED_ON = ("PIP_INDEX_URL", "PIP_CERT", "PIP_DEFAULT_TIMEOUT", "https_proxy", "http_proxy", "no_proxy")
+BUILD = "set -e; cp -r /checkout /build; cd /build; exec scripts/package --output /built --keep-wheels /built/wheels"
+SYSTEM = "apt,systemd,systemd-sysv,dbus,fuse3,python3,python3-venv,ca-certificates,man-db"
 """What a server has, and what pip and apt would bring from the network, which the machine has not."""
 READS = """
 import sys
@@ -45,6 +57,7 @@ PATHS_OF_MACHINES = re.compile(
 
 def why_not() -> str | None:
     missing = [name for name in ("mmdebstrap", "dpkg-deb") if shutil.which(name) is None]
+    missing += ["ubuntu-keyring"] if SUITE == "noble" and not os.path.exists(KEYRING) else []
     missing += [
         name for name in ("torch", "transformers", "all_minilm_l6_v2") if importlib.util.find_spec(name) is None
     ]
@@ -59,16 +72,41 @@ pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with root.tar, the .deb, the wheel, and wheels/ with all that the wheel needs."""
     given = os.environ.get(KEPT_IN)
-    directory = Path(given).absolute() if given else tmp_path_factory.mktemp("packages")
-    directory.mkdir(exist_ok=True)
+    directory = Path(given).absolute() / SUITE if given else tmp_path_factory.mktemp("packages")
+    directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o755)  # not for root alone
     if not (directory / "root.tar").exists():
-        command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={SYSTEM}", "bookworm"]
-        subprocess.run([*command, directory / "root.tar"], check=True, timeout=600)
+        bootstrap(SYSTEM, directory / "root.tar")
     if not list(directory.glob("instantstart_*.deb")):
-        command = [REPOSITORY / "scripts/package", "--output", directory, "--keep-wheels", directory / "wheels"]
-        subprocess.run(command, check=True, timeout=900)
+        if f"VERSION_CODENAME={SUITE}" in Path("/etc/os-release").read_text():
+            command = [REPOSITORY / "scripts/package", "--output", directory, "--keep-wheels", directory / "wheels"]
+            subprocess.run(command, check=True, timeout=900)
+        else:
+            build_elsewhere(directory, tmp_path_factory.mktemp("builder"))
     return directory
+
+
+def bootstrap(packages: str, target: Path) -> None:
+    """Make a root of the release in ``target``, a directory or a tar file."""
+    command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}", SUITE, str(target)]
+    command += MIRRORS[SUITE]
+    subprocess.run(command, check=True, timeout=900)
+
+
+def build_elsewhere(directory: Path, work: Path) -> None:
+    """Run scripts/package on this checkout's last commit, in a root of the release, with pip configured as here."""
+    bootstrap(TOOLS, work / "root")
+    subprocess.run(["git", "clone", "-q", REPOSITORY, work / "checkout"], check=True, timeout=120)
+    listed = subprocess.run([sys.executable, "-m", "pip", "config", "debug"], check=True, timeout=60, text=True,
+                            capture_output=True).stdout  # fmt: skip
+    system_wide = re.findall(r"(/etc/\S+), exists: True", listed)
+    certificates = ("/etc/ssl/certs", "/usr/share/ca-certificates", "/usr/local/share/ca-certificates")
+    command = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--pipe", f"--directory={work / 'root'}"]
+    command += [f"--bind-ro={work / 'checkout'}:/checkout", f"--bind={directory}:/built"]
+    command += [f"--bind-ro={path}" for path in (*map(os.path.dirname, system_wide), *certificates, "/etc/resolv.conf")
+                if os.path.exists(path) and path != "/etc"]  # fmt: skip
+    command += [f"--setenv={name}={value}" for name, value in os.environ.items() if name in PASSED_ON]
+    subprocess.run([*command, "sh", "-c", BUILD], check=True, timeout=900)
 
 
 @pytest.fixture(scope="module")

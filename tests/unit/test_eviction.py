@@ -84,7 +84,7 @@ def test_an_admission_that_cannot_be_had_evicts_nobody() -> None:
 
 def test_a_quota_is_looked_at_before_anybody_is_evicted() -> None:
     found = admit(900, BUDGET, ALL, 100.0, needed=200, own=100, quota=299)
-    assert (found.evict, str(found.refusal)) == ((), "quota: needs 300 B, may take 299 B")
+    assert (found.evict, str(found.refusal)) == ((), "quota: needs 300 B, and its quota is 299 B")
     assert admit(900, BUDGET, ALL, 100.0, needed=200, own=100, quota=300).refusal is None
 
 

@@ -5,22 +5,12 @@ After a change that is meant: `python -m tests.unit.test_mistakes` writes it ane
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import shlex
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
-from instantstart_fs.cli import run
+from tests import mistakes
 
 TEXTS = Path(__file__).with_name("mistakes.txt")
-HOME = "/home/charlie"
-"""Where they are made, in the texts; as long as the directory's real name, since lines are broken by length."""
 MISTAKES = (
     "stats",
     "ls --jsn",
@@ -53,51 +43,22 @@ MISTAKES = (
 )
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@contextlib.contextmanager
-def _made_there() -> Iterator[str]:
-    directory = tempfile.mkdtemp(prefix="", dir="/tmp")
-    assert len(directory) == len(HOME)
-    before = os.getcwd()
-    try:
-        Path(directory, "full").mkdir()
-        Path(directory, "full", "file").touch()
-        Path(directory, "wrong.toml").write_text("[store]\ncapacty = '80%'\n")
-        os.chdir(directory)
-        env = {"INSTANTSTART_SOCKET": f"{directory}/control.sock", "HOME": directory, "COLUMNS": "80", "NO_COLOR": "1"}
-        with mock.patch.dict(os.environ, env):
-            yield directory
-    finally:
-        os.chdir(before)
-        shutil.rmtree(directory)
-
-
-def answers() -> str:
-    found = []
-    with _made_there() as directory:
-        for words in MISTAKES:
-            out, err = Terminal(), Terminal()
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                status = run(shlex.split(words))
-            said = (out.getvalue() + err.getvalue()).replace(directory, HOME).rstrip()
-            found.append(f"$ instantstart {words}\n{said}\n(exit {status})\n")
-    return "\n".join(found)
+def texts() -> str:
+    with mistakes.directory() as place:
+        (place / "full").mkdir()
+        (place / "full/file").touch()
+        (place / "wrong.toml").write_text("[store]\ncapacty = '80%'\n")
+        return mistakes.answers(MISTAKES, place, {"INSTANTSTART_SOCKET": f"{place}/control.sock"}, shown={})
 
 
 def test_the_commonest_mistakes_are_answered_as_written() -> None:
-    assert answers() == TEXTS.read_text(encoding="utf-8")
+    assert texts() == TEXTS.read_text(encoding="utf-8")
 
 
 def test_the_answers_fit_a_terminal() -> None:
-    for line in TEXTS.read_text(encoding="utf-8").splitlines():
-        words = line.split()
-        assert len(line) <= 80 or line.startswith("$ ") or len(max(words, key=len)) > 60, line
+    assert mistakes.too_wide(TEXTS.read_text(encoding="utf-8")) == []
 
 
 if __name__ == "__main__":
-    TEXTS.write_text(answers(), encoding="utf-8")
+    TEXTS.write_text(texts(), encoding="utf-8")
     sys.stdout.write(TEXTS.read_text(encoding="utf-8"))
