@@ -27,9 +27,9 @@ from urllib.parse import quote
 
 from instantstart_fs.cli.show import table
 from instantstart_fs.control.client import Client
+from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import PipelineStatus
-from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.store import filesystem
 
@@ -131,7 +131,10 @@ def _end_with_parent() -> None:
 def daemon(mount: Path, store: Path, work: Path) -> Iterator[str]:
     """A daemon that is ready; its socket. Stopped and unmounted on leaving."""
     configuration = work / "config.toml"
-    configuration.write_text("# of scripts/run alone: nothing of this machine's configuration is used\n")
+    configuration.write_text(
+        "# of scripts/run alone: nothing of this machine's configuration is used\n"
+        "[store]\nmin_free = 0  # 91 MB may come onto a disk that is nearly full, too\n"
+    )
     with tempfile.TemporaryDirectory(prefix="instantstart-demo-") as directory:
         socket = f"{directory}/control.sock"
         command = [sys.executable, "-m", "instantstart_fs.cli", "serve", "--config", str(configuration)]
