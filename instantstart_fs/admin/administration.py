@@ -147,11 +147,12 @@ class Administration:
         """Count a request now. Raises PipelineNotFound."""
         self._access.record_request(self._catalog.pipeline(pipeline).id, self._catalog.now_ns())
 
-    async def check_access(self, pipeline: str) -> tuple[str, ...]:
+    async def check_access(self, pipeline: str, token_file: str | None = None) -> tuple[str, ...]:
         """Prove that the pipeline's own credentials may fetch all of its sources, and return these. Raises
-        PipelineNotFound, OriginError. With `recheck_access`, the answer counts as one of its checks."""
-        if self._rechecker is None:
-            return await self._lifecycle.sources.check_access(pipeline)
+        PipelineNotFound, OriginError. With `recheck_access`, the answer counts as one of its checks. ``token_file``:
+        prove it of that hub token, in place of its own; what it is refused says nothing of the pipeline."""
+        if self._rechecker is None or token_file is not None:
+            return await self._lifecycle.sources.check_access(pipeline, token_file)
         found = self._catalog.pipeline(pipeline)
         await self._rechecker.check(found)
         return tuple(model.source for model in found.spec.models)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import msgspec
 import trio
 
 from instantstart_fs.admin.access_proof import prove_access
@@ -112,16 +113,20 @@ class Sources:
     def _lister(self, what: What, spec: PipelineSpec, model: ModelSpec, seconds: float) -> Lister:
         return Lister(Order(what, spec, model, self._settings, seconds))
 
-    async def check_access(self, pipeline_id: str) -> tuple[str, ...]:
-        """Prove that every source may be fetched with the pipeline's own credentials; return the sources.
+    async def check_access(self, pipeline_id: str, token_file: str | None = None) -> tuple[str, ...]:
+        """Prove that every source may be fetched with the pipeline's own credentials, or with the hub token in
+        ``token_file``; return the sources.
 
         New clients are used, since an earlier one may have been allowed more. Raises OriginError.
         """
         pipeline = self._catalog.pipeline(pipeline_id)
         await self._catalog.ensure_loaded(pipeline)  # its own files are the best proof
-        for model in pipeline.spec.models:
-            await self.check_source(pipeline.spec, model, fetch=True)
-        return tuple(model.source for model in pipeline.spec.models)
+        spec = pipeline.spec
+        if token_file is not None:
+            spec = msgspec.structs.replace(spec, token_file=token_file, anonymous=False)
+        for model in spec.models:
+            await self.check_source(spec, model, fetch=True)
+        return tuple(model.source for model in spec.models)
 
     async def check_source(self, spec: PipelineSpec, model: ModelSpec, *, fetch: bool = False) -> None:
         """Prove the same for one source. ``fetch``: also by one byte of its pinned files, if they are in memory."""

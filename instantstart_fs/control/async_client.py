@@ -310,8 +310,8 @@ class AsyncClient:
 
         return await self._ask(calls.warm(pipeline, everything, wait=True), on_progress, timeout)
 
-    async def check_access(self, pipeline: str) -> list[str]:
-        return await self._ask(calls.check_access(pipeline))
+    async def check_access(self, pipeline: str, *, token_file: str | None = None) -> list[str]:
+        return await self._ask(calls.check_access(pipeline, token_file))
 
     async def check_origins(self) -> list[OriginCheck]:
         return await self._ask(calls.check_origins())

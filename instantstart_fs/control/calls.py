@@ -242,8 +242,8 @@ def include(pipeline: str, globs: Sequence[str]) -> Call[None]:
     return Call(protocol.Include(pipeline, tuple(globs)), _nothing)
 
 
-def check_access(pipeline: str) -> Call[list[str]]:
-    return Call(protocol.Access(pipeline), as_kind(list[str]), RESOLVE_DEADLINE)
+def check_access(pipeline: str, token_file: str | None) -> Call[list[str]]:
+    return Call(protocol.Access(pipeline, token_file), as_kind(list[str]), RESOLVE_DEADLINE)
 
 
 def check_origins() -> Call[list[OriginCheck]]:

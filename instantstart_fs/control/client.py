@@ -349,9 +349,10 @@ class Client:
 
         return self._ask(calls.warm(pipeline, everything, wait=True), on_progress, timeout)
 
-    def check_access(self, pipeline: str) -> list[str]:
-        """The sources, when all of them may be fetched with the pipeline's own credentials; else raises why not."""
-        return self._ask(calls.check_access(pipeline))
+    def check_access(self, pipeline: str, *, token_file: str | None = None) -> list[str]:
+        """The sources, when all of them may be fetched with the pipeline's own credentials, or with the hub token in
+        ``token_file``, which the daemon reads; else raises why not."""
+        return self._ask(calls.check_access(pipeline, token_file))
 
     def check_origins(self) -> list[OriginCheck]:
         """What the daemon itself gets from the origins of the pipelines that this user owns, or of all."""

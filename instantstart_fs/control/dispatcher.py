@@ -139,8 +139,8 @@ class Dispatcher:
                 return await library.origin_checks.run(lambda spec: self.callers.oversees(caller.peer, spec))
             case protocol.AskRegion(pipeline, check):
                 return await self._ask_region(pipeline, check)
-            case protocol.Access(pipeline):
-                return await change(lambda: library.admin.check_access(pipeline))
+            case protocol.Access(pipeline, token_file):
+                return await change(lambda: library.admin.check_access(pipeline, token_file))
             case protocol.Lease() | protocol.Open():
                 raise AssertionError("a lease is held, see hold()")
 

@@ -121,10 +121,11 @@ class Verify(_Request, frozen=True, tag="verify"):
     rate: Annotated[float, msgspec.Meta(ge=MIN_RATE, le=MAX_BYTES)] | None = None
 
 
-class Access(_Request, frozen=True, tag="access"):
-    """→ list of the sources that the pipeline's own credentials may still fetch: all of them."""
+class Access(_Request, frozen=True, tag="access", omit_defaults=True):
+    """→ list of the sources that its own credentials (or the token in that file) may still fetch: all of them."""
 
     pipeline: str
+    token_file: str | None = None
 
 
 class AskRegion(_Request, frozen=True, tag="region", omit_defaults=True):

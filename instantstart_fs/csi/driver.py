@@ -11,8 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -22,8 +21,10 @@ from instantstart_fs.core.status import PipelineStatus
 from instantstart_fs.core.volumes import MAX_TOKEN, VolumeRequest, volume_request
 from instantstart_fs.csi import targets
 from instantstart_fs.csi.leases import LeaseKeeper
+from instantstart_fs.csi.patience import Deadline, Patience, closed_after
 from instantstart_fs.csi.records import Records, Volume
 from instantstart_fs.errors import (
+    ControlError,
     DaemonUnreachable,
     InstantStartError,
     MountFailed,
@@ -37,7 +38,6 @@ from instantstart_fs.system import mountinfo
 from instantstart_fs.system.mountinfo import Mount
 
 log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 TOKEN_KEYS = ("token", "HF_TOKEN", "hf_token")
 """Of the secret: where its token lies."""
@@ -60,21 +60,6 @@ class Condition(msgspec.Struct, frozen=True):
     message: str
 
 
-class Deadline:
-    """A moment until which a call may last. ``alive``: whether somebody still waits for its answer."""
-
-    def __init__(self, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
-        self._end = time.monotonic() + seconds
-        self._alive = alive
-
-    def left(self) -> float:
-        """Seconds; at least a little. Raises ReadDeadline."""
-        left = self._end - time.monotonic()
-        if left <= 0.05 or not self._alive():
-            raise ReadDeadline("the call's deadline has passed; what it began goes on, ask again")
-        return left
-
-
 class Driver:
     """Thread-safe. ``kubelet``: the kubelet's directory, below which targets lie."""
 
@@ -84,8 +69,12 @@ class Driver:
         self._kubelet = os.path.normpath(kubelet)
         self._node_credentials = node_credentials
         self._records = Records(os.path.abspath(state))
+        self._patience = Patience()
         self._lock = threading.Lock()
         self._busy: set[str] = set()
+        self._begun: dict[str, str] = {}
+        """Volume → pipeline, of those that are being published, or that a kubelet will ask for again: what their
+        pipeline has is theirs as well, before there is a record of them."""
         self.leases = LeaseKeeper(socket, self._restore)
 
     def recover(self) -> None:
@@ -125,42 +114,74 @@ class Driver:
             node_credentials=self._node_credentials,
         )
         pipeline = request.spec.id
-        # One at a time for each pipeline: its token is exchanged, proven, and put back if it proves wrong.
-        with self._alone(volume_id), self._alone(pipeline, "another volume of it is being published; ask again"):
+        with self._alone(volume_id):
             known = self._records.get(volume_id)
             if known is not None and (known.target != target or known.spec.id != pipeline):
                 raise PipelineExists(f"volume {volume_id} is published as {known.spec.id} at {known.target}")
+            with self._lock:
+                self._begun[volume_id] = pipeline
             try:
-                self._provide(request, token, deadline)
-                self._records.put(Volume(volume_id, target, request.spec))
-                self.leases.take(pipeline, deadline.left())
+                # One at a time for each pipeline, whose token is proven and exchanged; a fill is waited for by all.
+                with self._alone(pipeline, "another volume of it is being published; ask again"):
+                    self._provide(request, token, deadline)
+                    self._records.put(Volume(volume_id, target, request.spec))
+                    self.leases.take(pipeline, deadline.left())
                 self._warm(request, deadline)
                 self._show(pipeline, target, deadline)
             except (ReadDeadline, DaemonUnreachable, PipelineBusy):
                 raise  # a kubelet asks again, or unpublishes
-            except (InstantStartError, OSError):
-                if known is None:
+            except BaseException:
+                # After such an error a kubelet never unpublishes, unless it knows the volume as mounted.
+                if known is None or targets.mounted(target) is None:
                     self._forget(volume_id, pipeline)
+                else:
+                    self._end_call(volume_id)
                 raise
+            self._end_call(volume_id)
         log.info("published %s at %s", pipeline, target)
 
     def _provide(self, request: VolumeRequest, token: str | None, deadline: Deadline) -> None:
         """The pipeline is added, and what the pod brought opens its source."""
         spec = request.spec
-        before = self._records.token(spec.id) if token is not None else None
-        if token is not None and token != before:
-            self._records.put_token(spec.id, token)
+        with self._client(deadline) as client:
+            if token is None:
+                _add(client, spec)
+            elif self._records.accepted(spec.id, token):
+                if token != self._records.token(spec.id):
+                    self._records.put_token(spec.id, token)
+                _add(client, spec)
+            elif not self._add_with(client, spec, token):
+                self._exchange(client, spec.id, token)
+
+    def _add_with(self, client: Client, spec: PipelineSpec, token: str) -> bool:
+        """Whether it was added with this token, which that proves."""
+        if _find(client, spec.id) is not None:
+            return False
+        before = self._records.token(spec.id)
+        self._records.put_token(spec.id, token)
         try:
-            with self._client(deadline) as client:
-                added = _add(client, spec)
-                if token is not None and not self._records.accepted(spec.id, token):
-                    if not added:  # what is cached is not for everybody who names it
-                        client.check_access(spec.id)
-                    self._records.accept(spec.id, token)
-        except InstantStartError:
-            if token is not None and token != before:
-                self._records.put_token(spec.id, before)
+            added = _add(client, spec)
+            if added:
+                self._records.accept(spec.id, token)
+        except (ReadDeadline, ControlError):
+            raise  # the daemon goes on with it, and reads the token
+        except BaseException:
+            self._records.put_token(spec.id, before)
             raise
+        if not added:
+            self._records.put_token(spec.id, before)
+        return added
+
+    def _exchange(self, client: Client, pipeline: str, token: str) -> None:
+        """What is cached is not for everybody who names it. The token lies apart until it has opened the source, so
+        that a fill of other pods never asks with one that does not."""
+        with self._records.brought(pipeline, token) as path:
+            client.check_access(pipeline, token_file=path)
+        self._records.put_token(pipeline, token)
+        self._records.accept(pipeline, token)
+        status = _find(client, pipeline)
+        if status is not None and status.access is not None and status.access.verdict == "refused":
+            client.check_access(pipeline)  # it was out of view with the token before
 
     def _warm(self, request: VolumeRequest, deadline: Deadline) -> None:
         pipeline = request.spec.id
@@ -181,8 +202,13 @@ class Driver:
     def _show(self, pipeline: str, target: str, deadline: Deadline) -> None:
         where = self._daemon_mount(deadline)
         if not targets.shows(target, pipeline, where):
+            source = f"{where.path}/{pipeline}"
             seconds = min(BIND_SECONDS, deadline.left())
-            _within(seconds, lambda: targets.bind(f"{where.path}/{pipeline}", target, self._kubelet))
+            shown = self._patience.run(source, seconds, lambda: targets.open_directory(source), os.close)
+            try:
+                targets.bind(shown, target, self._kubelet)
+            finally:
+                os.close(shown)
 
     def _daemon_mount(self, deadline: Deadline) -> Mount:
         with self._client(deadline) as client:
@@ -205,18 +231,36 @@ class Driver:
         targets.check_target(target, self._kubelet)
         with self._alone(volume_id):
             seconds = min(BIND_SECONDS, deadline.left())
-            _within(seconds, lambda: targets.unbind(target, self._kubelet))
+            self._patience.run(target, seconds, lambda: targets.unbind(target, self._kubelet))
             known = self._records.get(volume_id)
-            if known is not None and known.target == target:
-                self._forget(volume_id, known.spec.id)
-                log.info("unpublished %s at %s", known.spec.id, target)
+            if known is None:
+                with self._lock:
+                    pipeline = self._begun.get(volume_id)
+            else:
+                pipeline = known.spec.id if known.target == target else None
+            if pipeline is not None:
+                self._forget(volume_id, pipeline)
+                log.info("unpublished %s at %s", pipeline, target)
+
+    def _end_call(self, volume_id: str) -> None:
+        """Nothing of it is under way, and its record says what there is."""
+        with self._lock:
+            self._begun.pop(volume_id, None)
 
     def _forget(self, volume_id: str, pipeline: str) -> None:
         """The last volume of a pipeline takes its lease and its token along; what is cached stays."""
-        self._records.delete(volume_id)
-        if not any(volume.spec.id == pipeline for volume in self._records.all()):
-            self.leases.give_up(pipeline)
-            self._records.put_token(pipeline, None)
+        with self._lock:
+            self._begun.pop(volume_id, None)
+            self._records.delete(volume_id)
+            if not self._is_needed(pipeline):
+                self.leases.give_up(pipeline)
+                self._records.put_token(pipeline, None)
+
+    def _is_needed(self, pipeline: str) -> bool:
+        """Under the lock."""
+        if pipeline in self._begun.values():
+            return True
+        return any(volume.spec.id == pipeline for volume in self._records.all())
 
     # -- how it is -------------------------------------------------------------------------------------------------
 
@@ -231,7 +275,7 @@ class Driver:
             with self._client(deadline) as client:
                 status = client.status(pipeline, brief=True)
             where = self._daemon_mount(deadline)
-        except (DaemonUnreachable, PipelineNotFound) as error:
+        except (DaemonUnreachable, PipelineNotFound, ReadDeadline) as error:
             return Condition(0, 0, 0, True, str(error))
         if not targets.shows(path, pipeline, where):
             return _condition(status, True, "the mount that the pod sees is dead: the daemon made a new one")
@@ -249,7 +293,9 @@ class Driver:
         """After the daemon's restart: the pipeline is there, and mounted wherever it is published."""
         volumes = [volume for volume in self._records.all() if volume.spec.id == pipeline]
         if not volumes:
-            self.leases.give_up(pipeline)
+            with self._lock:
+                if not self._is_needed(pipeline):
+                    self.leases.give_up(pipeline)
             return
         deadline = Deadline(REPAIR_SECONDS)
         with self._client(deadline) as client:
@@ -267,17 +313,8 @@ class Driver:
     def _client(self, deadline: Deadline) -> Iterator[Client]:
         """A connection that ends at the deadline, whoever waits on it. Raises ReadDeadline then."""
         left = deadline.left()
-        with Client(self._socket, deadline=min(left, 20.0)) as client:
-            timer = threading.Timer(left, client.close)
-            timer.daemon = True
-            timer.start()
-            try:
-                yield client
-            except DaemonUnreachable:
-                deadline.left()
-                raise
-            finally:
-                timer.cancel()
+        with Client(self._socket, deadline=min(left, 20.0)) as client, closed_after(client, left):
+            yield client
 
     @contextlib.contextmanager
     def _alone(
@@ -295,17 +332,22 @@ class Driver:
                 self._busy.discard(what)
 
 
+def _find(client: Client, pipeline: str) -> PipelineStatus | None:
+    try:
+        return client.status(pipeline, brief=True)
+    except PipelineNotFound:
+        return None
+
+
 def _add(client: Client, spec: PipelineSpec) -> bool:
     """Whether it was not there. An id says all of its specification, so one of the same id is the same."""
-    try:
-        client.status(spec.id, brief=True)
+    if _find(client, spec.id) is not None:
         return False
-    except PipelineNotFound:
-        pass
     try:
         client.add(spec)
-    except PipelineExists:  # another call was first, or is at it
-        client.status(spec.id, brief=True)
+    except PipelineExists as error:
+        if _find(client, spec.id) is None:
+            raise PipelineBusy(f"{spec.id} is being added; ask again") from error
         return False
     return True
 
@@ -331,24 +373,3 @@ def _token(secrets: Mapping[str, str]) -> str | None:
     if not found or len(found) > MAX_TOKEN or not all("!" <= character <= "~" for character in found):
         raise UsageError("the secret of nodePublishSecretRef does not hold one token")
     return found
-
-
-def _within(seconds: float, work: Callable[[], _T]) -> _T:
-    """``work``, in a thread that is abandoned after ``seconds``. Raises ReadDeadline, and what ``work`` raises."""
-    result: list[_T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="csi-mount")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise ReadDeadline(f"the mount did not answer within {seconds:.0f} s")
-    if errors:
-        raise errors[0]
-    return result[0]

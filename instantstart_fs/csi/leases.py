@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from instantstart_fs.control.client import Client, Lease
+from instantstart_fs.csi.patience import closed_after
 from instantstart_fs.errors import InstantStartError
 
 log = logging.getLogger(__name__)
@@ -113,13 +114,9 @@ class LeaseKeeper:
 def _leased(socket: str, pipeline: str, seconds: float) -> Lease:
     """A lease of it, which keeps its client. Raises InstantStartError after ``seconds`` at most."""
     client = Client(socket, deadline=seconds)
-    timer = threading.Timer(seconds, client.close)
-    timer.daemon = True
-    timer.start()
     try:
-        return client.lease(pipeline)
+        with closed_after(client, seconds):
+            return client.lease(pipeline)
     except BaseException:
         client.close()
         raise
-    finally:
-        timer.cancel()

@@ -1,7 +1,8 @@
 """What the driver remembers over a restart: a small file for each published volume, and the tokens of their pods.
 
     STATE/volumes/SHA256.json     one volume; written before it is mounted, removed after it is unmounted
-    STATE/tokens/PIPELINE         0600; there while a volume of that pipeline is published
+    STATE/tokens/PIPELINE         0600; there while a volume of that pipeline is published; it has opened the source
+    STATE/tokens/.brought-…       0600; while it is asked whether it opens the source
     STATE/accepted/PIPELINE       a salted digest of the token that opened the source last: who brings it again is
                                   served though the source is down, and nobody can read it there
 
@@ -15,6 +16,7 @@ import hashlib
 import hmac
 import logging
 import os
+from collections.abc import Iterator
 
 import msgspec
 
@@ -79,6 +81,17 @@ class Records:
             return
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self.tokens}/{pipeline}")
+
+    @contextlib.contextmanager
+    def brought(self, pipeline: str, token: str) -> Iterator[str]:
+        """A file that holds a token which is not proven yet, inside the block. No id begins with a dot."""
+        path = f"{self.tokens}/.brought-{pipeline}"
+        _replace(path, token.encode("ascii"))
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def accepted(self, pipeline: str, token: str) -> bool:
         """Whether it is the one that opened the pipeline's source last."""

@@ -8,7 +8,7 @@ import os
 import signal
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, Final
 
@@ -16,7 +16,8 @@ import grpc
 
 from instantstart_fs import __version__
 from instantstart_fs.csi import messages
-from instantstart_fs.csi.driver import Deadline, Driver
+from instantstart_fs.csi.driver import Driver
+from instantstart_fs.csi.patience import Deadline
 from instantstart_fs.errors import (
     AccessRefused,
     DaemonUnreachable,
@@ -42,6 +43,9 @@ NAME: Final = "csi.instantstart.io"
 THREADS: Final = 32
 PUBLISHES: Final = 24
 """At once; beyond that a kubelet is asked to come again, so that probes and unpublishes find a thread."""
+STATS: Final = 4
+"""At once, and STATS_SECONDS for each: with a daemon that accepts and says nothing they would hold all threads."""
+STATS_SECONDS: Final = 5.0
 DEFAULT_DEADLINE: Final = 110.0
 """Seconds, where a caller names none or a longer one; a kubelet's own is 120."""
 MARGIN: Final = 0.5
@@ -79,6 +83,7 @@ class Service:
         self._driver = driver
         self._node_id = node_id
         self._publishes = threading.BoundedSemaphore(PUBLISHES)
+        self._stats = threading.BoundedSemaphore(STATS)
 
     def GetPluginInfo(self, _: Any, __: Any) -> Any:  # noqa: N802 (the specification's names, here and below)
         return messages.message("GetPluginInfoResponse")(name=NAME, vendor_version=__version__)
@@ -112,9 +117,7 @@ class Service:
             raise UsageError("only mounted volumes are served: no volume_capability, or a block device")
         if capability.mount.mount_flags:
             raise UsageError("mount options are not taken")
-        if not self._publishes.acquire(blocking=False):
-            raise PipelineBusy(f"{PUBLISHES} volumes are being published; ask again")
-        try:
+        with _one_of(self._publishes, f"{PUBLISHES} volumes are being published; ask again"):
             self._driver.publish(
                 request.volume_id,
                 request.target_path,
@@ -123,8 +126,6 @@ class Service:
                 capability.mount.volume_mount_group,
                 _deadline(context),
             )
-        finally:
-            self._publishes.release()
         return messages.message("Empty")()
 
     def NodeUnpublishVolume(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -132,7 +133,9 @@ class Service:
         return messages.message("Empty")()
 
     def NodeGetVolumeStats(self, request: Any, context: Any) -> Any:  # noqa: N802
-        found = self._driver.condition(request.volume_id, request.volume_path, _deadline(context))
+        with _one_of(self._stats, f"{STATS} volumes are being looked at; ask again"):
+            deadline = _deadline(context, STATS_SECONDS)
+            found = self._driver.condition(request.volume_id, request.volume_path, deadline)
         answer = messages.message("NodeGetVolumeStatsResponse")()
         answer.usage.add(total=found.total, used=found.used, unit=messages.BYTES)
         answer.usage.add(total=found.files, used=found.files, unit=messages.INODES)
@@ -146,8 +149,19 @@ def _seconds(context: Any) -> float:
     return min(DEFAULT_DEADLINE, DEFAULT_DEADLINE if left is None else left) - MARGIN
 
 
-def _deadline(context: Any) -> Deadline:
-    return Deadline(_seconds(context), context.is_active)
+def _deadline(context: Any, most: float = DEFAULT_DEADLINE) -> Deadline:
+    return Deadline(min(most, _seconds(context)), context.is_active)
+
+
+@contextlib.contextmanager
+def _one_of(places: threading.BoundedSemaphore, busy: str) -> Iterator[None]:
+    """Raises PipelineBusy where all places are taken."""
+    if not places.acquire(blocking=False):
+        raise PipelineBusy(busy)
+    try:
+        yield
+    finally:
+        places.release()
 
 
 def _handler(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

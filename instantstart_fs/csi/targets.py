@@ -1,6 +1,7 @@
 """Mounts and unmounts volumes at the paths that a kubelet names, below its own directory and through no symbolic link.
 
-All functions block for no longer than the kernel does; the mount table is asked rather than a mount that may be dead.
+``open_directory`` may block for ever, where the mount does not answer. All others ask the mount table rather than a
+mount that may be dead, and block for no longer than the kernel does.
 """
 
 from __future__ import annotations
@@ -57,9 +58,14 @@ def shows(path: str, pipeline: str, daemon_mount: Mount) -> bool:
     return found is not None and found.device == daemon_mount.device and found.root == f"/{pipeline}"
 
 
-def bind(source: str, path: str, kubelet: str) -> None:
-    """Show the directory ``source`` at ``path``, which is made. What is mounted there, dead, is covered: a container
-    that follows the host's mounts sees the new one. Raises MountFailed, OSError."""
+def open_directory(path: str) -> int:
+    """A descriptor for ``bind``. Raises OSError."""
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def bind(shown: int, path: str, kubelet: str) -> None:
+    """Show the directory that ``shown`` is a descriptor of at ``path``, which is made. What is mounted there, dead, is
+    covered: a container that follows the host's mounts sees the new one. Raises MountFailed, OSError."""
     name = os.path.basename(path)
     with _parent(path, kubelet) as parent:
         stacked = sum(mount.path == path for mount in mountinfo.mounts())
@@ -70,11 +76,7 @@ def bind(source: str, path: str, kubelet: str) -> None:
         flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
         target = os.open(name, flags, dir_fd=parent)
         try:
-            shown = os.open(source, flags)
-            try:
-                kernel.bind(f"/proc/self/fd/{shown}", f"/proc/self/fd/{target}")
-            finally:
-                os.close(shown)
+            kernel.bind(f"/proc/self/fd/{shown}", f"/proc/self/fd/{target}")
         finally:
             os.close(target)
         found = mounted(path)

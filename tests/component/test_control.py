@@ -90,6 +90,7 @@ class FakeLibrary:
         self.entered = trio.Event()
         self.done = trio.Event()
         self.lease_count = 0
+        self.tokens: set[str] = set()
         self.admin = self.lifecycle = self.origin_checks = self.cold_starts = self
         self.warming = self.pipelines = self.leases = self
         self.handover = FakeHandover([("a", b"one")])
@@ -174,8 +175,10 @@ class FakeLibrary:
         with trio.move_on_after(timeout):
             await self.changed.wait()
 
-    async def check_access(self, pipeline: str) -> tuple[str, ...]:
+    async def check_access(self, pipeline: str, token_file: str | None = None) -> tuple[str, ...]:
         self.spec(pipeline)
+        if token_file is not None and Path(token_file).read_text() not in self.tokens:
+            raise AccessRefused("that token opens nothing")
         return ("hf://o/r",)
 
     async def verify(self, pipeline: str, progress: Callable[[int, int], None], rate: float | None = None) -> Report:

@@ -106,7 +106,7 @@ class FakeClient:
             progress(msgspec.structs.replace(STATUS, cached_bytes=cached, error=None))
         return msgspec.structs.replace(STATUS, state="warm", cached_bytes=10_000, files=None)
 
-    def check_access(self, pipeline: str) -> list[str]:
+    def check_access(self, pipeline: str, *, token_file: str | None = None) -> list[str]:
         self._call("access", pipeline)
         return ["hf://o/r"]
 
