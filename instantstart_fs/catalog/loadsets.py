@@ -4,12 +4,15 @@ learned. Decides nothing, changes nothing."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from instantstart_fs.catalog.model import Generation
 from instantstart_fs.core.manifest import FileEntry, matcher
 from instantstart_fs.core.status import VariantStatus
-from instantstart_fs.core.twins import Choice
 from instantstart_fs.errors import UsageError
+
+if TYPE_CHECKING:
+    from instantstart_fs.core.twins import Choice
 
 MOST_EXPLAINED = 10_000
 """Up to so many files, each file is explained. In a larger generation only weight files are, since an answer has a

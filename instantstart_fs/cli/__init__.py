@@ -53,9 +53,9 @@ def _run(arguments: list[str]) -> int:
                 from instantstart_fs.startup.run import run as run_command
 
                 return run_command(wanted)
-        from instantstart_fs.cli.app import app
+        from instantstart_fs.cli.app import app_for
 
-        status = app(args=arguments, prog_name="instantstart", standalone_mode=True)
+        status = app_for(arguments)(args=arguments, prog_name="instantstart", standalone_mode=True)
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
     except InstantStartError as error:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from typer.main import get_command_name
+from typer.models import CommandInfo
 
 from instantstart_fs.cli.commands import (
     cold_starts,
@@ -21,7 +25,7 @@ from instantstart_fs.cli.commands import (
     startup,
 )
 from instantstart_fs.cli.options import Socket
-from instantstart_fs.cli.verbs import Verbs
+from instantstart_fs.cli.verbs import ALIASES, Verbs
 from instantstart_fs.cli.version import version_line
 
 app = typer.Typer(
@@ -75,3 +79,32 @@ app.add_typer(prefetch.commands, name="prefetch")
 app.add_typer(regional.commands, name="regional")
 app.add_typer(installation.service, name="service")
 app.add_typer(configuration.config, name="config")
+
+
+def app_for(arguments: Sequence[str]) -> typer.Typer:
+    """Return the program with only the command that ``arguments`` begin with, or all of it if they begin otherwise.
+
+    typer builds every command that it knows before it runs one: 20 of the 150 ms that ``instantstart ls`` takes.
+    """
+    word = arguments[0] if arguments else ""
+    narrowed = copy.copy(app)
+    narrowed.registered_commands = []
+    for name in (word, ALIASES.get(word)):
+        for group in app.registered_groups:
+            if isinstance(group.name, str):
+                if group.name == name:
+                    narrowed.registered_groups = [group]
+                    return narrowed
+                continue
+            task = copy.copy(group.typer_instance)
+            assert task is not None
+            task.registered_commands = [one for one in task.registered_commands if _name(one) == name]
+            if task.registered_commands:
+                narrowed.registered_groups = [copy.copy(group)]
+                narrowed.registered_groups[0].typer_instance = task
+                return narrowed
+    return app
+
+
+def _name(command: CommandInfo) -> str | None:
+    return command.name or (get_command_name(command.callback.__name__) if command.callback is not None else None)

@@ -12,7 +12,6 @@ from instantstart_fs.config.located import At, Table, convert
 from instantstart_fs.config.units import parse_mode, parse_owner, parse_size
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
-from instantstart_fs.core.pasted import understand
 from instantstart_fs.errors import ConfigError, UsageError
 
 
@@ -81,5 +80,7 @@ def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str
 
 def _model(text: str, name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> ModelSpec:
     """By the rules of ``add``, but for paths that begin with a dot: a file has no directory of its own to mean."""
+    from instantstart_fs.core.pasted import understand  # late: only a configured pipeline needs it
+
     pasted = understand(text, home=os.path.expanduser("~"))
     return ModelSpec(pasted.source, name, (*pasted.include, *include), exclude)

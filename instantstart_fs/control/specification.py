@@ -10,7 +10,6 @@ from typing import TypedDict
 from instantstart_fs.config.units import option, parse_mode, parse_owner, parse_size
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.names import validate_model_name, validate_pipeline_id
-from instantstart_fs.core.pasted import understand
 from instantstart_fs.core.urls import s3_url_problem
 from instantstart_fs.errors import UsageError
 
@@ -123,5 +122,7 @@ def specification(
 def _model(text: str, name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> ModelSpec:
     """A model of what was pasted: one file of a repository comes with what --include names."""
     directory = os.getcwd() if text.lstrip().startswith(".") else None
+    from instantstart_fs.core.pasted import understand  # late: only `add` needs it
+
     pasted = understand(text, home=os.path.expanduser("~"), directory=directory)
     return ModelSpec(pasted.source, name, (*pasted.include, *include), exclude)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.roles import Role, role_of
-from instantstart_fs.core.twins import Choice, Weights, sort_out
+
+if TYPE_CHECKING:
+    from instantstart_fs.core.twins import Choice, Weights
 
 RULES = 2
 """Of this module and those it uses. To be raised with every change of what they say: summaries of generations, which
@@ -146,6 +149,8 @@ class _Model:
     """One model's files, sorted."""
 
     def __init__(self, entries: Sequence[FileEntry], include: Sequence[str], wanted: Collection[str]) -> None:
+        from instantstart_fs.core.twins import Weights, sort_out  # late: a start reads summaries, and sorts no files
+
         self._entries = entries
         self.weights: set[int] = set()
         self.left_out: dict[int, str] = {}

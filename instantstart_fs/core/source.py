@@ -10,22 +10,22 @@ This is the one spelling that is kept and sent. What people paste is made into i
 
 from __future__ import annotations
 
-import re
 from urllib.parse import quote, unquote
 
 import msgspec
 
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.errors import InvalidSource
 
-_REPO_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?\Z")
-_REVISION = re.compile(r"[A-Za-z0-9._/+-]{1,255}\Z")
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
+_REPO_PART = late(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?\Z")
+_REVISION = late(r"[A-Za-z0-9._/+-]{1,255}\Z")
+_BUCKET = late(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
 _REPO = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-_BARE_REPO = re.compile(rf"{_REPO}(?:@[A-Za-z0-9._+-]+)?")
-_COLON_REVISION = re.compile(
+_BARE_REPO = late(rf"{_REPO}(?:@[A-Za-z0-9._+-]+)?")
+_COLON_REVISION = late(
     r"([A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?):([A-Za-z0-9][A-Za-z0-9._/+-]{0,254})"
 )
-_USUAL_REVISION = re.compile(r"main|master|v?[0-9][0-9.]*|[0-9a-f]{40}|refs/pr/[0-9]+")
+_USUAL_REVISION = late(r"main|master|v?[0-9][0-9.]*|[0-9a-f]{40}|refs/pr/[0-9]+")
 _EXAMPLES = "write hf://org/repo@revision, s3://bucket/prefix or file:///directory"
 
 

@@ -7,13 +7,11 @@ A cache is executable code. It is restored only to its pipeline's owner, and onl
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
-from instantstart_fs.core.enginetable import differences
 from instantstart_fs.errors import UsageError
 
 KEPT_PER_KEY = 2
@@ -68,7 +66,9 @@ def check_key(key: Mapping[str, str]) -> None:
 def whole_key(
     key: Mapping[str, str], *, uid: int, generation: int, sources: Sequence[str], revision: str
 ) -> dict[str, str]:
-    """With what only the daemon knows: the tenant's words for it do not count."""
+    """Return ``key`` with the fields that only the daemon knows. They replace what the tenant said of them."""
+    import shlex  # late: the daemon's start has no use for it
+
     return {
         **key,
         "owner": str(uid),
@@ -82,6 +82,8 @@ def choose(
 ) -> Choice:
     """The newest version of exactly that key which ``uid`` saved; else which fields of the nearest one differ.
     ``without``: numbers that proved damaged."""
+    from instantstart_fs.core.enginetable import differences  # late: the daemon's start has no use for it
+
     nearest: tuple[int, int] | None = None
     differs: tuple[str, ...] = ()
     found: StartupRecord | None = None

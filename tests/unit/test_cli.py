@@ -13,9 +13,12 @@ from typing import Any, ClassVar, Self
 import msgspec
 import pytest
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from instantstart_fs.cli import run, serve, show
-from instantstart_fs.cli.app import app
+from instantstart_fs.cli.app import app, app_for
+from instantstart_fs.cli.verbs import ALIASES
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
 from instantstart_fs.control.specification import specification
 from instantstart_fs.core.humanize import did_you_mean, human_seconds
@@ -517,3 +520,20 @@ def test_a_complaint_about_a_line_repeats_no_password(line: list[str], capsys: p
     said = capsys.readouterr()
     assert "host" in said.err or "bucket" in said.err
     assert "secret" not in said.out + said.err
+
+
+def test_a_line_builds_only_the_command_that_it_names() -> None:
+    whole = get_command(app)
+    assert isinstance(whole, TyperGroup)
+    for name, command in whole.commands.items():
+        narrowed = get_command(app_for([name, "--help"]))
+        assert isinstance(narrowed, TyperGroup)
+        assert name in narrowed.commands
+        assert len(narrowed.commands) == 1 or name in ("version", "help")
+        assert [one.name for one in narrowed.commands[name].params] == [one.name for one in command.params]
+    for alias, name in ALIASES.items():
+        narrowed = get_command(app_for([alias]))
+        assert isinstance(narrowed, TyperGroup)
+        assert list(narrowed.commands) == [name]
+    for other in ([], ["--help"], ["--socket", "s", "ls"], ["no-such-verb"]):
+        assert app_for(other) is app
