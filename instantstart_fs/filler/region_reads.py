@@ -92,6 +92,7 @@ class TierReads:
         self._seals: OrderedDict[LiveFile, tuple[_Sealed | None, float]] = OrderedDict()
         """None where no tier has it; when that was asked (trio)."""
         self._chunks: OrderedDict[tuple[LiveFile, int], bytearray] = OrderedDict()
+        self._finding: dict[LiveFile, trio.Event] = {}
         self._pending: dict[tuple[LiveFile, int], _Pending] = {}
         self._threads = trio.Semaphore(THREADS)
         self._abandoned = trio.CapacityLimiter(4 * THREADS)
@@ -143,16 +144,23 @@ class TierReads:
             self._seals.popitem(last=False)
 
     async def _find(self, file: LiveFile, entry: FileEntry, chunk_size: int) -> _Sealed | None:
+        while file in self._finding:
+            await self._finding[file].wait()
         known, asked = self._seals.get(file, (None, -UNSEALED_SECONDS))
         if known is not None or trio.current_time() - asked < UNSEALED_SECONDS:
             return known
         pipeline, sealed = file[0].pipeline, None
-        for source, place in enumerate(self._places(pipeline, entry, chunk_size)):
-            seal = await self._claims.find_seal(pipeline, entry, chunk_size, source, place)
-            if seal is not None:
-                sealed = _Sealed(seal, source, place)
-                break
-        self._keep(file, sealed)
+        done = self._finding[file] = trio.Event()
+        try:
+            for source, place in enumerate(self._places(pipeline, entry, chunk_size)):
+                seal = await self._claims.find_seal(pipeline, entry, chunk_size, source, place)
+                if seal is not None:
+                    sealed = _Sealed(seal, source, place)
+                    break
+            self._keep(file, sealed)
+        finally:
+            del self._finding[file]
+            done.set()
         return sealed
 
     async def _chunk(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -17,6 +18,7 @@ from instantstart_fs.filler import pieces, region_reads
 from instantstart_fs.filler.fetch import Fetcher
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.filler.target import FileKey
+from instantstart_fs.regional.records import Seal
 from tests.component.region_site import CHUNK, RegionSite, Source, region
 
 pytestmark = pytest.mark.timeout(60)
@@ -75,6 +77,15 @@ class Held:
         monkeypatch.setattr(pieces, "fetch_piece", held)
 
 
+async def sealed(site: RegionSite, data: bytes, source: Source) -> FileEntry:
+    """A file in the tier of which it is known already that it is there, and that it may be used."""
+    site.slots["p"] = "a" * 32
+    entry = site.seal("p", data)
+    assert await site.claims.access.may_use("p", 0, source)
+    assert await site.reads._find((FileKey("p", 1, 0), source), entry, CHUNK) is not None
+    return entry
+
+
 async def wait_begun(held: Held, count: int) -> None:
     with trio.fail_after(30):
         while held.begun < count:
@@ -88,8 +99,8 @@ async def test_readers_of_one_chunk_share_its_fetch_and_its_failure(
     data, held, results = os.urandom(CHUNK), Held(monkeypatch), []
     held.wrong = fails
     async with region(tmp_path) as site:
-        site.slots["p"] = "a" * 32
-        entry, source = site.seal("p", data), Source()
+        source = Source()
+        entry = await sealed(site, data, source)
 
         async def reader(start: int) -> None:
             results.append(await read(site, entry, source, ByteRange(start, start + 10)))
@@ -98,7 +109,7 @@ async def test_readers_of_one_chunk_share_its_fetch_and_its_failure(
             for start in range(0, 100, 10):
                 nursery.start_soon(reader, start)
             await wait_begun(held, 1)
-            await trio.testing.wait_all_tasks_blocked(0.02)
+            await trio.testing.wait_all_tasks_blocked()
             held.go.set()
         assert held.begun == 1
         assert len(site.routes.errors) == (1 if fails else 0), "one fetch failed, and once that is said"
@@ -106,13 +117,30 @@ async def test_readers_of_one_chunk_share_its_fetch_and_its_failure(
         assert sorted(results, key=str) == sorted(expected, key=str)
 
 
+async def test_readers_that_come_at_once_ask_for_the_seal_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with region(tmp_path) as site:
+        site.slots["p"] = "a" * 32
+        entry, source, asked = site.seal("p", bytes(CHUNK)), Source(), []
+        find = site.claims.find_seal
+
+        async def counted(*arguments: Any) -> Seal | None:
+            asked.append(1)
+            return await find(*arguments)
+
+        monkeypatch.setattr(site.claims, "find_seal", counted)
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(read, site, entry, source, ByteRange(0, 10))
+        assert len(asked) == source.asked == 1
+
+
 async def test_who_goes_away_while_it_fetches_leaves_the_chunk_to_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, held, results = os.urandom(CHUNK), Held(monkeypatch), []
     async with region(tmp_path) as site, trio.open_nursery() as nursery:
-        site.slots["p"] = "a" * 32
-        entry, source, first = site.seal("p", data), Source(), trio.CancelScope()
+        source, first = Source(), trio.CancelScope()
+        entry = await sealed(site, data, source)
 
         async def reader(scope: trio.CancelScope) -> None:
             with scope:
@@ -121,7 +149,7 @@ async def test_who_goes_away_while_it_fetches_leaves_the_chunk_to_the_next(
         nursery.start_soon(reader, first)
         await wait_begun(held, 1)
         nursery.start_soon(reader, trio.CancelScope())
-        await trio.testing.wait_all_tasks_blocked(0.02)
+        await trio.testing.wait_all_tasks_blocked()
         first.cancel()
         await wait_begun(held, 2)
         held.go.set()
@@ -134,8 +162,8 @@ async def test_a_queue_of_our_own_is_no_silence_of_the_tier(tmp_path: Path, monk
     monkeypatch.setattr(region_reads, "QUEUE_SECONDS", 0.05)
     data, held, results = os.urandom(CHUNK * (region_reads.THREADS + 2)), Held(monkeypatch), {}
     async with region(tmp_path) as site:
-        site.slots["p"] = "a" * 32
-        entry, source = site.seal("p", data), Source()
+        source = Source()
+        entry = await sealed(site, data, source)
 
         async def reader(chunk: int) -> None:
             results[chunk] = await read(site, entry, source, ByteRange(chunk * CHUNK, chunk * CHUNK + 10))
