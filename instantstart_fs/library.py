@@ -145,7 +145,9 @@ class Library:
             from instantstart_fs.serving.startup_region import RegionalStartups
 
             key = region.key
-            self._regional_startups = RegionalStartups(region, lambda pipeline: self._slot_of(pipeline, key))
+            self._regional_startups = RegionalStartups(
+                region, lambda pipeline: self._slot_of(pipeline, key), self._may_use_tier
+            )
         self.startup = StartupCaches(self.catalog, self.evictor, self._regional_startups)
         self.filler = Filler(
             store,
@@ -265,6 +267,10 @@ class Library:
         """The pipeline's slot in a regional tier that has this key."""
         found = self.catalog.pipelines.get(pipeline)
         return key.slot(found.spec) if found is not None else None
+
+    async def _may_use_tier(self, pipeline: str, model: int, origin: Origin) -> bool:
+        found = self.filler.regional
+        return found is not None and await found.access.may_use(pipeline, model, origin)
 
     def _region_summary(self) -> RegionSummary | None:
         found = self.filler.regional

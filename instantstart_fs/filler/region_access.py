@@ -2,7 +2,10 @@
 
 Asked before the first use, for each model, and again when the answer is old: a refusal after RECHECK_REFUSAL at the
 latest, a permission after [origins] recheck_access, where that is set. An origin that does not answer refuses nobody:
-the pipeline was listed there, and a region is to outlive its origins' outages.
+the pipeline was listed there, and a region is to outlive its origins' outages. It is asked again RECHECK_REFUSAL later,
+and nobody waits for that. A refusal stands until the origin takes it back.
+
+An answer is one Origin's: a later pipeline of the same name, or a new generation, opens another one.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import trio
@@ -22,80 +26,118 @@ log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 10.0
 RECHECK_REFUSAL = 60.0
+MOST_ANSWERS = 2
+"""Of one model: an old generation may have readers beside the new one."""
 
 
 class _Answer(NamedTuple):
-    """``refusal``: why not, "" = it may. ``since_ns``: the wall clock of the first of these answers."""
+    """``refusal``: why not, "" = it may. ``known``: the origin said so; it did not answer otherwise. ``since_ns``: the
+    wall clock of the first of these answers."""
 
     refusal: str
+    known: bool
     asked_at: float
     since_ns: int
 
 
 class SourceAccess:
-    """On the trio thread. ``recheck``: seconds for which a permission is good, None = for this process' life."""
+    """On the trio thread. ``recheck``: seconds for which a permission is good, None = for this process' life.
+    ``nursery``: for questions that nobody waits for; None where there is none now."""
 
-    def __init__(self, recheck: float | None) -> None:
+    def __init__(self, recheck: float | None, nursery: Callable[[], trio.Nursery | None]) -> None:
         self._allowed_for = recheck if recheck is not None else math.inf
         self._refused_for = min(RECHECK_REFUSAL, self._allowed_for)
-        self._answers: dict[tuple[str, int], _Answer] = {}
-        """By pipeline and model."""
-        self._asking: dict[tuple[str, int], trio.Event] = {}
+        self._nursery = nursery
+        self._answers: dict[tuple[str, int], dict[Origin, _Answer]] = {}
+        """By pipeline and model; the latest answer is the last one."""
+        self._asking: dict[tuple[str, int, Origin], trio.Event] = {}
+        self._forgets = 0
 
     def refusal(self, pipeline: str) -> tuple[int, str] | None:
         """Since when (wall clock, nanoseconds) and why one of its models is refused, as of the last answer."""
-        for (name, _), answer in self._answers.items():
-            if name == pipeline and answer.refusal:
-                return answer.since_ns, answer.refusal
+        for (name, _), answers in self._answers.items():
+            latest = next(reversed(answers.values()))
+            if name == pipeline and latest.refusal:
+                return latest.since_ns, latest.refusal
         return None
 
     def refuses(self, target: FillTarget) -> bool:
         """Whether it is known that the tier may not serve this file; an old answer is none, the file asks again."""
-        answer = self._answers.get((target.key.pipeline, target.entry.model))
+        answer = self._answers.get((target.key.pipeline, target.entry.model), {}).get(target.origin)
         return answer is not None and bool(answer.refusal) and not self._is_old(answer)
 
     def forget(self, pipeline: str) -> None:
-        """It is gone."""
+        """It is gone. Answers that are still to come are dropped."""
+        self._forgets += 1
         for place in [place for place in self._answers if place[0] == pipeline]:
             del self._answers[place]
 
     async def may_use(self, pipeline: str, model: int, origin: Origin) -> bool:
         """Whether the tier may serve this model's files."""
-        place = (pipeline, model)
-        while place in self._asking:
-            await self._asking[place].wait()
-        answer = self._answers.get(place)
-        if answer is None or self._is_old(answer):
-            done = self._asking[place] = trio.Event()
-            try:
-                refusal = await self._ask(origin)
-                same = answer is not None and bool(answer.refusal) == bool(refusal)
-                since = answer.since_ns if answer is not None and same else time.time_ns()
-                self._answers[place] = now = _Answer(refusal, trio.current_time(), since)
-                if refusal and not same:
-                    log.warning(
-                        "nothing is taken from the regional tier: the source refuses this pipeline (%s)",
-                        refusal,
-                        extra={"pipeline": place[0]},
-                    )
-                answer = now
-            finally:
-                del self._asking[place]
-                done.set()
-        return not answer.refusal
+        while True:
+            answer = self._answers.get((pipeline, model), {}).get(origin)
+            if answer is not None and not self._is_old(answer):
+                return not answer.refusal
+            asking = self._asking.get((pipeline, model, origin))
+            nursery = self._nursery()
+            if answer is not None and not answer.known and not answer.refusal and nursery is not None:
+                if asking is None:
+                    done = self._asking[pipeline, model, origin] = trio.Event()
+                    nursery.start_soon(self._find_out, pipeline, model, origin, answer, done)
+                return True
+            if asking is None:
+                break
+            await asking.wait()
+        done = self._asking[pipeline, model, origin] = trio.Event()
+        return not (await self._find_out(pipeline, model, origin, answer, done)).refusal
 
-    async def _ask(self, origin: Origin) -> str:
-        """Why it is refused, "" = it is not."""
+    async def _find_out(
+        self, pipeline: str, model: int, origin: Origin, last: _Answer | None, done: trio.Event
+    ) -> _Answer:
+        """Ask the origin. ``last``: what it said before; ``done`` is set afterwards."""
+        forgets = self._forgets
+        try:
+            refusal = await self._ask(origin)
+            known = refusal is not None
+            if refusal is None:
+                refusal = last.refusal if last is not None else ""
+            if last is None and self._answers.get((pipeline, model)):
+                last = next(reversed(self._answers[pipeline, model].values()))
+            same = last is not None and bool(last.refusal) == bool(refusal)
+            since = last.since_ns if last is not None and same else time.time_ns()
+            answer = _Answer(refusal, known, trio.current_time(), since)
+            if forgets != self._forgets:
+                return answer
+            answers = self._answers.setdefault((pipeline, model), {})
+            answers.pop(origin, None)
+            answers[origin] = answer
+            if len(answers) > MOST_ANSWERS:
+                del answers[next(iter(answers))]
+            if refusal and not same:
+                log.warning(
+                    "nothing is taken from the regional tier: the source refuses this pipeline (%s)",
+                    refusal,
+                    extra={"pipeline": pipeline},
+                )
+            return answer
+        finally:
+            del self._asking[pipeline, model, origin]
+            done.set()
+
+    async def _ask(self, origin: Origin) -> str | None:
+        """Why it is refused, "" = it is not; None where the origin does not say."""
         try:
             with trio.move_on_after(CHECK_SECONDS):
                 await trio.to_thread.run_sync(origin.check, abandon_on_cancel=True)
+                return ""
         except (AccessRefused, CredentialsUnusable, OriginHidden) as error:
             return error.message
         except InstantStartError as error:
             log.debug("whether the source may be read is not known: %s", error.message)
         except Exception:  # one origin's odd answer is not worth the filler
             log.exception("whether the source may be read is not known")
-        return ""
+        return None
 
     def _is_old(self, answer: _Answer) -> bool:
-        return trio.current_time() - answer.asked_at >= (self._refused_for if answer.refusal else self._allowed_for)
+        lasts = self._allowed_for if answer.known and not answer.refusal else self._refused_for
+        return trio.current_time() - answer.asked_at >= lasts

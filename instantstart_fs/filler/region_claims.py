@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 
 LIST_SECONDS = 0.5
 RETRY_SECONDS = 0.5
+SEAL_TRIES = 3
+TURNS_SECONDS = 12.0
+"""A file of which every look at the tier fails for so long is fetched without it."""
 SHARED_BUDGET, LONE_BUDGET = 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS
 """Chunks of a pipeline under this host's claims at once: while others pull, too, and while nobody does."""
 MOST_ASKED, MOST_FOLLOWED = 8, 8
@@ -66,7 +69,7 @@ class Claims:
         self._budgets: dict[str, ClaimBudget] = {}
         self._claiming: set[Follow] = set()
         """Files of which this host has claims."""
-        self.access = SourceAccess(settings.recheck)
+        self.access = SourceAccess(settings.recheck, lambda: tiers.nursery)
         self._used: dict[str, str] = {}
         self.won = self.lost = 0
 
@@ -146,7 +149,9 @@ class Claims:
         return True
 
     async def _take_seal(self, follow: Follow, source: int) -> bool:
-        """Whether this tier has the whole file. A tier that does not answer is asked again, until its breaker opens."""
+        """Whether this tier has the whole file. The region's own is asked SEAL_TRIES times: its breaker stays shut
+        where it gives all but this seal, and the files behind this one have to get on."""
+        left = SEAL_TRIES
         while not follow.over():
             try:
                 target = follow.target
@@ -156,7 +161,10 @@ class Claims:
             except InstantStartError as error:
                 if source:
                     return False
-                self._routes.tier_failed(error)
+                left -= 1
+                self._failed(follow, error)
+                if not left:
+                    return False
                 await trio.sleep(RETRY_SECONDS)
                 continue
             if seal is None or follow.over():
@@ -170,6 +178,12 @@ class Claims:
             self._routes.apply(follow)
             return True
         return False
+
+    def _failed(self, follow: Follow, error: InstantStartError) -> None:
+        """The region's own tier did not do what it was asked for this file."""
+        self._routes.tier_failed(error)  # turns it off where that is too often
+        if isinstance(error, AccessRefused | CredentialsUnusable):
+            self._routes.turn_off(follow)
 
     async def find_seal(
         self, pipeline: str, entry: FileEntry, chunk_size: int, source: int, place: Place
@@ -201,13 +215,15 @@ class Claims:
             if pipeline not in self._budgets:
                 self._budgets[pipeline] = ClaimBudget(GROUP_CHUNKS, SHARED_BUDGET, LONE_BUDGET)
                 await trio.sleep(starting_delay(self._hosts(), random.random()))
+            worked_at = trio.current_time()
             while not (follow.over() or follow.pull.complete):
                 follow.changed = trio.Event()
                 try:
                     await self._turn(follow, records)
+                    worked_at = trio.current_time()
                 except InstantStartError as error:
-                    self._routes.tier_failed(error)  # turns it off where that is too often
-                    if isinstance(error, AccessRefused | CredentialsUnusable):
+                    self._failed(follow, error)
+                    if trio.current_time() - worked_at >= TURNS_SECONDS:  # whatever else of the tier works
                         self._routes.turn_off(follow)
                 if follow.over() or follow.pull.complete:
                     break

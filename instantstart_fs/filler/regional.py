@@ -73,6 +73,7 @@ class Regional:
         self.hosts = 1
         """How many hosts the region has, as far as their heartbeats tell."""
         self._claims = Claims(settings, self._tiers, self, lambda: self.hosts)
+        self.access = self._claims.access
         self._writeback = WriteBack(settings, self._tiers)
         self.reads = TierReads(self._tiers, self._claims, self, self._places)
         self._patience: dict[OriginKey, Patience] = {}
@@ -114,12 +115,12 @@ class Regional:
 
     def forget(self, pipeline: str) -> None:
         """It is gone."""
-        self._claims.access.forget(pipeline)
+        self.access.forget(pipeline)
         self.reads.forget(pipeline)
 
     def refusal(self, pipeline: str) -> tuple[int, str] | None:
         """Since when (wall clock) and why this pipeline gets nothing out of the tier."""
-        return self._claims.access.refusal(pipeline)
+        return self.access.refusal(pipeline)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow, claim and write back until cancelled."""
@@ -144,7 +145,7 @@ class Regional:
         """A file is in the plan: put it under the region, if its pipeline has a slot there."""
         target = fill.target
         chunks = target.present.chunks
-        refused = self._claims.access.refuses(target)
+        refused = self.access.refuses(target)
         if not chunks or self._tiers.nursery is None or self._tiers.is_broken() or refused:
             return
         places = self._places(target.key.pipeline, target.entry, target.present.chunk_size)

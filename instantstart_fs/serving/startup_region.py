@@ -11,16 +11,18 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import TypeVar
 
 import msgspec
 import trio
 
+from instantstart_fs.catalog.model import Generation
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.core.startupcache import StartupRecord
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable
 from instantstart_fs.filler.region_follow import RegionSettings
+from instantstart_fs.origins.base import Origin
 from instantstart_fs.regional.records import Forged
 from instantstart_fs.regional.startup import Entry, Place, identity_of
 
@@ -50,11 +52,18 @@ class _Save(msgspec.Struct, frozen=True):
 
 
 class RegionalStartups:
-    """Owned by the Library. ``slot_of``: the slot of a pipeline, None where none is to be used."""
+    """Owned by the Library. ``slot_of``: the slot of a pipeline, None where none is to be used. ``may_use``: whether a
+    pipeline's own credentials may read the source of its model at that position (filler/region_access.py)."""
 
-    def __init__(self, settings: RegionSettings, slot_of: Callable[[str], str | None]) -> None:
+    def __init__(
+        self,
+        settings: RegionSettings,
+        slot_of: Callable[[str], str | None],
+        may_use: Callable[[str, int, Origin], Awaitable[bool]],
+    ) -> None:
         self._settings = settings
         self._slot_of = slot_of
+        self._may_use = may_use
         self._left_alone_until = 0.0
         self._threads = trio.CapacityLimiter(8)
         self._queue, self._waiting = trio.open_memory_channel[_Save](MOST_WAITING)
@@ -66,6 +75,22 @@ class RegionalStartups:
             return None
         identity = identity_of(key, content_of(manifest))
         return Place(self._settings.stores[0], self._settings.key, slot, identity)
+
+    async def may_use(self, generation: Generation) -> bool:
+        """Whether every source of the pipeline may be read: what another host compiled from them is as good as they
+        are. Raises OriginError, UsageError."""
+        pipeline, allowed = generation.pipeline.id, True
+
+        async def ask(model: int, origin: Origin) -> None:
+            nonlocal allowed
+            allowed = await self._may_use(pipeline, model, origin) and allowed
+
+        models = range(len(generation.manifest.models))
+        origins = [await trio.to_thread.run_sync(generation.origin, model) for model in models]
+        async with trio.open_nursery() as nursery:
+            for model, origin in enumerate(origins):
+                nursery.start_soon(ask, model, origin)
+        return allowed
 
     async def find(self, pipeline: str, place: Place) -> Entry | None:
         """What the region has there. Never raises; never takes longer than FIND_SECONDS."""

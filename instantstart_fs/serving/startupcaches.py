@@ -199,6 +199,9 @@ class StartupCaches:
         with trio.move_on_after(FETCH_SECONDS) as scope:
             async with self._fetching.setdefault(pipeline, trio.Lock()):  # of starts at once one brings it
                 try:
+                    with generation.retained():
+                        if not await self._region.may_use(generation):
+                            return None
                     return await self._fetch(self._region, pipeline, place, key, uid)
                 except InstantStartError as error:
                     log.warning("no startup cache from the region: %s", error.message, extra={"pipeline": pipeline.id})

@@ -14,7 +14,15 @@ import msgspec
 import pytest
 import trio
 
-from instantstart_fs.config import Capacity, Config, EvictionConfig, FillConfig, MountConfig, StoreConfig
+from instantstart_fs.config import (
+    Capacity,
+    Config,
+    EvictionConfig,
+    FillConfig,
+    MountConfig,
+    StoreConfig,
+)
+from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import (
     InvalidName,
@@ -51,12 +59,15 @@ def make_source(root: Path, *, salt: bytes = b"") -> Path:
 
 
 @asynccontextmanager
-async def running(root: Path, *, capacity: int = 1 << 40, keep_hot: float = 0.0) -> AsyncIterator[Library]:
+async def running(
+    root: Path, *, capacity: int = 1 << 40, keep_hot: float = 0.0, regional: RegionalConfig | None = None
+) -> AsyncIterator[Library]:
     config = Config(
         mount=MountConfig(path=str(root / "mnt")),
         store=StoreConfig(path=str(root / "store"), capacity=Capacity(bytes=capacity)),
         fill=FillConfig(workers=1, connections=4, chunk_size=MIB, read_deadline=10.0),
         eviction=EvictionConfig(keep_hot=keep_hot),
+        regional=regional,
     )
     with BlobStore.open(config.store.path) as store, Index.open(str(root / "store" / "index")) as index:
         library = Library(config, store, index)

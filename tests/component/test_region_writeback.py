@@ -24,6 +24,7 @@ from instantstart_fs.filler.target import FileKey, FillTarget
 from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
 from instantstart_fs.regional.records import HEADER, chunk_name
+from tests.component.region_site import Source
 
 KEY = RegionKey(b"k" * 32)
 SLOT, PIN = "a" * 32, "b" * 32
@@ -265,4 +266,4 @@ async def test_an_answer_that_nobody_foresaw_is_a_tier_that_fails(host: Host) ->
     with pytest.raises(OriginUnavailable, match="not understood"):
         await host.regional._tiers.ask(odd)
     access = host.regional._claims.access
-    assert await access.may_use("p", 0, cast(Any, SimpleNamespace(check=odd))), "it refuses nobody"
+    assert await access.may_use("p", 0, Source(LookupError("unknown encoding: nonsense"))), "it refuses nobody"

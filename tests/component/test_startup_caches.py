@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import trio
 
+from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.core.startupcache import MAX_FIELDS, StartupRecord
 from instantstart_fs.core.startuppack import Entry, encode_index
-from instantstart_fs.errors import DigestMismatch, StoreReadOnly
+from instantstart_fs.errors import AccessRefused, DigestMismatch, StoreReadOnly
 from instantstart_fs.library import Library
+from instantstart_fs.origins.directory import DirectoryOrigin
 from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.keys import RegionKey
 from instantstart_fs.regional.records import Forged
@@ -117,6 +119,38 @@ async def test_a_pack_that_no_start_can_unpack_is_deleted_when_one_says_so(tmp_p
         os.close(offer.pack)
         assert offer.choice.record is not None and offer.choice.record.number == 1
         assert [found.number for found in await library.startup.records("p")] == [1], "its digest was right"
+
+
+async def test_who_is_refused_by_the_source_gets_no_startup_cache_from_the_region(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = True
+
+    def check(_: DirectoryOrigin) -> None:
+        if refused:
+            raise AccessRefused("not yours")
+
+    monkeypatch.setattr(DirectoryOrigin, "check", check)
+    (tmp_path / "tier").mkdir()
+    (tmp_path / "key").write_text("ab" * 32)
+    (tmp_path / "key").chmod(0o600)
+    regional = RegionalConfig(f"file://{tmp_path}/tier", str(tmp_path / "key"), "here")
+    async with running(tmp_path, regional=regional) as library:
+        await added(library, tmp_path)
+        startup, pipeline, raw = library.startup, library.catalog.pipelines["p"], valid(70_000)
+        key = startup._whole(pipeline, KEY, 0, (await startup.offer("p", KEY, 0, restore=False)).generation)
+        assert library._regional_startups is not None and pipeline.current is not None
+        place = library._regional_startups.place("p", key, pipeline.current.manifest)
+        assert place is not None
+        saved = StartupRecord(1, 1, 0, len(raw), hashlib.sha256(raw).hexdigest(), 1, "/v", ("triton",), key)
+        assert place.save(saved, lambda count, at: raw[at : at + count], "there", 0.0)
+        offer = await startup.offer("p", KEY, 0, restore=True)
+        assert (offer.choice.outcome, offer.pack) == ("first", -1)
+        refused = False
+        library.filler.regional.forget("p")  # type: ignore[union-attr]  # as if the minute were over
+        offer = await startup.offer("p", KEY, 0, restore=True)
+        os.close(offer.pack)
+        assert offer.choice.record is not None and offer.choice.record.host == "there"
 
 
 # ---------------------------------------------------------------- in a region's tier

@@ -1,0 +1,108 @@
+"""Whether a pipeline's own credentials may read its source (filler/region_access.py), on a clock of its own."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from instantstart_fs.errors import AccessRefused, OriginThrottled
+from instantstart_fs.filler.region_access import RECHECK_REFUSAL, SourceAccess
+from tests.component.region_site import Source
+
+pytestmark = pytest.mark.timeout(60)
+REFUSED, THROTTLED = AccessRefused("not yours"), OriginThrottled("too many")
+
+
+def target(source: Source) -> Any:
+    return SimpleNamespace(key=SimpleNamespace(pipeline="p"), entry=SimpleNamespace(model=0), origin=source)
+
+
+class Later:
+    """The time of ``SourceAccess`` alone: what waits in threads goes by the real one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead = 0.0
+        real = trio.current_time
+        clock = SimpleNamespace(**{name: getattr(trio, name) for name in ("Event", "move_on_after", "to_thread")})
+        clock.current_time = lambda: real() + self.ahead
+        monkeypatch.setattr("instantstart_fs.filler.region_access.trio", clock)
+
+
+async def settled(source: Source, asked: int) -> None:
+    with trio.fail_after(30):
+        while source.asked < asked:
+            await trio.sleep(0.005)
+    await trio.testing.wait_all_tasks_blocked(0.01)
+
+
+async def test_an_origin_that_does_not_answer_is_asked_again_and_nobody_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    later, gate = Later(monkeypatch), threading.Event()
+    gate.set()
+    source = Source(THROTTLED, REFUSED, before=lambda: gate.wait(30))
+    async with trio.open_nursery() as nursery:
+        access = SourceAccess(None, lambda: nursery)
+        assert await access.may_use("p", 0, source) and await access.may_use("p", 0, source)
+        assert source.asked == 1
+        later.ahead += RECHECK_REFUSAL
+        gate.clear()
+        for _ in range(3):
+            assert await access.may_use("p", 0, source), "the answer is on its way"
+        gate.set()
+        with trio.fail_after(30):
+            while access.refusal("p") is None:
+                await trio.sleep(0.005)
+        assert source.asked == 2
+        assert not await access.may_use("p", 0, source) and access.refuses(target(source))
+
+
+async def test_a_refusal_stands_until_the_origin_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    later, source = Later(monkeypatch), Source(REFUSED, THROTTLED, None)
+    async with trio.open_nursery() as nursery:
+        access = SourceAccess(None, lambda: nursery)
+        assert not await access.may_use("p", 0, source)
+        later.ahead += RECHECK_REFUSAL
+        assert not await access.may_use("p", 0, source), "it only did not answer"
+        later.ahead += RECHECK_REFUSAL
+        assert await access.may_use("p", 0, source) and access.refusal("p") is None
+        later.ahead += 1e6
+        assert await access.may_use("p", 0, source) and source.asked == 3, "a permission lasts"
+
+
+async def test_an_answer_is_worth_nothing_to_a_later_pipeline_of_that_name() -> None:
+    gate, results = threading.Event(), []
+    earlier, later = Source(None, before=lambda: gate.wait(30)), Source(REFUSED)
+
+    async def ask(source: Source) -> None:
+        results.append((source, await access.may_use("p", 0, source)))
+
+    async with trio.open_nursery() as nursery:
+        access = SourceAccess(None, lambda: nursery)
+        nursery.start_soon(ask, earlier)
+        await settled(earlier, 1)
+        access.forget("p")
+        assert not await access.may_use("p", 0, later), "it waits for no question of the other's"
+        gate.set()
+        await settled(earlier, 1)
+    assert results == [(earlier, True)]
+    assert access.refusal("p") is not None and access.refuses(target(later)) and not access.refuses(target(earlier))
+    assert not await access.may_use("p", 0, later) and later.asked == 1
+
+
+async def test_who_asks_at_once_asks_once_and_generations_do_not_grow_it() -> None:
+    source = Source()
+    async with trio.open_nursery() as nursery:
+        access = SourceAccess(None, lambda: nursery)
+        async with trio.open_nursery() as readers:
+            for _ in range(10):
+                readers.start_soon(access.may_use, "p", 0, source)
+        assert source.asked == 1
+        for _ in range(10):
+            assert await access.may_use("p", 0, Source())
+        assert sum(map(len, access._answers.values())) == 2
