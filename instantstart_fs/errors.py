@@ -293,7 +293,7 @@ def _tree(base: type[InstantStartError]) -> list[type[InstantStartError]]:
 
 
 def all_errors() -> tuple[type[InstantStartError], ...]:
-    """Every class of the tree, so that tables over it (errno, exit status) can be tested for completeness."""
+    """Return every class of the tree, so that tables over it (errno, exit status) can be tested for completeness."""
     return tuple(_tree(InstantStartError))
 
 

@@ -74,11 +74,12 @@ GIVE_UP_SECONDS = 15.0
 
 
 class Library:
-    """All parts as attributes, on the trio thread. It has more than 8 collaborators, because it builds all parts.
+    """The composition of all parts, which are its attributes; on the trio thread. It has more than 8 collaborators,
+    because it builds all parts.
 
     ``held``: nodeids that the kernel holds open from an earlier daemon, one for each handle. ``taking_over``: readers
     wait for the mount, so fetch workers are started once it stands. ``now_ns``: the wall clock, in nanoseconds.
-    ``boot``: a clock that nobody sets, in seconds; ``boot_id``: which start of the machine it counts from.
+    ``boot``: a clock that nobody sets, in seconds; ``boot_id``: the boot of the machine that it counts from.
     """
 
     def __init__(

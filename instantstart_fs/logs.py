@@ -28,7 +28,7 @@ LogFormat = Literal["console", "json"]
 
 
 class ConsoleFormatter(logging.Formatter):
-    """One line: time (not under systemd, whose journal has it), level, pipeline, message."""
+    """Formats an event as one line: time (not under systemd, whose journal has it), level, pipeline, message."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,8 @@ class ConsoleFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """``{"time", "level", "logger", "message"}``, and ``pipeline`` and ``traceback`` where there is one."""
+    """Formats an event as ``{"time", "level", "logger", "message"}``, with ``pipeline`` and ``traceback`` if there is
+    one."""
 
     def format(self, record: logging.LogRecord) -> str:
         found = {
@@ -97,7 +98,7 @@ class FloodGate(logging.Filter):
 
 
 def configure_logging(level: str, form: LogFormat = "console") -> None:
-    """To stderr, for our own modules at ``level``; others' at warning."""
+    """Log to stderr: our own modules at ``level``, others' at warning."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(FloodGate())
     handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())

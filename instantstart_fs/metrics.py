@@ -45,11 +45,12 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Source(msgspec.Struct, frozen=True):
-    """What a scrape reads.
+    """The facts that a scrape reads.
 
     ``everything``: the caller may see all pipelines. If not, ``store_summary`` has only those that it may see, and only
     metrics that are ``open`` are shown. ``healthy``: what /healthz says; None if it was not asked. ``requests``: the
-    kernel's requests by kind, since the mount."""
+    kernel's requests by kind, since the mount.
+    """
 
     version: str
     uptime: float

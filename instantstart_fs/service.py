@@ -54,8 +54,8 @@ class DescriptorStore:
 
 
 def descriptor_store() -> DescriptorStore | None:
-    """None where nobody keeps descriptors. FDSTORE, the number of places, comes from systemd 254 on, and from our unit
-    for those before."""
+    """Return systemd's descriptor store; None if nobody keeps descriptors. FDSTORE, the number of places, comes from
+    systemd since version 254, and from our unit before."""
     places = os.environ.get("FDSTORE", "")
     if not os.environ.get("NOTIFY_SOCKET") or not places.isdigit() or int(places) < 2:
         return None
@@ -88,7 +88,7 @@ def watchdog_interval() -> float | None:
 
 
 def seconds_since_start() -> float:
-    """How old this process is: from the fork, with the interpreter's start; to a clock tick (10 ms)."""
+    """Return the age of this process: from the fork, with the interpreter's start; to a clock tick (10 ms)."""
     with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
         started = int(file.read().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")

@@ -106,7 +106,8 @@ class OpenFile(Protocol):
 
 
 class Vfs(Protocol):
-    """Raises NoSuchEntry for names and nodeids that are not there; other InstantStartErrors as each method says."""
+    """The filesystem as the mount sees it. Every method raises NoSuchEntry for names and nodeids that are not there,
+    and other InstantStartErrors as it says."""
 
     @property
     def invalidations(self) -> trio.MemoryReceiveChannel[Invalidation]: ...

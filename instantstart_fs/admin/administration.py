@@ -71,8 +71,8 @@ class Administration:
         self._users = Users(catalog.store)
 
     async def used_by(self, pipeline: str) -> list[str]:
-        """Who keeps it from being evicted, in words: leases, and processes that have files of it open. Looks through
-        /proc, for some seconds at most. Raises PipelineNotFound."""
+        """Return, in words, what keeps the pipeline from being evicted: leases, and processes that have files of it
+        open. Looks through /proc, for some seconds at most. Raises PipelineNotFound."""
         found = self._catalog.pipeline(pipeline)
         leases = [f"lease: {known(lessee.pid, lessee.uid)}" for lessee in found.lessees]
         return leases + [f"open: {process}" for process in await self._users.processes_using(found)]

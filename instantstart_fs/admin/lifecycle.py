@@ -270,7 +270,8 @@ class Lifecycle:
         return processes
 
     async def evict_by_hand(self, pipeline_id: str, *, force: bool = False) -> tuple[int, list[UsingProcess]]:
-        """``evict``, whose refusal names the processes that use it. With ``force``, leases and opens do not prevent it.
+        """Evict as ``evict`` does, but name the processes that use it if it refuses. ``force``: evict it though it is
+        in use.
 
         Processes that have a complete file open can read on; of other files they get an error. The space is free once
         they close them. Returns the bytes dropped, and those processes, as far as they can be seen."""

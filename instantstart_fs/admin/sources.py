@@ -37,15 +37,15 @@ RESOLVE_DEADLINE = 300.0
 """Seconds for listing and pinning one source: a million keys are a thousand S3 listing pages."""
 
 RESOLVE_AT_ONCE = 32
-"""Sources that are listed at the same time. The deadline of the others begins when they do."""
+"""How many sources are listed at the same time. The deadline of the others begins when their listing does."""
 
 CHECK_DEADLINE = 60.0
 """Seconds for one source to say whether it may be fetched: a few small requests."""
 
 
 class Sources:
-    """On the trio thread. ``chunk_size`` in bytes, of new generations: a larger file than it allows is refused.
-    ``settings``: of the origins, for listing processes."""
+    """Asks origins about sources. ``chunk_size``: of new generations, in bytes; a larger file than it allows is
+    refused. ``settings``: of the origins, for listing processes. Use it on the trio thread."""
 
     def __init__(self, catalog: Catalog, chunk_size: int, settings: OriginSettings) -> None:
         self._catalog = catalog

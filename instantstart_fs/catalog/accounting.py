@@ -14,13 +14,14 @@ from instantstart_fs.core.tree import Tree
 from instantstart_fs.filler.target import FileState
 
 OVERHEAD_BLOCKS = 3
-"""Blocks that a file takes on the disk beyond its bytes, at most: the rest of its last block, its seal record, the map
+"""The most blocks that a file takes on the disk beyond its bytes: the rest of its last block, its seal record, the map
 of its extents."""
 
 
 class Counts(NamedTuple):
-    """Of the load set: ``cached`` bytes, ``complete`` files, and how many of these are ``unverified``. Of all files:
-    cached bytes (``everything``), bytes on disk (``allocated``), and how many are complete (``finished``)."""
+    """A generation's counts. Of the load set: ``cached`` bytes, ``complete`` files, and how many of these are
+    ``unverified``. Of all files: cached bytes (``everything``), bytes on disk (``allocated``), and how many are
+    complete (``finished``)."""
 
     cached: int
     complete: int
@@ -31,8 +32,8 @@ class Counts(NamedTuple):
 
 
 class Uncached(NamedTuple):
-    """Why a pipeline's reads are served straight from its origin. ``retry_at``: when space is asked for again, by
-    trio.current_time()."""
+    """The reason why a pipeline's reads are served straight from its origin. ``retry_at``: when space is asked for
+    again, by trio.current_time()."""
 
     text: str
     retry_at: float
@@ -64,13 +65,13 @@ class Account:
 
     def __init__(self) -> None:
         self.block = 4096
-        """Of the store's filesystem, bytes."""
+        """Block size of the store's filesystem, in bytes."""
         self.filling_load_set = False
         self.filling_everything = False
         self.reservations: dict[tuple[int, int], int] = {}
-        """(file, chunk) → bytes: what single reads were admitted for and what has not come yet."""
+        """(file, chunk) → bytes that were admitted for a single read and have not come yet."""
         self.shared_with_current: frozenset[int] = frozenset()
-        """Of a superseded generation: files that the one after it shares; there they are counted."""
+        """Of a superseded generation: the files that the current generation shares and counts as its own."""
         self._counts: Counts | None = None
         self._incomplete: dict[int, int] = {}
         """Directory node → how many of its files are not complete; of those that somebody listed."""
@@ -109,8 +110,8 @@ class Account:
             )
 
     def completed(self, file: CountedFile, allocated: int) -> None:
-        """``file``, all of whose bytes were counted, became sealed or unverified, and takes ``allocated`` bytes of disk
-        (0: not measured). Constant time."""
+        """Count ``file`` as complete. All its bytes were counted before; it is sealed or unverified now, and takes
+        ``allocated`` bytes of disk (0: not measured). Constant time."""
         parent = self.tree.nodes[self.tree.node_of_file(file.entry.index)].parent
         if parent in self._incomplete:
             self._incomplete[parent] -= 1
@@ -138,7 +139,7 @@ class Account:
 
     @property
     def own_allocated(self) -> int:
-        """Bytes of disk that its files take and no later generation's."""
+        """The bytes of disk that this generation's files take and that no later generation shares."""
         shared_with_current = (self.counted[index] for index in self.shared_with_current)
         return self.counts.allocated - sum(
             self._rounded(file.size) + file.extra for file in shared_with_current if file.complete

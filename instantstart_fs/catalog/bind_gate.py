@@ -16,15 +16,17 @@ import trio
 from instantstart_fs.errors import PipelineBusy
 
 BUSY_SECONDS = 30.0
-"""How long the evictor treats a pipeline as open after it was found open. Only an attempt to unmount tells, and each
-attempt withdraws the bind mounts for a moment."""
+"""Seconds for which the evictor treats a pipeline as open after it was found open. Only an attempt to unmount shows
+that, and each attempt withdraws the bind mounts for a moment."""
 
 Withdraw = Callable[[str, bool], Awaitable[None]]
-"""(pipeline, only if nobody has its files open). Unmounts its bind mounts. Raises PipelineBusy, MountFailed."""
+"""A function that unmounts the bind mounts of a pipeline. Arguments: the pipeline, and whether to do so only if nobody
+has its files open. Raises PipelineBusy, MountFailed."""
 
 
 class BindGate:
-    """On the trio thread. Without an attached binder there are no bind mounts, and nothing to withdraw."""
+    """The gate between changes of files and their bind mounts. Without an attached binder there are no bind mounts, and
+    nothing to withdraw. Use it on the trio thread."""
 
     def __init__(self) -> None:
         self._withdraw: Withdraw | None = None
@@ -35,8 +37,8 @@ class BindGate:
 
     @asynccontextmanager
     async def withdrawn(self, pipeline: str, *, idle_only: bool = False) -> AsyncIterator[None]:
-        """No file of the pipeline is bind-mounted inside the block. Raises PipelineBusy (with ``idle_only``, when a
-        file is open), MountFailed; then nothing has changed."""
+        """Keep the pipeline's files free of bind mounts inside the block. Raises PipelineBusy (with ``idle_only``, when
+        a file is open) and MountFailed; nothing has changed then."""
         self._withdrawn[pipeline] += 1
         try:
             if self._withdraw is not None:

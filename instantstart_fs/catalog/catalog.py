@@ -82,17 +82,19 @@ class Catalog:
         self.pipelines: dict[str, Pipeline] = {}
         self.nodes = NodeTable()
         self.passthrough = False
-        """Whether the mount lets the kernel read complete files itself (vfs.Vfs.use_passthrough)."""
+        """Whether the mount lets the kernel read complete files itself. The mount sets it by vfs.Vfs.use_passthrough:
+        it knows only after it has negotiated with the kernel (FUSE_INIT), which needs a loaded catalog to answer from.
+        So it is no argument of the constructor."""
         self.retire = retire
         self.bind_gate = bind_gate or BindGate()
         self.without_summary: set[str] = set()
-        """Pipelines that the index surely has no summary of; see ``mark``."""
+        """Pipelines that the index surely has no summary of; see ``invalidate_summary``."""
         self.dirty_at_start: list[Pipeline] = []
-        """Of those that ``load`` found: what had no summary, and may hold what a crash left."""
+        """The pipelines that ``load`` found without a summary. They may hold what a crash left."""
         self.pending_deletions: list[tuple[str, int]] = []
-        """(pipeline, bytes of disk): what is out of view and not deleted yet."""
+        """(pipeline, bytes of disk) of everything that is out of view and not deleted yet."""
         self._loading: dict[UnloadedGeneration, trio.Event] = {}
-        """What is being read in a thread."""
+        """The generations that a thread is reading now, with the event of the reading's end."""
         self.records = Records(store, index)
         self.nodeids = NodeidSupply(index)
         self.reader = GenerationReader(store, index, open_origin)
@@ -168,7 +170,8 @@ class Catalog:
         pipeline.failure = Failure(error, self.now_ns(), final=True)
 
     async def ensure_loaded(self, pipeline: Pipeline) -> Generation | None:
-        """``pipeline.current``, read in a thread where it is not in memory. All who ask meanwhile share one reading."""
+        """Return ``pipeline.current``, read in a thread if it is not in memory. All who ask meanwhile share one
+        reading. Returns None if the pipeline was removed, or if it cannot be read (then its ``failure`` says why)."""
         while isinstance(unloaded := pipeline.head, UnloadedGeneration) and not pipeline.removed:
             under_way = self._loading.get(unloaded)
             if under_way is not None:
@@ -212,7 +215,7 @@ class Catalog:
             pipeline.failure = Failure(error, self.now_ns(), final=False)
 
     def _put_in_place(self, unloaded: UnloadedGeneration, read: Generation | InstantStartError) -> Generation | None:
-        """``read`` is what ``unloaded`` stands for, or why that cannot be read."""
+        """Replace ``unloaded`` by the generation that was read, or record the error that kept it from being read."""
         self.nodes.drop_unloaded(unloaded)
         if isinstance(read, InstantStartError):
             self._unreadable(unloaded.pipeline, read)
@@ -260,7 +263,7 @@ class Catalog:
                 generation.end()
 
     def _shared_with_current(self, draining: Generation) -> frozenset[int]:
-        """Which of its files the current generation shares."""
+        """Return the indices of the files of ``draining`` that the current generation shares."""
         current = draining.pipeline.current
         if current is None:
             return frozenset()
@@ -290,7 +293,7 @@ class Catalog:
 
     @asynccontextmanager
     async def making(self, pipeline: Pipeline, manifest: Manifest) -> AsyncIterator[Generation]:
-        """``new_generation``, which is let go of unless it is shown at the end."""
+        """Make a generation (see ``new_generation``), and release it after the block unless it is shown by then."""
         made = await self.new_generation(pipeline, manifest)
         try:
             yield made
@@ -319,7 +322,7 @@ class Catalog:
     # -- finding -------------------------------------------------------------------------------------------------
 
     def pipeline(self, pipeline_id: str) -> Pipeline:
-        """Raises PipelineNotFound."""
+        """Return the pipeline of that id. Raises PipelineNotFound."""
         found = self.pipelines.get(pipeline_id)
         if found is None:
             raise PipelineNotFound(
@@ -328,7 +331,7 @@ class Catalog:
         return found
 
     def file(self, key: FileKey) -> CachedFile | None:
-        """The present incarnation of that file, also of a generation that is draining; None when it is gone."""
+        """Return the present incarnation of that file, also of a generation that is draining; None if there is none."""
         pipeline = self.pipelines.get(key.pipeline)
         for generation in pipeline.generations() if pipeline is not None else ():
             if generation.number == key.generation:
@@ -446,7 +449,8 @@ class Catalog:
         self.nodes.drop_generation(generation)
 
     def replace_file(self, old: CachedFile, reason: InstantStartError) -> CachedFile:
-        """A new, absent incarnation in the place of ``old``, under a nodeid of its own. Handles keep the old one."""
+        """Put a new, absent incarnation in the place of ``old``, under a nodeid of its own, and return it. Open handles
+        keep the old one."""
         generation = old.generation
         old.stale_error = reason
         self.nodes.drop_file(old.nodeid)

@@ -27,13 +27,13 @@ from instantstart_fs.errors import InstantStartError
 log = logging.getLogger(__name__)
 
 QUIET_SECONDS = 30.0
-"""With no weight file open for so long, the next open of one is another start."""
+"""Seconds without an open weight file after which the next open belongs to another start."""
 RETRY_SECONDS = 10.0
 
 
 class _Start:
-    """``last``: when a weight file was opened, or closed; ``opened``: weight files, by path, in the order of their
-    first opens; ``learned``: paths that this start has added."""
+    """One engine's start. ``last``: when a weight file was last opened or closed; ``opened``: weight files, by path, in
+    the order of their first opens; ``learned``: paths that this start has added."""
 
     __slots__ = ("last", "learned", "opened")
 
@@ -51,7 +51,7 @@ class LoadSetLearner:
         self._clock = clock
         self._starts: dict[Pipeline, _Start] = {}
         self._aside: dict[Pipeline, tuple[int, set[int]]] = {}
-        """Of each pipeline: (generation, files opened since the last start ended that an engine has no use for)."""
+        """Pipeline → (generation, files outside the load set that were opened since the last start ended)."""
         self._unsaved: dict[Pipeline, None] = {}
         self._failing = False
         self._wake = trio.Event()

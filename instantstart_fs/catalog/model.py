@@ -118,7 +118,7 @@ class CachedFile:
         return self.complete and self.stale_error is None and self.size > 0
 
     def chunk_map(self) -> ChunkMap:
-        """A fresh map of what was durable when this incarnation was loaded."""
+        """Return a new map of the chunks that were durable when this incarnation was loaded."""
         return ChunkMap(self.size, self.generation.manifest.chunk_size, self.bitmap or None)
 
     @property
@@ -157,23 +157,23 @@ class Generation(Account):
         self.tree = Tree(manifest.files, [model.name for model in manifest.models])
         self.sorted_with = pipeline.learned.wanted
         self.known = sort_files(manifest.files, self._hints())
-        """Which files are its load set, which are weights, what is left out; ``sorted_with``: and what was learned."""
+        """The files sorted into load set, weights, left out; ``sorted_with``: with which learned facts."""
         self._in_load_set: Collection[int] = frozenset(self.known.order)
         self.load_bytes = sum(manifest.files[index].file.size for index in self.load_set)
         self.total_bytes = manifest.total_bytes
         self.files: list[CachedFile] = []
         self.handles = 0
         self.retainers = 0
-        """How many count on finding this very object again in its pipeline; see ``kept``."""
+        """How many callers count on finding this very object in its pipeline again; see ``retained``."""
         self._ended = False
         self.eviction_done: trio.Event | None = None
-        """Set while the store's files are being taken away (eviction): fills wait for it."""
+        """The event that fills wait for. It exists while an eviction removes the store's files."""
         self.suspect = False
-        """Whether the store has lost something of it, and perhaps what its slot says of itself."""
+        """Whether the store has lost a file of this generation, and perhaps its slot's metadata too."""
         self.checked_at = -math.inf
-        """When that was looked at last; trio.current_time()."""
+        """When the slot was last checked, by trio.current_time()."""
         self.owed_index_write: Callable[[WriteTxn], None] | None = None
-        """What an eviction could not write: until then the index may speak of bytes that are gone."""
+        """The index write that an eviction could not make; until then the index may name bytes that were deleted."""
         self._root_nodeids = {
             self.tree.child(0, name) if name else 0: nodeid for name, nodeid in pipeline.directory_nodeids.items()
         }
@@ -198,7 +198,7 @@ class Generation(Account):
 
     @property
     def undecided(self) -> int:
-        """How many variants there are to choose one from; 0 if no choice is needed."""
+        """The number of variants of which one has to be chosen; 0 if no choice is needed."""
         if not self.known.open:
             return 0
         # An earlier version fetched all variants: whichever the engine loads is here.
@@ -243,7 +243,7 @@ class Generation(Account):
         return " ".join(model.revision for model in self.manifest.models)
 
     def subdirectories(self, nodeid: int) -> int | None:
-        """How many directories the directory of a constant nodeid has; None if this generation lacks it."""
+        """Return how many subdirectories the directory of a constant nodeid has; None if this generation lacks it."""
         node = self.node_of_root(nodeid)
         return None if node is None else self.tree.subdirectories(node)
 
@@ -311,7 +311,7 @@ class Generation(Account):
         )
 
     def set_absent(self) -> None:
-        """All files absent, incarnation 0, with the default nodeids of this generation's block."""
+        """Make all files absent, of incarnation 0, under the default nodeids of this generation's block."""
         self.files = [
             CachedFile(self, entry, FileState.ABSENT, 0, self.default_file_nodeid(entry.index), b"")
             for entry in self.manifest.files
@@ -360,37 +360,37 @@ class Pipeline:
         self.pinned = pinned
         self.created_at_ns = created_at_ns
         self.grown_at_ns = created_at_ns
-        """When the last byte came, as far as this daemon saw it."""
+        """When this daemon last saw a byte come in: wall clock, ns."""
         self._head: Generation | UnloadedGeneration | None = None
         self.used_at = time.monotonic()
-        """When somebody last looked into it, seconds."""
+        """When somebody last looked into the pipeline, by time.monotonic()."""
         self.changes = 0
-        """How many are changing its files without its lock; see ``changing``."""
+        """How many tasks are changing its files without its lock; see ``changing``."""
         self.leftovers = False
         """Whether bytes may lie in the store that no record speaks of: the next start gives them back."""
         self.draining: list[Generation] = []
         """Superseded generations that somebody still holds open."""
         self.leases = 0
         self.lessees: list[Lessee] = []
-        """Those of the leases whose holder is known."""
+        """The processes that hold leases, as far as they are known."""
         self._failure: Failure | None = None
         self.on_failure: Callable[[Pipeline], None] = lambda pipeline: None
-        """Told when ``failure`` was set or lifted."""
+        """Called when ``failure`` was set or lifted."""
         self.uncached: Uncached | None = None
         self.scrubbed = ScrubProgress()
-        """How far the scrub has come with it (upkeep/scrub.py)."""
+        """How far the scrub has come with this pipeline (upkeep/scrub.py)."""
         self.learned = Learned()
-        """What engines were seen to load (catalog/loadset_learner.py)."""
+        """The load-set facts that were learned from engines (catalog/loadset_learner.py)."""
         self.learned_read = True
         """Whether that is what the store has of it; else it is read with the manifest."""
         self.startup_bytes = 0
         """Bytes of disk that its startup caches take (serving/startupcaches.py)."""
         self.startup_promised = 0
-        """Bytes of those that are being saved: what has come of each, and what may still come."""
+        """Bytes of disk promised to startup caches that are being saved: what has come, and what may still come."""
         self.access = Access()
-        """What its origins said last to its credentials (upkeep/access_recheck.py)."""
+        """The last answer of its origins to its credentials (upkeep/access_recheck.py)."""
         self.hidden: str | None = None
-        """Why it is out of view: nobody finds it in the mount, and nothing of it is opened."""
+        """The reason why it is hidden, or None. A hidden pipeline is not found in the mount, nor its files opened."""
         self.lock = trio.Lock()
         """Held by add, update, evict and remove: one of them at a time."""
         self.removed = False
@@ -430,7 +430,7 @@ class Pipeline:
 
     @property
     def head(self) -> Generation | UnloadedGeneration | None:
-        """``current``, or its summary if it is not in memory. Never reads. For walks over all pipelines."""
+        """The current generation, or its summary if it is not in memory. Never reads: for walks over all pipelines."""
         return self._head
 
     @contextmanager
@@ -452,7 +452,7 @@ class Pipeline:
         return self.root_nodeid + 1
 
     def check_visible(self) -> None:
-        """Raises AccessRefused while it is out of view."""
+        """Raise AccessRefused if the pipeline is hidden."""
         if self.hidden is not None:
             raise AccessRefused(self.hidden)
 
@@ -462,11 +462,11 @@ class Pipeline:
 
     @property
     def allocated(self) -> int:
-        """Bytes of disk that its files and its startup caches take."""
+        """The bytes of disk that its files and its startup caches take."""
         return self.startup_bytes + self.startup_promised + sum(generation.own_allocated for generation in self.heads())
 
     def current_nowait(self) -> Generation | None:
-        """``current`` without reading. Raises NotLoaded if it is not in memory."""
+        """Return ``current`` without reading. Raises NotLoaded if it is not in memory."""
         self.used_at = time.monotonic()
         if isinstance(self._head, UnloadedGeneration):
             raise NotLoaded(self.id)

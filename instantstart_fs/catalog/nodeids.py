@@ -11,7 +11,7 @@ SPARE_NODEIDS = 4096
 
 
 class NodeidSupply:
-    """On the trio thread, unless said otherwise."""
+    """The supply of unused nodeids. Use it on the trio thread, unless a method says otherwise."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -21,11 +21,11 @@ class NodeidSupply:
         return self._index.write_sync(lambda txn: txn.reserve_nodeids(count), patience=self._index.commit_deadline)
 
     async def reserve(self, count: int) -> int:
-        """The first of ``count`` consecutive nodeids that were never used before and never will be again."""
+        """Return the first of ``count`` consecutive nodeids that were never used before and never will be again."""
         return await self._index.write(lambda txn: txn.reserve_nodeids(count))
 
     def fill(self) -> None:
-        """Blocks."""
+        """Reserve a whole stock of spare nodeids. Blocks."""
         self._spare = _evens(self._reserve_now(SPARE_NODEIDS))
 
     async def top_up(self) -> None:
@@ -34,7 +34,8 @@ class NodeidSupply:
             self._spare = _evens(await self.reserve(SPARE_NODEIDS))
 
     def spare(self) -> int:
-        """One fresh nodeid, at once. Even, so that its odd neighbour is free for the file's other I/O mode."""
+        """Return one unused nodeid at once. It is even, so that its odd neighbour is free for the file's other I/O
+        mode."""
         if len(self._spare) == 0:
             self.fill()
         nodeid, self._spare = self._spare[0], self._spare[1:]

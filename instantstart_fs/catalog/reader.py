@@ -17,7 +17,7 @@ PATIENCE_TRIES, PATIENCE_SECONDS = 20, 0.25
 
 
 class GenerationReader:
-    """``read_whole``: how many generations were read from their manifests."""
+    """Reads generations from store and index. ``read_whole``: how many it has read so far."""
 
     def __init__(self, store: BlobStore, index: Index, open_origin: OpenOrigin) -> None:
         self._store = store
@@ -26,7 +26,7 @@ class GenerationReader:
         self.read_whole = 0
 
     def read_patiently(self, unloaded: UnloadedGeneration) -> Generation:
-        """``read_unloaded``, repeated for some seconds while descriptors or memory are short."""
+        """Call ``read_unloaded``, and repeat it for some seconds while descriptors or memory are short."""
         for _ in range(PATIENCE_TRIES):
             try:
                 return self.read_unloaded(unloaded)
@@ -35,7 +35,8 @@ class GenerationReader:
         return self.read_unloaded(unloaded)
 
     def read_unloaded(self, unloaded: UnloadedGeneration) -> Generation:
-        """Blocks, and may run in a thread: it changes nothing. Raises InstantStartError."""
+        """Read the generation that ``unloaded`` stands for, with its counts. Blocks, and may run in a thread: it
+        changes nothing. Raises InstantStartError."""
         with gc_paused(unloaded.file_count):
             generation = self.read(unloaded.pipeline, unloaded.number)
             with _ended_unless_done(generation):

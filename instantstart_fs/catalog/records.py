@@ -21,17 +21,17 @@ from instantstart_fs.store.blobstore import BlobStore
 log = logging.getLogger(__name__)
 
 UPKEEP_SECONDS = 1.0
-"""Between two writes of pipelines' errors: an origin that comes and goes costs a write a second at most."""
+"""Seconds between two writes of pipelines' errors: an origin that comes and goes costs one write a second at most."""
 
 
 class Records:
-    """On the trio thread."""
+    """Writes what a restart must know of pipelines. Use it on the trio thread."""
 
     def __init__(self, store: BlobStore, index: Index) -> None:
         self._store = store
         self._index = index
         self._unsaved: dict[str, Pipeline] = {}
-        """Whose error the index does not know yet."""
+        """The pipelines whose error the index does not know yet."""
         self._saving = trio.Event()
 
     @staticmethod
@@ -64,7 +64,7 @@ class Records:
             await trio.sleep(UPKEEP_SECONDS)
 
     async def save_failures(self) -> None:
-        """Raises StoreError."""
+        """Write all changed errors now. Raises StoreError."""
         self._saving = trio.Event()
         while self._unsaved:
             _, pipeline = self._unsaved.popitem()

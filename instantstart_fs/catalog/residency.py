@@ -25,13 +25,13 @@ from instantstart_fs.store.layout import generation_number
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 15.0
-"""Between two looks: by then the kernel was told of the last change (Catalog.expire_names relies on that)."""
+"""Seconds between two looks. By then the kernel was told of the last change (Catalog.expire_names relies on that)."""
 MOST_FILES = 200_000
-"""Files that stay in memory though nobody uses them: some 200 MB."""
+"""How many files of unused generations stay in memory: some 200 MB."""
 IDLE_SECONDS = 60.0
 """A generation stays loaded for so long after its last use, however many files are in memory."""
 BATCH = 256
-"""Summaries that one transaction takes, and pipelines between two pauses."""
+"""How many summaries one transaction takes, and how many pipelines are looked at between two pauses."""
 
 
 class Residency:

@@ -90,7 +90,7 @@ async def _restore_slot(catalog: Catalog, generation: Generation) -> None:
 
 
 def _is_there(catalog: Catalog, file: CachedFile) -> bool:
-    """Blocks."""
+    """Return whether the store has the file. Blocks."""
     try:
         blob = catalog.store.existing_blob(*file.triple[:2], file.entry.path)
     except StoreLost:

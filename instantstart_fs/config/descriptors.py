@@ -27,13 +27,13 @@ def raise_file_limit() -> None:
 
 
 def limit() -> int:
-    """How many descriptors this process may have."""
+    """Return how many descriptors this process may have."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft if soft != resource.RLIM_INFINITY else 1 << 30
 
 
 def reserve() -> int:
-    """How many are kept for the daemon's own work: a quarter, of a large limit MOST_RESERVED."""
+    """Return how many descriptors are kept for the daemon's own work: a quarter, of a large limit MOST_RESERVED."""
     return min(limit() // 4, MOST_RESERVED)
 
 
@@ -58,7 +58,7 @@ def may_connect(fd: int) -> bool:
 
 
 def held(fd: int, *, spare: bool = False) -> int:
-    """``fd``, if it may be held; otherwise closes it and raises OSError (EMFILE)."""
+    """Return ``fd`` if it may be held. Otherwise close it and raise OSError (EMFILE)."""
     if may_be_held(fd, spare=spare):
         return fd
     os.close(fd)

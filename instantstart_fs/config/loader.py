@@ -378,7 +378,8 @@ def _is_our_mount(path: str) -> bool:
 
 
 def _path_problem(path: str) -> str | None:
-    """Why ``path`` can be neither used nor made, or None. A stale mount counts as not there: the daemon clears it."""
+    """Return why ``path`` can be neither used nor made, or None. A stale mount counts as absent: the daemon clears
+    it."""
     if _is_our_mount(path):
         return None
     probe = path

@@ -48,7 +48,7 @@ def _keys(kind: type[Any]) -> list[str]:
 
 
 class At:
-    """Raises ConfigErrors that say where: in ``file`` (None: in no file, but an option or a default), at a key."""
+    """Raises ConfigErrors that name the place: a key in ``file`` (None: in no file, but an option or a default)."""
 
     def __init__(self, file: str | None) -> None:
         self.where = file or "configuration"
@@ -67,8 +67,8 @@ class At:
         return os.path.normpath(expanded)
 
     def secret_file(self, key: str, value: str | None) -> str | None:
-        """Not looked at here: warm pipelines start with no credentials at hand. `doctor`, and the first request to the
-        origin, say what is wrong with it."""
+        """Return the path of a secret, unread: warm pipelines start with no credentials at hand. `doctor`, and the
+        first request to the origin, say what is wrong with it."""
         return None if value is None else self.path(key, value)
 
     def url(self, key: str, value: str | None) -> None:
@@ -80,7 +80,7 @@ class At:
         self.require(problem is None, key, problem or "")
 
     def parsed(self, key: str, parse: Callable[[_V], _R], value: _V) -> _R:
-        """``parse(value)``; its UsageError is told with the place."""
+        """Return ``parse(value)``. Its UsageError is raised with the place."""
         try:
             return parse(value)
         except UsageError as error:

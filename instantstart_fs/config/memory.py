@@ -13,13 +13,14 @@ import msgspec
 from instantstart_fs.system.mountinfo import parse_mountinfo
 
 _UNLIMITED = 1 << 60
-"""Bytes. v1 writes a number near 2^63 where there is no limit; and what is taken where nothing can be read."""
+"""Bytes from which a limit counts as none: version 1 of cgroups writes a number near 2^63. Also the answer where
+nothing can be read."""
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """Bytes. ``available``: MemAvailable. ``cgroups_left``: of each enclosing memory cgroup that has a limit, how much
-    it may still take without reclaiming what is in use: its limit less its usage, inactive page cache not counted, and
-    where it was asked for, none of the page cache."""
+    """Free memory, in bytes. ``available``: MemAvailable. ``cgroups_left``: for each enclosing memory cgroup with a
+    limit, how much it may still take without reclaiming memory in use: its limit less its usage. Inactive page cache
+    does not count as usage; on request, no page cache does."""
 
     available: int
     cgroups_left: tuple[int, ...] = ()
@@ -46,7 +47,7 @@ def read_memory(root: str = "/", *, active: bool = False) -> Memory:
 
 
 def _memory_cgroups(root: str) -> list[tuple[int, str, str]]:
-    """(version, mountpoint, path below it) of this process's cgroup in each hierarchy that may limit memory."""
+    """Return (version, mountpoint, path below it) of this process's cgroup in each hierarchy that may limit memory."""
     paths: dict[int, str] = {}
     for line in _text(root, "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")

@@ -79,7 +79,8 @@ def read_pipeline(name: str, table: Mapping[str, Any] | PipelineTable, file: str
 
 
 def _model(text: str, name: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> ModelSpec:
-    """By the rules of ``add``, but for paths that begin with a dot: a file has no directory of its own to mean."""
+    """Read a model by the rules of ``add``, except for paths that begin with a dot: a file has no directory of its own
+    to resolve them in."""
     from instantstart_fs.core.pasted import understand  # late: only a configured pipeline needs it
 
     pasted = understand(text, home=os.path.expanduser("~"))

@@ -22,7 +22,7 @@ def default_mount() -> str:
 
 
 def spare_mount() -> str:
-    """Where the daemon that `mount` starts mounts when something else lies at ``default_mount``."""
+    """Return where the daemon that `mount` starts mounts if something else lies at ``default_mount``."""
     return os.path.join(run_directory(), "models")
 
 
@@ -59,8 +59,8 @@ def run_directory() -> str:
 
 
 def make_run_directory(directory: str) -> None:
-    """``directory``, below which sockets lie, passable for all. Where it is the default one and this user's own, one
-    that was made too private is opened, unless systemd made it: its modes are the unit's. Raises OSError."""
+    """Make ``directory``, below which sockets lie, passable for all. If it is the default one and this user's own, and
+    was made too private, it is opened, unless systemd made it: its modes are the unit's. Raises OSError."""
     make_directory(directory)
     given = os.environ.get("RUNTIME_DIRECTORY", "").split(":")
     if directory == run_directory() and directory not in given:
@@ -78,7 +78,8 @@ def machine_socket() -> str:
 
 
 def find_socket(given: str | None = None) -> str:
-    """``given``, else $INSTANTSTART_SOCKET, else this user's socket, else the machine's where only that is there."""
+    """Return ``given``, else $INSTANTSTART_SOCKET, else this user's socket, else the machine's if only that one is
+    there."""
     if given or os.environ.get("INSTANTSTART_SOCKET"):
         return given or os.environ["INSTANTSTART_SOCKET"]
     own = default_socket()

@@ -26,7 +26,7 @@ class Capacity(msgspec.Struct, frozen=True):
     fraction: float | None = None
 
     def of(self, total: int) -> int:
-        """In bytes, given the whole."""
+        """Return the capacity in bytes, given the whole."""
         return self.bytes if self.bytes is not None else int(total * (self.fraction or 0.0))
 
 
@@ -36,7 +36,8 @@ class MountConfig(msgspec.Struct, frozen=True):
 
 
 class StoreConfig(msgspec.Struct, frozen=True):
-    """``capacity``: how much of the filesystem the store may use. Watermarks are fractions of the capacity.
+    """The [store] section. ``capacity``: how much of the filesystem the store may use. Watermarks are fractions of the
+    capacity.
 
     ``min_free``: how much of the filesystem stays free for its other users. ``scrub``: seconds within which every
     complete file is read again and compared, None = never; ``scrub_rate``: bytes a second at most.
@@ -62,7 +63,8 @@ class FillConfig(msgspec.Struct, frozen=True):
 
     @property
     def worker_count(self) -> int:
-        """How many fetch processes: as configured, or one per core, at least 2 and at most MAX_AUTO_WORKERS."""
+        """Return how many fetch processes to run: as configured, or one per core, at least 2 and at most
+        MAX_AUTO_WORKERS."""
         if self.workers == "auto":
             return min(MAX_AUTO_WORKERS, max(2, len(os.sched_getaffinity(0))))
         return self.workers
@@ -112,15 +114,16 @@ class HttpConfig(msgspec.Struct, frozen=True):
 
 
 class HuggingFaceConfig(msgspec.Struct, frozen=True):
-    """None leaves it to HF_ENDPOINT, HF_TOKEN and huggingface_hub's own files."""
+    """The settings of Hugging Face. None leaves a setting to HF_ENDPOINT, HF_TOKEN and huggingface_hub's own files."""
 
     endpoint: str | None = None
     token_file: str | None = None
 
 
 class S3Config(msgspec.Struct, frozen=True):
-    """None leaves it to boto3: AWS_* and ~/.aws. ``anonymous``: no credentials are looked for; ``requester_pays``:
-    whose they are pays for the requests; ``etags_are_md5``: False where an engine's only look like it."""
+    """The settings of S3. None leaves a setting to boto3: AWS_* and ~/.aws. ``anonymous``: no credentials are looked
+    for; ``requester_pays``: the owner of the credentials pays for the requests; ``etags_are_md5``: False if the
+    server's ETags only look like MD5."""
 
     endpoint_url: str | None = None
     region_name: str | None = None
@@ -134,10 +137,10 @@ OnRefusal = Literal["hide", "report"]
 
 
 class OriginsConfig(msgspec.Struct, frozen=True):
-    """``recheck_access``: seconds between two questions whether a pipeline's credentials may still fetch its source,
-    None = it is never asked; ``on_refusal``: whether it then goes out of view, or is only told of. ``allow_private``:
-    hosts, addresses and networks, beside the endpoints, that an origin may send the daemon to though they are private.
-    """
+    """The settings of all origins. ``recheck_access``: seconds between two checks whether a pipeline's credentials may
+    still fetch its source, None = no checks; ``on_refusal``: whether a refused pipeline is hidden or only reported.
+    ``allow_private``: private hosts, addresses and networks, beside the endpoints, that an origin may redirect the
+    daemon to."""
 
     huggingface: HuggingFaceConfig = HuggingFaceConfig()
     s3: S3Config = S3Config()
@@ -147,7 +150,7 @@ class OriginsConfig(msgspec.Struct, frozen=True):
 
 
 class UpstreamConfig(msgspec.Struct, frozen=True):
-    """Another region's tier. What is None is as in RegionalConfig."""
+    """Another region's tier. None means the same as in RegionalConfig."""
 
     url: str
     endpoint_url: str | None = None

@@ -27,7 +27,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_size(value: str | int) -> int:
-    """Bytes from 8388608, "8MiB" (1024s), "8MB" (1000s) or "8M" (1024s, as in GNU tools). Raises ConfigError."""
+    """Return bytes from 8388608, "8MiB" (1024s), "8MB" (1000s) or "8M" (1024s, as in GNU tools). Raises ConfigError."""
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     else:
@@ -41,7 +41,7 @@ def parse_size(value: str | int) -> int:
 
 
 def parse_rate(value: str | int) -> int:
-    """Bytes a second, as a size. Raises ConfigError; also for one so small that nothing would ever end."""
+    """Return bytes a second from a size. Raises ConfigError, also for a rate so small that nothing would ever end."""
     rate = parse_size(value)
     if rate < MIN_RATE:
         raise ConfigError(f"{_brief(value)} is less than 1MB a second: a terabyte would take weeks")
@@ -87,7 +87,7 @@ def parse_duration(value: str | float) -> float:
 
 
 def parse_interval(value: str | float) -> float | None:
-    """How often: None from "off", else a duration of a second at least. Raises ConfigError."""
+    """Return seconds: None from "off", else a duration of a second at least. Raises ConfigError."""
     if value == "off":
         return None
     try:
@@ -113,7 +113,7 @@ def parse_mode(value: str | int) -> int:
 
 
 def parse_owner(value: str) -> tuple[int, int]:
-    """(uid, gid) from "1000:1000", "alice:ml" or "alice" (her own group). Raises ConfigError."""
+    """Return (uid, gid) from "1000:1000", "alice:ml" or "alice" (her own group). Raises ConfigError."""
     import grp
     import pwd
 

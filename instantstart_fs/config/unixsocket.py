@@ -18,9 +18,9 @@ from typing import NamedTuple, Protocol
 from instantstart_fs.config.directories import make_directory
 
 SO_PEERGROUPS = 59
-"""From asm-generic/socket.h; Python's socket module does not name it."""
+"""The socket option's number in asm-generic/socket.h. Python's socket module does not name it."""
 MAX_PATH = 107
-"""Bytes: sun_path with its NUL."""
+"""The longest path of a unix socket, in bytes: sun_path with its NUL has one more."""
 PROBE_SECONDS = 1.0
 _TIMEVAL = struct.Struct("@ll")
 

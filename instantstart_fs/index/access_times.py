@@ -32,7 +32,8 @@ def clamp(stored_ns: int, now_ns: int) -> int:
 
 
 class AccessTimes:
-    """``interval``: seconds between two writes. ``clock``: the wall clock, ns."""
+    """Keeps when pipelines and files were last used. ``interval``: seconds between two writes. ``clock``: the wall
+    clock, ns."""
 
     def __init__(self, index: Index, interval: float = 2.0, *, clock: Callable[[], int] = time.time_ns) -> None:
         self._index = index
@@ -74,13 +75,13 @@ class AccessTimes:
             self.record_request(pipeline, now)
 
     def last_request(self, pipeline: str) -> int | None:
-        """When the pipeline was last requested, ns; None if never."""
+        """Return when the pipeline was last requested, ns; None if never."""
         stored = self._requests.get(pipeline)
         return None if stored is None else clamp(stored, self._clock())
 
     def last_access(self, pipeline: str, generation: int, index: int) -> int | None:
-        """When the file was last read, ns; None if never. From memory, or a lookup in the mapped index
-        (microseconds)."""
+        """Return when the file was last read, ns; None if never. The answer comes from memory, or from a lookup in the
+        mapped index (microseconds)."""
         file = (pipeline, generation, index)
         stored = self._reads.get(file, self._writing.get(file))
         if stored is None:

@@ -53,7 +53,7 @@ _RESERVE = 2 << 20
 _CLOSE_DEADLINE = 60.0
 """Seconds that ``close`` waits for queued operations."""
 _STUCK_DEADLINE = 5.0
-"""The same after ``give_up``."""
+"""Seconds that ``close`` waits after ``give_up``."""
 COMMIT_DEADLINE = 30.0
 """Seconds after which a commit counts as stuck: a healthy disk takes milliseconds, an overloaded one seconds, and a
 disk that is gone never answers."""

@@ -33,8 +33,8 @@ from instantstart_fs.core.scrub import ScrubProgress
 from instantstart_fs.errors import StoreDamaged
 
 FORMAT = 2
-"""Of the whole index; a newer one is refused, an older one migrated at open. 2: whatever changes a pipeline's files
-deletes its summary, which a version without summaries would not do."""
+"""The format of the whole index. A newer one is refused, an older one is migrated at open. Since 2, every change of a
+pipeline's files deletes its summary; a version without summaries would not do so."""
 
 DATABASES = ("meta", "pipelines", "generations", "files", "requests", "atimes", "coldstarts", "upkeep", "summaries")
 META_FORMAT = b"format"
@@ -51,7 +51,8 @@ _U64 = struct.Struct(">Q")
 
 
 class PipelineRecord(msgspec.Struct, frozen=True, array_like=True):
-    """``generation``: the current one, 0 = none yet. ``next_generation``: the number that the next resolve takes.
+    """A pipeline. ``generation``: the current one, 0 = none yet. ``next_generation``: the number that the next resolve
+    takes.
 
     ``created_at_ns``: wall clock. ``directory_nodeids``: "" and each model's name → the nodeid of its directory,
     constant for the pipeline's life.
@@ -66,7 +67,7 @@ class PipelineRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
-    """``nodeid_base``: the first of the block of nodeids reserved for this generation's tree. ``chunk_size``: bytes."""
+    """A generation. ``nodeid_base``: the first of the block of nodeids reserved for its tree. ``chunk_size``: bytes."""
 
     pipeline: str
     number: int
@@ -76,10 +77,10 @@ class GenerationRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FileRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """``state``: a ``FileState`` value. ``incarnation`` counts up with every poisoning and eviction. ``nodeid``: 0 =
-    what the generation's block gives it. ``bitmap``: durable presence (``ChunkMap.to_bytes``), empty when sealed or
-    absent. ``allocated``: bytes of disk that a complete file takes, its attributes' block included; 0 = not known.
-    """
+    """The state of a file. ``state``: a ``FileState`` value. ``incarnation`` counts up with every poisoning and
+    eviction. ``nodeid``: 0 = what the generation's block gives it. ``bitmap``: durable presence
+    (``ChunkMap.to_bytes``), empty when sealed or absent. ``allocated``: bytes of disk that a complete file takes, its
+    attributes' block included; 0 = not known."""
 
     state: str
     incarnation: int = 0
@@ -159,7 +160,7 @@ def _damaged(what: str, error: Exception) -> StoreDamaged:
 
 
 def decode_pipeline(value: bytes) -> PipelineRecord:
-    """Raises StoreDamaged, as all decoders here."""
+    """Decode a pipeline's record. Raises StoreDamaged, as all decoders here."""
     try:
         return _pipeline_decoder.decode(value)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -230,7 +231,7 @@ def pipeline_prefix(pipeline: str) -> bytes:
 
 
 def generation_key(pipeline: str, generation: int) -> bytes:
-    """Also the prefix of the generation's files."""
+    """Return the key of a generation. It is also the prefix of the keys of its files."""
     return pipeline_prefix(pipeline) + _GENERATION.pack(generation)
 
 
@@ -243,7 +244,7 @@ def cold_start_key(pipeline: str, started_ns: int) -> bytes:
 
 
 def parse_file_key(key: bytes) -> tuple[str, int, int]:
-    """(pipeline, generation, index). Raises StoreDamaged."""
+    """Return (pipeline, generation, index). Raises StoreDamaged."""
     try:
         pipeline, _, rest = key.partition(b"\0")
         generation, index = _FILE.unpack(rest)

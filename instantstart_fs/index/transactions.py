@@ -51,7 +51,7 @@ class ReadTxn:
         return None if value is None else schema.decode_pipeline(value)
 
     def pipelines(self) -> Iterator[PipelineRecord]:
-        """All pipelines, by id."""
+        """Yield all pipelines, by id."""
         for _, value in self._scan("pipelines"):
             yield schema.decode_pipeline(value)
 
@@ -65,12 +65,12 @@ class ReadTxn:
             yield schema.decode_generation(value)
 
     def get_file(self, pipeline: str, generation: int, index: int) -> FileRecord | None:
-        """None: absent, never filled."""
+        """Return the file's record; None for a file that is absent and was never filled."""
         value = self._get("files", schema.file_key(pipeline, generation, index))
         return None if value is None else schema.decode_file(value)
 
     def files(self, pipeline: str, generation: int) -> Iterator[tuple[int, FileRecord]]:
-        """(index, record) of each file that has one, ascending: one range scan."""
+        """Yield (index, record) of each file that has one, ascending: one range scan."""
         for key, value in self._scan("files", schema.generation_key(pipeline, generation)):
             yield schema.parse_file_key(key)[2], schema.decode_file(value)
 
@@ -88,17 +88,17 @@ class ReadTxn:
         return None if value is None else schema.decode_u64(value)
 
     def accesses(self, pipeline: str, generation: int) -> Iterator[tuple[int, int]]:
-        """(index, ns) of each file that was ever read."""
+        """Yield (index, ns) of each file that was ever read."""
         for key, value in self._scan("atimes", schema.generation_key(pipeline, generation)):
             yield schema.parse_file_key(key)[2], schema.decode_u64(value)
 
     def cold_starts(self) -> Iterator[ColdStart]:
-        """All cold starts, by pipeline and time."""
+        """Yield all cold starts, by pipeline and time."""
         for _, value in self._scan("coldstarts"):
             yield schema.decode_cold_start(value)
 
     def upkeep(self) -> Iterator[tuple[str, UpkeepRecord]]:
-        """(pipeline, record), by id."""
+        """Yield (pipeline, record), by id."""
         for key, value in self._scan("upkeep"):
             yield key.decode("ascii"), schema.decode_upkeep(value)
 
@@ -107,7 +107,7 @@ class ReadTxn:
         return None if value is None else schema.decode_upkeep(value)
 
     def summaries(self) -> Iterator[tuple[str, SummaryRecord]]:
-        """(pipeline, record), by id."""
+        """Yield (pipeline, record), by id."""
         for key, value in self._scan("summaries"):
             yield key.decode("ascii"), schema.decode_summary(value)
 
@@ -217,12 +217,12 @@ class WriteTxn(ReadTxn):
         self._put("files", schema.file_key(pipeline, generation, index), schema.encode(record))
 
     def delete_file(self, pipeline: str, generation: int, index: int) -> bool:
-        """Forget a file's state (not its times); whether it had one."""
+        """Forget a file's state (not its times). Returns whether it had one."""
         self._invalidate_summary(pipeline)
         return self._delete("files", schema.file_key(pipeline, generation, index))
 
     def delete_files(self, pipeline: str, generation: int) -> int:
-        """Forget the state of all files of a generation (not their times); how many had one."""
+        """Forget the state of all files of a generation (not their times). Returns how many had one."""
         self._invalidate_summary(pipeline)
         return self._delete_range("files", schema.generation_key(pipeline, generation))
 

@@ -1,1 +1,2 @@
-"""How processes and threads of the product talk: threads with a deadline, child processes, packets and lines."""
+"""Communication between the product's processes and threads: threads with a deadline, child processes, packets and
+lines."""

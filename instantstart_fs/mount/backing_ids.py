@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class PassthroughRefused(MountFailed):
-    """This machine cannot pass reads through; the message says why. Nothing was served."""
+    """This machine cannot pass reads through. The message says why. Nothing was served."""
 
 
 class BackingIds:
-    """One backing id for each nodeid that is open, or was and may soon be again, on the connection ``fd``."""
+    """The backing ids of the connection ``fd``: one for each nodeid that is open, or was and may soon be again."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -87,7 +87,7 @@ class BackingIds:
         return identifier
 
     def unregister(self, identifier: int) -> None:
-        """Raises OSError."""
+        """Give a backing id back to the kernel. Raises OSError."""
         fcntl.ioctl(self._fd, wire.BACKING_CLOSE, struct.pack("=I", identifier))
 
     def __len__(self) -> int:

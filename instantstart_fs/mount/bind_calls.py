@@ -26,11 +26,12 @@ log = logging.getLogger(__name__)
 PREFIX: Final = "user.instantstart."
 
 Shown = tuple[int, dict[str, str]]
-"""What a bound file is to show: its access time in nanoseconds, and its extended attributes without PREFIX."""
+"""The facts that a bound file is to show: its access time in nanoseconds, and its extended attributes without
+PREFIX."""
 
 
 class BindRefused(MountFailed):
-    """This machine or process cannot bind; the message says why."""
+    """This machine or process cannot bind. The message says why."""
 
 
 class BindUnknown(BindRefused):
@@ -137,7 +138,7 @@ def unmount_below(below: str) -> None:
 
 
 def mount_table() -> tuple[mountinfo.Mount, ...]:
-    """Raises MountFailed: it takes a descriptor."""
+    """Return the mounts of this namespace. Raises MountFailed if there is no descriptor to read them with."""
     try:
         return mountinfo.mounts()
     except OSError as error:

@@ -82,7 +82,8 @@ def plan(bound: Mapping[str, BindableFile], wanted: Mapping[str, BindableFile]) 
 
 
 class Binder:
-    """``store``: the store's root. ``probe`` first, then ``run`` while the mount is served."""
+    """Makes and removes the bind mounts. ``store``: the store's root. Call ``probe`` first, then ``run`` while the
+    mount is served."""
 
     def __init__(self, bindings: Bindings | None, store: str | None) -> None:
         self._bindings = bindings
@@ -96,10 +97,10 @@ class Binder:
         self._refused: dict[BindableFile, int] = {}
         """File that could not be bound → number of tries. It is logged once, and tried at growing intervals."""
         self._lost: list[tuple[BindableFile, StoreLost]] = []
-        """Whose store file was not there, or not the one that was sealed, when it was to be bound."""
+        """Files whose store file was missing, or was not the one that was sealed, when it was to be bound."""
         self._checks = 0
         self._overdue: threading.Event | None = None
-        """Set when the last batch has ended; its deadline may have come first."""
+        """Set when the last batch has ended. Its deadline may have come first."""
         self._uncertain = False
         """Whether a batch was ever given up, or a bind could not be taken back."""
         self._fresh: list[str] = []
@@ -398,7 +399,8 @@ class Binder:
             await self._in_thread(write_shown, todo)
 
     async def _in_thread(self, work: Callable[..., _T], *args: Any) -> _T:
-        """Raises MountFailed at the deadline; until the thread has ended after all, nothing else is done."""
+        """Do ``work`` in a thread. Raises MountFailed at the deadline; then nothing else is done until that thread has
+        ended."""
         if self._overdue is not None and not self._overdue.is_set():
             raise MountFailed("the kernel is still busy with mounts that were wanted before")
         ended = self._overdue = threading.Event()

@@ -26,11 +26,11 @@ class BindEvents:
         """(st_dev, st_ino) → the file that is bound."""
         self._seen: list[tuple[BindableFile, kernel.FanEvent]] = []
         self._early: list[kernel.FanEvent] | None = None
-        """While files are being bound: events of inodes that are not in ``_files``, or not yet."""
+        """Events of inodes that are not in ``_files`` (yet). They are kept only while files are being bound."""
         self._failing = False
 
     def start(self) -> None:
-        """Raises OSError."""
+        """Begin to receive the kernel's events. Raises OSError."""
         self.fd = kernel.fanotify()
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ MAX_PAGES: Final = 256
 LARGEST_READ: Final = 16 * 1024 * 1024
 DYING_POLL: Final = 0.2
 CTX: Final[Any] = None
-"""In the place of a caller: Operations does not look at one where the kernel checks permissions itself."""
+"""Stands for a caller. Operations does not look at callers where the kernel checks permissions itself."""
 
 _Answer = Callable[["DevFuse", wire.Request], Coroutine[Any, Any, "tuple[bytes, ...]"]]
 """Makes the payload of a reply, from memory."""
@@ -62,7 +62,8 @@ _Handler = Callable[["DevFuse", wire.Request, trio.Nursery], Coroutine[Any, Any,
 
 
 class DevFuse:
-    """One connection. ``store``: a directory of the filesystem whose files are to be passed through, for the probe."""
+    """One connection to the kernel. ``store``: a directory of the filesystem whose files are to be passed through, for
+    the probe."""
 
     name = "passthrough"
 
@@ -82,7 +83,7 @@ class DevFuse:
         self._path = ""
         self._adopted = False
         self._orphans: frozenset[int] = frozenset()
-        """Nodeids that the kernel holds open and the Vfs does not know any more: nobody will say when they close."""
+        """Nodeids that the kernel holds open and the Vfs does not know any more. Nobody will say when they close."""
         self._answered: dict[int, Row] = {}
         """Serial → the row of an OPEN that an earlier daemon recorded, and may not have answered."""
         self._view = view
@@ -107,7 +108,7 @@ class DevFuse:
     # -- its life --------------------------------------------------------------------------------------------------
 
     def mount(self, path: str, *, fsname: str, subtype: str, allow_other: bool) -> None:
-        """Raises MountFailed."""
+        """Mount the filesystem at ``path``. Raises MountFailed."""
         try:
             self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             self._backings = BackingIds(self._fd)
@@ -264,7 +265,7 @@ class DevFuse:
     # -- replying --------------------------------------------------------------------------------------------------
 
     def _reply(self, unique: int, *parts: bytes | memoryview, error: int = 0) -> bool:
-        """False when nobody waits for it any more."""
+        """Send an answer. Returns False if nobody waits for it any more."""
         try:
             os.writev(self._fd, [wire.out(unique, sum(map(len, parts)), error), *parts])
         except OSError as problem:
@@ -306,7 +307,7 @@ class DevFuse:
             self._hand_in(self._keep, offer.flags)
 
     def _hand_in(self, keep: FdStore, offered: int) -> None:
-        """Before the first OPEN, so that the table knows of all."""
+        """Enter the handles that were kept. Call it before the first OPEN, so that the table knows all of them."""
         mount = mountinfo.find_mount(self._path)
         if mount is None or not offered & wire.HAS_RESEND:
             log.info("a restart will unmount: this kernel does not send requests again")

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 MOUNT_NAME: Final = "instantstart-mount"
 TABLE_NAME: Final = "instantstart-handles"
-"""Of the two descriptors in the store (FDNAME)."""
+"""Name of the two descriptors in systemd's descriptor store (FDNAME)."""
 
 FORMAT: Final = 1
 """Version of the table. Another one is refused: the mount is made again, which its readers see as an error."""
@@ -50,7 +50,7 @@ _ROW: Final = struct.Struct("=QQQq")
 _BODY: Final = struct.Struct("=QQq")
 _FIRST_ROWS: Final = 4096
 BACKING: Final = 1 << 63
-"""In the place of a handle, with the nodeid: the row of a registered backing id."""
+"""Marks the row of a registered backing id: it takes the place of a handle, beside the nodeid."""
 EPOCH_SHIFT: Final = 40
 """Handles of one daemon begin at epoch << 40: none is ever given twice in the life of a mount."""
 
@@ -95,7 +95,7 @@ class HandleTable:
 
     @classmethod
     def create(cls, terms: Terms) -> Self:
-        """Raises OSError."""
+        """Make an empty table. Raises OSError."""
         encoded = msgspec.json.encode(terms)
         fd = os.memfd_create("instantstart-handles", os.MFD_CLOEXEC)
         try:
@@ -134,7 +134,7 @@ class HandleTable:
 
     @property
     def terms(self) -> Terms:
-        """Raises HandoverRefused."""
+        """Return the terms that the table was made under. Raises HandoverRefused."""
         _, _, length, _ = _HEAD.unpack_from(self._map)
         try:
             return msgspec.json.decode(self._map[_TERMS_AT : _TERMS_AT + length], type=Terms)
@@ -235,7 +235,8 @@ class Inherited:
         return [row.nodeid for row in self.table.handles()] if self.table is not None else []
 
     def why_not(self, path: str, subtype: str) -> str | None:
-        """Why it is not to be served as the mount at ``path``; None if it may be. Never touches the mount."""
+        """Return the reason why the inherited connection cannot be served as the mount at ``path``; None if it can.
+        Never touches the mount."""
         if self.table is None:
             return self.reason
         try:
@@ -274,7 +275,8 @@ class Inherited:
 
 
 class Handover:
-    """Both ends of a restart for a session: ``store`` for the next daemon, ``inherited`` from the one before."""
+    """A session's part in a restart: ``store`` keeps things for the next daemon, ``inherited`` came from the one
+    before."""
 
     def __init__(self, store: FdStore | None = None, inherited: Inherited | None = None) -> None:
         self.store = store

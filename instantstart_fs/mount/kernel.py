@@ -35,7 +35,7 @@ CAP_SYS_ADMIN_BIT: Final = 21
 FUSERMOUNT_DEADLINE: Final = 10.0
 """Seconds."""
 SIGKILL_BIT: Final = 1 << 8
-"""Of SigPnd in /proc/PID/status."""
+"""The bit of SIGKILL in SigPnd of /proc/PID/status."""
 
 FUSECTL: Final = "/sys/fs/fuse/connections"
 
@@ -78,9 +78,9 @@ def umount(path: str, *, lazily: bool = False) -> None:
 
 
 class FanEvent(NamedTuple):
-    """What one process did to a marked file since the last read: ``opened`` (by another than this one), and a
-    description of it ended, mappings included (``closed``), or both, however often. ``inode``: (st_dev, st_ino);
-    ``mount_id``: of the mount by whose path it was opened, or UNKNOWN_MOUNT."""
+    """The accesses of one process to a marked file since the last read. ``opened``: another process than this one
+    opened it; ``closed``: a description of it ended, mappings included. Both may be set, for any number of times.
+    ``inode``: (st_dev, st_ino); ``mount_id``: the mount by whose path it was opened, or UNKNOWN_MOUNT."""
 
     inode: tuple[int, int]
     mount_id: int
@@ -97,7 +97,7 @@ _FAN_OPEN: Final = 0x20
 _FAN_METADATA: Final = struct.Struct("=IBBHQii")
 """fanotify_event_metadata: event_len, vers, reserved, metadata_len, mask, fd, pid"""
 FAN_MOST: Final = 256
-"""Events of one look."""
+"""How many events one look takes at most."""
 UNKNOWN_MOUNT: Final = -1
 _AT_FDCWD: Final = -100
 
@@ -212,7 +212,7 @@ def _write(path: str, value: str) -> None:
 
 
 def kernel_release() -> tuple[int, int]:
-    """(major, minor) of the running kernel."""
+    """Return (major, minor) of the running kernel."""
     match = re.match(r"(\d+)\.(\d+)", os.uname().release)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
@@ -264,7 +264,7 @@ def libfuse_version() -> str | None:
 
 
 def fuse_descriptors() -> frozenset[int]:
-    """This process's descriptors of /dev/fuse."""
+    """Return this process's descriptors of /dev/fuse."""
     found = set()
     names: Sequence[str] = os.listdir("/proc/self/fd")
     for name in names:

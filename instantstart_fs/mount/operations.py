@@ -59,7 +59,7 @@ IDLE_BUFFERS: Final = 32
 _UNREADABLE_FLAGS: Final = os.O_TRUNC | os.O_APPEND | os.O_CREAT
 
 ReaddirReply = Callable[[Any, bytes, "Entry", int], bool]
-"""(token, name, entry, cursor behind it) → whether it fitted."""
+"""(token, name, entry, cursor behind it) → whether the entry fitted."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -144,7 +144,8 @@ def _hidden(attributes: Attributes, caller: Caller) -> bool:
 
 
 class Entry(EntryAttributes):
-    """``nodeid``: pyfuse3 takes st_ino for it, and is only given nodes where they are the same."""
+    """The attributes of a node. ``nodeid``: pyfuse3 takes st_ino for it, and is only given nodes where they are the
+    same."""
 
     nodeid: int = 0
 
@@ -214,7 +215,7 @@ class _Directory:
 
 
 class Operations(fuse_types.BaseOperations):
-    """One mount's handlers. Owns the file handles' numbers, the read buffers and the counters, nothing else."""
+    """The handlers of one mount. It owns the file handles' numbers, the read buffers and the counters, nothing else."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
@@ -284,7 +285,8 @@ class Operations(fuse_types.BaseOperations):
         return entry
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Nothing to free, and nothing that could fail: pyfuse3 catches no error here, not even FUSEError."""
+        """Do nothing: there is nothing to free. Nothing here may fail, since pyfuse3 catches no error of it, not even
+        FUSEError."""
 
     @_guarded
     async def getattr(self, inode: int, ctx: Caller) -> Entry:
@@ -442,7 +444,8 @@ class Operations(fuse_types.BaseOperations):
         return self._files[fh].keep_cache
 
     def backing(self, fh: int) -> tuple[int, int] | None:
-        """(nodeid, descriptor of the store's file) where the kernel is to read an open file itself. No handler."""
+        """Return (nodeid, descriptor of the store's file) if the kernel is to read an open file itself. This is no
+        handler."""
         file = self._files[fh]
         return None if file.backing is None else (file.nodeid, file.backing)
 

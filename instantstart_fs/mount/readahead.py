@@ -33,8 +33,8 @@ PACKET = struct.Struct("<BQQ")
 STAGE, DROP, STAGED, DONE = 1, 2, 3, 4
 
 BLOCK = 8 * 1024 * 1024
-"""What one thread has in flight. Four of them keep a fast disk busy, and an engine's own fault waits behind 32 MiB at
-most."""
+"""Bytes that one thread has in flight. Four such blocks keep a fast disk busy, and an engine's own fault waits behind
+32 MiB at most."""
 REPORT_BYTES = 128 * 1024 * 1024
 _LEAST_STEP = 128 * 1024
 

@@ -102,7 +102,8 @@ async def serve(
 
 
 def _pyfuse3(view: Vfs, settings: MountSettings, reason: str) -> Transport:
-    """Raises MountFailed where pyfuse3 cannot be loaded; ``reason``: why passthrough does not serve in its place."""
+    """Return the transport of pyfuse3. ``reason``: why passthrough does not serve instead. Raises MountFailed if
+    pyfuse3 cannot be loaded."""
     try:
         from instantstart_fs.mount.pyfuse3_transport import Pyfuse3Transport
     except ImportError as error:
@@ -249,7 +250,8 @@ def _first(group: BaseExceptionGroup[MountFailed]) -> MountFailed:
 
 
 async def _in_thread(work: Callable[..., _T], *args: Any, deadline: float, what: str) -> _T:
-    """Raises MountFailed when ``work`` has not returned after ``deadline`` seconds: it may hang in a dead mount."""
+    """Do ``work`` in a thread. Raises MountFailed if it has not returned after ``deadline`` seconds: it may hang in a
+    dead mount."""
     try:
         return await run_abandonable(work, *args, deadline=deadline)
     except trio.TooSlowError:

@@ -38,7 +38,7 @@ from instantstart_fs.mount.staging_process import StagingProcess
 log = logging.getLogger(__name__)
 
 BUDGET_SECONDS = 1.0
-"""While something waits for memory, the budget is looked at again after so long: it changes as the engine grows."""
+"""Seconds between two looks at the budget while something waits for memory: the budget changes as the engine grows."""
 
 
 class StagingHost(Protocol):
@@ -77,8 +77,9 @@ class ReadAhead(Protocol):
 
 
 class Statistics(msgspec.Struct, frozen=True):
-    """``active``: pipelines that are being staged now; ``sessions``: how often staging has started; ``bytes``: brought
-    into the page cache, or found there; ``files``: shards finished. The last three since the daemon's start."""
+    """Counters of staging. ``active``: pipelines that are being staged now. Since the daemon's start: ``sessions``, how
+    often staging began; ``bytes`` that were brought into the page cache or found there; ``files``, shards that were
+    finished."""
 
     active: int
     sessions: int
@@ -87,8 +88,8 @@ class Statistics(msgspec.Struct, frozen=True):
 
 
 class _Session:
-    """One pipeline's generation while it is open. ``open``: file index → incarnations open; ``staged``: index → bytes
-    staged or being staged, that count; ``jobs``: index → job under way."""
+    """The staging of one pipeline's generation while it is open. ``open``: file index → incarnations open; ``staged``:
+    index → counted bytes that are staged or being staged; ``jobs``: index → job under way."""
 
     def __init__(self, pipeline: str, generation: int) -> None:
         self.pipeline = pipeline
@@ -104,13 +105,13 @@ class _Session:
         self.started = False
         self.order: dict[int, int] | None = None
         self.short = False
-        """Whether it was said that descriptors do not suffice."""
+        """Whether it was logged that there are too few descriptors."""
         self.wakeup = trio.Event()
         self.scope = trio.CancelScope()
 
 
 class _Job:
-    """``left``: bytes that are not yet in the page cache."""
+    """The staging of one file. ``left``: bytes that are not yet in the page cache."""
 
     __slots__ = ("index", "left", "session")
 

@@ -56,11 +56,11 @@ class Transport(Protocol):
 
     @property
     def requests(self) -> Mapping[str, int]:
-        """How often each handler of Operations was called; the mapping is live."""
+        """Return how often each handler of Operations was called. The mapping is live."""
         ...
 
     def mount(self, path: str, *, fsname: str, subtype: str, allow_other: bool) -> None:
-        """Raises MountFailed."""
+        """Mount the filesystem at ``path``. Raises MountFailed."""
         ...
 
     async def main(self) -> None:

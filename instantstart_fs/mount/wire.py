@@ -78,8 +78,8 @@ ASYNC_READ: Final = 1 << 0
 DO_READDIRPLUS: Final = 1 << 13
 READDIRPLUS_AUTO: Final = 1 << 14
 AUTO_INVAL_DATA: Final = 1 << 12
-"""Only for directories: with it the kernel compares a cached listing's mtime with the directory's before using it,
-which catches a reply that crossed an invalidation. Files' mtimes never change under one nodeid."""
+"""Set only for directories. With it the kernel compares a cached listing's mtime with the directory's before it uses
+the listing, which catches a reply that crossed an invalidation. Files' mtimes never change under one nodeid."""
 ASYNC_DIO: Final = 1 << 15
 PARALLEL_DIROPS: Final = 1 << 18
 MAX_PAGES: Final = 1 << 22
@@ -91,7 +91,7 @@ PASSTHROUGH: Final = 1 << 37
 HAS_RESEND: Final = 1 << 39
 """The kernel offers FUSE_NOTIFY_RESEND; nothing to ask for."""
 RESENT: Final = 1 << 63
-"""Of a request's unique: it was sent before, to a daemon that did not answer."""
+"""A bit of a request's unique: the request was sent before, to a daemon that did not answer."""
 
 WANTED: Final = (
     ASYNC_READ
@@ -227,7 +227,7 @@ class Init(NamedTuple):
 
 
 def init_in(body: memoryview) -> Init:
-    """Raises BadMessage."""
+    """Decode the body of FUSE_INIT. Raises BadMessage."""
     major, minor, readahead, flags = fields(INIT_IN, body)
     if flags & INIT_EXT and len(body) >= INIT_IN.size + INIT_IN_EXT.size:
         flags |= INIT_IN_EXT.unpack_from(body, INIT_IN.size)[0] << 32
@@ -294,7 +294,7 @@ class Listing:
         self.parts: list[bytes] = []
 
     def add(self, name: bytes, nodeid: int, entry: EntryAttributes, next_id: int) -> bool:
-        """False when it does not fit any more."""
+        """Add an entry. Returns False if it does not fit any more."""
         padding = -len(name) % 8
         record = DIRENT.pack(entry.st_ino, next_id, len(name), stat.S_IFMT(entry.st_mode) >> 12) + name + bytes(padding)
         if self._plus:

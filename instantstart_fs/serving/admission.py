@@ -33,7 +33,7 @@ class Space(Protocol):
     """Decides about the store's space, and frees some where it can (upkeep/eviction.py)."""
 
     def free_bytes(self) -> int:
-        """How many bytes may come in now without evicting anything."""
+        """Return how many bytes may come in now without evicting anything."""
         ...
 
     def decide(self, pipeline: str, needed: int, *, own: int, quota: int | None) -> Admission:
@@ -48,7 +48,7 @@ class Space(Protocol):
 
 
 class Admissions:
-    """On the trio thread."""
+    """Decides whether bytes may come in. Use it on the trio thread."""
 
     def __init__(self, space: Space) -> None:
         self._space = space

@@ -43,7 +43,7 @@ class ReplaceDamaged(Protocol):
 
 
 class BindableFile(msgspec.Struct, frozen=True):
-    """One incarnation of a complete weight file. ``path`` within the pipeline; ``key``: its index in the manifest."""
+    """One incarnation of a complete weight file. ``path``: within the pipeline; ``key``: its index in the manifest."""
 
     pipeline: str
     generation: int
@@ -165,7 +165,7 @@ class Bindings:
             self._record_open(bound, file)
 
     def is_open(self, bound: BindableFile) -> bool:
-        """Whether it was open when that was last checked."""
+        """Return whether the file was open when that was last checked."""
         return bound in self._held
 
     def poll_release(self, bound: BindableFile) -> bool:
@@ -211,13 +211,12 @@ class Bindings:
         self._open_files.release(file)
 
     def last_request(self, pipeline: str) -> int | None:
-        """When the pipeline was last requested: ns of the wall clock, or None."""
+        """Return when the pipeline was last requested: ns of the wall clock, or None."""
         return self._access.last_request(pipeline)
 
     def attributes(self, bound: BindableFile) -> tuple[int, dict[str, str]] | None:
-        """(st_atime in ns, user.instantstart.* without the prefix) as the mount would show them.
-
-        None if the file was replaced."""
+        """Return (st_atime in ns, user.instantstart.* without the prefix) as the mount would show them; None if the
+        file was replaced."""
         file = self._file(bound)
         if file is None:
             return None

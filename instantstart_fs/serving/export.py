@@ -45,7 +45,7 @@ class FilePart(NamedTuple):
 
 
 class _Told:
-    """What the receiver knows of a file that is not complete."""
+    """The part of an incomplete file that the receiver knows already."""
 
     def __init__(self, target: FillTarget, inode: tuple[int, int]) -> None:
         self.target = target
@@ -114,7 +114,8 @@ class Handover:
         return handed
 
     async def next_parts(self, limit: int, timeout: float) -> Sequence[FilePart]:
-        """As ``next_files``, with news of files that are not complete: at most ``limit`` with descriptors."""
+        """Return what ``next_files`` does, and news of files that are not complete: at most ``limit`` with
+        descriptors."""
         parts: list[FilePart] = []
         try:
             await self._look(parts, limit)
@@ -188,7 +189,8 @@ class Handover:
         return FilePart(path, descriptors, ranges, complete=False, again=False)
 
     def _open_unsealed(self, file: CachedFile) -> list[int]:
-        """Blocks. Empty where it cannot be handed over before it is complete."""
+        """Open an incomplete file for the receiver. Blocks. Returns nothing if it may be handed over only when it is
+        complete."""
         generation = self._generation
         try:
             blob = self._store.handed_blob(generation.pipeline.id, generation.number, file.entry.path)
@@ -204,7 +206,7 @@ class Handover:
             blob.close()
 
     async def _wait_news(self, timeout: float) -> None:
-        """Until something came, or is complete, or failed; about ``timeout`` seconds at most."""
+        """Wait until bytes came, a file is complete, or one failed; about ``timeout`` seconds at most."""
         files = self._generation.files
         first = await self._reads.target(files[self._pending[0]])
         if first is None:
@@ -241,7 +243,8 @@ class Handover:
             raise failure.error
 
     def _open(self, file: CachedFile) -> list[int]:
-        """Blocks. Raises StoreDamaged when the file is not what its record says."""
+        """Open a complete file for the receiver. Blocks. Raises StoreDamaged if the file is not what its record
+        says."""
         generation = self._generation
         with self._store.open_sealed(
             generation.pipeline.id, generation.number, file.entry.path, file.proof, handed=True

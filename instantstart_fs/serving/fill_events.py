@@ -81,7 +81,7 @@ class FillEventHandler(FillEvents):
         self._replacing: set[CachedFile] = set()
         self._shielded = shielded
         self._incidents: dict[str, dict[str, Incident]] = {}
-        """What goes wrong, by pipeline and code."""
+        """Pipeline → error code → the incident under way."""
 
     @property
     def replaced(self) -> trio.MemoryReceiveChannel[Replacement]:
@@ -209,7 +209,7 @@ class FillEventHandler(FillEvents):
             )
 
     def integrity_error(self, file: CachedFile) -> InstantStartError | None:
-        """Why the file is, or soon will be, unusable whatever its state says; None: no error is known."""
+        """Return why the file is unusable, or soon will be, whatever its state says; None if no error is known."""
         if file.stale_error is not None:
             return file.stale_error
         if file in self._replacing or not file.complete:

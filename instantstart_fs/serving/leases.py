@@ -26,7 +26,7 @@ when it has read them."""
 
 
 class Leases:
-    """On the trio thread. ``read_deadline`` in seconds."""
+    """The leases that processes hold on pipelines. ``read_deadline``: seconds. Use it on the trio thread."""
 
     def __init__(
         self,

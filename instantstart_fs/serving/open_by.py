@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 _UNHASHED = " (deleted)"
-"""What the kernel adds to the path of an open file whose name has been invalidated."""
+"""The suffix that the kernel adds to the path of an open file whose name has been invalidated."""
 SHOWN = 5
 
 
@@ -28,7 +28,8 @@ class UsingProcess(NamedTuple):
 
 
 def known(pid: int, uid: int | None = None) -> UsingProcess:
-    """``pid``: 0 is one that this /proc does not show. ``uid``: where somebody said it already."""
+    """Return the process ``pid``, with what /proc says of it. ``pid``: 0 if this /proc does not show it. ``uid``: the
+    owner, if it is known already."""
     return UsingProcess(pid, _uid(str(pid)) if uid is None else uid, _name(str(pid)) if pid else "?")
 
 

@@ -21,7 +21,7 @@ class OpenListener(Protocol):
         ...
 
     def sealed(self, key: FileKey) -> None:
-        """All of it lies in the store from now on."""
+        """Note that the whole file lies in the store from now on."""
         ...
 
     def retired(self, key: FileKey) -> None:

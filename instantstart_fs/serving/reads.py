@@ -52,7 +52,7 @@ FILL_SLICE = 1000
 
 
 class Handle:
-    """One open of one file incarnation, by one of its two nodeids; ``backing``: see vfs.OpenFile."""
+    """One open of one file incarnation, by one of its two nodeids. ``backing``: see vfs.OpenFile."""
 
     __slots__ = ("backing", "file", "nodeid", "released", "starts")
 

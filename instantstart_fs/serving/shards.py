@@ -16,11 +16,12 @@ from instantstart_fs.serving.open_notifications import OpenListener
 from instantstart_fs.telemetry.telemetry import Telemetry
 
 MAX_INDEX_JSON = 64 * 1024 * 1024
-"""Bytes. The index of a model of 100,000 tensors has 10 MB; a larger one is not used for ordering."""
+"""The largest index.json that is read, in bytes. A model of 100,000 tensors has one of 10 MB. A larger one is not used
+for ordering."""
 
 
 class Shards:
-    """On the trio thread."""
+    """Shows the staging which shards pipelines have. Use it on the trio thread."""
 
     def __init__(self, catalog: Catalog, open_files: OpenFiles, telemetry: Telemetry) -> None:
         self._catalog = catalog

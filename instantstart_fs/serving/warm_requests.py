@@ -15,7 +15,7 @@ from instantstart_fs.serving.reads import Reads
 
 
 class WarmRequests:
-    """On the trio thread."""
+    """Carries out requests of ``warm``. Use it on the trio thread."""
 
     def __init__(self, catalog: Catalog, reads: Reads, learner: LoadSetLearner) -> None:
         self._catalog = catalog

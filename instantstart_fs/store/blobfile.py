@@ -49,7 +49,7 @@ class SealRecord(msgspec.Struct, frozen=True):
     sealed_at_ns: int = 0
     v: int = FORMAT
     proof: str | msgspec.UnsetType = msgspec.UNSET
-    """By whose proof, where this host did not hash it itself: "region:<host>"."""
+    """The source of the digest, if this host did not hash the file itself: "region:<host>"."""
 
 
 _SEAL_DECODER = msgspec.json.Decoder(SealRecord)
@@ -94,7 +94,7 @@ class BlobFile:
         self.created = created
         self.directory = directory
         self.path: str | None = None
-        """Its path, once somebody has looked it up."""
+        """The file's path; None until it is first looked up."""
         self._inode: tuple[int, int] | None = None
         self._sync_entry = sync_entry
         self._entry_durable = False
@@ -265,7 +265,7 @@ class BlobFile:
             os.fsync(self.fd)
 
     def allocated_bytes(self) -> int:
-        """Bytes of disk that the file takes (512 × st_blocks)."""
+        """Return the bytes of disk that the file takes (512 × st_blocks)."""
         with translated(f"stat {self.name}"):
             return os.fstat(self.fd).st_blocks * 512
 

@@ -47,7 +47,8 @@ _NOT_SHARED = frozenset({errno.ENOENT, errno.EEXIST, errno.EMLINK, errno.EPERM, 
 
 
 class Proof(NamedTuple):
-    """What the seal of a complete file must say: bytes, and the manifest's digest (None: the origin offers none)."""
+    """The claims that a complete file's seal must make: its bytes, and the manifest's digest (None: the origin offers
+    none)."""
 
     size: int
     digest: str | None
@@ -206,8 +207,8 @@ class BlobStore:
         return blob
 
     def fresh_blob(self, pipeline: str, generation: int, path: str, size: int) -> BlobFile:
-        """``blob``, after removing anything else in its place or in that of a directory on the way: the store is the
-        daemon's alone, and a foreign file would keep this one from ever being fetched."""
+        """Return ``blob``, after removing anything else that is in its place or in that of a directory on the way. The
+        store is the daemon's alone, and a foreign file would keep this one from ever being fetched."""
         try:
             return self.blob(pipeline, generation, path, size)
         except StoreLost as error:

@@ -68,7 +68,8 @@ def readonly_view(directory: int) -> int:
 
 
 def judge(f_type: int, root: str) -> str | None:
-    """None for a fit filesystem, a warning for a doubtful one. Raises StoreUnsupported for one that cannot do."""
+    """Return None for a fit filesystem, a warning for a doubtful one. Raises StoreUnsupported for one that cannot be
+    used."""
     if f_type in _FIT:
         return None
     if f_type in _REFUSED:

@@ -25,7 +25,7 @@ import msgspec
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
 FORMAT = 1
-"""Of pipeline.json, manifest.json and the seal record; a newer one is refused."""
+"""The format of pipeline.json, manifest.json and the seal record. A newer one is refused."""
 
 LOCK = "lock"
 WORKERS_LOCK = "workers.lock"

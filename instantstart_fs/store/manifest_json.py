@@ -23,7 +23,8 @@ _MODEL = b'"files":['
 
 _NO_FILES = b'"files":[]'
 _NO_MODELS = b'"models":[]'
-"""As keys: within a string, their quotation marks have a backslash before them."""
+"""The key and the empty value of a manifest without models. It cannot be part of a string, where quotation marks have a
+backslash before them."""
 
 _encode = msgspec.json.encode
 _files = msgspec.json.Decoder(list[ManifestFile])
@@ -59,7 +60,7 @@ def cut(raw: bytes) -> tuple[bytes, list[tuple[int, bytes]]]:
 
 
 def _cuts(raw: bytes) -> Iterator[int]:
-    """Offsets of the comma before every SLICE-th file."""
+    """Yield the offset of the comma before every SLICE-th file."""
     found, position = 0, raw.find(_BETWEEN)
     while position >= 0:
         if found % SLICE == 0:

@@ -21,7 +21,7 @@ from instantstart_fs.store.tree import StoreTree, shown
 T = TypeVar("T")
 
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError)
-"""What decoding JSON raises; the second for bytes that are not UTF-8."""
+"""The exceptions of decoding JSON; the second one is for bytes that are not UTF-8."""
 
 
 class _PipelineFile(msgspec.Struct, frozen=True):
@@ -112,7 +112,7 @@ class SlotMetadata:
         return self._load_pipeline(pipeline).pipeline
 
     def pipeline_created_at(self, pipeline: str) -> int:
-        """When the pipeline was added: wall clock, ns. Raises like ``load_pipeline``."""
+        """Return when the pipeline was added: wall clock, ns. Raises what ``load_pipeline`` raises."""
         return self._load_pipeline(pipeline).created_at_ns
 
     def _load_pipeline(self, pipeline: str) -> _PipelineFile:

@@ -15,15 +15,15 @@ from instantstart_fs.store.tree import StoreTree, check_own
 
 
 def blob_place(pipeline: str, generation: int, path: str) -> tuple[tuple[str, ...], str]:
-    """(Directory below slots/, name) of a file of a generation. Raises if a name is not valid."""
+    """Return (directory below slots/, name) of a file of a generation. Raises if a name is not valid."""
     validate_pipeline_id(pipeline)
     *directories, name = validate_origin_path(path).split("/")
     return (pipeline, str(generation), FILES, *directories), name
 
 
 def stat_blob(tree: StoreTree, pipeline: str, generation: int, path: str) -> tuple[int, int] | None:
-    """(device, inode) of the entry; None if there is none. Raises StoreError if it cannot be looked up: running out of
-    descriptors must not make a shared file look as if a stranger had linked it."""
+    """Return (device, inode) of the entry; None if there is none. Raises StoreError if it cannot be looked up: a
+    shortage of descriptors must not make a shared file look like a stranger's link."""
     directory, name = blob_place(pipeline, generation, path)
     with translated(f"look at {pipeline}/{generation}/{path}"):
         try:
@@ -40,8 +40,8 @@ def stat_blob(tree: StoreTree, pipeline: str, generation: int, path: str) -> tup
 
 
 def check_shared(tree: StoreTree, fd: int, pipeline: str, path: str, where: str) -> os.stat_result:
-    """``check_own``, where names in other generations of the pipeline count as its own, also while they are being
-    deleted."""
+    """Check as ``check_own`` does, but accept names of the file in other generations of the pipeline, also while those
+    are being deleted."""
     status = os.fstat(fd)
     while True:
         own = _own_names(tree, status, pipeline, path) if status.st_nlink > 1 else 1

@@ -39,7 +39,7 @@ class _RecordFile(msgspec.Struct, frozen=True):
 
 
 class IncomingPack:
-    """One that is being written, in the trash. Whoever began it calls ``commit`` or ``drop``."""
+    """A pack that is being written, in the trash. Its owner calls ``commit`` or ``drop``."""
 
     def __init__(self, store: BlobStore, size: int) -> None:
         self.size = size
@@ -54,7 +54,7 @@ class IncomingPack:
             )
 
     def write(self, data: bytes) -> None:
-        """Raises StoreFull for more than was announced, StoreError."""
+        """Append ``data``. Raises StoreFull for more bytes than were announced, StoreError."""
         self.received += len(data)
         if self.received > self.size:
             raise StoreFull(f"a startup cache of {self.size} bytes was announced, and more came")
@@ -90,7 +90,7 @@ class IncomingPack:
         self._fd = -1
 
     def drop(self) -> None:
-        """No effect after ``commit``."""
+        """Delete the pack. Does nothing after ``commit``."""
         if self._fd < 0:
             return
         os.close(self._fd)
@@ -117,7 +117,8 @@ def numbers(store: BlobStore, pipeline: str) -> list[int]:
 
 
 def load(store: BlobStore, pipeline: str, number: int) -> StartupRecord:
-    """Raises StoreDamaged where its record, or the size of its pack, is not what was saved."""
+    """Read the record of a version. Raises StoreDamaged if the record, or the size of its pack, is not what was
+    saved."""
     directory = os.path.join(store.layout.pipeline(pipeline), STARTUP, str(number))
     shown = f"startup cache {number} of {pipeline}"
     with translated(f"read {shown}"):
@@ -178,5 +179,5 @@ def problem(store: BlobStore, pipeline: str, record: StartupRecord) -> str | Non
 
 
 def taken(record: StartupRecord) -> int:
-    """Bytes of disk, at most: its pack, its record, a directory."""
+    """Return the most bytes of disk that a version takes: its pack, its record, a directory."""
     return -(-record.size // 4096) * 4096 + 3 * 4096

@@ -31,8 +31,9 @@ REMOVED = "its directory was removed under the daemon; restart the daemon, which
 
 
 class StoreTree:
-    """``slots_fd``, ``trash_fd``: descriptors that it owns from here on. ``trash``: their path, for messages.
-    Thread-safe, but for deletion against use of the same generation."""
+    """The directories slots/ and trash/ of a store. ``slots_fd``, ``trash_fd``: descriptors that the tree owns from now
+    on. ``trash``: path of the trash, for messages. Thread-safe, except that nobody may delete a generation that another
+    thread uses."""
 
     def __init__(self, slots_fd: int, trash_fd: int, trash: str) -> None:
         self.slots_fd = slots_fd
@@ -41,7 +42,7 @@ class StoreTree:
         self._unique = itertools.count()
         self._mutex = threading.Lock()
         self._deleting: dict[str, tuple[str, ...]] = {}
-        """What is being removed from the trash: its name there → its components below slots/."""
+        """The entries that are being removed from the trash: name there → components below slots/ before."""
         self._durable: set[tuple[str, ...]] = set()
         """Directories (components below slots/) whose entries this process has made durable."""
 

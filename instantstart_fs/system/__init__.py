@@ -1,1 +1,1 @@
-"""What Linux tells of itself and does when asked: knows no pipeline, no store and no mount of ours."""
+"""Questions to Linux, and calls of it. This package knows no pipeline, no store and no mount of ours."""

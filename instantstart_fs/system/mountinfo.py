@@ -59,7 +59,7 @@ def _unescape(field: str) -> str:
 
 
 def mounts() -> tuple[Mount, ...]:
-    """All mounts of this process's namespace, in the kernel's order."""
+    """Return all mounts of this process's namespace, in the kernel's order."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         return parse_mountinfo(lines.read())
 

@@ -37,11 +37,12 @@ WRITE_SECONDS = 1.0
 
 
 Served = Literal["store", "fetched", "passed"]
-"""Where the bytes of a READ came from: from the store; from the store after a wait for their fill; straight from the
-origin without being kept."""
+"""Source of a READ's bytes: the store; the store, after a wait for their fill; the origin itself, without keeping
+them."""
 
 FoundBy = Literal["open", "read", "verify", "scrub", "update"]
-"""What found a complete file damaged; update: it was found in another generation that shares the file."""
+"""The operation that found a complete file damaged. ``update``: it was found in another generation that shares the
+file."""
 
 
 class Totals:
@@ -49,20 +50,21 @@ class Totals:
 
     def __init__(self) -> None:
         self.opens: Counter[str] = Counter()
-        """By mode: passthrough (the kernel reads the store's file itself), bind (the same, bound), or daemon."""
+        """Opens by mode: passthrough (the kernel reads the store's file itself), bind (the same, through a bind mount),
+        or daemon."""
         self.weight_opens: Counter[str] = Counter()
-        """Of weight files: hit (all of it was here) or miss."""
+        """Opens of weight files: hit (the whole file was cached) or miss."""
         self.served: Counter[Served] = Counter()
-        """Bytes of READs, by where they were."""
+        """Bytes of READs, by their source."""
         self.open_files = 0
         """Opens that were not closed yet."""
         self.reads = 0
         self.read_bytes = 0
         self.waits = Histogram(WAIT_BUCKETS)
         self.errors: Counter[tuple[str, str]] = Counter()
-        """By (open | read, error code)."""
+        """Errors by (open | read, error code)."""
         self.files_completed: Counter[str] = Counter()
-        """By state: sealed or unverified."""
+        """Completed files by state: sealed or unverified."""
         self.warmed = 0
         self.fill_failures: Counter[str] = Counter()
         self.evictions = 0
@@ -74,10 +76,10 @@ class Totals:
         self.access_checks: Counter[Outcome] = Counter()
         self.staged_bytes = 0
         self.cold_starts: Counter[str] = Counter()
-        """By the pipeline's state at the first open."""
+        """Cold starts by the pipeline's state at the first open."""
         self.cold_start_seconds = Histogram(LOAD_BUCKETS)
         self.phase_seconds: dict[PhaseName, Histogram] = {}
-        """Of cold starts that have ended, by phase."""
+        """Durations of the phases of cold starts that have ended."""
         self.pipeline_seconds: dict[str, Histogram] = {}
         """The whole of each, by pipeline."""
         self.startup: Counter[str] = Counter()

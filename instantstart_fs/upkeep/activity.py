@@ -9,7 +9,8 @@ from instantstart_fs.telemetry.telemetry import Telemetry
 
 
 class ActivityMeter:
-    """On the trio thread. The kernel's own reads of complete files show in their opens alone."""
+    """Measures how busy readers are. The kernel's own reads of complete files show in their opens alone. Use it on the
+    trio thread."""
 
     def __init__(self, telemetry: Telemetry, filler: Filler, leases: Leases) -> None:
         self._telemetry = telemetry

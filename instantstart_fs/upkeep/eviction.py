@@ -30,9 +30,10 @@ INTERVAL = 2.0
 """Least seconds between two runs: each walks over all pipelines."""
 LOOK_SECONDS = 60.0
 SAVE_SECONDS = 3600.0
-"""Between two saves of the clocks for the next daemon; every LOOK_SECONDS while eviction is suspended."""
+"""Seconds between two saves of the clocks for the next daemon. While eviction is suspended they are saved every
+LOOK_SECONDS."""
 SAVE_DEADLINE = 5.0
-"""For the last save of the clocks, at the end."""
+"""Seconds that the last save of the clocks may take, at the end."""
 ATTEMPTS = 4
 """How often an admission is decided again because a pipeline came into use before its eviction."""
 
@@ -57,7 +58,7 @@ class Inventory(Protocol):
         ...
 
     def candidates(self) -> Sequence[Candidate]:
-        """All pipelines with cached or promised bytes; the sum of their bytes is the usage."""
+        """Return all pipelines with cached or promised bytes. The sum of their bytes is the usage."""
         ...
 
 
@@ -212,7 +213,7 @@ class Evictor:
         )
 
     def free_bytes(self) -> int:
-        """Bytes that may come in now without evicting anything."""
+        """Return how many bytes may come in now without evicting anything."""
         candidates = self._inventory.candidates()
         usage = sum(candidate.bytes for candidate in candidates)
         return eviction.free_bytes(usage, self._inventory.budget()) - sum(

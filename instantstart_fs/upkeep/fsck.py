@@ -48,7 +48,8 @@ State = Literal["sealed", "unverified"]
 
 
 class FsckProgress(msgspec.Struct, frozen=True):
-    """Where it is: ``files`` of ``total_files`` of this pipeline looked at, ``bytes`` hashed so far (``deep``)."""
+    """The progress of a run. ``files`` of ``total_files`` of this pipeline were looked at; ``bytes`` were hashed so far
+    (``deep``)."""
 
     pipeline: str
     path: str
@@ -90,13 +91,13 @@ class _Run:
         self.report = report
         self.restored: list[_Restored] = []
         self.remove: list[tuple[str, ...]] = []
-        """What to remove below slots/, once the new index is durable."""
+        """Paths below slots/ that are removed once the new index is durable."""
         self.problems: list[str] = []
         self.dropped = 0
         self.orphans = 0
         self.hashed = 0
         self.startup_bytes: Counter[str] = Counter()
-        """Of each pipeline: what its startup caches take."""
+        """Pipeline → bytes that its startup caches take."""
 
     def look(self, current: dict[str, int]) -> None:
         for name in self.store.tree.list_directory():
@@ -309,7 +310,7 @@ class _Run:
 
 
 def _disagreement(blob: BlobFile, size: int, state: str, digest: str | None, entry: FileEntry) -> str | None:
-    """Why a seal record does not belong to this file of this manifest; None if it does."""
+    """Return why a seal record does not belong to this file of this manifest; None if it does."""
     if not size == blob.size == entry.file.size:
         return f"its size is {blob.size}, its seal says {size}, the manifest {entry.file.size}"
     wanted = str(entry.file.digest) if entry.file.digest is not None else None
@@ -383,8 +384,8 @@ def repair(
 
 
 def _index_problem(path: str, map_size: int) -> str | None:
-    """Why the index at ``path`` cannot be used; None if it can, or is not there. In a child process, since LMDB answers
-    some damage with a signal. Raises StoreUnsupported if a newer version wrote it."""
+    """Return why the index at ``path`` cannot be used; None if it can, or is not there. A child process tries it, since
+    LMDB answers some damage with a signal. Raises StoreUnsupported if a newer version wrote it."""
     if not os.path.exists(os.path.join(path, "data.mdb")):
         return None
     code = (

@@ -13,7 +13,8 @@ from instantstart_fs.index.access_times import AccessTimes
 
 
 class Inventory:
-    """On the trio thread. ``is_filling``: whether a pipeline's background fill is under way."""
+    """Lists what can be evicted. ``is_filling``: whether a pipeline's background fill is under way. Use it on the trio
+    thread."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class Inventory:
         )
 
     def candidates(self) -> Sequence[eviction.Candidate]:
-        """All pipelines with cached or reserved bytes; their bytes together are the usage."""
+        """Return all pipelines with cached or reserved bytes. The sum of their bytes is the usage."""
         found = (self.candidate(pipeline) for pipeline in self._catalog.pipelines.values())
         candidates = [candidate for candidate in found if candidate.frees]
         # What is being deleted takes space until it is done, and cannot be evicted once more.

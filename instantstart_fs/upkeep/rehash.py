@@ -17,11 +17,11 @@ from instantstart_fs.errors import DigestMismatch, InstantStartError, StoreDamag
 from instantstart_fs.store.blobstore import BlobStore
 
 BLOCK = 4 * 1024 * 1024
-"""Bytes of one read: 1 ms of a fast disk, and what a rate is counted in."""
+"""Bytes of one read: 1 ms of a fast disk. The rate is counted in such blocks."""
 
 
 class Pace:
-    """At most ``rate`` bytes a second; None: as fast as the disk."""
+    """Limits reading to ``rate`` bytes a second; None: as fast as the disk."""
 
     def __init__(self, rate: float | None) -> None:
         self._bucket = Bucket(rate, 0.0, trio.current_time()) if rate else None

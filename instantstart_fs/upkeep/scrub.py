@@ -28,9 +28,9 @@ from instantstart_fs.views.status import rfc3339
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 60.0
-"""At most so many seconds between two looks for a pipeline that is due: they come and go."""
+"""The longest time, in seconds, between two looks for a pipeline that is due: pipelines come and go."""
 REST_SECONDS = 1.0
-"""At most so many seconds between two looks whether there is still demand."""
+"""The longest time, in seconds, between two looks whether there is still demand."""
 SAVE_SECONDS = 60.0
 RETRY_SECONDS = 300.0
 """Seconds until the next try after the index could not record a bad file."""

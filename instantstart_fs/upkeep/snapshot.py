@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Snapshots:
-    """On the trio thread."""
+    """Makes snapshots of the daemon's state. Use it on the trio thread."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Snapshots:
         return builder.build(latest, scrub, access, spreads, self._region())
 
     async def prove_index_writable(self) -> None:
-        """Raises StoreError."""
+        """Write to the index. Raises StoreError if that fails."""
         await self._catalog.index.write(lambda txn: txn.prove_writable(self._catalog.now_ns()))
 
     def store_problem(self) -> str | None:

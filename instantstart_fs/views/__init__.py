@@ -1,1 +1,1 @@
-"""What is shown of pipelines and files: attributes, xattrs, names, status. It changes nothing."""
+"""The outside view of pipelines and files: attributes, xattrs, names, status. This package changes nothing."""

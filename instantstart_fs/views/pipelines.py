@@ -23,8 +23,8 @@ def _none(pipeline: Pipeline) -> None:
 
 
 class Pipelines:
-    """On the trio thread. ``keep_hot`` in seconds. ``scrub``, ``access``, ``tier``: what these tasks say of a pipeline,
-    None where they do not run."""
+    """Answers questions about pipelines. ``keep_hot``: seconds. ``scrub``, ``access``, ``tier``: functions that tell
+    what these tasks know of a pipeline; None if they do not run. Use it on the trio thread."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Pipelines:
             raise found.failure.error if found.failure else OutOfResources(f"{pipeline}: cannot be read now")
 
     def status(self, pipeline: str, *, with_files: bool = True) -> PipelineStatus:
-        """Raises PipelineNotFound."""
+        """Return the pipeline's status. Raises PipelineNotFound."""
         return self.status_of(self._catalog.pipeline(pipeline), with_files=with_files, in_brief=not with_files)
 
     def status_of(self, pipeline: Pipeline, *, with_files: bool = False, in_brief: bool = False) -> PipelineStatus:
@@ -77,7 +77,7 @@ class Pipelines:
         )
 
     def list(self) -> list[PipelineStatus]:
-        """All, by id."""
+        """Return the status of all pipelines, by id."""
         return [self.status_of(self._catalog.pipelines[name]) for name in sorted(self._catalog.pipelines)]
 
     def list_where(self, shown: Callable[[PipelineSpec], bool]) -> Sequence[PipelineStatus]:
@@ -103,11 +103,11 @@ class Pipelines:
         return sight.sees(found.spec) and (found.hidden is None or sight.everything or sight.owns(found.spec))
 
     def owners(self) -> frozenset[tuple[int, int]]:
-        """(uid, gid) of all pipelines."""
+        """Return (uid, gid) of all pipelines."""
         return frozenset((pipeline.spec.uid, pipeline.spec.gid) for pipeline in self._catalog.pipelines.values())
 
     def spec(self, pipeline: str) -> PipelineSpec:
-        """Raises PipelineNotFound."""
+        """Return what the pipeline was added with. Raises PipelineNotFound."""
         return self._catalog.pipeline(pipeline).spec
 
     async def wait_changed(self, pipeline: str, timeout: float) -> None:

@@ -16,8 +16,8 @@ from instantstart_fs.filler.events import RegionStatistics
 
 
 class ScrubSummary(msgspec.Struct, frozen=True):
-    """``overdue``: seconds by which the pipeline that was not scrubbed for the longest time is late. ``resting``:
-    demand keeps the scrub waiting."""
+    """The state of the scrub. ``overdue``: seconds by which the pipeline that was not scrubbed for the longest time is
+    late. ``resting``: demand keeps the scrub waiting."""
 
     overdue: float
     resting: bool
@@ -33,12 +33,11 @@ class RegionSummary(msgspec.Struct, frozen=True):
 
 
 class StoreSummary(msgspec.Struct, frozen=True):
-    """``used_bytes``, ``evictable_bytes``: of the store, all pipelines together. ``states``: pipelines by state.
-    ``silent``: pipelines that are being filled and got no byte for some seconds. ``nodes``: entries of the table of
-    nodeids (a generation's block is one). ``pipelines`` by id. ``scrub``: None without one.
-    ``spreads``: how long starts of those pipelines take that started last.
-    ``access``: how many pipelines have each verdict of the access check, None where nobody asks.
-    ``region``: None without a regional tier."""
+    """The figures of the whole store. ``used_bytes``, ``evictable_bytes``: all pipelines together. ``states``: number
+    of pipelines by state. ``silent``: pipelines that are being filled and got no byte for some seconds. ``nodes``:
+    entries of the table of nodeids (a generation's block is one). ``pipelines``: by id. ``scrub``: None without one.
+    ``spreads``: how long starts take, of the pipelines that started last. ``access``: number of pipelines by verdict of
+    the access check, None if nobody asks. ``region``: None without a regional tier."""
 
     at_ns: int
     budget: Budget
