@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import select
 import signal
@@ -23,9 +24,11 @@ from instantstart_fs.config.places import (
     default_socket,
     find_config,
     find_socket,
+    is_own,
     machine_socket,
     make_run_directory,
     own_config,
+    run_directory,
     spare_mount,
 )
 from instantstart_fs.control.client import Client
@@ -41,6 +44,7 @@ STOP_DEADLINE = 40.0
 PROBE_DEADLINE = 3.0
 """Seconds in which a mount that is already there has to answer, or it counts as somebody's."""
 LOG_NAME = "daemon.log"
+USED_NAME = "daemon.used"
 UNITS = ("/etc/systemd/system/instantstart.service", "/lib/systemd/system/instantstart.service")
 """Where an administrator has it, and where a package has it."""
 
@@ -48,6 +52,7 @@ UNITS = ("/etc/systemd/system/instantstart.service", "/lib/systemd/system/instan
 def connect(socket: str | None, config: str | None) -> tuple[Client, bool]:
     """A connection to the daemon, started if there is none; and whether it was. Raises InstantStartError."""
     if (found := _running(socket)) is not None:
+        _note_use(found.path)
         return found, False
     if os.geteuid() == 0 and socket is None and not config and any(map(os.path.exists, UNITS)):
         raise DaemonUnreachable("the service is installed but does not run: `systemctl start instantstart`")
@@ -55,12 +60,41 @@ def connect(socket: str | None, config: str | None) -> tuple[Client, bool]:
     directory = os.path.dirname(os.path.abspath(path))
     try:
         make_run_directory(directory)
-        with _only_one(os.path.join(directory, "start.lock")):
+        make_run_directory(os.path.dirname(_kept(path, LOG_NAME)))
+        with _only_one(_kept(path, "start.lock")):
             with contextlib.suppress(DaemonUnreachable):
-                return Client(path), False  # another `mount` has just started it
-            return _start(path, config, os.path.join(directory, LOG_NAME)), True
+                found = Client(path)
+                _note_use(path)
+                return found, False  # another `mount` has just started it
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(_kept(path, USED_NAME))
+            return _start(path, config, _kept(path, LOG_NAME)), True
     except OSError as error:
         raise DaemonUnreachable(f"{directory}: no daemon can be started: {error.strerror or error}") from error
+
+
+def _kept(socket: str, name: str) -> str:
+    """Where what is kept of the daemon of that socket lies: beside it, or, where others may write there, too, in this
+    user's own directory: they could lock it, or put a link in its place."""
+    path = os.path.abspath(socket)
+    directory = os.path.dirname(path)
+    if directory == run_directory() or is_own(directory):
+        return os.path.join(directory, name)
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+    return os.path.join(run_directory(), f"{digest}.{name}")
+
+
+def _note_use(socket: str) -> None:
+    """Who started that daemon with --foreground leaves it running then."""
+    with contextlib.suppress(OSError):
+        if os.path.exists(_kept(socket, LOG_NAME)):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            os.close(os.open(_kept(socket, USED_NAME), flags, 0o600))
+
+
+def is_used_by_others(socket: str) -> bool:
+    """Whether another `mount` or `start` has found that daemon since `connect` started it."""
+    return os.path.exists(_kept(socket, USED_NAME))
 
 
 def _running(socket: str | None) -> Client | None:
@@ -73,15 +107,12 @@ def _running(socket: str | None) -> Client | None:
             if named:
                 return client
             client.specs()
-        except DaemonUnreachable:
-            continue
-        except PermissionRefused:
-            if named:
-                raise
+            return client
+        except (DaemonUnreachable, PermissionRefused) as error:
             if client is not None:  # the machine's, which is not for this user: one of its own
                 client.close()
-            continue
-        return client
+            if named and isinstance(error, PermissionRefused):
+                raise
     return None
 
 
@@ -173,7 +204,7 @@ def _is_dead(path: str) -> bool:
 def log_command(socket: str | None, follow: bool, lines: int) -> list[str]:
     """The program that shows the log of the daemon of that socket. Raises InstantStartError where nobody keeps one."""
     path = find_socket(socket)
-    log = os.path.join(os.path.dirname(os.path.abspath(path)), LOG_NAME)
+    log = _kept(path, LOG_NAME)
     if path != machine_socket() or not any(map(os.path.exists, UNITS)):
         if os.path.exists(log):
             return ["tail", "-n", str(lines), *(["-F"] if follow else []), log]
@@ -221,6 +252,8 @@ def stop(client: Client) -> None:
             os.close(process)
             return
     except OSError as error:
+        if isinstance(error, FileNotFoundError | ProcessLookupError) and client.wait_ended(STOP_DEADLINE):
+            return  # it has ended already
         raise InstantStartError(f"the daemon's process is not to be found here: {error.strerror or error}") from error
     try:
         signal.pidfd_send_signal(process, signal.SIGTERM)

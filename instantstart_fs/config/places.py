@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from instantstart_fs.config.directories import make_directory, open_up
 
@@ -48,12 +49,23 @@ def find_config() -> str | None:
     return next((path for path in places if os.path.exists(path)), None)
 
 
+def is_own(directory: str) -> bool:
+    """Whether nobody but this user puts anything there."""
+    try:
+        found = os.stat(directory)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
 def run_directory() -> str:
-    """/run/instantstart for root; $XDG_RUNTIME_DIR/instantstart, else $XDG_CACHE_HOME/instantstart, for others."""
+    """/run/instantstart for root; $XDG_RUNTIME_DIR/instantstart, else $XDG_CACHE_HOME/instantstart, for others. A
+    runtime directory of somebody else (`su` keeps the variable), or for all (/tmp), is not used: who writes there
+    first would be believed to be this user's daemon."""
     if os.geteuid() == 0:
         return SYSTEM_RUN_DIRECTORY
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if os.path.isabs(runtime) and os.path.isdir(runtime):
+    if os.path.isabs(runtime) and is_own(runtime):
         return os.path.join(runtime, "instantstart")
     return os.path.join(_home("XDG_CACHE_HOME", "~/.cache"), "instantstart")
 

@@ -12,7 +12,6 @@ and the server answers with any number of progress messages, then exactly one ``
 
 ``open`` answers with ``opening`` (what there is), then ``handed`` messages, whose descriptors come beside them
 (SCM_RIGHTS, in the files' order, at most MAX_HANDED_FILES × 2 of them), and ``progress`` in between.
-
 With ``stream`` it answers with ``parts`` messages instead: files before they are complete, and what comes of them.
 
 After ``done`` of a ``lease`` or an ``open`` the lease lasts until the connection ends. Closing the connection ends a

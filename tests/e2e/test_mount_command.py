@@ -55,6 +55,12 @@ def test_from_a_source_to_files_and_back(tmp_path: Path, env: dict[str, str]) ->
     succeeded(command("unmount", again, env=env))
     assert not os.path.lexists(again) and here.exists()
     assert command("unmount", tmp_path / "tiny", env=env).returncode == 2
+    (tmp_path / "other").symlink_to("/models/tiny")  # the machine's of that name
+    refused = command("unmount", tmp_path / "other", "--forget", env=env)
+    assert refused.returncode == 2 and "not the one that shows this" in refused.stderr
+    with Client(env["INSTANTSTART_SOCKET"]) as client, client.lease("tiny"):
+        assert command("unmount", here, "--forget", env=env).returncode == 1
+        assert here.exists() and client.status("tiny").cached_bytes, "nothing is done by halves"
     assert "it runs already" in succeeded(command("start", env=env))
     assert "ready: " in succeeded(command("logs", env=env))
     with Client(env["INSTANTSTART_SOCKET"]) as client:
@@ -63,7 +69,9 @@ def test_from_a_source_to_files_and_back(tmp_path: Path, env: dict[str, str]) ->
     assert not alive(pid) and not mounted(tmp_path / "models")
 
 
-def test_in_the_foreground_it_undoes_all_at_its_end(tmp_path: Path, env: dict[str, str]) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_in_the_foreground_it_undoes_all_at_its_end(tmp_path: Path, env: dict[str, str], shared: bool) -> None:
+    """But for the daemon, where another `mount` uses it since."""
     words = ["mount", str(tmp_path / "tiny"), str(tmp_path / "here"), "--config", str(tmp_path / "config.toml")]
     process = subprocess.Popen(
         [sys.executable, "-m", "instantstart_fs.cli", *words, "--foreground"],
@@ -77,12 +85,16 @@ def test_in_the_foreground_it_undoes_all_at_its_end(tmp_path: Path, env: dict[st
         with Client(env["INSTANTSTART_SOCKET"]) as client:
             pid = client.peer_pid()
             wait_for(lambda: client.status("tiny").leases, "the lease")
+        if shared:
+            succeeded(command("mount", tmp_path / "tiny", tmp_path / "there", env=env))
         process.terminate()
         assert process.wait(30) == 0
     finally:
         process.kill()
         process.communicate()
-    assert not os.path.lexists(tmp_path / "here") and not alive(pid) and not mounted(tmp_path / "models")
+    assert not os.path.lexists(tmp_path / "here")
+    assert (alive(pid), mounted(tmp_path / "models")) == (shared, shared)
+    assert not shared or (tmp_path / "there" / "model.safetensors").read_bytes() == CONTENT
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="test_ordinary_user.py runs it: root's default places are the machine's")

@@ -124,7 +124,9 @@ def test_defaults_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_ordinary_user_gets_places_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    user = os.getuid() or 1000
+    os.chown(tmp_path, user, -1)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setenv("HOME", "/home/alice")
     for name in ("XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "INSTANTSTART_SOCKET"):
         monkeypatch.delenv(name, raising=False)

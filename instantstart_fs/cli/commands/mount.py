@@ -67,35 +67,39 @@ def mount(
         endpoint_url=endpoint_url,
         anonymous=anonymous,
     )
-    place = os.path.abspath(os.path.expanduser(directory))
-    links.check_free(place)
-    client, started = own_daemon.connect(socket, config)
-    with client:
-        try:
-            pipeline, there = own_daemon.pipeline_of(client, spec.models[0])
-            if offline:
-                _check_cached(client, pipeline, there)
-            elif not there:
-                try:
-                    client.add(msgspec.structs.replace(spec, id=pipeline), warm=warm)
-                except PipelineExists:  # somebody else's, whom this user may not see
-                    pipeline = readable_id(spec.models[0], {pipeline})
-                    client.add(msgspec.structs.replace(spec, id=pipeline), warm=warm)
-            elif warm:
-                client.warm(pipeline)
-            info = client.ping()
-            links.link(place, os.path.join(info.mount, pipeline))
+    with links.Place(os.path.abspath(os.path.expanduser(directory))) as place:
+        place.check_free()
+        client, started = own_daemon.connect(socket, config)
+        with client:
             try:
-                _tell(client, pipeline, place, info, started, json)
-                if foreground:
-                    own_daemon.stay(client, pipeline)
+                pipeline, there = own_daemon.pipeline_of(client, spec.models[0])
+                if offline:
+                    _check_cached(client, pipeline, there)
+                elif not there:
+                    try:
+                        client.add(msgspec.structs.replace(spec, id=pipeline), warm=warm)
+                    except PipelineExists:  # somebody else's, whom this user may not see
+                        pipeline = readable_id(spec.models[0], {pipeline})
+                        client.add(msgspec.structs.replace(spec, id=pipeline), warm=warm)
+                elif warm:
+                    client.warm(pipeline)
+                info = client.ping()
+                place.link(os.path.join(info.mount, pipeline))
+                place.close()  # a process that stays keeps no filesystem from being unmounted
+                try:
+                    _tell(client, pipeline, place.path, info, started, json)
+                    if foreground:
+                        own_daemon.stay(client, pipeline)
+                finally:
+                    if foreground:
+                        with contextlib.suppress(UsageError), links.Place(place.path) as now:  # `unmount` was first
+                            now.unlink(info.mount)
             finally:
-                if foreground:
-                    with contextlib.suppress(UsageError):  # `unmount` was there before
-                        links.unlink(place, info.mount)
-        finally:
-            if foreground and started:
-                own_daemon.stop(client)
+                if foreground and started:
+                    if own_daemon.is_used_by_others(client.path):
+                        print("the daemon goes on, since others use it; `instantstart stop` ends it", file=sys.stderr)
+                    else:
+                        own_daemon.stop(client)
 
 
 def _interrupt(*_: object) -> None:
@@ -151,15 +155,18 @@ def unmount(
     """Undo `mount`; what is cached stays."""
     from instantstart_fs.cli import links
 
-    place = os.path.abspath(os.path.expanduser(directory))
-    if forget or socket is not None:
-        with control.Client(socket) as client:
-            pipeline = links.unlink(place, client.ping().mount)
-            if forget:
-                client.remove(pipeline)
-    else:
-        pipeline = links.unlink(place)
-    print(f"{place}: unmounted" + (f", {pipeline} removed" if forget else f"; {pipeline} stays cached"))
+    path = os.path.abspath(os.path.expanduser(directory))
+    with links.Place(path) as place:
+        if forget or socket is not None:
+            with control.Client(socket) as client:
+                mount = client.ping().mount
+                pipeline = place.pipeline(mount, only=forget)
+                if forget:  # first: it may be refused, and then nothing is done
+                    client.remove(pipeline)
+                place.unlink(mount)
+        else:
+            pipeline = place.unlink()
+    print(f"{path}: unmounted" + (f", {pipeline} removed" if forget else f"; {pipeline} stays cached"))
 
 
 @commands.command()
