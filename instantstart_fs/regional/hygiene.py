@@ -6,6 +6,7 @@ by the storage's own clock, from a listing: no clock of two machines is compared
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -13,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from instantstart_fs.errors import InstantStartError, OriginNotFound
+from instantstart_fs.errors import OriginMisbehaved, OriginNotFound
 from instantstart_fs.regional import records
 from instantstart_fs.regional.keys import DIGEST_BYTES, RegionKey, keyed_digest
 from instantstart_fs.regional.startup import NAME as STARTUP
 from instantstart_fs.regional.startup import unpack_entry
-from instantstart_fs.regional.store import TierStore
+from instantstart_fs.regional.store import Stored, TierStore
 
 MOST = 20_000_000
 """Objects of a tier that are looked at."""
@@ -29,13 +30,16 @@ _SLOT = re.compile(r"v1/([0-9a-f]{32})/(.+)\Z", re.S)
 
 LIVE_SECONDS = 60.0
 """A claim that was renewed within it has an owner that fills."""
+QUIET_SECONDS = 600.0
+"""A file of which nothing was written for so long is filled by nobody."""
 LEFT_SECONDS = 3600.0
 """After which what a writer left half-written, or a probe, is nobody's."""
 LOST_SECONDS = 86_400.0
 """After which a host's heartbeat is removed; it counts for minutes only (core/placement.py)."""
+AHEAD_SECONDS = 3600.0
+"""Of the storage's clock, more than which a time is none: on a share anybody may set one."""
 MOST_LEFT = 1_000_000
 DELETERS = 16
-Said = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """Bytes done, and of how many."""
 
@@ -60,11 +64,14 @@ class SlotSummary(msgspec.Struct):
 
 
 class Verified(msgspec.Struct):
-    """``damaged``: names of what is not what the region's seal says; it was deleted."""
+    """``damaged``: names of what is not what the region's seal says, or not what its own digest says; it was deleted.
+    ``unproven``: chunks left of files that no host has proven (yet); ``dropped``: so many of those were deleted."""
 
     chunks: int = 0
     bytes: int = 0
     damaged: list[str] = []
+    unproven: int = 0
+    dropped: int = 0
 
 
 class Collected(msgspec.Struct):
@@ -80,8 +87,14 @@ class Collected(msgspec.Struct):
     kept_in_use: int = 0
 
 
-def summaries(store: TierStore, names: dict[str, str]) -> list[SlotSummary]:
-    """Every slot, the one used last first. ``names``: pipeline by slot, as far as they are known here."""
+def age(stored: Stored, now: float) -> float:
+    """Seconds since it was written, by the storage's clock; inf where that is in the future, and so tells nothing."""
+    return now - stored.modified if stored.modified <= now + AHEAD_SECONDS else math.inf
+
+
+def summaries(store: TierStore, names: dict[str, str], now: float = math.inf) -> list[SlotSummary]:
+    """Every slot, the one used last first. ``names``: pipeline by slot, as far as they are known here. ``now``: the
+    storage's clock, inf: it is not known."""
     found: dict[str, SlotSummary] = {}
     pins: dict[str, set[str]] = {}
     for stored in store.list("v1/", MOST):
@@ -91,7 +104,8 @@ def summaries(store: TierStore, names: dict[str, str]) -> list[SlotSummary]:
         slot, rest = match[1], match[2]
         summary = found.setdefault(slot, SlotSummary(slot, names.get(slot, "")))
         summary.bytes += stored.size
-        summary.used = max(summary.used, stored.modified)
+        told = stored.modified if stored.modified <= now + AHEAD_SECONDS else 0.0
+        summary.used = max(summary.used, told)
         pin, _, what = rest.partition("/")
         if pin == "used" or what.startswith("s/"):
             continue
@@ -100,7 +114,7 @@ def summaries(store: TierStore, names: dict[str, str]) -> list[SlotSummary]:
         summary.chunks += what.startswith("c/")
         if what.startswith("k/"):
             summary.claims += 1
-            summary.claimed = max(summary.claimed, stored.modified)
+            summary.claimed = max(summary.claimed, told)
     for slot, summary in found.items():
         summary.files = len(pins.get(slot, ()))
     return sorted(found.values(), key=lambda summary: -summary.used)
@@ -170,13 +184,13 @@ def collect(store: TierStore, rules: Rules, progress: Progress = _silent) -> Col
     same costs it a fetch from its origin, whose bytes it puts back.
     """
     now, total = now_of(store), Collected()
-    found = summaries(store, {})
+    found = summaries(store, {}, now)
     going = chosen(found, rules, now)
     size = sum(summary.bytes for summary in going)
     total.kept_in_use = sum(summary.slot in rules.filling or now - summary.claimed <= LIVE_SECONDS for summary in found)
     done = 0
     for summary in going:
-        if _written_since(store, summary):
+        if _written_since(store, summary, now):
             total.kept_in_use += 1
             continue
         removed = remove(store, summary.slot, lambda some, _, before=done: progress(before + some, size))  # type: ignore[misc]
@@ -188,62 +202,122 @@ def collect(store: TierStore, rules: Rules, progress: Progress = _silent) -> Col
     for summary in found:
         if summary.claims and summary.slot not in removed_slots:
             for stored in store.list(f"v1/{summary.slot}/", MOST):
-                if "/k/" in stored.name and now - stored.modified > CLAIM_SECONDS:
+                if "/k/" in stored.name and age(stored, now) > CLAIM_SECONDS:
                     store.delete(stored.name)
                     total.claims += 1
     for stored in (*store.list("v1/probe/", MOST_LEFT), *store.interrupted(MOST_LEFT)):
-        if now - stored.modified > LEFT_SECONDS:
+        if age(stored, now) > LEFT_SECONDS:
             store.delete(stored.name)
             total.left += 1
     for stored in store.list("v1/hosts/", MOST_LEFT):
-        if now - stored.modified > LOST_SECONDS:
+        if age(stored, now) > LOST_SECONDS:
             store.delete(stored.name)
             total.hosts += 1
     return total
 
 
-def _written_since(store: TierStore, summary: SlotSummary) -> bool:
-    """Whether something of the slot is newer than it was."""
-    return any(stored.modified > summary.used for stored in store.list(f"v1/{summary.slot}/", MOST))
+def _written_since(store: TierStore, summary: SlotSummary, now: float) -> bool:
+    """Whether something of the slot is newer than it was at ``now``, when it was listed."""
+    written = (one for one in store.list(f"v1/{summary.slot}/", MOST) if one.modified > summary.used)
+    return any(age(one, now) < math.inf for one in written)
 
 
 def verify(
-    store: TierStore, key: RegionKey, slot: str, said: Said = lambda text: None, progress: Progress = _silent
+    store: TierStore, key: RegionKey, slot: str, progress: Progress = _silent, *, drop_unproven: bool = False
 ) -> Verified:
-    """Read every sealed file of a slot again; what is wrong is deleted, so that the next host brings it anew."""
+    """Read every file of a slot again; what is wrong is deleted, so that the next host brings it anew.
+
+    Chunks of a file without a seal are proven by nobody: they may be a running fill's, or what a host had put before it
+    died, or found out that its bytes are wrong. ``drop_unproven``: delete them where no host fills the file now.
+    """
     result = Verified()
     found = list(store.list(f"v1/{slot}/", MOST))
     size = sum(stored.size for stored in found if "/c/" in stored.name)
     for name in [stored.name for stored in found if STARTUP.search(stored.name)]:
         try:
             unpack_entry(key, name, store.get(name, records.MOST_RECORD))
-        except (records.Forged, InstantStartError):
+        except (records.Forged, OriginNotFound, OriginMisbehaved):
             result.damaged.append(name)
             store.delete(name)
+    proven: set[str] = set()
     for name in [stored.name for stored in found if stored.name.endswith("/seal")]:
         pin = name.split("/")[2]
         try:
             seal = records.unpack_any_seal(key, name, store.get(name, records.MOST_RECORD + (16 << 20)))
-        except (records.Forged, InstantStartError):
+        except (records.Forged, OriginNotFound, OriginMisbehaved):
             result.damaged.append(name)
             store.delete(name)
             continue
+        proven.add(pin)
         for chunk, digest in enumerate(_digests(seal.digests)):
             length = min(seal.chunk_size, seal.size - chunk * seal.chunk_size)
             where = records.chunk_name(slot, pin, chunk)
-            try:
-                data = store.get(where, min(length + records.HEADER, MOST_CHUNK))
-            except InstantStartError:
-                data = b""
-            result.chunks += 1
-            result.bytes += len(data)
+            body = _body(store, where, min(length + records.HEADER, MOST_CHUNK), result)[records.HEADER :]
             progress(result.bytes, size)
-            body = memoryview(data)[records.HEADER :]
             if len(body) != length or keyed_digest(key.chunk_key(pin, chunk, length), body) != digest:
                 result.damaged.append(where)
                 store.delete(where)
-                said(f"{where}: not what the seal says")
+    files: dict[str, list[Stored]] = {}
+    for stored in found:
+        pin = stored.name.split("/")[2]
+        if pin not in proven and _chunk_of(stored.name) is not None:
+            files.setdefault(pin, []).append(stored)
+    now = now_of(store) if drop_unproven and files else 0.0
+    for pin, objects in files.items():
+        if drop_unproven:
+            _drop_unproven(store, slot, pin, now, result)
+        else:
+            _verify_unproven(store, key, pin, objects, result, lambda: progress(result.bytes, size))
     return result
+
+
+def _verify_unproven(
+    store: TierStore, key: RegionKey, pin: str, found: list[Stored], result: Verified, progress: Callable[[], None]
+) -> None:
+    """Only whether each chunk is what its host put there: the seal that says what it should be is not there (yet)."""
+    for stored in found:
+        chunk = _chunk_of(stored.name)
+        if chunk is None:
+            continue
+        data = _body(store, stored.name, min(stored.size, MOST_CHUNK), result)
+        progress()
+        digest, body = bytes(data[: records.HEADER]), data[records.HEADER :]
+        if keyed_digest(key.chunk_key(pin, chunk, len(body)), body) == digest:
+            result.unproven += 1
+        elif data:
+            result.damaged.append(stored.name)
+            store.delete(stored.name)
+
+
+def _drop_unproven(store: TierStore, slot: str, pin: str, now: float, result: Verified) -> None:
+    """Look again: it may have been filled, or sealed, since."""
+    found = list(store.list(records.directory(slot, pin), MOST))
+    chunks = [stored for stored in found if _chunk_of(stored.name) is not None]
+    filled = any(age(one, now) <= (LIVE_SECONDS if "/k/" in one.name else QUIET_SECONDS) for one in found)
+    if filled or any(one.name.endswith("/seal") for one in found):
+        result.unproven += len(chunks)
+        return
+    for stored in chunks:
+        store.delete(stored.name)
+        result.dropped += 1
+
+
+def _chunk_of(name: str) -> int | None:
+    """Which chunk of its file an object is."""
+    what = records.listed("/".join(name.split("/")[3:]))
+    return what[0] if what is not None and what[1] is None else None
+
+
+def _body(store: TierStore, name: str, most: int, result: Verified) -> memoryview:
+    """A chunk's object; empty where there is none, or a larger one. Raises InstantStartError where the tier fails:
+    what cannot be read now may be right."""
+    try:
+        data = store.get(name, most)
+    except (OriginNotFound, OriginMisbehaved):
+        data = b""
+    result.chunks += 1
+    result.bytes += len(data)
+    return memoryview(data)
 
 
 def _digests(digests: bytes) -> Iterator[bytes]:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from instantstart_fs.regional import hygiene
+from instantstart_fs.errors import OriginUnavailable
+from instantstart_fs.regional import hygiene, records
 from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.hygiene import Rules, SlotSummary, chosen
+from instantstart_fs.regional.keys import RegionKey, keyed_digest
 
 DAY = 86_400.0
 NOW = 100 * DAY
@@ -111,3 +113,73 @@ def test_a_slot_that_is_written_meanwhile_stays(tier: Callable[..., Path], tmp_p
     found = hygiene.collect(Store(str(tmp_path)), Rules(DAY))
     assert (found.slots, found.kept_in_use) == (1, 1)
     assert (tmp_path / f"v1/{SLOT}/{PIN}/c/00000000").exists()
+
+
+def test_a_time_in_the_future_keeps_nothing_for_ever(tier: Callable[..., Path], tmp_path: Path) -> None:
+    """On a share anybody who writes there may set one; so may a server whose clock was wrong."""
+    ahead = -400 * DAY
+    gone = [
+        tier(f"v1/{SLOT}/{PIN}/c/00000000", 2 * DAY),
+        tier(f"v1/{SLOT}/{PIN}/c/00000001", ahead),
+        tier(f"v1/{SLOT}/{PIN}/k/00000000.0000", ahead),
+        tier(f"v1/{OTHER}/{PIN}/k/00000000.0000", ahead),
+        tier(f"v1/hosts/{'f' * 32}.{'e' * 16}", ahead),
+        tier("v1/probe/0123", ahead),
+    ]
+    kept = tier(f"v1/{OTHER}/{PIN}/c/00000000", 60)
+    found = hygiene.collect(DirectoryStore(str(tmp_path)), Rules(DAY))
+    assert (found.slots, found.claims, found.left, found.hosts) == (1, 1, 1, 1)
+    assert [path for path in gone if path.exists()] == []
+    assert kept.exists()
+
+
+KEY = RegionKey(b"k" * 32)
+
+
+def chunk(number: int, body: bytes, pin: str = PIN) -> bytes:
+    return keyed_digest(KEY.chunk_key(pin, number, len(body)), body) + body
+
+
+@pytest.mark.parametrize("filled", ["", "claimed", "written"])
+def test_what_no_host_has_proven_is_counted_and_goes_when_told_so(
+    tier: Callable[..., Path], tmp_path: Path, filled: str
+) -> None:
+    """A host that died before its hash, or found its bytes wrong and could not remove them, leaves chunks with a valid
+    digest. Those of a running fill look the same, but for their age."""
+    sealed = "d" * 32
+    tier(f"v1/{SLOT}/{sealed}/c/00000000", DAY, chunk(0, b"proven", sealed))
+    name = records.seal_name(SLOT, sealed)
+    digest = keyed_digest(KEY.chunk_key(sealed, 0, 6), b"proven")
+    tier(name, DAY, records.pack(KEY, "seal", name, records.Seal(6, 8, digest, "size", "there", 0.0)))
+    left = tier(f"v1/{SLOT}/{PIN}/c/00000000", DAY, chunk(0, b"who knows"))
+    wrong = tier(f"v1/{SLOT}/{PIN}/c/00000001", DAY, chunk(0, b"another's"))
+    if filled:
+        tier(f"v1/{SLOT}/{PIN}/k/00000000.0000" if filled == "claimed" else f"v1/{SLOT}/{PIN}/c/00000002", 5, b"")
+    found = hygiene.verify(DirectoryStore(str(tmp_path)), KEY, SLOT)
+    assert (found.chunks, found.unproven, found.dropped) == (3 + (filled == "written"), 1, 0)
+    assert f"v1/{SLOT}/{PIN}/c/00000001" in found.damaged and not wrong.exists() and left.exists()
+    if filled == "written":
+        tier(f"v1/{SLOT}/{PIN}/c/00000002", 5, chunk(2, b"new"))
+    found = hygiene.verify(DirectoryStore(str(tmp_path)), KEY, SLOT, drop_unproven=True)
+    assert found.damaged == [] and (found.dropped > 0) == (not filled) == (not left.exists())
+    assert hygiene.verify(DirectoryStore(str(tmp_path)), KEY, SLOT).chunks >= 1, "what is proven stays"
+
+
+def test_a_tier_that_fails_while_it_is_verified_loses_nothing(tier: Callable[..., Path], tmp_path: Path) -> None:
+    name = records.seal_name(SLOT, PIN)
+    digest = keyed_digest(KEY.chunk_key(PIN, 0, 6), b"proven")
+    seal = tier(name, DAY, records.pack(KEY, "seal", name, records.Seal(6, 8, digest, "size", "there", 0.0)))
+    kept = tier(f"v1/{SLOT}/{PIN}/c/00000000", DAY, chunk(0, b"proven"))
+
+    class Store(DirectoryStore):
+        fails = "/c/"
+
+        def get(self, name: str, most: int) -> bytes:
+            if self.fails in name:
+                raise OriginUnavailable("503")
+            return super().get(name, most)
+
+    for Store.fails in ("/c/", "/seal"):
+        with pytest.raises(OriginUnavailable):
+            hygiene.verify(Store(str(tmp_path)), KEY, SLOT)
+    assert kept.exists() and seal.exists()

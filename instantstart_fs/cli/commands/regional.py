@@ -158,7 +158,18 @@ def regional_warm(pipeline: Pipeline, config: ConfigFile = None, socket: Socket 
 
 
 @commands.command("verify")
-def regional_verify(pipeline: Pipeline, config: ConfigFile = None, socket: Socket = None, json: Json = False) -> None:
+def regional_verify(
+    pipeline: Pipeline,
+    config: ConfigFile = None,
+    socket: Socket = None,
+    json: Json = False,
+    drop_unproven: Annotated[
+        bool,
+        typer.Option(
+            "--drop-unproven", help="Delete chunks of files that no host has proven, unless one fills the file now."
+        ),
+    ] = False,
+) -> None:
     """Read a pipeline's files in the tier again; delete what is damaged. Exit 1 if anything was."""
     from instantstart_fs.cli import show
     from instantstart_fs.cli.long_commands import verify_progress
@@ -168,13 +179,17 @@ def regional_verify(pipeline: Pipeline, config: ConfigFile = None, socket: Socke
     region, _, configured = _region(config)
     slot = _slot(region, _specs(configured, socket), pipeline)
     with verify_progress(pipeline, quiet=json) as report:
-        found = hygiene.verify(region.stores[0], region.key, slot, progress=report)
+        found = hygiene.verify(region.stores[0], region.key, slot, report, drop_unproven=drop_unproven)
     if json:
         print(show.as_json(found))
     else:
         print(f"{pipeline}: {found.chunks} chunks read again, {human_bytes(found.bytes)}; {len(found.damaged)} damaged")
         for name in found.damaged:
             print(f"  damaged  {name} (deleted)")
+        if found.dropped:
+            print(f"  {found.dropped} chunks of files that no host had proven were deleted")
+        if found.unproven:
+            print(f"  {found.unproven} chunks are of files that no host has proven yet (see --drop-unproven)")
     if found.damaged:
         raise typer.Exit(1)
 
