@@ -28,6 +28,7 @@ from instantstart_fs.errors import (
     InstantStartError,
     OriginMisbehaved,
     OriginNotFound,
+    OriginUnsupported,
 )
 from instantstart_fs.filler.region_access import SourceAccess
 from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, Routes, Tiers
@@ -48,6 +49,9 @@ SHARED_BUDGET, LONE_BUDGET = 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS
 """Chunks of a pipeline under this host's claims at once: while others pull, too, and while nobody does."""
 MOST_ASKED, MOST_FOLLOWED = 8, 8
 """Files in the background; as many more may be for readers."""
+CLAIM_TRIES = 3
+"""Claims of a group that the tier did not take, after which this host pulls it without one. Chunks that are put keep
+the breaker of writes shut meanwhile."""
 WATCHED = 16
 WINDOW = 32
 """Files among which each host has an order of its own."""
@@ -72,6 +76,8 @@ class Claims:
         self.access = SourceAccess(settings.recheck, lambda: tiers.nursery)
         self._used: dict[str, str] = {}
         self.won = self.lost = 0
+        self._unsupported = False
+        """The tier has said that it makes no object only where there is none."""
 
     # -- whose turn it is --------------------------------------------------------------------------------------------
 
@@ -292,8 +298,15 @@ class Claims:
             ):  # who had it may have put all of it, and removed the claim, since this host looked
                 pull.listed(await self._tiers.ask(lambda: records.chunks(group)), {}, trio.current_time())
         except InstantStartError as error:
-            pull.unasked(group)
+            tries = follow.unclaimed[group] = follow.unclaimed.get(group, 0) + 1
+            if isinstance(error, OriginUnsupported):
+                pull.unclaimed(group)
+                if not self._unsupported:
+                    log.warning("the regional tier takes no claims, so hosts may pull a chunk twice: %s", error.message)
+                self._unsupported = True
+                return
             # Where the put was only slow, its record tells by and by: a listing names it.
+            (pull.unasked if tries < CLAIM_TRIES else pull.unclaimed)(group)
             if self._tiers.writes.failed(trio.current_time(), 1.0) or not self._tiers.takes_writes():
                 log.warning("the regional tier takes no claims: %s", error.message)
             return

@@ -97,6 +97,8 @@ class Follow:
         self.flights: dict[int, tuple[FetchRequest, float, int]] = {}
         """By chunk: the request, when it was sent (FairClock), which source."""
         self.last_byte: dict[int, float] = {}
+        self.unclaimed: dict[int, int] = {}
+        """By group, how often the tier did not take a claim of it."""
         self.to_put: set[int] = set()
         self.put: set[int] = set()
         self.fd = -1

@@ -7,7 +7,7 @@ import secrets
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable, OriginUnsupported
 from instantstart_fs.regional.store import TierStore
 
 WRITERS = 8
@@ -34,7 +34,7 @@ def probe(store: TierStore) -> Probe:
     def race(number: int) -> bool:
         try:
             return store.put_new(name, f"{number}".encode())
-        except OriginUnavailable:  # losers may wait for longer than anybody should
+        except (OriginUnavailable, OriginUnsupported):  # losers may wait for longer than anybody should
             return False
 
     try:

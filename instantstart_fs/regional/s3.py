@@ -27,6 +27,7 @@ from instantstart_fs.errors import (
     OriginNotFound,
     OriginThrottled,
     OriginUnavailable,
+    OriginUnsupported,
     printable,
 )
 from instantstart_fs.regional.sigv4 import Secrets, Signer, query_text
@@ -44,6 +45,7 @@ CONNECTIONS = 32
 MOST_ERROR = 65536
 _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,60})</Code>")
 _SKEWED = frozenset({b"RequestTimeTooSkewed", b"AccessDenied", b"SignatureDoesNotMatch"})
+_UNSUPPORTED = frozenset({400, 405, 501})
 LEAST_SKEW = 60.0
 
 
@@ -211,6 +213,8 @@ class S3Store:
             raise OriginThrottled(
                 said, retry_after=float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
             )
+        if "If-None-Match" in sent and status in _UNSUPPORTED and code != b"RequestTimeout":
+            raise OriginUnsupported(f"{said}: conditional writes (If-None-Match) are not for this engine")
         raise OriginUnavailable(said)
 
     def _takes_clock(self, date: str) -> bool:

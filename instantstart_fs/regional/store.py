@@ -59,7 +59,8 @@ class TierStore(Protocol):
         ...
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Write it unless there is one: whether this call did."""
+        """Write it unless there is one: whether this call did. Raises OriginUnsupported where the storage says that it
+        cannot do that."""
         ...
 
     def delete(self, name: str) -> None:

@@ -15,9 +15,11 @@ import trio
 import trio.testing
 
 from instantstart_fs.core.chunks import ChunkMap
+from instantstart_fs.core.claims import ClaimState
 from instantstart_fs.core.manifest import FileEntry, ManifestFile
 from instantstart_fs.core.region import Patience, PullPlan
-from instantstart_fs.errors import InstantStartError, OriginUnavailable
+from instantstart_fs.errors import InstantStartError, OriginUnavailable, OriginUnsupported
+from instantstart_fs.filler.region_claims import CLAIM_TRIES
 from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.filler.target import FileKey, FillTarget
@@ -267,3 +269,29 @@ async def test_an_answer_that_nobody_foresaw_is_a_tier_that_fails(host: Host) ->
         await host.regional._tiers.ask(odd)
     access = host.regional._claims.access
     assert await access.may_use("p", 0, Source(LookupError("unknown encoding: nonsense"))), "it refuses nobody"
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"), [(OriginUnavailable("500"), CLAIM_TRIES), (OriginUnsupported("501 NotImplemented"), 1)]
+)
+async def test_a_tier_that_takes_chunks_and_no_claims_holds_up_nobody(
+    host: Host, error: InstantStartError, tries: int
+) -> None:
+    """The chunks that it takes keep the breaker of writes shut: the group would be asked for again and again."""
+
+    def refuse(*_: object) -> bool:
+        raise error
+
+    claims, tiers = host.regional._claims, host.regional._tiers
+    follow = host.file()
+    follow.pull = PullPlan("here", PIN, [False, False], Patience())
+    follow.pull.background = True
+    asked = 0
+    while takes := follow.pull.next_claims(8, trio.current_time()):
+        assert (asked := asked + 1) <= tries
+        await claims._claim(follow, cast(Any, SimpleNamespace(claim=refuse)), takes[0].group, takes[0].epoch)
+        tiers.writes.succeeded()
+    assert asked == tries
+    assert follow.pull.state(0) is ClaimState.ADVISORY
+    assert follow.pull.take_moves(trio.current_time()) == [(0, follow.pull.origin), (1, follow.pull.origin)]
+    assert tiers.takes_writes()

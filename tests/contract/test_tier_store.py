@@ -25,6 +25,7 @@ from instantstart_fs.errors import (
     OriginNotFound,
     OriginThrottled,
     OriginUnavailable,
+    OriginUnsupported,
 )
 from instantstart_fs.filler.fetch import Fetcher, new_buffer
 from instantstart_fs.filler.messages import Piece, WorkerSettings
@@ -299,6 +300,31 @@ def test_a_tier_that_asks_for_a_pause_is_understood_or_ignored(
         with pytest.raises(OriginThrottled) as caught:
             open_store("s3://tier/p", endpoint_url=f"http://127.0.0.1:{server.port}").get("v1/x", 10)
         assert caught.value.retry_after == seconds
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (501, "NotImplemented", OriginUnsupported),
+        (400, "InvalidArgument", OriginUnsupported),
+        (400, "RequestTimeout", OriginUnavailable),
+        (500, "InternalError", OriginUnavailable),
+    ],
+)
+def test_an_engine_without_conditional_writes_says_so(
+    monkeypatch: pytest.MonkeyPatch, status: int, code: str, error: type[InstantStartError]
+) -> None:
+    """Its hosts pull without claims at once; what fails for the moment is asked again."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    body = f"<Error><Code>{code}</Code></Error>".encode()
+    answer = f"HTTP/1.1 {status} No\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    server = SlowServer(1e9, 1, answer)
+    try:
+        with pytest.raises(error):
+            open_store("s3://tier/p", endpoint_url=f"http://127.0.0.1:{server.port}").put_new("v1/x", b"1")
     finally:
         server.close()
 
