@@ -48,8 +48,7 @@ class Pyfuse3Transport:
         except RuntimeError as error:
             if "fuse_session_mount" in str(error):
                 pyfuse3.close(unmount=False)  # libfuse holds a session; there is no mount
-            reason = "is /dev/fuse there, and may this user mount?"
-            raise MountFailed(f"cannot mount at {path}: {error} ({reason})") from error
+            raise MountFailed(f"cannot mount at {path}: {error} ({why_not_mounted()})") from error
         self._open = True
         for descriptor in kernel.fuse_descriptors() - before:
             # See _steadied_loop.
@@ -110,3 +109,12 @@ class _Interrupted(logging.Filter):
 
 
 logging.getLogger("pyfuse3").addFilter(_Interrupted())
+
+
+def why_not_mounted() -> str:
+    """Return what keeps this user from mounting, and what to do about it, as far as that shows."""
+    if not os.path.exists("/dev/fuse"):
+        return "there is no /dev/fuse: modprobe fuse; a container needs --device /dev/fuse"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "this user may not open /dev/fuse: as root, chmod 666 /dev/fuse, as udev has it"
+    return "may this user mount? `instantstart doctor` looks"

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from instantstart_fs.errors import MountFailed
-from instantstart_fs.mount import kernel
+from instantstart_fs.mount import kernel, pyfuse3_transport
 from instantstart_fs.mount.mountpoint import may_allow_other, prepare_mountpoint
 from instantstart_fs.mount.operations import STABLE_NEGATIVE_TIMEOUT
 from instantstart_fs.mount.session import serve
@@ -294,3 +294,10 @@ def test_facts_for_the_doctor() -> None:
     assert version.startswith("3.")
     assert not kernel.user_allow_other("#user_allow_other\n")
     assert kernel.user_allow_other("mount_max = 5\n user_allow_other \n")
+
+
+def test_who_may_not_open_the_device_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/dev/fuse")
+    assert "may not open /dev/fuse: as root, chmod 666" in pyfuse3_transport.why_not_mounted()
+    monkeypatch.setattr(os.path, "exists", lambda path: path != "/dev/fuse")
+    assert "modprobe fuse" in pyfuse3_transport.why_not_mounted()
