@@ -12,7 +12,7 @@ import inspect
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol, Self, TypeVar, Unpack
 
 from instantstart_fs.config.places import find_socket
@@ -103,7 +103,8 @@ class Connection:
         self._waits = waits
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._buffer = protocol.LineBuffer(protocol.MAX_MESSAGE)
-        self._waiting = self._over = False
+        self._waiting = 0
+        self._over = False
 
     async def connect(self, deadline: float) -> None:
         self._socket.setblocking(False)
@@ -122,7 +123,7 @@ class Connection:
     async def send(self, request: protocol.Request, deadline: float) -> None:
         line = protocol.encode_request(request)
         try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # why, is to be read
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError), self._in_use():  # why, is to be read
                 await self._waits.send(self._socket, line, deadline)
         except TimeoutError as error:
             raise calls.silent(self._path, deadline) from error
@@ -154,12 +155,20 @@ class Connection:
         return False
 
     async def wait_ended(self, timeout: float | None) -> bool:
+        """By a descriptor of its own: several tasks may wait, and a loop knows one for each descriptor."""
         end = None if timeout is None else time.monotonic() + timeout
+        if self._over:
+            return True
         try:
-            while True:
-                left = None if end is None else max(end - time.monotonic(), 0.001)
-                if not await self._bytes(left):
-                    return True
+            mine = self._socket.dup()
+        except OSError as error:
+            raise calls.broken(self._path, error) from error
+        try:
+            with mine:
+                while True:
+                    left = None if end is None else max(end - time.monotonic(), 0.001)
+                    if not await self._waits.receive(mine, left):
+                        return True
         except TimeoutError:
             return False
         except OSError:
@@ -168,12 +177,18 @@ class Connection:
     async def _bytes(self, seconds: float | None) -> bytes:
         if self._over:
             return b""
-        self._waiting = True
-        try:
+        with self._in_use():
             return await self._waits.receive(self._socket, seconds)
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Inside the block ``close`` leaves the descriptor open: the loop looks at it."""
+        self._waiting += 1
+        try:
+            yield
         finally:
-            self._waiting = False
-            if self.is_over:
+            self._waiting -= 1
+            if self.is_over and not self._waiting:
                 self._socket.close()
 
     @property

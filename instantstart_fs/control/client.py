@@ -7,20 +7,18 @@ that several threads may share it. One that the daemon has closed meanwhile (it 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
-import socket
-import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self, TypeVar, Unpack
 
-from instantstart_fs.config import unixsocket
 from instantstart_fs.config.places import find_socket
 from instantstart_fs.control import calls, protocol
 from instantstart_fs.control.calls import ANSWER_DEADLINE, CONNECT_DEADLINE, NAMES_DEADLINE, Call, Finished, Refused
+from instantstart_fs.control.client_connection import Connection
 from instantstart_fs.control.specification import Options
 from instantstart_fs.core.coldstart import ColdStart, Moment
 from instantstart_fs.core.manifest import PipelineSpec
@@ -32,93 +30,6 @@ from instantstart_fs.errors import ControlError, ControlProtocolError, InstantSt
 _T = TypeVar("_T")
 MAX_IDLE = 4
 """Connections that are kept for the next request."""
-
-
-class Connection:
-    """One connection: lines out, messages and descriptors in. Raises DaemonUnreachable, ControlProtocolError."""
-
-    def __init__(self, path: str, deadline: float) -> None:
-        self._path = path
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._buffer = protocol.LineBuffer(protocol.MAX_MESSAGE)
-        self.descriptors: collections.deque[int] = collections.deque()
-        try:
-            unixsocket.connect(self._socket, path, deadline)
-        except OSError as error:
-            self._socket.close()
-            raise calls.unreachable(path, error, deadline) from error
-
-    def send(self, request: protocol.Request, deadline: float) -> None:
-        line = protocol.encode_request(request)
-        try:
-            self._socket.settimeout(deadline)
-            # A daemon that refuses the connection may have closed it before the request was out: its reason is to be
-            # read.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self._socket.sendall(line)
-        except TimeoutError as error:
-            raise calls.silent(self._path, deadline) from error
-        except OSError as error:
-            raise calls.broken(self._path, error) from error
-
-    def receive(self, deadline: float) -> protocol.Response:
-        """The next message, within ``deadline`` seconds of silence."""
-        while True:
-            for line in self._buffer.lines():
-                return protocol.decode_response(line)
-            try:
-                self._socket.settimeout(deadline)
-                # The kernel never joins bytes across descriptors: those that came belong to the lines that follow.
-                data, descriptors, _, _ = socket.recv_fds(
-                    self._socket, 256 * 1024, 2 * protocol.MAX_HANDED_FILES, socket.MSG_CMSG_CLOEXEC
-                )
-                self.descriptors.extend(descriptors)
-            except TimeoutError as error:
-                raise calls.silent(self._path, deadline) from error
-            except OSError as error:
-                raise calls.broken(self._path, error) from error
-            if not data:
-                raise calls.ended(self._path)
-            self._buffer.feed(data)
-
-    def is_quiet(self) -> bool:
-        """Whether it is open with nothing to be read: fit for a request."""
-        try:
-            self._socket.setblocking(False)  # with a time-out Python waits, whatever the flags say
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return not len(self._buffer)
-        except OSError:
-            pass
-        return False
-
-    def wait_ended(self, timeout: float | None) -> bool:
-        """Whether the daemon ended it within ``timeout`` seconds (None: wait as long as that takes)."""
-        end = None if timeout is None else time.monotonic() + timeout
-        try:
-            while True:
-                self._socket.settimeout(None if end is None else max(end - time.monotonic(), 0.001))
-                if not self._socket.recv(protocol.MAX_MESSAGE):
-                    return True
-        except TimeoutError:
-            return False
-        except OSError:
-            return True
-
-    def peer_pid(self) -> int:
-        size = struct.calcsize("3i")
-        return int(struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0])
-
-    def shut(self) -> None:
-        """From any thread: whoever waits for a message gets DaemonUnreachable."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.shut()
-        self._socket.close()
-        while self.descriptors:
-            os.close(self.descriptors.popleft())
 
 
 class Lease:
@@ -194,7 +105,8 @@ class OpenedWeights(Lease):
 
 
 class Client:
-    """The daemon at ``path`` (default: ``find_socket()``). A context manager; threads may share it.
+    """The daemon at ``path`` (default: ``find_socket()``). A context manager; threads may share it. A process that was
+    forked may use its copy, with connections of its own; leases stay the parent's.
 
     Every method raises errors of ControlError's family for the connection, and those that the daemon raised. It has
     more than 25 public methods, because each request of the protocol has one.
@@ -210,6 +122,7 @@ class Client:
         self._held: set[Connection] = set()
         """By leases."""
         self._idle: list[Connection] = []
+        _clients.add(self)
         self._idle.append(self._connect())
 
     def close(self) -> None:
@@ -497,3 +410,21 @@ class Client:
             self._connections.discard(connection)
             self._held.discard(connection)
         connection.close()
+
+    def _forked(self) -> None:
+        """In the child: another thread may have held the lock, and what is idle is the parent's."""
+        self._lock = threading.Lock()
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            self._drop(connection)
+
+
+_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for client in list(_clients):
+        client._forked()
+
+
+os.register_at_fork(after_in_child=_forked)

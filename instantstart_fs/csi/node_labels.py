@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -83,7 +84,7 @@ class NodeApi:
                         f"the Kubernetes API refuses {method} of the node ({error.code}): see RBAC"
                     ) from None
                 raise OriginUnavailable(f"the Kubernetes API answers {method} of the node with {error.code}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise OriginUnavailable(f"the Kubernetes API does not answer: {error}") from None
         if not isinstance(found, dict):
             raise OriginMisbehaved("the Kubernetes API's answer is no object")

@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from instantstart_fs import AsyncClient, Client, InstantStartError
+from instantstart_fs.control import async_client, protocol
 from instantstart_fs.control.async_client import Lease as AsyncLease
 from instantstart_fs.control.server import serving
 from instantstart_fs.core.manifest import ModelSpec
@@ -352,3 +354,93 @@ async def test_the_packages_own_name_is_typed_and_lazy(tmp_path: Path) -> None:
     library = FakeLibrary()
     async with run(library, str(tmp_path / "run" / "s")), AsyncClient(str(tmp_path / "run" / "s")) as client:
         assert await client.names() == ["x"]
+
+
+# -- a process that forks ----------------------------------------------------------------------------------------------
+
+FORKS = """
+import os, signal, sys
+from instantstart_fs import Client
+client = Client(sys.argv[1])
+lease = client.lease("x")
+client.ping()
+client._lock.acquire()  # as another thread may, at the moment of the fork
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    client.ping()
+    lease.close()
+    with client:
+        pass
+    os._exit(0)
+client._lock.release()
+assert os.waitpid(child, 0)[1] == 0, "the child hung or failed"
+client.ping()
+assert not lease.wait_ended(0.05), "the child's close ended the parent's lease"
+"""
+
+
+def test_a_forked_child_ends_nothing_of_its_parents(server: Server) -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS, server.path], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+# -- tasks that share a connection -------------------------------------------------------------------------------------
+
+
+@LOOPS
+def test_several_tasks_wait_for_the_end_of_a_lease(server: Server, loop: str) -> None:
+    async def work() -> None:
+        async with AsyncClient(server.path) as client, client.lease("x") as lease:
+            seen: list[bool] = []
+
+            async def wait() -> None:
+                seen.append(await lease.wait_ended(50))
+
+            async def end() -> None:
+                await pause(loop)
+                lease.close()
+
+            await together(loop, wait, wait, end)
+            assert seen == [True, True]
+
+    on(loop, work)
+
+
+@LOOPS
+def test_close_ends_a_send_that_the_daemon_does_not_read(tmp_path: Path, loop: str) -> None:
+    async def work() -> None:
+        with silent(tmp_path / "s") as path:
+            connection = async_client.Connection(path, async_client._waits())
+            await connection.connect(10)
+
+            async def send() -> None:
+                with pytest.raises(DaemonUnreachable):
+                    await connection.send(protocol.Include("x", ("a" * 4096,) * 250), 600)
+                    await connection.receive(600)
+
+            async def end() -> None:
+                await pause(loop)
+                connection.close()
+
+            await together(loop, send, end)
+            assert connection._socket.fileno() == -1
+
+    on(loop, work)
+
+
+async def pause(loop: str) -> None:
+    """Until the other tasks wait."""
+    if loop == "trio":
+        await trio.testing.wait_all_tasks_blocked()
+    else:
+        await asyncio.sleep(0.05)
+
+
+async def together(loop: str, *works: Callable[[], Awaitable[None]]) -> None:
+    if loop == "trio":
+        async with trio.open_nursery() as nursery:
+            for work in works:
+                nursery.start_soon(work)
+    else:
+        await asyncio.gather(*(work() for work in works))

@@ -88,6 +88,7 @@ class Api(BaseHTTPRequestHandler):
     seen: list[tuple[str, str, str | None, str | None]]
     labels: dict[str, str]
     refuse = 0
+    garbage = False
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -99,6 +100,9 @@ class Api(BaseHTTPRequestHandler):
             self.labels.pop(key, None)
             if value is not None:
                 self.labels[key] = value
+        if self.garbage:
+            self.wfile.write(b"nonsense\r\n\r\n")
+            return
         content = json.dumps({"metadata": {"labels": self.labels}}).encode()
         self.send_response(self.refuse or 200)
         self.send_header("Content-Length", str(len(content)))
@@ -142,6 +146,9 @@ def test_a_nodes_labels_are_patched(api: tuple[Any, NodeApi], tmp_path: Path) ->
     handler.refuse = 500
     with pytest.raises(OriginUnavailable, match="500"):
         node.patch({})
+    handler.garbage = True
+    with pytest.raises(OriginUnavailable, match="does not answer"):  # an HTTPException, which is no OSError
+        node.labels()
 
 
 def rendered() -> Iterator[tuple[str, dict[str, Any]]]:
