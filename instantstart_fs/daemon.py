@@ -30,6 +30,7 @@ from instantstart_fs.config.directories import PASSABLE, make_directory
 from instantstart_fs.config.loader import load_pipelines
 from instantstart_fs.config.places import make_run_directory
 from instantstart_fs.config.threads import keep_spare_threads
+from instantstart_fs.control.dispatcher import Dispatcher
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.control.server import ControlServer
 from instantstart_fs.core.manifest import PipelineSpec
@@ -52,12 +53,13 @@ from instantstart_fs.service import (
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.system import mountinfo
 from instantstart_fs.upkeep.index_recovery import open_index
+from instantstart_fs.web.control_http import ControlHttp
 from instantstart_fs.web.health import HealthProbe
 from instantstart_fs.web.listener import BACKLOG, address, bind
 
 if TYPE_CHECKING:
     from instantstart_fs.web.app import Site
-    from instantstart_fs.web.visitors import SightOf, Visitors
+    from instantstart_fs.web.visitors import Visitors
 
 log = logging.getLogger(__name__)
 
@@ -158,11 +160,12 @@ async def serve(
                             group=config.control.group,
                             group_access=config.control.group_access,
                             pending=daemon.pending,
+                            http=ControlHttp(config.http, library),
                         )
                         await nursery.start(server.run)
                         nursery.start_soon(daemon.keep_pipelines)
                         if listeners := daemon.bind_page():
-                            nursery.start_soon(daemon.keep_page, listeners, server.callers.sight)
+                            nursery.start_soon(daemon.keep_page, listeners, server.dispatcher)
                         daemon.ready = True
                         task_status.started()
                         line = f"ready: {len(library.pipelines)} pipelines at {config.mount.path}, socket {socket_path}"
@@ -324,14 +327,14 @@ class Daemon:
                 log.warning("no page and no metrics at %s: %s", http.socket, error.strerror or error)
         return listeners
 
-    async def keep_page(self, listeners: Sequence[socket.socket], sight_of: SightOf) -> None:
+    async def keep_page(self, listeners: Sequence[socket.socket], dispatcher: Dispatcher) -> None:
         """Serve page, metrics and health. A failure is logged, ends nothing else, and the page starts again."""
         while True:
-            await self._serve_page(listeners, sight_of)
+            await self._serve_page(listeners, dispatcher)
             await trio.sleep(PAGE_RETRY)
             listeners = self.bind_page()
 
-    async def _serve_page(self, listeners: Sequence[socket.socket], sight_of: SightOf) -> None:
+    async def _serve_page(self, listeners: Sequence[socket.socket], dispatcher: Dispatcher) -> None:
         if not listeners:
             return
         try:
@@ -343,9 +346,9 @@ class Daemon:
                 self._library.filler.statistics,
                 store_problem=self._library.snapshots.store_problem,
             )
-            visitors = make_visitors(self._config.http, sight_of)
+            visitors = make_visitors(self._config.http, dispatcher.callers.sight)
             made = site(self._library, self.info, self._config.http, health, visitors, pending=self.pending)
-            await serve_page(made.app(), listeners, visitors.identify)
+            await serve_page(made.app(dispatcher), listeners, visitors.identify)
         except Exception:
             log.exception("the page and the metrics have failed, and are begun again; the mount goes on")
             self.http = ""

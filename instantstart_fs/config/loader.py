@@ -101,6 +101,7 @@ class _Http(Table):
     metrics_pipelines: int = 200
     public: bool = False
     token_file: str | None = None
+    api_token_file: str | None = None
     socket: str | None = None
 
 
@@ -350,8 +351,14 @@ def _http(at: At, raw: _Http) -> HttpConfig:
         "metrics_pipelines": raw.metrics_pipelines,
         "public": raw.public,
         "token_file": at.secret_file("http.token_file", raw.token_file),
+        "api_token_file": at.secret_file("http.api_token_file", raw.api_token_file),
         "socket": None if raw.socket is None else at.path("http.socket", raw.socket),
     }
+    at.require(
+        more["api_token_file"] is None or more["api_token_file"] != more["token_file"],
+        "http.api_token_file",
+        "is the page's token_file, too: who may look would administer; make another one",
+    )
     if raw.listen == "off":
         return HttpConfig(port=None, hosts=raw.hosts, **more)
     host, _, port = raw.listen.rpartition(":")

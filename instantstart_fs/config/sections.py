@@ -98,7 +98,9 @@ class HttpConfig(msgspec.Struct, frozen=True):
     """Page, metrics and health. ``host`` and ``port``: where; port 0 takes a free one, None serves nothing.
 
     ``public``: every caller sees every pipeline; else each caller what the mount would show him. ``token_file``:
-    the file of a token, the bearer of which sees every pipeline. ``socket``: a unix socket to be served on as well.
+    the file of a token, the bearer of which sees every pipeline. ``api_token_file``: that of another one, the bearer of
+    which may ask for the API's verbs here; None: only the control socket has them. ``socket``: a unix socket to be
+    served on as well.
     ``details``: show sources, revisions and error messages too. ``hosts``: names by which browsers may call it, beside
     the loopback ones; ("*",) = any. ``metrics_pipelines``: how many pipelines get metrics of their own.
     """
@@ -111,6 +113,7 @@ class HttpConfig(msgspec.Struct, frozen=True):
     public: bool = False
     token_file: str | None = None
     socket: str | None = None
+    api_token_file: str | None = None
 
 
 class HuggingFaceConfig(msgspec.Struct, frozen=True):

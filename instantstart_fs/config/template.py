@@ -43,6 +43,7 @@ allow_remote = false              # must be true for an address that other machi
 hosts = []                        # names under which it may be called, beside localhost; ["*"]: any
 public = false                    # true: whoever reaches it sees every pipeline, not only what the mount would show him
 # token_file = "/etc/instantstart/page-token"   # whoever bears this token sees every pipeline: for scrapers
+# api_token_file = "/etc/instantstart/api-token"   # whoever bears this other token administers over TCP (docs/HTTP.md)
 # socket = "/run/instantstart/page.sock"        # be served on this unix socket as well
 metrics_pipelines = 200           # pipelines that get metrics of their own: those requested last
 

@@ -85,15 +85,20 @@ class Place:
         self.patience = patience
         self.refusal = refusal
 
+    @property
+    def seat(self) -> Seat:
+        """What it holds; not of a refused one."""
+        assert self._seat is not None
+        return self._seat
+
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """Keep the connection's place inside the block, from a whole request to its answer."""
-        assert self._seat is not None
-        self._seat.at_work()
+        self.seat.at_work()
         try:
             yield
         finally:
-            self._seat.idle(trio.current_time())
+            self.seat.idle(trio.current_time())
 
 
 class Callers:
@@ -141,10 +146,15 @@ class Callers:
                 f"uid {peer.uid} may not open {request.pipeline}, whose files belong to {spec.uid}:{spec.gid} "
                 f"with mode {spec.mode:04o}"
             )
-        raise PermissionRefused(
-            f"uid {peer.uid} may not {type(request).__name__.lower()} here; ask as root, as the daemon's user, "
-            "or, for status, touch, lease, warm, mark and explain, as the pipeline's owner"
-        )
+        self.must_administer(peer, type(request))
+
+    def must_administer(self, peer: Peer, kind: type[Request]) -> None:
+        """Raises PermissionRefused, whatever a request of that ``kind`` says."""
+        if not self.administers(peer):
+            raise PermissionRefused(
+                f"uid {peer.uid} may not {kind.__name__.lower()} here; ask as root, as the daemon's user, "
+                "or, for status, touch, lease, warm, mark and explain, as the pipeline's owner"
+            )
 
     def _is_owner(self, peer: Peer, uid: int, gid: int) -> bool:
         return uid == peer.uid or (self._group_access and gid in peer.groups)

@@ -1,16 +1,16 @@
 """One connection of the control socket: reads requests, sends answers, and ends a wait when its client leaves.
 
-A message is bounded and has a deadline. An exception of any kind becomes an answer and a logged traceback, so that no
-client can hurt another. What a request does is in ``dispatcher.py``.
+A message is bounded and has a deadline. What a request does is in ``dispatcher.py``. A connection whose first byte is a
+letter speaks HTTP (a message of ours begins with a brace), and is handed to whoever speaks that.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
-import logging
 import socket
 from collections.abc import Sequence
+from typing import Protocol
 
 import trio
 
@@ -19,19 +19,37 @@ from instantstart_fs.config.unixsocket import Peer
 from instantstart_fs.control import protocol
 from instantstart_fs.control.callers import Place
 from instantstart_fs.control.dispatcher import Caller, Dispatcher
-from instantstart_fs.core.eviction import without_others
-from instantstart_fs.errors import ControlProtocolError, InstantStartError, StoreFull
-
-log = logging.getLogger(__name__)
+from instantstart_fs.errors import ControlProtocolError, PipelineBusy
 
 REQUEST_DEADLINE = 30.0
 """Seconds for a whole request to arrive once it has begun, and for an answer to be taken."""
+REFUSAL_SECONDS = 0.5
+"""In which one without a place says which protocol it speaks, and so how it is told."""
+
+
+class HandOver(Protocol):
+    """Takes over a connection that speaks HTTP, until it ends. ``begun``: what was read of it; ``place``: held by the
+    caller, and refused perhaps."""
+
+    async def __call__(
+        self, dispatcher: Dispatcher, stream: trio.SocketStream, begun: bytes, peer: Peer, place: Place
+    ) -> None: ...
 
 
 class Connection:
-    """One client's connection: answers its requests in turn, and ends the current one when the client disconnects."""
+    """One client's connection: answers its requests in turn, and ends the current one when the client disconnects.
 
-    def __init__(self, dispatcher: Dispatcher, stream: trio.SocketStream, peer: Peer, place: Place) -> None:
+    ``http``: None where nobody speaks it."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        stream: trio.SocketStream,
+        peer: Peer,
+        place: Place,
+        http: HandOver | None = None,
+    ) -> None:
+        self._http = http
         self._dispatcher = dispatcher
         self._place = place
         self._stream = stream
@@ -48,13 +66,15 @@ class Connection:
 
     async def _run(self) -> None:
         if self._place.refusal is not None:
-            await self._send(protocol.failed(self._place.refusal))
+            await self._refuse(self._place.refusal)
             return
+        first = True
         while True:
             try:
-                line = await self._read_line()
+                line = await self._read_line(first)
                 if line is None:
                     return
+                first = False
                 with self._place.at_work():
                     await self._dispatcher.callers.wait_turn(self._peer)
                     if not await self._answer(protocol.decode_request(line)):
@@ -63,9 +83,23 @@ class Connection:
                 await self._send(protocol.failed(error))
                 return
 
-    async def _read_line(self) -> bytes | None:
+    async def _refuse(self, refusal: PipelineBusy) -> None:
+        begun = b""
+        if self._http is not None:
+            with trio.move_on_after(REFUSAL_SECONDS):
+                begun = await self._stream.receive_some(65536)
+        if _is_http(begun):
+            await self._hand_over(begun)
+        else:
+            await self._send(protocol.failed(refusal))
+
+    async def _hand_over(self, begun: bytes) -> None:
+        assert self._http is not None
+        await self._http(self._dispatcher, self._stream, begun, self._peer, self._place)
+
+    async def _read_line(self, first: bool) -> bytes | None:
         """The next request; None at the end. A client may be silent between requests for as long as its place has
-        patience, and not within one."""
+        patience, and not within one. ``first``: no message has come; what is HTTP is handed over, to its end."""
         silent_until = trio.current_time() + self._place.patience
         begun: float | None = None
         while True:
@@ -80,6 +114,9 @@ class Connection:
                     return None
                 raise ControlProtocolError(f"half a request came, and the rest did not within {REQUEST_DEADLINE:g} s")
             if not data:
+                return None
+            if first and self._http is not None and not len(self._buffer) and _is_http(data):
+                await self._hand_over(data)
                 return None
             self._buffer.feed(data)
 
@@ -102,32 +139,11 @@ class Connection:
 
             nursery.start_soon(watch)
             try:
-                await self._send(await self._response(request))
+                await self._send(await self._dispatcher.respond(request, self._caller))
             except* (trio.BrokenResourceError, trio.ClosedResourceError):
                 disconnected = True
             nursery.cancel_scope.cancel()
         return not disconnected
-
-    async def _response(self, request: protocol.Request) -> protocol.Response:
-        """Return the answer to a request. A lease never returns: it ends with the connection."""
-        try:
-            self._dispatcher.callers.authorize(self._peer, request)
-            if isinstance(request, protocol.Lease | protocol.Open):
-                await self._dispatcher.hold(request, self._caller)
-            return protocol.Done(await self._dispatcher.perform(request, self._caller))
-        except StoreFull as error:
-            # Which others are hot or pinned is theirs to know.
-            knows = self._dispatcher.callers.administers(self._peer)
-            message = error.message if knows else without_others(error.message)
-            return protocol.Failed(error.code, message, error.retry_after)
-        except InstantStartError as error:
-            return protocol.failed(error)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise
-        except Exception as error:
-            log.exception("control request %s failed", type(request).__name__.lower())
-            message = f"{type(error).__name__} in the daemon; its log has the traceback"
-            return protocol.Failed(InstantStartError.code, message)
 
     async def _send(self, response: protocol.Response, descriptors: Sequence[int] = ()) -> None:
         """``descriptors`` go with its first byte. Raises BrokenResourceError when the client does not take it in
@@ -148,3 +164,7 @@ class Connection:
                 await self._stream.send_all(line)
         if scope.cancelled_caught:
             raise trio.BrokenResourceError("the client does not read its answers")
+
+
+def _is_http(begun: bytes) -> bool:
+    return begun[:1].isalpha()

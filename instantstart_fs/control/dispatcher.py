@@ -8,6 +8,7 @@ helps nobody.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from instantstart_fs.errors import (
     VariantNotChosen,
     from_code,
 )
+
+log = logging.getLogger(__name__)
 
 CHANGE_DEADLINE = 600.0
 """Seconds that a client is kept waiting for a change; the change itself goes on."""
@@ -82,6 +85,28 @@ class Dispatcher:
         self._pending = pending
         self._changes = changes
         self._leases: dict[str, dict[trio.CancelScope, None]] = {}
+
+    async def respond(self, request: protocol.Request, caller: Caller) -> protocol.Done | protocol.Failed:
+        """The last message for a request, whatever becomes of it. Raises BrokenResourceError when the caller no longer
+        reads, and at the end of a lease: one never returns, and ends with the connection."""
+        try:
+            self.callers.authorize(caller.peer, request)
+            if isinstance(request, protocol.Lease | protocol.Open):
+                await self.hold(request, caller)
+            return protocol.Done(await self.perform(request, caller))
+        except StoreFull as error:
+            # Which others are hot or pinned is theirs to know.
+            knows = self.callers.administers(caller.peer)
+            message = error.message if knows else without_others(error.message)
+            return protocol.Failed(error.code, message, error.retry_after)
+        except InstantStartError as error:
+            return protocol.failed(error)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise
+        except Exception as error:
+            log.exception("control request %s failed", type(request).__name__.lower())
+            message = f"{type(error).__name__} in the daemon; its log has the traceback"
+            return protocol.Failed(InstantStartError.code, message)
 
     async def perform(self, request: protocol.Request, caller: Caller) -> Any:
         """The result of ``request``, as ``protocol`` documents it for each. Raises InstantStartError, and

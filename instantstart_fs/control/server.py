@@ -16,7 +16,7 @@ import trio
 
 from instantstart_fs.config.unixsocket import Peer, peer_of
 from instantstart_fs.control.callers import Callers
-from instantstart_fs.control.connection import Connection
+from instantstart_fs.control.connection import Connection, HandOver
 from instantstart_fs.control.dispatcher import Dispatcher
 from instantstart_fs.control.listener import accept_connections, listen
 from instantstart_fs.control.parts import Parts
@@ -29,8 +29,11 @@ log = logging.getLogger(__name__)
 class ControlServer:
     """Serves ``library`` on the socket at ``path``. ``info`` is asked at each ping; members of ``group`` administer.
 
-    ``pending``: pipelines that are configured and could not be added yet, shown beside those of the library.
+    ``pending``: pipelines that are configured and could not be added yet, shown beside those of the library. ``http``:
+    who answers the connections that speak it. ``dispatcher``: from the start on.
     """
+
+    dispatcher: Dispatcher
 
     def __init__(
         self,
@@ -42,7 +45,9 @@ class ControlServer:
         group_access: bool = False,
         pending: Callable[[], Mapping[str, PipelineStatus]] = dict,
         peer: Callable[[trio.socket.SocketType], Peer] = peer_of,
+        http: HandOver | None = None,
     ) -> None:
+        self._http = http
         self.path = path
         self._library = library
         self._info = info
@@ -55,11 +60,11 @@ class ControlServer:
         listener = listen(self.path)
         try:
             async with trio.open_nursery() as nursery:
-                dispatcher = Dispatcher(self._library, self.callers, self._info, self._pending, nursery)
+                self.dispatcher = Dispatcher(self._library, self.callers, self._info, self._pending, nursery)
                 task_status.started()
 
                 def serve(connection: trio.socket.SocketType) -> None:
-                    nursery.start_soon(self._serve, trio.SocketStream(connection), dispatcher)
+                    nursery.start_soon(self._serve, trio.SocketStream(connection))
 
                 await accept_connections(listener, serve, name="control socket")
         finally:
@@ -67,13 +72,13 @@ class ControlServer:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
 
-    async def _serve(self, stream: trio.SocketStream, dispatcher: Dispatcher) -> None:
+    async def _serve(self, stream: trio.SocketStream) -> None:
         try:
             async with stream:
                 peer = self._peer(stream.socket)
                 await self.callers.wait_for_seat(peer)
                 with self.callers.connected(peer) as place:
-                    await Connection(dispatcher, stream, peer, place).run()
+                    await Connection(self.dispatcher, stream, peer, place, self._http).run()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         except* Exception:

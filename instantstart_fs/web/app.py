@@ -1,9 +1,10 @@
 """The routes: / page, /pipelines/ID, /api/pipelines, /api/cold-starts/ID, /api/events, /badge/ID.svg,
 /v1/placement/ID, /metrics, /healthz.
 
-All are GET and change nothing. Each caller sees what visitors.py and core/sight.py permit; what it may not see is
-answered as if it did not exist. One store summary at a time is taken, kept for a second (longer where it takes long)
-and shared by everybody who asks; without callers none is taken. Requests and event streams are counted and bounded.
+All are GET and change nothing; the API's verbs (api.py) are beside them for the bearer of its token. Each caller sees
+what visitors.py and core/sight.py permit; what it may not see is answered as if it did not exist. One store summary at a
+time is taken, kept for a second (longer where it takes long) and shared by everybody who asks; without callers none is
+taken. Requests and event streams are counted and bounded.
 Pages hold no inline script or style, so that the Content-Security-Policy can forbid them, and the templates escape
 every name.
 """
@@ -32,18 +33,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from instantstart_fs import metrics
 from instantstart_fs.config import HttpConfig
+from instantstart_fs.config.unixsocket import Peer
+from instantstart_fs.control.dispatcher import Dispatcher
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.coldstart import as_plain
 from instantstart_fs.core.ratelimit import Bucket
-from instantstart_fs.core.sight import Sight
+from instantstart_fs.core.sight import EVERYTHING, Sight
 from instantstart_fs.core.status import PipelineStatus
-from instantstart_fs.errors import InstantStartError, PipelineNotFound
 from instantstart_fs.library import Library
 from instantstart_fs.views.store_summary import StoreSummary
 from instantstart_fs.web import view_model
+from instantstart_fs.web.api import DOCUMENT, Api, is_api
 from instantstart_fs.web.health import HealthProbe
 from instantstart_fs.web.pipeline_page import PipelinePages
 from instantstart_fs.web.pipeline_view import PipelineView
+from instantstart_fs.web.placement import PREFIX as PLACEMENT
+from instantstart_fs.web.placement import placement
 from instantstart_fs.web.visitors import STRANGER, Visitor, Visitors
 
 MAX_STREAMS = 32
@@ -67,6 +72,8 @@ LOOKS_AT_ONCE = 256
 """Pipelines between two pauses, while that is found out."""
 MAX_VIEWS = 64
 """Rendered pages of one summary that are kept: any caller may ask for any."""
+TOKENS_BEARER = Peer(0, os.geteuid(), frozenset())
+"""As whom the bearer of the API's token asks: nobody of this machine's processes, with the rights of the daemon."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 HEADERS = {
     "Content-Security-Policy": (
@@ -184,7 +191,8 @@ class Site:
         )  # fmt: skip
         self._version = hashlib.sha256(b"".join(self._static.values())).hexdigest()[:12]
 
-    def app(self) -> ASGIApp:
+    def app(self, dispatcher: Dispatcher | None = None) -> ASGIApp:
+        """The application. With ``dispatcher`` the bearer of the API's token may ask for its verbs."""
         routes = [
             Route("/", self.page),
             Route("/api/pipelines", self.pipelines),
@@ -200,7 +208,9 @@ class Site:
         hosts = [*LOCAL_NAMES, self._config.host, *self._config.hosts]
         # A page elsewhere may point its own name at 127.0.0.1 and read what it finds: only known names are answered.
         trusted = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-        return _Bounded(Starlette(routes=routes, middleware=[trusted]), self._visitors)
+        page = Starlette(routes=routes, middleware=[trusted])
+        api = Api(dispatcher, self._library, hosts, lambda _: EVERYTHING) if dispatcher is not None else None
+        return _Bounded(page, self._visitors, api)
 
     # -- pages -----------------------------------------------------------------------------------------------------
 
@@ -268,19 +278,8 @@ class Site:
         return JSONResponse(records)
 
     async def placement(self, request: Request) -> Response:
-        """Which hosts of the region hold a pipeline: for an autoscaler."""
-        pipeline = request.path_params["pipeline"]
-        if not self._library.pipelines.shown_to(pipeline, sight_of(request)):
-            return _failed("pipeline-not-found", f"there is no pipeline {pipeline}", 404)
-        if self._library.heartbeats is None:
-            return _failed("no-region", "there is no [regional] in the configuration", 404)
-        try:
-            found = await self._library.heartbeats.placement(pipeline)
-        except PipelineNotFound:
-            return _failed("pipeline-not-found", f"there is no pipeline {pipeline}", 404)
-        except InstantStartError as error:
-            return _failed("tier-unavailable", error.message if self._config.details else "", 503)
-        return JSONResponse(msgspec.to_builtins(found))
+        pipeline, sight = request.path_params["pipeline"], sight_of(request)
+        return await placement(self._library, pipeline, sight, details=self._config.details)
 
     async def metrics(self, request: Request) -> Response:
         sight = sight_of(request)
@@ -359,12 +358,6 @@ def sight_of(request: Request) -> Sight:
     return found
 
 
-def _failed(code: str, message: str, status: int) -> Response:
-    """As all of /v1 says it."""
-    headers = {"Retry-After": "10"} if status == 503 else {}
-    return JSONResponse({"error": {"code": code, "message": message}}, status, headers=headers)
-
-
 def event(text: str) -> bytes:
     """One server-sent event with that text."""
     return "".join(f"data: {line}\n" for line in text.splitlines()).encode() + b"\n"
@@ -405,9 +398,10 @@ class _Bounded:
     """Refuses what is not GET or HEAD, or has a wrong token, and slows down what is too much; finds out what the caller
     sees; adds the headers that every answer has."""
 
-    def __init__(self, app: ASGIApp, visitors: Visitors) -> None:
+    def __init__(self, app: ASGIApp, visitors: Visitors, api: Api | None) -> None:
         self._app = app
         self._visitors = visitors
+        self._api = api
         self._all: Bucket | None = None
         self._each: OrderedDict[str, Bucket] = OrderedDict()
 
@@ -425,6 +419,9 @@ class _Bounded:
                 ]
             await send(message)
 
+        if self._api is not None and is_api(scope["path"]) and not scope["path"].startswith(PLACEMENT):
+            await self._ask_api(self._api, scope, receive, with_headers)
+            return
         if scope["method"] not in ("GET", "HEAD"):
             await Response("read-only\n", 405, media_type="text/plain")(scope, receive, with_headers)
             return
@@ -440,6 +437,19 @@ class _Bounded:
         if not visitor.sight.everything:
             await self._wait_turn(visitor)
         await self._app(scope, receive, with_headers)
+
+    async def _ask_api(self, api: Api, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        allowed = self._visitors.may_ask_api(request.headers)
+        if not allowed:
+            await self._wait_turn(visitor_of(request))
+        if allowed is False and scope["path"] != DOCUMENT:
+            error = {"code": "unauthorized", "message": "the API's token is not the right one"}
+            asked = {"WWW-Authenticate": "Bearer"}
+            await JSONResponse({"error": error}, 401, headers=asked)(scope, receive, send)
+            return
+        scope["state"]["peer"] = TOKENS_BEARER if allowed else None
+        await api(scope, receive, send)
 
     async def _wait_turn(self, visitor: Visitor) -> None:
         """A page costs the loop some milliseconds, which readers of the mount wait for."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Protocol, cast
 
 import h11
 import trio
@@ -24,7 +24,7 @@ from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ASGIFramework, ConnectionState
+from hypercorn.typing import AppWrapper, ASGIFramework, ASGIReceiveEvent, ASGISendEvent, ConnectionState, Scope
 from starlette.types import ASGIApp
 
 from instantstart_fs.control.listener import accept_connections
@@ -43,6 +43,17 @@ BUSY_SECONDS = 1.0
 STALLED_SECONDS = 20
 """A peer that acknowledges nothing for so long is gone."""
 IDLE_SECONDS = 5.0
+
+
+class HttpStream(Protocol):
+    """What of a trio.SocketStream a connection needs."""
+
+    @property
+    def socket(self) -> trio.socket.SocketType: ...
+    async def receive_some(self, max_bytes: int | None = None, /) -> bytes | bytearray: ...
+    async def send_all(self, data: bytes | bytearray | memoryview, /) -> None: ...
+    async def send_eof(self) -> None: ...
+    async def aclose(self) -> None: ...
 
 
 class ConnectionLimits:
@@ -78,6 +89,43 @@ class ConnectionLimits:
             stream.socket.close()
 
 
+class _Tasks(TaskGroup):
+    """Hypercorn's, whose applications may leave a body unread: what is under way to one that has answered is dropped,
+    and does not wait for a reader that never comes."""
+
+    async def spawn_app(
+        self,
+        app: AppWrapper,
+        config: Config,
+        scope: Scope,
+        send: Callable[[ASGISendEvent | None], Awaitable[None]],
+    ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
+        answered = False
+        waiting: set[trio.CancelScope] = set()
+
+        async def told(message: ASGISendEvent | None) -> None:
+            nonlocal answered
+            if message is None or (message["type"] == "http.response.body" and not message.get("more_body", False)):
+                answered = True
+                for put_scope in waiting:
+                    put_scope.cancel()
+            await send(message)
+
+        put = await super().spawn_app(app, config, scope, told)
+
+        async def guarded(message: ASGIReceiveEvent) -> None:
+            if answered:
+                return
+            with trio.CancelScope() as put_scope:
+                waiting.add(put_scope)
+                try:
+                    await put(message)
+                finally:
+                    waiting.discard(put_scope)
+
+        return guarded
+
+
 class Http1(H11Protocol):
     """HTTP/1.0 and 1.1 only; a connection cannot be upgraded to another protocol.
 
@@ -91,6 +139,12 @@ class Http1(H11Protocol):
     async def _create_stream(self, request: h11.Request) -> None:
         if request.http_version not in (b"1.0", b"1.1"):
             await self._send_error_response(505)
+            await self.send(Closed())
+            return
+        # Two lengths: somebody on the way may have believed the other one, and taken a body for a second request.
+        framing = {name for name, _ in request.headers} & {b"content-length", b"transfer-encoding"}
+        if len(framing) > 1 or (b"transfer-encoding" in framing and request.http_version == b"1.0"):
+            await self._send_error_response(400)
             await self.send(Closed())
             return
         self.stream = HTTPStream(
@@ -119,7 +173,7 @@ class Connection(TCPServer):
 
     async def run(self) -> None:
         try:
-            async with TaskGroup() as task_group:
+            async with _Tasks() as task_group:
                 self._task_group = task_group
                 self.protocol = Http1(  # type: ignore[assignment]
                     *(self.app, self.config, self.context, task_group, ConnectionState(self.state)),
@@ -157,20 +211,34 @@ class Connection(TCPServer):
             await self.protocol.handle(Closed())
 
 
+class Connections:
+    """Runs connections for one application. ``idle``: seconds between two requests, and for the head of one."""
+
+    def __init__(self, app: ASGIApp, *, idle: float) -> None:
+        self._config = Config()
+        self._config.errorlog = logging.getLogger("instantstart_fs.web.http")
+        self._config.accesslog = None
+        self._config.include_server_header = False
+        self._config.keep_alive_timeout = idle
+        self._config.h11_max_incomplete_size = 16 * 1024
+        self._config.wsgi_max_body_size = 0
+        self._app = ASGIWrapper(cast(ASGIFramework, app))
+        self._context = WorkerContext(None)
+
+    async def run(self, stream: HttpStream, seat: Seat, **state: object) -> None:
+        """Until either side ends it. ``state``: what the application finds in its scope, beside the ``socket``."""
+        shared = ConnectionState({"socket": stream.socket, **state})
+        connection = Connection(self._app, self._config, self._context, shared, stream)  # type: ignore[arg-type]
+        connection.seat = seat
+        await connection.run()
+
+
 async def serve(
     app: ASGIApp, listeners: Sequence[socket.socket], identify: Callable[[trio.SocketStream], Visitor]
 ) -> None:
     """Serve ``app`` until cancelled. Owns the listeners. ``identify`` tells who is at the other end of a connection."""
-    config = Config()
-    config.errorlog = logging.getLogger("instantstart_fs.web.http")
-    config.accesslog = None
-    config.include_server_header = False
-    config.keep_alive_timeout = IDLE_SECONDS
-    config.h11_max_incomplete_size = 16 * 1024
-    config.wsgi_max_body_size = 0
+    connections = Connections(app, idle=IDLE_SECONDS)
     limits = ConnectionLimits(identify)
-    wrapped = ASGIWrapper(cast(ASGIFramework, app))
-    context = WorkerContext(None)
 
     async def handle(stream: trio.SocketStream) -> None:
         try:
@@ -182,15 +250,7 @@ async def serve(
                         await stream.receive_some(65536)  # what is not read when it is closed takes the answer away
                     return
                 visitor, seat = entered
-                connection = Connection(
-                    wrapped,
-                    config,
-                    context,
-                    ConnectionState({"visitor": visitor}),
-                    stream,  # type: ignore[arg-type]
-                )
-                connection.seat = seat
-                await connection.run()
+                await connections.run(stream, seat, visitor=visitor)
         except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             pass  # the peer left in the middle
         except* Exception:
@@ -204,6 +264,10 @@ async def serve(
                 with contextlib.suppress(OSError):
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
+                    # A wait or a lease sends nothing for long: whether the peer's machine is there, the kernel asks.
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, STALLED_SECONDS)
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, STALLED_SECONDS)
             nursery.start_soon(handle, trio.SocketStream(connection))
 
         with listener:

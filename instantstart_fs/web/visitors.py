@@ -18,7 +18,7 @@ import trio
 from instantstart_fs.config import HttpConfig
 from instantstart_fs.config.unixsocket import peer_of
 from instantstart_fs.core.sight import ANYBODY, EVERYTHING, Sight
-from instantstart_fs.errors import InstantStartError
+from instantstart_fs.errors import CredentialsUnusable, InstantStartError
 from instantstart_fs.origins.credentials import read_token
 from instantstart_fs.web.tcppeer import uid_of_peer
 
@@ -62,9 +62,8 @@ class Visitors:
     def __init__(self, config: HttpConfig, sight_of: SightOf) -> None:
         self._config = config
         self._sight_of = sight_of
-        self._token: str | None = None
-        self._token_of: tuple[int, int, int] | None = None
-        """(inode, mtime, ctime) of the file that it was read from."""
+        self._token = TokenFile("http.token_file", config.token_file)
+        self._api_token = TokenFile("http.api_token_file", config.api_token_file)
 
     def identify(self, stream: trio.SocketStream) -> Visitor:
         """Find out who is at the other end of an accepted connection."""
@@ -84,37 +83,60 @@ class Visitors:
             return EVERYTHING
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if self._config.token_file is not None and scheme.lower() == "bearer":
-            return EVERYTHING if self._is_token(given.strip()) else None
+            return EVERYTHING if self._token.matches(given.strip()) else None
         # Somebody else than who is connected: behind a proxy, or a page of another site in this user's browser.
         elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         if elsewhere or any(name.lower().startswith(PROXIES) for name in headers):
             return ANYBODY
         return visitor.sight
 
-    def _is_token(self, given: str) -> bool:
+    def may_ask_api(self, headers: Mapping[str, str]) -> bool | None:
+        """Whether a request bears the API's token; None where none is configured."""
+        if self._config.api_token_file is None:
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and self._api_token.matches(given.strip())
+
+
+class TokenFile:
+    """A token, read again when its file (``path``, None for none) has changed. ``setting``: whose file it is."""
+
+    def __init__(self, setting: str, path: str | None) -> None:
+        self._setting = setting
+        self._path = path
+        self._token: str | None = None
+        self._token_of: tuple[int, int, int] | None = None
+        """(inode, mtime, ctime) of the file that it was read from."""
+
+    def matches(self, given: str) -> bool:
         wanted = self._read()
         return wanted is not None and hmac.compare_digest(given.encode(), wanted.encode())
 
     def _read(self) -> str | None:
-        """The token; read again when its file has changed. None: there is none to be had, as the log says."""
-        path = self._config.token_file
-        assert path is not None
+        """None: there is none to be had, as the log says."""
+        path = self._path
+        if path is None:
+            return None
         try:
             found = os.stat(path)
             version = found.st_ino, found.st_mtime_ns, found.st_ctime_ns
             if version != self._token_of:
                 self._token, self._token_of = None, version
-                token = read_token(path)
-                if len(token) < LEAST_TOKEN:
-                    log.error("http.token_file: %s has less than %d characters: nobody gets in", path, LEAST_TOKEN)
-                else:
-                    self._token = token
+                self._token = read_long_token(path)
         except OSError as error:
             self._token, self._token_of = None, None
-            log.error("http.token_file: %s: %s: nobody gets in", path, error.strerror)
+            log.error("%s: %s: %s: nobody gets in", self._setting, path, error.strerror)
         except InstantStartError as error:
-            log.error("http.token_file: %s: nobody gets in", error.message)
+            log.error("%s: %s: nobody gets in", self._setting, error.message)
         return self._token
+
+
+def read_long_token(path: str) -> str:
+    """The token in that file. Raises CredentialsUnusable, also for one that could be guessed."""
+    token = read_token(path)
+    if len(token) < LEAST_TOKEN:
+        raise CredentialsUnusable(f"the token in {path} has less than {LEAST_TOKEN} characters")
+    return token
 
 
 def _address(connection: trio.socket.SocketType) -> str:
