@@ -233,7 +233,7 @@ class _Exchange:
         caller = Caller(peer, Lessee(peer.pid, peer.uid), tell, [])
         response: protocol.Response | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._wait_gone, nursery.cancel_scope)
+            nursery.start_soon(self._wait_left, nursery.cancel_scope)
             with trio.move_on_after(timeout) as waiting:
                 try:
                     response = await dispatcher.respond(request, caller)
@@ -290,7 +290,7 @@ class _Exchange:
                 message = await self._receive()
                 self._unread = message["type"] == "http.request" and message.get("more_body", False)
 
-    async def _wait_gone(self, scope: trio.CancelScope) -> None:
+    async def _wait_left(self, scope: trio.CancelScope) -> None:
         """Cancel ``scope`` when the client has left."""
         async with trio.open_nursery() as nursery:
 
@@ -302,12 +302,12 @@ class _Exchange:
             nursery.start_soon(listen)
             connection: trio.socket.SocketType = self._scope["state"]["socket"]
             while True:
-                if _has_gone(connection):
+                if _has_left(connection):
                     scope.cancel()
                 await trio.sleep(LOOK_SECONDS)
 
 
-def _has_gone(connection: trio.socket.SocketType) -> bool:
+def _has_left(connection: trio.socket.SocketType) -> bool:
     """Whether the other end is closed, or says nothing more: who does that has left (docs/HTTP.md)."""
     descriptor = connection.fileno()
     if descriptor < 0:

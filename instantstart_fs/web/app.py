@@ -2,9 +2,9 @@
 /v1/placement/ID, /metrics, /healthz.
 
 All are GET and change nothing; the API's verbs (api.py) are beside them for the bearer of its token. Each caller sees
-what visitors.py and core/sight.py permit; what it may not see is answered as if it did not exist. One store summary at a
-time is taken, kept for a second (longer where it takes long) and shared by everybody who asks; without callers none is
-taken. Requests and event streams are counted and bounded.
+what visitors.py and core/sight.py permit; what it may not see is answered as if it did not exist. One store summary at
+a time is taken, kept for a second (longer where it takes long) and shared by everybody who asks; without callers none
+is taken. Requests and event streams are counted and bounded.
 Pages hold no inline script or style, so that the Content-Security-Policy can forbid them, and the templates escape
 every name.
 """

@@ -158,7 +158,7 @@ class FakeLibrary:
         return [name for name, spec in self.specs.items() if name.startswith(prefix) and shown(spec)]
 
     def shown_to(self, pipeline: str, sight: Sight) -> bool:
-        return sight.sees(self.specs[pipeline])
+        return pipeline in self.specs and sight.sees(self.specs[pipeline])
 
     def list_where(self, shown: Callable[[PipelineSpec], bool]) -> list[PipelineStatus]:
         return [status for status in self.list() if shown(self.specs[status.pipeline])]
