@@ -149,6 +149,7 @@ def fill_store(root: Path, count: int, files: int, *, warm: bool = False, first:
                     file.state = FileState.SEALED
                     generation.set_allocated(file, size)
                     txn.put_file(name, 1, file.entry.index, FileRecord("sealed", allocated=size))
+                generation.invalidate_counts()
                 txn.put_summary(name, summary_of(generation))
 
             made.write_sync(record)

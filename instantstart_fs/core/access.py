@@ -19,10 +19,11 @@ from instantstart_fs.errors import AccessRefused, CredentialsUnusable, InstantSt
 CONFIRM_SECONDS = 60.0
 CONFIRMATIONS = 2
 REFUSED_SECONDS = 900.0
-"""How soon after a refusal that counts it is asked again, at the latest: access that comes back is noticed."""
+"""The longest time, in seconds, until origins are asked again after a refusal that counts: then returned access is
+noticed."""
 FIRST_RETRY = 60.0
 LAST_RETRY = 3600.0
-"""After no answer; doubled each time."""
+"""The longest time, in seconds, until the next question after no answer; the time doubles with each one."""
 
 Outcome = Literal["allowed", "refused", "unknown"]
 _WORST: tuple[Outcome, ...] = ("refused", "unknown", "allowed")

@@ -10,7 +10,8 @@ import msgspec
 
 DEFAULT_CHUNK_SIZE = 8 * 1024 * 1024
 MAX_CHUNKS = 1 << 24
-"""Of one file: 128 TiB in chunks of 8 MiB. Its map then takes 2 MiB, and travels to a worker in one packet."""
+"""The most chunks of one file: 128 TiB in chunks of 8 MiB. The file's map then takes 2 MiB, and travels to a worker in
+one packet."""
 
 
 class ByteRange(msgspec.Struct, frozen=True, order=True):

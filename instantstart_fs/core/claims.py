@@ -19,11 +19,11 @@ CLAIM_STALL = 60.0
 LEAST_STILL = 3
 """Looks in a row with an unchanged record, without which no owner is dead: a machine that is slow looks seldom."""
 LAGS = 4.0
-"""How many of its own slowest answers an observer adds to CLAIM_TTL: what is slow for it is slow for the owner, too."""
+"""How many of its own slowest answers an observer adds to CLAIM_TTL. An answer that is slow for it is slow for the owner, too."""
 RENEW_SECONDS = WATCH_SECONDS = 2.0
-"""How often a claim is renewed, and one that may be dead is looked at."""
+"""Seconds between two renewals of a claim, and between two looks at a claim that may be dead."""
 CALM_SECONDS = 10.0
-"""How often a claim is looked at that listings show to be renewed."""
+"""Seconds between two looks at a claim that listings show to be renewed."""
 MANY = 4
 """Claims of others beside which a host has one group at a time."""
 BUDGET_SECONDS = 0.25
@@ -116,7 +116,7 @@ class Claim:
             self.changed, self.still = now, 0
 
     def due(self, now: float) -> bool:
-        """Whether it should be looked at."""
+        """Return whether the claim should be looked at."""
         calm = self.mark is not None and now - self.changed < 2 * RENEW_SECONDS
         return now - self.looked >= (CALM_SECONDS if calm else WATCH_SECONDS)
 

@@ -17,15 +17,15 @@ from instantstart_fs.core.status import PipelineState
 from instantstart_fs.errors import UsageError
 
 PENDING_SECONDS = 1800.0
-"""How long a ``requested`` waits for the open that it led to."""
+"""Seconds that a ``requested`` waits for the open that it led to."""
 MARK_SECONDS = 3600.0
-"""How long after its begin a record takes ``ready`` and ``first-token``."""
+"""Seconds after its begin in which a record takes ``ready`` and ``first-token``."""
 FUTURE_SECONDS = 60.0
-"""How far ahead of this machine's clock a mark's time may be: another machine's clock told it."""
+"""Seconds by which a mark's time may be ahead of this machine's clock: it was read from another machine's."""
 LATE_SECONDS = 600.0
 """A ``ready`` or ``first-token`` so long after what went before it is called late."""
 SCALE_FACTOR = 3.0
-"""What is only marked, and not seen, stretches the scale of a drawing to this many usual cold starts at most."""
+"""The most usual cold starts that a drawing's scale stretches to, for the sake of what was only marked and not seen."""
 PER_PIPELINE = 100
 OVERALL = 5000
 """Records kept: of one pipeline, and of all; the oldest go first."""
@@ -188,7 +188,8 @@ def _engine(record: ColdStart, start: float, end: float) -> list[Phase]:
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """Of the last starts of a pipeline: seconds at which so many of a hundred were over; ``count``: of how many."""
+    """The spread of a pipeline's last starts: seconds after which so many of a hundred were over; ``count``: the number
+    of starts."""
 
     count: int
     p50: float
@@ -197,7 +198,7 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class PipelineSpread(msgspec.Struct, frozen=True):
-    """``total``: of its whole starts; ``advice``: which phase to attack."""
+    """The spreads of a pipeline. ``total``: of its whole starts; ``advice``: which phase to attack."""
 
     pipeline: str
     total: Spread
@@ -241,7 +242,7 @@ MEANINGS: dict[str, str] = {
     "engine": "the rest, → ready",
     "first-token": "→ first token",
 }
-"""What each phase is, for people."""
+"""The meaning of each phase, for people."""
 
 ATTACK: dict[str, str] = {
     "scheduling": "the scheduler and the image, before `run` begins: keep a replica's node and image at hand",
@@ -255,11 +256,12 @@ ATTACK: dict[str, str] = {
     "engine": "the engine's own initialisation",
     "first-token": "the first request: `run --probe` sends it before traffic comes",
 }
-"""What can be done about each phase, in a few words."""
+"""Advice against each phase, in a few words."""
 
 
 def attack(records: Iterable[ColdStart]) -> str:
-    """One line: which phase takes most of the usual start, and what helps; "" where nothing is known."""
+    """Return one line that names the phase which takes most of the usual start, and what helps; "" if nothing is
+    known."""
     found = spreads(records)
     total = found.pop("total", None)
     if total is None or not found or not total.p50:
@@ -334,7 +336,7 @@ def takes_mark(record: ColdStart, moment: Moment, at_ns: int) -> bool:
 
 
 def check_mark(moment: Moment, at_ns: int, wall_ns: int) -> None:
-    """Raises UsageError for a time that a mark cannot mean, with the clock at ``wall_ns``."""
+    """Check that a mark can mean the time ``at_ns``, with the clock at ``wall_ns``. Raises UsageError."""
     ahead = (at_ns - wall_ns) / 1e9
     if ahead > FUTURE_SECONDS:
         raise UsageError(

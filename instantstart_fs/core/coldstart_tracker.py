@@ -74,7 +74,7 @@ class _Live:
         self.ended = False
         self.held = 0
         self.opened: dict[str, int] = {}
-        """How often each weight file was opened."""
+        """Weight file → how often it was opened."""
         self.daemon_bytes = 0
         self.fetched_bytes = 0
         self.staged_bytes = 0
@@ -125,7 +125,7 @@ class _Live:
         return self.held > 0 or (len(self.opened) < self.record.weight_files and now - self.last < SHARD_GAP_SECONDS)
 
     def time_of(self, at_ns: int | None, now: float) -> int:
-        """``at_ns``, or now: on this record's wall clock."""
+        """Return ``at_ns``, or now, on this record's wall clock."""
         return self.record.started_ns + round((now - self.began) * 1e9) if at_ns is None else at_ns
 
 
@@ -134,9 +134,9 @@ Starts = tuple[_Live, ...]
 
 
 class Tracker:
-    """Events → records, for all pipelines. ``take_changed`` gives those that are to be written down.
+    """Turns events into records, for all pipelines. ``take_changed`` returns those that have to be written down.
 
-    Every event is cheap, and nothing but a few words for a pipeline that is not starting.
+    An event is cheap, and costs a few comparisons for a pipeline that is not starting.
     """
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ class Tracker:
         self._ended: dict[str, list[_Live]] = {}
         """Oldest first: marks may still come for them."""
         self._requested: dict[str, tuple[int, float]] = {}
-        """On the wall clock as it was told, and on the monotonic one."""
+        """Pipeline → the time of the request, on the wall clock as it was told and on the monotonic one."""
         self._changed: dict[tuple[str, int], ColdStart] = {}
 
     @property
@@ -158,7 +158,7 @@ class Tracker:
         return running[-1] if running else None
 
     def running(self, pipeline: str, now: float | None = None) -> list[ColdStart]:
-        """All live records, oldest first."""
+        """Return all live records, oldest first."""
         return [live.seen(live.last if now is None else now) for live in self._live.get(pipeline, ())]
 
     def begins(self, pipeline: str, now: float) -> bool:
@@ -279,7 +279,7 @@ class Tracker:
         return found if found <= wall_ns else None
 
     def _end(self, live: _Live, after: float | None = None) -> None:
-        """``after``: seconds after its begin; None: with its last event."""
+        """End a record, ``after`` seconds after its begin; None: with its last event."""
         live.set(ended_after=round(live.last - live.began, 6) if after is None else round(after, 6))
         live.record = live.seen(live.last)
         live.ended = True

@@ -31,7 +31,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class EngineLog:
-    """``engine``: whose words to listen for. ``phases``: seconds, of several ranks the longest."""
+    """Reads phases from an engine's log. ``engine``: whose words to listen for. ``phases``: seconds; of several ranks
+    the longest."""
 
     def __init__(self, engine: str) -> None:
         self._marks = [(phase, pattern) for name, phase, pattern in _MARKS if name == engine]

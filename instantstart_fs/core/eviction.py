@@ -39,7 +39,7 @@ class Candidate(msgspec.Struct, frozen=True):
 
     @property
     def frees(self) -> int:
-        """Bytes that its eviction frees: its fill ends, too."""
+        """The bytes that an eviction frees, promised ones included: the pipeline's fill ends, too."""
         return self.bytes + self.promised
 
     @property
@@ -61,9 +61,10 @@ class Budget(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why bytes may not come in. ``needed``: how many; ``limit``: what they ran into, in bytes; ``evictable``: how many
-    could go; ``kept``: who may not go and why, "hot: a, b; pinned: c". ``floor``: where it is the filesystem that is
-    full, not the store, how much of it is to stay free, and ``free`` how much still is."""
+    """The reason why bytes may not come in. ``needed``: how many bytes; ``limit``: the limit that they exceed, in
+    bytes; ``evictable``: how many could be evicted; ``kept``: which pipelines may not be evicted and why, "hot: a, b;
+    pinned: c". If the filesystem is full and not the store, ``floor``: how much of it is to stay free, and ``free``:
+    how much still is."""
 
     reason: Literal["store full", "quota"]
     needed: int
@@ -106,12 +107,12 @@ def is_hot(last_request: float, keep_hot: float, now: float) -> bool:
 
 
 def free_bytes(usage: int, budget: Budget) -> int:
-    """Bytes that still fit, by the tighter of the two limits; negative beyond one."""
+    """Return the bytes that still fit, by the tighter of the two limits; negative beyond one."""
     return math.floor(min(budget.high * budget.capacity - usage, budget.free - budget.floor))
 
 
 def shortage(usage: int, budget: Budget, needed: int = 0) -> int:
-    """Bytes too many with ``needed`` more; 0 if they fit."""
+    """Return by how many bytes ``needed`` more are too many; 0 if they fit."""
     return max(0, needed - free_bytes(usage, budget))
 
 

@@ -39,8 +39,8 @@ def _wanted(lane: Lane[K]) -> int:
 
 
 class FairShare(Generic[K]):
-    """``connections``: background requests in flight per pool; ``headroom``: how many more demands may be, half of
-    which one pipeline leaves to the others."""
+    """Decides whose request goes next. ``connections``: background requests in flight per pool; ``headroom``: how many
+    more demands may be in flight, half of which one pipeline leaves to the others."""
 
     def __init__(self, connections: int, headroom: int) -> None:
         self._connections = connections
@@ -97,7 +97,7 @@ class FairShare(Generic[K]):
         return chosen
 
     def slow_at(self, flight: Flight[K]) -> float:
-        """When ``flight`` counts as slow, unless more of it comes before."""
+        """Return when ``flight`` counts as slow, unless more of it comes before."""
         since = flight.since if flight.demand else max(flight.since, self.paused_until)
         return since + flight.entry.patience
 

@@ -19,7 +19,7 @@ class Fault(enum.StrEnum):
     ANSWER = "answer"
     """An answer that cannot be understood, or a status that has no place here."""
     RANGE = "range"
-    """Other bytes than those asked for: Content-Range, or the length."""
+    """The answer had other bytes than those asked for, by Content-Range or by length."""
     ENCODED = "encoded"
     """A body in an encoding that nobody asked for."""
     CUT = "cut"

@@ -365,7 +365,7 @@ class FillPlan(Generic[K]):
         return stopped
 
     def next_time(self, now: float) -> float | None:
-        """When ``next_requests`` may return more although nothing happened; None = not by time alone."""
+        """Return when ``next_requests`` may return more although nothing happened; None if no time changes that."""
         while self._held:
             until, _, entry = self._held[0]
             if self._entries.get(entry.key) is entry and entry.held_until == until:

@@ -26,7 +26,7 @@ SLOW_SECONDS = 2.0
 """A flight slower than SLOW_RATE for this long may be preempted by one that waits. The time doubles each time, so that
 an origin that is slow for everybody still gets requests through."""
 SLOW_RATE = 16 * 1024
-"""Bytes per second."""
+"""Bytes a second below which a flight counts as slow."""
 MOST_PATIENCE = 32.0
 
 
@@ -39,8 +39,8 @@ class Request(msgspec.Struct, Generic[K], frozen=True):
 
 
 class Flight(Generic[K]):
-    """``since``: start of the interval in which ``received`` bytes came; it restarts while the flight is fast
-    enough."""
+    """A request in flight. ``since``: start of the interval in which ``received`` bytes came; it restarts while the
+    flight is fast enough."""
 
     __slots__ = ("chunk", "demand", "entry", "lane", "pool", "received", "since")
 

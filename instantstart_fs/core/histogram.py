@@ -24,7 +24,7 @@ class Histogram:
         self.total += other.total
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """(upper bound as text, count of what was at most that)."""
+        """Return (upper bound as text, how many values were at most that) of each bucket."""
         found, so_far = [], 0
         for bound, count in zip([*(f"{bound:g}" for bound in self.bounds), "+Inf"], self.counts, strict=True):
             so_far += count

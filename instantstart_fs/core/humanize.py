@@ -50,7 +50,7 @@ def human_seconds(seconds: float) -> str:
 
 
 def precise_seconds(value: float) -> str:
-    """As precise as it matters: 840 ms, 4.21 s, 93 s, 21 min 2 s."""
+    """Return a time as precisely as it matters: 840 ms, 4.21 s, 93 s, 21 min 2 s."""
     if abs(value) >= 600:
         return human_seconds(value)
     if abs(value) < 1:

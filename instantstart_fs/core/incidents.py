@@ -5,14 +5,15 @@ monotonic clock).
 from __future__ import annotations
 
 REMIND_SECONDS = 60.0
-"""What goes on is said again after this, then after twice as long, up to MOST_REMIND."""
+"""Seconds after which an incident that goes on is logged again; then twice as long, up to MOST_REMIND."""
 MOST_REMIND = 3600.0
 QUIET_SECONDS = 30.0
-"""What comes back sooner after it was over is the same event: a connection that fails every other time."""
+"""Seconds without a failure after which an incident is over. A connection that fails every other time is one
+incident."""
 
 
 class Incident:
-    """Something that goes wrong, for as long as it does. ``count``: how often it was noticed; ``since``: first when."""
+    """A failure, for as long as it lasts. ``count``: how often it was noticed; ``since``: when it was first noticed."""
 
     __slots__ = ("_over_at", "_over_told", "_pause", "_told_at", "count", "since")
 
@@ -50,5 +51,5 @@ class Incident:
         return True
 
     def ended(self, now: float) -> bool:
-        """Whether it has been over for so long that it may be forgotten."""
+        """Return whether it has been over for so long that it may be forgotten."""
         return self._over_at is not None and now - self._over_at >= QUIET_SECONDS

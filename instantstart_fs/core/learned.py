@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 import msgspec
 
 UNTOUCHED_STARTS = 3
-"""So many starts in a row without an open of it, and a file is shown as untouched."""
+"""After so many starts in a row that did not open a file, it is shown as untouched."""
 MOST_TRACKED = 1000
 """Weight files whose opens are counted; a pipeline with more is not watched in this way."""
 MOST_WANTED = 10_000
@@ -19,9 +19,10 @@ MOST_WANTED = 10_000
 
 
 class Learned(msgspec.Struct, frozen=True, array_like=True):
-    """``wanted``: paths that belong to the load set whatever the rules say. ``starts``: how many were seen.
-    ``touched``: path → the number of the last start that opened it, of those after the start ``since``.
-    ``order``: in which order the last start that opened several weight files did so for the first time."""
+    """The facts learned from engines. ``wanted``: paths that belong to the load set whatever the rules say. ``starts``:
+    how many were seen. ``touched``: path → the number of the last start that opened it, of those after the start
+    ``since``. ``order``: the weight files in the order in which the last start with several of them first opened
+    each."""
 
     wanted: tuple[str, ...] = ()
     starts: int = 0

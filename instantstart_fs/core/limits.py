@@ -7,14 +7,14 @@ bytes a second is a job that nobody can end, and a uid of 2⁶⁴ one that the k
 from __future__ import annotations
 
 MAX_BYTES = (1 << 63) - 1
-"""As large as a file can be."""
+"""The largest size of a file."""
 MIN_RATE = 1_000_000
-"""Bytes a second. A terabyte takes 12 days."""
+"""The lowest rate, in bytes a second. A terabyte takes 12 days with it."""
 MAX_SECONDS = 1e10
-"""Of a duration: 317 years."""
+"""The longest duration: 317 years."""
 MAX_ID = (1 << 32) - 2
-"""Of a uid or a gid; the next number means "nobody in particular" to the kernel."""
+"""The largest uid or gid. The next number means "nobody in particular" to the kernel."""
 MAX_TIME_NS = (1 << 63) - 1
-"""Of a wall clock, since 1970."""
+"""The latest time of a wall clock, in ns since 1970."""
 MAX_DIGITS = 20
-"""Of a number that somebody wrote. No bound above has as many, and reading longer ones takes time."""
+"""The most digits of a number that somebody wrote. No bound above has as many, and reading longer ones takes time."""

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from instantstart_fs.core.twins import Choice, Weights
 
 RULES = 2
-"""Of this module and those it uses. To be raised with every change of what they say: summaries of generations, which
-hold counts of the load set, are made anew then."""
+"""Version of the rules of this module and those it uses. Raise it with every change of what they say: summaries of
+generations, which hold counts of the load set, are then made anew."""
 
 READAHEAD_ALLOWANCE = 1024 * 1024
 """The kernel reads ahead up to this much (the bdi's read_ahead_kb that the mount sets), so a READ below it may be
@@ -233,8 +233,8 @@ def _of_git(path: str) -> bool:
 
 
 def natural_key(path: str) -> str:
-    """Sorts ``shard-2`` before ``shard-10``, as vLLM and transformers do. A string, and no tuple of parts: a hundred
-    thousand of those would keep the garbage collector busy."""
+    """Return a key that sorts ``shard-2`` before ``shard-10``, as vLLM and transformers do. It is a string: a hundred
+    thousand tuples of parts would keep the garbage collector busy."""
     return _NUMBER.sub(_with_length, path)
 
 

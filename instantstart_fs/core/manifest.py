@@ -61,7 +61,7 @@ ETAG_HINT = (
     "; this digest is the origin's ETag: if that is no MD5 there, set etags_are_md5 = false in [origins.s3], "
     "then `update`"
 )
-"""For who finds that bytes do not match a digest that ``rests_on_etag``."""
+"""The addition to a message that bytes do not match a digest that ``rests_on_etag``."""
 
 
 _CHECKSUMS = frozenset({"crc32", "crc32c", "crc64nvme"})
@@ -123,7 +123,8 @@ class Manifest(msgspec.Struct, frozen=True, dict=True):
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """Every file of every model, in model order then path order; position = file index. Computed once."""
+        """Every file of every model, in model order then path order; the position is the file's index. Computed
+        once."""
         cached: tuple[FileEntry, ...] | None = self.__dict__.get("_files")
         if cached is None:
             entries: list[FileEntry] = []

@@ -1,4 +1,4 @@
-"""Which labels a node gets for its warm pipelines, and what has to change for that. Pure."""
+"""Decides which labels a node gets for its warm pipelines, and what has to change for that. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def label(pipeline: str) -> str:
 
 
 def wanted_labels(pipelines: Iterable[PipelineStatus], limit: int) -> dict[str, str]:
-    """For the warm ones, at most ``limit``: those that are in use first, then by their last request, newest first."""
+    """Return labels for the warm pipelines, at most ``limit``: those in use first, then by their last request, newest
+    first."""
     warm = [status for status in pipelines if status.state in ("warm", "unverified")]
     warm = [status for status in warm if status.cached_bytes >= status.total_bytes]
     warm.sort(key=lambda status: status.pipeline)
@@ -36,6 +37,6 @@ def wanted_labels(pipelines: Iterable[PipelineStatus], limit: int) -> dict[str, 
 
 
 def changes(present: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str | None]:
-    """What a merge patch has to say: None takes a label away. Labels that are not ours are left alone."""
+    """Return what a merge patch has to say; None removes a label. Labels that are not ours are left alone."""
     removed: dict[str, str | None] = {key: None for key in present if key.startswith(PREFIX) and key not in wanted}
     return removed | {key: value for key, value in wanted.items() if present.get(key) != value}

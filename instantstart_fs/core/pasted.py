@@ -41,7 +41,8 @@ _ARN = late(r"arn:aws[a-z-]*:s3:::(.+)", re.IGNORECASE)
 
 
 class Pasted(msgspec.Struct, frozen=True):
-    """``source``: an address that ``parse_source`` takes. ``include``: globs of the files that were meant; () = all."""
+    """A source as it was understood. ``source``: an address that ``parse_source`` takes. ``include``: globs of the
+    files that were meant; () = all."""
 
     source: str
     include: tuple[str, ...] = ()

@@ -16,10 +16,10 @@ MAX_RETRY_AFTER = 600.0
 
 
 REPEAT_SECONDS = 2.0
-"""How long the error of a failed wait is repeated at once: the kernel asks again for a page whose readahead failed, and
-the reader must not wait for its deadline twice."""
+"""Seconds for which the error of a failed wait is repeated at once. The kernel asks again for a page whose readahead
+failed, and the reader must not wait for its deadline twice."""
 SLOWEST = 4096
-"""Bytes per second below which there is no progress: a body that drips would keep its reader waiting for ever."""
+"""Bytes a second below which there is no progress: a body that drips would keep its reader waiting for ever."""
 QUANTUM = 256 * 1024
 
 
@@ -46,7 +46,7 @@ class Effort:
 
 
 def quantum(no_progress: float) -> int:
-    """Bytes that must come within a deadline of ``no_progress`` seconds."""
+    """Return the bytes that must come within a deadline of ``no_progress`` seconds."""
     return int(min(QUANTUM, SLOWEST * no_progress)) or 1
 
 

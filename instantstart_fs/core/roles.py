@@ -13,9 +13,9 @@ from enum import Enum
 from instantstart_fs.core.late_pattern import late
 
 SMALL = 16 * 1024 * 1024
-"""Bytes. What is larger, and neither a tokenizer nor documentation, is weights, whatever it is called."""
+"""Bytes. A larger file that is neither a tokenizer nor documentation is weights, whatever its name."""
 UNKNOWN_WEIGHTS = 1024 * 1024
-"""Bytes. A file of an unknown kind is weights from here on: configuration is smaller."""
+"""Bytes. A larger file of an unknown kind is weights: configuration is smaller."""
 
 
 class Role(Enum):
@@ -44,7 +44,7 @@ WEIGHTS = (
 )
 """Known to hold weights, of whatever size."""
 _PLAIN_WEIGHTS = WEIGHTS - {".bin", ".pt", ".pth", ".pkl"}
-"""Of these, what is no training state either."""
+"""Suffixes of weights that are never a training state."""
 
 _CONFIG_OF_ANY_SIZE = frozenset({".py", ".jinja", ".jinja2", ".yaml", ".yml", ".toml", ".tiktoken", ".pbtxt"})
 _CONFIG = _CONFIG_OF_ANY_SIZE | frozenset(
@@ -73,7 +73,7 @@ _DOCUMENTATION = late(r"(?:\A|/)(?:docs?|images|figures)/", re.IGNORECASE)
 """A directory of such a name is above it."""
 _NOBODYS = frozenset({".gitattributes", ".gitignore", ".gitkeep", ".gitmodules", ".ds_store", ".dockerignore"})
 _TOKENIZER = ("tokenizer", "vocab", "merges", "tekken", "spiece", "sentencepiece", "added_tokens", "special_tokens")
-"""What a tokenizer's file is called begins with one of these."""
+"""Prefixes of the names of tokenizers' files."""
 
 _TRAINING_NAMES = frozenset(
     {
@@ -86,7 +86,8 @@ _TRAINING = late(
 )
 
 _DATA_OF = late(r"\.(?:onnx[._-]data|onnx\.data|gguf|safetensors|ggml|bin|pth?|nemo)[-._](?:part|split|data)?\w*")
-"""``model.onnx_data_1``, ``model.onnx.data``, ``x.gguf-split-a``, ``x.safetensors.part1``: pieces of weights."""
+"""Matches pieces of weights: ``model.onnx_data_1``, ``model.onnx.data``, ``x.gguf-split-a``,
+``x.safetensors.part1``."""
 _TF_DATA = late(r"\.data-\d+-of-\d+\Z")
 
 

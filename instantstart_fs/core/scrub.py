@@ -60,7 +60,7 @@ class Activity(msgspec.Struct, frozen=True):
 
 
 def next_pass(accounts: Iterable[ScrubCandidate], period: float, now: float) -> tuple[str | None, float]:
-    """(The pipeline to read now, 0), or (None, seconds until one is due: infinite where there is none)."""
+    """Return (the pipeline to read now, 0), or (None, seconds until one is due: infinite if there is none)."""
     oldest: tuple[float, str] | None = None
     for account in accounts:
         if account.bytes > 0:

@@ -12,11 +12,11 @@ from collections.abc import Hashable
 from typing import Literal
 
 Refusal = Literal["share", "all"]
-"""No seat: those of one's own share are all at work, or those of everybody."""
+"""The reason why there is no seat: all of one's own share are at work, or all there are."""
 
 
 class Seat:
-    """``idle_since``: None while at work. ``given_up``: another has it now."""
+    """A place for a connection. ``idle_since``: None while at work. ``given_up``: another connection has it now."""
 
     __slots__ = ("given_up", "idle_since", "share")
 
@@ -70,7 +70,7 @@ class Seats:
         return seat, leaves
 
     def leave(self, seat: Seat) -> None:
-        """At the end of the connection, whether the seat was given up or not."""
+        """Release the seat at the end of the connection, whether it was given up or not."""
         if not seat.given_up:
             self._remove(seat)
 

@@ -13,8 +13,8 @@ from instantstart_fs.core.manifest import PipelineSpec
 
 
 class Sight(msgspec.Struct, frozen=True):
-    """``everything``: of those who administer. ``uid``, ``groups``: None where the kernel does not say.
-    ``owns_by_group``: members of a pipeline's own group count as its owner."""
+    """Describes what a caller may see. ``everything``: True for administrators. ``uid``, ``groups``: None if the kernel
+    does not say. ``owns_by_group``: members of a pipeline's own group count as its owner."""
 
     everything: bool = False
     uid: int | None = None

@@ -76,7 +76,7 @@ def _meant(text: str) -> str:
 
 
 def _with_colon(text: str) -> str:
-    """The same guess for repo:revision."""
+    """Make the same guess for repo:revision."""
     found = _COLON_REVISION.fullmatch(text)
     if found is None:
         return ""

@@ -11,7 +11,7 @@ from instantstart_fs.errors import InvalidName, UsageError
 
 
 def validate_spec(spec: PipelineSpec) -> None:
-    """Raises InvalidName, UsageError."""
+    """Check a pipeline's specification. Raises InvalidName, UsageError."""
     validate_pipeline_id(spec.id)
     names: Sequence[str] = [validate_model_name(model.name) for model in spec.models]
     if not names:

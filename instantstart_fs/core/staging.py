@@ -17,11 +17,14 @@ import msgspec
 from instantstart_fs.core.loadset import natural_key
 
 HOLD_SECONDS = 1.0
-"""One weight file that is held for so long is being loaded; shorter looks (file(1), a header's reader) are not."""
+"""Seconds. A weight file that is held open for so long is being loaded; shorter looks (file(1), a header's reader) are
+not."""
 LINGER_SECONDS = 5.0
-"""After the last handle closed: an engine that opens shard after shard has none open in between."""
+"""Seconds after the last handle closed in which staging goes on: an engine that opens shard after shard has none open
+in between."""
 CGROUP_SHARE = 0.8
-"""Of what a memory cgroup has left: the engine's own memory, which grows meanwhile, has to fit as well."""
+"""The share of a memory cgroup's rest that staging may use: the engine's own memory, which grows meanwhile, has to fit
+as well."""
 
 _NUMBERED = re.compile(r"\d+-of-\d+")
 
@@ -47,8 +50,8 @@ class Shard(msgspec.Struct, frozen=True):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """``stage``: (file index, how many bytes from its start) to be read ahead now, in this order; ``drop``: indices of
-    staged shards that the engine has gone past, whose reading ahead is over."""
+    """A plan of readahead. ``stage``: (file index, how many bytes from its start) to be read ahead now, in this order;
+    ``drop``: indices of staged shards that the engine has gone past, whose reading ahead is over."""
 
     stage: tuple[tuple[int, int], ...]
     drop: tuple[int, ...]
@@ -65,7 +68,7 @@ def staging_budget(available: int, max_memory: int, cgroups_left: Collection[int
 
 
 def start_time(opened: Collection[int], held_since: float | None) -> float | None:
-    """When staging starts, on the clock of ``held_since``; None: not as things are; -inf: at once.
+    """Return when staging starts, on the clock of ``held_since``; None: not as things are; -inf: at once.
 
     ``opened``: the files opened since the engine came; ``held_since``: when the one that is open was opened.
     """
@@ -83,14 +86,14 @@ def plan_window(
     staged: Mapping[int, int],
     budget: int,
 ) -> Window:
-    """What to read ahead now.
+    """Return the readahead to do now.
 
     ``shards`` in load order. ``opened``: file indices that are open now; ``last_opened``: the latest that was opened;
-    ``done``: what needs no staging (released, or refused) until it is opened again; ``staged``: index → bytes staged or
-    being staged and not released. The window begins at the first shard that is open (at the last one opened while none
-    is): an engine that opens one shard after the other is followed, and one that opens all of them first and then reads
-    them in order gets them in that order. It ends before the first shard that the budget has no room for; a shard that
-    is larger than the whole budget is staged in part when nothing else is.
+    ``done``: files that need no staging (released, or refused) until they are opened again; ``staged``: index → bytes
+    staged or being staged and not released. The window begins at the first shard that is open (at the last one opened
+    while none is). So an engine that opens one shard after the other is followed, and one that opens all of them first
+    and then reads them in order gets them in that order. The window ends before the first shard that the budget has no
+    room for. A shard that is larger than the whole budget is staged in part when nothing else is.
     """
     positions = {shard.index: position for position, shard in enumerate(shards)}
     held_open = [positions[index] for index in opened if index in positions]

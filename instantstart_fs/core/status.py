@@ -12,7 +12,8 @@ PipelineState = Literal["cold", "filling", "partial", "warm", "unverified", "err
 
 
 class FillStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``received_bytes``: came so far of chunks that are not whole, and so no part of ``cached_bytes``."""
+    """The progress of a fill. ``received_bytes``: bytes of incomplete chunks that came so far; they are no part of
+    ``cached_bytes``."""
 
     bytes_per_second: int
     eta_seconds: int | None
@@ -26,8 +27,8 @@ class ErrorStatus(msgspec.Struct, frozen=True):
 
 
 class ScrubStatus(msgspec.Struct, frozen=True):
-    """``proven``: when the last whole pass over its files began. ``state``: of the next one; it rests while there is
-    demand."""
+    """The scrub of a pipeline. ``proven``: when the last whole pass over its files began. ``state``: of the next one;
+    it rests while there is demand."""
 
     proven: str | None
     state: Literal["waiting", "reading", "resting"]
@@ -85,8 +86,8 @@ class FileStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class VariantStatus(msgspec.Struct, frozen=True):
-    """``label``: what tells it from the others, its name where nothing does; ``include``: a glob that chooses it;
-    ``size`` in bytes, of all its files."""
+    """A variant to choose. ``label``: the words that tell it from the others, or its name; ``include``: a glob that
+    chooses it; ``size``: of all its files, in bytes."""
 
     kind: str
     label: str

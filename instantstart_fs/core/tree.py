@@ -15,11 +15,12 @@ import msgspec
 from instantstart_fs.core.manifest import FileEntry
 
 NODEIDS_PER_NODE = 2
-"""One nodeid for each I/O mode of a file (cached, passthrough): the kernel allows one mode per nodeid."""
+"""A file has one nodeid for each I/O mode (cached, passthrough): the kernel allows one mode per nodeid."""
 
 
 class TreeNode(msgspec.Struct, frozen=True, gc=False):
-    """``children``: name → node, None for a file. ``file``: index in the manifest, -1 for a directory."""
+    """A file or directory. ``children``: name → node, None for a file. ``file``: index in the manifest, -1 for a
+    directory."""
 
     parent: int
     name: str

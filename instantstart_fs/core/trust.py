@@ -10,7 +10,8 @@ ServeUnsealed = Literal["auto", "always", "never"]
 
 
 def may_serve_unsealed(setting: ServeUnsealed, trusted: bool) -> bool:
-    """``trusted``: the way there protects the bytes (TLS, loopback, a local file). "auto" serves such bytes only."""
+    """Return whether bytes may be served before their file is proven. ``trusted``: the way to the origin protects them
+    (TLS, loopback, a local file). "auto" serves such bytes only."""
     return setting == "always" or (setting == "auto" and trusted)
 
 

@@ -34,7 +34,8 @@ class Weights(msgspec.Struct, frozen=True, gc=False):
 
 
 class Variant(NamedTuple):
-    """``label``: what tells it from the others ("Q4_K_M"); ``files``: its parts, ``paths``: theirs within the model."""
+    """One of several quantisations. ``label``: the words that tell it from the others ("Q4_K_M"); ``files``: its parts,
+    ``paths``: theirs within the model."""
 
     label: str
     files: tuple[int, ...]
@@ -75,7 +76,7 @@ def _matches_all(glob: str, paths: Iterable[str]) -> bool:
 
 
 class Sorted(NamedTuple):
-    """``left_out``: index → why. ``choices``: those that are open, and those that were made."""
+    """The result. ``left_out``: index → why. ``choices``: those that are open, and those that were made."""
 
     left_out: dict[int, str]
     choices: tuple[Choice, ...]
@@ -243,7 +244,7 @@ def sort_out(
 
 
 def _leave_out_twins(here: _Directory, others: Collection[str], pipeline: bool, left_out: dict[int, str]) -> None:
-    """``pipeline``: the directory is a component of a diffusers pipeline."""
+    """Leave out the twins of one directory. ``pipeline``: the directory is a component of a diffusers pipeline."""
     for (stem, variant, suffix), groups in here.groups.items():
         first = here.whole(stem, "", SAFETENSORS)
         same = here.whole(stem, variant, SAFETENSORS) if variant else first
@@ -280,7 +281,7 @@ def _alike(one: _Group, other: _Group) -> bool:
 
 
 class _Original(NamedTuple):
-    """What the files of a directory may be copies of. ``label``: how to say so."""
+    """A candidate that the files of a directory may be copies of. ``label``: its name in a message."""
 
     model: _Group
     label: str
@@ -326,7 +327,7 @@ def _copy_of(file: Weights, name: str, here: _Group | None, originals: Sequence[
 _EXPORTED_PART = late(
     r"(\w*model|\w*encoder|\w*decoder|embed_tokens|unet|transformer|vae|weights)([-_.].*)?\.onnx", re.IGNORECASE
 )
-"""What exporters call a model and its parts."""
+"""Matches the names that exporters give a model and its parts."""
 _EXPORTED = late(r"(?P<stem>.+?)\.(onnx([._-]data(_\d+)?)?|tflite|mlmodel(c\.zip)?)\Z")
 
 
@@ -352,7 +353,7 @@ _ONNX_TAG = late(
     re.IGNORECASE,
 )
 _PART = late(r"(high|low)[-_]?noise|encoder|decoder|thinker|talker", re.IGNORECASE)
-"""In the names of parts of one model of which an engine loads all."""
+"""Matches names of parts of one model of which an engine loads all."""
 _WORDS = late(r"[-_.]")
 _SPLIT = late(r"\.(gguf|ggml)[-.](split|part)[-.]?\w+\Z", re.IGNORECASE)
 
@@ -373,8 +374,8 @@ def _without_tags(stem: str, tag: re.Pattern[str]) -> tuple[str, str]:
 
 
 def _quantisation(stem: str) -> tuple[str, str]:
-    """(base, label): ``("Llama-3-8B", "Q4_K_M")`` of ``Llama-3-8B-Q4_K_M``. The label is the last run of words that say
-    how it was quantised, as it is written."""
+    """Return (base, label): ``("Llama-3-8B", "Q4_K_M")`` of ``Llama-3-8B-Q4_K_M``. The label is the last run of words
+    that name a quantisation, as it is written."""
     pieces = re.split(r"([-_.])", stem)
     words, joints = pieces[::2], pieces[1::2]
     end = len(words)

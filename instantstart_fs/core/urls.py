@@ -16,7 +16,8 @@ def shown_url(url: str) -> str:
 
 
 def url_problem(url: str) -> str | None:
-    """Why ``url`` is no address of a server; None where it is one. Does not repeat it: it may hold a password."""
+    """Return why ``url`` is no address of a server; None if it is one. The reason does not repeat it: it may hold a
+    password."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -56,7 +56,8 @@ def weight_entries(files: Sequence[FileEntry], known: LoadSet) -> tuple[FileEntr
 
 
 def weight_set(manifest: Manifest, known: LoadSet | None = None) -> WeightSet:
-    """``known``: the generation's load set; without it, what names and sizes tell."""
+    """Return the weight files of a manifest. ``known``: the generation's load set; without it, names and sizes
+    decide."""
     entries = weight_entries(manifest.files, known or sort_files(manifest.files))
     return WeightSet(manifest.pipeline, manifest.generation, _described(manifest, entries))
 
@@ -71,7 +72,7 @@ def schedule(weights: WeightSet, deadlines: Mapping[str, float]) -> list[str]:
 
 
 def scheduled(weights: WeightSet, deadlines: Mapping[str, float]) -> list[WeightFile]:
-    """All files, model by model as in ``schedule``, each model's in load order."""
+    """Return all files, model by model as in ``schedule``, each model's in load order."""
     place = {model: position for position, model in enumerate(schedule(weights, deadlines))}
     return sorted(weights.files, key=lambda file: place[file.model])
 
