@@ -19,7 +19,8 @@ CLAIM_STALL = 60.0
 LEAST_STILL = 3
 """Looks in a row with an unchanged record, without which no owner is dead: a machine that is slow looks seldom."""
 LAGS = 4.0
-"""How many of its own slowest answers an observer adds to CLAIM_TTL. An answer that is slow for it is slow for the owner, too."""
+"""How many of its own slowest answers an observer adds to CLAIM_TTL: if they are slow for it, they are slow for the
+owner too."""
 RENEW_SECONDS = WATCH_SECONDS = 2.0
 """Seconds between two renewals of a claim, and between two looks at a claim that may be dead."""
 CALM_SECONDS = 10.0

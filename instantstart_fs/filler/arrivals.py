@@ -65,7 +65,7 @@ class Arrivals(DeliveryEvents):
         self._tally = tally
         self.regional: Regional | None = None
         self.fetched_bytes = 0
-        """Bytes of whole chunks since the start."""
+        """Bytes of whole chunks that came since the start."""
 
     def on_opened(self, fill: Fill) -> None:
         if fill.target.entry.file.digest is None:

@@ -42,7 +42,7 @@ def host_of(origin: OriginKey, url: str | None) -> str:
 
 
 class _Scope:
-    """``files``: the first FILES of those that failed since the last success."""
+    """Failures of one pipeline at one host. ``files``: the first FILES of those that failed since the last success."""
 
     def __init__(self, origin: OriginKey, host: str) -> None:
         self.origin = origin
@@ -61,13 +61,13 @@ class Breakers:
 
     def __init__(self) -> None:
         self._scopes: dict[str, dict[str, _Scope]] = {}
-        """By pipeline and host, where a request has failed since the last success."""
+        """Pipeline → host → the failures there since the last success."""
         self._files: dict[FileKey, _Scope] = {}
         self._hosts: dict[str, OriginKey] = {}
         """Hosts where a request has ever failed."""
 
     def states(self) -> Iterator[tuple[str, OriginKey, str]]:
-        """(host, origin, the worst state of any pipeline's breaker there) of each host that has ever failed."""
+        """Yield (host, origin, the worst state of any pipeline's breaker there) of each host that has ever failed."""
         now = trio.current_time()
         worst: dict[str, str] = {}
         for scope in self._all():
@@ -78,7 +78,8 @@ class Breakers:
             yield host, origin, worst.get(host, "closed")
 
     def limits(self) -> Iterator[tuple[OriginKey, str, int, float]]:
-        """(origin, pipeline, requests that may be in flight, when that changes) of each breaker that is not closed."""
+        """Yield (origin, pipeline, requests that may be in flight, when that changes) of each breaker that is not
+        closed."""
         now = trio.current_time()
         for pipeline, scopes in self._scopes.items():
             found = [scope for scope in scopes.values() if scope.breaker.probe_at is not None]
@@ -107,7 +108,7 @@ class Breakers:
     def failed(
         self, origin: OriginKey, host: str, file: FileKey, silent: float, error: InstantStartError
     ) -> Literal["", "file", "pipeline"]:
-        """Note a failure after ``silent`` seconds without a byte; whose breaker that opened, if any."""
+        """Note a failure after ``silent`` seconds without a byte. Returns whose breaker that opened, or ""."""
         now = trio.current_time()
         self._hosts.setdefault(host, origin)
         if len(self._hosts) > MOST_HOSTS:
@@ -152,12 +153,12 @@ class Breakers:
         return None
 
     def probe_at(self, file: FileKey) -> float | None:
-        """When this file may be tried again; None while its own breaker is closed."""
+        """Return when this file may be tried again; None while its own breaker is closed."""
         mine = self._files.get(file)
         return mine.breaker.probe_at if mine is not None else None
 
     def forget(self, pipeline: str) -> set[OriginKey]:
-        """Forget a pipeline; the origins at which it had failed."""
+        """Forget a pipeline. Returns the origins at which it had failed."""
         origins = {scope.origin for scope in self._scopes.pop(pipeline, {}).values()}
         for file in [file for file in self._files if file.pipeline == pipeline]:
             del self._files[file]

@@ -71,7 +71,8 @@ class CommitEvents(Protocol):
 
 
 class Committer:
-    """``commit_bytes``, ``commit_seconds``: the size and age at which a group is committed."""
+    """Commits chunks in groups. ``commit_bytes``, ``commit_seconds``: the size and age at which a group is
+    committed."""
 
     def __init__(
         self, store: BlobStore, index: Index, commit_bytes: int, commit_seconds: float, events: CommitEvents

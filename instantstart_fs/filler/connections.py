@@ -26,7 +26,7 @@ from instantstart_fs.origins.guard import check_behind_proxy, connect
 HEADER_TIMEOUTS = 2.0
 """Stall time-outs that status and headers together may take: a socket's own time-out starts again with each byte."""
 WATCHDOG_SECONDS = 0.5
-"""Between two checks of the deadlines."""
+"""Seconds between two checks of the deadlines."""
 _SOCKET = "instantstart_socket"
 """The attribute of a response that holds the socket it comes over."""
 _CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")

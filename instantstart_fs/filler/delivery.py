@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 RESOURCE_SECONDS = 1.0
 """Delay before an open that found no descriptor is tried again."""
 QUIET_SECONDS = 10.0
-"""How long ``wait_quiet`` waits for a worker's confirmation before it kills the worker."""
+"""Seconds that ``wait_quiet`` waits for a worker's confirmation before it kills the worker."""
 OPEN_THREADS = 8
 
 
@@ -71,7 +71,7 @@ class DeliveryEvents(Protocol):
         ...
 
     def on_waits(self, request: FetchRequest) -> None:
-        """Nothing was fetched, since another request takes the whole file."""
+        """A request ended without fetching, since another request takes the whole file."""
         ...
 
     def on_failed(self, request: FetchRequest, error: InstantStartError, silent: float, *, counts: bool = True) -> None:
@@ -170,7 +170,7 @@ class Delivery:
                 self._nursery = None
 
     def received(self, pipeline: str) -> int:
-        """Bytes received of chunks that are not whole yet."""
+        """Return the bytes received of chunks that are not whole yet."""
         return sum(
             request.counted for request in self._requests.values() if request.fill.target.key.pipeline == pipeline
         )
@@ -274,7 +274,7 @@ class Delivery:
                 self.finish(request)
 
     def finish(self, request: FetchRequest) -> None:
-        """Forget a request that is over, whichever way. No effect the second time."""
+        """Forget a request that is over, whichever way. Calling it again has no effect."""
         if self._requests.pop(request.number, None) is None:
             return
         request.fill.requests.discard(request)

@@ -1,4 +1,4 @@
-"""What the filler tells the library: events about single files, and statistics on request. Protocols and values
+"""The filler's reports to the library: events about single files, and statistics on request. Protocols and values
 only."""
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class FillStatistics(msgspec.Struct, frozen=True):
     fetched_from: tuple[tuple[str, int], ...]
     origins: tuple[BreakerState, ...]
     region: RegionStatistics | None = None
-    """None without a regional tier."""
+    """The tier's figures; None without a regional tier."""
     retried: tuple[tuple[tuple[str, str], int], ...] = ()
     """Failed requests by origin (as in ``fetched_from``) and error code."""
     answers: tuple[tuple[str, Histogram], ...] = ()

@@ -1,7 +1,6 @@
-"""What a failed request means for its file: ask for a fresh address, back off, use the next source, wait for space, or
-fail the file. Which failures are final after how many is decided in core/faults.py; backoff and breakers are
-filler/origin_backoff.py's.
-"""
+"""Decides what a failed request means for its file: ask for a fresh address, back off, use the next source, wait for
+space, or fail the file. core/faults.py decides which failures are final, and after how many; filler/origin_backoff.py
+has backoff and breakers."""
 
 from __future__ import annotations
 
@@ -131,7 +130,8 @@ class FailurePolicy:
         return None
 
     def _foreseen_wrongly(self, fill: Fill, error: InstantStartError) -> bool:
-        """Whether it is the answer of a foreseen address: only the origin can say what that means, so it is asked."""
+        """Return whether the error is the answer of a foreseen address. Only the origin can say what that means, so it
+        is asked."""
         if fill.location is None or not fill.location.foreseen or isinstance(error, OriginThrottled | StoreError):
             return False
         if isinstance(error, OriginUnavailable) and not isinstance(error, OriginMisbehaved | LocationExpired):

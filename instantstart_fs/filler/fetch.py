@@ -85,8 +85,8 @@ class Sink(Protocol):
 
 
 def next_piece(piece: int, seconds: float) -> int:
-    """Bytes to wait for next when ``piece`` bytes took this long: progress should show every second, with as few
-    calls as possible on a fast connection."""
+    """Return how many bytes to wait for next if ``piece`` bytes took this long: progress should show every second, with
+    as few calls as possible on a fast connection."""
     if seconds > 0.5:
         return max(piece // 4, LEAST_PIECE)
     return min(piece * 4, READ_BYTES) if seconds < 0.1 else piece

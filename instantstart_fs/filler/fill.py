@@ -45,7 +45,7 @@ class FetchRequest:
         self.demand = demand
         self.source: Source = fill.source
         self.piece: Piece | None = None
-        """It goes to a regional tier, not to the chain of sources."""
+        """The part that a regional tier is asked for; None if the request goes to the chain of sources."""
         self.digest = b""
         self.worker: Worker | None = None
         self.counted = 0
@@ -55,7 +55,7 @@ class FetchRequest:
 
 
 class Fill:
-    """One target being filled. ``file``: its number at ``worker``, 0 = not open there."""
+    """A target that is being filled. ``file``: its number at ``worker``, 0 = not open there."""
 
     def __init__(self, target: FillTarget, links: tuple[Source, ...]) -> None:
         self.target = target
@@ -65,7 +65,7 @@ class Fill:
         self.location_epoch = 0
         """Counts the locations, so that a late failure of an old one does not discard the new one."""
         self.may_foresee = True
-        """False once the file was not at its foreseen address."""
+        """Whether an address may be foreseen. False once the file was not at its foreseen address."""
         self.worker: Worker | None = None
         self.file = 0
         self.preparing = False
@@ -84,7 +84,7 @@ class Fill:
         self.missing = 0
         self.streak = Streak()
         self.streaming = False
-        """One request takes the whole file (the server ignores ranges), and no other is sent meanwhile."""
+        """Whether one request takes the whole file (the server ignores ranges), so that no other is sent meanwhile."""
         self.hash_failures = 0
         self.hashed: str | None = None
         self.sealing = False
@@ -93,7 +93,7 @@ class Fill:
         self.unhashed = False
         """The region's seal is to prove it: its worker does not hash the file."""
         self.proven_by = ""
-        """Whose proof that is, once every chunk is what the seal says."""
+        """The host whose seal proves the file, once every chunk is what that seal says."""
         self.done = False
 
     def discard_location(self) -> None:

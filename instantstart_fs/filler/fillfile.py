@@ -125,7 +125,7 @@ class FillFile:
 
 
 class WaitsForStream(Exception):
-    """Another request takes the whole file: this one needs to fetch nothing."""
+    """Raised when another request takes the whole file: this one needs to fetch nothing."""
 
 
 class FetchSink:

@@ -21,7 +21,7 @@ from instantstart_fs.core.manifest import Digest
 from instantstart_fs.origins.base import Location
 
 MAX_MESSAGE = 4 * 1024 * 1024
-"""Bytes that hold any message: the largest is OpenFile, with one bit per chunk."""
+"""Bytes that hold any message. The largest is OpenFile, with one bit per chunk."""
 
 PAUSE = struct.Struct("<d")
 PAUSE_SIZE = 4096
@@ -135,7 +135,7 @@ class Streamed(msgspec.Struct, frozen=True, tag="streamed"):
 
 
 class Waits(msgspec.Struct, frozen=True, tag="waits"):
-    """Nothing was fetched: another request takes the whole file (Streamed)."""
+    """The request fetched nothing: another request takes the whole file (Streamed)."""
 
     request: int
 
@@ -175,13 +175,13 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     pause_limit: float = 2.0
     hash_threads: int = 2
     slow_window: float = 60.0
-    """In which fetch.READ_BYTES must come, once a body has begun."""
+    """Seconds in which fetch.READ_BYTES must come, once a body has begun."""
 
 
 MOST_DESCRIPTORS = 64
 """Descriptors in one packet."""
 FULL_PACKET = 32 * 1024
-"""Bytes of messages in one packet, unless a single one is larger. Far below what a receiver can take."""
+"""Bytes of messages in one packet, unless a single one is larger. It is far below what a receiver can take."""
 
 
 def encode(message: Order | Report) -> bytes:

@@ -22,7 +22,7 @@ from instantstart_fs.origins.base import OriginKey
 
 
 class OriginBackoff:
-    """``fills``: those of the fill table, which alone changes it."""
+    """Backs off from origins that fail. ``fills``: the fills of the fill table, which alone changes them."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ PAUSE_SAVED = 4.0
 
 
 class PauseBudget:
-    """How long background may be paused for a demand. ``longest``: seconds at a time. Times are of one monotonic
+    """Limits how long background may be paused for a demand. ``longest``: seconds at a time. Times are of one monotonic
     clock."""
 
     def __init__(self, longest: float) -> None:

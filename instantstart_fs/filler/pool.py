@@ -51,7 +51,7 @@ MAX_REPORT = 64 * 1024
 
 
 class Worker:
-    """One running fetch process. ``files``: the file numbers it has open; ``in_flight``: its running fetches."""
+    """A running fetch process. ``files``: the file numbers it has open; ``in_flight``: its running fetches."""
 
     def __init__(self, process: subprocess.Popen[bytes], connection: trio.socket.SocketType) -> None:
         self.process = process

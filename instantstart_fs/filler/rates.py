@@ -1,4 +1,4 @@
-"""Bytes per second of each pipeline over the last WINDOW seconds. Pure: time is a parameter."""
+"""Measures the bytes per second of each pipeline over the last WINDOW seconds. Pure: time is a parameter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rates:
         return len(self._samples)
 
     def rate(self, pipeline: str, now: float) -> float:
-        """Bytes per second; 0 when nothing came within the window."""
+        """Return bytes per second; 0 if nothing came within the window."""
         samples = self._samples.get(pipeline)
         while samples and now - samples[0][0] > WINDOW:
             samples.popleft()

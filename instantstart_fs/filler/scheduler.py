@@ -72,10 +72,10 @@ REVIVE_SECONDS = 5.0
 
 
 class Filler:
-    """Everything but ``run``, ``read_through`` and ``wait_quiet`` answers at once. It has more
-    than 8 collaborators, because it puts the filler together.
+    """The filler's face to the daemon. Everything but ``run``, ``read_through`` and ``wait_quiet`` answers at once. It
+    has more than 8 collaborators, because it puts the filler together.
 
-    ``tiers``: sources asked before the origin. ``free_space``: asked when the store is full (upkeep/eviction.py).
+    ``tiers``: sources asked before the origin. ``free_space``: called when the store is full (upkeep/eviction.py).
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Filler:
             self._uncached.tiers = regional.reads
             self.regional = self._table.regional = self._arrivals.regional = self._completion.regional = regional
         self._start_workers: trio.Event | None = None
-        """Set to start workers that ``hold_workers`` held back."""
+        """The event that starts workers which ``hold_workers`` held back."""
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -326,11 +326,11 @@ class Filler:
         return target.key in self._table.background.get(target.key.pipeline, ())
 
     def rate(self, pipeline: str) -> float:
-        """Bytes per second received over the last few seconds."""
+        """Return the bytes per second received over the last few seconds."""
         return self._rates.rate(pipeline, trio.current_time())
 
     def received(self, pipeline: str) -> int:
-        """Bytes received of chunks that are not whole yet: progress, not presence."""
+        """Return the bytes received of chunks that are not whole yet: progress, not presence."""
         return self._delivery.received(pipeline)
 
     def breaker_open(self, key: OriginKey, file: FileKey | None = None) -> OriginBroken | None:

@@ -30,7 +30,8 @@ MOST_UNANSWERED = 64
 """Threads of one origin key and pipeline, abandoned ones included, beyond which nothing more is asked."""
 MOST_WRONG = 3
 ASKED_SECONDS = 600.0
-"""After MOST_WRONG files in a row that were not at their foreseen address, an origin is asked for ASKED_SECONDS."""
+"""Seconds for which an origin is asked for addresses after MOST_WRONG files in a row were not at their foreseen
+address."""
 EXPIRY_MARGIN = 30.0
 """Seconds before its end at which a signature counts as expired: a fetch takes a while."""
 
@@ -65,8 +66,8 @@ def expired(location: Location) -> bool:
 
 class _Line:
     """One pipeline's questions to one origin key. ``out``: threads that have not returned, abandoned ones included.
-    ``wrong``: addresses foreseen wrongly in a row; ``asked_until``: trio.current_time() until which none is foreseen.
-    """
+    ``wrong``: addresses foreseen wrongly in a row; ``asked_until``: trio.current_time() until which no address is
+    foreseen."""
 
     def __init__(self) -> None:
         self.asking = trio.Semaphore(LOCATE_THREADS)
@@ -82,7 +83,7 @@ class _Line:
 
 
 class Locator:
-    """``deadline``: seconds for one answer, the wait for a thread included."""
+    """Finds files' addresses. ``deadline``: seconds for one answer, the wait for a thread included."""
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline

@@ -16,16 +16,17 @@ from instantstart_fs.filler.table import FillTable
 from instantstart_fs.filler.target import FileKey
 
 SPACE_SECONDS = 60.0
-"""How long freeing space may take before the fill fails."""
+"""Seconds that freeing space may take before the fill fails."""
 SPACE_INTERVAL = 1.0
 """Least time between two requests of a pipeline, where freed space is taken by others at once."""
 
 FreeSpace = Callable[[str], Awaitable[bool]]
-"""Asked when the store is full under a pipeline: frees space if it can, and returns whether it did."""
+"""A function that is called when the store is full under a pipeline. It frees space if it can, and returns whether it
+did."""
 
 
 class SpaceRequests:
-    """``free_space``: None where nothing can be freed."""
+    """Asks for space when the store is full. ``free_space``: None if nothing can be freed."""
 
     def __init__(self, plan: FillPlan[FileKey], table: FillTable, free_space: FreeSpace | None) -> None:
         self._plan = plan

@@ -19,7 +19,8 @@ from instantstart_fs.filler.target import FileKey, FillTarget, TargetOwner
 
 
 class Tier(Protocol):
-    """Is told of files that are filled, to serve chunks of them (filler/regional.py)."""
+    """A regional tier as the table knows it: it is told of files that are filled, to serve chunks of them
+    (filler/regional.py)."""
 
     def enter(self, fill: Fill) -> None: ...
     def keys(self, key: FileKey) -> tuple[FileKey, ...]: ...
@@ -42,9 +43,9 @@ class FillTable(TargetOwner):
         self.fills: dict[FileKey, Fill] = {}
         self.regional: Tier | None = None
         self.background: dict[str, set[FileKey]] = {}
-        """By pipeline, the files that are filled in the background. A pipeline without any has no entry."""
+        """Pipeline → the files that are filled in the background. A pipeline without any has no entry."""
         self.last_arrival: dict[str, float] = {}
-        """By pipeline: trio.current_time() when something last came for it."""
+        """Pipeline → trio.current_time() when something last came for it."""
         self.wakeup = trio.Event()
 
     def find(self, target: FillTarget) -> Fill | None:
@@ -66,7 +67,7 @@ class FillTable(TargetOwner):
             self.regional.enter(fill)
 
     def leave(self, fill: Fill) -> None:
-        """Forget a fill: its requests are given up and its worker closes the file. No effect the second time."""
+        """Forget a fill: its requests are given up and its worker closes the file. Calling it again has no effect."""
         if fill.done:
             return
         fill.done = True
@@ -126,8 +127,8 @@ class FillTable(TargetOwner):
             self._plan.undemand_whole(target.key)
 
     def queue_moved(self, target: FillTarget) -> float:
-        """When something last came for the queue that an unsent chunk of ``target`` is in: its pipeline's, or its own
-        file's while that is held back."""
+        """Return when something last came for the queue that an unsent chunk of ``target`` is in: its pipeline's, or
+        its own file's while that is held back."""
         fill = self.fills.get(target.key)
         if fill is None or fill.failures:
             return target.last_progress

@@ -19,7 +19,7 @@ class Tally:
     def __init__(self) -> None:
         self.fetched: Counter[str] = Counter()
         self.retried: Counter[tuple[str, str]] = Counter()
-        """By (origin, code)."""
+        """Requests that were tried again, by (origin, code)."""
         self.answers: dict[str, Histogram] = {}
 
     def came(self, origin: OriginKey, length: int) -> None:

@@ -56,7 +56,7 @@ class TargetOwner(Protocol):
     """The filler's table, which is told that nobody waits any more (filler/table.py)."""
 
     def unwaited(self, target: FillTarget, chunks: list[int]) -> None:
-        """No reader waits for these chunks any more, although they did not arrive."""
+        """Note that no reader waits for these chunks any more, although they did not arrive."""
         ...
 
     def queue_moved(self, target: FillTarget) -> float:
@@ -142,7 +142,7 @@ class FillTarget:
         self.verified: set[int] = set()
         """Chunks that are what a region's seal says: proven, though the file is not sealed here."""
         self.proven_by = ""
-        """By whose proof it is sealed, where not by this host's own hash: the region's seal."""
+        """The source of the proof, if it is not this host's own hash: the region's seal."""
         self.losses = 0
         """How often chunks that had been present were lost."""
         self.allocated = 0
@@ -152,7 +152,7 @@ class FillTarget:
         self.efforts: dict[int, Effort] = {}
         self._waiters: set[trio.Event] = set()
         self._gave_up: dict[int, tuple[float, ReadDeadline]] = {}
-        """By chunk, the last wait that ended without it; those of the last REPEAT_SECONDS."""
+        """Chunk → the last wait that ended without it, of the last REPEAT_SECONDS."""
 
     def fail(self, error: InstantStartError) -> None:
         """Mark this incarnation as failed for good and wake its readers."""
@@ -175,7 +175,7 @@ class FillTarget:
             event.set()
 
     def watch(self, event: trio.Event) -> None:
-        """Set it at the next change; ``unwatch`` it afterwards."""
+        """Set ``event`` at the next change. Call ``unwatch`` afterwards."""
         self._waiters.add(event)
 
     def unwatch(self, event: trio.Event) -> None:
@@ -232,7 +232,7 @@ class FillTarget:
         return (chunk for chunk in self.present.chunks_of(wanted) if chunk not in self.present)
 
     def _moved(self, wanted: ByteRange) -> float:
-        """When a chunk that is waited for last advanced."""
+        """Return when a chunk that is waited for last advanced."""
         if not self.serve_unsealed or len(self.present.chunks_of(wanted)) > EXACT_CHUNKS:
             return self.last_progress
         times = [
@@ -245,7 +245,7 @@ class FillTarget:
         return self.owner.queue_moved(self) if self.owner is not None else -math.inf
 
     def _repeat(self, wanted: ByteRange) -> None:
-        """Raises the error of a wait that has just ended without these bytes."""
+        """Raise the error of a wait that has just ended without these bytes."""
         if not self._gave_up:
             return
         self._forget_old()

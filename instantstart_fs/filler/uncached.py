@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from instantstart_fs.filler.region_reads import TierReads
 
 BLOCK = 4 * 1024 * 1024
-"""One GET. The kernel's readahead asks for 128 KiB to 1 MiB at a time."""
+"""Bytes of one GET. The kernel's readahead asks for 128 KiB to 1 MiB at a time."""
 CACHE_BLOCKS = 8
 THREADS = 4
 LOCATIONS = 256
@@ -103,7 +103,7 @@ class UncachedReader:
         self._breakers = breakers
         self._origin_backoff = origin_backoff
         self.tiers: TierReads | None = None
-        """Asked before the origin."""
+        """The tiers that are asked before the origin."""
         self._threads: dict[str, trio.CapacityLimiter] = {}
         self._blocks: OrderedDict[tuple[LiveFile, int], bytearray] = OrderedDict()
         self._pending: dict[tuple[LiveFile, int], _PendingBlock] = {}
