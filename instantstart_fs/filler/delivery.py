@@ -267,11 +267,18 @@ class Delivery:
         """Give up the request for this chunk, to free its connection for others."""
         for request in list(fill.requests):
             if request.chunk == chunk:
-                if request.worker is not None:
-                    request.worker.send(Stop(request.number, fill.file, chunk))
-                elif request in fill.unsent:
-                    fill.unsent.remove(request)
-                self.finish(request)
+                self.stop_request(request)
+
+    def stop_request(self, request: FetchRequest) -> None:
+        """Give it up. No effect on one that is over."""
+        fill = request.fill
+        if request not in fill.requests:
+            return
+        if request.worker is not None:
+            request.worker.send(Stop(request.number, fill.file, request.chunk))
+        elif request in fill.unsent:
+            fill.unsent.remove(request)
+        self.finish(request)
 
     def finish(self, request: FetchRequest) -> None:
         """Forget a request that is over, whichever way. Calling it again has no effect."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
-from instantstart_fs.core.chunks import ChunkMap
+from instantstart_fs.core.chunks import ByteRange, ChunkMap
 from instantstart_fs.core.digests import new_hasher
 from instantstart_fs.filler.fetch import Abandoned
 from instantstart_fs.filler.messages import Fetch, OpenFile, Progress, Report, Streamed
@@ -58,6 +58,9 @@ class FillFile:
         self.writers = 0
         self.streamer: FetchSink | None = None
         """The fetch that takes the whole file, from a server that ignores ranges."""
+        self.owners: dict[int, FetchSink] = {}
+        """Who writes a chunk, from the first byte until it is present or given up: one that comes from two sources at
+        once is of one of them."""
         self.hashing = False
         self.hashed = 0
         self.keep_pages = True
@@ -109,10 +112,18 @@ class FillFile:
             self._unreported.discard(chunk)
             return True
 
+    def disown(self, owner: FetchSink) -> None:
+        """It writes nothing more."""
+        with self.lock:
+            for chunk in [chunk for chunk, mine in self.owners.items() if mine is owner]:
+                del self.owners[chunk]
+            self.lock.notify_all()
+
     def close(self) -> None:
         """Wait until nobody writes and give up the file, so that unlinking it frees its space."""
         with self.lock:
             self.closed = True
+            self.lock.notify_all()
             while self.writers:
                 self.lock.wait()
             if not self.users:
@@ -126,6 +137,10 @@ class FillFile:
 
 class WaitsForStream(Exception):
     """Raised when another request takes the whole file: this one needs to fetch nothing."""
+
+
+class CameOtherwise(Exception):
+    """The chunk is present already, and was reported: another request brought it. Nothing is written over it."""
 
 
 class FetchSink:
@@ -150,8 +165,10 @@ class FetchSink:
         """Stop the fetch; on return nothing of it is written any more."""
         with self._file.lock:
             self.stopped = True
+            self._file.lock.notify_all()
             while self._writing:
                 self._file.lock.wait()
+        self._file.disown(self)
 
     @property
     def over(self) -> bool:
@@ -165,12 +182,33 @@ class FetchSink:
             self.last_byte = time.monotonic()
 
     def write(self, data: memoryview, offset: int) -> None:
+        """Raises CameOtherwise, StoreError, Abandoned."""
+        self._own()
+        self.write_owned(data, offset)
+
+    def _own(self) -> None:
+        """Wait while another request writes the chunk: the daemon's deadlines go on meanwhile."""
+        file, chunk = self._file, self._order.chunk
+        with file.lock:
+            while file.owners.get(chunk, self) is not self:
+                if self.over:
+                    raise Abandoned
+                file.lock.wait()
+            if chunk in file.present:
+                raise CameOtherwise
+            if not self.over:
+                file.owners[chunk] = self
+
+    def write_owned(self, data: memoryview, offset: int, reserve: ByteRange | None = None) -> None:
+        """Write into a chunk of this request's own, after reserving the space of ``reserve``."""
         with self._file.writing() as blob:
             with self._file.lock:
                 if self.stopped:
                     raise Abandoned
                 self._writing = True
             try:
+                if reserve is not None:
+                    blob.reserve(reserve)
                 blob.pwrite(offset, data)
             finally:
                 with self._file.lock:
@@ -198,12 +236,14 @@ class FetchSink:
 
 
 class WholeFileSink:
-    """The sink of a whole file from a server that ignores ranges: keeps each chunk that is not present yet."""
+    """The sink of a whole file from a server that ignores ranges: keeps each chunk that is neither present nor being
+    written by another request. ``fetch``: the request's own sink."""
 
     def __init__(self, process: Process, file: FillFile, order: Fetch, fetch: FetchSink) -> None:
         self._process = process
         self._file = file
         self._order = order
+        self._fetch = fetch
         self.before_read = fetch.before_read
         self.progress = fetch.progress
 
@@ -213,25 +253,28 @@ class WholeFileSink:
             chunk = offset // present.chunk_size
             place = present.byte_range(chunk)
             piece = data[: place.stop - offset]
-            with file.writing() as blob:
-                if chunk not in present:
-                    if offset == place.start:
-                        blob.reserve(place)
-                    blob.pwrite(offset, piece)
+            begins = offset == place.start
+            with file.lock:
+                if file.closed or self._fetch.stopped:
+                    raise Abandoned
+                if begins and chunk not in present:
+                    file.owners.setdefault(chunk, self._fetch)
+                mine = file.owners.get(chunk) is self._fetch
+            if mine:
+                self._fetch.write_owned(piece, offset, place if begins else None)
             data, offset = data[len(piece) :], offset + len(piece)
-            if offset == place.stop:
+            if mine and offset == place.stop:
                 self._chunk_complete(chunk)
 
     def _chunk_complete(self, chunk: int) -> None:
         file = self._file
         with file.lock:
-            if file.closed:
+            if file.closed or file.owners.get(chunk) is not self._fetch:
                 raise Abandoned
-            fresh = chunk not in file.present
             file.present.add(chunk)
-        if fresh:
-            self._process.report(Streamed(self._order.request, chunk))
-            self._process.chunk_written(file)
+        self._process.report(Streamed(self._order.request, chunk))
+        file.disown(self._fetch)  # who waits to write it reports after this one
+        self._process.chunk_written(file)
 
     def take_whole(self) -> None:
         return None

@@ -187,6 +187,7 @@ class Claims:
 
     def _failed(self, follow: Follow, error: InstantStartError) -> None:
         """The region's own tier did not do what it was asked for this file."""
+        self._tiers.count("failed")
         self._routes.tier_failed(error)  # turns it off where that is too often
         if isinstance(error, AccessRefused | CredentialsUnusable):
             self._routes.turn_off(follow)

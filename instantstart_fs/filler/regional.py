@@ -245,6 +245,8 @@ class Regional:
         if follow is None:
             return
         flight = follow.flights.pop(chunk, None)
+        if flight is not None and flight[0] is not request:  # it came with a whole file while the tier was asked for it
+            self._delivery.stop_request(flight[0])
         self._plan.arrived(follow.tier_key, chunk)
         follow.pull.came(chunk)
         length = fill.target.present.byte_range(chunk).length

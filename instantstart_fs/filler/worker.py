@@ -27,7 +27,7 @@ import msgspec
 from instantstart_fs.config.descriptors import raise_file_limit
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved
 from instantstart_fs.filler.fetch import Abandoned, Fetcher, new_buffer
-from instantstart_fs.filler.fillfile import FetchSink, FillFile, WaitsForStream
+from instantstart_fs.filler.fillfile import CameOtherwise, FetchSink, FillFile, WaitsForStream
 from instantstart_fs.filler.hash_threads import HashThreads
 from instantstart_fs.filler.messages import (
     FULL_PACKET,
@@ -264,6 +264,8 @@ class Worker:
             self._hashing.schedule(file)
         except Abandoned:
             pass
+        except CameOtherwise:
+            self.report(Arrived(order.request))
         except WaitsForStream:
             self.report(Waits(order.request))
         except InstantStartError as error:
@@ -275,6 +277,7 @@ class Worker:
             unforeseen = OriginMisbehaved(f"the fetch failed: {type(error).__name__}: {error}")
             self.report(Failed(order.request, unforeseen.code, unforeseen.message))
         finally:
+            file.disown(work)
             file.leave()
 
     def _fetch_piece(self, file: FillFile, order: Fetch, piece: Piece, work: FetchSink, buffer: memoryview) -> None:

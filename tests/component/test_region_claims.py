@@ -15,6 +15,7 @@ from instantstart_fs.errors import AccessRefused, InstantStartError, OriginUnava
 from instantstart_fs.filler import region_claims
 from instantstart_fs.filler.region_claims import MOST_ASKED, MOST_FOLLOWED
 from instantstart_fs.filler.region_follow import Follow
+from instantstart_fs.filler.regional import Regional
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.regional.directory import DirectoryStore
 from tests.component.region_site import CHUNK, RegionSite, Source, region
@@ -77,3 +78,23 @@ async def test_files_whose_records_alone_fail_do_not_stop_the_others(
                 while any(one.state != "off" for one in odd):
                     await trio.sleep(0.005)
         assert good.state == "sealed"
+
+
+def test_what_comes_from_elsewhere_ends_the_tiers_request_for_it(tmp_path: Path) -> None:
+    """A server that ignores ranges streams the file: the piece of the tier must not go on writing."""
+    stopped: list[object] = []
+    nothing: Any = SimpleNamespace(arrived=lambda *_: None, wakeup=trio.Event())
+    delivery: Any = SimpleNamespace(stop_request=stopped.append)
+    site = RegionSite(tmp_path, write_back=False)
+    site.slots["p"] = "a" * 32
+    regional = Regional(site.settings, lambda *_: "a" * 32, nothing, nothing, delivery, serve_verified=True)
+    one = follow(site, 0, bytes(2 * CHUNK))
+    regional._follows[one.key] = one
+    piece: Any = SimpleNamespace(piece=object(), digest=b"", answered=None)
+    stream: Any = SimpleNamespace(piece=None, answered=None)
+    for chunk in range(2):
+        one.flights[chunk] = (piece, 0.0, 0)
+    regional.came(one.fill, 0, stream)
+    assert stopped == [piece] and not one.digests and not one.proven, "nothing is proven of what the stream brought"
+    regional.came(one.fill, 1, piece)
+    assert stopped == [piece] and not one.flights
