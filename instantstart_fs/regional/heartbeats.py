@@ -20,7 +20,7 @@ import msgspec
 
 from instantstart_fs.core import placement
 from instantstart_fs.core.placement import Holding, HostHolding
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable
 from instantstart_fs.regional.keys import RegionKey
 from instantstart_fs.regional.records import MAC, Forged, pack, unpack
 from instantstart_fs.regional.store import Stored, TierStore
@@ -85,12 +85,14 @@ class Look(msgspec.Struct, frozen=True):
 
 
 class HeartbeatReader:
-    """What the hosts say. It reads what it has not read before. Thread-safe; one look at a time."""
+    """What the hosts say. It reads what it has not read before. Thread-safe; of two looks at once one is refused."""
 
     def __init__(self, store: TierStore, key: RegionKey) -> None:
         self._store = store
         self._key = key
+        self._looking = threading.Lock()
         self._lock = threading.Lock()
+        """Of what is known; held by nobody who waits for the tier."""
         self._records: dict[str, HostRecord | None] = {}
         """By object; None: it is none."""
         self._alive: dict[str, Stored] = {}
@@ -98,45 +100,53 @@ class HeartbeatReader:
     def look(self, now: float | None = None) -> Look:
         """Find out what is new. ``now``: the storage's clock, None: the time of the newest heartbeat. Raises
         InstantStartError."""
-        with self._lock:
-            found = listed(self._store)
-            if now is None:
-                now = max((stored.modified for stored in found.values()), default=0.0)
-            self._alive = living(found, now)
-            wanted = {stored.name for stored in self._alive.values()}
-            records = {name: record for name, record in self._records.items() if name in wanted}
-            held = sum(len(record.entries) for record in records.values() if record is not None)
-            end = time.monotonic() + READ_SECONDS
+        if not self._looking.acquire(blocking=False):  # its thread was given up, and hangs
+            raise OriginUnavailable("the regional tier has not answered the last look at it yet")
+        try:
+            return self._look(now)
+        finally:
+            self._looking.release()
 
-            def read(name: str) -> tuple[str, HostRecord | None] | None:
-                if time.monotonic() > end:
-                    return None
+    def _look(self, now: float | None) -> Look:
+        found = listed(self._store)
+        if now is None:
+            now = max((stored.modified for stored in found.values()), default=0.0)
+        alive = living(found, now)
+        wanted = {stored.name for stored in alive.values()}
+        records = {name: record for name, record in self._records.items() if name in wanted}
+        held = sum(len(record.entries) for record in records.values() if record is not None)
+        end = time.monotonic() + READ_SECONDS
+
+        def read(name: str) -> tuple[str, HostRecord | None] | None:
+            if time.monotonic() > end:
+                return None
+            try:
+                return name, unpack_heartbeat(self._key, name, self._store.get(name, MOST_HEARTBEAT))
+            except (Forged, OriginMisbehaved):
+                return name, None
+            except OriginNotFound:  # it said something new meanwhile
+                return None
+
+        failed: InstantStartError | None = None
+        with ThreadPoolExecutor(READERS) as pool:
+            for future in [pool.submit(read, name) for name in sorted(wanted - records.keys())]:
                 try:
-                    return name, unpack_heartbeat(self._key, name, self._store.get(name, MOST_HEARTBEAT))
-                except (Forged, OriginMisbehaved):
-                    return name, None
-                except OriginNotFound:  # it said something new meanwhile
-                    return None
-
-            failed: InstantStartError | None = None
-            with ThreadPoolExecutor(READERS) as pool:
-                for future in [pool.submit(read, name) for name in sorted(wanted - records.keys())]:
-                    try:
-                        got = future.result()
-                    except InstantStartError as error:
-                        failed, got = error, None
-                    if got is None:
-                        continue
-                    held += len(got[1].entries) if got[1] is not None else 0
-                    if held > MOST_HELD:
-                        break
-                    records[got[0]] = got[1]
-                pool.shutdown(cancel_futures=True)
-            if failed is not None and not records:
-                raise failed
-            self._records = records
-            unread = sum(records.get(stored.name) is None for stored in self._alive.values())
-            return Look(len(self._alive), unread, now)
+                    got = future.result()
+                except InstantStartError as error:
+                    failed, got = error, None
+                if got is None:
+                    continue
+                held += len(got[1].entries) if got[1] is not None else 0
+                if held > MOST_HELD:
+                    break
+                records[got[0]] = got[1]
+            pool.shutdown(cancel_futures=True)
+        if failed is not None and not records:
+            raise failed
+        with self._lock:
+            self._records, self._alive = records, alive
+        unread = sum(records.get(stored.name) is None for stored in alive.values())
+        return Look(len(alive), unread, now)
 
     def holding(self, slot: str, now: float, revision: str | None = None) -> list[HostHolding]:
         """The hosts that hold some of it, as of the last look: complete ones first, then by name. ``revision``: what

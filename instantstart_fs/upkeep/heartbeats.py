@@ -80,6 +80,9 @@ class Heartbeats:
         self._warmed = warmed
         self._store = self._settings.stores[0]
         self._threads = trio.CapacityLimiter(4)
+        """For questions; beats have threads of their own, so that a tier that hangs on a listing makes no host look
+        dead."""
+        self._beats = trio.CapacityLimiter(2)
         self._reader = HeartbeatReader(self._store, self._settings.key)
         self._name = ""
         """The object that this host has written."""
@@ -91,6 +94,8 @@ class Heartbeats:
         self._looking = trio.Lock()
         self._good_until = -math.inf
         self._look: heartbeats.Look | None = None
+        self._no_look: InstantStartError | None = None
+        """Why the last look told nothing."""
 
     @property
     def hosts(self) -> int:
@@ -153,7 +158,7 @@ class Heartbeats:
         name, data = heartbeats.object_of(self._settings.key, await self._record())
         before, self._name = self._name, name
         try:
-            await self._ask(lambda: self._store.put(name, data))
+            await self._ask(lambda: self._store.put(name, data), self._beats)
         except InstantStartError as error:
             self._failures += 1
             await self._find_out(error)
@@ -163,7 +168,7 @@ class Heartbeats:
         self._now_is(TierStatus("ok", rfc3339(time.time_ns())))
         if before and before != name:
             with contextlib.suppress(InstantStartError):  # it expires
-                await self._ask(lambda: self._store.delete(before))
+                await self._ask(lambda: self._store.delete(before), self._beats)
         if trio.current_time() - self._counted_at >= placement.count_period(self.hosts):
             await self._count()
 
@@ -171,14 +176,14 @@ class Heartbeats:
         """It could not be written: whether it can be read."""
         now = rfc3339(time.time_ns())
         try:
-            await self._ask(lambda: next(iter(self._store.list(heartbeats.DIRECTORY, 1)), None))
+            await self._ask(lambda: next(iter(self._store.list(heartbeats.DIRECTORY, 1)), None), self._beats)
             self._regional.answered()
             self._now_is(TierStatus("read-only", now, error.message))
         except InstantStartError as worse:
             self._now_is(TierStatus("down", now, worse.message))
 
     async def _count(self) -> None:
-        found = await self._ask(lambda: heartbeats.listed(self._store))
+        found = await self._ask(lambda: heartbeats.listed(self._store), self._beats)
         now = trio.current_time()
         mine = found.get(self._settings.key.host(self._settings.host))
         if mine is not None and mine.name == self._name:
@@ -213,9 +218,9 @@ class Heartbeats:
         entries = placement.pack(holding for _, holding in found)
         return HostRecord(self._settings.host, entries, max(0, len(found) - placement.MOST_HOLDINGS))
 
-    async def _ask(self, call: Callable[[], _T]) -> _T:
+    async def _ask(self, call: Callable[[], _T], threads: trio.CapacityLimiter | None = None) -> _T:
         with trio.move_on_after(ASK_SECONDS):
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
+            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=threads or self._threads)
         raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")
 
     # -- what the tier has of a pipeline -------------------------------------------------------------------------------
@@ -244,17 +249,28 @@ class Heartbeats:
     # -- where a pipeline is -------------------------------------------------------------------------------------------
 
     async def placement(self, pipeline: str) -> Placement:
-        """Raises PipelineNotFound, and InstantStartError where the tier does not say. At most KEEP_SECONDS old."""
+        """Raises PipelineNotFound, and InstantStartError where the tier does not say. At most KEEP_SECONDS old, an
+        error too: of many who ask a tier that hangs, one waits for it."""
         slot = self._settings.key.slot(self._pipelines.spec(pipeline))
         pinned = self._pipelines.status(pipeline, with_files=False).revision
         revision = self._settings.key.revision(slot, pinned)
         async with self._looking:
-            if self._look is None or trio.current_time() >= self._good_until:
-                began = trio.current_time()
-                now = self._storage_now()
-                self._look = await self._ask(lambda: self._reader.look(now))
-                took = trio.current_time() - began
-                self._good_until = trio.current_time() + max(KEEP_SECONDS, KEEP_SHARE * took)
+            if trio.current_time() >= self._good_until:
+                await self._look_again()
+            if self._look is None:
+                error = self._no_look
+                raise OriginUnavailable(error.message if error is not None else "the regional tier does not say")
             look = self._look
         hosts = await self._ask(lambda: self._reader.holding(slot, look.now, revision))
         return Placement(pipeline, tuple(hosts), look.hosts, look.unread, rfc3339(int(look.now * 1e9)) or "")
+
+    async def _look_again(self) -> None:
+        began, now = trio.current_time(), self._storage_now()
+        try:
+            self._look = await self._ask(lambda: self._reader.look(now))
+        except InstantStartError as error:
+            self._look, self._no_look = None, error
+            self._good_until = trio.current_time() + KEEP_SECONDS
+        else:
+            took = trio.current_time() - began
+            self._good_until = trio.current_time() + max(KEEP_SECONDS, KEEP_SHARE * took)

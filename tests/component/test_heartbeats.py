@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import trio
+import trio.testing
 
 from instantstart_fs.core import placement
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
@@ -24,7 +28,7 @@ from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.heartbeats import HeartbeatReader, HostRecord, object_of
 from instantstart_fs.regional.keys import RegionKey
 from instantstart_fs.regional.store import Stored
-from instantstart_fs.upkeep.heartbeats import Heartbeats
+from instantstart_fs.upkeep.heartbeats import ASK_SECONDS, KEEP_SECONDS, Heartbeats
 from tests.component.site import pipeline
 
 KEY = RegionKey(b"k" * 32)
@@ -252,3 +256,59 @@ async def test_no_answer_about_placement_is_an_error_and_not_an_empty_region(sit
     site.store.reads = False
     with pytest.raises(OriginUnavailable):
         await site.heartbeats.placement("p")
+
+
+class Hung(Broken):
+    """``held``: listings wait until it is set."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(directory)
+        self.held = threading.Event()
+        self.held.set()
+
+    def list(self, prefix: str, most: int) -> Iterator[Stored]:
+        found = super().list(prefix, most)
+        self.held.wait(60)
+        return found
+
+
+async def test_of_many_who_ask_a_tier_that_hangs_one_waits_and_beats_go_on(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    store = Hung(str(tmp_path))
+    site = Site(store)
+    await site.heartbeats.beat()
+    store.held.clear()
+    refused: list[str] = []
+
+    async def ask() -> None:
+        try:
+            await site.heartbeats.placement("p")
+        except OriginUnavailable as error:
+            refused.append(error.message)
+
+    try:
+        mock_clock.autojump_threshold = 0.0
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(ask)
+        assert len(refused) == 20 and trio.current_time() - began <= ASK_SECONDS
+        for _ in range(6):  # those who ask later are refused, and take no thread
+            await trio.sleep(KEEP_SECONDS)
+            await ask()
+        assert len(refused) == 26
+        mock_clock.autojump_threshold = math.inf
+        for _ in range(1000):
+            if site.heartbeats._threads.borrowed_tokens == 1:
+                break
+            await trio.to_thread.run_sync(time.sleep, 0.01)
+        assert site.heartbeats._threads.borrowed_tokens == 1
+        site.heartbeats._threads.total_tokens = 1  # as if more questions hung
+        site.statuses["p"] = pipeline("p", "partial", cached_bytes=3, total_bytes=10)
+        site.heartbeats._counted_at = trio.current_time()  # the others are counted later: that is a listing
+        name = site.heartbeats._name
+        await site.heartbeats.beat()
+        assert site.heartbeats._name != name
+    finally:
+        store.held.set()
