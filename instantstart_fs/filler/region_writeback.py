@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 PUTS = 4
 """Chunks that are put at once."""
+MOST_OPEN = 1000
+"""Files that something is to be put of. Each has a descriptor: where the tier, or ``rate``, is slower than the origin,
+many small files would take all that the daemon may have."""
 
 
 class _Put:
@@ -91,6 +94,9 @@ class WriteBack:
         self._tiers = tiers
         self.detached: set[Follow] = set()
         self._queue: deque[tuple[Follow, int]] = deque()
+        self._open: set[Follow] = set()
+        """Those with a descriptor, and some that have closed theirs."""
+        self._full = False
         self._more = trio.Event()
         self._threads = trio.CapacityLimiter(PUTS)
         self._puts_until = 0.0
@@ -104,14 +110,27 @@ class WriteBack:
         if not self._settings.write_back or follow.state == "off" or (follow.target.blob is None and follow.fd < 0):
             return
         if follow.fd < 0 and follow.target.blob is not None:
+            if self._is_full():
+                self._tiers.count("not-written")
+                return
             try:
                 follow.fd = os.dup(follow.target.blob.fd)
             except OSError:
                 return
+            self._open.add(follow)
         follow.to_put.add(chunk)
         self._queue.append((follow, chunk))
         more, self._more = self._more, trio.Event()
         more.set()
+
+    def _is_full(self) -> bool:
+        if len(self._open) >= MOST_OPEN:
+            self._open = {one for one in self._open if not one.closed}
+        full, before = len(self._open) >= MOST_OPEN, self._full
+        self._full = full
+        if full and not before:
+            log.warning("%d files wait to be written to the regional tier: others are not, meanwhile", MOST_OPEN)
+        return full
 
     async def run(self) -> None:
         while True:

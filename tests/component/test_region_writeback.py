@@ -295,3 +295,23 @@ async def test_a_tier_that_takes_chunks_and_no_claims_holds_up_nobody(
     assert follow.pull.state(0) is ClaimState.ADVISORY
     assert follow.pull.take_moves(trio.current_time()) == [(0, follow.pull.origin), (1, follow.pull.origin)]
     assert tiers.takes_writes()
+
+
+async def test_files_that_wait_for_a_slow_tier_take_no_more_descriptors_than_they_may(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instantstart_fs.filler.region_writeback.MOST_OPEN", 5)
+    async with host.running():
+        host.store.held.clear()
+        follows = [host.file(OWN[:CHUNK], index) for index in range(8)]
+        for follow in follows:
+            host.writeback.add(follow, 0)
+            host.regional.leave(follow.key)
+            host.regional.sealed(follow.target, "size")
+        assert sum(follow.fd >= 0 for follow in follows) == 5
+        assert host.regional.statistics.fallbacks == (("not-written", 3),)
+        host.store.held.set()
+        await until(lambda: all(follow.closed for follow in follows))
+        late = host.file(OWN, 9)
+        host.writeback.add(late, 1)
+        await until(lambda: 1 in host.there())
