@@ -1,10 +1,10 @@
-"""One question to the daemon by each of its doors: the control socket's lines, and HTTP through the page's server.
+"""One question to the daemon by each of its doors: the control socket's lines, HTTP on the same socket, and the page.
 
     scripts/bench protocols [--rounds 300]
 
-Both on a unix socket, on a connection that is kept, about one pipeline: `status` in brief, and `/api/cold-starts/ID`,
-whose answer is smaller. What is left is the price of the doors themselves, client included (control.client;
-http.client).
+All on unix sockets, on a connection that is kept, about one pipeline: `status` in brief by lines and by /v1, and the
+page's `/api/cold-starts/ID`, whose answer is smaller. What is left is the price of the doors themselves, client
+included (control.client; http.client).
 """
 
 from __future__ import annotations
@@ -42,30 +42,41 @@ def _timed(ask: Callable[[], object], rounds: int) -> list[float]:
     return found
 
 
+def _get(path: str, target: str) -> Callable[[], None]:
+    connection = _Unix(path)
+
+    def get() -> None:
+        connection.request("GET", target)
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == 200
+
+    return get
+
+
 def measure(work: Path, rounds: int) -> dict[str, list[float]]:
     model = common.make_model(work / "model", 4 * MIB, 1)
     page = work / "page.sock"
     with daemon.daemon(work, config=f'[http]\nlisten = "off"\nsocket = "{page}"\n') as served:
         served.cli("add", "p", f"file://{model.directory}")
-        connection = _Unix(str(page))
-
-        def get() -> None:
-            connection.request("GET", "/api/cold-starts/p")
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status == 200
-
-        with Client(served.env["INSTANTSTART_SOCKET"]) as client:
-            end = time.monotonic() + 60
-            while time.monotonic() < end:
-                try:
-                    get()
-                    break
-                except OSError:
-                    connection.close()
-                    time.sleep(0.1)
-            lines = _timed(lambda: client.status("p", brief=True), rounds)
-            return {"control socket": lines, "HTTP": _timed(get, rounds)}
+        control = served.env["INSTANTSTART_SOCKET"]
+        by_page = _get(str(page), "/api/cold-starts/p")
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                by_page()
+                break
+            except OSError:
+                by_page = _get(str(page), "/api/cold-starts/p")
+                time.sleep(0.1)
+        with Client(control) as client:
+            # The lines first: nobody has asked the control socket over HTTP yet.
+            return {
+                "lines": _timed(lambda: client.status("p", brief=True), rounds),
+                "HTTP": _timed(_get(control, "/v1/pipelines/p?brief=true"), rounds),
+                "the page": _timed(by_page, rounds),
+                "lines again": _timed(lambda: client.status("p", brief=True), rounds),
+            }
 
 
 def main() -> None:

@@ -94,6 +94,8 @@ def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) 
         config = msgspec.structs.replace(config, store=store, mount=mount)
     yield from check_store(config)
     yield check_mountpoint(config, running.outcome == "ok")
+    if config.http.api_token_file is not None:
+        yield check_api(config.http.api_token_file, config.http.port is not None or config.http.socket is not None)
     known = {spec.id for spec in specs}
     wanted = [*specs, *(spec for spec in config.pipelines if spec.id not in known)]
     skew: list[float] = []
@@ -428,6 +430,19 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             skew.append(time.time() - email.utils.parsedate_to_datetime(date).timestamp())
     return Check("hub", "ok", f"{endpoint} answers")
+
+
+def check_api(token_file: str, listens: bool) -> Check:
+    """Check what the HTTP API needs beyond the control socket. ``listens``: whether the page is served at all."""
+    from instantstart_fs.web.visitors import read_long_token
+
+    try:
+        read_long_token(token_file)
+    except InstantStartError as error:
+        return Check("http api", "fail", error.message, "one token of 16 characters or more, mode 0600")
+    if not listens:
+        return Check("http api", "warn", "there is a token, and [http] listen is off", "set it, or use the socket")
+    return Check("http api", "ok", "its token's bearer administers over TCP")
 
 
 def check_region(config: RegionalConfig) -> Check:

@@ -241,3 +241,16 @@ def test_an_engine_that_lets_several_writers_win_is_a_warning(tmp_path: Path, mo
     key.chmod(0o600)
     found = doctor.check_region(RegionalConfig(f"file://{tmp_path}/tier", str(key), "gpu-1"))
     assert (found.outcome, "of 8 writers of one new object 8 won" in found.found) == ("warn", True)
+
+
+def test_the_apis_token_is_looked_at(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    assert doctor.check_api(str(token), True).outcome == "fail"
+    token.touch(0o600)
+    token.write_text("short")
+    assert "less than 16 characters" in doctor.check_api(str(token), True).found
+    token.write_text("long-enough-to-be-one")
+    assert doctor.check_api(str(token), True).outcome == "ok"
+    assert doctor.check_api(str(token), False).outcome == "warn"
+    token.chmod(0o644)
+    assert doctor.check_api(str(token), True).outcome == "fail"

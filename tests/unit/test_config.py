@@ -201,6 +201,7 @@ REGIONAL = '[regional]\nkey_file = "/etc/region.key"'
         ('[eviction]\nkeep_hot = "-1h"', "eviction.keep_hot", "not a duration"),
         ('[staging]\nmax_memory = "half"', "staging.max_memory", "neither a size"),
         ('[origins.huggingface]\nendpoint = "hub"', "origins.huggingface.endpoint", "http"),
+        ('[http]\ntoken_file = "/t"\napi_token_file = "/t"', "http.api_token_file", "who may look would administer"),
         ('[origins.huggingface]\ntoken_file = "no/such"', "origins.huggingface.token_file", "not an absolute path"),
         (f'{REGIONAL}\nurl = "http://tier"', "regional.url", "neither s3://bucket/prefix nor file:///directory"),
         (f'{REGIONAL}\nurl = "file://relative"', "regional.url", "neither s3://"),
