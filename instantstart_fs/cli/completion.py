@@ -25,7 +25,7 @@ def pipelines(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def verbs_and_pipelines(context: typer.Context, incomplete: str) -> list[str]:
-    """What may follow `prefetch`."""
+    """Return the words that may follow `prefetch`."""
     return [verb for verb in ("status", "release") if verb.startswith(incomplete)] + pipelines(context, incomplete)
 
 

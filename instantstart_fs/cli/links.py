@@ -59,7 +59,8 @@ class Place:
             return None
 
     def check_free(self) -> None:
-        """Raises UsageError unless DIR may become a link: it is absent, an empty directory, or a link of `mount`."""
+        """Check that DIR may become a link: it is absent, an empty directory, or a link of `mount`. Raises
+        UsageError."""
         shown = self._shown
         try:
             found = self._lstat()

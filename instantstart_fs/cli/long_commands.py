@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from instantstart_fs.upkeep.fsck import FsckProgress
 
 LINE_SECONDS = 5.0
-"""Where no terminal is: a line at each tenth, and at the latest after this long."""
+"""Without a terminal, a line is printed at each tenth, and after so many seconds at the latest."""
 WRITTEN_SECONDS = 0.3
-"""Between two questions how far write-back is."""
+"""Seconds between two questions how far write-back is."""
 LEASE_RETRY = 0.5
 """Seconds between two tries to get a lease back."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -79,8 +79,8 @@ def verify_progress(pipeline: str, *, quiet: bool) -> Iterator[Callable[[int, in
 
 
 def wait_written(client: Client, pipeline: str, report: Callable[[int, int], None]) -> RegionState:
-    """Until this host has written to the regional tier what it can; what the tier has then. No deadline but progress:
-    chunks that cannot be written are given up by the daemon."""
+    """Wait until this host has written to the regional tier what it can. Returns what the tier has then. There is no
+    deadline but progress: chunks that cannot be written are given up by the daemon."""
     most = 0
     while True:
         state = client.region_state(pipeline)

@@ -46,7 +46,7 @@ PROBE_DEADLINE = 3.0
 LOG_NAME = "daemon.log"
 USED_NAME = "daemon.used"
 UNITS = ("/etc/systemd/system/instantstart.service", "/lib/systemd/system/instantstart.service")
-"""Where an administrator has it, and where a package has it."""
+"""The places of the unit: an administrator's, and a package's."""
 
 
 def connect(socket: str | None, config: str | None) -> tuple[Client, bool]:
@@ -74,8 +74,8 @@ def connect(socket: str | None, config: str | None) -> tuple[Client, bool]:
 
 
 def _kept(socket: str, name: str) -> str:
-    """Where what is kept of the daemon of that socket lies: beside it, or, where others may write there, too, in this
-    user's own directory: they could lock it, or put a link in its place."""
+    """Return the path of a file about the daemon of that socket. It lies beside the socket. If others may write there,
+    who could lock it or replace it by a link, it lies in this user's own directory."""
     path = os.path.abspath(socket)
     directory = os.path.dirname(path)
     if directory == run_directory() or is_own(directory):
@@ -85,7 +85,7 @@ def _kept(socket: str, name: str) -> str:
 
 
 def _note_use(socket: str) -> None:
-    """Who started that daemon with --foreground leaves it running then."""
+    """Note that the daemon is used: whoever started it with --foreground leaves it running then."""
     with contextlib.suppress(OSError):
         if os.path.exists(_kept(socket, LOG_NAME)):
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

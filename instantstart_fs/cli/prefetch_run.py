@@ -29,13 +29,14 @@ from instantstart_fs.prefetch.libtorch import load_torch
 
 LINE_SECONDS = 5.0
 FREEING_SECONDS = 20.0
-"""For one device's worker to end, killed if need be, and for the interpreter around it."""
+"""Seconds in which one device's worker ends, killed if need be, and the interpreter around it."""
 FREEING_RATE = 1e9
-"""Bytes a second at least: pages of 4 KiB are given back several times as fast by an idle core."""
+"""Bytes a second that are freed at least: an idle core gives back pages of 4 KiB several times as fast."""
 
 
 def devices_of(given: str) -> tuple[str, ...]:
-    """``auto``: every CUDA device, else the CPU; otherwise a list with commas. Raises UsageError, PrefetchError."""
+    """Return the devices. ``auto``: every CUDA device, else the CPU; otherwise a list with commas. Raises UsageError,
+    PrefetchError."""
     if given != "auto":
         found = tuple(word.strip() for word in given.split(",") if word.strip())
         if not found:
@@ -107,13 +108,13 @@ def run(
 
 
 def _say(quiet: bool, text: str) -> None:
-    """To who looks on: importing torch takes seconds in which nothing else can be shown."""
+    """Print a line for the user: importing torch takes seconds in which nothing else can be shown."""
     if not quiet and sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
 
 
 def _keep(pipeline: str, stage: Stage, source: LeaseSource, holder: Holder) -> None:
-    """Until it is over, or the lease ends (an error)."""
+    """Keep the memory until the hold is released, or the lease ends (an error)."""
     left = holder.seconds_left
     limit = f" for {human_seconds(left)}" if left is not None else ""
     print(f"{pipeline}: held{limit}; `instantstart prefetch release {pipeline}` ends it", flush=True)
@@ -154,7 +155,7 @@ def _terminated() -> Iterator[None]:
 
 
 def _watch(stage: Stage, holder: Holder | None, quiet: bool) -> None:
-    """Until all is in place, or its hold is over."""
+    """Show progress until all is in place, or its hold is over."""
     changes = _changes(stage, holder)
     if quiet:
         for _ in changes:
@@ -174,7 +175,7 @@ def _changes(stage: Stage, holder: Holder | None) -> Iterator[None]:
 
 
 def _bar(stage: Stage, changes: Iterator[None]) -> None:
-    """One for all devices, and below it each device's share."""
+    """Draw one bar for all devices, and below it each device's share."""
     started = time.monotonic()
     with Bar(stage.plan.pipeline) as bar:
         for _ in changes:
@@ -195,7 +196,8 @@ def _lines(stage: Stage, changes: Iterator[None]) -> None:
 
 
 def table(stage: Stage) -> str:
-    """What was done: a line for each device, one for each model where there are several, and how files were spread."""
+    """Return what was done: a line for each device, one for each model if there are several, and how files were
+    spread."""
     reports = stage.progress()
     header = ("device", "backend", "bytes", "seconds", "GB/s", "page cache", "disk")
     lines = [columns(header, [_row(report) for report in reports])]
@@ -233,7 +235,8 @@ def plain(found: HoldStatus) -> dict[str, Any]:
 
 
 def hold_statuses() -> tuple[list[HoldStatus], list[InstantStartError]]:
-    """Of all that this user holds, by id; and what kept any of them from an answer."""
+    """Return the status of everything that this user holds, by id, and the errors of the holders that did not
+    answer."""
     found, errors = [], []
     for pipeline in held_pipelines():
         try:
@@ -244,7 +247,7 @@ def hold_statuses() -> tuple[list[HoldStatus], list[InstantStartError]]:
 
 
 def release(pipeline: str) -> None:
-    """Until the holder is gone, and so its memory. Raises PrefetchError."""
+    """End a hold, and wait until its process has ended and freed its memory. Raises PrefetchError."""
     with HoldClient(pipeline) as client:
         held = client.status()
         client.release()

@@ -25,8 +25,11 @@ NAME = 20
 
 
 def lines(name: str, done: int, total: int, rate: str, reason: str, width: int) -> tuple[str, str]:
-    """What is drawn in ``width`` columns: how far it is, how fast, how long yet; below, what is wrong ("": nothing).
-    On a narrow terminal the bar shrinks first, then the amount disappears, then the end of the name. Pure."""
+    """Return what is drawn in ``width`` columns: how far it is, how fast, how long it will take; below, what is wrong
+    ("": nothing).
+
+    On a narrow terminal the bar shrinks first, then the amount disappears, then the end of the name. Pure.
+    """
     from rich.cells import cell_len
 
     share = 100 if total <= 0 or done >= total else done * 100 // total
@@ -46,7 +49,7 @@ def lines(name: str, done: int, total: int, rate: str, reason: str, width: int) 
 
 
 def cut(text: str, width: int) -> str:
-    """At most ``width`` columns of it, with a sign that there is more."""
+    """Return at most ``width`` columns of ``text``, with a sign that there is more."""
     from rich.cells import cell_len, set_cell_size
 
     return text if cell_len(text) <= width else set_cell_size(text, max(width - 1, 0)) + "…"
@@ -68,7 +71,7 @@ def _size(stream: TextIO) -> os.terminal_size:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
-"""What ends or stops a command without an exception."""
+"""The signals that end or stop a command without an exception."""
 
 
 class Bar:
@@ -127,7 +130,8 @@ class Bar:
             self._rows = 0
 
     def _write(self, text: str) -> None:
-        """At once, past the stream's buffer, in which a signal may have come: that cannot be entered twice."""
+        """Write at once, past the stream's buffer: a signal may have interrupted that, and it cannot be entered
+        twice."""
         with contextlib.suppress(OSError, ValueError):
             data = text.encode(self._stream.encoding or "ascii", self._stream.errors or "replace")
             while data:

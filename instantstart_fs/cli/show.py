@@ -59,12 +59,12 @@ def human_time(value: str | None, now: datetime | None = None) -> str:
 
 
 def progress(status: PipelineStatus) -> int:
-    """Bytes: what is cached, and what came of chunks that are not whole yet."""
+    """Return the cached bytes and those that came of chunks that are not whole yet."""
     return status.cached_bytes + (status.fill.received_bytes if status.fill is not None else 0)
 
 
 def percent(status: PipelineStatus) -> int:
-    """Of the bytes, those on their way included; 100 only when all are there."""
+    """Return the percentage of the bytes, including those on their way. It is 100 only when all are there."""
     if status.total_bytes <= 0:
         return 100 if status.state in ("warm", "unverified") else 0
     if status.cached_bytes >= status.total_bytes:
@@ -104,7 +104,8 @@ def is_pattern(text: str) -> bool:
 
 
 def chosen(statuses: Sequence[PipelineStatus], wanted: Sequence[str]) -> list[PipelineStatus]:
-    """Those that the ids and patterns name; all without any. Raises PipelineNotFound for one that names none."""
+    """Return the pipelines that the ids and patterns name; all if there are none. Raises PipelineNotFound for an id or
+    pattern that names none."""
     if not wanted:
         return list(statuses)
     names = [status.pipeline for status in statuses]
@@ -161,7 +162,7 @@ def _distance(value: str | None) -> str:
 
 
 def _drawn(rows: Sequence[tuple[str, ...]], troubles: Sequence[Sequence[str]], width: int) -> str:
-    """``troubles``: of each row, what goes below it, on lines of their own."""
+    """Draw a table. ``troubles``: for each row, what goes below it, on lines of their own."""
     from rich.cells import cell_len, chop_cells, set_cell_size
 
     natural = [max(cell_len(line[position]) for line in (HEADER, *rows)) for position in range(len(HEADER))]
@@ -236,7 +237,7 @@ def _fitting(natural: Sequence[int], width: int, *, filling: bool) -> dict[int, 
 
 
 def mounted(info: DaemonInfo) -> str:
-    """Where the mount is, who serves it, and why nobody faster does."""
+    """Return where the mount is, which transport serves it, and why no faster one does."""
     told = f"{info.mount}: {info.transport or 'not mounted yet'}"
     return told if info.tier is None else f"{told}\nregional tier: {tier(info.tier)}"
 
@@ -323,14 +324,14 @@ def pipeline(status: PipelineStatus) -> str:
 
 
 def skipped(found: SkippedStatus) -> str:
-    """How many files of the source cannot be shown, and which."""
+    """Return how many files of the source cannot be shown, and which."""
     more = found.count - len(found.first)
     names = "; ".join(printable(name) for name in found.first) + (f"; and {more} more" if more > 0 else "")
     return f"{found.count} file{'s' if found.count != 1 else ''} that cannot be shown: {names}"
 
 
 def variants(status: PipelineStatus) -> list[tuple[str, str]]:
-    """What there is to choose from: rows of `status` and `add`."""
+    """Return the variants to choose from: rows of `status` and `add`."""
     found = status.variants
     if not found:
         return []

@@ -45,7 +45,7 @@ def _time(at_ns: int) -> str:
 def key_for(
     client: Client, pipeline: str, command: Sequence[str], engine: str, caches: Sequence[str]
 ) -> dict[str, str]:
-    """What a start of this command, by this user, on this machine, would ask for, as `run` does."""
+    """Return the key that a start of this command, by this user, on this machine, would ask for, as `run` does."""
     found = engine_of(command) if not engine else engine_named(engine)
     status = client.status(pipeline, brief=True)
     return whole_key(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HANDLER = "instantstart-plain"
 ASCII = "instantstart_ascii"
 ENCODING = "_INSTANTSTART_ENCODING"
-"""From ``ensure_utf8_names`` to the process that it begins: what the terminal takes."""
+"""The variable by which ``ensure_utf8_names`` tells the process that it begins which encoding the terminal takes."""
 _PLAIN = str.maketrans(
     {
         "●": "*",
@@ -46,11 +46,12 @@ _PLAIN = str.maketrans(
         "\u00a0": " ",
     }
 )
-"""What our own words and drawings use; whatever else a name or a message holds is shown as an escape."""
+"""Replacements for the characters of our own words and drawings. Other characters of a name or a message are shown as
+escapes."""
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """For ``codecs.register_error``."""
+    """The handler for ``codecs.register_error``."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     wanted = error.object[error.start : error.end].translate(_PLAIN)
@@ -58,8 +59,8 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def _ascii(name: str) -> codecs.CodecInfo | None:
-    """For ``codecs.register``: ASCII under another name. Typer takes a stream whose encoding is called ascii for
-    misconfigured, and writes UTF-8 to it."""
+    """The search function for ``codecs.register``: ASCII under another name. Typer takes a stream whose encoding is
+    called ascii for misconfigured, and writes UTF-8 to it."""
     if name != ASCII:
         return None
     known = codecs.lookup("ascii")
@@ -75,8 +76,8 @@ def _ascii(name: str) -> codecs.CodecInfo | None:
 
 
 def ensure_utf8_names() -> None:
-    """Where the locale is not UTF-8, begin anew in Python's UTF-8 mode: names of files and arguments are UTF-8,
-    whatever the terminal shows. The streams keep the terminal's encoding."""
+    """Begin anew in Python's UTF-8 mode if the locale is not UTF-8: names of files and arguments are UTF-8, whatever
+    the terminal shows. The streams keep the terminal's encoding."""
     if sys.getfilesystemencoding().lower() in ("utf-8", "utf8") or ENCODING in os.environ or not sys.executable:
         return
     environment = {**os.environ, ENCODING: getattr(sys.stdout, "encoding", None) or "ascii"}

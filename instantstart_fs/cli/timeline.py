@@ -49,7 +49,7 @@ def parse_moment(word: str) -> Moment:
 
 
 def draw(pipeline: str, records: Sequence[ColdStart]) -> None:
-    """On stdout, newest first."""
+    """Print the records, newest first."""
     if not records:
         print(f"{pipeline}: no cold start seen yet")
         print("  one begins with `run`, or with the first open of a weight file")
@@ -84,8 +84,8 @@ def draw(pipeline: str, records: Sequence[ColdStart]) -> None:
 
 
 def draw_spreads(records: Sequence[ColdStart]) -> None:
-    """On stdout: how long each phase takes, over all that are kept, and which one to attack. Nothing for a single
-    one."""
+    """Print how long each phase takes, over all records that are kept, and which one to attack. Prints nothing for a
+    single record."""
     found = spreads(records)
     total = found.pop("total", None)
     if total is None or total.count < 2:
@@ -144,7 +144,7 @@ def details(record: ColdStart) -> list[str]:
 
 
 def late_line(record: ColdStart, moment: Moment, after: float) -> str:
-    """What to think of a mark that came ``after`` so many seconds of nothing, and what to do about it."""
+    """Return what to think of a mark that came ``after`` so many seconds of nothing, and what to do about it."""
     return (
         f"{moment} came {human_seconds(after)} after what went before it; if it was told late, "
         f"`instantstart mark {record.pipeline} {moment} --at TIME` says when it was"
@@ -152,7 +152,7 @@ def late_line(record: ColdStart, moment: Moment, after: float) -> str:
 
 
 def marked(records: Sequence[ColdStart], moment: Moment) -> str:
-    """What `mark` says of the record that took it: "" when nothing is odd."""
+    """Return what `mark` says of the record that took it: "" when nothing is odd."""
     taken = [record for record in records if record.after(moment) is not None]
     record = max(taken, key=lambda found: _at(found, moment), default=None)
     if record is None or moment not in (found := late(record)):

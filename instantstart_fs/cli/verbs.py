@@ -21,7 +21,7 @@ TASKS = (
 )
 """The tasks of `instantstart --help`, and their commands. What is in none comes last."""
 ALIASES = {"rm": "remove", "delete": "remove", "list": "ls", "ps": "ls", "umount": "unmount", "info": "status"}
-"""What people type for a command that has another name here."""
+"""Other names that people type for our commands."""
 ANSWERS = {
     "pull": "`add ID SOURCE --warm` fetches a new one, `warm ID --wait` what an added one lacks, `update ID` a newer "
     "revision",
@@ -34,7 +34,7 @@ ANSWERS = {
     "clean": "`evict ID` frees its bytes, `remove ID` forgets it; beyond the watermark the oldest go by themselves",
     "gc": "`evict ID` frees its bytes, `remove ID` forgets it; of the region's tier: `regional gc`",
 }
-"""What to do instead of a command that is not here."""
+"""Commands that do not exist here, and what to do instead."""
 
 
 def _epilog() -> str:
@@ -53,7 +53,8 @@ Default places for this user:
 
 
 class Verbs(TyperGroup):
-    """All of them. What a complaint about the words of a line repeats of it goes into logs of scripts, too."""
+    """The group of all commands. Errors repeat the words of a line without secrets, since they go into logs of scripts,
+    too."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return super().get_command(ctx, cmd_name) or super().get_command(ctx, ALIASES.get(cmd_name, ""))
@@ -87,8 +88,9 @@ class Verbs(TyperGroup):
 
 
 class VerbOrPipeline(TyperGroup):
-    """Its one hidden command, an ``Unnamed``, takes every line that begins with no verb: those that begin with options
-    or with `--` too, so `prefetch -- status` speaks of a pipeline that is named like a verb."""
+    """A group with one hidden command, an ``Unnamed``, that takes every line which begins with no verb. Those are also
+    lines that begin with options or with `--`, so `prefetch -- status` speaks of a pipeline that is named like a
+    verb."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         verbs = [name for name, command in self.commands.items() if not command.hidden]

@@ -6,5 +6,5 @@ from instantstart_fs import __version__
 
 
 def version_line() -> str:
-    """What ``--version`` prints."""
+    """Return what ``--version`` prints."""
     return f"instantstart {__version__}"

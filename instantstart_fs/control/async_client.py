@@ -32,7 +32,7 @@ BACKLOG_PAUSE = 0.02
 
 
 class Waits(Protocol):
-    """What a loop does. ``seconds``: then TimeoutError."""
+    """The waiting of one event loop. ``seconds``: then TimeoutError."""
 
     async def sleep(self, seconds: float) -> None: ...
     async def send(self, connection: socket.socket, data: bytes, seconds: float) -> None: ...
@@ -87,7 +87,8 @@ class _Trio:
 
 
 def _waits() -> Waits:
-    """Those of the loop that runs here. A program without trio never imports it. Raises RuntimeError outside both."""
+    """Return the waiting of the loop that runs here. A program without trio never imports trio. Raises RuntimeError
+    outside both."""
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_task():
         return _Trio(trio)
@@ -96,7 +97,7 @@ def _waits() -> Waits:
 
 
 class Connection:
-    """One connection; see client.Connection. Raises DaemonUnreachable, ControlProtocolError."""
+    """A connection to the daemon; see client.Connection. Raises DaemonUnreachable, ControlProtocolError."""
 
     def __init__(self, path: str, waits: Waits) -> None:
         self._path = path
@@ -145,7 +146,7 @@ class Connection:
             self._buffer.feed(data)
 
     def is_quiet(self) -> bool:
-        """Whether it is open with nothing to be read: fit for a request."""
+        """Return whether it is open with nothing to be read, so that a request can be sent."""
         try:
             self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -155,7 +156,7 @@ class Connection:
         return False
 
     async def wait_ended(self, timeout: float | None) -> bool:
-        """By a descriptor of its own: several tasks may wait, and a loop knows one for each descriptor."""
+        """Wait by a descriptor of its own: several tasks may wait, and a loop knows one for each descriptor."""
         end = None if timeout is None else time.monotonic() + timeout
         if self._over:
             return True
@@ -182,7 +183,7 @@ class Connection:
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:
-        """Inside the block ``close`` leaves the descriptor open: the loop looks at it."""
+        """Keep the descriptor open inside the block, also after ``close``: the loop looks at it."""
         self._waiting += 1
         try:
             yield
@@ -196,7 +197,7 @@ class Connection:
         return self._over
 
     def close(self) -> None:
-        """Whoever waits for a message is woken: no loop notices that a descriptor is closed."""
+        """Close the connection and wake its waiters: no loop notices that a descriptor is closed."""
         self._over = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -220,7 +221,7 @@ class Lease:
         self.close()
 
     async def wait_ended(self, timeout: float | None = None) -> bool:
-        """Whether it has ended, or does within ``timeout`` seconds (None: wait as long as that takes)."""
+        """Return whether it has ended, or does within ``timeout`` seconds (None: wait as long as that takes)."""
         return self._connection is None or await self._connection.wait_ended(timeout)
 
     def close(self) -> None:
@@ -346,7 +347,7 @@ class AsyncClient:
         return await self._ask(calls.verify(pipeline, rate), on_progress, timeout)
 
     def lease(self, pipeline: str) -> Lease:
-        """``async with client.lease(…):``; see client.Lease."""
+        """Take a lease: ``async with client.lease(…):``; see client.Lease."""
         return Lease(self, pipeline)
 
     # -- the exchange ----------------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ class AsyncClient:
         return await self._result(found, call)
 
     async def _begin(self, call: Call[Any]) -> Connection:
-        """For a request that lasts as long as its connection."""
+        """Begin a request that lasts as long as its connection."""
         connection = await self._take()
         try:
             await self._result(await self._exchange(connection, call, None, None), call)

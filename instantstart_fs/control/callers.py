@@ -52,19 +52,19 @@ MAX_WAITING = 1024
 SEAT_DEADLINE = 15.0
 """So many more of those who administer wait, and so many seconds, for one of the MAX_CONNECTIONS to end."""
 MAX_CONNECTIONS_PER_OWNER = 32
-"""For each user who does not administer: none of them can use the others' share up."""
+"""The most connections of each user who does not administer: none of them can use up the others' share."""
 MAX_STRANGERS = 128
-"""For all together who own nothing, with any number of uids. Owners, and those who administer, have places of their
-own."""
+"""The most connections of all together who own nothing, with any number of uids. Owners, and those who administer, have
+places of their own."""
 MAX_KNOWN = 4096
 IDLE_SECONDS = 60.0
-"""For which somebody who does not administer may sit there without a request."""
+"""Seconds for which a connection of somebody who does not administer may be without a request."""
 REQUEST_RATE = 20.0
 REQUEST_BURST = 40.0
 """Requests a second, and at once after a rest, of one owner, or of all who own nothing together. Beyond it answers
 wait: a request costs the loop up to a millisecond (Ls of an owner with many pipelines), so some percent at most."""
 STRANGERS = -1
-"""In the place of a uid: all who own nothing. A user may have 65,536 subordinate uids."""
+"""Stands for the uid of all who own nothing. A user may have 65,536 subordinate uids."""
 MAX_ALLOWANCES = 4096
 OWNERS_REFRESH = 1.0
 """Seconds for which the set of owners is kept: computing it walks over all pipelines."""
@@ -74,11 +74,12 @@ OF_OWNERS = (
     *(AskRegion, Status, Touch, Lease, Warm, Include, Mark, ColdStarts),
     *(StartupBegin, StartupSave, StartupReport, StartupCaches, StartupVerify, StartupRemove),
 )
-"""What a pipeline's owner may ask for. A startup cache is code: serving/startupcaches.py gives it to nobody else."""
+"""The requests that a pipeline's owner may make. A startup cache is code: serving/startupcaches.py gives it to nobody
+else."""
 
 
 class Place:
-    """One connection's place. ``refusal``: why it has none. ``patience``: seconds for which it may be idle."""
+    """The place of one connection. ``refusal``: why it has none. ``patience``: seconds for which it may be idle."""
 
     def __init__(self, seat: Seat | None, patience: float, refusal: PipelineBusy | None = None) -> None:
         self._seat = seat
@@ -87,7 +88,7 @@ class Place:
 
     @property
     def seat(self) -> Seat:
-        """What it holds; not of a refused one."""
+        """The seat that it holds. A refused connection has none."""
         assert self._seat is not None
         return self._seat
 
@@ -124,7 +125,7 @@ class Callers:
         return self.sight(peer.uid, peer.groups).owns(spec)
 
     def oversees(self, peer: Peer, spec: PipelineSpec) -> bool:
-        """Whether it administers, or owns the pipeline."""
+        """Return whether the peer administers, or owns the pipeline."""
         return self.administers(peer) or self.owns(peer, spec)
 
     def sight(self, uid: int | None, groups: frozenset[int] | None) -> Sight:
@@ -133,7 +134,8 @@ class Callers:
         return EVERYTHING if administers else Sight(False, uid, groups, self._group_access)
 
     def authorize(self, peer: Peer, request: Request) -> None:
-        """Raises PermissionRefused. That a pipeline exists is no secret: the mount lists it."""
+        """Check that the peer may make the request. Raises PermissionRefused. That a pipeline exists is no secret: the
+        mount lists it."""
         if self.administers(peer) or isinstance(request, Ping | Ls | Names | CheckOrigins):
             return
         if isinstance(request, OF_OWNERS) and self.owns(peer, self._pipelines.spec(request.pipeline)):
@@ -149,7 +151,7 @@ class Callers:
         self.must_administer(peer, type(request))
 
     def must_administer(self, peer: Peer, kind: type[Request]) -> None:
-        """Raises PermissionRefused, whatever a request of that ``kind`` says."""
+        """Check that the peer administers. Raises PermissionRefused, whatever a request of that ``kind`` says."""
         if not self.administers(peer):
             raise PermissionRefused(
                 f"uid {peer.uid} may not {kind.__name__.lower()} here; ask as root, as the daemon's user, "
@@ -216,7 +218,7 @@ class Callers:
         await trio.sleep(self._allowances[share].take(now))
 
     def _share(self, peer: Peer) -> int:
-        """Whose allowance this peer draws on: its uid's own, or that of the STRANGERS."""
+        """Return whose allowance this peer draws on: its uid's own, or that of the STRANGERS."""
         if self.administers(peer):
             return peer.uid
         if trio.current_time() >= self._owners_at + OWNERS_REFRESH:

@@ -1,4 +1,4 @@
-"""What a client may ask, and what an answer means: the part of the clients that has no socket. Pure.
+"""The requests that a client may make, and the meaning of answers: the part of the clients that has no socket. Pure.
 
 A Call is one request with the type of its result and the silence after which the daemon counts as gone. ``outcome``
 says what a message means for a Call. ``client.py`` (blocking) and ``async_client.py`` (trio, asyncio) send and wait.
@@ -34,15 +34,16 @@ CONNECT_DEADLINE = 20.0
 ANSWER_DEADLINE = 50.0
 """Seconds for an answer that comes from memory: a loaded daemon is not a dead one."""
 CHECK_DEADLINE = 120.0
-"""For ``check_origins``: the daemon takes 25 s at most, after those of others who asked before."""
+"""Seconds for ``check_origins``: the daemon takes 25 s at most, after the checks of others who asked before."""
 NAMES_DEADLINE = 2.0
-"""For the names that may have been meant: an error message waits for them."""
+"""Seconds for the names that may have been meant: an error message waits for them."""
 RESOLVE_DEADLINE = 660.0
 """Seconds for what lists an origin or deletes bytes; the daemon's own limit is a minute shorter."""
 
 
 class Call(NamedTuple, Generic[_T]):
-    """``read``: makes the result of what came; ``deadline``: seconds of silence, whatever the whole takes."""
+    """A request. ``read``: makes the result of what came; ``deadline``: seconds of silence, however long the whole
+    takes."""
 
     request: protocol.Request
     read: Callable[[Any], _T]
@@ -60,7 +61,7 @@ class Refused(NamedTuple):
 
 
 def outcome(call: Call[_T], message: protocol.Response) -> Finished[_T] | Refused | protocol.Progress:
-    """What ``message`` means for ``call``. Raises ControlProtocolError."""
+    """Return what ``message`` means for ``call``. Raises ControlProtocolError."""
     match message:
         case protocol.Progress():
             return message
@@ -78,7 +79,7 @@ def wanted(call: Call[Any]) -> str:
 
 
 def with_advice(error: PipelineNotFound, pipeline: str, known: Sequence[str]) -> PipelineNotFound:
-    """With the name that may have been meant, of those that this user may see."""
+    """Return the error with the name that may have been meant, of those that this user may see."""
     meant = did_you_mean(pipeline, sorted(known))
     first, semicolon, rest = error.message.partition(";")
     return PipelineNotFound(f"{first}{meant}{semicolon}{rest}") if meant else error
@@ -98,7 +99,7 @@ def expired() -> WaitDeadline:
 
 
 def unreachable(path: str, error: OSError, deadline: float) -> DaemonUnreachable | PermissionRefused:
-    """Why nobody could be connected to at ``path`` within ``deadline`` seconds."""
+    """Return why nobody could be connected to at ``path`` within ``deadline`` seconds."""
     if isinstance(error, PermissionError):
         return PermissionRefused(f"{path}: this user may not talk to the daemon; ask as its owner (sudo)")
     if isinstance(error, FileNotFoundError):
@@ -164,7 +165,7 @@ def ping() -> Call[protocol.DaemonInfo]:
 def add(
     pipeline: str | PipelineSpec, source: str | None, options: specification.Options, warm: bool
 ) -> Call[PipelineStatus]:
-    """Raises UsageError, InvalidName, InvalidSource, ConfigError."""
+    """Return the request to add a pipeline. Raises UsageError, InvalidName, InvalidSource, ConfigError."""
     if isinstance(pipeline, PipelineSpec):
         if source is not None or options:
             raise UsageError(f"{pipeline.id}: a PipelineSpec holds its source and options")
@@ -259,7 +260,7 @@ def lease(pipeline: str) -> Call[None]:
 
 
 def open_weights(pipeline: str, deadlines: Mapping[str, float] | None, stream: bool) -> Call[None]:
-    """Raises UsageError for a deadline that is no number."""
+    """Return the request to open a pipeline's weights. Raises UsageError for a deadline that is no number."""
     # JSON knows no infinity, and a model without a deadline comes last anyway.
     wanted_at = {model: seconds for model, seconds in (deadlines or {}).items() if seconds != math.inf}
     for model, seconds in wanted_at.items():

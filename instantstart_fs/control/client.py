@@ -42,16 +42,16 @@ class Lease:
         self._over = over
 
     def wait_ended(self, timeout: float) -> bool:
-        """Whether it has ended, or does within ``timeout`` seconds."""
+        """Return whether it has ended, or does within ``timeout`` seconds."""
         return self._connection.wait_ended(timeout)
 
     def wait_disconnected(self) -> None:
-        """Until it has ended, however long that takes: for a thread of its own."""
+        """Wait until it has ended, however long that takes: for a thread of its own."""
         self._connection.wait_ended(None)
         self.close()
 
     def close(self) -> None:
-        """From any thread. Idempotent."""
+        """End the lease. Any thread may call it, any number of times."""
         self._over(self._connection)
 
     def __enter__(self) -> Self:
@@ -71,8 +71,8 @@ class OpenedWeights(Lease):
         self.weights = weights
 
     def files(self) -> Iterator[tuple[str, list[int]]]:
-        """(path, descriptors) of each file, as it is complete: open for reading, and, where its filesystem can, the
-        same opened O_DIRECT. They are the caller's to close. Raises what keeps a file from coming."""
+        """Yield (path, descriptors) of each file, as it is complete: open for reading, and, if its filesystem can, the
+        same opened O_DIRECT. The caller closes them. Raises what keeps a file from coming."""
         for part, descriptors in self.parts():
             yield part.path, descriptors
 
@@ -120,13 +120,14 @@ class Client:
         self._closed = False
         self._connections: set[Connection] = set()
         self._held: set[Connection] = set()
-        """By leases."""
+        """The connections that leases hold."""
         self._idle: list[Connection] = []
         _clients.add(self)
         self._idle.append(self._connect())
 
     def close(self) -> None:
-        """From any thread: one that waits for an answer gets DaemonUnreachable. Leases end."""
+        """Close all connections; leases end. Any thread may call it. A thread that waits for an answer gets
+        DaemonUnreachable."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -166,7 +167,7 @@ class Client:
     # -- requests --------------------------------------------------------------------------------------------------
 
     def ping(self) -> protocol.DaemonInfo:
-        """What the daemon says of itself."""
+        """Return what the daemon says of itself."""
         return self._ask(calls.ping())
 
     def add(
@@ -181,11 +182,13 @@ class Client:
         return self._ask(calls.update(pipeline))
 
     def remove(self, pipeline: str, *, force: bool = False) -> list[str]:
-        """Who still has files of it open, in words. ``force``: leases are ended rather than in the way."""
+        """Remove a pipeline. ``force``: leases are ended rather than in the way. Returns who still has files of it
+        open, in words."""
         return self._ask(calls.remove(pipeline, force))
 
     def evict(self, pipeline: str, *, force: bool = False) -> list[str]:
-        """The same. ``force``: opens are not in the way either."""
+        """Evict a pipeline. ``force``: leases and opens are not in the way. Returns who still has files of it open, in
+        words."""
         return self._ask(calls.evict(pipeline, force))
 
     def set_pinned(self, pipeline: str, pinned: bool) -> None:
@@ -197,7 +200,7 @@ class Client:
         self._ask(calls.touch(pipeline))
 
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
-        """``at_ns``: wall clock, None for the moment when the daemon gets it."""
+        """Mark a moment of a cold start. ``at_ns``: wall clock, None for the moment when the daemon gets it."""
         self._ask(calls.mark(pipeline, moment, at_ns))
 
     def startup_caches(self, pipeline: str) -> list[StartupRecord]:
@@ -217,11 +220,11 @@ class Client:
         return self._ask(calls.cold_starts(pipeline))
 
     def pipelines(self) -> list[PipelineStatus]:
-        """Of those that this user owns, or all; without files."""
+        """Return the pipelines that this user owns, or all; without files."""
         return self._ask(calls.pipelines())
 
     def region_state(self, pipeline: str, *, check: bool = False) -> protocol.RegionState:
-        """How far the regional tier has it. ``check``: the tier is asked what it holds."""
+        """Return how far the regional tier has the pipeline. ``check``: the tier is asked what it holds."""
         return self._ask(calls.region_state(pipeline, check))
 
     def names(self, prefix: str = "", *, deadline: float = ANSWER_DEADLINE) -> list[str]:
@@ -229,7 +232,7 @@ class Client:
         return self._ask(calls.names(prefix, deadline))
 
     def specs(self) -> list[PipelineSpec]:
-        """How the pipelines were asked for."""
+        """Return what the pipelines were added with."""
         return self._ask(calls.specs())
 
     def status(self, pipeline: str, *, brief: bool = False) -> PipelineStatus:
@@ -241,7 +244,7 @@ class Client:
         return self._ask(calls.warm(pipeline, everything, wait=False))
 
     def include(self, pipeline: str, globs: Sequence[str]) -> None:
-        """What these match belongs to the load set from now on."""
+        """Add the files that these globs match to the load set, from now on."""
         self._ask(calls.include(pipeline, globs))
 
     def wait_warm(
@@ -268,7 +271,7 @@ class Client:
         return self._ask(calls.check_access(pipeline, token_file))
 
     def check_origins(self) -> list[OriginCheck]:
-        """What the daemon itself gets from the origins of the pipelines that this user owns, or of all."""
+        """Return what the daemon itself gets from the origins of the pipelines that this user owns, or of all."""
         return self._ask(calls.check_origins())
 
     def verify(
@@ -379,7 +382,7 @@ class Client:
         raise ControlError(f"{self.path}: this client is closed")
 
     def _take(self) -> Connection:
-        """One that waits for a request, or a new one."""
+        """Return an idle connection, or a new one."""
         while True:
             with self._lock:
                 if self._closed:
@@ -412,7 +415,8 @@ class Client:
         connection.close()
 
     def _forked(self) -> None:
-        """In the child: another thread may have held the lock, and what is idle is the parent's."""
+        """Forget locks and connections in the child: another thread may have held the lock, and idle connections are
+        the parent's."""
         self._lock = threading.Lock()
         idle, self._idle = self._idle, []
         for connection in idle:

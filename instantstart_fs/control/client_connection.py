@@ -14,7 +14,7 @@ from instantstart_fs.control import calls, protocol
 
 
 class Connection:
-    """Raises DaemonUnreachable, ControlProtocolError."""
+    """A connection to the daemon. Raises DaemonUnreachable, ControlProtocolError."""
 
     def __init__(self, path: str, deadline: float) -> None:
         self._path = path
@@ -62,7 +62,7 @@ class Connection:
             self._buffer.feed(data)
 
     def is_quiet(self) -> bool:
-        """Whether it is open with nothing to be read: fit for a request."""
+        """Return whether it is open with nothing to be read, so that a request can be sent."""
         try:
             self._socket.setblocking(False)  # with a time-out Python waits, whatever the flags say
             self._socket.recv(1, socket.MSG_PEEK)
@@ -90,8 +90,8 @@ class Connection:
         return int(struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0])
 
     def shut(self) -> None:
-        """From any thread: whoever waits for a message gets DaemonUnreachable. In a forked child it does nothing: a
-        shutdown would end the parent's connection."""
+        """Shut the connection down; a thread that waits for a message gets DaemonUnreachable. Any thread may call it.
+        In a forked child it does nothing: a shutdown would end the parent's connection."""
         if os.getpid() == self._process:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)

@@ -121,7 +121,7 @@ class Connection:
             self._buffer.feed(data)
 
     async def _answer(self, request: protocol.Request) -> bool:
-        """False when the connection is over."""
+        """Answer a request. Returns False when the connection is over."""
         disconnected = False
         async with trio.open_nursery() as nursery:
 

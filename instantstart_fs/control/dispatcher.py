@@ -55,8 +55,8 @@ class Send(Protocol):
 
 
 class Caller(NamedTuple):
-    """Who asks: the process at the other end, what its leases are recorded under, the way back to it, and which starts
-    (pipeline, id) `run` has begun on its connection."""
+    """A client that asks: the process at the other end, what its leases are recorded under, the way back to it, and
+    which starts (pipeline, id) `run` has begun on its connection."""
 
     peer: Peer
     lessee: Lessee
@@ -270,7 +270,7 @@ class Dispatcher:
         return status
 
     async def _wait_warm(self, caller: Caller, pipeline: str, everything: bool) -> PipelineStatus:
-        """Until the wanted files are all there. Raises what made the fill stop."""
+        """Wait until the wanted files are all there. Raises what made the fill stop."""
         busy_at = moved_at = trio.current_time()
         cached = -1
         told_at = -PROGRESS_INTERVAL

@@ -33,7 +33,8 @@ class Options(TypedDict, total=False):
 
 
 def of_options(pipeline: str, source: str | None, options: Options) -> PipelineSpec:
-    """The same for programs. Raises as ``specification``; messages name the options as Python does."""
+    """Return the specification that a program's arguments make. Raises as ``specification`` does; messages name the
+    options as Python does."""
     # A bare string is a sequence, too: of globs of one character each, which nobody means.
     for name, given in (("include", options.get("include", ())), ("exclude", options.get("exclude", ()))):
         if isinstance(given, str):

@@ -14,15 +14,15 @@ class TooLarge(Exception):
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """``body``: bytes of one answer. ``files``: of one listing, 0 = as many as MAX_FILES and MAX_LISTED allow.
-    ``final``: beyond them the source is refused."""
+    """Limits of a listing. ``body``: bytes of one answer. ``files``: of one listing, 0 = as many as MAX_FILES and
+    MAX_LISTED allow. ``final``: beyond them the source is refused."""
 
     body: int = 256 * MIB
     files: int = 0
     final: bool = True
 
     def allow(self, source: str, *, files: int = 0, body: int = 0) -> None:
-        """Raises OriginUnsupported, or TooLarge where it may go on elsewhere."""
+        """Check the limits. Raises OriginUnsupported, or TooLarge if the listing may go on elsewhere."""
         if not self.final and ((self.files and files > self.files) or body > self.body):
             raise TooLarge(source)
         if body > self.body:

@@ -1,4 +1,4 @@
-"""What the origins share: choosing files by globs, finishing a manifest, reading HTTP headers."""
+"""The common part of the origins: choosing files by globs, finishing a manifest, reading HTTP headers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from instantstart_fs.errors import OriginMisbehaved, OriginNotFound, OriginUnsup
 log = logging.getLogger(__name__)
 
 MAX_FILES = 500_000
-"""That one model may have, after its globs. What is shown is in the daemon's memory while it is looked at: some 1 KB
-for each."""
+"""The most files that one model may have, after its globs. A manifest takes memory in the daemon while it is looked at:
+some 1 KB for each file."""
 MAX_LISTED = 4_000_000
-"""That are looked at for it. A listing that has no end must come to one."""
+"""The most files that are looked at for one model. A listing that has no end must come to one."""
 SKIPS_TOLD = 10
 """Names that a manifest remembers of what was left out."""
 SHOWN_TO_ALL = frozenset({"readme.md", ".gitattributes"})
@@ -114,7 +114,7 @@ def finish_manifest(
 
 
 def refuse_endless(source: str, chosen: int, listed: int) -> None:
-    """Raises OriginUnsupported beyond MAX_FILES chosen, or MAX_LISTED listed."""
+    """Raise OriginUnsupported beyond MAX_FILES chosen, or MAX_LISTED listed."""
     if chosen > MAX_FILES:
         raise OriginUnsupported(
             f"{source}: more than {MAX_FILES} files, which is the limit for one model; choose some of them by "

@@ -11,14 +11,14 @@ from instantstart_fs.errors import CredentialsUnusable
 log = logging.getLogger(__name__)
 
 MAX_SECRET = 4096
-"""Bytes of a token file that are looked at."""
+"""The most bytes of a token file that are read."""
 
 _warned: set[str] = set()
 
 
 def require_private(path: str, status: os.stat_result, what: str) -> None:
-    """Raises CredentialsUnusable where others may read or write the file, or its group may write it; a group that may
-    read it is warned about once. ``what``: "token file", say."""
+    """Check that a file is private. Raises CredentialsUnusable if others may read or write it, or its group may write
+    it; a group that may read it is warned about once. ``what``: "token file", say."""
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o026:
         raise CredentialsUnusable(

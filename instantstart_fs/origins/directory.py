@@ -102,7 +102,7 @@ class DirectoryOrigin:
         raise OriginNotFound(f"{self._root}: the directory is empty")
 
     def _walk(self) -> Iterator[tuple[str, str, int]]:
-        """Every name below the root that is no directory: relative path, name, descriptor of its directory."""
+        """Yield every name below the root that is no directory: relative path, name, descriptor of its directory."""
 
         def fail(error: OSError) -> NoReturn:
             _refuse(str(error.filename or self._root), error)

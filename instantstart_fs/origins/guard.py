@@ -37,9 +37,9 @@ def _refusal(host: str, address: str) -> OriginMisbehaved | OriginIncompatible:
 def resolve(
     host: str, port: int, permit: Permit, *, all_of_them: bool = False
 ) -> list[tuple[int, int, int, tuple[Any, ...]]]:
-    """(family, type, protocol, address) of each place where ``host`` may be connected to. Raises OSError where it
-    cannot be resolved, OriginMisbehaved or OriginIncompatible where none of its addresses (``all_of_them``: not each)
-    may be connected to."""
+    """Return (family, type, protocol, address) of each place where ``host`` may be connected to. Raises OSError if it
+    cannot be resolved, OriginMisbehaved or OriginIncompatible if none of its addresses (``all_of_them``: not each) may
+    be connected to."""
     try:
         host.encode("idna")
     except UnicodeError:

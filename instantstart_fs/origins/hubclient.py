@@ -28,7 +28,7 @@ from instantstart_fs.errors import OriginMisbehaved
 from instantstart_fs.origins.guard import MOST_REDIRECTS, check_behind_proxy, connect, same_origin
 
 MAX_BODY = 1 << 30
-"""Bytes of one answer: the list of a repository with a million files has 300 MB."""
+"""The most bytes of one answer: the list of a repository with a million files has 300 MB."""
 BODY_SECONDS = 240.0
 CONNECTIONS = 100
 KEEP_SECONDS = 5.0
@@ -58,8 +58,8 @@ class BoundedBody(httpx2.SyncByteStream):
 
 
 class Asking(NamedTuple):
-    """On whose behalf the client asks. ``endpoint``: the one that credentials may go to; ``authorization``: what it
-    wants beside a token."""
+    """The party on whose behalf the client asks. ``endpoint``: the one that credentials may go to; ``authorization``:
+    what it wants beside a token."""
 
     endpoint: str
     named: tuple[str, ...]
@@ -120,8 +120,8 @@ class DirectTransport(httpx2.HTTPTransport):
 
 
 class GuardedTransport(httpx2.BaseTransport):
-    """Every request of the hub's client passes here, those that follow a redirect, too: the address that is connected
-    to is judged, credentials go to the endpoint alone, bodies are bounded."""
+    """The transport of every request of the hub's client, also of those that follow a redirect. It judges the address
+    that is connected to, sends credentials to the endpoint alone, and bounds bodies."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

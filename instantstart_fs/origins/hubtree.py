@@ -26,7 +26,7 @@ MAX_PAGES = 100_000
 MAX_BARREN = 100
 """Pages in a row that say nothing new."""
 LISTING_SECONDS = 290.0
-"""For all pages together: less than callers wait (admin/lifecycle.py), so that they are told the reason."""
+"""Seconds for all pages together: less than callers wait (admin/lifecycle.py), so that they are told the reason."""
 
 
 class Lfs(msgspec.Struct, frozen=True):
@@ -63,7 +63,7 @@ class NoTree(Exception):
 
 
 NOT_KNOWN = frozenset({404, 405, 410, 501})
-"""How servers answer at an endpoint that they do not have."""
+"""The statuses of servers at an endpoint that they do not have."""
 
 
 class Listed(NamedTuple):
@@ -75,7 +75,7 @@ class Listed(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """``next``: the address that a Link header gives for the next page."""
+    """An answer of the hub. ``next``: the address that a Link header gives for the next page."""
 
     body: bytes
     next: str | None
@@ -85,7 +85,7 @@ _T = TypeVar("_T")
 
 
 def decode(body: bytes, kind: type[_T]) -> _T:
-    """Raises ValueError for what is no such JSON."""
+    """Decode JSON. Raises ValueError for what is no such JSON."""
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -170,7 +170,7 @@ class Witness:
             self._missing.pop(file.path, None)
 
     def add_up(self) -> None:
-        """After the last page. Raises OriginMisbehaved where both do not speak of the same repository."""
+        """Compare the two after the last page. Raises OriginMisbehaved if they do not speak of the same repository."""
         if self._missing:
             first = next(iter(self._missing))
             raise OriginMisbehaved(

@@ -266,7 +266,8 @@ class HuggingFaceOrigin:
         return []
 
     def _prove(self, files: Sequence[ManifestFile]) -> None:
-        """Raises what the hub answers for these files. Where it sends us for them is not asked: that is no hub."""
+        """Ask the hub for these files. Raises what it answers. The place where it sends us for them is not asked: that
+        is no hub."""
         for file in files:
             try:
                 self.locate(file)
@@ -304,7 +305,7 @@ class HuggingFaceOrigin:
             return decode(answer.body, Description)
 
     def _files(self, description: Description, commit: str) -> tuple[list[Listed], int]:
-        """Every chosen file at the commit, and how many files there are."""
+        """Return every chosen file at the commit, and how many files there are."""
         chosen: list[Listed] = []
         witness = Witness(str(self._source), description.siblings)
         for page, entries in self._pages(commit, description):

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 SLICE = 1000
 """Files of a frame: decoding it holds up the others for under a millisecond."""
 MEMORY = 4 << 30
-"""Bytes that the process may take."""
+"""The most bytes that the process may take."""
 
 
 What = Literal["resolve", "check"]
@@ -78,7 +78,7 @@ _frames = msgspec.msgpack.Decoder(Frame)
 
 
 class Lister:
-    """One listing process. Call ``run`` in a thread; ``end`` from any thread, any number of times."""
+    """A process that lists. Call ``run`` in a thread; ``end`` from any thread, any number of times."""
 
     def __init__(self, order: Order) -> None:
         self._order = order

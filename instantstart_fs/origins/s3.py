@@ -76,15 +76,16 @@ REMEMBERED = 4096
 EARLY = 60.0
 """Seconds before its end."""
 LISTING_SECONDS = 290.0
-"""For all pages together: less than callers wait (admin/lifecycle.py), so that they are told the reason."""
+"""Seconds for all pages together: less than callers wait (admin/lifecycle.py), so that they are told the reason."""
 MANY = 64
 """Objects; so many are asked about one by one."""
 SMALL = 1024 * 1024
-"""Bytes of an object that is pinned by the listing: should its ETag be no MD5 after all, it is soon fetched again."""
+"""Size in bytes up to which an object is pinned by the listing: should its ETag be no MD5 after all, it is soon fetched
+again."""
 SAMPLES = 16
 _STRONG = frozenset({"SHA256", "SHA1"})
 CANNOT_TELL = frozenset({400, 404, 405, 416, 501})
-"""How engines answer that do not know HEAD with a part's number."""
+"""The statuses of servers that do not know HEAD with a part's number."""
 
 
 class Listed(msgspec.Struct, frozen=True):
@@ -215,7 +216,7 @@ class S3Origin:
         return self._source.prefix + "/" if self._source.prefix else ""
 
     def _objects(self, client: S3Client) -> Iterator[Listed]:
-        """Every object below the prefix as a directory."""
+        """Yield every object below the prefix, which is treated as a directory."""
         directory = self._directory()
         pages = client.get_paginator("list_objects_v2").paginate(**self._access.parameters(), Prefix=directory)
         end = time.monotonic() + LISTING_SECONDS
@@ -485,7 +486,7 @@ def _moment(stamp: str) -> int:
 
 
 def _pack(version: str, etag: str) -> str:
-    """``version-id=… etag="…"``: what ManifestFile.version says of an S3 object. VersionIds hold no blanks."""
+    """Return ``version-id=… etag="…"``, the ManifestFile.version of an S3 object. VersionIds hold no blanks."""
     return f"version-id={version} etag={etag}" if version else f"etag={etag}"
 
 

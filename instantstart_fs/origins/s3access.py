@@ -50,7 +50,7 @@ LAST_PAUSE = 5.0
 READ_SECONDS = 60.0
 BLOCK = 1024 * 1024
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
-"""What is asked again."""
+"""The statuses after which a request is repeated."""
 BAD_CREDENTIALS = frozenset(
     {
         "InvalidAccessKeyId",
@@ -157,7 +157,7 @@ class S3Access:
             return self._secrets != before
 
     def ask(self, call: Callable[[S3Client], _T], client: Callable[[], S3Client]) -> _T:
-        """``call(client())``; once more with other credentials, where these are refused and there are others."""
+        """Return ``call(client())``; once more with other credentials, if these are refused and there are others."""
         try:
             found = call(client())
         except botocore.exceptions.ClientError as error:
@@ -212,7 +212,8 @@ class S3Access:
         return self._patiently(once)
 
     def get(self, key: str, version: str, etag: str, *, last: int | None) -> Answered:
-        """Bytes 0 to ``last`` (None: no range; at most MOST_ERROR_BODY) of an object, as the reads ask for them."""
+        """Fetch bytes 0 to ``last`` (None: no range; at most MOST_ERROR_BODY) of an object, as the reads ask for
+        them."""
 
         def once() -> Answered:
             url, _ = self.sign(key, version, etag)

@@ -33,8 +33,8 @@ _THROTTLED = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooMan
 
 
 class Refusals:
-    """Those of one prefix, asked through ``access``. ``endpoint`` and ``profile`` are named in messages; ``timeout``
-    is what a request had, in seconds."""
+    """The refusals of one prefix, asked through ``access``. ``endpoint`` and ``profile`` are named in messages;
+    ``timeout`` is what a request had, in seconds."""
 
     def __init__(
         self, source: S3Source, access: S3Access, endpoint: str, *, profile: str | None, timeout: float

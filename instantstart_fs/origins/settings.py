@@ -9,8 +9,8 @@ from instantstart_fs.origins.bounds import Bounds
 
 
 class OriginSettings(msgspec.Struct, frozen=True):
-    """``timeout``: seconds without an answer (connecting, or between two bytes) after which a request is given up.
-    ``bounds``: of a listing."""
+    """Settings of all origins. ``timeout``: seconds without an answer (connecting, or between two bytes) after which a
+    request is given up. ``bounds``: of a listing."""
 
     huggingface: HuggingFaceConfig = HuggingFaceConfig()
     s3: S3Config = S3Config()

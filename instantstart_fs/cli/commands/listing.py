@@ -70,7 +70,7 @@ def status(
 
 
 def _listed(socket: str | None, wanted: list[str]) -> str:
-    """For --watch: a daemon that is being restarted is no reason to end."""
+    """Return the list for --watch. A daemon that is being restarted does not end the watching."""
     try:
         with control.Client(socket) as client:
             return show.pipelines(show.chosen(client.pipelines(), wanted))

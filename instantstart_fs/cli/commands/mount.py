@@ -121,7 +121,7 @@ def _tell(client: control.Client, pipeline: str, place: str, info: DaemonInfo, s
 
 
 def slower(info: DaemonInfo, uid: int) -> list[str]:
-    """What an ordinary user's own daemon cannot do, and why; [] as root. For people, 80 columns wide."""
+    """Return what an ordinary user's own daemon cannot do, and why; [] as root. For people, 80 columns wide."""
     if uid == 0 or not info.transport.startswith("pyfuse3"):
         return []
     return [
