@@ -19,7 +19,8 @@ DEADLINE = 240.0
 
 
 class Host:
-    """``root``: what all paths lie below ("" is the machine). ``dry``: steps are said and not done."""
+    """The machine that is changed. ``root``: what all paths lie below ("" is the machine). ``dry``: steps are printed
+    and not done."""
 
     def __init__(self, say: Callable[[str], None], *, root: str = "", dry: bool = False) -> None:
         self.root = root.rstrip("/")
@@ -27,11 +28,11 @@ class Host:
         self._say = say
 
     def place(self, path: str) -> str:
-        """Where ``path`` of the machine lies."""
+        """Return where ``path`` of the machine lies."""
         return self.root + path
 
     def read(self, path: str) -> str | None:
-        """None where there is no file."""
+        """Return the file's text; None if there is no file."""
         try:
             with open(self.place(path), encoding="utf-8", errors="surrogateescape") as file:
                 return file.read()
@@ -75,7 +76,7 @@ class Host:
             raise _failed("write", path, error) from error
 
     def edit(self, path: str, change: Callable[[str], str]) -> None:
-        """Another program's file, where there is one."""
+        """Edit another program's file, if there is one."""
         text = self.read(path)
         if text is not None and (changed := change(text)) != text:
             self.put(path, changed, stat.S_IMODE(os.stat(self.place(path)).st_mode))

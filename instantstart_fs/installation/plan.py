@@ -1,4 +1,4 @@
-"""What a service consists of: files with their texts and places, and the edits of other programs' files. All pure."""
+"""Plans a service: files with their texts and places, and the edits of other programs' files. All pure."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MOUNT = "/models"
 LINK = "/usr/local/bin/instantstart"
 UPDATEDB = "/etc/updatedb.conf"
 USER = "instantstart-engine"
-"""Who vllm@.service runs as; systemd-sysusers makes it."""
+"""The user that vllm@.service runs as; systemd-sysusers makes it."""
 WRITTEN_PREFIX = "/opt/instantstart/"
-"""As the templates have it."""
+"""The prefix in the templates."""
 _PRUNED = (("PRUNEFS", "fuse.instantstart"), ("PRUNEPATHS", MOUNT), ("PRUNEPATHS", STORE))
 _EXEC = re.compile(r"^ExecStart=(/.*)/bin/instantstart serve$", re.MULTILINE)
 _PREFIX = re.compile(r"(/[A-Za-z0-9._+~-]+)+")
@@ -41,7 +41,7 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """One file. ``keep``: one that is there already stays as it is, and stays when the service goes."""
+    """A file to be placed. ``keep``: one that is there already stays as it is, and stays when the service goes."""
 
     path: str
     text: str
@@ -55,7 +55,8 @@ def usable_prefix(prefix: str) -> bool:
 
 
 def placements(places: Places, templates: Mapping[str, str]) -> list[Placement]:
-    """All files, in the order in which they are put: the unit after what it names. ``templates``: by TEMPLATES."""
+    """Return all files, in the order in which they are put: the unit after what it names. ``templates``: by
+    TEMPLATES."""
     prefix = places.prefix.rstrip("/") + "/"
     texts = {name: text.replace(WRITTEN_PREFIX, prefix) for name, text in templates.items()}
     return [
@@ -69,7 +70,7 @@ def placements(places: Places, templates: Mapping[str, str]) -> list[Placement]:
 
 
 def prefix_of_unit(text: str) -> str | None:
-    """Of the environment that a unit file runs; None where that file is not one of ours."""
+    """Return the prefix of the environment that a unit file runs; None if that file is not one of ours."""
     found = _EXEC.search(text)
     return found[1] if found else None
 

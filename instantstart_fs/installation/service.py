@@ -27,17 +27,17 @@ class ServiceStatus(msgspec.Struct, kw_only=True):
     unit: str
     """Path of the unit file; empty where there is none."""
     prefix: str
-    """Of the environment that it runs."""
+    """The prefix of the environment that the service runs in."""
     current: bool
     """The files are those that this version would put there."""
     enabled: str
-    """As systemctl says: enabled, disabled, …; empty where systemd does not run."""
+    """The word of systemctl: enabled, disabled, …; empty if systemd does not run."""
     active: str
-    """As systemctl says: active, failed, …; empty where systemd does not run."""
+    """The word of systemctl: active, failed, …; empty if systemd does not run."""
     says: str
     """The daemon's own status line."""
     version: str
-    """Of the program that was asked."""
+    """The version of the program that was asked."""
     store: str
 
 
@@ -48,7 +48,7 @@ def templates() -> dict[str, str]:
 
 
 def own_prefix() -> str:
-    """Of the environment that this program runs in."""
+    """Return the prefix of the environment that this program runs in."""
     return os.path.dirname(sysconfig.get_path("scripts"))
 
 
@@ -140,7 +140,7 @@ def uninstall(say: Callable[[str], None], *, root: str = "", purge: bool = False
 
 
 def status() -> ServiceStatus:
-    """Of this machine; changes nothing and needs no root."""
+    """Return the service's status on this machine; changes nothing and needs no root."""
     host = Host(lambda _: None)
     own = f"{plan.Places(prefix='/').units}/{plan.UNIT}"
     unit = next((path for path in (own, *PACKAGED_UNITS) if os.path.exists(path)), "")
@@ -164,7 +164,7 @@ def status() -> ServiceStatus:
 
 
 def _store(host: Host) -> str:
-    """As the configuration has it, if it can be read."""
+    """Return the store's path by the configuration, if that can be read."""
     path = host.place(plan.CONFIG)
     try:
         found = load_config(path).store.path if os.path.exists(path) else plan.STORE

@@ -13,7 +13,8 @@ DEVICE_RESERVE = 512 * 1024 * 1024
 """Bytes of a GPU's free memory that are left alone: engines start at the same time, and a context takes about so
 much."""
 CUDA_UNIT = 2 * 1024 * 1024
-"""Bytes. cudaMalloc takes whole pages of the device, and torch rounds what it asks for up to so much."""
+"""The step of allocations, in bytes. cudaMalloc takes whole pages of the device, and torch rounds what it asks for up
+to so much."""
 
 
 def cpu_limits(plan: Plan, budget: Mapping[str, int], *, what_fits: bool) -> dict[str, int]:
@@ -42,7 +43,8 @@ def cpu_limits(plan: Plan, budget: Mapping[str, int], *, what_fits: bool) -> dic
 
 
 def device_limits(workers: Sequence[DeviceWorker], budget: Mapping[str, int]) -> dict[str, int]:
-    """Bytes that may be taken on each GPU: of what is free there, and not more than the user's ``budget``."""
+    """Return the bytes that may be taken on each GPU: of what is free there, and not more than the user's
+    ``budget``."""
     limits = {}
     for worker in workers:
         if worker.ready is not None and worker.ready.free is not None:

@@ -48,7 +48,7 @@ class Feeder:
         self._fresh = itertools.count(max(numbers, default=0) + 1)
 
     def take(self, arrival: Arrival) -> None:
-        """Raises BadWeights, PrefetchError."""
+        """Take what has arrived. Raises BadWeights, PrefetchError."""
         file = self._files.get(arrival.path)
         if file is None or self._over():
             if arrival.opened is not None:
@@ -73,7 +73,7 @@ class Feeder:
                 raise PrefetchError(f"{arrival.path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Note that nothing more comes."""
         for file in self._files.values():
             file.open(None)
 
@@ -167,7 +167,7 @@ class Feeder:
             self._changed.notify_all()
 
     def _start_again(self, file: StagedFile) -> None:
-        """What was read of it is void."""
+        """Forget what was read of the file: it is void."""
         file.open(None)
         with self._changed:
             old, given = file.number, file.given_at is not None

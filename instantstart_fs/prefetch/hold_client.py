@@ -36,8 +36,8 @@ _T = TypeVar("_T")
 
 
 class TakenFile(NamedTuple):
-    """``fd``: the memfd of a CPU device, the caller's to close (tensors.from_memory of its mapping); ``handle``: for
-    tensors.from_ipc."""
+    """A file of a hold. ``fd``: the memfd of a CPU device, which the caller closes (tensors.from_memory of its
+    mapping); ``handle``: for tensors.from_ipc."""
 
     path: str
     size: int

@@ -27,7 +27,7 @@ from instantstart_fs.prefetch.layout import FileLayout
 from instantstart_fs.prefetch.messages import IpcHandle
 
 MAX_LINE = 128 * 1024 * 1024
-"""Bytes of an answer: the layouts of a checkpoint with a million tensors."""
+"""The most bytes of an answer: the layouts of a checkpoint with a million tensors."""
 MAX_REQUEST = 64 * 1024
 MAX_CONNECTIONS = 64
 ANSWER_DEADLINE = 20.0
@@ -49,7 +49,7 @@ class AskManifest(_Request, frozen=True, tag="manifest"):
 
 
 class Take(_Request, frozen=True, tag="take"):
-    """``timeout``: seconds to wait for the file to be in place."""
+    """Asks for a file. ``timeout``: seconds to wait for the file to be in place."""
 
     path: str
     timeout: float = 60.0
@@ -77,7 +77,8 @@ class HeldDevice(msgspec.Struct, frozen=True):
 
 
 class HoldStatus(msgspec.Struct, frozen=True, tag="status"):
-    """``seconds_left``: until the hold ends by itself, null for no limit. ``files``: held, or still on their way."""
+    """The state of a hold. ``seconds_left``: until it ends by itself, null for no limit. ``files``: held, or still on
+    their way."""
 
     pipeline: str
     generation: int
@@ -117,7 +118,8 @@ class HoldManifest(msgspec.Struct, frozen=True, tag="manifest"):
 
 
 class Taken(msgspec.Struct, frozen=True, tag="taken"):
-    """``handle``: for CUDA, to be opened once; null on the CPU, where a descriptor is beside the message."""
+    """A file is handed over. ``handle``: for CUDA, to be opened once; null on the CPU, where a descriptor is beside the
+    message."""
 
     path: str
     size: int

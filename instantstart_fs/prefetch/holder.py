@@ -51,7 +51,7 @@ from instantstart_fs.prefetch.stager import Stage
 LOOK_INTERVAL = 1.0
 """Seconds between two looks at whether the hold has ended, while the end of an engine's process is waited for."""
 SO_PEERPIDFD = 77
-"""Of socket(7); Python has no name for it."""
+"""The socket option's number (socket(7)). Python has no name for it."""
 RETURN_DEADLINE = 10.0
 """Seconds that engines get to close the memory of files that they are done with, before the hold ends without them."""
 
@@ -97,7 +97,7 @@ class Holder:
 
     @property
     def over(self) -> str:
-        """How the hold ended; empty while it goes on."""
+        """Return how the hold ended; empty while it goes on."""
         if self._released.is_set():
             return "released"
         return "its time is up, released" if self.seconds_left == 0.0 else ""

@@ -15,7 +15,7 @@ import msgspec
 from instantstart_fs.errors import BadWeights
 
 MAX_HEADER = 100_000_000
-"""Bytes; the limit of the format itself."""
+"""The most bytes of a header: the limit of the format itself."""
 PREFIX = 8
 
 BITS = {
@@ -76,7 +76,7 @@ _metadata = msgspec.json.Decoder(dict[str, str])
 
 
 def header_length(prefix: bytes, size: int, name: str = "file") -> int:
-    """Bytes of the JSON that follows the first 8 bytes of a file of ``size`` bytes. Raises BadWeights."""
+    """Return the bytes of the JSON that follows the first 8 bytes of a file of ``size`` bytes. Raises BadWeights."""
     if size < PREFIX or len(prefix) < PREFIX:
         raise BadWeights(f"{name}: {size} bytes are too few for a safetensors file; it is cut short")
     length = int.from_bytes(prefix[:PREFIX], "little")

@@ -15,7 +15,8 @@ from instantstart_fs.errors import InstantStartError, OutOfBudget, PrefetchError
 
 HUGE = 2 * 1024 * 1024
 SHARE = 0.9
-"""Of what the machine, or the tightest enclosing cgroup, has left: the most that weights may take unless told."""
+"""The share of the memory that the machine, or the tightest enclosing cgroup, has left: the most that weights may take
+unless the user says otherwise."""
 
 
 def allocate(name: str, size: int) -> int:

@@ -74,7 +74,7 @@ class Ready(_Message, frozen=True):
 
 
 class Moved(_Message, frozen=True):
-    """So many bytes more of the file are in place: out of the page cache, and from the disk."""
+    """So many more bytes of the file are in place: out of the page cache, and from the disk."""
 
     number: int
     cached: int
@@ -82,7 +82,7 @@ class Moved(_Message, frozen=True):
 
 
 class Loaded(_Message, frozen=True):
-    """All of the file is in place."""
+    """The whole file is in place."""
 
     number: int
 
@@ -119,7 +119,7 @@ class Collected(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """``number``: the file, or -1 for the worker. ``code``: of the error class."""
+    """A failure. ``number``: the file, or -1 for the worker. ``code``: of the error class."""
 
     number: int
     code: str

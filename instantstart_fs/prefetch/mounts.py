@@ -9,9 +9,10 @@ from instantstart_fs.system.mountinfo import mounts, parse_mountinfo
 
 
 def pipeline_of(path: str, mountinfo: Callable[[], str] | None = None) -> tuple[str, str] | None:
-    """(pipeline, path within it) of a path on an instantstart mount, in a container's bind too; None elsewhere.
+    """Return (pipeline, path within it) of a path on an instantstart mount, in a container's bind too; None elsewhere.
 
-    ``mountinfo``: gives the text of another mount table, for tests."""
+    ``mountinfo``: gives the text of another mount table, for tests.
+    """
     real = os.path.realpath(path)
     best: tuple[int, str] | None = None
     for mount in parse_mountinfo(mountinfo()) if mountinfo else mounts():

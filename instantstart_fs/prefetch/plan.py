@@ -23,15 +23,15 @@ from instantstart_fs.errors import BadWeights, UsageError
 from instantstart_fs.prefetch.layout import FileLayout
 
 EXTENT = 8 * 1024 * 1024
-"""Bytes read by one call: big enough for a disk's full speed, small enough that four in flight overlap with copies."""
+"""Bytes read by one call: enough for a disk's full speed, and so few that four in flight overlap with copies."""
 BLOCK = 4096
 """Bytes that extents and O_DIRECT reads are aligned to."""
 
 
 class PlannedFile(msgspec.Struct, frozen=True):
-    """``order``: position in the device's schedule. ``deadline``: seconds after the start that its model is wanted at,
-    infinity where nobody said. ``layout``: where it was known when planning; otherwise found when the file is opened.
-    """
+    """A file of the plan. ``order``: position in the device's schedule. ``deadline``: seconds after the start that its
+    model is wanted at, infinity if nobody said. ``layout``: None if it was unknown when planning; then it is found when
+    the file is opened."""
 
     path: str
     model: str
@@ -49,7 +49,8 @@ class PlannedFile(msgspec.Struct, frozen=True):
 
 
 class DevicePlan(msgspec.Struct, frozen=True):
-    """``device``: "cpu", "cpu:1" (a second worker with memory of its own) or "cuda:N". ``files`` in schedule order."""
+    """The part of one device. ``device``: "cpu", "cpu:1" (a second worker with memory of its own) or "cuda:N".
+    ``files`` in schedule order."""
 
     device: str
     files: tuple[PlannedFile, ...]
@@ -60,7 +61,7 @@ class DevicePlan(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """``how``: "sharded_state", "balanced", or "mixed" where models differ."""
+    """The plan of a stage. ``how``: "sharded_state", "balanced", or "mixed" where models differ."""
 
     pipeline: str
     generation: int
@@ -73,7 +74,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """In schedule order."""
+        """Return the models in schedule order."""
         found = {file.model: file.order for device in self.devices for file in reversed(device.files)}
         return tuple(sorted(found, key=lambda model: (found[model], model)))
 
@@ -181,7 +182,7 @@ def admit(planned: Plan, budgets: Mapping[str, int], *, cuda_unit: int = 1) -> t
 
 
 def check_devices(devices: Sequence[str]) -> None:
-    """Raises UsageError for names that nothing could be staged to."""
+    """Check the names of devices. Raises UsageError for names that nothing could be staged to."""
     if not devices:
         raise UsageError("no device to stage to")
     for device in devices:

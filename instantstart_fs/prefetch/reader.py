@@ -14,7 +14,7 @@ from instantstart_fs.errors import OutOfBudget, StoreDamaged
 from instantstart_fs.prefetch.plan import BLOCK
 
 NO_MEMORY = (errno.ENOMEM, errno.EFAULT, errno.ENOBUFS)
-"""What the kernel says when the pages to read into cannot be had."""
+"""The kernel's errors when the pages to read into cannot be had."""
 
 CACHE_STEP = 2 * 1024 * 1024
 """Bytes asked of the page cache by one call after the first page's. Each call is a turn with the GIL; each extent of

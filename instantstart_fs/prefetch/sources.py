@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class OpenedFile(NamedTuple):
-    """``fd``: open for reading; ``direct``: the same file opened O_DIRECT, None where its filesystem cannot. The
-    receiver closes both."""
+    """A file that was opened. ``fd``: open for reading; ``direct``: the same file opened O_DIRECT, None where its
+    filesystem cannot. The receiver closes both."""
 
     path: str
     size: int
@@ -50,7 +50,7 @@ class Source(Protocol):
     def weights(self) -> WeightSet: ...
 
     def files(self) -> Iterator[OpenedFile]:
-        """Each weight file once, as soon as it is whole; called once, in a thread of its own. Blocks in between.
+        """Yield each weight file once, as soon as it is whole. Called once, in a thread of its own. Blocks in between.
         Raises InstantStartError for a file that will never come, and when the source is closed."""
         ...
 
@@ -62,12 +62,12 @@ class Source(Protocol):
 @runtime_checkable
 class StreamingSource(Source, Protocol):
     def arrivals(self) -> Iterator[Arrival]:
-        """In the place of ``files``: news of files before they are whole, too."""
+        """Yield news of files before they are whole, too. Called in the place of ``files``."""
         ...
 
 
 def arrivals(source: Source) -> Iterator[Arrival]:
-    """What comes of any source."""
+    """Yield what comes of any source."""
     if isinstance(source, StreamingSource):
         yield from source.arrivals()
         return
@@ -104,7 +104,7 @@ class DirectorySource:
 
 
 def open_file(location: str, path: str, size: int) -> OpenedFile:
-    """Raises PrefetchError when it cannot be opened, BadWeights when its size is another."""
+    """Open a weight file. Raises PrefetchError if it cannot be opened, BadWeights if its size is another."""
     try:
         fd = os.open(location, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -168,7 +168,7 @@ class LeaseSource:
         return self._opened.weights
 
     def files(self) -> Iterator[OpenedFile]:
-        """As of Source. Call this or ``arrivals``."""
+        """See Source. Call this or ``arrivals``."""
         early: dict[str, OpenedFile] = {}
         try:
             for arrival in self.arrivals():

@@ -54,7 +54,7 @@ class Exported(NamedTuple):
 
 
 class StagedFile:
-    """One file of the plan on its way into ``worker``'s device. The Stage guards it; times are time.monotonic()."""
+    """A file of the plan on its way into ``worker``'s device. The Stage guards it; times are time.monotonic()."""
 
     def __init__(self, number: int, planned: PlannedFile, worker: DeviceWorker) -> None:
         self.number = number
@@ -70,16 +70,16 @@ class StagedFile:
         self.ready_at: float | None = None
         self.released = False
         self.opened: OpenedFile | None = None
-        """Its descriptors, until its worker has them."""
+        """The file's descriptors, until its worker has them."""
         self.offered: list[tuple[int, int]] = []
         """[start, end) that can be read and that its worker was not told of."""
         self.streaming = False
-        """Its worker reads what it is told of, and not all of it."""
+        """Whether its worker reads only what it is told of."""
         self.told = self.moved = 0
         """Bytes that its worker may read, and has read."""
         self.loaded = False
         self.complete = False
-        """All of it is in the store, and proven."""
+        """Whether the whole file is in the store, and proven."""
 
     @property
     def path(self) -> str:
@@ -93,11 +93,11 @@ class StagedFile:
 
     @property
     def idle(self) -> bool:
-        """Whether its worker has nothing to do for it now."""
+        """Return whether its worker has nothing to do for it now."""
         return self.loaded or (self.streaming and self.moved >= self.told)
 
     def offered_from_start(self) -> int:
-        """Bytes from its beginning, without a gap, that can be read."""
+        """Return the bytes from its beginning, without a gap, that can be read."""
         end = 0
         for start, stop in sorted(self.offered):
             if start > end:
@@ -111,7 +111,7 @@ class StagedFile:
             self.ready_at = time.monotonic()
 
     def forget(self) -> None:
-        """What was loaded of it does not count."""
+        """Forget what was loaded of it."""
         self.worker.disk -= self.moved
         self.given_at = None
         self.offered.clear()
@@ -125,7 +125,7 @@ class StagedFile:
             os.close(memory)
 
     def tensor(self, handle: Callable[[], IpcHandle]) -> Any:
-        """All of its bytes as a uint8 tensor on its device. ``handle``: asks the worker for the memory of a GPU."""
+        """Return its bytes as a uint8 tensor on its device. ``handle``: asks the worker for the memory of a GPU."""
         if self.base is None:
             size = self.planned.size
             if self.memory is not None:
@@ -161,7 +161,7 @@ def remove_counters(names: Iterable[str]) -> None:
 def device_reports(
     workers: Sequence[DeviceWorker], files: Collection[StagedFile], started_at: float, now: float
 ) -> tuple[DeviceReport, ...]:
-    """One report for each device, in the order of ``workers``."""
+    """Return one report for each device, in the order of ``workers``."""
     return tuple(
         DeviceReport(
             worker.plan.device,

@@ -19,7 +19,7 @@ from instantstart_fs.prefetch.messages import IpcHandle
 RAW = 64
 """Bytes of CUDA's own handle (CUDA_IPC_HANDLE_SIZE)."""
 _OTHER_FORMAT = ("future version", "handle size", "illegal type")
-"""What releases of torch say to a handle that another one has made."""
+"""Words in the errors of torch about a handle that another release has made."""
 
 
 def place_of(device: str) -> str:

@@ -88,7 +88,7 @@ STATIC = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "ima
 
 
 class Seen(NamedTuple):
-    """What one kind of caller sees of a store summary, and the pages made of it."""
+    """The part of a store summary that one kind of caller sees, and the pages made of it."""
 
     store_summary: StoreSummary
     views: dict[view_model.Query, view_model.View]
@@ -118,7 +118,8 @@ class StoreSummaries:
         return found
 
     async def get(self, sight: Sight) -> StoreSummary:
-        """At most KEEP_SECONDS old, or SHARE times as old as it took to make; what that caller sees of it."""
+        """Return what that caller sees of the store summary. It is at most KEEP_SECONDS old, or SHARE times as old as
+        it took to make."""
         return (await self._look(sight)).store_summary
 
     async def _look(self, sight: Sight) -> Seen:
@@ -359,7 +360,7 @@ def sight_of(request: Request) -> Sight:
 
 
 def event(text: str) -> bytes:
-    """One server-sent event with that text."""
+    """Return one server-sent event with that text."""
     return "".join(f"data: {line}\n" for line in text.splitlines()).encode() + b"\n"
 
 

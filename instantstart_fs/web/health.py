@@ -22,7 +22,7 @@ KEEP_SECONDS = 5.0
 
 
 class Check(msgspec.Struct, frozen=True):
-    """``problem``: None while all is well."""
+    """A check's result. ``problem``: None while all is well."""
 
     name: str
     problem: str | None
@@ -65,7 +65,7 @@ class HealthProbe:
         return self._kept[1] if self._kept else None
 
     async def ask(self) -> Health:
-        """At most a few seconds old, within a few seconds."""
+        """Return the health: at most a few seconds old, within a few seconds."""
         async with self._lock:
             if self._kept is None or trio.current_time() - self._kept[0] >= KEEP_SECONDS:
                 checks = (

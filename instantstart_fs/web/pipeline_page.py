@@ -51,7 +51,7 @@ class PipelinePages:
         return JSONResponse(msgspec.to_builtins(found))
 
     async def _view(self, request: Request) -> PipelineView | None:
-        """None: it is not there, or not for this caller."""
+        """Return the pipeline's view; None if it is not there, or not for this caller."""
         pipeline, sight = request.path_params["pipeline"], self._sight_of(request)
         library = self._library
         if not library.pipelines.shown_to(pipeline, sight):

@@ -23,11 +23,12 @@ COMMANDS = {
     "store-damaged": "instantstart doctor",
     "variant-not-chosen": "instantstart status {}",
 }
-"""By the error's code. All of them change nothing but ``update`` and ``verify``, which is what their errors need."""
+"""The command against each error's code. All of them change nothing but ``update`` and ``verify``, which is what their
+errors need."""
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """``command``: what to run, on the node."""
+    """An error as the page shows it. ``command``: what to run, on the node."""
 
     pipeline: str
     text: str
@@ -42,7 +43,7 @@ def problems(statuses: Sequence[PipelineStatus], *, details: bool) -> tuple[tupl
 
 
 def problem(status: PipelineStatus, *, details: bool) -> Problem | None:
-    """Its last error; messages name sources, so they need ``details``."""
+    """Return the pipeline's last error. Messages name sources, so they need ``details``."""
     error = status.error
     if error is None:
         return None

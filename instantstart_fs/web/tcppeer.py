@@ -29,7 +29,7 @@ _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBxI")
 _PORTS = struct.Struct("!HH")
 _REST = struct.Struct("=IIIIIIII")
-"""Of inet_diag_sockid: interface, cookie (2); of inet_diag_msg: expires, rqueue, wqueue, uid, inode."""
+"""The rest of inet_diag_sockid (interface, cookie (2)) and of inet_diag_msg (expires, rqueue, wqueue, uid, inode)."""
 _MAPPED = bytes(10) + b"\xff\xff"
 """An IPv4 address as an IPv6 one begins so."""
 

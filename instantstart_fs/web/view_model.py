@@ -25,7 +25,7 @@ ORDER: dict[PipelineState, int] = {"error": 0, "filling": 1, "warm": 2, "unverif
 
 
 class Query(msgspec.Struct, frozen=True):
-    """Which pipelines: those whose id contains ``text``, in ``state``; ``limit`` of them from ``offset`` on."""
+    """Selects pipelines: those whose id contains ``text``, in ``state``; ``limit`` of them from ``offset`` on."""
 
     text: str = ""
     state: str = ""
@@ -55,7 +55,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Bar(msgspec.Struct, frozen=True):
-    """One stretch of a cold start: ``left`` and ``width`` in percent of the scale that all shown have; ``cut``: it is
+    """A stretch of a cold start: ``left`` and ``width`` in percent of the scale that all shown have; ``cut``: it is
     longer than what is drawn."""
 
     name: str
@@ -117,7 +117,7 @@ class RegionView(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True):
-    """One page, as it is drawn. Equal views are drawn the same."""
+    """A page, as it is drawn. Equal views are drawn the same."""
 
     rows: tuple[Row, ...]
     total: int
@@ -141,7 +141,7 @@ def ordered(store_summary: StoreSummary) -> StoreSummary:
 
 
 def view(store_summary: StoreSummary, query: Query, *, details: bool, everything: bool) -> View:
-    """In the order of the store summary. ``everything``: the caller sees all pipelines."""
+    """Return the page's view, in the order of the store summary. ``everything``: the caller sees all pipelines."""
     wanted: Sequence[PipelineStatus] = store_summary.pipelines
     if query.text or query.state:
         wanted = [status for status in wanted if _matches(status, query)]
@@ -214,7 +214,7 @@ def chip(status: PipelineStatus) -> str:
 
 
 def percent(status: PipelineStatus) -> int:
-    """Of the bytes, those on their way included; 100 only when all are there."""
+    """Return the percentage of the bytes, including those on their way. It is 100 only when all are there."""
     if status.total_bytes <= 0:
         return 100 if status.state in ("warm", "unverified") else 0
     if status.cached_bytes >= status.total_bytes:
@@ -258,7 +258,7 @@ def _region(found: RegionSummary) -> RegionView:
 
 
 def cold_starts(records: Sequence[ColdStart], now: float) -> tuple[ColdStartRow, ...]:
-    """All on one scale, so that a long bar is a slow start."""
+    """Return the rows, all on one scale, so that a long bar is a slow start."""
     width = scale(records)
     rows = []
     for record in records:
@@ -326,7 +326,7 @@ def _distance(seconds: float) -> str:
 
 
 def coarse(seconds: float) -> str:
-    """How long something has been: 5 min, 3 h, 12 days."""
+    """Return how long something has been: 5 min, 3 h, 12 days."""
     return _distance(seconds) or "less than a minute"
 
 

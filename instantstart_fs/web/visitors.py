@@ -113,7 +113,7 @@ class TokenFile:
         return wanted is not None and hmac.compare_digest(given.encode(), wanted.encode())
 
     def _read(self) -> str | None:
-        """None: there is none to be had, as the log says."""
+        """Return the token; None if there is none to be had, as the log says."""
         path = self._path
         if path is None:
             return None

@@ -87,7 +87,7 @@ class Backend(Protocol):
     name: str
 
     def refusal(self) -> str | None:
-        """Why it cannot serve here; None when it can. Asked first, once; it may set up what it needs."""
+        """Return why it cannot serve here; None if it can. Called first, once; it may set up what it needs."""
         ...
 
     streams: bool
@@ -135,7 +135,7 @@ class Extents:
 
 
 class Throttle:
-    """At most ``rate`` bytes a second over all threads; 0: no limit."""
+    """Limits all threads together to ``rate`` bytes a second; 0: no limit."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
@@ -172,7 +172,7 @@ class Threaded:
         self._extents.put(item, start, item.size if end is None else end)
 
     def refusal(self) -> str | None:
-        """Why it cannot serve here: a backend that needs nothing always can."""
+        """Return why it cannot serve here: a backend that needs nothing always can."""
         return None
 
     def _run_or_fail(self) -> None:

@@ -86,7 +86,7 @@ class DirectCuda(_Readers):
         self._lock = threading.Lock()
 
     def refusal(self) -> str | None:
-        """It needs page-locked memory: a driver, or a limit, may refuse that."""
+        """Return why there is no page-locked memory: a driver, or a limit, may refuse it."""
         torch = self._torch
         try:
             with torch.cuda.device(self._device):

@@ -22,7 +22,8 @@ NVIDIA_FS = "/proc/driver/nvidia-fs"
 
 
 class GdsProbe(NamedTuple):
-    """``usable``: cuFile can be called. ``native``: the device reads the disk by itself. ``reason``: one line."""
+    """The result of the probe. ``usable``: cuFile can be called. ``native``: the device reads the disk by itself.
+    ``reason``: one line."""
 
     usable: bool
     native: bool
@@ -49,7 +50,7 @@ def probe() -> GdsProbe:
 
 
 def _configuration() -> tuple[bool, bool]:
-    """(compatibility mode allowed, peer-to-peer DMA on), by cufile.json, whose comments JSON does not know."""
+    """Return (compatibility mode allowed, peer-to-peer DMA on), by cufile.json, whose comments JSON does not know."""
     place = os.environ.get("CUFILE_ENV_PATH_JSON", CUFILE_JSON)
     try:
         with open(place, encoding="utf-8") as file:
@@ -61,7 +62,7 @@ def _configuration() -> tuple[bool, bool]:
 
 
 class Gds:
-    """Whole files, one after another: cuFile splits and overlaps by itself."""
+    """Reads whole files, one after another: cuFile splits and overlaps by itself."""
 
     name = "gds"
     streams = False
