@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from instantstart_fs.startup.supervise import Command
 
 DRAIN_SECONDS = 5.0
-"""For which the output of what the command has left behind is still passed on."""
+"""Seconds for which the output of what the command has left behind is still passed on."""
 SAVE_SECONDS = 60.0
-"""For which the end waits for a save; a signal ends the wait."""
+"""Seconds that the end waits for a save; a signal ends the wait."""
 READY_SECONDS = 3600.0
-"""For which the command is watched, if nobody says otherwise."""
+"""Seconds for which the command is watched, if nobody says otherwise."""
 FIRST_POLL, LAST_POLL = 0.05, 0.5
 """Seconds between two looks: close at first, since small engines are quick."""
 REQUEST_SECONDS = 2.0
@@ -67,7 +67,7 @@ class Listening:
             self.streams[stream], self._reads[stream] = write, read
 
     def begin(self, mask: Collection[int]) -> None:
-        """Once the command has its ends. ``mask``: the signals that are blocked in the command."""
+        """Begin to listen, once the command has its ends. ``mask``: the signals that are blocked in the command."""
         if self._pattern is not None:
             self._pattern.begin(mask)
         for stream, write in self.streams.items():
@@ -85,7 +85,7 @@ class Listening:
             self._pattern.end()
 
     def end(self) -> None:
-        """Nobody asks any more whether the pattern was matched."""
+        """Stop matching: nobody asks any more whether the pattern was matched."""
         if self._pattern is not None:
             self._pattern.kill()
 
@@ -188,7 +188,7 @@ class Follower:
         self._tell()
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
-        """No trouble of ours is the command's."""
+        """Do ``work``, and log its errors: no trouble of ours is the command's."""
         try:
             work()
         except InstantStartError as error:
@@ -221,7 +221,7 @@ class Follower:
 
     @property
     def _url(self) -> str:
-        """Where readiness is asked for: as the user says, else the engine's own address."""
+        """Return where readiness is asked for: as the user says, else the engine's own address."""
         options, engine = self._start.options, self._start.engine
         if options.ready_url or options.ready_log or options.ready_file or engine is None:
             return options.ready_url
@@ -277,7 +277,7 @@ class Follower:
     # -- the first token -------------------------------------------------------------------------------------------
 
     def _probe(self) -> None:
-        """One small request. An address that ends in /completions gets one for a single token; others are read."""
+        """Send one small request. An address that ends in /completions gets one for a single token; others are read."""
         import json
         import urllib.error
         import urllib.request
@@ -357,7 +357,7 @@ class Follower:
             wire.close()
 
     def _read_ahead(self, descriptor: int, most: int) -> int:
-        """At most so many bytes of a file into the page cache; how many."""
+        """Read at most so many bytes of a file into the page cache. Returns how many."""
         size, at = os.fstat(descriptor).st_size, 0
         while at < min(size, most) and not self._ended.is_set():
             os.posix_fadvise(descriptor, at, STAGE_BLOCK, os.POSIX_FADV_WILLNEED)
@@ -415,7 +415,7 @@ class Follower:
     # -- where the time went ---------------------------------------------------------------------------------------
 
     def _tell(self) -> None:
-        """Once: the table, and the report file."""
+        """Print the table and write the report file, once."""
         start = self._start
         if self._told or "ready" not in self._moments or (start.options.quiet and not start.options.report):
             return
@@ -454,12 +454,12 @@ class Follower:
 
 
 STAGED_SHARE = 0.8
-"""Of the memory that is free: the engine needs some, too."""
+"""The share of the free memory that is staged: the engine needs some, too."""
 STAGE_BLOCK = 4 * 1024 * 1024
 
 
 def _answers(url: str) -> bool:
-    """Whether it says 200, now."""
+    """Return whether the address answers 200 now."""
     import urllib.request
 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -29,14 +29,14 @@ BLOCK = 1024 * 1024
 _NO_COPY = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 )
-"""What copy_file_range says where it cannot."""
+"""The errors of copy_file_range where it cannot copy."""
 
 Seen = dict[str, tuple[int, int, int]]
 """Path → (size, mtime in ns, mode): what tells whether a file is still the same."""
 
 
 class TooMuch(Exception):
-    """More than a pack may hold."""
+    """There is more than a pack may hold."""
 
 
 def scan(root: str, skip: Mapping[str, tuple[str, ...]]) -> Seen:
@@ -161,7 +161,7 @@ def unpack(fd: int, size: int, digest: str, root: str, wanted: Callable[[str], b
 
 
 def _copy(source: int, target: int, offset: int, size: int) -> None:
-    """By the kernel, which shares the bytes where the filesystem can, else by hand."""
+    """Copy by the kernel, which shares the bytes if the filesystem can, else by reading and writing."""
     done = 0
     try:
         while done < size and size > BLOCK // 16:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Collection
 
 LONGEST = 4000
-"""Bytes of a line that are looked at: less than a pipe takes in one piece."""
+"""The bytes of a line that are looked at: less than a pipe takes in one piece."""
 LINE_SECONDS = 30
 PIPE_BYTES = 1024 * 1024
 
@@ -45,7 +45,7 @@ class Pattern:
             fcntl.fcntl(self._write, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def begin(self, mask: Collection[int]) -> None:
-        """``mask``: the signals that it shall have blocked."""
+        """Begin to match. ``mask``: the signals that its process has blocked."""
         pid = os.posix_spawn(
             sys.executable,
             [sys.executable, "-I", "-S", "-c", _PROGRAM, self._pattern],
@@ -87,7 +87,7 @@ class Pattern:
             os.close(write)
 
     def kill(self) -> None:
-        """It may be at a line that takes for ever."""
+        """End its process, which may be at a line that takes for ever."""
         if self._process >= 0:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Where the time of a start went, for people (a table) and for scripts (a JSON file)."""
+"""Reports where the time of a start went, for people (a table) and for scripts (a JSON file)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from instantstart_fs.startup.start import Start
 
 SHOWN_FIELDS = 4
-"""Of those in which the nearest startup cache differs."""
+"""How many of the fields are shown in which the nearest startup cache differs."""
 
 
 def record_of(socket: str, pipeline: str, start: str) -> ColdStart | None:
-    """What the daemon has of this start. Raises ControlError."""
+    """Return the daemon's record of this start. Raises ControlError."""
     with Client(socket) as client:
         return next((record for record in client.cold_starts(pipeline) if record.start == start), None)
 
 
 def cache_line(start: Start) -> str:
-    """What became of the startup cache, in one line."""
+    """Return what became of the startup cache, in one line."""
     record: Any = start.restored
     if record is not None:
         compiled = f" (compiled by {printable(str(record['host']))})" if record.get("host") else ""
@@ -71,7 +71,7 @@ def _ended(record: ColdStart) -> ColdStart:
 def write(
     start: Start, moments: Mapping[str, int], engine: Mapping[str, float], record: ColdStart | None, path: str
 ) -> None:
-    """The same for scripts. Raises OSError."""
+    """Write the report for scripts. Raises OSError."""
     found = {
         "pipeline": start.pipeline,
         "start": start.identity,

@@ -34,11 +34,11 @@ from instantstart_fs.startup.views import NoView, base_directory, take_view
 from instantstart_fs.startup.wire import Wire
 
 USER_LAYOUT = "user-"
-"""Before the number of a directory that the user named."""
+"""The prefix of the number of a directory that the user named."""
 TRIES = 2
 """Versions that are tried before a start is a cold one."""
 BEGIN_SECONDS = 15.0
-"""For which the daemon may think of a startup cache; then the start goes on without."""
+"""Seconds that the daemon may look for a startup cache; then the start goes on without."""
 
 
 def run(options: Options) -> int:
@@ -128,7 +128,7 @@ def check(options: Options) -> None:
 
 
 def _engine(options: Options) -> Engine | None:
-    """Raises UsageError."""
+    """Return the engine that the options or the command name. Raises UsageError."""
     if not options.engine:
         return engine_of(options.command)
     if options.engine == "none":

@@ -18,8 +18,8 @@ __all__ = ["TooMuch", "save"]
 
 
 def save(start: Start) -> str | None:
-    """What there is to say of it; None where the store has it all. Raises OSError (a full disk, say), TooMuch,
-    InstantStartError."""
+    """Save what the command has compiled. Returns what there is to say of it; None if the store has it all. Raises
+    OSError (a full disk, say), TooMuch, InstantStartError."""
     assert start.view is not None
     seen = scan(start.view.path, start.layouts)
     if not seen or seen == start.saved:

@@ -1,4 +1,4 @@
-"""One start of a replica: what `instantstart run` knows of it. Values, and a line for people."""
+"""One start of a replica, as `instantstart run` knows it. Values, and a line for people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from instantstart_fs.startup.views import View
 
 
 class Start:
-    """What is known of this start. Times: time.monotonic()."""
+    """The facts of this start. Times: time.monotonic()."""
 
     def __init__(self, options: Options, engine: Engine | None) -> None:
         self.options = options
@@ -36,9 +36,9 @@ class Start:
         self.layouts: dict[str, tuple[str, ...]] = {}
         """Those that have a directory in the view → names in it that are not kept."""
         self.seen: Seen = {}
-        """What was restored."""
+        """The files that were restored."""
         self.saved: Seen = {}
-        """What the store has of this start."""
+        """The files of this start that the store has."""
         self.socket = ""
 
     @property
@@ -52,7 +52,7 @@ class Start:
         self.options.no_save = True
 
     def say(self, text: str) -> None:
-        """One line, for people."""
+        """Print one line, for people."""
         if not self.options.quiet:
             self.warn(text)
 

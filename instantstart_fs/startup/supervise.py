@@ -55,7 +55,7 @@ class Command:
         raise Interrupted(number)
 
     def block(self) -> None:
-        """From here on signals wait until there is a command that they can go to."""
+        """Hold signals back until there is a command that they can go to."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
 
     def start(self, words: Sequence[str], environment: Mapping[str, str], streams: Mapping[int, int]) -> int:
@@ -77,7 +77,7 @@ class Command:
         return 0
 
     def wait(self) -> int:
-        """Until it has ended; its exit status."""
+        """Wait until it has ended. Returns its exit status."""
         while True:
             found = signal.sigwaitinfo(_WAITED)
             if found.si_signo == signal.SIGCHLD:
@@ -88,7 +88,7 @@ class Command:
             self._pass_on(signal.Signals(found.si_signo), by_kernel=found.si_code > 0)
 
     def _reap(self) -> int | None:
-        """Everybody who has ended; as PID 1 that is not only ours."""
+        """Reap every process that has ended; as PID 1 those are not only ours."""
         ended = None
         while True:
             try:

@@ -1,8 +1,8 @@
-"""What the key of a startup cache is made of: the engine's versions, the machine's processor and devices, the command.
+"""Makes the key of a startup cache: the engine's versions, the machine's processor and devices, the command.
 
-Found out without running the engine's interpreter: names of installed distributions are names of directories. Nothing
-here takes more than a few milliseconds on a machine without NVIDIA's driver; with it, asking NVML takes what
-loading it takes.
+It does so without running the engine's interpreter: names of installed distributions are names of directories. Nothing
+here takes more than a few milliseconds on a machine without NVIDIA's driver; with it, asking NVML takes what loading it
+takes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from instantstart_fs.core.enginetable import (
 )
 
 FORMAT = "2"
-"""Of the key: raised when what is in it means something else."""
+"""The version of the key. Raise it when a field means something else."""
 
 
 def key_of(
@@ -104,7 +104,7 @@ def interpreter_of(command: Sequence[str], program: str) -> str:
 
 
 def packages(interpreter: str, engine: Engine | None) -> Iterator[tuple[str, str]]:
-    """(name, version) of the installed distributions that matter."""
+    """Yield (name, version) of the installed distributions that matter."""
     for directory in site_directories(interpreter):
         try:
             names = os.listdir(directory)
@@ -119,7 +119,7 @@ def packages(interpreter: str, engine: Engine | None) -> Iterator[tuple[str, str
 
 
 def site_directories(interpreter: str) -> list[str]:
-    """Where that Python's distributions lie, those that come first on its path last."""
+    """Return where that Python's distributions lie, those that come first on its path last."""
     prefix = os.path.dirname(os.path.dirname(interpreter))
     found: list[str] = []
     try:
@@ -182,7 +182,7 @@ def devices(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
-    """By NVML. Where it does not answer, the driver's own version stands alone: that is in the key whatever happens."""
+    """Ask NVML. If it does not answer, the driver's own version stands alone: that is in the key whatever happens."""
     key = {"driver": "unknown"}
     try:
         with open("/proc/driver/nvidia/version", encoding="ascii", errors="replace") as file:
@@ -212,7 +212,7 @@ def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def nvml_devices() -> list[tuple[str, str, str]]:
-    """(model, compute capability, UUID) of each. Raises OSError, AttributeError."""
+    """Return (model, compute capability, UUID) of each device. Raises OSError, AttributeError."""
     import ctypes
 
     nvml = ctypes.CDLL("libnvidia-ml.so.1")

@@ -43,7 +43,7 @@ def base_directory() -> str:
 
 
 LINKING_SECONDS = 1.0
-"""For which another start that makes its links is waited for."""
+"""Seconds to wait for another start that makes its links."""
 
 
 class View:
@@ -54,7 +54,7 @@ class View:
         self.descriptor = descriptor
 
     def remove(self) -> None:
-        """When the command has ended. The lock goes with the last process that has it."""
+        """Remove the directory when the command has ended. The lock goes with the last process that has it."""
         import shutil
 
         with contextlib.suppress(OSError):
@@ -82,7 +82,7 @@ class View:
             os.symlink(os.path.join(self.path, name), place)
 
     def _unlink(self) -> None:
-        """Raises OSError."""
+        """Remove the links. Raises OSError."""
         known = f"{self.path}.links"
         try:
             with open(known, "rb") as file:
@@ -96,7 +96,7 @@ class View:
         os.unlink(known)
 
     def empty(self) -> None:
-        """Raises OSError."""
+        """Remove all that is in the directory. Raises OSError."""
         try:
             os.mkdir(self.path, 0o700)
         except FileExistsError:  # an earlier start was killed; shutil takes 4 ms to import
@@ -105,7 +105,7 @@ class View:
 
 
 def take_view(pipeline: str, base: str) -> View:
-    """Raises NoView where there is no place that is this user's alone."""
+    """Take a directory. Raises NoView if there is no place that is this user's alone."""
     if "/" in pipeline or pipeline.startswith("."):
         raise NoView(f"{pipeline!r} is no pipeline's id")
     try:
@@ -139,7 +139,7 @@ def take_view(pipeline: str, base: str) -> View:
 
 
 def _check_left(base: str, found: str) -> None:
-    """Raises OSError unless a link to ``found`` was left by a start that has ended."""
+    """Check that a link to ``found`` was left by a start that has ended. Raises OSError."""
     below = os.path.relpath(found, base).split("/")  # <pipeline>/<n>/<name>
     if len(below) != 3 or below[0] == ".." or not below[1].isdecimal():
         raise FileExistsError(errno.EEXIST, "it is a link to somewhere else")
@@ -157,7 +157,7 @@ def _check_left(base: str, found: str) -> None:
 
 @contextlib.contextmanager
 def _linking(base: str) -> Iterator[None]:
-    """One start of this user at a time. Raises OSError."""
+    """Let one start of this user at a time make links. Raises OSError."""
     lock = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         end = time.monotonic() + LINKING_SECONDS

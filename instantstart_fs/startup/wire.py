@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 50.0
 RESTART_SECONDS = 20.0
-"""For which a daemon that is not there is waited for: it restarts, or the machine comes up."""
+"""Seconds to wait for a daemon that is not there: it restarts, or the machine comes up."""
 MAX_DESCRIPTORS = 64
-"""Of one message: control.protocol.MAX_HANDED_FILES, two each."""
+"""The most descriptors of one message: control.protocol.MAX_HANDED_FILES, two each."""
 MAX_ANSWER = 16 * 1024 * 1024
 
 
 class Wire:
-    """One connection. Raises the errors of control.client.Client."""
+    """One connection to the daemon. Raises the errors of control.client.Client."""
 
     def __init__(self, path: str, *, patience: float = RESTART_SECONDS) -> None:
         self.path = path
