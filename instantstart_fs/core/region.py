@@ -37,6 +37,8 @@ MOST_LIVE = 32
 LEAST_PATIENCE, FIRST_PATIENCE, MOST_PATIENCE = 0.25, 1.0, 2.0
 """Seconds a reader's chunk waits for a claim: as long as fetching one from the origin takes, within these bounds; the
 middle one while no fetch was measured."""
+WHOLE_PATIENCE = 10.0
+"""Seconds without a further chunk of a file after which one whose readers wait for all of it waits for no claim."""
 CHUNK_DEADLINE = 2.0
 """Seconds without a byte after which a reader's chunk is taken from the next source."""
 BACKGROUND_DEADLINE = 6.0
@@ -136,6 +138,10 @@ class PullPlan:
         self._demands: dict[int, float] = {}
         self._late: set[int] = set()
         """Chunks whose reader has waited long enough."""
+        self._whole = False
+        """Readers wait for all of it."""
+        self._still = (0, 0.0)
+        """Chunks that were missing, and since when that is so, while they do."""
         self._slow: set[int] = set()
         """Chunks that the tier was slow to give once."""
         self._moves: dict[int, int] = {}
@@ -178,6 +184,14 @@ class PullPlan:
         for chunk in chunks:
             if not self._here[chunk]:
                 self._demands.setdefault(chunk, now)
+
+    def demand_whole(self, now: float) -> None:
+        """Readers wait for the whole file: its bytes may not be served before it is proven."""
+        if not self._whole:
+            self._whole, self._still = True, (self._missing, now)
+
+    def undemand_whole(self) -> None:
+        self._whole = False
 
     def undemand(self, chunks: Iterable[int]) -> None:
         for chunk in chunks:
@@ -231,7 +245,7 @@ class PullPlan:
 
     @property
     def has_readers(self) -> bool:
-        return bool(self._demands)
+        return self._whole or bool(self._demands)
 
     def give_up(self) -> None:
         """No tier is to be asked any more: all goes to the origin."""
@@ -399,6 +413,12 @@ class PullPlan:
             if self._route[chunk] == WAIT and now - since >= patience and chunk not in self._late:
                 self._late.add(chunk)
                 self._decide(chunk)
+        if self._whole and (self._still[0] != self._missing or now - self._still[1] >= WHOLE_PATIENCE):
+            late = range(self.chunks) if self._still[0] == self._missing else ()
+            self._still = (self._missing, now)
+            self._late.update(late)
+            for chunk in late:
+                self._decide(chunk)
         moves, self._moves = list(self._moves.items()), {}
         return moves
 
@@ -417,7 +437,8 @@ class PullPlan:
         waiting = (
             since for chunk, since in self._demands.items() if self._route[chunk] == WAIT and chunk not in self._late
         )
-        return min(waiting, default=math.inf) + self._patience.seconds
+        whole = self._still[1] + WHOLE_PATIENCE if self._whole and self._missing else math.inf
+        return min(min(waiting, default=math.inf) + self._patience.seconds, whole)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

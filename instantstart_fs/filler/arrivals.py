@@ -79,6 +79,8 @@ class Arrivals(DeliveryEvents):
     def on_located(self, fill: Fill) -> None:
         if not fill.target.serve_unsealed and fill.target.waiting:
             self._plan.demand_whole(fill.target.key)  # readers wait for the seal, and that for every chunk
+            if self.regional is not None:
+                self.regional.demand(fill.target.key, (), whole=True)
             self._table.wakeup.set()
 
     def on_progress(self, request: FetchRequest, count: int) -> None:

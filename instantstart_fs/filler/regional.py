@@ -179,21 +179,25 @@ class Regional:
         follow = self._follows.get(key) if request.piece is not None else None
         return key if follow is None else follow.tier_key
 
-    def demand(self, key: FileKey, chunks: Iterable[int]) -> None:
+    def demand(self, key: FileKey, chunks: Iterable[int], *, whole: bool = False) -> None:
         follow = self._follows.get(key)
         if follow is not None:
             wanted = list(chunks)
             self._plan.demand(follow.tier_key, wanted)
             follow.pull.demand(wanted, trio.current_time())
+            if whole:
+                follow.pull.demand_whole(trio.current_time())
             self._busy.add(follow)
             self._claims.urge(follow)
             follow.changed.set()
 
-    def undemand(self, key: FileKey, chunks: list[int]) -> None:
+    def undemand(self, key: FileKey, chunks: list[int], *, whole: bool) -> None:
         follow = self._follows.get(key)
         if follow is not None:
             self._plan.undemand(follow.tier_key, chunks)
             follow.pull.undemand(chunks)
+            if whole:
+                follow.pull.undemand_whole()
 
     def leave(self, key: FileKey) -> None:
         """The fill is over, whichever way."""

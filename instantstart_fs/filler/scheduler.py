@@ -229,7 +229,7 @@ class Filler:
         self._delivery.urge(fill, chunks)
         self._plan.demand(target.key, chunks)
         if self.regional is not None:
-            self.regional.demand(target.key, chunks)
+            self.regional.demand(target.key, chunks, whole=not target.serve_unsealed)
         if not target.serve_unsealed:
             for key in self._table.keys(target.key):
                 self._plan.demand_whole(key)  # the reader waits for the seal, and that for every chunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -36,6 +37,7 @@ from instantstart_fs.core.region import (
     MOST_PATIENCE,
     TICK_COUNTS,
     WAIT,
+    WHOLE_PATIENCE,
     FairClock,
     Patience,
     PullPlan,
@@ -348,6 +350,30 @@ def test_a_readers_chunk_waits_as_long_as_a_fetch_takes() -> None:
     assert one.next_patience() == 10.0 + FIRST_PATIENCE
     assert one.take_moves(10.0 + FIRST_PATIENCE) == [(3, one.origin)]
     assert one.route(4) == WAIT
+
+
+def test_a_file_that_readers_need_whole_waits_for_no_claim_that_brings_nothing() -> None:
+    """Its bytes may not be served before it is proven: what another host claimed and is stuck with holds all up."""
+    plan = PullPlan("a", "pin", [False] * 16, Patience())
+    plan.listed([], {0: 0, 1: 0}, 0.0)
+    plan.demand([0], 0.0)
+    plan.demand_whole(0.0)
+    assert plan.next_patience() == 1.0
+    assert plan.take_moves(1.0) == [(0, plan.origin)]
+    plan.came(0)
+    assert plan.has_readers and plan.next_patience() == WHOLE_PATIENCE
+    assert plan.take_moves(9.0) == [] and plan.next_patience() == 9.0 + WHOLE_PATIENCE, "something came"
+    assert plan.take_moves(18.9) == []
+    assert plan.take_moves(19.0) == [(chunk, plan.origin) for chunk in range(1, 16)]
+    plan.undemand_whole()
+    assert not plan.has_readers and plan.next_patience() == math.inf
+
+
+def test_who_needs_some_of_a_file_waits_for_claims_of_the_rest() -> None:
+    plan = PullPlan("a", "pin", [False] * 16, Patience())
+    plan.listed([], {0: 0, 1: 0}, 0.0)
+    plan.demand([0], 0.0)
+    assert plan.take_moves(100.0) == [(0, plan.origin)] and plan.route(1) == WAIT
 
 
 def test_patience_stays_within_its_bounds() -> None:
