@@ -307,7 +307,7 @@ class DevFuse:
             self._hand_in(self._keep, offer.flags)
 
     def _hand_in(self, keep: FdStore, offered: int) -> None:
-        """Enter the handles that were kept. Call it before the first OPEN, so that the table knows all of them."""
+        """Give the next daemon the connection and the table of open files, before the first OPEN is entered in it."""
         mount = mountinfo.find_mount(self._path)
         if mount is None or not offered & wire.HAS_RESEND:
             log.info("a restart will unmount: this kernel does not send requests again")

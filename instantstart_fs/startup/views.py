@@ -96,7 +96,7 @@ class View:
         os.unlink(known)
 
     def empty(self) -> None:
-        """Remove all that is in the directory. Raises OSError."""
+        """Make the directory, empty, whatever an earlier start left there. Raises OSError."""
         try:
             os.mkdir(self.path, 0o700)
         except FileExistsError:  # an earlier start was killed; shutil takes 4 ms to import
