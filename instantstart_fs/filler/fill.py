@@ -93,7 +93,7 @@ class Fill:
         self.unhashed = False
         """The region's seal is to prove it: its worker does not hash the file."""
         self.proven_by = ""
-        """The source of the proof, once every chunk is what the region's seal says: "region:" and the host that sealed it."""
+        """The source of the proof, once every chunk is what the region's seal says: "region:" and the sealing host."""
         self.done = False
 
     def discard_location(self) -> None:
