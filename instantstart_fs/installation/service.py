@@ -12,6 +12,7 @@ import msgspec
 
 from instantstart_fs import __version__
 from instantstart_fs.config import load_config
+from instantstart_fs.config.places import SYSTEM_RUN_DIRECTORY
 from instantstart_fs.errors import InstantStartError, PermissionRefused, UsageError
 from instantstart_fs.installation import plan
 from instantstart_fs.installation.host import Host, ask
@@ -131,6 +132,8 @@ def uninstall(say: Callable[[str], None], *, root: str = "", purge: bool = False
         host.remove_tree("/etc/instantstart")
     if not host.root:
         host.remove_empty(plan.MOUNT)
+        if text is not None:
+            host.remove_tree(SYSTEM_RUN_DIRECTORY)  # it outlasts a stop
         host.run("systemctl", "daemon-reload")
         host.run("systemctl", "reset-failed", plan.UNIT, check=False)
         if purge:

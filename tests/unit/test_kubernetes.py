@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,26 @@ def test_every_object_of_the_chart_fits_its_schema() -> None:
 def test_the_driver_is_told_the_namespace_by_the_kubelet() -> None:
     [driver] = [thing["spec"] for _, thing in rendered() if thing["kind"] == "CSIDriver"]
     assert driver["podInfoOnMount"] is True and driver["volumeLifecycleModes"] == ["Ephemeral"]
+
+
+def test_what_labels_nodes_may_do_little_and_runs_nowhere_by_default() -> None:
+    """It has a token that may patch nodes, and the daemon's socket."""
+    [pod] = [
+        thing["spec"]["template"]["spec"]
+        for name, thing in rendered()
+        if name == "labels.yaml" and thing["kind"] == "DaemonSet"
+    ]
+    assert pod["nodeSelector"].keys() == {"instantstart.io/daemon", "instantstart.io/node-labels"}
+    [container] = pod["containers"]
+    bounds = container["securityContext"]
+    assert bounds["capabilities"] == {"drop": ["ALL"]} and "privileged" not in bounds
+    assert bounds["allowPrivilegeEscalation"] is False and bounds["readOnlyRootFilesystem"] is True
+    assert "ValidatingAdmissionPolicy" in {thing["kind"] for _, thing in rendered()}
+
+
+def test_a_stop_of_the_service_keeps_the_directory_that_pods_have() -> None:
+    unit = (resources.files("instantstart_fs") / "installation/systemd/instantstart.service").read_text()
+    assert "\nRuntimeDirectoryPreserve=yes\n" in unit
 
 
 def test_one_pipeline_without_a_lease_keeps_no_other_from_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
