@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import trio
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.config.unixsocket import Peer
@@ -103,6 +103,8 @@ class Api:
             await exchange.refuse(refused)
         except InstantStartError as error:
             await exchange.fail(error)
+        except trio.BrokenResourceError:
+            pass  # the client left before it had asked: nobody is there to be told
 
     def _check_origin(self, headers: Mapping[str, str]) -> None:
         """A page of the web that points its own name here, or makes a browser send something, gets nothing."""
@@ -162,7 +164,7 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope
         self._receive = receive
-        self._send = send
+        self._send_message = send
         self._unread = True
         """Whether some of the body may be to come."""
         self._streaming = False
@@ -194,6 +196,12 @@ class _Exchange:
         raise Refused(
             408, "request-timeout", f"the body did not come within {REQUEST_DEADLINE:g} s", Connection="close"
         )
+
+    async def _send(self, message: Message) -> None:
+        """Whole or not at all: one that is cancelled half sent leaves the server not knowing its own state.
+        The server bounds how long it takes."""
+        with trio.CancelScope(shield=True):
+            await self._send_message(message)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -265,8 +273,9 @@ class _Exchange:
             try:
                 body = _encoder.encode(found) + b"\n"
             except UnicodeEncodeError as error:
-                raise InstantStartError(f"the answer holds a name that is not UTF-8: {error.object!r}") from error
-            await self.answer(verb.status, body)
+                await self.fail(InstantStartError(f"the answer holds a name that is not UTF-8: {error.object!r}"))
+            else:
+                await self.answer(verb.status, body)
 
     async def _line(self, response: protocol.Response) -> None:
         line = protocol.encode_response(response)

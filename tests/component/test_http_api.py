@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 import jsonschema
 import pytest
 import trio
+import trio.testing
 
 from instantstart_fs.config import HttpConfig
 from instantstart_fs.config.unixsocket import Peer
@@ -63,6 +65,14 @@ def library() -> FakeLibrary:
 @pytest.fixture
 def path(tmp_path: Path) -> str:
     return str(tmp_path / "run" / "control.sock")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No client, whatever it does, is a defect of ours."""
+    yield
+    told = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
+    assert [record.getMessage() for record in told if record.getMessage() != "control request evict failed"] == []
 
 
 @asynccontextmanager
@@ -427,6 +437,27 @@ async def test_bodies_are_bounded_in_size_and_time(
         assert slow.startswith(b"HTTP/1.1 408") and b'"request-timeout"' in slow
         monkeypatch.setattr(connection_module, "REQUEST_DEADLINE", 0.1)
         assert (await ask(path, "GET", "/v1/daemon")).status == 200
+
+
+async def test_who_leaves_in_the_middle_of_a_body_is_no_defect(library: FakeLibrary, path: str) -> None:
+    async with run(library, path):
+        said = b"POST /v1/pipelines/x/warm HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+        for leave in (lambda client: client.shutdown(socket.SHUT_WR), lambda client: client.close()):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+                client.sendall(said + b"Content-Type: application/json\r\n\r\n{")
+                await trio.testing.wait_all_tasks_blocked()
+                leave(client)
+        assert (await ask(path, "GET", "/v1/daemon")).status == 200
+        head = await ask(path, "HEAD", "/v1/daemon")
+        assert (head.status, head.body) == (200, b"") and int(head.headers["Content-Length"]) > 100
+        assert library.calls == []
+
+
+async def test_an_answer_that_is_not_unicode_is_an_error(library: FakeLibrary, path: str) -> None:
+    library.change(state="filling", revision="\udcff")
+    async with run(library, path):
+        assert (await ask(path, "GET", "/v1/pipelines/x")).code == (500, "error")
 
 
 async def test_half_a_head_has_a_deadline(library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 LATER = {
-    "asyncio", "boto3", "botocore", "httpx2", "huggingface_hub", "hypercorn", "jinja2", "prometheus_client", "rich",
-    "starlette", "torch", "typer", "urllib3",
+    "asyncio", "boto3", "botocore", "h11", "httpx2", "huggingface_hub", "hypercorn", "jinja2", "prometheus_client",
+    "rich", "starlette", "torch", "typer", "urllib3",
 }  # fmt: skip
 """Each costs 30 ms and more, and is for origins, the page or a terminal."""
 
