@@ -49,7 +49,7 @@ class Pasted(msgspec.Struct, frozen=True):
 
 
 def understand(text: str, *, home: str | None = None, directory: str | None = None) -> Pasted:
-    """What ``text`` means. ``home``: for ``~``; ``directory``: for paths that begin with a dot (None: refused).
+    """Return what ``text`` means. ``home``: for ``~``; ``directory``: for paths that begin with a dot (None: refused).
 
     Raises InvalidSource with the reason, and with what is right where that can be told.
     """
@@ -94,7 +94,7 @@ def _dataset() -> InvalidSource:
 
 
 def _hub(rest: str) -> Pasted:
-    """What follows ``hf://``: a repository, its revision, and perhaps one of its files."""
+    """Return what follows ``hf://``: a repository, its revision, and perhaps one of its files."""
     if rest.lower().startswith("datasets/"):
         raise _dataset()
     repo, at, tail = rest.partition("@")

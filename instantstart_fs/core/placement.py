@@ -14,7 +14,8 @@ import msgspec
 from instantstart_fs.core.status import PipelineState
 
 BEAT_SECONDS = 30.0
-"""Between two heartbeats of a host, in a region of up to 1,000 hosts; beyond, the region together beats as often."""
+"""Seconds between two heartbeats of a host, in a region of up to 1,000 hosts. In a larger one each host beats less
+often, so that the region together beats as often."""
 BEAT_HOSTS = 1000
 COUNT_HOSTS = 10
 """Hosts that list the others in one second, together, at most: a listing of 10,000 costs the tier ten requests."""
@@ -29,8 +30,8 @@ _STATES: tuple[PipelineState, ...] = ("cold", "filling", "partial", "warm", "unv
 
 
 class Holding(msgspec.Struct, frozen=True):
-    """What a host has of a pipeline. ``slot``: 32 hex digits; ``revision``: 8, of what it is pinned to; bytes of the
-    load set."""
+    """The part of a pipeline that a host has. ``slot``: 32 hex digits; ``revision``: 8, of what it is pinned to; bytes
+    of the load set."""
 
     slot: str
     revision: str
@@ -70,7 +71,7 @@ def expiry(hosts: int) -> float:
 
 
 def pack(holdings: Iterable[Holding]) -> bytes:
-    """At most MOST_HOLDINGS of them, the first; whoever packs puts first what matters most."""
+    """Pack the first MOST_HOLDINGS of them. Whoever packs puts first what matters most."""
     chosen = [one for one, _ in zip(holdings, range(MOST_HOLDINGS), strict=False)]
     return b"".join(
         sorted(
@@ -92,7 +93,7 @@ def is_packed(entries: bytes) -> bool:
 
 
 def find(entries: bytes, slot: str) -> Holding | None:
-    """What is packed of that slot."""
+    """Return what is packed of that slot."""
     wanted = bytes.fromhex(slot)
     low, high = 0, len(entries) // ENTRY_BYTES
     while low < high:
@@ -107,7 +108,7 @@ def find(entries: bytes, slot: str) -> Holding | None:
 
 
 def holdings(entries: bytes) -> Iterator[Holding]:
-    """All that is packed."""
+    """Yield all that is packed."""
     return (_unpacked(*fields) for fields in _ENTRY.iter_unpack(entries))
 
 

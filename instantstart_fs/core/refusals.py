@@ -29,10 +29,11 @@ from instantstart_fs.errors import (
 )
 
 Service = Literal["s3", "hub", ""]
-"""Who answers at an address: the source's own service, whose refusal is the source's; "" = somebody on its behalf."""
+"""The party that answers at an address: the source's own service, whose refusal is the source's; "" = somebody on its
+behalf."""
 
 MOST_ERROR_BODY = 16 * 1024
-"""Bytes of a refusal's body that are looked at."""
+"""The bytes of a refusal's body that are looked at."""
 _MOST_SHOWN = 300
 _CODE = re.compile(rb"<Code>\s*([A-Za-z0-9_.\-]{1,100})\s*</Code>")
 _MESSAGE = re.compile(rb"<Message>([^<]{1,2000})</Message>")
@@ -69,7 +70,7 @@ def hub_word(headers: Mapping[str, str]) -> Word:
 
 
 def _shown(text: str) -> str:
-    """One line of a service's message, without signatures and passwords of addresses in it."""
+    """Return one line of a service's message, without signatures and passwords of addresses in it."""
     line = without_secrets(" ".join(html.unescape(text).split()))
     return line if len(line) <= _MOST_SHOWN else line[:_MOST_SHOWN] + "…"
 

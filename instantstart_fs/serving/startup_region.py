@@ -29,9 +29,9 @@ from instantstart_fs.regional.startup import Entry, Place, identity_of
 log = logging.getLogger(__name__)
 
 FIND_SECONDS = 3.0
-"""For what the tier has; a start waits for it."""
+"""Seconds for the question what the tier has; a start waits for it."""
 PIECE_SECONDS = 10.0
-"""For one piece (4 MiB) of a pack."""
+"""Seconds for one piece (4 MiB) of a pack."""
 SAVE_SECONDS = 600.0
 LEFT_ALONE = 30.0
 """Seconds without a question after one that failed."""
@@ -69,7 +69,7 @@ class RegionalStartups:
         self._queue, self._waiting = trio.open_memory_channel[_Save](MOST_WAITING)
 
     def place(self, pipeline: str, key: Mapping[str, str], manifest: Manifest) -> Place | None:
-        """Where the startup caches of this key are; None where a pipeline has no slot."""
+        """Return where the startup caches of this key are; None if a pipeline has no slot."""
         slot = self._slot_of(pipeline)
         if slot is None:
             return None
@@ -93,7 +93,7 @@ class RegionalStartups:
         return allowed
 
     async def find(self, pipeline: str, place: Place) -> Entry | None:
-        """What the region has there. Never raises; never takes longer than FIND_SECONDS."""
+        """Return what the region has there. Never raises; never takes longer than FIND_SECONDS."""
         if trio.current_time() < self._left_alone_until:
             return None
         try:
@@ -103,7 +103,7 @@ class RegionalStartups:
             return None
 
     async def read(self, place: Place, record: StartupRecord) -> AsyncGenerator[bytes, None]:
-        """Its pack, piece by piece, each proven. Raises OriginError."""
+        """Yield the pack, piece by piece, each proven. Raises OriginError."""
         pieces = place.read(record)
         while True:
             try:

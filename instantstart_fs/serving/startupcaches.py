@@ -51,12 +51,12 @@ log = logging.getLogger(__name__)
 SAVING_AT_ONCE = 2
 """Saves of all pipelines: each takes a thread and the disk's bandwidth."""
 LOCK_SECONDS = 60.0
-"""For which a save waits for what changes its pipeline (an update may list an origin for minutes)."""
+"""Seconds that a save waits for a change of its pipeline (an update may list an origin for minutes)."""
 START_LOCK_SECONDS = 3.0
-"""For which a start does: it can begin without a cache."""
+"""Seconds that a start waits for it: it can begin without a cache."""
 
 FETCH_SECONDS = 60.0
-"""For which a start waits for what comes from the region, once that has it (startup_region.FIND_SECONDS)."""
+"""Seconds that a start waits for a pack from the region, once that has it (startup_region.FIND_SECONDS)."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -118,7 +118,8 @@ class StartupCaches:
 
     @asynccontextmanager
     async def _locked(self, pipeline: Pipeline, patience: float = LOCK_SECONDS) -> AsyncIterator[None]:
-        """Nothing deletes its slot meanwhile. Raises PipelineBusy, PipelineNotFound."""
+        """Hold the pipeline's lock inside the block: nothing deletes its slot meanwhile. Raises PipelineBusy,
+        PipelineNotFound."""
         with trio.move_on_after(patience) as scope:
             await pipeline.lock.acquire()
         if scope.cancelled_caught:
@@ -315,7 +316,7 @@ class StartupCaches:
                     pipeline.changed()
 
     async def _admit(self, pipeline: Pipeline, needed: int) -> None:
-        """Raises StoreFull. From then on it counts as taken."""
+        """Reserve space: from then on it counts as taken. Raises StoreFull."""
 
         def promise() -> None:
             pipeline.startup_promised += needed
@@ -402,7 +403,7 @@ class StartupCaches:
             await self._count(pipeline)
 
     def forget(self, pipeline: Pipeline) -> None:
-        """It was removed."""
+        """Forget a pipeline that was removed."""
         self._known.pop(pipeline, None)
         self._fetching.pop(pipeline, None)
 
@@ -419,11 +420,11 @@ class Receiving:
         self.incoming = incoming
 
     async def write(self, data: bytes) -> None:
-        """Raises StoreError."""
+        """Append ``data``. Raises StoreError."""
         await trio.to_thread.run_sync(self.incoming.write, data)
 
     async def keep(self) -> StartupRecord:
-        """All has come. Raises DigestMismatch, StoreError."""
+        """Keep the pack, all of which has come. Raises DigestMismatch, StoreError."""
         record = await self._caches.keep(self._pipeline, self._record, self.incoming)
         await self._caches._to_region(self._pipeline, record)
         return record

@@ -39,11 +39,11 @@ TICK_SECONDS = 1.0
 SOONEST_BEAT = 5.0
 """Seconds between two heartbeats at least, though something has become warm."""
 ASK_SECONDS = 10.0
-"""For one answer of the tier."""
+"""Seconds for one answer of the tier."""
 KEEP_SECONDS = 5.0
-"""For which an answer about placement is kept: who asks more often gets the same one."""
+"""Seconds for which an answer about placement is kept: who asks more often gets the same one."""
 KEEP_SHARE = 20
-"""It is kept so many times as long as it took, too."""
+"""An answer is also kept so many times as long as it took."""
 BATCH = 64
 """Pipelines between two pauses."""
 _T = TypeVar("_T")
@@ -99,7 +99,7 @@ class Heartbeats:
 
     @property
     def hosts(self) -> int:
-        """How many hosts of the region live, this one included."""
+        """Return how many hosts of the region live, this one included."""
         return self._regional.hosts
 
     @property
@@ -130,7 +130,7 @@ class Heartbeats:
     # -- beating -------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Send heartbeats until cancelled."""
         await trio.sleep(random.random() * FIRST_BEAT)
         while True:
             warmed, began = self._warmed(), trio.current_time()
@@ -201,7 +201,7 @@ class Heartbeats:
         return there + trio.current_time() - here
 
     async def _record(self) -> HostRecord:
-        """What is here, what was requested last first."""
+        """Return what is here, what was requested last first."""
         found: list[tuple[str, Holding]] = []
         for position, pipeline in enumerate(list(self._catalog.pipelines.values())):
             if position % BATCH == 0:
