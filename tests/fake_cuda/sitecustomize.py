@@ -10,6 +10,8 @@ What it is like: memory goes with the process that owns it; what was handed out 
 the one that has it counts down, for ever if that one was killed; a full device refuses. What it is not like: nothing is
 asynchronous, nothing is fast, and "page-locked" memory is memory. INSTANTSTART_FAKE_CUDA_FAIL names a call that raises
 (POINTS); INSTANTSTART_FAKE_CUDA_GPUS is the number of devices; CUDA_VISIBLE_DEVICES is obeyed.
+
+INSTANTSTART_FAKE_MISSING names packages that cannot be imported, with or without the device: as on a bare machine.
 """
 
 from __future__ import annotations
@@ -304,5 +306,16 @@ class AfterTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         install(module)
 
 
+class Missing(importlib.abc.MetaPathFinder):
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name.partition(".")[0] in self._names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+if os.environ.get("INSTANTSTART_FAKE_MISSING"):
+    sys.meta_path.insert(0, Missing(os.environ["INSTANTSTART_FAKE_MISSING"].split(",")))
 if os.environ.get("INSTANTSTART_FAKE_CUDA"):
     sys.meta_path.insert(0, AfterTorch())

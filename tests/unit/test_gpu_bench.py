@@ -118,6 +118,16 @@ def on_the_fake_device(directory: Path, *arguments: str, **env: str) -> tuple[in
     return done.returncode, done.stdout + done.stderr, json.loads((directory / "gpu.json").read_text())
 
 
+def test_one_command_runs_it_and_tells_what_a_machine_without_a_gpu_leaves_out(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["scripts/gpu", "--limit", "60"], cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, "INSTANTSTART_PYTHON": sys.executable, "OUT": str(tmp_path / "out")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no GPU: torch")
+    assert [line.strip() for line in done.stdout.splitlines()[1:]] == [part.name for part in PARTS]
+
+
 def test_every_byte_is_equal_on_a_fake_device(tmp_path: Path) -> None:
     """The stage, its worker's page-locked ring, and CUDA's IPC: from files to tensors of this process."""
     status, text, found = on_the_fake_device(tmp_path, "--only", "equality")
@@ -133,6 +143,47 @@ def test_the_whole_bench_runs_on_fake_devices(tmp_path: Path) -> None:
     assert status == 0, text
     assert not found["failed"] and not [line for line in found["not_run"] if "is not installed" not in line], found
     assert found["parts"]["hand-over by share"]["ratio"] <= 1.05
+
+
+BARE = "pyfuse3,boto3,botocore,awscrt,blake3,hypercorn,starlette,h2,wsproto"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(700)
+def test_weights_on_the_mount_reach_the_device_on_a_machine_without_pyfuse3(tmp_path: Path) -> None:
+    """By each loader, cold and warm, the same bytes as from a plain directory."""
+    status, text, found = on_the_fake_device(tmp_path, "--only", "mount", INSTANTSTART_FAKE_MISSING=BARE)
+    assert status == 0, text
+    mount = found["parts"]["mount"]
+    assert (mount["transport"], mount["problems"], mount["pyfuse3"]) == ("passthrough", {}, False)
+    loaders, places = ("load_file", "transformers", "prefetch"), ("plain", "mount")
+    every = {f"{loader}, {place}, {how}" for loader in loaders for place in places for how in ("cold", "warm")}
+    assert {name for name in mount["samples"] if "transformers" not in name} == {
+        name for name in every if "transformers" not in name
+    }
+    assert len({sample["sum"] for taken in mount["samples"].values() for sample in taken if sample["sum"]}) == 1
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_sigterm_to_the_one_command_leaves_a_table_and_a_file(tmp_path: Path) -> None:
+    path = os.pathsep.join(filter(None, (str(REPOSITORY / "tests/fake_cuda"), os.environ.get("PYTHONPATH"))))
+    with subprocess.Popen(
+        ["scripts/gpu", "--size", "0.0625GiB", "--shards", "2", "--dir", str(tmp_path)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={
+            **os.environ, "INSTANTSTART_PYTHON": sys.executable, "OUT": str(tmp_path), "PYTHONPATH": path,
+            "INSTANTSTART_FAKE_CUDA": str(tmp_path / "device"),
+        },
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("--- speed"):
+                process.terminate()
+    assert "speed: CutOff came first" in said and "rivals: CutOff came first" in said, said
+    assert "equality" in json.loads((tmp_path / "gpu.json").read_text())["parts"]
 
 
 @pytest.mark.soak

@@ -1,0 +1,288 @@
+"""The headline, in bench/gpu.py: weights on the mount, into device memory, beside the same from a plain directory.
+
+A daemon is started with no network, no page and no HTTP, on whatever transport this machine has; where that is
+passthrough it needs neither pyfuse3 nor a client of any origin. A file:// pipeline is filled from the checkpoint. Then
+each loader is a process of its own, from its start to its last byte: stock safetensors, transformers, and prefetch (on
+the mount the helper and the engine start at the same moment, as a replica starts them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import common
+from bench.daemon import Daemon, daemon
+
+if TYPE_CHECKING:
+    from bench.gpu import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "weights"
+NEEDED = ("trio", "lmdb", "huggingface_hub", "typer", "rich", "prometheus_client")
+"""Packages without which a daemon does not serve a file:// pipeline."""
+SHARE = 0.95
+"""Of a plain directory's rate: what load_file is to reach on the mount."""
+TIMEOUT = 120.0
+"""Seconds for one loader."""
+
+_BEGIN = """
+import importlib.util, json, os, sys, time
+from pathlib import Path
+began = time.perf_counter()
+import torch
+place, device = sys.argv[1:]
+files = [str(path) for path in sorted(Path(place).glob('*.safetensors'))]
+"""
+_TIMED = """
+torch.empty(1, device=device)
+torch.cuda.synchronize()
+imported = time.perf_counter()
+"""
+_END = """
+torch.cuda.synchronize()
+ended = time.perf_counter()
+total = 0
+for tensor in kept:
+    data = tensor.reshape(-1).view(torch.uint8)
+    for at in range(0, len(data), 1 << 24):
+        total += int(data[at : at + (1 << 24)].sum(dtype=torch.int64).item())
+print(json.dumps({'imports': imported - began, 'load': ended - imported, 'sum': total, 'how': how}), flush=True)
+os._exit(0)
+"""
+LOAD_FILE = f"""{_BEGIN}
+from safetensors.torch import load_file
+how = 'load_file(device)'
+{_TIMED}
+kept = [tensor for path in files for tensor in load_file(path, device=device).values()]
+{_END}"""
+TRANSFORMERS = f"""{_BEGIN}
+from transformers import AutoModelForCausalLM
+options = {{'device_map': device}} if importlib.util.find_spec('accelerate') else {{}}
+how = 'device_map' if options else '.to(device): accelerate is not installed'
+{_TIMED}
+model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, local_files_only=True, **options)
+model = model if options else model.to(device)
+kept = []
+{_END}"""
+STAGED = f"""{_BEGIN}
+from instantstart_fs.prefetch import DirectorySource, load_state_dict
+how = 'load_state_dict, staged by itself'
+{_TIMED}
+kept = load_state_dict('plain', device, source=DirectorySource(place)).values()
+{_END}"""
+TAKEN = f"""{_BEGIN}
+from instantstart_fs.prefetch import load_state_dict
+from instantstart_fs.prefetch.hold_protocol import held_pipelines
+how = 'load_state_dict, taken from a hold'
+{_TIMED}
+name = Path(place).name
+while name not in held_pipelines():
+    if time.perf_counter() > imported + 60:
+        sys.exit('nobody holds it after 60 s')
+    time.sleep(0.002)
+kept = load_state_dict(name, device).values()
+{_END}"""
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """All of it, as far as the time goes. What one loader cannot do is in ``problems``, and fails the part at the end.
+
+    Raises AssertionError; Skipped where no daemon can serve."""
+    from bench.gpu import Skipped
+
+    if missing := [name for name in NEEDED if not installed(name)]:
+        raise Skipped(f"the daemon needs {', '.join(missing)}")
+    if os.geteuid() != 0:
+        raise Skipped("mounting needs root")
+    if (free := shutil.disk_usage(run.directory).free) < run.total * 1.1 + (1 << 28):
+        raise Skipped(f"the store needs {run.total} bytes of disk, and {free} are free")
+    fuse_device()
+    found: dict[str, Any] = {"bytes": run.total, "samples": {}, "problems": {}}
+    run.result["parts"]["mount"] = found
+    work = run.directory / "mount"
+    work.mkdir(exist_ok=True)
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    # min_free: the checkpoint lies on the same disk, and nothing else is to be kept there.
+    config = '[http]\nlisten = "off"\n\n[store]\nmin_free = "0"\n'
+    with daemon(work, config=config, env={"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}) as served:
+        log = served.log.read_text().splitlines()
+        found["transport"] = next((line.rpartition(" ")[2] for line in log if ", transport " in line), "?")
+        found["pyfuse3"] = installed("pyfuse3")
+        found["ready_after"] = round(served.ready_after, 3)
+        served.cli("add", NAME, f"file://{run.files_at}")
+        seconds, _ = served.cli("warm", NAME, "--wait", timeout=max(20.0, run.left))
+        found["fill_gb_s"] = round(run.total / seconds / 1e9, 2)
+        run.write()
+        Loaders(run, served, found).all()
+    run.rows.append(("mount: transport, filled at", f"{found['transport']}, {found['fill_gb_s']} GB/s"))
+    table(run, found)
+    assert not found["problems"], f"{len(found['problems'])} loaders failed: {next(iter(found['problems'].values()))}"
+    return found
+
+
+class Loaders:
+    def __init__(self, run: Run, served: Daemon, found: dict[str, Any]) -> None:
+        self.run, self.served, self.found = run, served, found
+        self.device = os.environ.get("BENCH_DEVICE", "cuda:0")
+        self.places = {"plain": run.files_at, "mount": served.mount / NAME}
+        self.env = {**served.env, "INSTANTSTART_PREFETCH_DIR": str(run.directory / "holds")}
+        self.sum: int | None = None
+
+    def all(self) -> None:
+        """Cold first, which is the headline. Each is tried once without regard to the time, and again while some is
+        left."""
+        for number in range(max(1, self.run.options.rounds - 1)):
+            for temperature in ("cold", "warm"):
+                loaders = list(self.loaders(temperature))
+                for loader, work in loaders[:: -1 if number % 2 else 1]:
+                    name = f"{loader}, {temperature}"
+                    if name in self.found["problems"] or (number and self.run.left < 90):
+                        continue
+                    if self.run.left < 15:
+                        return
+                    self.one(name, work)
+
+    def loaders(self, temperature: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+        def by(code: str, place: str) -> Callable[[], dict[str, Any]]:
+            return lambda: self.process(code, place, temperature)
+
+        for place in ("plain", "mount"):
+            yield f"load_file, {place}", by(LOAD_FILE, place)
+        if installed("transformers"):
+            for place in ("plain", "mount"):
+                yield f"transformers, {place}", by(TRANSFORMERS, place)
+        else:
+            self.run.not_run.append(f"mount, {temperature}, transformers: is not installed")
+        yield "prefetch, plain", by(STAGED, "plain")
+        yield "prefetch, mount", lambda: self.held(temperature)
+
+    def one(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        try:
+            sample = work()
+            self.same_bytes(sample)
+        except Exception as error:
+            self.found["problems"][name] = f"{name}: {type(error).__name__}: {error}"[:1500]
+            print(f"    {self.found['problems'][name]}", flush=True)
+        else:
+            self.found["samples"].setdefault(name, []).append(sample)
+            rate = self.run.total / sample["load"] / 1e9
+            print(f"    {name:<26} load {sample['load']:7.3f} s = {rate:6.2f} GB/s, whole {sample['whole']:.2f} s")
+        self.run.write()
+
+    def same_bytes(self, sample: dict[str, Any]) -> None:
+        """Every loader that keeps all tensors has the same bytes. Raises AssertionError."""
+        if sample["how"].startswith("load"):
+            self.sum = sample["sum"] if self.sum is None else self.sum
+            assert sample["sum"] == self.sum, f"the sum of its bytes is {sample['sum']}, and others had {self.sum}"
+
+    def prepare(self, temperature: str) -> None:
+        """Page cache empty or full for the plain files and for those on the mount, whose pages are the store's where
+        reads pass through; of nothing else: the loaders' own libraries stay. Raises RuntimeError."""
+        sizes = {path.stat().st_size for path in self.run.files}
+        mounted = sorted((self.served.mount / NAME).glob("*.safetensors"))
+        stored = [path for path in self.served.store.rglob("*") if path.is_file() and path.stat().st_size in sizes]
+        assert len(stored) >= len(sizes), f"{len(stored)} files of the store have the weights' sizes"
+        if temperature == "cold":
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    common.evict([*self.run.files, *stored, *mounted])
+                    return
+                except RuntimeError:  # the daemon still reads ahead what the last loader opened
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.2)
+        else:
+            from bench.gpu import remember
+
+            remember([*self.run.files, *mounted])
+
+    def process(self, code: str, place: str, temperature: str) -> dict[str, Any]:
+        self.prepare(temperature)
+        return self.python(code, str(self.places[place]))
+
+    def python(self, code: str, place: str) -> dict[str, Any]:
+        """What it printed, and the ``whole`` of its time. Raises RuntimeError, subprocess.TimeoutExpired."""
+        at = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, place, self.device],
+            capture_output=True,
+            text=True,
+            env=self.env,
+            timeout=max(15.0, min(TIMEOUT, self.run.left)),
+            check=False,
+        )
+        whole = time.perf_counter() - at
+        if done.returncode or not done.stdout.strip():
+            raise RuntimeError(f"exit {done.returncode}: {done.stderr.strip()[-700:]}")
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return {**found, "whole": round(whole, 3)}
+
+    def held(self, temperature: str) -> dict[str, Any]:
+        """The helper and the engine at the same moment; the hold must end by itself once all was taken."""
+        self.prepare(temperature)
+        command = [sys.executable, "-m", "instantstart_fs.cli", "prefetch", NAME, "--devices", self.device, "--hold"]
+        at = time.perf_counter()
+        helper = subprocess.Popen(
+            command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        said = ""
+        try:
+            sample = self.python(TAKEN, str(self.places["mount"]))
+            sample["whole"] = round(time.perf_counter() - at, 3)
+            said = helper.communicate(timeout=30)[0]
+            return {**sample, "helper": helper.returncode, "helper_said": said[-600:]}
+        except Exception as error:
+            helper.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = helper.communicate(timeout=30)[0]
+            raise RuntimeError(f"{error}; the helper said: {said[-600:]}") from error
+        finally:
+            if helper.poll() is None:
+                helper.kill()
+                helper.communicate()
+
+
+def table(run: Run, found: dict[str, Any]) -> None:
+    """A row for each loader and temperature, and what the mount's rate is of the plain directory's."""
+    samples: dict[str, list[dict[str, Any]]] = found["samples"]
+    middle = {name: statistics.median(each["load"] for each in taken) for name, taken in samples.items()}
+    for name, load in middle.items():
+        whole = statistics.median(each["whole"] for each in samples[name])
+        rate = run.total / load / 1e9
+        run.rows.append((name, f"{rate:6.2f} GB/s, load {load:.2f} s, from its start {whole:.2f} s"))
+    found["mount_of_plain"] = {}
+    for name, load in middle.items():
+        if ", mount," in name and (plain := middle.get(name.replace(", mount,", ", plain,"))):
+            share = found["mount_of_plain"][name.replace(", mount", "")] = round(plain / load, 3)
+            target = (
+                f", the target of {SHARE} is {'met' if share >= SHARE else 'MISSED'}" if "load_file" in name else ""
+            )
+            run.rows.append((f"{name} ÷ plain", f"{share:6.2f}{target}"))
+
+
+def installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def fuse_device() -> None:
+    """Make /dev/fuse where the kernel has FUSE and nobody made its node."""
+    if not os.path.exists("/dev/fuse"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(["modprobe", "fuse"], capture_output=True, timeout=10, check=False)
+            subprocess.run(["mknod", "/dev/fuse", "c", "10", "229"], capture_output=True, timeout=10, check=False)
