@@ -15,6 +15,7 @@ import pytest
 
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.errors import OriginUnavailable
 from tests.harness import Daemon, wait_for
 from tests.servers.blackhole import BlackHole
 from tests.servers.hub import HubServer
@@ -272,6 +273,12 @@ def test_the_tier_serves_while_the_origin_is_gone(site: Site, tmp_path: Path) ->
     site.hub.kill()
     site.warm(second)
     right(second, made)
+    # Who may see it is the origin's to say: nothing else comes of what this host and the tier have.
+    with Client(str(second.socket)) as client:
+        for anonymous in (True, False):
+            with pytest.raises(OriginUnavailable):
+                client.add("others", "org/model", anonymous=anonymous)
+        assert client.names() == ["p"] and not second.path("others").exists()
 
 
 def test_a_tier_that_is_not_there_costs_little(site: Site, tmp_path: Path) -> None:
