@@ -185,6 +185,7 @@ def starts(work: Path, name: str, rounds: int) -> dict[str, Any]:
     known = summaries(store)
     seconds: dict[str, list[float]] = {"empty store": [], "start": [], "start, all read whole": []}
     rss: dict[str, list[float]] = {what: [] for what in seconds}
+    cpu: dict[str, list[float]] = {what: [] for what in seconds}
     for _ in range(rounds):
         for what, which in (("empty store", "empty"), ("start", name), ("start, all read whole", name)):
             if which == name:
@@ -192,8 +193,10 @@ def starts(work: Path, name: str, rounds: int) -> dict[str, Any]:
             with daemon.daemon(work, name=which) as served:
                 seconds[what].append(served.ready_after)
                 rss[what].append(daemon.memory(served.child.pid)["rss"])
+                cpu[what].append(daemon.cpu_seconds(served.child.pid))
     put_summaries(store, known, there=True)
     result: dict[str, Any] = {what: summary(values) for what, values in seconds.items()}
+    result.update({f"{what}: processor": summary(values) for what, values in cpu.items()})
     result.update({f"{what}: rss": statistics.median(values) for what, values in rss.items()})
     return result
 
@@ -210,7 +213,9 @@ def listing(work: Path, count: int, files: int, rounds: int) -> dict[str, Any]:
             ("ls .cold", lambda: run(["ls", str(served.mount / ".cold")])[0]),
             ("instantstart ls --json", lambda: served.cli("ls", "--json")[0]),
         ):
+            clock = daemon.Clock([served.child.pid])
             result[what] = summary([command() for _ in range(rounds)])
+            result[f"{what}: daemon's processor"] = summary([clock.spent()[served.child.pid] / rounds])
         result["rss after ls"] = daemon.memory(served.child.pid)["rss"]
         if len(os.listdir(served.mount)) < count:
             raise SystemExit("pipelines are missing")
