@@ -32,16 +32,23 @@ NAMESPACE = r"""
 set -eu
 # crun does not run where both versions of cgroups have controllers.
 if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
-mount --bind "$place" "$place"
-mount --make-shared "$place"
+for directory in "$place" "$work/kubelet"; do
+    mount --bind "$directory" "$directory"
+    mount --make-shared "$directory"
+done
 podman() {
     command podman --storage-driver vfs --root "$work/storage" --runroot "$short" --cgroup-manager cgroupfs "$@"
 }
 podman load -q -i "$image"
-finish() { podman rm -f -t 30 instantstart >/dev/null 2>&1 || true; }
+finish() {
+    podman rm -a -f -t 30 >/dev/null 2>&1 || true
+    podman pod rm -a -f >/dev/null 2>&1 || true
+    umount -l "$target" 2>/dev/null || true
+}
 trap finish EXIT
 podman run -d --name instantstart --network host $limits --device /dev/fuse --cap-add SYS_ADMIN \
     -v "$place:$place:rshared" -v "$work/store:/var/lib/instantstart" \
+    -v "$work/run:/run/instantstart" -v "$work/state:$work/state" \
     -v "$work/config.toml:/etc/instantstart/config.toml:ro" \
     "localhost/instantstart:$version" serve --mount "$place/models"
 timeout 60 sh -c 'until mountpoint -q "$place/models"; do sleep 0.1; done' || { podman logs instantstart; exit 1; }
@@ -54,9 +61,37 @@ podman run --rm --network none $limits -v "$place:$place:rslave" --entrypoint /u
     "localhost/instantstart:$version" "$place/models/minilm" -type f -exec sha256sum {} +
 podman run --rm --network none $limits --entrypoint /bin/ls "localhost/instantstart:$version" \
     /usr/share/man/man1/instantstart.1.gz /usr/share/bash-completion/completions/instantstart
+# The node driver, as the chart runs it; a container that has its volume.
+podman run -d --name driver --network none $limits --cap-add SYS_ADMIN \
+    -v "$work/csi:/csi" -v "$work/run:/run/instantstart" \
+    -v "$work/state:$work/state" -v "$work/kubelet:$work/kubelet:rshared" -v "$place:$place:rslave" \
+    "localhost/instantstart:$version" csi --endpoint unix:///csi/csi.sock --node-id n \
+    --socket /run/instantstart/control.sock --state "$work/state" --kubelet-dir "$work/kubelet"
+"$python" -c "$publishes" "$work/csi/csi.sock" "$target" || { podman logs driver; exit 1; }
+podman run --rm --network none $limits -v "$target:$target:ro,rslave" --entrypoint /usr/bin/find \
+    "localhost/instantstart:$version" "$target" -type f -exec sha256sum {} +
 podman stop -t 30 instantstart
 echo "exit: $(podman inspect --format '{{.State.ExitCode}}' instantstart)"
 ! mountpoint -q "$place/models"
+"""
+PUBLISHES = """
+import sys, grpc
+from instantstart_fs.csi import messages
+asked, answered = messages.METHODS["Node"]["NodePublishVolume"]
+pod = {"csi.storage.k8s.io/ephemeral": "true", "csi.storage.k8s.io/pod.namespace": "a"}
+pod |= {"source": "Qwen/Qwen3-8B", "warm": "wait"}
+with grpc.insecure_channel(f"unix:{sys.argv[1]}") as channel:
+    channel.unary_unary(
+        "/csi.v1.Node/NodePublishVolume",
+        request_serializer=messages.message(asked).SerializeToString,
+        response_deserializer=messages.message(answered).FromString,
+    )(
+        messages.message(asked)(
+            volume_id="v", target_path=sys.argv[2], readonly=True, volume_context=pod,
+            volume_capability={"mount": {}, "access_mode": {"mode": 1}},
+        ),
+        timeout=100, wait_for_ready=True,
+    )
 """
 
 
@@ -70,8 +105,9 @@ def test_the_image_serves_other_containers_and_the_host(built: Path, weights: Pa
             [REPOSITORY / "scripts/image", "--deb", package, "--output", image],
             check=True, timeout=600, env={**environment, "BUILDAH_OPTIONS": options},
         )  # fmt: skip
-    for name in ("shared", "store"):
-        (tmp_path / name).mkdir()
+    for name in ("shared", "store", "run", "state", "csi", "kubelet/pods/p/v"):
+        (tmp_path / name).mkdir(parents=True)
+    target = tmp_path / "kubelet/pods/p/v/mount"
     with HubServer() as hub, tempfile.TemporaryDirectory(prefix="pod") as short:  # 50 characters are the most for it
         hub.publish("Qwen/Qwen3-8B", weights)
         (tmp_path / "config.toml").write_text(
@@ -79,6 +115,7 @@ def test_the_image_serves_other_containers_and_the_host(built: Path, weights: Pa
         )
         values = {"place": tmp_path / "shared", "work": tmp_path, "image": image, "version": __version__}
         values |= {"limits": LIMITS, "python": sys.executable, "reads": READS, "short": short}
+        values |= {"publishes": PUBLISHES, "target": target}
         done = subprocess.run(
             ["unshare", "--mount", "--propagation", "private", "sh", "-c", NAMESPACE],
             env={**environment, **{key: str(value) for key, value in values.items()}},
@@ -89,7 +126,11 @@ def test_the_image_serves_other_containers_and_the_host(built: Path, weights: Pa
     assert f"instantstart {__version__}" in lines and PARAMETERS in lines and "exit: 0" in lines
     assert '"state": "warm"' in done.stdout or '"state":"warm"' in done.stdout
     seen = {line[66:]: line[:64] for line in lines if line[64:66] == "  "}
-    wanted = {f"{tmp_path}/shared/models/minilm/{name}": sha256(weights / name) for name in tree_files(weights)}
+    wanted = {
+        f"{where}/{name}": sha256(weights / name)
+        for where in (tmp_path / "shared/models/minilm", target)
+        for name in tree_files(weights)
+    }
     assert seen == wanted
 
 
