@@ -468,3 +468,18 @@ def test_the_page_shows_the_region_to_who_sees_everything() -> None:
             text = get(served)
             assert ("12 hosts" in text) is ("75 % hit" in text) is ("7 lost" in text) is ("2 wrong" in text) is shown
             assert HOSTILE not in text
+
+
+def test_a_body_that_nobody_reads_holds_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that waits for its turn, with more behind it than is kept for the application."""
+    monkeypatch.setattr(app, "REQUEST_BURST_EACH", 1.0)
+    monkeypatch.setattr(app, "REQUEST_RATE_EACH", 5.0)
+    with serving(sight=ANYBODY) as served:
+        host, _, port = served.url.removeprefix("http://").strip("/").rpartition(":")
+        head = b"GET /badge/x.svg HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 3000000\r\n\r\n"
+        for _ in range(4):
+            # It may be closed before all of it was taken.
+            with socket.create_connection((host, int(port)), 20) as client, contextlib.suppress(ConnectionError):
+                client.sendall(head + b" " * 3_000_000)
+                while client.recv(65536):
+                    pass

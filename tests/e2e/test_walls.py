@@ -637,6 +637,17 @@ def test_the_page_and_the_metrics_tell_each_user_what_the_mount_would(open_page:
         assert ("alices" in asked_as(BOB, where, "/api/pipelines", groups=str(ALICE[1]))[1]) is seen
 
 
+def test_the_control_socket_knows_who_asks_it_over_http(open_page: tuple[Daemon, str, str]) -> None:
+    running, _, page = open_page
+    control = str(running.socket)
+    for who, bobs in ((ALICE, 403), (BOB, 200), (STRANGER, 403), ((0, 0), 200)):
+        assert asked_as(who, control, "/v1/pipelines/bobs?brief=true")[0] == bobs
+    assert asked_as(BOB, control, "/v1/specs")[0] == 403
+    assert "bobs" not in asked_as(ALICE, control, "/v1/pipelines")[1]
+    # On the page's own socket nobody, root either: its verbs are for the bearer of a token.
+    assert asked_as((0, 0), page, "/v1/pipelines")[0] == 403
+
+
 def test_a_scraper_without_rights_needs_the_token(open_page: tuple[Daemon, str, str]) -> None:
     _, tcp, _ = open_page
     bearer = f"Authorization: Bearer {PAGE_TOKEN}"
