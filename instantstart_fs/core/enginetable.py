@@ -117,6 +117,8 @@ _IGNORED = frozenset(
     }
 )  # fmt: skip
 _SECRET = frozenset({"key", "apikey", "token", "secret", "password"})
+_SECRET_MARKS = ("api_key", "apikey", "token", "secret", "password", "authorization", "bearer", "credential")
+_CONFIG = frozenset({"--config", "--config-file", "--extra-llm-api-options"})
 _SECRET_ENDINGS = ("_api_key", "_token", "_secret", "_password")
 _RANKS = {
     "vllm": (
@@ -229,29 +231,68 @@ def ranks_of(command: Sequence[str], engine: str) -> int:
 def key_arguments(command: Sequence[str], engine: str) -> str:
     """The command's words that may make compiled code another, quoted as a shell does, so that no two commands look
     alike. Of an unknown engine, all of them; of a known one all but addresses, logs and secrets, which differ between
-    replicas of one deployment. What may be a secret by its name is in it by its digest: it may be none."""
+    replicas of one deployment. What may be a secret by its name is in it by its digest: it may be none.
+
+    An option is followed by any number of values (vLLM: ``--hf-token`` by none, ``--api-key`` by many): a word with a
+    hyphen in front is never one of them."""
     words: list[str] = []
     skip = hide = False
     for word in command[1:]:
-        if skip:
-            skip = False
-            continue
-        if hide:
-            hide = False
-            if not word.startswith("--"):
-                words.append(short_digest(word))
+        if not word.startswith("-"):
+            if skip:
+                skip = False  # its first value; what follows may be the model
                 continue
+            words.append(short_digest(word) if hide or _holds_secret(word) else word)
+            continue
+        skip = False
         name, equals, value = word.partition("=")
-        if engine and name in _IGNORED_WITH_VALUE:
+        plain = _plain(name)
+        hide = word.startswith("--") and _names_secret(plain)
+        if engine and plain in _IGNORED_WITH_VALUE:
             skip = not equals
-            continue
-        if engine and name in _IGNORED:
-            continue
-        if name.startswith("--") and not _SECRET.isdisjoint(name.lower().replace("_", "-").split("-")):
-            hide = not equals
-            word = f"{name}={short_digest(value)}" if equals else name
-        words.append(word)
+        elif engine and plain in _IGNORED:
+            pass
+        elif equals and (hide or _holds_secret(value) or _holds_secret(word)):
+            words.append(f"{name}={short_digest(value)}")
+        else:
+            words.append(word)
     return shlex.join(words)
+
+
+def config_files(command: Sequence[str]) -> list[str]:
+    """The files that hold more of a command's options."""
+    found: list[str] = []
+    follows = False
+    for word in command[1:]:
+        if not word.startswith("-"):
+            if follows:
+                found.append(word)
+            follows = False
+            continue
+        name, equals, value = word.partition("=")
+        follows = _plain(name) in _CONFIG and not equals
+        if equals and _plain(name) in _CONFIG:
+            found.append(value)
+    return found
+
+
+def _plain(name: str) -> str:
+    """An option's name with hyphens: engines take underscores as well."""
+    return f"--{name[2:].replace('_', '-')}" if name.startswith("--") else name
+
+
+def _names_secret(option: str) -> bool:
+    return not _SECRET.isdisjoint(option.lower().replace("_", "-").replace(".", "-").split("-"))
+
+
+def _holds_secret(word: str) -> bool:
+    """Whether one may be in it by what is around it: JSON, a shell's line, `NAME=VALUE`, an address with a password."""
+    if "://" in word and "@" in word:
+        return True
+    if not any(mark in word for mark in "=: "):
+        return False
+    text = word.lower().replace("-", "_").replace("tokens", "").replace("tokeniz", "")
+    return any(mark in text for mark in _SECRET_MARKS)
 
 
 def short_digest(text: str) -> str:
@@ -291,7 +332,7 @@ def storable(key: Mapping[str, str]) -> dict[str, str]:
     found = {_storable(name): _storable(value) for name, value in key.items()}
     if len(found) <= MOST_FIELDS:
         return found
-    whole = shlex.join(f"{name}={value}" for name, value in sorted(found.items()))
+    whole = shlex.join(word for field in sorted(found.items()) for word in field)
     return {"all fields": f"{len(found)}, SHA-256 {hashlib.sha256(whole.encode()).hexdigest()}"}
 
 

@@ -120,8 +120,12 @@ def read_index(read: Callable[[int, int], bytes], size: int) -> list[Entry]:
 
 def is_safe(path: str) -> bool:
     """Whether it stays below the directory that it is joined to."""
+    try:
+        raw = path.encode("utf-8")
+    except UnicodeEncodeError:  # a surrogate that stands alone names no file
+        return False
     return (
         0 < len(path) <= 3000
-        and "\0" not in path
-        and all(part not in ("", ".", "..") and len(part.encode("utf-8", "replace")) <= 255 for part in path.split("/"))
+        and b"\0" not in raw
+        and all(part not in (b"", b".", b"..") and len(part) <= 255 for part in raw.split(b"/"))
     )

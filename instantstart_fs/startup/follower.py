@@ -49,11 +49,15 @@ class Listening:
 
         self.log = EngineLog(start.engine.name if start.engine is not None else "")
         self.matched = threading.Event()
+        self._warn = start.warn
         self._pattern: Pattern | None = None
         if start.options.ready_log:
             from instantstart_fs.startup.pattern import Pattern
 
-            self._pattern = Pattern(start.options.ready_log, self.matched.set, start.warn)
+            try:
+                self._pattern = Pattern(start.options.ready_log, self.matched.set, start.warn)
+            except OSError as error:
+                self._not_looked_for(error)
         self.streams: dict[int, int] = {}
         """Descriptor of the command's → our end of its pipe."""
         self._reads: dict[int, int] = {}
@@ -63,18 +67,44 @@ class Listening:
                 continue
             if not os.get_inheritable(stream):
                 continue  # it was closed (cli/terminal.py): the command shall find it closed
-            read, write = os.pipe2(os.O_CLOEXEC)
+            try:
+                read, write = os.pipe2(os.O_CLOEXEC)
+            except OSError as error:
+                self._not_heard(stream, error)
+                continue
             self.streams[stream], self._reads[stream] = write, read
 
-    def begin(self, mask: Collection[int]) -> None:
-        """Begin to listen, once the command has its ends. ``mask``: the signals that are blocked in the command."""
-        if self._pattern is not None:
-            self._pattern.begin(mask)
-        for stream, write in self.streams.items():
-            os.close(write)
+    def listen(self) -> None:
+        """Begin to listen, before the command has its ends: a pipe that nobody reads would stop it. Where there can
+        be no thread, the stream is left alone."""
+        for stream in list(self.streams):
             thread = threading.Thread(target=self._pass_on, args=(stream,), name=f"output {stream}", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                os.close(self.streams.pop(stream))
+                os.close(self._reads.pop(stream))
+                self._not_heard(stream, error)
+                continue
             self._threads.append(thread)
+
+    def begin(self, mask: Collection[int]) -> None:
+        """Begin to look for the pattern, once the command has its ends. ``mask``: the signals that are blocked in
+        the command."""
+        for write in self.streams.values():
+            os.close(write)
+        if self._pattern is not None:
+            try:
+                self._pattern.begin(mask)
+            except (OSError, RuntimeError) as error:
+                self._pattern = None
+                self._not_looked_for(error)
+
+    def _not_looked_for(self, error: Exception) -> None:
+        self._warn(f"--ready-log: it is not looked for: {getattr(error, 'strerror', None) or error}")
+
+    def _not_heard(self, stream: int, error: Exception) -> None:
+        self._warn(f"output {stream} is not looked at: {getattr(error, 'strerror', None) or error}")
 
     def drain(self) -> None:
         """The command has ended."""
@@ -110,8 +140,9 @@ class Listening:
 
     def _hear(self, line: bytes) -> None:
         self.log.line(line.decode("utf-8", "replace"))
-        if self._pattern is not None and not self.matched.is_set():
-            self._pattern.hear(line)
+        pattern = self._pattern
+        if pattern is not None and not self.matched.is_set():
+            pattern.hear(line)
 
 
 def _write(stream: int, view: memoryview) -> int:
@@ -149,13 +180,14 @@ class Follower:
         self._watch: threading.Thread | None = None
 
     def begin(self) -> None:
-        try:
-            self._listening.begin(self._command.mask)
-        except OSError as error:
-            self._start.warn(f"--ready-log: it is not looked for: {error.strerror or error}")
+        self._listening.begin(self._command.mask)
         for name, target in (("lease", self._keep_leased), ("watch", self._follow), ("stage", self._stage)):
             thread = threading.Thread(target=self._guarded, args=(name, target), name=name, daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # no thread left: the command runs on
+                self._start.warn(f"{name}: {error}")
+                continue
             if name == "watch":
                 self._watch = thread
 
@@ -163,9 +195,12 @@ class Follower:
         """The command has ended with that status: what is left to be done of it; the status."""
         self._ended.set()
         self._listening.drain()
-        clean = status == 0 or self._command.ended_by is not None
+        clean = status == 0 or self._command.was_asked_to_end(status)
         work = threading.Thread(target=self._guarded, args=("end", lambda: self._finish(status, clean)), daemon=True)
-        work.start()
+        try:
+            work.start()
+        except RuntimeError as error:
+            self._start.warn(f"end: {error}")
         end = time.monotonic() + SAVE_SECONDS
         while work.is_alive() and time.monotonic() < end:
             work.join(0.02)

@@ -38,7 +38,9 @@ USER_LAYOUT = "user-"
 TRIES = 2
 """Versions that are tried before a start is a cold one."""
 BEGIN_SECONDS = 15.0
-"""Seconds that the daemon may look for a startup cache; then the start goes on without."""
+"""For which the daemon may be silent when it is asked for a startup cache; then the start goes on without."""
+BEGIN_AT_MOST = 75.0
+"""For which it may say that it still looks (the region's pack comes: serving.startupcaches.FETCH_SECONDS)."""
 
 
 def run(options: Options) -> int:
@@ -53,6 +55,7 @@ def run(options: Options) -> int:
 
         listening = follower.Listening(start)
         command.block()
+        listening.listen()
     except BaseException as error:
         command.block()
         _give_up(start)
@@ -81,19 +84,30 @@ def _prepare(start: Start) -> Wire:
     try:
         _restore(start, wire)
     except (PipelineNotFound, PermissionRefused):
+        wire.close()
         raise
-    except InstantStartError as error:
-        # A daemon of another release, one that just ended, an index that cannot be read: what it could say of caches is
-        # no reason not to start.
-        start.do_without(f"no startup cache: {error.message}")
+    except Exception as error:
+        # A daemon of another release, one that just ended, an index that cannot be read, an answer of another shape:
+        # what it could say of caches is no reason not to start.
+        said = error.message if isinstance(error, InstantStartError) else f"{type(error).__name__}: {error}"
+        start.do_without(f"no startup cache: {said}")
         wire.close()
         wire = Wire(start.socket)
+    if start.outcome == "not-owner":
+        start.leave_view()  # nothing of it would be kept
     try:
         wire.ask("lease", pipeline=start.pipeline)
     except DaemonUnreachable:  # it is being restarted
         wire.close()
         wire = Wire(start.socket)
-        wire.ask("lease", pipeline=start.pipeline)
+        try:
+            wire.ask("lease", pipeline=start.pipeline)
+        except BaseException:
+            wire.close()
+            raise
+    except BaseException:
+        wire.close()
+        raise
     return wire
 
 
@@ -156,17 +170,18 @@ def _prepare_view(start: Start) -> None:
     named += [(f"{USER_LAYOUT}{at}", name, ()) for at, name in enumerate(options.caches, 1)]
     for name, variable, skip in named:
         path = os.path.join(view.path, name)
-        if variable.startswith("/"):
-            try:
-                view.link(variable, name)
-            except OSError as error:
-                start.warn(f"--cache {variable}: left alone: {error.strerror or error}")
-                continue
-        elif start.environment.get(variable):
+        if start.environment.get(variable):
             continue  # the user's own choice: it is neither restored nor saved
-        else:
+        try:
+            os.makedirs(path, 0o700, exist_ok=True)
+            if variable.startswith("/"):
+                view.link(variable, name)
+        except OSError as error:
+            start.warn(f"{variable}: left alone, neither restored nor kept: {error.strerror or error}")
+            continue
+        if not variable.startswith("/"):
             start.environment[variable] = path
-        os.makedirs(path, 0o700, exist_ok=True)
+            start.led[name] = variable
         start.layouts[name] = skip
 
 
@@ -177,7 +192,7 @@ def _restore(start: Start, wire: Wire) -> None:
         start.key = key_of(options.command, start.engine, start.environment, options.caches)
     except Exception as error:
         start.warn(f"no startup caches: what they depend on cannot be found out: {type(error).__name__}: {error}")
-        start.layouts = {}
+        start.leave_view()
     restore = bool(start.layouts) and not options.no_restore
     damaged: list[int] = []
     for _ in range(TRIES):
@@ -190,6 +205,7 @@ def _restore(start: Start, wire: Wire) -> None:
             start=start.identity,
             requested_ns=_requested_ns(options),
             seconds=BEGIN_SECONDS,
+            at_most=BEGIN_AT_MOST,
         )
         start.identity, start.generation = str(answer["start"]), str(answer["generation"])
         start.mount, start.outcome = str(answer["mount"]), str(answer["outcome"])
@@ -229,10 +245,7 @@ def _start_over(start: Start) -> bool:
         for name in start.layouts:
             os.makedirs(os.path.join(start.view.path, name), 0o700, exist_ok=True)
     except OSError:
-        for layout in LAYOUTS:
-            if layout.name in start.layouts:
-                del start.environment[layout.variable]
-        start.layouts = {}
+        start.leave_view()
         return False
     return True
 

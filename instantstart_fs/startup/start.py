@@ -35,6 +35,8 @@ class Start:
         self.view: View | None = None
         self.layouts: dict[str, tuple[str, ...]] = {}
         """Those that have a directory in the view → names in it that are not kept."""
+        self.led: dict[str, str] = {}
+        """Layout → the variable that was set for it."""
         self.seen: Seen = {}
         """The files that were restored."""
         self.saved: Seen = {}
@@ -48,8 +50,20 @@ class Start:
     def do_without(self, why: str) -> None:
         """Neither restore nor save: ``why`` is said."""
         self.warn(why)
-        self.outcome, self.restored, self.seen, self.saved = "failed", None, {}, {}
+        self.outcome = "failed"
+        self.leave_view()
+
+    def leave_view(self) -> None:
+        """Before the command: it shall use its own directories, as it does without us. Ours would be empty at each
+        start, and what it compiles there would be thrown away."""
+        self.restored, self.seen, self.saved = None, {}, {}
         self.options.no_save = True
+        for variable in self.led.values():
+            self.environment.pop(variable, None)
+        self.led, self.layouts = {}, {}
+        if self.view is not None:
+            with contextlib.suppress(OSError):
+                self.view.unlink()
 
     def say(self, text: str) -> None:
         """Print one line, for people."""

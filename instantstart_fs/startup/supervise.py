@@ -47,12 +47,19 @@ class Command:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the command is to ignore it, too
                 signal.signal(number, self._interrupted)
         self.pid = 0
-        self.ended_by: int | None = None
-        """The first signal that was passed on and asks a process to end."""
+        self.asked_by: set[int] = set()
+        """Signals that ask a process to end, of those that were passed on."""
+        self._is_interrupted = False
 
-    @staticmethod
-    def _interrupted(number: int, _frame: object) -> None:
-        raise Interrupted(number)
+    def _interrupted(self, number: int, _frame: object) -> None:
+        if not self._is_interrupted:  # another one must not end what the first one began
+            self._is_interrupted = True
+            raise Interrupted(number)
+
+    def was_asked_to_end(self, status: int) -> bool:
+        """Whether that exit status is the end that somebody asked for: by the signal itself. An engine that outlived a
+        SIGHUP and crashed later ended by itself."""
+        return status - 128 in self.asked_by
 
     def block(self) -> None:
         """Hold signals back until there is a command that they can go to."""
@@ -102,8 +109,8 @@ class Command:
                 ended = code if code >= 0 else 128 - code
 
     def _pass_on(self, number: signal.Signals, *, by_kernel: bool) -> None:
-        if number in _ENDING and self.ended_by is None:
-            self.ended_by = int(number)
+        if number in _ENDING:
+            self.asked_by.add(int(number))
         if not by_kernel:
             try:
                 os.kill(self.pid, number)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+import stat
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from instantstart_fs.core.enginetable import (
     Engine,
+    config_files,
     is_key_package,
     is_key_variable,
     key_arguments,
@@ -23,8 +26,10 @@ from instantstart_fs.core.enginetable import (
     storable,
 )
 
-FORMAT = "2"
-"""The version of the key. Raise it when a field means something else."""
+FORMAT = "3"
+"""Of the key: raised when what is in it means something else."""
+MAX_CONFIG = 16 * 1024 * 1024
+"""Bytes of a file of options that are looked at, beside its size."""
 
 
 def key_of(
@@ -42,6 +47,8 @@ def key_of(
         "machine": os.uname().machine,
         "caches": shlex.join(caches),
     }
+    for at, path in enumerate(config_files(command), 1):
+        key[f"config {at}"] = _contents(path)
     program = _on_path(command[0], environment)
     interpreter = interpreter_of(command, program)
     known = dict(packages(interpreter, engine)) if interpreter else {}
@@ -57,6 +64,18 @@ def key_of(
     key.update(processor())
     key.update(devices(environment))
     return storable(key)
+
+
+def _contents(path: str) -> str:
+    """What the engine reads there, by its digest: secrets may be in it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO gives nothing, and is not waited for
+        with open(fd, "rb") as file:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return hashlib.sha256(file.read(MAX_CONFIG)).hexdigest() + f" {os.fstat(fd).st_size}"
+    except OSError:
+        pass
+    return f"unread {time.time_ns()}"  # what it says is not known: no other start has this key
 
 
 def _identity(path: str) -> str:

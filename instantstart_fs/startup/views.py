@@ -58,7 +58,7 @@ class View:
         import shutil
 
         with contextlib.suppress(OSError):
-            self._unlink()
+            self.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def link(self, place: str, name: str) -> None:
@@ -66,6 +66,8 @@ class View:
         that is not the link of a start that has ended."""
         base = os.path.dirname(os.path.dirname(self.path))
         with _linking(base):
+            if not os.path.basename(place):
+                raise IsADirectoryError(errno.EISDIR, "name it without a slash at its end")
             try:
                 found = os.readlink(place)
             except FileNotFoundError:
@@ -81,8 +83,8 @@ class View:
                 file.write(os.fsencode(place) + b"\0")
             os.symlink(os.path.join(self.path, name), place)
 
-    def _unlink(self) -> None:
-        """Remove the links. Raises OSError."""
+    def unlink(self) -> None:
+        """Remove the links that lead into it. Raises OSError."""
         known = f"{self.path}.links"
         try:
             with open(known, "rb") as file:
@@ -96,11 +98,14 @@ class View:
         os.unlink(known)
 
     def empty(self) -> None:
-        """Make the directory, empty, whatever an earlier start left there. Raises OSError."""
+        """Make the directory, empty, whatever an earlier start left there. Links that lead into it stay: they lead to
+        what is made there next. Raises OSError."""
         try:
             os.mkdir(self.path, 0o700)
         except FileExistsError:  # an earlier start was killed; shutil takes 4 ms to import
-            self.remove()
+            import shutil
+
+            shutil.rmtree(self.path)
             os.mkdir(self.path, 0o700)
 
 
@@ -126,7 +131,7 @@ def take_view(pipeline: str, base: str) -> View:
                 continue
             view = View(path, lock)
             try:
-                view._unlink()
+                view.unlink()
                 view.empty()
             except OSError:
                 os.close(lock)

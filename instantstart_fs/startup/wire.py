@@ -47,12 +47,17 @@ class Wire:
                     ) from error
             time.sleep(0.1)
 
-    def ask(self, operation: str, *, seconds: float = ANSWER_SECONDS, **fields: object) -> Any:
+    def ask(self, operation: str, *, seconds: float = ANSWER_SECONDS, at_most: float = 0.0, **fields: object) -> Any:
         """The result; descriptors that came with it are in ``descriptors``. ``seconds``: for which it may say
-        nothing."""
+        nothing; ``at_most``: for all of it, 0 = as long as it says something."""
+        end = time.monotonic() + at_most if at_most else float("inf")
         self._socket.settimeout(seconds)
         self.send(operation, **fields)
         while True:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise DaemonUnreachable(f"{self.path}: the daemon did not answer within {at_most:g} s")
+            self._socket.settimeout(min(seconds, left))
             message = self.receive()
             if message.get("type") == "done":
                 return message.get("result")

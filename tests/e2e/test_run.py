@@ -315,6 +315,7 @@ def test_another_user_gets_none_even_if_it_is_root(make_daemon: Callable[..., Da
     site = Site(daemon, tmp_path)
     found = site.compile()
     assert "for the pipeline's owner alone" in found["said"]
+    assert found["cache"] == str(tmp_path / "own"), "its own cache may be warm, ours would be empty each time"
     assert site.versions() == [], "and what it compiled is nobody's"
 
 

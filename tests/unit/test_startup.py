@@ -3,6 +3,7 @@ start gets, what a pack may hold, what an engine's log says."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -33,12 +36,16 @@ from instantstart_fs.core.enginetable import (
 )
 from instantstart_fs.core.startupcache import KEPT, StartupRecord, check_key, choose, surplus, whole_key
 from instantstart_fs.core.startuppack import BadPack, decode_index, encode_index, index_length, is_safe
-from instantstart_fs.errors import UsageError
-from instantstart_fs.startup import options, surroundings
+from instantstart_fs.errors import DaemonUnreachable, UsageError
+from instantstart_fs.startup import follower, options, surroundings, wire
 from instantstart_fs.startup import pack as packs
+from instantstart_fs.startup import run as running
 from instantstart_fs.startup.pack import pack, scan, unpack
 from instantstart_fs.startup.run import check
+from instantstart_fs.startup.start import Start
+from instantstart_fs.startup.supervise import Command, Interrupted
 from instantstart_fs.startup.views import NoView, take_view
+from instantstart_fs.startup.wire import Wire
 
 KEY = {"engine": "vllm", "package torch": "2.13.0", "arguments": "serve /models/x", "driver": "580.1"}
 
@@ -564,7 +571,8 @@ class OldDaemon(threading.Thread):
                 operation = json.loads(line)["request"]["op"]
                 self.asked.append(operation)
                 answer = self.answers.get(operation, {"type": "done", "result": None})
-                connection.sendall(json.dumps(answer).encode() + b"\n")
+                with contextlib.suppress(BrokenPipeError):
+                    connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
 @pytest.mark.parametrize("code", ["usage", "pipeline-busy", "store-damaged", "control-protocol"])
@@ -626,3 +634,195 @@ def test_a_name_that_is_a_path_makes_and_empties_no_directory(tmp_path: Path, na
         with pytest.raises(NoView):
             take_view(name.replace("/srv", str(tmp_path)), str(tmp_path / "views"))
     assert (mine / "precious").exists()
+
+
+# ---------------------------------------------------------------- what a second review found
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (["--hf-token", "--enforce-eager"], ["--hf-token", "--disable-sliding-window"]),
+        (["--api-key", "--enforce-eager"], ["--api-key"]),
+        (["--port", "8000", "a"], ["--port", "8000", "b"]),
+        (["--api-key", "k1", "model-a"], ["--api-key", "k1", "model-b"]),
+    ],
+)
+def test_an_option_without_a_value_hides_no_other_option(one: list[str], two: list[str]) -> None:
+    assert key_arguments(["vllm", "serve", "m", *one], "vllm") != key_arguments(["vllm", "serve", "m", *two], "vllm")
+
+
+@pytest.mark.parametrize("engine", ["vllm", ""])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--api-key", "k1", "s3cret"],
+        ["--api_key", "s3cret", "s3cret"],
+        ["--api-key=k1", "s3cret"],
+        ["--hf_token=s3cret"],
+        ["--kv-transfer-config", '{"api_key": "s3cret"}'],
+        ['--additional-config={"auth": {"token":"s3cret"}}'],
+        ["-c", "VLLM_API_KEY=s3cret vllm serve m"],
+        ["-e", "HF_TOKEN=s3cret"],
+        ["-eHF_TOKEN=s3cret"],
+        ["--otel", "https://me:s3cret@host/x"],
+        ["--header", "Authorization: s3cret"],
+        ["--loader.api-key", "s3cret"],
+    ],
+)
+def test_no_secret_is_in_a_key_in_clear(words: list[str], engine: str) -> None:
+    assert "s3cret" not in key_arguments(["vllm", "serve", "m", *words, "--seed", "1"], engine)
+    assert key_arguments(["vllm", "m", *words], engine).startswith("m")
+
+
+def test_what_a_file_of_options_says_is_in_the_key(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    keys = []
+    for text in ("max-model-len: 1\n", "max-model-len: 2\n"):
+        config.write_text(text)
+        for words in (["--config", str(config)], [f"--config={config}"]):
+            keys.append(surroundings.key_of(["vllm", "serve", "m", *words], engine_of(["vllm"]), {}))
+    assert differences(keys[0], keys[2]) == ("config 1",) == differences(keys[1], keys[3])
+    config.unlink()
+    os.mkfifo(config)  # nobody writes to it: it is not waited for, and no two starts have that key
+    command = ["vllm", "serve", "m", "--config", str(config)]
+    unknown = [surroundings.key_of(command, engine_of(["vllm"]), {}) for _ in range(2)]
+    assert differences(*unknown) == ("config 1",)
+
+
+def test_names_and_values_of_very_many_fields_do_not_run_into_each_other() -> None:
+    many = {f"f{number}": "" for number in range(enginetable.MOST_FIELDS)}
+    assert enginetable.storable({**many, "a=b": "c"}) != enginetable.storable({**many, "a": "b=c"})
+
+
+def test_a_surrogate_that_stands_alone_is_no_path_of_a_pack() -> None:
+    assert not is_safe("triton/\udcff")
+    body = b'[["triton/\\udcff", 0, 0, 420, 0]]'
+    with pytest.raises(BadPack):
+        decode_index(body, 1000)
+
+
+def test_a_view_that_is_emptied_keeps_the_links_that_lead_into_it(tmp_path: Path) -> None:
+    place = tmp_path / "cache"
+    view = take_view("p", str(tmp_path / "base"))
+    view.link(str(place), "user-1")
+    view.empty()
+    assert os.readlink(place) == f"{view.path}/user-1" and os.listdir(view.path) == []
+    with pytest.raises(OSError, match="slash"):
+        view.link(f"{tmp_path}/other/", "user-2")
+    assert not (tmp_path / "other").exists()
+    view.remove()
+    assert not os.path.lexists(place)
+    os.close(view.descriptor)
+
+
+def a_start(tmp_path: Path, *words: str) -> Start:
+    found = options.plain(["run", "p", "--cache-dir", str(tmp_path / "views"), *words, "--", "true"])
+    assert found is not None
+    return Start(found, None)
+
+
+def test_a_layout_that_cannot_be_made_is_left_alone_with_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for layout in enginetable.LAYOUTS:
+        monkeypatch.delenv(layout.variable, raising=False)
+    make = os.makedirs
+
+    def full(path: str, *rest: Any, **named: Any) -> None:
+        if path.endswith(("/triton", "/user-2")):
+            raise OSError(28, "No space left on device")
+        make(path, *rest, **named)
+
+    start = a_start(tmp_path, "--cache", str(tmp_path / "one"), "--cache", str(tmp_path / "two"), "--cache", "MINE")
+    monkeypatch.setattr(os, "makedirs", full)
+    running._prepare_view(start)
+    assert start.view is not None
+    assert "triton" not in start.layouts and "TRITON_CACHE_DIR" not in start.environment
+    assert os.path.lexists(tmp_path / "one") and not os.path.lexists(tmp_path / "two")
+    assert start.environment["MINE"] == f"{start.view.path}/user-3"
+
+    # A view that cannot be emptied of what was half put in place is not led to, by any variable or link.
+    monkeypatch.setattr(type(start.view), "empty", lambda self: full("/triton"))
+    assert not running._start_over(start)
+    assert "MINE" not in start.environment and "VLLM_CACHE_ROOT" not in start.environment
+    assert not os.path.lexists(tmp_path / "one") and not start.layouts and start.options.no_save
+    os.close(start.view.descriptor)
+
+
+@pytest.mark.parametrize("answer", [None, {}, {"start": "1", "record": 5}, []])
+def test_an_answer_of_another_shape_costs_the_start_its_cache_and_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    daemon = OldDaemon(tmp_path / "s", {"startup-begin": {"type": "done", "result": answer}})
+    daemon.start()
+    start = a_start(tmp_path)
+    start.socket = str(tmp_path / "s")
+    running._prepare(start).close()
+    assert daemon.asked == ["startup-begin", "lease"]
+    assert "no startup cache" in capsys.readouterr().err
+    assert "VLLM_CACHE_ROOT" not in start.environment, "its own cache may be warm; ours would be empty at each start"
+    assert start.view is not None
+    start.view.remove()
+    os.close(start.view.descriptor)
+
+
+def test_a_daemon_that_says_for_ever_that_it_still_looks_is_waited_for_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = OldDaemon(tmp_path / "s", {"startup-begin": {"type": "progress"}})
+    daemon.start()
+    found = Wire(str(tmp_path / "s"))
+    monkeypatch.setattr(wire, "time", SimpleNamespace(monotonic=iter(range(0, 10_000, 50)).__next__))
+    found._pending = b'{"type": "progress"}\n' * 100  # more than it may say in that time
+    with pytest.raises(DaemonUnreachable, match="within 75 s"):
+        found.ask("startup-begin", seconds=15.0, at_most=75.0)
+    found.close()
+
+
+def test_a_pattern_that_no_process_looks_for_and_a_machine_without_threads_hold_no_output_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def no_process(*_: object, **__: object) -> int:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "get_inheritable", lambda _: True)
+    monkeypatch.setattr(os, "posix_spawn", no_process)
+    listening = follower.Listening(a_start(tmp_path, "--ready-log", "x"))
+    listening.listen()
+    copy = os.dup(listening.streams[1])  # the command's own
+    listening.begin(())
+    with open(copy, "wb") as command:
+        command.write(b"y" * 300_000)  # more than a pipe takes
+    listening.drain()
+    said = capfd.readouterr()
+    assert len(said.out) == 300_000 and "is not looked for" in said.err
+
+    def no_thread(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    listening = follower.Listening(a_start(tmp_path, "--ready-log", "x"))
+    listening.listen()
+    assert listening.streams == {}, "the command has our own output, then"
+    listening.begin(())
+    assert "is not looked at" in capfd.readouterr().err
+
+    monkeypatch.setattr(os, "pipe2", no_process)
+    assert follower.Listening(a_start(tmp_path, "--ready-log", "x")).streams == {}
+
+
+def test_an_engine_that_outlived_a_signal_and_crashed_later_did_not_end_as_asked() -> None:
+    command = object.__new__(Command)
+    command.asked_by = {signal.SIGHUP}
+    assert command.was_asked_to_end(128 + signal.SIGHUP)
+    assert not command.was_asked_to_end(128 + signal.SIGSEGV) and not command.was_asked_to_end(1)
+
+
+def test_of_two_signals_the_second_does_not_end_what_the_first_began() -> None:
+    command = object.__new__(Command)
+    command._is_interrupted = False
+    with pytest.raises(Interrupted):
+        command._interrupted(signal.SIGTERM, None)
+    command._interrupted(signal.SIGINT, None)
