@@ -35,8 +35,8 @@ from bench.curves import Curve, Line, draw
 from bench.fluid import UNLIMITED, Fluid
 from instantstart_fs.core import region
 from instantstart_fs.core.claims import ClaimBudget, ClaimMark, Take, looking_period, starting_delay
+from instantstart_fs.core.rack import owner
 from instantstart_fs.core.region import Patience, PullPlan
-from instantstart_fs.core.rendezvous import score
 
 GBIT = 1e9 / 8
 MIB = 1024 * 1024
@@ -232,8 +232,7 @@ class Fleet:
         for rack in range(len(self.owner)):
             members = names[rack * size : (rack + 1) * size]
             for piece in range(self.setting.pieces):
-                weights = [score(name, f"{PIN}/{piece}") for name in members]
-                self.owner[rack, piece] = rack * size + weights.index(max(weights))
+                self.owner[rack, piece] = rack * size + members.index(owner(PIN, piece, members))
 
     def run(self) -> dict[str, Any]:
         started = time.monotonic()

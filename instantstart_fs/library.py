@@ -61,9 +61,13 @@ from instantstart_fs.views.status import pipeline_state
 from instantstart_fs.views.store_summary import RegionSummary
 
 if TYPE_CHECKING:
+    from instantstart_fs.config.sections import RegionalConfig
+    from instantstart_fs.filler.regional import Regional
     from instantstart_fs.regional.keys import RegionKey
+    from instantstart_fs.serving.rack_server import RackServer
     from instantstart_fs.serving.startup_region import RegionalStartups
     from instantstart_fs.upkeep.heartbeats import Heartbeats
+    from instantstart_fs.upkeep.rack_beats import RackBeats
 
 log = logging.getLogger(__name__)
 
@@ -230,6 +234,10 @@ class Library:
             self.heartbeats = Heartbeats(
                 self.catalog, self.filler.regional, self.pipelines, lambda: self.telemetry.totals.warmed
             )
+        self.rack_server: RackServer | None = None
+        self.rack_beats: RackBeats | None = None
+        if config.regional is not None and self.filler.regional is not None:
+            self._join_rack(config.regional, self.filler.regional)
         self.admin = Administration(
             self.catalog,
             self.lifecycle,
@@ -263,6 +271,19 @@ class Library:
             self.rechecker,
             self._region_summary,
         )
+
+    def _join_rack(self, config: RegionalConfig, regional: Regional) -> None:
+        if regional.rack is None:
+            return
+        from instantstart_fs.serving.rack_chunks import RackChunks  # late: only a rack needs them
+        from instantstart_fs.serving.rack_server import RackServer
+        from instantstart_fs.upkeep.rack_beats import RackBeats
+
+        chunks = RackChunks(self.catalog, self.open_files, regional)
+        key = regional.settings.key.tickets
+        server = RackServer(config.rack_listen, config.rack_rate, config.host, key, regional.rack, chunks)
+        self.rack_server = server
+        self.rack_beats = RackBeats(regional, regional.rack, lambda: server.address)
 
     def _slot_of(self, pipeline: str, key: RegionKey) -> str | None:
         """The pipeline's slot in a regional tier that has this key."""
@@ -323,6 +344,9 @@ class Library:
                 nursery.start_soon(self.rechecker.run)
             if self.heartbeats is not None:
                 nursery.start_soon(self.heartbeats.run)
+            if self.rack_server is not None and self.rack_beats is not None:
+                nursery.start_soon(self.rack_server.run)
+                nursery.start_soon(self.rack_beats.run)
             try:
                 yield
             finally:

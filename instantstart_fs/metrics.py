@@ -30,7 +30,7 @@ from instantstart_fs.core.access import Outcome
 from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.status import PipelineState, PipelineStatus
-from instantstart_fs.filler.events import FillStatistics, RegionStatistics
+from instantstart_fs.filler.events import FillStatistics, RackStatistics, RegionStatistics
 from instantstart_fs.telemetry.telemetry import FoundBy, Served, Totals
 from instantstart_fs.views.store_summary import StoreSummary
 
@@ -159,6 +159,22 @@ def _start_seconds(source: Source) -> Samples:
     return [((status.pipeline,), found[status.pipeline]) for status in _shown(source) if status.pipeline in found]
 
 
+def _rack(value: Callable[[RackStatistics], float]) -> Callable[[Source], Samples]:
+    def samples(source: Source) -> Samples:
+        rack = source.fills.region.rack if source.fills.region is not None else None
+        return [((), value(rack))] if rack is not None else []
+
+    return samples
+
+
+def _rack_counted(value: Callable[[RackStatistics], tuple[tuple[str, int], ...]]) -> Callable[[Source], Samples]:
+    def samples(source: Source) -> Samples:
+        rack = source.fills.region.rack if source.fills.region is not None else None
+        return [((reason,), count) for reason, count in value(rack)] if rack is not None else []
+
+    return samples
+
+
 def _regional(value: Callable[[RegionStatistics], float]) -> Callable[[Source], Samples]:
     def samples(source: Source) -> Samples:
         region = source.fills.region
@@ -192,6 +208,11 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_regional_pending_chunks", "gauge", "", "Chunks that wait to be written to the regional tier.", _regional(lambda r: r.pending)),
     Definition("instantstart_regional_claims_total", "counter", "", "Claims of chunk groups, won or lost to another host.", lambda s: [(("won",), s.fills.region.claims_won), (("lost",), s.fills.region.claims_lost)] if s.fills.region is not None else [], ("outcome",)),
     Definition("instantstart_regional_fallbacks_total", "counter", "", "What the regional tier did not give, or not rightly, by reason: missing, failed, wrong (the digest), forged (a record), not-written.", lambda s: _counted(lambda s: dict(s.fills.region.fallbacks if s.fills.region is not None else ()))(s), ("reason",)),
+    Definition("instantstart_rack_neighbours", "gauge", "", "Hosts of this host's rack that give it chunks.", _rack(lambda r: r.neighbours)),
+    Definition("instantstart_rack_taken_bytes_total", "counter", "bytes", "Bytes that came from neighbours in the rack, each chunk verified. They are counted as the region's, too.", _rack(lambda r: r.taken_bytes)),
+    Definition("instantstart_rack_given_bytes_total", "counter", "bytes", "Bytes that neighbours in the rack took from this host.", _rack(lambda r: r.given_bytes)),
+    Definition("instantstart_rack_fallbacks_total", "counter", "", "Chunks that a neighbour did not give, by reason: nothing (it has none of that pipeline), busy, failed, wrong (the digest).", _rack_counted(lambda r: r.fallbacks), ("reason",)),
+    Definition("instantstart_rack_refused_total", "counter", "", "Requests of neighbours that got no chunk, by reason: nothing, later (not here in time), busy, ticket, malformed.", _rack_counted(lambda r: r.refused), ("reason",)),
     Definition("instantstart_regional_left_alone", "gauge", "", "1 while the regional tier fails and is not asked.", _regional(lambda r: float(bool(r.broken)))),
     Definition("instantstart_fetch_retries_total", "counter", "", "Requests to origins that failed, and were made again unless that was in vain; by the error's code (429 and 503 are origin-throttled), or worker-lost where the fetch process ended.", _retries, ("origin", "code")),
     Definition("instantstart_origin_answer_seconds", "histogram", "seconds", "From a request for bytes to the first byte of its good answer: connecting, TLS and redirects included, fetching them not.", _answers, ("origin",)),

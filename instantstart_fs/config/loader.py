@@ -44,7 +44,7 @@ from instantstart_fs.config.units import (
     parse_rate,
     parse_size,
 )
-from instantstart_fs.core.addresses import is_named
+from instantstart_fs.core.addresses import is_named, split_address
 from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.errors import ConfigError
@@ -148,6 +148,9 @@ class _Regional(Table):
     rate: str | int | None = None
     capacity: str | int | None = None
     verify: Literal["chunks", "origin"] = "chunks"
+    rack: str | None = None
+    rack_listen: str | None = None
+    rack_rate: str | int | None = None
 
 
 class _File(Table):
@@ -438,4 +441,24 @@ def _regional(at: At, raw: _Regional) -> RegionalConfig:
         rate=at.parsed("regional.rate", parse_rate, raw.rate) if raw.rate is not None else None,
         verify=raw.verify,
         capacity=at.parsed("regional.capacity", parse_size, raw.capacity) if raw.capacity is not None else None,
+        **_rack(at, raw),
     )
+
+
+def _rack(at: At, raw: _Regional) -> dict[str, Any]:
+    if raw.rack is None:
+        given = [key for key in ("rack_listen", "rack_rate") if getattr(raw, key) is not None]
+        at.require(not given, f"regional.{given[0]}" if given else "", "it says nothing without regional.rack")
+        return {}
+    at.require(_HOST.match(raw.rack) is not None, "regional.rack", f"{raw.rack[:80]!r} is no rack's name")
+    found: dict[str, Any] = {"rack": raw.rack}
+    if raw.rack_rate is not None:
+        found["rack_rate"] = at.parsed("regional.rack_rate", parse_rate, raw.rack_rate)
+    if raw.rack_listen is not None:
+        place = split_address(raw.rack_listen)
+        if place is None or ipaddress.ip_address(place[0]).is_unspecified:
+            raise at.fail(
+                "regional.rack_listen", f"{raw.rack_listen[:80]!r} is no IP address, as the rack knows it, and a port"
+            )
+        found["rack_listen"] = place
+    return found

@@ -152,6 +152,10 @@ class OriginsConfig(msgspec.Struct, frozen=True):
     allow_private: tuple[str, ...] = ()
 
 
+RACK_PORT = 9848
+RACK_RATE = 2 << 30
+
+
 class UpstreamConfig(msgspec.Struct, frozen=True):
     """Another region's tier. None means the same as in RegionalConfig."""
 
@@ -167,7 +171,9 @@ class RegionalConfig(msgspec.Struct, frozen=True):
     before the origin; ``key_file``: of the region's secret; ``host``: this host's name; ``verify``: "chunks" believes a
     file whose every chunk is what the region's seal says, "origin" hashes it here as well; ``rate``: bytes a second
     that are written back, None = any; ``startup_caches``: whether what engines compiled travels, too; ``capacity``:
-    bytes that the tier may hold, which `regional gc` sees to."""
+    bytes that the tier may hold, which `regional gc` sees to; ``rack``: hosts behind one uplink that take chunks from
+    each other, None = off; ``rack_listen``: where this one answers them, ("", port) = the address that its default
+    route has; ``rack_rate``: bytes a second that it gives them at most."""
 
     url: str
     key_file: str
@@ -181,6 +187,9 @@ class RegionalConfig(msgspec.Struct, frozen=True):
     verify: Literal["chunks", "origin"] = "chunks"
     startup_caches: bool = True
     capacity: int | None = None
+    rack: str | None = None
+    rack_listen: tuple[str, int] = ("", RACK_PORT)
+    rack_rate: int = RACK_RATE
 
 
 class Config(msgspec.Struct, frozen=True):

@@ -75,6 +75,15 @@ def parse_address(text: str) -> Address | None:
         return None
 
 
+def split_address(text: str) -> tuple[str, int] | None:
+    """The IP address and the port of ``address:port``; None where it is anything else."""
+    host, _, port = text.rpartition(":")
+    address = parse_address(host.removeprefix("[").removesuffix("]"))
+    if address is None or not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        return None
+    return str(address), int(port)
+
+
 def plain_host(host: str) -> str:
     """``host`` as hosts are compared: lower case, without brackets and the root's dot."""
     return host.strip("[]").lower().rstrip(".")

@@ -28,9 +28,9 @@ from instantstart_fs.errors import (
     without_secrets,
 )
 
-Service = Literal["s3", "hub", ""]
-"""The party that answers at an address: the source's own service, whose refusal is the source's; "" = somebody on its
-behalf."""
+Service = Literal["s3", "hub", "rack", ""]
+"""The party that answers at an address: the source's own service, whose refusal is the source's; "rack": a host beside
+this one; "" = somebody on its behalf."""
 
 MOST_ERROR_BODY = 16 * 1024
 """The bytes of a refusal's body that are looked at."""

@@ -178,8 +178,9 @@ class Connections:
         # Read once, as requests does per session: the environment does not change under a process.
         self._proxies = urllib.request.getproxies()
 
-    def pool(self, url: str, named: tuple[str, ...]) -> urllib3.PoolManager:
-        """The pool to ask for ``url``. ``named``: what else than public addresses it may connect to.
+    def pool(self, url: str, named: tuple[str, ...], *, direct: bool = False) -> urllib3.PoolManager:
+        """The pool to ask for ``url``. ``named``: what else than public addresses it may connect to; ``direct``: never
+        over a proxy.
 
         Raises:
             OriginUnsupported: The address is neither http nor https.
@@ -190,7 +191,7 @@ class Connections:
         if parts.scheme not in ("http", "https") or not host:
             raise OriginUnsupported(f"{shown_url(url)} is no http, https or file address")
         proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
-        if proxy and urllib.request.proxy_bypass(host):
+        if proxy and (direct or urllib.request.proxy_bypass(host)):
             proxy = None
         if proxy:
             check_behind_proxy(host, permit(named))

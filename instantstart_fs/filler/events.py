@@ -47,10 +47,24 @@ class BreakerState(msgspec.Struct, frozen=True):
     in_flight: int
 
 
+class RackStatistics(msgspec.Struct, frozen=True):
+    """Since the start. ``neighbours`` live now, this host not counted; ``taken_bytes`` came from them (they count as
+    the region's, too), ``given_bytes`` went to them; ``fallbacks``: what they did not give, by reason; ``refused``:
+    requests of theirs that got no chunk, by reason."""
+
+    rack: str
+    neighbours: int
+    taken_bytes: int
+    given_bytes: int
+    fallbacks: tuple[tuple[str, int], ...] = ()
+    refused: tuple[tuple[str, int], ...] = ()
+
+
 class RegionStatistics(msgspec.Struct, frozen=True):
     """Since the start. ``fallbacks``: what the tier did not give, or not rightly, by reason; ``broken``: why it is left
     alone now, "" = it is not, ``broken_since_ns``: the wall clock when that began; ``missed_bytes`` of files under the
-    region came from their origins; ``pending``: chunks that wait to be written to it."""
+    region came from their origins; ``pending``: chunks that wait to be written to it; ``rack``: what is taken from and
+    given to neighbours, None without a rack level."""
 
     taken_bytes: int = 0
     put_bytes: int = 0
@@ -61,6 +75,7 @@ class RegionStatistics(msgspec.Struct, frozen=True):
     broken_since_ns: int = 0
     missed_bytes: int = 0
     pending: int = 0
+    rack: RackStatistics | None = None
 
 
 class FillStatistics(msgspec.Struct, frozen=True):

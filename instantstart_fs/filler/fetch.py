@@ -172,7 +172,7 @@ class Fetcher:
         for _ in range(MOST_REDIRECTS + 1):
             where = shown_url(url)
             try:
-                response = self._connections.pool(url, location.named).urlopen(
+                response = self._connections.pool(url, location.named, direct=location.service == "rack").urlopen(
                     "GET",
                     url,
                     headers=headers,

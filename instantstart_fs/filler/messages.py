@@ -49,13 +49,15 @@ class Piece(msgspec.Struct, frozen=True):
     """A chunk as an object of its own, in a regional tier: its keyed digest, then its bytes.
 
     ``key``: of the digest, bound to this very chunk. ``digest``: what it must be where a seal says so, b"" = what the
-    object says, which counts since only who has the region's key can have made it.
+    object says, which counts since only who has the region's key can have made it. ``neighbour``: a host of the rack
+    is asked, who may say no digest where this one has a seal's.
     """
 
     url: str
     key: bytes
     digest: bytes = b""
     headers: tuple[tuple[str, str], ...] = ()
+    neighbour: bool = False
 
 
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
@@ -52,7 +53,7 @@ class RegionSettings(msgspec.Struct, frozen=True):
     """``stores``: the region's own tier, then those asked before the origin; ``keys``: of each. ``trust_seals``: a file
     whose every chunk is what a seal of the region says is not hashed here. ``rate``: bytes a second that are written
     back, None = any. ``recheck``: seconds after which an origin is asked again whether a pipeline may be read, None =
-    it is not."""
+    it is not. ``rack``: whose hosts give each other chunks, "" = they do not."""
 
     host: str
     key: RegionKey
@@ -62,6 +63,7 @@ class RegionSettings(msgspec.Struct, frozen=True):
     write_back: bool = True
     rate: int | None = None
     recheck: float | None = None
+    rack: str = ""
 
 
 class Place(NamedTuple):
@@ -69,6 +71,20 @@ class Place(NamedTuple):
 
     slot: str
     pin: str
+
+
+class Line:
+    """What of a file a host of a rack takes, when and from whom (filler/region_rack.py)."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[int] = deque()
+        """Chunks that the tier has, in this host's order."""
+        self.ahead: set[int] = set()
+        """Those of them that were opened and have not come."""
+        self.owed: set[int] = set()
+        """Chunks that a neighbour asks this host for: it takes them from the tier itself."""
+        self.tried: dict[int, int] = {}
+        """How many neighbours did not give a chunk."""
 
 
 class Follow:
@@ -93,6 +109,8 @@ class Follow:
         self.seals: dict[int, Seal] = {}
         self.digests: dict[int, bytes] = {}
         self.proven: set[int] = set()
+        self.line = Line()
+        """Of chunks that the tier has, which a host of a rack opens one after the other."""
         self.began_empty = fill.target.present.count == 0
         self.flights: dict[int, tuple[FetchRequest, float, int]] = {}
         """By chunk: the request, when it was sent (FairClock), which source."""

@@ -28,4 +28,5 @@ def region_settings(config: RegionalConfig, recheck: float | None = None) -> Reg
         write_back=config.write_back,
         rate=config.rate,
         recheck=recheck,
+        rack=config.rack or "",
     )

@@ -7,6 +7,8 @@ or gives wrong is opened at the origin, chunk by chunk; the origin's own path is
     Filler.enter ─► Follow (asked → sealed | followed | off) ─► PullPlan ─► open here or there ─► requests
     chunks from the origin ─► write-back (read, digest, put) ─► seal, once this host has proven the file
 
+With a rack level (filler/region_rack.py) what the tier holds is asked of the neighbour that owns it in the rack first.
+
 Everything that waits for the tier runs in threads, with a deadline, and never on the way of a reader: a demanded chunk
 goes to the origin when its patience ends, whatever the tier's threads do meanwhile.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import trio
 
@@ -38,6 +40,7 @@ from instantstart_fs.filler.tierkey import file_key
 from instantstart_fs.origins.base import OriginKey
 
 if TYPE_CHECKING:
+    from instantstart_fs.filler.region_rack import Neighbour, RackLevel
     from instantstart_fs.regional.keys import RegionKey
 
 log = logging.getLogger(__name__)
@@ -76,8 +79,15 @@ class Regional:
         self.access = self._claims.access
         self._writeback = WriteBack(settings, self._tiers)
         self.reads = TierReads(self._tiers, self._claims, self, self._places)
+        self.rack: RackLevel | None = None
+        if settings.rack:
+            from instantstart_fs.filler.region_rack import RackLevel  # late: few have it
+
+            self.rack = RackLevel(settings)
         self._patience: dict[OriginKey, Patience] = {}
         self._follows: dict[FileKey, Follow] = {}
+        self._by_pin: dict[str, Follow] = {}
+        """What neighbours may ask for."""
         self._busy: set[Follow] = set()
         """Those with readers or requests, for which time alone may change something."""
         self._clock = FairClock(0.0)
@@ -95,6 +105,7 @@ class Regional:
             broken=self._tiers.told,
             broken_since_ns=self._tiers.told_at_ns if self._tiers.told else 0,
             pending=self._writeback.pending,
+            rack=self.rack.statistics if self.rack is not None else None,
         )
 
     @property
@@ -154,7 +165,7 @@ class Regional:
         present = [chunk in target.present for chunk in range(chunks)]
         patience = self._patience.setdefault(target.origin.key, Patience())
         pull = PullPlan(self._settings.host, places[0].pin, present, patience, upstream=len(self._tiers.sources) - 1)
-        follow = self._follows[target.key] = Follow(fill, places, pull)
+        follow = self._follows[target.key] = self._by_pin[places[0].pin] = Follow(fill, places, pull)
         self._plan.add(follow.tier_key, target.key.pipeline, self._tiers.sources[0].key, target.present)
         self._plan.shut(target.key, range(chunks))
 
@@ -188,6 +199,9 @@ class Regional:
             if whole:
                 follow.pull.demand_whole(trio.current_time())
             self._busy.add(follow)
+            for chunk in wanted if self.rack is not None else ():
+                if follow.pull.route(chunk) == 0:  # it may wait in the line
+                    self._plan.open(follow.tier_key, chunk)
             self._claims.urge(follow)
             follow.changed.set()
 
@@ -204,6 +218,8 @@ class Regional:
         follow = self._follows.pop(key, None)
         if follow is None:
             return
+        if self._by_pin.get(follow.pin) is follow:
+            del self._by_pin[follow.pin]
         self._plan.remove(follow.tier_key)
         follow.flights.clear()
         self._busy.discard(follow)
@@ -254,9 +270,13 @@ class Regional:
         self._plan.arrived(follow.tier_key, chunk)
         follow.pull.came(chunk)
         length = fill.target.present.byte_range(chunk).length
+        neighbour = self._neighbour(request)
         if request.piece is not None:
             self._taken += length
-            self._tiers.answers(0)
+            if neighbour is None or self.rack is None:
+                self._tiers.answers(0)
+            else:
+                self.rack.gave(neighbour, length)
             source = flight[2] if flight is not None else 0
             if source == 0:
                 follow.digests[chunk] = request.digest
@@ -274,6 +294,7 @@ class Regional:
             if request.answered is not None:
                 self._patience[fill.target.origin.key].took(request.answered + 0.05)
             self._writeback.add(follow, chunk)
+        self._open_line(follow, chunk)
         follow.changed.set()
 
     def failed(self, request: FetchRequest, error: InstantStartError) -> None:
@@ -284,6 +305,9 @@ class Regional:
         _, _, source = follow.flights.pop(request.chunk, (request, 0.0, 0))
         if isinstance(error, StoreError):  # not the tier's fault
             self._plan.failed(follow.tier_key, request.chunk, held_until=trio.current_time() + 2.0)
+            return
+        if (neighbour := self._neighbour(request)) is not None:
+            self._neighbour_failed(follow, request.chunk, neighbour, error)
             return
         self._fall_back(follow, request.chunk, source, error)
 
@@ -341,15 +365,35 @@ class Regional:
         """Open each chunk where its plan says."""
         if follow.ended:
             return
+        lined_up: list[int] = []
         for chunk, source in follow.pull.take_moves(trio.current_time()):
             if source == WAIT:
+                continue
+            if source == 0 and self._lines_up(follow, chunk):
+                lined_up.append(chunk)
                 continue
             if source < len(self._tiers.sources):
                 self._plan.open(follow.tier_key, chunk)
             else:
                 self._plan.shut(follow.tier_key, [chunk])
                 self._plan.open(follow.key, chunk)
+                follow.line.ahead.discard(chunk)
+        if lined_up and self.rack is not None:
+            self._plan.shut(follow.tier_key, lined_up)
+            self.rack.line_up(follow, lined_up)
+        self._open_line(follow)
         self._table.wakeup.set()
+
+    def _lines_up(self, follow: Follow, chunk: int) -> bool:
+        """Whether the chunk has its turn in the order of a host of a rack; a reader's has not."""
+        return self.rack is not None and self.rack.orders(follow) and not follow.pull.demanded(chunk)
+
+    def _open_line(self, follow: Follow, came: int = -1) -> None:
+        """Open what is next in the line of a host of a rack. ``came``: a chunk that is here now."""
+        if self.rack is not None and not follow.over():
+            follow.line.ahead.discard(came)
+            for chunk in self.rack.opened(follow):
+                self._plan.open(follow.tier_key, chunk)
 
     def _dispatch(self, follow: Follow, request: Request[FileKey], source: int) -> None:
         from instantstart_fs.regional.records import chunk_name
@@ -366,8 +410,15 @@ class Regional:
             self._plan.failed(follow.tier_key, chunk)
             self._fall_back(follow, chunk, source, error)
             return
-        piece = Piece(address.url, tier.secret.chunk_key(pin, chunk, length), digest, address.headers)
-        sent = self._delivery.dispatch(request, follow.fill, piece, tier)
+        key = tier.secret.chunk_key(pin, chunk, length)
+        chosen = None
+        if source == 0 and self.rack is not None:
+            reader = request.demand or follow.pull.demanded(chunk)
+            chosen = self.rack.choose(follow, chunk, key, digest, reader=reader)
+        if chosen is not None:
+            sent = self._delivery.dispatch(request, follow.fill, chosen[1], chosen[0])
+        else:
+            sent = self._delivery.dispatch(request, follow.fill, Piece(address.url, key, digest, address.headers), tier)
         follow.flights[chunk] = (sent, self._clock.time, source)
         follow.last_byte[chunk] = self._clock.time
         self._busy.add(follow)
@@ -388,6 +439,31 @@ class Regional:
         follow.pull.failed(chunk, source)
         self._plan.failed(follow.tier_key, chunk)
         self.apply(follow)
+
+    def _neighbour(self, request: FetchRequest) -> Neighbour | None:
+        """The host of the rack that was asked, None where it was somebody else."""
+        from_rack = request.piece is not None and request.piece.neighbour
+        return cast("Neighbour", request.source) if from_rack else None
+
+    def _neighbour_failed(self, follow: Follow, chunk: int, neighbour: Neighbour, error: InstantStartError) -> None:
+        assert self.rack is not None
+        self.rack.failed(neighbour, follow, chunk, error)
+        follow.proven.discard(chunk)
+        self._plan.failed(follow.tier_key, chunk)
+        self._table.wakeup.set()
+
+    def followed(self, slot: str, pin: str) -> Follow | None:
+        """The file that is filled here under these names."""
+        found = self._by_pin.get(pin)
+        return found if found is not None and found.slot == slot else None
+
+    def owe(self, follow: Follow, chunk: int) -> None:
+        """A neighbour waits for this chunk: take it from the tier, if that has it, and not from a neighbour."""
+        if not follow.over() and chunk not in follow.line.owed:
+            follow.line.owed.add(chunk)
+            if follow.pull.route(chunk) == 0:
+                self._plan.open(follow.tier_key, chunk)
+                self._table.wakeup.set()
 
     def tier_failed(self, error: InstantStartError) -> None:
         """Leave the tier alone for a while where it fails too often."""
@@ -438,10 +514,15 @@ class Regional:
                 follow.last_byte[chunk] = fair
                 continue
             demanded = request.demand or follow.pull.demanded(chunk)
-            if fair < give_up_at(began, follow.last_byte.get(chunk, began), demanded=demanded):
+            neighbour = self._neighbour(request)
+            patient = give_up_at if neighbour is None or self.rack is None else self.rack.give_up_at
+            if fair < patient(began, follow.last_byte.get(chunk, began), demanded=demanded):
                 continue
             self._delivery.stop(follow.fill, chunk)
             follow.flights.pop(chunk, None)
+            if neighbour is not None:
+                self._neighbour_failed(follow, chunk, neighbour, OriginUnavailable("it is too slow"))
+                continue
             error = OriginUnavailable("the tier is too slow")
             if follow.pull.slow(chunk, source):
                 self._tiers.count("failed")

@@ -209,7 +209,7 @@ def collect(store: TierStore, rules: Rules, progress: Progress = _silent) -> Col
         if age(stored, now) > LEFT_SECONDS:
             store.delete(stored.name)
             total.left += 1
-    for stored in store.list("v1/hosts/", MOST_LEFT):
+    for stored in (*store.list("v1/hosts/", MOST_LEFT), *store.list("v1/racks/", MOST_LEFT)):
         if age(stored, now) > LOST_SECONDS:
             store.delete(stored.name)
             total.hosts += 1

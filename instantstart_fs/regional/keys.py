@@ -51,6 +51,8 @@ class RegionKey:
         self._names: bytes = blake3.blake3(key, derive_key_context="instantstart regional names v1").digest()
         self._chunks: bytes = blake3.blake3(key, derive_key_context="instantstart regional chunks v1").digest()
         self._records: bytes = blake3.blake3(key, derive_key_context="instantstart regional records v1").digest()
+        self.tickets: bytes = blake3.blake3(key, derive_key_context="instantstart regional tickets v1").digest()
+        """The key of the tickets by which hosts of a rack ask each other (core/rack.py)."""
 
     def slot(self, spec: PipelineSpec) -> str:
         """The name of a pipeline's slot: its id and its sources, globs included."""
@@ -68,6 +70,10 @@ class RegionKey:
     def host(self, host: str) -> str:
         """The name of a host."""
         return self._name("host", host)
+
+    def rack(self, rack: str) -> str:
+        """The name of a rack."""
+        return self._name("rack", rack)
 
     def revision(self, slot: str, revision: str) -> str:
         """What a pipeline is pinned to, in 8 hex digits: equal where it is the same."""

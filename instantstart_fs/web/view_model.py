@@ -16,6 +16,7 @@ import msgspec
 from instantstart_fs.core.coldstart import ColdStart, late, length, phases, scale
 from instantstart_fs.core.humanize import human_bytes, human_seconds
 from instantstart_fs.core.status import PipelineState, PipelineStatus
+from instantstart_fs.filler.events import RackStatistics
 from instantstart_fs.views.store_summary import RegionSummary, StoreSummary
 from instantstart_fs.web.problems import Problem, problems
 
@@ -99,7 +100,7 @@ class StoreView(msgspec.Struct, frozen=True):
 
 class RegionView(msgspec.Struct, frozen=True):
     """``taken``: bytes from tiers; ``missed``: from origins though under the region; ``hit``: percent, None before any;
-    ``fallbacks``: what the tier did not give, by reason."""
+    ``fallbacks``: what the tier did not give, by reason; ``rack``: what came from and went to neighbours."""
 
     endpoint: str
     state: str
@@ -114,6 +115,7 @@ class RegionView(msgspec.Struct, frozen=True):
     claims_won: int
     claims_lost: int
     fallbacks: str
+    rack: str | None = None
 
 
 class View(msgspec.Struct, frozen=True):
@@ -254,6 +256,16 @@ def _region(found: RegionSummary) -> RegionView:
         claims_won=figures.claims_won,
         claims_lost=figures.claims_lost,
         fallbacks=", ".join(f"{count} {reason}" for reason, count in figures.fallbacks),
+        rack=_rack(figures.rack) if figures.rack is not None else None,
+    )
+
+
+def _rack(figures: RackStatistics) -> str:
+    others = f"{figures.neighbours} neighbour{'' if figures.neighbours == 1 else 's'}"
+    taken, given = human_bytes(figures.taken_bytes), human_bytes(figures.given_bytes)
+    failed = ", ".join(f"{count} {reason}" for reason, count in figures.fallbacks)
+    return f"rack {figures.rack}: {others}, {taken} from them, {given} to them" + (
+        f" (not: {failed})" if failed else ""
     )
 
 

@@ -20,7 +20,7 @@ from instantstart_fs.core.coldstart import ColdStart
 from instantstart_fs.core.eviction import Budget
 from instantstart_fs.core.histogram import Histogram
 from instantstart_fs.core.status import FillStatus, PipelineStatus, TierStatus
-from instantstart_fs.filler.events import BreakerState, FillStatistics, RegionStatistics
+from instantstart_fs.filler.events import BreakerState, FillStatistics, RackStatistics, RegionStatistics
 from instantstart_fs.filler.tally import ANSWER_BUCKETS
 from instantstart_fs.telemetry.telemetry import Totals
 from instantstart_fs.views.store_summary import RegionSummary, ScrubSummary, StoreSummary
@@ -79,7 +79,13 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
         commits=7,
         poisoned=1,
         index_stuck=False,
-        region=RegionStatistics(taken_bytes=8, put_bytes=9, claims_won=1, fallbacks=(("wrong", 1),)),
+        region=RegionStatistics(
+            taken_bytes=8,
+            put_bytes=9,
+            claims_won=1,
+            fallbacks=(("wrong", 1),),
+            rack=RackStatistics("r17", 2, 5, 6, (("busy", 1),), (("ticket", 2),)),
+        ),
         fetched_from=tuple((f"s3://h{number:03}", 1) for number in range(origins)),
         retried=tuple(((f"s3://h{number:03}", "origin-throttled"), 2) for number in range(origins)),
         answers=tuple((f"s3://h{number:03}", answered(0.3)) for number in range(origins)),

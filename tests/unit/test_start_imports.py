@@ -21,6 +21,7 @@ def test_a_start_imports_nothing_that_the_mount_does_not_need() -> None:
     imported = set(done.stdout.split())
     assert "instantstart_fs.daemon" in imported
     assert LATER & imported == set()
+    assert not [name for name in imported if "instantstart_fs" in name and "rack" in name.replace("track", "")]
 
 
 def test_version_is_told_without_the_imports_of_the_commands() -> None:

@@ -1,0 +1,169 @@
+"""Takes chunks that the region's tier holds from neighbours in the rack, so that each group crosses the uplink once.
+
+It is asked for each chunk that PullPlan sends to the tier: whether a neighbour is to give it (``choose``), in which
+order chunks of a file are opened (``line_up``), and what follows when a neighbour fails. The tier is the way out at any
+time: core/rack.py decides, and a chunk goes to at most two neighbours before it goes there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import trio
+
+from instantstart_fs.core import rack
+from instantstart_fs.core.faults import Fault
+from instantstart_fs.core.manifest import ManifestFile
+from instantstart_fs.core.region import GROUP_CHUNKS
+from instantstart_fs.errors import (
+    InstantStartError,
+    OriginMisbehaved,
+    OriginNotFound,
+    OriginThrottled,
+    OriginUnavailable,
+)
+from instantstart_fs.filler.events import RackStatistics
+from instantstart_fs.filler.messages import Piece
+from instantstart_fs.filler.region_follow import Follow, RegionSettings
+from instantstart_fs.origins.base import Location, OriginKey
+
+if TYPE_CHECKING:
+    from instantstart_fs.regional.keys import RegionKey
+
+log = logging.getLogger(__name__)
+
+WINDOW = 4 * GROUP_CHUNKS
+"""Chunks of a file that are open at once: enough to keep a host's connections busy, few enough to keep its order."""
+TIER = 0
+"""The region's own tier among a file's sources: only what that holds is taken from neighbours."""
+
+
+class Neighbour:
+    """One host of the rack as a source of chunks; all of a rack are one for the counters."""
+
+    def __init__(self, host: str, address: str, key: OriginKey) -> None:
+        self.host = host
+        self.address = address
+        self.key = key
+
+    def locate(self, file: ManifestFile) -> Location:
+        raise OriginUnavailable(f"{file.path}: a neighbour keeps no files")
+
+
+class RackLevel:
+    """On the trio thread. ``clock``: the storage's, None while it is not known: then nobody is asked."""
+
+    def __init__(self, settings: RegionSettings) -> None:
+        self._secret: RegionKey = settings.key
+        self._rack = settings.rack
+        self._key = OriginKey("rack", settings.rack, "")
+        self._sources: dict[str, Neighbour] = {}
+        self._neighbours = rack.Neighbours(settings.host)
+        self.clock: Callable[[], float | None] = lambda: None
+        self.taken_bytes = self.given_bytes = 0
+        self.fallbacks: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+
+    @property
+    def statistics(self) -> RackStatistics:
+        return RackStatistics(
+            self._rack,
+            len(self._sources),
+            self.taken_bytes,
+            self.given_bytes,
+            tuple(sorted(self.fallbacks.items())),
+            tuple(sorted(self.refused.items())),
+        )
+
+    def live(self, hosts: dict[str, str]) -> None:
+        """These hosts of the rack live, with their addresses; this one may be among them."""
+        self._neighbours.live(hosts)
+        self._sources = {name: Neighbour(name, hosts[name], self._key) for name in self._neighbours.names}
+
+    # -- in which order --------------------------------------------------------------------------------------------
+
+    def orders(self, follow: Follow) -> bool:
+        """Whether chunks of this file go through its line."""
+        return bool(self._sources) and follow.pull.groups > 1
+
+    def line_up(self, follow: Follow, chunks: Iterable[int]) -> None:
+        """These can be had of the tier: they are opened in this host's order, after those that wait already."""
+        groups: dict[int, list[int]] = {}
+        for chunk in chunks:
+            groups.setdefault(chunk // GROUP_CHUNKS, []).append(chunk)
+        hosts = [self._neighbours.me, *self._sources]
+        for group in rack.walk(self._neighbours.me, follow.pin, groups, hosts):
+            follow.line.waiting.extend(groups[group])
+
+    @staticmethod
+    def opened(follow: Follow) -> Iterator[int]:
+        """Chunks to open now."""
+        line = follow.line
+        while line.waiting and len(line.ahead) < WINDOW:
+            chunk = line.waiting.popleft()
+            if follow.pull.route(chunk) == TIER:
+                line.ahead.add(chunk)
+                yield chunk
+
+    # -- from whom -------------------------------------------------------------------------------------------------
+
+    def choose(
+        self, follow: Follow, chunk: int, key: bytes, digest: bytes, *, reader: bool
+    ) -> tuple[Neighbour, Piece] | None:
+        """The neighbour to ask for a chunk that the tier holds, and what to ask; None: the tier. ``key`` of its digest;
+        ``digest``: what the seal says of it, b"" without a seal."""
+        now, line = self.clock(), follow.line
+        if (
+            now is None
+            or chunk in line.owed
+            or line.tried.get(chunk, 0) >= rack.MOST_NEIGHBOURS_ASKED
+            or follow.target.present.byte_range(chunk).length < rack.LEAST_BYTES
+        ):
+            return None
+        host = self._neighbours.owner(follow.slot, follow.pin, chunk // GROUP_CHUNKS, trio.current_time())
+        source = self._sources.get(host) if host is not None else None
+        if source is None:
+            return None
+        wait = rack.READER_WAIT_SECONDS if reader else rack.WAIT_SECONDS
+        asked = rack.Asked(follow.slot, follow.pin, chunk, wait, bool(digest))
+        ticket = rack.make_ticket(self._secret.tickets, source.host, asked, now)
+        url = f"http://{source.address}{rack.path_of(asked)}"
+        return source, Piece(url, key, digest, (("Authorization", ticket),), neighbour=True)
+
+    @staticmethod
+    def give_up_at(began: float, last_byte: float, *, demanded: bool) -> float:
+        """When a neighbour has been too slow with a chunk."""
+        return rack.give_up_at(began, last_byte, demanded=demanded)
+
+    def gave(self, source: Neighbour, length: int) -> None:
+        """A chunk came from it, and is what it should be."""
+        self._neighbours.gave(source.host)
+        self.taken_bytes += length
+
+    def failed(self, source: Neighbour, follow: Follow, chunk: int, error: InstantStartError) -> None:
+        """It did not give a chunk: another neighbour, or the tier, is asked for it."""
+        now, host, line = trio.current_time(), source.host, follow.line
+        if isinstance(error, OriginNotFound):
+            reason = "nothing"
+            self._neighbours.has_nothing(host, follow.slot, now)
+            line.tried[chunk] = line.tried.get(chunk, 0) + 1
+        else:
+            line.tried[chunk] = rack.MOST_NEIGHBOURS_ASKED
+            if isinstance(error, OriginThrottled):
+                reason = "busy"
+            elif isinstance(error, OriginMisbehaved) and error.fault not in (Fault.CUT, Fault.ANSWER):
+                reason = "wrong"
+                self._neighbours.lied(host, now)
+                log.error(
+                    "the neighbour %s gave wrong bytes and is not asked for %d minutes: %s",
+                    *(host, rack.WRONG_SECONDS // 60, error.message),
+                    extra={"pipeline": follow.key.pipeline},
+                )
+            else:
+                reason = "failed"
+                if self._neighbours.failed(host, now):
+                    log.warning("the neighbour %s is left alone for a while: %s", host, error.message)
+        self.fallbacks[reason] += 1

@@ -1,0 +1,91 @@
+"""Where the hosts of a rack answer their neighbours: one small object for each host. Blocks.
+
+    v1/racks/<rack>/<host>.<content>     RackRecord, with a MAC over the name and the body
+
+A listing of one rack names its living hosts; each state of a host is read once. Age is the storage's own clock, which a
+host tells from its own record: tickets expire by that clock, so that no two hosts' clocks are compared.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import msgspec
+
+from instantstart_fs.core import placement
+from instantstart_fs.core.addresses import split_address
+from instantstart_fs.errors import OriginMisbehaved, OriginNotFound
+from instantstart_fs.regional.keys import RegionKey
+from instantstart_fs.regional.records import MAC, Forged, pack, unpack
+from instantstart_fs.regional.store import Stored, TierStore
+
+DIRECTORY = "v1/racks/"
+MOST_HOSTS = 256
+"""Of one rack."""
+MOST_RECORD = MAC + 1024
+_NAME = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{16}\Z")
+
+
+class RackRecord(msgspec.Struct, frozen=True):
+    """``address``: an IP address and a port."""
+
+    host: str
+    rack: str
+    address: str
+
+
+class Rack(NamedTuple):
+    """``hosts``: the address of each that lives, by name, this one included. ``clock``: the storage's, as this host's
+    own record tells it; None while that is not listed."""
+
+    hosts: dict[str, str]
+    clock: float | None
+
+
+def object_of(key: RegionKey, record: RackRecord) -> tuple[str, bytes]:
+    """The record's name and bytes."""
+    name = f"{DIRECTORY}{key.rack(record.rack)}/{key.host(record.host)}.{key.content(record)}"
+    return name, pack(key, "rack", name, record)
+
+
+def unpack_record(key: RegionKey, name: str, data: bytes) -> RackRecord:
+    """Raises Forged."""
+    record = unpack(key, "rack", name, data, RackRecord)
+    if name != object_of(key, record)[0] or split_address(record.address) is None:
+        raise Forged(f"{name}: no host of a rack")
+    return record
+
+
+class RackReader:
+    """Reads what it has not read before. One call at a time."""
+
+    def __init__(self, store: TierStore, key: RegionKey, rack: str) -> None:
+        self._store = store
+        self._key = key
+        self._prefix = f"{DIRECTORY}{key.rack(rack)}/"
+        self._records: dict[str, RackRecord | None] = {}
+        """By object; None: it is none."""
+
+    def read(self, own: str) -> Rack:
+        """Who lives in the rack. ``own``: this host's object. Raises InstantStartError."""
+        newest: dict[str, Stored] = {}
+        for stored in self._store.list(self._prefix, 2 * MOST_HOSTS):
+            match = _NAME.match(stored.name.removeprefix(self._prefix))
+            if match is not None and (match[1] not in newest or newest[match[1]].modified < stored.modified):
+                newest[match[1]] = stored
+        clock = next((one.modified for one in newest.values() if one.name == own), None)
+        now = clock if clock is not None else max((one.modified for one in newest.values()), default=0.0)
+        most = placement.expiry(len(newest))
+        wanted = [one.name for one in newest.values() if now - one.modified <= most][:MOST_HOSTS]
+        self._records = {name: record for name, record in self._records.items() if name in wanted}
+        for name in wanted:
+            if name not in self._records:
+                try:
+                    self._records[name] = unpack_record(self._key, name, self._store.get(name, MOST_RECORD))
+                except (Forged, OriginMisbehaved):
+                    self._records[name] = None
+                except OriginNotFound:  # it says something new by now
+                    continue
+        records = [record for record in self._records.values() if record is not None]
+        return Rack({record.host: record.address for record in records}, clock)

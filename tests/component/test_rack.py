@@ -1,0 +1,359 @@
+"""The rack level's server on a real socket, before hostile callers; the records by which hosts of a rack meet."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+
+from instantstart_fs.core import rack
+from instantstart_fs.core.chunks import ByteRange, ChunkMap
+from instantstart_fs.core.rack import Asked
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound, OriginThrottled
+from instantstart_fs.filler.fetch import Fetcher, new_buffer
+from instantstart_fs.filler.messages import Piece, WorkerSettings
+from instantstart_fs.filler.pieces import fetch_piece
+from instantstart_fs.filler.region_follow import Line, RegionSettings
+from instantstart_fs.filler.region_rack import RackLevel
+from instantstart_fs.regional import racks
+from instantstart_fs.regional.directory import DirectoryStore
+from instantstart_fs.regional.keys import RegionKey, keyed_digest
+from instantstart_fs.regional.racks import RackReader, RackRecord, object_of
+from instantstart_fs.serving.rack_chunks import NotYet, Part, RackChunks
+from instantstart_fs.serving.rack_server import MOST_EACH, RackServer
+
+KEY = RegionKey(b"k" * 32)
+SLOT, PIN = "ab" * 16, "cd" * 16
+MIB = 1 << 20
+CHUNK = os.urandom(2 * MIB)
+CHUNK_KEY = KEY.chunk_key(PIN, 1, len(CHUNK))
+DIGEST = keyed_digest(CHUNK_KEY, CHUNK)
+NOW = 1_000_000.0
+WANTED = Asked(SLOT, PIN, 1, 0.1, True)
+
+
+class Chunks:
+    """One file of one chunk, the second."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.write_bytes(bytes(MIB) + CHUNK)
+        self.open: list[int] = []
+        self.later = False
+
+    async def find(self, asked: Asked) -> Part | None:
+        if self.later:
+            raise NotYet
+        if asked[:3] != (SLOT, PIN, 1):
+            return None
+        self.open.append(os.open(self._path, os.O_RDONLY))
+        return Part(self.open[-1], MIB, len(CHUNK), b"" if asked.sealed else DIGEST)
+
+    @property
+    def leaked(self) -> int:
+        """How many descriptors of the file are open."""
+        there = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        return sum(os.path.lexists(link) and os.readlink(link) == str(self._path) for link in there)
+
+
+class Served:
+    def __init__(self, chunks: Chunks, level: RackLevel, server: RackServer) -> None:
+        self.chunks, self.level, self.server = chunks, level, server
+
+    async def connect(self) -> trio.SocketStream:
+        host, _, port = self.server.address.rpartition(":")
+        return await trio.open_tcp_stream(host, int(port))
+
+    async def say(self, *heads: bytes) -> bytes:
+        """All that comes for these requests, until the server hangs up."""
+        async with await self.connect() as stream:
+            for head in heads:
+                await stream.send_all(head)
+            found = b""
+            with contextlib.suppress(trio.BrokenResourceError):  # it left some of what was said unread
+                async for part in stream:
+                    found += part
+            return found
+
+
+def request(asked: Asked = WANTED, **changed: Any) -> bytes:
+    path = changed.get("path", rack.path_of(asked))
+    made = rack.make_ticket(KEY.tickets, "owner", asked, changed.get("at", NOW))
+    ticket = changed.get("ticket", made)
+    method, last = changed.get("method", "GET"), changed.get("last", "Connection: close\r\n")
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {ticket}\r\n{last}\r\n".encode()
+
+
+def settings() -> RegionSettings:
+    return RegionSettings(host="owner", key=KEY, stores=(), keys=(), rack="r17")
+
+
+@asynccontextmanager
+async def served(tmp_path: Path, rate: int = 1 << 30) -> AsyncIterator[Served]:
+    chunks, level = Chunks(tmp_path / "blob"), RackLevel(settings())
+    level.clock = lambda: NOW
+    server = RackServer(("127.0.0.1", 0), rate, "owner", KEY.tickets, level, cast(RackChunks, chunks))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.run)
+        with trio.fail_after(60):
+            while not server.address:
+                await trio.lowlevel.checkpoint()
+            yield Served(chunks, level, server)
+        nursery.cancel_scope.cancel()
+    assert not chunks.leaked
+
+
+class Kept:
+    """A sink in memory."""
+
+    def __init__(self) -> None:
+        self.data = bytearray(len(CHUNK))
+
+    def write(self, data: memoryview, offset: int) -> None:
+        self.data[offset : offset + len(data)] = data
+
+    def before_read(self) -> None: ...
+
+    def progress(self, count: int) -> None: ...
+
+    def take_whole(self) -> None: ...
+
+
+async def fetched(where: Served, *, sealed: bool, digest: bytes = DIGEST, key: bytes = CHUNK_KEY) -> bytes:
+    """As a fetch process does it."""
+    asked = Asked(SLOT, PIN, 1, 0.1, sealed)
+    ticket = rack.make_ticket(KEY.tickets, "owner", asked, NOW)
+    url = f"http://{where.server.address}{rack.path_of(asked)}"
+    piece = Piece(url, key, digest if sealed else b"", (("Authorization", ticket),), neighbour=True)
+    sink = Kept()
+    place = ByteRange(0, len(CHUNK))
+    await trio.to_thread.run_sync(
+        lambda: fetch_piece(Fetcher(WorkerSettings()), piece, place, new_buffer(), sink)  # type: ignore[arg-type]
+    )
+    return bytes(sink.data)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+async def test_a_neighbour_gets_the_chunk_and_proves_it(
+    tmp_path: Path, sealed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # neighbours are never asked over a proxy
+    monkeypatch.setenv("no_proxy", "")
+    async with served(tmp_path) as where:
+        assert await fetched(where, sealed=sealed) == CHUNK
+        assert where.level.given_bytes == len(CHUNK)
+
+
+async def test_wrong_bytes_are_told_from_right_ones(tmp_path: Path) -> None:
+    async with served(tmp_path) as where:
+        for sealed, digest, key in ((True, bytes(32), CHUNK_KEY), (False, b"", KEY.chunk_key(PIN, 2, len(CHUNK)))):
+            with pytest.raises(OriginMisbehaved, match="digest is wrong"):
+                await fetched(where, sealed=sealed, digest=digest, key=key)
+
+
+async def test_a_connection_serves_one_request_after_another(tmp_path: Path) -> None:
+    async with served(tmp_path) as where:
+        answers = await where.say(request(last=""), request(Asked(SLOT, PIN, 7, 0.1, True), last=""), request())
+        assert answers.count(b"HTTP/1.1 206") == 2 and answers.count(b"HTTP/1.1 404") == 1
+        assert answers.count(CHUNK) == 2
+
+
+HOSTILE: dict[str, tuple[bytes, int, str]] = {
+    "no ticket": (request(ticket=""), 403, "ticket"),
+    "made up": (request(ticket=f"Rack {int(NOW) + 9}.{'0' * 64}"), 403, "ticket"),
+    "expired": (request(at=NOW - 61), 403, "ticket"),
+    "for years": (request(at=NOW + 1e6), 403, "ticket"),
+    "for another chunk": (request(path=rack.path_of(Asked(SLOT, PIN, 2, 0.1, True))), 403, "ticket"),
+    "traversal": (request(path="/rack/v1/../../../etc/passwd"), 400, "malformed"),
+    "encoded": (request(path=f"/rack/v1/{SLOT}/%2e%2e%2f/00000001?wait=0&sealed=1"), 400, "malformed"),
+    "absolute": (request(path="http://169.254.169.254/rack/v1"), 400, "malformed"),
+    "method": (request(method="PUT"), 400, "malformed"),
+    "body": (request(last="Content-Length: 4\r\n") + b"body", 400, "malformed"),
+    "chunked": (request(last="Transfer-Encoding: chunked\r\n") + b"4\r\nbody\r\n", 400, "malformed"),
+    "head": (request(last="X: " + "x" * 8192 + "\r\n"), 431, "malformed"),
+    "no http": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400, "malformed"),
+    "nothing": (request(Asked(PIN, PIN, 1, 0.1, True)), 404, "nothing"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+async def test_what_is_no_request_of_a_neighbour_gets_nothing(tmp_path: Path, what: str) -> None:
+    said, status, reason = HOSTILE[what]
+    async with served(tmp_path) as where:
+        answer = await where.say(said)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:200]
+        assert len(answer) < 300 and where.level.refused[reason] == 1
+        assert not where.chunks.open
+        assert (await where.say(request())).endswith(CHUNK), "others are served on"
+
+
+async def test_an_owner_without_the_storages_clock_or_the_chunk_says_later(tmp_path: Path) -> None:
+    async with served(tmp_path) as where:
+        where.chunks.later = True
+        assert b" 503 " in await where.say(request())
+        where.level.clock = lambda: None
+        assert b" 503 " in await where.say(request())
+        with pytest.raises(OriginThrottled):
+            await fetched(where, sealed=True)
+        where.level.clock, where.chunks.later = lambda: NOW, False
+        with pytest.raises(InstantStartError):
+            await fetched(where, sealed=True, key=bytes(32))
+
+
+async def test_connections_of_one_address_are_bounded(tmp_path: Path) -> None:
+    async with served(tmp_path) as where:
+        held = [await where.connect() for _ in range(MOST_EACH)]
+        for stream in held:
+            await stream.send_all(b"GET /")
+        while where.server.connections < MOST_EACH:
+            await trio.sleep(0.01)
+        assert b" 503 " in await where.say(b"")
+        assert where.level.refused["busy"] == 1
+        for stream in held:
+            await stream.aclose()
+        while where.server.connections:
+            await trio.sleep(0.01)
+        assert (await where.say(request())).endswith(CHUNK)
+
+
+async def test_a_reader_that_stops_reading_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from instantstart_fs.serving import rack_server
+
+    monkeypatch.setattr(rack_server, "STALLED_SECONDS", 0.2)
+    async with served(tmp_path) as where:
+        where.chunks._path.write_bytes(bytes(MIB) + CHUNK)
+        stream = await where.connect()
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for _ in range(40):  # more than the sockets' buffers hold
+            await stream.send_all(request(last=""))
+        while where.server.connections:
+            await trio.sleep(0.02)
+        await stream.aclose()
+
+
+# -- who is in the rack ------------------------------------------------------------------------------------------------
+
+
+def put(store: DirectoryStore, record: RackRecord, at: float, key: RegionKey = KEY) -> str:
+    name, data = object_of(key, record)
+    store.put(name, data)
+    os.utime(Path(store.endpoint) / name, (at, at))
+    return name
+
+
+def test_a_rack_knows_its_living_hosts_and_the_storages_clock(tmp_path: Path) -> None:
+    store = DirectoryStore(str(tmp_path))
+    own = put(store, RackRecord("me", "r17", "10.0.0.1:9848"), 5000.0)
+    put(store, RackRecord("other", "r17", "10.0.0.2:9848"), 4990.0)
+    put(store, RackRecord("moved", "r17", "10.0.0.3:1"), 4980.0)
+    put(store, RackRecord("moved", "r17", "10.0.0.3:2"), 4990.0)
+    put(store, RackRecord("dead", "r17", "10.0.0.4:9848"), 4000.0)
+    put(store, RackRecord("elsewhere", "r18", "10.0.0.5:9848"), 5000.0)
+    put(store, RackRecord("foreign", "r17", "10.0.0.6:9848"), 5000.0, RegionKey(b"x" * 32))
+    forged = f"{racks.DIRECTORY}{KEY.rack('r17')}/{'ab' * 16}.{'cd' * 8}"
+    store.put(forged, b"x" * 100)
+    os.utime(tmp_path / forged, (5000.0, 5000.0))
+    stolen, data = object_of(KEY, RackRecord("other", "r17", "10.0.0.2:9848"))
+    renamed = stolen.replace(KEY.host("other"), KEY.host("third"))
+    store.put(renamed, data)
+    os.utime(tmp_path / renamed, (5000.0, 5000.0))
+    reader = RackReader(store, KEY, "r17")
+    for _ in range(2):
+        found = reader.read(own)
+        assert found.hosts == {"me": "10.0.0.1:9848", "other": "10.0.0.2:9848", "moved": "10.0.0.3:2"}
+        assert found.clock == 5000.0
+    assert RackReader(store, KEY, "r17").read("v1/racks/none").clock is None
+
+
+@pytest.mark.parametrize("address", ["tier.example:80", "10.0.0.1", "10.0.0.1:99999", "10.0.0.1:8@[::1]:80", ""])
+def test_an_address_is_an_address(tmp_path: Path, address: str) -> None:
+    store = DirectoryStore(str(tmp_path))
+    own = put(store, RackRecord("me", "r17", address), 5000.0)
+    assert RackReader(store, KEY, "r17").read(own).hosts == {}
+
+
+# -- whom a host asks --------------------------------------------------------------------------------------------------
+
+
+class Pull:
+    groups = 8
+
+    def route(self, chunk: int) -> int:
+        return 0
+
+
+class File:
+    """What RackLevel looks at of a Follow."""
+
+    def __init__(self, chunk_size: int = MIB) -> None:
+        self.slot, self.pin, self.pull, self.line = SLOT, PIN, Pull(), Line()
+        self.target = self
+        self.present = ChunkMap(64 * chunk_size, chunk_size)
+        self.key = self
+        self.pipeline = "p"
+
+
+def level_of_three() -> RackLevel:
+    level = RackLevel(settings())
+    level.live({"owner": "10.0.0.1:1", "a": "10.0.0.2:2", "b": "10.0.0.3:3"})
+    level.clock = lambda: NOW
+    return level
+
+
+async def test_a_chunk_is_asked_of_its_owner_and_then_of_the_tier() -> None:
+    level, file = level_of_three(), cast(Any, File())
+
+    def choose(chunk: int) -> Any:
+        return level.choose(file, chunk, CHUNK_KEY, DIGEST, reader=False)
+
+    chunk = next(chunk for chunk in range(64) if choose(chunk) is not None)
+    source, piece = choose(chunk)
+    assert piece.url.startswith(f"http://{source.address}/rack/v1/{SLOT}/{PIN}/{chunk:08x}?wait=3000&sealed=1")
+    asked = rack.asked_by(piece.url.removeprefix(f"http://{source.address}"))
+    assert asked is not None and rack.is_ticket(
+        KEY.tickets, source.host, asked, dict(piece.headers)["Authorization"], NOW
+    )
+    level.failed(source, file, chunk, OriginNotFound("it is idle"))
+    other = choose(chunk)
+    assert other is None or other[0].host != source.host
+    if other is not None:
+        level.failed(other[0], file, chunk, OriginNotFound("it is idle, too"))
+    assert choose(chunk) is None
+    level = level_of_three()
+    file.line = Line()
+    level.failed(source, file, chunk, OriginMisbehaved("the digest is wrong"))
+    assert dict(level.fallbacks) == {"wrong": 1}
+    assert all((found := choose(one)) is None or found[0].host != source.host for one in range(64))
+
+
+async def test_what_a_neighbour_waits_for_comes_from_the_tier() -> None:
+    level, file = level_of_three(), cast(Any, File())
+    chunk = next(one for one in range(64) if level.choose(file, one, CHUNK_KEY, b"", reader=False) is not None)
+    file.line.owed.add(chunk)
+    assert level.choose(file, chunk, CHUNK_KEY, b"", reader=False) is None, "or two would wait for each other"
+
+
+async def test_small_chunks_and_hosts_without_a_clock_ask_the_tier() -> None:
+    level, file = level_of_three(), cast(Any, File(MIB // 2))
+    assert all(level.choose(file, chunk, CHUNK_KEY, DIGEST, reader=False) is None for chunk in range(64))
+    level.clock = lambda: None
+    assert all(level.choose(cast(Any, File()), chunk, CHUNK_KEY, DIGEST, reader=False) is None for chunk in range(64))
+
+
+async def test_the_line_opens_a_windows_worth_and_goes_on_as_chunks_come() -> None:
+    level, file = level_of_three(), cast(Any, File())
+    level.line_up(file, range(64))
+    first = list(level.opened(file))
+    assert len(first) == 32 and not list(level.opened(file))
+    file.line.ahead.discard(first[0])
+    rest = list(level.opened(file))
+    assert len(rest) == 1
+    file.line.ahead.clear()
+    assert sorted(first + rest + list(level.opened(file))) == list(range(64))
