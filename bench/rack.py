@@ -38,8 +38,10 @@ SLOT, PIN = "ab" * 16, "cd" * 16
 def serve_level(path: str) -> None:
     import trio
 
+    from instantstart_fs.core.fillplan import FillPlan
     from instantstart_fs.filler.region_follow import RegionSettings
     from instantstart_fs.filler.region_rack import RackLevel
+    from instantstart_fs.filler.table import FillTable
     from instantstart_fs.regional.keys import RegionKey
     from instantstart_fs.serving.rack_chunks import Part, RackChunks
     from instantstart_fs.serving.rack_server import RackServer
@@ -49,7 +51,7 @@ def serve_level(path: str) -> None:
             return Part(os.open(path, os.O_RDONLY), asked.chunk * CHUNK, CHUNK, bytes(32))
 
     async def run() -> None:
-        level = RackLevel(RegionSettings(HOST, RegionKey(KEY), (), (), rack="r"))
+        level = RackLevel(RegionSettings(HOST, RegionKey(KEY), (), (), rack="r"), FillPlan(1), cast(FillTable, None))
         level.clock = lambda: NOW
         server = RackServer(("127.0.0.1", 0), 100 << 30, HOST, KEY, level, cast(RackChunks, Chunks()))
         async with trio.open_nursery() as nursery:
@@ -102,7 +104,7 @@ def nginx(path: Path) -> Iterator[tuple[int, int]]:
         yield server.pid, server.port
 
 
-# -- the client ---------------------------------------------------------------------------------------------------------
+# -- the client --------------------------------------------------------------------------------------------------------
 
 
 def level_request(chunk: int) -> bytes:

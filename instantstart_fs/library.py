@@ -279,9 +279,9 @@ class Library:
         from instantstart_fs.serving.rack_server import RackServer
         from instantstart_fs.upkeep.rack_beats import RackBeats
 
-        chunks = RackChunks(self.catalog, self.open_files, regional)
-        key = regional.settings.key.tickets
-        server = RackServer(config.rack_listen, config.rack_rate, config.host, key, regional.rack, chunks)
+        key = regional.settings.key
+        chunks = RackChunks(self.catalog, self.open_files, regional.rack, key)
+        server = RackServer(config.rack_listen, config.rack_rate, config.host, key.tickets, regional.rack, chunks)
         self.rack_server = server
         self.rack_beats = RackBeats(regional, regional.rack, lambda: server.address)
 

@@ -8,14 +8,15 @@ time: core/rack.py decides, and a chunk goes to at most two neighbours before it
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
 from instantstart_fs.core import rack
 from instantstart_fs.core.faults import Fault
+from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.manifest import ManifestFile
 from instantstart_fs.core.region import GROUP_CHUNKS
 from instantstart_fs.errors import (
@@ -28,6 +29,8 @@ from instantstart_fs.errors import (
 from instantstart_fs.filler.events import RackStatistics
 from instantstart_fs.filler.messages import Piece
 from instantstart_fs.filler.region_follow import Follow, RegionSettings
+from instantstart_fs.filler.table import FillTable
+from instantstart_fs.filler.target import FileKey
 from instantstart_fs.origins.base import Location, OriginKey
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ log = logging.getLogger(__name__)
 
 WINDOW = 4 * GROUP_CHUNKS
 """Chunks of a file that are open at once: enough to keep a host's connections busy, few enough to keep its order."""
+MOST_DIGESTS = 256
+"""Files."""
 TIER = 0
 """The region's own tier among a file's sources: only what that holds is taken from neighbours."""
 
@@ -56,7 +61,13 @@ class Neighbour:
 class RackLevel:
     """On the trio thread. ``clock``: the storage's, None while it is not known: then nobody is asked."""
 
-    def __init__(self, settings: RegionSettings) -> None:
+    def __init__(self, settings: RegionSettings, plan: FillPlan[FileKey], table: FillTable) -> None:
+        self._plan = plan
+        self._table = table
+        self._follows: dict[str, Follow] = {}
+        """By pin, what neighbours may ask for."""
+        self._digests: OrderedDict[str, dict[int, bytes]] = OrderedDict()
+        """By pin, of the chunks of files that were filled here last: neighbours have no seal of theirs yet."""
         self._secret: RegionKey = settings.key
         self._rack = settings.rack
         self._key = OriginKey("rack", settings.rack, "")
@@ -83,30 +94,70 @@ class RackLevel:
         self._neighbours.live(hosts)
         self._sources = {name: Neighbour(name, hosts[name], self._key) for name in self._neighbours.names}
 
+    # -- what is filled here -----------------------------------------------------------------------------------------
+
+    def enter(self, follow: Follow) -> None:
+        """This file is filled here."""
+        self._follows[follow.pin] = follow
+        self._digests.pop(follow.pin, None)
+
+    def leave(self, follow: Follow) -> None:
+        """It is not any more."""
+        if self._follows.get(follow.pin) is follow:
+            del self._follows[follow.pin]
+            self._digests[follow.pin] = follow.digests
+            while len(self._digests) > MOST_DIGESTS:
+                self._digests.popitem(last=False)
+
+    def digest(self, pin: str, chunk: int) -> bytes:
+        """Of a chunk of a file that was filled here lately; b"" = not known."""
+        return self._digests.get(pin, {}).get(chunk, b"")
+
+    def followed(self, slot: str, pin: str) -> Follow | None:
+        """The file that is filled here under these names."""
+        found = self._follows.get(pin)
+        return found if found is not None and found.slot == slot else None
+
+    def owe(self, follow: Follow, chunk: int) -> None:
+        """A neighbour waits for this chunk: take it from the tier, if that has it, and not from a neighbour."""
+        if not follow.over() and chunk not in follow.line.owed:
+            follow.line.owed.add(chunk)
+            self.demand(follow, [chunk])
+            self._table.wakeup.set()
+
     # -- in which order --------------------------------------------------------------------------------------------
 
-    def orders(self, follow: Follow) -> bool:
-        """Whether chunks of this file go through its line."""
-        return bool(self._sources) and follow.pull.groups > 1
+    def takes_turns(self, follow: Follow, chunk: int) -> bool:
+        """Whether the chunk waits for its turn; a reader's does not, nor do those of a file of one group."""
+        return bool(self._sources) and follow.pull.groups > 1 and not follow.pull.demanded(chunk)
 
-    def line_up(self, follow: Follow, chunks: Iterable[int]) -> None:
+    def demand(self, follow: Follow, chunks: Iterable[int]) -> None:
+        """Somebody waits for these: it is their turn now."""
+        for chunk in chunks:
+            if follow.pull.route(chunk) == TIER:
+                self._plan.open(follow.tier_key, chunk)
+
+    def line_up(self, follow: Follow, chunks: Sequence[int]) -> None:
         """These can be had of the tier: they are opened in this host's order, after those that wait already."""
+        if chunks:
+            self._plan.shut(follow.tier_key, chunks)
         groups: dict[int, list[int]] = {}
         for chunk in chunks:
             groups.setdefault(chunk // GROUP_CHUNKS, []).append(chunk)
         hosts = [self._neighbours.me, *self._sources]
         for group in rack.walk(self._neighbours.me, follow.pin, groups, hosts):
             follow.line.waiting.extend(groups[group])
+        self.go_on(follow)
 
-    @staticmethod
-    def opened(follow: Follow) -> Iterator[int]:
-        """Chunks to open now."""
+    def go_on(self, follow: Follow, came: int = -1) -> None:
+        """Open the chunks whose turn it is. ``came``: one that is here now."""
         line = follow.line
-        while line.waiting and len(line.ahead) < WINDOW:
+        line.ahead.discard(came)
+        while line.waiting and len(line.ahead) < WINDOW and not follow.over():
             chunk = line.waiting.popleft()
             if follow.pull.route(chunk) == TIER:
                 line.ahead.add(chunk)
-                yield chunk
+                self._plan.open(follow.tier_key, chunk)
 
     # -- from whom -------------------------------------------------------------------------------------------------
 

@@ -83,11 +83,9 @@ class Regional:
         if settings.rack:
             from instantstart_fs.filler.region_rack import RackLevel  # late: few have it
 
-            self.rack = RackLevel(settings)
+            self.rack = RackLevel(settings, plan, table)
         self._patience: dict[OriginKey, Patience] = {}
         self._follows: dict[FileKey, Follow] = {}
-        self._by_pin: dict[str, Follow] = {}
-        """What neighbours may ask for."""
         self._busy: set[Follow] = set()
         """Those with readers or requests, for which time alone may change something."""
         self._clock = FairClock(0.0)
@@ -165,7 +163,9 @@ class Regional:
         present = [chunk in target.present for chunk in range(chunks)]
         patience = self._patience.setdefault(target.origin.key, Patience())
         pull = PullPlan(self._settings.host, places[0].pin, present, patience, upstream=len(self._tiers.sources) - 1)
-        follow = self._follows[target.key] = self._by_pin[places[0].pin] = Follow(fill, places, pull)
+        follow = self._follows[target.key] = Follow(fill, places, pull)
+        if self.rack is not None:
+            self.rack.enter(follow)
         self._plan.add(follow.tier_key, target.key.pipeline, self._tiers.sources[0].key, target.present)
         self._plan.shut(target.key, range(chunks))
 
@@ -199,9 +199,8 @@ class Regional:
             if whole:
                 follow.pull.demand_whole(trio.current_time())
             self._busy.add(follow)
-            for chunk in wanted if self.rack is not None else ():
-                if follow.pull.route(chunk) == 0:  # it may wait in the line
-                    self._plan.open(follow.tier_key, chunk)
+            if self.rack is not None:
+                self.rack.demand(follow, wanted)
             self._claims.urge(follow)
             follow.changed.set()
 
@@ -218,8 +217,8 @@ class Regional:
         follow = self._follows.pop(key, None)
         if follow is None:
             return
-        if self._by_pin.get(follow.pin) is follow:
-            del self._by_pin[follow.pin]
+        if self.rack is not None:
+            self.rack.leave(follow)
         self._plan.remove(follow.tier_key)
         follow.flights.clear()
         self._busy.discard(follow)
@@ -294,7 +293,8 @@ class Regional:
             if request.answered is not None:
                 self._patience[fill.target.origin.key].took(request.answered + 0.05)
             self._writeback.add(follow, chunk)
-        self._open_line(follow, chunk)
+        if self.rack is not None:
+            self.rack.go_on(follow, chunk)
         follow.changed.set()
 
     def failed(self, request: FetchRequest, error: InstantStartError) -> None:
@@ -365,12 +365,12 @@ class Regional:
         """Open each chunk where its plan says."""
         if follow.ended:
             return
-        lined_up: list[int] = []
+        later: list[int] = []
         for chunk, source in follow.pull.take_moves(trio.current_time()):
             if source == WAIT:
                 continue
-            if source == 0 and self._lines_up(follow, chunk):
-                lined_up.append(chunk)
+            if source == 0 and self.rack is not None and self.rack.takes_turns(follow, chunk):
+                later.append(chunk)
                 continue
             if source < len(self._tiers.sources):
                 self._plan.open(follow.tier_key, chunk)
@@ -378,22 +378,9 @@ class Regional:
                 self._plan.shut(follow.tier_key, [chunk])
                 self._plan.open(follow.key, chunk)
                 follow.line.ahead.discard(chunk)
-        if lined_up and self.rack is not None:
-            self._plan.shut(follow.tier_key, lined_up)
-            self.rack.line_up(follow, lined_up)
-        self._open_line(follow)
+        if self.rack is not None:
+            self.rack.line_up(follow, later)
         self._table.wakeup.set()
-
-    def _lines_up(self, follow: Follow, chunk: int) -> bool:
-        """Whether the chunk has its turn in the order of a host of a rack; a reader's has not."""
-        return self.rack is not None and self.rack.orders(follow) and not follow.pull.demanded(chunk)
-
-    def _open_line(self, follow: Follow, came: int = -1) -> None:
-        """Open what is next in the line of a host of a rack. ``came``: a chunk that is here now."""
-        if self.rack is not None and not follow.over():
-            follow.line.ahead.discard(came)
-            for chunk in self.rack.opened(follow):
-                self._plan.open(follow.tier_key, chunk)
 
     def _dispatch(self, follow: Follow, request: Request[FileKey], source: int) -> None:
         from instantstart_fs.regional.records import chunk_name
@@ -451,19 +438,6 @@ class Regional:
         follow.proven.discard(chunk)
         self._plan.failed(follow.tier_key, chunk)
         self._table.wakeup.set()
-
-    def followed(self, slot: str, pin: str) -> Follow | None:
-        """The file that is filled here under these names."""
-        found = self._by_pin.get(pin)
-        return found if found is not None and found.slot == slot else None
-
-    def owe(self, follow: Follow, chunk: int) -> None:
-        """A neighbour waits for this chunk: take it from the tier, if that has it, and not from a neighbour."""
-        if not follow.over() and chunk not in follow.line.owed:
-            follow.line.owed.add(chunk)
-            if follow.pull.route(chunk) == 0:
-                self._plan.open(follow.tier_key, chunk)
-                self._table.wakeup.set()
 
     def tier_failed(self, error: InstantStartError) -> None:
         """Leave the tier alone for a while where it fails too often."""

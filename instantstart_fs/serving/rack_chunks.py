@@ -17,7 +17,7 @@ from instantstart_fs.config import descriptors
 from instantstart_fs.core.rack import Asked
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.filler.region_follow import Follow
-from instantstart_fs.filler.regional import Regional
+from instantstart_fs.filler.region_rack import RackLevel
 from instantstart_fs.filler.target import FileState
 from instantstart_fs.regional.keys import RegionKey
 from instantstart_fs.serving.open_files import OpenFiles
@@ -44,11 +44,11 @@ class NotYet(Exception):
 class RackChunks:
     """On the trio thread."""
 
-    def __init__(self, catalog: Catalog, open_files: OpenFiles, regional: Regional) -> None:
+    def __init__(self, catalog: Catalog, open_files: OpenFiles, level: RackLevel, key: RegionKey) -> None:
         self._catalog = catalog
         self._open_files = open_files
-        self._regional = regional
-        self._key: RegionKey = regional.settings.key
+        self._level = level
+        self._key = key
         self._slots: dict[str, str] = {}
         """Pipelines by slot, as of the last look."""
         self._pins: dict[tuple[str, int, int], dict[str, int]] = {}
@@ -57,7 +57,7 @@ class RackChunks:
 
     async def find(self, asked: Asked) -> Part | None:
         """The chunk; None where this host neither has nor fills it. Raises NotYet, StoreError and OSError."""
-        follow = self._regional.followed(asked.slot, asked.pin)
+        follow = self._level.followed(asked.slot, asked.pin)
         if follow is not None:
             pipeline = self._catalog.pipelines.get(follow.key.pipeline)
             if pipeline is None or pipeline.hidden is not None:
@@ -71,7 +71,7 @@ class RackChunks:
         target, chunk, until = follow.target, asked.chunk, trio.current_time() + asked.wait
         if chunk >= target.present.chunks:
             return None
-        self._regional.owe(follow, chunk)
+        self._level.owe(follow, chunk)
         while not (follow.over() or target.failed or target.state is FileState.POISONED):
             digest = follow.digests.get(chunk, b"")
             if not digest and (seal := follow.seals.get(0)) is not None:
@@ -92,7 +92,8 @@ class RackChunks:
         return None
 
     async def _complete(self, asked: Asked) -> Part | None:
-        if not asked.sealed:  # its digest is nowhere but in the tier's seal
+        digest = self._level.digest(asked.pin, asked.chunk)
+        if not (digest or asked.sealed):  # it is nowhere but in the tier's seal
             return None
         pipeline = self._pipeline(asked.slot)
         if pipeline is None or pipeline.hidden is not None:
@@ -110,7 +111,7 @@ class RackChunks:
         offset = asked.chunk * size
         if not file.complete or file.stale_error is not None or offset >= file.size:
             return None
-        return Part(self._open_files.duplicate(file), offset, min(size, file.size - offset), b"")
+        return Part(self._open_files.duplicate(file), offset, min(size, file.size - offset), digest)
 
     def _pipeline(self, slot: str) -> Pipeline | None:
         """The pipeline of that slot."""

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -95,9 +96,26 @@ def settings() -> RegionSettings:
     return RegionSettings(host="owner", key=KEY, stores=(), keys=(), rack="r17")
 
 
+class Plan:
+    """What RackLevel says to the fill plan."""
+
+    def __init__(self) -> None:
+        self.opened: list[int] = []
+
+    def open(self, key: object, chunk: int) -> None:
+        self.opened.append(chunk)
+
+    def shut(self, key: object, chunks: object) -> None: ...
+
+
+def made_level(plan: Plan | None = None) -> RackLevel:
+    table = SimpleNamespace(wakeup=trio.Event())
+    return RackLevel(settings(), cast(Any, plan or Plan()), cast(Any, table))
+
+
 @asynccontextmanager
 async def served(tmp_path: Path, rate: int = 1 << 30) -> AsyncIterator[Served]:
-    chunks, level = Chunks(tmp_path / "blob"), RackLevel(settings())
+    chunks, level = Chunks(tmp_path / "blob"), made_level()
     level.clock = lambda: NOW
     server = RackServer(("127.0.0.1", 0), rate, "owner", KEY.tickets, level, cast(RackChunks, chunks))
     async with trio.open_nursery() as nursery:
@@ -288,6 +306,9 @@ class Pull:
     def route(self, chunk: int) -> int:
         return 0
 
+    def demanded(self, chunk: int) -> bool:
+        return False
+
 
 class File:
     """What RackLevel looks at of a Follow."""
@@ -296,12 +317,16 @@ class File:
         self.slot, self.pin, self.pull, self.line = SLOT, PIN, Pull(), Line()
         self.target = self
         self.present = ChunkMap(64 * chunk_size, chunk_size)
-        self.key = self
+        self.key = self.tier_key = self
+        self.digests: dict[int, bytes] = {}
         self.pipeline = "p"
 
+    def over(self) -> bool:
+        return False
 
-def level_of_three() -> RackLevel:
-    level = RackLevel(settings())
+
+def level_of_three(plan: Plan | None = None) -> RackLevel:
+    level = made_level(plan)
     level.live({"owner": "10.0.0.1:1", "a": "10.0.0.2:2", "b": "10.0.0.3:3"})
     level.clock = lambda: NOW
     return level
@@ -347,13 +372,35 @@ async def test_small_chunks_and_hosts_without_a_clock_ask_the_tier() -> None:
     assert all(level.choose(cast(Any, File()), chunk, CHUNK_KEY, DIGEST, reader=False) is None for chunk in range(64))
 
 
-async def test_the_line_opens_a_windows_worth_and_goes_on_as_chunks_come() -> None:
-    level, file = level_of_three(), cast(Any, File())
+async def test_chunks_are_opened_a_windows_worth_at_a_time_but_for_those_that_somebody_waits_for() -> None:
+    plan, file = Plan(), cast(Any, File())
+    level = level_of_three(plan)
     level.line_up(file, range(64))
-    first = list(level.opened(file))
-    assert len(first) == 32 and not list(level.opened(file))
-    file.line.ahead.discard(first[0])
-    rest = list(level.opened(file))
-    assert len(rest) == 1
-    file.line.ahead.clear()
-    assert sorted(first + rest + list(level.opened(file))) == list(range(64))
+    assert len(plan.opened) == 32
+    last = next(chunk for chunk in range(64) if chunk not in plan.opened)
+    level.demand(file, [last])
+    assert plan.opened[32:] == [last]
+    level.enter(file)
+    assert level.followed(SLOT, PIN) is file and level.followed(PIN, PIN) is None
+    owed = next(chunk for chunk in range(64) if chunk not in plan.opened)
+    level.owe(file, owed)
+    level.owe(file, owed)
+    assert plan.opened[33:] == [owed] and level.choose(file, owed, CHUNK_KEY, b"", reader=False) is None
+    for chunk in list(plan.opened):
+        level.go_on(file, chunk)
+    for chunk in list(plan.opened):
+        level.go_on(file, chunk)
+    assert set(plan.opened) == set(range(64))
+    level.leave(file)
+    assert level.followed(SLOT, PIN) is None
+
+
+async def test_digests_of_a_file_are_kept_when_its_fill_is_over_and_not_into_the_next_one() -> None:
+    level, file = level_of_three(), cast(Any, File())
+    file.digests = {3: DIGEST}
+    level.enter(file)
+    assert level.digest(PIN, 3) == b"", "while it is filled, the fill knows"
+    level.leave(file)
+    assert level.digest(PIN, 3) == DIGEST and level.digest(PIN, 4) == level.digest(SLOT, 3) == b""
+    level.enter(file)
+    assert level.digest(PIN, 3) == b""

@@ -58,7 +58,9 @@ def rack(site: Site, names: str, **more: object) -> list[Daemon]:
         hosts.append(site.host(name, rack="r17", rack_listen=f"127.0.0.1:{port}", **more))
     site.warm(hosts[0])
     site.wait_seals(2)
-    wait_for(lambda: all(metrics(host)["instantstart_rack_neighbours"] == len(names) - 1 for host in hosts), 60)
+    wait_for(
+        lambda: all(metrics(host)["instantstart_rack_neighbours"] == len(names) - 1 for host in hosts), "the rack", 60
+    )
     return hosts
 
 
@@ -124,7 +126,7 @@ def test_a_neighbour_that_lies_or_is_silent_costs_a_bounded_delay(site: Site, tm
         name, data = object_of(key, RackRecord("liar", "r17", f"127.0.0.1:{server.server_port}"))
         site.seaweed.client().put_object(Bucket=site.bucket, Key=f"t/{name}", Body=data)
         fresh = site.host("b", rack="r17", rack_listen=f"127.0.0.1:{free_ports(1)[0]}")
-        wait_for(lambda: metrics(fresh)["instantstart_rack_neighbours"] == 2, 60)
+        wait_for(lambda: metrics(fresh)["instantstart_rack_neighbours"] == 2, "the rack", 60)
         site.hub.forget_requests()
         site.warm(fresh)
         server.shutdown()
@@ -144,13 +146,13 @@ def test_an_owner_that_ends_or_stops_in_the_middle(site: Site, tmp_path: Path, h
     big = {"config.json": 700, "model-1.safetensors": 200 * MIB + 13, "model-2.safetensors": 100 * MIB}
     made = model(tmp_path / "model", big)
     site.hub.publish("org/model", made)
-    hosts = rack(site, "abc", rack_rate="50MB/s")
+    hosts = rack(site, "abc", rack_rate="50MB")
     site.hub.forget_requests()
-    pid = hosts[0].pid()
+    pid = hosts[0].pid
     struck = threading.Event()
 
     def strike() -> None:
-        wait_for(lambda: metrics(hosts[0])["instantstart_rack_given_bytes_total"] > 0, 60)
+        wait_for(lambda: metrics(hosts[0])["instantstart_rack_given_bytes_total"] > 0, "a chunk", 60)
         os.kill(pid, how)
         struck.set()
 
