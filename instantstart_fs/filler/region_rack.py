@@ -27,6 +27,7 @@ from instantstart_fs.errors import (
     OriginUnavailable,
 )
 from instantstart_fs.filler.events import RackStatistics
+from instantstart_fs.filler.fill import FetchRequest
 from instantstart_fs.filler.messages import Piece
 from instantstart_fs.filler.region_follow import Follow, RegionSettings
 from instantstart_fs.filler.table import FillTable
@@ -189,10 +190,18 @@ class RackLevel:
         """When a neighbour has been too slow with a chunk."""
         return rack.give_up_at(began, last_byte, demanded=demanded)
 
-    def gave(self, source: Neighbour, length: int) -> None:
-        """A chunk came from it, and is what it should be."""
-        self._neighbours.gave(source.host)
-        self.taken_bytes += length
+    @staticmethod
+    def asked(request: FetchRequest) -> Neighbour | None:
+        """The neighbour that the request went to, None where it went elsewhere."""
+        return request.source if isinstance(request.source, Neighbour) else None
+
+    def gave(self, request: FetchRequest, length: int) -> bool:
+        """A chunk came, and is what it should be. Whether it came from a neighbour."""
+        source = self.asked(request)
+        if source is not None:
+            self._neighbours.gave(source.host)
+            self.taken_bytes += length
+        return source is not None
 
     def failed(self, source: Neighbour, follow: Follow, chunk: int, error: InstantStartError) -> None:
         """It did not give a chunk: another neighbour, or the tier, is asked for it."""

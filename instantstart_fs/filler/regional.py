@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -269,13 +269,10 @@ class Regional:
         self._plan.arrived(follow.tier_key, chunk)
         follow.pull.came(chunk)
         length = fill.target.present.byte_range(chunk).length
-        neighbour = self._neighbour(request)
         if request.piece is not None:
             self._taken += length
-            if neighbour is None or self.rack is None:
+            if self.rack is None or not self.rack.gave(request, length):
                 self._tiers.answers(0)
-            else:
-                self.rack.gave(neighbour, length)
             source = flight[2] if flight is not None else 0
             if source == 0:
                 follow.digests[chunk] = request.digest
@@ -306,7 +303,7 @@ class Regional:
         if isinstance(error, StoreError):  # not the tier's fault
             self._plan.failed(follow.tier_key, request.chunk, held_until=trio.current_time() + 2.0)
             return
-        if (neighbour := self._neighbour(request)) is not None:
+        if self.rack is not None and (neighbour := self.rack.asked(request)) is not None:
             self._neighbour_failed(follow, request.chunk, neighbour, error)
             return
         self._fall_back(follow, request.chunk, source, error)
@@ -427,11 +424,6 @@ class Regional:
         self._plan.failed(follow.tier_key, chunk)
         self.apply(follow)
 
-    def _neighbour(self, request: FetchRequest) -> Neighbour | None:
-        """The host of the rack that was asked, None where it was somebody else."""
-        from_rack = request.piece is not None and request.piece.neighbour
-        return cast("Neighbour", request.source) if from_rack else None
-
     def _neighbour_failed(self, follow: Follow, chunk: int, neighbour: Neighbour, error: InstantStartError) -> None:
         assert self.rack is not None
         self.rack.failed(neighbour, follow, chunk, error)
@@ -488,7 +480,7 @@ class Regional:
                 follow.last_byte[chunk] = fair
                 continue
             demanded = request.demand or follow.pull.demanded(chunk)
-            neighbour = self._neighbour(request)
+            neighbour = self.rack.asked(request) if self.rack is not None else None
             patient = give_up_at if neighbour is None or self.rack is None else self.rack.give_up_at
             if fair < patient(began, follow.last_byte.get(chunk, began), demanded=demanded):
                 continue
