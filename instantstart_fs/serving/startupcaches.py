@@ -335,6 +335,8 @@ class StartupCaches:
                 "or other ones than were announced: it is not kept"
             )
         async with self._locked(pipeline):
+            if record.key.get("generation", "") != await self._generation(pipeline):
+                raise PipelineBusy(f"{pipeline.id} was updated meanwhile: its startup cache is not kept")
             records = await self._read(pipeline)
             same = [found for found in records if found.key == record.key]
             newest = max(same, key=lambda found: found.number, default=None)

@@ -14,7 +14,7 @@ import trio
 from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.core.startupcache import MAX_FIELDS, StartupRecord
 from instantstart_fs.core.startuppack import Entry, encode_index
-from instantstart_fs.errors import AccessRefused, DigestMismatch, StoreReadOnly
+from instantstart_fs.errors import AccessRefused, DigestMismatch, PipelineBusy, StoreReadOnly
 from instantstart_fs.library import Library
 from instantstart_fs.origins.directory import DirectoryOrigin
 from instantstart_fs.regional.directory import DirectoryStore
@@ -228,3 +228,24 @@ def test_what_was_not_written_with_the_regions_key_is_not_used(tmp_path: Path, w
         found = place.latest()
         assert found is not None
         b"".join(place.read(found.record))
+
+
+async def test_what_an_update_overtook_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline holds something else when the pack has come."""
+    async with running(tmp_path) as library:
+        await added(library, tmp_path)
+        raw, caches = valid(100), library.startup
+        generation = (await caches.offer("p", KEY, 0, restore=True)).generation
+        digest = hashlib.sha256(raw).hexdigest()
+        async with caches.receiving(
+            "p", KEY, 0, generation=generation, size=len(raw), digest=digest, files=1, view="/v", layouts=()
+        ) as receiving:
+            await receiving.write(raw)
+
+            async def updated(_: object) -> str:
+                return "99 other"
+
+            monkeypatch.setattr(caches, "_generation", updated)
+            with pytest.raises(PipelineBusy, match="updated"):
+                await receiving.keep()
+        assert await caches.records("p") == []
