@@ -52,8 +52,9 @@ def run(options: Options) -> int:
     try:
         wire = _prepare(start)
         from instantstart_fs.startup import follower
+        from instantstart_fs.startup.output import Listening
 
-        listening = follower.Listening(start)
+        listening = Listening(start)
         command.block()
         listening.listen()
     except BaseException as error:

@@ -222,6 +222,9 @@ def test_the_region(tmp_path: Path) -> None:
     key.chmod(0o644)
     assert "chmod 600" in doctor.check_region(config).found
     key.chmod(0o600)
+    unmounted = doctor.check_region(config)
+    assert (unmounted.outcome, "is its share mounted?" in unmounted.found) == ("fail", True)
+    (tmp_path / "tier").mkdir()
     good = doctor.check_region(config)
     assert (good.outcome, good.found) == (
         "ok",
@@ -239,6 +242,7 @@ def test_an_engine_that_lets_several_writers_win_is_a_warning(tmp_path: Path, mo
     key = tmp_path / "key"
     key.write_text("ab" * 32)
     key.chmod(0o600)
+    (tmp_path / "tier").mkdir()
     found = doctor.check_region(RegionalConfig(f"file://{tmp_path}/tier", str(key), "gpu-1"))
     assert (found.outcome, "of 8 writers of one new object 8 won" in found.found) == ("warn", True)
 

@@ -37,9 +37,10 @@ from instantstart_fs.core.enginetable import (
 from instantstart_fs.core.startupcache import KEPT, StartupRecord, check_key, choose, surplus, whole_key
 from instantstart_fs.core.startuppack import BadPack, decode_index, encode_index, index_length, is_safe
 from instantstart_fs.errors import DaemonUnreachable, UsageError
-from instantstart_fs.startup import follower, options, surroundings, wire
+from instantstart_fs.startup import options, surroundings, wire
 from instantstart_fs.startup import pack as packs
 from instantstart_fs.startup import run as running
+from instantstart_fs.startup.output import Listening
 from instantstart_fs.startup.pack import pack, scan, unpack
 from instantstart_fs.startup.run import check
 from instantstart_fs.startup.start import Start
@@ -789,7 +790,7 @@ def test_a_pattern_that_no_process_looks_for_and_a_machine_without_threads_hold_
 
     monkeypatch.setattr(os, "get_inheritable", lambda _: True)
     monkeypatch.setattr(os, "posix_spawn", no_process)
-    listening = follower.Listening(a_start(tmp_path, "--ready-log", "x"))
+    listening = Listening(a_start(tmp_path, "--ready-log", "x"))
     listening.listen()
     copy = os.dup(listening.streams[1])  # the command's own
     listening.begin(())
@@ -803,14 +804,14 @@ def test_a_pattern_that_no_process_looks_for_and_a_machine_without_threads_hold_
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", no_thread)
-    listening = follower.Listening(a_start(tmp_path, "--ready-log", "x"))
+    listening = Listening(a_start(tmp_path, "--ready-log", "x"))
     listening.listen()
     assert listening.streams == {}, "the command has our own output, then"
     listening.begin(())
     assert "is not looked at" in capfd.readouterr().err
 
     monkeypatch.setattr(os, "pipe2", no_process)
-    assert follower.Listening(a_start(tmp_path, "--ready-log", "x")).streams == {}
+    assert Listening(a_start(tmp_path, "--ready-log", "x")).streams == {}
 
 
 def test_an_engine_that_outlived_a_signal_and_crashed_later_did_not_end_as_asked() -> None:
