@@ -144,9 +144,10 @@ class RegionalStartups:
     async def _save(self, save: _Save) -> None:
         for left in range(TRIES - 1, -1, -1):
             # A descriptor of the thread's own: it may outlive us.
-            fd = os.dup(save.pack)
+            held = [os.dup(save.pack)]
 
-            def put(fd: int = fd) -> bool:
+            def put(held: list[int] = held) -> bool:
+                fd = held.pop()
                 try:
                     return save.place.save(
                         save.record, lambda count, at: os.pread(fd, count, at), self._settings.host, time.time()
@@ -164,6 +165,9 @@ class RegionalStartups:
                 if not left:
                     self._failed(save.pipeline, "saved", error)
                     return
+            finally:
+                with contextlib.suppress(IndexError):  # the call never ran: no thread was free
+                    os.close(held.pop())
             await trio.sleep(AGAIN)
 
     async def _ask(self, call: Callable[[], _T], seconds: float) -> _T:

@@ -86,6 +86,7 @@ class StartupCaches:
         self._fetching: dict[Pipeline, trio.Lock] = {}
         self._known: dict[Pipeline, list[StartupRecord]] = {}
         self._saving = trio.Semaphore(SAVING_AT_ONCE)
+        self._bringing = trio.Semaphore(SAVING_AT_ONCE)  # of its own: who saves slowly holds no start up
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -227,7 +228,7 @@ class StartupCaches:
         record = msgspec.structs.replace(
             entry.record, number=0, saved_at_ns=self._catalog.now_ns(), key=dict(key), host=entry.by
         )
-        async with self._incoming(pipeline, record) as receiving:
+        async with self._incoming(pipeline, record, self._bringing) as receiving:
             async with aclosing(region.read(place, entry.record)) as pieces:
                 async for piece in pieces:
                     await receiving.write(piece)
@@ -295,13 +296,15 @@ class StartupCaches:
             layouts=layouts,
             key=self._whole(pipeline, key, uid, generation),
         )
-        async with self._incoming(pipeline, record) as receiving:
+        async with self._incoming(pipeline, record, self._saving) as receiving:
             yield receiving
 
     @asynccontextmanager
-    async def _incoming(self, pipeline: Pipeline, record: StartupRecord) -> AsyncIterator[Receiving]:
+    async def _incoming(
+        self, pipeline: Pipeline, record: StartupRecord, limit: trio.Semaphore
+    ) -> AsyncIterator[Receiving]:
         """Room for its pack, and a file for it. Raises StoreFull."""
-        async with self._saving:
+        async with limit:
             taken = on_disk.taken(record)
             await self._admit(pipeline, taken)
             incoming = None
