@@ -567,13 +567,13 @@ class OldDaemon(threading.Thread):
             threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
 
     def serve(self, connection: socket.socket) -> None:
-        with connection.makefile("rb") as lines:
+        # Who leaves without reading the answer resets the connection: that is no failure of the test that runs then.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError), connection.makefile("rb") as lines:
             for line in lines:
                 operation = json.loads(line)["request"]["op"]
                 self.asked.append(operation)
                 answer = self.answers.get(operation, {"type": "done", "result": None})
-                with contextlib.suppress(BrokenPipeError):
-                    connection.sendall(json.dumps(answer).encode() + b"\n")
+                connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
 @pytest.mark.parametrize("code", ["usage", "pipeline-busy", "store-damaged", "control-protocol"])
