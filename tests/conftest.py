@@ -5,6 +5,7 @@ first that wants it, faults lifted between tests. The machine's own credentials,
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,13 @@ os.environ |= {
     "AWS_SHARED_CREDENTIALS_FILE": f"{_HOME.name}/aws-credentials",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+
+# A shell that starts the run in the background, or nohup, has these ignored, and every command here would inherit that.
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.timeouts", "tests.randomness", "tests.parallel"]
 

@@ -166,6 +166,9 @@ async def test_a_neighbour_gets_the_chunk_and_proves_it(
     monkeypatch.setenv("no_proxy", "")
     async with served(tmp_path) as where:
         assert await fetched(where, sealed=sealed) == CHUNK
+        with trio.fail_after(60):
+            while not where.level.given_bytes:  # it is counted when the sending thread has ended
+                await trio.sleep(0.01)
         assert where.level.given_bytes == len(CHUNK)
 
 

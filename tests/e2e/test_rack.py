@@ -57,7 +57,7 @@ def rack(site: Site, names: str, **more: object) -> list[Daemon]:
     for name, port in zip(names, ports, strict=True):
         hosts.append(site.host(name, rack="r17", rack_listen=f"127.0.0.1:{port}", **more))
     site.warm(hosts[0])
-    site.wait_seals(2)
+    site.wait_seals(3, 60)
     wait_for(
         lambda: all(metrics(host)["instantstart_rack_neighbours"] == len(names) - 1 for host in hosts), "the rack", 60
     )
@@ -161,7 +161,8 @@ def test_an_owner_that_ends_or_stops_in_the_middle(site: Site, tmp_path: Path, h
     at_once(site, hosts[1:])
     thread.join(60)
     assert struck.is_set()
-    assert site.sent() == 0
+    told = [{name: value for name, value in metrics(host).items() if "fallback" in name} for host in hosts[1:]]
+    assert site.sent() == 0, (told, [host.text()[-2000:] for host in hosts[1:]])
     for host in hosts[1:]:
         right(host, made)
     if how == signal.SIGSTOP:
