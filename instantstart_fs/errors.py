@@ -31,7 +31,7 @@
     │   ├── StoreUnsupported       overlayfs, FUSE, a newer format
     │   ├── StoreDamaged           an I/O error, or a record that cannot be read
     │   │   └── StoreLost          a file that the store had is not there any more, or something else is in its place
-    │   ├── OutOfResources         descriptors are used up for the moment: nothing is wrong with what was asked for
+    │   ├── OutOfResources         descriptors or threads are used up for the moment: what was asked for is not wrong
     │   │   └── OutOfMemory        the same of the kernel's memory
     │   ├── IndexFull              the LMDB map has no space left
     │   └── IndexStuck             no commit comes to an end; what was to be written may still happen

@@ -233,8 +233,8 @@ def pipeline_of(client: Client, model: ModelSpec) -> tuple[str, bool]:
 
 def stay(client: Client, pipeline: str) -> None:
     """Hold a lease until KeyboardInterrupt (SIGINT, SIGTERM). Raises DaemonUnreachable when the daemon ends before."""
-    held = client.lease(pipeline)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):  # it may come while the lease is being asked for
+        held = client.lease(pipeline)
         while not held.wait_ended(3600.0):
             pass
         raise DaemonUnreachable("the daemon has ended; its log says why")

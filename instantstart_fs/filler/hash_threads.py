@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from instantstart_fs.core.chunks import ByteRange
-from instantstart_fs.errors import InstantStartError
+from instantstart_fs.errors import InstantStartError, OutOfResources
 from instantstart_fs.filler.fetch import new_buffer
 from instantstart_fs.filler.fillfile import FillFile
 from instantstart_fs.filler.messages import Hashed, HashFailed, Report
@@ -30,9 +30,14 @@ class HashThreads:
         self._queue: queue.SimpleQueue[FillFile] = queue.SimpleQueue()
 
     def start(self, threads: int) -> None:
-        """Start ``threads`` threads."""
-        for _ in range(threads):
-            threading.Thread(target=self._run, daemon=True).start()
+        """Start ``threads`` threads, or as many as a limit of pids allows. Raises OutOfResources if that is none."""
+        for number in range(threads):
+            try:
+                threading.Thread(target=self._run, daemon=True).start()
+            except RuntimeError as error:  # those that run do the work
+                if not number:
+                    raise OutOfResources(f"{error}; raise TasksMax= (pids.max)") from None
+                break
 
     def schedule(self, file: FillFile) -> None:
         """Queue ``file`` if its prefix has grown beyond what is hashed and no thread has it."""

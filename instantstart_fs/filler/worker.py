@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from instantstart_fs.config.descriptors import raise_file_limit
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OutOfResources
 from instantstart_fs.filler.fetch import Abandoned, Fetcher, new_buffer
 from instantstart_fs.filler.fillfile import CameOtherwise, FetchSink, FillFile, WaitsForStream
 from instantstart_fs.filler.hash_threads import HashThreads
@@ -87,12 +87,18 @@ class Worker:
         self._idle_lock = threading.Lock()
         self._hashing = HashThreads(self.report)
 
-    def run(self) -> None:
-        """Carry out orders until the daemon closes the socket."""
+    def start(self) -> None:
+        """Start the threads that it cannot do without. Raises OutOfResources where a limit of pids allows none."""
         self._hashing.start(self._settings.hash_threads)
         # One thread from the start: under a pid limit none may be available later.
-        threading.Thread(target=self._fetch_forever, daemon=True).start()
+        try:
+            threading.Thread(target=self._fetch_forever, daemon=True).start()
+        except RuntimeError as error:
+            raise OutOfResources(f"{error}; raise TasksMax= (pids.max)") from None
         self._idle = self._threads = 1
+
+    def run(self) -> None:
+        """Carry out orders until the daemon closes the socket."""
         self.report(Ready(os.getpid()))
         while True:
             received, descriptors, flags = fd_passing.receive(self._connection, MAX_MESSAGE, MOST_DESCRIPTORS)
@@ -305,9 +311,14 @@ def main(arguments: list[str]) -> None:
     connection = socket.socket(fileno=socket_fd)
     pause = mmap.mmap(pause_fd, PAUSE_SIZE, prot=mmap.PROT_READ)
     try:
-        Worker(connection, pause, settings).run()
+        worker = Worker(connection, pause, settings)
+        worker.start()
+        worker.run()
     except ConnectionError:
         pass
+    except OutOfResources as error:  # the daemon tries again, later and later
+        print(f"fetch worker: {error.message}", file=sys.stderr, flush=True)
+        os._exit(1)
     except BaseException:
         import traceback
 

@@ -23,7 +23,14 @@ from typing import IO, Literal
 import msgspec
 
 from instantstart_fs.core.manifest import ManifestFile, ModelManifest, ModelSpec, PipelineSpec, Skipped
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable, OriginUnsupported, from_code
+from instantstart_fs.errors import (
+    InstantStartError,
+    OriginMisbehaved,
+    OriginUnavailable,
+    OriginUnsupported,
+    OutOfResources,
+    from_code,
+)
 from instantstart_fs.ipc.children import spawn_module
 from instantstart_fs.origins.settings import OriginSettings
 
@@ -167,9 +174,15 @@ class _Telling(logging.Handler):
             _write(self._out, msgspec.msgpack.encode(said))
 
 
-def _end_with(stream: IO[bytes]) -> None:
-    stream.read(1)
-    os._exit(1)
+def _end_with_the_daemon() -> None:
+    def wait() -> None:
+        sys.stdin.buffer.read(1)
+        os._exit(1)
+
+    try:
+        threading.Thread(target=wait, daemon=True).start()
+    except RuntimeError as error:
+        raise OutOfResources(f"{error}; raise TasksMax= (pids.max)") from None
 
 
 def main() -> None:
@@ -184,11 +197,11 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("500")
-    threading.Thread(target=_end_with, args=(sys.stdin.buffer,), daemon=True).start()
     lock = threading.Lock()
     logging.getLogger().addHandler(_Telling(out, lock))
     last: Done | Failed
     try:
+        _end_with_the_daemon()
         last = _carry_out(order, out, lock)
     except InstantStartError as error:
         last = Failed(error.code, error.message, error.retry_after)

@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -17,12 +19,18 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from instantstart_fs.control.client import Client
+from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import InstantStartError
+from instantstart_fs.filler.messages import PAUSE_SIZE, WorkerSettings
 from instantstart_fs.mount import kernel
+from instantstart_fs.origins import lister
+from instantstart_fs.origins.settings import OriginSettings
 from instantstart_fs.store.blobstore import BlobStore
 from instantstart_fs.system import mountinfo
 from instantstart_fs.upkeep.index_recovery import open_index
@@ -519,6 +527,34 @@ def test_where_no_thread_can_be_started_the_work_goes_on(
     finally:
         (pids / "pids.max").write_text("max")
         daemon.stop()
+
+
+def alone_in(pids: Path, module: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run the module where no thread and no process can be started beside it."""
+    (pids / "pids.max").write_text("1")
+    command = ["sh", "-c", f'echo $$ > {pids}/cgroup.procs; exec "$@"', "sh", sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=harness.REPOSITORY, capture_output=True, timeout=60, **options)
+
+
+def test_a_fetch_worker_that_may_start_no_thread_says_so(pids: Path, tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, (tmp_path / "pause").open("w+b") as pause:
+        pause.truncate(PAUSE_SIZE)
+        fds = (theirs.fileno(), pause.fileno(), pause.fileno())
+        settings = msgspec.json.encode(WorkerSettings()).decode()
+        ended = alone_in(pids, "instantstart_fs.filler.worker", *map(str, fds), settings, pass_fds=fds)
+    assert ended.returncode == 1
+    assert ended.stderr == b"fetch worker: can't start new thread; raise TasksMax= (pids.max)\n"
+
+
+def test_a_listing_process_that_may_start_no_thread_says_so(pids: Path, model: Path) -> None:
+    source = ModelSpec(f"file://{model}")
+    order = lister.Order("check", PipelineSpec("m", (source,)), source, OriginSettings(), 60)
+    body = msgspec.msgpack.encode(order)
+    ended = alone_in(pids, "instantstart_fs.origins.lister", input=len(body).to_bytes(4, "big") + body)
+    said = msgspec.msgpack.decode(ended.stdout[4:], type=lister.Failed)
+    assert (said.code, said.message) == ("out-of-resources", "can't start new thread; raise TasksMax= (pids.max)")
+    assert ended.stderr == b""
 
 
 @pytest.mark.parametrize("transport", ["pyfuse3"], indirect=True)
