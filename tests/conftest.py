@@ -32,7 +32,7 @@ for _number in (signal.SIGHUP, signal.SIGQUIT):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["tests.timeouts", "tests.randomness", "tests.parallel"]
+pytest_plugins = ["tests.timeouts", "tests.randomness", "tests.parallel", "tests.unsteady"]
 
 from tests.servers.blackhole import BlackHole  # noqa: E402
 from tests.servers.hub import HubServer  # noqa: E402

@@ -214,3 +214,36 @@ def test_the_explorer_draws_anew_and_tells_what_repeats_its_finding(
     seed, drawn = explore()
     assert explore()[1] != drawn
     assert explore("--seed", seed) == (seed, drawn)
+
+
+UNSTEADY = """
+import os
+import pytest
+
+@pytest.mark.parametrize("number", range(%(unsteady)s))
+def test_beside_others(number):
+    assert "PYTEST_XDIST_WORKER" not in os.environ
+
+def test_broken():
+    assert %(whole)s
+"""
+
+
+@pytest.mark.parametrize(
+    ("unsteady", "whole", "status"),
+    [(1, True, 0), (1, False, 1), (4, True, 1)],
+    ids=["passes alone", "another fails alone", "too many"],
+)
+def test_what_fails_only_beside_others_is_named_and_fails_no_run(
+    tmp_path: Path, unsteady: int, whole: bool, status: int
+) -> None:
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite/conftest.py").write_text('pytest_plugins = ["tests.unsteady"]\n')
+    (tmp_path / "suite/pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib -p xdist\n")
+    (tmp_path / "suite/test_unsteady.py").write_text(UNSTEADY % {"unsteady": unsteady, "whole": whole})
+    found, text = pytest_run(
+        tmp_path / "suite", "-n", "1", PYTHONPATH=str(REPOSITORY), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
+    )
+    assert found == status, text[-3000:]
+    assert text.count("UNSTEADY ") == (unsteady if unsteady <= 3 else 0), text[-3000:]
+    assert "FAILED" in text
