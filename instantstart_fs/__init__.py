@@ -9,14 +9,14 @@ __all__ = ["AsyncClient", "Client", "InstantStartError", "__version__"]
 
 TYPE_CHECKING = False  # the module itself takes 3 ms of every command
 if TYPE_CHECKING:
+    from instantstart_fs.client import Client
     from instantstart_fs.control.async_client import AsyncClient
-    from instantstart_fs.control.client import Client
     from instantstart_fs.errors import InstantStartError
 
 
 def __getattr__(name: str) -> object:
     if name == "Client":
-        from instantstart_fs.control.client import Client
+        from instantstart_fs.client import Client
 
         return Client
     if name == "AsyncClient":

@@ -9,7 +9,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -20,12 +20,12 @@ from instantstart_fs.cli.progress import Bar, fits
 from instantstart_fs.cli.show import table as columns
 from instantstart_fs.core.humanize import human_bytes, human_seconds
 from instantstart_fs.core.limits import MAX_SECONDS
-from instantstart_fs.errors import DaemonUnreachable, InstantStartError, PrefetchError, UsageError
-from instantstart_fs.prefetch import DeviceReport, LeaseSource, Stage, Stager, plan
+from instantstart_fs.errors import DaemonUnreachable, InstantStartError, UsageError
+from instantstart_fs.prefetch import DeviceReport, LeaseSource, Stage
 from instantstart_fs.prefetch.hold_client import HoldClient
 from instantstart_fs.prefetch.hold_protocol import HoldStatus, held_pipelines, hold_socket
 from instantstart_fs.prefetch.holder import Holder
-from instantstart_fs.prefetch.libtorch import load_torch
+from instantstart_fs.prefetch.start import every_device, start_stage
 
 LINE_SECONDS = 5.0
 FREEING_SECONDS = 20.0
@@ -42,11 +42,7 @@ def devices_of(given: str) -> tuple[str, ...]:
         if not found:
             raise UsageError("--devices: names none")
         return found
-    try:
-        count = int(load_torch().cuda.device_count())
-    except PrefetchError:
-        count = 0
-    return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
+    return every_device()
 
 
 def deadlines_of(given: Sequence[str]) -> dict[str, float]:
@@ -84,11 +80,18 @@ def run(
     wanted = devices_of(devices)
     path = hold_socket(pipeline) if hold else ""
     wanted_at = deadlines_of(deadlines)
-    with _terminated(), LeaseSourceContext(pipeline, socket, wanted_at) as source:
-        made = plan(source.weights, None, wanted, tensor_parallel, deadlines=wanted_at)
-        stager = Stager(source, backend=backend, readers=readers, what_fits=what_fits)
+    with _terminated():
+        source = LeaseSource(pipeline, socket, deadlines=wanted_at)
         _say(quiet, f"{pipeline}: starting a worker for each of {', '.join(wanted)} (each imports torch) …")
-        with stager.start(made) as stage:
+        with start_stage(
+            source,
+            wanted,
+            tensor_parallel=tensor_parallel,
+            backend=backend,
+            readers=readers,
+            deadlines=wanted_at,
+            what_fits=what_fits,
+        ) as stage:
             for report in stage.progress():
                 for name, reason in report.refusals:
                     print(f"instantstart: {report.device}: backend {name} refused: {reason}", file=sys.stderr)
@@ -125,19 +128,6 @@ def _keep(pipeline: str, stage: Stage, source: LeaseSource, holder: Holder) -> N
             return
         if source.wait_ended(0.05):
             raise DaemonUnreachable(f"{pipeline}: the lease has ended with its daemon; the weights are released")
-
-
-class LeaseSourceContext:
-    """A LeaseSource that is closed whatever happens before a Stage takes it over."""
-
-    def __init__(self, pipeline: str, socket: str | None, deadlines: Mapping[str, float]) -> None:
-        self._source = LeaseSource(pipeline, socket, deadlines=deadlines)
-
-    def __enter__(self) -> LeaseSource:
-        return self._source
-
-    def __exit__(self, *_: object) -> None:
-        self._source.close()
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""The blocking client of the daemon: what the command line uses, and `from instantstart_fs import Client` gives.
+"""The blocking client of the daemon: what the command line uses. `from instantstart_fs import Client` adds what this
+machine does itself (``client.py``).
 
 It is quick to import and needs msgspec alone. What may be asked is in ``calls.py``; this sends and waits. A connection
 carries one request at a time. A client keeps the connections that it made, and makes one more where all are in use, so
@@ -381,12 +382,16 @@ class Client:
         self._drop(connection)
         raise ControlError(f"{self.path}: this client is closed")
 
+    def _check_open(self) -> None:
+        """Raises ControlError once ``close`` was called."""
+        if self._closed:
+            raise ControlError(f"{self.path}: this client is closed")
+
     def _take(self) -> Connection:
         """Return an idle connection, or a new one."""
         while True:
             with self._lock:
-                if self._closed:
-                    raise ControlError(f"{self.path}: this client is closed")
+                self._check_open()
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
                 return self._connect()

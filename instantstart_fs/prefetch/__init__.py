@@ -6,6 +6,7 @@
     backends  how bytes get from a file into a device's memory
     worker    the process that does it, one for each device
     stager    starts workers, feeds them, keeps account: Stager, Stage
+    start     all of a pipeline, staged by one call
     holder    a Stage kept for engines, which take it file by file
     state_dict  load_state_dict, for engines without a plugin
     vllm_loader  vLLM's plugin; imported by vLLM alone

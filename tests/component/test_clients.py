@@ -317,7 +317,7 @@ def test_the_clients_have_the_same_verbs() -> None:
         return {name: inspect.signature(value) for name, value in found if not name.startswith("_")}
 
     blocking, loops = verbs(Client), verbs(AsyncClient)
-    only_blocking = {"open", "peer_pid", "wait_ended", "startup_caches", "startup_verify", "startup_remove"}
+    only_blocking = {"open", "prefetch", "peer_pid", "wait_ended", "startup_caches", "startup_verify", "startup_remove"}
     assert set(blocking) - set(loops) == only_blocking
     assert set(loops) <= set(blocking)
     for name, signature in loops.items():

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from bench.common import evict, resident_bytes
-from instantstart_fs.errors import OutOfBudget, PipelineNotFound, PrefetchError, UsageError
+from instantstart_fs import Client
+from instantstart_fs.errors import ControlError, OutOfBudget, PipelineNotFound, PrefetchError, UsageError
 from instantstart_fs.prefetch import LeaseSource, Stager, load_state_dict, plan, state_dict
 from instantstart_fs.prefetch.hold_client import HoldClient
 from tests.component.test_prefetch import write_safetensors
@@ -541,3 +542,34 @@ def test_a_hold_ends_with_its_lease(make_daemon: Callable[..., Daemon], model: P
         _, err = process.communicate(timeout=30)
         assert process.returncode == 1 and "lease has ended" in err
     daemon.start()
+
+
+def test_the_client_stages_and_says_what_is_wrong(
+    make_daemon: Callable[..., Daemon], model: Path, tmp_path: Path
+) -> None:
+    daemon = make_daemon()
+    daemon.ok("add", "m", f"file://{model}")
+    with Client(str(daemon.socket)) as client:
+        for wrong in ("gpu", "cuda", ["cpu", "cpu"], []):
+            with pytest.raises(UsageError, match="device"):
+                client.prefetch("m", wrong)
+        with pytest.raises(UsageError, match="deadline"):
+            client.prefetch("m", "cpu", deadlines={"nobody": 1.0})
+        with pytest.raises(UsageError, match="backend"):
+            client.prefetch("m", "cpu", backend="magic")
+        with pytest.raises(PipelineNotFound, match="did you mean 'm'"):
+            client.prefetch("mm", "cpu")
+        wait_for(lambda: daemon.status("m")["leases"] == 0, "the end of the refused ones' leases")
+        stage = client.prefetch("m", "cpu")
+    with stage:  # its client is closed, and it goes on
+        stage.wait(60)
+        assert daemon.status("m")["leases"] == 1
+        assert set(stage.paths) == {path.name for path in model.glob("*.safetensors")}
+        for path in stage.paths:
+            exported = stage.export(path)
+            assert exported.fd is not None
+            with open(exported.fd, "rb") as file:
+                assert file.read(exported.size) == (model / path).read_bytes()
+    wait_for(lambda: daemon.status("m")["leases"] == 0, "the lease's end")
+    with pytest.raises(ControlError, match="this client is closed"):
+        client.prefetch("m", "cpu")
