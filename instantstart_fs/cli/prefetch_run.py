@@ -25,7 +25,7 @@ from instantstart_fs.prefetch import DeviceReport, LeaseSource, Stage
 from instantstart_fs.prefetch.hold_client import HoldClient
 from instantstart_fs.prefetch.hold_protocol import HoldStatus, held_pipelines, hold_socket
 from instantstart_fs.prefetch.holder import Holder
-from instantstart_fs.prefetch.start import every_device, start_stage
+from instantstart_fs.prefetch.start import every_device, start_stage, why_no_gpu
 
 LINE_SECONDS = 5.0
 FREEING_SECONDS = 20.0
@@ -78,6 +78,8 @@ def run(
     if devices == "auto":
         _say(quiet, f"{pipeline}: importing torch, to find the GPUs …")
     wanted = devices_of(devices)
+    if devices == "auto" and wanted == ("cpu",) and (why := why_no_gpu()):
+        print(f"instantstart: {pipeline}: staged to the CPU, for torch finds no GPU: {why}", file=sys.stderr)
     path = hold_socket(pipeline) if hold else ""
     wanted_at = deadlines_of(deadlines)
     with _terminated():

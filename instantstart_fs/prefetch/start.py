@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from instantstart_fs.errors import PrefetchError
+from instantstart_fs.prefetch.device_errors import no_device, visible
 from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.plan import plan
 from instantstart_fs.prefetch.sources import Source
 from instantstart_fs.prefetch.stager import Stage, Stager
+
+DRIVER = "/dev/nvidiactl"
+"""A device file that NVIDIA's driver makes."""
 
 
 def every_device() -> tuple[str, ...]:
@@ -18,6 +23,17 @@ def every_device() -> tuple[str, ...]:
     except PrefetchError:
         count = 0
     return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
+
+
+def why_no_gpu() -> str:
+    """Return why torch finds no GPU where there should be one: the driver is there, or the environment names some;
+    empty elsewhere."""
+    if not (os.path.exists(DRIVER) or visible()):
+        return ""
+    try:
+        return no_device(load_torch())
+    except PrefetchError as error:
+        return error.message
 
 
 def start_stage(

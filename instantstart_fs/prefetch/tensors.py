@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from instantstart_fs.errors import BadWeights, PrefetchError
+from instantstart_fs.prefetch.device_errors import explained, visible
 from instantstart_fs.prefetch.layout import BITS, FileLayout, torch_dtypes
 from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.messages import IpcHandle
@@ -29,7 +30,10 @@ def place_of(device: str) -> str:
         return "cpu"
     torch, number = load_torch(), int(device.partition(":")[2] or 0)
     if number >= torch.cuda.device_count():
-        raise PrefetchError(f"{device}: there are {torch.cuda.device_count()} CUDA devices")
+        seen = visible()
+        raise PrefetchError(
+            f"{device}: there are {torch.cuda.device_count()} CUDA devices{f' ({seen})' if seen else ''}"
+        )
     return str(torch.cuda.get_device_properties(number).uuid)
 
 
@@ -38,7 +42,9 @@ def _number_of(place: str) -> int:
     for number in range(torch.cuda.device_count()):
         if place_of(f"cuda:{number}") == place:
             return number
-    raise PrefetchError(f"the GPU {place} is not visible to this process (CUDA_VISIBLE_DEVICES)")
+    raise PrefetchError(
+        f"the GPU {place} is not visible to this process ({visible() or 'a container that has fewer devices?'})"
+    )
 
 
 def from_memory(memory: mmap.mmap, size: int) -> Any:
@@ -64,10 +70,9 @@ def from_ipc(handle: IpcHandle, size: int, device: int | None = None) -> Any:
         number, storage = _opened(torch, handle, device)
         return torch.empty(0, dtype=torch.uint8, device=f"cuda:{number}").set_(storage)[:size]
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
-        lines = str(error).splitlines() or [type(error).__name__]
         other = f" (made by torch {handle.torch}, and this is {torch.__version__})"
         raise PrefetchError(
-            f"device memory of another process cannot be opened: {lines[0]}"
+            f"device memory of another process cannot be opened: {explained(error, opening=True)}"
             f"{other if handle.torch not in ('', str(torch.__version__)) else ''}"
         ) from error
 
@@ -129,6 +134,9 @@ def views(base: Any, layout: FileLayout, path: str = "file") -> dict[str, Any]:
     Raises BadWeights for a dtype that this torch does not have."""
     torch = load_torch()
     dtypes = torch_dtypes(torch)
+    size, offset, address = len(base), base.storage_offset(), base.data_ptr()
+    typed: dict[str, Any] = {}
+    """dtype → an element of the file as such: a view of another place and shape costs one call of torch from it."""
     found = {}
     for tensor in layout.tensors:
         dtype = dtypes.get(tensor.dtype)
@@ -142,9 +150,22 @@ def views(base: Any, layout: FileLayout, path: str = "file") -> dict[str, Any]:
         if tensor.start == tensor.end:
             found[tensor.name] = torch.empty(shape, dtype=dtype, device=base.device)
             continue
-        raw = base[tensor.start : tensor.end]
+        if tensor.end > size:
+            raise BadWeights(f"{path}: {tensor.name} ends at byte {tensor.end} of {size}")
         width = max(1, BITS[tensor.dtype] // 8)
-        if (base.storage_offset() + tensor.start) % width or base.data_ptr() % width:
-            raw = raw.clone()
-        found[tensor.name] = raw.view(dtype).view(shape)
+        if (offset + tensor.start) % width or address % width:
+            found[tensor.name] = base[tensor.start : tensor.end].clone().view(dtype).view(shape)
+            continue
+        if tensor.dtype not in typed:
+            typed[tensor.dtype] = base[tensor.start : tensor.start + width].view(dtype)
+        found[tensor.name] = typed[tensor.dtype].as_strided(shape, _strides(shape), (offset + tensor.start) // width)
     return found
+
+
+def _strides(shape: list[int]) -> list[int]:
+    """The strides of a contiguous tensor, in elements."""
+    found, step = [], 1
+    for count in reversed(shape):
+        found.append(step)
+        step *= count
+    return found[::-1]

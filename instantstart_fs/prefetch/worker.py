@@ -23,6 +23,7 @@ from instantstart_fs.ipc import fd_passing
 from instantstart_fs.prefetch import messages
 from instantstart_fs.prefetch.backends import choose
 from instantstart_fs.prefetch.backends.base import Backend, Item
+from instantstart_fs.prefetch.device_errors import first_line, meaning, no_device
 from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.memory import Memfd, mapped
 from instantstart_fs.prefetch.messages import (
@@ -118,7 +119,10 @@ class Worker:
         torch, device = load_torch(), self._settings.device
         self._torch = torch
         if not torch.cuda.is_available():
-            raise PrefetchError(f"{device}: torch {torch.__version__} finds no CUDA device here")
+            why = no_device(torch)
+            raise PrefetchError(
+                f"{device}: torch {torch.__version__} finds no CUDA device here{f': {why}' if why else ''}"
+            )
         place_of(device)
         torch.cuda.set_device(device)
         torch.cuda.init()
@@ -262,10 +266,13 @@ class Worker:
 def failure(number: int, error: Exception) -> Failed:
     if isinstance(error, InstantStartError):
         return Failed(number, error.code, error.message)
-    lines = str(error).splitlines() or [""]
+    line = first_line(error)
     if type(error).__name__ == "OutOfMemoryError":
-        return Failed(number, OutOfBudget.code, f"the device has no memory left: {lines[0]}"[:2000])
-    return Failed(number, PrefetchError.code, f"{type(error).__name__}: {lines[0]}"[:2000])
+        return Failed(number, OutOfBudget.code, f"the device has no memory left: {line}"[:2000])
+    means = meaning(line)
+    return Failed(
+        number, PrefetchError.code, (f"{line} ({means})" if means else f"{type(error).__name__}: {line}")[:2000]
+    )
 
 
 def main() -> None:

@@ -7,9 +7,25 @@ for each allocation of MEMFD bytes and more, which another process opens through
 holds what the processes must know of each other: how much each has, and which memory is open elsewhere.
 
 What it is like: memory goes with the process that owns it; what was handed out stays counted after its release until
-the one that has it counts down, for ever if that one was killed; a full device refuses. What it is not like: nothing is
-asynchronous, nothing is fast, and "page-locked" memory is memory. INSTANTSTART_FAKE_CUDA_FAIL names a call that raises
-(POINTS); INSTANTSTART_FAKE_CUDA_GPUS is the number of devices; CUDA_VISIBLE_DEVICES is obeyed.
+the one that has it counts down, for ever if that one was killed; a full device refuses; each process that works on a
+device has a context of CONTEXT bytes there; a copy that need not be waited for happens when somebody waits for its
+stream, and not before; an error of such a copy comes then, and every call of that process fails after it.
+CUDA_VISIBLE_DEVICES is obeyed as CUDA does: by number or (the beginning of a) UUID, up to the first that is none. What
+it is not like: nothing is fast, and "page-locked" memory is memory.
+
+What can be wrong with a device, each by a variable that begins with INSTANTSTART_FAKE_CUDA_:
+
+    GPUS=2          the number of devices
+    BYTES, CONTEXT  of one device, and of a process's context on it
+    FAIL=point      this call raises (POINTS)
+    ERROR=text      what the error of FAIL says, in the place of its own words
+    PINNED=bytes    so much memory can be page-locked by one process, and no more
+    EXCLUSIVE=1     compute mode Exclusive_Process: the first process has the device for itself
+    MIG=1           every process sees one instance of its own of the first GPU, under that GPU's UUID
+    PEERS=0         no device can reach another one's memory
+    DRIVER=text     there is no device, and torch.cuda.init says this
+    FORMAT=2        the version of the handles that this torch makes, and the newest that it understands (3)
+    TORCH=2.11.0    the release that torch says it is
 
 INSTANTSTART_FAKE_MISSING names packages that cannot be imported, with or without the device: as on a bare machine.
 """
@@ -31,7 +47,15 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 MEMFD = 64 * 1024
-TOTAL = int(os.environ.get("INSTANTSTART_FAKE_CUDA_BYTES", str(1 << 30)))
+
+
+def setting(name: str, otherwise: str = "") -> str:
+    return os.environ.get(f"INSTANTSTART_FAKE_CUDA_{name}", otherwise)
+
+
+TOTAL = int(setting("BYTES", str(1 << 30)))
+CONTEXT = int(setting("CONTEXT", str(4 << 20)))
+FORMAT = int(setting("FORMAT", "3"))
 POINTS = (
     "init",
     "empty",
@@ -44,35 +68,52 @@ POINTS = (
     "share",
     "open",
     "collect",
+    "copy",
 )
-"""Where INSTANTSTART_FAKE_CUDA_FAIL lets it fail: in which call."""
+"""Where FAIL lets it fail: in which call; "copy": in a copy that nobody waits for, later."""
+
+_sticky: list[str] = []
+"""The error after which nothing works in this process any more."""
 
 
 def fail_at(point: str) -> None:
-    if os.environ.get("INSTANTSTART_FAKE_CUDA_FAIL") == point:
-        raise RuntimeError(f"CUDA error: {point} failed, as it was told to")
+    if _sticky:
+        raise RuntimeError(_sticky[0])
+    if setting("FAIL") == point:
+        raise RuntimeError(f"CUDA error: {setting('ERROR') or f'{point} failed, as it was told to'}")
 
 
 def uuids() -> list[str]:
     """Of the visible devices, in their order."""
-    found = [f"fake-{number:04d}" for number in range(int(os.environ.get("INSTANTSTART_FAKE_CUDA_GPUS", "1")))]
+    if setting("DRIVER"):
+        return []
+    found = [f"fake-{number:04d}" for number in range(int(setting("GPUS", "1")))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return found
-    names = [name.removeprefix("GPU-") for name in visible.split(",") if name]
-    return [found[int(name)] if name.isdecimal() else name for name in names]
+    if visible is not None:
+        chosen: list[str] = []
+        for name in visible.split(","):
+            number = int(name) if name.strip().isdecimal() else None
+            if number is not None:
+                these = found[number : number + 1]
+            else:
+                these = [uuid for uuid in found if name and f"GPU-{uuid}".startswith(name.strip())]
+            if len(these) != 1 or these[0] in chosen:
+                break
+            chosen += these
+        found = chosen
+    return found[:1] if setting("MIG") else found
 
 
 class Ledger:
-    """What the processes know of each other, as files: ``own.PID.BLOCK`` with a size, ``open.BLOCK.SERIAL`` for
-    each handle that was handed out, and not counted down."""
+    """What the processes know of each other, as files: ``own.PID.BLOCK`` with a size and the device's UUID,
+    ``context.PID.UUID``, and ``open.BLOCK.SERIAL`` for each handle that was handed out, and not counted down."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 
-    def own(self, block: str, size: int) -> None:
-        (self._directory / f"own.{os.getpid()}.{block}").write_text(str(size))
+    def own(self, block: str, size: int, uuid: str) -> None:
+        (self._directory / f"own.{os.getpid()}.{block}").write_text(f"{size} {uuid}")
 
     def disown(self, block: str) -> None:
         (self._directory / f"own.{os.getpid()}.{block}").unlink(missing_ok=True)
@@ -86,14 +127,29 @@ class Ledger:
     def is_open(self, block: str) -> bool:
         return any(self._directory.glob(f"open.{block}.*"))
 
-    def owned(self, pid: int | None = None) -> int:
-        """Bytes of all living processes, or of this one."""
+    def owned(self, uuid: str | None, pid: int | None = None) -> int:
+        """Bytes of all living processes, or of this one, without contexts; on this device, or (None) on all."""
         total = 0
         for file in self._directory.glob(f"own.{pid or '*'}.*"):
             if Path("/proc", file.name.split(".")[1]).exists():
                 with contextlib.suppress(OSError, ValueError):
-                    total += int(file.read_text())
+                    size, at = file.read_text().split()
+                    total += int(size) if uuid in (None, at) else 0
         return total
+
+    def contexts(self, uuid: str) -> list[int]:
+        """The living processes that have a context on this device."""
+        pids = [int(file.name.split(".")[1]) for file in self._directory.glob(f"context.*.{uuid}")]
+        return [pid for pid in pids if Path("/proc", str(pid)).exists()]
+
+    def context(self, uuid: str) -> None:
+        """Make one of this process, unless it has one."""
+        mine = self._directory / f"context.{os.getpid()}.{uuid}"
+        if mine.exists():
+            return
+        if setting("EXCLUSIVE") and self.contexts(uuid):
+            raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+        mine.touch()
 
 
 class Device:
@@ -109,12 +165,58 @@ class Device:
         """Blocks that were released while another process has them open → descriptors."""
         self._count = 0
         self._empty = torch.empty
+        self._copy = torch.Tensor.copy_
         self.current = 0
+        self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self.on = threading.local()
+        """``stream``: the one that this thread works on; None, or no such thing: the default one, which is waited for
+        at once."""
+        self.pinned = 0
+
+    def context(self, number: int) -> str:
+        """The UUID of a device that this process is about to use; it has a context there from now on."""
+        if setting("DRIVER"):
+            raise RuntimeError(setting("DRIVER"))
+        if number >= len(uuids()):
+            raise RuntimeError("CUDA error: invalid device ordinal" if uuids() else "No CUDA GPUs are available")
+        uuid = uuids()[number]
+        self.ledger.context(uuid)
+        return uuid
+
+    def used(self, number: int) -> int:
+        uuid = self.context(number)
+        return self.ledger.owned(uuid) + CONTEXT * len(self.ledger.contexts(uuid))
+
+    def pin(self, tensor: Any) -> Any:
+        fail_at("pinned")
+        limit = setting("PINNED")
+        if limit and self.pinned + tensor.nbytes > int(limit):
+            raise RuntimeError("CUDA error: out of memory")
+        self.pinned += tensor.nbytes
+        weakref.finalize(tensor.untyped_storage(), self._unpinned, tensor.nbytes).atexit = False
+        return tensor
+
+    def _unpinned(self, size: int) -> None:
+        self.pinned -= size
+
+    def copy(self, target: Any, source: Any, non_blocking: bool = False) -> Any:
+        stream = getattr(self.on, "stream", None)
+        if stream is None or not non_blocking or not (target.is_cuda or source.is_cuda):
+            return self._copy(target, source)
+        if _sticky:
+            raise RuntimeError(_sticky[0])
+        stream.pending.append(lambda: self._copy(target, source))
+        return target
+
+    def synchronize(self) -> None:
+        """Wait for all streams of this process, as freeing memory does, too."""
+        for stream in list(self.streams):
+            perform(stream.pending)
 
     def allocate(self, size: int, number: int) -> Any:
         """``size`` bytes as a uint8 tensor."""
         fail_at("empty")
-        if self.ledger.owned() + size > TOTAL:
+        if self.used(number) + size > TOTAL:
             raise self.torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
         if size < MEMFD:
             return self._empty(size, dtype=self.torch.uint8)
@@ -123,7 +225,7 @@ class Device:
             block = f"{os.getpid()}-{self._count}"
         fd = os.memfd_create(block, os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
-        self.ledger.own(block, size)
+        self.ledger.own(block, size, uuids()[number])
         return self._tensor(mmap.mmap(fd, size), block, 0, size, fd, number)
 
     def _tensor(self, memory: mmap.mmap, block: str, offset: int, size: int, fd: int, number: int) -> Any:
@@ -148,6 +250,7 @@ class Device:
 
     def collect(self) -> None:
         fail_at("collect")
+        self.synchronize()
         with self._lock:
             for block in [block for block in self._released if not self.ledger.is_open(block)]:
                 os.close(self._released.pop(block))
@@ -167,7 +270,8 @@ class Device:
         if found is None:
             raise RuntimeError("CUDA error: invalid argument (no memory of the device)")
         _, (block, size, fd, number) = found
-        handle = b"\x03c" + json.dumps(f"/proc/{os.getpid()}/fd/{fd}").encode()
+        said = [f"/proc/{os.getpid()}/fd/{fd}", instance(), uuids()[number]]
+        handle = bytes([FORMAT]) + b"c" + json.dumps(said).encode()
         with self._lock:
             self._count += 1
             reference = f"{block}.{self._count}"
@@ -176,7 +280,15 @@ class Device:
 
     def open(self, number: int, handle: bytes, size: int, offset: int, reference: bytes) -> Any:
         fail_at("open")
-        path = json.loads(handle[2:])
+        if handle[0] > FORMAT:
+            raise RuntimeError(
+                "received sharable handle from a future version of torch that this version does not know"
+            )
+        path, owner, uuid = json.loads(handle[2:])
+        if owner != instance():
+            raise RuntimeError("CUDA error: operation not supported")
+        if self.context(number) != uuid and setting("PEERS") == "0":
+            raise RuntimeError("CUDA error: peer access is not supported between these two devices")
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -188,27 +300,58 @@ class Device:
         return self._tensor(memory, reference.decode(), offset, size, -1, number).untyped_storage()
 
 
+def instance() -> str:
+    """The instance of MIG that this process has: each process tree begun with a variable of another value another."""
+    return setting("MIG")
+
+
+def perform(copies: list[Any]) -> None:
+    """Do what was left for later. An error of it is the process's last."""
+    while copies:
+        work = copies.pop(0)
+        if setting("FAIL") == "copy":
+            _sticky.append(f"CUDA error: {setting('ERROR', 'an illegal memory access was encountered')}")
+        fail_at("copy")
+        work()
+
+
 class Stream:
     def __init__(self, *_: object, **__: object) -> None:
         fail_at("stream")
+        self.pending: list[Any] = []
+        """Copies that nobody has waited for."""
+        made.streams.add(self)
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    def synchronize(self) -> None:
+        perform(self.pending)
 
 
 class Event:
     def __init__(self, **_: object) -> None:
         fail_at("event")
+        self.before: list[Any] = []
 
-    def record(self, *_: object) -> None:
+    def record(self, stream: Stream | None = None) -> None:
         fail_at("record")
+        if stream is not None:
+            self.before = stream.pending  # and what the stream did before that
 
     def synchronize(self) -> None:
         fail_at("synchronize")
+        perform(self.before)
 
     def query(self) -> bool:
-        return True
+        return not self.before
+
+
+@contextlib.contextmanager
+def working_on(stream: Stream | None) -> Any:
+    before = getattr(made.on, "stream", None)
+    made.on.stream = stream
+    try:
+        yield
+    finally:
+        made.on.stream = before
 
 
 def number_of(device: Any) -> int | None:
@@ -217,14 +360,19 @@ def number_of(device: Any) -> int | None:
     return int(text.partition(":")[2] or 0) if text.startswith("cuda") else None
 
 
+made: Device
+"""This process's, once torch has been imported."""
+
+
 def install(torch: Any) -> None:
-    device = Device(torch, Path(os.environ["INSTANTSTART_FAKE_CUDA"]))
+    global made
+    device = made = Device(torch, Path(os.environ["INSTANTSTART_FAKE_CUDA"]))
     plain_empty, plain_to, plain_like = torch.empty, torch.Tensor.to, torch.empty_like
     plain_device = torch._C.TensorBase.device
 
     def empty(*size: Any, **options: Any) -> Any:
         if options.pop("pin_memory", False):
-            fail_at("pinned")
+            return device.pin(plain_empty(*size, **options))
         number = number_of(options.get("device"))
         if number is None:
             return plain_empty(*size, **options)
@@ -250,11 +398,22 @@ def install(torch: Any) -> None:
 
     def mem_get_info(_: Any = None) -> tuple[int, int]:
         fail_at("mem_get_info")
-        return TOTAL - device.ledger.owned(), TOTAL
+        return TOTAL - device.used(index(_)), TOTAL
+
+    def index(which: Any) -> int:
+        return device.current if which is None else which if isinstance(which, int) else number_of(which) or 0
 
     def properties(which: Any = 0) -> SimpleNamespace:
-        number = which if isinstance(which, int) else number_of(which) or 0
-        return SimpleNamespace(uuid=uuids()[number], total_memory=TOTAL, name="fake device", major=9, minor=0)
+        device.context(index(which))
+        return SimpleNamespace(uuid=uuids()[index(which)], total_memory=TOTAL, name="fake device", major=9, minor=0)
+
+    def init() -> None:
+        fail_at("init")
+        device.context(device.current)
+
+    def synchronize(_: Any = None) -> None:
+        fail_at("synchronize")
+        device.synchronize()
 
     def set_device(which: Any) -> None:
         device.current = which if isinstance(which, int) else number_of(which) or 0
@@ -262,6 +421,9 @@ def install(torch: Any) -> None:
     def nothing(*_: object) -> None: ...
 
     torch.empty, torch.Tensor.to, torch.empty_like = empty, to, empty_like
+    torch.Tensor.copy_ = lambda self, source, non_blocking=False: device.copy(self, source, non_blocking)
+    if setting("TORCH"):
+        torch.__version__ = setting("TORCH")
     torch.Tensor.device = property(device_of)
     torch.Tensor.is_cuda = property(lambda self: device_of(self).type == "cuda")
     torch.UntypedStorage._share_cuda_ = lambda self: device.share(self.data_ptr())
@@ -272,12 +434,12 @@ def install(torch: Any) -> None:
         lambda reference, _: device.ledger.count_down(reference.decode())
     )
     fakes = {
-        "is_available": lambda: bool(uuids()), "device_count": lambda: len(uuids()), "init": lambda: fail_at("init"),
+        "is_available": lambda: bool(uuids()), "device_count": lambda: len(uuids()), "init": init,
         "set_device": set_device, "current_device": lambda: device.current, "get_device_properties": properties,
         "get_device_name": lambda which=0: properties(which).name, "mem_get_info": mem_get_info,
-        "memory_allocated": lambda _=None: device.ledger.owned(os.getpid()), "empty_cache": nothing,
-        "ipc_collect": device.collect, "synchronize": nothing, "Stream": Stream, "Event": Event,
-        "can_device_access_peer": lambda *_: True, "stream": lambda stream: stream,
+        "memory_allocated": lambda _=None: device.ledger.owned(None, os.getpid()), "empty_cache": nothing,
+        "ipc_collect": device.collect, "synchronize": synchronize, "Stream": Stream, "Event": Event,
+        "can_device_access_peer": lambda *_: setting("PEERS") != "0", "stream": working_on,
         "device": lambda _: contextlib.nullcontext(),
     }  # fmt: skip
     for name, fake in fakes.items():

@@ -43,6 +43,8 @@ def choose(names: Sequence[str], device: str, readers: int, rate: float) -> tupl
         else:
             backend = Mapped(device, rate)
         reason = backend.refusal()
+        if isinstance(backend, DirectCuda) and backend.lacked is not None and reason is None:
+            refusals.append(backend.lacked)
         if reason is None:
             return backend, tuple(refusals)
         refusals.append((name, reason))

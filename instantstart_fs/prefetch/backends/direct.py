@@ -14,6 +14,7 @@ import threading
 from typing import Any
 
 from instantstart_fs.prefetch.backends.base import Item, Threaded
+from instantstart_fs.prefetch.device_errors import explained
 from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.plan import BLOCK, EXTENT
 from instantstart_fs.prefetch.reader import read_extent
@@ -84,26 +85,40 @@ class DirectCuda(_Readers):
         self._ring: list[_Slot] = []
         self._used_slots = 0
         self._lock = threading.Lock()
+        self.lacked: tuple[str, str] | None = None
+        """What was wanted and could not be had, and why, where fewer readers serve than that."""
 
     def refusal(self) -> str | None:
-        """Return why there is no page-locked memory: a driver, or a limit, may refuse it."""
+        """Return why there is no page-locked memory: a driver, or a limit, may refuse it. Where there is some, as many
+        readers serve as it suffices for: with one it is still several times as fast as without."""
+        wanted = self._count
+        while True:
+            try:
+                self._make_ring()
+                return None
+            except RuntimeError as error:
+                reason = f"no page-locked memory for the ring: {explained(error)}"
+            self._ring.clear()
+            if self._count == 1:
+                return reason
+            self.lacked = (f"direct with {wanted} readers", reason)
+            self._count //= 2
+
+    def _make_ring(self) -> None:
         torch = self._torch
-        try:
-            with torch.cuda.device(self._device):
-                # Exactly a power of two by default: torch's allocator of such memory rounds up to one.
-                size = self._count * SLOTS * EXTENT
-                whole = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self._device):
+            # Exactly a power of two by default: torch's allocator of such memory rounds up to one.
+            size = self._count * SLOTS * EXTENT
+            whole = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            first = -whole.data_ptr() % BLOCK
+            if first:
+                del whole
+                # O_DIRECT wants whole blocks of memory, too: twice the memory is better than the slow backend.
+                whole = torch.empty(size + BLOCK, dtype=torch.uint8, pin_memory=True)
                 first = -whole.data_ptr() % BLOCK
-                if first:
-                    # O_DIRECT wants whole blocks of memory, too: twice the memory is better than the slow backend.
-                    whole = torch.empty(size + BLOCK, dtype=torch.uint8, pin_memory=True)
-                    first = -whole.data_ptr() % BLOCK
-                for begin in range(first, first + size, EXTENT):
-                    # blocking: eight threads that wait would otherwise spin on eight cores.
-                    self._ring.append(_Slot(whole[begin : begin + EXTENT], torch.cuda.Event(blocking=True)))
-        except RuntimeError as error:
-            return f"no page-locked memory for the ring: {str(error).splitlines()[0]}"
-        return None
+            for begin in range(first, first + size, EXTENT):
+                # blocking: eight threads that wait would otherwise spin on eight cores.
+                self._ring.append(_Slot(whole[begin : begin + EXTENT], torch.cuda.Event(blocking=True)))
 
     def _run(self) -> None:
         torch = self._torch
