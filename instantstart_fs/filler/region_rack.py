@@ -83,7 +83,7 @@ class RackLevel:
     def statistics(self) -> RackStatistics:
         return RackStatistics(
             self._rack,
-            len(self._sources),
+            len(self._sources) if self.clock() is not None else 0,
             self.taken_bytes,
             self.given_bytes,
             tuple(sorted(self.fallbacks.items())),
@@ -130,7 +130,8 @@ class RackLevel:
 
     def takes_turns(self, follow: Follow, chunk: int) -> bool:
         """Whether the chunk waits for its turn; a reader's does not, nor do those of a file of one group."""
-        return bool(self._sources) and follow.pull.groups > 1 and not follow.pull.demanded(chunk)
+        asks = bool(self._sources) and self.clock() is not None
+        return asks and follow.pull.groups > 1 and not follow.pull.demanded(chunk)
 
     def demand(self, follow: Follow, chunks: Iterable[int]) -> None:
         """Somebody waits for these: it is their turn now."""

@@ -72,7 +72,11 @@ class RackReader:
         newest: dict[str, Stored] = {}
         for stored in self._store.list(self._prefix, 2 * MOST_HOSTS):
             match = _NAME.match(stored.name.removeprefix(self._prefix))
-            if match is not None and (match[1] not in newest or newest[match[1]].modified < stored.modified):
+            known = newest.get(match[1]) if match is not None else None
+            # This host knows which of its own is the newest: storage tells seconds, and it may have moved within one.
+            if match is not None and (
+                known is None or stored.name == own or (known.name != own and known.modified < stored.modified)
+            ):
                 newest[match[1]] = stored
         clock = next((one.modified for one in newest.values() if one.name == own), None)
         now = clock if clock is not None else max((one.modified for one in newest.values()), default=0.0)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import trio
 
 from instantstart_fs.core import placement
+from instantstart_fs.core.retry import Backoff
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.region_rack import RackLevel
 from instantstart_fs.filler.regional import Regional
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 FIRST_BEATS, FIRST_SECONDS = 4, 2.0
 """Hosts that start together find each other soon."""
+MOST_SECONDS = 300.0
+"""Between two beats of a host that its tier does not tell the clock: each time it waits for longer."""
 UNBOUND_SECONDS = 1.0
 ASK_SECONDS = 10.0
 CLOCK_SECONDS = 600.0
@@ -55,7 +58,7 @@ class RackBeats:
 
     async def run(self) -> None:
         """Until cancelled."""
-        beats = 0
+        beats = misses = 0
         while True:
             if not self._address():
                 await trio.sleep(UNBOUND_SECONDS)
@@ -68,8 +71,17 @@ class RackBeats:
                     log.debug("the rack does not hear of this host: %s", error.message)
                 except Exception:
                     log.exception("the rack does not hear of this host")
-            period = placement.beat_period(self._regional.hosts) if beats >= FIRST_BEATS else FIRST_SECONDS
-            await trio.sleep(period * (1 - placement.JITTER + 2 * placement.JITTER * random.random()))
+            # Without the clock no neighbour is asked, and none is served.
+            misses = misses + 1 if self.clock() is None else 0
+            await trio.sleep(self._pause(beats, misses))
+
+    def _pause(self, beats: int, misses: int) -> float:
+        period = placement.beat_period(self._regional.hosts)
+        if misses:
+            return Backoff(FIRST_SECONDS, max(MOST_SECONDS, period)).delay(misses, random.random())
+        if beats < FIRST_BEATS:
+            period = FIRST_SECONDS
+        return period * (1 - placement.JITTER + 2 * placement.JITTER * random.random())
 
     async def beat(self) -> None:
         """Say where this host answers; find out who else does. Raises InstantStartError."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import trio
 
@@ -27,8 +29,10 @@ from instantstart_fs.regional import racks
 from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
 from instantstart_fs.regional.racks import RackReader, RackRecord, object_of
+from instantstart_fs.regional.store import Stored
 from instantstart_fs.serving.rack_chunks import NotYet, Part, RackChunks
 from instantstart_fs.serving.rack_server import MOST_EACH, RackServer
+from instantstart_fs.upkeep import rack_beats
 
 KEY = RegionKey(b"k" * 32)
 SLOT, PIN = "ab" * 16, "cd" * 16
@@ -298,6 +302,48 @@ def test_an_address_is_an_address(tmp_path: Path, address: str) -> None:
     store = DirectoryStore(str(tmp_path))
     own = put(store, RackRecord("me", "r17", address), 5000.0)
     assert RackReader(store, KEY, "r17").read(own).hosts == {}
+
+
+@pytest.mark.parametrize("second", ["10.0.0.1:1", "10.0.0.1:2"])
+def test_a_host_that_moves_within_a_second_tells_its_own_records_apart(tmp_path: Path, second: str) -> None:
+    store = DirectoryStore(str(tmp_path))
+    for port in ("1", "2"):
+        put(store, RackRecord("me", "r17", f"10.0.0.1:{port}"), 5000.0)
+    found = RackReader(store, KEY, "r17").read(object_of(KEY, RackRecord("me", "r17", second))[0])
+    assert found.hosts == {"me": second} and found.clock == 5000.0
+
+
+class LateListing(DirectoryStore):
+    """Lists nothing below the rack at first."""
+
+    looks = 0
+
+    def list(self, prefix: str, most: int) -> Iterator[Stored]:
+        self.looks += 1
+        return super().list(prefix, most) if self.looks > 8 else iter(())
+
+
+async def test_a_host_without_the_storages_clock_asks_again_soon_and_counts_no_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rack_beats, "FIRST_SECONDS", 0.01)
+    (tmp_path / "tier").mkdir()
+    store = LateListing(str(tmp_path / "tier"))
+    put(store, RackRecord("a", "r17", "10.0.0.2:2"), time.time())
+    level = made_level()
+    told = msgspec.structs.replace(settings(), stores=(store,))
+    regional = cast(Any, SimpleNamespace(settings=told, answers=True, hosts=1))
+    beats = rack_beats.RackBeats(regional, level, lambda: "10.0.0.1:1")
+    level.live({"a": "10.0.0.2:2"})  # as a listing that lacks this host's own record would tell
+    assert level.clock() is None and level.statistics.neighbours == 0
+    assert not level.takes_turns(cast(Any, File()), 1), "nobody is asked, so nobody is waited for"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(beats.run)
+        with trio.fail_after(60):  # by the period of a host that the others know, it would be 96 s at least
+            while level.clock() is None:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert level.statistics.neighbours == 1 and level.takes_turns(cast(Any, File()), 1)
 
 
 # -- whom a host asks --------------------------------------------------------------------------------------------------
