@@ -213,7 +213,7 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("instantstart_rack_given_bytes_total", "counter", "bytes", "Bytes that neighbours in the rack took from this host.", _rack(lambda r: r.given_bytes)),
     Definition("instantstart_rack_fallbacks_total", "counter", "", "Chunks that a neighbour did not give, by reason: nothing (it has none of that pipeline), busy, failed, wrong (the digest).", _rack_counted(lambda r: r.fallbacks), ("reason",)),
     Definition("instantstart_rack_refused_total", "counter", "", "Requests of neighbours that got no chunk, by reason: nothing, later (not here in time), busy, ticket, malformed.", _rack_counted(lambda r: r.refused), ("reason",)),
-    Definition("instantstart_regional_left_alone", "gauge", "", "1 while the regional tier fails and is not asked.", _regional(lambda r: float(bool(r.broken)))),
+    Definition("instantstart_regional_left_alone", "gauge", "", "1 while a tier (the region's own, or an upstream one) fails and is not asked.", lambda s: [((tier,), float(alone)) for tier, alone in s.fills.region.left_alone] if s.fills.region is not None else [], ("tier",)),
     Definition("instantstart_fetch_retries_total", "counter", "", "Requests to origins that failed, and were made again unless that was in vain; by the error's code (429 and 503 are origin-throttled), or worker-lost where the fetch process ended.", _retries, ("origin", "code")),
     Definition("instantstart_origin_answer_seconds", "histogram", "seconds", "From a request for bytes to the first byte of its good answer: connecting, TLS and redirects included, fetching them not.", _answers, ("origin",)),
     Definition("instantstart_fetches_in_flight", "gauge", "", "Chunks that are being fetched.", _one(lambda s: s.fills.in_flight)),

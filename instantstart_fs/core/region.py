@@ -230,6 +230,13 @@ class PullPlan:
         self._finished.discard(chunk // GROUP_CHUNKS)
         self._decide(chunk)
 
+    def without(self, source: int) -> None:
+        """This upstream tier is not to be asked any more: what was sent there goes to the next source."""
+        self._sealed[source] = False
+        for chunk in range(self.chunks):
+            if self._route[chunk] == source:
+                self.failed(chunk, source)
+
     def slow(self, chunk: int, source: int) -> bool:
         """This tier was too slow with the chunk. Whether it is asked for it once more: the first time, if no reader
         waits; else the next source is."""
@@ -425,12 +432,6 @@ class PullPlan:
     @property
     def complete(self) -> bool:
         return not self._missing
-
-    def waits(self) -> bool:
-        """Whether this host waits for what the tier does not hold yet."""
-        return self._missing > 0 and any(
-            not self._here[chunk] and self._route[chunk] == WAIT for chunk in range(self.chunks)
-        )
 
     def next_patience(self) -> float:
         """When the next reader has waited long enough for other hosts; inf = none waits for them."""

@@ -62,9 +62,10 @@ class RackStatistics(msgspec.Struct, frozen=True):
 
 class RegionStatistics(msgspec.Struct, frozen=True):
     """Since the start. ``fallbacks``: what the tier did not give, or not rightly, by reason; ``broken``: why it is left
-    alone now, "" = it is not, ``broken_since_ns``: the wall clock when that began; ``missed_bytes`` of files under the
-    region came from their origins; ``pending``: chunks that wait to be written to it; ``rack``: what is taken from and
-    given to neighbours, None without a rack level."""
+    alone now, "" = it is not, ``broken_since_ns``: the wall clock when that began; ``left_alone``: of this tier and
+    each upstream one, by endpoint, whether it is; ``missed_bytes`` of files under the region came from their origins;
+    ``pending``: chunks that wait to be written to it; ``rack``: what is taken from and given to neighbours, None
+    without a rack level."""
 
     taken_bytes: int = 0
     put_bytes: int = 0
@@ -73,6 +74,7 @@ class RegionStatistics(msgspec.Struct, frozen=True):
     fallbacks: tuple[tuple[str, int], ...] = ()
     broken: str = ""
     broken_since_ns: int = 0
+    left_alone: tuple[tuple[str, bool], ...] = ()
     missed_bytes: int = 0
     pending: int = 0
     rack: RackStatistics | None = None

@@ -131,8 +131,8 @@ class Claims:
                 self._routes.turn_off(follow)
                 return
             mark_used(self._tiers, follow.slot, self._used)
-            for source in range(len(self._tiers.sources)):
-                if await self._take_seal(follow, source) and source == 0:
+            for source, tier in enumerate(self._tiers.sources):
+                if not (source and tier.is_broken()) and await self._take_seal(follow, source) and source == 0:
                     return
             if not follow.over() and not await self._claim_whole(follow):
                 self._routes.apply(follow)
@@ -165,11 +165,9 @@ class Claims:
                     follow.key.pipeline, target.entry, target.present.chunk_size, source, follow.places[source]
                 )
             except InstantStartError as error:
-                if source:
-                    return False
                 left -= 1
-                self._failed(follow, error)
-                if not left:
+                self._failed(follow, error, source)
+                if source or not left:
                     return False
                 await trio.sleep(RETRY_SECONDS)
                 continue
@@ -185,11 +183,11 @@ class Claims:
             return True
         return False
 
-    def _failed(self, follow: Follow, error: InstantStartError) -> None:
-        """The region's own tier did not do what it was asked for this file."""
+    def _failed(self, follow: Follow, error: InstantStartError, source: int = 0) -> None:
+        """This tier did not do what it was asked for this file."""
         self._tiers.count("failed")
-        self._routes.tier_failed(error)  # turns it off where that is too often
-        if isinstance(error, AccessRefused | CredentialsUnusable):
+        self._routes.tier_failed(source, error)  # turns it off where that is too often
+        if source == 0 and isinstance(error, AccessRefused | CredentialsUnusable):
             self._routes.turn_off(follow)
 
     async def find_seal(
@@ -202,10 +200,10 @@ class Claims:
         name, store = seal_name(place.slot, place.pin), tier.store
         try:
             data = await self._tiers.ask(lambda: store.get(name, most_seal(size, chunk_size)))
-            self._tiers.answers(source)
+            tier.answered()
             return unpack_seal(tier.secret, name, data, size, chunk_size)
         except OriginNotFound:
-            self._tiers.answers(source)
+            tier.answered()
             return None
         except (Forged, OriginMisbehaved) as error:
             self._tiers.count("forged")

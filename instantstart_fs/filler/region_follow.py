@@ -17,7 +17,7 @@ from instantstart_fs.core import rendezvous
 from instantstart_fs.core.manifest import ManifestFile
 from instantstart_fs.core.region import GROUP_CHUNKS, PullPlan
 from instantstart_fs.core.retry import Breaker
-from instantstart_fs.errors import InstantStartError, OriginUnavailable
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable
 from instantstart_fs.filler.fill import FetchRequest, Fill
 from instantstart_fs.filler.tierkey import TierKey
 from instantstart_fs.origins.base import Location, OriginKey
@@ -38,12 +38,36 @@ _T = TypeVar("_T")
 
 
 class TierSource:
-    """A tier as the counters know it. It locates nothing: its chunks are objects of their own."""
+    """A tier as the counters know it, and how it fares. It locates nothing: its chunks are objects of their own.
+
+    ``told``: why it is left alone, "" while it is not; ``told_at_ns``: the wall clock when that began, 0 while not.
+    """
 
     def __init__(self, store: TierStore, secret: RegionKey) -> None:
         self.store = store
         self.secret = secret
         self.key = OriginKey("tier", store.endpoint, "")
+        self.breaker = Breaker(threshold=3, grace=0.0, window=1.0, first=5.0, cap=120.0)
+        self.told = ""
+        self.told_at_ns = 0
+
+    def is_broken(self) -> bool:
+        """Whether it is left alone now."""
+        return self.breaker.limit(trio.current_time()) == 0
+
+    def answered(self) -> None:
+        self.breaker.succeeded()
+        self.told, self.told_at_ns = "", 0
+
+    def failed(self, error: InstantStartError) -> bool:
+        """It did not do what it was asked. Whether it is to be left alone for a while."""
+        if not (self.breaker.failed(trio.current_time(), 1.0) or self.is_broken()):
+            return False
+        if not self.told:
+            log.warning("the regional tier %s is left alone for a while: %s", self.store.endpoint, error.message)
+            self.told_at_ns = time.time_ns()
+        self.told = error.message
+        return True
 
     def locate(self, file: ManifestFile) -> Location:
         raise OriginUnavailable(f"{file.path}: a tier keeps no files")
@@ -143,6 +167,13 @@ class Follow:
             os.close(fd)
 
 
+def reason_of(error: InstantStartError) -> str:
+    """Why a tier did not give a chunk: missing | wrong | failed."""
+    if isinstance(error, OriginNotFound):
+        return "missing"
+    return "wrong" if isinstance(error, OriginMisbehaved) else "failed"
+
+
 class Routes(Protocol):
     """What claims and answers of the tier change (filler/regional.py)."""
 
@@ -154,16 +185,16 @@ class Routes(Protocol):
         """Ask the tier for nothing more of this file."""
         ...
 
-    def tier_failed(self, error: InstantStartError) -> None:
-        """The region's own tier did not do what it was asked."""
+    def tier_failed(self, source: int, error: InstantStartError) -> None:
+        """This tier did not do what it was asked."""
         ...
 
 
 class Tiers:
-    """The tiers, how they fare, and the threads that wait for them. On the trio thread.
+    """The tiers, and the threads that wait for them. On the trio thread. A tier of another region that fails is no
+    reason to leave the region's own alone, and the other way round.
 
-    ``told``: why the region's own tier is left alone, "" while it is not. ``fallbacks``: by reason, how often something
-    was not had from a tier.
+    ``fallbacks``: by reason, how often something was not had from a tier.
     """
 
     def __init__(self, settings: RegionSettings) -> None:
@@ -173,32 +204,26 @@ class Tiers:
         """Threads that were given up end by themselves, within the store's own deadlines."""
         self.nursery: trio.Nursery | None = None
         """While filling runs."""
-        self.breaker = Breaker(threshold=3, grace=0.0, window=1.0, first=5.0, cap=120.0)
         self.writes = Breaker(threshold=3, grace=0.0, window=1.0, first=10.0, cap=600.0)
         """Of what is put into the region's own tier: one that is full, or read-only, still serves."""
         self.lag = 0.0
         """Seconds that the slowest answer took of late."""
         self.fallbacks: dict[str, int] = {}
-        self.told = ""
-        self.told_at_ns = 0
-        """The wall clock when that began."""
 
-    def leave_alone(self, why: str) -> None:
-        """Its breaker has opened."""
-        if not self.told:
-            self.told_at_ns = time.time_ns()
-        self.told = why
+    @property
+    def own(self) -> TierSource:
+        """The region's own."""
+        return self.sources[0]
+
+    @property
+    def left_alone(self) -> tuple[tuple[str, bool], ...]:
+        """Of each tier, by endpoint. Heartbeats find out when the own one is well again; an upstream one is tried by
+        the next fill."""
+        alone = [bool(self.own.told), *(tier.is_broken() for tier in self.sources[1:])]
+        return tuple((tier.store.endpoint, this) for tier, this in zip(self.sources, alone, strict=True))
 
     def count(self, reason: str) -> None:
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
-
-    def answers(self, source: int) -> None:
-        if source == 0:
-            self.breaker.succeeded()
-            self.told = ""
-
-    def is_broken(self) -> bool:
-        return self.breaker.limit(trio.current_time()) == 0
 
     def takes_writes(self) -> bool:
         return self.writes.limit(trio.current_time()) != 0

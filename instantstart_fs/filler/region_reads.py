@@ -13,10 +13,10 @@ import trio
 from instantstart_fs.core.chunks import ByteRange, ChunkMap
 from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.region import CHUNK_DEADLINE
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable
+from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.messages import Piece
 from instantstart_fs.filler.region_claims import Claims
-from instantstart_fs.filler.region_follow import Place, Routes, Tiers
+from instantstart_fs.filler.region_follow import Place, Routes, Tiers, reason_of
 from instantstart_fs.filler.target import FileKey, LiveFile
 from instantstart_fs.origins.base import Origin
 
@@ -111,15 +111,16 @@ class TierReads:
         self, key: FileKey, entry: FileEntry, chunk_size: int, origin: Origin, wanted: ByteRange, fetcher: Fetcher
     ) -> bytearray | None:
         """The bytes ``wanted`` of the file; None where they are to come from its origin."""
-        if self._tiers.is_broken() or self._tiers.nursery is None:
+        if self._tiers.own.is_broken() or self._tiers.nursery is None:
             return None
-        file = (key, origin)
+        file, source = (key, origin), 0
         try:
             if not await self._claims.access.may_use(key.pipeline, entry.model, origin):
                 return None
             sealed = await self._find(file, entry, chunk_size)
             if sealed is None:
                 return None
+            source = sealed.source
             chunks = ChunkMap(entry.file.size, chunk_size)
             found = bytearray()
             for chunk in chunks.chunks_of(wanted):
@@ -130,11 +131,10 @@ class TierReads:
                 found += data[max(wanted.start - where.start, 0) : wanted.stop - where.start]
             return found
         except InstantStartError as error:
-            missing, wrong = isinstance(error, OriginNotFound), isinstance(error, OriginMisbehaved)
-            reason = "missing" if missing else "wrong" if wrong else "failed"
+            reason = reason_of(error)
             self._tiers.count(reason)
             if reason != "missing":
-                self._routes.tier_failed(error)
+                self._routes.tier_failed(source, error)
             self._keep(file, None)
             return None
 
@@ -153,7 +153,16 @@ class TierReads:
         done = self._finding[file] = trio.Event()
         try:
             for source, place in enumerate(self._places(pipeline, entry, chunk_size)):
-                seal = await self._claims.find_seal(pipeline, entry, chunk_size, source, place)
+                if source and self._tiers.sources[source].is_broken():
+                    continue
+                try:
+                    seal = await self._claims.find_seal(pipeline, entry, chunk_size, source, place)
+                except InstantStartError as error:
+                    if source == 0:
+                        raise
+                    self._tiers.count("failed")
+                    self._routes.tier_failed(source, error)
+                    continue
                 if seal is not None:
                     sealed = _Sealed(seal, source, place)
                     break
@@ -209,7 +218,7 @@ class TierReads:
         if waiting.cancelled_caught:
             return None
         try:
-            if self._tiers.is_broken():
+            if tier.is_broken():
                 return None
             address = tier.store.address(chunk_name(place.slot, place.pin, chunk))
             digest = sealed.seal.digests[32 * chunk : 32 * (chunk + 1)]
@@ -230,6 +239,6 @@ class TierReads:
                 raise OriginUnavailable("the tier is too slow")
         finally:
             self._threads.release()
-        self._tiers.answers(sealed.source)
+        tier.answered()
         self.bytes += where.length
         return sink.data

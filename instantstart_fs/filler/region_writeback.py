@@ -140,7 +140,7 @@ class WriteBack:
             if chunk not in follow.to_put:
                 continue
             try:
-                if not self._tiers.is_broken() and self._tiers.takes_writes():
+                if not self._tiers.own.is_broken() and self._tiers.takes_writes():
                     await self._put_chunk(follow, chunk)
                     self._tiers.writes.succeeded()
             except InstantStartError as error:

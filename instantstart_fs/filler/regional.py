@@ -25,13 +25,13 @@ from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.fillqueue import Request
 from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.region import WAIT, FairClock, Patience, PullPlan, give_up_at
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable, StoreError
+from instantstart_fs.errors import InstantStartError, OriginUnavailable, StoreError
 from instantstart_fs.filler.delivery import Delivery
 from instantstart_fs.filler.events import RegionStatistics
 from instantstart_fs.filler.fill import FetchRequest, Fill
 from instantstart_fs.filler.messages import Piece
 from instantstart_fs.filler.region_claims import Claims
-from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, Tiers
+from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, Tiers, reason_of
 from instantstart_fs.filler.region_reads import TierReads
 from instantstart_fs.filler.region_writeback import PUTS, WriteBack
 from instantstart_fs.filler.table import FillTable
@@ -100,8 +100,9 @@ class Regional:
             claims_won=self._claims.won,
             claims_lost=self._claims.lost,
             fallbacks=tuple(sorted(self._tiers.fallbacks.items())),
-            broken=self._tiers.told,
-            broken_since_ns=self._tiers.told_at_ns if self._tiers.told else 0,
+            broken=self._tiers.own.told,
+            broken_since_ns=self._tiers.own.told_at_ns,
+            left_alone=self._tiers.left_alone,
             pending=self._writeback.pending,
             rack=self.rack.statistics if self.rack is not None else None,
         )
@@ -109,12 +110,12 @@ class Regional:
     @property
     def answers(self) -> bool:
         """Whether the tier may be asked now: its breaker is not open."""
-        return not self._tiers.is_broken()
+        return not self._tiers.own.is_broken()
 
     def answered(self) -> None:
         """The tier did what somebody else asked of it: if it was left alone, that is over."""
-        if self._tiers.told and self.answers:
-            self._tiers.answers(0)
+        if self._tiers.own.told and self.answers:
+            self._tiers.own.answered()
 
     def owed(self, pipeline: str) -> tuple[int, int]:
         """Bytes of a pipeline that wait to be written to the tier, and files that wait to be sealed there."""
@@ -155,7 +156,7 @@ class Regional:
         target = fill.target
         chunks = target.present.chunks
         refused = self.access.refuses(target)
-        if not chunks or self._tiers.nursery is None or self._tiers.is_broken() or refused:
+        if not chunks or self._tiers.nursery is None or not self.answers or refused:
             return
         places = self._places(target.key.pipeline, target.entry, target.present.chunk_size)
         if not places:
@@ -271,9 +272,9 @@ class Regional:
         length = fill.target.present.byte_range(chunk).length
         if request.piece is not None:
             self._taken += length
-            if self.rack is None or not self.rack.gave(request, length):
-                self._tiers.answers(0)
             source = flight[2] if flight is not None else 0
+            if self.rack is None or not self.rack.gave(request, length):
+                self._tiers.sources[source].answered()
             if source == 0:
                 follow.digests[chunk] = request.digest
             seal = follow.seals.get(source)
@@ -408,17 +409,12 @@ class Regional:
         self._busy.add(follow)
 
     def _fall_back(self, follow: Follow, chunk: int, source: int, error: InstantStartError) -> None:
-        if isinstance(error, OriginNotFound):
-            reason = "missing"
-        elif isinstance(error, OriginMisbehaved):
-            reason = "wrong"
-        else:
-            reason = "failed"
+        reason = reason_of(error)
         self._tiers.count(reason)
         if reason == "wrong":
             log.error("the regional tier gave wrong bytes: %s", error.message, extra={"pipeline": follow.key.pipeline})
         if reason != "missing":
-            self.tier_failed(error)
+            self.tier_failed(source, error)
         follow.proven.discard(chunk)
         follow.pull.failed(chunk, source)
         self._plan.failed(follow.tier_key, chunk)
@@ -431,28 +427,32 @@ class Regional:
         self._plan.failed(follow.tier_key, chunk)
         self._table.wakeup.set()
 
-    def tier_failed(self, error: InstantStartError) -> None:
-        """Leave the tier alone for a while where it fails too often."""
-        tiers = self._tiers
-        if tiers.breaker.failed(trio.current_time(), 1.0) or tiers.is_broken():
-            if not tiers.told:
-                log.warning("the regional tier is left alone for a while: %s", error.message)
-            tiers.leave_alone(error.message)
+    def tier_failed(self, source: int, error: InstantStartError) -> None:
+        """Leave that tier alone for a while where it fails too often."""
+        if self._tiers.sources[source].failed(error):
             for follow in list(self._follows.values()):
-                self.turn_off(follow)
+                if source == 0:
+                    self.turn_off(follow)
+                elif follow.state != "off" and source in follow.seals:
+                    follow.pull.without(source)
+                    self._stop_flights(follow, source)
 
     def turn_off(self, follow: Follow) -> None:
-        """The tier is asked for nothing more of this file."""
+        """The tiers are asked for nothing more of this file."""
         if follow.state == "off":
             return
         follow.state = "off"
         follow.pull.give_up()
-        for chunk in list(follow.flights):
+        self._stop_flights(follow)
+        follow.changed.set()
+
+    def _stop_flights(self, follow: Follow, source: int | None = None) -> None:
+        """``source``: what is under way from this tier alone."""
+        for chunk in [chunk for chunk, flight in follow.flights.items() if source in (None, flight[2])]:
             self._delivery.stop(follow.fill, chunk)
-            follow.flights.pop(chunk, None)
+            del follow.flights[chunk]
             self._plan.failed(follow.tier_key, chunk)
         self.apply(follow)
-        follow.changed.set()
 
     async def _tick_forever(self) -> None:
         """Readers' patience and the deadlines of flights: a cheap look, some times a second."""
@@ -475,6 +475,8 @@ class Regional:
 
     def _check_flights(self, follow: Follow, fair: float) -> None:
         for chunk, (request, began, source) in list(follow.flights.items()):
+            if chunk not in follow.flights:  # its tier was left alone because of one before it
+                continue
             if request.worker is None:
                 follow.flights[chunk] = (request, fair, source)
                 follow.last_byte[chunk] = fair
@@ -493,6 +495,6 @@ class Regional:
             if follow.pull.slow(chunk, source):
                 self._tiers.count("failed")
                 self._plan.failed(follow.tier_key, chunk)
-                self.tier_failed(error)
+                self.tier_failed(source, error)
             else:
                 self._fall_back(follow, chunk, source, error)

@@ -56,6 +56,8 @@ class Routes:
         self.applied: list[Follow] = []
         self.off: list[Follow] = []
         self.errors: list[InstantStartError] = []
+        self.blamed: list[int] = []
+        """Which tier, of each error."""
 
     def apply(self, follow: Follow) -> None:
         self.applied.append(follow)
@@ -64,16 +66,25 @@ class Routes:
         follow.state = "off"
         self.off.append(follow)
 
-    def tier_failed(self, error: InstantStartError) -> None:
+    def tier_failed(self, source: int, error: InstantStartError) -> None:
         self.errors.append(error)
+        self.blamed.append(source)
 
 
 class RegionSite:
-    """``slots``: of each pipeline, now. ``store``: another one than the directory's own."""
+    """``slots``: of each pipeline, now. ``store``: another one than the directory's own. ``upstream``: other tiers,
+    of the same key."""
 
-    def __init__(self, directory: Path, store: DirectoryStore | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        store: DirectoryStore | None = None,
+        upstream: tuple[DirectoryStore, ...] = (),
+        **settings: Any,
+    ) -> None:
         self.store = store or DirectoryStore(str(directory))
-        self.settings = RegionSettings("here", KEY, (self.store,), (KEY,), **settings)
+        stores = (self.store, *upstream)
+        self.settings = RegionSettings("here", KEY, stores, (KEY,) * len(stores), **settings)
         self.slots: dict[str, str] = {}
         self.tiers = Tiers(self.settings)
         self.routes = Routes()
@@ -82,20 +93,23 @@ class RegionSite:
 
     def places(self, pipeline: str, entry: FileEntry, chunk_size: int) -> list[Place]:
         slot = self.slots.get(pipeline)
-        return [] if slot is None else [Place(slot, KEY.pin(slot, entry.path, entry.file, chunk_size))]
+        if slot is None:
+            return []
+        return [Place(slot, KEY.pin(slot, entry.path, entry.file, chunk_size))] * len(self.settings.stores)
 
-    def seal(self, pipeline: str, data: bytes, path: str = "model.bin") -> FileEntry:
-        """Put a file into the tier, as a host of the region would."""
+    def seal(self, pipeline: str, data: bytes, path: str = "model.bin", source: int = 0) -> FileEntry:
+        """Put a file into a tier, as a host of its region would."""
         entry = entry_of(data, path)
-        ((slot, pin),) = self.places(pipeline, entry, CHUNK)
+        slot, pin = self.places(pipeline, entry, CHUNK)[source]
+        store = self.settings.stores[source]
         digests = []
         for chunk, start in enumerate(range(0, len(data), CHUNK)):
             piece = data[start : start + CHUNK]
             digests.append(keyed_digest(KEY.chunk_key(pin, chunk, len(piece)), memoryview(piece)))
-            self.store.put(chunk_name(slot, pin, chunk), digests[-1] + piece)
+            store.put(chunk_name(slot, pin, chunk), digests[-1] + piece)
         name = seal_name(slot, pin)
         seal = Seal(len(data), CHUNK, b"".join(digests), "sha256", "there", 0.0)
-        self.store.put(name, pack(KEY, "seal", name, seal))
+        store.put(name, pack(KEY, "seal", name, seal))
         return entry
 
 

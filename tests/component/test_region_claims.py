@@ -29,6 +29,7 @@ class Odd(DirectoryStore):
     def __init__(self, directory: str, error: InstantStartError) -> None:
         super().__init__(directory)
         self.bad: set[str] = set()
+        self.asked = 0
         self._error = error
 
     def get(self, name: str, most: int) -> bytes:
@@ -40,18 +41,20 @@ class Odd(DirectoryStore):
         return super().list(prefix, most)
 
     def _fail(self, name: str) -> None:
+        self.asked += 1
         if any(name.startswith(bad) for bad in self.bad):
             raise self._error
 
 
-def follow(site: RegionSite, number: int, data: bytes) -> Follow:
-    entry = site.seal("p", data, f"{number}.bin")
+def follow(site: RegionSite, number: int, data: bytes, source: int = 0) -> Follow:
+    entry = site.seal("p", data, f"{number}.bin", source)
     target = SimpleNamespace(
         key=FileKey("p", 1, number), entry=entry, origin=Source(), present=ChunkMap(len(data), CHUNK)
     )
     fill: Any = SimpleNamespace(target=target, worker=None, unhashed=False)
     places = site.places("p", entry, CHUNK)
-    return Follow(fill, places, PullPlan("here", places[0].pin, [False] * target.present.chunks, Patience()))
+    missing, upstream = [False] * target.present.chunks, len(site.settings.stores) - 1
+    return Follow(fill, places, PullPlan("here", places[0].pin, missing, Patience(), upstream=upstream))
 
 
 @pytest.mark.parametrize("error", [AccessRefused("403"), OriginUnavailable("400")])
@@ -98,3 +101,74 @@ def test_what_comes_from_elsewhere_ends_the_tiers_request_for_it(tmp_path: Path)
     assert stopped == [piece] and not one.digests and not one.proven, "nothing is proven of what the stream brought"
     regional.came(one.fill, 1, piece)
     assert stopped == [piece] and not one.flights
+
+
+class Open:
+    """What of the fill plan and of deliveries matters here: in which pool chunks are open, and which requests were
+    stopped."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, object] = {}
+        self.stopped: list[int] = []
+        self.wakeup = trio.Event()
+
+    def open(self, key: object, chunk: int) -> None:
+        self.at[chunk] = key
+
+    def stop(self, fill: object, chunk: int) -> None:
+        self.stopped.append(chunk)
+
+    def shut(self, *_: object) -> None: ...
+
+    failed = arrived = shut
+
+
+async def test_an_upstream_tier_that_fails_is_left_alone_and_the_regions_own_is_not(tmp_path: Path) -> None:
+    far = Odd(str(tmp_path / "far"), OriginUnavailable("503"))
+    for name in ("near", "far"):
+        (tmp_path / name).mkdir()
+    seen: Any = Open()
+    async with region(tmp_path / "near", upstream=(far,), write_back=False) as site:
+        site.slots["p"] = "a" * 32
+        regional = Regional(site.settings, lambda *_: "a" * 32, seen, seen, seen, serve_verified=False)
+        near, away = follow(site, 0, bytes(9 * CHUNK)), follow(site, 1, bytes(9 * CHUNK), 1)
+        regional._follows = {near.key: near, away.key: away}
+        regional._tiers.nursery = site.tiers.nursery
+        regional._claims._routes = regional
+        own, other = regional._tiers.sources
+        for one, source in ((near, 0), (away, 1)):
+            assert await regional._claims._take_seal(one, source)
+        away.pull.unclaimed(0)
+        away.pull.unclaimed(1)
+        regional.apply(away)
+        assert seen.at == dict.fromkeys(range(9), away.tier_key)
+        request: Any = [SimpleNamespace(fill=away.fill, chunk=chunk, piece=object(), digest=b"") for chunk in range(9)]
+        away.flights = {chunk: (request[chunk], 0.0, 1) for chunk in range(6)}
+        regional.tier_failed(0, OriginUnavailable("its own"))
+        regional.came(away.fill, 5, request[5])  # of the upstream tier, which says nothing of the own one
+        for chunk in range(2):
+            regional.failed(request[chunk], OriginUnavailable("503"))
+        assert other.is_broken() and not own.is_broken() and regional.answers
+        assert seen.stopped == [2, 3, 4], "what is under way from there"
+        assert seen.at == dict.fromkeys([0, 1, 2, 3, 4, 6, 7, 8], away.key) | {5: away.tier_key}
+        assert near.state == "sealed" and near.pull.route(0) == 0
+        assert dict(regional.statistics.left_alone) == {str(tmp_path / "near"): False, str(tmp_path / "far"): True}
+        regional.tier_failed(0, OriginUnavailable("its own"))
+        assert own.is_broken(), "what came from the other tier is no answer of this one"
+
+
+async def test_an_upstream_tier_whose_seals_cannot_be_had_is_not_asked_for_each_file(tmp_path: Path) -> None:
+    for name in ("near", "far"):
+        (tmp_path / name).mkdir()
+    far = Odd(str(tmp_path / "far"), OriginUnavailable("it does not answer"))
+    seen: Any = Open()
+    async with region(tmp_path / "near", upstream=(far,), write_back=False) as site:
+        site.slots["p"] = "a" * 32
+        regional = Regional(site.settings, lambda *_: "a" * 32, seen, seen, seen, serve_verified=True)
+        regional._tiers.nursery = site.tiers.nursery
+        far.bad = {"v1/"}
+        files = [follow(site, number, bytes(9 * CHUNK)) for number in range(5)]
+        for one in files:
+            site.store.delete(f"v1/{one.slot}/{one.pin}/seal")
+            await regional._claims._ask(one)
+        assert far.asked == 2 and all(one.state in ("parked", "followed") for one in files) and regional.answers

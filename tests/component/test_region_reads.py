@@ -18,7 +18,9 @@ from instantstart_fs.filler import pieces, region_reads
 from instantstart_fs.filler.fetch import Fetcher
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.filler.target import FileKey
+from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.records import Seal
+from instantstart_fs.regional.store import Address
 from tests.component.region_site import CHUNK, RegionSite, Source, region
 
 pytestmark = pytest.mark.timeout(60)
@@ -180,3 +182,30 @@ async def test_a_queue_of_our_own_is_no_silence_of_the_tier(tmp_path: Path, monk
         for chunk in range(region_reads.THREADS):
             assert results[chunk] == data[chunk * CHUNK : chunk * CHUNK + 10]
         assert await read(site, entry, source, ByteRange(0, 10)) == data[:10]
+
+
+class Broken(DirectoryStore):
+    """Its seals cannot be had; with ``chunks``, its chunks are not where it says."""
+
+    chunks = False
+
+    def get(self, name: str, most: int) -> bytes:
+        if self.chunks:
+            return super().get(name, most)
+        raise OriginUnavailable("it is not well")
+
+    def address(self, name: str) -> Address:
+        raise OriginUnavailable("it is not well")
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+async def test_an_upstream_tier_that_fails_a_read_is_blamed_itself(tmp_path: Path, chunks: bool) -> None:
+    for name in ("near", "far"):
+        (tmp_path / name).mkdir()
+    far = Broken(str(tmp_path / "far"))
+    far.chunks = chunks
+    async with region(tmp_path / "near", upstream=(far,)) as site:
+        site.slots["p"] = "a" * 32
+        entry = site.seal("p", bytes(CHUNK), source=1)
+        assert await read(site, entry, Source(), ByteRange(0, CHUNK)) is None
+        assert site.routes.blamed == [1]

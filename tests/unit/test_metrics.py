@@ -84,6 +84,7 @@ def source(*, pipelines: int = 3, origins: int = 2, per_pipeline: int = 200) -> 
             put_bytes=9,
             claims_won=1,
             fallbacks=(("wrong", 1),),
+            left_alone=(("weights", False), ("weights-far", True)),
             rack=RackStatistics("r17", 2, 5, 6, (("busy", 1),), (("ticket", 2),)),
         ),
         fetched_from=tuple((f"s3://h{number:03}", 1) for number in range(origins)),
