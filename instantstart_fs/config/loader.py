@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -46,6 +45,7 @@ from instantstart_fs.config.units import (
 )
 from instantstart_fs.core.addresses import is_named, split_address
 from instantstart_fs.core.chunks import DEFAULT_CHUNK_SIZE
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.errors import ConfigError
 from instantstart_fs.system.mountinfo import mounts
@@ -404,8 +404,8 @@ def _path_problem(path: str) -> str | None:
     return None
 
 
-_TIER = re.compile(r"(s3://[a-z0-9][a-z0-9._-]{1,254}(/[^?#]*)?|file:///[^?#]+)\Z")
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+_TIER = late(r"(s3://[a-z0-9][a-z0-9._-]{1,254}(/[^?#]*)?|file:///[^?#]+)\Z")
+_HOST = late(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 
 
 def _regional(at: At, raw: _Regional) -> RegionalConfig:

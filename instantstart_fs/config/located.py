@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from instantstart_fs.core.humanize import did_you_mean
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.core.urls import s3_url_problem, url_problem
 from instantstart_fs.errors import ConfigError, UsageError
 
@@ -22,8 +23,8 @@ class Table(msgspec.Struct, forbid_unknown_fields=True):
     """A TOML table; unknown keys are errors."""
 
 
-_VALIDATION = re.compile(r"(?P<reason>.*?)(?: - at `(?:key in )?\$(?P<key>.*)`)?\Z", re.S)
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>.*)`\Z", re.S)
+_VALIDATION = late(r"(?P<reason>.*?)(?: - at `(?:key in )?\$(?P<key>.*)`)?\Z", re.S)
+_UNKNOWN = late(r"Object contains unknown field `(?P<field>.*)`\Z", re.S)
 
 
 def convert(data: Any, kind: type[_T], path: str, prefix: str = "") -> _T:

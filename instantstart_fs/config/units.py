@@ -4,12 +4,12 @@ ConfigError.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from datetime import datetime
 from typing import TypeVar
 
 from instantstart_fs.config.sections import Capacity
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.core.limits import MAX_BYTES, MAX_DIGITS, MAX_ID, MAX_SECONDS, MAX_TIME_NS, MIN_RATE
 from instantstart_fs.errors import ConfigError, UsageError
 
@@ -20,9 +20,9 @@ _UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4, "P
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
 _NUMBER = rf"[0-9]{{1,{MAX_DIGITS}}}(?:\.[0-9]{{1,{MAX_DIGITS}}})?"
-_SIZE = re.compile(rf"({_NUMBER})\s*([A-Za-z]*)\Z")
-_SHARE = re.compile(rf"({_NUMBER})\s*%\Z")
-_DURATION = re.compile(rf"({_NUMBER})\s*(ms|s|m|h|d)\Z")
+_SIZE = late(rf"({_NUMBER})\s*([A-Za-z]*)\Z")
+_SHARE = late(rf"({_NUMBER})\s*%\Z")
+_DURATION = late(rf"({_NUMBER})\s*(ms|s|m|h|d)\Z")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
+
+from instantstart_fs.core.late_pattern import late
 
 
 def human_bytes(count: float, *, short: bool = False) -> str:
@@ -19,7 +20,7 @@ def human_bytes(count: float, *, short: bool = False) -> str:
     return f"{count:.{digits}f} {unit}"
 
 
-_ADDRESS = re.compile(r"https?://[^\s\"'()]*[^\s\"'():,.;]")
+_ADDRESS = late(r"https?://[^\s\"'()]*[^\s\"'():,.;]")
 
 
 def reason_first(message: str, subject: str = "") -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.core.manifest import FileEntry
 from instantstart_fs.core.roles import Role, role_of
 
@@ -217,7 +218,7 @@ class _Model:
         return chosen
 
 
-_SHARD_NUMBER = re.compile(r"[-_.]\d{1,6}-of-\d{1,6}")
+_SHARD_NUMBER = late(r"[-_.]\d{1,6}-of-\d{1,6}")
 
 
 def _described(path: str) -> str:
@@ -238,7 +239,7 @@ def natural_key(path: str) -> str:
     return _NUMBER.sub(_with_length, path)
 
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = late(r"\d+")
 
 
 def _with_length(number: re.Match[str]) -> str:

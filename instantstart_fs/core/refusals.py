@@ -6,14 +6,13 @@ or a proxy on the way says something too, but the decision is not theirs: what i
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
 from instantstart_fs.core.faults import Fault
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.errors import (
     AccessRefused,
     CredentialsUnusable,
@@ -35,8 +34,8 @@ this one; "" = somebody on its behalf."""
 MOST_ERROR_BODY = 16 * 1024
 """The bytes of a refusal's body that are looked at."""
 _MOST_SHOWN = 300
-_CODE = re.compile(rb"<Code>\s*([A-Za-z0-9_.\-]{1,100})\s*</Code>")
-_MESSAGE = re.compile(rb"<Message>([^<]{1,2000})</Message>")
+_CODE = late(rb"<Code>\s*([A-Za-z0-9_.\-]{1,100})\s*</Code>")
+_MESSAGE = late(rb"<Message>([^<]{1,2000})</Message>")
 
 
 class Word(msgspec.Struct, frozen=True):
@@ -71,6 +70,8 @@ def hub_word(headers: Mapping[str, str]) -> Word:
 
 def _shown(text: str) -> str:
     """Return one line of a service's message, without signatures and passwords of addresses in it."""
+    import html  # late: no start needs it
+
     line = without_secrets(" ".join(html.unescape(text).split()))
     return line if len(line) <= _MOST_SHOWN else line[:_MOST_SHOWN] + "…"
 

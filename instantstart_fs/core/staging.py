@@ -8,12 +8,12 @@ moves with what the engine opens and releases.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 import msgspec
 
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.core.loadset import natural_key
 
 HOLD_SECONDS = 1.0
@@ -26,7 +26,7 @@ CGROUP_SHARE = 0.8
 """The share of a memory cgroup's rest that staging may use: the engine's own memory, which grows meanwhile, has to fit
 as well."""
 
-_NUMBERED = re.compile(r"\d+-of-\d+")
+_NUMBERED = late(r"\d+-of-\d+")
 
 
 class _Index(msgspec.Struct):

@@ -12,7 +12,6 @@ directory that it is unpacked into. Pure, and quick to import.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 
 MAGIC = b"instantstart-pack-1\n"
@@ -50,6 +49,8 @@ def start_of(offset: int, size: int) -> int:
 
 def encode_index(entries: Sequence[Entry]) -> bytes:
     """With the tail: the last bytes of a pack."""
+    import json  # late: no start of the daemon needs it
+
     body = json.dumps(
         [[entry.path, entry.offset, entry.size, entry.mode, entry.mtime_ns] for entry in entries],
         ensure_ascii=True,
@@ -73,6 +74,8 @@ def index_length(tail: bytes) -> int:
 
 def decode_index(body: bytes, size: int) -> list[Entry]:
     """Of a pack of ``size`` bytes. Raises BadPack."""
+    import json
+
     try:
         rows = json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from instantstart_fs.core.late_pattern import late
 from instantstart_fs.core.loadset import LoadSet, sort_files
 from instantstart_fs.core.manifest import FileEntry, Manifest
 
-_SHARDED_STATE = re.compile(r"model-rank-(\d{1,5})-part-(\d{1,7})\.safetensors")
+_SHARDED_STATE = late(r"model-rank-(\d{1,5})-part-(\d{1,7})\.safetensors")
 
 
 class WeightFile(msgspec.Struct, frozen=True):

@@ -26,7 +26,7 @@ import trio
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.mount import kernel, wire
 from instantstart_fs.mount.backing_ids import BackingIds, PassthroughRefused
-from instantstart_fs.mount.fuse_types import FUSEError
+from instantstart_fs.mount.fuse_types import Entry, FUSEError
 from instantstart_fs.mount.handover import (
     EPOCH_SHIFT,
     MOUNT_NAME,
@@ -38,7 +38,7 @@ from instantstart_fs.mount.handover import (
     Row,
     Terms,
 )
-from instantstart_fs.mount.operations import Entry, Operations
+from instantstart_fs.mount.operations import Operations
 from instantstart_fs.store.os_errors import passing
 from instantstart_fs.system import mountinfo
 from instantstart_fs.vfs import Invalidation, NotLoaded, Vfs
@@ -52,8 +52,6 @@ AT_ONCE: Final = 64
 MAX_PAGES: Final = 256
 LARGEST_READ: Final = 16 * 1024 * 1024
 DYING_POLL: Final = 0.2
-CTX: Final[Any] = None
-"""Stands for a caller. Operations does not look at callers where the kernel checks permissions itself."""
 
 _Answer = Callable[["DevFuse", wire.Request], Coroutine[Any, Any, "tuple[bytes, ...]"]]
 """Makes the payload of a reply, from memory."""
@@ -336,7 +334,7 @@ class DevFuse:
             self._start(nursery, request, lambda: self._open(unique, request.nodeid, flags))
 
     async def _open(self, unique: int, nodeid: int, flags: int) -> None:
-        info = await self._operations.open(nodeid, flags, CTX)
+        info = await self._operations.open(nodeid, flags)
         await self._opened(unique, nodeid, info.fh)
 
     async def _answer_again(self, unique: int) -> bool:
@@ -396,7 +394,7 @@ class DevFuse:
         return ()
 
     async def _statfs(self, request: wire.Request) -> tuple[bytes, ...]:
-        return (wire.statfs_out(await self._operations.statfs(CTX)),)
+        return (wire.statfs_out(await self._operations.statfs()),)
 
     # -- names and attributes --------------------------------------------------------------------------------------
 
@@ -413,7 +411,7 @@ class DevFuse:
     async def _getxattr(self, request: wire.Request) -> tuple[bytes, ...]:
         size, _ = wire.fields(wire.XATTR_SIZE, request.body)
         name = wire.name(request.body, wire.XATTR_SIZE.size)
-        return _sized(await self._operations.getxattr(request.nodeid, name, CTX), size)
+        return _sized(await self._operations.getxattr(request.nodeid, name), size)
 
     async def _listxattr(self, request: wire.Request) -> tuple[bytes, ...]:
         size, _ = wire.fields(wire.XATTR_SIZE, request.body)

@@ -1,79 +1,57 @@
-"""The types and calls that Operations shares with pyfuse3, with stand-ins where pyfuse3 is not installed.
+"""What the request handlers answer with: plain values and one error, for either transport.
 
-Without pyfuse3 the passthrough transport still serves: it needs these as plain values only. The stand-ins offer no
-more.
+mount/wire.py packs them for the kernel; mount/pyfuse3_transport.py makes pyfuse3's own objects of them. pyfuse3 is
+imported there alone: loading it and libfuse takes longer than all modules of mount/, and passthrough needs neither.
 """
 
 from __future__ import annotations
 
-import errno
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pyfuse3 import ENOATTR, EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
-    from pyfuse3 import Operations as BaseOperations
-    from pyfuse3 import get_sup_groups as supplementary_groups
-    from pyfuse3 import readdir_reply as readdir_reply
-else:
-    try:
-        from pyfuse3 import (
-            ENOATTR,
-            EntryAttributes,
-            FileInfo,
-            FUSEError,
-            RequestContext,
-            StatvfsData,
-            readdir_reply,
-        )
-        from pyfuse3 import Operations as BaseOperations
-        from pyfuse3 import get_sup_groups as supplementary_groups
-    except ImportError:
-        ENOATTR = errno.ENODATA
-
-        class FUSEError(Exception):
-            """``errno``: the answer to the request."""
-
-            def __init__(self, number: int) -> None:
-                super().__init__(number)
-                self.errno = number
-
-        class EntryAttributes:
-            st_ino = generation = st_mode = st_nlink = st_uid = st_gid = st_rdev = st_size = st_blksize = st_blocks = 0
-            st_atime_ns = st_mtime_ns = st_ctime_ns = 0
-            entry_timeout = attr_timeout = 300.0
-
-        class StatvfsData:
-            pass
-
-        class RequestContext:
-            pass
-
-        class FileInfo:
-            def __init__(self, fh: int = 0, **flags: bool) -> None:
-                self.fh = fh
-                self.__dict__.update(flags)
-
-        class BaseOperations:
-            pass
-
-        def readdir_reply(token: Any, name: bytes, attributes: EntryAttributes, next_id: int) -> bool:
-            raise NotImplementedError("pyfuse3 is not installed")
-
-        def supplementary_groups(pid: int) -> set[int]:
-            """Raises OSError when the process has ended."""
-            with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
-                groups = (line.split()[1:] for line in lines if line.startswith("Groups:"))
-                return {int(group) for group in next(groups, [])}
+import msgspec
 
 
-__all__ = [
-    "ENOATTR",
-    "BaseOperations",
-    "EntryAttributes",
-    "FUSEError",
-    "FileInfo",
-    "RequestContext",
-    "StatvfsData",
-    "readdir_reply",
-    "supplementary_groups",
-]
+class FUSEError(Exception):
+    """``errno``: the answer to the request."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.errno = number
+
+
+class Entry(msgspec.Struct):
+    """A node's attributes, and for how many seconds the kernel may keep them. Without values: a name that is absent.
+
+    ``nodeid`` is the kernel's handle of the node, ``st_ino`` what stat(2) shows. pyfuse3 has one field for both, and is
+    given only nodes where they are the same.
+    """
+
+    nodeid: int = 0
+    st_ino: int = 0
+    entry_timeout: float = 0.0
+    attr_timeout: float = 0.0
+    st_mode: int = 0
+    st_nlink: int = 0
+    st_uid: int = 0
+    st_gid: int = 0
+    st_size: int = 0
+    st_blksize: int = 0
+    st_blocks: int = 0
+    st_atime_ns: int = 0
+    st_mtime_ns: int = 0
+    st_ctime_ns: int = 0
+
+
+class Statvfs(msgspec.Struct):
+    """What statvfs(2) shows. Blocks are of ``f_bsize`` bytes."""
+
+    f_bsize: int
+    f_blocks: int
+    f_bavail: int
+    f_files: int
+    f_namemax: int
+
+
+class Opened(msgspec.Struct):
+    """``fh``: the handle of the open file. ``keep_cache``: whether the pages of earlier opens stay."""
+
+    fh: int
+    keep_cache: bool

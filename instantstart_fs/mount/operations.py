@@ -1,6 +1,6 @@
 """The FUSE request handlers: they translate between the kernel's requests and the Vfs, and decide nothing.
 
-Any session that speaks the kernel's protocol may drive this class (pyfuse3.main, or our own), under these rules:
+Any transport that speaks the kernel's protocol may drive this class (pyfuse3's, or our own), under these rules:
 
 * all handlers run on one trio thread;
 * what ``read`` returns is a view of a buffer that the next ``read`` may take: the session copies it out before its next
@@ -9,7 +9,8 @@ Any session that speaks the kernel's protocol may drive this class (pyfuse3.main
   anything else EIO and a logged traceback. The mount never dies of one request.
 
 The kernel's lookup counts are not kept: the library's nodeids are durable and never reused, so FORGET has nothing to
-free. Every write is EROFS, also where the ``ro`` mount option has not refused it before.
+free. The transports answer what is no handler here: a write with EROFS (also where the ``ro`` mount option has not
+refused it before), anything else with ENOSYS, which the kernel remembers and never asks again.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from typing import Any, Concatenate, Final, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from instantstart_fs.core.weights import may_read
 from instantstart_fs.errors import InstantStartError, NoSuchEntry, OutOfResources
-from instantstart_fs.mount import fuse_types
 from instantstart_fs.mount.errno_map import errno_of
-from instantstart_fs.mount.fuse_types import EntryAttributes, FileInfo, FUSEError, RequestContext, StatvfsData
+from instantstart_fs.mount.fuse_types import Entry, FUSEError, Opened, Statvfs
 from instantstart_fs.vfs import ROOT, Attributes, NotLoaded, OpenFile, Vfs
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ IDLE_BUFFERS: Final = 32
 
 _UNREADABLE_FLAGS: Final = os.O_TRUNC | os.O_APPEND | os.O_CREAT
 
-ReaddirReply = Callable[[Any, bytes, "Entry", int], bool]
+ReaddirReply = Callable[[Any, bytes, Entry, int], bool]
 """(token, name, entry, cursor behind it) → whether the entry fitted."""
 
 _P = ParamSpec("_P")
@@ -67,7 +67,7 @@ _Handler = Callable[Concatenate["Operations", _P], Coroutine[Any, Any, _T]]
 
 
 def _guarded(handler: _Handler[_P, _T]) -> _Handler[_P, _T]:
-    """The one place where exceptions become errnos: pyfuse3.main() ends on anything but a FUSEError."""
+    """The one place where exceptions become errnos: nothing but a FUSEError leaves a handler."""
 
     name = handler.__name__
 
@@ -126,14 +126,21 @@ class Caller(Protocol):
     def pid(self) -> int: ...
 
 
+def _supplementary_groups(pid: int) -> set[int]:
+    """Raises OSError when the process has ended."""
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as lines:
+        groups = (line.split()[1:] for line in lines if line.startswith("Groups:"))
+        return {int(group) for group in next(groups, [])}
+
+
 def _may_find(caller: Caller, owner: int, group: int, mode: int) -> bool:
     """Whether the kernel would let the caller read what has this owner and mode. It asks nobody about LISTXATTR, and
     knows nothing of who may see a symlink."""
     if may_read(caller.uid, (caller.gid,), owner=owner, group=group, mode=mode):
         return True
     try:
-        groups = fuse_types.supplementary_groups(caller.pid)
-    except (OSError, RuntimeError):  # gone, or in a pid namespace that this one does not see
+        groups = _supplementary_groups(caller.pid)
+    except (OSError, ValueError):  # gone, or in a pid namespace that this one does not see
         return False
     return may_read(caller.uid, (caller.gid, *groups), owner=owner, group=group, mode=mode)
 
@@ -143,34 +150,27 @@ def _hidden(attributes: Attributes, caller: Caller) -> bool:
     return private is not None and not _may_find(caller, private.uid, private.gid, private.mode)
 
 
-class Entry(EntryAttributes):
-    """The attributes of a node. ``nodeid``: pyfuse3 takes st_ino for it, and is only given nodes where they are the
-    same."""
-
-    nodeid: int = 0
-
-
 def entry_attributes(attributes: Attributes) -> Entry:
     """The attributes as lookup, getattr and readdir all show them."""
     timeout = STABLE_TIMEOUT if attributes.stable else CHANGING_TIMEOUT
     if attributes.private is not None:
         timeout = 0.0  # the kernel would show it to the next caller, too
-    entry = Entry()
-    entry.nodeid = attributes.nodeid
-    entry.st_ino = attributes.shown_inode or attributes.nodeid
-    entry.entry_timeout = timeout
-    entry.attr_timeout = timeout
-    entry.st_mode = attributes.mode
-    entry.st_nlink = attributes.nlink
-    entry.st_uid = attributes.uid
-    entry.st_gid = attributes.gid
-    entry.st_size = attributes.size
-    entry.st_blksize = PREFERRED_IO
-    entry.st_blocks = attributes.blocks
-    entry.st_atime_ns = attributes.atime_ns
-    entry.st_mtime_ns = attributes.mtime_ns
-    entry.st_ctime_ns = attributes.ctime_ns
-    return entry
+    return Entry(
+        nodeid=attributes.nodeid,
+        st_ino=attributes.shown_inode or attributes.nodeid,
+        entry_timeout=timeout,
+        attr_timeout=timeout,
+        st_mode=attributes.mode,
+        st_nlink=attributes.nlink,
+        st_uid=attributes.uid,
+        st_gid=attributes.gid,
+        st_size=attributes.size,
+        st_blksize=PREFERRED_IO,
+        st_blocks=attributes.blocks,
+        st_atime_ns=attributes.atime_ns,
+        st_mtime_ns=attributes.mtime_ns,
+        st_ctime_ns=attributes.ctime_ns,
+    )
 
 
 class _Buffers:
@@ -214,16 +214,11 @@ class _Directory:
         self.names: list[str] | None = None
 
 
-class Operations(fuse_types.BaseOperations):
+class Operations:
     """The handlers of one mount. It owns the file handles' numbers, the read buffers and the counters, nothing else."""
 
-    supports_dot_lookup = False
-    enable_writeback_cache = False
-    enable_acl = False
-
-    def __init__(self, view: Vfs, reply: ReaddirReply | None = None) -> None:
-        """``reply`` takes what readdir lists, for the token that readdir was given; None: pyfuse3's."""
-        super().__init__()
+    def __init__(self, view: Vfs, reply: ReaddirReply) -> None:
+        """``reply`` takes what readdir lists, for the token that readdir was given."""
         self._view = view
         self._reply = reply
         self._files: dict[int, OpenFile] = {}
@@ -270,23 +265,13 @@ class Operations(fuse_types.BaseOperations):
         except NoSuchEntry:
             return self._absent(parent_inode)
         if _hidden(found, ctx):
-            absent = Entry()
-            absent.st_ino = 0
-            absent.entry_timeout = 0.0
-            return absent
+            return Entry()
         return entry_attributes(found)
 
     def _absent(self, parent: int) -> Entry:
         """An entry with no inode, which makes the kernel remember that the name is not there."""
         stable = parent != ROOT and self._view.attributes(parent).stable
-        entry = Entry()
-        entry.st_ino = 0
-        entry.entry_timeout = STABLE_NEGATIVE_TIMEOUT if stable else CHANGING_TIMEOUT
-        return entry
-
-    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """Do nothing: there is nothing to free. Nothing here may fail, since pyfuse3 catches no error of it, not even
-        FUSEError."""
+        return Entry(entry_timeout=STABLE_NEGATIVE_TIMEOUT if stable else CHANGING_TIMEOUT)
 
     @_guarded
     async def getattr(self, inode: int, ctx: Caller) -> Entry:
@@ -297,25 +282,24 @@ class Operations(fuse_types.BaseOperations):
         return _bytes(self._view.readlink(inode))
 
     @_guarded
-    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+    async def statfs(self) -> Statvfs:
         filesystem = self._view.filesystem()
-        data = StatvfsData()
-        data.f_bsize = data.f_frsize = BLOCK_SIZE
-        data.f_blocks = filesystem.total_bytes // BLOCK_SIZE
-        data.f_bfree = data.f_bavail = filesystem.available_bytes // BLOCK_SIZE
-        data.f_files = filesystem.files
-        data.f_ffree = data.f_favail = 0
-        data.f_namemax = NAME_MAX
-        return data
+        return Statvfs(
+            f_bsize=BLOCK_SIZE,
+            f_blocks=filesystem.total_bytes // BLOCK_SIZE,
+            f_bavail=filesystem.available_bytes // BLOCK_SIZE,
+            f_files=filesystem.files,
+            f_namemax=NAME_MAX,
+        )
 
     @_guarded
-    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+    async def getxattr(self, inode: int, name: bytes) -> bytes:
         if not name.startswith(b"user."):
             # Not ENODATA: ls asks for security and ACL attributes of every file, and stops on a device that has none.
             raise FUSEError(errno.ENOTSUP)
         value = self._view.xattrs(inode).get(_text(name))
         if value is None:
-            raise FUSEError(fuse_types.ENOATTR)
+            raise FUSEError(errno.ENODATA)
         return value
 
     @_guarded
@@ -346,7 +330,6 @@ class Operations(fuse_types.BaseOperations):
         nothing is shown twice or skipped. The attributes are looked up as they are sent: the kernel keeps them for
         long, and those of an older moment would outlive their own invalidation."""
         directory = self._directories[fh]
-        reply: ReaddirReply = self._reply or fuse_types.readdir_reply
         if start_id == 0 or directory.names is None:
             directory.names = list(self._view.list_directory(directory.nodeid))
         for position in range(start_id, len(directory.names)):
@@ -357,7 +340,7 @@ class Operations(fuse_types.BaseOperations):
                 continue
             if attributes.private is not None and _hidden(attributes, directory.caller):
                 continue
-            if not reply(token, _bytes(name), entry_attributes(attributes), position + 1):
+            if not self._reply(token, _bytes(name), entry_attributes(attributes), position + 1):
                 return
 
     @_guarded
@@ -367,15 +350,14 @@ class Operations(fuse_types.BaseOperations):
     # Files
 
     @_guarded
-    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+    async def open(self, inode: int, flags: int) -> Opened:
         _refuse_writing(flags)
         file = await self._view.open(inode)
         handle = next(self._handles)
         self._files[handle] = file
         # The bytes under one nodeid never change, so the page cache of earlier opens stays good. What the kernel reads
         # itself has no page cache here, and may not be asked to keep one.
-        keep_cache = file.backing is None and file.keep_cache
-        return FileInfo(fh=handle, keep_cache=keep_cache, direct_io=False, nonseekable=False)
+        return Opened(handle, keep_cache=file.backing is None and file.keep_cache)
 
     def open_nowait(self, inode: int, flags: int) -> int | None:
         """``open`` without a task of its own: the handle, or None where it has to wait and ``open`` is to be called.
@@ -399,7 +381,7 @@ class Operations(fuse_types.BaseOperations):
         return handle
 
     @_guarded
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    async def read(self, fh: int, off: int, size: int) -> memoryview:
         file = self._files.get(fh)
         if file is None:
             raise FUSEError(errno.ESTALE)  # opened under an earlier daemon, and removed since
@@ -409,7 +391,7 @@ class Operations(fuse_types.BaseOperations):
         count = await self._view.read_into(file, off, view)
         # Back into the pool before it is used: nobody can take it until the session's next checkpoint.
         self._buffers.release(buffer)
-        return view[:count]  # type: ignore[return-value]  # pyfuse3 takes any buffer; its stub says bytes
+        return view[:count]
 
     @_guarded
     async def release(self, fh: int) -> None:
@@ -448,26 +430,6 @@ class Operations(fuse_types.BaseOperations):
         handler."""
         file = self._files[fh]
         return None if file.backing is None else (file.nodeid, file.backing)
-
-    # flush, fsync, access and poll stay the base class's ENOSYS: the kernel remembers it and never asks again.
-
-    # Writes
-
-    async def _refuse(self, /, *args: object, **kwargs: object) -> NoReturn:
-        raise FUSEError(errno.EROFS)
-
-    setattr = _refuse
-    mknod = _refuse
-    mkdir = _refuse
-    unlink = _refuse
-    rmdir = _refuse
-    symlink = _refuse
-    rename = _refuse
-    link = _refuse
-    create = _refuse
-    write = _refuse
-    setxattr = _refuse
-    removexattr = _refuse
 
 
 def _refuse_writing(flags: int) -> None:

@@ -8,20 +8,158 @@ globals, so a process can serve one such mount at a time.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 
 from instantstart_fs.errors import MountFailed
 from instantstart_fs.mount import kernel
+from instantstart_fs.mount.fuse_types import Entry, FUSEError
 from instantstart_fs.mount.operations import Operations
 from instantstart_fs.mount.transport import MountSettings
 from instantstart_fs.vfs import Invalidation, Vfs
 
 log = logging.getLogger(__name__)
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Handler = Callable[Concatenate["Handlers", _P], Coroutine[Any, Any, _T]]
+
+
+def _with_its_error(handler: _Handler[_P, _T]) -> _Handler[_P, _T]:
+    """Raise pyfuse3's FUSEError for ours. It answers no request that ends in another exception: that one is EIO."""
+
+    @functools.wraps(handler)
+    async def translated(self: Handlers, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError as error:
+            raise pyfuse3.FUSEError(error.errno) from error
+        except Exception as error:
+            log.exception("%s: its answer is none that pyfuse3 takes; its caller sees EIO", handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+
+    return translated
+
+
+def _attributes(entry: Entry) -> pyfuse3.EntryAttributes:
+    made = pyfuse3.EntryAttributes()
+    made.st_ino = pyfuse3.InodeT(entry.st_ino)
+    made.generation = 0
+    made.entry_timeout = entry.entry_timeout
+    made.attr_timeout = entry.attr_timeout
+    made.st_mode = pyfuse3.ModeT(entry.st_mode)
+    made.st_nlink = entry.st_nlink
+    made.st_uid = entry.st_uid
+    made.st_gid = entry.st_gid
+    made.st_size = entry.st_size
+    made.st_blksize = entry.st_blksize
+    made.st_blocks = entry.st_blocks
+    made.st_atime_ns = entry.st_atime_ns
+    made.st_mtime_ns = entry.st_mtime_ns
+    made.st_ctime_ns = entry.st_ctime_ns
+    return made
+
+
+def _reply_directory(token: pyfuse3.ReaddirToken, name: bytes, entry: Entry, next_id: int) -> bool:
+    return pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), _attributes(entry), next_id)
+
+
+class Handlers(pyfuse3.Operations):
+    """``Operations`` as pyfuse3 calls them, and answers in its objects. Nothing else is done here.
+
+    flush, fsync, access and poll stay pyfuse3's ENOSYS: the kernel remembers it and never asks again.
+    """
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+
+    @_with_its_error
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return _attributes(await self._operations.lookup(parent_inode, name, ctx))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: there is nothing to free. Nothing here may fail, since pyfuse3 catches no error of it, not even
+        FUSEError."""
+
+    @_with_its_error
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return _attributes(await self._operations.getattr(inode, ctx))
+
+    @_with_its_error
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self._operations.readlink(inode, ctx)
+
+    @_with_its_error
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        found = await self._operations.statfs()
+        made = pyfuse3.StatvfsData()
+        made.f_bsize = made.f_frsize = found.f_bsize
+        made.f_blocks = found.f_blocks
+        made.f_bfree = made.f_bavail = found.f_bavail
+        made.f_files = found.f_files
+        made.f_ffree = made.f_favail = 0
+        made.f_namemax = found.f_namemax
+        return made
+
+    @_with_its_error
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self._operations.getxattr(inode, name)
+
+    @_with_its_error
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        return await self._operations.listxattr(inode, ctx)
+
+    @_with_its_error
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return await self._operations.opendir(inode, ctx)
+
+    @_with_its_error
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        await self._operations.readdir(fh, start_id, token)
+
+    @_with_its_error
+    async def releasedir(self, fh: int) -> None:
+        await self._operations.releasedir(fh)
+
+    @_with_its_error
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        opened = await self._operations.open(inode, flags)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(opened.fh), keep_cache=opened.keep_cache)
+
+    @_with_its_error
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return await self._operations.read(fh, off, size)  # type: ignore[return-value]  # any buffer; its stub says bytes
+
+    @_with_its_error
+    async def release(self, fh: int) -> None:
+        await self._operations.release(fh)
+
+    async def _refuse(self, /, *args: object, **kwargs: object) -> NoReturn:
+        raise pyfuse3.FUSEError(errno.EROFS)
+
+    setattr = _refuse
+    mknod = _refuse
+    mkdir = _refuse
+    unlink = _refuse
+    rmdir = _refuse
+    symlink = _refuse
+    rename = _refuse
+    link = _refuse
+    create = _refuse
+    write = _refuse
+    setxattr = _refuse
+    removexattr = _refuse
 
 
 class Pyfuse3Transport:
@@ -30,7 +168,7 @@ class Pyfuse3Transport:
     name = "pyfuse3"
 
     def __init__(self, view: Vfs, settings: MountSettings) -> None:
-        self._operations = Operations(view)
+        self._operations = Operations(view, _reply_directory)
         self._settings = settings
         self._open = False
 
@@ -44,7 +182,7 @@ class Pyfuse3Transport:
             options.add("allow_other")
         before = kernel.fuse_descriptors()
         try:
-            pyfuse3.init(self._operations, path, options)
+            pyfuse3.init(Handlers(self._operations), path, options)
         except RuntimeError as error:
             if "fuse_session_mount" in str(error):
                 pyfuse3.close(unmount=False)  # libfuse holds a session; there is no mount

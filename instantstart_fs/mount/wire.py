@@ -11,7 +11,7 @@ import stat
 import struct
 from typing import Final, NamedTuple
 
-from instantstart_fs.mount.fuse_types import EntryAttributes, StatvfsData
+from instantstart_fs.mount.fuse_types import Entry, Statvfs
 
 MAJOR: Final = 7
 MINOR: Final = 40
@@ -256,7 +256,7 @@ def _seconds(value: float) -> tuple[int, int]:
     return whole, int((value - whole) * _NS)
 
 
-def attr(entry: EntryAttributes) -> bytes:
+def attr(entry: Entry) -> bytes:
     atime, atime_ns = divmod(entry.st_atime_ns, _NS)
     mtime, mtime_ns = divmod(entry.st_mtime_ns, _NS)
     ctime, ctime_ns = divmod(entry.st_ctime_ns, _NS)
@@ -266,22 +266,22 @@ def attr(entry: EntryAttributes) -> bytes:
     )  # fmt: skip
 
 
-def entry_out(nodeid: int, entry: EntryAttributes) -> bytes:
+def entry_out(nodeid: int, entry: Entry) -> bytes:
     """``nodeid`` 0: the name is not there, which the kernel remembers for entry_timeout."""
     entry_valid, entry_ns = _seconds(entry.entry_timeout)
     attr_valid, attr_ns = _seconds(entry.attr_timeout)
-    return ENTRY.pack(nodeid, entry.generation, entry_valid, attr_valid, entry_ns, attr_ns) + attr(entry)
+    return ENTRY.pack(nodeid, 0, entry_valid, attr_valid, entry_ns, attr_ns) + attr(entry)
 
 
-def attr_out(entry: EntryAttributes) -> bytes:
+def attr_out(entry: Entry) -> bytes:
     valid, valid_ns = _seconds(entry.attr_timeout)
     return ATTR_OUT.pack(valid, valid_ns, 0) + attr(entry)
 
 
-def statfs_out(data: StatvfsData) -> bytes:
+def statfs_out(data: Statvfs) -> bytes:
     return KSTATFS.pack(
-        data.f_blocks, data.f_bfree, data.f_bavail, data.f_files, data.f_ffree,
-        data.f_bsize, data.f_namemax, data.f_frsize, 0,
+        data.f_blocks, data.f_bavail, data.f_bavail, data.f_files, 0,
+        data.f_bsize, data.f_namemax, data.f_bsize, 0,
     )  # fmt: skip
 
 
@@ -293,7 +293,7 @@ class Listing:
         self._plus = plus
         self.parts: list[bytes] = []
 
-    def add(self, name: bytes, nodeid: int, entry: EntryAttributes, next_id: int) -> bool:
+    def add(self, name: bytes, nodeid: int, entry: Entry, next_id: int) -> bool:
         """Add an entry. Returns False if it does not fit any more."""
         padding = -len(name) % 8
         record = DIRENT.pack(entry.st_ino, next_id, len(name), stat.S_IFMT(entry.st_mode) >> 12) + name + bytes(padding)

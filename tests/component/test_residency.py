@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 import trio
 import trio.testing
-from pyfuse3 import FUSEError, RequestContext
 
 from instantstart_fs.catalog import gc_control, residency
 from instantstart_fs.catalog.model import CachedFile, Generation, UnloadedGeneration
@@ -25,6 +26,7 @@ from instantstart_fs.errors import PipelineBusy, StoreFull
 from instantstart_fs.index.environment import Index
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library import Library
+from instantstart_fs.mount.fuse_types import Entry, FUSEError
 from instantstart_fs.mount.operations import Operations
 from instantstart_fs.store import manifest_json
 from instantstart_fs.vfs import ROOT
@@ -361,7 +363,11 @@ async def clean_library(root: Path, *names: str) -> AsyncIterator[Library]:
         yield library
 
 
-NOBODY = RequestContext()
+NOBODY = SimpleNamespace(uid=0, gid=0, pid=os.getpid())
+
+
+def no_reply(token: object, name: bytes, entry: Entry, cursor: int) -> bool:
+    return False
 
 
 async def test_while_one_pipeline_is_looked_into_the_mount_answers_for_others_and_all_share_one_reading(
@@ -369,7 +375,7 @@ async def test_while_one_pipeline_is_looked_into_the_mount_answers_for_others_an
 ) -> None:
     async with clean_library(tmp_path, "x", "other") as library:
         find(library, "other", WEIGHTS)  # in memory
-        operations, gate = Operations(library.mounted), Gate(library)
+        operations, gate = Operations(library.mounted, no_reply), Gate(library)
         root, other = library.mounted.lookup(ROOT, "x").nodeid, library.mounted.lookup(ROOT, "other").nodeid
         found: list[int] = []
         statuses: list[PipelineStatus] = []
@@ -454,7 +460,7 @@ async def test_a_manifest_that_proves_unreadable_when_it_is_looked_into_is_an_er
 ) -> None:
     async with clean_library(tmp_path, "x", "other") as library:
         (tmp_path / "store" / "slots" / "x" / "1" / "manifest.json").write_text("{")
-        operations = Operations(library.mounted)
+        operations = Operations(library.mounted, no_reply)
         with pytest.raises(FUSEError) as stale:
             await operations.readdir(
                 await operations.opendir(library.mounted.lookup(ROOT, "x").nodeid, NOBODY), 0, None
@@ -470,10 +476,10 @@ async def test_a_file_that_the_kernel_remembers_by_its_nodeid_is_opened_after_it
     async with clean_library(tmp_path, "x") as library:
         nodeid = find(library, "x", WEIGHTS)
     async with running(tmp_path) as library:
-        operations, gate = Operations(library.mounted), Gate(library)
+        operations, gate = Operations(library.mounted, no_reply), Gate(library)
         assert operations.open_nowait(nodeid, 0) is None  # it has to wait
         gate.open()
-        opened = await operations.open(nodeid, 0, NOBODY)
+        opened = await operations.open(nodeid, 0)
         assert bytes(await operations.read(opened.fh, 0, 16))
         assert gate.reads == 1
         await operations.release(opened.fh)

@@ -10,6 +10,8 @@ LATER = {
     "rich", "starlette", "torch", "typer", "urllib3",
 }  # fmt: skip
 """Each costs 30 ms and more, and is for origins, the page or a terminal."""
+NOT_AT_A_START = {"email.utils", "html", "json", "pyfuse3", "instantstart_fs.regional", "instantstart_fs.csi"}
+"""pyfuse3 with libfuse costs 11 ms, the rest 1 ms each, and none is needed where reads are passed through."""
 
 
 def test_a_start_imports_nothing_that_the_mount_does_not_need() -> None:
@@ -20,7 +22,7 @@ def test_a_start_imports_nothing_that_the_mount_does_not_need() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     imported = set(done.stdout.split())
     assert "instantstart_fs.daemon" in imported
-    assert LATER & imported == set()
+    assert (LATER | NOT_AT_A_START) & imported == set()
     assert not [name for name in imported if "instantstart_fs" in name and "rack" in name.replace("track", "")]
 
 
