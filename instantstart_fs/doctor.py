@@ -493,5 +493,6 @@ class _Attempt(Generic[_T]):
 
 
 def _within(seconds: float, work: Callable[[], _T]) -> _T:
-    """Return ``work()`` from a thread that is abandoned after ``seconds``. Raises TimeoutError, or what it raised."""
+    """Return ``work()``, run in a thread that is abandoned after ``seconds``. Raises TimeoutError, or what it
+    raised."""
     return _Attempt(work).result(seconds)

@@ -5,7 +5,6 @@ Code that logs about one pipeline passes ``extra={"pipeline": id}``; both format
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -61,6 +60,8 @@ class JsonFormatter(logging.Formatter):
             found["pipeline"] = str(pipeline)
         if record.exc_info:
             found["traceback"] = without_secrets(self.formatException(record.exc_info))
+        import json  # late: a start that logs for people does without
+
         return json.dumps(found, ensure_ascii=True)
 
 

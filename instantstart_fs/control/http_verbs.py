@@ -1,9 +1,10 @@
-"""The verbs of the HTTP API, version 1: which method and path stands for which request of the control protocol. Pure.
+"""The verbs of the HTTP API, version 1: which method and path stand for which request of the control protocol. Pure.
 
-One table, VERBS, is read by whoever serves (web/api.py) and by whoever describes (web/openapi.py); a request that is
-neither there nor in ON_THE_SOCKET_ALONE fails a test. A verb's arguments are the fields of its request: those in the
-path, then the query's (GET, DELETE) or those of a JSON object in the body (PUT, POST). Values are checked by the
-request's own types.
+web/api.py serves from the table VERBS, and web/openapi.py describes it. A request that is neither in VERBS nor in
+ON_THE_SOCKET_ALONE fails a test.
+
+A verb's arguments are the fields of its request. Some are in the path. The others are in the query (GET, DELETE) or in
+a JSON object in the body (PUT, POST). The request's own types check the values.
 """
 
 from __future__ import annotations
@@ -26,18 +27,22 @@ from instantstart_fs.errors import InstantStartError, UsageError
 
 PREFIX = "/v1/"
 DEFAULT_TIMEOUT, LONGEST_TIMEOUT = 3600.0, 86_400.0
-"""Seconds for which an answer is waited for, unless ``?timeout=`` names fewer or more; a lease has no such end."""
+"""Seconds that an answer may take: the first unless ``?timeout=`` says otherwise, the second at most. A lease has no
+such end."""
 MAX_ARGUMENTS = 32
-"""Of a query."""
+"""The most arguments in a query."""
 
 Method = Literal["GET", "PUT", "POST", "DELETE"]
 Streams = Literal["never", "asked", "always"]
 
 
 class AddPipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The body of a PUT: what `add` may be told. ``source`` as people write it, or ``models``: name → source.
-    ``owner``: "UID:GID" or names, the caller's own where it is left out; ``mode``: octal; ``quota``: a size ("50GiB").
-    Paths are absolute. ``warm``: start filling the load set then."""
+    """The body of a PUT: the options of `add`.
+
+    ``source`` is an address as people write it; ``models`` maps names to sources instead. ``owner`` is "UID:GID" or
+    names; without it the caller's own. ``mode`` is octal, ``quota`` a size ("50GiB"). Paths are absolute. ``warm``
+    starts filling the load set.
+    """
 
     source: str | None = None
     models: dict[str, str] = {}
@@ -55,8 +60,9 @@ class AddPipeline(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
 
 
 class Verb(NamedTuple):
-    """``arguments``: the type of query or body; ``fixed``: fields of the request that this path stands for.
-    ``streams``: whether progress comes as JSON lines (where the client accepts them; a lease's always)."""
+    """One verb. ``arguments`` is the type of its query or body; ``fixed`` gives fields of the request that the path
+    stands for. ``streams`` says whether progress is sent as JSON lines: where the client accepts them, or always (a
+    lease)."""
 
     method: Method
     path: str
@@ -75,7 +81,7 @@ class Verb(NamedTuple):
 
 @functools.cache
 def _arguments_of(request: type[protocol.Request], taken: frozenset[str]) -> type[msgspec.Struct]:
-    """The fields of ``request`` that are not ``taken``."""
+    """Return the fields of ``request`` that are not ``taken``."""
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     for field in msgspec.structs.fields(request):
         if field.name in taken:
@@ -172,11 +178,11 @@ ON_THE_SOCKET_ALONE: Mapping[type[protocol.Request], str] = {
     protocol.StartupSave: "a pipe's descriptor",
     protocol.StartupReport: "the start that the same connection has begun",
 }
-"""What has to stay on the control socket's lines, and what it hands over there."""
+"""Requests that only the control socket's lines take, and why: what each hands over there."""
 
 
 class Found(NamedTuple):
-    """The verb of a request, and what its path names."""
+    """A verb, and the values that its path names."""
 
     verb: Verb
     named: dict[str, str]
@@ -186,10 +192,11 @@ _PARTS = [(verb, verb.path.split("/")) for verb in VERBS]
 
 
 def find(method: str, path: bytes) -> Found | frozenset[str] | None:
-    """The verb for ``path`` as it was sent, without its query. The methods that it takes if not this one; None: nothing
-    is there.
+    """Return the verb for ``path``, as it was sent and without its query.
 
-    A segment is decoded after it was told from its neighbours: %2F in a name is no slash. Raises UsageError."""
+    Where only other methods are taken, return those. None: nothing is there. Segments are split before they are
+    decoded, so %2F in a name is no slash. Raises UsageError.
+    """
     try:
         segments = [urllib.parse.unquote(part, errors="strict") for part in path.decode("ascii").split("/")]
     except UnicodeDecodeError:
@@ -207,14 +214,14 @@ def find(method: str, path: bytes) -> Found | frozenset[str] | None:
 
 
 class Arguments(NamedTuple):
-    """``timeout``: seconds for which the answer is waited for."""
+    """What a request carries beside its path. ``timeout``: seconds that its answer may take."""
 
     values: msgspec.Struct
     timeout: float
 
 
 def arguments(verb: Verb, query: bytes, body: bytes) -> Arguments:
-    """What a request asks beside its path. Raises UsageError."""
+    """Decode the query or the body. Raises UsageError."""
     try:
         pairs = urllib.parse.parse_qsl(
             query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=MAX_ARGUMENTS
@@ -250,16 +257,18 @@ def _timeout(text: str | None, verb: Verb) -> float:
 
 
 def request(verb: Verb, named: Mapping[str, str], given: msgspec.Struct) -> protocol.Request:
-    """The request that this is, for every verb but `add`. Raises UsageError."""
+    """Build the request of the control protocol, for every verb but `add`. Raises UsageError."""
     fields = {name: getattr(given, name) for name in given.__struct_fields__}
     make: Callable[..., protocol.Request] = verb.request
     return make(**named, **verb.fixed, **fields)
 
 
 def added(pipeline: str, given: AddPipeline, *, owner: str) -> protocol.Add:
-    """The request for a PUT of a pipeline. Looks at the token's file, and at names of users: blocks for a moment.
+    """Build the request for a PUT of a pipeline.
 
-    Raises UsageError, InvalidName, InvalidSource, ConfigError."""
+    Blocks for a moment: it reads the token's file and looks up names of users. Raises UsageError, InvalidName,
+    InvalidSource, ConfigError.
+    """
     sources = [text for text in (given.source, *given.models.values()) if text is not None]
     for text in (*sources, *((given.token_file,) if given.token_file is not None else ())):
         if text.lstrip()[:1] in (".", "~"):
@@ -279,7 +288,7 @@ def added(pipeline: str, given: AddPipeline, *, owner: str) -> protocol.Add:
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """As `--json` and the control protocol tell an error; ``retry_after`` in seconds, where it is known."""
+    """An error as `--json` and the control protocol show it. ``retry_after`` is in seconds, where it is known."""
 
     code: str
     message: str
@@ -318,9 +327,9 @@ STATUS: Mapping[type[InstantStartError], int] = {
     errors.ControlProtocolError: 400,
     errors.PermissionRefused: 403,
 }
-"""By the nearest class of the tree; what is left is 500."""
+"""Error → status. The nearest class of the error tree counts; 500 stands for all others."""
 
 
 def status_of(error: InstantStartError) -> int:
-    """The status of the answer that tells ``error``."""
+    """Return the HTTP status for ``error``."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)

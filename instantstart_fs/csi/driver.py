@@ -1,7 +1,8 @@
-"""What the node driver does for a kubelet: publishes volumes, unpublishes them, tells how they are. It knows no gRPC.
+"""The node driver's work for a kubelet: it publishes volumes, unpublishes them, and tells their condition. It knows no
+gRPC.
 
-Every call may come twice, after a crash of anybody, and for what is gone. What is published is in ``records``, what is
-mounted in the mount table, what is cached with the daemon: nothing else is remembered.
+Every call may come twice, may come after a crash of either side, and may name what no longer exists. ``records`` says
+what is published, the mount table what is mounted, the daemon what is cached. The driver remembers nothing else.
 """
 
 from __future__ import annotations
@@ -40,18 +41,19 @@ from instantstart_fs.system.mountinfo import Mount
 log = logging.getLogger(__name__)
 
 TOKEN_KEYS = ("token", "HF_TOKEN", "hf_token")
-"""Of the secret: where its token lies."""
+"""The keys of a secret under which its token may lie. The first that is there counts."""
 MAX_VOLUME_ID = 256
 POLL_SECONDS = 0.5
-"""Between two looks at a pipeline that is waited for."""
+"""Seconds between two looks at a pipeline that is waited for."""
 BIND_SECONDS = 20.0
-"""For a mount: opening a directory of a mount whose daemon hangs never ends by itself."""
+"""Seconds for one mount. An open of a directory in a mount whose daemon hangs never ends by itself."""
 REPAIR_SECONDS = 60.0
-"""For what is done again after the daemon's restart, of one pipeline."""
+"""Seconds for restoring one pipeline and its mounts after the daemon's restart."""
 
 
 class Condition(msgspec.Struct, frozen=True):
-    """``used`` and ``total`` in bytes; ``abnormal`` with the reason in ``message``."""
+    """A volume's condition. ``used`` and ``total`` are in bytes; ``message`` gives the reason where ``abnormal`` is
+    set."""
 
     total: int
     used: int
@@ -61,10 +63,10 @@ class Condition(msgspec.Struct, frozen=True):
 
 
 class Driver:
-    """Thread-safe. ``kubelet``: the kubelet's directory, below which targets lie."""
+    """The driver's state and its calls. Thread-safe. ``kubelet`` is the kubelet's directory; targets lie below it."""
 
     def __init__(self, socket: str, state: str, kubelet: str, *, node_credentials: bool = False) -> None:
-        """Raises OSError."""
+        """Raises OSError when the state directory cannot be made."""
         self._socket = socket
         self._kubelet = os.path.normpath(kubelet)
         self._node_credentials = node_credentials
@@ -73,12 +75,12 @@ class Driver:
         self._lock = threading.Lock()
         self._busy: set[str] = set()
         self._begun: dict[str, str] = {}
-        """Volume → pipeline, of those that are being published, or that a kubelet will ask for again: what their
-        pipeline has is theirs as well, before there is a record of them."""
+        """Volume → pipeline, of the volumes that are being published or that a kubelet will ask for again. They count
+        as users of the pipeline before they have a record."""
         self.leases = LeaseKeeper(socket, self._restore)
 
     def recover(self) -> None:
-        """Take up what a driver before this one left: leases of what is published, no token of what is not."""
+        """Take over what an earlier driver left: keep leases of what is published, and delete tokens of what is not."""
         for volume in self._records.all():
             # A kubelet removes a pod's directory when all its volumes are unpublished: nobody will ask again.
             if not os.path.isdir(os.path.dirname(volume.target)):
@@ -89,7 +91,7 @@ class Driver:
         self._records.sweep_tokens()
 
     def ready(self, seconds: float) -> None:
-        """Raises InstantStartError unless the daemon answers and its mount is to be seen here."""
+        """Return if the daemon answers and its mount can be seen from here. Raises InstantStartError otherwise."""
         self._daemon_mount(Deadline(seconds))
 
     # -- publish ---------------------------------------------------------------------------------------------------
@@ -103,7 +105,10 @@ class Driver:
         group: str,
         deadline: Deadline,
     ) -> None:
-        """Raises InstantStartError, OSError. What failed for good leaves nothing behind."""
+        """Make the volume's pipeline available at ``target``. Raises InstantStartError, OSError.
+
+        A failure that is final leaves nothing behind.
+        """
         _check_id(volume_id)
         targets.check_target(target, self._kubelet)
         token = _token(secrets)
@@ -141,7 +146,7 @@ class Driver:
         log.info("published %s at %s", pipeline, target)
 
     def _provide(self, request: VolumeRequest, token: str | None, deadline: Deadline) -> None:
-        """The pipeline is added, and what the pod brought opens its source."""
+        """Have the pipeline added, and its source opened by the token that the pod brought."""
         spec = request.spec
         with self._client(deadline) as client:
             if token is None:
@@ -154,7 +159,7 @@ class Driver:
                 self._exchange(client, spec.id, token)
 
     def _add_with(self, client: Client, spec: PipelineSpec, token: str) -> bool:
-        """Whether it was added with this token, which that proves."""
+        """Try to add the pipeline with this token. Returns whether it was added, which proves the token."""
         if _find(client, spec.id) is not None:
             return False
         before = self._records.token(spec.id)
@@ -173,8 +178,11 @@ class Driver:
         return added
 
     def _exchange(self, client: Client, pipeline: str, token: str) -> None:
-        """What is cached is not for everybody who names it. The token lies apart until it has opened the source, so
-        that a fill of other pods never asks with one that does not."""
+        """Prove the token at the source, and let it take the place of the one before.
+
+        Whoever names a cached pipeline may not read it for that alone. Until the token has opened the source it lies in
+        a file apart, so that fills for other pods never use one that does not work.
+        """
         with self._records.brought(pipeline, token) as path:
             client.check_access(pipeline, token_file=path)
         self._records.put_token(pipeline, token)
@@ -226,7 +234,8 @@ class Driver:
     # -- unpublish -------------------------------------------------------------------------------------------------
 
     def unpublish(self, volume_id: str, target: str, deadline: Deadline) -> None:
-        """What is not there is no error. Raises InstantStartError, OSError."""
+        """Unmount the volume and forget it. A volume that does not exist is no error. Raises InstantStartError,
+        OSError."""
         _check_id(volume_id)
         targets.check_target(target, self._kubelet)
         with self._alone(volume_id):
@@ -243,12 +252,13 @@ class Driver:
                 log.info("unpublished %s at %s", pipeline, target)
 
     def _end_call(self, volume_id: str) -> None:
-        """Nothing of it is under way, and its record says what there is."""
+        """End a call whose volume the records describe completely."""
         with self._lock:
             self._begun.pop(volume_id, None)
 
     def _forget(self, volume_id: str, pipeline: str) -> None:
-        """The last volume of a pipeline takes its lease and its token along; what is cached stays."""
+        """Delete the volume. The last volume of a pipeline takes its lease and its token along; the cached bytes
+        stay."""
         with self._lock:
             self._begun.pop(volume_id, None)
             self._records.delete(volume_id)
@@ -257,7 +267,7 @@ class Driver:
                 self._records.put_token(pipeline, None)
 
     def _is_needed(self, pipeline: str) -> bool:
-        """Under the lock."""
+        """Whether any volume uses the pipeline. The caller holds the lock."""
         if pipeline in self._begun.values():
             return True
         return any(volume.spec.id == pipeline for volume in self._records.all())
@@ -290,7 +300,7 @@ class Driver:
     # -- the daemon ------------------------------------------------------------------------------------------------
 
     def _restore(self, pipeline: str) -> None:
-        """After the daemon's restart: the pipeline is there, and mounted wherever it is published."""
+        """Add the pipeline again and mount it wherever it is published, after the daemon's restart."""
         volumes = [volume for volume in self._records.all() if volume.spec.id == pipeline]
         if not volumes:
             with self._lock:
@@ -311,7 +321,8 @@ class Driver:
 
     @contextlib.contextmanager
     def _client(self, deadline: Deadline) -> Iterator[Client]:
-        """A connection that ends at the deadline, whoever waits on it. Raises ReadDeadline then."""
+        """Open a connection that is closed at the deadline, even under a call that waits on it. That call raises
+        ReadDeadline."""
         left = deadline.left()
         with Client(self._socket, deadline=min(left, 20.0)) as client, closed_after(client, left):
             yield client
@@ -320,7 +331,7 @@ class Driver:
     def _alone(
         self, what: str, reason: str = "another call about this volume is under way; ask again"
     ) -> Iterator[None]:
-        """Raises PipelineBusy while another call has it."""
+        """Keep other calls about ``what`` out of the block. Raises PipelineBusy while another call is in it."""
         with self._lock:
             if what in self._busy:
                 raise PipelineBusy(f"{what[:128]}: {reason}")
@@ -340,7 +351,8 @@ def _find(client: Client, pipeline: str) -> PipelineStatus | None:
 
 
 def _add(client: Client, spec: PipelineSpec) -> bool:
-    """Whether it was not there. An id says all of its specification, so one of the same id is the same."""
+    """Add the pipeline; return False if it exists. The id stands for the whole specification, so the same id is the
+    same pipeline."""
     if _find(client, spec.id) is not None:
         return False
     try:
@@ -363,7 +375,7 @@ def _check_id(volume_id: str) -> None:
 
 
 def _token(secrets: Mapping[str, str]) -> str | None:
-    """Messages hold nothing of its content."""
+    """Return the token of a secret; None where there is no secret. Error messages hold nothing of its content."""
     if not secrets:
         return None
     found = next((secrets[key] for key in TOKEN_KEYS if key in secrets), None)

@@ -1,4 +1,4 @@
-"""Holds one lease of the daemon for each pipeline that is published, over the daemon's restarts."""
+"""Keeps one lease from the daemon for each published pipeline, and takes it again after a restart of the daemon."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from instantstart_fs.errors import InstantStartError
 log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 1.0
-"""Between two looks whether the daemon still holds them."""
+"""Seconds between two checks whether the daemon still holds the leases."""
 ASK_SECONDS = 5.0
-"""To be accepted by the daemon, when a lease is taken again."""
+"""Seconds for the daemon to answer when a lease is taken again."""
 
 
 class LeaseKeeper:
-    """Thread-safe; ``run`` in a thread of its own. ``lost`` is called there for each pipeline whose lease ended, before
-    it is taken again: to add the pipeline if it has gone, and to mount again what the daemon mounted anew. It may raise
-    InstantStartError: then it is called again, later."""
+    """Keeps the leases. Thread-safe; ``run`` needs a thread of its own.
+
+    ``lost`` is called in that thread for each pipeline whose lease has ended, before the lease is taken again. It adds
+    the pipeline if that is missing, and mounts again what the daemon has mounted anew. When it raises InstantStartError
+    it is called again later.
+    """
 
     def __init__(self, socket: str, lost: Callable[[str], None]) -> None:
         self._socket = socket
@@ -32,12 +35,13 @@ class LeaseKeeper:
         self._ended = threading.Event()
 
     def want(self, pipeline: str) -> None:
-        """Keep a lease of it from now on: ``run`` takes it."""
+        """Keep a lease of the pipeline from now on. ``run`` takes it."""
         with self._lock:
             self._wanted.add(pipeline)
 
     def take(self, pipeline: str, seconds: float) -> None:
-        """The same, and it is held when this returns. Raises InstantStartError; then it is not wanted either."""
+        """Take a lease now, and keep it from now on. After an error the pipeline is not wanted. Raises
+        InstantStartError."""
         with self._lock:
             if pipeline in self._held:
                 self._wanted.add(pipeline)
@@ -51,7 +55,7 @@ class LeaseKeeper:
             spare.close()
 
     def give_up(self, pipeline: str) -> None:
-        """Nothing there is no error."""
+        """End the lease. A pipeline without a lease is no error."""
         with self._lock:
             self._wanted.discard(pipeline)
             lease = self._held.pop(pipeline, None)
@@ -59,7 +63,7 @@ class LeaseKeeper:
             lease.close()
 
     def run(self) -> None:
-        """Until ``end``."""
+        """Check the leases until ``end`` is called."""
         pause = CHECK_SECONDS
         while not self._ended.wait(pause):
             failed = self._look()
@@ -74,7 +78,7 @@ class LeaseKeeper:
             lease.close()
 
     def _look(self) -> bool:
-        """Whether one could not be taken again."""
+        """Take every missing lease again. Returns whether one of them failed."""
         with self._lock:
             held = dict(self._held)
         for pipeline, lease in held.items():
@@ -112,7 +116,7 @@ class LeaseKeeper:
 
 
 def _leased(socket: str, pipeline: str, seconds: float) -> Lease:
-    """A lease of it, which keeps its client. Raises InstantStartError after ``seconds`` at most."""
+    """Return a lease, which keeps its client open. Raises InstantStartError after ``seconds`` at most."""
     client = Client(socket, deadline=seconds)
     try:
         with closed_after(client, seconds):

@@ -63,7 +63,7 @@ METHODS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "NodeGetInfo": ("Empty", "NodeGetInfoResponse"),
     },
 }
-"""service → method → (request, response). A request or response without fields that matter here is Empty."""
+"""Service → method → (request, response). "Empty" stands for a message whose fields do not matter here."""
 GET_VOLUME_STATS, VOLUME_CONDITION, VOLUME_MOUNT_GROUP = 2, 4, 6
 """NodeServiceCapability.RPC.Type."""
 BYTES, INODES = 1, 2
@@ -102,5 +102,5 @@ _pool.Add(_file())
 
 
 def message(name: str) -> Any:
-    """The class of that message."""
+    """Return the protobuf class of the message ``name``."""
     return message_factory.GetMessageClass(_pool.FindMessageTypeByName(f"{PACKAGE}.{name}"))

@@ -30,14 +30,15 @@ log = logging.getLogger(__name__)
 ACCOUNT: Final = "/var/run/secrets/kubernetes.io/serviceaccount"
 REQUEST_SECONDS: Final = 15.0
 MAX_ANSWER: Final = 8 * 1024 * 1024
-"""Bytes of a node object that are read."""
+"""The most bytes of a node object that are read."""
 
 
 class NodeApi:
-    """One node in the Kubernetes API. The token is read at each request: it is rotated."""
+    """One node in the Kubernetes API. The token is read again for each request, because it is rotated."""
 
     def __init__(self, node: str, *, server: str | None = None, account: str = ACCOUNT) -> None:
-        """``server``: its address, else that of the pod's environment. Raises UsageError."""
+        """Raises UsageError where the API's address is unknown. ``server`` is the address; None takes it from the pod's
+        environment."""
         if server is None:
             host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
             if not host:
@@ -49,12 +50,12 @@ class NodeApi:
         self._account = account
 
     def labels(self) -> dict[str, str]:
-        """Raises OriginError."""
+        """Return the node's labels. Raises OriginError."""
         found = self._ask("GET", None).get("metadata", {}).get("labels") or {}
         return {str(key): str(value) for key, value in found.items()}
 
     def patch(self, labels: dict[str, str | None]) -> None:
-        """None removes one. Raises OriginError."""
+        """Change these labels; None removes one. Raises OriginError."""
         self._ask("PATCH", {"metadata": {"labels": labels}})
 
     def _ask(self, method: str, body: Any) -> dict[str, Any]:
@@ -97,8 +98,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def update_once(socket: str, api: NodeApi, limit: int) -> dict[str, str | None]:
-    """What was changed. Raises InstantStartError; without a daemon nothing is changed: what it had is
-    warm again when it comes back."""
+    """Write the labels that differ. Returns what was changed. Raises InstantStartError.
+
+    Without a daemon nothing changes: what it held is warm again when it comes back.
+    """
     with Client(socket) as client:
         wanted = wanted_labels(client.pipelines(), limit)
     found = changes(api.labels(), wanted)
@@ -108,7 +111,7 @@ def update_once(socket: str, api: NodeApi, limit: int) -> dict[str, str | None]:
 
 
 def follow(socket: str, api: NodeApi, limit: int, seconds: float, ended: threading.Event) -> None:
-    """``update_once`` every ``seconds`` until ``ended``; then the labels go."""
+    """Call ``update_once`` every ``seconds`` until ``ended``, then remove the labels."""
     while True:
         try:
             found = update_once(socket, api, limit)

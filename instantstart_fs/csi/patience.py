@@ -1,4 +1,4 @@
-"""How long the driver waits: until a call's deadline, and no longer for a daemon or a mount that never answers."""
+"""Bounds the driver's waiting: until a call's deadline, and no longer for a daemon or a mount that never answers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _T = TypeVar("_T")
 
 
 class Deadline:
-    """A moment until which a call may last. ``alive``: whether somebody still waits for its answer."""
+    """A moment until which a call may last. ``alive`` tells whether somebody still waits for its answer."""
 
     def __init__(self, seconds: float, alive: Callable[[], bool] = lambda: True) -> None:
         self._end = time.monotonic() + seconds
         self._alive = alive
 
     def left(self) -> float:
-        """Seconds; at least a little. Raises ReadDeadline."""
+        """Return the seconds that are left, more than 0.05. Raises ReadDeadline when they are over or nobody waits."""
         left = self._end - time.monotonic()
         if left <= 0.05 or not self._alive():
             raise ReadDeadline("the call's deadline has passed; what it began goes on, ask again")
@@ -32,8 +32,10 @@ class Deadline:
 
 @contextlib.contextmanager
 def closed_after(client: Client, seconds: float) -> Iterator[None]:
-    """Inside the block ``client`` is closed when ``seconds`` have passed, so that whoever waits on it goes on. What it
-    then raises, ControlError of some kind, becomes ReadDeadline."""
+    """Close ``client`` after ``seconds`` if the block still runs, which ends any call that waits on it.
+
+    The ControlError that such a call raises becomes ReadDeadline.
+    """
     passed = threading.Event()
 
     def close() -> None:
@@ -54,16 +56,21 @@ def closed_after(client: Client, seconds: float) -> Iterator[None]:
 
 
 class Patience:
-    """Runs what may block for ever in threads that are abandoned after a while: at most one for each key, however
-    often it is tried again. Thread-safe."""
+    """Runs calls that may block for ever in threads, and abandons the threads after a while. Thread-safe.
+
+    Each key has at most one running thread, however often its call is tried again.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: dict[str, threading.Event] = {}
 
     def run(self, key: str, seconds: float, work: Callable[[], _T], undo: Callable[[_T], object] | None = None) -> _T:
-        """What ``work`` returns. ``undo`` gets that if nobody waits for it any more. Raises ReadDeadline, also while
-        an earlier one of that key goes on, and what ``work`` raises."""
+        """Return what ``work`` returns.
+
+        ``undo`` gets the result where nobody waits for it any more. Raises ReadDeadline when the time is over or an
+        earlier call of that key still runs, and whatever ``work`` raises.
+        """
         end = time.monotonic() + seconds
         ended = self._wait_turn(key, end, seconds)
         future: Future[_T] = Future()

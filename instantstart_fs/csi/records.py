@@ -25,11 +25,11 @@ from instantstart_fs.core.manifest import PipelineSpec
 log = logging.getLogger(__name__)
 
 SALT = 16
-"""Bytes."""
+"""Bytes of the salt."""
 
 
 class Volume(msgspec.Struct, frozen=True):
-    """A volume that is published at ``target``, or about to be."""
+    """A volume that is published at ``target``, or is about to be."""
 
     volume_id: str
     target: str
@@ -37,10 +37,10 @@ class Volume(msgspec.Struct, frozen=True):
 
 
 class Records:
-    """The state directory. The caller keeps two calls about one volume apart."""
+    """The records in the state directory. The caller never makes two calls about one volume at once."""
 
     def __init__(self, directory: str) -> None:
-        """Raises OSError."""
+        """Raises OSError when the directories cannot be made."""
         self.tokens = f"{directory}/tokens"
         self._volumes = f"{directory}/volumes"
         self._accepted = f"{directory}/accepted"
@@ -75,7 +75,7 @@ class Records:
             return None
 
     def put_token(self, pipeline: str, token: str | None) -> None:
-        """None removes it."""
+        """Keep the pipeline's token; None removes it."""
         if token is not None:
             _replace(f"{self.tokens}/{pipeline}", token.encode("ascii"))
             return
@@ -84,7 +84,8 @@ class Records:
 
     @contextlib.contextmanager
     def brought(self, pipeline: str, token: str) -> Iterator[str]:
-        """A file that holds a token which is not proven yet, inside the block. No id begins with a dot."""
+        """Yield the path of a file that holds a token which is not proven yet. It exists inside the block. No id begins
+        with a dot, so it is no pipeline's."""
         path = f"{self.tokens}/.brought-{pipeline}"
         _replace(path, token.encode("ascii"))
         try:
@@ -94,7 +95,7 @@ class Records:
                 os.unlink(path)
 
     def accepted(self, pipeline: str, token: str) -> bool:
-        """Whether it is the one that opened the pipeline's source last."""
+        """Whether ``token`` is the one that opened the pipeline's source last."""
         try:
             with open(f"{self._accepted}/{pipeline}", "rb") as file:
                 found = file.read(64)
@@ -106,7 +107,7 @@ class Records:
         _replace(f"{self._accepted}/{pipeline}", _salted(os.urandom(SALT), token))
 
     def sweep_tokens(self) -> None:
-        """Remove those that no volume needs: a driver that was killed left them."""
+        """Remove tokens that no volume needs. A driver that was killed may have left them."""
         needed = {volume.spec.id for volume in self.all()}
         for name in os.listdir(self.tokens):
             if name not in needed:
@@ -129,7 +130,7 @@ def _read(path: str) -> Volume | None:
 
 
 def _replace(path: str, content: bytes) -> None:
-    """A crash leaves the old content or the new."""
+    """Replace the file's content. A crash leaves the old content or the new."""
     directory = os.path.dirname(path)
     partial = f"{path}.new-{os.getpid()}-{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}"
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

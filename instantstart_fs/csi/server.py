@@ -1,4 +1,5 @@
-"""The driver's gRPC server on a unix socket: requests into calls of the driver, errors into status codes."""
+"""The driver's gRPC server on a unix socket. It turns requests into calls of the driver, and errors into status
+codes."""
 
 from __future__ import annotations
 
@@ -42,12 +43,14 @@ log = logging.getLogger(__name__)
 NAME: Final = "csi.instantstart.io"
 THREADS: Final = 32
 PUBLISHES: Final = 24
-"""At once; beyond that a kubelet is asked to come again, so that probes and unpublishes find a thread."""
+"""Publishes that run at once. Beyond that a kubelet is told to come again, so that probes and unpublishes find a
+thread."""
 STATS: Final = 4
-"""At once, and STATS_SECONDS for each: with a daemon that accepts and says nothing they would hold all threads."""
+"""Stats calls that run at once, each for STATS_SECONDS. A daemon that accepts and says nothing would otherwise hold all
+threads by them."""
 STATS_SECONDS: Final = 5.0
 DEFAULT_DEADLINE: Final = 110.0
-"""Seconds, where a caller names none or a longer one; a kubelet's own is 120."""
+"""Seconds for a call whose caller names no deadline or a longer one. A kubelet's own deadline is 120."""
 MARGIN: Final = 0.5
 """Seconds before a caller's deadline at which its answer is sent."""
 PROBE_SECONDS: Final = 5.0
@@ -68,16 +71,16 @@ _CODES: Final = (
     (DaemonUnreachable, grpc.StatusCode.UNAVAILABLE),
     (OriginUnavailable, grpc.StatusCode.UNAVAILABLE),
 )
-"""The first that fits; else INTERNAL."""
+"""Error → status. The first class that fits counts; INTERNAL stands for all others."""
 
 
 def status_code(error: BaseException) -> Any:
-    """The gRPC status that tells a kubelet of ``error``."""
+    """Return the gRPC status that tells a kubelet of ``error``."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 class Service:
-    """The methods of Identity and Node, each with (request, context)."""
+    """The methods of Identity and Node. Each takes (request, context)."""
 
     def __init__(self, driver: Driver, node_id: str) -> None:
         self._driver = driver
@@ -92,7 +95,8 @@ class Service:
         return messages.message("GetPluginCapabilitiesResponse")()  # no controller: volumes are inline
 
     def Probe(self, _: Any, context: Any) -> Any:  # noqa: N802
-        """Ready once the daemon answers. If it does not, a restart of this process would not mend it."""
+        """Answer that the driver is ready once the daemon answers. While it does not, no error is returned, because a
+        restart of this process would not help."""
         try:
             self._driver.ready(min(PROBE_SECONDS, _seconds(context)))
             ready = True
@@ -155,7 +159,7 @@ def _deadline(context: Any, most: float = DEFAULT_DEADLINE) -> Deadline:
 
 @contextlib.contextmanager
 def _one_of(places: threading.BoundedSemaphore, busy: str) -> Iterator[None]:
-    """Raises PipelineBusy where all places are taken."""
+    """Take one of the places inside the block. Raises PipelineBusy where all are taken."""
     if not places.acquire(blocking=False):
         raise PipelineBusy(busy)
     try:
@@ -165,7 +169,7 @@ def _one_of(places: threading.BoundedSemaphore, busy: str) -> Iterator[None]:
 
 
 def _handler(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """``call``, with its errors as gRPC's. What a request holds is never logged: there are secrets in it."""
+    """Wrap ``call`` so that its errors are gRPC's. Requests are never logged, because they hold secrets."""
 
     def handle(request: Any, context: Any) -> Any:
         try:
@@ -183,7 +187,7 @@ def _handler(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 
 def make_server(driver: Driver, node_id: str, path: str) -> Any:
-    """A server that is bound to the unix socket ``path``, and not started. Raises OSError, UsageError."""
+    """Return a server that is bound to the unix socket ``path`` and not started. Raises OSError, UsageError."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise UsageError(f"{path} is there, and no socket")
@@ -214,7 +218,7 @@ def make_server(driver: Driver, node_id: str, path: str) -> Any:
 
 
 def serve(driver: Driver, node_id: str, path: str) -> None:
-    """Until SIGTERM or SIGINT. What is mounted stays mounted."""
+    """Serve until SIGTERM or SIGINT. Mounts stay."""
     driver.recover()
     server = make_server(driver, node_id, path)
     ended = threading.Event()

@@ -1,7 +1,7 @@
-"""Mounts and unmounts volumes at the paths that a kubelet names, below its own directory and through no symbolic link.
+"""Mounts and unmounts volumes at the paths that a kubelet names: below its own directory, and through no symbolic link.
 
-``open_directory`` may block for ever, where the mount does not answer. All others ask the mount table rather than a
-mount that may be dead, and block for no longer than the kernel does.
+``open_directory`` may block for ever where the mount does not answer. All others ask the mount table, not a mount that
+may be dead, and block no longer than the kernel does.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from instantstart_fs.system.mountinfo import Mount
 
 MAX_PATH = 4095
 MAX_STACKED = 8
-"""Mounts over one another at one target: each is one that healed the one below."""
+"""The most mounts over one another at one target. Each was made over a dead one below."""
 
 
 def check_target(path: str, kubelet: str) -> str:
-    """``path`` if it lies below ``kubelet`` and is written plainly. Raises UsageError."""
+    """Return ``path`` if it lies below ``kubelet`` and has no odd parts. Raises UsageError."""
     parts = path.split("/")
     if not path.startswith("/") or len(path) > MAX_PATH or "\0" in path:
         raise UsageError("target_path must be an absolute path of at most 4095 characters")
@@ -35,7 +35,8 @@ def check_target(path: str, kubelet: str) -> str:
 
 @contextlib.contextmanager
 def _parent(path: str, kubelet: str) -> Iterator[int]:
-    """A descriptor of the directory that holds ``path``. Below ``kubelet`` no link is followed. Raises OSError."""
+    """Return a descriptor of the directory that holds ``path``. No link below ``kubelet`` is followed. Raises
+    OSError."""
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
     here = os.open(kubelet, flags)
     try:
@@ -53,19 +54,22 @@ def mounted(path: str) -> Mount | None:
 
 
 def shows(path: str, pipeline: str, daemon_mount: Mount) -> bool:
-    """Whether that pipeline's directory is mounted there, of the mount that lives now."""
+    """Whether ``path`` shows that pipeline's directory of the mount that lives now."""
     found = mounted(path)
     return found is not None and found.device == daemon_mount.device and found.root == f"/{pipeline}"
 
 
 def open_directory(path: str) -> int:
-    """A descriptor for ``bind``. Raises OSError."""
+    """Return a descriptor of the directory, for ``bind``. Raises OSError."""
     return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def bind(shown: int, path: str, kubelet: str) -> None:
-    """Show the directory that ``shown`` is a descriptor of at ``path``, which is made. What is mounted there, dead, is
-    covered: a container that follows the host's mounts sees the new one. Raises MountFailed, OSError."""
+    """Mount the directory of the descriptor ``shown`` at ``path``, which is created.
+
+    A dead mount that is there stays below the new one: a container that follows the host's mounts sees the new one.
+    Raises MountFailed, OSError.
+    """
     name = os.path.basename(path)
     with _parent(path, kubelet) as parent:
         stacked = sum(mount.path == path for mount in mountinfo.mounts())
@@ -89,7 +93,7 @@ def bind(shown: int, path: str, kubelet: str) -> None:
 
 
 def unbind(path: str, kubelet: str) -> None:
-    """Unmount all that is mounted at ``path`` and remove the directory. Neither need be there. Raises OSError."""
+    """Unmount all that is mounted at ``path`` and remove the directory. Neither has to exist. Raises OSError."""
     name = os.path.basename(path)
     try:
         with _parent(path, kubelet) as parent:

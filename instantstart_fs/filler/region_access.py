@@ -1,11 +1,13 @@
-"""Whether a pipeline's own credentials may read its source: the tier gives nothing to one that is refused.
+"""Finds out whether a pipeline's own credentials may read its source. The tier gives nothing to one that is refused.
 
-Asked before the first use, for each model, and again when the answer is old: a refusal after RECHECK_REFUSAL at the
-latest, a permission after [origins] recheck_access, where that is set. An origin that does not answer refuses nobody:
-the pipeline was listed there, and a region is to outlive its origins' outages. It is asked again RECHECK_REFUSAL later,
-and nobody waits for that. A refusal stands until the origin takes it back.
+Each model's source is asked before the first use, and again when the answer is old: a refusal after RECHECK_REFUSAL at
+the latest, a permission after [origins] recheck_access, where that is set.
 
-An answer is one Origin's: a later pipeline of the same name, or a new generation, opens another one.
+An origin that does not answer refuses nobody: the pipeline was listed there, and a region is to outlive its origins'
+outages. The origin is asked again RECHECK_REFUSAL later, and nobody waits for that. A refusal stands until the origin
+takes it back.
+
+An answer belongs to one Origin: a later pipeline of the same name, or a new generation, opens another one.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ log = logging.getLogger(__name__)
 CHECK_SECONDS = 10.0
 RECHECK_REFUSAL = 60.0
 MOST_ANSWERS = 2
-"""Of one model: an old generation may have readers beside the new one."""
+"""The most answers of one model. An old generation may have readers beside the new one."""
 
 
 class _Answer(NamedTuple):
-    """``refusal``: why not, "" = it may. ``known``: the origin said so; it did not answer otherwise. ``since_ns``: the
-    wall clock of the first of these answers."""
+    """One answer. ``refusal`` is the reason, "" for a permission. ``known`` is False where the origin did not answer.
+    ``since_ns`` is the wall clock of the first of these answers."""
 
     refusal: str
     known: bool
@@ -41,20 +43,21 @@ class _Answer(NamedTuple):
 
 
 class SourceAccess:
-    """On the trio thread. ``recheck``: seconds for which a permission is good, None = for this process' life.
-    ``nursery``: for questions that nobody waits for; None where there is none now."""
+    """The answers of all pipelines. On the trio thread. ``recheck`` is the seconds for which a permission holds, None
+    for the process's life. ``nursery`` runs questions that nobody waits for; None where there is none now."""
 
     def __init__(self, recheck: float | None, nursery: Callable[[], trio.Nursery | None]) -> None:
         self._allowed_for = recheck if recheck is not None else math.inf
         self._refused_for = min(RECHECK_REFUSAL, self._allowed_for)
         self._nursery = nursery
         self._answers: dict[tuple[str, int], dict[Origin, _Answer]] = {}
-        """By pipeline and model; the latest answer is the last one."""
+        """Answers by pipeline and model, the latest one last."""
         self._asking: dict[tuple[str, int, Origin], trio.Event] = {}
         self._forgets = 0
 
     def refusal(self, pipeline: str) -> tuple[int, str] | None:
-        """Since when (wall clock, nanoseconds) and why one of its models is refused, as of the last answer."""
+        """Return since when (wall clock, nanoseconds) and why a model of the pipeline is refused, as of the last
+        answer."""
         for (name, _), answers in self._answers.items():
             latest = next(reversed(answers.values()))
             if name == pipeline and latest.refusal:
@@ -62,12 +65,13 @@ class SourceAccess:
         return None
 
     def refuses(self, target: FillTarget) -> bool:
-        """Whether it is known that the tier may not serve this file; an old answer is none, the file asks again."""
+        """Whether the tier is known to be closed to this file. An old answer counts for nothing; the file asks
+        again."""
         answer = self._answers.get((target.key.pipeline, target.entry.model), {}).get(target.origin)
         return answer is not None and bool(answer.refusal) and not self._is_old(answer)
 
     def forget(self, pipeline: str) -> None:
-        """It is gone. Answers that are still to come are dropped."""
+        """Forget the pipeline. Answers that are still to come are dropped."""
         self._forgets += 1
         for place in [place for place in self._answers if place[0] == pipeline]:
             del self._answers[place]
@@ -94,7 +98,7 @@ class SourceAccess:
     async def _find_out(
         self, pipeline: str, model: int, origin: Origin, last: _Answer | None, done: trio.Event
     ) -> _Answer:
-        """Ask the origin. ``last``: what it said before; ``done`` is set afterwards."""
+        """Ask the origin. ``last`` is what it said before; ``done`` is set afterwards."""
         forgets = self._forgets
         try:
             refusal = await self._ask(origin)
@@ -125,7 +129,7 @@ class SourceAccess:
             done.set()
 
     async def _ask(self, origin: Origin) -> str | None:
-        """Why it is refused, "" = it is not; None where the origin does not say."""
+        """Return why the source is refused, "" where it is not; None where the origin does not say."""
         try:
             with trio.move_on_after(CHECK_SECONDS):
                 await trio.to_thread.run_sync(origin.check, abandon_on_cancel=True)

@@ -44,21 +44,22 @@ LIST_SECONDS = 0.5
 RETRY_SECONDS = 0.5
 SEAL_TRIES = 3
 TURNS_SECONDS = 12.0
-"""A file of which every look at the tier fails for so long is fetched without it."""
+"""Seconds. A file of which every look at the tier fails for so long is fetched without it."""
 SHARED_BUDGET, LONE_BUDGET = 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS
-"""Chunks of a pipeline under this host's claims at once: while others pull, too, and while nobody does."""
+"""The most chunks of a pipeline under this host's claims at once: while others pull, too, and while nobody does."""
 MOST_ASKED, MOST_FOLLOWED = 8, 8
-"""Files in the background; as many more may be for readers."""
+"""The most files in the background. As many more may be for readers."""
 CLAIM_TRIES = 3
-"""Claims of a group that the tier did not take, after which this host pulls it without one. Chunks that are put keep
-the breaker of writes shut meanwhile."""
+"""Claims of a group that the tier refuses before this host pulls the group without one. Chunks that are put keep the
+breaker of writes shut meanwhile."""
 WATCHED = 16
 WINDOW = 32
 """Files among which each host has an order of its own."""
 
 
 class Claims:
-    """On the trio thread. ``hosts``: how many hosts the region has now. ``won``, ``lost`` count claims."""
+    """Follows files in the tiers. On the trio thread. ``hosts`` is how many hosts the region has now. ``won`` and
+    ``lost`` count claims."""
 
     def __init__(self, settings: RegionSettings, tiers: Tiers, routes: Routes, hosts: Callable[[], int]) -> None:
         self._settings = settings
@@ -77,19 +78,19 @@ class Claims:
         self._used: dict[str, str] = {}
         self.won = self.lost = 0
         self._unsupported = False
-        """The tier has said that it makes no object only where there is none."""
+        """Whether the tier has said that it cannot create an object only where there is none."""
 
     # -- whose turn it is --------------------------------------------------------------------------------------------
 
     def start(self, follow: Follow) -> None:
-        """Find out about this file when its turn comes."""
+        """Have the tiers asked about this file when its turn comes."""
         follow.state = "waiting"
         follow.pull.background = True
         (self._waiting.appendleft if follow.pull.has_readers else self._waiting.append)(follow)
         self._pump()
 
     def urge(self, follow: Follow) -> None:
-        """A reader waits for some of it: it is its turn, unless too many have readers."""
+        """Ask about a file now because a reader waits for it, unless too many files have readers."""
         line = {"waiting": self._waiting, "parked": self._parked}.get(follow.state)
         if line is not None and line[0] is not follow:
             line.remove(follow)
@@ -114,8 +115,11 @@ class Claims:
                 nursery.start_soon(self._follow, follow)
 
     def _next_waiting(self) -> Follow:
-        """The next file. Of small ones each host takes another first: they are claimed whole, one after the other, and
-        hosts that want the same claim at once wait for one another in the tier."""
+        """Return the next file.
+
+        Each host takes small files in another order. They are claimed whole, one after the other, and hosts that want
+        the same claim at once would wait for one another in the tier.
+        """
         best = first = self._waiting[0]
         if first.pull.groups == 1 and not first.pull.has_readers:
             best = max(itertools.islice(self._waiting, WINDOW), key=lambda follow: follow.score)
@@ -143,7 +147,7 @@ class Claims:
             self._pump()
 
     async def _claim_whole(self, follow: Follow) -> bool:
-        """Claim a file of a single group without looking round first: of such there may be ten thousands."""
+        """Claim a file of a single group without a listing first. There may be ten thousand such files."""
         if follow.pull.groups > 1 or not self._settings.write_back or not self._tiers.takes_writes():
             return False
         records = FileRecords(self._settings, self._tiers, follow, self._me)
@@ -155,8 +159,11 @@ class Claims:
         return True
 
     async def _take_seal(self, follow: Follow, source: int) -> bool:
-        """Whether this tier has the whole file. The region's own is asked SEAL_TRIES times: its breaker stays shut
-        where it gives all but this seal, and the files behind this one have to get on."""
+        """Whether this tier has the whole file.
+
+        The region's own tier is asked SEAL_TRIES times at most. Its breaker stays shut where it gives everything but
+        this seal, and the files behind this one have to get on.
+        """
         left = SEAL_TRIES
         while not follow.over():
             try:
@@ -184,7 +191,7 @@ class Claims:
         return False
 
     def _failed(self, follow: Follow, error: InstantStartError, source: int = 0) -> None:
-        """This tier did not do what it was asked for this file."""
+        """Note that this tier failed for the file."""
         self._tiers.count("failed")
         self._routes.tier_failed(source, error)  # turns it off where that is too often
         if source == 0 and isinstance(error, AccessRefused | CredentialsUnusable):
@@ -193,7 +200,7 @@ class Claims:
     async def find_seal(
         self, pipeline: str, entry: FileEntry, chunk_size: int, source: int, place: Place
     ) -> Seal | None:
-        """A file's seal in this tier. Raises InstantStartError where it does not answer."""
+        """Return the file's seal in this tier. Raises InstantStartError where the tier does not answer."""
         from instantstart_fs.regional.records import Forged, most_seal, seal_name, unpack_seal
 
         tier, size = self._tiers.sources[source], entry.file.size
@@ -213,7 +220,7 @@ class Claims:
     # -- claims --------------------------------------------------------------------------------------------------------
 
     async def _follow(self, follow: Follow) -> None:
-        """Claim what nobody pulls, and find out what others have put, until all is here."""
+        """Claim what nobody pulls, and find out what others have put, until the file is complete."""
         records = FileRecords(self._settings, self._tiers, follow, self._me)
         pipeline = follow.key.pipeline
         try:
@@ -240,7 +247,7 @@ class Claims:
             self._pump()
 
     async def _turn(self, follow: Follow, records: FileRecords) -> None:
-        """One look at the tier, and what follows from it."""
+        """Take one look at the tier, and act on it."""
         pull, now = follow.pull, trio.current_time()
         pull.lag = self._tiers.lag
         if now - follow.listed_at >= looking_period(self._hosts(), LIST_SECONDS) / 2:
@@ -325,7 +332,7 @@ class Claims:
             await trio.sleep(waits)
 
     async def renew_forever(self) -> None:
-        """Say that this host is alive, whatever else it waits for; remove claims of what is in the tier."""
+        """Renew this host's claims, whatever else it waits for, and remove claims of what is in the tier."""
         while True:
             await trio.sleep(0.5)
             async with trio.open_nursery() as nursery:

@@ -1,5 +1,7 @@
-"""Reads of what there is no room for, from a regional tier: whole chunks of files that a tier has sealed, each proven
-before its reader sees it. Nothing is put into the tier, and nothing is kept but the last chunks.
+"""Reads from a regional tier for files that the store has no space for.
+
+Whole chunks of files that a tier has sealed are fetched, and each is proven before its reader sees it. Nothing is put
+into the tier, and nothing is kept but the last chunks.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ if TYPE_CHECKING:
 FILES, CHUNKS = 256, 4
 """Seals and chunks that are kept in memory."""
 UNSEALED_SECONDS = 60.0
-"""How long a file without a seal is not asked about again."""
+"""Seconds until a file without a seal is asked about again."""
 THREADS = 8
 QUEUE_SECONDS = 2 * CHUNK_DEADLINE
-"""For which a chunk waits for one of them; then it is read from the origin, and nobody is blamed."""
+"""Seconds that a chunk waits for one of the threads. Then it is read from the origin, and no failure is counted."""
 
 
 class _Chunk:
@@ -59,7 +61,7 @@ class _Chunk:
 
 
 class _Sealed(NamedTuple):
-    """``source``: which tier has the file whole; ``place``: its names there."""
+    """A file that is whole in a tier. ``source`` is that tier; ``place`` holds the file's names there."""
 
     seal: Seal
     source: int
@@ -67,7 +69,7 @@ class _Sealed(NamedTuple):
 
 
 class _Pending:
-    """A chunk that is being fetched: ``data`` when it has come; ``given_up``: its readers go to the origin."""
+    """A chunk that is being fetched. ``data`` is set when it has come; ``given_up`` sends its readers to the origin."""
 
     def __init__(self) -> None:
         self.done = trio.Event()
@@ -76,7 +78,8 @@ class _Pending:
 
 
 class TierReads:
-    """On the trio thread. ``places``: of a file in each tier (pipeline, entry, chunk size)."""
+    """The reads from tiers. On the trio thread. ``places`` gives a file's names in each tier (pipeline, entry, chunk
+    size)."""
 
     def __init__(
         self,
@@ -90,18 +93,18 @@ class TierReads:
         self._routes = routes
         self._places = places
         self._seals: OrderedDict[LiveFile, tuple[_Sealed | None, float]] = OrderedDict()
-        """None where no tier has it; when that was asked (trio)."""
+        """The seal, None where no tier has one; and when that was asked (trio's clock)."""
         self._chunks: OrderedDict[tuple[LiveFile, int], bytearray] = OrderedDict()
         self._finding: dict[LiveFile, trio.Event] = {}
         self._pending: dict[tuple[LiveFile, int], _Pending] = {}
         self._threads = trio.Semaphore(THREADS)
         self._abandoned = trio.CapacityLimiter(4 * THREADS)
-        """Threads that were given up end by themselves, within the fetcher's own deadlines."""
+        """Threads that were given up. They end by themselves, within the fetcher's own deadlines."""
         self.bytes = 0
         """Bytes that came from tiers since the start."""
 
     def forget(self, pipeline: str) -> None:
-        """Drop what is in memory of a pipeline. What is still under way for it ends as it would."""
+        """Drop what is in memory of a pipeline. Fetches that run for it go on."""
         for file in [file for file in self._seals if file[0].pipeline == pipeline]:
             del self._seals[file]
         for place in [place for place in self._chunks if place[0][0].pipeline == pipeline]:
@@ -110,7 +113,7 @@ class TierReads:
     async def read(
         self, key: FileKey, entry: FileEntry, chunk_size: int, origin: Origin, wanted: ByteRange, fetcher: Fetcher
     ) -> bytearray | None:
-        """The bytes ``wanted`` of the file; None where they are to come from its origin."""
+        """Return the bytes ``wanted`` of the file; None where they have to come from its origin."""
         if self._tiers.own.is_broken() or self._tiers.nursery is None:
             return None
         file, source = (key, origin), 0
@@ -175,8 +178,8 @@ class TierReads:
     async def _chunk(
         self, file: LiveFile, sealed: _Sealed, chunk: int, where: ByteRange, fetcher: Fetcher
     ) -> bytearray | None:
-        """Readers of one chunk share a fetch; whoever began it is told of its failure, the others get None. Raises
-        InstantStartError."""
+        """Return a chunk. Its readers share one fetch: the one that began it gets its failure, the others get None.
+        Raises InstantStartError."""
         wanted = (file, chunk)
         while True:
             kept = self._chunks.get(wanted)
@@ -206,8 +209,10 @@ class TierReads:
             mine.done.set()
 
     async def _fetch(self, sealed: _Sealed, chunk: int, where: ByteRange, fetcher: Fetcher) -> bytearray | None:
-        """None where none of this host's threads is free in time, or the tier is left alone by then. Raises
-        InstantStartError, twice CHUNK_DEADLINE after the tier was asked at the latest."""
+        """Fetch a chunk. None where no thread is free in time, or the tier is left alone by then.
+
+        Raises InstantStartError, at the latest twice CHUNK_DEADLINE after the tier was asked.
+        """
         from instantstart_fs.filler.fetch import new_buffer
         from instantstart_fs.filler.pieces import fetch_piece
         from instantstart_fs.regional.records import chunk_name

@@ -1,4 +1,4 @@
-"""What the tier's records say of one file that is followed: calls that block, for threads."""
+"""Reads and writes the tier's records of one file that is followed. Its calls block; use threads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from instantstart_fs.filler.region_follow import Follow, RegionSettings, Tiers
 from instantstart_fs.regional import records
 
 MOST_LISTED = 200_000
-"""Names of one file that are read: a listing may have no end."""
+"""The most names of one file that are read. A listing may have no end."""
 
 
 class FileRecords:
-    """Thread-safe. All raise InstantStartError. ``me``: this host, and this life of its daemon."""
+    """The calls. Thread-safe; all raise InstantStartError. ``me`` names this host and this life of its daemon."""
 
     def __init__(self, settings: RegionSettings, tiers: Tiers, follow: Follow, me: str) -> None:
         self._key = settings.key
@@ -25,7 +25,8 @@ class FileRecords:
         self._host, _, self._life = me.rpartition("/")
 
     def listing(self) -> tuple[list[int], dict[int, int], dict[int, float]]:
-        """The chunks that the tier has; the epoch of each claimed group; when that claim's record last changed."""
+        """Return the chunks that the tier has, the epoch of each claimed group, and when that claim's record last
+        changed."""
         below = records.directory(self._slot, self._pin)
         chunks: list[int] = []
         claims: dict[int, int] = {}
@@ -42,14 +43,14 @@ class FileRecords:
         return chunks, claims, stamps
 
     def chunks(self, group: int) -> list[int]:
-        """Those of a group that the tier has."""
+        """Return the chunks of a group that the tier has."""
         below = records.directory(self._slot, self._pin)
         found = self._store.list(f"{below}{records.near(group * GROUP_CHUNKS)}", MOST_LISTED)
         names = (records.listed(one.name.removeprefix(below)) for one in found)
         return [what[0] for what in names if what is not None and what[1] is None]
 
     def read(self, group: int, epoch: int) -> ClaimMark | str:
-        """A claim's record; "vanished" where there is none, "forged" where no host of the region wrote it."""
+        """Read a claim's record: "vanished" where there is none, "forged" where no host of the region wrote it."""
         name = records.claim_name(self._slot, self._pin, group, epoch)
         try:
             claim = records.unpack_claim(self._key, name, self._store.get(name, records.MOST_RECORD))
@@ -60,7 +61,7 @@ class FileRecords:
         return ClaimMark(f"{claim.host}/{claim.life}", claim.beat, claim.done)
 
     def claim(self, group: int, epoch: int) -> bool:
-        """Whether this host has it now."""
+        """Try to claim the group. Returns whether this host has it now."""
         name, data = self._record(group, epoch, 0, 0)
         return self._store.put_new(name, data)
 
@@ -77,7 +78,8 @@ class FileRecords:
 
 
 def mark_used(tiers: Tiers, slot: str, used: dict[str, str]) -> None:
-    """Once a day and host: what is not used goes (`instantstart regional gc`). ``used``: the last day, by slot."""
+    """Mark the slot as used, once a day and host. `instantstart regional gc` removes what is not used. ``used`` gives
+    the last day by slot."""
     day = time.strftime("%Y-%m-%d", time.gmtime())
     if used.get(slot) == day or tiers.nursery is None:
         return

@@ -9,7 +9,7 @@ from instantstart_fs.regional.stores import open_store
 
 
 def region_settings(config: RegionalConfig, recheck: float | None = None) -> RegionSettings:
-    """``recheck``: [origins] recheck_access. Raises ConfigError."""
+    """Build the settings. ``recheck`` is [origins] recheck_access in seconds. Raises ConfigError."""
     own = open_store(
         config.url, endpoint_url=config.endpoint_url, region_name=config.region_name, profile=config.profile
     )

@@ -1,6 +1,6 @@
 """Puts chunks that came from elsewhere into the region's own tier, and seals a file there once this host has proven it.
 
-The queue waits for nobody: a reader never does for a put.
+No reader ever waits for a put.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PUTS = 4
-"""Chunks that are put at once."""
+"""The most chunks that are put at once."""
 MOST_OPEN = 1000
-"""Files that something is to be put of. Each has a descriptor: where the tier, or ``rate``, is slower than the origin,
-many small files would take all that the daemon may have."""
+"""The most files that are written back at once. Each needs a descriptor. Where the tier, or ``rate``, is slower than
+the origin, many small files would otherwise take all descriptors that the daemon may have."""
 
 
 class _Put:
-    """One chunk on its way into the tier, in a thread that may be given up and end later, or never. It reads by a
-    descriptor of its own: the file may be let go of meanwhile, and its number be another file's."""
+    """One chunk on its way into the tier, in a thread that may be given up and end later, or never.
+
+    It reads by a descriptor of its own. The file may be closed meanwhile, and its number be another file's.
+    """
 
     def __init__(self, settings: RegionSettings, store: TierStore, follow: Follow, chunk: int) -> None:
         from instantstart_fs.regional.records import chunk_name
@@ -44,20 +46,20 @@ class _Put:
         self._name = chunk_name(follow.slot, follow.pin, chunk)
         self._key = settings.key.chunk_key(follow.pin, chunk, self._where.length)
         self._mine = [os.dup(follow.fd)]
-        """Whoever takes it out closes it: the thread once it runs, else ``close``."""
+        """Holds the descriptor until somebody takes it out and closes it: the thread once it runs, else ``close``."""
 
     def withdrawn(self) -> bool:
-        """Whether what it reads is not to be believed: the file proved wrong, or some of it was lost meanwhile."""
+        """Whether the bytes may be wrong, because the file proved wrong or lost some of them meanwhile."""
         return self._follow.to_put is not self._owed or self._follow.target.losses != self._losses
 
     def close(self) -> None:
-        """No thread is to begin with it any more."""
+        """Close the descriptor if the thread has not begun, so that it cannot begin."""
         with contextlib.suppress(IndexError):
             os.close(self._mine.pop())
 
     def __call__(self) -> bytes | None:
-        """Blocks. The chunk's digest; None where it was withdrawn meanwhile, and removed again. Raises OriginError, and
-        OSError where the file cannot be read."""
+        """Put the chunk. Blocks. Returns its digest; None where it was withdrawn meanwhile and removed again. Raises
+        OriginError, and OSError where the file cannot be read."""
         from instantstart_fs.regional.keys import keyed_digest
         from instantstart_fs.regional.records import HEADER
 
@@ -86,8 +88,8 @@ class _Put:
 
 
 class WriteBack:
-    """On the trio thread. ``detached``: files whose fill is over and that something is still to be put of;
-    ``put_bytes`` were put."""
+    """The queue and its tasks. On the trio thread. ``detached`` holds the files whose fill is over and of which
+    something is still to be put; ``put_bytes`` counts what was put."""
 
     def __init__(self, settings: RegionSettings, tiers: Tiers) -> None:
         self._settings = settings
@@ -95,7 +97,7 @@ class WriteBack:
         self.detached: set[Follow] = set()
         self._queue: deque[tuple[Follow, int]] = deque()
         self._open: set[Follow] = set()
-        """Those with a descriptor, and some that have closed theirs."""
+        """Files with a descriptor, and some that have closed theirs."""
         self._full = False
         self._more = trio.Event()
         self._threads = trio.CapacityLimiter(PUTS)
@@ -198,7 +200,7 @@ class WriteBack:
                 return
 
     def check_done(self, follow: Follow) -> None:
-        """Seal the file in the tier, or let go of it."""
+        """Seal the file in the tier if it is complete there, and close what is no longer needed."""
         if not follow.ended or follow.to_put or follow not in self.detached:
             return
         if follow.sealed_here and len(follow.digests) == follow.pull.chunks and self._tiers.nursery is not None:

@@ -50,8 +50,8 @@ SWEEP_TICKS = 20
 
 
 class Regional:
-    """On the trio thread. ``slot_of``: the slot of a pipeline, None where none is to be used. ``serve_verified``:
-    whether readers get chunks that the region's seal proves, before their file is sealed here.
+    """The tier's part in filling. On the trio thread. ``slot_of`` returns a pipeline's slot, None where it has none.
+    ``serve_verified``: whether readers get chunks that the region's seal proves before the file is sealed here.
 
     It has more than 8 collaborators, because it joins the filler's tables to the tier's claims, routes and write-back.
     """
@@ -87,7 +87,7 @@ class Regional:
         self._patience: dict[OriginKey, Patience] = {}
         self._follows: dict[FileKey, Follow] = {}
         self._busy: set[Follow] = set()
-        """Those with readers or requests, for which time alone may change something."""
+        """Files with readers or requests. Time alone may change something for them."""
         self._clock = FairClock(0.0)
         self._taken = self._missed = 0
 
@@ -113,23 +113,23 @@ class Regional:
         return not self._tiers.own.is_broken()
 
     def answered(self) -> None:
-        """The tier did what somebody else asked of it: if it was left alone, that is over."""
+        """End the pause of the tier: it has answered somebody else."""
         if self._tiers.own.told and self.answers:
             self._tiers.own.answered()
 
     def owed(self, pipeline: str) -> tuple[int, int]:
-        """Bytes of a pipeline that wait to be written to the tier, and files that wait to be sealed there."""
+        """Return the bytes of a pipeline that wait to be put into the tier, and how many files wait for their seal."""
         follows = [one for one in (*self._follows.values(), *self._writeback.detached) if one.key.pipeline == pipeline]
         owed = sum(one.target.present.byte_range(chunk).length for one in follows for chunk in one.to_put)
         return owed, sum(one in self._writeback.detached for one in follows)
 
     def forget(self, pipeline: str) -> None:
-        """It is gone."""
+        """Forget the pipeline."""
         self.access.forget(pipeline)
         self.reads.forget(pipeline)
 
     def refusal(self, pipeline: str) -> tuple[int, str] | None:
-        """Since when (wall clock) and why this pipeline gets nothing out of the tier."""
+        """Return since when (wall clock) and why this pipeline gets nothing from the tier."""
         return self.access.refusal(pipeline)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -152,7 +152,7 @@ class Regional:
     # -- what the filler says ----------------------------------------------------------------------------------------
 
     def enter(self, fill: Fill) -> None:
-        """A file is in the plan: put it under the region, if its pipeline has a slot there."""
+        """Take up a file of the plan, if its pipeline has a slot in the tier."""
         target = fill.target
         chunks = target.present.chunks
         refused = self.access.refuses(target)
@@ -171,7 +171,7 @@ class Regional:
         self._plan.shut(target.key, range(chunks))
 
     def _places(self, pipeline: str, entry: FileEntry, chunk_size: int) -> list[Place]:
-        """Names of a file in each tier; none where its pipeline has no slot."""
+        """Return the file's names in each tier; none where its pipeline has no slot."""
         places: list[Place] = []
         for tier in self._tiers.sources:
             slot = self._slot_of(pipeline, tier.secret)
@@ -181,12 +181,12 @@ class Regional:
         return places
 
     def keys(self, key: FileKey) -> tuple[FileKey, ...]:
-        """The plan's entries of a file."""
+        """Return the plan's entries of a file."""
         follow = self._follows.get(key)
         return (key,) if follow is None else (follow.tier_key, key)
 
     def plan_key(self, request: FetchRequest) -> FileKey:
-        """Under which of the plan's entries a request is in flight."""
+        """Return under which of the plan's entries a request is in flight."""
         key = request.fill.target.key
         follow = self._follows.get(key) if request.piece is not None else None
         return key if follow is None else follow.tier_key
@@ -214,7 +214,7 @@ class Regional:
                 follow.pull.undemand_whole()
 
     def leave(self, key: FileKey) -> None:
-        """The fill is over, whichever way."""
+        """End the file's part in the tier. Its fill is over, with or without success."""
         follow = self._follows.pop(key, None)
         if follow is None:
             return
@@ -228,7 +228,7 @@ class Regional:
         self._writeback.detached.add(follow)
 
     def reread(self, key: FileKey) -> None:
-        """Bytes that were here are not any more."""
+        """Note that bytes of the file have been lost here."""
         follow = self._follows.get(key)
         if follow is None:
             return
@@ -243,7 +243,7 @@ class Regional:
         self.apply(follow)
 
     def send(self, request: Request[FileKey], fill: Fill) -> None:
-        """The plan asks for this chunk of the tier."""
+        """Fetch this chunk from the tier, as the plan asks."""
         follow = self._follows.get(file_key(request.key))
         if follow is None or follow.fill is not fill:
             self._plan.failed(request.key, request.chunk)
@@ -260,7 +260,7 @@ class Regional:
         self._dispatch(follow, request, source)
 
     def came(self, fill: Fill, chunk: int, request: FetchRequest) -> None:
-        """A chunk is present. ``request``: what brought it."""
+        """Note that a chunk has come. ``request`` brought it."""
         follow = self._follows.get(fill.target.key)
         if follow is None:
             return
@@ -296,7 +296,7 @@ class Regional:
         follow.changed.set()
 
     def failed(self, request: FetchRequest, error: InstantStartError) -> None:
-        """A tier did not give a chunk: the next source is asked."""
+        """Note that a tier did not give a chunk. The next source is asked."""
         follow = self._follows.get(request.fill.target.key)
         if follow is None:
             return
@@ -310,7 +310,7 @@ class Regional:
         self._fall_back(follow, request.chunk, source, error)
 
     def lost(self, request: FetchRequest) -> None:
-        """Its worker died."""
+        """Note that the worker of a request died."""
         follow = self._follows.get(request.fill.target.key)
         if follow is not None:
             follow.flights.pop(request.chunk, None)
@@ -322,7 +322,7 @@ class Regional:
             follow.flights.pop(chunk, None)
 
     def progressed(self, request: FetchRequest) -> None:
-        """More of a chunk came, from wherever."""
+        """Note that more of a chunk has come."""
         follow = self._follows.get(request.fill.target.key)
         if follow is None:
             return
@@ -331,7 +331,7 @@ class Regional:
             follow.last_byte[request.chunk] = self._clock.time
 
     def sealed(self, target: FillTarget, proof: str) -> None:
-        """The file is whole and proven by this host itself (``proof``), or by the region's seal ("")."""
+        """Note that the file is whole. ``proof`` is what this host proved it by, "" where the region's seal did."""
         follow = next((one for one in self._writeback.detached if one.target is target), None)
         if follow is None:
             return
@@ -345,7 +345,7 @@ class Regional:
         self._writeback.check_done(follow)
 
     def poisoned(self, target: FillTarget) -> None:
-        """The bytes are wrong: what this host put of them is taken back, and what it took that no seal has proven."""
+        """Take back what this host has put of the file, and what it took unproven by a seal: the bytes are wrong."""
         for follow in [one for one in (*self._writeback.detached, *self._follows.values()) if one.target is target]:
             put, follow.put, follow.to_put = follow.put, set(), set()
             if self._settings.write_back and 0 not in follow.seals:
@@ -360,7 +360,7 @@ class Regional:
         self._plan.failed(follow.tier_key, chunk)
 
     def apply(self, follow: Follow) -> None:
-        """Open each chunk where its plan says."""
+        """Open each chunk at the source that its plan says."""
         if follow.ended:
             return
         later: list[int] = []
@@ -438,7 +438,7 @@ class Regional:
                     self._stop_flights(follow, source)
 
     def turn_off(self, follow: Follow) -> None:
-        """The tiers are asked for nothing more of this file."""
+        """Ask the tiers for nothing more of this file."""
         if follow.state == "off":
             return
         follow.state = "off"
@@ -447,7 +447,7 @@ class Regional:
         follow.changed.set()
 
     def _stop_flights(self, follow: Follow, source: int | None = None) -> None:
-        """``source``: what is under way from this tier alone."""
+        """Stop the file's requests: those to this tier, or all of them."""
         for chunk in [chunk for chunk, flight in follow.flights.items() if source in (None, flight[2])]:
             self._delivery.stop(follow.fill, chunk)
             del follow.flights[chunk]
@@ -455,7 +455,7 @@ class Regional:
         self.apply(follow)
 
     async def _tick_forever(self) -> None:
-        """Readers' patience and the deadlines of flights: a cheap look, some times a second."""
+        """Check readers' patience and the deadlines of requests, some times a second. One check is cheap."""
         self._clock = FairClock(trio.current_time())
         ticks = 0
         while True:

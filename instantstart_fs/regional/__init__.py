@@ -1,1 +1,1 @@
-"""The regional tier: where hosts of a region meet, and what they give one another."""
+"""The regional tier: the storage that the hosts of a region share, and what they leave there for one another."""

@@ -16,7 +16,7 @@ _TEMPORARY = ".tmp-"
 
 
 RACES = 8
-"""Times that a put begins anew, since another host's delete took the directory that was to hold it."""
+"""Times that a put starts again because another host's delete removed its directory."""
 
 
 class DirectoryStore:
@@ -89,7 +89,7 @@ class DirectoryStore:
         raise AssertionError("the last try returns or raises")
 
     def _make(self, directory: str) -> None:
-        """It and what is above it, up to the tier's own."""
+        """Make the directory and those above it, up to the tier's own."""
         if os.path.isdir(directory):
             return
         if directory == self._directory:
@@ -124,7 +124,7 @@ class DirectoryStore:
         yield from itertools.islice(whole, most)
 
     def _walk(self, top: str, start: str) -> Iterator[Stored]:
-        """Every file below; directly in ``top`` only what begins with ``start``."""
+        """Yield every file below; directly in ``top`` only those whose names begin with ``start``."""
         for parent, directories, files in os.walk(top):
             if start and parent == top:
                 directories[:] = [name for name in directories if name.startswith(start)]

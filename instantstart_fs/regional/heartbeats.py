@@ -27,18 +27,19 @@ from instantstart_fs.regional.store import Stored, TierStore
 
 DIRECTORY = "v1/hosts/"
 MOST_HOSTS = 20_000
-"""Names of hosts that are listed."""
+"""The most names of hosts that are listed."""
 MOST_HELD = 64 << 20
-"""Bytes of heartbeats that a reader keeps: a thousand hosts with a thousand pipelines each are 37 MB."""
+"""The most bytes of heartbeats that a reader keeps. A thousand hosts with a thousand pipelines each take 37 MB."""
 MOST_HEARTBEAT = MAC + placement.MOST_HOLDINGS * placement.ENTRY_BYTES + 4096
 READERS = 16
 READ_SECONDS = 8.0
-"""For one look; what was not read then is read by the next one."""
+"""Seconds for one look. What it did not read is read by the next one."""
 _NAME = re.compile(r"v1/hosts/([0-9a-f]{32})\.([0-9a-f]{16})\Z")
 
 
 class HostRecord(msgspec.Struct, frozen=True):
-    """``entries``: core.placement.pack. ``left_out``: how many pipelines it holds beyond those."""
+    """What one host holds. ``entries`` come from core.placement.pack; ``left_out`` counts the pipelines beyond
+    those."""
 
     host: str
     entries: bytes
@@ -46,7 +47,7 @@ class HostRecord(msgspec.Struct, frozen=True):
 
 
 def object_of(key: RegionKey, record: HostRecord) -> tuple[str, bytes]:
-    """The record's name and bytes."""
+    """Return the record's name and bytes."""
     name = f"{DIRECTORY}{key.host(record.host)}.{key.content(record)}"
     return name, pack(key, "host", name, record)
 
@@ -60,7 +61,7 @@ def unpack_heartbeat(key: RegionKey, name: str, data: bytes) -> HostRecord:
 
 
 def listed(store: TierStore) -> dict[str, Stored]:
-    """The newest heartbeat of each host, by the digest of its name. Raises InstantStartError."""
+    """Return the newest heartbeat of each host, by the digest of its name. Raises InstantStartError."""
     found: dict[str, Stored] = {}
     for stored in store.list(DIRECTORY, MOST_HOSTS):
         match = _NAME.match(stored.name)
@@ -70,14 +71,14 @@ def listed(store: TierStore) -> dict[str, Stored]:
 
 
 def living(found: dict[str, Stored], now: float) -> dict[str, Stored]:
-    """Those that were heard of lately. ``now``: the storage's clock."""
+    """Return the hosts that were heard of lately. ``now`` is the storage's clock."""
     most = placement.expiry(len(found))
     return {host: stored for host, stored in found.items() if now - stored.modified <= most}
 
 
 class Look(msgspec.Struct, frozen=True):
-    """``hosts``: those that live; ``unread``: so many of them were not read (yet), or cannot be; ``now``: the storage's
-    clock."""
+    """What one look found. ``hosts`` are those that live; ``unread`` counts those that were not read yet or cannot be
+    read; ``now`` is the storage's clock."""
 
     hosts: int
     unread: int
@@ -85,20 +86,20 @@ class Look(msgspec.Struct, frozen=True):
 
 
 class HeartbeatReader:
-    """What the hosts say. It reads what it has not read before. Thread-safe; of two looks at once one is refused."""
+    """Reads what the hosts say, each record once. Thread-safe; a second look at the same time is refused."""
 
     def __init__(self, store: TierStore, key: RegionKey) -> None:
         self._store = store
         self._key = key
         self._looking = threading.Lock()
         self._lock = threading.Lock()
-        """Of what is known; held by nobody who waits for the tier."""
+        """Guards what is known. Nobody holds it while waiting for the tier."""
         self._records: dict[str, HostRecord | None] = {}
-        """By object; None: it is none."""
+        """Object → its record; None where it holds none."""
         self._alive: dict[str, Stored] = {}
 
     def look(self, now: float | None = None) -> Look:
-        """Find out what is new. ``now``: the storage's clock, None: the time of the newest heartbeat. Raises
+        """Read what is new. ``now`` is the storage's clock; None takes the time of the newest heartbeat. Raises
         InstantStartError."""
         if not self._looking.acquire(blocking=False):  # its thread was given up, and hangs
             raise OriginUnavailable("the regional tier has not answered the last look at it yet")
@@ -149,8 +150,8 @@ class HeartbeatReader:
         return Look(len(alive), unread, now)
 
     def holding(self, slot: str, now: float, revision: str | None = None) -> list[HostHolding]:
-        """The hosts that hold some of it, as of the last look: complete ones first, then by name. ``revision``: what
-        the asking host is pinned to."""
+        """Return the hosts that hold some of the pipeline, as of the last look: complete ones first, then by name.
+        ``revision`` is what the asking host is pinned to."""
         with self._lock:
             pairs = [(self._records.get(stored.name), stored.modified) for stored in self._alive.values()]
         found = []
@@ -160,7 +161,7 @@ class HeartbeatReader:
         return sorted(found, key=lambda one: (-one.percent, one.host))
 
     def filling(self) -> set[str]:
-        """Slots that some host fills: they are in use."""
+        """Return the slots that some host fills now. They are in use."""
         with self._lock:
             records = [self._records.get(stored.name) for stored in self._alive.values()]
         return {

@@ -22,26 +22,26 @@ from instantstart_fs.regional.startup import unpack_entry
 from instantstart_fs.regional.store import Stored, TierStore
 
 MOST = 20_000_000
-"""Objects of a tier that are looked at."""
+"""The most objects of a tier that are looked at."""
 MOST_CHUNK = (1 << 30) + records.HEADER
 CLAIM_SECONDS = 3600.0
-"""A claim that was not renewed for so long is nobody's."""
+"""Seconds after which a claim that nobody renewed has no owner."""
 _SLOT = re.compile(r"v1/([0-9a-f]{32})/(.+)\Z", re.S)
 
 LIVE_SECONDS = 60.0
-"""A claim that was renewed within it has an owner that fills."""
+"""Seconds within which a renewed claim has an owner that fills."""
 QUIET_SECONDS = 600.0
-"""A file of which nothing was written for so long is filled by nobody."""
+"""Seconds after which a file to which nothing was written is filled by nobody."""
 LEFT_SECONDS = 3600.0
-"""After which what a writer left half-written, or a probe, is nobody's."""
+"""Seconds after which a half-written file or a probe has no owner."""
 LOST_SECONDS = 86_400.0
-"""After which a host's heartbeat is removed; it counts for minutes only (core/placement.py)."""
+"""Seconds after which a host's heartbeat is removed. It counts for minutes only (core/placement.py)."""
 AHEAD_SECONDS = 3600.0
-"""Of the storage's clock, more than which a time is none: on a share anybody may set one."""
+"""Seconds. A time that is further ahead of the storage's clock tells nothing: on a share anybody may set one."""
 MOST_LEFT = 1_000_000
 DELETERS = 16
 Progress = Callable[[int, int], None]
-"""Bytes done, and of how many."""
+"""(bytes done, bytes altogether)"""
 
 
 def _silent(done: int, size: int) -> None:
@@ -88,13 +88,14 @@ class Collected(msgspec.Struct):
 
 
 def age(stored: Stored, now: float) -> float:
-    """Seconds since it was written, by the storage's clock; inf where that is in the future, and so tells nothing."""
+    """Return the seconds since the object was written, by the storage's clock. A time in the future tells nothing:
+    inf."""
     return now - stored.modified if stored.modified <= now + AHEAD_SECONDS else math.inf
 
 
 def summaries(store: TierStore, names: dict[str, str], now: float = math.inf) -> list[SlotSummary]:
-    """Every slot, the one used last first. ``names``: pipeline by slot, as far as they are known here. ``now``: the
-    storage's clock, inf: it is not known."""
+    """Return every slot, the one used last first. ``names`` gives the pipelines of slots that are known here. ``now``
+    is the storage's clock; inf: it is not known."""
     found: dict[str, SlotSummary] = {}
     pins: dict[str, set[str]] = {}
     for stored in store.list("v1/", MOST):
@@ -121,7 +122,7 @@ def summaries(store: TierStore, names: dict[str, str], now: float = math.inf) ->
 
 
 def now_of(store: TierStore) -> float:
-    """The storage's clock: of an object that is written for it. Raises InstantStartError."""
+    """Return the storage's clock, from an object that is written for this. Raises InstantStartError."""
     name = f"v1/probe/{secrets.token_hex(8)}"
     store.put(name, b"")
     try:
@@ -133,7 +134,7 @@ def now_of(store: TierStore) -> float:
 
 
 def remove(store: TierStore, slot: str, progress: Progress = _silent) -> Collected:
-    """Everything of a slot, the seals first: what is half gone has no seal."""
+    """Delete everything of a slot. The seals go first, so that nothing half deleted has a seal."""
     found = list(store.list(f"v1/{slot}/", MOST))
     size = sum(stored.size for stored in found)
     seals = [stored for stored in found if stored.name.endswith("/seal")]
@@ -161,7 +162,7 @@ class Rules(msgspec.Struct, frozen=True):
 
 
 def chosen(found: Iterable[SlotSummary], rules: Rules, now: float) -> list[SlotSummary]:
-    """Slots to remove, in this order. Pure. One with a claim that lives, or that a host fills, is in use."""
+    """Return the slots to remove, in order. Pure. A slot is in use if it has a live claim or a host fills it."""
     slots = sorted(found, key=lambda summary: summary.used)
     held = sum(summary.bytes for summary in slots)
     if rules.capacity is not None and held <= rules.high * rules.capacity:
@@ -217,7 +218,7 @@ def collect(store: TierStore, rules: Rules, progress: Progress = _silent) -> Col
 
 
 def _written_since(store: TierStore, summary: SlotSummary, now: float) -> bool:
-    """Whether something of the slot is newer than it was at ``now``, when it was listed."""
+    """Whether anything of the slot was written since ``now``, when it was listed."""
     written = (one for one in store.list(f"v1/{summary.slot}/", MOST) if one.modified > summary.used)
     return any(age(one, now) < math.inf for one in written)
 
@@ -274,7 +275,7 @@ def verify(
 def _verify_unproven(
     store: TierStore, key: RegionKey, pin: str, found: list[Stored], result: Verified, progress: Callable[[], None]
 ) -> None:
-    """Only whether each chunk is what its host put there: the seal that says what it should be is not there (yet)."""
+    """Check only that each chunk is what its host put. The seal that says what it should be is not there yet."""
     for stored in found:
         chunk = _chunk_of(stored.name)
         if chunk is None:
@@ -290,7 +291,7 @@ def _verify_unproven(
 
 
 def _drop_unproven(store: TierStore, slot: str, pin: str, now: float, result: Verified) -> None:
-    """Look again: it may have been filled, or sealed, since."""
+    """Delete the chunks, unless the file was filled or sealed in the meantime."""
     found = list(store.list(records.directory(slot, pin), MOST))
     chunks = [stored for stored in found if _chunk_of(stored.name) is not None]
     filled = any(age(one, now) <= (LIVE_SECONDS if "/k/" in one.name else QUIET_SECONDS) for one in found)
@@ -303,14 +304,16 @@ def _drop_unproven(store: TierStore, slot: str, pin: str, now: float, result: Ve
 
 
 def _chunk_of(name: str) -> int | None:
-    """Which chunk of its file an object is."""
+    """Return which chunk of its file an object is."""
     what = records.listed("/".join(name.split("/")[3:]))
     return what[0] if what is not None and what[1] is None else None
 
 
 def _body(store: TierStore, name: str, most: int, result: Verified) -> memoryview:
-    """A chunk's object; empty where there is none, or a larger one. Raises InstantStartError where the tier fails:
-    what cannot be read now may be right."""
+    """Return a chunk's object; empty where there is none, or a larger one.
+
+    Raises InstantStartError where the tier fails, because a chunk that cannot be read now may be right.
+    """
     try:
         data = store.get(name, most)
     except (OriginNotFound, OriginMisbehaved):

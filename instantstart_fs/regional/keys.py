@@ -19,13 +19,13 @@ from instantstart_fs.errors import ConfigError
 KEY_BYTES = 32
 DIGEST_BYTES = 32
 NAME_DIGITS = 32
-"""Hex digits of a name: 128 bits."""
+"""Hex digits of a name, which are 128 bits."""
 Buffer = bytes | bytearray | memoryview
 _STRONG = frozenset({"sha256", "sha1", "git-sha1"})
 
 
 def read_key(path: str) -> bytes:
-    """The region's key from its file: 64 hex digits, readable by its owner alone. Raises ConfigError."""
+    """Read the region's key: 64 hex digits in a file that only its owner can read. Raises ConfigError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(fd, "rb") as file:
@@ -45,7 +45,7 @@ def read_key(path: str) -> bytes:
 
 
 class RegionKey:
-    """What is derived from the region's key. Cheap to use; thread-safe."""
+    """The names and keys that derive from the region's key. Cheap to use; thread-safe."""
 
     def __init__(self, key: bytes) -> None:
         self._names: bytes = blake3.blake3(key, derive_key_context="instantstart regional names v1").digest()
@@ -55,7 +55,7 @@ class RegionKey:
         """The key of the tickets by which hosts of a rack ask each other (core/rack.py)."""
 
     def slot(self, spec: PipelineSpec) -> str:
-        """The name of a pipeline's slot: its id and its sources, globs included."""
+        """Return the name of a pipeline's slot, from its id and its sources, globs included."""
         models = [(model.source, model.name, model.include, model.exclude) for model in spec.models]
         return self._name("slot", spec.id, msgspec.json.encode(models).decode())
 
@@ -68,31 +68,33 @@ class RegionKey:
         return self._name("pin", slot, path, str(file.size), str(chunk_size), digest, version)
 
     def host(self, host: str) -> str:
-        """The name of a host."""
+        """Return the name of a host."""
         return self._name("host", host)
 
     def rack(self, rack: str) -> str:
-        """The name of a rack."""
+        """Return the name of a rack."""
         return self._name("rack", rack)
 
     def revision(self, slot: str, revision: str) -> str:
-        """What a pipeline is pinned to, in 8 hex digits: equal where it is the same."""
+        """Return 8 hex digits for what a pipeline is pinned to. Equal pins have equal digits."""
         return self._name("revision", slot, revision)[:8]
 
     def content(self, record: msgspec.Struct) -> str:
-        """What a record says, in 16 hex digits."""
+        """Return 16 hex digits for what a record says."""
         return keyed_digest(self._names, msgspec.msgpack.encode(record)).hex()[:16]
 
     def startup(self, slot: str, identity: str, digest: str = "") -> str:
-        """The name of the startup caches of a slot that depend on ``identity``; with ``digest``, of one's bytes."""
+        """Return the name of a slot's startup caches that depend on ``identity``; with ``digest``, of one cache's
+        bytes."""
         return self._name("startup", slot, identity, digest)
 
     def chunk_key(self, pin: str, chunk: int, length: int) -> bytes:
-        """The key of one chunk's digest: bound to its pin (slot, path and what was pinned), index and length."""
+        """Return the key for one chunk's digest. It is bound to the pin (slot, path and what was pinned), index and
+        length."""
         return keyed_digest(self._chunks, f"{pin}\0{chunk}\0{length}".encode())
 
     def sign(self, kind: str, name: str, body: bytes) -> bytes:
-        """The MAC of a record: bound to its kind and its name."""
+        """Return a record's MAC. It is bound to the record's kind and name."""
         return keyed_digest(self._records, _joined(kind, name) + body)
 
     def _name(self, *parts: str) -> str:
@@ -100,13 +102,13 @@ class RegionKey:
 
 
 def _joined(*parts: str) -> bytes:
-    """Unambiguously: each part's length goes before it."""
+    """Join the parts unambiguously: each part's length goes before it."""
     encoded = [part.encode("utf-8", "surrogateescape") for part in parts]
     return b"".join(len(part).to_bytes(4, "little") + part for part in encoded)
 
 
 class ChunkHasher(Protocol):
-    """``update`` takes any contiguous buffer."""
+    """A running digest. ``update`` takes any contiguous buffer."""
 
     def update(self, data: Buffer, /) -> object: ...
 
@@ -114,12 +116,12 @@ class ChunkHasher(Protocol):
 
 
 def keyed_digest(key: bytes, data: Buffer) -> bytes:
-    """BLAKE3 in its keyed mode, over bytes in memory."""
+    """Return BLAKE3 in its keyed mode, over bytes in memory."""
     digest: bytes = blake3.blake3(data, key=key).digest()
     return digest
 
 
 def new_chunk_hasher(key: bytes) -> ChunkHasher:
-    """The same, fed piece by piece."""
+    """Return a hasher for the same digest, which is fed piece by piece."""
     hasher: ChunkHasher = blake3.blake3(key=key)
     return hasher

@@ -1,4 +1,4 @@
-"""Proves that a tier's storage does what is needed of it: a round trip, and a race for one new object."""
+"""Proves that a tier's storage can do what a region needs, by a round trip and a race for one new object."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ WRITERS = 8
 
 
 class Probe(NamedTuple):
-    """``winners``: of WRITERS that wrote one new object at once. ``skew``: seconds that its clock is ahead."""
+    """The result. ``winners`` counts those of WRITERS that created one new object at once. ``skew`` is the seconds that
+    the storage's clock is ahead."""
 
     winners: int
     skew: float
 
 
 def probe(store: TierStore) -> Probe:
-    """Writes below ``v1/probe/`` and removes it again. Raises InstantStartError."""
+    """Write below ``v1/probe/`` and remove it again. Raises InstantStartError."""
     name = f"v1/probe/{secrets.token_hex(8)}"
     body = secrets.token_bytes(64)
     store.put(name, body)

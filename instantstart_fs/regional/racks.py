@@ -22,13 +22,13 @@ from instantstart_fs.regional.store import Stored, TierStore
 
 DIRECTORY = "v1/racks/"
 MOST_HOSTS = 256
-"""Of one rack."""
+"""The most hosts of one rack."""
 MOST_RECORD = MAC + 1024
 _NAME = re.compile(r"([0-9a-f]{32})\.[0-9a-f]{16}\Z")
 
 
 class RackRecord(msgspec.Struct, frozen=True):
-    """``address``: an IP address and a port."""
+    """Where one host answers. ``address`` is an IP address and a port."""
 
     host: str
     rack: str
@@ -36,15 +36,15 @@ class RackRecord(msgspec.Struct, frozen=True):
 
 
 class Rack(NamedTuple):
-    """``hosts``: the address of each that lives, by name, this one included. ``clock``: the storage's, as this host's
-    own record tells it; None while that is not listed."""
+    """The living hosts of a rack, this one included, by name with their addresses. ``clock`` is the storage's, as this
+    host's own record tells it; None while that is not listed."""
 
     hosts: dict[str, str]
     clock: float | None
 
 
 def object_of(key: RegionKey, record: RackRecord) -> tuple[str, bytes]:
-    """The record's name and bytes."""
+    """Return the record's name and bytes."""
     name = f"{DIRECTORY}{key.rack(record.rack)}/{key.host(record.host)}.{key.content(record)}"
     return name, pack(key, "rack", name, record)
 
@@ -58,17 +58,17 @@ def unpack_record(key: RegionKey, name: str, data: bytes) -> RackRecord:
 
 
 class RackReader:
-    """Reads what it has not read before. One call at a time."""
+    """Reads the rack's records, each once. One call at a time."""
 
     def __init__(self, store: TierStore, key: RegionKey, rack: str) -> None:
         self._store = store
         self._key = key
         self._prefix = f"{DIRECTORY}{key.rack(rack)}/"
         self._records: dict[str, RackRecord | None] = {}
-        """By object; None: it is none."""
+        """Object → its record; None where it holds none."""
 
     def read(self, own: str) -> Rack:
-        """Who lives in the rack. ``own``: this host's object. Raises InstantStartError."""
+        """Return who lives in the rack. ``own`` is this host's object. Raises InstantStartError."""
         newest: dict[str, Stored] = {}
         for stored in self._store.list(self._prefix, 2 * MOST_HOSTS):
             match = _NAME.match(stored.name.removeprefix(self._prefix))

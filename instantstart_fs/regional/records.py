@@ -23,9 +23,9 @@ import msgspec
 from instantstart_fs.regional.keys import DIGEST_BYTES, RegionKey
 
 HEADER = DIGEST_BYTES
-"""Bytes in front of a chunk's own."""
+"""Bytes before a chunk's own."""
 MOST_RECORD = 1 << 20
-"""Bytes of a claim, or of a host's record; a seal has its digests beside."""
+"""The most bytes of a claim or a host's record. A seal may have its digests beyond these."""
 _CHUNK = re.compile(r"c/([0-9a-f]{8})\Z")
 _CLAIM = re.compile(r"k/([0-9a-f]{8})\.([0-9a-f]{4})\Z")
 MAC = 32
@@ -33,12 +33,14 @@ _R = TypeVar("_R", bound=msgspec.Struct)
 
 
 class Forged(Exception):
-    """Not what its name says: another key, another name, cut short, or written by somebody else."""
+    """An object is not what its name says: it has another key or name, is cut short, or was written by somebody
+    else."""
 
 
 class Seal(msgspec.Struct, frozen=True):
-    """A file that is whole in the tier. ``digests``: of each chunk, one after the other. ``proof``: by what it was
-    proven ("sha256:…", or "size" where the origin offers nothing), ``by``: on which host, ``at``: wall clock."""
+    """A file that is whole in the tier. ``digests`` holds those of the chunks, one after the other. ``proof`` is what
+    it was proven by ("sha256:…", or "size" where the origin offers nothing), ``by`` the host and ``at`` the wall
+    clock."""
 
     size: int
     chunk_size: int
@@ -50,8 +52,8 @@ class Seal(msgspec.Struct, frozen=True):
 
 
 class ClaimRecord(msgspec.Struct, frozen=True):
-    """``life``: of the process that wrote it; ``beat``: how often it was renewed; ``done`` grows with all that
-    comes of the group."""
+    """A claim. ``life`` names the process that wrote it; ``beat`` counts its renewals; ``done`` grows with every chunk
+    of the group."""
 
     host: str
     life: str
@@ -68,7 +70,7 @@ def chunk_name(slot: str, pin: str, chunk: int) -> str:
 
 
 def near(chunk: int) -> str:
-    """What begins the names, below ``directory``, of the sixteen chunks around this one."""
+    """Return what the names of the sixteen chunks around this one begin with, below ``directory``."""
     return f"c/{chunk:08x}"[:-1]
 
 
@@ -81,7 +83,7 @@ def seal_name(slot: str, pin: str) -> str:
 
 
 def listed(name: str) -> tuple[int, None] | tuple[int, int] | None:
-    """What the rest of a name below ``directory`` speaks of: (chunk, None), or (group, epoch) of a claim."""
+    """Decode the rest of a name below ``directory``: (chunk, None), or (group, epoch) of a claim."""
     if (match := _CHUNK.match(name)) is not None:
         return int(match[1], 16), None
     if (match := _CLAIM.match(name)) is not None:
@@ -90,7 +92,7 @@ def listed(name: str) -> tuple[int, None] | tuple[int, int] | None:
 
 
 def pack(key: RegionKey, kind: str, name: str, record: msgspec.Struct) -> bytes:
-    """The record's object."""
+    """Return the record's object."""
     body = msgspec.msgpack.encode(record)
     return key.sign(kind, name, body) + body
 
@@ -108,7 +110,7 @@ def unpack_claim(key: RegionKey, name: str, data: bytes) -> ClaimRecord:
 
 
 def unpack_seal(key: RegionKey, name: str, data: bytes, size: int, chunk_size: int) -> Seal:
-    """The seal of a file of ``size`` bytes. Raises Forged."""
+    """Decode the seal of a file of ``size`` bytes. Raises Forged."""
     seal = _decode(_unpack(key, "seal", name, data), Seal, name)
     chunks = -(-size // chunk_size)
     if (seal.size, seal.chunk_size, len(seal.digests)) != (size, chunk_size, chunks * DIGEST_BYTES):
@@ -117,7 +119,7 @@ def unpack_seal(key: RegionKey, name: str, data: bytes, size: int, chunk_size: i
 
 
 def unpack_any_seal(key: RegionKey, name: str, data: bytes) -> Seal:
-    """A seal of a file of whatever size. Raises Forged."""
+    """Decode a seal of a file of any size. Raises Forged."""
     seal = _decode(_unpack(key, "seal", name, data), Seal, name)
     if seal.chunk_size <= 0 or len(seal.digests) != -(-seal.size // seal.chunk_size) * DIGEST_BYTES:
         raise Forged(f"{name}: its digests are not those of its chunks")
@@ -125,12 +127,12 @@ def unpack_any_seal(key: RegionKey, name: str, data: bytes) -> Seal:
 
 
 def most_seal(size: int, chunk_size: int) -> int:
-    """Bytes that the seal of a file of ``size`` bytes can have."""
+    """Return the most bytes that the seal of a file of ``size`` bytes can have."""
     return MOST_RECORD + -(-size // chunk_size) * DIGEST_BYTES
 
 
 def unpack(key: RegionKey, kind: str, name: str, data: bytes, record: type[_R]) -> _R:
-    """A record of any kind. Raises Forged."""
+    """Decode a record of any kind. Raises Forged."""
     return _decode(_unpack(key, kind, name, data), record, name)
 
 

@@ -1,7 +1,7 @@
-"""A tier in a bucket of any S3-compatible engine. Needs of it only GET, PUT, PUT with If-None-Match: *, DELETE, LIST.
+"""A tier in a bucket of any S3-compatible engine. It uses only GET, PUT, PUT with If-None-Match: *, DELETE and LIST.
 
-Signatures are made here (regional/sigv4.py); where the credentials come from is boto3's business. Where this
-machine's clock is off, the engine says so (RequestTimeTooSkewed): the difference is then taken from its Date header.
+Requests are signed here (regional/sigv4.py); boto3 finds the credentials. Where this machine's clock is off, the engine
+says so (RequestTimeTooSkewed), and its Date header then gives the difference.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from instantstart_fs.regional.store import Address, Stored, put_seconds
 
 LIFETIME = 3600
 SECRETS_SECONDS = 60.0
-"""Credentials are asked for again after this: they rotate."""
+"""Seconds for which credentials are kept. They rotate."""
 CONNECT_SECONDS, READ_SECONDS = 2.0, 4.0
 PIECE = 256 * 1024
-"""Bytes of a body that are sent at once: each has CONNECT_SECONDS, the whole ``put_seconds``."""
+"""Bytes of a body that are sent at once. Each piece has CONNECT_SECONDS, the whole body ``put_seconds``."""
 MOST_LISTING = 4 << 20
-"""Bytes of one page."""
+"""The most bytes of one page of a listing."""
 CONNECTIONS = 32
 MOST_ERROR = 65536
 _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,60})</Code>")
@@ -50,7 +50,7 @@ LEAST_SKEW = 60.0
 
 
 class S3Store:
-    """``prefix`` without slashes at its ends; "" = the whole bucket. ``endpoint_url`` None = AWS."""
+    """The storage. ``prefix`` has no slashes at its ends; "" is the whole bucket. ``endpoint_url`` None is AWS."""
 
     scheme = "s3"
 
@@ -105,7 +105,7 @@ class S3Store:
         self._ask("DELETE", name, fine=(200, 202, 204, 404))
 
     def interrupted(self, most: int) -> Iterator[Stored]:
-        """Nothing: each object is one PUT, and an engine keeps no half of one."""
+        """Return nothing: each object is one PUT, and an engine keeps no half of one."""
         return iter(())
 
     def list(self, prefix: str, most: int) -> Iterator[Stored]:
@@ -218,7 +218,8 @@ class S3Store:
         raise OriginUnavailable(said)
 
     def _takes_clock(self, date: str) -> bool:
-        """Whether the engine's clock is another than this machine's; requests are then signed by its own."""
+        """Whether the engine's clock differs from this machine's. If so, requests are signed by the engine's from now
+        on."""
         try:
             there = email.utils.parsedate_to_datetime(date).timestamp()
         except (ValueError, TypeError, OverflowError):
@@ -231,17 +232,18 @@ class S3Store:
 
     @property
     def skew(self) -> float:
-        """Seconds that the engine's clock is ahead of this machine's, as far as it matters; 0 = it does not."""
+        """Return the seconds that the engine's clock is ahead of this machine's; 0 where the difference does not
+        matter."""
         return self._skew
 
 
 def _put_timeout(size: int) -> urllib3.Timeout:
-    """An engine may answer only after it has written the whole of it."""
+    """Seconds for one PUT. An engine may answer only after it has written the whole object."""
     return urllib3.Timeout(connect=CONNECT_SECONDS, read=max(READ_SECONDS, put_seconds(size) / 2))
 
 
 def _pieces(what: str, body: bytes | bytearray | memoryview) -> Iterator[memoryview]:
-    """A body piece by piece: over plain HTTP a connection's time-out is for all that is sent at once."""
+    """Yield the body in pieces. Over plain HTTP a connection's time-out covers all that is sent at once."""
     end = time.monotonic() + put_seconds(len(body))
     view = memoryview(body)
     for at in range(0, len(body), PIECE):
@@ -251,7 +253,8 @@ def _pieces(what: str, body: bytes | bytearray | memoryview) -> Iterator[memoryv
 
 
 def _secrets_in_environment() -> Secrets | None:
-    """What boto3 asks first where no profile is named, without the second that importing it takes."""
+    """Return the credentials in the environment. boto3 asks there first where no profile is named, but takes a second
+    to import."""
     key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
     if not key or not secret:
         return None

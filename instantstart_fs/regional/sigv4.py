@@ -26,7 +26,7 @@ class Secrets(msgspec.Struct, frozen=True):
 
 
 class Signer:
-    """For one region of one service (s3). Thread-safe: what it keeps is replaced as a whole."""
+    """Signs for one region of one service (s3). Thread-safe: what it keeps is replaced as a whole."""
 
     def __init__(self, region: str) -> None:
         self._region = region
@@ -47,7 +47,7 @@ class Signer:
         return hmac.digest(self._key(secrets, stamp[:8]), text.encode(), "sha256").hex()
 
     def presigned(self, secrets: Secrets, url: str, seconds: int, now: float | None = None) -> str:
-        """``url`` (without a query) with a signature for GET that is good for ``seconds``."""
+        """Return ``url`` (without a query) with a signature for GET that holds for ``seconds``."""
         stamp = _stamp(now)
         parts = urlsplit(url)
         scope = f"{stamp[:8]}/{self._region}/s3/aws4_request"
@@ -73,7 +73,7 @@ class Signer:
         headers: Mapping[str, str],
         now: float | None = None,
     ) -> dict[str, str]:
-        """``headers`` and those that sign them. ``query`` is sent as ``query_text`` writes it."""
+        """Return ``headers`` and those that sign them. ``query`` is sent as ``query_text`` writes it."""
         stamp = _stamp(now)
         parts = urlsplit(url)
         signed = {name.lower(): value for name, value in headers.items()}
@@ -93,7 +93,7 @@ class Signer:
 
 
 def query_text(query: Mapping[str, str]) -> str:
-    """As it has to be sent."""
+    """Return the query as it has to be sent."""
     return _query(query)
 
 

@@ -29,21 +29,22 @@ from instantstart_fs.regional.store import TierStore
 
 CHUNK = 4 * 1024 * 1024
 MOST_VERSIONS = 16
-"""Of one key: saves beyond are kept by their host alone."""
+"""The most versions of one key. Their host alone keeps the saves beyond."""
 LOOKED_AT = 3
-"""Records of one key, the newest first, where those before were written by somebody without the region's key."""
+"""Records of one key that are read, the newest first, while those before were not written with the region's key."""
 NAME = re.compile(r"s/([0-9a-f]{4})\Z")
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """``record``: without its key, which the entry's name stands for: a bucket is no place for a command's words."""
+    """One version. ``record`` is without its key, which the entry's name stands for: a command's words do not belong in
+    a bucket."""
 
     record: StartupRecord
     by: str
 
 
 class Place:
-    """Startup caches of one key in one slot."""
+    """The startup caches of one key in one slot."""
 
     def __init__(self, store: TierStore, key: RegionKey, slot: str, identity: Mapping[str, str]) -> None:
         self._store = store
@@ -53,8 +54,8 @@ class Place:
         self._name = key.startup(slot, self._text)
 
     def latest(self) -> Entry | None:
-        """The one that was saved last, as far as it was written with the region's key. Raises OriginError; Forged where
-        nothing else was found."""
+        """Return the version that was saved last with the region's key. Raises OriginError, or Forged where only others
+        were found."""
         problem: Forged | None = None
         for number in sorted(self._numbers(), reverse=True)[:LOOKED_AT]:
             name = self._record_name(number)
@@ -80,7 +81,7 @@ class Place:
         return self._key.startup(self._slot, self._text, digest)
 
     def read(self, record: StartupRecord) -> Iterator[bytes]:
-        """Its pack, piece by piece, each proven. Raises OriginError, Forged."""
+        """Yield the pack piece by piece, each proven. Raises OriginError, Forged."""
         pin = self._pack_name(record.digest)
         name = records.seal_name(self._slot, pin)
         raw = self._store.get(name, records.most_seal(record.size, CHUNK))
@@ -95,8 +96,8 @@ class Place:
             yield body
 
     def save(self, record: StartupRecord, read: Callable[[int, int], bytes], by: str, at: float) -> bool:
-        """Put a version there, whose pack ``read`` (count, offset) gives; whether it was not there. Raises OriginError,
-        DigestMismatch where it is not what the record says."""
+        """Save a version, whose pack ``read`` (count, offset) gives. Returns whether it was new. Raises OriginError, or
+        DigestMismatch where the pack is not what the record says."""
         numbers = self._numbers()
         if numbers and self._is_there(max(numbers), record):
             return False
@@ -151,6 +152,6 @@ def unpack_entry(key: RegionKey, name: str, data: bytes) -> Entry:
 
 
 def identity_of(key: Mapping[str, str], files: str) -> dict[str, str]:
-    """What a key says for all hosts: generations are numbered by each host for itself, so that ``files`` (a digest of
-    what the pipeline holds) stands for it."""
+    """Return what a key means on all hosts. Each host numbers generations for itself, so ``files`` (a digest of what
+    the pipeline holds) takes the number's place."""
     return {**key, "generation": files}

@@ -14,13 +14,13 @@ LEAST_PUT_SECONDS, SLOWEST_PUT = 10.0, 1_000_000
 
 
 def put_seconds(size: int) -> float:
-    """Seconds within which ``size`` bytes have to be written: at SLOWEST_PUT bytes a second, and some to begin with.
-    By less than that a tier is of no use to a region."""
+    """Return the seconds for writing ``size`` bytes: at SLOWEST_PUT bytes a second, and some to begin with. A slower
+    tier is of no use to a region."""
     return LEAST_PUT_SECONDS + size / SLOWEST_PUT
 
 
 class Stored(NamedTuple):
-    """An object of a listing. ``modified``: the storage's own wall clock, seconds."""
+    """An object of a listing. ``modified`` is the storage's own wall clock in seconds."""
 
     name: str
     size: int
@@ -28,7 +28,7 @@ class Stored(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where a fetch process gets one object: a URL, the headers to send, and until when (wall clock) it is good."""
+    """Where a fetch process gets one object: a URL, the headers to send, and until when (wall clock) they hold."""
 
     url: str
     headers: tuple[tuple[str, str], ...]
@@ -40,37 +40,37 @@ class TierStore(Protocol):
 
     @property
     def endpoint(self) -> str:
-        """For metrics and messages; no secret."""
+        """The storage's address for metrics and messages. It holds no secret."""
         ...
 
     @property
     def scheme(self) -> str: ...
 
     def address(self, name: str) -> Address:
-        """Where an object's bytes are. Asks nobody."""
+        """Return where an object's bytes are. Asks nobody."""
         ...
 
     def get(self, name: str, most: int) -> bytes:
-        """A small object; one of more than ``most`` bytes is refused."""
+        """Read a small object. One of more than ``most`` bytes is refused."""
         ...
 
     def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        """Write it, in the place of whatever there is."""
+        """Write the object, or replace it."""
         ...
 
     def put_new(self, name: str, data: bytes) -> bool:
-        """Write it unless there is one: whether this call did. Raises OriginUnsupported where the storage says that it
+        """Write the object unless it exists. Returns whether this call did. Raises OriginUnsupported where the storage
         cannot do that."""
         ...
 
     def delete(self, name: str) -> None:
-        """No effect where there is nothing."""
+        """Delete the object. One that does not exist is no error."""
         ...
 
     def interrupted(self, most: int) -> Iterator[Stored]:
-        """What writers left that died in the middle; ``list`` does not show it."""
+        """List what writers left that died in the middle. ``list`` does not show it."""
         ...
 
     def list(self, prefix: str, most: int) -> Iterator[Stored]:
-        """What lies below ``prefix``, at most about ``most`` of it: a listing may have no end."""
+        """List what lies below ``prefix``, at most about ``most`` objects: a listing may have no end."""
         ...

@@ -13,7 +13,7 @@ from instantstart_fs.regional.store import TierStore
 def open_store(
     url: str, *, endpoint_url: str | None = None, region_name: str | None = None, profile: str | None = None
 ) -> TierStore:
-    """``url``: s3://bucket/prefix or file:///directory. Asks nobody. Raises ConfigError."""
+    """Open the storage at ``url``: s3://bucket/prefix or file:///directory. Asks nobody. Raises ConfigError."""
     parts = urlsplit(url)
     if parts.scheme == "s3" and parts.netloc and not parts.query:
         return S3Store(

@@ -1,7 +1,8 @@
-"""Startup caches of the whole region: a start that finds none here takes what another host of the region compiled, and
-what is saved here goes there. On the trio thread; the storage is asked in threads that are given up when it is slow.
+"""Startup caches of the region. A start that finds none here takes one that another host of the region compiled, and
+what is saved here goes to the tier.
 
-Whatever goes wrong is a start without that cache, after a bounded wait, and the tier is then left alone for a while.
+On the trio thread; the storage is asked in threads that are given up when it is slow. A failure means a start without
+that cache, after a bounded wait. The tier is then left alone for a while.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ SAVE_SECONDS = 600.0
 LEFT_ALONE = 30.0
 """Seconds without a question after one that failed."""
 TRIES, AGAIN = 4, 45.0
-"""Of a save, and seconds between two."""
+"""How often a save is tried, and the seconds between two tries."""
 MOST_WAITING = 32
 """Saves that wait for their turn; beyond, they stay on this host."""
 _T = TypeVar("_T")
 
 
 class _Save(msgspec.Struct, frozen=True):
-    """``pack``: a descriptor of its own."""
+    """A save that waits. ``pack`` is a descriptor of its own."""
 
     pipeline: str
     place: Place
@@ -52,8 +53,11 @@ class _Save(msgspec.Struct, frozen=True):
 
 
 class RegionalStartups:
-    """Owned by the Library. ``slot_of``: the slot of a pipeline, None where none is to be used. ``may_use``: whether a
-    pipeline's own credentials may read the source of its model at that position (filler/region_access.py)."""
+    """The startup caches of the region. Owned by the Library.
+
+    ``slot_of`` returns a pipeline's slot, None where none is to be used. ``may_use`` says whether the pipeline's own
+    credentials may read the source of its model at that position (filler/region_access.py).
+    """
 
     def __init__(
         self,
@@ -77,8 +81,8 @@ class RegionalStartups:
         return Place(self._settings.stores[0], self._settings.key, slot, identity)
 
     async def may_use(self, generation: Generation) -> bool:
-        """Whether every source of the pipeline may be read: what another host compiled from them is as good as they
-        are. Raises OriginError, UsageError."""
+        """Whether every source of the pipeline may be read. Code that another host compiled from them needs the same
+        protection. Raises OriginError, UsageError."""
         pipeline, allowed = generation.pipeline.id, True
 
         async def ask(model: int, origin: Origin) -> None:
@@ -115,7 +119,7 @@ class RegionalStartups:
             yield piece
 
     def put(self, pipeline: str, place: Place, record: StartupRecord, pack: int) -> None:
-        """Have it saved there, some time. Takes the descriptor over."""
+        """Have the pack saved in the tier later. Takes the descriptor over."""
         if not self._settings.write_back:
             os.close(pack)
             return
@@ -126,7 +130,7 @@ class RegionalStartups:
             log.warning("a startup cache stays on this host: too many wait", extra={"pipeline": pipeline})
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Save what is to be saved, until cancelled."""
+        """Save what waits, until cancelled."""
         task_status.started()
         try:
             async for save in self._waiting:
@@ -182,7 +186,7 @@ class RegionalStartups:
 
 
 def content_of(manifest: Manifest) -> str:
-    """A digest of what a generation holds, the same on all hosts that pinned the same bytes."""
+    """Return a digest of a generation's content. It is the same on all hosts that pinned the same bytes."""
     models = [
         (model.name, model.revision, [(file.path, file.size, str(file.digest), file.version) for file in model.files])
         for model in manifest.models

@@ -1,8 +1,8 @@
-"""This host's part in knowing where a region is warm: it says what it holds, counts who else lives, and answers where a
-pipeline is.
+"""This host's part in knowing where the region is warm. It says what it holds, counts the other living hosts, and
+answers where a pipeline is.
 
-A heartbeat is one small object (regional/heartbeats.py). One that cannot be written is nobody's failure: it is tried
-again, later and later, and `status` says that the tier is down. While the tier's breaker is open none is tried.
+A heartbeat is one small object (regional/heartbeats.py). If it cannot be written, nothing fails: it is tried again with
+growing pauses, and `status` says that the tier is down. While the tier's breaker is open no heartbeat is tried.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ SOONEST_BEAT = 5.0
 ASK_SECONDS = 10.0
 """Seconds for one answer of the tier."""
 KEEP_SECONDS = 5.0
-"""Seconds for which an answer about placement is kept: who asks more often gets the same one."""
+"""Seconds for which an answer about placement is kept. Who asks more often gets the same one."""
 KEEP_SHARE = 20
-"""An answer is also kept so many times as long as it took."""
+"""An answer is also kept for so many times the seconds that it took."""
 BATCH = 64
 """Pipelines between two pauses."""
 _T = TypeVar("_T")
 
 
 class Placement(msgspec.Struct, frozen=True):
-    """``hosts`` hold some of the pipeline. ``live_hosts``: all of the region; ``unread``: so many of them have not been
-    read (yet): the next answer may know more. ``as_of``: RFC 3339, the storage's clock."""
+    """Where a pipeline is. ``hosts`` hold some of it. ``live_hosts`` counts those of the region; ``unread`` counts
+    hosts that have not been read yet, of which the next answer may know more. ``as_of`` is RFC 3339, by the
+    storage's clock."""
 
     pipeline: str
     hosts: tuple[HostHolding, ...]
@@ -61,7 +62,7 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 class Written(msgspec.Struct, frozen=True):
-    """Of one pipeline, see ``control.protocol.RegionState``."""
+    """How far one pipeline is written back; see ``control.protocol.RegionState``."""
 
     owed_bytes: int
     unsealed: int
@@ -70,7 +71,8 @@ class Written(msgspec.Struct, frozen=True):
 
 
 class Heartbeats:
-    """On the trio thread. ``warmed``: grows with each pipeline that becomes warm here."""
+    """The heartbeats of this host, and what it knows of the others. On the trio thread. ``warmed`` grows with each
+    pipeline that becomes warm here."""
 
     def __init__(self, catalog: Catalog, regional: Regional, pipelines: Pipelines, warmed: Callable[[], int]) -> None:
         self._catalog = catalog
@@ -80,14 +82,14 @@ class Heartbeats:
         self._warmed = warmed
         self._store = self._settings.stores[0]
         self._threads = trio.CapacityLimiter(4)
-        """For questions; beats have threads of their own, so that a tier that hangs on a listing makes no host look
-        dead."""
+        """Threads for questions. Beats have threads of their own, so that a tier that hangs on a listing makes no host
+        look dead."""
         self._beats = trio.CapacityLimiter(2)
         self._reader = HeartbeatReader(self._store, self._settings.key)
         self._name = ""
         """The object that this host has written."""
         self._storage_clock: tuple[float, float] | None = None
-        """The storage's clock, and this process' own, at one moment."""
+        """The storage's clock and this process's own, at one moment."""
         self._counted_at = -math.inf
         self._failures = 0
         self._state = TierStatus("unknown", None)
@@ -95,7 +97,7 @@ class Heartbeats:
         self._good_until = -math.inf
         self._look: heartbeats.Look | None = None
         self._no_look: InstantStartError | None = None
-        """Why the last look told nothing."""
+        """The reason why the last look told nothing."""
 
     @property
     def hosts(self) -> int:
@@ -110,14 +112,14 @@ class Heartbeats:
 
     @property
     def tier(self) -> TierStatus:
-        """As fills find it, and else as heartbeats do."""
+        """The tier's state: as fills find it, else as heartbeats do."""
         found = self._regional.statistics
         if found.broken:
             return TierStatus("down", rfc3339(found.broken_since_ns), found.broken)
         return self._state
 
     def tier_of(self, pipeline: Pipeline) -> TierStatus:
-        """The same for one pipeline, which may be refused."""
+        """The tier's state for one pipeline, which may be refused."""
         refused = self._regional.refusal(pipeline.id)
         return self.tier if refused is None else TierStatus("refused", rfc3339(refused[0]), refused[1])
 
@@ -154,7 +156,7 @@ class Heartbeats:
         return period * (1 - placement.JITTER + 2 * placement.JITTER * random.random())
 
     async def beat(self) -> None:
-        """Say what this host holds; count the others where that is due. Raises InstantStartError."""
+        """Say what this host holds, and count the others where that is due. Raises InstantStartError."""
         name, data = heartbeats.object_of(self._settings.key, await self._record())
         before, self._name = self._name, name
         try:
@@ -173,7 +175,7 @@ class Heartbeats:
             await self._count()
 
     async def _find_out(self, error: InstantStartError) -> None:
-        """It could not be written: whether it can be read."""
+        """Find out whether a tier that could not be written can be read."""
         now = rfc3339(time.time_ns())
         try:
             await self._ask(lambda: next(iter(self._store.list(heartbeats.DIRECTORY, 1)), None), self._beats)
@@ -201,7 +203,7 @@ class Heartbeats:
         return there + trio.current_time() - here
 
     async def _record(self) -> HostRecord:
-        """Return what is here, what was requested last first."""
+        """Return what is here, the pipelines requested last first."""
         found: list[tuple[str, Holding]] = []
         for position, pipeline in enumerate(list(self._catalog.pipelines.values())):
             if position % BATCH == 0:
@@ -226,7 +228,7 @@ class Heartbeats:
     # -- what the tier has of a pipeline -------------------------------------------------------------------------------
 
     async def written(self, pipeline: str, *, check: bool) -> Written:
-        """How far write-back is. ``check``: ask the tier which files it has whole. Raises PipelineNotFound, and
+        """Return how far write-back is. ``check`` asks the tier which files it has whole. Raises PipelineNotFound, and
         InstantStartError where the tier does not say."""
         await self._pipelines.ensure_loaded(pipeline)
         generation = self._catalog.pipeline(pipeline).current
@@ -249,8 +251,11 @@ class Heartbeats:
     # -- where a pipeline is -------------------------------------------------------------------------------------------
 
     async def placement(self, pipeline: str) -> Placement:
-        """Raises PipelineNotFound, and InstantStartError where the tier does not say. At most KEEP_SECONDS old, an
-        error too: of many who ask a tier that hangs, one waits for it."""
+        """Return where a pipeline is, at most KEEP_SECONDS old.
+
+        An error is kept for as long: of many who ask a tier that hangs, one waits for it. Raises PipelineNotFound, and
+        InstantStartError where the tier does not say.
+        """
         slot = self._settings.key.slot(self._pipelines.spec(pipeline))
         pinned = self._pipelines.status(pipeline, with_files=False).revision
         revision = self._settings.key.revision(slot, pinned)

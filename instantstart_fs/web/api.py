@@ -1,8 +1,8 @@
-"""The HTTP API: /v1 and /openapi.json, an ASGI application over the control protocol's dispatcher.
+"""The HTTP API (/v1 and /openapi.json): an ASGI application over the dispatcher of the control protocol.
 
-It decides nothing: control/http_verbs.py says which request a path stands for, control/callers.py who may make it and
-how often, control/dispatcher.py carries it out. Here are the rules of HTTP: what comes from a web page is refused,
-bodies are bounded in size and time, every wait has an end, and what a client has left is ended.
+It decides nothing. control/http_verbs.py says which request a path stands for, control/callers.py who may make it and
+how often; control/dispatcher.py carries it out. The rules of HTTP are here: requests from web pages are refused, bodies
+are bounded in size and time, every wait has an end, and a request ends when its client leaves.
 """
 
 from __future__ import annotations
@@ -36,20 +36,19 @@ LINES = "application/x-ndjson"
 JSON = "application/json"
 DOCUMENT = "/openapi.json"
 LOOK_SECONDS = 1.0
-"""Between two looks whether the client is still there: it may have left with a second request in its wake, which is not
-read before this one is answered."""
+"""Seconds between two checks whether the client is still there. A client may have left with a second request sent
+behind the first, and that one is read only after the first is answered."""
 SPECIFICATION_DEADLINE = 20.0
-"""For names of users, and a token's file: both may lie on a network."""
+"""Seconds for looking up names of users and reading a token's file. Both may lie on a network."""
 DRAIN_SECONDS = 1.0
-"""In which what comes of a refused body is read: a connection that is closed with something unread takes the answer
-away."""
+"""Seconds for reading the rest of a refused body. Closing a connection with unread bytes would destroy the answer."""
 RETRY_SECONDS = 10
-"""Of a 503 whose cause names no time."""
+"""Retry-After of a 503 whose cause names no time."""
 _encoder = msgspec.json.Encoder()
 
 
 class Refused(Exception):
-    """An answer that HTTP itself gives, and no verb."""
+    """An answer that HTTP itself gives, not a verb."""
 
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -65,7 +64,8 @@ def is_api(path: str) -> bool:
 
 
 class Api:
-    """``hosts``: names under which it may be called; "*": any. ``sight_of``: what a caller sees, for placements."""
+    """The application. ``hosts`` are the names that it answers to; "*" means any. ``sight_of`` says what a caller may
+    see of placements."""
 
     def __init__(
         self, dispatcher: Dispatcher, library: Library, hosts: Iterable[str], sight_of: Callable[[Peer], Sight]
@@ -76,7 +76,7 @@ class Api:
         self._sight_of = sight_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """``scope["state"]["peer"]``: who asks; without one nothing but the document is given."""
+        """Answer one request. ``scope["state"]["peer"]`` is the caller; without one only the document is served."""
         if scope["type"] != "http":
             return
         exchange = _Exchange(scope, receive, send)
@@ -107,7 +107,8 @@ class Api:
             pass  # the client left before it had asked: nobody is there to be told
 
     def _check_origin(self, headers: Mapping[str, str]) -> None:
-        """A page of the web that points its own name here, or makes a browser send something, gets nothing."""
+        """Refuse requests that a web page caused: by a name of its own that points here, or by the visitor's
+        browser."""
         if "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
             raise Refused(403, PermissionRefused.code, "requests of web pages are refused")
         given = headers.get("host", "").lower()
@@ -166,14 +167,14 @@ class _Exchange:
         self._receive = receive
         self._send_message = send
         self._unread = True
-        """Whether some of the body may be to come."""
+        """Whether more of the body may come."""
         self._streaming = False
         self.method: str = scope["method"]
         self.query: bytes = scope["query_string"]
         self.headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in scope["headers"]}
 
     async def body(self) -> bytes:
-        """All of it. Raises Refused when it is too much, comes too slowly, or is no JSON by its own word."""
+        """Return the whole body. Raises Refused when it is too long, too slow, or not declared as JSON."""
         kind = self.headers.get("content-type", JSON).partition(";")[0].strip().lower()
         length = int(self.headers.get("content-length", "0"))  # h11 has seen to its being a number
         if length > MAX_REQUEST:
@@ -198,15 +199,15 @@ class _Exchange:
         )
 
     async def _send(self, message: Message) -> None:
-        """Whole or not at all: one that is cancelled half sent leaves the server not knowing its own state.
-        The server bounds how long it takes."""
+        """Send a message whole or not at all. A send that is cancelled in the middle would leave the server in an
+        unknown state. The server bounds the time that it takes."""
         with trio.CancelScope(shield=True):
             await self._send_message(message)
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
     async def answer(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-        """A whole answer."""
+        """Send a complete answer."""
         await self._start(status, JSON if body else "", {"Content-Length": str(len(body)), **(headers or {})})
         if self._unread:
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
@@ -215,12 +216,12 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": body})
 
     async def refuse(self, refused: Refused) -> None:
-        """As HTTP itself says no."""
+        """Send the answer of HTTP itself."""
         told = ErrorAnswer(ErrorBody(refused.code, refused.message))
         await self.answer(refused.status, _encoder.encode(told) + b"\n", refused.headers)
 
     async def fail(self, error: InstantStartError) -> None:
-        """The same for an error of ours, with its status."""
+        """Send an error of ours with its status."""
         status = http_verbs.status_of(error)
         told = ErrorAnswer(ErrorBody(error.code, error.message, error.retry_after))
         headers = {}
@@ -231,7 +232,7 @@ class _Exchange:
     async def respond(
         self, dispatcher: Dispatcher, verb: Verb, request: protocol.Request, peer: Peer, timeout: float
     ) -> None:
-        """Carry ``request`` out for at most ``timeout`` seconds, and tell what came of it; until the client leaves."""
+        """Carry ``request`` out for at most ``timeout`` seconds, or until the client leaves, and send the result."""
         lines = verb.streams == "always" or (verb.streams == "asked" and LINES in self.headers.get("accept", ""))
 
         async def tell(response: protocol.Response, descriptors: Sequence[int] = ()) -> None:
@@ -317,7 +318,8 @@ class _Exchange:
 
 
 def _has_left(connection: trio.socket.SocketType) -> bool:
-    """Whether the other end is closed, or says nothing more: who does that has left (docs/HTTP.md)."""
+    """Whether the client has closed the connection, or only its sending side, which counts as leaving
+    (docs/HTTP.md)."""
     descriptor = connection.fileno()
     if descriptor < 0:
         return True

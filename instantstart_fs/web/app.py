@@ -52,28 +52,30 @@ from instantstart_fs.web.placement import placement
 from instantstart_fs.web.visitors import STRANGER, Visitor, Visitors
 
 MAX_STREAMS = 32
-"""Of each who administers, and of all others together; of those, each has MAX_STREAMS_EACH."""
+"""The most event streams: of each administrator, and of all other callers together. Of those each may have
+MAX_STREAMS_EACH."""
 MAX_STREAMS_EACH = 8
 REQUEST_RATE, REQUEST_BURST = 50.0, 200.0
 REQUEST_RATE_EACH, REQUEST_BURST_EACH = 20.0, 80.0
-"""Requests a second, and at once after a rest, of all who do not administer, and of each; beyond it answers wait."""
+"""Requests a second, and the burst after a rest: of all callers that do not administer, and of each. Answers beyond
+that wait."""
 MAX_ALLOWANCES = 1024
 STREAM_SECONDS = 900.0
-"""Then the browser connects anew: what forgot its stream does not keep it for ever."""
+"""Seconds that a stream lasts. The browser then connects anew, so a forgotten stream does not stay for ever."""
 TICK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 15.0
 KEEP_SECONDS = 1.0
 SHARE = 20
-"""A store summary is kept SHARE times as long as it took: an open page costs at most a twentieth of the daemon's
-time."""
+"""A store summary is kept SHARE times as long as it took to make. An open page thus costs at most a twentieth of the
+daemon's time."""
 MAX_SIGHTS = 64
-"""Callers who see different things, of one store summary."""
+"""The most callers with a view of their own that are kept for one store summary."""
 LOOKS_AT_ONCE = 256
-"""Pipelines between two pauses, while that is found out."""
+"""Pipelines that are checked between two pauses."""
 MAX_VIEWS = 64
-"""Rendered pages of one summary that are kept: any caller may ask for any."""
+"""The most rendered pages that are kept for one summary. Any caller may ask for any page."""
 TOKENS_BEARER = Peer(0, os.geteuid(), frozenset())
-"""As whom the bearer of the API's token asks: nobody of this machine's processes, with the rights of the daemon."""
+"""The peer that the bearer of the API's token counts as: no process of this machine, with the daemon's rights."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 HEADERS = {
     "Content-Security-Policy": (
@@ -95,7 +97,7 @@ class Seen(NamedTuple):
 
 
 class StoreSummaries:
-    """The store summary that all callers share. ``pending``: pipelines that are configured and not there yet."""
+    """The store summary that all callers share. ``pending`` gives pipelines that are configured but not added yet."""
 
     def __init__(self, library: Library, pending: Callable[[], Mapping[str, PipelineStatus]], details: bool) -> None:
         self._library = library
@@ -107,7 +109,7 @@ class StoreSummaries:
         self._seen: dict[Sight, Seen] = {}
 
     async def view(self, query: view_model.Query, sight: Sight) -> view_model.View:
-        """A page of it; those who see and look at the same get the same one."""
+        """Return a rendered page. Callers with the same sight and the same query share one."""
         seen = await self._look(sight)
         found = seen.views.get(query)
         if found is None:
@@ -193,7 +195,7 @@ class Site:
         self._version = hashlib.sha256(b"".join(self._static.values())).hexdigest()[:12]
 
     def app(self, dispatcher: Dispatcher | None = None) -> ASGIApp:
-        """The application. With ``dispatcher`` the bearer of the API's token may ask for its verbs."""
+        """Return the application. With ``dispatcher`` the bearer of the API's token may use its verbs."""
         routes = [
             Route("/", self.page),
             Route("/api/pipelines", self.pipelines),
@@ -236,7 +238,7 @@ class Site:
         )
 
     def _render_pipeline(self, template: str, found: PipelineView | None) -> str:
-        """``found``: None where there is none for that caller."""
+        """Render the page of a pipeline. ``found`` is None where the caller may see no such pipeline."""
         info = self._info()
         return self._templates.get_template(template).render(view=found, version=info.version, assets=self._version)
 
@@ -248,7 +250,7 @@ class Site:
         return Response(self._static[name], media_type=STATIC[name], headers=kept)
 
     async def badge(self, request: Request) -> Response:
-        """For a deployment card: an SVG that says ``cache: warm``."""
+        """Return an SVG badge for a deployment card: ``cache: warm``."""
         pipeline = request.path_params["pipeline"]
         found = next(
             (it for it in (await self._summaries.get(sight_of(request))).pipelines if it.pipeline == pipeline), None
@@ -267,7 +269,7 @@ class Site:
         return JSONResponse(view_model.as_json(shown))
 
     async def cold_starts(self, request: Request) -> Response:
-        """The last ones of a pipeline, as `explain --json` prints them; file names need details."""
+        """Return a pipeline's latest cold starts as `explain --json` prints them. File names need ``details``."""
         pipeline = request.path_params["pipeline"]
         known = {status.pipeline for status in (await self._summaries.get(sight_of(request))).pipelines}
         if pipeline not in known:
@@ -308,7 +310,7 @@ class Site:
     # -- live ------------------------------------------------------------------------------------------------------
 
     async def events(self, request: Request) -> Response:
-        """Server-sent events: the page's live part, drawn anew, whenever it is not what was sent last."""
+        """Send the page's live part as server-sent events: drawn anew, and sent when it has changed."""
         visitor = visitor_of(request)
         privileged = visitor.sight.everything
         streams = self._privileged_streams if privileged else self._streams
@@ -353,7 +355,7 @@ def visitor_of(request: Request) -> Visitor:
 
 
 def sight_of(request: Request) -> Sight:
-    """Return what the request's sender may see, as _Bounded found."""
+    """Return what the sender of the request may see, as _Bounded found out."""
     found = request.scope["sight"]
     assert isinstance(found, Sight)
     return found
@@ -382,7 +384,7 @@ def query_of(given: Mapping[str, str]) -> view_model.Query:
 
 
 def link_to(query: view_model.Query, **changes: object) -> str:
-    """The page's address for that query with changes."""
+    """Return the page's address for that query with these changes."""
     from urllib.parse import urlencode
 
     wanted = msgspec.structs.replace(query, **changes)
@@ -396,8 +398,8 @@ def link_to(query: view_model.Query, **changes: object) -> str:
 
 
 class _Bounded:
-    """Refuses what is not GET or HEAD, or has a wrong token, and slows down what is too much; finds out what the caller
-    sees; adds the headers that every answer has."""
+    """Guards the routes: it refuses methods other than GET and HEAD and wrong tokens, delays callers that ask too
+    often, finds out what the caller may see, and adds the headers of every answer."""
 
     def __init__(self, app: ASGIApp, visitors: Visitors, api: Api | None) -> None:
         self._app = app
@@ -453,7 +455,8 @@ class _Bounded:
         await api(scope, receive, send)
 
     async def _wait_turn(self, visitor: Visitor) -> None:
-        """A page costs the loop some milliseconds, which readers of the mount wait for."""
+        """Wait until the caller may ask. A page costs the loop some milliseconds, for which readers of the mount
+        wait."""
         now = trio.current_time()
         self._all = self._all or Bucket(REQUEST_RATE, REQUEST_BURST, now)
         each = self._each.get(visitor.share)

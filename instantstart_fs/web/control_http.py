@@ -1,7 +1,7 @@
-"""HTTP on the control socket: who speaks it is given the page's HTTP server and the API (api.py).
+"""HTTP on the control socket: a connection that speaks it is served by the page's HTTP server and the API (api.py).
 
-Their libraries take a good part of a second to import, so the first who asks waits for that, in a thread, and a daemon
-whom nobody asks over HTTP never has them. This module imports none of them.
+Their libraries take a good part of a second to import. The first request waits for that, in a thread; a daemon that is
+never asked over HTTP does not load them. This module imports none of them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 30.0
-"""Between two requests of a connection, and for the head of one."""
+"""Seconds between two requests of a connection, and for the head of one."""
 NAMES = ("localhost", "instantstart", "127.0.0.1")
-"""Hosts of a request on the control socket, beside those of [http]: curl wants some name."""
+"""Host names that are accepted on the control socket beside those of [http]. curl has to name some host."""
 BUSY_SECONDS = 1.0
-"""In which a refusal has to be taken."""
+"""Seconds for sending a refusal."""
 BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json\r\n"
     b"Content-Length: %d\r\n\r\n%s"
@@ -37,7 +37,7 @@ BUSY = (
 
 
 class ControlHttp:
-    """A control.connection.HandOver for the daemon's life."""
+    """A control.connection.HandOver that lives as long as the daemon."""
 
     def __init__(self, config: HttpConfig, library: Library) -> None:
         self._config = config
@@ -81,12 +81,12 @@ class ControlHttp:
 
 
 def sight_of(callers: Callers, peer: Peer) -> Sight:
-    """What that caller sees."""
+    """Return what that caller may see."""
     return callers.sight(peer.uid, peer.groups)
 
 
 class _Begun:
-    """A stream of which something has been read already."""
+    """A stream of which some bytes have been read already."""
 
     def __init__(self, stream: trio.SocketStream, begun: bytes) -> None:
         self._stream = stream

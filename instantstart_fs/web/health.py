@@ -37,7 +37,8 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class HealthProbe:
-    """``prove_index`` writes to the index; ``statistics`` are the filler's."""
+    """Checks the daemon's parts, and keeps the answer for a moment. ``prove_index`` writes to the index; ``statistics``
+    gives the filler's."""
 
     def __init__(
         self,
@@ -47,8 +48,8 @@ class HealthProbe:
         look: Callable[[str], str | None] | None = None,
         store_problem: Callable[[], str | None] | None = None,
     ) -> None:
-        """``look``: what is wrong with a mount, in a thread; for tests. ``store_problem``: what is wrong
-        with the store."""
+        """``look`` returns what is wrong with a mount; it runs in a thread and can be replaced in tests.
+        ``store_problem`` returns what is wrong with the store."""
         self._store_problem = store_problem
         self._mount = mount
         self._prove_index = prove_index
@@ -57,15 +58,15 @@ class HealthProbe:
         self._lock = trio.Lock()
         self._kept: tuple[float, Health] | None = None
         self._stuck = 0
-        """Probes of the mount that have not come back."""
+        """Probes of the mount that have not returned."""
 
     @property
     def last(self) -> Health | None:
-        """The last answer, however old."""
+        """Return the latest answer, however old it is."""
         return self._kept[1] if self._kept else None
 
     async def ask(self) -> Health:
-        """Return the health: at most a few seconds old, within a few seconds."""
+        """Return the health, at most a few seconds old. Takes a few seconds at most."""
         async with self._lock:
             if self._kept is None or trio.current_time() - self._kept[0] >= KEEP_SECONDS:
                 checks = (

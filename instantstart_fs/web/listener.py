@@ -1,5 +1,4 @@
-"""Binds the page's address, or a free port. A module of its own, so that the daemon binds before it imports the
-server."""
+"""Binds the page's address, or a free port. The daemon imports this before it needs the HTTP server."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ BACKLOG = 64
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket there, or, where the port is taken, at a free one. Raises OSError."""
+    """Return a socket that listens at the address, or at a free port where that one is taken. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for wanted in (port, 0):
         listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -33,6 +32,6 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address(listener: socket.socket) -> str:
-    """http://127.0.0.1:9847/"""
+    """Return the address as a URL, such as http://127.0.0.1:9847/."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"

@@ -18,12 +18,12 @@ _REFERENCE = "#/components/schemas/{name}"
 
 @functools.cache
 def document() -> bytes:
-    """The document as JSON."""
+    """Return the document as JSON."""
     return msgspec.json.encode(describe()) + b"\n"
 
 
 def describe() -> dict[str, Any]:
-    """The document as a plain object."""
+    """Return the document as plain objects."""
     results = [verb.result for verb in VERBS if verb.result is not None]
     arguments = [verb.arguments for verb in VERBS]
     types = [*results, *arguments, _LINES, ErrorAnswer, Placement]

@@ -1,7 +1,7 @@
-"""The routes of one pipeline: its page /pipelines/ID, and the same as JSON /api/pipelines/ID.
+"""The routes of one pipeline: its page /pipelines/ID, and the same as JSON at /api/pipelines/ID.
 
-They are answered as they are asked for, not kept: whoever opens them looks at one pipeline. Who sees what is as in
-app.py; who uses it is told to those who see everything.
+Answers are made for each request and not kept. Callers see what app.py lets them see; the processes that use a pipeline
+are shown to those who may see everything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from instantstart_fs.web.pipeline_view import MAX_LISTED, PipelineView, pipeline
 
 
 class PipelinePages:
-    """``sight_of``: what the sender of a request sees; ``render``: the template of that name with ``view``."""
+    """The handlers. ``sight_of`` says what the sender of a request may see; ``render`` fills the named template with
+    ``view``."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class PipelinePages:
         return JSONResponse(msgspec.to_builtins(found))
 
     async def _view(self, request: Request) -> PipelineView | None:
-        """Return the pipeline's view; None if it is not there, or not for this caller."""
+        """Return the pipeline's view; None where it does not exist or the caller may not see it."""
         pipeline, sight = request.path_params["pipeline"], self._sight_of(request)
         library = self._library
         if not library.pipelines.shown_to(pipeline, sight):

@@ -13,9 +13,9 @@ from instantstart_fs.web import view_model
 from instantstart_fs.web.problems import Problem, problem
 
 MAX_FILES = 500
-"""Rows of the table; a page of more is no help to anybody."""
+"""The most rows of the table. A longer page would help nobody."""
 MAX_LISTED = 5_000
-"""Files of a pipeline beyond which they are not listed at all: that takes time of the loop, which readers wait for."""
+"""The most files of a pipeline that is listed at all. Listing takes time on the loop, for which readers wait."""
 
 
 class FileRow(msgspec.Struct, frozen=True):
@@ -27,8 +27,8 @@ class FileRow(msgspec.Struct, frozen=True):
 
 
 class PipelineView(msgspec.Struct, frozen=True):
-    """``files`` is None where there are too many to list; ``file_count``: of all. ``used_by`` is None for callers who
-    may not know; ``revision`` "" without details."""
+    """What the page shows of one pipeline. ``files`` is None where there are too many to list; ``file_count`` counts
+    all. ``used_by`` is None for callers who may not know; ``revision`` is "" without details."""
 
     row: view_model.Row
     generation: int
@@ -51,7 +51,7 @@ def pipeline_view(
     details: bool,
     everything: bool,
 ) -> PipelineView:
-    """``now``: the wall clock in seconds."""
+    """Build the view. ``now`` is the wall clock in seconds."""
     files = status.files
     count = len(files) if files is not None else status.listed.count if status.listed is not None else 0
     skipped = status.skipped

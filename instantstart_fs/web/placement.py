@@ -1,6 +1,7 @@
-"""GET /v1/placement/ID: which hosts of the region hold a pipeline, for an autoscaler; on page and control socket.
+"""GET /v1/placement/ID, on the page and the control socket: which hosts of the region hold a pipeline. It is for
+autoscalers.
 
-What a caller may not see is answered as if it did not exist.
+A pipeline that the caller may not see is answered as if it did not exist.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ PREFIX = "/v1/placement/"
 
 
 async def placement(library: Library, pipeline: str, sight: Sight, *, details: bool) -> Response:
-    """The answer for that caller. ``details``: say why the tier does not answer."""
+    """Answer the caller. ``details``: whether to say why the tier does not answer."""
     if not library.pipelines.shown_to(pipeline, sight):
         return _failed("pipeline-not-found", f"there is no pipeline {pipeline}", 404)
     if library.heartbeats is None:

@@ -23,12 +23,12 @@ COMMANDS = {
     "store-damaged": "instantstart doctor",
     "variant-not-chosen": "instantstart status {}",
 }
-"""The command against each error's code. All of them change nothing but ``update`` and ``verify``, which is what their
-errors need."""
+"""Error code → the command to run. None of them changes anything but ``update`` and ``verify``, which their errors call
+for."""
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """An error as the page shows it. ``command``: what to run, on the node."""
+    """An error as the page shows it. ``command`` is to be run on the node."""
 
     pipeline: str
     text: str
@@ -37,7 +37,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 def problems(statuses: Sequence[PipelineStatus], *, details: bool) -> tuple[tuple[Problem, ...], int]:
-    """The first SHOWN of the pipelines that have an error, and how many there are."""
+    """Return the first SHOWN pipelines that have an error, and how many have one."""
     found = [status for status in statuses if status.state == "error" and status.error is not None]
     return tuple(one for status in found[:SHOWN] if (one := problem(status, details=details))), len(found)
 

@@ -34,19 +34,19 @@ from instantstart_fs.web.visitors import Visitor
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 128
-"""Of those who administer, and as many of all others together."""
+"""The most connections: of those who administer, and of all others together."""
 MAX_EACH = 64
-"""Of one user, or one address where the user is not known."""
+"""The most connections of one user, or of one address where the user is not known."""
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 5\r\n\r\nbusy\n"
 BUSY_SECONDS = 1.0
-"""In which it has to be taken."""
+"""Seconds for sending a refusal."""
 STALLED_SECONDS = 20
-"""A peer that acknowledges nothing for so long is gone."""
+"""Seconds after which a peer that acknowledges nothing is disconnected."""
 IDLE_SECONDS = 5.0
 
 
 class HttpStream(Protocol):
-    """What of a trio.SocketStream a connection needs."""
+    """The methods of a trio.SocketStream that a connection needs."""
 
     @property
     def socket(self) -> trio.socket.SocketType: ...
@@ -57,8 +57,8 @@ class HttpStream(Protocol):
 
 
 class ConnectionLimits:
-    """Limits connections by caller and altogether, for administrators apart. An idle connection gives its
-    seat to a new one (core/seats.py)."""
+    """Bounds connections by caller and altogether, with places of their own for administrators. An idle connection
+    gives its seat to a new one (core/seats.py)."""
 
     def __init__(self, identify: Callable[[trio.SocketStream], Visitor]) -> None:
         self._identify = identify
@@ -67,7 +67,7 @@ class ConnectionLimits:
 
     @contextlib.contextmanager
     def admit(self, stream: trio.SocketStream) -> Iterator[tuple[Visitor, Seat] | None]:
-        """A context for one connection: its visitor and seat, or None if no seat is free."""
+        """Admit one connection inside the block. Yields its visitor and seat, or None if no seat is free."""
         visitor = self._identify(stream)
         seats = self._privileged if visitor.sight.everything else self._others
         seat, leaves = seats.enter(visitor.share, trio.current_time(), each=MAX_EACH, total=MAX_CONNECTIONS)
@@ -90,8 +90,10 @@ class ConnectionLimits:
 
 
 class _Tasks(TaskGroup):
-    """Hypercorn's, whose applications may leave a body unread: what is under way to one that has answered is dropped,
-    and does not wait for a reader that never comes."""
+    """Hypercorn's task group, for applications that may leave a body unread.
+
+    What still arrives for a request that was answered is dropped, so it never waits for a reader.
+    """
 
     async def spawn_app(
         self,
@@ -127,10 +129,10 @@ class _Tasks(TaskGroup):
 
 
 class Http1(H11Protocol):
-    """HTTP/1.0 and 1.1 only; a connection cannot be upgraded to another protocol.
+    """HTTP/1.0 and 1.1 only, without upgrades to another protocol.
 
-    HTTP/2 makes a hundred requests of one packet, and of resetting them another hundred; nothing here needs it, nor
-    web sockets. An `Upgrade:` is answered as if it were not there (RFC 9110, 7.8), another version with 505.
+    HTTP/2 makes a hundred requests of one packet, and another hundred of resetting them; nothing here needs it, nor web
+    sockets. An `Upgrade:` is answered as if it were not there (RFC 9110, 7.8), another version with 505.
     """
 
     async def _check_protocol(self, event: h11.Request) -> None:
@@ -167,7 +169,7 @@ class Http1(H11Protocol):
 
 
 class Connection(TCPServer):
-    """One connection without TLS, for the visitor in ``state``. Its ``seat`` is idle between requests."""
+    """One connection without TLS, of the visitor in ``state``. Its ``seat`` is idle between requests."""
 
     seat: Seat
 
@@ -212,7 +214,7 @@ class Connection(TCPServer):
 
 
 class Connections:
-    """Runs connections for one application. ``idle``: seconds between two requests, and for the head of one."""
+    """Serves connections for one application. ``idle`` is the seconds between two requests, and for the head of one."""
 
     def __init__(self, app: ASGIApp, *, idle: float) -> None:
         self._config = Config()
@@ -226,7 +228,8 @@ class Connections:
         self._context = WorkerContext(None)
 
     async def run(self, stream: HttpStream, seat: Seat, **state: object) -> None:
-        """Until either side ends it. ``state``: what the application finds in its scope, beside the ``socket``."""
+        """Serve one connection until either side ends it. ``state`` is what the application finds in its scope, beside
+        ``socket``."""
         shared = ConnectionState({"socket": stream.socket, **state})
         connection = Connection(self._app, self._config, self._context, shared, stream)  # type: ignore[arg-type]
         connection.seat = seat

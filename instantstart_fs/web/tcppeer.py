@@ -24,14 +24,14 @@ NLM_F_REQUEST = 1
 INET_DIAG_NOCOOKIE = 0xFFFFFFFF
 ESTABLISHED, FIN_WAIT1, FIN_WAIT2 = 1, 4, 5
 OPEN = frozenset({ESTABLISHED, FIN_WAIT1, FIN_WAIT2})
-"""The second and third: it has said all that it will, and still reads."""
+"""TCP states that count as connected. In the second and third the peer has sent all that it will and still reads."""
 _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBBxI")
 _PORTS = struct.Struct("!HH")
 _REST = struct.Struct("=IIIIIIII")
 """The rest of inet_diag_sockid (interface, cookie (2)) and of inet_diag_msg (expires, rqueue, wqueue, uid, inode)."""
 _MAPPED = bytes(10) + b"\xff\xff"
-"""An IPv4 address as an IPv6 one begins so."""
+"""The prefix of an IPv4 address that is written as IPv6."""
 
 Address = tuple[str, int]
 
@@ -57,7 +57,7 @@ def uid_of(theirs: Address, ours: Address) -> int | None:
 
 
 def _plain(address: Address) -> tuple[bytes, int]:
-    """IPv4 as itself, also where a socket of both families writes it as ::ffff:127.0.0.1."""
+    """Return an IPv4 address in its plain form, also where a dual-stack socket writes it as ::ffff:127.0.0.1."""
     ip = ipaddress.ip_address(address[0].partition("%")[0])
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
     return (mapped or ip).packed, address[1]

@@ -56,8 +56,8 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Bar(msgspec.Struct, frozen=True):
-    """A stretch of a cold start: ``left`` and ``width`` in percent of the scale that all shown have; ``cut``: it is
-    longer than what is drawn."""
+    """A stretch of a cold start. ``left`` and ``width`` are percent of the scale that all shown starts share; ``cut``
+    says that it is longer than drawn."""
 
     name: str
     left: float
@@ -99,8 +99,9 @@ class StoreView(msgspec.Struct, frozen=True):
 
 
 class RegionView(msgspec.Struct, frozen=True):
-    """``taken``: bytes from tiers; ``missed``: from origins though under the region; ``hit``: percent, None before any;
-    ``fallbacks``: what the tier did not give, by reason; ``rack``: what came from and went to neighbours."""
+    """The region's figures. ``taken`` are bytes from tiers, ``missed`` bytes from origins of files under the region.
+    ``hit`` is in percent, None before any. ``fallbacks`` counts by reason what the tier did not give; ``rack`` says
+    what came from neighbours and went to them."""
 
     endpoint: str
     state: str
@@ -119,7 +120,7 @@ class RegionView(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True):
-    """A page, as it is drawn. Equal views are drawn the same."""
+    """A page as it is drawn. Equal views are drawn alike."""
 
     rows: tuple[Row, ...]
     total: int
@@ -182,7 +183,7 @@ def _matches(status: PipelineStatus, query: Query) -> bool:
 
 
 def row(status: PipelineStatus, now: float, *, details: bool, everything: bool) -> Row:
-    """``now``: the wall clock in seconds."""
+    """Build one pipeline's row. ``now`` is the wall clock in seconds."""
     fill, share = status.fill, percent(status)
     error = status.error
     return Row(
@@ -301,7 +302,7 @@ def cold_starts(records: Sequence[ColdStart], now: float) -> tuple[ColdStartRow,
 
 
 def _bars(record: ColdStart, width: float) -> tuple[Bar, ...]:
-    """``width``: how many seconds are drawn."""
+    """Return the bars. ``width`` is how many seconds are drawn."""
     bars = []
     found = phases(record)
     for phase in found:
@@ -328,7 +329,7 @@ def precise_seconds(seconds: float) -> str:
 
 
 def _distance(seconds: float) -> str:
-    """Coarse, so that a page changes once a minute and not once a second for it."""
+    """Return the time until then, coarse enough for a page to change once a minute and not every second."""
     seconds = max(seconds, 0)
     if seconds < 60:
         return ""

@@ -25,7 +25,7 @@ from instantstart_fs.web.tcppeer import uid_of_peer
 log = logging.getLogger(__name__)
 
 LEAST_TOKEN = 16
-"""Characters: less could be guessed."""
+"""The fewest characters of a token. A shorter one could be guessed."""
 PROXIES = (
     "forwarded",
     "via",
@@ -37,14 +37,15 @@ PROXIES = (
     "cf-",
     "true-client-ip",
 )
-"""How headers begin by which a proxy says that it asks for somebody else. Not every one names its caller's address:
-Envoy as it comes says `X-Forwarded-Proto` alone."""
+"""Prefixes of headers by which a proxy says that it asks for somebody else. Not every proxy names its caller's address:
+Envoy by default sends `X-Forwarded-Proto` alone."""
 
 SightOf = Callable[[int | None, frozenset[int] | None], Sight]
 
 
 class Visitor:
-    """One connection's other end. ``sight``: by who it is alone. ``share``: whose places and requests it takes."""
+    """The party at the other end of one connection. ``sight`` follows from its identity alone; ``share`` says whose
+    places and requests it uses."""
 
     __slots__ = ("share", "sight")
 
@@ -57,7 +58,7 @@ STRANGER = Visitor(ANYBODY, "unknown")
 
 
 class Visitors:
-    """``sight_of``: what a uid with these groups sees; None: not known."""
+    """Tells who visits. ``sight_of`` says what a uid with these groups may see; None: that is not known."""
 
     def __init__(self, config: HttpConfig, sight_of: SightOf) -> None:
         self._config = config
@@ -91,7 +92,7 @@ class Visitors:
         return visitor.sight
 
     def may_ask_api(self, headers: Mapping[str, str]) -> bool | None:
-        """Whether a request bears the API's token; None where none is configured."""
+        """Whether the request bears the API's token; None where none is configured."""
         if self._config.api_token_file is None:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -99,14 +100,15 @@ class Visitors:
 
 
 class TokenFile:
-    """A token, read again when its file (``path``, None for none) has changed. ``setting``: whose file it is."""
+    """A token, read again when its file has changed. ``path`` is None where there is none; ``setting`` names it in
+    messages."""
 
     def __init__(self, setting: str, path: str | None) -> None:
         self._setting = setting
         self._path = path
         self._token: str | None = None
         self._token_of: tuple[int, int, int] | None = None
-        """(inode, mtime, ctime) of the file that it was read from."""
+        """(inode, mtime, ctime) of the file that the token was read from."""
 
     def matches(self, given: str) -> bool:
         wanted = self._read()
@@ -132,7 +134,7 @@ class TokenFile:
 
 
 def read_long_token(path: str) -> str:
-    """The token in that file. Raises CredentialsUnusable, also for one that could be guessed."""
+    """Return the token in the file. Raises CredentialsUnusable, also for a token that could be guessed."""
     token = read_token(path)
     if len(token) < LEAST_TOKEN:
         raise CredentialsUnusable(f"the token in {path} has less than {LEAST_TOKEN} characters")
