@@ -11,6 +11,7 @@ import time
 
 from instantstart_fs.config import unixsocket
 from instantstart_fs.control import calls, protocol
+from instantstart_fs.ipc import fd_passing
 
 
 class Connection:
@@ -49,9 +50,7 @@ class Connection:
             try:
                 self._socket.settimeout(deadline)
                 # The kernel never joins bytes across descriptors: those that came belong to the lines that follow.
-                data, descriptors, _, _ = socket.recv_fds(
-                    self._socket, 256 * 1024, 2 * protocol.MAX_HANDED_FILES, socket.MSG_CMSG_CLOEXEC
-                )
+                data, descriptors, _ = fd_passing.receive(self._socket, 256 * 1024, 2 * protocol.MAX_HANDED_FILES)
                 self.descriptors.extend(descriptors)
             except TimeoutError as error:
                 raise calls.silent(self._path, deadline) from error

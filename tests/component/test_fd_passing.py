@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
+from instantstart_fs.control import protocol
+from instantstart_fs.control.client_connection import Connection
 from instantstart_fs.ipc import fd_passing
 
 
@@ -30,3 +33,20 @@ def test_what_comes_beyond_the_bound_is_closed_and_said() -> None:
         assert len(os.listdir("/proc/self/fd")) == before
         far.close()
         assert fd_passing.receive(near, 64, 1)[:2] == (b"", [])
+
+
+def test_no_child_inherits_what_a_client_of_the_control_socket_is_handed(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, open("/dev/null", "rb") as file:
+        listener.bind(path)
+        listener.listen()
+        connection = Connection(path, 30.0)
+        daemon, _ = listener.accept()
+        with daemon:
+            socket.send_fds(daemon, [protocol.encode_response(protocol.Done(None))], [file.fileno()])
+            assert connection.receive(30.0) == protocol.Done(None)
+        (handed,) = connection.descriptors
+        assert os.readlink(f"/proc/self/fd/{handed}") == "/dev/null"
+        assert not os.get_inheritable(handed)
+        os.close(connection.descriptors.popleft())
+        connection.close()
