@@ -19,6 +19,12 @@ Socket = Annotated[
     str | None,
     typer.Option("--socket", metavar="PATH", help="The daemon's socket (else $INSTANTSTART_SOCKET, else the default)."),
 ]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these files; may be repeated.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these files; may be repeated.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON (see docs/CONFIGURATION.md).")]
 ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help="Configuration file.")]
 MountOption = Annotated[str | None, typer.Option("--mount", metavar="DIR", help="Where to mount; wins over the file.")]

@@ -115,10 +115,8 @@ async def test_a_large_group_does_not_wait_for_its_age(store: BlobStore, index: 
         await until(lambda: target.durable.count == 2)
 
 
-async def test_what_arrives_during_a_sync_waits_for_the_next(
-    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = written(store, "f")
+def held_syncs(monkeypatch: pytest.MonkeyPatch) -> tuple[trio.Event, trio.Event]:
+    """Make syncs wait. Returns the event of the first that has begun, and the one that lets them all go on."""
     syncing, go_on = trio.Event(), trio.Event()
     real = BlobFile.datasync
 
@@ -128,6 +126,14 @@ async def test_what_arrives_during_a_sync_waits_for_the_next(
         real(blob)
 
     monkeypatch.setattr(BlobFile, "datasync", datasync)
+    return syncing, go_on
+
+
+async def test_what_arrives_during_a_sync_waits_for_the_next(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = written(store, "f")
+    syncing, go_on = held_syncs(monkeypatch)
     async with running(store, index, seconds=0.05) as (committer, _):
         arrive(committer, target, 0)
         await syncing.wait()
@@ -332,15 +338,7 @@ async def test_a_forgotten_pipeline_is_not_recorded_and_quiet_says_when(
 ) -> None:
     target, other = written(store, "f"), written(store, "f", pipeline="q", number=1)
     later = written(store, "g", number=2)
-    syncing, go_on = trio.Event(), trio.Event()
-    real = BlobFile.datasync
-
-    def datasync(blob: BlobFile) -> None:
-        trio.from_thread.run_sync(syncing.set)
-        trio.from_thread.run(go_on.wait)
-        real(blob)
-
-    monkeypatch.setattr(BlobFile, "datasync", datasync)
+    syncing, go_on = held_syncs(monkeypatch)
     async with running(store, index, seconds=0.01) as (committer, _):
         arrive(committer, target, 0)
         arrive(committer, other, 0)

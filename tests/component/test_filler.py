@@ -922,22 +922,22 @@ async def test_a_tier_is_asked_first_and_the_origin_when_it_fails(
     assert stored(target) == data
 
 
-def lies_about_length(handler: Handler, path: str, start: int, stop: int) -> bool:
+def sends_zeros(handler: Handler, start: int, stop: int, size: int) -> bool:
+    """Answer the range with zeros, and say that the file has ``size`` bytes."""
     handler.send_response(206)
-    handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{stop - start + 7}")
+    handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
     handler.send_header("Content-Length", str(stop - start))
     handler.end_headers()
     handler.wfile.write(bytes(stop - start))
     return True
+
+
+def lies_about_length(handler: Handler, path: str, start: int, stop: int) -> bool:
+    return sends_zeros(handler, start, stop, stop - start + 7)
 
 
 def has_other_bytes(handler: Handler, path: str, start: int, stop: int) -> bool:
-    handler.send_response(206)
-    handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(handler.server.files[path])}")
-    handler.send_header("Content-Length", str(stop - start))
-    handler.end_headers()
-    handler.wfile.write(bytes(stop - start))
-    return True
+    return sends_zeros(handler, start, stop, len(handler.server.files[path]))
 
 
 def hangs(handler: Handler, path: str, start: int, stop: int) -> bool:

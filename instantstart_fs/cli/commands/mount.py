@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from instantstart_fs.cli import show
-from instantstart_fs.cli.options import ConfigFile, Json, Socket
+from instantstart_fs.cli.options import ConfigFile, Exclude, Include, Json, Socket
 from instantstart_fs.control import client as control
 from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.humanize import human_bytes
@@ -31,12 +31,8 @@ def mount(
     warm: Annotated[bool, typer.Option("--warm", help="Start filling at once.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Only what is cached whole; asks no origin.")] = False,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C; then undo it all.")] = False,
-    include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these files; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these files; may be repeated.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     token_file: Annotated[
         str | None, typer.Option("--token-file", metavar="FILE", help="The hub token, if it is gated.")
     ] = None,

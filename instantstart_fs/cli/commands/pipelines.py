@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from instantstart_fs.cli import show
-from instantstart_fs.cli.options import Json, NewPipeline, Pipeline, Socket
+from instantstart_fs.cli.options import Exclude, Include, Json, NewPipeline, Pipeline, Socket
 from instantstart_fs.control import client as control
 from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.core.status import PipelineStatus
@@ -37,12 +37,8 @@ def add(
         str | None, typer.Option("--owner", metavar="UID:GID", help="Who owns its files (default: you).")
     ] = None,
     mode: Annotated[str, typer.Option("--mode", metavar="MODE", help="Mode of its directories.")] = "0555",
-    include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these files; may be repeated.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these files; may be repeated.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     token_file: Annotated[
         str | None, typer.Option("--token-file", metavar="FILE", help="The hub token of this pipeline.")
     ] = None,
