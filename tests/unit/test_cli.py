@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typer.main import get_command
 
 from instantstart_fs.cli import run, serve, show
 from instantstart_fs.cli.app import app, app_for
-from instantstart_fs.cli.verbs import ALIASES
+from instantstart_fs.cli.verbs import ALIASES, ANSWERS
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
 from instantstart_fs.control.specification import specification
 from instantstart_fs.core.humanize import did_you_mean, human_seconds
@@ -160,6 +161,42 @@ def test_each_command_asks_for_what_it_says(
     assert run([*arguments, "--socket", "/run/elsewhere"]) == 0
     assert client.calls[0] == ("connect", "/run/elsewhere")
     assert call in client.calls
+
+
+@pytest.mark.parametrize("before", [[], ["--socket", "/run/elsewhere"]], ids=["alone", "after an option"])
+@pytest.mark.parametrize(("alias", "verb"), ALIASES.items())
+def test_an_alias_is_its_verb(
+    client: type[FakeClient], capsys: pytest.CaptureFixture[str], before: list[str], alias: str, verb: str
+) -> None:
+    assert run([*before, verb, "--help"]) == 0
+    helped = capsys.readouterr().out
+    assert run([*before, alias, "--help"]) == 0
+    assert capsys.readouterr().out.replace(f"instantstart {alias}", f"instantstart {verb}") == helped
+    asked: dict[str, list[tuple[Any, ...]]] = {}
+    for word in (verb, alias):
+        client.calls.clear()
+        assert run([*before, word, "x"]) == (2 if verb == "unmount" else 0)  # x is no link
+        asked[word] = [*client.calls]
+    assert asked[alias] == asked[verb]
+
+
+@pytest.mark.parametrize(("word", "answer"), ANSWERS.items())
+def test_a_word_that_is_no_verb_is_answered_with_verbs_that_are(
+    client: type[FakeClient], capsys: pytest.CaptureFixture[str], word: str, answer: str
+) -> None:
+    whole = get_command(app)
+    assert isinstance(whole, TyperGroup) and word not in whole.commands
+    for before in ([], ["--socket", "/run/elsewhere"]):
+        assert run([*before, word, "x"]) == 2
+        assert " ".join(capsys.readouterr().err.split()) == f"instantstart: there is no `{word}`: {answer}"
+    assert client.calls == []
+    ours = [line.split() for line in re.findall(r"`(.*?)`", answer) if line.split()[0] not in ("hf", "systemctl")]
+    for verb, *more in ours:
+        command = whole.commands[verb]
+        if isinstance(command, TyperGroup):
+            command = command.commands[more.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {part for part in more if part.startswith("-")} <= known
 
 
 @pytest.mark.parametrize("rate", ["1e-300", "nan", "inf", "0", "-1", "1KB", "9" * 5000])
