@@ -90,7 +90,7 @@ class Lifecycle:
         if spec.id in catalog.pipelines or spec.id in self._adding:
             raise PipelineExists(
                 f"there is a pipeline {spec.id!r} already; `instantstart update {spec.id}` looks for a newer revision, "
-                f"`instantstart remove {spec.id}` makes room for another source"
+                f"`instantstart remove {spec.id}` lets you add another source"
             )
         self._adding.add(spec.id)
         try:

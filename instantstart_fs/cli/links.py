@@ -22,8 +22,8 @@ OURS = "fuse.instantstart"
 
 
 class Place:
-    """DIR, by a descriptor of the directory that holds it: minutes lie between ``check_free`` and ``link``, and whoever
-    moves directories about meanwhile gets no link anywhere else. A context manager."""
+    """DIR, by a descriptor of the directory that holds it: minutes lie between ``check_free`` and ``link``, and a
+    directory that is moved meanwhile does not lead the link elsewhere. A context manager."""
 
     def __init__(self, directory: str) -> None:
         """``directory``: an absolute path. Raises UsageError."""

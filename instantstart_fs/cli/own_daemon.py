@@ -85,7 +85,7 @@ def _kept(socket: str, name: str) -> str:
 
 
 def _note_use(socket: str) -> None:
-    """Note that the daemon is used: whoever started it with --foreground leaves it running then."""
+    """Note that the daemon is used: a --foreground that started it leaves it running then."""
     with contextlib.suppress(OSError):
         if os.path.exists(_kept(socket, LOG_NAME)):
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

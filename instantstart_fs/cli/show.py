@@ -161,8 +161,8 @@ def _distance(value: str | None) -> str:
     return human_time(value).partition(" (")[2].rstrip(")")
 
 
-def _drawn(rows: Sequence[tuple[str, ...]], troubles: Sequence[Sequence[str]], width: int) -> str:
-    """Draw a table. ``troubles``: for each row, what goes below it, on lines of their own."""
+def _drawn(rows: Sequence[tuple[str, ...]], problems: Sequence[Sequence[str]], width: int) -> str:
+    """Draw a table. ``problems``: for each row, what goes below it, on lines of their own."""
     from rich.cells import cell_len, chop_cells, set_cell_size
 
     natural = [max(cell_len(line[position]) for line in (HEADER, *rows)) for position in range(len(HEADER))]
@@ -185,10 +185,10 @@ def _drawn(rows: Sequence[tuple[str, ...]], troubles: Sequence[Sequence[str]], w
             yield f"{' ' * (widths[CHIP_COLUMN] + 1)}{rest}".rstrip()
 
     drawn = list(lines(HEADER))
-    for row, below in zip(rows, troubles, strict=True):
+    for row, below in zip(rows, problems, strict=True):
         drawn.extend(lines(row))
-        for trouble in below:
-            drawn.extend(textwrap.wrap(trouble, least, initial_indent="  ", subsequent_indent="    "))
+        for problem in below:
+            drawn.extend(textwrap.wrap(problem, least, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(drawn)
 
 

@@ -103,8 +103,8 @@ def prepare() -> None:
 
 
 def _keep_standard_descriptors() -> None:
-    """Of 0, 1 and 2 those that were closed stand for nothing: else a socket would get the number of one, and whoever
-    prints, or runs a command, would write to it. What we start finds them closed, as we did."""
+    """Open those of 0, 1 and 2 that were closed, on nothing. A socket would get the number of one otherwise, and what
+    is printed would go into it. What we start finds them closed, as we did."""
     for number in (0, 1, 2):
         with contextlib.suppress(OSError):
             while (made := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < number:

@@ -28,7 +28,7 @@ serve_unsealed = "auto"           # "auto" | "always" | "never": may bytes be re
 
 [eviction]
 keep_hot = "48h"                  # requested within it: never evicted
-# max_idle = "7d"                 # not requested for so long: evicted though there is room; at least keep_hot
+# max_idle = "7d"                 # not requested for so long: evicted though there is space; at least keep_hot
 
 [staging]                         # reading ahead into the page cache while an engine loads a pipeline
 enabled = true
@@ -41,9 +41,9 @@ listen = "127.0.0.1:9847"         # IP address and port (0: any free one), or "o
 details = false                   # show sources, revisions and error messages too
 allow_remote = false              # must be true for an address that other machines reach
 hosts = []                        # names under which it may be called, beside localhost; ["*"]: any
-public = false                    # true: whoever reaches it sees every pipeline, not only what the mount would show him
-# token_file = "/etc/instantstart/page-token"   # whoever bears this token sees every pipeline: for scrapers
-# api_token_file = "/etc/instantstart/api-token"   # whoever bears this other token administers over TCP (docs/HTTP.md)
+public = false                    # true: every caller sees every pipeline, not only what the mount would show him
+# token_file = "/etc/instantstart/page-token"   # the bearer of this token sees every pipeline: for scrapers
+# api_token_file = "/etc/instantstart/api-token"   # the bearer of this other token administers over TCP (docs/HTTP.md)
 # socket = "/run/instantstart/page.sock"        # be served on this unix socket as well
 metrics_pipelines = 200           # pipelines that get metrics of their own: those requested last
 

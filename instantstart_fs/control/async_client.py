@@ -1,7 +1,7 @@
 """The same client for trio and for asyncio: `from instantstart_fs import AsyncClient`. It needs msgspec alone.
 
 What may be asked is in ``calls.py``. How one waits is the only thing that the two loops do differently: ``Waits`` is
-that, in four calls. Whoever cancels a request drops its connection; the others are kept.
+that, in four calls. A request that is cancelled drops its connection; the others are kept.
 """
 
 from __future__ import annotations

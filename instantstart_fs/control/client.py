@@ -134,7 +134,7 @@ class Client:
             idle, self._idle = self._idle, []
             held, self._held = self._held, set()
             for connection in self._connections:
-                connection.shut()  # whoever waits for an answer closes it
+                connection.shut()  # the thread that waits for an answer closes it
         for connection in (*idle, *held):
             self._drop(connection)
 

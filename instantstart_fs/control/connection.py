@@ -1,7 +1,7 @@
 """One connection of the control socket: reads requests, sends answers, and ends a wait when its client leaves.
 
 A message is bounded and has a deadline. What a request does is in ``dispatcher.py``. A connection whose first byte is a
-letter speaks HTTP (a message of ours begins with a brace), and is handed to whoever speaks that.
+letter speaks HTTP (a message of ours begins with a brace), and is handed to the HTTP server.
 """
 
 from __future__ import annotations

@@ -146,10 +146,10 @@ class Lease(_Request, frozen=True, tag="lease"):
 
 
 class Open(_Request, frozen=True, tag="open"):
-    """→ ``opening``, ``handed``…, null: read-only descriptors of the weight files as each is complete, for whoever may
-    read the pipeline's files in the mount. A lease until the connection ends; a cold pipeline is filled. They come as
-    core.weights.schedule says for these ``deadlines`` (model → seconds). ``stream``: files come before they are
-    complete, in ``parts``."""
+    """→ ``opening``, ``handed``…, null: read-only descriptors of the weight files as each is complete, for callers
+    who may read the pipeline's files in the mount. A lease until the connection ends; a cold pipeline is filled. They
+    come as core.weights.schedule says for these ``deadlines`` (model → seconds). ``stream``: files come before they
+    are complete, in ``parts``."""
 
     pipeline: str
     deadlines: dict[str, float] = {}

@@ -28,7 +28,7 @@ CALM_SECONDS = 10.0
 MANY = 4
 """Claims of others beside which a host has one group at a time."""
 BUDGET_SECONDS = 0.25
-"""At least so long a host has the room that it has: its many files are listed one after the other."""
+"""Seconds for which a host keeps its budget at least: its many files are listed one after the other."""
 MOST_UNREADABLE, MOST_VANISHED = 4, 3
 """Looks (over CLAIM_TTL) at what cannot be read, or is not there though listed, after which a claim is nobody's."""
 MOST_OWNERS = 3

@@ -54,7 +54,7 @@ _ADVICE = {
     Fault.LONG: "a server or proxy that cannot answer ranged requests; use another endpoint",
     Fault.REDIRECTS: "correct the redirects at the server or proxy",
     Fault.INSIDE: "see docs/SECURITY.md, Where an origin may send the daemon",
-    Fault.WHOLE: "make room in the store, or use another endpoint",
+    Fault.WHOLE: "free space in the store, or use another endpoint",
 }
 
 

@@ -2,8 +2,8 @@
 A repository with safetensors, PyTorch and ONNX weights must not cost all of them; a pipeline that is called warm must
 have every file that its engine opens.
 
-What one file is for says core/roles.py; which of several with the same weights is kept, core/twins.py. In case of
-doubt a file is fetched: a byte too much costs seconds, a byte too few an outage.
+What one file is for says core/roles.py; which of several with the same weights is kept, core/twins.py. An
+uncertain file is fetched: a byte too much costs seconds, a byte too few an outage.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 MAX_COMPONENT_BYTES = 255
 """NAME_MAX of ext4 and xfs."""
 MAX_PATH_BYTES = 3072
-"""Leaves room for the store's own prefix under PATH_MAX (4096)."""
+"""Leaves space for the store's own prefix under PATH_MAX (4096)."""
 MAX_DEPTH = 64
 
 

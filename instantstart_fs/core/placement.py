@@ -71,7 +71,7 @@ def expiry(hosts: int) -> float:
 
 
 def pack(holdings: Iterable[Holding]) -> bytes:
-    """Pack the first MOST_HOLDINGS of them. Whoever packs puts first what matters most."""
+    """Pack the first MOST_HOLDINGS of them. The caller puts first what matters most."""
     chosen = [one for one, _ in zip(holdings, range(MOST_HOLDINGS), strict=False)]
     return b"".join(
         sorted(

@@ -70,7 +70,7 @@ def give_up_at(began: float, last_byte: float, *, demanded: bool) -> float:
 
 
 class Asked(NamedTuple):
-    """A chunk that a neighbour asks for. ``wait``: seconds that it may be waited for; ``sealed``: whoever asks knows
+    """A chunk that a neighbour asks for. ``wait``: seconds that it may be waited for; ``sealed``: the neighbour knows
     its digest from the region's seal."""
 
     slot: str

@@ -1,4 +1,4 @@
-"""A token bucket: how long to wait so that something happens no more often than a rate. Pure: time is a parameter."""
+"""A token bucket for rate limits: how long to wait so that something keeps a rate. Pure: time is a parameter."""
 
 from __future__ import annotations
 

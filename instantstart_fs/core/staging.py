@@ -92,8 +92,8 @@ def plan_window(
     ``done``: files that need no staging (released, or refused) until they are opened again; ``staged``: index → bytes
     staged or being staged and not released. The window begins at the first shard that is open (at the last one opened
     while none is). So an engine that opens one shard after the other is followed, and one that opens all of them first
-    and then reads them in order gets them in that order. The window ends before the first shard that the budget has no
-    room for. A shard that is larger than the whole budget is staged in part when nothing else is.
+    and then reads them in order gets them in that order. The window ends before the first shard that does not fit into
+    the budget. A shard that is larger than the whole budget is staged in part when nothing else is.
     """
     positions = {shard.index: position for position, shard in enumerate(shards)}
     held_open = [positions[index] for index in opened if index in positions]

@@ -1,6 +1,6 @@
 """What a pod's inline volume asks for: its attributes, checked, and the pipeline that they come to. Pure.
 
-The attributes are written by whoever may create a pod, so they are believed in nothing. What a pod may not choose: a
+Anybody who may create a pod writes the attributes, so they are believed in nothing. What a pod may not choose: a
 directory of the node, an endpoint, the node's credentials, the pipeline's id.
 """
 

@@ -180,7 +180,7 @@ class Driver:
     def _exchange(self, client: Client, pipeline: str, token: str) -> None:
         """Prove the token at the source, and let it take the place of the one before.
 
-        Whoever names a cached pipeline may not read it for that alone. Until the token has opened the source it lies in
+        Naming a cached pipeline is not enough to read it. Until the token has opened the source it lies in
         a file apart, so that fills for other pods never use one that does not work.
         """
         with self._records.brought(pipeline, token) as path:

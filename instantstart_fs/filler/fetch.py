@@ -148,7 +148,7 @@ class Fetcher:
                 if taker is None:
                     raise OriginIncompatible(
                         f"{where}: the server ignores ranges (it answers with the whole file): only a file that is "
-                        "kept can be had from it; make room in the store, or use another endpoint",
+                        "kept can be had from it; free space in the store, or use another endpoint",
                         fault=Fault.WHOLE,
                     )
                 self._receive(response, ByteRange(0, size), buffer, taker, where)

@@ -1,5 +1,5 @@
 """Uncached reads: bytes go from the origin straight to their reader while the store has no space for a pipeline
-(docs/SEMANTICS.md, Room). Nothing is written to the store.
+(docs/SEMANTICS.md, Space). Nothing is written to the store.
 
 Blocks of BLOCK bytes are fetched in THREADS threads of the daemon per pipeline, so that a pipeline with a stuck source
 delays no other. The last blocks are kept for the next read of a sequential reader: memory is bounded by CACHE_BLOCKS,

@@ -1,7 +1,7 @@
 """Holds a Stage's weights for engines, which take them file by file over a unix socket: the serving side.
 
 Only the same user and root are answered (by SO_PEERCRED). An engine is one connection that takes. As many as there are
-ranks are served, others are refused; one that goes away before anything was freed makes room for another. When all
+ranks are served, others are refused; one that goes away before anything was freed leaves its place to another. When all
 files are freed the hold has served its purpose and ends.
 """
 

@@ -8,7 +8,7 @@
     v1/hosts/<host>.<content>            what a host has (regional/heartbeats.py)
     v1/racks/<rack>/<host>.<content>     where it answers its rack (regional/racks.py)
 
-``pin`` names one file as it was pinned (regional/keys.py). Whoever can write to the bucket can put anything there:
+``pin`` names one file as it was pinned (regional/keys.py). Anybody who can write to the bucket can put anything there:
 each record carries a MAC over its kind, its name and its body, so that it is worth nothing under another name.
 """
 

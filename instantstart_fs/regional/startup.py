@@ -5,7 +5,7 @@
     v1/<slot>/<pack>/seal
 
 ``key`` stands for all that compiled code depends on, ``pack`` for that and the bytes' SHA-256: what is there is never
-written again, so that hosts that save at once never mix. Whoever lacks the region's key can make a start a cold one,
+written again, so that hosts that save at once never mix. Somebody without the region's key can make a start a cold one,
 and nothing else: record, seal and each chunk are bound to it, to the slot, the key and the length.
 
 Blocks, each call at most as long as the storage's own limits; trusts no object.

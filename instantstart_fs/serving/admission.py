@@ -143,6 +143,6 @@ class Admissions:
 
     def _clear(self, pipeline: Pipeline) -> None:
         if pipeline.uncached is not None:
-            log.info("there is room again", extra={"pipeline": pipeline.id})
+            log.info("there is space again", extra={"pipeline": pipeline.id})
             pipeline.uncached = None
             pipeline.changed()

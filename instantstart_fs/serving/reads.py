@@ -293,7 +293,7 @@ class Reads:
         if file.stale_error is not None:
             raise file.stale_error
         target: FillTarget | None = None
-        # Room may have to be made, from others whose bytes take a while to go.
+        # Space may have to be freed, and the bytes of others take a while to go.
         with trio.move_on_at(since + self._read_deadline) as asking:
             target = await self.target(file)
             if target is None:

@@ -96,7 +96,7 @@ class Follower:
         self._tell()
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
-        """Do ``work``, and log its errors: no trouble of ours is the command's."""
+        """Do ``work``, and log its errors: none of ours is the command's."""
         try:
             work()
         except InstantStartError as error:

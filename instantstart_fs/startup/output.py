@@ -124,7 +124,7 @@ class Listening:
 
 
 def _write(stream: int, view: memoryview) -> int:
-    """Also where somebody made the stream non-blocking: it is shared with whoever started us."""
+    """Also where somebody made the stream non-blocking: it is shared with the program that started us."""
     while True:
         try:
             return os.write(stream, view)

@@ -58,7 +58,7 @@ class Pattern:
         os.close(self._lines)
         os.close(self._say)
         with contextlib.suppress(OSError):
-            self._process = os.pidfd_open(pid)  # the main thread reaps whoever ends: its number may be another's soon
+            self._process = os.pidfd_open(pid)  # the main thread reaps it at its end: its number may be another's soon
         threading.Thread(target=self._wait, name="pattern", daemon=True).start()
 
     def _wait(self) -> None:

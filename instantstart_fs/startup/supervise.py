@@ -1,8 +1,10 @@
 """Run one command in our place: what is sent to us reaches it, what becomes of it becomes of us.
 
 Every signal that somebody sends is passed on; one that the terminal sends (Ctrl-C, a resize) has reached the command
-already, which is in the same foreground group. Standard input is the command's own. As PID 1 whoever is left without a
-parent is reaped. The exit status is the command's, 128 + N when signal N ended it, 126 or 127 when it cannot be run.
+already, which is in the same foreground group. Standard input is the command's own. As PID 1 it reaps every
+process that is left without a parent.
+
+The exit status is the command's, 128 + N when signal N ended it, 126 or 127 when it cannot be run.
 
 Until there is a command, a signal that asks to end is raised as ``Interrupted``: nothing that we wait for then may keep
 us. From then on the main thread waits in ``sigwaitinfo`` with its signals blocked: none comes at a bad time.
@@ -117,4 +119,4 @@ class Command:
             except ProcessLookupError:
                 return
         if number == signal.SIGTSTP and os.getpid() != 1:
-            os.kill(os.getpid(), signal.SIGSTOP)  # whoever waits for us sees what it would see of the command
+            os.kill(os.getpid(), signal.SIGSTOP)  # our parent sees what it would see of the command

@@ -54,7 +54,7 @@ def filesystem_type(fd: int) -> int:
 
 def readonly_view(directory: int) -> int:
     """A descriptor of the same directory in a mount of its own, read-only and nowhere attached: what is opened through
-    it cannot be made writable again, chmod included, by whoever owns it. It needs CAP_SYS_ADMIN and Linux 5.12. Raises
+    it cannot be made writable again, not even by its owner and chmod. It needs CAP_SYS_ADMIN and Linux 5.12. Raises
     OSError."""
     empty = ctypes.c_char_p(b"")
     view = checked(LIBC.syscall(_OPEN_TREE, directory, empty, _OPEN_TREE_CLONE | _AT_EMPTY_PATH | os.O_CLOEXEC))
