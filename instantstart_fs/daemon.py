@@ -36,6 +36,7 @@ from instantstart_fs.control.server import ControlServer
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, PipelineStatus
 from instantstart_fs.errors import InstantStartError, MountFailed, PipelineExists, PipelineNotFound, StoreLocked
+from instantstart_fs.ipc.sockets import BACKLOG
 from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.library import Library
 from instantstart_fs.logs import LogFormat, announce, configure_logging
@@ -55,7 +56,7 @@ from instantstart_fs.system import mountinfo
 from instantstart_fs.upkeep.index_recovery import open_index
 from instantstart_fs.web.control_http import ControlHttp
 from instantstart_fs.web.health import HealthProbe
-from instantstart_fs.web.listener import BACKLOG, address, bind
+from instantstart_fs.web.listener import address, bind
 
 if TYPE_CHECKING:
     from instantstart_fs.web.app import Site

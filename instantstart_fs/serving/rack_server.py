@@ -28,6 +28,7 @@ from instantstart_fs.core import rack
 from instantstart_fs.core.ratelimit import Bucket
 from instantstart_fs.errors import StoreError
 from instantstart_fs.filler.region_rack import RackLevel
+from instantstart_fs.ipc.sockets import listen_tcp, turn_away
 from instantstart_fs.serving.rack_chunks import NotYet, Part, RackChunks
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,6 @@ STALLED_SECONDS = 5.0
 SLICE_BYTES = 1 << 20
 BIND_SECONDS = 2.0
 """Between two tries to bind: a daemon that is being replaced has the port for a moment more."""
-BACKLOG = 64
 HEADER = 32
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -111,7 +111,9 @@ class RackServer:
             try:
                 if not host:
                     raise OSError(errno.EADDRNOTAVAIL, "this host has no default route")
-                return _listener(host, port)
+                listener = listen_tcp(host, port)
+                listener.setblocking(False)
+                return listener
             except OSError as error:
                 if told != str(error):
                     told = str(error)
@@ -130,10 +132,7 @@ class RackServer:
                 full = self._connected.total() >= MOST_CONNECTIONS or self._connected[peer] >= MOST_EACH
                 if full or not may_connect(stream.socket.fileno()):
                     self._level.refused["busy"] += 1
-                    with trio.move_on_after(TURN_SECONDS):
-                        await stream.send_all(BUSY)
-                        await stream.send_eof()
-                        await stream.receive_some(HEAD_BYTES)  # what is not read takes the answer away
+                    await turn_away(stream, BUSY)
                     return
                 self._connected[peer] += 1
                 try:
@@ -280,17 +279,3 @@ class _Sized:
 
     def __len__(self) -> int:
         return self._size
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener

@@ -16,6 +16,7 @@ from instantstart_fs.config.unixsocket import Peer
 from instantstart_fs.control.callers import Callers, Place
 from instantstart_fs.control.dispatcher import Dispatcher
 from instantstart_fs.core.sight import Sight
+from instantstart_fs.ipc.sockets import turn_away
 from instantstart_fs.library import Library
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ IDLE_SECONDS = 30.0
 """Seconds between two requests of a connection, and for the head of one."""
 NAMES = ("localhost", "instantstart", "127.0.0.1")
 """Host names that are accepted on the control socket beside those of [http]. curl has to name some host."""
-BUSY_SECONDS = 1.0
-"""Seconds for sending a refusal."""
 BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json\r\n"
     b"Content-Length: %d\r\n\r\n%s"
@@ -51,10 +50,7 @@ class ControlHttp:
         """Serve one connection to its end."""
         if place.refusal is not None:
             body = b'{"error":{"code":"pipeline-busy","message":"too many connections are open","retry_after":1.0}}\n'
-            with trio.move_on_after(BUSY_SECONDS):
-                await stream.send_all(BUSY % (len(body), body))
-                await stream.send_eof()
-                await stream.receive_some(65536)  # what is not read when it is closed takes the answer away
+            await turn_away(stream, BUSY % (len(body), body))
             return
         connections = await self._ready(dispatcher)
         async with trio.open_nursery() as nursery:

@@ -6,22 +6,17 @@ import errno
 import logging
 import socket
 
-log = logging.getLogger(__name__)
+from instantstart_fs.ipc.sockets import listen_tcp
 
-BACKLOG = 64
+log = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that listens at the address, or at a free port where that one is taken. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for wanted in (port, 0):
-        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, wanted))
-            listener.listen(BACKLOG)
+            listener = listen_tcp(host, wanted)
         except OSError as error:
-            listener.close()
             if error.errno != errno.EADDRINUSE or wanted == 0:
                 raise
         else:

@@ -29,6 +29,7 @@ from starlette.types import ASGIApp
 
 from instantstart_fs.control.listener import accept_connections
 from instantstart_fs.core.seats import Seat, Seats
+from instantstart_fs.ipc.sockets import turn_away
 from instantstart_fs.web.visitors import Visitor
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ MAX_CONNECTIONS = 128
 MAX_EACH = 64
 """The most connections of one user, or of one address where the user is not known."""
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 5\r\n\r\nbusy\n"
-BUSY_SECONDS = 1.0
-"""Seconds for sending a refusal."""
 STALLED_SECONDS = 20
 """Seconds after which a peer that acknowledges nothing is disconnected."""
 IDLE_SECONDS = 5.0
@@ -247,10 +246,7 @@ async def serve(
         try:
             with limits.admit(stream) as entered:
                 if entered is None:
-                    with trio.move_on_after(BUSY_SECONDS):
-                        await stream.send_all(BUSY)
-                        await stream.send_eof()
-                        await stream.receive_some(65536)  # what is not read when it is closed takes the answer away
+                    await turn_away(stream, BUSY)
                     return
                 visitor, seat = entered
                 await connections.run(stream, seat, visitor=visitor)
