@@ -55,6 +55,18 @@ class HostHolding(msgspec.Struct, frozen=True):
     age: float
 
 
+class Placement(msgspec.Struct, frozen=True):
+    """Where a pipeline is. ``hosts`` hold some of it. ``live_hosts`` counts those of the region; ``unread`` counts
+    hosts that have not been read yet, of which the next answer may know more. ``as_of`` is RFC 3339, by the
+    storage's clock."""
+
+    pipeline: str
+    hosts: tuple[HostHolding, ...]
+    live_hosts: int
+    unread: int
+    as_of: str
+
+
 def beat_period(hosts: int) -> float:
     """Seconds between two heartbeats of one of ``hosts``."""
     return BEAT_SECONDS * max(1.0, hosts / BEAT_HOSTS)

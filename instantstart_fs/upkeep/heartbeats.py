@@ -21,7 +21,7 @@ import trio
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.model import Pipeline
 from instantstart_fs.core import placement
-from instantstart_fs.core.placement import Holding, HostHolding
+from instantstart_fs.core.placement import Holding, Placement
 from instantstart_fs.core.retry import Backoff
 from instantstart_fs.core.status import TierStatus
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
@@ -47,18 +47,6 @@ KEEP_SHARE = 20
 BATCH = 64
 """Pipelines between two pauses."""
 _T = TypeVar("_T")
-
-
-class Placement(msgspec.Struct, frozen=True):
-    """Where a pipeline is. ``hosts`` hold some of it. ``live_hosts`` counts those of the region; ``unread`` counts
-    hosts that have not been read yet, of which the next answer may know more. ``as_of`` is RFC 3339, by the
-    storage's clock."""
-
-    pipeline: str
-    hosts: tuple[HostHolding, ...]
-    live_hosts: int
-    unread: int
-    as_of: str
 
 
 class Written(msgspec.Struct, frozen=True):

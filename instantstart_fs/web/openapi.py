@@ -10,7 +10,7 @@ import msgspec
 from instantstart_fs import __version__
 from instantstart_fs.control import protocol
 from instantstart_fs.control.http_verbs import DEFAULT_TIMEOUT, LONGEST_TIMEOUT, VERBS, ErrorAnswer, Verb
-from instantstart_fs.upkeep.heartbeats import Placement
+from instantstart_fs.core.placement import Placement
 
 _LINES = protocol.Progress | protocol.Done | protocol.Failed
 _REFERENCE = "#/components/schemas/{name}"

@@ -20,12 +20,11 @@ import trio.testing
 
 from instantstart_fs.config import HttpConfig
 from instantstart_fs.core.coldstart import ColdStart
-from instantstart_fs.core.placement import HostHolding
+from instantstart_fs.core.placement import HostHolding, Placement
 from instantstart_fs.core.sight import ANYBODY, EVERYTHING, Sight
 from instantstart_fs.core.status import ErrorStatus, FillStatus, TierStatus
 from instantstart_fs.errors import InstantStartError, OriginUnavailable, StoreFull
 from instantstart_fs.filler.events import FillStatistics, RegionStatistics
-from instantstart_fs.upkeep.heartbeats import Placement
 from instantstart_fs.views.store_summary import RegionSummary
 from instantstart_fs.web import app, server
 from instantstart_fs.web import problems as error_advice

@@ -26,6 +26,20 @@ def test_a_start_imports_nothing_that_the_mount_does_not_need() -> None:
     assert not [name for name in imported if "instantstart_fs" in name and "rack" in name.replace("track", "")]
 
 
+def test_the_page_of_a_host_without_a_region_imports_nothing_of_it() -> None:
+    program = "import sys, instantstart_fs.web.app, instantstart_fs.web.server; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    imported = set(done.stdout.split())
+    assert "instantstart_fs.web.openapi" in imported
+    region = (
+        "instantstart_fs.regional",
+        "instantstart_fs.filler.region",
+        "instantstart_fs.upkeep.heartbeats",
+        "blake3",
+    )
+    assert not [name for name in imported if name.startswith(region)]
+
+
 def test_version_is_told_without_the_imports_of_the_commands() -> None:
     program = "import sys; from instantstart_fs.cli import run; run(['--version']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
