@@ -50,7 +50,7 @@ MAX_CONNECTIONS = 256
 """Leases and waits are few; beyond this a client is told to come again rather than the daemon to run out of files."""
 MAX_WAITING = 1024
 SEAT_DEADLINE = 15.0
-"""So many more of those who administer wait, and so many seconds, for one of the MAX_CONNECTIONS to end."""
+"""How many more administrators may wait for one of the MAX_CONNECTIONS to end, and for how many seconds."""
 MAX_CONNECTIONS_PER_OWNER = 32
 """The most connections of each user who does not administer: none of them can use up the others' share."""
 MAX_STRANGERS = 128
@@ -61,8 +61,9 @@ IDLE_SECONDS = 60.0
 """Seconds for which a connection of somebody who does not administer may be without a request."""
 REQUEST_RATE = 20.0
 REQUEST_BURST = 40.0
-"""Requests a second, and at once after a rest, of one owner, or of all who own nothing together. Beyond it answers
-wait: a request costs the loop up to a millisecond (Ls of an owner with many pipelines), so some percent at most."""
+"""Requests a second, and the burst after a rest: of one owner, or of all who own nothing together. Beyond it answers
+wait. A request costs the loop up to a millisecond (Ls of an owner with many pipelines), so some percent of it at
+most."""
 STRANGERS = -1
 """Stands for the uid of all who own nothing. A user may have 65,536 subordinate uids."""
 MAX_ALLOWANCES = 4096
@@ -79,7 +80,8 @@ else."""
 
 
 class Place:
-    """The place of one connection. ``refusal``: why it has none. ``patience``: seconds for which it may be idle."""
+    """The place of one connection. ``refusal`` says why it has none; ``patience`` is the seconds for which it may be
+    idle."""
 
     def __init__(self, seat: Seat | None, patience: float, refusal: PipelineBusy | None = None) -> None:
         self._seat = seat
@@ -88,7 +90,7 @@ class Place:
 
     @property
     def seat(self) -> Seat:
-        """The seat that it holds. A refused connection has none."""
+        """The seat that the connection holds. A refused connection has none."""
         assert self._seat is not None
         return self._seat
 
@@ -103,7 +105,8 @@ class Place:
 
 
 class Callers:
-    """Owned by the ControlServer; on the trio thread. ``group``: its members administer."""
+    """The callers and what they use. Owned by the ControlServer; on the trio thread. Members of ``group``
+    administer."""
 
     def __init__(self, pipelines: Pipelines, *, group: int | None = None, group_access: bool = False) -> None:
         self._pipelines = pipelines
@@ -205,8 +208,8 @@ class Callers:
                 self._waiting[peer.uid].unpark()
 
     async def wait_turn(self, peer: Peer) -> None:
-        """Return when this peer's next request may cost the loop something: at once for those who administer, else
-        within connections ÷ REQUEST_RATE seconds."""
+        """Wait for this peer's turn to make a request. Administrators do not wait, others at most connections ÷
+        REQUEST_RATE seconds."""
         if self.administers(peer):
             return
         share = self._share(peer)

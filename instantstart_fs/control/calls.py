@@ -30,11 +30,11 @@ from instantstart_fs.errors import (
 
 _T = TypeVar("_T")
 CONNECT_DEADLINE = 20.0
-"""Seconds to be accepted. One waits only while the backlog is full: hundreds of others came at the same moment."""
+"""Seconds to be accepted. A client waits only while the backlog is full, because hundreds came at the same moment."""
 ANSWER_DEADLINE = 50.0
 """Seconds for an answer that comes from memory: a loaded daemon is not a dead one."""
 CHECK_DEADLINE = 120.0
-"""Seconds for ``check_origins``: the daemon takes 25 s at most, after the checks of others who asked before."""
+"""Seconds for ``check_origins``. The daemon takes 25 s at most, after the checks of others who asked before."""
 NAMES_DEADLINE = 2.0
 """Seconds for the names that may have been meant: an error message waits for them."""
 RESOLVE_DEADLINE = 660.0
@@ -42,8 +42,8 @@ RESOLVE_DEADLINE = 660.0
 
 
 class Call(NamedTuple, Generic[_T]):
-    """A request. ``read``: makes the result of what came; ``deadline``: seconds of silence, however long the whole
-    takes."""
+    """One request. ``read`` makes the result of the answer; ``deadline`` is the seconds of silence that are allowed,
+    however long the whole takes."""
 
     request: protocol.Request
     read: Callable[[Any], _T]
@@ -55,7 +55,7 @@ class Finished(NamedTuple, Generic[_T]):
 
 
 class Refused(NamedTuple):
-    """The daemon's own no: the connection is as good as before."""
+    """The daemon refused the request. The connection stays usable."""
 
     error: InstantStartError
 
@@ -74,7 +74,7 @@ def outcome(call: Call[_T], message: protocol.Response) -> Finished[_T] | Refuse
 
 
 def wanted(call: Call[Any]) -> str:
-    """The pipeline that it names, "" for none."""
+    """Return the pipeline that the request names, "" for none."""
     return getattr(call.request, "pipeline", "")
 
 
@@ -86,7 +86,8 @@ def with_advice(error: PipelineNotFound, pipeline: str, known: Sequence[str]) ->
 
 
 def silence(deadline: float, end: float | None, now: float) -> float:
-    """Seconds to wait for the next message. ``end``: of the caller's own time-out. Raises WaitDeadline."""
+    """Return the seconds to wait for the next message. ``end`` is that of the caller's own time-out. Raises
+    WaitDeadline."""
     if end is None:
         return deadline
     if end <= now:

@@ -30,7 +30,7 @@ from instantstart_fs.errors import ControlError, ControlProtocolError, InstantSt
 
 _T = TypeVar("_T")
 MAX_IDLE = 4
-"""Connections that are kept for the next request."""
+"""Connections that are kept idle for the next request."""
 
 
 class Lease:
@@ -78,8 +78,8 @@ class OpenedWeights(Lease):
             yield part.path, descriptors
 
     def parts(self) -> Iterator[tuple[protocol.Part, list[int]]]:
-        """News of the files as they come, with the descriptors (as of ``files``), for an ``open`` with ``stream``.
-        Raises what keeps a file from coming."""
+        """Yield news of the files as they come, with the descriptors (as of ``files``), for an ``open`` with
+        ``stream``. Raises what keeps a file from coming."""
         while True:
             match self._connection.receive(ANSWER_DEADLINE):
                 case protocol.Parts(parts):
@@ -156,7 +156,7 @@ class Client:
 
     @contextlib.contextmanager
     def _idle_one(self) -> Iterator[Connection]:
-        """One that waits for a request, also if the daemon has ended it."""
+        """Return a connection that waits for a request, even if the daemon has ended it."""
         with self._lock:
             connection = self._idle.pop() if self._idle else None
         connection = connection or self._connect()
@@ -193,11 +193,11 @@ class Client:
         return self._ask(calls.evict(pipeline, force))
 
     def set_pinned(self, pipeline: str, pinned: bool) -> None:
-        """A pinned pipeline is never evicted."""
+        """Pin or unpin a pipeline. A pinned one is never evicted."""
         self._ask(calls.set_pinned(pipeline, pinned))
 
     def touch(self, pipeline: str) -> None:
-        """Counts as a request, so that it stays hot."""
+        """Count as a request, so that the pipeline stays hot."""
         self._ask(calls.touch(pipeline))
 
     def mark(self, pipeline: str, moment: Moment, at_ns: int | None = None) -> None:
@@ -205,19 +205,19 @@ class Client:
         self._ask(calls.mark(pipeline, moment, at_ns))
 
     def startup_caches(self, pipeline: str) -> list[StartupRecord]:
-        """Newest first."""
+        """Return the pipeline's startup caches, newest first."""
         return self._ask(calls.startup_caches(pipeline))
 
     def startup_verify(self, pipeline: str) -> protocol.StartupVerified:
-        """Read them again; what is damaged is deleted."""
+        """Read startup caches again. Damaged ones are deleted."""
         return self._ask(calls.startup_verify(pipeline))
 
     def startup_remove(self, pipeline: str, numbers: Sequence[int] = ()) -> int:
-        """These versions, or all; how many."""
+        """Remove these versions, or all. Returns how many there were."""
         return self._ask(calls.startup_remove(pipeline, numbers))
 
     def cold_starts(self, pipeline: str) -> list[ColdStart]:
-        """Newest first."""
+        """Return the pipeline's cold starts, newest first."""
         return self._ask(calls.cold_starts(pipeline))
 
     def pipelines(self) -> list[PipelineStatus]:
@@ -229,7 +229,7 @@ class Client:
         return self._ask(calls.region_state(pipeline, check))
 
     def names(self, prefix: str = "", *, deadline: float = ANSWER_DEADLINE) -> list[str]:
-        """Ids that begin with ``prefix``, of the pipelines that this user owns or may read."""
+        """Return the ids that begin with ``prefix``, of the pipelines that this user owns or may read."""
         return self._ask(calls.names(prefix, deadline))
 
     def specs(self) -> list[PipelineSpec]:
@@ -237,11 +237,12 @@ class Client:
         return self._ask(calls.specs())
 
     def status(self, pipeline: str, *, brief: bool = False) -> PipelineStatus:
-        """``brief``: with ``listed`` in place of ``files``, which may be a hundred thousand."""
+        """Return a pipeline's status. ``brief``: with ``listed`` in place of ``files``, of which there may be a hundred
+        thousand."""
         return self._ask(calls.status(pipeline, brief))
 
     def warm(self, pipeline: str, *, everything: bool = False) -> PipelineStatus:
-        """Start filling; its status at once."""
+        """Start filling. Returns the status at once."""
         return self._ask(calls.warm(pipeline, everything, wait=False))
 
     def include(self, pipeline: str, globs: Sequence[str]) -> None:
@@ -283,7 +284,8 @@ class Client:
         rate: float | None = None,
         timeout: float | None = None,
     ) -> protocol.VerifyResult:
-        """``progress(bytes done, bytes in all)``; ``rate``: bytes a second at most; ``timeout``: as of wait_warm."""
+        """Verify a pipeline's files. ``progress`` gets (bytes done, bytes in all); ``rate`` is in bytes a second at
+        most; ``timeout`` is as of wait_warm."""
 
         def on_progress(message: protocol.Progress) -> None:
             if progress is not None:

@@ -43,7 +43,7 @@ class Connection:
             raise calls.broken(self._path, error) from error
 
     def receive(self, deadline: float) -> protocol.Response:
-        """The next message, within ``deadline`` seconds of silence."""
+        """Return the next message. Raises after ``deadline`` seconds of silence."""
         while True:
             for line in self._buffer.lines():
                 return protocol.decode_response(line)

@@ -24,12 +24,12 @@ from instantstart_fs.errors import ControlProtocolError, PipelineBusy
 REQUEST_DEADLINE = 30.0
 """Seconds for a whole request to arrive once it has begun, and for an answer to be taken."""
 REFUSAL_SECONDS = 0.5
-"""In which one without a place says which protocol it speaks, and so how it is told."""
+"""Seconds in which a connection without a place shows which protocol it speaks, so that the refusal is sent in that."""
 
 
 class HandOver(Protocol):
-    """Takes over a connection that speaks HTTP, until it ends. ``begun``: what was read of it; ``place``: held by the
-    caller, and refused perhaps."""
+    """Takes over a connection that speaks HTTP, until it ends. ``begun`` is what was read of it. The caller holds
+    ``place``, which may be refused."""
 
     async def __call__(
         self, dispatcher: Dispatcher, stream: trio.SocketStream, begun: bytes, peer: Peer, place: Place
@@ -37,9 +37,8 @@ class HandOver(Protocol):
 
 
 class Connection:
-    """One client's connection: answers its requests in turn, and ends the current one when the client disconnects.
-
-    ``http``: None where nobody speaks it."""
+    """One client's connection. It answers the requests in turn, and ends the current one when the client disconnects.
+    ``http`` is None where no HTTP is spoken."""
 
     def __init__(
         self,
@@ -98,8 +97,11 @@ class Connection:
         await self._http(self._dispatcher, self._stream, begun, self._peer, self._place)
 
     async def _read_line(self, first: bool) -> bytes | None:
-        """The next request; None at the end. A client may be silent between requests for as long as its place has
-        patience, and not within one. ``first``: no message has come; what is HTTP is handed over, to its end."""
+        """Read the next request; None at the end.
+
+        A client may be silent between requests for as long as its place has patience, but not within one. ``first``: no
+        message has come yet; a connection that speaks HTTP is handed over, to its end.
+        """
         silent_until = trio.current_time() + self._place.patience
         begun: float | None = None
         while True:
@@ -146,8 +148,8 @@ class Connection:
         return not disconnected
 
     async def _send(self, response: protocol.Response, descriptors: Sequence[int] = ()) -> None:
-        """``descriptors`` go with its first byte. Raises BrokenResourceError when the client does not take it in
-        time."""
+        """Send a message; ``descriptors`` go with its first byte. Raises BrokenResourceError when the client does not
+        take it in time."""
         try:
             line = protocol.encode_response(response)
         except ControlProtocolError as error:

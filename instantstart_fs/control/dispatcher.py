@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 CHANGE_DEADLINE = 600.0
 """Seconds that a client is kept waiting for a change; the change itself goes on."""
 PROGRESS_INTERVAL = 0.25
-"""Seconds between two progress messages, at least; about twice that at most."""
+"""The fewest seconds between two progress messages; the most are about twice that."""
 IDLE_LIMIT = 15.0
-"""Seconds without any filling after which a wait is given up: nothing would ever end it."""
+"""Seconds without any filling after which a wait ends, because nothing else would end it."""
 WAIT_PATIENCE = 900.0
-"""Seconds without a byte, though it is being filled, after which a wait is given up. Longer than a Retry-After that is
-believed (core/retry.py)."""
+"""Seconds without a byte of a running fill after which a wait ends. Longer than any Retry-After that is believed
+(core/retry.py)."""
 
 
 class Send(Protocol):
@@ -55,8 +55,8 @@ class Send(Protocol):
 
 
 class Caller(NamedTuple):
-    """A client that asks: the process at the other end, what its leases are recorded under, the way back to it, and
-    which starts (pipeline, id) `run` has begun on its connection."""
+    """A client that asks: its process, what its leases are recorded under, the way back to it, and the starts
+    (pipeline, id) that `run` has begun on its connection."""
 
     peer: Peer
     lessee: Lessee
@@ -65,11 +65,8 @@ class Caller(NamedTuple):
 
 
 class Dispatcher:
-    """The daemon's answers to requests. ``changes`` runs what has to end though its client is gone.
-
-    ``info`` is asked at each ping; ``pending``: pipelines that are configured and could not be added yet, shown beside
-    those of the library.
-    """
+    """The daemon's answers to requests. ``changes`` runs operations that must complete without their client. ``info``
+    is asked at each ping; ``pending`` gives pipelines that are configured but not added yet."""
 
     def __init__(
         self,
@@ -87,8 +84,8 @@ class Dispatcher:
         self._leases: dict[str, dict[trio.CancelScope, None]] = {}
 
     async def respond(self, request: protocol.Request, caller: Caller) -> protocol.Done | protocol.Failed:
-        """The last message for a request, whatever becomes of it. Raises BrokenResourceError when the caller no longer
-        reads, and at the end of a lease: one never returns, and ends with the connection."""
+        """Return the last message for a request, whether it succeeds or fails. Raises BrokenResourceError when the
+        caller no longer reads, and at the end of a lease, which ends with its connection."""
         try:
             self.callers.authorize(caller.peer, request)
             if isinstance(request, protocol.Lease | protocol.Open):
@@ -109,7 +106,7 @@ class Dispatcher:
             return protocol.Failed(InstantStartError.code, message)
 
     async def perform(self, request: protocol.Request, caller: Caller) -> Any:
-        """The result of ``request``, as ``protocol`` documents it for each. Raises InstantStartError, and
+        """Return the result of ``request``, as ``protocol`` documents it. Raises InstantStartError, and
         BrokenResourceError when the caller no longer reads."""
         library, change = self._library, self._change
         match request:
@@ -202,7 +199,7 @@ class Dispatcher:
             self._library.cold_starts.end(pipeline, start)
 
     async def hold(self, request: protocol.Lease | protocol.Open, caller: Caller) -> None:
-        """Returns only by an exception: the lease lasts as long as the connection, and is ended with it."""
+        """Hold a lease until the connection ends or the lease is ended. Never returns; raises."""
         with self._leased(request.pipeline) as scope:
             if isinstance(request, protocol.Open):
                 await self._hand_over(request, caller)
@@ -333,7 +330,7 @@ class Dispatcher:
         return [_without_others(status) for status in owned]
 
     def _names(self, peer: Peer, prefix: str) -> list[str]:
-        """The first ids that begin with ``prefix``, of those that this peer may ask for."""
+        """Return the first ids that begin with ``prefix``, of those that this peer may ask for."""
         if self.callers.administers(peer):
             found = {*self._library.pipelines.names_where(prefix, lambda spec: True)}
             found.update(name for name in self._pending() if name.startswith(prefix))
@@ -344,7 +341,7 @@ class Dispatcher:
         return sorted(found)[: protocol.MAX_NAMES]
 
     def _start_change(self, operation: Callable[[], Awaitable[Any]]) -> Change:
-        """Run it to its end whatever becomes of the connection."""
+        """Run the operation to its end, whatever happens to the connection."""
         change = Change(operation)
         self._changes.start_soon(change.run)
         return change
@@ -401,7 +398,7 @@ class Dispatcher:
 
 
 class Change:
-    """An operation that no client's departure stops."""
+    """An operation that goes on when its client leaves."""
 
     def __init__(self, operation: Callable[[], Awaitable[Any]]) -> None:
         self._operation = operation

@@ -22,17 +22,17 @@ from instantstart_fs.errors import ControlError
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096
-"""The kernel takes no more than net.core.somaxconn of it (4096 since Linux 5.4)."""
+"""Connections that may wait to be accepted. The kernel takes no more than net.core.somaxconn (4096 since Linux 5.4)."""
 ACCEPT_RATE = 500.0
 ACCEPT_BURST = 512.0
-"""New connections a second: who connects is only known afterwards, and each costs the loop about 0.2 ms."""
+"""New connections a second. The daemon knows only afterwards who connects, and each costs the loop about 0.2 ms."""
 SHORT_PAUSE = 0.1
 """Seconds until the next try when descriptors or memory are short."""
 
 
 def listen(path: str) -> trio.socket.SocketType:
-    """A listening socket at ``path``, made with its directory. A dead daemon's file is replaced; of a living one
-    ControlError is raised."""
+    """Return a socket that listens at ``path``, made with its directory. A dead daemon's file is replaced; a living
+    one's raises ControlError."""
     directory = os.path.dirname(path)
     try:
         make_run_directory(directory)

@@ -35,13 +35,13 @@ from instantstart_fs.errors import ControlProtocolError, InstantStartError, Usag
 
 VERSION = 1
 MAX_MESSAGE = 16 * 1024 * 1024
-"""Bytes of one line, which neither side buffers more of. The status of 100,000 files stays below it."""
+"""The most bytes of one line; neither side buffers more. The status of 100,000 files stays below it."""
 MAX_HANDED_FILES = 32
-"""Files of one ``handed`` message: two descriptors each, and the kernel takes 253 at once."""
+"""The most files of one ``handed`` message. Each has two descriptors, and the kernel takes 253 at once."""
 MAX_NAMES = 1000
-"""Ids in the answer to ``names``: more than anybody reads after a TAB."""
+"""The most ids in the answer to ``names``. Nobody reads more after a TAB."""
 MAX_REQUEST = 1024 * 1024
-"""Bytes of one request: a specification with thousands of globs fits."""
+"""The most bytes of one request. A specification with thousands of globs fits."""
 MAX_INCLUDED, MAX_GLOB = 32, 4096
 """Globs of one ``include``, which a pipeline's owner may ask for, and characters of each: the loop compares each with
 every file, 10,000 of them in about 30 ms."""
@@ -307,8 +307,8 @@ class DaemonInfo(msgspec.Struct, frozen=True):
 
 
 class RegionState(msgspec.Struct, frozen=True):
-    """Of one pipeline: ``owed_bytes`` wait to be written to the tier, ``unsealed`` files to be sealed there; of all its
-    ``files`` so many are ``sealed`` there, None where that was not asked."""
+    """How far the tier has one pipeline: ``owed_bytes`` wait to be written to it, ``unsealed`` files wait for their
+    seal there. Of all its ``files``, ``sealed`` are sealed there; None where that was not asked."""
 
     owed_bytes: int
     unsealed: int
@@ -318,7 +318,7 @@ class RegionState(msgspec.Struct, frozen=True):
 
 
 class VerifyResult(msgspec.Struct, frozen=True):
-    """``healed``: files whose bytes were wrong, dropped, and are fetched again. ``unproven``: no digest to compare."""
+    """``healed`` files had wrong bytes, which were deleted and come again; ``unproven`` ones have no digest."""
 
     files: int
     bytes: int
@@ -395,7 +395,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     retry_after: float | None = None
 
     def error(self) -> InstantStartError:
-        """The error as it was raised on the other side."""
+        """Return the error as it was raised on the other side."""
         return from_code(self.code, self.message, retry_after=self.retry_after)
 
 
@@ -418,8 +418,8 @@ _responses = msgspec.json.Decoder(Progress | Opening | Handed | Parts | Done | F
 
 
 def encode_request(request: Request) -> bytes:
-    """One line. Raises ControlProtocolError when it is longer than MAX_REQUEST, UsageError for text that is no Unicode:
-    an argument of the command line, as this process's locale made it."""
+    """Encode a request as one line. Raises ControlProtocolError beyond MAX_REQUEST, and UsageError for text that is no
+    Unicode: an argument of the command line, as this process's locale made it."""
     try:
         return _line(_encoder.encode(_Envelope(VERSION, request)), MAX_REQUEST)
     except UnicodeEncodeError as error:
@@ -429,7 +429,7 @@ def encode_request(request: Request) -> bytes:
 
 
 def encode_response(response: Response) -> bytes:
-    """One line. Raises ControlProtocolError when it is longer than MAX_MESSAGE, or holds text that is no Unicode."""
+    """Encode a response as one line. Raises ControlProtocolError beyond MAX_MESSAGE and for text that is no Unicode."""
     try:
         return _line(_encoder.encode(response), MAX_MESSAGE)
     except UnicodeEncodeError as error:
@@ -443,7 +443,7 @@ def _line(message: bytes, limit: int) -> bytes:
 
 
 def failed(error: InstantStartError) -> Failed:
-    """The answer that carries ``error``."""
+    """Return the answer that carries ``error``."""
     return Failed(error.code, error.message, error.retry_after)
 
 

@@ -30,18 +30,18 @@ from instantstart_fs.serving.startupcaches import Offer, StartupCaches
 
 PIPE_BYTES = 1024 * 1024
 STALL_SECONDS = 60.0
-"""Without a byte of a pack that is being saved, after which it is given up."""
+"""Seconds without a byte after which a pack that is being saved is given up."""
 PROGRESS_SECONDS = 3.0
 WARNING_SECONDS = 0.02
-"""For which a start waits to hear why its fill cannot begin."""
+"""Seconds that a start waits to hear why its fill cannot begin."""
 CACHE = "startup-cache"
-"""The path of what is handed."""
+"""The path under which a startup cache's descriptor is handed over."""
 
 Send = Callable[[Response, Sequence[int]], Awaitable[None]]
 
 
 class Change(Protocol):
-    """An operation that no client's departure stops."""
+    """An operation that goes on when its client leaves."""
 
     @property
     def finished(self) -> trio.Event: ...
@@ -51,7 +51,7 @@ class Change(Protocol):
 async def begin(
     caches: StartupCaches, request: StartupBegin, uid: int, start: str, mount: str, fill: Change | None, send: Send
 ) -> StartupBegun:
-    """``fill``: the fill that was begun for it."""
+    """Begin a start. ``fill`` is the fill that was begun for it."""
     offer = await _offered(caches, request, uid, send)
     warning = offer.problem and f"no startup cache: {offer.problem}"
     try:
@@ -73,7 +73,8 @@ async def begin(
 
 
 async def _offered(caches: StartupCaches, request: StartupBegin, uid: int, send: Send) -> Offer:
-    """A cache that comes from the region may take longer than a client waits for silence."""
+    """Return the offer, and keep the client informed: a cache from the region may take longer than a client waits in
+    silence."""
 
     async def say_that_it_comes() -> None:
         with contextlib.suppress(trio.BrokenResourceError, OSError):
@@ -98,7 +99,7 @@ async def _offered(caches: StartupCaches, request: StartupBegin, uid: int, send:
 
 
 async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send) -> StartupRecord:
-    """Until all has come and is kept. Raises StoreError, DigestMismatch for what came in part."""
+    """Receive a pack until it is whole and kept. Raises StoreError, or DigestMismatch where only a part came."""
     async with caches.receiving(
         request.pipeline,
         request.key,
