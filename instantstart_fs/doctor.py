@@ -12,12 +12,11 @@ import functools
 import os
 import shutil
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 import msgspec
 
@@ -42,6 +41,7 @@ from instantstart_fs.errors import (
     PermissionRefused,
     from_code,
 )
+from instantstart_fs.ipc.attempts import Attempt, within
 from instantstart_fs.mount import kernel
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store import filesystem
@@ -54,8 +54,6 @@ SKEW_LIMIT = 300.0
 """Seconds that the clock may be off. S3 refuses signatures at 15 minutes."""
 LOW_SPACE = 20 * 10**9
 MINIMUM_KERNEL = (5, 4)
-
-_T = TypeVar("_T")
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -112,6 +110,8 @@ def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) 
     yield from check_origins(mine, settings)
     if config.regional is not None:
         yield check_region(config.regional)
+        if config.regional.rack is not None:
+            yield check_rack(config.regional, info is not None)
     yield check_clock(skew[0] if skew else None)
 
 
@@ -292,7 +292,7 @@ def check_mountpoint(config: Config, running: bool) -> Check:
     if mount.filesystem != "fuse.instantstart":
         return Check("mount", "fail", f"{path} holds a {mount.filesystem} mount", "unmount it, or choose another path")
     try:
-        _within(5.0, lambda: os.statvfs(path))
+        within(5.0, lambda: os.statvfs(path))
     except TimeoutError:
         return Check("mount", "fail", f"{path} does not answer", f"restart the daemon; then umount -l {path}")
     except OSError as error:
@@ -335,20 +335,20 @@ def check_origins(specs: Sequence[PipelineSpec], settings: OriginSettings) -> It
     """Fetch a byte of each source from this process, all at once, within ORIGIN_DEADLINE."""
     deadline = time.monotonic() + ORIGIN_DEADLINE
     started = [
-        (spec, model, _Attempt(functools.partial(_fetch_a_byte, spec, model, settings)))
+        (spec, model, Attempt(functools.partial(_fetch_a_byte, spec, model, settings)))
         for spec, model, _ in choose(specs, MOST_CHECKS)
     ]
     for spec, model, attempt in started:
         yield _judged(spec, model, functools.partial(_result, attempt, deadline))
 
 
-def _result(attempt: _Attempt[None], deadline: float) -> None:
+def _result(attempt: Attempt[None], deadline: float) -> None:
     attempt.result(deadline - time.monotonic())
 
 
 def check_origin(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) -> Check:
     """Fetch a byte of one source from this process."""
-    return _judged(spec, model, lambda: _within(ORIGIN_DEADLINE, lambda: _fetch_a_byte(spec, model, settings)))
+    return _judged(spec, model, lambda: within(ORIGIN_DEADLINE, lambda: _fetch_a_byte(spec, model, settings)))
 
 
 def _fetch_a_byte(spec: PipelineSpec, model: ModelSpec, settings: OriginSettings) -> None:
@@ -420,7 +420,7 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
         "fine where no pipeline uses hf://; else a proxy (HTTPS_PROXY) or a mirror ([origins.huggingface] endpoint)"
     )
     try:
-        date = _within(ORIGIN_DEADLINE, ask)
+        date = within(ORIGIN_DEADLINE, ask)
     except TimeoutError:
         return Check("hub", "warn", f"{endpoint}: no answer within {ORIGIN_DEADLINE:g} s", advice)
     except (OSError, ValueError) as error:
@@ -452,7 +452,7 @@ def check_region(config: RegionalConfig) -> Check:
 
     where = f"{config.url} as {config.host}"
     try:
-        found = _within(2 * ORIGIN_DEADLINE, lambda: probe(region_settings(config).stores[0]))
+        found = within(2 * ORIGIN_DEADLINE, lambda: probe(region_settings(config).stores[0]))
     except TimeoutError:
         return Check(
             "region", "fail", f"{where}: no answer within {2 * ORIGIN_DEADLINE:g} s", "check regional.endpoint_url"
@@ -466,33 +466,15 @@ def check_region(config: RegionalConfig) -> Check:
     return Check("region", "ok", f"{where}: reads, writes, and lets one writer win{off}")
 
 
-class _Attempt(Generic[_T]):
-    """A call in a thread of its own, which is abandoned when it takes too long."""
+def check_rack(config: RegionalConfig, running: bool) -> Check:
+    """Check the rack level: whether neighbours find this host, and which of them answer it. ``running``: the daemon."""
+    from instantstart_fs.serving.rack_probe import finding, probe_rack
 
-    def __init__(self, work: Callable[[], _T]) -> None:
-        self._work = work
-        self._values: list[_T] = []
-        self._errors: list[Exception] = []
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._values.append(self._work())
-        except Exception as error:
-            self._errors.append(error)
-
-    def result(self, seconds: float) -> _T:
-        """Return its result within ``seconds``. Raises TimeoutError, or what the call raised."""
-        self._thread.join(max(seconds, 0.0))
-        if self._errors:
-            raise self._errors[0]
-        if not self._values:
-            raise TimeoutError
-        return self._values[0]
-
-
-def _within(seconds: float, work: Callable[[], _T]) -> _T:
-    """Return ``work()``, run in a thread that is abandoned after ``seconds``. Raises TimeoutError, or what it
-    raised."""
-    return _Attempt(work).result(seconds)
+    where = f"{config.rack} as {config.host}"
+    try:
+        outcome, found, advice = finding(config, within(2 * ORIGIN_DEADLINE, lambda: probe_rack(config)), running)
+    except TimeoutError:
+        outcome, found, advice = "warn", "the tier does not answer", "chunks come from it once it does"
+    except InstantStartError as error:
+        outcome, found, advice = "warn", error.message, "chunks come from the tier, or the origin, until this is right"
+    return Check("rack", outcome, f"{where}: {found}", advice)

@@ -67,8 +67,9 @@ class RackReader:
         self._records: dict[str, RackRecord | None] = {}
         """Object → its record; None where it holds none."""
 
-    def read(self, own: str) -> Rack:
-        """Return who lives in the rack. ``own`` is this host's object. Raises InstantStartError."""
+    def read(self, own: str, now: float | None = None) -> Rack:
+        """Return who lives in the rack. ``own`` is this host's object, ``now`` the storage's clock where it is known
+        otherwise. Raises InstantStartError."""
         newest: dict[str, Stored] = {}
         for stored in self._store.list(self._prefix, 2 * MOST_HOSTS):
             match = _NAME.match(stored.name.removeprefix(self._prefix))
@@ -79,7 +80,8 @@ class RackReader:
             ):
                 newest[match[1]] = stored
         clock = next((one.modified for one in newest.values() if one.name == own), None)
-        now = clock if clock is not None else max((one.modified for one in newest.values()), default=0.0)
+        if now is None:
+            now = clock if clock is not None else max((one.modified for one in newest.values()), default=0.0)
         most = placement.expiry(len(newest))
         wanted = [one.name for one in newest.values() if now - one.modified <= most][:MOST_HOSTS]
         self._records = {name: record for name, record in self._records.items() if name in wanted}

@@ -16,6 +16,8 @@ import msgspec
 import pytest
 import trio
 
+from instantstart_fs import doctor
+from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.core import rack
 from instantstart_fs.core.chunks import ByteRange, ChunkMap
 from instantstart_fs.core.rack import Asked
@@ -30,6 +32,7 @@ from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
 from instantstart_fs.regional.racks import RackReader, RackRecord, object_of
 from instantstart_fs.regional.store import Stored
+from instantstart_fs.serving import rack_probe
 from instantstart_fs.serving.rack_chunks import NotYet, Part, RackChunks
 from instantstart_fs.serving.rack_server import MOST_EACH, RackServer
 from instantstart_fs.upkeep import rack_beats
@@ -344,6 +347,56 @@ async def test_a_host_without_the_storages_clock_asks_again_soon_and_counts_no_n
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
     assert level.statistics.neighbours == 1 and level.takes_turns(cast(Any, File()), 1)
+
+
+# -- what doctor says --------------------------------------------------------------------------------------------------
+
+
+async def test_doctor_asks_each_host_of_the_rack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rack_probe, "ASK_SECONDS", 60.0)
+    (tmp_path / "tier").mkdir()
+    key_file = tmp_path / "key"
+    key_file.write_text((b"k" * 32).hex())
+    key_file.chmod(0o600)
+    store = DirectoryStore(str(tmp_path / "tier"))
+    listening = ("127.0.0.1", 0)
+    config = RegionalConfig(f"file://{store.endpoint}", str(key_file), "owner", rack="r17", rack_listen=listening)
+
+    async def said(running: bool = True, **changed: Any) -> tuple[str, str]:
+        told = msgspec.structs.replace(config, **changed)
+        with trio.fail_after(60):
+            check = await trio.to_thread.run_sync(doctor.check_rack, told, running)
+        assert check.name == "rack" and (check.advice or check.outcome == "ok")
+        return check.outcome, check.found
+
+    def tell(host: str, address: str, age: float = 0.0) -> None:
+        put(store, RackRecord(host, "r17", address), time.time() - age)
+
+    async with served(tmp_path) as where:
+        where.level.clock = time.time
+        mine = where.server.address
+        taken = ("127.0.0.1", int(mine.rpartition(":")[2]))
+        assert await said() == ("warn", "r17 as owner: the daemon has not told its neighbours where it answers")
+        here = "r17 as owner: no daemon answers here yet, and could; no other host of the rack lives"
+        assert await said(False) == ("warn", here)
+        in_use = f"r17 as owner: 127.0.0.1 port {taken[1]}: Address already in use"
+        assert await said(False, rack_listen=taken) == ("fail", in_use)
+        tell("owner", mine)
+        tell("long-dead", "127.0.0.1:1", 3600)
+        here = f"r17 as owner: answers at {mine}"
+        assert await said() == ("warn", f"{here}; no other host of the rack lives")
+        tell("other", "127.0.0.1:1")
+        dead = "0 of 1 neighbours answer; other at 127.0.0.1:1: Connection refused"
+        assert await said() == ("warn", f"{here}; {dead}")
+        assert await said(host="other") == ("fail", "r17 as other: at 127.0.0.1:1: Connection refused")
+        tell("third", mine)  # whoever answers there is another host
+        outcome, found = await said(host="third")
+        assert outcome == "fail" and "it refuses this host's ticket: another key, another host's name" in found
+        assert "; 1 of 3 neighbours answer; other at" in (await said(False, host="fourth"))[1]
+        where.level.clock = lambda: None
+        assert "its tier does not tell it the clock" in (await said())[1]
+    key_file.write_text("short")
+    assert (await said())[0] == "warn"
 
 
 # -- whom a host asks --------------------------------------------------------------------------------------------------
