@@ -7,6 +7,7 @@ import os
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,41 @@ def test_poison_is_refused_and_the_origin_serves(site: Site, tmp_path: Path, wha
     site.warm(second)
     assert time.monotonic() - began < 60
     right(second, made)
+
+
+def asked_of_files(requests: list[str]) -> Counter[str]:
+    """Different requests about files by method and what they are about. One that is made again counts once."""
+    kinds = {"/c/": "chunk", "/k/": "claim", "/seal": "seal"}
+    found: Counter[str] = Counter()
+    for request in {request if "list-type" in request else request.partition("?")[0] for request in requests}:
+        if not any(other in request for other in ("/used/", "v1/hosts/", "v1%2Fhosts%2F")):
+            kind = next((kind for part, kind in kinds.items() if part in request), "other")
+            found[f"{request.partition(' ')[0]} {kind}"] += 1
+    return found
+
+
+def test_a_small_file_costs_the_tier_two_requests_and_five_of_the_host_that_pulls_it(
+    site: Site, tmp_path: Path
+) -> None:
+    """Heartbeats and the pipeline's daily marker are not counted."""
+    count = 20
+    made = model(tmp_path / "model", {f"{number}.json": 2000 for number in range(count)})
+    site.hub.publish("org/model", made)
+    asked: list[Counter[str]] = []
+    for name in ("one", "two"):
+        with TierFaults(site.seaweed.endpoint_url, "none") as tier:
+            host = site.host(name, endpoint_url=tier.url)
+            site.warm(host)
+            right(host, made)
+            site.wait_seals(count, 60)
+            wait_for(lambda: not any("/k/" in name for name in site.objects()), "claims to be removed", 60)
+            asked.append(asked_of_files(list(tier.requests)))
+            host.close()
+            site.daemons.remove(host)
+    # Exactly 5 and 2 where each is answered in time; what is late on a busy machine is looked for by a listing.
+    assert asked[0].keys() >= {"GET seal", "PUT claim", "PUT chunk", "PUT seal", "DELETE claim"}, asked
+    assert 5 * count <= asked[0].total() < 6 * count, asked
+    assert asked[1].keys() >= {"GET seal", "GET chunk"} and asked[1].total() < 3 * count, asked
 
 
 def test_another_key_meets_nobody(site: Site, tmp_path: Path) -> None:

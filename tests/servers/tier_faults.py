@@ -21,6 +21,8 @@ class TierFaults:
     def __init__(self, upstream: str, fault: Fault) -> None:
         self.fault: Fault = fault
         self.asked = 0
+        self.requests: list[str] = []
+        """Method and target of each request, as it came."""
         outer, there = self, urlsplit(upstream).netloc
 
         class Handler(BaseHTTPRequestHandler):
@@ -32,6 +34,7 @@ class TierFaults:
 
             def _any(self) -> None:
                 outer.asked += 1
+                outer.requests.append(f"{self.command} {self.path}")
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if outer.fault == "slow":
                     time.sleep(5)
