@@ -261,7 +261,7 @@ class Fleet:
         if not self.left[host.number]:
             return
         plan, now = host.plan, self.fluid.now
-        if self.setting.cold:
+        if self._asks(host):
             self.requests += 1
             plan.listed(self.stored[host.seen :], self.claimed, now)
             host.seen = len(self.stored)
@@ -278,8 +278,12 @@ class Fleet:
                 self.claims[renewal.group, renewal.epoch] = renewal.mark
             self._claim(host)
         self._begin(host)
-        if self.left[host.number] and (self.setting.cold or self.setting.racks):
+        if self.left[host.number] and (self._asks(host) or self.setting.racks):
             self._look_after(host, looking_period(self.setting.hosts, self.chance.uniform(*LOOK)))
+
+    def _asks(self, host: Host) -> bool:
+        """Whether it lists the tier and claims: not once it knows that all is there, as a daemon that has a seal."""
+        return self.setting.cold and host.seen < self.setting.pieces
 
     def _claim(self, host: Host) -> None:
         for take in host.plan.next_claims(host.budget.left(host.plan.holding), self.fluid.now):
@@ -415,7 +419,7 @@ class Fleet:
             if then is not None:
                 then()
             if self.left[number]:
-                if self.setting.cold and host.budget.left(host.plan.holding) > 0:
+                if self._asks(host) and host.budget.left(host.plan.holding) > 0:
                     self._claim(host)
                 self._begin(host)
 
