@@ -20,6 +20,7 @@ from instantstart_fs.core.retry import Breaker
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable
 from instantstart_fs.filler.fill import FetchRequest, Fill
 from instantstart_fs.filler.tierkey import TierKey
+from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.origins.base import Location, OriginKey
 
 if TYPE_CHECKING:
@@ -174,6 +175,15 @@ def reason_of(error: InstantStartError) -> str:
     return "wrong" if isinstance(error, OriginMisbehaved) else "failed"
 
 
+async def ask_tier(call: Callable[[], _T], seconds: float, threads: trio.CapacityLimiter) -> _T:
+    """Return what a call that waits for a tier's storage does, run in a thread that is given up after ``seconds``: then
+    raises OriginUnavailable. Else raises whatever the call does."""
+    try:
+        return await run_abandonable(call, deadline=seconds, limiter=threads)
+    except trio.TooSlowError:
+        raise OriginUnavailable(f"the regional tier does not answer within {seconds:g} s") from None
+
+
 class Routes(Protocol):
     """What claims and answers of the tier change (filler/regional.py)."""
 
@@ -234,8 +244,7 @@ class Tiers:
         async with self.threads:  # waiting for a thread is no silence of the tier
             began = trio.current_time()
             try:
-                with trio.move_on_after(ASK_SECONDS):
-                    return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._abandoned)
+                return await ask_tier(call, ASK_SECONDS, self._abandoned)
             except InstantStartError:
                 raise
             except Exception as error:
@@ -244,4 +253,3 @@ class Tiers:
                 raise OriginUnavailable(said) from error
             finally:
                 self.lag = max(trio.current_time() - began, self.lag * LAG_KEPT)
-        raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")

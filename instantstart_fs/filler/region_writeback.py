@@ -5,7 +5,6 @@ No reader ever waits for a put.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
-from instantstart_fs.filler.region_follow import Follow, RegionSettings, Tiers
+from instantstart_fs.filler.region_follow import Follow, RegionSettings, Tiers, ask_tier
+from instantstart_fs.ipc.threads import LentDescriptor
 
 if TYPE_CHECKING:
     from instantstart_fs.regional.store import TierStore
@@ -45,17 +45,12 @@ class _Put:
         self._where = follow.target.present.byte_range(chunk)
         self._name = chunk_name(follow.slot, follow.pin, chunk)
         self._key = settings.key.chunk_key(follow.pin, chunk, self._where.length)
-        self._mine = [os.dup(follow.fd)]
-        """Holds the descriptor until somebody takes it out and closes it: the thread once it runs, else ``close``."""
+        self._lent = LentDescriptor(follow.fd)
+        self.close = self._lent.close
 
     def withdrawn(self) -> bool:
         """Whether the bytes may be wrong, because the file proved wrong or lost some of them meanwhile."""
         return self._follow.to_put is not self._owed or self._follow.target.losses != self._losses
-
-    def close(self) -> None:
-        """Close the descriptor if the thread has not begun, so that it cannot begin."""
-        with contextlib.suppress(IndexError):
-            os.close(self._mine.pop())
 
     def __call__(self) -> bytes | None:
         """Put the chunk. Blocks. Returns its digest; None where it was withdrawn meanwhile and removed again. Raises
@@ -63,8 +58,7 @@ class _Put:
         from instantstart_fs.regional.keys import keyed_digest
         from instantstart_fs.regional.records import HEADER
 
-        fd = self._mine.pop()
-        try:
+        with self._lent.taken() as fd:
             data = bytearray(HEADER + self._where.length)
             view = memoryview(data)
             done = 0
@@ -73,8 +67,6 @@ class _Put:
                 if count <= 0:
                     raise OriginUnavailable("the file ends early")
                 done += count
-        finally:
-            os.close(fd)
         digest = keyed_digest(self._key, view[HEADER:])
         view[:HEADER] = digest
         if self.withdrawn():
@@ -174,14 +166,10 @@ class WriteBack:
             return
         put = _Put(self._settings, self._tiers.sources[0].store, follow, chunk)
         follow.put.add(chunk)  # from now on it may be there, whatever becomes of the thread
-        seconds = put_seconds(length)
         try:
-            with trio.move_on_after(seconds) as scope:
-                digest = await trio.to_thread.run_sync(put, abandon_on_cancel=True, limiter=self._threads)
+            digest = await ask_tier(put, put_seconds(length), self._threads)
         finally:
             put.close()
-        if scope.cancelled_caught:
-            raise OriginUnavailable(f"the regional tier does not take {length} bytes within {seconds:.0f} s")
         if digest is None or put.withdrawn():
             return
         follow.digests[chunk] = digest

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import trio
@@ -29,3 +31,28 @@ async def run_abandonable(
         return await trio.to_thread.run_sync(
             work, *args, abandon_on_cancel=True, limiter=limiter or trio.CapacityLimiter(1)
         )
+
+
+class LentDescriptor:
+    """A descriptor for a thread that may be given up: it may end after its caller, or never begin. It is a duplicate:
+    the caller's own may be closed meanwhile, and its number be another file's.
+
+    Raises OSError where there are no more descriptors.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = [os.dup(fd)]
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[int]:
+        """Hold it, in the thread, and close it at the end."""
+        fd = self._fd.pop()
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close it, unless a thread has taken it: none begins with it any more."""
+        with contextlib.suppress(IndexError):
+            os.close(self._fd.pop())

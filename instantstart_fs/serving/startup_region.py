@@ -21,8 +21,9 @@ import trio
 from instantstart_fs.catalog.model import Generation
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.core.startupcache import StartupRecord
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable
-from instantstart_fs.filler.region_follow import RegionSettings
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved
+from instantstart_fs.filler.region_follow import RegionSettings, ask_tier
+from instantstart_fs.ipc.threads import LentDescriptor
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.regional.records import Forged
 from instantstart_fs.regional.startup import Entry, Place, identity_of
@@ -101,7 +102,7 @@ class RegionalStartups:
         if trio.current_time() < self._left_alone_until:
             return None
         try:
-            return await self._ask(place.latest, FIND_SECONDS)
+            return await ask_tier(place.latest, FIND_SECONDS, self._threads)
         except (InstantStartError, Forged) as error:
             self._failed(pipeline, "asked for", error)
             return None
@@ -111,7 +112,7 @@ class RegionalStartups:
         pieces = place.read(record)
         while True:
             try:
-                piece = await self._ask(lambda: next(pieces, b""), PIECE_SECONDS)
+                piece = await ask_tier(lambda: next(pieces, b""), PIECE_SECONDS, self._threads)
             except Forged as error:
                 raise OriginMisbehaved(str(error)) from error
             if not piece:
@@ -147,20 +148,16 @@ class RegionalStartups:
 
     async def _save(self, save: _Save) -> None:
         for left in range(TRIES - 1, -1, -1):
-            # A descriptor of the thread's own: it may outlive us.
-            held = [os.dup(save.pack)]
+            lent = LentDescriptor(save.pack)
 
-            def put(held: list[int] = held) -> bool:
-                fd = held.pop()
-                try:
+            def put(lent: LentDescriptor = lent) -> bool:
+                with lent.taken() as fd:
                     return save.place.save(
                         save.record, lambda count, at: os.pread(fd, count, at), self._settings.host, time.time()
                     )
-                finally:
-                    os.close(fd)
 
             try:
-                if await self._ask(put, SAVE_SECONDS):
+                if await ask_tier(put, SAVE_SECONDS, self._threads):
                     log.info(
                         "startup cache %d is the region's, too", save.record.number, extra={"pipeline": save.pipeline}
                     )
@@ -170,14 +167,8 @@ class RegionalStartups:
                     self._failed(save.pipeline, "saved", error)
                     return
             finally:
-                with contextlib.suppress(IndexError):  # the call never ran: no thread was free
-                    os.close(held.pop())
+                lent.close()
             await trio.sleep(AGAIN)
-
-    async def _ask(self, call: Callable[[], _T], seconds: float) -> _T:
-        with trio.move_on_after(seconds):
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._threads)
-        raise OriginUnavailable(f"the regional tier does not answer within {seconds:g} s")
 
     def _failed(self, pipeline: str, what: str, error: Exception) -> None:
         self._left_alone_until = trio.current_time() + LEFT_ALONE

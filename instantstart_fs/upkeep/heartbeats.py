@@ -25,6 +25,7 @@ from instantstart_fs.core.placement import Holding, Placement
 from instantstart_fs.core.retry import Backoff
 from instantstart_fs.core.status import TierStatus
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
+from instantstart_fs.filler.region_follow import ask_tier
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.regional import heartbeats, hygiene
 from instantstart_fs.regional.heartbeats import HeartbeatReader, HostRecord
@@ -209,9 +210,7 @@ class Heartbeats:
         return HostRecord(self._settings.host, entries, max(0, len(found) - placement.MOST_HOLDINGS))
 
     async def _ask(self, call: Callable[[], _T], threads: trio.CapacityLimiter | None = None) -> _T:
-        with trio.move_on_after(ASK_SECONDS):
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=threads or self._threads)
-        raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")
+        return await ask_tier(call, ASK_SECONDS, threads or self._threads)
 
     # -- what the tier has of a pipeline -------------------------------------------------------------------------------
 

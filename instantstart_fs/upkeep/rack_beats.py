@@ -14,7 +14,8 @@ import trio
 
 from instantstart_fs.core import placement
 from instantstart_fs.core.retry import Backoff
-from instantstart_fs.errors import InstantStartError, OriginUnavailable
+from instantstart_fs.errors import InstantStartError
+from instantstart_fs.filler.region_follow import ask_tier
 from instantstart_fs.filler.region_rack import RackLevel
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.regional.racks import Rack, RackReader, RackRecord, object_of
@@ -97,10 +98,7 @@ class RackBeats:
             return self._reader.read(name)
 
         asked = trio.current_time()
-        with trio.move_on_after(ASK_SECONDS):
-            found = await trio.to_thread.run_sync(exchange, abandon_on_cancel=True, limiter=self._threads)
-            if found.clock is not None:
-                self._clock = (found.clock, asked)
-            self._level.live(found.hosts)
-            return
-        raise OriginUnavailable(f"the regional tier does not answer within {ASK_SECONDS:g} s")
+        found = await ask_tier(exchange, ASK_SECONDS, self._threads)
+        if found.clock is not None:
+            self._clock = (found.clock, asked)
+        self._level.live(found.hosts)
