@@ -110,6 +110,7 @@ def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) 
     yield from check_origins(mine, settings)
     if config.regional is not None:
         yield check_region(config.regional)
+        yield from check_upstream(config.regional)
         if config.regional.rack is not None:
             yield check_rack(config.regional, info is not None)
     yield check_clock(skew[0] if skew else None)
@@ -466,6 +467,26 @@ def check_region(config: RegionalConfig) -> Check:
     return Check("region", "ok", f"{where}: reads, writes, and lets one writer win{off}")
 
 
+def check_upstream(config: RegionalConfig) -> Iterator[Check]:
+    """Check that each tier of another region can be read from here. Nothing is written there."""
+    from instantstart_fs.filler.region_settings import region_settings
+
+    advice = "it is passed over until this is right; drop it from regional.upstream if it is gone for good"
+    for number, upstream in enumerate(config.upstream, 1):
+
+        def look(number: int = number) -> bool:
+            return any(region_settings(config).stores[number].list("v1/", 1))
+
+        try:
+            if within(ORIGIN_DEADLINE, look):
+                yield Check("upstream", "ok", f"{upstream.url}: can be read")
+            else:
+                yield Check("upstream", "warn", f"{upstream.url}: holds nothing", "is its prefix the other region's?")
+        except (TimeoutError, InstantStartError) as error:
+            said = error.message if isinstance(error, InstantStartError) else "no answer"
+            yield Check("upstream", "fail", f"{upstream.url}: {said}", advice)
+
+
 def check_rack(config: RegionalConfig, running: bool) -> Check:
     """Check the rack level: whether neighbours find this host, and which of them answer it. ``running``: the daemon."""
     from instantstart_fs.serving.rack_probe import finding, probe_rack
@@ -473,8 +494,7 @@ def check_rack(config: RegionalConfig, running: bool) -> Check:
     where = f"{config.rack} as {config.host}"
     try:
         outcome, found, advice = finding(config, within(2 * ORIGIN_DEADLINE, lambda: probe_rack(config)), running)
-    except TimeoutError:
-        outcome, found, advice = "warn", "the tier does not answer", "chunks come from it once it does"
-    except InstantStartError as error:
-        outcome, found, advice = "warn", error.message, "chunks come from the tier, or the origin, until this is right"
+    except (TimeoutError, InstantStartError) as error:
+        found = error.message if isinstance(error, InstantStartError) else "the tier does not answer"
+        outcome, advice = "warn", "chunks come from the tier, or the origin, until this is right"
     return Check("rack", outcome, f"{where}: {found}", advice)

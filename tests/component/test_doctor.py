@@ -14,7 +14,7 @@ import pytest
 from instantstart_fs import doctor
 from instantstart_fs.cli import run
 from instantstart_fs.config import Config, MountConfig, StoreConfig
-from instantstart_fs.config.sections import RegionalConfig
+from instantstart_fs.config.sections import RegionalConfig, UpstreamConfig
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.doctor import Check
 from instantstart_fs.origins.registry import OriginSettings
@@ -235,6 +235,24 @@ def test_the_region(tmp_path: Path) -> None:
     key.write_text("ab" * 32)
     dead = doctor.check_region(msgspec.structs.replace(config, url="s3://b", endpoint_url="http://127.0.0.1:1"))
     assert (dead.outcome, dead.advice) == ("fail", "files come from their origins until this is right")
+
+
+def test_upstream_tiers_are_read_and_not_written(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    key.chmod(0o600)
+    for name in ("tier", "full", "empty"):
+        (tmp_path / name).mkdir()
+    DirectoryStore(str(tmp_path / "full")).put("v1/x", b"x")
+    before = sorted(tmp_path.rglob("*"))
+    others = [f"file://{tmp_path}/{name}" for name in ("full", "empty", "missing")] + ["s3://b"]
+    upstream = tuple(UpstreamConfig(url, endpoint_url="http://127.0.0.1:1") for url in others)
+    config = RegionalConfig(f"file://{tmp_path}/tier", str(key), "gpu-1", upstream=upstream)
+    found = list(doctor.check_upstream(config))
+    assert [check.outcome for check in found] == ["ok", "warn", "fail", "fail"], found
+    assert all(check.found.startswith(f"{url}: ") for check, url in zip(found, others, strict=True))
+    assert "is its share mounted?" in found[2].found
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_engine_that_lets_several_writers_win_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
