@@ -151,7 +151,10 @@ class Library:
 
             key = region.key
             self._regional_startups = RegionalStartups(
-                region, lambda pipeline: self._slot_of(pipeline, key), self._may_use_tier
+                region,
+                config.regional.startup_caches,
+                lambda pipeline: self._slot_of(pipeline, key),
+                self._may_use_tier,
             )
         self.startup = StartupCaches(self.catalog, self.evictor, self._regional_startups)
         self.filler = Filler(
@@ -330,7 +333,7 @@ class Library:
             nursery.start_soon(self.learner.run)
             await nursery.start(self.shielded.run)
             if self._regional_startups is not None:
-                await nursery.start(self._regional_startups.run)
+                await nursery.start(self.startup.run)
             await nursery.start(self.filler.run)
             nursery.start_soon(self.reads.run_replacements)
             nursery.start_soon(self.lifecycle.drop_drained)

@@ -77,7 +77,8 @@ def _fail(error: InstantStartError, arguments: list[str]) -> int:
     terminal.flush()  # what was said before it comes first
     with contextlib.suppress(OSError):
         print(terminal.wrapped(f"instantstart: {error.message}", sys.stderr), file=sys.stderr)
-        if "--json" in arguments:
+        ours = arguments[: arguments.index("--")] if "--" in arguments else arguments  # the rest is a command's
+        if "--json" in ours and ours[:1] != ["run"]:
             import json
 
             print(json.dumps({"error": {"code": error.code, "message": error.message}}))

@@ -144,7 +144,7 @@ class _Regional(Table):
     profile: str | None = None
     upstream: tuple[str | _Upstream, ...] = ()
     write_back: bool = True
-    startup_caches: bool = True
+    startup_caches: tuple[str | int, ...] = ()
     rate: str | int | None = None
     capacity: str | int | None = None
     verify: Literal["chunks", "origin"] = "chunks"
@@ -406,6 +406,7 @@ def _path_problem(path: str) -> str | None:
 
 _TIER = late(r"(s3://[a-z0-9][a-z0-9._-]{1,254}(/[^?#]*)?|file:///[^?#]+)\Z")
 _HOST = late(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
+_USER = late(r"[0-9]{1,10}\Z|[A-Za-z_][A-Za-z0-9_.@-]{0,62}\$?\Z")
 
 
 def _regional(at: At, raw: _Regional) -> RegionalConfig:
@@ -437,12 +438,22 @@ def _regional(at: At, raw: _Regional) -> RegionalConfig:
             for one in upstream
         ),
         write_back=raw.write_back,
-        startup_caches=raw.startup_caches,
+        startup_caches=_users(at, raw.startup_caches),
         rate=at.parsed("regional.rate", parse_rate, raw.rate) if raw.rate is not None else None,
         verify=raw.verify,
         capacity=at.parsed("regional.capacity", parse_size, raw.capacity) if raw.capacity is not None else None,
         **_rack(at, raw),
     )
+
+
+def _users(at: At, given: tuple[str | int, ...]) -> tuple[str, ...]:
+    """As they are written: hosts that name a user otherwise do not meet."""
+    found = tuple(str(one) for one in given)
+    for user in found:
+        at.require(
+            _USER.match(user) is not None, "regional.startup_caches", f"{user[:80]!r} is no user's name or number"
+        )
+    return found
 
 
 def _rack(at: At, raw: _Regional) -> dict[str, Any]:

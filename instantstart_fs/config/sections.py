@@ -170,7 +170,8 @@ class RegionalConfig(msgspec.Struct, frozen=True):
     """The regional tier. ``url``: s3://bucket/prefix or file:///directory; ``upstream``: other regions' tiers, asked
     before the origin; ``key_file``: of the region's secret; ``host``: this host's name; ``verify``: "chunks" believes a
     file whose every chunk is what the region's seal says, "origin" hashes it here as well; ``rate``: bytes a second
-    that are written back, None = any; ``startup_caches``: whether what engines compiled travels, too; ``capacity``:
+    that are written back, None = any; ``startup_caches``: users, by name or number, who are the same on all hosts of
+    the region: what their engines compiled travels, too; ``capacity``:
     bytes that the tier may hold, which `regional gc` sees to; ``rack``: hosts behind one uplink that take chunks from
     each other, None = off; ``rack_listen``: where this one answers them, ("", port) = the address that its default
     route has; ``rack_rate``: bytes a second that it gives them at most."""
@@ -185,7 +186,7 @@ class RegionalConfig(msgspec.Struct, frozen=True):
     write_back: bool = True
     rate: int | None = None
     verify: Literal["chunks", "origin"] = "chunks"
-    startup_caches: bool = True
+    startup_caches: tuple[str, ...] = ()
     capacity: int | None = None
     rack: str | None = None
     rack_listen: tuple[str, int] = ("", RACK_PORT)

@@ -30,7 +30,9 @@ from instantstart_fs.serving.startupcaches import Offer, StartupCaches
 
 PIPE_BYTES = 1024 * 1024
 STALL_SECONDS = 60.0
-"""Seconds without a byte after which a pack that is being saved is given up."""
+"""Without a byte of a pack that is being saved, after which it is given up."""
+SLOWEST = 5_000_000
+"""Bytes a second that it comes at, at least, over the whole."""
 PROGRESS_SECONDS = 3.0
 WARNING_SECONDS = 0.02
 """Seconds that a start waits to hear why its fill cannot begin."""
@@ -120,11 +122,12 @@ async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send
                 await send(Handed((HandedFile(CACHE, 1),)), [write])
             finally:
                 os.close(write)
+            end = trio.current_time() + STALL_SECONDS + request.size / SLOWEST
             while True:
-                with trio.move_on_after(STALL_SECONDS) as scope:
+                with trio.move_on_at(min(end, trio.current_time() + STALL_SECONDS)) as scope:
                     data = await stream.receive_some(PIPE_BYTES)
                 if scope.cancelled_caught:
-                    raise ControlError(f"{request.pipeline}: a startup cache stopped coming for {STALL_SECONDS:g} s")
+                    raise ControlError(f"{request.pipeline}: a startup cache comes too slowly, or not at all")
                 if not data:
                     break
                 await receiving.write(bytes(data))

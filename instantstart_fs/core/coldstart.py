@@ -232,7 +232,7 @@ def spreads(records: Iterable[ColdStart]) -> dict[str, Spread]:
 
 MEANINGS: dict[str, str] = {
     "scheduling": "requested → first open, or the begin of `run`",
-    "restore": "the startup cache was put in place, → the command",
+    "restore": "the daemon was asked, a startup cache put in place, → the command",
     "import": "the command → first open of a weight file",
     "fetching": "until the last weight file was sealed, and reads that waited for the origin",
     "loading": "the rest, → last weight file opened, staged or read",
@@ -246,7 +246,7 @@ MEANINGS: dict[str, str] = {
 
 ATTACK: dict[str, str] = {
     "scheduling": "the scheduler and the image, before `run` begins: keep a replica's node and image at hand",
-    "restore": "the startup cache's size: `instantstart startup-cache ls` shows it",
+    "restore": "the startup cache's size (`instantstart startup-cache ls`), or a daemon that is slow to answer",
     "import": "the interpreter and its imports: nothing here makes them faster; a smaller environment does",
     "fetching": "the origin's rate: `instantstart warm` before the start, or a region's tier",
     "loading": "disk to memory: `run --prefetch`, or more memory for the page cache",

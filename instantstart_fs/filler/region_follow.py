@@ -74,10 +74,24 @@ class TierSource:
         raise OriginUnavailable(f"{file.path}: a tier keeps no files")
 
 
+class WriteRate:
+    """What a host may write to its tier, whatever writes: ``rate`` bytes a second, None = any. On the trio thread."""
+
+    def __init__(self, rate: int | None) -> None:
+        self.rate = rate
+        self._until = 0.0
+
+    async def wait(self, length: int) -> None:
+        """Until ``length`` bytes more are within the rate."""
+        if self.rate is not None:
+            self._until = max(self._until, trio.current_time()) + length / self.rate
+            await trio.sleep_until(self._until)
+
+
 class RegionSettings(msgspec.Struct, frozen=True):
     """``stores``: the region's own tier, then those asked before the origin; ``keys``: of each. ``trust_seals``: a file
-    whose every chunk is what a seal of the region says is not hashed here. ``rate``: bytes a second that are written
-    back, None = any. ``recheck``: seconds after which an origin is asked again whether a pipeline may be read, None =
+    whose every chunk is what a seal of the region says is not hashed here. ``rate``: that of write-back and of startup
+    caches together. ``recheck``: seconds after which an origin is asked again whether a pipeline may be read, None =
     it is not. ``rack``: whose hosts give each other chunks, "" = they do not."""
 
     host: str
@@ -86,7 +100,7 @@ class RegionSettings(msgspec.Struct, frozen=True):
     keys: tuple[RegionKey, ...]
     trust_seals: bool = True
     write_back: bool = True
-    rate: int | None = None
+    rate: WriteRate = WriteRate(None)
     recheck: float | None = None
     rack: str = ""
 

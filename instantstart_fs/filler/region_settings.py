@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from instantstart_fs.config.sections import RegionalConfig
-from instantstart_fs.filler.region_follow import RegionSettings
+from instantstart_fs.filler.region_follow import RegionSettings, WriteRate
 from instantstart_fs.regional.keys import RegionKey, read_key
 from instantstart_fs.regional.stores import open_store
 
@@ -26,7 +26,7 @@ def region_settings(config: RegionalConfig, recheck: float | None = None) -> Reg
         keys=(key, *keys),
         trust_seals=config.verify == "chunks",
         write_back=config.write_back,
-        rate=config.rate,
+        rate=WriteRate(config.rate),
         recheck=recheck,
         rack=config.rack or "",
     )

@@ -93,7 +93,6 @@ class WriteBack:
         self._full = False
         self._more = trio.Event()
         self._threads = trio.CapacityLimiter(PUTS)
-        self._puts_until = 0.0
         self.put_bytes = 0
 
     @property
@@ -158,10 +157,7 @@ class WriteBack:
 
         owed = follow.to_put  # ``poisoned`` puts another in its place
         length = follow.target.present.byte_range(chunk).length
-        if self._settings.rate is not None:
-            now = trio.current_time()
-            self._puts_until = max(self._puts_until, now) + length / self._settings.rate
-            await trio.sleep_until(self._puts_until)
+        await self._settings.rate.wait(length)
         if follow.to_put is not owed or chunk not in owed or follow.fd < 0:
             return
         put = _Put(self._settings, self._tiers.sources[0].store, follow, chunk)

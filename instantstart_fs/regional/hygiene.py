@@ -24,6 +24,7 @@ from instantstart_fs.regional.store import Stored, TierStore
 MOST = 20_000_000
 """The most objects of a tier that are looked at."""
 MOST_CHUNK = (1 << 30) + records.HEADER
+MOST_SEAL = records.MOST_RECORD + (16 << 20)
 CLAIM_SECONDS = 3600.0
 """Seconds after which a claim that nobody renewed has no owner."""
 _SLOT = re.compile(r"v1/([0-9a-f]{32})/(.+)\Z", re.S)
@@ -108,7 +109,7 @@ def summaries(store: TierStore, names: dict[str, str], now: float = math.inf) ->
         told = stored.modified if stored.modified <= now + AHEAD_SECONDS else 0.0
         summary.used = max(summary.used, told)
         pin, _, what = rest.partition("/")
-        if pin == "used" or what.startswith("s/"):
+        if pin in ("used", "startup"):
             continue
         pins.setdefault(slot, set()).add(pin)
         summary.sealed += what == "seal"
@@ -234,17 +235,12 @@ def verify(
     result = Verified()
     found = list(store.list(f"v1/{slot}/", MOST))
     size = sum(stored.size for stored in found if "/c/" in stored.name)
-    for name in [stored.name for stored in found if STARTUP.search(stored.name)]:
-        try:
-            unpack_entry(key, name, store.get(name, records.MOST_RECORD))
-        except (records.Forged, OriginNotFound, OriginMisbehaved):
-            result.damaged.append(name)
-            store.delete(name)
     proven: set[str] = set()
+    wrong: set[str] = set()
     for name in [stored.name for stored in found if stored.name.endswith("/seal")]:
         pin = name.split("/")[2]
         try:
-            seal = records.unpack_any_seal(key, name, store.get(name, records.MOST_RECORD + (16 << 20)))
+            seal = records.unpack_any_seal(key, name, store.get(name, MOST_SEAL))
         except (records.Forged, OriginNotFound, OriginMisbehaved):
             result.damaged.append(name)
             store.delete(name)
@@ -258,6 +254,9 @@ def verify(
             if len(body) != length or keyed_digest(key.chunk_key(pin, chunk, length), body) != digest:
                 result.damaged.append(where)
                 store.delete(where)
+                wrong.add(pin)
+    for name in [stored.name for stored in found if STARTUP.match(stored.name)]:
+        _verify_entry(store, key, slot, name, wrong, result)
     files: dict[str, list[Stored]] = {}
     for stored in found:
         pin = stored.name.split("/")[2]
@@ -270,6 +269,20 @@ def verify(
         else:
             _verify_unproven(store, key, pin, objects, result, lambda: progress(result.bytes, size))
     return result
+
+
+def _verify_entry(store: TierStore, key: RegionKey, slot: str, name: str, wrong: set[str], result: Verified) -> None:
+    """A startup cache's record, which is worth nothing without its pack. ``wrong``: packs that lack a chunk."""
+    try:
+        entry = unpack_entry(key, name, store.get(name, records.MOST_RECORD))
+        seal = records.seal_name(slot, entry.pack)
+        # It may have been saved since the listing: its seal is looked for anew.
+        if entry.pack not in wrong and records.unpack_any_seal(key, seal, store.get(seal, MOST_SEAL)):
+            return
+    except (records.Forged, OriginNotFound, OriginMisbehaved):
+        pass
+    result.damaged.append(name)
+    store.delete(name)
 
 
 def _verify_unproven(

@@ -1,46 +1,61 @@
 """Startup caches in a tier: what one host's engine compiled, for the others of the region.
 
-    v1/<slot>/<key>/s/<number>      who saved what: a record with a MAC, which names a pack; the highest number counts
-    v1/<slot>/<pack>/c/<chunk>      the pack, in the form in which a file lies in a tier (regional/records.py)
+    v1/<slot>/startup/<key>/<number>   who saved what: a record with a MAC, which names a pack; the highest counts
+    v1/<slot>/<pack>/c/<chunk>         the pack, in the form in which a file lies in a tier (regional/records.py)
     v1/<slot>/<pack>/seal
 
-``key`` stands for all that compiled code depends on, ``pack`` for that and the bytes' SHA-256: what is there is never
-written again, so that hosts that save at once never mix. Somebody without the region's key can make a start a cold one,
-and nothing else: record, seal and each chunk are bound to it, to the slot, the key and the length.
+``key`` stands for all that compiled code depends on, ``pack`` for that and the bytes' SHA-256, so that hosts that save
+at once never mix. Whoever lacks the region's key can make a start a cold one, and nothing else: record, seal and each
+chunk are bound to it, to the slot, the key and the length. A record whose pack is damaged or gone hides no older one,
+and the next save of the same bytes mends it.
 
 Blocks, each call at most as long as the storage's own limits; trusts no object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 
 import msgspec
 
-from instantstart_fs.core.startupcache import StartupRecord
+from instantstart_fs.core.startupcache import KEPT_PER_KEY, StartupRecord
 from instantstart_fs.core.startuppack import MAX_BYTES
-from instantstart_fs.errors import DigestMismatch, OriginNotFound
+from instantstart_fs.errors import DigestMismatch, OriginError, OriginMisbehaved, OriginNotFound
 from instantstart_fs.regional import records
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
 from instantstart_fs.regional.records import Forged
-from instantstart_fs.regional.store import TierStore
+from instantstart_fs.regional.store import Stored, TierStore
 
 CHUNK = 4 * 1024 * 1024
-MOST_VERSIONS = 16
-"""The most versions of one key. Their host alone keeps the saves beyond."""
+KEPT = 64
+"""The versions of one slot, of all keys, that a save leaves. Those that were written longest ago go."""
 LOOKED_AT = 3
-"""Records of one key that are read, the newest first, while those before were not written with the region's key."""
-NAME = re.compile(r"s/([0-9a-f]{4})\Z")
+"""Records of one key that are read, the newest first."""
+MOST_OF_KEY, MOST_OF_SLOT = 256, 8192
+"""Records that a listing shows at most: whoever may write to the bucket can put any number there."""
+TRIES = 16
+"""Numbers that are tried where other hosts save at the same time."""
+KIND = "startup"
+NAME = re.compile(r"v1/[0-9a-f]{32}/startup/([0-9a-f]{32})/([0-9a-f]{8})\Z")
 
 
 class Entry(msgspec.Struct, frozen=True):
     """One version. ``record`` is without its key, which the entry's name stands for: a command's words do not belong in
-    a bucket."""
+    a bucket. ``pack`` is the name of its bytes."""
 
     record: StartupRecord
     by: str
+    pack: str
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """The part of a pack that is needed next."""
+
+    at: int
+    length: int
 
 
 class Place:
@@ -51,31 +66,32 @@ class Place:
         self._key = key
         self._slot = slot
         self._text = msgspec.json.encode(sorted(identity.items())).decode()
-        self._name = key.startup(slot, self._text)
+        self.name = key.startup(slot, self._text)
 
-    def latest(self) -> Entry | None:
-        """Return the version that was saved last with the region's key. Raises OriginError, or Forged where only others
-        were found."""
-        problem: Forged | None = None
-        for number in sorted(self._numbers(), reverse=True)[:LOOKED_AT]:
-            name = self._record_name(number)
-            try:
-                return unpack_entry(self._key, name, self._store.get(name, records.MOST_RECORD))
-            except OriginNotFound:
-                pass
-            except Forged as error:
-                problem = error
-        if problem is not None:
+    def entries(self) -> list[Entry]:
+        """Return the versions that were saved last with the region's key, the newest first. Raises OriginError, or
+        Forged where only others were found."""
+        found, problem = [], None
+        for number in self._numbers()[:LOOKED_AT]:
+            entry = self._entry(number)
+            if isinstance(entry, Entry):
+                found.append(entry)
+            problem = entry if isinstance(entry, Forged) else problem
+        if problem is not None and not found:
             raise problem
-        return None
+        return found
+
+    def _entry(self, number: int) -> Entry | Forged | None:
+        return _read_entry(self._store, self._key, self._record_name(number))
 
     def _numbers(self) -> list[int]:
-        start = f"v1/{self._slot}/{self._name}/s/"
-        found = (NAME.search(stored.name) for stored in self._store.list(start, MOST_VERSIONS))
-        return [int(match[1], 16) for match in found if match is not None]
+        """The highest first."""
+        listed = self._store.list(f"v1/{self._slot}/startup/{self.name}/", MOST_OF_KEY)
+        found = (NAME.match(stored.name) for stored in listed)
+        return sorted((int(match[2], 16) for match in found if match is not None), reverse=True)
 
     def _record_name(self, number: int) -> str:
-        return f"v1/{self._slot}/{self._name}/s/{number:04x}"
+        return f"v1/{self._slot}/startup/{self.name}/{number:08x}"
 
     def _pack_name(self, digest: str) -> str:
         return self._key.startup(self._slot, self._text, digest)
@@ -83,9 +99,7 @@ class Place:
     def read(self, record: StartupRecord) -> Iterator[bytes]:
         """Yield the pack piece by piece, each proven. Raises OriginError, Forged."""
         pin = self._pack_name(record.digest)
-        name = records.seal_name(self._slot, pin)
-        raw = self._store.get(name, records.most_seal(record.size, CHUNK))
-        seal = records.unpack_seal(self._key, name, raw, record.size, CHUNK)
+        seal = self._seal(record)
         for chunk in range(-(-record.size // CHUNK)):
             length = min(CHUNK, record.size - chunk * CHUNK)
             where = records.chunk_name(self._slot, pin, chunk)
@@ -95,40 +109,65 @@ class Place:
                 raise Forged(f"{where}: not what the region's seal says")
             yield body
 
-    def save(self, record: StartupRecord, read: Callable[[int, int], bytes], by: str, at: float) -> bool:
-        """Save a version, whose pack ``read`` (count, offset) gives. Returns whether it was new. Raises OriginError, or
-        DigestMismatch where the pack is not what the record says."""
-        numbers = self._numbers()
-        if numbers and self._is_there(max(numbers), record):
+    def _seal(self, record: StartupRecord) -> records.Seal:
+        name = records.seal_name(self._slot, self._pack_name(record.digest))
+        raw = self._store.get(name, records.most_seal(record.size, CHUNK))
+        return records.unpack_seal(self._key, name, raw, record.size, CHUNK)
+
+    def saving(self, record: StartupRecord, by: str, at: float) -> Generator[Piece, bytes, bool]:
+        """Save a version: yields which piece of its pack is needed, and takes its bytes. Returns whether it was new.
+        Raises OriginError, or DigestMismatch where the pack is not what the record says."""
+        if record.size > MAX_BYTES:
             return False
-        number = max(numbers, default=-1) + 1
-        if number >= MOST_VERSIONS or record.size > MAX_BYTES:
+        numbers, newest = self._numbers(), None
+        for number in numbers[:LOOKED_AT]:
+            newest = self._entry(number)
+            if isinstance(newest, Entry):
+                break
+            if newest is not None:  # nobody's: it would be in the way of the next number
+                with contextlib.suppress(OriginError):
+                    self._store.delete(self._record_name(number))
+                    numbers.remove(number)
+        is_newest = isinstance(newest, Entry) and newest.record.digest == record.digest
+        if is_newest and self._is_whole(record):
             return False
-        self._put_pack(record, read, by, at)
-        while number < MOST_VERSIONS:
+        yield from self._put_pack(record, by, at)
+        return is_newest or self._put_record(record, by, max(numbers, default=-1) + 1)
+
+    def _put_record(self, record: StartupRecord, by: str, first: int) -> bool:
+        for number in range(first, min(first + TRIES, 1 << 32)):
             name = self._record_name(number)
-            entry = Entry(msgspec.structs.replace(record, number=number, key={}, view=""), by)
+            kept = msgspec.structs.replace(record, number=number, key={}, view="")
+            entry = Entry(kept, by, self._pack_name(record.digest))
             if self._store.put_new(name, records.pack(self._key, KIND, name, entry)):
                 return True
-            if self._is_there(number, record):
+            there = self._entry(number)
+            if isinstance(there, Entry) and there.record.digest == record.digest:
                 return False
-            number += 1
         return False
 
-    def _is_there(self, number: int, record: StartupRecord) -> bool:
-        name = self._record_name(number)
+    def _is_whole(self, record: StartupRecord) -> bool:
+        """Whether the seal of its pack is there, and every chunk, by its size."""
         try:
-            found = unpack_entry(self._key, name, self._store.get(name, records.MOST_RECORD))
-        except (OriginNotFound, Forged):
+            self._seal(record)
+        except (OriginNotFound, OriginMisbehaved, Forged):
             return False
-        return found.record.digest == record.digest
+        pin = self._pack_name(record.digest)
+        chunks = -(-record.size // CHUNK)
+        listed = self._store.list(f"{records.directory(self._slot, pin)}c/", chunks + 1)
+        sizes = {stored.name: stored.size for stored in listed}
+        return all(
+            sizes.get(records.chunk_name(self._slot, pin, chunk))
+            == min(CHUNK, record.size - chunk * CHUNK) + records.HEADER
+            for chunk in range(chunks)
+        )
 
-    def _put_pack(self, record: StartupRecord, read: Callable[[int, int], bytes], by: str, at: float) -> None:
+    def _put_pack(self, record: StartupRecord, by: str, at: float) -> Generator[Piece, bytes, None]:
         pin = self._pack_name(record.digest)
         whole, digests = hashlib.sha256(), bytearray()
         for chunk in range(-(-record.size // CHUNK)):
             length = min(CHUNK, record.size - chunk * CHUNK)
-            body = read(length, chunk * CHUNK)
+            body = yield Piece(chunk * CHUNK, length)
             if len(body) != length:
                 raise DigestMismatch("the startup cache is shorter than it was")
             whole.update(body)
@@ -142,8 +181,61 @@ class Place:
         seal = records.Seal(record.size, CHUNK, bytes(digests), f"sha256:{record.digest}", by, at, shown)
         self._store.put(name, records.pack(self._key, "seal", name, seal))
 
+    def tidy(self) -> None:
+        """Delete older versions of this key, and of the slot what is too much. Raises OriginError: a host that may
+        delete nothing leaves it to `regional gc`."""
+        _tidy(self._store, self._key, self._slot)
 
-KIND = "startup"
+    def remove(self) -> int:
+        """Delete all versions of this key; how many there were. Raises OriginError."""
+        names = [self._record_name(number) for number in self._numbers()]
+        for name in names:
+            _delete(self._store, self._key, self._slot, name, kept=())
+        return len(names)
+
+
+def _tidy(store: TierStore, key: RegionKey, slot: str) -> None:
+    """By the storage's own clock: no two hosts' clocks are compared."""
+    of_key: dict[str, list[Stored]] = {}
+    for stored in store.list(f"v1/{slot}/startup/", MOST_OF_SLOT):
+        if (match := NAME.match(stored.name)) is not None:
+            of_key.setdefault(match[1], []).append(stored)
+    kept: list[Stored] = []
+    for found in of_key.values():
+        kept += sorted(found, key=lambda stored: stored.name)[-KEPT_PER_KEY:]
+    kept = sorted(kept, key=lambda stored: stored.modified)[-KEPT:]
+    names = {stored.name for stored in kept}
+    for found in of_key.values():
+        going = [stored.name for stored in found if stored.name not in names]
+        if not going:
+            continue
+        left = [_read_entry(store, key, stored.name) for stored in found if stored.name in names]
+        packs = {entry.pack for entry in left if isinstance(entry, Entry)}
+        for name in going:
+            _delete(store, key, slot, name, kept=packs)
+
+
+def _delete(store: TierStore, key: RegionKey, slot: str, name: str, *, kept: Collection[str]) -> None:
+    """A record and its pack, unless that is one of ``kept``; the record first, then the seal: what is half gone is not
+    found."""
+    entry = _read_entry(store, key, name)
+    store.delete(name)
+    if isinstance(entry, Entry) and entry.pack not in kept:
+        store.delete(records.seal_name(slot, entry.pack))
+        for stored in list(store.list(records.directory(slot, entry.pack), -(-MAX_BYTES // CHUNK) + 1)):
+            store.delete(stored.name)
+
+
+def _read_entry(store: TierStore, key: RegionKey, name: str) -> Entry | Forged | None:
+    """None where there is nothing any more. Raises OriginError."""
+    try:
+        return unpack_entry(key, name, store.get(name, records.MOST_RECORD))
+    except OriginNotFound:
+        return None
+    except OriginMisbehaved as error:
+        return Forged(error.message)
+    except Forged as error:
+        return error
 
 
 def unpack_entry(key: RegionKey, name: str, data: bytes) -> Entry:
@@ -151,7 +243,7 @@ def unpack_entry(key: RegionKey, name: str, data: bytes) -> Entry:
     return records.unpack(key, KIND, name, data, Entry)
 
 
-def identity_of(key: Mapping[str, str], files: str) -> dict[str, str]:
-    """Return what a key means on all hosts. Each host numbers generations for itself, so ``files`` (a digest of what
-    the pipeline holds) takes the number's place."""
-    return {**key, "generation": files}
+def identity_of(key: Mapping[str, str], files: str, user: str) -> dict[str, str]:
+    """Return what a key means on all hosts. Each host numbers generations and users for itself, so ``files`` (a digest
+    of what the pipeline holds) and ``user`` (as the configuration names the owner) take the numbers' places."""
+    return {**key, "generation": files, "owner": user}

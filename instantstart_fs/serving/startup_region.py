@@ -1,6 +1,9 @@
 """Startup caches of the region. A start that finds none here takes one that another host of the region compiled, and
 what is saved here goes to the tier.
 
+A startup cache is code, and the number of a user is another user's on the next host: only those users' caches travel
+who are named in the configuration, and under that name.
+
 On the trio thread; the storage is asked in threads that are given up when it is slow. A failure means a start without
 that cache, after a bounded wait. The tier is then left alone for a while.
 """
@@ -11,9 +14,9 @@ import contextlib
 import hashlib
 import logging
 import os
+import pwd
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
 
 import msgspec
 import trio
@@ -21,12 +24,12 @@ import trio
 from instantstart_fs.catalog.model import Generation
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.core.startupcache import StartupRecord
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved
+from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable
 from instantstart_fs.filler.region_follow import RegionSettings, ask_tier
-from instantstart_fs.ipc.threads import LentDescriptor
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.regional.records import Forged
-from instantstart_fs.regional.startup import Entry, Place, identity_of
+from instantstart_fs.regional.startup import CHUNK, Entry, Piece, Place, identity_of
+from instantstart_fs.regional.store import put_seconds
 
 log = logging.getLogger(__name__)
 
@@ -34,51 +37,61 @@ FIND_SECONDS = 3.0
 """Seconds for the question what the tier has; a start waits for it."""
 PIECE_SECONDS = 10.0
 """Seconds for one piece (4 MiB) of a pack."""
+PUT_SECONDS = 2 * put_seconds(CHUNK)
+"""Seconds for one piece that is written, and for the seal and the record."""
 SAVE_SECONDS = 600.0
+"""Seconds for a whole one, beside what the host's rate takes."""
+TIDY_SECONDS = 60.0
+REMOVE_SECONDS = 30.0
 LEFT_ALONE = 30.0
 """Seconds without a question after one that failed."""
 TRIES, AGAIN = 4, 45.0
 """How often a save is tried, and the seconds between two tries."""
 MOST_WAITING = 32
 """Saves that wait for their turn; beyond, they stay on this host."""
-_T = TypeVar("_T")
 
 
 class _Save(msgspec.Struct, frozen=True):
-    """A save that waits. ``pack`` is a descriptor of its own."""
+    """A save that waits. ``pack`` is a descriptor of its own, ``at`` when it was asked for."""
 
     pipeline: str
     place: Place
     record: StartupRecord
     pack: int
+    at: float
 
 
 class RegionalStartups:
     """The startup caches of the region. Owned by the Library.
 
-    ``slot_of`` returns a pipeline's slot, None where none is to be used. ``may_use`` says whether the pipeline's own
-    credentials may read the source of its model at that position (filler/region_access.py).
+    ``users`` names those whose caches travel. ``slot_of`` returns a pipeline's slot, None where none is to be used.
+    ``may_use`` says whether the pipeline's own credentials may read the source of its model at that position
+    (filler/region_access.py).
     """
 
     def __init__(
         self,
         settings: RegionSettings,
+        users: Iterable[str],
         slot_of: Callable[[str], str | None],
         may_use: Callable[[str, int, Origin], Awaitable[bool]],
     ) -> None:
         self._settings = settings
+        self._users = _by_number(users)
         self._slot_of = slot_of
         self._may_use = may_use
         self._left_alone_until = 0.0
+        self._removed: dict[str, float] = {}
         self._threads = trio.CapacityLimiter(8)
         self._queue, self._waiting = trio.open_memory_channel[_Save](MOST_WAITING)
 
-    def place(self, pipeline: str, key: Mapping[str, str], manifest: Manifest) -> Place | None:
-        """Return where the startup caches of this key are; None if a pipeline has no slot."""
-        slot = self._slot_of(pipeline)
-        if slot is None:
+    def place(self, pipeline: str, key: Mapping[str, str], manifest: Manifest, uid: int) -> Place | None:
+        """Return where the startup caches of this key are; None if a pipeline has no slot, or that user's caches do not
+        travel."""
+        slot, user = self._slot_of(pipeline), self._users.get(uid)
+        if slot is None or user is None:
             return None
-        identity = identity_of(key, content_of(manifest))
+        identity = identity_of(key, content_of(manifest), user)
         return Place(self._settings.stores[0], self._settings.key, slot, identity)
 
     async def may_use(self, generation: Generation) -> bool:
@@ -97,15 +110,15 @@ class RegionalStartups:
                 nursery.start_soon(ask, model, origin)
         return allowed
 
-    async def find(self, pipeline: str, place: Place) -> Entry | None:
-        """Return what the region has there. Never raises; never takes longer than FIND_SECONDS."""
+    async def find(self, pipeline: str, place: Place) -> list[Entry]:
+        """Return what the region has there, the newest first. Never raises; takes FIND_SECONDS at most."""
         if trio.current_time() < self._left_alone_until:
-            return None
+            return []
         try:
-            return await ask_tier(place.latest, FIND_SECONDS, self._threads)
+            return await ask_tier(place.entries, FIND_SECONDS, self._threads)
         except (InstantStartError, Forged) as error:
             self._failed(pipeline, "asked for", error)
-            return None
+            return []
 
     async def read(self, place: Place, record: StartupRecord) -> AsyncGenerator[bytes, None]:
         """Yield the pack, piece by piece, each proven. Raises OriginError."""
@@ -119,13 +132,21 @@ class RegionalStartups:
                 return
             yield piece
 
+    async def remove(self, place: Place) -> int:
+        """Delete all versions there, and those of this host that wait to be saved; how many there were. Raises
+        OriginError."""
+        if not self._settings.write_back:
+            return 0
+        self._removed[place.name] = trio.current_time()
+        return await ask_tier(place.remove, REMOVE_SECONDS, self._threads)
+
     def put(self, pipeline: str, place: Place, record: StartupRecord, pack: int) -> None:
         """Have the pack saved in the tier later. Takes the descriptor over."""
         if not self._settings.write_back:
             os.close(pack)
             return
         try:
-            self._queue.send_nowait(_Save(pipeline, place, record, pack))
+            self._queue.send_nowait(_Save(pipeline, place, record, pack, trio.current_time()))
         except trio.WouldBlock:
             os.close(pack)
             log.warning("a startup cache stays on this host: too many wait", extra={"pipeline": pipeline})
@@ -148,32 +169,69 @@ class RegionalStartups:
 
     async def _save(self, save: _Save) -> None:
         for left in range(TRIES - 1, -1, -1):
-            lent = LentDescriptor(save.pack)
-
-            def put(lent: LentDescriptor = lent) -> bool:
-                with lent.taken() as fd:
-                    return save.place.save(
-                        save.record, lambda count, at: os.pread(fd, count, at), self._settings.host, time.time()
-                    )
-
+            if self._is_withdrawn(save):
+                return
             try:
-                if await ask_tier(put, SAVE_SECONDS, self._threads):
+                if await self._put(save):
                     log.info(
                         "startup cache %d is the region's, too", save.record.number, extra={"pipeline": save.pipeline}
                     )
+                if self._is_withdrawn(save):  # meanwhile
+                    await ask_tier(save.place.remove, REMOVE_SECONDS, self._threads)
                 return
             except (InstantStartError, OSError) as error:
                 if not left:
                     self._failed(save.pipeline, "saved", error)
                     return
-            finally:
-                lent.close()
             await trio.sleep(AGAIN)
+
+    def _is_withdrawn(self, save: _Save) -> bool:
+        return self._removed.get(save.place.name, -1.0) >= save.at
+
+    async def _put(self, save: _Save) -> bool:
+        """Whether it was not there. Pieces are read here, and not in a thread that may be given up: it would hold a
+        descriptor that is closed, and so another file's."""
+        size, rate = save.record.size, self._settings.rate.rate
+        limit = SAVE_SECONDS + (2 * size / rate if rate else 0.0)
+        with trio.move_on_after(limit):
+            saving, data = save.place.saving(save.record, self._settings.host, time.time()), None
+            while isinstance(wanted := await ask_tier(_Step(saving, data), PUT_SECONDS, self._threads), Piece):
+                await self._settings.rate.wait(wanted.length)
+                data = await trio.to_thread.run_sync(os.pread, save.pack, wanted.length, wanted.at)
+            if wanted:
+                with contextlib.suppress(InstantStartError):  # a host that may delete nothing: `regional gc` does it
+                    await ask_tier(save.place.tidy, TIDY_SECONDS, self._threads)
+            return wanted
+        raise OriginUnavailable(f"the regional tier does not take {size} bytes within {limit:.0f} s")
 
     def _failed(self, pipeline: str, what: str, error: Exception) -> None:
         self._left_alone_until = trio.current_time() + LEFT_ALONE
         said = error.message if isinstance(error, InstantStartError) else str(error)
         log.warning("a startup cache could not be %s in the region: %s", what, said, extra={"pipeline": pipeline})
+
+
+class _Step:
+    """One piece of a save, for a thread: what is wanted next, or whether it was not there."""
+
+    def __init__(self, saving: Generator[Piece, bytes, bool], data: bytes | None) -> None:
+        self._saving = saving
+        self._data = data
+
+    def __call__(self) -> Piece | bool:
+        try:
+            return next(self._saving) if self._data is None else self._saving.send(self._data)
+        except StopIteration as end:
+            return bool(end.value)
+
+
+def _by_number(users: Iterable[str]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for user in users:
+        try:
+            found[int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid] = user
+        except KeyError:
+            log.warning("[regional] startup_caches: there is no user %s on this host", user)
+    return found
 
 
 def content_of(manifest: Manifest) -> str:

@@ -9,10 +9,11 @@ Whatever goes wrong here costs a start its head start, never its success.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -32,6 +33,7 @@ from instantstart_fs.errors import (
     DigestMismatch,
     InstantStartError,
     NoSuchEntry,
+    OriginUnavailable,
     PermissionRefused,
     PipelineBusy,
     PipelineNotFound,
@@ -43,20 +45,22 @@ from instantstart_fs.store import startupcaches as on_disk
 from instantstart_fs.store.layout import STARTUP
 
 if TYPE_CHECKING:
-    from instantstart_fs.regional.startup import Place
+    from instantstart_fs.serving.startup_arrivals import Arrivals, Pieces
     from instantstart_fs.serving.startup_region import RegionalStartups
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
-SAVING_AT_ONCE = 2
-"""Saves of all pipelines: each takes a thread and the disk's bandwidth."""
+SAVING_AT_ONCE, OF_ONE_USER = 8, 2
+"""Saves of all pipelines: each takes the disk's bandwidth."""
 LOCK_SECONDS = 60.0
 """Seconds that a save waits for a change of its pipeline (an update may list an origin for minutes)."""
 START_LOCK_SECONDS = 3.0
 """Seconds that a start waits for it: it can begin without a cache."""
 
-FETCH_SECONDS = 60.0
-"""Seconds that a start waits for a pack from the region, once that has it (startup_region.FIND_SECONDS)."""
+OFFER_SECONDS = 70.0
+"""Seconds in all, those for a pack from the region among them (startup_arrivals.WAIT_SECONDS): the client waits 75
+(startup/run.py)."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -83,10 +87,22 @@ class StartupCaches:
         self._catalog = catalog
         self._evictor = evictor
         self._region = region
-        self._fetching: dict[Pipeline, trio.Lock] = {}
         self._known: dict[Pipeline, list[StartupRecord]] = {}
         self._saving = trio.Semaphore(SAVING_AT_ONCE)
-        self._bringing = trio.Semaphore(SAVING_AT_ONCE)  # of its own: who saves slowly holds no start up
+        self._savers: dict[int, _Turn] = {}
+        self._arrivals: Arrivals | None = None
+        if region is not None:
+            from instantstart_fs.serving.startup_arrivals import Arrivals  # late: only a region needs it
+
+            self._arrivals = Arrivals(region, self._take_in, catalog.now_ns)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """With a region: save there, and bring from there, until cancelled."""
+        assert self._region is not None and self._arrivals is not None
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._region.run)
+            await nursery.start(self._arrivals.run)
+            task_status.started()
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -94,6 +110,9 @@ class StartupCaches:
         """Newest first. What cannot be read any more is deleted, with a word in the log."""
         pipeline = self._catalog.pipeline(pipeline_id)
         await self._ensure_read(pipeline, LOCK_SECONDS)
+        return self._newest_first(pipeline)
+
+    def _newest_first(self, pipeline: Pipeline) -> list[StartupRecord]:
         return sorted(self._known.get(pipeline, ()), key=lambda record: record.number, reverse=True)
 
     async def _ensure_read(self, pipeline: Pipeline, patience: float) -> None:
@@ -107,9 +126,9 @@ class StartupCaches:
         if pipeline in self._known:
             return self._known[pipeline]
         store, found = self._catalog.store, []
-        for number in await trio.to_thread.run_sync(on_disk.numbers, store, pipeline.id):
+        for number in await _reading(on_disk.numbers, store, pipeline.id):
             try:
-                found.append(await trio.to_thread.run_sync(on_disk.load, store, pipeline.id, number))
+                found.append(await _reading(on_disk.load, store, pipeline.id, number))
             except StoreDamaged as error:
                 log.warning("%s; it is deleted", error.message, extra={"pipeline": pipeline.id})
                 await trio.to_thread.run_sync(store.delete_entry, pipeline.id, STARTUP, str(number))
@@ -159,7 +178,11 @@ class StartupCaches:
             if not restore:
                 return Offer(Choice("off"), generation)
             check_key(key)
-            return await self._offer(pipeline, self._whole(pipeline, key, uid, generation), uid, generation, without)
+            with trio.move_on_after(OFFER_SECONDS):
+                return await self._offer(
+                    pipeline, self._whole(pipeline, key, uid, generation), uid, generation, without
+                )
+            raise PipelineBusy(f"{pipeline_id}: no startup cache was found within {OFFER_SECONDS:g} s")
         except PipelineNotFound:
             raise
         except InstantStartError as error:
@@ -172,8 +195,9 @@ class StartupCaches:
         """Raises PipelineBusy, StoreError."""
         await self._ensure_read(pipeline, START_LOCK_SECONDS)
         if without:
-            await self.verify(pipeline.id, only=without)
-        records = await self.records(pipeline.id)
+            with contextlib.suppress(PipelineBusy):  # it is not chosen, and the next start finds it damaged again
+                await self.verify(pipeline.id, only=without, patience=START_LOCK_SECONDS)
+        records = self._newest_first(pipeline)
         for _ in range(len(records) + 1):
             choice = choose(records, key, uid=uid, without=without)
             if choice.record is None and (brought := await self._from_region(pipeline, key, uid)) is not None:
@@ -186,60 +210,36 @@ class StartupCaches:
             except StoreDamaged as error:
                 log.warning("%s", error.message, extra={"pipeline": pipeline.id})
                 without = (*without, choice.record.number)
-                await self._drop(pipeline, [choice.record])
+                with contextlib.suppress(PipelineBusy):
+                    await self._drop(pipeline, [choice.record], START_LOCK_SECONDS)
         return Offer(Choice("damaged"), generation)
 
     async def _from_region(self, pipeline: Pipeline, key: Mapping[str, str], uid: int) -> StartupRecord | None:
-        """A version of exactly that key, saved by the same user on another host, which is then one of this host's.
-        Never raises; takes FETCH_SECONDS at most."""
+        """A version of exactly that key, saved for the same user on another host, which is then one of this host's.
+        Never raises."""
         generation = pipeline.current
-        if self._region is None or generation is None:
+        if self._region is None or self._arrivals is None or generation is None:
             return None
-        place = self._region.place(pipeline.id, key, generation.manifest)
-        if place is None:
-            return None
-        with trio.move_on_after(FETCH_SECONDS) as scope:
-            async with self._fetching.setdefault(pipeline, trio.Lock()):  # of starts at once one brings it
-                try:
-                    with generation.retained():
-                        if not await self._region.may_use(generation):
-                            return None
-                    return await self._fetch(self._region, pipeline, place, key, uid)
-                except InstantStartError as error:
-                    log.warning("no startup cache from the region: %s", error.message, extra={"pipeline": pipeline.id})
-        if scope.cancelled_caught:
-            log.warning(
-                "no startup cache from the region: it did not come within %g s",
-                FETCH_SECONDS,
-                extra={"pipeline": pipeline.id},
-            )
-        return None
+        place = self._region.place(pipeline.id, key, generation.manifest, uid)
+        return await self._arrivals.bring(pipeline, generation, place, dict(key)) if place is not None else None
 
-    async def _fetch(
-        self, region: RegionalStartups, pipeline: Pipeline, place: Place, key: Mapping[str, str], uid: int
-    ) -> StartupRecord | None:
+    async def _take_in(self, pipeline: Pipeline, record: StartupRecord, pieces: Pieces) -> StartupRecord:
         """Raises StoreError, OriginError, DigestMismatch, PipelineBusy."""
-        entry = await region.find(pipeline.id, place)
-        if entry is None or entry.record.uid != uid or not 0 < entry.record.size <= MAX_BYTES:
-            return None
-        for known in self._known.get(pipeline, ()):
-            if known.key == key and known.digest == entry.record.digest:
-                return known  # another start brought it meanwhile
-        record = msgspec.structs.replace(
-            entry.record, number=0, saved_at_ns=self._catalog.now_ns(), key=dict(key), host=entry.by
-        )
-        async with self._incoming(pipeline, record, self._bringing) as receiving:
-            async with aclosing(region.read(place, entry.record)) as pieces:
+        async with aclosing(pieces):
+            for known in self._known.get(pipeline, ()):
+                if known.key == record.key and known.digest == record.digest:
+                    return known
+            async with self._incoming(pipeline, record) as receiving:
                 async for piece in pieces:
                     await receiving.write(piece)
-            return await self.keep(pipeline, record, receiving.incoming)
+                return await self.keep(pipeline, record, receiving.incoming)
 
     async def _to_region(self, pipeline: Pipeline, record: StartupRecord) -> None:
         """What a start of this host has saved. Never raises."""
         generation = pipeline.current
         if self._region is None or generation is None:
             return
-        place = self._region.place(pipeline.id, record.key, generation.manifest)
+        place = self._region.place(pipeline.id, record.key, generation.manifest, record.uid)
         if place is None or record.key["generation"] != await self._generation(pipeline):
             return
         try:
@@ -296,27 +296,37 @@ class StartupCaches:
             layouts=layouts,
             key=self._whole(pipeline, key, uid, generation),
         )
-        async with self._incoming(pipeline, record, self._saving) as receiving:
+        async with self._turn_of(uid), self._saving, self._incoming(pipeline, record) as receiving:
             yield receiving
 
     @asynccontextmanager
-    async def _incoming(
-        self, pipeline: Pipeline, record: StartupRecord, limit: trio.Semaphore
-    ) -> AsyncIterator[Receiving]:
+    async def _turn_of(self, uid: int) -> AsyncIterator[None]:
+        """Around a save: a user has OF_ONE_USER at a time, so that who saves slowly holds up nobody else."""
+        turn = self._savers.setdefault(uid, _Turn())
+        turn.users += 1
+        try:
+            async with turn.places:
+                yield
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                self._savers.pop(uid, None)
+
+    @asynccontextmanager
+    async def _incoming(self, pipeline: Pipeline, record: StartupRecord) -> AsyncIterator[Receiving]:
         """Room for its pack, and a file for it. Raises StoreFull."""
-        async with limit:
-            taken = on_disk.taken(record)
-            await self._admit(pipeline, taken)
-            incoming = None
-            try:
-                incoming = await trio.to_thread.run_sync(on_disk.IncomingPack, self._catalog.store, record.size)
-                yield Receiving(self, pipeline, record, incoming)
-            finally:
-                with trio.CancelScope(shield=True):
-                    if incoming is not None:
-                        await trio.to_thread.run_sync(incoming.drop)
-                    pipeline.startup_promised -= taken
-                    pipeline.changed()
+        taken = on_disk.taken(record)
+        await self._admit(pipeline, taken)
+        incoming = None
+        try:
+            incoming = await trio.to_thread.run_sync(on_disk.IncomingPack, self._catalog.store, record.size)
+            yield Receiving(self, pipeline, record, incoming)
+        finally:
+            with trio.CancelScope(shield=True):
+                if incoming is not None:
+                    await trio.to_thread.run_sync(incoming.drop)
+                pipeline.startup_promised -= taken
+                pipeline.changed()
 
     async def _admit(self, pipeline: Pipeline, needed: int) -> None:
         """Reserve space: from then on it counts as taken. Raises StoreFull."""
@@ -367,34 +377,59 @@ class StartupCaches:
         await trio.to_thread.run_sync(self._catalog.store.delete_entry, pipeline.id, STARTUP, str(record.number))
         self._known[pipeline].remove(record)
 
-    async def _drop(self, pipeline: Pipeline, records: list[StartupRecord]) -> None:
-        async with self._locked(pipeline):
+    async def _drop(self, pipeline: Pipeline, records: list[StartupRecord], patience: float = LOCK_SECONDS) -> None:
+        async with self._locked(pipeline, patience):
             for record in records:
                 if record in self._known.get(pipeline, ()):
                     await self._delete(pipeline, record)
             await self._count(pipeline)
 
     async def remove(self, pipeline_id: str, numbers: tuple[int, ...]) -> int:
-        """These versions (none: all); how many there were. Raises NoSuchEntry."""
+        """These versions (none: all), here and, with all others of their keys, in the region; how many there were here.
+        Raises NoSuchEntry; OriginError where only the region's are left."""
         pipeline = self._catalog.pipeline(pipeline_id)
         records = await self.records(pipeline_id)
         chosen = [record for record in records if record.number in numbers] if numbers else records
         if missing := set(numbers) - {record.number for record in chosen}:
             raise NoSuchEntry(f"{pipeline_id}: there is no startup cache {min(missing)}")
         await self._drop(pipeline, chosen)
+        try:
+            await self._withdraw(pipeline, chosen)
+        except InstantStartError as error:
+            raise OriginUnavailable(
+                f"{pipeline_id}: removed from this host; in the region they may be left: {error.message}"
+            ) from error
         return len(chosen)
 
-    async def verify(self, pipeline_id: str, *, only: tuple[int, ...] = ()) -> tuple[int, dict[int, str]]:
-        """Read them again: (how many were read, number → why it was deleted)."""
+    async def _withdraw(self, pipeline: Pipeline, records: list[StartupRecord]) -> None:
+        """Those of other generations have no place that is known any more. Raises OriginError."""
+        generation, number = pipeline.current, await self._generation(pipeline)
+        if self._region is None or generation is None:
+            return
+        places = {}
+        for record in records:
+            place = self._region.place(pipeline.id, record.key, generation.manifest, record.uid)
+            if place is not None and record.key.get("generation") == number:
+                places[place.name] = place
+        for place in places.values():
+            await self._region.remove(place)
+
+    async def verify(
+        self, pipeline_id: str, *, only: tuple[int, ...] = (), patience: float = LOCK_SECONDS
+    ) -> tuple[int, dict[int, str]]:
+        """Read them again: (how many were read, number → why it was deleted). Raises PipelineBusy after ``patience``
+        seconds without the pipeline's lock."""
         pipeline = self._catalog.pipeline(pipeline_id)
-        records = [record for record in await self.records(pipeline_id) if not only or record.number in only]
+        await self._ensure_read(pipeline, patience)
+        records = [record for record in self._newest_first(pipeline) if not only or record.number in only]
         bad: dict[int, str] = {}
         for record in records:
-            problem = await trio.to_thread.run_sync(on_disk.problem, self._catalog.store, pipeline_id, record)
+            problem = await _reading(on_disk.problem, self._catalog.store, pipeline_id, record)
             if problem is not None and record in self._known.get(pipeline, ()):
                 bad[record.number] = problem
                 log.warning("startup cache %d is deleted: %s", record.number, problem, extra={"pipeline": pipeline_id})
-        await self._drop(pipeline, [record for record in records if record.number in bad])
+        if bad:
+            await self._drop(pipeline, [record for record in records if record.number in bad], patience)
         return len(records), bad
 
     async def evicted(self, pipeline_id: str) -> None:
@@ -410,7 +445,20 @@ class StartupCaches:
     def forget(self, pipeline: Pipeline) -> None:
         """Forget a pipeline that was removed."""
         self._known.pop(pipeline, None)
-        self._fetching.pop(pipeline, None)
+
+
+class _Turn:
+    """``users``: who holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self.places = trio.Semaphore(OF_ONE_USER)
+        self.users = 0
+
+
+async def _reading(read: Callable[..., _T], *arguments: object) -> _T:
+    """In a thread that is given up with the start that waits for it: a disk that hangs keeps nobody. For what only
+    reads, and closes what it opened."""
+    return await trio.to_thread.run_sync(read, *arguments, abandon_on_cancel=True)
 
 
 class Receiving:

@@ -93,6 +93,11 @@ class Follower:
         if clean and "ready" in self._moments:
             self._save()
         self._report(ended=True, status=status)
+        if watched and "ready" not in self._moments and not clean:
+            from instantstart_fs.core.humanize import precise_seconds
+
+            took = precise_seconds(time.monotonic() - self._start.spawned)
+            self._start.say(f"the command ended with status {status} after {took}, and was not ready before")
         self._tell()
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
@@ -338,7 +343,10 @@ class Follower:
         for line in report.lines(start, self._moments, self._listening.log.phases, record):
             start.say(line)
         if start.options.report:
-            report.write(start, self._moments, self._listening.log.phases, record, start.options.report)
+            try:
+                report.write(start, self._moments, self._listening.log.phases, record, start.options.report)
+            except OSError as error:
+                start.warn(f"--report: {start.options.report}: {error.strerror or error}")
 
     # -- saving ----------------------------------------------------------------------------------------------------
 

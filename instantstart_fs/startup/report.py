@@ -32,7 +32,8 @@ def cache_line(start: Start) -> str:
     if record is not None:
         compiled = f" (compiled by {printable(str(record['host']))})" if record.get("host") else ""
         return (
-            f"startup cache {record['number']} restored{compiled}: {record['files']} files, "
+            f"startup cache {record['number']} restored{compiled}: {record['files']} file"
+            f"{'' if record['files'] == 1 else 's'}, "
             f"{human_bytes(record['size'])} in {seconds(start.restore_seconds)}"
         )
     fields = ", ".join(start.differs[:SHOWN_FIELDS]) + (", …" if len(start.differs) > SHOWN_FIELDS else "")

@@ -62,6 +62,8 @@ def run(options: Options) -> int:
         _give_up(start)
         if isinstance(error, Interrupted):
             return 128 + error.number
+        if isinstance(error, PipelineNotFound):
+            raise _with_advice(error, start) from error
         raise
     inherited = (start.view.descriptor,) if start.view is not None else ()
     status = command.start(options.command, start.environment, listening.streams)
@@ -112,6 +114,18 @@ def _prepare(start: Start) -> Wire:
     return wire
 
 
+def _with_advice(error: PipelineNotFound, start: Start) -> PipelineNotFound:
+    """The error with the name that may have been meant. A mistake has the time for the full client."""
+    from instantstart_fs.control import calls
+    from instantstart_fs.control.client import Client
+
+    known: set[str] = set()
+    with contextlib.suppress(InstantStartError, OSError, ValueError), Client(start.socket) as client:
+        for prefix in (start.pipeline[:2], ""):
+            known.update(client.names(prefix, deadline=calls.NAMES_DEADLINE))
+    return calls.with_advice(error, start.pipeline, sorted(known))
+
+
 def check(options: Options) -> None:
     """Raises UsageError for what would only show later, and for what is no pipeline's id: it names a directory of
     ours, whose old contents are deleted."""
@@ -132,6 +146,8 @@ def check(options: Options) -> None:
     for name in options.caches:
         if not (name.startswith("/") or name.replace("_", "a").isalnum()):
             raise UsageError(f"--cache: {name!r} is neither a variable's name nor an absolute path")
+    if options.report and not os.path.isdir(os.path.dirname(options.report) or "."):
+        raise UsageError(f"--report: {os.path.dirname(options.report)} is no directory")
     if options.ready_timeout:
         from instantstart_fs.config.units import option, parse_duration
 
@@ -151,9 +167,11 @@ def _engine(options: Options) -> Engine | None:
     found = engine_named(options.engine)
     if found is None:
         from instantstart_fs.core.enginetable import ENGINES
+        from instantstart_fs.core.humanize import did_you_mean
 
-        names = ", ".join(engine.name for engine in ENGINES)
-        raise UsageError(f"--engine: {options.engine!r} is none of {names}, none")
+        names = [*(engine.name for engine in ENGINES), "none"]
+        meant = did_you_mean(options.engine, names)
+        raise UsageError(f"--engine: {options.engine!r} is none of {', '.join(names)}{meant}")
     return found
 
 

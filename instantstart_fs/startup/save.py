@@ -28,7 +28,7 @@ def save(start: Start) -> str | None:
         size, digest, files = pack(start.view.path, seen, spool.fileno())
         number = _send(start, spool.fileno(), size, digest, files)
     start.saved = seen
-    return f"startup cache {number} saved: {files} files, {human_bytes(size)}"
+    return f"startup cache {number} saved: {files} file{'' if files == 1 else 's'}, {human_bytes(size)}"
 
 
 def _send(start: Start, spool: int, size: int, digest: str, files: int) -> int:

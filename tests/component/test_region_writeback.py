@@ -20,7 +20,7 @@ from instantstart_fs.core.manifest import FileEntry, ManifestFile
 from instantstart_fs.core.region import Patience, PullPlan
 from instantstart_fs.errors import InstantStartError, OriginUnavailable, OriginUnsupported
 from instantstart_fs.filler.region_claims import CLAIM_TRIES
-from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings
+from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, WriteRate
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.filler.target import FileKey, FillTarget
 from instantstart_fs.regional.directory import DirectoryStore
@@ -128,7 +128,7 @@ async def until(holds: Callable[[], object]) -> None:
 
 async def test_a_file_that_is_let_go_of_meanwhile_puts_no_bytes_of_another(tmp_path: Path) -> None:
     """Its descriptor's number is another file's by the time the rate lets the put begin."""
-    host = Host(tmp_path, rate=CHUNK * 4)
+    host = Host(tmp_path, rate=WriteRate(CHUNK * 4))
     async with host.running():
         follow = host.file(OWN[:CHUNK])
         host.writeback.add(follow, 0)

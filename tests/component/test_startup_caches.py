@@ -6,22 +6,41 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from instantstart_fs.config.sections import RegionalConfig
+from instantstart_fs.control import startup as control
+from instantstart_fs.control.protocol import StartupSave
 from instantstart_fs.core.startupcache import MAX_FIELDS, StartupRecord
 from instantstart_fs.core.startuppack import Entry, encode_index
-from instantstart_fs.errors import AccessRefused, DigestMismatch, PipelineBusy, StoreReadOnly
+from instantstart_fs.errors import (
+    AccessRefused,
+    ControlError,
+    DigestMismatch,
+    OriginNotFound,
+    OriginUnavailable,
+    PipelineBusy,
+    StoreReadOnly,
+)
+from instantstart_fs.filler.region_follow import WriteRate
 from instantstart_fs.library import Library
 from instantstart_fs.origins.directory import DirectoryOrigin
+from instantstart_fs.regional import hygiene
+from instantstart_fs.regional import startup as startup_objects
 from instantstart_fs.regional.directory import DirectoryStore
-from instantstart_fs.regional.keys import RegionKey
+from instantstart_fs.regional.keys import RegionKey, read_key
 from instantstart_fs.regional.records import Forged
-from instantstart_fs.regional.startup import CHUNK, MOST_VERSIONS, Place
-from instantstart_fs.serving import startupcaches
+from instantstart_fs.regional.startup import CHUNK, Place, identity_of
+from instantstart_fs.serving import startup_arrivals, startupcaches
+from instantstart_fs.serving.startup_region import content_of
 from tests.component.test_library import make_source, running, spec
 
 pytestmark = pytest.mark.timeout(60)
@@ -47,6 +66,12 @@ async def save(library: Library, raw: bytes, key: dict[str, str] = KEY, *, said:
         return await receiving.keep()
 
 
+async def hold(lock: trio.Lock, *, task_status: trio.TaskStatus[None]) -> None:
+    async with lock:
+        task_status.started()
+        await trio.sleep_forever()
+
+
 async def test_an_update_that_holds_the_pipeline_costs_a_start_its_cache_and_no_minute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,13 +80,7 @@ async def test_an_update_that_holds_the_pipeline_costs_a_start_its_cache_and_no_
     async with running(tmp_path) as library:
         await added(library, tmp_path)
         async with trio.open_nursery() as nursery:
-
-            async def update(task_status: trio.TaskStatus[None]) -> None:
-                async with library.catalog.pipelines["p"].lock:
-                    task_status.started()
-                    await trio.sleep_forever()
-
-            await nursery.start(update)
+            await nursery.start(hold, library.catalog.pipelines["p"].lock)
             offer = await library.startup.offer("p", KEY, 0, restore=True)
             nursery.cancel_scope.cancel()
         assert (offer.choice.outcome, offer.pack) == ("failed", -1) and "under way" in offer.problem
@@ -131,19 +150,10 @@ async def test_who_is_refused_by_the_source_gets_no_startup_cache_from_the_regio
             raise AccessRefused("not yours")
 
     monkeypatch.setattr(DirectoryOrigin, "check", check)
-    (tmp_path / "tier").mkdir()
-    (tmp_path / "key").write_text("ab" * 32)
-    (tmp_path / "key").chmod(0o600)
-    regional = RegionalConfig(f"file://{tmp_path}/tier", str(tmp_path / "key"), "here")
-    async with running(tmp_path, regional=regional) as library:
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
         await added(library, tmp_path)
-        startup, pipeline, raw = library.startup, library.catalog.pipelines["p"], valid(70_000)
-        key = startup._whole(pipeline, KEY, 0, (await startup.offer("p", KEY, 0, restore=False)).generation)
-        assert library._regional_startups is not None and pipeline.current is not None
-        place = library._regional_startups.place("p", key, pipeline.current.manifest)
-        assert place is not None
-        saved = StartupRecord(1, 1, 0, len(raw), hashlib.sha256(raw).hexdigest(), 1, "/v", ("triton",), key)
-        assert place.save(saved, lambda count, at: raw[at : at + count], "there", 0.0)
+        startup = library.startup
+        put(await place_of(library), valid(70_000), "there")
         offer = await startup.offer("p", KEY, 0, restore=True)
         assert (offer.choice.outcome, offer.pack) == ("first", -1)
         refused = False
@@ -155,6 +165,32 @@ async def test_who_is_refused_by_the_source_gets_no_startup_cache_from_the_regio
 
 # ---------------------------------------------------------------- in a region's tier
 
+
+def region_of(root: Path, *users: str) -> RegionalConfig:
+    (root / "tier").mkdir(exist_ok=True)
+    (root / "key").write_text("ab" * 32)
+    (root / "key").chmod(0o600)
+    return RegionalConfig(f"file://{root}/tier", str(root / "key"), "here", startup_caches=users)
+
+
+async def place_of(library: Library, uid: int = 0) -> Place:
+    """Where other hosts have that user's caches of KEY."""
+    startup, pipeline = library.startup, library.catalog.pipelines["p"]
+    key = startup._whole(pipeline, KEY, uid, (await startup.offer("p", KEY, uid, restore=False)).generation)
+    assert startup._region is not None and pipeline.current is not None
+    place = startup._region.place("p", key, pipeline.current.manifest, uid)
+    assert place is not None
+    return place
+
+
+async def restored(library: Library) -> tuple[str, str]:
+    """What the next start gets: (outcome, the host that compiled it)."""
+    offer = await library.startup.offer("p", KEY, 0, restore=True)
+    if offer.pack >= 0:
+        os.close(offer.pack)
+    return offer.choice.outcome, offer.choice.record.host if offer.choice.record is not None else ""
+
+
 REGION = RegionKey(b"k" * 32)
 PACK = valid(CHUNK + 100)
 IDENTITY = {"engine": "vllm", "owner": "7", "generation": "digest"}
@@ -165,69 +201,116 @@ def of(raw: bytes) -> StartupRecord:
 
 
 def put(place: Place, raw: bytes, host: str = "a") -> bool:
-    return place.save(of(raw), lambda count, at: raw[at : at + count], host, 0.0)
+    saving = place.saving(of(raw), host, 0.0)
+    try:
+        piece = next(saving)
+        while True:
+            piece = saving.send(raw[piece.at : piece.at + piece.length])
+    except StopIteration as end:
+        if end.value:
+            place.tidy()
+        return bool(end.value)
+
+
+def packs(tier: Path) -> set[str]:
+    return {path.parent.name for path in tier.glob("v1/*/*/seal")}
 
 
 def test_a_region_gives_the_last_version_of_exactly_that_key(tmp_path: Path) -> None:
     store = DirectoryStore(str(tmp_path))
-    place = Place(store, REGION, "s" * 32, IDENTITY)
-    assert place.latest() is None
+    place = Place(store, REGION, "5" * 32, IDENTITY)
+    assert place.entries() == []
     assert put(place, PACK) and not put(place, PACK, "b"), "what is there already is not written again"
-    found = place.latest()
-    assert found is not None and (found.by, b"".join(place.read(found.record))) == ("a", PACK)
+    found = place.entries()[0]
+    assert (found.by, b"".join(place.read(found.record))) == ("a", PACK)
     newer = valid(5)
     assert put(place, newer, "b")
-    found = place.latest()
-    assert found is not None and (found.by, b"".join(place.read(found.record))) == ("b", newer)
-    forged = tmp_path / "v1" / ("s" * 32) / place._name / "s" / "0005"
+    found, older = place.entries()
+    assert (found.by, b"".join(place.read(found.record))) == ("b", newer) and older.by == "a"
+    forged = tmp_path / "v1" / ("5" * 32) / "startup" / place.name / "ffffffff"
     forged.write_bytes(b"no key")
-    found = place.latest()
-    assert found is not None and found.by == "b", "who has no key cannot hide what others saved by one record"
-    forged.unlink()
+    assert place.entries()[0].by == "b", "who has no key cannot hide what others saved by one record"
+    assert put(place, valid(6), "c") and place.entries()[0].by == "c" and not forged.exists(), "nor end their numbers"
     for other in ({**IDENTITY, "owner": "8"}, {**IDENTITY, "generation": "x"}, {**IDENTITY, "package torch": "2"}):
-        assert Place(store, REGION, "s" * 32, other).latest() is None
-    assert Place(store, REGION, "t" * 32, IDENTITY).latest() is None, "another pipeline's"
-    for number in range(2 * MOST_VERSIONS):
-        put(place, valid(number + 10))
-    assert len(list((tmp_path / "v1" / ("s" * 32)).glob("*/s/*"))) == MOST_VERSIONS
+        assert Place(store, REGION, "5" * 32, other).entries() == []
+    assert Place(store, REGION, "6" * 32, IDENTITY).entries() == [], "another pipeline's"
+
+
+def test_of_many_versions_the_newest_stay_with_their_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryStore(str(tmp_path))
+    place = Place(store, REGION, "5" * 32, IDENTITY)
+    for number in range(20):
+        assert put(place, valid(number + 10)), "there is no last one"
+    assert [found.record.size for found in place.entries()] == [len(valid(29)), len(valid(28))]
+    assert packs(tmp_path) == {found.pack for found in place.entries()}
+    assert put(place, valid(28)) and put(place, valid(29)) and put(place, valid(28))
+    assert [b"".join(place.read(found.record)) for found in place.entries()] == [valid(28), valid(29)], (
+        "a pack stays for as long as one record names it"
+    )
+    monkeypatch.setattr(startup_objects, "KEPT", 5)
+    for number in range(9):
+        other = Place(store, REGION, "5" * 32, {**IDENTITY, "arguments": str(number)})
+        put(other, valid(100 + number))
+        record = tmp_path / "v1" / ("5" * 32) / "startup" / other.name / "00000000"
+        os.utime(record, (1e9 + number, 1e9 + number))
+    other.tidy()
+    assert len(list(tmp_path.glob("v1/*/startup/*/*"))) == len(packs(tmp_path)) == 5, "of all keys together"
+
+
+@pytest.mark.parametrize("lost", ["seal", "c/00000001"])
+def test_a_pack_that_is_lost_hides_no_older_one_and_is_mended_by_the_next_save(tmp_path: Path, lost: str) -> None:
+    store = DirectoryStore(str(tmp_path))
+    place = Place(store, REGION, "5" * 32, IDENTITY)
+    put(place, valid(9), "a")
+    put(place, PACK, "b")
+    newest = place.entries()[0]
+    (tmp_path / "v1" / ("5" * 32) / newest.pack / lost).unlink()
+    with pytest.raises(OriginNotFound):
+        b"".join(place.read(newest.record))
+    assert b"".join(place.read(place.entries()[1].record)) == valid(9)
+    assert put(place, PACK, "c") and b"".join(place.read(newest.record)) == PACK
+    (tmp_path / "v1" / ("5" * 32) / newest.pack / lost).unlink()
+    hygiene.verify(store, REGION, "5" * 32)
+    assert [found.by for found in place.entries()] == ["a"], "a record without its pack goes"
+    assert put(place, PACK, "d") and b"".join(place.read(place.entries()[0].record)) == PACK
 
 
 def test_two_hosts_that_save_at_once_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both saw none, and both write version 0: each pack lies by itself, and one record is first."""
     store = DirectoryStore(str(tmp_path))
-    one, two = (Place(store, REGION, "s" * 32, IDENTITY) for _ in range(2))
+    one, two = (Place(store, REGION, "5" * 32, IDENTITY) for _ in range(2))
     monkeypatch.setattr(two, "_numbers", list)
     assert put(one, PACK) and put(two, valid(9), "b")
-    found = Place(store, REGION, "s" * 32, IDENTITY).latest()
-    assert found is not None and found.by == "b" and b"".join(one.read(found.record)) == valid(9)
+    found = Place(store, REGION, "5" * 32, IDENTITY).entries()[0]
+    assert found.by == "b" and b"".join(one.read(found.record)) == valid(9)
     assert b"".join(one.read(of(PACK))) == PACK
 
 
 @pytest.mark.parametrize(
     ("what", "how"),
     [
-        *((what, how) for what in ("s", "c", "seal") for how in ("flipped", "cut")),
-        ("s", "another's"),
+        *((what, how) for what in ("startup", "c", "seal") for how in ("flipped", "cut")),
+        ("startup", "another's"),
         ("seal", "another's"),
     ],
 )
 def test_what_was_not_written_with_the_regions_key_is_not_used(tmp_path: Path, what: str, how: str) -> None:
     store = DirectoryStore(str(tmp_path))
-    place = Place(store, REGION, "s" * 32, IDENTITY)
+    place = Place(store, REGION, "5" * 32, IDENTITY)
     put(place, PACK)
-    other = Place(store, RegionKey(b"x" * 32), "s" * 32, IDENTITY)
+    other = Place(store, RegionKey(b"x" * 32), "5" * 32, IDENTITY)
     mine = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     put(other, PACK)
     theirs = [path for path in tmp_path.rglob("*") if path.is_file() and path not in mine]
-    target = next(path for path in sorted(mine) if what in (path.name, path.parent.name))
-    foreign = next(path for path in sorted(theirs) if what in (path.name, path.parent.name))
+    target, foreign = (
+        next(path for path in sorted(some) if what in (path.name, path.parent.name, path.parent.parent.name))
+        for some in (mine, theirs)
+    )
     raw = bytearray(mine[target])
     raw[50] ^= 1
     target.write_bytes({"flipped": bytes(raw), "cut": bytes(raw[:-1]), "another's": foreign.read_bytes()}[how])
     with pytest.raises(Forged):
-        found = place.latest()
-        assert found is not None
-        b"".join(place.read(found.record))
+        b"".join(place.read(place.entries()[0].record))
 
 
 async def test_what_an_update_overtook_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,3 +332,217 @@ async def test_what_an_update_overtook_is_not_kept(tmp_path: Path, monkeypatch: 
             with pytest.raises(PipelineBusy, match="updated"):
                 await receiving.keep()
         assert await caches.records("p") == []
+
+
+# ---------------------------------------------------------------- waits, and who may hold whom up
+
+
+async def test_a_disk_that_hangs_and_a_lock_that_is_held_cost_a_start_its_cache_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startupcaches, "OFFER_SECONDS", 0.1)
+    monkeypatch.setattr(startupcaches, "START_LOCK_SECONDS", 0.05)
+    async with running(tmp_path) as library:
+        await added(library, tmp_path)
+        over, numbers = threading.Event(), startupcaches.on_disk.numbers
+
+        def hangs(*_: object) -> list[int]:
+            over.wait(50)
+            return []
+
+        monkeypatch.setattr(startupcaches.on_disk, "numbers", hangs)
+        with trio.fail_after(40):
+            offer = await library.startup.offer("p", KEY, 0, restore=True)
+        over.set()
+        assert offer.choice.outcome == "failed" and "within" in offer.problem
+        monkeypatch.setattr(startupcaches.on_disk, "numbers", numbers)
+        monkeypatch.setattr(startupcaches, "OFFER_SECONDS", 70.0)
+        record = await save(library, bytes(100) + encode_index([Entry("../k", 0, 100, 0o644, 0)]))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(hold, library.catalog.pipelines["p"].lock)  # what is damaged cannot be deleted now
+            with trio.fail_after(40):
+                offer = await library.startup.offer("p", KEY, 0, restore=True, without=(record.number,))
+            nursery.cancel_scope.cancel()
+        assert (offer.choice.outcome, offer.problem) == ("damaged", "")
+
+
+async def test_a_save_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(control, "SLOWEST", 1 << 40)
+    async with running(tmp_path) as library:
+        await added(library, tmp_path)
+        generation = (await library.startup.offer("p", KEY, 0, restore=True)).generation
+        pipes: list[int] = []
+
+        async def send(_: object, descriptors: Sequence[int]) -> None:
+            pipes.extend(os.dup(one) for one in descriptors)
+
+        async def drip() -> None:
+            while True:
+                with contextlib.suppress(BrokenPipeError):  # it was given up
+                    os.write(pipes[0], b"x") if pipes else None
+                await trio.sleep(0.02)
+
+        request = StartupSave("p", KEY, generation, 1 << 30, "0", 1, "/v", ("triton",))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drip)
+            with trio.fail_after(40), pytest.raises(ControlError, match="too slowly"):
+                await control.save(library.startup, request, 0, send)
+            nursery.cancel_scope.cancel()
+        os.close(pipes[0])
+        assert library.catalog.pipelines["p"].startup_promised == 0
+
+
+async def test_who_saves_slowly_holds_up_nobody_elses_saves(tmp_path: Path) -> None:
+    async with running(tmp_path) as library:
+        await added(library, tmp_path)
+        await library.admin.add(msgspec.structs.replace(spec("q", make_source(tmp_path / "other")), uid=7))
+        mine = (await library.startup.offer("p", KEY, 0, restore=True)).generation
+        theirs = (await library.startup.offer("q", KEY, 7, restore=True)).generation
+        raw, held = valid(100), trio.Event()
+        digest = hashlib.sha256(raw).hexdigest()
+
+        async def slow() -> None:
+            async with library.startup.receiving(
+                "p", KEY, 0, generation=mine, size=len(raw), digest=digest, files=1, view="/v", layouts=()
+            ):
+                held.set()
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(startupcaches.SAVING_AT_ONCE):
+                nursery.start_soon(slow)
+            await held.wait()
+            while library.startup._savers[0].users < startupcaches.SAVING_AT_ONCE:
+                await trio.sleep(0.01)
+            with trio.fail_after(40):
+                async with library.startup.receiving(
+                    "q", KEY, 7, generation=theirs, size=len(raw), digest=digest, files=1, view="/v", layouts=()
+                ) as receiving:
+                    await receiving.write(raw)
+                    assert (await receiving.keep()).number == 1
+            nursery.cancel_scope.cancel()
+        assert library.startup._savers == {}
+
+
+# ---------------------------------------------------------------- what travels, for whom, and what if it does not come
+
+
+@pytest.mark.parametrize(
+    ("named", "travels"), [((), False), (("7",), False), (("0",), False), (("root",), True)], ids=str
+)
+async def test_code_that_others_planted_in_the_region_is_not_executed_here(
+    tmp_path: Path, named: tuple[str, ...], travels: bool
+) -> None:
+    """Another host of the region, which has its key, saved it for what it calls root."""
+    config = region_of(tmp_path, *named)
+    async with running(tmp_path, regional=config) as library:
+        await added(library, tmp_path)
+        pipeline = library.catalog.pipelines["p"]
+        key = library.startup._whole(
+            pipeline, KEY, 0, (await library.startup.offer("p", KEY, 0, restore=False)).generation
+        )
+        assert pipeline.current is not None
+        region = RegionKey(read_key(config.key_file))
+        identity = identity_of(key, content_of(pipeline.current.manifest), "root")
+        planted = Place(DirectoryStore(f"{tmp_path}/tier"), region, region.slot(pipeline.spec), identity)
+        assert put(planted, valid(70_000), "there")
+        assert await restored(library) == (("restored", "there") if travels else ("first", ""))
+        await save(library, valid(80_000))
+        with trio.move_on_after(40 if travels else 0.2):
+            while {found.by for found in planted.entries()} == {"there"}:
+                await trio.sleep(0.02)
+        assert [found.by for found in planted.entries()] == (["here", "there"] if travels else ["there"])
+
+
+async def test_a_pack_that_comes_too_slowly_for_one_start_is_there_for_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup_arrivals, "WAIT_SECONDS", 0.05)
+    go_on, read = threading.Event(), Place.read
+
+    def slow(place: Place, record: StartupRecord) -> Iterator[bytes]:
+        go_on.wait(50)
+        yield from read(place, record)
+
+    monkeypatch.setattr(Place, "read", slow)
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
+        await added(library, tmp_path)
+        put(await place_of(library), valid(70_000), "there")
+        assert await restored(library) == ("first", "")
+        go_on.set()
+        with trio.fail_after(40):
+            while not await library.startup.records("p"):
+                await trio.sleep(0.02)
+        assert await restored(library) == ("restored", "there")
+
+
+async def test_what_did_not_come_whole_is_not_waited_for_again_and_an_older_one_is_taken(tmp_path: Path) -> None:
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
+        await added(library, tmp_path)
+        place = await place_of(library)
+        put(place, valid(50_000), "first")
+        put(place, valid(70_000), "second")
+        newest = place.entries()[0]
+        chunk = next(tmp_path.glob(f"tier/v1/*/{newest.pack}/c/*"))
+        good = chunk.read_bytes()
+        chunk.write_bytes(good[:-1] + b"!")
+        assert await restored(library) == ("restored", "first")
+        chunk.write_bytes(good)
+        await library.startup._drop(library.catalog.pipelines["p"], await library.startup.records("p"))
+        assert await restored(library) == ("restored", "first"), "it is left alone for minutes"
+        arrivals = library.startup._arrivals
+        assert arrivals is not None
+        arrivals._failed.clear()
+        await library.startup._drop(library.catalog.pipelines["p"], await library.startup.records("p"))
+        assert await restored(library) == ("restored", "second")
+
+
+async def test_what_is_removed_here_is_removed_in_the_region(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that verifies, and whose engine crashes, would be back at the next start."""
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
+        await added(library, tmp_path)
+        place = await place_of(library)
+        put(place, valid(70_000), "there")
+        assert await restored(library) == ("restored", "there")
+        assert await library.startup.remove("p", ()) == 1
+        assert place.entries() == [] and packs(tmp_path / "tier") == set()
+        assert await restored(library) == ("first", "")
+
+        # What still waits to be saved there is not saved any more.
+        region = library.startup._region
+        assert region is not None
+        queue = region._queue
+        monkeypatch.setattr(region, "_queue", (held := trio.open_memory_channel[Any](1))[0])
+        await save(library, valid(70_000))
+        await library.startup.remove("p", ())
+        queue.send_nowait(held[1].receive_nowait())
+        monkeypatch.setattr(region, "_queue", queue)
+        await save(library, valid(80_000))
+        with trio.fail_after(40):
+            while not place.entries():
+                await trio.sleep(0.02)
+        assert [found.record.size for found in place.entries()] == [len(valid(80_000))]
+        shutil.rmtree(tmp_path / "tier")
+        with pytest.raises(OriginUnavailable, match="removed from this host; in the region"):
+            await library.startup.remove("p", ())
+        assert await library.startup.records("p") == []
+
+
+async def test_what_is_saved_in_the_region_keeps_the_hosts_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
+        await added(library, tmp_path)
+        waited: list[int] = []
+
+        async def wait(_: object, length: int) -> None:
+            waited.append(length)
+
+        monkeypatch.setattr(WriteRate, "wait", wait)
+        place, raw = await place_of(library), valid(CHUNK + 100)
+        await save(library, raw)
+        with trio.fail_after(40):
+            while not place.entries():
+                await trio.sleep(0.02)
+        assert waited == [CHUNK, len(raw) - CHUNK]

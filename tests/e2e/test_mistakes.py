@@ -34,6 +34,7 @@ MISTAKES = (
     "warm small --wait",
     "mount org/model link",
     "lease my-lm -- true",
+    "run my-lm -- true --json",
     "mark my-lm ready",
     "prefetch my-lm",
     "regional status my-llm",

@@ -242,6 +242,8 @@ def test_the_second_start_finds_what_the_first_compiled(site: Site) -> None:
 
 def test_what_a_failing_engine_leaves_is_not_kept(site: Site) -> None:
     site.compile(status=3)
+    found = site.compile(status=3, options=("--ready-file", "/nowhere/ready"))
+    assert "the command ended with status 3 after" in found["said"] and "not ready" in found["said"]
     assert site.versions() == []
 
 

@@ -61,6 +61,13 @@ def run(
     from instantstart_fs.startup.run import run as run_command
 
     wanted = Options(pipeline, command[1:] if command[0] == "--" else command)
+    if command[0].startswith("-") and command[0] != "--":
+        from instantstart_fs.core.humanize import did_you_mean
+        from instantstart_fs.startup import options
+
+        known = [*options.VALUES, *options.LISTS, *options.FLAGS]
+        word = command[0].partition("=")[0]
+        raise UsageError(f"run has no option {word}{did_you_mean(word, known)}; the command comes after --")
     if not wanted.command or not wanted.command[0]:
         raise UsageError("run needs a command: instantstart run PIPELINE -- COMMAND…")
     wanted.engine, wanted.ready_url, wanted.ready_log, wanted.ready_file = engine, ready_url, ready_log, ready_file
