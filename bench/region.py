@@ -1,13 +1,13 @@
 """A fresh host of a warm region: how fast is its fill, against a bare client of the same server, and what does it cost?
 
-    scripts/bench region [--size 512MiB] [--shards 4] [--rounds 3] [--files 3000]
+    scripts/bench region [--sizes 512MiB 2GiB] [--shards 4] [--rounds 3] [--files 3000]
 
 Real daemons in network namespaces and a SeaweedFS with three volume servers (tests/region.py), without limits of rate.
 `origin` fills from the hub on a host without a region, `empty tier` on the first host of one (once). `tier` is a fresh
 host of a region in which one host has put all of it; no byte comes from the hub. `bare client` fetches the same objects
 from the same server (bench/bare_client.py: two processes, 16 connections, no hashing, no fsync, no store). Processor
 seconds are of the daemon and its fetch processes, from before the fill to its end. All of it shares this machine's
-processors: ratios count.
+processors: ratios count. Two sizes tell what a fill costs by itself from what each byte costs.
 """
 
 from __future__ import annotations
@@ -73,13 +73,8 @@ def bare(region: Region, work: Path) -> dict[str, float]:
     return {"seconds": float(json.loads(said)["seconds"])}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=common.size, default=512 * MIB)
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--files", type=int, default=0, help="so many files of 2 kB in the place of shards")
-    options = parser.parse_args()
+def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
+    """Print the rows of one size, and return its result. ``options.files``: small files instead, of ``size`` in all."""
     config = {"fill": {"chunk_size": "8MiB"}}
     samples: dict[str, list[dict[str, float]]] = {"origin": [], "empty tier": [], "tier": [], "bare client": []}
     with tempfile.TemporaryDirectory(prefix="isfs-bench-") as name:
@@ -89,9 +84,8 @@ def main() -> None:
             directory.mkdir()
             for number in range(options.files):
                 (directory / f"voice-{number:06d}.bin").write_bytes(os.urandom(2000))
-            options.size = 2000 * options.files
         else:
-            common.make_model(directory, options.size, options.shards)
+            common.make_model(directory, size, options.shards)
         files = len(list(directory.iterdir()))
         with Region(work / "plain", 0, tier=False, origin_rate=FAST, host_rate=FAST, config=config) as region:
             region.publish("org/m", directory)
@@ -114,28 +108,40 @@ def main() -> None:
                 host.stop()
                 samples["bare client"].append(bare(region, work))
     rows = []
-    for way, found in samples.items():
-        seconds = common.summary([each["seconds"] for each in found])["median"]
-        cpu = common.summary([each["cpu"] for each in found])["median"] if "cpu" in found[0] else 0.0
-        rate = options.size / seconds / 1e9
-        rows.append((way, f"{seconds:.2f} s", f"{rate:.2f} GB/s", f"{cpu / options.size * 1e9:.2f}" if cpu else "-"))
-    print(common.table(["way", "median", "rate", "daemon's CPU s/GB"], rows))
     median = {way: common.summary([each["seconds"] for each in found])["median"] for way, found in samples.items()}
     cpu = {
         way: common.summary([each["cpu"] for each in found])["median"]
         for way, found in samples.items()
         if "cpu" in found[0]
     }
+    for way, seconds in median.items():
+        spent = f"{cpu[way] / size * 1e9:.2f}" if way in cpu else "-"
+        rows.append((way, f"{seconds:.2f} s", f"{size / seconds / 1e9:.2f} GB/s", spent))
+    print(f"{size / MIB:,.0f} MiB")
+    print(common.table(["way", "median", "rate", "daemon's CPU s/GB"], rows))
     best = min(each["seconds"] for each in samples["bare client"])
     print(f"the fresh host's rate is {best / median['tier']:.2f} of the fastest bare client's (wanted: 0.85)")
-    print(f"its processor time is {cpu['tier'] / cpu['origin']:.2f} of a fill from the origin (wanted: 0.7 at most)")
-    result = {
-        "bytes": options.size,
+    print(
+        f"its processor time is {cpu['tier'] / cpu['origin']:.2f} of a fill from the origin (wanted: 0.7 at most)",
+        flush=True,
+    )
+    return {
+        "bytes": size,
         "samples": samples,
         "of_fastest_bare": best / median["tier"],
         "cpu_of_origin": cpu["tier"] / cpu["origin"],
     }
-    common.write_result("region", result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=common.size, nargs="+", default=[512 * MIB, 2048 * MIB])
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--files", type=int, default=0, help="so many files of 2 kB in the place of shards")
+    options = parser.parse_args()
+    sizes = [2000 * options.files] if options.files else options.sizes
+    common.write_result("region", {"sizes": [measure(options, size) for size in sizes]})
 
 
 if __name__ == "__main__":

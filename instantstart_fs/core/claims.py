@@ -197,6 +197,12 @@ class ClaimBudget:
         """Chunks that may be claimed beside the ``holding`` that are under claims and not here."""
         return self._now - holding
 
+    def due(self, holding: int) -> int:
+        """Chunks to claim now, where nobody waits for them: what is left, once that is half a group. Who claims a whole
+        group as soon as one chunk has come has nearly two in hand, and a host that dies costs that much."""
+        left = self.left(holding)
+        return left if 2 * left >= self._group else 0
+
 
 def starting_delay(hosts: int, chance: float) -> float:
     """Seconds until a host claims for the first time, where ``hosts`` may start at once: their claims are to be seen by

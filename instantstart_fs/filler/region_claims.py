@@ -259,7 +259,7 @@ class Claims:
         for take in pull.watches(WATCHED, trio.current_time()):
             mark = await self._tiers.ask(lambda take=take: records.read(take.group, take.epoch))  # type: ignore[misc]
             self._saw(follow, take.group, take.epoch, mark)
-        for take in pull.next_claims(self._budget(follow), trio.current_time()):
+        for take in pull.next_claims(self._due(follow), trio.current_time()):
             if self._settings.write_back and self._tiers.takes_writes():
                 await self._claim(follow, records, take.group, take.epoch)
             else:
@@ -271,10 +271,14 @@ class Claims:
         others = sum(one.pull.others(now) for one in self._following if one.key.pipeline == pipeline)
         self._budgets[pipeline].looked(now, others=others)
 
-    def _budget(self, follow: Follow) -> int:
+    def _due(self, follow: Follow) -> int:
+        budget, holding = self._budgets[follow.key.pipeline], self._holding(follow)
+        return budget.left(holding) if follow.pull.has_readers else budget.due(holding)
+
+    def _holding(self, follow: Follow) -> int:
+        """Chunks of the whole pipeline that are under this host's claims and not here."""
         pipeline = follow.key.pipeline
-        holding = sum(one.pull.holding for one in self._following if one.key.pipeline == pipeline)
-        return self._budgets[pipeline].left(holding)
+        return sum(one.pull.holding for one in self._following if one.key.pipeline == pipeline)
 
     def _saw(self, follow: Follow, group: int, epoch: int, mark: ClaimMark | str) -> None:
         pull, now = follow.pull, trio.current_time()
@@ -324,7 +328,7 @@ class Claims:
 
     async def _pause(self, follow: Follow) -> None:
         waits = looking_period(self._hosts(), LIST_SECONDS) * (0.75 + random.random() / 2)
-        if self._budget(follow) > 0:
+        if self._budgets[follow.key.pipeline].left(self._holding(follow)) > 0:
             with trio.move_on_after(waits):
                 await follow.changed.wait()
             await trio.sleep(0.02)

@@ -1,4 +1,7 @@
-"""What the regional tier needs of its storage, on each kind: SeaweedFS' S3 and a shared directory."""
+"""What the regional tier needs of its storage, on each kind: SeaweedFS' S3, a shared directory, an engine that runs.
+
+The last is named by INSTANTSTART_TEST_S3=http://ACCESS_KEY:SECRET_KEY@HOST:PORT; the keys may make buckets.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import random
 import socket
 import threading
 import time
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable
@@ -40,12 +44,23 @@ from tests.servers.blackhole import BlackHole
 from tests.servers.ports import free_ports
 from tests.servers.seaweed import SeaweedServer
 
+ENGINE = urllib.parse.urlsplit(os.environ.get("INSTANTSTART_TEST_S3", ""))
 
-@pytest.fixture(params=["s3", "directory"])
+
+@pytest.fixture(params=["s3", "directory", *(["engine"] if ENGINE.hostname else [])])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TierStore:
     if request.param == "directory":
         (tmp_path / "shared dir").mkdir()
         return open_store(f"file://{tmp_path}/shared dir")
+    if request.param == "engine":
+        import boto3
+
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", ENGINE.username or "")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", ENGINE.password or "")
+        endpoint = f"{ENGINE.scheme}://{ENGINE.hostname}:{ENGINE.port}"
+        bucket = f"tier-{uuid.uuid4().hex[:12]}"
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
+        return open_store(f"s3://{bucket}/a b", endpoint_url=endpoint)
     server: SeaweedServer = request.getfixturevalue("seaweed")
     bucket = server.new_bucket(f"tier-{uuid.uuid4().hex[:12]}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.access_key)

@@ -551,6 +551,21 @@ def test_hosts_that_start_together_leave_room_for_one_another() -> None:
     assert alone.left(8) == 0
 
 
+def test_a_host_among_many_has_at_most_a_group_and_a_half_in_hand() -> None:
+    """What it has in hand when it dies is pulled twice. It claims again before it has nothing to pull."""
+    budget, one, now = ClaimBudget(GROUP_CHUNKS, 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS), plan(20 * GROUP_CHUNKS), 0.0
+    in_hand: list[int] = []
+    for _ in range(10 * GROUP_CHUNKS):
+        budget.looked(now, others=MANY)
+        for take in one.next_claims(budget.due(one.holding), now):
+            one.won(take.group, now)
+        in_hand.append(one.holding)
+        one.came(next(chunk for chunk in range(one.chunks) if one.route(chunk) == one.origin))
+        now += 0.1
+    assert max(in_hand) == GROUP_CHUNKS * 3 // 2
+    assert min(in_hand) > GROUP_CHUNKS // 2
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1 << 20))
 def test_a_small_pipeline_is_shared_by_all_hosts(seed: int) -> None:
@@ -562,7 +577,7 @@ def test_a_small_pipeline_is_shared_by_all_hosts(seed: int) -> None:
         chance.shuffle(plans)
         for one in plans:
             rooms[one.host].looked(now, others=one.others(now))
-            turn(tier, one, now, pulled, budget=rooms[one.host].left(one.holding))
+            turn(tier, one, now, pulled, budget=rooms[one.host].due(one.holding))
         now += 0.25
         assert now < 600
     shares = [sum(host == one.host for host, _ in pulled) for one in plans]
