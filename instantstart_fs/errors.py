@@ -74,6 +74,13 @@ _USER = re.compile(r"(https?://)[^\s/?#]*@|(://)[^\s/?#:]*:[^\s/?#]*@", re.IGNOR
 """A quote is no end: it may be part of a password. Of other schemes a revision may stand there, as hf://org@main."""
 _QUERY = re.compile(r"""(://[^\s"'<>?#]*)[?#][^\s"'<>]+|[?#&][^\s"'<>?#&=]+=[^\s"'<>]*""")
 _KNOWN_SECRETS = re.compile(r"\b([Bb]earer|Basic) +[^\s,;\"']+|\bhf_[A-Za-z0-9]{16,}")
+_NAMED_SECRETS = re.compile(
+    r"""\b((?:aws_?)?(?:secret_?access_?key|session_?token)|client_?secret|x-amz-(?:security-token|signature))"""
+    r"""(["']?\s*[=:]\s*)["']?[^\s"',;&<>]+""",
+    re.IGNORECASE,
+)
+"""As programs that hand out keys print them, in JSON or as variables, and servers name them: what such a program said
+last is part of an error."""
 
 
 def without_secrets(text: str) -> str:
@@ -83,6 +90,8 @@ def without_secrets(text: str) -> str:
         text = _USER.sub(r"\1\2", text)
     if "=" in text or "://" in text:
         text = _QUERY.sub(r"\1?…", text)
+    if "=" in text or ":" in text:
+        text = _NAMED_SECRETS.sub(r"\1\2…", text)
     return _KNOWN_SECRETS.sub("…", text)
 
 

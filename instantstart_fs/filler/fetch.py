@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import socket
 import time
 from collections.abc import Callable
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, LocationParseError
+from urllib3.exceptions import HTTPError, LocationParseError, ReadTimeoutError
 
 from instantstart_fs.core.addresses import permit
 from instantstart_fs.core.chunks import ByteRange
@@ -51,6 +52,9 @@ READ_BYTES = 256 * 1024
 within WorkerSettings.slow_window: a body that drips would hold a connection, and its chunk, for hours."""
 FIRST_PIECE, LEAST_PIECE = 16 * 1024, 4 * 1024
 """Bytes after which a read reports progress: fewer on a slow connection, soon all of READ_BYTES on a fast one."""
+END_SECONDS = 3.0
+"""Time for the end of a body whose bytes are all here: a server may neither send its length nor close, or send trailers
+without end."""
 ERROR_BODY_SECONDS = 5.0
 """Time for the body of a refusal, which only explains it."""
 
@@ -142,7 +146,7 @@ class Fetcher:
             if response.status not in (200, 206):
                 raise self._refused(response, location, where)
             if check_answer(response, location, wanted, size, where) == wanted:
-                self._receive(response, wanted, buffer, sink, where)
+                whole = self._receive(response, wanted, buffer, sink, where)
             else:
                 taker = sink.take_whole()
                 if taker is None:
@@ -151,8 +155,7 @@ class Fetcher:
                         "kept can be had from it; free space in the store, or use another endpoint",
                         fault=Fault.WHOLE,
                     )
-                self._receive(response, ByteRange(0, size), buffer, taker, where)
-            whole = True
+                whole = self._receive(response, ByteRange(0, size), buffer, taker, where)
         finally:
             # Only a connection whose body was read to its end may be reused.
             if whole:
@@ -236,7 +239,8 @@ class Fetcher:
 
     def _receive(
         self, response: urllib3.BaseHTTPResponse, wanted: ByteRange, buffer: memoryview, sink: Sink, where: str
-    ) -> None:
+    ) -> bool:
+        """Take the body; whether the connection may be used again."""
         # urllib3's own readinto reads into a fresh bytes object and copies; http.client's reads into the buffer.
         body = getattr(response, "_fp", None)
         source = body if isinstance(body, http.client.HTTPResponse) else response
@@ -272,12 +276,38 @@ class Fetcher:
                         )
                 sink.write(buffer[:filled], offset)
                 offset += filled
-            if readinto(buffer[:1]):
-                raise OriginMisbehaved(
-                    f"{where}: the body is longer than the {wanted.length} bytes asked for", fault=Fault.LONG
-                )
+            return self._ended(readinto, buffer, connection, wanted, where)
         except (HTTPError, OSError, http.client.HTTPException) as error:
             raise unreachable(error, where) from error
+
+    def _ended(
+        self,
+        readinto: Callable[[memoryview], int],
+        buffer: memoryview,
+        connection: socket.socket | None,
+        wanted: ByteRange,
+        where: str,
+    ) -> bool:
+        """Look for the body's end behind its last byte; whether it was found. A body that is not ended (no length, and
+        the connection stays open; trailers without end) holds all bytes that were asked for nevertheless.
+
+        Raises:
+            OriginMisbehaved: More bytes come.
+        """
+        more, deadline = 0, None
+        try:
+            with self._connections.watchdog.deadline(connection, END_SECONDS) as deadline:
+                more = readinto(buffer[:1])
+        except (TimeoutError, ReadTimeoutError):  # the connection's own time-out may be shorter
+            return False
+        except (HTTPError, OSError, http.client.HTTPException):
+            if deadline is None or not deadline.expired:
+                raise
+        if more:
+            raise OriginMisbehaved(
+                f"{where}: the body is longer than the {wanted.length} bytes asked for", fault=Fault.LONG
+            )
+        return not deadline.expired
 
     # -- files ---------------------------------------------------------------------------------------------------
 

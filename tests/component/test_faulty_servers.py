@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -184,3 +185,40 @@ async def test_a_misbehaviour_that_passes_ends_nothing(server: ByteServer, store
         filler.fill("p", [target])
         await wait_state([target], FileState.SEALED)
     assert stored(target) == data
+
+
+def _endless(handler: Handler, body: bytes, start: int, stop: int, how: str) -> None:
+    handler.send_response(206)
+    handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(body)}")
+    if how != "no length":
+        handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    part = body[start:stop]
+    handler.wfile.write(part if how == "no length" else b"%x\r\n%b\r\n" % (len(part), part))
+    for byte in {"no length": b"", "trailers": b"0\r\n" + b"X-A: b\r\n" * 1000, "half an end": b"0"}[how]:
+        handler.wfile.write(bytes([byte]))
+        time.sleep(0.05)
+    handler.rfile.read(1)  # until the client hangs up
+    handler.close_connection = True
+
+
+@pytest.mark.parametrize("how", ["no length", "trailers", "half an end"])
+async def test_a_body_without_an_end_is_whole_when_its_bytes_are_there(
+    server: ByteServer, store: BlobStore, index: Index, how: str
+) -> None:
+    """Else it holds its connection, and with it a thread of the fetch process, for as long as the server likes."""
+    data = server.files["a"] = content(2 * CHUNK, 5)
+
+    def answer(handler: Handler, path: str, start: int, stop: int) -> bool:
+        with contextlib.suppress(OSError):
+            _endless(handler, data, start, stop, how)
+        return True
+
+    server.fault = answer
+    target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
+    async with filling(store, index) as (filler, events):
+        filler.fill("p", [target])
+        await wait_state([target], FileState.SEALED)
+        assert not [error for error in events.of("failure") if error is not None]
+    assert stored(target) == data
+    assert len(server.log) == 2, "each chunk was asked for once"

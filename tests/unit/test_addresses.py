@@ -154,6 +154,9 @@ def test_addresses_are_shown_without_secrets() -> None:
         "s3://AKIA:secret@bucket/x",
         "{'authorization': 'bearer secret'}",
         "to https://host/path?secret now",
+        'a broken {"Version": 1, "SecretAccessKey": "secret+/=", "SessionToken" : "secret"}',
+        "AWS_SECRET_ACCESS_KEY=secret aws_session_token = secret",
+        "the header X-Amz-Security-Token: secret// is too long",
     ):
         assert "secret" not in without_secrets(hidden), hidden
     for harmless in (
@@ -161,6 +164,8 @@ def test_addresses_are_shown_without_secrets() -> None:
         "hf://gpt2@main, hf://org/b:c@main",
         "is it there? yes = no",
         "a=b",
+        "SessionToken: ",
+        "the secret access key is wrong: see aws configure",
         "s3://bucket/prefix",
         "http://host/a@b",
     ):
