@@ -100,15 +100,20 @@ def decode(body: bytes, kind: type[_T]) -> _T:
 
 
 def listed(entry: Entry) -> Listed:
-    size = entry.size if entry.size is not None else entry.lfs.size if entry.lfs else None
+    size = _size(entry.size, entry.lfs)
     strong = (entry.lfs.oid or entry.lfs.sha256) if entry.lfs else None
     return Listed(entry.path, size, _digest(strong, entry.oid, lfs=entry.lfs is not None))
 
 
 def listed_sibling(sibling: Sibling) -> Listed:
-    size = sibling.size if sibling.size is not None else sibling.lfs.size if sibling.lfs else None
+    size = _size(sibling.size, sibling.lfs)
     strong = (sibling.lfs.sha256 or sibling.lfs.oid) if sibling.lfs else None
     return Listed(sibling.rfilename, size, _digest(strong, sibling.blobId, lfs=sibling.lfs is not None))
+
+
+def _size(blob: int | None, lfs: Lfs | None) -> int | None:
+    """Of an LFS file some mirrors give the length of its blob, which is the pointer's."""
+    return lfs.size if lfs is not None and lfs.size is not None else blob
 
 
 def _digest(strong: str | None, blob: str | None, *, lfs: bool) -> Digest | None:

@@ -269,3 +269,13 @@ def test_of_samples_the_largest_of_each_way_is_taken() -> None:
     ]
     assert {file.path for file in common.samples(files)} == {"b.bin", "config.json"}
     assert [file.path for file in common.samples(files[2:3])] == ["README.md"]
+
+
+def test_an_lfs_file_is_as_long_as_its_content_and_not_as_its_pointer() -> None:
+    content = hubtree.Lfs(size=5_000_000_000, oid="ab" * 32, sha256="ab" * 32)
+    digest = Digest("sha256", "ab" * 32)
+    of_tree = hubtree.listed(hubtree.Entry("a", size=134, oid="cd" * 20, lfs=content))
+    of_description = hubtree.listed_sibling(hubtree.Sibling("a", size=134, blobId="cd" * 20, lfs=content))
+    assert of_tree == of_description == hubtree.Listed("a", 5_000_000_000, digest)
+    assert hubtree.listed(hubtree.Entry("b", size=7, oid="cd" * 20)).size == 7
+    assert hubtree.listed(hubtree.Entry("c", size=9, lfs=hubtree.Lfs(oid="ab" * 32))).size == 9
