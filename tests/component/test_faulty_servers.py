@@ -218,7 +218,7 @@ async def test_a_body_without_an_end_is_whole_when_its_bytes_are_there(
     target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
     async with filling(store, index) as (filler, events):
         filler.fill("p", [target])
-        await wait_state([target], FileState.SEALED)
+        await wait_state([target], FileState.SEALED, 50)
         assert not [error for error in events.of("failure") if error is not None]
     assert stored(target) == data
     assert len(server.log) == 2, "each chunk was asked for once"
