@@ -206,7 +206,7 @@ class Claims:
         tier, size = self._tiers.sources[source], entry.file.size
         name, store = seal_name(place.slot, place.pin), tier.store
         try:
-            data = await self._tiers.ask(lambda: store.get(name, most_seal(size, chunk_size)))
+            data = await self._tiers.ask(lambda: store.get(name, most_seal(size, chunk_size)), source)
             tier.answered()
             return unpack_seal(tier.secret, name, data, size, chunk_size)
         except OriginNotFound:

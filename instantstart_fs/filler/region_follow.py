@@ -252,9 +252,10 @@ class Tiers:
     def takes_writes(self) -> bool:
         return self.writes.limit(trio.current_time()) != 0
 
-    async def ask(self, call: Callable[[], _T]) -> _T:
+    async def ask(self, call: Callable[[], _T], source: int = 0) -> _T:
         """In a thread that is given up after ASK_SECONDS. Raises InstantStartError, whatever the call raises: what a
-        tier answers is not worth the filler."""
+        tier answers is not worth the filler. ``source``: which tier is asked; how slow another one is says nothing
+        about claims in the region's own."""
         async with self.threads:  # waiting for a thread is no silence of the tier
             began = trio.current_time()
             try:
@@ -266,4 +267,5 @@ class Tiers:
                 said = f"the regional tier's answer is not understood ({type(error).__name__})"
                 raise OriginUnavailable(said) from error
             finally:
-                self.lag = max(trio.current_time() - began, self.lag * LAG_KEPT)
+                if source == 0:
+                    self.lag = max(trio.current_time() - began, self.lag * LAG_KEPT)

@@ -168,6 +168,7 @@ async def test_an_upstream_tier_whose_seals_cannot_be_had_is_not_asked_for_each_
         regional._tiers.nursery = site.tiers.nursery
         far.bad = {"v1/"}
         files = [follow(site, number, bytes(9 * CHUNK)) for number in range(5)]
+        assert not await regional._claims._take_seal(files[0], 1) and regional._tiers.lag == 0, "it is not the own tier"
         for one in files:
             site.store.delete(f"v1/{one.slot}/{one.pin}/seal")
             await regional._claims._ask(one)
