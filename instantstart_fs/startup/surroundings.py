@@ -13,7 +13,7 @@ import shlex
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from instantstart_fs.core.enginetable import (
     Engine,
@@ -51,7 +51,7 @@ def key_of(
         key[f"config {at}"] = _contents(path)
     program = _on_path(command[0], environment)
     interpreter = interpreter_of(command, program)
-    known = dict(packages(interpreter, engine)) if interpreter else {}
+    known = packages(interpreter, engine, environment) if interpreter else {}
     for package, version in known.items():
         key[f"package {package}"] = version
     if interpreter:
@@ -122,11 +122,13 @@ def interpreter_of(command: Sequence[str], program: str) -> str:
     return ""
 
 
-def packages(interpreter: str, engine: Engine | None) -> Iterator[tuple[str, str]]:
-    """Yield (name, version) of the installed distributions that matter."""
-    for directory in site_directories(interpreter):
+def packages(interpreter: str, engine: Engine | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """Name → version of the installed distributions that matter. Of one that lies in several places, every version, in
+    the order of the places: which of them the interpreter takes is not known here, and each may be the one."""
+    found: dict[str, list[str]] = {}
+    for directory in site_directories(interpreter, environment):
         try:
-            names = os.listdir(directory)
+            names = sorted(os.listdir(directory))
         except OSError:
             continue
         for entry in names:
@@ -134,22 +136,29 @@ def packages(interpreter: str, engine: Engine | None) -> Iterator[tuple[str, str
                 name, _, version = entry[:-10].partition("-")
                 name = name.lower().replace("_", "-").replace(".", "-")
                 if is_key_package(name, engine):
-                    yield name, version
+                    found.setdefault(name, []).append(version)
+    return {name: " ".join(dict.fromkeys(versions)) for name, versions in found.items()}
 
 
-def site_directories(interpreter: str) -> list[str]:
-    """Return where that Python's distributions lie, those that come first on its path last."""
+def site_directories(interpreter: str, environment: Mapping[str, str]) -> list[str]:
+    """Return where that Python's distributions lie, those that come first on its path last: its own prefix, the user's
+    directory (`pip install --user`) where it looks there, and PYTHONPATH (`pip install --target`)."""
     prefix = os.path.dirname(os.path.dirname(interpreter))
     found: list[str] = []
     try:
         with open(os.path.join(prefix, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
             settings = dict(_setting(line) for line in file if "=" in line)
+        system = settings.get("include-system-site-packages", "").lower() == "true"
     except OSError:
         prefix = os.path.dirname(os.path.dirname(os.path.realpath(interpreter)))
-        settings = {}
-    if settings.get("include-system-site-packages", "").lower() == "true":
+        settings, system = {}, True
+    if system and settings:
         found += _sites(os.path.dirname(settings.get("home", "/usr/bin")))
     found += _sites(prefix)
+    if system and not environment.get("PYTHONNOUSERSITE"):
+        home = environment.get("HOME") or os.path.expanduser("~")
+        found += _sites(environment.get("PYTHONUSERBASE") or os.path.join(home, ".local"))
+    found += [word for word in reversed(environment.get("PYTHONPATH", "").split(":")) if word]
     return found
 
 

@@ -147,6 +147,44 @@ def test_the_key_names_versions_arguments_processor_and_variables(tmp_path: Path
     assert differences(key, again) == ("environment VLLM_X", "interpreter", "package torch")
 
 
+@pytest.mark.parametrize("place", ["prefix", "user", "user base", "PYTHONPATH"])
+def test_an_upgrade_is_seen_wherever_the_engine_is_installed(place: str, tmp_path: Path) -> None:
+    """In each place there is an older Python's directory, too: what it holds hides no upgrade."""
+    root = tmp_path / "usr"
+    environment(root, torch="2.13.0")
+    (root / "pyvenv.cfg").unlink()  # no virtual environment: such a one does not look into the user's directory
+    (root / "bin" / "python").unlink()
+    (root / "bin" / "python").write_bytes(b"")
+    variables = {"HOME": str(tmp_path / "home")}
+    if place == "user base":
+        variables["PYTHONUSERBASE"] = str(tmp_path / "base")
+    if place == "PYTHONPATH":
+        variables["PYTHONPATH"] = f"{tmp_path}/nothing::{tmp_path}/target"
+    base = {"prefix": root, "user": tmp_path / "home" / ".local", "user base": tmp_path / "base"}.get(place)
+    site = base / "lib" / "python3.11" / "site-packages" if base is not None else tmp_path / "target"
+    if base is not None:
+        (base / "lib" / "python3.9" / "site-packages" / "vllm-0.1.0.dist-info").mkdir(parents=True)
+    (site / "vllm-0.32.0.dist-info").mkdir(parents=True)
+    command = [str(root / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", "/models/x"]
+
+    def key() -> dict[str, str]:
+        return surroundings.key_of(command, engine_of(command), variables)
+
+    first = key()
+    assert "0.32.0" in first["package vllm"].split() and first["package torch"] == "2.13.0"
+    assert key() == first
+    (site / "vllm-0.32.0.dist-info").rename(site / "vllm-0.33.0.dist-info")
+    assert differences(first, key()) == ("package vllm",)
+
+
+def test_a_virtual_environment_does_not_see_what_the_user_installed(tmp_path: Path) -> None:
+    program = environment(tmp_path / "venv", vllm="0.32.0")
+    site = tmp_path / ".local" / "lib" / "python3.11" / "site-packages"
+    (site / "vllm-0.33.0.dist-info").mkdir(parents=True)
+    command = [str(program), "serve", "/models/x"]
+    assert surroundings.key_of(command, engine_of(command), {"HOME": str(tmp_path)})["package vllm"] == "0.32.0"
+
+
 def test_of_a_program_that_is_no_python_its_own_file_is_in_the_key(tmp_path: Path) -> None:
     program = tmp_path / "engine"
     program.write_text("#!/bin/sh\n")
