@@ -20,6 +20,8 @@ _MARKS: tuple[tuple[str, str, re.Pattern[str]], ...] = tuple(
         ("vllm", "compile", r"torch\.compile takes " + _SECONDS),
         ("vllm", "capture", r"Graph capturing finished in " + _SECONDS),
         ("vllm", "warm-up", r"(?:Initial profiling/warmup run|JIT kernel warmup) (?:took|finished in) " + _SECONDS),
+        # Of all that was compiled one after the other: a model's encoder, and the rest of it, print a line each.
+        ("vllm", "compile", r"init engine \(.*?\) took [0-9.]+ s \(compilation: " + _SECONDS),
         ("vllm", "engine", r"init engine \(.*\) took " + _SECONDS),
         ("sglang", "load", r"Load weight end\..*?elapsed=" + _SECONDS),
         ("sglang", "capture", r"Capture (?:cuda|piecewise cuda|cpu) graph end\. Time elapsed: " + _SECONDS),

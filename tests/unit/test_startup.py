@@ -433,6 +433,17 @@ def test_the_phases_that_vllm_and_sglang_print() -> None:
     assert EngineLog("").lines(VLLM.splitlines()) == {}
 
 
+def test_a_model_with_an_encoder_compiled_as_long_as_both_parts_took() -> None:
+    """Each part prints a time of its own, one after the other; vLLM's last line has the sum."""
+    said = """\
+INFO [monitor.py:20] [encoder] torch.compile took 5.00 s in total
+INFO [monitor.py:20] torch.compile took 20.00 s in total
+INFO [core.py:386] init engine (profile, create kv cache, warmup model) took 40.50 s (compilation: 25.00 s — \
+language_model: 20.00 s, encoder: 5.00 s)
+"""
+    assert EngineLog("vllm").lines(said.splitlines()) == {"compile": 25.0, "engine": 40.5}
+
+
 def test_the_table_names_each_variable_once() -> None:
     variables = [layout.variable for layout in enginetable.LAYOUTS]
     names = [layout.name for layout in enginetable.LAYOUTS]
