@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ import sys
 import sysconfig
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from bench import daemon as daemons
 from bench.common import ratios, run, summary, table, wait_for, workspace, write_result
 from instantstart_fs.core.enginelog import EngineLog
 from tests.harness import model_directory
+from tests.servers.hub import HubServer
+from tests.servers.seaweed import SeaweedServer
 
 CLI = (sys.executable, "-m", "instantstart_fs.cli")
 NOW = "import time; print(time.clock_gettime(time.CLOCK_MONOTONIC))"
@@ -287,95 +290,147 @@ def _brief(one: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in one.items() if name != "tokens"}
 
 
-def vllm(rounds: int, python: str, minutes: float) -> dict[str, Any]:
-    """Engine initialisation as vLLM's log says, and seconds until /health says 200: plain from a local directory with
-    an empty cache, by `run` with no startup cache, and by `run` with the one that the start before it saved. After
-    ``minutes`` no further round begins."""
-    end = time.monotonic() + minutes * 60
-    results: dict[str, list[dict[str, Any]]] = {"plain": [], "first": [], "second": []}
-    with workspace(None) as work, daemons.daemon(work) as daemon:
-        source = toy(work / "source")
-        daemon.cli("add", "p", f"file://{source}")
-        base = {
-            **daemon.env,
-            "INSTANTSTART_STARTUP_DIR": str(work / "views"),
+STARTS = ("plain", "first", "second", "region")
+
+
+class _Vllm:
+    """Starts of vLLM's server on one machine. ``python``: the interpreter of an environment that has it."""
+
+    def __init__(self, python: str, work: Path, source: Path) -> None:
+        self._python, self._work, self._source = python, work, source
+        self._number = 0
+
+    def start(self, name: str, daemon: daemons.Daemon | None, kill: bool = False) -> dict[str, Any]:
+        """One start until /health says 200 and 24 tokens came; by ``run`` where there is a ``daemon``. ``kill``: the
+        daemon is killed (-9) once it has begun to keep what was compiled."""
+        self._number += 1
+        port = _port()
+        log, report = self._work / f"{name}-{self._number}.log", self._work / f"{name}-{self._number}.json"
+        directory = self._source if daemon is None else daemon.mount / "p"
+        words = [self._python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+        words += ["--served-model-name", "toy", "--port", str(port)]
+        words += ["--max-model-len", "256", "--gpu-memory-utilization", "0.2"]
+        env = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "AWS_", "PYTHONPATH"))},
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_USE_AOT_COMPILE": "0",
         }
-        base.pop("PYTHONPATH", None)
-        for at in range(rounds):
-            if time.monotonic() > end:
-                break
-            for name, found in results.items():
-                port, log, report = _port(), work / f"{name}-{at}.log", work / f"{name}-{at}.json"
-                directory = source if name == "plain" else daemon.mount / "p"
-                serve = [
-                    python,
-                    "-m",
-                    "vllm.entrypoints.openai.api_server",
-                    "--model",
-                    str(directory),
-                    "--served-model-name",
-                    "toy",
-                    "--port",
-                    str(port),
-                ]
-                serve += ["--max-model-len", "256", "--gpu-memory-utilization", "0.2"]
-                env = dict(base)
-                if name == "plain":
-                    # Where an engine keeps it by default, and empty: as on a fresh node.
-                    home = work / "home"
-                    shutil.rmtree(home, ignore_errors=True)
-                    home.mkdir()
-                    env |= {
-                        "HOME": str(home), "VLLM_CACHE_ROOT": str(home / "vllm"),
-                        "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"), "TRITON_CACHE_DIR": str(home / "triton"),
-                    }  # fmt: skip
-                else:
-                    if name == "first":
-                        subprocess.run(
-                            [*CLI, "startup-cache", "rm", "p"], env=daemon.env, capture_output=True, check=False
-                        )
-                    serve = [*CLI, "run", "p", "--report", str(report), "--probe", "auto", "--", *serve]
-                    env["PYTHONPATH"] = daemon.env["PYTHONPATH"]
-                    serve = ["env", *serve]
-                began = time.monotonic()
-                with _server(serve, env, log) as child:
+        if daemon is None:
+            # Where an engine keeps it by default, and empty: as on a fresh node.
+            home = self._work / "home"
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir()
+            env |= {"HOME": str(home), "VLLM_CACHE_ROOT": str(home / "vllm")}
+            env |= {"TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"), "TRITON_CACHE_DIR": str(home / "triton")}
+        else:
+            for variable in ("PYTHONPATH", "INSTANTSTART_SOCKET"):
+                env[variable] = daemon.env[variable]
+            # At the same path on each host, as in a fleet.
+            env["INSTANTSTART_STARTUP_DIR"] = str(self._work / "views")
+            words = [*CLI, "run", "p", "--report", str(report), "--probe", "auto", "--", *words]
+        began = time.monotonic()
+        with _server(words, env, log) as child:
 
-                    def up(port: int = port, child: subprocess.Popen[bytes] = child, log: Path = log) -> bool:
-                        if child.poll() is not None:
-                            raise RuntimeError(log.read_text(errors="replace")[-5000:])
-                        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-                        try:
-                            with opener.open(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-                                return bool(answer.status == 200)
-                        except OSError:
-                            return False
+            def up() -> bool:
+                if child.poll() is not None:
+                    raise RuntimeError(log.read_text(errors="replace")[-5000:])
+                opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                try:
+                    with opener.open(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+                        return bool(answer.status == 200)
+                except OSError:
+                    return False
 
-                    wait_for(up, f"vLLM ({name})", 400, 0.1)
-                    ready = time.monotonic() - began
-                    tokens = _generate(port)
-                    if name != "plain":
-                        wait_for(lambda report=report: report.exists(), "the report", 60)
-                phases = EngineLog("vllm").lines(log.read_text(errors="replace").splitlines())
-                one = {"ready": round(ready, 2), "tokens": tokens, "engine": phases}
-                if name != "plain":
-                    told = json.loads(report.read_text())
-                    one["startup_cache"] = told["startup_cache"]
-                    one["phases"] = {
-                        phase["name"]: round(phase["end"] - phase["start"], 2) for phase in told["record"]["phases"]
-                    }
-                    expected = "restored" if name == "second" else "first"
-                    assert told["startup_cache"]["outcome"] == expected, told["startup_cache"]
-                found.append(one)
-                print(
-                    f"round {at + 1} {name}: ready {ready:.1f} s, engine {phases.get('engine')} s, {one.get('phases')}",
-                    flush=True,
-                )
-        versions = json.loads(daemon.cli("startup-cache", "ls", "p", "--json")[1])
-    every = [one["tokens"] for values in results.values() for one in values]
+            wait_for(up, f"vLLM ({name})", 400, 0.1)
+            ready = time.monotonic() - began
+            tokens = _generate(port)
+            if kill:
+                assert daemon is not None
+                trash = daemon.store / "trash"
+                wait_for(lambda: any(trash.glob("*startup/pack")), "the daemon to keep what was compiled", 60, 0.0005)
+                daemon.child.kill()
+            if daemon is not None:
+                wait_for(report.exists, "the report", 120)
+        phases = EngineLog("vllm").lines(log.read_text(errors="replace").splitlines())
+        one = {"ready": round(ready, 2), "tokens": tokens, "engine": phases}
+        if daemon is not None:
+            told = json.loads(report.read_text())
+            one["startup_cache"] = told["startup_cache"]
+            if told.get("record"):
+                one["phases"] = {
+                    phase["name"]: round(phase["end"] - phase["start"], 2) for phase in told["record"]["phases"]
+                }
+        shown = (one.get("startup_cache") or {}).get("outcome", "")
+        print(f"{name}: ready {ready:.1f} s, engine {phases.get('engine')} s {shown} {one.get('phases')}", flush=True)
+        return one
+
+
+@contextlib.contextmanager
+def _hosts(
+    work: Path, source: Path
+) -> Iterator[Callable[[str, str], contextlib.AbstractContextManager[daemons.Daemon]]]:
+    """A hub that has the toy, a SeaweedFS with tiers of regions, and a way to start a host by its name and its
+    region's. A name that was used before has its store still."""
+    with HubServer() as hub, SeaweedServer() as seaweed:
+        hub.publish("org/toy", source)
+        bucket = seaweed.new_bucket("tier")
+        key = work / "region.key"
+        key.write_text(secrets.token_hex(32))
+        key.chmod(0o600)
+        credentials = {"AWS_ACCESS_KEY_ID": seaweed.access_key, "AWS_SECRET_ACCESS_KEY": seaweed.secret_key}
+
+        @contextlib.contextmanager
+        def host(name: str, region: str) -> Iterator[daemons.Daemon]:
+            config = f"""
+                [origins.huggingface]
+                endpoint = "{hub.endpoint}"
+                [regional]
+                url = "s3://{bucket}/{region}"
+                endpoint_url = "{seaweed.endpoint_url}"
+                key_file = "{key}"
+                host = "{name}"
+            """
+            with daemons.daemon(work, config=config, env=credentials, name=name) as daemon:
+                if not (daemon.store / "slots/p").exists():
+                    daemon.cli("add", "p", "hf://org/toy")
+                yield daemon
+
+        yield host
+
+
+def vllm(rounds: int, python: str, minutes: float) -> dict[str, Any]:
+    """Engine initialisation as vLLM's log says, and seconds until /health says 200: `plain` from a local directory with
+    an empty cache; by `run` with no startup cache (`first`), and with the one that the start before it saved
+    (`second`); by `run` on a fresh host, whose weights and startup cache come from the region (`region`). After
+    ``minutes`` no further round begins. At last a daemon is killed (-9) while it keeps what was compiled; the start
+    after that (`killed`) finds no half of it."""
+    end = time.monotonic() + minutes * 60
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in STARTS}
+    with workspace(None) as work:
+        source = toy(work / "source")
+        with _hosts(work, source) as host:
+            engine = _Vllm(python, work, source)
+            for at in range(rounds):
+                if time.monotonic() > end:
+                    break
+                results["plain"].append(engine.start("plain", None))
+                with host(f"one{at}", f"region{at}") as one:
+                    results["first"].append(engine.start("first", one))
+                    results["second"].append(engine.start("second", one))
+                    versions = json.loads(one.cli("startup-cache", "ls", "p", "--json")[1])
+                    with host(f"fresh{at}", f"region{at}") as fresh:
+                        results["region"].append(engine.start("region", fresh))
+            with host("cut", "cut") as one:
+                cut = engine.start("cut", one, kill=True)
+            with host("cut", "cut") as one:
+                left = json.loads(one.cli("startup-cache", "ls", "p", "--json")[1])
+                killed = engine.start("killed", one)
+    for name, expected in (("first", "first"), ("second", "restored"), ("region", "restored")):
+        outcomes = {each["startup_cache"]["outcome"] for each in results[name]}
+        assert outcomes == {expected}, (name, outcomes)
+    every = [one["tokens"] for values in [*results.values(), [cut, killed]] for one in values]
     assert all(tokens == every[0] for tokens in every), "not the same token ids"
     init = {name: [one["engine"]["engine"] for one in values] for name, values in results.items()}
     whole = {name: [one["ready"] for one in values] for name, values in results.items()}
@@ -384,10 +439,13 @@ def vllm(rounds: int, python: str, minutes: float) -> dict[str, Any]:
         "ready": {name: summary(values) for name, values in whole.items()},
         "second_faster_than_first": ratios(init["second"], init["first"]),
         "second_faster_than_plain": ratios(init["second"], init["plain"]),
+        "region_faster_than_plain": ratios(init["region"], init["plain"]),
+        "killed": {"kept": left, "then": _brief(killed)},
         "cache": [{"bytes": version["size"], "files": version["files"]} for version in versions],
-        "rounds": [{name: _brief(values[at]) for name, values in results.items()} for at in range(len(every) // 3)],
-    }  # fmt: skip
+        "rounds": [{name: _brief(values[at]) for name, values in results.items()} for at in range(len(init["plain"]))],
+    }
     print(f"engine initialisation: second start {found_all['second_faster_than_first']['median']:.1f} times faster")
+    print(f"on a fresh host of the region {found_all['region_faster_than_plain']['median']:.1f} times")
     return found_all
 
 
