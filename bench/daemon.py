@@ -45,10 +45,16 @@ class Daemon:
 
 @contextlib.contextmanager
 def daemon(
-    directory: Path, *, config: str = "", env: Mapping[str, str] | None = None, name: str = "d"
+    directory: Path,
+    *,
+    config: str = "",
+    env: Mapping[str, str] | None = None,
+    name: str = "d",
+    mount: Path | None = None,
 ) -> Iterator[Daemon]:
-    """Run one with its mount, store, socket and log under ``directory``. ``config``: TOML beside mount and store."""
-    mount, store = directory / f"{name}-mount", directory / f"{name}-store"
+    """Run one with its mount, store, socket and log under ``directory``. ``config``: TOML beside mount and store.
+    ``mount``: where another one was mounted before, as on two hosts of a fleet."""
+    mount, store = mount or directory / f"{name}-mount", directory / f"{name}-store"
     mount.mkdir(exist_ok=True)
     file = directory / f"{name}.toml"
     file.write_text(config)

@@ -290,6 +290,8 @@ def _brief(one: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in one.items() if name != "tokens"}
 
 
+NOT_OURS = ("HF_", "AWS_", "PYTHONPATH", "TORCHINDUCTOR_", "TRITON_")
+"""torch sets variables of its own in the process that imports it, here: an engine's would be taken for the user's."""
 STARTS = ("plain", "first", "second", "region")
 
 
@@ -311,7 +313,7 @@ class _Vllm:
         words += ["--served-model-name", "toy", "--port", str(port)]
         words += ["--max-model-len", "256", "--gpu-memory-utilization", "0.2"]
         env = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "AWS_", "PYTHONPATH"))},
+            **{key: value for key, value in os.environ.items() if not key.startswith(NOT_OURS)},
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -392,7 +394,7 @@ def _hosts(
                 key_file = "{key}"
                 host = "{name}"
             """
-            with daemons.daemon(work, config=config, env=credentials, name=name) as daemon:
+            with daemons.daemon(work, config=config, env=credentials, name=name, mount=work / "models") as daemon:
                 if not (daemon.store / "slots/p").exists():
                     daemon.cli("add", "p", "hf://org/toy")
                 yield daemon
@@ -420,8 +422,8 @@ def vllm(rounds: int, python: str, minutes: float) -> dict[str, Any]:
                     results["first"].append(engine.start("first", one))
                     results["second"].append(engine.start("second", one))
                     versions = json.loads(one.cli("startup-cache", "ls", "p", "--json")[1])
-                    with host(f"fresh{at}", f"region{at}") as fresh:
-                        results["region"].append(engine.start("region", fresh))
+                with host(f"fresh{at}", f"region{at}") as fresh:
+                    results["region"].append(engine.start("region", fresh))
             with host("cut", "cut") as one:
                 cut = engine.start("cut", one, kill=True)
             with host("cut", "cut") as one:
