@@ -63,8 +63,9 @@ def run(options: Options) -> int:
         if isinstance(error, Interrupted):
             return 128 + error.number
         if isinstance(error, PipelineNotFound):
-            raise _with_advice(error, start) from error
-        raise
+            error = _with_advice(error, start)
+        command.release()
+        raise error
     inherited = (start.view.descriptor,) if start.view is not None else ()
     status = command.start(options.command, start.environment, listening.streams)
     start.spawned = time.monotonic()

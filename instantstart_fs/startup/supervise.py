@@ -45,8 +45,9 @@ class Command:
 
     def __init__(self) -> None:
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED - _ENDING)
-        for number in _ENDING:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the command is to ignore it, too
+        self._before = {number: signal.getsignal(number) for number in _ENDING}
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:  # nohup: the command is to ignore it, too
                 signal.signal(number, self._interrupted)
         self.pid = 0
         self.asked_by: set[int] = set()
@@ -66,6 +67,12 @@ class Command:
     def block(self) -> None:
         """Hold signals back until there is a command that they can go to."""
         signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
+
+    def release(self) -> None:
+        """Leave signals as they were: there will be no command, and the process may go on."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
 
     def start(self, words: Sequence[str], environment: Mapping[str, str], streams: Mapping[int, int]) -> int:
         """Start it; 0, or the status to exit with (and what is wrong was said). ``streams``: which of our descriptors

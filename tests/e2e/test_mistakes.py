@@ -6,6 +6,7 @@ After a change that is meant: INSTANTSTART_WRITE_MISTAKES=1 scripts/test tests/e
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 from tests import mistakes
@@ -63,8 +64,12 @@ def texts(hub: HubServer) -> str:
 
 
 def test_the_commonest_mistakes_are_answered_as_written() -> None:
+    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ()), [signal.getsignal(number) for number in ending]
     with HubServer() as hub:
         found = texts(hub)
+    after = signal.pthread_sigmask(signal.SIG_BLOCK, ()), [signal.getsignal(number) for number in ending]
+    assert after == before, "a mistake leaves signals as they were"
     if os.environ.get("INSTANTSTART_WRITE_MISTAKES") == "1":
         TEXTS.write_text(found, encoding="utf-8")
     assert found == TEXTS.read_text(encoding="utf-8")
