@@ -393,6 +393,7 @@ def _hosts(
                 endpoint_url = "{seaweed.endpoint_url}"
                 key_file = "{key}"
                 host = "{name}"
+                startup_caches = ["{os.getuid()}"]
             """
             with daemons.daemon(work, config=config, env=credentials, name=name, mount=work / "models") as daemon:
                 if not (daemon.store / "slots/p").exists():
