@@ -1,4 +1,4 @@
-"""The prefetch helper on a GPU: all checks and timings in one call, of at most --limit seconds (default 460).
+"""The prefetch helper on a GPU: all checks and timings in one call, of at most --limit seconds (default 300).
 
     python bench/gpu.py [--size 8GiB] [--shards 16] [--dir DIR] [--out DIR] [--only PART,…] [--contenders NAME,…]
 
@@ -8,15 +8,23 @@ instanttensor are rivals where they are installed. Makes a checkpoint on the dis
     disk      the O_DIRECT ceiling of that disk, plain threads into page-locked memory
     h2d       the ceiling of copies from page-locked memory to the device
     cold/warm each backend, load_file(device="cuda") and the rivals, with the page cache empty and full
+    sweep     the built-in backend by readers, bytes of an extent, and buffers of each reader
+    startup, page-locking, peers, two releases of torch: bench/gpu_probe.py
 
 and checks that the bytes are equal, that memory stays within weights + 5 % during a hand-over to a second process, that
 a helper killed at any stage frees its memory and says so, that what does not fit is refused, and what GDS would do.
 `python -m pytest -c tests/gpu/bare.ini tests/gpu -ra` runs the same parts, smaller, as one test each.
 
-The parts run in the order of what they tell: environment, equality, speed, hand-over, kills, and the rivals last. Each
-is guarded: what fails, or was not run, is listed by name at the end, and keeps what it measured. SIGTERM, ^C or the end
-of the time print the table of what there is; gpu.json in --out is written after every part. Without a GPU everything is
-"not run". Rates are GB/s of 10**9 bytes.
+The parts run in the order of what they tell. Each has a deadline of its own: one that fails, is late, hangs, or ends
+its process keeps what it measured, is listed by name, and the next goes on (in a fresh process where the old one is of
+no more use). SIGTERM, ^C or the end of the time print the table of what there is; gpu.json in --out is replaced whole
+after every figure, so that a SIGKILL costs no more than the figure under way. Rates are GB/s of 10**9 bytes. Exit:
+
+    0   all that was asked for was run, and what must hold holds; what this machine lacks is listed as not run
+    1   a part failed
+    2   wrong usage
+    3   no part failed, and the time was up, or it was ended, before all had been run
+    4   there is no GPU: nothing was run
 """
 
 from __future__ import annotations
@@ -47,7 +55,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import common, gpu_mount  # noqa: E402
+from bench import common, gpu_mount, gpu_probe, gpu_watch  # noqa: E402
+from bench.gpu_watch import Skipped  # noqa: E402
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -73,6 +82,7 @@ def consumer() -> None:
     import msgspec
     import torch
 
+    from instantstart_fs.errors import PrefetchError
     from instantstart_fs.prefetch.layout import FileLayout
     from instantstart_fs.prefetch.messages import IpcHandle
     from instantstart_fs.prefetch.tensors import from_ipc, views
@@ -83,7 +93,11 @@ def consumer() -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        base = from_ipc(msgspec.convert(order["handle"], IpcHandle), order["size"])
+        try:
+            base = from_ipc(msgspec.convert(order["handle"], IpcHandle), order["size"], order.get("device"))
+        except PrefetchError as error:
+            print(json.dumps({"error": error.message, "torch": torch.__version__}), flush=True)
+            continue
         tensors = views(base, msgspec.convert(order["layout"], FileLayout))
         total, number = sum_of(torch, base), base.device.index
         if order["how"] == "copy":
@@ -93,7 +107,7 @@ def consumer() -> None:
             torch.cuda.ipc_collect()
         else:
             kept.append(tensors)
-        print(json.dumps({"sum": total, "number": number}), flush=True)
+        print(json.dumps({"sum": total, "number": number, "torch": torch.__version__}), flush=True)
 
 
 def sum_of(torch: Any, data: Any) -> int:
@@ -274,12 +288,12 @@ def h2d_ceiling(torch: Any, pinned: Any, target: Any, total: int) -> float:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-class Skipped(Exception):
-    """A part that cannot be run here; its text says why."""
-
-
 class CutOff(BaseException):
     """SIGTERM: whoever started this wants the table now."""
+
+
+class Late(BaseException):
+    """The part's deadline has passed."""
 
 
 class Run:
@@ -287,10 +301,14 @@ class Run:
         self.options = options
         self.directory = directory
         self.began = time.monotonic()
-        self.result: dict[str, Any] = {"bench": "gpu", "parts": {}}
-        self.not_run: list[str] = []
-        self.failed: list[str] = []
-        self.rows: list[tuple[str, str]] = []
+        self.child = bool(getattr(options, "child", False))
+        """Whether a parent watches the deadlines, prints the table, and goes on in a fresh process."""
+        self.result: dict[str, Any] = gpu_watch.read(self.out) if self.child else {}
+        self.result = {"bench": "gpu", "parts": {}, **self.result}
+        self.not_run: list[str] = self.result.get("not_run", [])
+        self.failed: list[str] = self.result.get("failed", [])
+        self.rows: list[tuple[str, str]] = [(name, value) for name, value in self.result.get("rows", [])]
+        self.part_ends = math.inf
 
     @functools.cached_property
     def torch(self) -> Any:
@@ -299,8 +317,17 @@ class Run:
         return torch
 
     @property
+    def out(self) -> Path:
+        return Path(self.options.out)
+
+    @property
     def left(self) -> float:
         return float(self.options.limit) - (time.monotonic() - self.began)
+
+    @property
+    def part_left(self) -> float:
+        """Seconds that the part under way still has."""
+        return min(self.left, self.part_ends - time.monotonic())
 
     def all_parts(self, parts: Sequence[Part]) -> None:
         """Run them in turn, then say what came of it; what was not reached is said, too."""
@@ -309,26 +336,37 @@ class Run:
         if unknown := [name for name in wanted or () if name not in names]:
             raise SystemExit(f"no part is named {unknown[0]!r}; there are: {', '.join(names)}")
         chosen = [part for part in parts if wanted is None or part.name in (*wanted, "checkpoint")]
-        left = [part.name for part in chosen]
+        self.result["chosen"] = [part.name for part in chosen]
+        ended = self.result.setdefault("ended", [])
+        left = [part.name for part in chosen if part.name not in ended]
         try:
             for part in chosen:
+                if part.name not in left:
+                    continue
                 self.part(part)
                 left.remove(part.name)
+                ended.append(part.name)
+                if self.child and left and self.spoiled():
+                    raise SystemExit(gpu_watch.GO_ON)
         except (KeyboardInterrupt, CutOff) as error:
             self.not_run += [f"{name}: {type(error).__name__} came first" for name in left]
         finally:
+            self.result.pop("now", None)
             self.write()
-            self.table()
+            if not self.child:
+                gpu_watch.table(self.result)
 
-    def table(self) -> None:
-        print()
-        for name, value in self.rows:
-            print(f"{name:<44} {value}")
-        for title, lines in (("not run", self.not_run), ("failed", self.failed)):
-            print(f"{title}:" if lines else f"{title}: nothing")
-            for line in lines:
-                print(f"  {line}")
-        sys.stdout.flush()
+    def spoiled(self) -> bool:
+        """Whether nothing works in this process any more: an error of the device stays with the process that had it."""
+        if not self.failed or "torch" not in self.__dict__:
+            return False
+        try:
+            self.torch.cuda.synchronize()
+            self.torch.empty(1, device=DEVICE)
+        except Exception as error:
+            print(f"    this process is of no more use: {error}", flush=True)
+            return True
+        return False
 
     def part(self, part: Part) -> None:
         name = part.name
@@ -337,27 +375,43 @@ class Run:
             return
         print(f"--- {name} ({self.left:.0f} s left)", flush=True)
         started = time.monotonic()
+        self.part_ends = started + part.most
+        self.result["now"] = {"part": name, "until": min(self.part_ends, started + self.left)}
+        self.write()
         try:
-            found = part.work(self)
+            if self.child:
+                signal.setitimer(signal.ITIMER_REAL, max(0.1, min(part.most, self.left)))
+            try:
+                found = part.work(self)
+            finally:
+                if self.child:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
         except Skipped as reason:
             self.not_run.append(f"{name}: {reason}")
             return
+        except Late:
+            found = self.result["parts"].get(name, {})
+            if self.left < 1:
+                self.not_run.append(f"{name}: some of it: the end of the time came first")
+            else:
+                self.failed.append(f"{name}: not within {time.monotonic() - started:.0f} s")
+                found["failed"] = self.failed[-1]
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | CutOff):
                 raise
             traceback.print_exc()
             self.failed.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
             found = {**self.result["parts"].get(name, {}), "failed": self.failed[-1]}
+        finally:
+            self.part_ends = math.inf
         found["part_seconds"] = round(time.monotonic() - started, 2)
         self.result["parts"][name] = found
         print(f"    {json.dumps(found, default=str)[:1500]}", flush=True)
         self.write()
 
     def write(self) -> None:
-        self.result["not_run"], self.result["failed"] = self.not_run, self.failed
-        out = Path(self.options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "gpu.json").write_text(json.dumps(self.result, indent=1, default=str) + "\n")
+        self.result |= {"not_run": self.not_run, "failed": self.failed, "rows": self.rows}
+        gpu_watch.write(self.out, self.result)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -462,7 +516,8 @@ class Run:
         torch = self.torch
         total = self.total
         pinned = torch.empty(17 * 8 * MIB, dtype=torch.uint8, pin_memory=True)
-        target = torch.empty(GIB, dtype=torch.uint8, device=DEVICE)
+        size = min(GIB, torch.cuda.mem_get_info(DEVICE)[0] // 2)
+        target = torch.empty(size, dtype=torch.uint8, device=DEVICE)
         h2d = max(total / h2d_ceiling(torch, pinned, target, total // (8 * MIB) * 8 * MIB) / 1e9 for _ in range(3))
         del target
         torch.cuda.empty_cache()
@@ -471,8 +526,7 @@ class Run:
         whole: dict[str, list[float]] = {}
         problems: dict[str, str] = {}
         rounds = 0
-        reserve = 10.0 if others else 300.0  # the checks after this need their time
-        budget = self.left - reserve
+        budget = self.part_left - 3
         began = time.monotonic()
         while rounds < self.options.rounds and (
             rounds == 0 or time.monotonic() - began < budget * rounds / (rounds + 1)
@@ -481,7 +535,7 @@ class Run:
             for contender in list(contenders)[turn:] + list(contenders)[:turn]:
                 for temperature in ("cold", "warm"):
                     if (
-                        self.left < reserve * 0.8
+                        self.part_left < 5
                         or contender in problems
                         or (contender.startswith("ceiling") and temperature == "warm")
                     ):
@@ -599,15 +653,15 @@ class Run:
                     self.not_run.append(f"speed of {name}: is not installed")
             return chosen(found)
         found = {
-            "ceiling disk ×4": ceiling(4),
             "ceiling disk ×8": ceiling(8),
-            "ceiling disk ×16": ceiling(16),
             "direct": ours("direct"),
-            "direct ×4": ours("direct", 4),
-            "direct ×16": ours("direct", 16),
+            "load_file": timed(lambda: [load_file(str(path), device=DEVICE) for path in files]),
+            "ceiling disk ×16": ceiling(16),
             "mmap": ours("mmap"),
             "gds": ours("gds"),
-            "load_file": timed(lambda: [load_file(str(path), device=DEVICE) for path in files]),
+            "direct ×16": ours("direct", 16),
+            "direct ×4": ours("direct", 4),
+            "ceiling disk ×4": ceiling(4),
         }
         return chosen(found)
 
@@ -690,11 +744,13 @@ class Run:
                 yield
 
     @contextlib.contextmanager
-    def consuming(self, **environment: str) -> Iterator[tuple[Callable[[Any, str], Any], subprocess.Popen[str]]]:
+    def consuming(
+        self, python: str = sys.executable, **environment: str
+    ) -> Iterator[tuple[Callable[..., Any], subprocess.Popen[str]]]:
         import msgspec
 
         process = subprocess.Popen(
-            [sys.executable, __file__, "--consumer"],
+            [python, __file__, "--consumer"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -710,14 +766,12 @@ class Run:
             assert line, f"the second process ended with {process.wait(10)}"
             return json.loads(line)
 
-        def ask(exported: Any, how: str) -> Any:
+        def ask(exported: Any, how: str, device: int | None = None) -> Any:
             assert process.stdin is not None
-            order = {
-                "handle": msgspec.to_builtins(exported.handle),
-                "layout": msgspec.to_builtins(exported.layout),
-                "size": exported.size,
-                "how": how,
-            }
+            order = {"how": how, "device": device}
+            for name in ("handle", "layout", "size"):
+                given = exported[name] if isinstance(exported, dict) else getattr(exported, name)
+                order[name] = msgspec.to_builtins(given)
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
             return answer()
@@ -922,32 +976,38 @@ def filesystem(path: Path) -> str:
 
 
 class Part(NamedTuple):
-    """``needs``: seconds that it may take."""
+    """``needs``: seconds that must be left for it to be begun; ``most``: after so many it has failed."""
 
     name: str
     work: Callable[[Run], dict[str, Any]]
-    needs: float = 25.0
+    needs: float = 15.0
+    most: float = 40.0
 
 
 PARTS = (
-    Part("environment", Run.environment),
-    Part("checkpoint", Run.checkpoint, 60),
-    Part("gds probe", Run.gds, 1),
-    Part("equality", Run.equality, 30),
-    Part("speed", Run.speed, 60),
-    Part("hand-over by share", functools.partial(Run.handover, how="share"), 30),
-    Part("hand-over by copy", functools.partial(Run.handover, how="copy"), 30),
-    Part("hand-over to another numbering of devices", Run.renumbered, 30),
-    Part("several devices", Run.several_devices, 30),
+    Part("environment", Run.environment, 10, 30),
+    Part("checkpoint", Run.checkpoint, 30, 60),
+    Part("gds probe", Run.gds, 1, 15),
+    Part("equality", Run.equality, 20, 60),
+    Part("speed", Run.speed, 30, 55),
+    Part("sweep", gpu_probe.sweep, 20, 35),
+    Part("page-locking", gpu_probe.page_locking, 15, 25),
+    Part("startup", gpu_probe.startup, 20, 40),
+    Part("hand-over by share", functools.partial(Run.handover, how="share"), 20, 40),
+    Part("hand-over by copy", functools.partial(Run.handover, how="copy"), 20, 40),
+    Part("hand-over to another numbering of devices", Run.renumbered, 15, 30),
+    Part("mount", gpu_mount.measure, 45, 65),
     Part("killed while loading", functools.partial(Run.killed, when="while loading")),
     Part("killed when loaded", functools.partial(Run.killed, when="when loaded")),
     Part("killed while another has it open", functools.partial(Run.killed, when="while another has it open")),
-    Part("receiver killed, a second one takes and releases", Run.receiver_killed, 40),
+    Part("receiver killed, a second one takes and releases", Run.receiver_killed, 20, 50),
     Part("owner killed", Run.owner_killed),
     Part("too big", Run.too_big),
-    Part("lying header", Run.lying_header, 15),
-    Part("mount", gpu_mount.measure, 90),
-    Part("rivals", functools.partial(Run.speed, name="rivals", others=True), 60),
+    Part("lying header", Run.lying_header, 10, 20),
+    Part("several devices", Run.several_devices, 20, 40),
+    Part("peers", gpu_probe.peers, 15, 40),
+    Part("two releases of torch", gpu_probe.releases, 15, 40),
+    Part("rivals", functools.partial(Run.speed, name="rivals", others=True), 25, 90),
 )
 """In this order, which the second makes the files for. tests/gpu runs the same, one test each."""
 
@@ -966,32 +1026,46 @@ def main() -> int:
     parser.add_argument("--size", type=gibibytes, default=8 * GIB, help="of the checkpoint (default 8GiB)")
     parser.add_argument("--shards", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=460.0, help="seconds in all")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds in all")
+    parser.add_argument("--other-python", default="", help="an interpreter with another release of torch")
     parser.add_argument("--dir", help="where the checkpoint lies for the time of the run")
     parser.add_argument("--out", default=os.environ.get("OUT") or str(Path(__file__).parent / "results"))
     parser.add_argument("--only", default="", metavar="PART,…", help="run these parts alone (and make the checkpoint)")
     parser.add_argument("--contenders", default="", metavar="NAME,…", help="measure these alone in the parts of speed")
-    parser.add_argument("--consumer", action="store_true", help=argparse.SUPPRESS)
+    for hidden in ("--consumer", "--child"):
+        parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.consumer:
         consumer()
         return 0
-    with tempfile.TemporaryDirectory(prefix="isfs-gpu-", dir=options.dir) as directory:
-        run = Run(options, Path(directory))
-        signal.signal(signal.SIGTERM, cut_off)
-        signal.signal(signal.SIGALRM, cut_off)
-        signal.setitimer(signal.ITIMER_REAL, options.limit)  # also for a part that hangs
-        if missing := no_gpu():
-            print(f"no GPU: {missing}; not run:")
-            for part in PARTS:
-                print(f"  {part.name}")
-            return 0
-        run.all_parts(PARTS)
-        return 1 if run.failed else 0
+    if not options.child:
+        names = [part.name for part in PARTS]
+        if unknown := [name for name in options.only.split(",") if name.strip() and name.strip() not in names]:
+            parser.error(f"no part is named {unknown[0].strip()!r}; there are: {', '.join(names)}")
+        with tempfile.TemporaryDirectory(prefix="isfs-gpu-", dir=options.dir, ignore_cleanup_errors=True) as directory:
+            return gpu_watch.Watch(Path(__file__), sys.argv[1:], Path(options.out), options.limit, directory).run()
+    gpu_watch.end_with_parent()
+    signal.signal(signal.SIGTERM, cut_off)
+    signal.signal(signal.SIGALRM, late)
+    run = Run(options, Path(options.work))
+    if missing := no_gpu():
+        print(f"no GPU: {missing}; not run:")
+        for part in PARTS:
+            print(f"  {part.name}")
+        run.not_run += [f"{part.name}: no GPU: {missing}" for part in PARTS]
+        run.write()
+        return gpu_watch.NO_GPU
+    run.all_parts(PARTS)
+    return 0
 
 
 def cut_off(*_: object) -> None:
     raise CutOff
+
+
+def late(*_: object) -> None:
+    raise Late
 
 
 def gibibytes(text: str) -> int:

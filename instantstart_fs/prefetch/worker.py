@@ -44,6 +44,7 @@ from instantstart_fs.prefetch.messages import (
     Release,
     Settings,
 )
+from instantstart_fs.prefetch.numa import bind
 from instantstart_fs.prefetch.tensors import place_of
 
 REPORT_INTERVAL = 0.05
@@ -126,6 +127,7 @@ class Worker:
         place_of(device)
         torch.cuda.set_device(device)
         torch.cuda.init()
+        bind(torch.cuda.get_device_properties(device))
 
     def _load(self, load: Load, fds: list[int]) -> None:
         if len(fds) != load.descriptors:  # the kernel drops those that do not fit

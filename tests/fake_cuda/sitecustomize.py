@@ -404,12 +404,33 @@ def install(torch: Any) -> None:
         return device.current if which is None else which if isinstance(which, int) else number_of(which) or 0
 
     def properties(which: Any = 0) -> SimpleNamespace:
-        device.context(index(which))
+        if setting("DRIVER"):
+            raise RuntimeError(setting("DRIVER"))
         return SimpleNamespace(uuid=uuids()[index(which)], total_memory=TOTAL, name="fake device", major=9, minor=0)
 
     def init() -> None:
         fail_at("init")
         device.context(device.current)
+
+    class Runtime:
+        """torch.cuda.cudart(): page-locks what exists already."""
+
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            if setting("PINNED") and device.pinned + size > int(setting("PINNED")):
+                return 2  # cudaErrorMemoryAllocation
+            if address in registered:
+                return 712  # cudaErrorHostMemoryAlreadyRegistered
+            registered[address] = size
+            device.pinned += size
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            if address not in registered:
+                return 713  # cudaErrorHostMemoryNotRegistered
+            device.pinned -= registered.pop(address)
+            return 0
+
+    registered: dict[int, int] = {}
 
     def synchronize(_: Any = None) -> None:
         fail_at("synchronize")
@@ -434,7 +455,7 @@ def install(torch: Any) -> None:
         lambda reference, _: device.ledger.count_down(reference.decode())
     )
     fakes = {
-        "is_available": lambda: bool(uuids()), "device_count": lambda: len(uuids()), "init": init,
+        "is_available": lambda: bool(uuids()), "device_count": lambda: len(uuids()), "init": init, "cudart": Runtime,
         "set_device": set_device, "current_device": lambda: device.current, "get_device_properties": properties,
         "get_device_name": lambda which=0: properties(which).name, "mem_get_info": mem_get_info,
         "memory_allocated": lambda _=None: device.ledger.owned(None, os.getpid()), "empty_cache": nothing,
@@ -477,7 +498,18 @@ class Missing(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
+def without(names: list[str]) -> None:
+    """Let these packages be missing: for who imports them, and for who only asks whether they are there."""
+    sys.meta_path.insert(0, Missing(names))
+    plain = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> Any:
+        return None if name.partition(".")[0] in names else plain(name, package)
+
+    importlib.util.find_spec = find_spec
+
+
 if os.environ.get("INSTANTSTART_FAKE_MISSING"):
-    sys.meta_path.insert(0, Missing(os.environ["INSTANTSTART_FAKE_MISSING"].split(",")))
+    without(os.environ["INSTANTSTART_FAKE_MISSING"].split(","))
 if os.environ.get("INSTANTSTART_FAKE_CUDA"):
     sys.meta_path.insert(0, AfterTorch())

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.gpu import GIB, PARTS, Part, Run, Skipped, no_gpu
+from bench.gpu import GIB, PARTS, Part, Run, no_gpu
+from bench.gpu_watch import Skipped
 
 pytestmark = pytest.mark.timeout(600)
 

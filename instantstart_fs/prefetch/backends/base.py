@@ -102,7 +102,8 @@ class Backend(Protocol):
 class Extents:
     """The extents that are still to be read, the lowest ``order`` first, then the lowest byte."""
 
-    def __init__(self) -> None:
+    def __init__(self, extent: int = EXTENT) -> None:
+        self._extent = extent
         self._condition = threading.Condition()
         self._heap: list[tuple[int, int, int, int, Item]] = []
         """(order, start, serial, end, item)"""
@@ -126,7 +127,7 @@ class Extents:
 
     def _take(self) -> tuple[Item, int, int]:
         order, start, serial, last, item = self._heap[0]
-        end = min(start + EXTENT, last)
+        end = min(start + self._extent, last)
         if end == last or item.failed:
             heapq.heappop(self._heap)
         else:
@@ -157,9 +158,9 @@ class Threaded:
 
     streams = True
 
-    def __init__(self, count: int, rate: float) -> None:
+    def __init__(self, count: int, rate: float, extent: int = EXTENT) -> None:
         self._count = count
-        self._extents = Extents()
+        self._extents = Extents(extent)
         self._throttle = Throttle(rate)
         self._threads: list[threading.Thread] = []
 

@@ -78,8 +78,12 @@ class _Slot:
 
 
 class DirectCuda(_Readers):
-    def __init__(self, device: str, readers: int, rate: float) -> None:
-        super().__init__(readers or CUDA_READERS, rate)
+    """``extent``: bytes of each read, and of each buffer; ``slots``: buffers of each reader."""
+
+    def __init__(self, device: str, readers: int, rate: float, *, extent: int = EXTENT, slots: int = SLOTS) -> None:
+        super().__init__(readers or CUDA_READERS, rate, extent)
+        self._extent = extent
+        self._slots = slots
         self._device = device
         self._torch = load_torch()
         self._ring: list[_Slot] = []
@@ -108,7 +112,7 @@ class DirectCuda(_Readers):
         torch = self._torch
         with torch.cuda.device(self._device):
             # Exactly a power of two by default: torch's allocator of such memory rounds up to one.
-            size = self._count * SLOTS * EXTENT
+            size = self._count * self._slots * self._extent
             whole = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             first = -whole.data_ptr() % BLOCK
             if first:
@@ -116,15 +120,15 @@ class DirectCuda(_Readers):
                 # O_DIRECT wants whole blocks of memory, too: twice the memory is better than the slow backend.
                 whole = torch.empty(size + BLOCK, dtype=torch.uint8, pin_memory=True)
                 first = -whole.data_ptr() % BLOCK
-            for begin in range(first, first + size, EXTENT):
+            for begin in range(first, first + size, self._extent):
                 # blocking: eight threads that wait would otherwise spin on eight cores.
-                self._ring.append(_Slot(whole[begin : begin + EXTENT], torch.cuda.Event(blocking=True)))
+                self._ring.append(_Slot(whole[begin : begin + self._extent], torch.cuda.Event(blocking=True)))
 
     def _run(self) -> None:
         torch = self._torch
         with self._lock:
-            slots = self._ring[self._used_slots : self._used_slots + SLOTS]
-            self._used_slots += SLOTS
+            slots = self._ring[self._used_slots : self._used_slots + self._slots]
+            self._used_slots += self._slots
         torch.cuda.set_device(self._device)
         stream = torch.cuda.Stream()
         turn = 0
@@ -154,4 +158,4 @@ class DirectCuda(_Readers):
                 continue
             slot.pending = (item, target, cached, disk)
             del target
-            turn = (turn + 1) % SLOTS
+            turn = (turn + 1) % self._slots
