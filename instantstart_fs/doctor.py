@@ -224,7 +224,7 @@ def check_daemon(
                 specs = client.specs()
     except DaemonUnreachable as error:
         found = f"none runs ({error.message.partition(';')[0]})"
-        advice = "start it: `systemctl start instantstart` or `instantstart serve`"
+        advice = "start it: `systemctl start instantstart` or `instantstart start`"
         return Check("daemon", "warn", found, advice), [], None
     except InstantStartError as error:
         return Check("daemon", "warn", error.message, "ask as the user that runs it"), [], None

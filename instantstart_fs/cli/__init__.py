@@ -46,10 +46,13 @@ def _run(arguments: list[str]) -> int:
         if arguments == ["--version"]:  # without the imports of the commands
             print(version_line())
             return 0
-        if arguments[:1] == ["run"]:
+        words = arguments
+        if words[:1] == ["--socket"] and words[2:3] == ["run"]:
+            words = ["run", *words[:2], *words[3:]]
+        if words[:1] == ["run"]:
             from instantstart_fs.startup import options
 
-            if (wanted := options.plain(arguments)) is not None:
+            if (wanted := options.plain(words)) is not None:
                 from instantstart_fs.startup.run import run as run_command
 
                 return run_command(wanted)
@@ -77,11 +80,8 @@ def _fail(error: InstantStartError, arguments: list[str]) -> int:
     terminal.flush()  # what was said before it comes first
     with contextlib.suppress(OSError):
         print(terminal.wrapped(f"instantstart: {error.message}", sys.stderr), file=sys.stderr)
-        ours = arguments[: arguments.index("--")] if "--" in arguments else arguments  # the rest is a command's
-        if "--json" in ours and ours[:1] != ["run"]:
-            import json
-
-            print(json.dumps({"error": {"code": error.code, "message": error.message}}))
+        if terminal.wants_json(arguments):
+            terminal.print_json_error(error.code, error.message)
     return 2 if isinstance(error, UsageError) else 1
 
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import sys
+from collections.abc import Sequence
 
 TYPE_CHECKING = False  # the module itself takes 3 ms of every command
 if TYPE_CHECKING:
@@ -162,3 +163,26 @@ def wrapped(text: str, stream: Any, width: int | None = None) -> str:
 
     columns = max(20, width or shutil.get_terminal_size().columns)
     return textwrap.fill(text, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether a line asks for JSON. What follows `lease`, `run` or `--` may be another program's."""
+    verb = ""
+    words = iter(arguments)
+    for word in words:
+        if word == "--" or verb in ("lease", "run"):
+            return False
+        if word == "--json":
+            return True
+        if word == "--socket":
+            next(words, None)
+        elif not verb and not word.startswith("-"):
+            verb = word
+    return False
+
+
+def print_json_error(code: str, message: str) -> None:
+    """The one object that a command with --json prints when it fails."""
+    import json
+
+    print(json.dumps({"error": {"code": code, "message": message}}))

@@ -4,12 +4,15 @@ beside `prefetch PIPELINE`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from instantstart_fs.cli import terminal
 from instantstart_fs.config import places
-from instantstart_fs.errors import UsageError, without_secrets
+from instantstart_fs.core.humanize import did_you_mean
+from instantstart_fs.errors import UsageError, printable, without_secrets
 
 TASKS = (
     ("Try a model", ("mount", "unmount")),
@@ -78,13 +81,36 @@ class Verbs(TyperGroup):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         formatter.write(f"\n{_epilog()}")
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["instantstart.line"] = [*args]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Exception as error:
             if hasattr(error, "format_message") and hasattr(error, "message"):  # click's, which typer has a copy of
                 error.message = without_secrets(error.message)
+                if terminal.wants_json(ctx.meta["instantstart.line"]):
+                    terminal.print_json_error(UsageError.code, error.format_message())
             raise
+
+
+def command_after(words: list[str], verb: str, options: Iterable[str]) -> list[str]:
+    """Return the command of `VERB PIPELINE [--] COMMAND…`. Raises UsageError where there is none, or an option in its
+    place: nobody has a program of that name."""
+    if words[0] == "--":
+        words = words[1:]
+    elif words[0].startswith("-"):
+        name = words[0].partition("=")[0]
+        known = sorted(options)
+        wrong = "comes before the pipeline's id" if name in known else f"is no option{did_you_mean(name, known)}"
+        raise UsageError(
+            f"{printable(name)} {wrong}; the command follows `--`: instantstart {verb} PIPELINE -- COMMAND…"
+        )
+    if not words or not words[0]:
+        raise UsageError(f"{verb} needs a command: instantstart {verb} PIPELINE -- COMMAND…")
+    return words
 
 
 class VerbOrPipeline(TyperGroup):

@@ -43,7 +43,7 @@ class Wire:
                 if isinstance(error, PermissionError) or time.monotonic() >= end:
                     raise DaemonUnreachable(
                         f"{path}: {error.strerror or error}; start a daemon (`systemctl start instantstart`, or "
-                        "`instantstart serve`) or name its socket with --socket"
+                        "`instantstart start`) or name its socket with --socket"
                     ) from error
             time.sleep(0.1)
 

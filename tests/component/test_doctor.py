@@ -155,7 +155,7 @@ def test_mountpoints(config: Config, tmp_path: Path) -> None:
 def test_no_daemon_is_a_warning(config: Config) -> None:
     check, specs, info = doctor.check_daemon(config, None)
     assert (check.outcome, specs, info) == ("warn", [], None)
-    assert "instantstart serve" in check.advice
+    assert "instantstart start" in check.advice
 
 
 def test_origins_that_answer_and_that_do_not(tmp_path: Path) -> None:

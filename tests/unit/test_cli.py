@@ -26,6 +26,7 @@ from instantstart_fs.core.humanize import did_you_mean, human_seconds
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, ListedStatus, PipelineStatus
 from instantstart_fs.errors import InvalidName, InvalidSource, OriginUnavailable, PipelineNotFound, UsageError
+from tests.harness import REPOSITORY
 from tests.statuses import pipeline_status
 
 FILES = (FileStatus("a.json", "sealed", 1000, 1000, "sha256:ab"), FileStatus("b.safetensors", "absent", 9000, 0, None))
@@ -270,6 +271,74 @@ def test_failures_are_objects_with_json(client: type[FakeClient], capsys: Any) -
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"error": {"code": "origin-unavailable", "message": "the hub is away"}}
     assert captured.err == "instantstart: the hub is away\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["ls", "--jsn", "--json"],
+        ["add", "--json"],
+        ["warm", "x", "y", "--json"],
+        ["regional", "gc", "--hosts", "--json"],
+        ["nonsense", "--json"],
+        ["--socket", "s", "status", "--json", "--jsn"],
+    ],
+)
+def test_a_mistake_in_a_line_is_an_object_with_json(client: type[FakeClient], capsys: Any, line: list[str]) -> None:
+    assert run(line) == 2
+    said = capsys.readouterr()
+    error = json.loads(said.out)["error"]
+    assert error["code"] == "usage" and error["message"] in said.err
+    assert client.calls == []
+
+
+@pytest.mark.parametrize("line", [["lease", "x", "--", "true", "--json"], ["lease", "x", "true", "--json"]])
+def test_the_json_of_a_leased_command_is_its_own(client: type[FakeClient], capsys: Any, line: list[str]) -> None:
+    client.lease = lambda self, pipeline: self._call("lease", pipeline)  # type: ignore[attr-defined]
+    client.raises = PipelineNotFound("there is no pipeline 'x'")
+    assert run(line) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "no pipeline 'x'" in said.err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["run", "x", "--redy-url", "u", "--", "true"], "--redy-url is no option (did you mean '--ready-url'?)"),
+        (["run", "x", "--probe", "--", "true"], "--probe comes before the pipeline's id"),
+        (["--socket", "s", "run", "x", "--quite", "--", "true"], "--quite is no option (did you mean '--quiet'?)"),
+        (["lease", "x", "--socket", "s", "--", "true"], "--socket comes before the pipeline's id"),
+        (["lease", "x", "--jsn", "true"], "--jsn is no option"),
+    ],
+)
+def test_an_option_in_a_commands_place_is_not_run(
+    client: type[FakeClient], capsys: Any, line: list[str], says: str
+) -> None:
+    assert run(line) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert client.calls == []
+
+
+def test_the_socket_before_run_is_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("instantstart_fs.startup.run.run", lambda wanted: asked.append(wanted) or 7)
+    assert run(["--socket", "s", "run", "x", "--ready-url", "u", "--", "true", "--json"]) == 7
+    (wanted,) = asked
+    assert (wanted.socket, wanted.pipeline, wanted.ready_url, wanted.command) == ("s", "x", "u", ["true", "--json"])
+
+
+def test_the_document_names_every_command_that_takes_json() -> None:
+    def named(command: Any, words: str = "") -> set[str]:
+        if not isinstance(command, TyperGroup):
+            return {words} if any("--json" in parameter.opts for parameter in command.params) else set()
+        inner = command.commands.items()
+        return set().union(*(named(one, f"{words} {name}".strip()) for name, one in inner))
+
+    text = (REPOSITORY / "docs" / "CONFIGURATION.md").read_text()
+    listed = text.partition("`--json` works with ")[2].partition(". A command")[0]
+    assert set(re.findall("`(.*?)`", listed)) == {
+        "prefetch" if name == "prefetch prefetch" else name for name in named(get_command(app))
+    }
 
 
 def test_no_daemon_is_one_line_that_says_what_to_do(tmp_path: Path, capsys: Any) -> None:

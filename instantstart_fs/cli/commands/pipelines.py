@@ -10,6 +10,7 @@ import typer
 
 from instantstart_fs.cli import show
 from instantstart_fs.cli.options import Exclude, Include, Json, NewPipeline, Pipeline, Socket
+from instantstart_fs.cli.verbs import command_after
 from instantstart_fs.control import client as control
 from instantstart_fs.core.humanize import human_bytes
 from instantstart_fs.core.status import PipelineStatus
@@ -247,9 +248,7 @@ def lease(
     """Run a command that keeps the pipeline in use."""
     from instantstart_fs.cli.long_commands import run_leased
 
-    wanted = command[1:] if command[0] == "--" else command
-    if not wanted:
-        raise UsageError("lease needs a command: instantstart lease PIPELINE -- COMMAND…")
+    wanted = command_after(command, "lease", ("--socket",))
     with control.Client(socket) as client:
         status = run_leased(client, pipeline, wanted)
     raise typer.Exit(status)

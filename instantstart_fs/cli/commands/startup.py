@@ -8,8 +8,9 @@ import typer
 
 from instantstart_fs.cli import show
 from instantstart_fs.cli.options import Json, Pipeline, Socket
+from instantstart_fs.cli.verbs import command_after
 from instantstart_fs.control import client as control
-from instantstart_fs.errors import UsageError, printable
+from instantstart_fs.errors import printable
 
 commands = typer.Typer()
 
@@ -57,19 +58,10 @@ def run(
     socket: Socket = None,
 ) -> None:
     """Start a replica: lease, startup caches, its command."""
-    from instantstart_fs.startup.options import Options
+    from instantstart_fs.startup.options import FLAGS, LISTS, VALUES, Options
     from instantstart_fs.startup.run import run as run_command
 
-    wanted = Options(pipeline, command[1:] if command[0] == "--" else command)
-    if command[0].startswith("-") and command[0] != "--":
-        from instantstart_fs.core.humanize import did_you_mean
-        from instantstart_fs.startup import options
-
-        known = [*options.VALUES, *options.LISTS, *options.FLAGS]
-        word = command[0].partition("=")[0]
-        raise UsageError(f"run has no option {word}{did_you_mean(word, known)}; the command comes after --")
-    if not wanted.command or not wanted.command[0]:
-        raise UsageError("run needs a command: instantstart run PIPELINE -- COMMAND…")
+    wanted = Options(pipeline, command_after(command, "run", [*FLAGS, *LISTS, *VALUES]))
     wanted.engine, wanted.ready_url, wanted.ready_log, wanted.ready_file = engine, ready_url, ready_log, ready_file
     wanted.ready_timeout, wanted.probe, wanted.caches, wanted.cache_dir = ready_timeout, probe, cache or [], cache_dir
     wanted.no_restore, wanted.no_save, wanted.no_stage, wanted.prefetch = no_restore, no_save, no_stage, prefetch
