@@ -205,8 +205,8 @@ class Connection(TCPServer):
             with trio.move_on_after(STALLED_SECONDS, shield=True) as taking:
                 try:
                     await self.stream.send_all(event.data)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    disconnected = True
+                except (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+                    disconnected = True  # busy: another task is sending its end (``_close``)
         if disconnected or taking.cancelled_caught:
             await trio.aclose_forcefully(self.stream)
             await self.protocol.handle(Closed())
