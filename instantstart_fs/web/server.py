@@ -171,6 +171,8 @@ class Connection(TCPServer):
     """One connection without TLS, of the visitor in ``state``. Its ``seat`` is idle between requests."""
 
     seat: Seat
+    _asked_out = False
+    """Whether the peer has ended its side."""
 
     async def run(self) -> None:
         try:
@@ -185,6 +187,9 @@ class Connection(TCPServer):
                 )
                 await self.idle_task.restart(task_group, self._idle_timeout)
                 await self._read_data()
+                # Nothing more is asked here: the connection ends with its last answer, not when the idle time is over.
+                self._asked_out = True
+                await self.idle_task.stop()
         except OSError:
             pass
         finally:
@@ -195,6 +200,8 @@ class Connection(TCPServer):
             if isinstance(event, Updated):
                 if event.idle:
                     self.seat.idle(trio.current_time())
+                    if self._asked_out:
+                        return
                 else:
                     self.seat.at_work()
             await super().protocol_send(event)
