@@ -3,7 +3,8 @@
 A run in several processes keeps two cores busy many times over, and others may use the machine as well. Of 4,000 tests
 a few wait for something that comes late there. One of them must not decide over all: what failed in such a run is run
 again alone, TIMES times. If it passes each time, it is listed as unsteady with what it said, and the run succeeds. More
-than MOST failures are no chance: nothing is run again. docs/decisions/unsteady-tests.md gives the reasons.
+than MOST failures are no chance, and a module that cannot be collected or a test that ends its process keeps others
+from running: nothing is run again then. docs/decisions/unsteady-tests.md gives the reasons.
 """
 
 from __future__ import annotations
@@ -24,30 +25,36 @@ SECONDS = 400.0
 FAILED: dict[str, str] = {}
 """Name of a test to what it said, in the order in which they failed."""
 UNSTEADY: list[str] = []
+BROKEN: list[str] = []
+"""Modules that cannot be collected, and tests that ended their process: others did not run because of them."""
 
 
 @pytest.hookimpl
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         FAILED.setdefault(name_of(report.nodeid), report.longreprtext)
+        if report.when not in ("setup", "call", "teardown"):  # pytest-xdist's word of a worker that died
+            BROKEN.append(report.nodeid)
+
+
+@pytest.hookimpl
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        BROKEN.append(report.nodeid)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of the terminal's, which prints the summary
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
     config = session.config
-    parallel = bool(getattr(config.option, "numprocesses", None))
-    if (
-        parallel
-        and session.exitstatus == pytest.ExitCode.TESTS_FAILED
-        and len(FAILED) <= MOST
-        and not session.shouldfail
-    ):
+    parallel = bool(getattr(config.option, "numprocesses", None)) and "INSTANTSTART_TEST_FINDINGS" not in os.environ
+    failed = session.exitstatus == pytest.ExitCode.TESTS_FAILED and not session.shouldfail
+    if parallel and failed and not BROKEN and len(FAILED) <= MOST:
         base: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
         UNSTEADY.extend(
             name for number, name in enumerate(FAILED) if passes_alone(config, name, base / f"again{number}")
         )
     yield
-    if FAILED and len(UNSTEADY) == len(FAILED):
+    if FAILED and not BROKEN and len(UNSTEADY) == len(FAILED):
         session.exitstatus = pytest.ExitCode.OK
 
 
@@ -80,6 +87,6 @@ def passes_alone(config: pytest.Config, name: str, base: Path) -> bool:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return False
-        if ended.returncode != 0:
+        if ended.returncode != 0 or b"1 passed" not in ended.stdout:  # one that skips has shown nothing
             return False
     return True

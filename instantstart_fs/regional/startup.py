@@ -182,8 +182,8 @@ class Place:
         self._store.put(name, records.pack(self._key, "seal", name, seal))
 
     def tidy(self) -> None:
-        """Delete older versions of this key, and of the slot what is too much. Raises OriginError: a host that may
-        delete nothing leaves it to `regional gc`."""
+        """Delete older versions of this key, and of the slot what is too much. Raises OriginError. After each save
+        of a host that may delete."""
         _tidy(self._store, self._key, self._slot)
 
     def remove(self) -> int:

@@ -134,8 +134,10 @@ class RegionalStartups:
 
     async def remove(self, place: Place) -> int:
         """Delete all versions there, and those of this host that wait to be saved; how many there were. Raises
-        OriginError."""
+        OriginError, also where this host may not write to the tier: what is left there comes back at the next start."""
         if not self._settings.write_back:
+            if await ask_tier(place.entries, REMOVE_SECONDS, self._threads):
+                raise OriginUnavailable("this host writes nothing to the tier (write_back = false): use another")
             return 0
         self._removed[place.name] = trio.current_time()
         return await ask_tier(place.remove, REMOVE_SECONDS, self._threads)
@@ -169,14 +171,14 @@ class RegionalStartups:
 
     async def _save(self, save: _Save) -> None:
         for left in range(TRIES - 1, -1, -1):
-            if self._is_withdrawn(save):
+            if self._is_withdrawn(save) and left == TRIES - 1:
                 return
             try:
-                if await self._put(save):
+                if not self._is_withdrawn(save) and await self._put(save):
                     log.info(
                         "startup cache %d is the region's, too", save.record.number, extra={"pipeline": save.pipeline}
                     )
-                if self._is_withdrawn(save):  # meanwhile
+                if self._is_withdrawn(save):  # meanwhile, and a try that failed may have put it there
                     await ask_tier(save.place.remove, REMOVE_SECONDS, self._threads)
                 return
             except (InstantStartError, OSError) as error:
@@ -199,7 +201,7 @@ class RegionalStartups:
                 await self._settings.rate.wait(wanted.length)
                 data = await trio.to_thread.run_sync(os.pread, save.pack, wanted.length, wanted.at)
             if wanted:
-                with contextlib.suppress(InstantStartError):  # a host that may delete nothing: `regional gc` does it
+                with contextlib.suppress(InstantStartError):  # a host that may delete nothing leaves it to others
                     await ask_tier(save.place.tidy, TIDY_SECONDS, self._threads)
             return wanted
         raise OriginUnavailable(f"the regional tier does not take {size} bytes within {limit:.0f} s")

@@ -62,9 +62,9 @@ def run(options: Options) -> int:
         _give_up(start)
         if isinstance(error, Interrupted):
             return 128 + error.number
+        command.release()  # the advice may wait for the daemon, and ^C ends that
         if isinstance(error, PipelineNotFound):
             error = _with_advice(error, start)
-        command.release()
         raise error
     inherited = (start.view.descriptor,) if start.view is not None else ()
     status = command.start(options.command, start.environment, listening.streams)

@@ -39,7 +39,7 @@ from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.keys import RegionKey, read_key
 from instantstart_fs.regional.records import Forged
 from instantstart_fs.regional.startup import CHUNK, Place, identity_of
-from instantstart_fs.serving import startup_arrivals, startupcaches
+from instantstart_fs.serving import startup_arrivals, startup_region, startupcaches
 from instantstart_fs.serving.startup_region import content_of
 from tests.component.test_library import make_source, running, spec
 
@@ -527,6 +527,48 @@ async def test_what_is_removed_here_is_removed_in_the_region(tmp_path: Path, mon
         with pytest.raises(OriginUnavailable, match="removed from this host; in the region"):
             await library.startup.remove("p", ())
         assert await library.startup.records("p") == []
+
+
+async def test_what_this_host_may_not_remove_in_the_region_is_said(tmp_path: Path) -> None:
+    config = msgspec.structs.replace(region_of(tmp_path, "root"), write_back=False)
+    async with running(tmp_path, regional=config) as library:
+        await added(library, tmp_path)
+        put(await place_of(library), valid(70_000), "there")
+        assert await restored(library) == ("restored", "there")
+        with pytest.raises(OriginUnavailable, match=r"in the region they may be left: .*write_back = false"):
+            await library.startup.remove("p", ())
+        assert await library.startup.records("p") == []
+
+
+async def test_a_removal_that_fails_once_while_a_save_is_under_way_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup_region, "AGAIN", 0.01)
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
+        await added(library, tmp_path)
+        place = await place_of(library)
+        region = library.startup._region
+        assert region is not None
+        put_it, removals = region._put, list[int]()
+
+        async def put_and_withdraw(save: Any) -> bool:
+            found = await put_it(save)
+            region._removed[save.place.name] = trio.current_time()
+            return found
+
+        def remove(self: Any) -> int:
+            removals.append(len(removals))
+            if len(removals) == 1:
+                raise OriginUnavailable("503")
+            return really(self)
+
+        really = type(place).remove
+        monkeypatch.setattr(type(place), "remove", remove)
+        monkeypatch.setattr(region, "_put", put_and_withdraw)
+        await save(library, valid(70_000))
+        with trio.fail_after(40):
+            while len(removals) < 2 or place.entries():
+                await trio.sleep(0.02)
 
 
 async def test_what_is_saved_in_the_region_keeps_the_hosts_rate(

@@ -224,26 +224,38 @@ import pytest
 def test_beside_others(number):
     assert "PYTEST_XDIST_WORKER" not in os.environ
 
-def test_broken():
-    assert %(whole)s
+def test_another():
+    %(another)s
 """
+ALONE_SKIPS = 'assert "PYTEST_XDIST_WORKER" not in os.environ; pytest.skip("alone")'
+BESIDE_DIES = 'os._exit(1) if "PYTEST_XDIST_WORKER" in os.environ else None'
 
 
 @pytest.mark.parametrize(
-    ("unsteady", "whole", "status"),
-    [(1, True, 0), (1, False, 1), (4, True, 1)],
-    ids=["passes alone", "another fails alone", "too many"],
+    ("unsteady", "another", "named", "status"),
+    [
+        (1, "pass", 1, 0),
+        (1, "assert False", 1, 1),
+        (4, "pass", 0, 1),
+        (1, ALONE_SKIPS, 1, 1),
+        (1, BESIDE_DIES, 0, 1),
+        (1, "pass\nimport nothing_of_the_kind", 0, 1),
+    ],
+    ids=["passes alone", "another fails alone", "too many", "skips alone", "ends its process", "another is no module"],
 )
 def test_what_fails_only_beside_others_is_named_and_fails_no_run(
-    tmp_path: Path, unsteady: int, whole: bool, status: int
+    tmp_path: Path, unsteady: int, another: str, named: int, status: int
 ) -> None:
-    (tmp_path / "suite").mkdir()
-    (tmp_path / "suite/conftest.py").write_text('pytest_plugins = ["tests.unsteady"]\n')
-    (tmp_path / "suite/pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib -p xdist\n")
-    (tmp_path / "suite/test_unsteady.py").write_text(UNSTEADY % {"unsteady": unsteady, "whole": whole})
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    (suite / "conftest.py").write_text('pytest_plugins = ["tests.unsteady"]\n')
+    (suite / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib -p xdist\n")
+    another, _, broken = another.partition("\n")
+    (suite / "test_unsteady.py").write_text(UNSTEADY % {"unsteady": unsteady, "another": another})
+    (suite / "test_broken.py").write_text(broken)
     found, text = pytest_run(
-        tmp_path / "suite", "-n", "1", PYTHONPATH=str(REPOSITORY), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
+        suite, "-n", "1", "--max-worker-restart=2", PYTHONPATH=str(REPOSITORY), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
     )
     assert found == status, text[-3000:]
-    assert text.count("UNSTEADY ") == (unsteady if unsteady <= 3 else 0), text[-3000:]
+    assert text.count("UNSTEADY ") == named, text[-3000:]
     assert "FAILED" in text
