@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from bench import common
 from bench.daemon import Daemon, daemon
 from bench.gpu_watch import Skipped
+from instantstart_fs.mount.kernel import why_no_passthrough
 
 if TYPE_CHECKING:
     from bench.gpu import Run
@@ -105,6 +106,8 @@ def measure(run: Run) -> dict[str, Any]:
         raise Skipped(f"the daemon needs {', '.join(missing)}")
     if os.geteuid() != 0:
         raise Skipped("mounting needs root")
+    if (why := why_no_passthrough()) and not installed("pyfuse3"):
+        raise Skipped(f"the daemon needs pyfuse3 where reads cannot pass through: {why}")
     if (free := shutil.disk_usage(run.directory).free) < run.total * 1.1 + (1 << 28):
         raise Skipped(f"the store needs {run.total} bytes of disk, and {free} are free")
     fuse_device()

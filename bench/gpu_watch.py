@@ -142,7 +142,8 @@ class Watch:
             f"its process ended by {signal.Signals(-status).name}" if status < 0 else f"its process ended with {status}"
         )
         if part is None:  # between two parts, or before the first: another one would end so, too
-            result.setdefault("failed", []).append(f"the bench itself: {how}")
+            where = "not_run" if self._cut else "failed"
+            result.setdefault(where, []).append(f"the bench itself: {f'{self._cut} came first' if self._cut else how}")
             write(self._out, result)
             return 0
         result.setdefault("ended", []).append(part)
