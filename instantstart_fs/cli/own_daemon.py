@@ -15,7 +15,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
@@ -36,6 +35,7 @@ from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.core.readable import readable_id
 from instantstart_fs.core.source import parse_source
 from instantstart_fs.errors import DaemonUnreachable, InstantStartError, PermissionRefused, UsageError
+from instantstart_fs.ipc.attempts import within
 from instantstart_fs.system import mountinfo
 
 START_DEADLINE = 60.0
@@ -187,18 +187,11 @@ def mountpoint_is_free(path: str) -> bool:
 
 
 def _is_dead(path: str) -> bool:
-    found: list[int | None] = []
-
-    def ask() -> None:
-        try:
-            os.statvfs(path)
-        except OSError as error:
-            found.append(error.errno)
-
-    thread = threading.Thread(target=ask, daemon=True)  # a mount whose daemon hangs never answers
-    thread.start()
-    thread.join(PROBE_DEADLINE)
-    return found[:1] in ([errno.ENOTCONN], [errno.ECONNABORTED])
+    try:
+        within(PROBE_DEADLINE, lambda: os.statvfs(path))
+    except OSError as error:  # TimeoutError among them: a mount whose daemon hangs never answers
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
 
 
 def log_command(socket: str | None, follow: bool, lines: int) -> list[str]:

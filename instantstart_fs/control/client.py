@@ -368,11 +368,7 @@ class Client:
         if not isinstance(found, Refused):
             return found.value
         if isinstance(found.error, PipelineNotFound) and pipeline:
-            known: list[str] = []
-            with contextlib.suppress(InstantStartError, OSError, ValueError):
-                known += self.names(pipeline[:2], deadline=NAMES_DEADLINE)
-                known += self.names(deadline=NAMES_DEADLINE)
-            raise calls.with_advice(found.error, pipeline, sorted({*known}))
+            raise with_advice(self, found.error, pipeline)
         raise found.error
 
     def _connect(self) -> Connection:
@@ -439,3 +435,12 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+
+
+def with_advice(client: Client, error: PipelineNotFound, pipeline: str) -> PipelineNotFound:
+    """Return the error with the name that may have been meant, as far as the daemon tells names."""
+    known: list[str] = []
+    with contextlib.suppress(InstantStartError, OSError, ValueError):
+        known += client.names(pipeline[:2], deadline=NAMES_DEADLINE)
+        known += client.names(deadline=NAMES_DEADLINE)
+    return calls.with_advice(error, pipeline, sorted({*known}))

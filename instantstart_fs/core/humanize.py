@@ -59,6 +59,11 @@ def precise_seconds(value: float) -> str:
     return f"{value:.2f} s" if abs(value) < 10 else f"{value:.1f} s" if abs(value) < 60 else f"{value:.0f} s"
 
 
+def number_of(count: int, thing: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint for the middle of a message, `` (did you mean 'b'?)``, from the ``known`` words; "" where none is
     similar."""

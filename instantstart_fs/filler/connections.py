@@ -22,6 +22,7 @@ from instantstart_fs.core.addresses import Permit, permit
 from instantstart_fs.core.urls import shown_url, without_user
 from instantstart_fs.errors import OriginUnsupported, OutOfResources
 from instantstart_fs.origins.guard import check_behind_proxy, connect
+from instantstart_fs.system.threads import start_thread
 
 HEADER_TIMEOUTS = 2.0
 """Stall time-outs that status and headers together may take: a socket's own time-out starts again with each byte."""
@@ -70,13 +71,11 @@ class Watchdog:
         with self._changed:
             self._pending.add(entry)
             if self._thread is None:
-                thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
                 try:
-                    thread.start()
-                except RuntimeError as error:
+                    self._thread = start_thread(self._watch, "watchdog")
+                except OutOfResources:
                     self._pending.discard(entry)
-                    raise OutOfResources(f"{error}; raise TasksMax= (pids.max)") from error
-                self._thread = thread
+                    raise
             elif self._idle:
                 self._idle = False
                 self._changed.notify()

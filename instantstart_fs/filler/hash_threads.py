@@ -5,7 +5,6 @@ does not compare them: the daemon knows what was pinned.
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Callable
 
 from instantstart_fs.core.chunks import ByteRange
@@ -13,6 +12,7 @@ from instantstart_fs.errors import InstantStartError, OutOfResources
 from instantstart_fs.filler.fetch import new_buffer
 from instantstart_fs.filler.fillfile import FillFile
 from instantstart_fs.filler.messages import Hashed, HashFailed, Report
+from instantstart_fs.system.threads import start_thread
 
 HASH_TURN_BYTES = 64 * 1024 * 1024
 """Bytes after which a file goes to the back of the queue, so that small files do not wait behind a large one."""
@@ -33,11 +33,11 @@ class HashThreads:
         """Start ``threads`` threads, or as many as a limit of pids allows. Raises OutOfResources if that is none."""
         for number in range(threads):
             try:
-                threading.Thread(target=self._run, daemon=True).start()
-            except RuntimeError as error:  # those that run do the work
+                start_thread(self._run)
+            except OutOfResources:
                 if not number:
-                    raise OutOfResources(f"{error}; raise TasksMax= (pids.max)") from None
-                break
+                    raise
+                break  # those that run do the work
 
     def schedule(self, file: FillFile) -> None:
         """Queue ``file`` if its prefix has grown beyond what is hashed and no thread has it."""

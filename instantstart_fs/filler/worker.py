@@ -57,6 +57,7 @@ from instantstart_fs.filler.messages import (
     packet,
 )
 from instantstart_fs.ipc import fd_passing
+from instantstart_fs.system.threads import start_thread
 
 IDLE_THREAD_SECONDS = 20.0
 """An idle fetching thread gives its buffer back after this."""
@@ -91,10 +92,7 @@ class Worker:
         """Start the threads that it cannot do without. Raises OutOfResources where a limit of pids allows none."""
         self._hashing.start(self._settings.hash_threads)
         # One thread from the start: under a pid limit none may be available later.
-        try:
-            threading.Thread(target=self._fetch_forever, daemon=True).start()
-        except RuntimeError as error:
-            raise OutOfResources(f"{error}; raise TasksMax= (pids.max)") from None
+        start_thread(self._fetch_forever)
         self._idle = self._threads = 1
 
     def run(self) -> None:
@@ -197,8 +195,8 @@ class Worker:
         if not spawn:
             return
         try:
-            threading.Thread(target=self._fetch_forever, daemon=True).start()
-        except RuntimeError:  # a pid limit: the next thread that is free takes it
+            start_thread(self._fetch_forever)
+        except OutOfResources:  # the next thread that is free takes it
             with self._idle_lock:
                 self._idle -= 1
             return

@@ -28,11 +28,11 @@ from instantstart_fs.errors import (
     OriginMisbehaved,
     OriginUnavailable,
     OriginUnsupported,
-    OutOfResources,
     from_code,
 )
 from instantstart_fs.ipc.children import spawn_module
 from instantstart_fs.origins.settings import OriginSettings
+from instantstart_fs.system.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -179,10 +179,7 @@ def _end_with_the_daemon() -> None:
         sys.stdin.buffer.read(1)
         os._exit(1)
 
-    try:
-        threading.Thread(target=wait, daemon=True).start()
-    except RuntimeError as error:
-        raise OutOfResources(f"{error}; raise TasksMax= (pids.max)") from None
+    start_thread(wait)
 
 
 def main() -> None:

@@ -170,9 +170,9 @@ class RegionalStartups:
                     os.close(self._waiting.receive_nowait().pack)
 
     async def _save(self, save: _Save) -> None:
+        if self._is_withdrawn(save):
+            return
         for left in range(TRIES - 1, -1, -1):
-            if self._is_withdrawn(save) and left == TRIES - 1:
-                return
             try:
                 if not self._is_withdrawn(save) and await self._put(save):
                     log.info(

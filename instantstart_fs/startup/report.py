@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from instantstart_fs.control.client import Client
 from instantstart_fs.core.coldstart import MEANINGS, ColdStart, as_plain, attack, length, phases
-from instantstart_fs.core.humanize import human_bytes
+from instantstart_fs.core.humanize import human_bytes, number_of
 from instantstart_fs.core.humanize import precise_seconds as seconds
 from instantstart_fs.errors import printable
 
@@ -32,8 +32,7 @@ def cache_line(start: Start) -> str:
     if record is not None:
         compiled = f" (compiled by {printable(str(record['host']))})" if record.get("host") else ""
         return (
-            f"startup cache {record['number']} restored{compiled}: {record['files']} file"
-            f"{'' if record['files'] == 1 else 's'}, "
+            f"startup cache {record['number']} restored{compiled}: {number_of(record['files'], 'file')}, "
             f"{human_bytes(record['size'])} in {seconds(start.restore_seconds)}"
         )
     fields = ", ".join(start.differs[:SHOWN_FIELDS]) + (", …" if len(start.differs) > SHOWN_FIELDS else "")

@@ -64,7 +64,10 @@ def run(options: Options) -> int:
             return 128 + error.number
         command.release()  # the advice may wait for the daemon, and ^C ends that
         if isinstance(error, PipelineNotFound):
-            error = _with_advice(error, start)
+            from instantstart_fs.control.client import Client, with_advice
+
+            with contextlib.suppress(InstantStartError, OSError), Client(start.socket) as client:
+                error = with_advice(client, error, start.pipeline)
         raise error
     inherited = (start.view.descriptor,) if start.view is not None else ()
     status = command.start(options.command, start.environment, listening.streams)
@@ -113,18 +116,6 @@ def _prepare(start: Start) -> Wire:
         wire.close()
         raise
     return wire
-
-
-def _with_advice(error: PipelineNotFound, start: Start) -> PipelineNotFound:
-    """The error with the name that may have been meant. A mistake has the time for the full client."""
-    from instantstart_fs.control import calls
-    from instantstart_fs.control.client import Client
-
-    known: set[str] = set()
-    with contextlib.suppress(InstantStartError, OSError, ValueError), Client(start.socket) as client:
-        for prefix in (start.pipeline[:2], ""):
-            known.update(client.names(prefix, deadline=calls.NAMES_DEADLINE))
-    return calls.with_advice(error, start.pipeline, sorted(known))
 
 
 def check(options: Options) -> None:

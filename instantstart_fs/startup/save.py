@@ -6,7 +6,7 @@ import os
 import tempfile
 from typing import TYPE_CHECKING
 
-from instantstart_fs.core.humanize import human_bytes
+from instantstart_fs.core.humanize import human_bytes, number_of
 from instantstart_fs.errors import ControlProtocolError, InstantStartError
 from instantstart_fs.startup.pack import BLOCK, TooMuch, pack, scan
 from instantstart_fs.startup.wire import Wire
@@ -28,7 +28,7 @@ def save(start: Start) -> str | None:
         size, digest, files = pack(start.view.path, seen, spool.fileno())
         number = _send(start, spool.fileno(), size, digest, files)
     start.saved = seen
-    return f"startup cache {number} saved: {files} file{'' if files == 1 else 's'}, {human_bytes(size)}"
+    return f"startup cache {number} saved: {number_of(files, 'file')}, {human_bytes(size)}"
 
 
 def _send(start: Start, spool: int, size: int, digest: str, files: int) -> int:

@@ -3,7 +3,6 @@ what the interpreter has at hand, since the full client's imports take longer th
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import socket
@@ -11,6 +10,7 @@ import time
 from collections.abc import Mapping
 
 from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, from_code
+from instantstart_fs.ipc import fd_passing
 
 TYPE_CHECKING = False  # the module itself takes 3 ms of every command
 if TYPE_CHECKING:
@@ -75,20 +75,14 @@ class Wire:
         """The next message that is no failure."""
         while b"\n" not in self._pending:
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(
-                    65536, socket.CMSG_SPACE(4 * MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
-                )
+                data, descriptors, _ = fd_passing.receive(self._socket, 65536, MAX_DESCRIPTORS)
             except TimeoutError as error:
                 raise DaemonUnreachable(
                     f"{self.path}: the daemon said nothing for {self._socket.gettimeout():g} s"
                 ) from error
             except OSError as error:
                 raise DaemonUnreachable(f"{self.path}: {error.strerror or error}") from error
-            for level, kind, payload in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    found = array.array("i")
-                    found.frombytes(payload[: len(payload) - len(payload) % found.itemsize])
-                    self.descriptors += found
+            self.descriptors += descriptors
             if not data:
                 raise DaemonUnreachable(f"{self.path}: the daemon ended before it answered; its log says why")
             self._pending += data

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from instantstart_fs.core.coldstart import ColdStart, late, length, phases, scale
-from instantstart_fs.core.humanize import human_bytes, human_seconds
+from instantstart_fs.core.humanize import human_bytes, human_seconds, number_of
 from instantstart_fs.core.status import PipelineState, PipelineStatus
 from instantstart_fs.filler.events import RackStatistics
 from instantstart_fs.views.store_summary import RegionSummary, StoreSummary
@@ -262,7 +262,7 @@ def _region(found: RegionSummary) -> RegionView:
 
 
 def _rack(figures: RackStatistics) -> str:
-    others = f"{figures.neighbours} neighbour{'' if figures.neighbours == 1 else 's'}"
+    others = number_of(figures.neighbours, "neighbour")
     taken, given = human_bytes(figures.taken_bytes), human_bytes(figures.given_bytes)
     failed = ", ".join(f"{count} {reason}" for reason, count in figures.fallbacks)
     return f"rack {figures.rack}: {others}, {taken} from them, {given} to them" + (

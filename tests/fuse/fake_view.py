@@ -14,7 +14,8 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import trio
@@ -24,6 +25,19 @@ from instantstart_fs.vfs import ROOT, Attributes, FilesystemStats, Invalidation,
 
 BLOCK = bytes((i * 131 + i // 256 * 17 + 7) % 256 for i in range(65521))
 """A prime period, so that no chunk or page looks like its neighbour."""
+
+
+CTX: Any = SimpleNamespace(uid=0, gid=0, pid=os.getpid())
+"""The context of a request of this process."""
+
+
+async def errno_of(request: Awaitable[object], error: type[Any]) -> int:
+    """The errno of the ``error`` in which a request ends; an AssertionError where it ends in another, or well."""
+    try:
+        await request
+    except error as caught:
+        return int(caught.errno)
+    raise AssertionError(f"no {error.__name__} was raised")
 
 
 def content(offset: int, length: int) -> bytes:

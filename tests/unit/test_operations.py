@@ -6,8 +6,6 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import trio
@@ -23,15 +21,11 @@ from instantstart_fs.mount.operations import (
     entry_attributes,
 )
 from instantstart_fs.vfs import ROOT
-from tests.fuse.fake_view import FakeView, content
-
-CTX: Any = SimpleNamespace(uid=0, gid=0, pid=os.getpid())
+from tests.fuse.fake_view import CTX, FakeView, content, errno_of
 
 
 async def _errno(request: Awaitable[object]) -> int:
-    with pytest.raises(FUSEError) as caught:
-        await request
-    return caught.value.errno
+    return await errno_of(request, FUSEError)
 
 
 @pytest.fixture

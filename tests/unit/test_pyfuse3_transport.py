@@ -8,8 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable
-from types import SimpleNamespace
-from typing import Any
 
 import pyfuse3
 import pytest
@@ -17,15 +15,11 @@ import pytest
 from instantstart_fs.mount.operations import STABLE_TIMEOUT, Operations
 from instantstart_fs.mount.pyfuse3_transport import Handlers, _reply_directory
 from instantstart_fs.vfs import ROOT
-from tests.fuse.fake_view import FakeView, content
-
-CTX: Any = SimpleNamespace(uid=0, gid=0, pid=os.getpid())
+from tests.fuse.fake_view import CTX, FakeView, content, errno_of
 
 
 async def _errno(request: Awaitable[object]) -> int:
-    with pytest.raises(pyfuse3.FUSEError) as caught:
-        await request
-    return caught.value.errno
+    return await errno_of(request, pyfuse3.FUSEError)
 
 
 @pytest.fixture

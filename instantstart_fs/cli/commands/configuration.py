@@ -11,6 +11,7 @@ import typer
 from instantstart_fs.cli import show
 from instantstart_fs.cli.options import ConfigFile, Json, MountOption, StoreOption
 from instantstart_fs.config import load_config
+from instantstart_fs.core.humanize import number_of
 from instantstart_fs.errors import InstantStartError, UsageError, printable, without_secrets
 
 config = typer.Typer(
@@ -62,8 +63,7 @@ def check(
     if json:
         print(show.as_json({"file": loaded.file, "pipelines": len(loaded.pipelines)}))
     else:
-        count = len(loaded.pipelines)
-        what = f"{count} pipeline{'' if count == 1 else 's'}"
+        what = number_of(len(loaded.pipelines), "pipeline")
         print(f"{printable(loaded.file)}: good, {what}" if loaded.file else "there is no file: the defaults hold")
 
 
