@@ -15,7 +15,7 @@ import msgspec
 
 from instantstart_fs.cli.terminal import escaped, unicode_capable
 from instantstart_fs.control.protocol import DaemonInfo
-from instantstart_fs.core.humanize import did_you_mean, human_bytes, human_seconds, reason_first
+from instantstart_fs.core.humanize import human_bytes, human_seconds, pipeline_meant, reason_first
 from instantstart_fs.core.status import FileStatus, PipelineStatus, SkippedStatus, TierStatus
 from instantstart_fs.errors import PipelineNotFound, printable
 
@@ -99,6 +99,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, state_column:
     return "\n".join([line(header, False), *(line(row, True) for row in rows)])
 
 
+def still_open(held: Sequence[str]) -> str:
+    """Say who still has files open of what was removed or evicted."""
+    return f"still open  by {printable(', '.join(held))}: that space is free once they close it"
+
+
 def is_pattern(text: str) -> bool:
     return not set("*?[").isdisjoint(text)
 
@@ -114,7 +119,7 @@ def chosen(statuses: Sequence[PipelineStatus], wanted: Sequence[str]) -> list[Pi
         matching = {pattern} & set(names) or set(fnmatch.filter(names, pattern))
         if not matching:
             what = f"no pipeline matches {pattern!r}" if is_pattern(pattern) else f"there is no pipeline {pattern!r}"
-            raise PipelineNotFound(f"{what}{did_you_mean(pattern, names)}; `instantstart ls` lists them")
+            raise PipelineNotFound(f"{what}{pipeline_meant(pattern, names)}; `instantstart ls` lists them")
         found |= matching
     return [status for status in statuses if status.pipeline in found]
 

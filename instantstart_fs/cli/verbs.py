@@ -4,7 +4,8 @@ beside `prefetch PIPELINE`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -83,17 +84,25 @@ class Verbs(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["instantstart.line"] = [*args]
-        return super().parse_args(ctx, args)
+        with _complaints(ctx):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _complaints(ctx):
             return super().invoke(ctx)
-        except Exception as error:
-            if hasattr(error, "format_message") and hasattr(error, "message"):  # click's, which typer has a copy of
-                error.message = without_secrets(error.message)
-                if terminal.wants_json(ctx.meta["instantstart.line"]):
-                    terminal.print_json_error(UsageError.code, error.format_message())
-            raise
+
+
+@contextlib.contextmanager
+def _complaints(ctx: Any) -> Iterator[None]:
+    """Complaints about a line repeat no secrets of it, and are printed as JSON, too, where it asks for that."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "message"):  # click's, which typer has a copy of
+            error.message = without_secrets(error.message)
+            if terminal.wants_json(ctx.meta["instantstart.line"]):
+                terminal.print_json_error(UsageError.code, error.format_message())
+        raise
 
 
 def command_after(words: list[str], verb: str, options: Iterable[str]) -> list[str]:

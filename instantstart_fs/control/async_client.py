@@ -406,7 +406,7 @@ class AsyncClient:
         if isinstance(found.error, PipelineNotFound) and pipeline:
             known: list[str] = []
             with contextlib.suppress(InstantStartError, OSError):
-                known += await self.names(pipeline[:2], deadline=NAMES_DEADLINE)
+                known += await self.names(calls.beginning(pipeline), deadline=NAMES_DEADLINE)
                 known += await self.names(deadline=NAMES_DEADLINE)
             raise calls.with_advice(found.error, pipeline, sorted({*known}))
         raise found.error

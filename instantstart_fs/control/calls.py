@@ -14,7 +14,7 @@ import msgspec
 
 from instantstart_fs.control import protocol, specification
 from instantstart_fs.core.coldstart import ColdStart, Moment
-from instantstart_fs.core.humanize import did_you_mean
+from instantstart_fs.core.humanize import pipeline_meant
 from instantstart_fs.core.manifest import PipelineSpec
 from instantstart_fs.core.startupcache import StartupRecord
 from instantstart_fs.core.status import OriginCheck, PipelineStatus
@@ -80,9 +80,14 @@ def wanted(call: Call[Any]) -> str:
 
 def with_advice(error: PipelineNotFound, pipeline: str, known: Sequence[str]) -> PipelineNotFound:
     """Return the error with the name that may have been meant, of those that this user may see."""
-    meant = did_you_mean(pipeline, sorted(known))
+    meant = pipeline_meant(pipeline, sorted(known))
     first, semicolon, rest = error.message.partition(";")
     return PipelineNotFound(f"{first}{meant}{semicolon}{rest}") if meant else error
+
+
+def beginning(pipeline: str) -> str:
+    """Return what the id that may have been meant begins with, since the daemon tells only so many names at once."""
+    return pipeline.rstrip("/").rpartition("/")[2][:2]
 
 
 def silence(deadline: float, end: float | None, now: float) -> float:

@@ -441,6 +441,6 @@ def with_advice(client: Client, error: PipelineNotFound, pipeline: str) -> Pipel
     """Return the error with the name that may have been meant, as far as the daemon tells names."""
     known: list[str] = []
     with contextlib.suppress(InstantStartError, OSError, ValueError):
-        known += client.names(pipeline[:2], deadline=NAMES_DEADLINE)
+        known += client.names(calls.beginning(pipeline), deadline=NAMES_DEADLINE)
         known += client.names(deadline=NAMES_DEADLINE)
     return calls.with_advice(error, pipeline, sorted({*known}))

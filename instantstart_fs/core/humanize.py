@@ -74,3 +74,11 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     longer = [name for name in known if len(word) >= 3 and name.lower().startswith(word.lower())]
     meant = small[found[0]] if found else longer[0] if longer else None
     return "" if meant is None else f" (did you mean {meant!r}?)"
+
+
+def pipeline_meant(word: str, pipelines: Sequence[str]) -> str:
+    """``did_you_mean`` for a pipeline's id, in whose place people also paste a path under the mount: of
+    ``/models/my-llm/config.json`` the pipeline on the way is meant, else what its last part is similar to."""
+    parts = [part for part in word.split("/") if part]
+    on_the_way = [part for part in parts if part in pipelines]
+    return did_you_mean((on_the_way or parts or [word])[-1], pipelines)

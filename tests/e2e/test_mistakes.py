@@ -17,6 +17,9 @@ TEXTS = Path(__file__).with_name("mistakes.txt")
 MISTAKES = (
     "status my-lm",
     "status nothing",
+    "status models/my-llm",
+    "warm /mnt/models/my-lm --wait",
+    "ls /mnt/models/my-llm/config.json",
     "ls 'no-*'",
     "warm my-lm --wait",
     "remove my-lm",

@@ -52,7 +52,8 @@ def test_from_a_source_to_files_and_back(tmp_path: Path, env: dict[str, str]) ->
     assert refused.returncode == 1 and "never added" in refused.stderr and not (tmp_path / "no").exists()
     full = command("mount", tmp_path / "tiny", tmp_path / "tiny", env=env)
     assert full.returncode == 2 and "not empty" in full.stderr
-    succeeded(command("unmount", again, env=env))
+    told = json.loads(succeeded(command("unmount", again, "--json", env=env)))
+    assert told == {"pipeline": "tiny", "path": str(again), "removed": False, "open_by": []}
     assert not os.path.lexists(again) and here.exists()
     assert command("unmount", tmp_path / "tiny", env=env).returncode == 2
     (tmp_path / "other").symlink_to("/models/tiny")  # the machine's of that name
@@ -62,10 +63,15 @@ def test_from_a_source_to_files_and_back(tmp_path: Path, env: dict[str, str]) ->
         assert command("unmount", here, "--forget", env=env).returncode == 1
         assert here.exists() and client.status("tiny").cached_bytes, "nothing is done by halves"
     assert "it runs already" in succeeded(command("start", env=env))
+    told = json.loads(succeeded(command("start", "--json", env=env)))
+    assert (told["started"], told["mount"]) == (False, str(tmp_path / "models"))
+    told = json.loads(succeeded(command("unmount", here, "--forget", "--json", env=env)))
+    assert (told["pipeline"], told["removed"], told["open_by"]) == ("tiny", True, [])
     assert "ready: " in succeeded(command("logs", env=env))
     with Client(env["INSTANTSTART_SOCKET"]) as client:
         pid = client.peer_pid()
-    succeeded(command("--socket", env["INSTANTSTART_SOCKET"], "stop"))
+    stopped = command("--socket", env["INSTANTSTART_SOCKET"], "stop", "--json")
+    assert json.loads(succeeded(stopped)) == {"stopped": True}
     assert not alive(pid) and not mounted(tmp_path / "models")
 
 

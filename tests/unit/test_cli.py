@@ -22,7 +22,7 @@ from instantstart_fs.cli.app import app, app_for
 from instantstart_fs.cli.verbs import ALIASES, ANSWERS
 from instantstart_fs.control.protocol import DaemonInfo, VerifyResult
 from instantstart_fs.control.specification import specification
-from instantstart_fs.core.humanize import did_you_mean, human_seconds
+from instantstart_fs.core.humanize import did_you_mean, human_seconds, pipeline_meant
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, ListedStatus, PipelineStatus
 from instantstart_fs.errors import InvalidName, InvalidSource, OriginUnavailable, PipelineNotFound, UsageError
@@ -164,6 +164,28 @@ def test_each_command_asks_for_what_it_says(
     assert call in client.calls
 
 
+@pytest.mark.parametrize(
+    ("line", "shows"),
+    [
+        (["remove", "x"], {"pipeline": "x", "open_by": []}),
+        (["evict", "x", "--force"], {"pipeline": "x", "open_by": ["pid 7 (engine, uid 1)"]}),
+        *((line.split(), json.loads(show.as_json(STATUS.brief))) for line in ("pin x", "unpin x", "touch x")),
+    ],
+)
+def test_a_change_is_an_object_with_json(
+    client: type[FakeClient], capsys: pytest.CaptureFixture[str], line: list[str], shows: dict[str, Any]
+) -> None:
+    assert run([*line, "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == shows
+    assert said.err == ""
+
+
+def test_no_daemon_to_stop_is_said_in_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["stop", "--json", "--socket", str(tmp_path / "none")]) == 0
+    assert json.loads(capsys.readouterr().out) == {"stopped": False}
+
+
 @pytest.mark.parametrize("before", [[], ["--socket", "/run/elsewhere"]], ids=["alone", "after an option"])
 @pytest.mark.parametrize(("alias", "verb"), ALIASES.items())
 def test_an_alias_is_its_verb(
@@ -282,6 +304,10 @@ def test_failures_are_objects_with_json(client: type[FakeClient], capsys: Any) -
         ["regional", "gc", "--hosts", "--json"],
         ["nonsense", "--json"],
         ["--socket", "s", "status", "--json", "--jsn"],
+        ["--bogus", "--json"],
+        ["--json"],
+        ["--json", "--socket"],
+        ["--jsn", "ls", "x", "--json"],
     ],
 )
 def test_a_mistake_in_a_line_is_an_object_with_json(client: type[FakeClient], capsys: Any, line: list[str]) -> None:
@@ -610,6 +636,25 @@ def test_ls_of_some_and_what_was_meant() -> None:
         named("x*")
     assert did_you_mean("ASR", ["asr"]) == " (did you mean 'asr'?)"
     assert did_you_mean("nothing", ["asr"]) == ""
+    with pytest.raises(PipelineNotFound, match=r"no pipeline '/mnt/models/asr' .did you mean 'asr'"):
+        named("/mnt/models/asr")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("/mnt/models/p", "p"),
+        ("models/p/", "p"),
+        ("/mnt/models/my-llm/config.json", "my-llm"),
+        ("/mnt/models/my-lm", "my-llm"),
+        ("/mnt/models/my-lm/", "my-llm"),
+        ("/", None),
+        ("//", None),
+        ("/mnt/models/nothing", None),
+    ],
+)
+def test_a_path_in_an_ids_place_names_what_was_meant(word: str, meant: str | None) -> None:
+    assert pipeline_meant(word, ["my-llm", "p"]) == ("" if meant is None else f" (did you mean {meant!r}?)")
 
 
 @pytest.mark.parametrize(
@@ -617,6 +662,7 @@ def test_ls_of_some_and_what_was_meant() -> None:
     [
         ["add", "p", "hf://a/b", "http://me:it'ssecret@host"],
         ["http://me:secret@host"],
+        ["--http://me:secret@host"],
         ["warm", "p", "--http://me:secret@host"],
         ["prefetch", "p", "s3://key:secret@bucket"],
     ],

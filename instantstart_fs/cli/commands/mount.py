@@ -147,10 +147,12 @@ def unmount(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="What `mount` was given.", show_default=False)],
     forget: Annotated[bool, typer.Option("--forget", help="Remove the pipeline and its bytes, too.")] = False,
     socket: Socket = None,
+    json: Json = False,
 ) -> None:
     """Undo `mount`; what is cached stays."""
     from instantstart_fs.cli import links
 
+    held: list[str] = []
     path = os.path.abspath(os.path.expanduser(directory))
     with links.Place(path) as place:
         if forget or socket is not None:
@@ -158,39 +160,48 @@ def unmount(
                 mount = client.ping().mount
                 pipeline = place.pipeline(mount, only=forget)
                 if forget:  # first: it may be refused, and then nothing is done
-                    client.remove(pipeline)
+                    held = client.remove(pipeline)
                 place.unlink(mount)
         else:
             pipeline = place.unlink()
+    if json:
+        print(show.as_json({"pipeline": pipeline, "path": path, "removed": forget, "open_by": held}))
+        return
     print(f"{path}: unmounted" + (f", {pipeline} removed" if forget else f"; {pipeline} stays cached"))
+    if held:
+        print(f"  {show.still_open(held)}")
 
 
 @commands.command()
-def start(config: ConfigFile = None, socket: Socket = None) -> None:
+def start(config: ConfigFile = None, socket: Socket = None, json: Json = False) -> None:
     """Start this user's daemon in the background, if none answers."""
     from instantstart_fs.cli import own_daemon
 
     client, started = own_daemon.connect(socket, config)
     with client:
         info = client.ping()
+    if json:
+        print(show.as_json({"started": started, "mount": info.mount, "transport": info.transport}))
+        return
     print(f"{'started' if started else 'it runs already'}: {show.mounted(info)}")
     if started and (notes := slower(info, os.geteuid())):
         print("\n".join(notes), file=sys.stderr)
 
 
 @commands.command()
-def stop(socket: Socket = None) -> None:
+def stop(socket: Socket = None, json: Json = False) -> None:
     """Stop the daemon that `mount` or `serve` started."""
     from instantstart_fs.cli import own_daemon
 
     try:
         client = control.Client(socket)
     except DaemonUnreachable:
-        print("there is no daemon to stop")
+        print(show.as_json({"stopped": False}) if json else "there is no daemon to stop")
         return
     with client:
         own_daemon.stop(client)
-    print("stopped; what `mount` showed is back with the next `instantstart mount`")
+    said = "stopped; what `mount` showed is back with the next `instantstart mount`"
+    print(show.as_json({"stopped": True}) if json else said)
 
 
 @commands.command()

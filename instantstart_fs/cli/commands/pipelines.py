@@ -119,10 +119,12 @@ def remove(
     pipeline: Pipeline,
     force: Annotated[bool, typer.Option("--force", help="Even if it is leased; ends the leases.")] = False,
     socket: Socket = None,
+    json: Json = False,
 ) -> None:
     """Remove a pipeline and its bytes."""
     with control.Client(socket) as client:
-        _show_freed(f"{pipeline}: removed", client.remove(pipeline, force=force))
+        held = client.remove(pipeline, force=force)
+    _show_freed(pipeline, "removed", held, json)
 
 
 @commands.command()
@@ -130,40 +132,53 @@ def evict(
     pipeline: Pipeline,
     force: Annotated[bool, typer.Option("--force", help="Even if it is leased or open; ends the leases.")] = False,
     socket: Socket = None,
+    json: Json = False,
 ) -> None:
     """Evict a pipeline's bytes; it stays, cold."""
     with control.Client(socket) as client:
-        _show_freed(f"{pipeline}: evicted, cold now", client.evict(pipeline, force=force))
+        held = client.evict(pipeline, force=force)
+    _show_freed(pipeline, "evicted, cold now", held, json)
 
 
-def _show_freed(done: str, held: list[str]) -> None:
+def _show_freed(pipeline: str, done: str, held: list[str], json: bool) -> None:
     """Print what was done. ``held``: who still has files open, whose space is free later."""
-    print(done)
+    if json:
+        print(show.as_json({"pipeline": pipeline, "open_by": held}))
+        return
+    print(f"{pipeline}: {done}")
     if held:
-        print(f"  still open  by {printable(', '.join(held))}: that space is free once they close it")
+        print(f"  {show.still_open(held)}")
 
 
 @commands.command()
-def pin(pipeline: Pipeline, socket: Socket = None) -> None:
+def pin(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
     """Never evict a pipeline."""
     with control.Client(socket) as client:
         client.set_pinned(pipeline, True)
-    print(f"{pipeline}: pinned")
+        _show_changed(client, pipeline, "pinned", json)
 
 
 @commands.command()
-def unpin(pipeline: Pipeline, socket: Socket = None) -> None:
+def unpin(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
     """Let a pipeline be evicted again when space is needed."""
     with control.Client(socket) as client:
         client.set_pinned(pipeline, False)
-    print(f"{pipeline}: no longer pinned")
+        _show_changed(client, pipeline, "no longer pinned", json)
 
 
 @commands.command()
-def touch(pipeline: Pipeline, socket: Socket = None) -> None:
+def touch(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
     """Count a request now, so that the pipeline stays hot."""
     with control.Client(socket) as client:
         client.touch(pipeline)
+        _show_changed(client, pipeline, "", json)
+
+
+def _show_changed(client: control.Client, pipeline: str, done: str, json: bool) -> None:
+    if json:
+        print(show.as_json(client.status(pipeline, brief=True).brief))
+    elif done:
+        print(f"{pipeline}: {done}")
 
 
 @commands.command()
