@@ -41,7 +41,6 @@ import os
 import platform
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -55,14 +54,13 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import common, gpu_mount, gpu_probe, gpu_watch  # noqa: E402
+from bench import common, gpu_mount, gpu_probe, gpu_table, gpu_watch  # noqa: E402
 from bench.gpu_watch import Skipped  # noqa: E402
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 DEVICE = "cuda:0"
-SHARE = 0.9
-"""Of min(disk ceiling, pinned host-to-device ceiling): what the built-in backend is to reach."""
+SHARE = gpu_table.SHARE
 PEAK = 1.05
 """Of the weights: what a hand-over may take of device memory at its peak."""
 LLAMA_LAYER = (
@@ -236,8 +234,21 @@ def in_threads(work: Callable[[Any], None], items: list[Any], count: int) -> Non
 # -- ceilings ----------------------------------------------------------------------------------------------------------
 
 
-def disk_ceiling(files: list[Path], threads: int, pinned: Any) -> float:
-    """Seconds to read every byte by O_DIRECT, 8 MiB at a time, each thread into page-locked memory of its own."""
+Contender = Callable[[Any, str], tuple[float, float, str]]
+"""(page-locked memory, "cold" or "warm") → (seconds of loading, seconds with its process's start, a note)."""
+
+
+def temperatures(contender: str) -> tuple[str, ...]:
+    """What a contender is measured at: the disk's ceiling has nothing to do with the page cache, and that of copies out
+    of the page cache nothing with the disk."""
+    if contender.startswith("ceiling"):
+        return ("cold",) if "disk" in contender else ("warm",)
+    return ("cold", "warm")
+
+
+def source_ceiling(files: list[Path], threads: int, pinned: Any, *, direct: bool) -> float:
+    """Seconds to read every byte, 8 MiB at a time, each thread into page-locked memory of its own: by O_DIRECT, or out
+    of the page cache."""
     extent = 8 * MIB
     address = pinned.data_ptr()
     first = -address % 4096
@@ -249,7 +260,7 @@ def disk_ceiling(files: list[Path], threads: int, pinned: Any) -> float:
     extents = []
     descriptors = []
     for path in files:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
         descriptors.append(fd)
         extents += [(fd, start) for start in range(0, path.stat().st_size, extent)]
 
@@ -307,7 +318,6 @@ class Run:
         self.result = {"bench": "gpu", "parts": {}, **self.result}
         self.not_run: list[str] = self.result.get("not_run", [])
         self.failed: list[str] = self.result.get("failed", [])
-        self.rows: list[tuple[str, str]] = [(name, value) for name, value in self.result.get("rows", [])]
         self.part_ends = math.inf
 
     @functools.cached_property
@@ -375,12 +385,13 @@ class Run:
             return
         print(f"--- {name} ({self.left:.0f} s left)", flush=True)
         started = time.monotonic()
-        self.part_ends = started + part.most
+        most = part.most * float(getattr(self.options, "patience", 1.0))
+        self.part_ends = started + most
         self.result["now"] = {"part": name, "until": min(self.part_ends, started + self.left)}
         self.write()
         try:
             if self.child:
-                signal.setitimer(signal.ITIMER_REAL, max(0.1, min(part.most, self.left)))
+                signal.setitimer(signal.ITIMER_REAL, max(0.1, min(most, self.left)))
             try:
                 found = part.work(self)
             finally:
@@ -410,7 +421,7 @@ class Run:
         self.write()
 
     def write(self) -> None:
-        self.result |= {"not_run": self.not_run, "failed": self.failed, "rows": self.rows}
+        self.result |= {"not_run": self.not_run, "failed": self.failed}
         gpu_watch.write(self.out, self.result)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
@@ -454,25 +465,17 @@ class Run:
         torch = self.torch
         torch.cuda.init()
         properties = torch.cuda.get_device_properties(DEVICE)
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            query = "name,pcie.link.gen.current,pcie.link.gen.max,pcie.link.width.current,driver_version"
-            done = subprocess.run(
-                ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-                capture_output=True,
-                text=True,
-                timeout=20,
-                check=False,
-            )
-            self.result["nvidia_smi"] = done.stdout.strip()
         disk = shutil.disk_usage(self.directory)
         return {
             "device": torch.cuda.get_device_name(DEVICE),
             "memory_gib": round(properties.total_memory / GIB, 1),
+            **driver(str(getattr(properties, "uuid", ""))),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "python": platform.python_version(),
             "kernel": platform.release(),
             "cores": len(os.sched_getaffinity(0)),
+            "host_gib": round(os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE / GIB, 1),
             "disk_free_gib": round(disk.free / GIB, 1),
             "filesystem": filesystem(self.directory),
         }
@@ -491,7 +494,8 @@ class Run:
         return {"usable": found.usable, "native": found.native, "reason": found.reason}
 
     def equality(self) -> dict[str, Any]:
-        """Every tensor, as seen by this process through CUDA IPC, against load_file of the same file."""
+        """Every tensor, as seen by this process through CUDA IPC, against load_file of the same file, which is read to
+        the CPU: what is compared with has come by no part of the device's side."""
         from safetensors.torch import load_file
 
         torch, compared = self.torch, 0
@@ -500,10 +504,10 @@ class Run:
             backend = stage.progress()[0]
             for path in self.files:
                 ours = stage.file_tensors(path.name)
-                theirs = load_file(str(path), device=DEVICE)
+                theirs = load_file(str(path))
                 assert set(ours) == set(theirs), path.name
-                for name, tensor in theirs.items():
-                    mine = ours[name]
+                for name, on_cpu in theirs.items():
+                    tensor, mine = on_cpu.to(DEVICE), ours[name]
                     assert mine.dtype == tensor.dtype and mine.shape == tensor.shape, name
                     same = torch.equal(mine.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
                     assert same, f"{name} differs"
@@ -520,11 +524,19 @@ class Run:
         target = torch.empty(size, dtype=torch.uint8, device=DEVICE)
         h2d = max(total / h2d_ceiling(torch, pinned, target, total // (8 * MIB) * 8 * MIB) / 1e9 for _ in range(3))
         del target
-        torch.cuda.empty_cache()
         contenders = self.contenders(others=others)
         samples: dict[str, dict[str, list[float]]] = {"cold": {}, "warm": {}}
         whole: dict[str, list[float]] = {}
         problems: dict[str, str] = {}
+        found: dict[str, Any] = {
+            "bytes": total,
+            "h2d_ceiling": round(h2d, 2),
+            "samples": samples,
+            "whole_seconds_with_process_start": whole,
+            "problems": problems,
+        }
+        self.result["parts"][name] = found
+        self.write()
         rounds = 0
         budget = self.part_left - 3
         began = time.monotonic()
@@ -534,16 +546,20 @@ class Run:
             turn = rounds % len(contenders)
             for contender in list(contenders)[turn:] + list(contenders)[:turn]:
                 for temperature in ("cold", "warm"):
-                    if (
-                        self.part_left < 5
-                        or contender in problems
-                        or (contender.startswith("ceiling") and temperature == "warm")
-                    ):
+                    if contender in problems or temperature not in temperatures(contender):
+                        continue
+                    if self.part_left < 5:
+                        if not rounds:
+                            self.not_run.append(f"{name}: {temperature} {contender}: no time left")
                         continue
                     torch.cuda.empty_cache()
                     (forget if temperature == "cold" else remember)(self.files)
                     try:
-                        loading, all_of_it, note = contenders[contender](pinned)
+                        loading, all_of_it, note = contenders[contender](pinned, temperature)
+                    except Skipped as reason:
+                        self.not_run.append(f"{name}: {contender}: {reason}")
+                        problems[contender] = f"was refused: {reason}"
+                        continue
                     except Exception as error:
                         problems[contender] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                         print(f"    {contender}: {problems[contender]}", flush=True)
@@ -554,67 +570,43 @@ class Run:
                         f"    {rounds + 1} {temperature} {contender:<24} {total / loading / 1e9:6.2f} GB/s  {note}",
                         flush=True,
                     )
-                    self.result["parts"][name] = {"samples": samples, "seconds": whole, "problems": problems}
                     self.write()
             rounds += 1
-        medians = {
-            temperature: {who: round(statistics.median(values), 2) for who, values in found.items()}
-            for temperature, found in samples.items()
-        }
-        disk = max((medians["cold"].get(who, 0.0) for who in contenders if who.startswith("ceiling")), default=0.0)
-        ours = medians["cold"].get("direct", 0.0)
-        ceiling = min(disk, h2d)
-        for temperature in ("cold", "warm"):
-            for who, rate in sorted(medians[temperature].items(), key=lambda item: -item[1]):
-                values = samples[temperature][who]
-                span = f"{rate:6.2f} GB/s ({min(values):.2f}–{max(values):.2f}, {len(values)} rounds)"
-                self.rows.append((f"{temperature} {who}", span))
-        self.rows.append(("pinned host-to-device ceiling", f"{h2d:6.2f} GB/s"))
-        share = ours / ceiling if ceiling else 0.0
-        met = "met" if share >= SHARE else "MISSED"
-        if not others and disk:
-            self.rows.append(("direct ÷ min(disk, host-to-device)", f"{share:6.2f}, the target of {SHARE} is {met}"))
-        return {
-            "bytes": total,
-            "h2d_ceiling": round(h2d, 2),
-            "disk_ceiling": disk,
-            "medians": medians,
-            "samples": samples,
-            "whole_seconds_with_process_start": whole,
-            "share_of_ceiling": round(share, 3),
-            "share_target": SHARE,
-            "share_met": share >= SHARE,
-            "rounds": rounds,
-            "problems": problems,
-        }
+        middle = gpu_table.medians(samples)
+        shares = {}
+        for temperature in () if others else ("cold", "warm"):
+            most, _ = gpu_table.ceiling(middle, temperature, h2d)
+            if most and "direct" in middle[temperature]:
+                shares[temperature] = round(middle[temperature]["direct"] / most, 3)
+        return {**found, "medians": middle, "share_of_ceiling": shares, "share_target": SHARE, "rounds": rounds}
 
-    def contenders(self, *, others: bool = False) -> dict[str, Callable[[Any], tuple[float, float, str]]]:
-        """name → (page-locked memory) → (seconds of loading, seconds with process start, note)."""
+    def contenders(self, *, others: bool = False) -> dict[str, Contender]:
+        """By name."""
         torch, files = self.torch, self.files
 
-        def ours(backend: str, readers: int = 0) -> Callable[[Any], tuple[float, float, str]]:
-            def run(_: Any) -> tuple[float, float, str]:
+        def ours(backend: str, readers: int = 0) -> Contender:
+            def run(_: Any, __: str) -> tuple[float, float, str]:
                 started = time.monotonic()
                 with self.staged(backend=backend, readers=readers) as stage:
                     stage.wait(150)
                     report = stage.progress()[0]
                     took = time.monotonic() - started
                 if report.backend != backend:
-                    raise Skipped(f"{backend} was refused: {report.refusals}")
+                    raise Skipped("; ".join(f"{who}: {why}" for who, why in report.refusals))
                 share = report.cached / max(1, report.bytes)
                 return report.loading, took, f"{share:.0%} from the page cache, whole {took:.2f} s"
 
             return run
 
-        def ceiling(threads: int) -> Callable[[Any], tuple[float, float, str]]:
-            def run(pinned: Any) -> tuple[float, float, str]:
-                seconds = disk_ceiling(files, threads, pinned)
+        def ceiling(threads: int) -> Contender:
+            def run(pinned: Any, temperature: str) -> tuple[float, float, str]:
+                seconds = source_ceiling(files, threads, pinned, direct=temperature == "cold")
                 return seconds, seconds, ""
 
             return run
 
-        def timed(load: Callable[[], Any]) -> Callable[[Any], tuple[float, float, str]]:
-            def run(_: Any) -> tuple[float, float, str]:
+        def timed(load: Callable[[], Any]) -> Contender:
+            def run(_: Any, __: str) -> tuple[float, float, str]:
                 torch.cuda.synchronize()
                 started = time.monotonic()
                 kept = load()
@@ -629,9 +621,7 @@ class Run:
 
         from instantstart_fs.prefetch.backends.gds import probe
 
-        def chosen(
-            found: dict[str, Callable[[Any], tuple[float, float, str]]],
-        ) -> dict[str, Callable[[Any], tuple[float, float, str]]]:
+        def chosen(found: dict[str, Contender]) -> dict[str, Contender]:
             if not self.options.contenders:
                 return found
             wanted = [name.strip() for name in self.options.contenders.split(",")]
@@ -654,9 +644,11 @@ class Run:
             return chosen(found)
         found = {
             "ceiling disk ×8": ceiling(8),
+            "ceiling copy ×8": ceiling(8),
             "direct": ours("direct"),
             "load_file": timed(lambda: [load_file(str(path), device=DEVICE) for path in files]),
             "ceiling disk ×16": ceiling(16),
+            "ceiling copy ×16": ceiling(16),
             "mmap": ours("mmap"),
             "gds": ours("gds"),
             "direct ×16": ours("direct", 16),
@@ -695,12 +687,12 @@ class Run:
                 stop.set()
                 watcher.join()
         above = peak[0] - baseline
-        row = f"{above / GIB:.2f} GiB above idle contexts, {above / self.total:.3f} × the weights"
-        self.rows.append((f"peak memory, hand-over by {how}", row))
+        found = {"peak_above_contexts": above, "weights": self.total, "ratio": round(above / self.total, 4)}
+        self.result["parts"][f"hand-over by {how}"] = found
         # A copy needs the file that is being copied, too.
         more = max(path.stat().st_size for path in self.files) if how == "copy" else 0
-        assert above <= PEAK * self.total + more + SLACK, f"peak memory: {row}"
-        return {"peak_above_contexts": above, "weights": self.total, "ratio": round(above / self.total, 4)}
+        assert above <= PEAK * self.total + more + SLACK, f"peak memory: {above / self.total:.3f} × the weights"
+        return found
 
     def renumbered(self) -> dict[str, Any]:
         """A second process that CUDA_VISIBLE_DEVICES names the same GPU to otherwise: a hand-over goes by UUID."""
@@ -728,7 +720,6 @@ class Run:
                 assert found == byte_sum(self.torch, path), path.name
         loading = {report.device: round(report.loading, 3) for report in reports}
         assert sum(report.total for report in reports) == self.total
-        self.rows.append((f"{len(devices)} devices", f"{self.total / max(loading.values()) / 1e9:.2f} GB/s in all"))
         return {"loading": loading, "bytes": {report.device: report.total for report in reports}}
 
     @contextlib.contextmanager
@@ -815,7 +806,6 @@ class Run:
             error = stage.error.message if stage.error is not None else ""
             assert "SIGKILL" in error, f"the stage says {error!r}"
         freed = self.wait_freed(baseline)
-        self.rows.append((f"worker killed {when}", f"said after {said:.2f} s, memory back after {freed:.2f} s more"))
         return {
             "error": error,
             "said_after": said,
@@ -850,8 +840,6 @@ class Run:
             size = path.stat().st_size
             alone = self.wait_freed(loaded - size, 10, size // 2)
         freed = self.wait_freed(baseline)
-        row = f"the file's memory back after {alone:.2f} s, all of it {freed:.2f} s after the stage"
-        self.rows.append(("receiver killed, a second one done", row))
         return {"file_freed_after": alone, "freed_after": freed}
 
     def owner_killed(self) -> dict[str, Any]:
@@ -877,7 +865,6 @@ class Run:
             process.kill()
             process.communicate()
         freed = self.wait_freed(baseline)
-        self.rows.append(("owner of the stage killed", f"memory back after {freed:.2f} s"))
         return {"taken": taken, "freed_after": freed}
 
     def too_big(self) -> dict[str, Any]:
@@ -901,7 +888,6 @@ class Run:
             self.wait_freed(baseline)
             del block
             torch.cuda.empty_cache()
-        self.rows.append(("does not fit", "refused before allocating: " + said[1]))
         return {"said": said}
 
     def lying_header(self) -> dict[str, Any]:
@@ -963,6 +949,32 @@ def rivals(files: list[Path]) -> Iterator[tuple[str, Callable[[], Any]]]:
                 return list(file.tensors())  # since 0.2 of memory of its own
 
         yield "instanttensor", instant
+
+
+SMI = ("driver_version", "pcie.link.gen.max", "pcie.link.width.current", "compute_mode", "mig.mode.current")
+
+
+def driver(uuid: str) -> dict[str, str]:
+    """What nvidia-smi tells of a GPU, in words for the table; nothing where it cannot be asked."""
+    command = ["nvidia-smi", f"--query-gpu=uuid,{','.join(SMI)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    known = [[field.strip() for field in line.split(",")] for line in said.splitlines()]
+    known = [fields for fields in known if len(fields) == 1 + len(SMI)]
+    mine = [fields for fields in known if uuid and uuid in fields[0]] or known[
+        :1
+    ]  # MIG: an instance has one of its own
+    if not mine:
+        return {}
+    _, version, generation, width, mode, mig = mine[0]
+    found = {"driver": version, "link": f"PCIe {generation} ×{width}"}
+    if mode not in ("Default", "[N/A]"):
+        found["compute_mode"] = mode
+    if mig == "Enabled":
+        found["mig"] = mig
+    return found
 
 
 def filesystem(path: Path) -> str:
@@ -1027,6 +1039,7 @@ def main() -> int:
     parser.add_argument("--shards", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds in all")
+    parser.add_argument("--patience", type=float, default=1.0, help="times the deadline of each part (a slow machine)")
     parser.add_argument("--other-python", default="", help="an interpreter with another release of torch")
     parser.add_argument("--dir", help="where the checkpoint lies for the time of the run")
     parser.add_argument("--out", default=os.environ.get("OUT") or str(Path(__file__).parent / "results"))

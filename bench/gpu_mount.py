@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -22,9 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import common
+from bench import common, gpu_table
 from bench.daemon import Daemon, daemon
-from bench.gpu_watch import Skipped
+from bench.gpu_watch import Skipped, last_words
 from instantstart_fs.mount.kernel import why_no_passthrough
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "weights"
 NEEDED = ("trio", "lmdb", "huggingface_hub", "typer", "rich", "prometheus_client")
 """Packages without which a daemon does not serve a file:// pipeline."""
-SHARE = 0.95
-"""Of a plain directory's rate: what load_file is to reach on the mount."""
 TIMEOUT = 120.0
 """Seconds for one loader."""
 
@@ -128,10 +125,13 @@ def measure(run: Run) -> dict[str, Any]:
         found["fill_gb_s"] = round(run.total / seconds / 1e9, 2)
         run.write()
         Loaders(run, served, found).all()
-    run.rows.append(("mount: transport, filled at", f"{found['transport']}, {found['fill_gb_s']} GB/s"))
-    table(run, found)
+    found["mount_of_plain"] = gpu_table.mount_of_plain(found)
     assert not found["problems"], f"{len(found['problems'])} loaders failed: {next(iter(found['problems'].values()))}"
     return found
+
+
+class NoTime(Exception):
+    """The part's time was up before a loader had ended."""
 
 
 class Loaders:
@@ -174,6 +174,8 @@ class Loaders:
         try:
             sample = work()
             self.same_bytes(sample)
+        except NoTime:
+            self.run.not_run.append(f"mount: {name}: no time left")
         except Exception as error:
             self.found["problems"][name] = f"{name}: {type(error).__name__}: {error}"[:1500]
             print(f"    {self.found['problems'][name]}", flush=True)
@@ -216,19 +218,21 @@ class Loaders:
         return self.python(code, str(self.places[place]))
 
     def python(self, code: str, place: str) -> dict[str, Any]:
-        """What it printed, and the ``whole`` of its time. Raises RuntimeError, subprocess.TimeoutExpired."""
+        """What it printed, and the ``whole`` of its time. Raises RuntimeError, NoTime."""
         at = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code, place, self.device],
-            capture_output=True,
-            text=True,
-            env=self.env,
-            timeout=max(10.0, min(TIMEOUT, self.run.part_left)),
-            check=False,
-        )
+        timeout = max(5.0, min(TIMEOUT, self.run.part_left - 3))
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code, place, self.device],
+                capture_output=True, text=True, env=self.env, timeout=timeout, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            if timeout < TIMEOUT:
+                raise NoTime from None
+            raise RuntimeError(f"not within {timeout:.0f} s") from None
         whole = time.perf_counter() - at
         if done.returncode or not done.stdout.strip():
-            raise RuntimeError(f"exit {done.returncode}: {done.stderr.strip()[-700:]}")
+            raise RuntimeError(f"exit {done.returncode}: {last_words(done.stderr)}\n{done.stderr[-700:]}")
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return {**found, "whole": round(whole, 3)}
 
@@ -244,35 +248,19 @@ class Loaders:
         try:
             sample = self.python(TAKEN, str(self.places["mount"]))
             sample["whole"] = round(time.perf_counter() - at, 3)
-            said = helper.communicate(timeout=30)[0]
+            said = helper.communicate(timeout=max(2.0, min(30.0, self.run.part_left)))[0]
             return {**sample, "helper": helper.returncode, "helper_said": said[-600:]}
+        except NoTime:
+            raise
         except Exception as error:
             helper.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                said = helper.communicate(timeout=30)[0]
+                said = helper.communicate(timeout=10)[0]
             raise RuntimeError(f"{error}; the helper said: {said[-600:]}") from error
         finally:
             if helper.poll() is None:
                 helper.kill()
                 helper.communicate()
-
-
-def table(run: Run, found: dict[str, Any]) -> None:
-    """A row for each loader and temperature, and what the mount's rate is of the plain directory's."""
-    samples: dict[str, list[dict[str, Any]]] = found["samples"]
-    middle = {name: statistics.median(each["load"] for each in taken) for name, taken in samples.items()}
-    for name, load in middle.items():
-        whole = statistics.median(each["whole"] for each in samples[name])
-        rate = run.total / load / 1e9
-        run.rows.append((name, f"{rate:6.2f} GB/s, load {load:.2f} s, from its start {whole:.2f} s"))
-    found["mount_of_plain"] = {}
-    for name, load in middle.items():
-        if ", mount," in name and (plain := middle.get(name.replace(", mount,", ", plain,"))):
-            share = found["mount_of_plain"][name.replace(", mount", "")] = round(plain / load, 3)
-            target = (
-                f", the target of {SHARE} is {'met' if share >= SHARE else 'MISSED'}" if "load_file" in name else ""
-            )
-            run.rows.append((f"{name} ÷ plain", f"{share:6.2f}{target}"))
 
 
 def installed(name: str) -> bool:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.gpu_watch import Skipped  # noqa: E402
+from bench.gpu_watch import Skipped, last_words  # noqa: E402
 
 if TYPE_CHECKING:
     from bench.gpu import Run
@@ -61,19 +61,15 @@ def startup(run: Run) -> dict[str, Any]:
     for name, program in programs.items():
         began = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, f"{name}: {done.stderr.strip()[-300:]}"
+        assert done.returncode == 0, f"{name}: exit {done.returncode}: {last_words(done.stderr)}\n{done.stderr[-500:]}"
         found[name] = round(time.perf_counter() - began, 3)
         run.write()
     began = time.perf_counter()
     for line in lines(run, "driver"):
         found.setdefault("driver", {}).update(line)
     found["driver, whole process"] = round(time.perf_counter() - began, 3)
-    with_torch, without = found["torch, context, ring"], found["driver, whole process"]
-    run.rows.append(("start of a worker, with torch", f"{with_torch:.2f} s"))
     if "missing" in found["driver"]:
         run.not_run.append(f"startup by the driver's interface: {found['driver']['missing']}")
-    else:
-        run.rows.append(("start of a worker, driver's interface alone", f"{without:.2f} s"))
     return found
 
 
@@ -116,12 +112,6 @@ def page_locking(run: Run) -> dict[str, Any]:
         found.setdefault(line.pop("kind"), []).append(line)
         run.write()
     assert found, "nothing was measured"
-    for kind, measured in found.items():
-        good = [each for each in measured if "lock_gb_s" in each]
-        if good:
-            last = good[-1]
-            row = f"{last['lock_gb_s']:6.2f} GB/s at {last['mib']} MiB, copies out of it {last['h2d_gb_s']:.2f} GB/s"
-            run.rows.append((f"page-locking, {kind}", row))
     return found
 
 
@@ -210,11 +200,6 @@ def sweep(run: Run) -> dict[str, Any]:
     for temperature in ("warm", "cold"):
         middle = {name: round(statistics.median(values), 2) for name, values in found[temperature].items()}
         found[f"{temperature} medians"] = middle
-        if middle:
-            best = max(middle, key=lambda name: middle[name])
-            built_in = next(iter(middle))
-            row = f"{middle[best]:6.2f} GB/s: {best}; built in ({built_in}): {middle[built_in]:.2f} GB/s"
-            run.rows.append((f"fastest settings, {temperature}", row))
     assert found["warm"], "nothing was measured"
     return found
 
@@ -313,13 +298,9 @@ def peers(run: Run) -> dict[str, Any]:
             answer = ask(exported, "share", device=0)
             found["taken_on_the_owner"] = before - torch.cuda.mem_get_info("cuda:1")[0]
     found["opened_on"] = answer["number"]
-    rates = found["copies_gb_s"].values()
-    run.rows.append(("copies between GPUs", f"{min(rates):.1f}–{max(rates):.1f} GB/s"))
-    row = f"{found['taken_on_the_owner'] / MIB:.0f} MiB more there, seen from cuda:{answer['number']}"
-    run.rows.append(("memory of cuda:1 opened from cuda:0", row))
     if found["reaches"]["0→1"]:
         assert answer["number"] == 0, "it was opened on its owner's device, though peers can be reached"
-        assert found["taken_on_the_owner"] <= SLACK, row
+        assert found["taken_on_the_owner"] <= SLACK, f"{found['taken_on_the_owner'] / MIB:.0f} MiB more on its owner"
     return found
 
 
@@ -372,8 +353,6 @@ def releases(run: Run) -> dict[str, Any]:
             found["taken"] = verdict(ask(json.loads(line), "share"), wanted, found)
         finally:
             owner.kill()
-    run.rows.append((f"torch {found['here']} → {found['there']}", found["given"]))
-    run.rows.append((f"torch {found['there']} → {found['here']}", found["taken"]))
     return found
 
 
@@ -408,7 +387,7 @@ def lines(run: Run, role: str, *arguments: str) -> Iterator[dict[str, Any]]:
     if not in_time:
         run.not_run.append(f"{role}: some of it: its time was up")
     else:
-        assert status == 0, f"{role}: exit {status}: {said.strip()[-500:]}"
+        assert status == 0, f"{role}: exit {status}: {last_words(said)}\n{said[-500:]}"
 
 
 def tell(line: dict[str, Any]) -> None:

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_table
+
 FAILED, CUT, NO_GPU, GO_ON = 1, 3, 4, 75
 """Exit statuses; the last is from child to parent alone: the parts that are left want a fresh process."""
 GRACE = 10.0
@@ -45,20 +47,18 @@ def read(out: Path) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> None:
-    print()
-    for name, value in result.get("rows", []):
-        print(f"{name:<44} {value}")
-    for title in ("not_run", "failed"):
-        lines = result.get(title, [])
-        print(f"{title.replace('_', ' ')}:" if lines else f"{title.replace('_', ' ')}: nothing")
-        for line in lines:
-            print(f"  {line}")
-    sys.stdout.flush()
+    print("", *gpu_table.lines(result), sep="\n", flush=True)
 
 
 def end_with_parent() -> None:
     """SIGTERM for this process when the one that watches it is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def last_words(text: str) -> str:
+    """The last line of what a process said on stderr, which is the error itself of one that Python ended."""
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "it said nothing"
 
 
 class Skipped(Exception):

@@ -16,6 +16,7 @@ from bench.gpu import PARTS, CutOff, Part, Run
 from bench.gpu_watch import Skipped
 from tests.fake_cuda.sitecustomize import POINTS
 from tests.harness import REPOSITORY
+from tests.unit.test_gpu_table import FOUND
 
 UNHEEDED = ("event",)
 """Where another backend goes on, and says why."""
@@ -31,11 +32,10 @@ def parts_where(bad: str, error: BaseException) -> list[Part]:
 
     def work(name: str) -> Any:
         def measure(made: Run) -> dict[str, Any]:
-            made.rows.append((name, "1.00 GB/s"))
-            made.result["parts"][name] = {"figure": 1}
+            made.result["parts"][name] = {**FOUND[name], "figure": 1}
             if name == bad:
                 raise error
-            return {"figure": 1}
+            return {**FOUND[name], "figure": 1}
 
         return measure
 
@@ -54,7 +54,8 @@ def test_a_part_that_fails_keeps_what_it_measured_and_ends_no_other(
     assert all(found["figure"] == 1 for found in written["parts"].values())
     assert [name for name, found in written["parts"].items() if "failed" in found] == [bad]
     assert len(written["failed"]) == 1 and not written["not_run"]
-    assert capsys.readouterr().out.count("1.00 GB/s") == len(PARTS)
+    shown = capsys.readouterr().out.splitlines()
+    assert {part.name for part in PARTS} <= set(shown), "each has its rows in the table"
 
 
 @pytest.mark.parametrize("bad", [part.name for part in PARTS])
@@ -68,7 +69,8 @@ def test_cut_off_anywhere_it_prints_its_table_and_what_was_not_reached(
     after = names[names.index(bad) :]
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert [line.split(":")[0] for line in written["not_run"]] == after
-    assert capsys.readouterr().out.count("1.00 GB/s") == len(names) - len(after) + 1
+    shown = capsys.readouterr().out.splitlines()
+    assert [name for name in names if name in shown] == [name for name in names if name not in after[1:]]
 
 
 def test_what_has_no_time_left_or_cannot_be_run_here_is_listed(tmp_path: Path) -> None:
@@ -107,13 +109,19 @@ def test_the_gpu_tests_start_with_nothing_but_pytest() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+LIMIT = 1500
+"""Seconds for one run of the whole bench on the fake device: 15 times what it takes on two quiet cores."""
+
+
 def on_the_fake_device(directory: Path, *arguments: str, **env: str) -> tuple[int, str, dict[str, Any]]:
     """bench/gpu.py as a process, on tests/fake_cuda: its exit status, what it printed, and gpu.json."""
     path = os.pathsep.join(filter(None, (str(REPOSITORY / "tests/fake_cuda"), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "bench/gpu.py", "--size", "0.0625GiB", "--shards", "2", "--rounds", "1"]
+    # A part's deadline is one for a machine with a GPU; here others use the processors, too.
+    command += ["--patience", "20", "--limit", str(LIMIT)]
     done = subprocess.run(
         [*command, "--dir", directory, "--out", directory, *arguments],
-        capture_output=True, text=True, timeout=850, check=False, cwd=REPOSITORY,
+        capture_output=True, text=True, timeout=LIMIT + 60, check=False, cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": path, "INSTANTSTART_FAKE_CUDA": str(directory / "device"), **env},
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr, json.loads((directory / "gpu.json").read_text())
@@ -159,11 +167,11 @@ def driver(tmp_path: Path) -> str:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(LIMIT + 100)
 def test_the_whole_bench_runs_on_fake_devices(tmp_path: Path, older_torch: str, driver: str) -> None:
     status, text, found = on_the_fake_device(
         tmp_path,
-        *("--limit", "800", "--other-python", older_torch),
+        *("--other-python", older_torch),
         INSTANTSTART_FAKE_CUDA_GPUS="2",
         INSTANTSTART_LIBCUDA=driver,
     )
@@ -180,7 +188,7 @@ def test_the_whole_bench_runs_on_fake_devices(tmp_path: Path, older_torch: str, 
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(LIMIT + 100)
 @pytest.mark.parametrize(
     ("part", "state", "says"),
     [
@@ -198,9 +206,7 @@ def test_a_part_on_a_device_with_a_limit(
     if part == "two releases of torch":
         program = Path(older_torch)
         program.write_text(program.read_text().replace(" exec", " INSTANTSTART_FAKE_CUDA_MIG=2 exec"))
-    status, text, found = on_the_fake_device(
-        tmp_path, "--only", part, "--limit", "600", "--other-python", older_torch, **env
-    )
+    status, text, found = on_the_fake_device(tmp_path, "--only", part, "--other-python", older_torch, **env)
     assert status == (1 if says == "another process has this GPU for itself" else 0), text
     assert says in text, text
     if part == "peers":
@@ -214,7 +220,7 @@ BARE = "pyfuse3,boto3,botocore,awscrt,blake3,hypercorn,starlette,h2,wsproto"
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(LIMIT + 100)
 def test_weights_on_the_mount_reach_the_device_on_a_machine_without_pyfuse3(tmp_path: Path) -> None:
     """By each loader, cold and warm, the same bytes as from a plain directory."""
     status, text, found = on_the_fake_device(tmp_path, "--only", "mount", INSTANTSTART_FAKE_MISSING=BARE)
@@ -252,12 +258,12 @@ def test_sigterm_to_the_one_command_leaves_a_table_and_a_file(tmp_path: Path) ->
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(LIMIT + 100)
 @pytest.mark.parametrize("point", POINTS)
 def test_wherever_the_device_fails_the_others_parts_are_run_and_the_table_is_printed(
     tmp_path: Path, point: str
 ) -> None:
-    status, text, found = on_the_fake_device(tmp_path, "--limit", "600", INSTANTSTART_FAKE_CUDA_FAIL=point)
+    status, text, found = on_the_fake_device(tmp_path, INSTANTSTART_FAKE_CUDA_FAIL=point)
     assert status == (0 if point in UNHEEDED else 1), text
     assert {*found["parts"], *(line.partition(": ")[0] for line in found["not_run"])} >= {part.name for part in PARTS}
     assert not [line for line in found["not_run"] if "no time left" in line or "came first" in line], found
