@@ -85,8 +85,8 @@ class RegionKey:
 
     def startup(self, slot: str, identity: str, digest: str = "") -> str:
         """Return the name of a slot's startup caches that depend on ``identity``; with ``digest``, of one cache's
-        bytes."""
-        return self._name("startup", slot, identity, digest)
+        bytes. "startup 2": their records' names count down (regional/startup.py)."""
+        return self._name("startup 2", slot, identity, digest)
 
     def chunk_key(self, pin: str, chunk: int, length: int) -> bytes:
         """Return the key for one chunk's digest. It is bound to the pin (slot, path and what was pinned), index and

@@ -3,7 +3,7 @@
     v1/<slot>/<pin>/c/<chunk>            a chunk: its keyed digest, then its bytes
     v1/<slot>/<pin>/k/<group>.<epoch>    a claim: who pulls a group of chunks
     v1/<slot>/<pin>/seal                 the digests of all chunks, and by whose proof
-    v1/<slot>/startup/<key>/<number>     a startup cache (regional/startup.py)
+    v1/<slot>/startup/<key>/<name>       a startup cache (regional/startup.py)
     v1/<slot>/used/<day>                 that it was used that day
     v1/hosts/<host>.<content>            what a host has (regional/heartbeats.py)
     v1/racks/<rack>/<host>.<content>     where it answers its rack (regional/racks.py)

@@ -1,13 +1,16 @@
 """Startup caches in a tier: what one host's engine compiled, for the others of the region.
 
-    v1/<slot>/startup/<key>/<number>   who saved what: a record with a MAC, which names a pack; the highest counts
+    v1/<slot>/startup/<key>/<name>     who saved what: a record with a MAC, which names a pack; the newest counts
     v1/<slot>/<pack>/c/<chunk>         the pack, in the form in which a file lies in a tier (regional/records.py)
     v1/<slot>/<pack>/seal
 
 ``key`` stands for all that compiled code depends on, ``pack`` for that and the bytes' SHA-256, so that hosts that save
-at once never mix. Whoever lacks the region's key can make a start a cold one, and nothing else: record, seal and each
-chunk are bound to it, to the slot, the key and the length. A record whose pack is damaged or gone hides no older one,
-and the next save of the same bytes mends it.
+at once never mix. ``name`` is LAST minus the version's number, in hexadecimal: storages list names in order, so the
+newest come first, however many older ones nobody may delete.
+
+Whoever lacks the region's key can make a start a cold one, and nothing else: record, seal and each chunk are bound to
+it, to the slot, the key and the length. A record whose pack is damaged or gone hides no older one, and the next save of
+the same bytes mends it. Who finds it damaged deletes it, if it may.
 
 Blocks, each call at most as long as the storage's own limits; trusts no object.
 """
@@ -34,8 +37,10 @@ KEPT = 64
 """The versions of one slot, of all keys, that a save leaves. Those that were written longest ago go."""
 LOOKED_AT = 3
 """Records of one key that are read, the newest first."""
+LAST = 0xFFFFFFFF
 MOST_OF_KEY, MOST_OF_SLOT = 256, 8192
-"""Records that a listing shows at most: whoever may write to the bucket can put any number there."""
+"""Records that a listing shows at most, of a key the newest: whoever may write to the bucket can put any number
+there."""
 TRIES = 16
 """Numbers that are tried where other hosts save at the same time."""
 KIND = "startup"
@@ -52,10 +57,13 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """The part of a pack that is needed next."""
+    """The part of a pack that is needed next. ``digests`` of the chunks before it, which the tier has, and ``whole``,
+    a running SHA-256 of their bytes: a later try goes on from there."""
 
     at: int
     length: int
+    digests: bytes
+    whole: hashlib._Hash
 
 
 class Place:
@@ -85,38 +93,71 @@ class Place:
         return _read_entry(self._store, self._key, self._record_name(number))
 
     def _numbers(self) -> list[int]:
-        """The highest first."""
+        """The highest first; MOST_OF_KEY at most."""
         listed = self._store.list(f"v1/{self._slot}/startup/{self.name}/", MOST_OF_KEY)
         found = (NAME.match(stored.name) for stored in listed)
-        return sorted((int(match[2], 16) for match in found if match is not None), reverse=True)
+        return sorted((LAST - int(match[2], 16) for match in found if match is not None), reverse=True)
 
     def _record_name(self, number: int) -> str:
-        return f"v1/{self._slot}/startup/{self.name}/{number:08x}"
+        return f"v1/{self._slot}/startup/{self.name}/{LAST - number:08x}"
 
     def _pack_name(self, digest: str) -> str:
         return self._key.startup(self._slot, self._text, digest)
 
     def read(self, record: StartupRecord) -> Iterator[bytes]:
         """Yield the pack piece by piece, each proven. Raises OriginError, Forged."""
-        pin = self._pack_name(record.digest)
         seal = self._seal(record)
-        for chunk in range(-(-record.size // CHUNK)):
-            length = min(CHUNK, record.size - chunk * CHUNK)
-            where = records.chunk_name(self._slot, pin, chunk)
-            body = self._store.get(where, length + records.HEADER)[records.HEADER :]
-            digest = seal.digests[chunk * records.HEADER : (chunk + 1) * records.HEADER]
-            if len(body) != length or keyed_digest(self._key.chunk_key(pin, chunk, length), body) != digest:
-                raise Forged(f"{where}: not what the region's seal says")
-            yield body
+        for chunk in range(_chunks(record)):
+            yield self._chunk(record, seal, chunk)
+
+    def _chunk(self, record: StartupRecord, seal: records.Seal, chunk: int) -> bytes:
+        """Raises OriginError, Forged."""
+        pin, length = self._pack_name(record.digest), _length(record, chunk)
+        where = records.chunk_name(self._slot, pin, chunk)
+        body = self._get(where, length + records.HEADER)[records.HEADER :]
+        digest = seal.digests[chunk * records.HEADER : (chunk + 1) * records.HEADER]
+        if len(body) != length or keyed_digest(self._key.chunk_key(pin, chunk, length), body) != digest:
+            raise Forged(f"{where}: not what the region's seal says")
+        return body
 
     def _seal(self, record: StartupRecord) -> records.Seal:
+        """Raises OriginError, Forged."""
         name = records.seal_name(self._slot, self._pack_name(record.digest))
-        raw = self._store.get(name, records.most_seal(record.size, CHUNK))
+        raw = self._get(name, records.most_seal(record.size, CHUNK))
         return records.unpack_seal(self._key, name, raw, record.size, CHUNK)
 
-    def saving(self, record: StartupRecord, by: str, at: float) -> Generator[Piece, bytes, bool]:
-        """Save a version: yields which piece of its pack is needed, and takes its bytes. Returns whether it was new.
-        Raises OriginError, or DigestMismatch where the pack is not what the record says."""
+    def _get(self, name: str, most: int) -> bytes:
+        try:
+            return self._store.get(name, most)
+        except OriginMisbehaved as error:  # more bytes than it may have
+            raise Forged(error.message) from error
+
+    def discard(self, record: StartupRecord, chunk: int) -> bool:
+        """Delete a version whose pack was found wrong at that chunk, unless it proves right when it is read again: then
+        the way here was wrong. Returns whether it was deleted. Raises OriginError, also where this host may not.
+
+        It gives nobody a right: who can make it wrong has taken the version from all hosts already."""
+        try:
+            self._chunk(record, self._seal(record), chunk)
+            return False
+        except Forged:
+            pass
+        found = False
+        for number in self._numbers()[:LOOKED_AT]:
+            entry = self._entry(number)
+            if isinstance(entry, Entry) and entry.record.digest == record.digest:
+                _delete(self._store, self._key, self._slot, self._record_name(number), kept=())
+                found = True
+        return found
+
+    def saving(
+        self, record: StartupRecord, by: str, at: float, *, since: Piece | None = None, mend: bool = False
+    ) -> Generator[Piece, bytes, bool]:
+        """Save a version: yields which piece of its pack is needed, and takes its bytes. Returns whether it had to be
+        written. Raises OriginError, or DigestMismatch where the pack is not what the record says.
+
+        ``since``: what a try before this one needed last; what it had put is not put again. ``mend``: what is there of
+        it was found wrong: sizes tell nothing."""
         if record.size > MAX_BYTES:
             return False
         numbers, newest = self._numbers(), None
@@ -129,13 +170,13 @@ class Place:
                     self._store.delete(self._record_name(number))
                     numbers.remove(number)
         is_newest = isinstance(newest, Entry) and newest.record.digest == record.digest
-        if is_newest and self._is_whole(record):
+        if is_newest and not mend and self._is_whole(record):
             return False
-        yield from self._put_pack(record, by, at)
+        yield from self._put_pack(record, by, at, since)
         return is_newest or self._put_record(record, by, max(numbers, default=-1) + 1)
 
     def _put_record(self, record: StartupRecord, by: str, first: int) -> bool:
-        for number in range(first, min(first + TRIES, 1 << 32)):
+        for number in range(first, min(first + TRIES, LAST + 1)):
             name = self._record_name(number)
             kept = msgspec.structs.replace(record, number=number, key={}, view="")
             entry = Entry(kept, by, self._pack_name(record.digest))
@@ -150,24 +191,30 @@ class Place:
         """Whether the seal of its pack is there, and every chunk, by its size."""
         try:
             self._seal(record)
-        except (OriginNotFound, OriginMisbehaved, Forged):
+        except (OriginNotFound, Forged):
             return False
+        return self._has(record, _chunks(record))
+
+    def _has(self, record: StartupRecord, count: int) -> bool:
+        """Whether the first ``count`` chunks of its pack are there, by their sizes."""
         pin = self._pack_name(record.digest)
-        chunks = -(-record.size // CHUNK)
-        listed = self._store.list(f"{records.directory(self._slot, pin)}c/", chunks + 1)
+        listed = self._store.list(f"{records.directory(self._slot, pin)}c/", _chunks(record) + 1)
         sizes = {stored.name: stored.size for stored in listed}
         return all(
-            sizes.get(records.chunk_name(self._slot, pin, chunk))
-            == min(CHUNK, record.size - chunk * CHUNK) + records.HEADER
-            for chunk in range(chunks)
+            sizes.get(records.chunk_name(self._slot, pin, chunk)) == _length(record, chunk) + records.HEADER
+            for chunk in range(count)
         )
 
-    def _put_pack(self, record: StartupRecord, by: str, at: float) -> Generator[Piece, bytes, None]:
+    def _put_pack(
+        self, record: StartupRecord, by: str, at: float, since: Piece | None
+    ) -> Generator[Piece, bytes, None]:
         pin = self._pack_name(record.digest)
         whole, digests = hashlib.sha256(), bytearray()
-        for chunk in range(-(-record.size // CHUNK)):
-            length = min(CHUNK, record.size - chunk * CHUNK)
-            body = yield Piece(chunk * CHUNK, length)
+        if since is not None and self._has(record, since.at // CHUNK):
+            whole, digests = since.whole.copy(), bytearray(since.digests)
+        for chunk in range(len(digests) // records.HEADER, _chunks(record)):
+            length = _length(record, chunk)
+            body = yield Piece(chunk * CHUNK, length, bytes(digests), whole.copy())
             if len(body) != length:
                 raise DigestMismatch("the startup cache is shorter than it was")
             whole.update(body)
@@ -187,11 +234,22 @@ class Place:
         _tidy(self._store, self._key, self._slot)
 
     def remove(self) -> int:
-        """Delete all versions of this key; how many there were. Raises OriginError."""
-        names = [self._record_name(number) for number in self._numbers()]
-        for name in names:
-            _delete(self._store, self._key, self._slot, name, kept=())
-        return len(names)
+        """Delete all versions of this key; how many there were. Raises OriginError. Of very many, also of what only
+        others put there, the newest MOST_OF_SLOT."""
+        count = 0
+        while count < MOST_OF_SLOT and (numbers := self._numbers()):
+            for number in numbers:
+                _delete(self._store, self._key, self._slot, self._record_name(number), kept=())
+            count += len(numbers)
+        return count
+
+
+def _chunks(record: StartupRecord) -> int:
+    return -(-record.size // CHUNK)
+
+
+def _length(record: StartupRecord, chunk: int) -> int:
+    return min(CHUNK, record.size - chunk * CHUNK)
 
 
 def _tidy(store: TierStore, key: RegionKey, slot: str) -> None:
@@ -202,7 +260,7 @@ def _tidy(store: TierStore, key: RegionKey, slot: str) -> None:
             of_key.setdefault(match[1], []).append(stored)
     kept: list[Stored] = []
     for found in of_key.values():
-        kept += sorted(found, key=lambda stored: stored.name)[-KEPT_PER_KEY:]
+        kept += sorted(found, key=lambda stored: stored.name)[:KEPT_PER_KEY]
     kept = sorted(kept, key=lambda stored: stored.modified)[-KEPT:]
     names = {stored.name for stored in kept}
     for found in of_key.values():

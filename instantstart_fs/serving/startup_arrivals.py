@@ -5,7 +5,8 @@ all the same, for the next one. On the trio thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
 
 import msgspec
 import trio
@@ -30,8 +31,15 @@ TURN_SECONDS = 5.0
 """Seconds that one waits while AT_ONCE others come."""
 
 Pieces = AsyncGenerator[bytes, None]
-TakeIn = Callable[[Pipeline, StartupRecord, Pieces], Awaitable[StartupRecord]]
-"""Keep a version whose bytes come. Raises StoreError, OriginError, DigestMismatch, PipelineBusy."""
+
+
+class TakeIn(Protocol):
+    """Keep a version whose bytes come. ``overtakes``: a newer one was found wrong. Raises StoreError, OriginError,
+    DigestMismatch, PipelineBusy."""
+
+    async def __call__(
+        self, pipeline: Pipeline, record: StartupRecord, pieces: Pieces, *, overtakes: bool
+    ) -> StartupRecord: ...
 
 
 class _Arrival:
@@ -124,7 +132,8 @@ class Arrivals:
         )
         name, whole = (place.name, entry.record.digest), False
         try:
-            found = await self._take_in(pipeline, record, self._region.read(place, entry.record))
+            pieces = self._region.read(place, entry.record)
+            found = await self._take_in(pipeline, record, pieces, overtakes=self._region.has_wrong(place))
             whole = True
             return found
         except PipelineBusy:

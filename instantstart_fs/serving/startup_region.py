@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import pwd
@@ -24,12 +25,13 @@ import trio
 from instantstart_fs.catalog.model import Generation
 from instantstart_fs.core.manifest import Manifest
 from instantstart_fs.core.startupcache import StartupRecord
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable
+from instantstart_fs.errors import DigestMismatch, InstantStartError, OriginMisbehaved, OriginUnavailable
 from instantstart_fs.filler.region_follow import RegionSettings, ask_tier
+from instantstart_fs.ipc.threads import LentDescriptor, run_abandonable
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.regional.records import Forged
 from instantstart_fs.regional.startup import CHUNK, Entry, Piece, Place, identity_of
-from instantstart_fs.regional.store import put_seconds
+from instantstart_fs.regional.store import SLOWEST_PUT, put_seconds
 
 log = logging.getLogger(__name__)
 
@@ -40,25 +42,37 @@ PIECE_SECONDS = 10.0
 PUT_SECONDS = 2 * put_seconds(CHUNK)
 """Seconds for one piece that is written, and for the seal and the record."""
 SAVE_SECONDS = 600.0
-"""Seconds for a whole one, beside what the host's rate takes."""
+"""Seconds for a whole one, beside those that it takes at SLOWEST_PUT. What the host's rate makes it wait for does not
+count: write-back has its part of it."""
+READ_SECONDS = 30.0
+"""Seconds for one piece that is read from the store."""
 TIDY_SECONDS = 60.0
 REMOVE_SECONDS = 30.0
+DISCARD_SECONDS = 10.0
+"""Seconds for a version that was found wrong; a start waits for it."""
 LEFT_ALONE = 30.0
 """Seconds without a question after one that failed."""
 TRIES, AGAIN = 4, 45.0
 """How often a save is tried, and the seconds between two tries."""
 MOST_WAITING = 32
 """Saves that wait for their turn; beyond, they stay on this host."""
+MOST_WRONG = 256
+"""Packs found wrong in the tier that are remembered."""
+USERS_SECONDS, USERS_AGAIN = 5.0, 60.0
+"""Seconds that the daemon's start waits for the machine's user database, and those until what it did not know is asked
+for again."""
 
 
-class _Save(msgspec.Struct, frozen=True):
-    """A save that waits. ``pack`` is a descriptor of its own, ``at`` when it was asked for."""
+class _Save(msgspec.Struct):
+    """A save that waits. ``pack`` is a descriptor of its own, ``at`` when it was asked for. ``since``: where a try
+    stopped."""
 
     pipeline: str
     place: Place
     record: StartupRecord
     pack: int
     at: float
+    since: Piece | None = None
 
 
 class RegionalStartups:
@@ -77,11 +91,14 @@ class RegionalStartups:
         may_use: Callable[[str, int, Origin], Awaitable[bool]],
     ) -> None:
         self._settings = settings
-        self._users = _by_number(users)
+        self._users = {int(user): user for user in users if user.isdecimal()}
+        self._unknown = [user for user in users if not user.isdecimal()]
         self._slot_of = slot_of
         self._may_use = may_use
         self._left_alone_until = 0.0
         self._removed: dict[str, float] = {}
+        self._wrong: dict[tuple[str, str], None] = {}
+        """(place, digest) of packs that were found wrong in the tier, in order."""
         self._threads = trio.CapacityLimiter(8)
         self._queue, self._waiting = trio.open_memory_channel[_Save](MOST_WAITING)
 
@@ -121,16 +138,31 @@ class RegionalStartups:
             return []
 
     async def read(self, place: Place, record: StartupRecord) -> AsyncGenerator[bytes, None]:
-        """Yield the pack, piece by piece, each proven. Raises OriginError."""
+        """Yield the pack, piece by piece, each proven. Raises OriginError; OriginMisbehaved where it is wrong, which is
+        then mended: it is deleted if this host may, and a save of the same bytes writes them again."""
         pieces = place.read(record)
-        while True:
+        for chunk in itertools.count():
             try:
                 piece = await ask_tier(lambda: next(pieces, b""), PIECE_SECONDS, self._threads)
             except Forged as error:
+                await self._discard(place, record, chunk)
                 raise OriginMisbehaved(str(error)) from error
             if not piece:
                 return
             yield piece
+
+    def has_wrong(self, place: Place) -> bool:
+        """Whether a pack there was found wrong, and not written again by this host since."""
+        return any(name == place.name for name, _ in self._wrong)
+
+    async def _discard(self, place: Place, record: StartupRecord, chunk: int) -> None:
+        """Never raises."""
+        self._wrong[place.name, record.digest] = None
+        while len(self._wrong) > MOST_WRONG:
+            del self._wrong[next(iter(self._wrong))]
+        if self._settings.write_back:
+            with contextlib.suppress(InstantStartError):  # a host that may delete nothing leaves it to others
+                await ask_tier(lambda: place.discard(record, chunk), DISCARD_SECONDS, self._threads)
 
     async def remove(self, place: Place) -> int:
         """Delete all versions there, and those of this host that wait to be saved; how many there were. Raises
@@ -155,7 +187,38 @@ class RegionalStartups:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Save what waits, until cancelled."""
-        task_status.started()
+        async with trio.open_nursery() as nursery:
+            asked = trio.Event()
+            nursery.start_soon(self._find_users, asked)
+            with trio.move_on_after(USERS_SECONDS) as scope:
+                await asked.wait()
+            if scope.cancelled_caught:
+                log.warning(
+                    "the machine's user database (LDAP, say) does not answer within %g s: startup caches of %s "
+                    "stay on this host until it does",
+                    *(USERS_SECONDS, ", ".join(self._unknown)),
+                )
+            task_status.started()
+            await self._save_all()
+
+    async def _find_users(self, asked: trio.Event) -> None:
+        """Learn the named users' numbers. In a thread that is given up at the end: what answers may be a server that is
+        gone. There is never more than one."""
+        told = set[str]()
+        while self._unknown:
+            for user in tuple(self._unknown):
+                number = await run_abandonable(_number_of, user)
+                if number is not None:
+                    self._users[number] = user
+                    self._unknown.remove(user)
+                elif user not in told:
+                    told.add(user)
+                    log.warning("[regional] startup_caches: there is no user %s on this host", user)
+            asked.set()
+            await trio.sleep(USERS_AGAIN)
+        asked.set()
+
+    async def _save_all(self) -> None:
         try:
             async for save in self._waiting:
                 try:
@@ -182,7 +245,7 @@ class RegionalStartups:
                     await ask_tier(save.place.remove, REMOVE_SECONDS, self._threads)
                 return
             except (InstantStartError, OSError) as error:
-                if not left:
+                if not left or isinstance(error, DigestMismatch):
                     self._failed(save.pipeline, "saved", error)
                     return
             await trio.sleep(AGAIN)
@@ -191,20 +254,31 @@ class RegionalStartups:
         return self._removed.get(save.place.name, -1.0) >= save.at
 
     async def _put(self, save: _Save) -> bool:
-        """Whether it was not there. Pieces are read here, and not in a thread that may be given up: it would hold a
-        descriptor that is closed, and so another file's."""
-        size, rate = save.record.size, self._settings.rate.rate
-        limit = SAVE_SECONDS + (2 * size / rate if rate else 0.0)
-        with trio.move_on_after(limit):
-            saving, data = save.place.saving(save.record, self._settings.host, time.time()), None
-            while isinstance(wanted := await ask_tier(_Step(saving, data), PUT_SECONDS, self._threads), Piece):
-                await self._settings.rate.wait(wanted.length)
-                data = await trio.to_thread.run_sync(os.pread, save.pack, wanted.length, wanted.at)
-            if wanted:
-                with contextlib.suppress(InstantStartError):  # a host that may delete nothing leaves it to others
-                    await ask_tier(save.place.tidy, TIDY_SECONDS, self._threads)
-            return wanted
-        raise OriginUnavailable(f"the regional tier does not take {size} bytes within {limit:.0f} s")
+        """Whether it was not there. Goes on where a try before stopped. Raises OriginError, DigestMismatch, OSError."""
+        record, wrong = save.record, (save.place.name, save.record.digest)
+        saving = save.place.saving(
+            *(record, record.host or self._settings.host, time.time()), since=save.since, mend=wrong in self._wrong
+        )
+        limit, spent = SAVE_SECONDS + record.size / SLOWEST_PUT, 0.0
+        data: bytes | None = None
+        while True:
+            began = trio.current_time()
+            wanted = await ask_tier(_Step(saving, data), PUT_SECONDS, self._threads)
+            spent += trio.current_time() - began
+            if not isinstance(wanted, Piece):
+                break
+            save.since = wanted
+            if spent > limit:
+                raise OriginUnavailable(f"the regional tier does not take {record.size} bytes within {limit:.0f} s")
+            if self._is_withdrawn(save):
+                return False
+            await self._settings.rate.wait(wanted.length)
+            data = await _read(save.pack, wanted)
+        self._wrong.pop(wrong, None)
+        if wanted:
+            with contextlib.suppress(InstantStartError):  # a host that may delete nothing leaves it to others
+                await ask_tier(save.place.tidy, TIDY_SECONDS, self._threads)
+        return wanted
 
     def _failed(self, pipeline: str, what: str, error: Exception) -> None:
         self._left_alone_until = trio.current_time() + LEFT_ALONE
@@ -226,14 +300,28 @@ class _Step:
             return bool(end.value)
 
 
-def _by_number(users: Iterable[str]) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for user in users:
-        try:
-            found[int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid] = user
-        except KeyError:
-            log.warning("[regional] startup_caches: there is no user %s on this host", user)
-    return found
+async def _read(pack: int, piece: Piece) -> bytes:
+    """A piece of a pack in the store. Raises OSError; TimeoutError where the disk does not answer."""
+    lent = LentDescriptor(pack)
+
+    def read() -> bytes:
+        with lent.taken() as fd:
+            return os.pread(fd, piece.length, piece.at)
+
+    try:
+        return await run_abandonable(read, deadline=READ_SECONDS)
+    except trio.TooSlowError:
+        raise TimeoutError(f"a startup cache cannot be read within {READ_SECONDS:g} s") from None
+    finally:
+        lent.close()
+
+
+def _number_of(user: str) -> int | None:
+    """None where the machine does not know the user."""
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError, OSError):
+        return None
 
 
 def content_of(manifest: Manifest) -> str:

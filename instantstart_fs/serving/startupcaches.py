@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from instantstart_fs.catalog.catalog import Catalog
-from instantstart_fs.catalog.model import Pipeline
+from instantstart_fs.catalog.model import Generation, Pipeline
 from instantstart_fs.core.startupcache import (
     Choice,
     StartupRecord,
@@ -40,11 +40,13 @@ from instantstart_fs.errors import (
     StoreDamaged,
     StoreFull,
 )
+from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.serving.admission import Space
 from instantstart_fs.store import startupcaches as on_disk
 from instantstart_fs.store.layout import STARTUP
 
 if TYPE_CHECKING:
+    from instantstart_fs.regional.startup import Place
     from instantstart_fs.serving.startup_arrivals import Arrivals, Pieces
     from instantstart_fs.serving.startup_region import RegionalStartups
 
@@ -217,14 +219,17 @@ class StartupCaches:
     async def _from_region(self, pipeline: Pipeline, key: Mapping[str, str], uid: int) -> StartupRecord | None:
         """A version of exactly that key, saved for the same user on another host, which is then one of this host's.
         Never raises."""
-        generation = pipeline.current
+        generation = await self._catalog.ensure_loaded(pipeline)
         if self._region is None or self._arrivals is None or generation is None:
             return None
         place = self._region.place(pipeline.id, key, generation.manifest, uid)
         return await self._arrivals.bring(pipeline, generation, place, dict(key)) if place is not None else None
 
-    async def _take_in(self, pipeline: Pipeline, record: StartupRecord, pieces: Pieces) -> StartupRecord:
-        """Raises StoreError, OriginError, DigestMismatch, PipelineBusy."""
+    async def _take_in(
+        self, pipeline: Pipeline, record: StartupRecord, pieces: Pieces, *, overtakes: bool
+    ) -> StartupRecord:
+        """``overtakes``: a newer one of the region is wrong, so that this one becomes its newest. Raises StoreError,
+        OriginError, DigestMismatch, PipelineBusy."""
         async with aclosing(pieces):
             for known in self._known.get(pipeline, ()):
                 if known.key == record.key and known.digest == record.digest:
@@ -232,15 +237,14 @@ class StartupCaches:
             async with self._incoming(pipeline, record) as receiving:
                 async for piece in pieces:
                     await receiving.write(piece)
-                return await self.keep(pipeline, record, receiving.incoming)
+                kept = await self.keep(pipeline, record, receiving.incoming)
+        if overtakes:
+            await self._to_region(pipeline, kept)
+        return kept
 
     async def _to_region(self, pipeline: Pipeline, record: StartupRecord) -> None:
         """What a start of this host has saved. Never raises."""
-        generation = pipeline.current
-        if self._region is None or generation is None:
-            return
-        place = self._region.place(pipeline.id, record.key, generation.manifest, record.uid)
-        if place is None or record.key["generation"] != await self._generation(pipeline):
+        if self._region is None or (place := await self._place(pipeline, record)) is None:
             return
         try:
             pack = await trio.to_thread.run_sync(on_disk.open_pack, self._catalog.store, pipeline.id, record)
@@ -248,9 +252,16 @@ class StartupCaches:
             return  # it went meanwhile
         self._region.put(pipeline.id, place, record, pack)
 
+    async def _place(self, pipeline: Pipeline, record: StartupRecord) -> Place | None:
+        """Where it is in the region. None where it does not travel; one of another generation has no place that is
+        known any more."""
+        generation = await self._catalog.ensure_loaded(pipeline)
+        if self._region is None or generation is None or record.key.get("generation") != _name_of(generation):
+            return None
+        return self._region.place(pipeline.id, record.key, generation.manifest, record.uid)
+
     async def _generation(self, pipeline: Pipeline) -> str:
-        found = await self._catalog.ensure_loaded(pipeline)
-        return f"{found.number} {found.revision}".strip() if found is not None else ""
+        return _name_of(await self._catalog.ensure_loaded(pipeline))
 
     def _whole(self, pipeline: Pipeline, key: Mapping[str, str], uid: int, generation: str) -> dict[str, str]:
         number, _, revision = generation.partition(" ")
@@ -402,16 +413,10 @@ class StartupCaches:
         return len(chosen)
 
     async def _withdraw(self, pipeline: Pipeline, records: list[StartupRecord]) -> None:
-        """Those of other generations have no place that is known any more. Raises OriginError."""
-        generation, number = pipeline.current, await self._generation(pipeline)
-        if self._region is None or generation is None:
-            return
-        places = {}
-        for record in records:
-            place = self._region.place(pipeline.id, record.key, generation.manifest, record.uid)
-            if place is not None and record.key.get("generation") == number:
-                places[place.name] = place
-        for place in places.values():
+        """Raises OriginError."""
+        places = [await self._place(pipeline, record) for record in records]
+        for place in {place.name: place for place in places if place is not None}.values():
+            assert self._region is not None
             await self._region.remove(place)
 
     async def verify(
@@ -447,6 +452,10 @@ class StartupCaches:
         self._known.pop(pipeline, None)
 
 
+def _name_of(generation: Generation | None) -> str:
+    return f"{generation.number} {generation.revision}".strip() if generation is not None else ""
+
+
 class _Turn:
     """``users``: who holds it or waits for it."""
 
@@ -456,9 +465,9 @@ class _Turn:
 
 
 async def _reading(read: Callable[..., _T], *arguments: object) -> _T:
-    """In a thread that is given up with the start that waits for it: a disk that hangs keeps nobody. For what only
-    reads, and closes what it opened."""
-    return await trio.to_thread.run_sync(read, *arguments, abandon_on_cancel=True)
+    """In a thread that is given up with the start that waits for it: a disk that hangs keeps nobody, nor the threads of
+    others. For what only reads, and closes what it opened."""
+    return await run_abandonable(read, *arguments)
 
 
 class Receiving:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import pwd
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.control import startup as control
@@ -30,7 +32,7 @@ from instantstart_fs.errors import (
     PipelineBusy,
     StoreReadOnly,
 )
-from instantstart_fs.filler.region_follow import WriteRate
+from instantstart_fs.filler.region_follow import RegionSettings, WriteRate
 from instantstart_fs.library import Library
 from instantstart_fs.origins.directory import DirectoryOrigin
 from instantstart_fs.regional import hygiene
@@ -40,7 +42,7 @@ from instantstart_fs.regional.keys import RegionKey, read_key
 from instantstart_fs.regional.records import Forged
 from instantstart_fs.regional.startup import CHUNK, Place, identity_of
 from instantstart_fs.serving import startup_arrivals, startup_region, startupcaches
-from instantstart_fs.serving.startup_region import content_of
+from instantstart_fs.serving.startup_region import RegionalStartups, content_of
 from tests.component.test_library import make_source, running, spec
 
 pytestmark = pytest.mark.timeout(60)
@@ -200,8 +202,8 @@ def of(raw: bytes) -> StartupRecord:
     return StartupRecord(1, 1, 7, len(raw), hashlib.sha256(raw).hexdigest(), 1, "/v", ("triton",), {"owner": "7"})
 
 
-def put(place: Place, raw: bytes, host: str = "a") -> bool:
-    saving = place.saving(of(raw), host, 0.0)
+def put(place: Place, raw: bytes, host: str = "a", **how: Any) -> bool:
+    saving = place.saving(of(raw), host, 0.0, **how)
     try:
         piece = next(saving)
         while True:
@@ -227,7 +229,7 @@ def test_a_region_gives_the_last_version_of_exactly_that_key(tmp_path: Path) -> 
     assert put(place, newer, "b")
     found, older = place.entries()
     assert (found.by, b"".join(place.read(found.record))) == ("b", newer) and older.by == "a"
-    forged = tmp_path / "v1" / ("5" * 32) / "startup" / place.name / "ffffffff"
+    forged = tmp_path / "v1" / ("5" * 32) / "startup" / place.name / "00000000"
     forged.write_bytes(b"no key")
     assert place.entries()[0].by == "b", "who has no key cannot hide what others saved by one record"
     assert put(place, valid(6), "c") and place.entries()[0].by == "c" and not forged.exists(), "nor end their numbers"
@@ -251,7 +253,7 @@ def test_of_many_versions_the_newest_stay_with_their_packs(tmp_path: Path, monke
     for number in range(9):
         other = Place(store, REGION, "5" * 32, {**IDENTITY, "arguments": str(number)})
         put(other, valid(100 + number))
-        record = tmp_path / "v1" / ("5" * 32) / "startup" / other.name / "00000000"
+        record = tmp_path / "v1" / ("5" * 32) / "startup" / other.name / "ffffffff"
         os.utime(record, (1e9 + number, 1e9 + number))
     other.tidy()
     assert len(list(tmp_path.glob("v1/*/startup/*/*"))) == len(packs(tmp_path)) == 5, "of all keys together"
@@ -273,6 +275,81 @@ def test_a_pack_that_is_lost_hides_no_older_one_and_is_mended_by_the_next_save(t
     hygiene.verify(store, REGION, "5" * 32)
     assert [found.by for found in place.entries()] == ["a"], "a record without its pack goes"
     assert put(place, PACK, "d") and b"".join(place.read(place.entries()[0].record)) == PACK
+
+
+class KeepsAll(DirectoryStore):
+    """A storage in which this host may delete nothing. ``puts``: names of chunks that were written."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(str(directory))
+        self.puts: list[str] = []
+
+    def delete(self, name: str) -> None:
+        raise AccessRefused(name)
+
+    def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        super().put(name, data)
+        if "/c/" in name:
+            self.puts.append(name)
+
+
+def test_what_hosts_saved_that_may_delete_nothing_does_not_hide_what_they_save_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup_objects, "MOST_OF_KEY", 10)
+    place = Place(KeepsAll(tmp_path), REGION, "5" * 32, IDENTITY)
+    for number in range(25):
+        with pytest.raises(AccessRefused) if number > 1 else contextlib.nullcontext():
+            put(place, valid(number + 10))  # the tidying after it is refused
+        assert place.entries()[0].record.size == len(valid(number + 10))
+    assert len(place._numbers()) == 10, "the work has a bound"
+    whole = Place(DirectoryStore(str(tmp_path)), REGION, "5" * 32, IDENTITY)
+    assert whole.remove() == 25 and whole.entries() == [] and packs(tmp_path) == set()
+
+
+def wrong(tier: Path, place: Place, pack: str, chunk: int = 0) -> Path:
+    """Change a byte of a chunk; its path."""
+    found = tier / "v1" / place._slot / pack / "c" / f"{chunk:08x}"
+    raw = bytearray(found.read_bytes())
+    raw[50] ^= 1
+    found.write_bytes(raw)
+    return found
+
+
+def test_what_is_wrong_is_written_again_by_who_found_it_so_even_where_nothing_may_be_deleted(tmp_path: Path) -> None:
+    store = KeepsAll(tmp_path)
+    place = Place(store, REGION, "5" * 32, IDENTITY)
+    put(place, PACK)
+    entry = place.entries()[0]
+    assert not place.discard(entry.record, 1), "it is right when it is read again: the way here was not"
+    wrong(tmp_path, place, entry.pack, 1)
+    with pytest.raises(Forged):
+        b"".join(place.read(entry.record))
+    with pytest.raises(AccessRefused):
+        place.discard(entry.record, 1)
+    assert not put(place, PACK, "b"), "its size tells nothing"
+    assert put(place, PACK, "b", mend=True)
+    assert b"".join(place.read(place.entries()[0].record)) == PACK
+    wrong(tmp_path, place, entry.pack, 1)
+    deletes = Place(DirectoryStore(str(tmp_path)), REGION, "5" * 32, IDENTITY)
+    assert deletes.discard(entry.record, 1) and deletes.entries() == [] and packs(tmp_path) == set()
+
+
+def test_a_save_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    store = KeepsAll(tmp_path)
+    place, raw = Place(store, REGION, "5" * 32, IDENTITY), valid(3 * CHUNK)
+    first = place.saving(of(raw), "a", 0.0)
+    piece = next(first)
+    while piece.at < 2 * CHUNK:
+        piece = first.send(raw[piece.at : piece.at + piece.length])
+    assert len(store.puts) == 2
+    first.close()
+    assert put(place, raw, since=piece)
+    assert [name[-8:] for name in store.puts] == ["00000000", "00000001", "00000002", "00000003"]
+    assert b"".join(place.read(place.entries()[0].record)) == raw
+    # What went meanwhile is put again.
+    shutil.rmtree(tmp_path / "v1")
+    assert put(place, raw, since=piece) and b"".join(place.read(place.entries()[0].record)) == raw
 
 
 def test_two_hosts_that_save_at_once_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,8 +563,9 @@ async def test_what_did_not_come_whole_is_not_waited_for_again_and_an_older_one_
         newest = place.entries()[0]
         chunk = next(tmp_path.glob(f"tier/v1/*/{newest.pack}/c/*"))
         good = chunk.read_bytes()
-        chunk.write_bytes(good[:-1] + b"!")
+        chunk.unlink()
         assert await restored(library) == ("restored", "first")
+        chunk.parent.mkdir(exist_ok=True)
         chunk.write_bytes(good)
         await library.startup._drop(library.catalog.pipelines["p"], await library.startup.records("p"))
         assert await restored(library) == ("restored", "first"), "it is left alone for minutes"
@@ -496,6 +574,48 @@ async def test_what_did_not_come_whole_is_not_waited_for_again_and_an_older_one_
         arrivals._failed.clear()
         await library.startup._drop(library.catalog.pipelines["p"], await library.startup.records("p"))
         assert await restored(library) == ("restored", "second")
+
+
+@pytest.mark.parametrize("may_delete", [True, False])
+async def test_a_host_that_finds_one_wrong_sees_to_it_that_the_next_host_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, may_delete: bool
+) -> None:
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
+        await added(library, tmp_path)
+        place = await place_of(library)
+        put(place, valid(50_000), "first")
+        put(place, valid(70_000), "second")
+        wrong(tmp_path / "tier", place, place.entries()[0].pack)
+        if not may_delete:
+            monkeypatch.setattr(DirectoryStore, "delete", KeepsAll.delete)
+        assert await restored(library) == ("restored", "first")
+        with trio.fail_after(40):
+            while place.entries()[0].record.size != len(valid(50_000)):
+                await trio.sleep(0.02)
+        newest = place.entries()[0]
+        assert newest.by == "first" and b"".join(place.read(newest.record)) == valid(50_000)
+        assert len(place.entries()) == (1 if may_delete else 3)
+
+
+async def test_a_removal_finds_the_region_though_the_pipeline_is_not_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
+        await added(library, tmp_path)
+        place = await place_of(library)
+        put(place, valid(70_000), "there")
+        assert await restored(library) == ("restored", "there")
+        pipeline, load = library.catalog.pipelines["p"], library.catalog.ensure_loaded
+        generation = pipeline.current
+
+        async def brings_it_back(_: object) -> Any:
+            pipeline.current = generation
+            return await load(pipeline)
+
+        monkeypatch.setattr(library.catalog, "ensure_loaded", brings_it_back)
+        pipeline.current = None
+        assert await library.startup.remove("p", ()) == 1
+        assert place.entries() == []
 
 
 async def test_what_is_removed_here_is_removed_in_the_region(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,3 +708,99 @@ async def test_what_is_saved_in_the_region_keeps_the_hosts_rate(
             while not place.entries():
                 await trio.sleep(0.02)
         assert waited == [CHUNK, len(raw) - CHUNK]
+
+
+async def test_a_save_waits_for_the_rate_as_long_as_it_takes_and_a_try_goes_on_where_one_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mock_clock: trio.testing.MockClock
+) -> None:
+    """Beside a fill the rate leaves it a fraction. A tier that fails at the last chunk does not get the first again."""
+    store, raw = KeepsAll(tmp_path), valid(2 * CHUNK)
+    place, failures = Place(store, REGION, "5" * 32, IDENTITY), [OriginUnavailable("503")]
+    record = of(raw)
+
+    async def wait(_: object, length: int) -> None:
+        mock_clock.jump(10 * (startup_region.SAVE_SECONDS + 2 * record.size))
+        await trio.lowlevel.checkpoint()
+
+    def put_chunk(name: str, data: bytes | bytearray | memoryview) -> None:
+        if name.endswith("c/00000001") and failures:
+            raise failures.pop()
+        KeepsAll.put(store, name, data)
+
+    monkeypatch.setattr(WriteRate, "wait", wait)
+    monkeypatch.setattr(startup_region, "AGAIN", 0.0)
+    monkeypatch.setattr(store, "put", put_chunk)
+    pack = tmp_path / "pack"
+    pack.write_bytes(raw)
+    region, over = regional(store), trio.Event()
+    save_it = region._save
+
+    async def save_and_say(save: Any) -> None:
+        await save_it(save)
+        over.set()
+
+    monkeypatch.setattr(region, "_save", save_and_say)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(region.run)
+        region.put("p", place, record, os.open(pack, os.O_RDONLY))
+        await over.wait()
+        nursery.cancel_scope.cancel()
+    assert [name[-8:] for name in store.puts] == ["00000000", "00000001", "00000002"]
+    assert b"".join(place.read(record)) == raw
+
+
+def regional(store: DirectoryStore, *users: str) -> RegionalStartups:
+    async def may_use(*_: object) -> bool:
+        return True
+
+    settings = RegionSettings("here", REGION, (store,), (REGION,), rate=WriteRate(None))
+    return RegionalStartups(settings, users, lambda _: "5" * 32, may_use)
+
+
+async def test_a_user_database_that_hangs_holds_no_start_of_the_daemon_up_and_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(startup_region, "USERS_SECONDS", 0.05)
+    answers, known = threading.Event(), pwd.getpwnam
+
+    def hangs(user: str) -> pwd.struct_passwd:
+        answers.wait(50)
+        return known(user)
+
+    monkeypatch.setattr(pwd, "getpwnam", hangs)
+    region = regional(DirectoryStore(str(tmp_path)), "root", "7")
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(40):
+            await nursery.start(region.run)
+        assert region._users == {7: "7"} and "user database" in caplog.text and "root" in caplog.text
+        answers.set()
+        with trio.fail_after(40):
+            while 0 not in region._users:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_store_that_hangs_while_a_cache_is_saved_in_the_region_holds_no_end_of_the_daemon_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, over = threading.Event(), threading.Event()
+
+    def hangs(*_: object) -> bytes:
+        reads.set()
+        over.wait(50)
+        return b""
+
+    (tmp_path / "pack").write_bytes(PACK)
+    region = regional(DirectoryStore(str(tmp_path)))
+    descriptor = os.open(tmp_path / "pack", os.O_RDONLY)
+    place = Place(DirectoryStore(str(tmp_path)), REGION, "5" * 32, IDENTITY)
+    with trio.fail_after(40):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(region.run)
+            monkeypatch.setattr(os, "pread", hangs)
+            region.put("p", place, of(PACK), descriptor)
+            while not reads.is_set():
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert not over.is_set()
+    over.set()
