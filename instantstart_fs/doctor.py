@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPException
 from typing import Literal
 
 import msgspec
@@ -43,6 +44,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.ipc.attempts import Attempt, within
 from instantstart_fs.mount import kernel
+from instantstart_fs.origins.proxies import Proxies
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store import filesystem
 from instantstart_fs.system import mountinfo
@@ -398,8 +400,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def check_hub(endpoint: str, skew: list[float]) -> Check:
     """Check that the hub answers. Appends to ``skew`` the seconds that this clock is ahead of the hub's."""
-    problem = url_problem(endpoint)
-    if problem is not None:
+    if (problem := url_problem(endpoint)) is not None:
         return Check(
             "hub", "warn", f"the hub's endpoint is {problem}", "correct [origins.huggingface] endpoint, or HF_ENDPOINT"
         )
@@ -409,6 +410,7 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
         request = urllib.request.Request(f"{endpoint.rstrip('/')}/api/models?limit=1", method="GET")
         if authorization is not None:
             request.add_header("Authorization", authorization)
+        Proxies().of(endpoint)  # urllib's complaint would hold a part of a password
         try:
             with urllib.request.build_opener(_NoRedirects).open(request, timeout=ORIGIN_DEADLINE / 2) as response:
                 date: str | None = response.headers.get("Date")
@@ -417,16 +419,14 @@ def check_hub(endpoint: str, skew: list[float]) -> Check:
             with error:
                 return error.headers.get("Date")
 
-    advice = (
-        "fine where no pipeline uses hf://; else a proxy (HTTPS_PROXY) or a mirror ([origins.huggingface] endpoint)"
-    )
+    advice = "fine where no pipeline uses hf://; else HTTPS_PROXY, or a mirror ([origins.huggingface] endpoint)"
     try:
         date = within(ORIGIN_DEADLINE, ask)
     except TimeoutError:
         return Check("hub", "warn", f"{endpoint}: no answer within {ORIGIN_DEADLINE:g} s", advice)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        return Check("hub", "warn", f"{endpoint}: {reason}", advice)
+    except (OSError, ValueError, HTTPException, InstantStartError) as error:
+        told = OriginUnavailable(f"{endpoint}: {getattr(error, 'reason', error)}")  # printable, whatever it holds
+        return Check("hub", "warn", told.message, advice)
     if date is not None:
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             skew.append(time.time() - email.utils.parsedate_to_datetime(date).timestamp())

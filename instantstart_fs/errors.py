@@ -70,8 +70,16 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-_USER = re.compile(r"(https?://)[^\s/?#]*@|(://)[^\s/?#:]*:[^\s/?#]*@", re.IGNORECASE)
-"""A quote is no end: it may be part of a password. Of other schemes a revision may stand there, as hf://org@main."""
+_USER = re.compile(
+    r"(https?:/{1,3})[^\s/?#]*@"
+    r"|((?<!/)//)(?:[^\s/?#:]*:[^\s/?#]*|[^\s/?#:@\[\]]*:(?!\d{0,5}(?:[\s/?#\"'<>,;:.)}\]]|\Z))[^\n]{0,512})@"
+    r"|(?<![^\s\"'(<=])(?!hf:)[^\s/:@\"'(<=]{1,512}:[^\s/@]{1,512}@(?=[\w\[])",
+    re.IGNORECASE,
+)
+"""User and password of an address: of http; behind `//` of any scheme or none (where the password has a slash or the
+like unescaped, what stands in the port's place is no port, and all up to the last @ goes); without any slash, as
+me:password@proxy:3128. A quote is no end: it may be part of a password. Of other schemes a revision may stand there, as
+hf://org@main."""
 _QUERY = re.compile(r"""(://[^\s"'<>?#]*)[?#][^\s"'<>]+|[?#&][^\s"'<>?#&=]+=[^\s"'<>]*""")
 _KNOWN_SECRETS = re.compile(r"\b([Bb]earer|Basic) +[^\s,;\"']+|\bhf_[A-Za-z0-9]{16,}")
 _NAMED_SECRETS = re.compile(
@@ -86,7 +94,7 @@ last is part of an error."""
 def without_secrets(text: str) -> str:
     """``text`` without what may be a secret in it: user and password of http addresses, queries (signatures live
     there), tokens. For whatever is shown, logged or handed on: other people's exceptions hold whole addresses."""
-    if "://" in text:
+    if "@" in text:
         text = _USER.sub(r"\1\2", text)
     if "=" in text or "://" in text:
         text = _QUERY.sub(r"\1?…", text)

@@ -10,7 +10,10 @@ def shown_url(url: str) -> str:
     """``url`` as it may be shown: without user and password, query and fragment, where signatures and tokens live."""
     try:
         parts = urlsplit(url)
-    except ValueError:
+        _ = parts.port
+    except ValueError:  # also where what looks like a port is the beginning of a password with a slash in it
+        return "an address that is none"
+    if not parts.netloc and "@" in parts.path:
         return "an address that is none"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -23,7 +26,8 @@ def url_problem(url: str) -> str | None:
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         good = False
-    if not good or parts.query or parts.fragment or any(character <= " " for character in url):
+    # An '@' behind a slash: of http://me:12/34@host the password has begun before it.
+    if not good or "@" in parts.path or parts.query or parts.fragment or any(character <= " " for character in url):
         return (
             "not an http:// or https:// address of a host, port and path (in a password, '@', '/', ':', '?' and '#' "
             "are written %40, %2F, %3A, %3F and %23)"

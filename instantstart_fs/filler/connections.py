@@ -5,11 +5,11 @@ that shuts down connections that exceed their deadline. It sends no request and 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +22,7 @@ from instantstart_fs.core.addresses import Permit, permit
 from instantstart_fs.core.urls import shown_url, without_user
 from instantstart_fs.errors import OriginUnsupported, OutOfResources
 from instantstart_fs.origins.guard import check_behind_proxy, connect
+from instantstart_fs.origins.proxies import Proxies
 from instantstart_fs.system.threads import start_thread
 
 HEADER_TIMEOUTS = 2.0
@@ -110,8 +111,9 @@ class Watchdog:
 def _watched_pools(
     watchdog: Watchdog, seconds: float, permit: Permit | None
 ) -> dict[str, type[urllib3.HTTPConnectionPool]]:
-    """urllib3's pool classes with a deadline of ``seconds`` for status and headers together, which connect only to
-    addresses that ``permit`` allows (None: to a proxy, which the administrator chose)."""
+    """urllib3's pool classes with a deadline of ``seconds`` for status and headers together, of the server and before
+    that of a proxy. They connect only to addresses that ``permit`` allows (None: to a proxy, which the administrator
+    chose)."""
 
     def dial(connection: HTTPConnection) -> socket.socket:
         timeout = connection.timeout
@@ -152,6 +154,18 @@ def _watched_pools(
         def _new_conn(self) -> socket.socket:
             return super()._new_conn() if permit is None else dial(self)
 
+        def _tunnel(self) -> None:
+            # What a proxy answers to CONNECT.
+            with watchdog.deadline(self.sock, seconds) as deadline:
+                try:
+                    super()._tunnel()
+                except (OSError, http.client.HTTPException) as error:
+                    if deadline.expired:
+                        raise TimeoutError("the proxy's answer is overdue") from error
+                    raise
+            if deadline.expired:  # the end of the stream may look like that of the headers
+                raise TimeoutError("the proxy's answer is overdue")
+
         def getresponse(self) -> Any:
             return answer(self, super().getresponse)
 
@@ -174,8 +188,7 @@ class Connections:
         """By proxy, and by the permitted non-public addresses: a connection is reused only by requests that could have
         made it themselves."""
         self.watchdog = Watchdog()
-        # Read once, as requests does per session: the environment does not change under a process.
-        self._proxies = urllib.request.getproxies()
+        self._proxies = Proxies()
 
     def pool(self, url: str, named: tuple[str, ...], *, direct: bool = False) -> urllib3.PoolManager:
         """The pool to ask for ``url``. ``named``: what else than public addresses it may connect to; ``direct``: never
@@ -184,14 +197,13 @@ class Connections:
         Raises:
             OriginUnsupported: The address is neither http nor https.
             OriginIncompatible: A proxy would connect where ``named`` does not allow it.
+            CredentialsUnusable: The environment names a proxy that can be none.
         """
         parts = urlsplit(url)
         host = parts.hostname or ""
         if parts.scheme not in ("http", "https") or not host:
             raise OriginUnsupported(f"{shown_url(url)} is no http, https or file address")
-        proxy = self._proxies.get(parts.scheme) or self._proxies.get("all")
-        if proxy and (direct or urllib.request.proxy_bypass(host)):
-            proxy = None
+        proxy = None if direct else self._proxies.of(url)
         if proxy:
             check_behind_proxy(host, permit(named))
         key = (proxy, ()) if proxy else ("", named)
@@ -200,7 +212,7 @@ class Connections:
             if manager is None:
                 bundle = next((os.environ[name] for name in _CA_VARIABLES if os.environ.get(name)), None)
                 if proxy:
-                    proxy, authorization = without_user(proxy if "//" in proxy else f"http://{proxy}")
+                    proxy, authorization = without_user(proxy)
                     manager = urllib3.ProxyManager(
                         proxy,
                         num_pools=64,

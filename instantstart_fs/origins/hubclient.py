@@ -10,7 +10,6 @@ import contextlib
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.urls import shown_url
 from instantstart_fs.errors import OriginMisbehaved
 from instantstart_fs.origins.guard import MOST_REDIRECTS, check_behind_proxy, connect, same_origin
+from instantstart_fs.origins.proxies import Proxies
 
 MAX_BODY = 1 << 30
 """The most bytes of one answer: the list of a repository with a million files has 300 MB."""
@@ -126,7 +126,7 @@ class GuardedTransport(httpx2.BaseTransport):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._transports: dict[tuple[str, tuple[str, ...]], DirectTransport] = {}
-        self._proxies = urllib.request.getproxies()
+        self._proxies = Proxies()
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         current = _asking.get()
@@ -150,17 +150,14 @@ class GuardedTransport(httpx2.BaseTransport):
         return response
 
     def _transport(self, url: httpx2.URL, named: tuple[str, ...]) -> DirectTransport:
-        proxy = self._proxies.get(url.scheme) or self._proxies.get("all")
-        if proxy and urllib.request.proxy_bypass(url.host):
-            proxy = None
+        proxy = self._proxies.of(str(url))
         if proxy:
             check_behind_proxy(url.host, permit(named))
-            proxy = proxy if "//" in proxy else f"http://{proxy}"
         key = (proxy, ()) if proxy else ("", named)
         with self._lock:
             known = self._transports.get(key)
             if known is None:
-                known = self._transports[key] = DirectTransport(named, proxy or None)
+                known = self._transports[key] = DirectTransport(named, proxy)
             return known
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.manifest import Algorithm, Digest, ManifestFile, ModelManifest, ModelSpec
 from instantstart_fs.core.refusals import Word, hub_word, refusal
 from instantstart_fs.core.source import HubSource
-from instantstart_fs.core.urls import shown_url, without_user
+from instantstart_fs.core.urls import shown_url, url_problem, without_user
 from instantstart_fs.errors import (
     AccessRefused,
     CredentialsUnusable,
@@ -128,7 +128,8 @@ class HuggingFaceOrigin:
         self._model = model
         # HF_ENDPOINT is read when huggingface_hub is imported, hence passed on explicitly
         address = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        self._endpoint, self._basic = without_user(address)
+        self._problem = url_problem(address)
+        self._endpoint, self._basic = without_user(address) if self._problem is None else (constants.ENDPOINT, None)
         self._named = (host_of(self._endpoint), *allow_private)
         self._token_file = token_file
         self._timeout = timeout
@@ -387,10 +388,12 @@ class HuggingFaceOrigin:
     @contextlib.contextmanager
     def _translated(self, what: str) -> Iterator[None]:
         """The seam: huggingface_hub's and httpx2's exceptions become ours, without tokens and signed queries."""
+        if self._problem is not None:
+            raise CredentialsUnusable(f"{what}: the hub's endpoint (HF_ENDPOINT) is {self._problem}")
         try:
             with on_behalf_of(self._endpoint, self._named, self._basic):
                 yield
-        except (OriginMisbehaved, OriginIncompatible) as error:
+        except (OriginMisbehaved, OriginIncompatible, CredentialsUnusable) as error:
             if error.message.startswith(str(self._source)):
                 raise
             raise type(error)(f"{what}: {error.message}", fault=error.fault) from None

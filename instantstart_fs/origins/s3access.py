@@ -35,6 +35,7 @@ from instantstart_fs.core.urls import s3_url_problem
 from instantstart_fs.errors import CredentialsUnusable, OriginThrottled, OriginUnavailable, printable
 from instantstart_fs.origins.common import retry_after
 from instantstart_fs.origins.credentials import require_private
+from instantstart_fs.origins.proxies import Proxies
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -308,6 +309,7 @@ class S3Access:
         for endpoint in (self._endpoint_url, *map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))):
             if endpoint and (problem := s3_url_problem(endpoint)) is not None:
                 raise CredentialsUnusable(f"the endpoint of s3://{self.bucket}: {problem}")
+        Proxies().of(self._endpoint_url or "https://s3.amazonaws.com")
         session = boto3.Session(profile_name=self.profile, region_name=self._region_name)
         # for the services that lend credentials, too: boto3's own patience is many minutes
         session._session.set_default_client_config(self._patience())

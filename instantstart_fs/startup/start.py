@@ -8,6 +8,7 @@ import sys
 import time
 
 from instantstart_fs.core.enginetable import Engine
+from instantstart_fs.errors import without_secrets
 from instantstart_fs.startup.options import Options
 from instantstart_fs.startup.pack import Seen
 from instantstart_fs.startup.views import View
@@ -72,4 +73,4 @@ class Start:
 
     def warn(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            print(f"instantstart: {self.pipeline}: {text}", file=sys.stderr, flush=True)
+            print(without_secrets(f"instantstart: {self.pipeline}: {text}"), file=sys.stderr, flush=True)

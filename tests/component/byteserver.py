@@ -102,6 +102,11 @@ class Handler(BaseHTTPRequestHandler):
             with server.count_lock:
                 server.running -= 1
 
+    def do_CONNECT(self) -> None:
+        """As a proxy: what ``fault`` answers."""
+        if self.server.fault is None or not self.server.fault(self, self.path, 0, 0):
+            self.answer(502)
+
     def answer(self, status: int, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.server
 import json
+import socket
 import threading
 from pathlib import Path
 
@@ -92,6 +93,30 @@ def test_a_password_in_the_hubs_endpoint_is_not_shown() -> None:
     assert found.outcome == "warn" and "http://127.0.0.1:9" in found.found and "PlantedPassword" not in repr(found)
     found = doctor.check_hub("http://me:Planted/Password@127.0.0.1:9", [])
     assert found.outcome == "warn" and "Planted" not in repr(found)
+
+
+@pytest.mark.parametrize("proxy", ["http://me:Planted/Password@127.0.0.1:9", "Planted:Password@127.0.0.1:no"])
+def test_a_proxy_that_can_be_none_is_said_without_its_password(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", proxy)
+    found = doctor.check_hub("http://hub.example", [])
+    assert found.outcome == "warn" and "the proxy of HTTP_PROXY" in found.found and "Planted" not in repr(found)
+
+
+def test_a_hub_that_speaks_no_http_is_a_warning() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def greet() -> None:
+            with listener.accept()[0] as client:
+                client.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                client.recv(65536)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        found = doctor.check_hub(f"http://127.0.0.1:{listener.getsockname()[1]}", [])
+        thread.join()
+    assert found.outcome == "warn" and "SSH-2.0" in found.found
 
 
 def test_a_hub_that_sends_doctor_on_is_not_followed() -> None:

@@ -10,22 +10,31 @@ import contextlib
 import json
 import socket
 import threading
+import traceback
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from huggingface_hub import set_client_factory
 
 from instantstart_fs.core.addresses import permit
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import ManifestFile, ModelSpec
 from instantstart_fs.core.source import HubSource, S3Source
-from instantstart_fs.errors import InstantStartError, OriginError, OriginIncompatible, OriginMisbehaved
+from instantstart_fs.errors import (
+    CredentialsUnusable,
+    InstantStartError,
+    OriginError,
+    OriginIncompatible,
+    OriginMisbehaved,
+)
 from instantstart_fs.filler.fetch import Fetcher, new_buffer
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.origins import guard
 from instantstart_fs.origins.base import Location
 from instantstart_fs.origins.bounds import Bounds
+from instantstart_fs.origins.hubclient import new_client
 from instantstart_fs.origins.huggingface import HuggingFaceOrigin
 from instantstart_fs.origins.s3 import S3Origin
 
@@ -307,6 +316,55 @@ def test_behind_a_proxy_the_name_is_judged_too(
             _fetch(f"http://{host}:{canary.port}/x")
     assert hub.seen == []
     assert _fetch("http://a-name-that-only-the-proxy-knows.invalid/x") == SECRET
+
+
+UNUSABLE_PROXIES = [
+    ("http_proxy", "http://me:Xq7/Zk9@127.0.0.1:9"),
+    ("http_proxy", "socks5://me:Xq7@127.0.0.1:9"),
+    ("all_proxy", "//me:Xq7@127.0.0.1:9"),
+]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variable", "value"),
+    [
+        *(("hf", *proxy) for proxy in UNUSABLE_PROXIES),
+        *(("s3", *proxy) for proxy in UNUSABLE_PROXIES),
+        ("hf", "HF_ENDPOINT", "http://me:Xq7/Zk9@hub.example"),
+        ("s3", "AWS_ENDPOINT_URL", "http://me:Xq7/Zk9@s3.example"),
+    ],
+)
+def test_an_address_in_the_environment_that_can_be_none_is_said_without_its_password(
+    scheme: str, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("no_proxy", "")
+    set_client_factory(new_client)  # a new one: proxies are read once
+    origin: HuggingFaceOrigin | S3Origin
+    if scheme == "hf":
+        told = None if variable == "HF_ENDPOINT" else "http://hub.example"
+        origin = HuggingFaceOrigin(
+            HubSource("org/model"), ModelSpec("hf://org/model"), endpoint=told, token_file=None, timeout=2
+        )
+    else:
+        told = None if variable == "AWS_ENDPOINT_URL" else "http://s3.example"
+        origin = S3Origin(
+            S3Source("bucket"),
+            ModelSpec("s3://bucket"),
+            endpoint_url=told,
+            region_name=None,
+            profile=None,
+            timeout=2,
+            bounds=Bounds(),
+            anonymous=True,
+        )
+    try:
+        with pytest.raises(CredentialsUnusable, match="not an http://") as caught:
+            origin.resolve()
+    finally:
+        set_client_factory(new_client)
+    chain = "".join(traceback.format_exception(caught.value))
+    assert "Xq7" not in chain and "Zk9" not in chain
 
 
 def test_a_password_in_the_hubs_endpoint_is_used_and_not_shown(hub: Site) -> None:

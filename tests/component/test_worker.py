@@ -663,6 +663,34 @@ def test_a_server_that_drips_is_given_up(part: str, tmp_path: Path) -> None:
             worker.close()
 
 
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nX-Long: "], ids=["status", "headers"])
+def test_a_proxy_that_drips_is_given_up(head: bytes, server: ByteServer, blob: int) -> None:
+    server.fault = lambda handler, path, start, stop: _drip(handler, head)
+    named = {"https_proxy": server.url, "no_proxy": "127.0.0.1"}
+    running = RunningWorker(WorkerSettings(stall_timeout=0.5, slow_window=1.0), named)
+    try:
+        began = time.monotonic()
+        report = answer_of(running, "https://origin.invalid/a", b"x" * CHUNK, blob)
+        assert isinstance(report, Failed) and report.code == "origin-unavailable" and "time-out" in report.message
+        assert time.monotonic() - began < 10  # the drip takes 20
+    finally:
+        running.close()
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://me:sec/ret@127.0.0.1:9", "//me:secret@127.0.0.1:9", "socks5://me:secret@127.0.0.1:9"]
+)
+def test_a_proxy_that_can_be_none_is_said_without_its_password(proxy: str, blob: int) -> None:
+    running = RunningWorker(WorkerSettings(), {"http_proxy": proxy, "no_proxy": "127.0.0.1"})
+    try:
+        report = answer_of(running, "http://origin.invalid/a", b"x" * CHUNK, blob)
+        assert isinstance(report, Failed) and report.code == "credentials-unusable"
+        assert "origin.invalid is asked through the proxy of HTTP_PROXY, which is not an http://" in report.message
+        assert "sec" not in report.message and "me:" not in report.message
+    finally:
+        running.close()
+
+
 def test_a_local_file_that_no_directory_source_pinned_is_never_read(tmp_path: Path) -> None:
     """A hub whose redirects lead to file:///etc/shadow, say."""
     secret = tmp_path / "secret"

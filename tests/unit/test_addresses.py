@@ -138,7 +138,9 @@ def test_one_origin_is_scheme_host_and_port() -> None:
 
 def test_addresses_are_shown_without_secrets() -> None:
     assert shown_url("https://me:secret@host:1/a/b?Signature=s#f") == "https://host:1/a/b"
-    assert shown_url("http://[::1") == "an address that is none"
+    for none in ("http://[::1", "http://me:sec/ret@host", "http://me:sec?ret@host", "me:secret@host:80"):
+        assert shown_url(none) == "an address that is none"
+    assert shown_url("//me:secret@host/x") == "://host/x"
     told = (
         "HTTPConnectionPool(host='h', port=80): Max retries exceeded with url: /b/k?X-Amz-Signature=sig&x=1 (Caused by "
         "http://me:pw@host:1/p?token=t and HTTPS://u@host/, Authorization: Bearer abc.def, hf_abcdefghijklmnopqrst)"
@@ -152,6 +154,17 @@ def test_addresses_are_shown_without_secrets() -> None:
         'refused: http://me:a"secret<@host',
         "socks5://me:secret@proxy:1",
         "s3://AKIA:secret@bucket/x",
+        "http://me:sec/secret@host/x",
+        "HTTPS://me:a/b?c#secret@host:1/x is refused",
+        "proxy 'http://me:it's/secret@host:3128'",
+        "http://me:a secret@host",
+        "http:/me:secret@host",
+        "//me:secret@host",
+        "//me:a/secret@host",
+        "s3://AKIA:a/secret@bucket/x",
+        "HTTPS_PROXY=me:secret@proxy:3128",
+        "me:secret@[::1]:3128",
+        "Failed to parse: me:secret@host",
         "{'authorization': 'bearer secret'}",
         "to https://host/path?secret now",
         'a broken {"Version": 1, "SecretAccessKey": "secret+/=", "SessionToken" : "secret"}',
@@ -168,6 +181,14 @@ def test_addresses_are_shown_without_secrets() -> None:
         "the secret access key is wrong: see aws configure",
         "s3://bucket/prefix",
         "http://host/a@b",
+        "http://host:80/a@b",
+        "http://host:80: refused, ask a@b",
+        "http://[::1]:80/a@b",
+        "file:///a:b@c",
+        "hf:gpt2@main",
+        "/mnt/a:b@c",
+        "at 12:30:00 somebody@host",
+        "http://host:port",
     ):
         assert without_secrets(harmless) == harmless
 
@@ -179,7 +200,16 @@ def test_no_error_holds_a_secret() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://x", "http://", "http://host:no/", "http://us er@host", "http://h?x=1", "http://u:pa/ss@host"]
+    "url",
+    [
+        "ftp://x",
+        "http://",
+        "http://host:no/",
+        "http://us er@host",
+        "http://h?x=1",
+        "http://u:pa/ss@host",
+        "http://u:12/ss@host",
+    ],
 )
 def test_a_bad_address_is_refused_without_repeating_it(url: str) -> None:
     assert (problem := url_problem(url)) is not None and "ss@" not in problem

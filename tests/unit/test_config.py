@@ -372,4 +372,9 @@ def test_config_init_check_show(tmp_path: Path, capsys: pytest.CaptureFixture[st
     Path(file).write_text(text)
     assert run(["config", "check", file]) == 2
     assert "fill.conections: unknown key (did you mean 'connections'?)" in capsys.readouterr().err
+    Path(file).write_text('[origins.huggingface]\nendpoint = "https://me:secret@hub.example/x"\n')
+    for how in ([], ["--json"]):
+        assert run(["config", "show", "--config", file, *how]) == 0
+        said = capsys.readouterr().out
+        assert "https://hub.example/x" in said and "secret" not in said
     assert run(["config", "schema"]) == 0 and "read_deadline" in capsys.readouterr().out

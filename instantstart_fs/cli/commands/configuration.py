@@ -31,11 +31,20 @@ def show_config(
     loaded = msgspec.to_builtins(load_config(file, mount=mount, store=store))
     loaded["pipelines"] = sorted(spec["id"] for spec in loaded["pipelines"])
     if json:
-        print(show.as_json(loaded))
+        print(show.as_json(_shown(loaded)))
         return
     print(f"# {loaded.pop('file') or 'no file: these are the defaults'}")
     for key, value in _settings(loaded):
         print(without_secrets(printable(f"{key} = {value}")))
+
+
+def _shown(value: Any) -> Any:
+    """Return ``value`` with each text in it as it may be shown: an endpoint may hold a password."""
+    if isinstance(value, dict):
+        return {key: _shown(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _settings(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
