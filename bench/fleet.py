@@ -33,10 +33,11 @@ import numpy
 from bench.common import RESULTS, table, write_result
 from bench.curves import Curve, Line, draw
 from bench.fluid import UNLIMITED, Fluid
-from instantstart_fs.core import region
+from instantstart_fs.core import patience, region
 from instantstart_fs.core.claims import ClaimBudget, ClaimMark, Take, looking_period, starting_delay
+from instantstart_fs.core.patience import Patience
 from instantstart_fs.core.rack import owner
-from instantstart_fs.core.region import Patience, PullPlan
+from instantstart_fs.core.region import PullPlan
 
 GBIT = 1e9 / 8
 MIB = 1024 * 1024
@@ -341,7 +342,7 @@ class Fleet:
         if piece is not None:
             self._from_neighbour(host, int(owner[piece]), piece)
             return True
-        if self.fluid.now - host.waiting_since >= region.CHUNK_DEADLINE:
+        if self.fluid.now - host.waiting_since >= patience.CHUNK_DEADLINE:
             # Who goes round an owner that works, only slowly, makes a tier that is busy busier, for everybody.
             stuck = offered & self.idle[owner]
             if self._from_tier(host, self._first(host, stuck)):

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPException
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -48,6 +48,10 @@ from instantstart_fs.origins.proxies import Proxies
 from instantstart_fs.origins.registry import OriginSettings, open_origin
 from instantstart_fs.store import filesystem
 from instantstart_fs.system import mountinfo
+
+if TYPE_CHECKING:
+    from instantstart_fs.regional.keys import RegionKey
+    from instantstart_fs.regional.store import TierStore
 
 Outcome = Literal["ok", "warn", "fail"]
 ORIGIN_DEADLINE = 20.0
@@ -111,7 +115,7 @@ def diagnose(config: Config, socket: str | None = None, *, adopt: bool = False) 
     settings = OriginSettings(origins.huggingface, origins.s3, timeout=10.0, allow_private=origins.allow_private)
     yield from check_origins(mine, settings)
     if config.regional is not None:
-        yield check_region(config.regional)
+        yield check_region(config.regional, info)
         yield from check_upstream(config.regional)
         if config.regional.rack is not None:
             yield check_rack(config.regional, info is not None)
@@ -446,45 +450,41 @@ def check_api(token_file: str, listens: bool) -> Check:
     return Check("http api", "ok", "its token's bearer administers over TCP")
 
 
-def check_region(config: RegionalConfig) -> Check:
-    """Check the regional tier: its key, a round trip, and that exactly one of eight writers of a new object wins."""
-    from instantstart_fs.filler.region_settings import region_settings
-    from instantstart_fs.regional.probe import probe
+def check_region(config: RegionalConfig, info: DaemonInfo | None = None) -> Check:
+    """Check the regional tier: a round trip, a race, its key, and that no other host has this one's name."""
+    from instantstart_fs.regional.probe import own_finding
 
     where = f"{config.url} as {config.host}"
+    warning = (info.tier.warning if info.tier is not None else "") if info is not None else None
     try:
-        found = within(2 * ORIGIN_DEADLINE, lambda: probe(region_settings(config).stores[0]))
-    except TimeoutError:
-        return Check(
-            "region", "fail", f"{where}: no answer within {2 * ORIGIN_DEADLINE:g} s", "check regional.endpoint_url"
-        )
-    except InstantStartError as error:
-        return Check("region", "fail", f"{where}: {error.message}", "files come from their origins until this is right")
-    if found.winners != 1:
-        advice = "hosts pull more than once; nothing else suffers. SeaweedFS from 4.17, Ceph, MinIO, AWS and R2 do it"
-        return Check("region", "warn", f"{where}: of 8 writers of one new object {found.winners} won", advice)
-    off = f"; this clock is {-found.skew:+.0f} s off, requests are signed by the tier's" if found.skew else ""
-    return Check("region", "ok", f"{where}: reads, writes, and lets one writer win{off}")
+        found = within(2 * ORIGIN_DEADLINE, lambda: own_finding(*_tier(config, 0), config.host, warning))
+    except (TimeoutError, InstantStartError) as error:
+        return Check("region", "fail", f"{where}: {_said(error)}", "files come from their origins until this is right")
+    return Check("region", found.outcome, f"{where}: {found.found}", found.advice)
 
 
 def check_upstream(config: RegionalConfig) -> Iterator[Check]:
-    """Check that each tier of another region can be read from here. Nothing is written there."""
-    from instantstart_fs.filler.region_settings import region_settings
+    """Check that each tier of another region can be read from here, and this host's key of it. Nothing is written."""
+    from instantstart_fs.regional.probe import upstream_finding
 
     advice = "it is passed over until this is right; drop it from regional.upstream if it is gone for good"
     for number, upstream in enumerate(config.upstream, 1):
-
-        def look(number: int = number) -> bool:
-            return any(region_settings(config).stores[number].list("v1/", 1))
-
         try:
-            if within(ORIGIN_DEADLINE, look):
-                yield Check("upstream", "ok", f"{upstream.url}: can be read")
-            else:
-                yield Check("upstream", "warn", f"{upstream.url}: holds nothing", "is its prefix the other region's?")
+            found = within(ORIGIN_DEADLINE, functools.partial(upstream_finding, *_tier(config, number)))
+            yield Check("upstream", found.outcome, f"{upstream.url}: {found.found}", found.advice)
         except (TimeoutError, InstantStartError) as error:
-            said = error.message if isinstance(error, InstantStartError) else "no answer"
-            yield Check("upstream", "fail", f"{upstream.url}: {said}", advice)
+            yield Check("upstream", "fail", f"{upstream.url}: {_said(error)}", advice)
+
+
+def _tier(config: RegionalConfig, number: int) -> tuple[TierStore, RegionKey]:
+    from instantstart_fs.filler.region_settings import region_settings
+
+    settings = region_settings(config)
+    return settings.stores[number], settings.keys[number]
+
+
+def _said(error: Exception) -> str:
+    return error.message if isinstance(error, InstantStartError) else "no answer in time"
 
 
 def check_rack(config: RegionalConfig, running: bool) -> Check:
@@ -495,6 +495,5 @@ def check_rack(config: RegionalConfig, running: bool) -> Check:
     try:
         outcome, found, advice = finding(config, within(2 * ORIGIN_DEADLINE, lambda: probe_rack(config)), running)
     except (TimeoutError, InstantStartError) as error:
-        found = error.message if isinstance(error, InstantStartError) else "the tier does not answer"
-        outcome, advice = "warn", "chunks come from the tier, or the origin, until this is right"
+        outcome, found, advice = "warn", _said(error), "chunks come from the tier, or the origin, until this is right"
     return Check("rack", outcome, f"{where}: {found}", advice)

@@ -244,7 +244,11 @@ def _fitting(natural: Sequence[int], width: int, *, filling: bool) -> dict[int, 
 def mounted(info: DaemonInfo) -> str:
     """Return where the mount is, which transport serves it, and why no faster one does."""
     told = f"{info.mount}: {info.transport or 'not mounted yet'}"
-    return told if info.tier is None else f"{told}\nregional tier: {tier(info.tier)}"
+    if info.tier is None:
+        return told
+    return "\n".join(
+        [told, f"regional tier: {tier(info.tier)}", *(f"{name}: {what}" for name, what in beside(info.tier))]
+    )
 
 
 def tier(found: TierStatus) -> str:
@@ -252,6 +256,16 @@ def tier(found: TierStatus) -> str:
     if found.state in ("ok", "unknown"):
         return found.state if found.state == "ok" else "not asked yet"
     return f"{found.state} since {human_time(found.since)}: {printable(found.why)}"
+
+
+def beside(found: TierStatus) -> list[tuple[str, str]]:
+    """What else somebody should know of the region: other regions' tiers that are left alone, and what is wrong."""
+    rows = [
+        ("upstream tier", f"{printable(one.endpoint)}: down since {human_time(one.since)}: {printable(one.why)}")
+        for one in found.upstream
+        if one.state == "down"
+    ]
+    return [*rows, ("warning", printable(found.warning))] if found.warning else rows
 
 
 def _short_note(status: PipelineStatus) -> str:
@@ -301,6 +315,7 @@ def pipeline(status: PipelineStatus) -> str:
         rows.append(("access", told if status.access.trouble is None else f"{told}; last: {status.access.trouble}"))
     if status.tier is not None:
         rows.append(("tier", tier(status.tier)))
+        rows += beside(status.tier)
     if status.scrub is not None:
         proven = human_time(status.scrub.proven)
         rows.append(("scrubbed", proven if status.scrub.state == "waiting" else f"{proven}; {status.scrub.state} now"))

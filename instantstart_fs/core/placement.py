@@ -7,7 +7,7 @@ and finds one slot in each by bisection.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -65,6 +65,18 @@ class Placement(msgspec.Struct, frozen=True):
     live_hosts: int
     unread: int
     as_of: str
+
+
+def namesakes(began: float, heartbeats: Mapping[str, float], now: float, hosts: int) -> list[str]:
+    """Return those of the heartbeats (name → written, all of this host's own name, none of them its present one) that
+    another host may have written: they live, and are too new to be what this host said before it was restarted. Times
+    are the storage's; ``began``: this process's first heartbeat. The newest first."""
+    found = [
+        (written, name)
+        for name, written in heartbeats.items()
+        if written >= began + BEAT_SECONDS and now - written <= expiry(hosts)
+    ]
+    return [name for _, name in sorted(found, reverse=True)]
 
 
 def beat_period(hosts: int) -> float:

@@ -29,26 +29,14 @@ from instantstart_fs.core.claims import (
     Renewal,
     Take,
 )
+from instantstart_fs.core.patience import Patience
 
 GROUP_CHUNKS = 8
 """Chunks under one claim: 64 MiB of chunks of 8 MiB. Measured in docs/decisions/regional.md."""
 MOST_LIVE = 32
 """Groups of a file that may be claimed in a region at once; beyond, nobody claims more: origins count connections."""
-LEAST_PATIENCE, FIRST_PATIENCE, MOST_PATIENCE = 0.25, 1.0, 2.0
-"""Seconds a reader's chunk waits for a claim: as long as fetching one from the origin takes, within these bounds; the
-middle one while no fetch was measured."""
 WHOLE_PATIENCE = 10.0
 """Seconds without a further chunk of a file after which one whose readers wait for all of it waits for no claim."""
-CHUNK_DEADLINE = 2.0
-"""Seconds without a byte after which a reader's chunk is taken from the next source."""
-BACKGROUND_DEADLINE = 6.0
-"""The same for a chunk that nobody waits for: a host or tier that is busy is not a dead one."""
-CHUNK_SLOWEST = 20.0
-"""Seconds within which a whole chunk has to come from a tier, if nobody waits for it."""
-TICK_COUNTS = 0.25
-"""Seconds that pass for a deadline between two looks at it, at most: what this host itself slept through is not the
-tier's silence."""
-
 WAIT = -1
 """A route: nobody fetches the chunk here now; another host may be pulling it."""
 
@@ -58,48 +46,6 @@ def order(host: str, pin: str, groups: int) -> list[int]:
     return sorted(range(groups), key=lambda group: (-rendezvous.score(host, f"{pin}/{group}"), group))
 
 
-class Patience:
-    """How long a reader's chunk waits for another host: as long as a fetch from the origin takes here.
-
-    ``progress`` grows with all that this host gets of the origin."""
-
-    def __init__(self) -> None:
-        self.progress = 0
-        self._typical: float | None = None
-
-    def took(self, seconds: float) -> None:
-        """A chunk came from the origin in ``seconds``."""
-        self._typical = seconds if self._typical is None else 0.8 * self._typical + 0.2 * seconds
-
-    @property
-    def seconds(self) -> float:
-        if self._typical is None:
-            return FIRST_PATIENCE
-        return min(max(self._typical, LEAST_PATIENCE), MOST_PATIENCE)
-
-
-class FairClock:
-    """Seconds that count for deadlines: those in which this host looked. Each look adds at most TICK_COUNTS, so that a
-    machine that was stopped or busy does not take its own absence for the silence of others."""
-
-    def __init__(self, now: float) -> None:
-        self._last = now
-        self.time = 0.0
-
-    def look(self, now: float) -> float:
-        self.time += min(max(now - self._last, 0.0), TICK_COUNTS)
-        self._last = now
-        return self.time
-
-
-def give_up_at(began: float, last_byte: float, *, demanded: bool) -> float:
-    """When a fetch from a tier has taken too long. Times are of one FairClock. ``last_byte``: when something last came,
-    ``began`` while nothing did."""
-    if demanded:
-        return min(last_byte + CHUNK_DEADLINE, began + 2 * CHUNK_DEADLINE)
-    return min(last_byte + BACKGROUND_DEADLINE, began + CHUNK_SLOWEST)
-
-
 class PullPlan:
     """One file that is being filled here.
 
@@ -107,8 +53,8 @@ class PullPlan:
     of them change the same tables.
 
     A route is WAIT, or a source: 0 is the region's own tier, 1 … ``upstream`` the tiers asked after it, the next number
-    the origin (``origin``). A chunk moves from WAIT to a source and from a source to a later one, never back, so that
-    no two sources fetch it at once for long.
+    the origin (``origin``). A chunk moves from WAIT to a source and from a source to a later one, so that no two
+    sources fetch it at once for long. One step goes back: from the own tier to WAIT, when that is left (``leave_own``).
 
     Args:
         host: This host's name.
@@ -150,6 +96,8 @@ class PullPlan:
         self._theirs: dict[int, Claim] = {}
         self._advisory: set[int] = set()
         self._advisory_all = False
+        self._asks_upstream = False
+        """The own tier was left, and which upstream tiers have the file is not known yet."""
         self._vanished: dict[int, int] = {}
         self._order: list[int] | None = None
         self._finished: set[int] = set()
@@ -254,9 +202,27 @@ class PullPlan:
     def has_readers(self) -> bool:
         return self._whole or bool(self._demands)
 
+    def leave_own(self, *, asking: bool) -> None:
+        """The region's own tier is not to be asked any more, for chunks or for claims: what an upstream tier has sealed
+        comes from there, all else from the origin. ``asking``: upstream tiers are asked what they have. Until
+        ``asked_upstream`` chunks wait for that, a reader's no longer than for a claim."""
+        self._advisory_all, self._asks_upstream = True, asking
+        for chunk in range(self.chunks):
+            self._first[chunk] = max(self._first[chunk], 1)
+            if self._route[chunk] == 0:
+                self._route[chunk] = WAIT
+                self._moves.pop(chunk, None)
+            self._decide(chunk)
+
+    def asked_upstream(self) -> None:
+        """Every upstream tier that may be asked has said what it has."""
+        self._asks_upstream = False
+        for chunk in range(self.chunks):
+            self._decide(chunk)
+
     def give_up(self) -> None:
         """No tier is to be asked any more: all goes to the origin."""
-        self._advisory_all = True
+        self._advisory_all, self._asks_upstream = True, False
         for chunk in range(self.chunks):
             self._first[chunk] = self.origin
             self._decide(chunk)
@@ -489,9 +455,8 @@ class PullPlan:
                 or group in self._mine
                 or group in self._advisory
                 or self._advisory_all
-                or chunk in self._late
             )
-            if may_pull:
+            if chunk in self._late or (may_pull and not self._asks_upstream):
                 upstream = (source for source in range(max(first, 1), self.origin) if self._sealed[source])
                 route = next(upstream, self.origin)
         if route > self._route[chunk]:

@@ -99,14 +99,28 @@ class VariantStatus(msgspec.Struct, frozen=True):
 TierState = Literal["ok", "read-only", "down", "refused", "unknown"]
 
 
+class UpstreamStatus(msgspec.Struct, frozen=True):
+    """How this host fares with another region's tier. ``ok``: it has answered; ``down``: it is left alone, or was and
+    has not answered since; ``unknown``: it was not asked yet. ``since``: RFC 3339, when it began to be down; ``why``:
+    "" while it is not."""
+
+    endpoint: str
+    state: Literal["ok", "down", "unknown"]
+    since: str | None = None
+    why: str = ""
+
+
 class TierStatus(msgspec.Struct, frozen=True):
     """How this host fares with the regional tier. ``read-only``: it takes no writes; ``down``: it is left alone;
     ``refused``: this pipeline gets nothing out of it, since its source refuses its credentials; ``unknown``: it was not
-    asked yet. ``since``: RFC 3339, when that began; ``why``: "" while it is ok."""
+    asked yet. ``since``: RFC 3339, when that began; ``why``: "" while it is ok. ``warning``: what is wrong beside that,
+    "" = nothing. ``upstream``: the other regions' tiers."""
 
     state: TierState
     since: str | None
     why: str = ""
+    warning: str = ""
+    upstream: tuple[UpstreamStatus, ...] = ()
 
 
 class PipelineStatus(msgspec.Struct, frozen=True, omit_defaults=False):

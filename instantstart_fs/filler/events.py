@@ -60,6 +60,16 @@ class RackStatistics(msgspec.Struct, frozen=True):
     refused: tuple[tuple[str, int], ...] = ()
 
 
+class UpstreamHealth(msgspec.Struct, frozen=True):
+    """How another region's tier fares. ``asked``: it has answered, or failed; ``broken``: why it was left alone, ""
+    once it has answered again, ``broken_since_ns``: the wall clock when that began."""
+
+    endpoint: str
+    asked: bool
+    broken: str
+    broken_since_ns: int
+
+
 class RegionStatistics(msgspec.Struct, frozen=True):
     """Since the start. ``fallbacks``: what the tier did not give, or not rightly, by reason; ``broken``: why it is left
     alone now, "" = it is not, ``broken_since_ns``: the wall clock when that began; ``left_alone``: of this tier and
@@ -75,6 +85,7 @@ class RegionStatistics(msgspec.Struct, frozen=True):
     broken: str = ""
     broken_since_ns: int = 0
     left_alone: tuple[tuple[str, bool], ...] = ()
+    upstream: tuple[UpstreamHealth, ...] = ()
     missed_bytes: int = 0
     pending: int = 0
     rack: RackStatistics | None = None

@@ -1,7 +1,8 @@
 """Finds out what the tiers hold of a file, and shares the pulling of the rest with other hosts by claims.
 
     start ─► waiting ─► asking (has a tier its seal?) ─► sealed
-                                └─► parked ─► followed (list, look at claims, claim) ─► all is here
+                                ├─► parked ─► followed (list, look at claims, claim) ─► all is here
+                                └─► upstream (the own tier is left alone)
 
 Few files are asked about and followed at once, in the order in which they are filled; those with readers go first. It
 decides nothing: core/region.py's PullPlan does. It waits for the tier in threads, never on a reader's way.
@@ -13,7 +14,6 @@ import contextlib
 import itertools
 import logging
 import random
-import secrets
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -66,7 +66,6 @@ class Claims:
         self._tiers = tiers
         self._routes = routes
         self._hosts = hosts
-        self._me = f"{settings.host}/{secrets.token_hex(8)}"
         self._waiting: deque[Follow] = deque()
         self._parked: deque[Follow] = deque()
         self._asking = 0
@@ -134,14 +133,17 @@ class Claims:
             if not await self.access.may_use(target.key.pipeline, target.entry.model, target.origin):
                 self._routes.turn_off(follow)
                 return
-            mark_used(self._tiers, follow.slot, self._used)
+            if not follow.own_left:
+                mark_used(self._tiers, follow.slot, self._used)
             for source, tier in enumerate(self._tiers.sources):
                 if not (source and tier.is_broken()) and await self._take_seal(follow, source) and source == 0:
                     return
-            if not follow.over() and not await self._claim_whole(follow):
+            if not (follow.over() or follow.own_left or await self._claim_whole(follow)):
                 self._routes.apply(follow)
                 follow.state = "parked"
                 (self._parked.appendleft if follow.pull.has_readers else self._parked.append)(follow)
+            if follow.own_left and not follow.over():
+                self._routes.go_upstream(follow)
         finally:
             self._asking -= 1
             self._pump()
@@ -150,12 +152,13 @@ class Claims:
         """Claim a file of a single group without a listing first. There may be ten thousand such files."""
         if follow.pull.groups > 1 or not self._settings.write_back or not self._tiers.takes_writes():
             return False
-        records = FileRecords(self._settings, self._tiers, follow, self._me)
+        records = FileRecords(self._settings, self._tiers, follow)
         for take in follow.pull.next_claims(1, trio.current_time()):
             await self._claim(follow, records, take.group, take.epoch)
         if not follow.pull.held():
             return False
-        follow.state = "pulled"
+        if not follow.own_left:
+            follow.state = "pulled"
         return True
 
     async def _take_seal(self, follow: Follow, source: int) -> bool:
@@ -165,7 +168,7 @@ class Claims:
         this seal, and the files behind this one have to get on.
         """
         left = SEAL_TRIES
-        while not follow.over():
+        while not (follow.over() or (source == 0 and follow.own_left)):
             try:
                 target = follow.target
                 seal = await self.find_seal(
@@ -178,7 +181,7 @@ class Claims:
                     return False
                 await trio.sleep(RETRY_SECONDS)
                 continue
-            if seal is None or follow.over():
+            if seal is None or follow.over() or (source == 0 and follow.own_left):
                 return False
             follow.seals[source] = seal
             follow.pull.sealed(source)
@@ -195,7 +198,7 @@ class Claims:
         self._tiers.count("failed")
         self._routes.tier_failed(source, error)  # turns it off where that is too often
         if source == 0 and isinstance(error, AccessRefused | CredentialsUnusable):
-            self._routes.turn_off(follow)
+            self._routes.leave_own(follow)
 
     async def find_seal(
         self, pipeline: str, entry: FileEntry, chunk_size: int, source: int, place: Place
@@ -221,7 +224,7 @@ class Claims:
 
     async def _follow(self, follow: Follow) -> None:
         """Claim what nobody pulls, and find out what others have put, until the file is complete."""
-        records = FileRecords(self._settings, self._tiers, follow, self._me)
+        records = FileRecords(self._settings, self._tiers, follow)
         pipeline = follow.key.pipeline
         try:
             if pipeline not in self._budgets:
@@ -236,7 +239,7 @@ class Claims:
                 except InstantStartError as error:
                     self._failed(follow, error)
                     if trio.current_time() - worked_at >= TURNS_SECONDS:  # whatever else of the tier works
-                        self._routes.turn_off(follow)
+                        self._routes.leave_own(follow)
                 if follow.over() or follow.pull.complete:
                     break
                 await self._pause(follow)
@@ -287,7 +290,7 @@ class Claims:
             pull.forged(group, epoch)
         elif not isinstance(mark, ClaimMark):
             pull.vanished(group, epoch)
-        elif mark.host == self._me:
+        elif mark.host == self._settings.me:
             self._won(follow, group, epoch)
         else:
             pull.seen(group, epoch, mark, now)
@@ -344,11 +347,11 @@ class Claims:
                     nursery.start_soon(self._renew, follow)
 
     async def _renew(self, follow: Follow) -> None:
-        records = FileRecords(self._settings, self._tiers, follow, self._me)
+        records = FileRecords(self._settings, self._tiers, follow)
         for group, epoch, whole in follow.pull.held():
             # Of a file that is one group the claim stays until it is sealed: others look for nothing else.
             put = not follow.is_putting(group)
-            if follow.pull.groups == 1 and follow.state != "off":
+            if follow.pull.groups == 1 and not follow.own_left:
                 put = follow.closed
             if put and (whole or follow.over()):
                 follow.pull.released(group)

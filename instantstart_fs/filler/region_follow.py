@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from instantstart_fs.core.manifest import ManifestFile
 from instantstart_fs.core.region import GROUP_CHUNKS, PullPlan
 from instantstart_fs.core.retry import Breaker
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNotFound, OriginUnavailable
+from instantstart_fs.filler.events import UpstreamHealth
 from instantstart_fs.filler.fill import FetchRequest, Fill
 from instantstart_fs.filler.tierkey import TierKey
 from instantstart_fs.ipc.threads import run_abandonable
@@ -41,14 +43,17 @@ _T = TypeVar("_T")
 class TierSource:
     """A tier as the counters know it, and how it fares. It locates nothing: its chunks are objects of their own.
 
-    ``told``: why it is left alone, "" while it is not; ``told_at_ns``: the wall clock when that began, 0 while not.
+    ``told``: why it was left alone, "" once it has answered again; ``told_at_ns``: the wall clock when that began, 0
+    while not. ``asked``: it has answered, or failed. ``upstream``: it is another region's.
     """
 
-    def __init__(self, store: TierStore, secret: RegionKey) -> None:
+    def __init__(self, store: TierStore, secret: RegionKey, *, upstream: bool = False) -> None:
         self.store = store
         self.secret = secret
+        self._kind = "upstream" if upstream else "regional"
         self.key = OriginKey("tier", store.endpoint, "")
         self.breaker = Breaker(threshold=3, grace=0.0, window=1.0, first=5.0, cap=120.0)
+        self.asked = False
         self.told = ""
         self.told_at_ns = 0
 
@@ -57,15 +62,19 @@ class TierSource:
         return self.breaker.limit(trio.current_time()) == 0
 
     def answered(self) -> None:
+        self.asked = True
         self.breaker.succeeded()
+        if self.told:
+            log.info("the %s tier %s answers again", self._kind, self.store.endpoint)
         self.told, self.told_at_ns = "", 0
 
     def failed(self, error: InstantStartError) -> bool:
         """It did not do what it was asked. Whether it is to be left alone for a while."""
+        self.asked = True
         if not (self.breaker.failed(trio.current_time(), 1.0) or self.is_broken()):
             return False
         if not self.told:
-            log.warning("the regional tier %s is left alone for a while: %s", self.store.endpoint, error.message)
+            log.warning("the %s tier %s is left alone for a while: %s", self._kind, self.store.endpoint, error.message)
             self.told_at_ns = time.time_ns()
         self.told = error.message
         return True
@@ -92,7 +101,8 @@ class RegionSettings(msgspec.Struct, frozen=True):
     """``stores``: the region's own tier, then those asked before the origin; ``keys``: of each. ``trust_seals``: a file
     whose every chunk is what a seal of the region says is not hashed here. ``rate``: that of write-back and of startup
     caches together. ``recheck``: seconds after which an origin is asked again whether a pipeline may be read, None =
-    it is not. ``rack``: whose hosts give each other chunks, "" = they do not."""
+    it is not. ``rack``: whose hosts give each other chunks, "" = they do not. ``life``: tells this process from another
+    that calls itself the same host."""
 
     host: str
     key: RegionKey
@@ -103,6 +113,12 @@ class RegionSettings(msgspec.Struct, frozen=True):
     rate: WriteRate = WriteRate(None)
     recheck: float | None = None
     rack: str = ""
+    life: str = msgspec.field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def me(self) -> str:
+        """This host, in this life of its daemon."""
+        return f"{self.host}/{self.life}"
 
 
 class Place(NamedTuple):
@@ -128,8 +144,10 @@ class Line:
 
 class Follow:
     """A file under the region. ``state``: fresh (nobody asked for it) | waiting (for its turn) | asking (for a seal) |
-    sealed | parked (no seal; waits for its turn to be followed) | followed | pulled (all of it by this host) | off.
+    sealed | parked (no seal; waits for its turn to be followed) | followed | pulled (all of it by this host) |
+    upstream (only other regions' tiers are asked) | off (no tier is).
 
+    ``own_left``: the region's own tier is asked for nothing more of it.
     ``score``: of this host for it; the higher, the sooner it is this host's turn among files that it could pull whole.
     """
 
@@ -143,6 +161,7 @@ class Follow:
         self.slot, self.pin = places[0]
         self.pull = pull
         self.state = "fresh"
+        self.own_left = False
         self.score = rendezvous.score(pull.host, self.pin) if pull.groups == 1 else 0
         self.closed = False
         self.seals: dict[int, Seal] = {}
@@ -172,7 +191,8 @@ class Follow:
         return any(chunk // GROUP_CHUNKS == group for chunk in self.to_put)
 
     def over(self) -> bool:
-        return self.ended or self.state == "off"
+        """Nothing more is to be found out of it in any tier."""
+        return self.ended or self.state in ("upstream", "off")
 
     def close(self) -> None:
         """Nothing more is put of it."""
@@ -206,7 +226,15 @@ class Routes(Protocol):
         ...
 
     def turn_off(self, follow: Follow) -> None:
-        """Ask the tier for nothing more of this file."""
+        """Ask the tiers for nothing more of this file."""
+        ...
+
+    def leave_own(self, follow: Follow) -> None:
+        """Ask the region's own tier for nothing more of this file."""
+        ...
+
+    def go_upstream(self, follow: Follow) -> None:
+        """The own tier was left, and it is known what upstream tiers have of the file."""
         ...
 
     def tier_failed(self, source: int, error: InstantStartError) -> None:
@@ -222,7 +250,8 @@ class Tiers:
     """
 
     def __init__(self, settings: RegionSettings) -> None:
-        self.sources = [TierSource(store, key) for store, key in zip(settings.stores, settings.keys, strict=True)]
+        pairs = zip(settings.stores, settings.keys, strict=True)
+        self.sources = [TierSource(store, key, upstream=bool(at)) for at, (store, key) in enumerate(pairs)]
         self.threads = trio.Semaphore(THREADS)
         self._abandoned = trio.CapacityLimiter(4 * THREADS)
         """Threads that were given up end by themselves, within the store's own deadlines."""
@@ -245,6 +274,17 @@ class Tiers:
         the next fill."""
         alone = [bool(self.own.told), *(tier.is_broken() for tier in self.sources[1:])]
         return tuple((tier.store.endpoint, this) for tier, this in zip(self.sources, alone, strict=True))
+
+    @property
+    def upstream(self) -> tuple[UpstreamHealth, ...]:
+        return tuple(
+            UpstreamHealth(tier.store.endpoint, tier.asked, tier.told, tier.told_at_ns) for tier in self.sources[1:]
+        )
+
+    @property
+    def upstream_answers(self) -> bool:
+        """Whether some upstream tier may be asked now."""
+        return any(not tier.is_broken() for tier in self.sources[1:])
 
     def count(self, reason: str) -> None:
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1

@@ -14,7 +14,7 @@ import trio
 
 from instantstart_fs.core.chunks import ByteRange, ChunkMap
 from instantstart_fs.core.manifest import FileEntry
-from instantstart_fs.core.region import CHUNK_DEADLINE
+from instantstart_fs.core.patience import CHUNK_DEADLINE
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
 from instantstart_fs.filler.messages import Piece
 from instantstart_fs.filler.region_claims import Claims
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FILES, CHUNKS = 256, 4
 """Seals and chunks that are kept in memory."""
 UNSEALED_SECONDS = 60.0
-"""Seconds until a file without a seal is asked about again."""
+"""Seconds until a file without a seal in the region's own tier is asked about again."""
 THREADS = 8
 QUEUE_SECONDS = 2 * CHUNK_DEADLINE
 """Seconds that a chunk waits for one of the threads. Then it is read from the origin, and no failure is counted."""
@@ -114,7 +114,7 @@ class TierReads:
         self, key: FileKey, entry: FileEntry, chunk_size: int, origin: Origin, wanted: ByteRange, fetcher: Fetcher
     ) -> bytearray | None:
         """Return the bytes ``wanted`` of the file; None where they have to come from its origin."""
-        if self._tiers.own.is_broken() or self._tiers.nursery is None:
+        if self._tiers.nursery is None or all(tier.is_broken() for tier in self._tiers.sources):
             return None
         file, source = (key, origin), 0
         try:
@@ -150,13 +150,16 @@ class TierReads:
         while file in self._finding:
             await self._finding[file].wait()
         known, asked = self._seals.get(file, (None, -UNSEALED_SECONDS))
-        if known is not None or trio.current_time() - asked < UNSEALED_SECONDS:
+        if known is None or known.source:
+            if trio.current_time() - asked < UNSEALED_SECONDS:
+                return known
+        elif not self._tiers.own.is_broken():
             return known
         pipeline, sealed = file[0].pipeline, None
         done = self._finding[file] = trio.Event()
         try:
             for source, place in enumerate(self._places(pipeline, entry, chunk_size)):
-                if source and self._tiers.sources[source].is_broken():
+                if self._tiers.sources[source].is_broken():
                     continue
                 try:
                     seal = await self._claims.find_seal(pipeline, entry, chunk_size, source, place)

@@ -16,13 +16,13 @@ MOST_LISTED = 200_000
 
 
 class FileRecords:
-    """The calls. Thread-safe; all raise InstantStartError. ``me`` names this host and this life of its daemon."""
+    """The calls. Thread-safe; all raise InstantStartError."""
 
-    def __init__(self, settings: RegionSettings, tiers: Tiers, follow: Follow, me: str) -> None:
+    def __init__(self, settings: RegionSettings, tiers: Tiers, follow: Follow) -> None:
         self._key = settings.key
         self._store = tiers.sources[0].store
         self._slot, self._pin = follow.slot, follow.pin
-        self._host, _, self._life = me.rpartition("/")
+        self._host, self._life = settings.host, settings.life
 
     def listing(self) -> tuple[list[int], dict[int, int], dict[int, float]]:
         """Return the chunks that the tier has, the epoch of each claimed group, and when that claim's record last

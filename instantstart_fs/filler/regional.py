@@ -24,7 +24,8 @@ import trio
 from instantstart_fs.core.fillplan import FillPlan
 from instantstart_fs.core.fillqueue import Request
 from instantstart_fs.core.manifest import FileEntry
-from instantstart_fs.core.region import WAIT, FairClock, Patience, PullPlan, give_up_at
+from instantstart_fs.core.patience import FairClock, Patience, give_up_at
+from instantstart_fs.core.region import PullPlan
 from instantstart_fs.errors import InstantStartError, OriginUnavailable, StoreError
 from instantstart_fs.filler.delivery import Delivery
 from instantstart_fs.filler.events import RegionStatistics
@@ -33,6 +34,7 @@ from instantstart_fs.filler.messages import Piece
 from instantstart_fs.filler.region_claims import Claims
 from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, Tiers, reason_of
 from instantstart_fs.filler.region_reads import TierReads
+from instantstart_fs.filler.region_routes import FileRoutes
 from instantstart_fs.filler.region_writeback import PUTS, WriteBack
 from instantstart_fs.filler.table import FillTable
 from instantstart_fs.filler.target import FileKey, FillTarget
@@ -75,17 +77,19 @@ class Regional:
         self._tiers = Tiers(settings)
         self.hosts = 1
         """How many hosts the region has, as far as their heartbeats tell."""
-        self._claims = Claims(settings, self._tiers, self, lambda: self.hosts)
-        self.access = self._claims.access
-        self._writeback = WriteBack(settings, self._tiers)
-        self.reads = TierReads(self._tiers, self._claims, self, self._places)
         self.rack: RackLevel | None = None
         if settings.rack:
             from instantstart_fs.filler.region_rack import RackLevel  # late: few have it
 
             self.rack = RackLevel(settings, plan, table)
+        self._routes = FileRoutes(self._tiers, plan, table, delivery, self.rack)
+        self._claims = Claims(settings, self._tiers, self._routes, lambda: self.hosts)
+        self._routes.ask_again = self._claims.start
+        self.access = self._claims.access
+        self._writeback = WriteBack(settings, self._tiers)
+        self.reads = TierReads(self._tiers, self._claims, self._routes, self._places)
         self._patience: dict[OriginKey, Patience] = {}
-        self._follows: dict[FileKey, Follow] = {}
+        self._follows = self._routes.follows
         self._busy: set[Follow] = set()
         """Files with readers or requests. Time alone may change something for them."""
         self._clock = FairClock(0.0)
@@ -103,6 +107,7 @@ class Regional:
             broken=self._tiers.own.told,
             broken_since_ns=self._tiers.own.told_at_ns,
             left_alone=self._tiers.left_alone,
+            upstream=self._tiers.upstream,
             pending=self._writeback.pending,
             rack=self.rack.statistics if self.rack is not None else None,
         )
@@ -156,15 +161,18 @@ class Regional:
         target = fill.target
         chunks = target.present.chunks
         refused = self.access.refuses(target)
-        if not chunks or self._tiers.nursery is None or not self.answers or refused:
+        if not chunks or self._tiers.nursery is None or refused or not (self.answers or self._tiers.upstream_answers):
             return
         places = self._places(target.key.pipeline, target.entry, target.present.chunk_size)
         if not places:
             return
         present = [chunk in target.present for chunk in range(chunks)]
         patience = self._patience.setdefault(target.origin.key, Patience())
-        pull = PullPlan(self._settings.host, places[0].pin, present, patience, upstream=len(self._tiers.sources) - 1)
+        pull = PullPlan(self._settings.me, places[0].pin, present, patience, upstream=len(self._tiers.sources) - 1)
         follow = self._follows[target.key] = Follow(fill, places, pull)
+        if not self.answers:
+            follow.own_left = True
+            pull.leave_own(asking=True)
         if self.rack is not None:
             self.rack.enter(follow)
         self._plan.add(follow.tier_key, target.key.pipeline, self._tiers.sources[0].key, target.present)
@@ -240,7 +248,7 @@ class Regional:
                 follow.digests.pop(chunk, None)
                 follow.to_put.discard(chunk)
         self._plan.refill(follow.tier_key)
-        self.apply(follow)
+        self._routes.apply(follow)
 
     def send(self, request: Request[FileKey], fill: Fill) -> None:
         """Fetch this chunk from the tier, as the plan asks."""
@@ -359,27 +367,6 @@ class Regional:
         self._plan.shut(follow.tier_key, [chunk])
         self._plan.failed(follow.tier_key, chunk)
 
-    def apply(self, follow: Follow) -> None:
-        """Open each chunk at the source that its plan says."""
-        if follow.ended:
-            return
-        later: list[int] = []
-        for chunk, source in follow.pull.take_moves(trio.current_time()):
-            if source == WAIT:
-                continue
-            if source == 0 and self.rack is not None and self.rack.takes_turns(follow, chunk):
-                later.append(chunk)
-                continue
-            if source < len(self._tiers.sources):
-                self._plan.open(follow.tier_key, chunk)
-            else:
-                self._plan.shut(follow.tier_key, [chunk])
-                self._plan.open(follow.key, chunk)
-                follow.line.ahead.discard(chunk)
-        if self.rack is not None:
-            self.rack.line_up(follow, later)
-        self._table.wakeup.set()
-
     def _dispatch(self, follow: Follow, request: Request[FileKey], source: int) -> None:
         from instantstart_fs.regional.records import chunk_name
 
@@ -414,11 +401,11 @@ class Regional:
         if reason == "wrong":
             log.error("the regional tier gave wrong bytes: %s", error.message, extra={"pipeline": follow.key.pipeline})
         if reason != "missing":
-            self.tier_failed(source, error)
+            self._routes.tier_failed(source, error)
         follow.proven.discard(chunk)
         follow.pull.failed(chunk, source)
         self._plan.failed(follow.tier_key, chunk)
-        self.apply(follow)
+        self._routes.apply(follow)
 
     def _neighbour_failed(self, follow: Follow, chunk: int, neighbour: Neighbour, error: InstantStartError) -> None:
         assert self.rack is not None
@@ -426,33 +413,6 @@ class Regional:
         follow.proven.discard(chunk)
         self._plan.failed(follow.tier_key, chunk)
         self._table.wakeup.set()
-
-    def tier_failed(self, source: int, error: InstantStartError) -> None:
-        """Leave that tier alone for a while where it fails too often."""
-        if self._tiers.sources[source].failed(error):
-            for follow in list(self._follows.values()):
-                if source == 0:
-                    self.turn_off(follow)
-                elif follow.state != "off" and source in follow.seals:
-                    follow.pull.without(source)
-                    self._stop_flights(follow, source)
-
-    def turn_off(self, follow: Follow) -> None:
-        """Ask the tiers for nothing more of this file."""
-        if follow.state == "off":
-            return
-        follow.state = "off"
-        follow.pull.give_up()
-        self._stop_flights(follow)
-        follow.changed.set()
-
-    def _stop_flights(self, follow: Follow, source: int | None = None) -> None:
-        """Stop the file's requests: those to this tier, or all of them."""
-        for chunk in [chunk for chunk, flight in follow.flights.items() if source in (None, flight[2])]:
-            self._delivery.stop(follow.fill, chunk)
-            del follow.flights[chunk]
-            self._plan.failed(follow.tier_key, chunk)
-        self.apply(follow)
 
     async def _tick_forever(self) -> None:
         """Check readers' patience and the deadlines of requests, some times a second. One check is cheap."""
@@ -470,7 +430,7 @@ class Regional:
                     self._busy.discard(follow)
                     continue
                 if follow.pull.next_patience() <= now:
-                    self.apply(follow)
+                    self._routes.apply(follow)
                 self._check_flights(follow, fair)
 
     def _check_flights(self, follow: Follow, fair: float) -> None:
@@ -495,6 +455,6 @@ class Regional:
             if follow.pull.slow(chunk, source):
                 self._tiers.count("failed")
                 self._plan.failed(follow.tier_key, chunk)
-                self.tier_failed(source, error)
+                self._routes.tier_failed(source, error)
             else:
                 self._fall_back(follow, chunk, source, error)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -39,11 +40,12 @@ _NAME = re.compile(r"v1/hosts/([0-9a-f]{32})\.([0-9a-f]{16})\Z")
 
 class HostRecord(msgspec.Struct, frozen=True):
     """What one host holds. ``entries`` come from core.placement.pack; ``left_out`` counts the pipelines beyond
-    those."""
+    those. ``life``: tells the process that wrote it from another that calls itself the same host."""
 
     host: str
     entries: bytes
     left_out: int = 0
+    life: str = ""
 
 
 def object_of(key: RegionKey, record: HostRecord) -> tuple[str, bytes]:
@@ -60,14 +62,28 @@ def unpack_heartbeat(key: RegionKey, name: str, data: bytes) -> HostRecord:
     return record
 
 
-def listed(store: TierStore) -> dict[str, Stored]:
-    """Return the newest heartbeat of each host, by the digest of its name. Raises InstantStartError."""
+def listed(store: TierStore) -> list[tuple[str, Stored]]:
+    """Return all heartbeats, each with the digest of its host's name. Raises InstantStartError."""
+    matched = ((_NAME.match(stored.name), stored) for stored in store.list(DIRECTORY, MOST_HOSTS))
+    return [(match[1], stored) for match, stored in matched if match is not None]
+
+
+def newest(heartbeats: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:
+    """Return the newest heartbeat of each host, by the digest of its name."""
     found: dict[str, Stored] = {}
-    for stored in store.list(DIRECTORY, MOST_HOSTS):
-        match = _NAME.match(stored.name)
-        if match is not None and (match[1] not in found or found[match[1]].modified < stored.modified):
-            found[match[1]] = stored
+    for host, stored in heartbeats:
+        if host not in found or found[host].modified < stored.modified:
+            found[host] = stored
     return found
+
+
+def written_by_another(store: TierStore, key: RegionKey, name: str, life: str) -> bool:
+    """Whether this heartbeat of the host's own name was written in another life than ``life``. Raises
+    InstantStartError."""
+    try:
+        return unpack_heartbeat(key, name, store.get(name, MOST_HEARTBEAT)).life != life
+    except (Forged, OriginMisbehaved, OriginNotFound):
+        return False
 
 
 def living(found: dict[str, Stored], now: float) -> dict[str, Stored]:
@@ -109,7 +125,7 @@ class HeartbeatReader:
             self._looking.release()
 
     def _look(self, now: float | None) -> Look:
-        found = listed(self._store)
+        found = newest(listed(self._store))
         if now is None:
             now = max((stored.modified for stored in found.values()), default=0.0)
         alive = living(found, now)

@@ -1,16 +1,38 @@
-"""Proves that a tier's storage can do what a region needs, by a round trip and a race for one new object."""
+"""Proves that a tier's storage can do what a region needs, by a round trip and a race for one new object; that a key is
+its region's, by a record there; and that no other host has this one's name. For `doctor`. Blocks."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginUnavailable, OriginUnsupported
+from instantstart_fs.errors import (
+    InstantStartError,
+    OriginMisbehaved,
+    OriginNotFound,
+    OriginUnavailable,
+    OriginUnsupported,
+)
+from instantstart_fs.regional import heartbeats, hygiene, records
+from instantstart_fs.regional.keys import RegionKey
 from instantstart_fs.regional.store import TierStore
 
 WRITERS = 8
+MOST_READ = 8
+"""Records of each kind that are read to prove a key. Somebody without the key may have put some of them there."""
+MOST_LISTED = 20_000
+"""The most names in which a seal is looked for. A file of 140 GB has 17,000 chunks before its seal."""
+
+
+class Finding(NamedTuple):
+    """What `doctor` shows."""
+
+    outcome: Literal["ok", "warn", "fail"]
+    found: str
+    advice: str = ""
 
 
 class Probe(NamedTuple):
@@ -45,3 +67,78 @@ def probe(store: TierStore) -> Probe:
         with contextlib.suppress(InstantStartError):
             store.delete(name)
     return Probe(winners, float(getattr(store, "skew", 0.0)))
+
+
+class KeyProof(NamedTuple):
+    """What the records of a tier say of a key. ``holds``: whether there is any object; ``read``: records that were
+    read; ``proven``: whether one of them was made with the key."""
+
+    holds: bool
+    read: int
+    proven: bool
+
+
+def prove_key(store: TierStore, key: RegionKey) -> KeyProof:
+    """Read seals and heartbeats until one was made with the key. Raises InstantStartError."""
+    found = heartbeats.listed(store)[:MOST_READ]
+    said = [stored.name for _, stored in found]
+    everything = (stored.name for stored in store.list("v1/", MOST_LISTED))
+    first = next(everything, None)
+    sealed = (name for name in itertools.chain([first] if first else [], everything) if name.endswith("/seal"))
+    read = 0
+    for name in itertools.chain(said, itertools.islice(sealed, MOST_READ)):
+        try:
+            data = store.get(name, hygiene.MOST_SEAL)
+            read += 1
+            if name.endswith("/seal"):
+                records.unpack_any_seal(key, name, data)
+            else:
+                heartbeats.unpack_heartbeat(key, name, data)
+            return KeyProof(True, read, True)
+        except (records.Forged, OriginMisbehaved, OriginNotFound):
+            continue
+    return KeyProof(first is not None, read, False)
+
+
+def upstream_finding(store: TierStore, key: RegionKey) -> Finding:
+    """Say whether another region's tier can be read, and whether this is its key. Nothing is written there. Raises
+    InstantStartError."""
+    proof = prove_key(store, key)
+    if proof.proven:
+        return Finding("ok", "can be read, and what is sealed there verifies with this key")
+    if proof.read:
+        advice = "name that region's key as this upstream's key_file; until then nothing there is believed"
+        return Finding("fail", f"none of {proof.read} records there was made with this key", advice)
+    if proof.holds:
+        return Finding("ok", "can be read; nothing is sealed there yet, so its key is not proven")
+    return Finding("ok", "can be read and is empty, so its key is not proven (is its prefix the other region's?)")
+
+
+def own_finding(store: TierStore, key: RegionKey, host: str, warning: str | None) -> Finding:
+    """Say whether this host can use its region's tier. ``warning``: what its daemon warns of, "" = of nothing, None =
+    none runs. Raises InstantStartError."""
+    found = probe(store)
+    if found.winners != 1:
+        advice = "hosts pull more than once; nothing else suffers. SeaweedFS from 4.17, Ceph, MinIO, AWS and R2 do it"
+        return Finding("warn", f"of {WRITERS} writers of one new object {found.winners} won", advice)
+    proof = prove_key(store, key)
+    if proof.read and not proof.proven:
+        advice = "copy the region's key_file from another host; until then this one shares nothing with them"
+        return Finding("warn", f"none of {proof.read} records there was made with this key", advice)
+    if warning:
+        return Finding("warn", warning, "rename one of them, and restart its daemon")
+    if warning is None and (age := heard_of(store, key, host)) is not None:
+        advice = "give each host a name of its own ([regional] host), unless this one's daemon was stopped just now"
+        return Finding("warn", f"a host of this name was heard of {age:.0f} s ago, and no daemon runs here", advice)
+    off = f"; this clock is {-found.skew:+.0f} s off, requests are signed by the tier's" if found.skew else ""
+    return Finding("ok", f"reads, writes, and lets one writer win{off}")
+
+
+def heard_of(store: TierStore, key: RegionKey, host: str) -> float | None:
+    """Return the seconds since a living host of this name was heard of. Raises InstantStartError."""
+    found = heartbeats.newest(heartbeats.listed(store))
+    if key.host(host) not in found:
+        return None
+    now = hygiene.now_of(store)
+    alive = heartbeats.living(found, now).get(key.host(host))
+    return max(0.0, now - alive.modified) if alive is not None else None

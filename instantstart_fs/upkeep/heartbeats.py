@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -23,8 +24,9 @@ from instantstart_fs.catalog.model import Pipeline
 from instantstart_fs.core import placement
 from instantstart_fs.core.placement import Holding, Placement
 from instantstart_fs.core.retry import Backoff
-from instantstart_fs.core.status import TierStatus
+from instantstart_fs.core.status import TierStatus, UpstreamStatus
 from instantstart_fs.errors import InstantStartError, OriginUnavailable
+from instantstart_fs.filler.events import UpstreamHealth
 from instantstart_fs.filler.region_follow import ask_tier
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.regional import heartbeats, hygiene
@@ -45,6 +47,8 @@ KEEP_SECONDS = 5.0
 """Seconds for which an answer about placement is kept. Who asks more often gets the same one."""
 KEEP_SHARE = 20
 """An answer is also kept for so many times the seconds that it took."""
+MOST_NAMESAKES = 4
+"""Heartbeats of this host's own name that one count reads: who can write to the bucket can put there any number."""
 BATCH = 64
 """Pipelines between two pauses."""
 _T = TypeVar("_T")
@@ -59,6 +63,16 @@ class Written(msgspec.Struct, frozen=True):
     sealed: int | None = None
 
 
+def two_of_one_name(host: str) -> str:
+    return f"another host of the region calls itself {host!r}, too; give each its own name ([regional] host)"
+
+
+def _upstream(tier: UpstreamHealth) -> UpstreamStatus:
+    if tier.broken:
+        return UpstreamStatus(tier.endpoint, "down", rfc3339(tier.broken_since_ns), tier.broken)
+    return UpstreamStatus(tier.endpoint, "ok" if tier.asked else "unknown")
+
+
 class Heartbeats:
     """The heartbeats of this host, and what it knows of the others. On the trio thread. ``warmed`` grows with each
     pipeline that becomes warm here."""
@@ -70,6 +84,7 @@ class Heartbeats:
         self._pipelines = pipelines
         self._warmed = warmed
         self._store = self._settings.stores[0]
+        self._own = self._settings.key.host(self._settings.host)
         self._threads = trio.CapacityLimiter(4)
         """Threads for questions. Beats have threads of their own, so that a tier that hangs on a listing makes no host
         look dead."""
@@ -77,6 +92,9 @@ class Heartbeats:
         self._reader = HeartbeatReader(self._store, self._settings.key)
         self._name = ""
         """The object that this host has written."""
+        self._began: float | None = None
+        """When this process's first heartbeat was written, by the storage's clock."""
+        self._has_namesake = False
         self._storage_clock: tuple[float, float] | None = None
         """The storage's clock and this process's own, at one moment."""
         self._counted_at = -math.inf
@@ -103,14 +121,20 @@ class Heartbeats:
     def tier(self) -> TierStatus:
         """The tier's state: as fills find it, else as heartbeats do."""
         found = self._regional.statistics
-        if found.broken:
-            return TierStatus("down", rfc3339(found.broken_since_ns), found.broken)
-        return self._state
+        state = TierStatus("down", rfc3339(found.broken_since_ns), found.broken) if found.broken else self._state
+        upstream = tuple(_upstream(tier) for tier in found.upstream)
+        return msgspec.structs.replace(state, warning=self._warning, upstream=upstream)
 
     def tier_of(self, pipeline: Pipeline) -> TierStatus:
         """The tier's state for one pipeline, which may be refused."""
         refused = self._regional.refusal(pipeline.id)
-        return self.tier if refused is None else TierStatus("refused", rfc3339(refused[0]), refused[1])
+        if refused is None:
+            return self.tier
+        return msgspec.structs.replace(self.tier, state="refused", since=rfc3339(refused[0]), why=refused[1])
+
+    @property
+    def _warning(self) -> str:
+        return two_of_one_name(self._settings.host) if self._has_namesake else ""
 
     def _now_is(self, state: TierStatus) -> None:
         if state.state != self._state.state:
@@ -174,16 +198,32 @@ class Heartbeats:
             self._now_is(TierStatus("down", now, worse.message))
 
     async def _count(self) -> None:
-        found = await self._ask(lambda: heartbeats.listed(self._store), self._beats)
-        now = trio.current_time()
-        mine = found.get(self._settings.key.host(self._settings.host))
-        if mine is not None and mine.name == self._name:
-            self._storage_clock = (mine.modified, now)
+        listed = await self._ask(lambda: heartbeats.listed(self._store), self._beats)
+        now, found = trio.current_time(), heartbeats.newest(listed)
+        own = {stored.name: stored.modified for host, stored in listed if host == self._own}
+        written = own.pop(self._name, None)
+        if written is not None:
+            self._storage_clock = (written, now)
+            self._began = written if self._began is None else self._began
         alive = heartbeats.living(
             found, self._storage_now() or max((one.modified for one in found.values()), default=0)
         )
         self._regional.hosts = max(1, len(alive))
         self._counted_at = now
+        await self._look_for_namesakes(own)
+
+    async def _look_for_namesakes(self, own: dict[str, float]) -> None:
+        """Find out whether one of these heartbeats, all of this host's name, is another host's."""
+        now, key, life = self._storage_now(), self._settings.key, self._settings.life
+        if self._began is None or now is None:
+            return
+        found = False
+        for name in placement.namesakes(self._began, own, now, self.hosts)[:MOST_NAMESAKES]:
+            call = partial(heartbeats.written_by_another, self._store, key, name, life)
+            found = found or await self._ask(call, self._beats)
+        if found and not self._has_namesake:
+            log.error("%s", two_of_one_name(self._settings.host))
+        self._has_namesake = found
 
     def _storage_now(self) -> float | None:
         if self._storage_clock is None:
@@ -207,7 +247,8 @@ class Heartbeats:
                 found.append((status.last_request or "", holding))
         found.sort(key=lambda item: item[0], reverse=True)
         entries = placement.pack(holding for _, holding in found)
-        return HostRecord(self._settings.host, entries, max(0, len(found) - placement.MOST_HOLDINGS))
+        left_out = max(0, len(found) - placement.MOST_HOLDINGS)
+        return HostRecord(self._settings.host, entries, left_out, self._settings.life)
 
     async def _ask(self, call: Callable[[], _T], threads: trio.CapacityLimiter | None = None) -> _T:
         return await ask_tier(call, ASK_SECONDS, threads or self._threads)

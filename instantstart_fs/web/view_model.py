@@ -101,7 +101,7 @@ class StoreView(msgspec.Struct, frozen=True):
 class RegionView(msgspec.Struct, frozen=True):
     """The region's figures. ``taken`` are bytes from tiers, ``missed`` bytes from origins of files under the region.
     ``hit`` is in percent, None before any. ``fallbacks`` counts by reason what the tier did not give; ``rack`` says
-    what came from neighbours and went to them."""
+    what came from neighbours and went to them; ``problems``: what else is wrong."""
 
     endpoint: str
     state: str
@@ -117,6 +117,7 @@ class RegionView(msgspec.Struct, frozen=True):
     claims_lost: int
     fallbacks: str
     rack: str | None = None
+    problems: tuple[str, ...] = ()
 
 
 class View(msgspec.Struct, frozen=True):
@@ -258,6 +259,10 @@ def _region(found: RegionSummary) -> RegionView:
         claims_lost=figures.claims_lost,
         fallbacks=", ".join(f"{count} {reason}" for reason, count in figures.fallbacks),
         rack=_rack(figures.rack) if figures.rack is not None else None,
+        problems=(
+            *(f"upstream tier {one.endpoint}: {one.why}" for one in found.tier.upstream if one.state == "down"),
+            *([found.tier.warning] if found.tier.warning else []),
+        ),
     )
 
 

@@ -63,8 +63,10 @@ class Routes:
         self.applied.append(follow)
 
     def turn_off(self, follow: Follow) -> None:
-        follow.state = "off"
+        follow.state, follow.own_left = "off", True
         self.off.append(follow)
+
+    leave_own = go_upstream = turn_off
 
     def tier_failed(self, source: int, error: InstantStartError) -> None:
         self.errors.append(error)

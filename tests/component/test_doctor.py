@@ -16,10 +16,15 @@ from instantstart_fs import doctor
 from instantstart_fs.cli import run
 from instantstart_fs.config import Config, MountConfig, StoreConfig
 from instantstart_fs.config.sections import RegionalConfig, UpstreamConfig
+from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.status import TierStatus
 from instantstart_fs.doctor import Check
 from instantstart_fs.origins.registry import OriginSettings
 from instantstart_fs.regional.directory import DirectoryStore
+from instantstart_fs.regional.heartbeats import HostRecord, object_of
+from instantstart_fs.regional.keys import RegionKey
+from instantstart_fs.regional.records import Seal, chunk_name, pack, seal_name
 from tests.servers.blackhole import BlackHole
 
 
@@ -268,16 +273,70 @@ def test_upstream_tiers_are_read_and_not_written(tmp_path: Path) -> None:
     key.chmod(0o600)
     for name in ("tier", "full", "empty"):
         (tmp_path / name).mkdir()
-    DirectoryStore(str(tmp_path / "full")).put("v1/x", b"x")
+    DirectoryStore(str(tmp_path / "full")).put(*object_of(RegionKey(bytes.fromhex("ab" * 32)), HostRecord("h", b"")))
     before = sorted(tmp_path.rglob("*"))
     others = [f"file://{tmp_path}/{name}" for name in ("full", "empty", "missing")] + ["s3://b"]
     upstream = tuple(UpstreamConfig(url, endpoint_url="http://127.0.0.1:1") for url in others)
     config = RegionalConfig(f"file://{tmp_path}/tier", str(key), "gpu-1", upstream=upstream)
     found = list(doctor.check_upstream(config))
-    assert [check.outcome for check in found] == ["ok", "warn", "fail", "fail"], found
+    assert [check.outcome for check in found] == ["ok", "ok", "fail", "fail"], found
     assert all(check.found.startswith(f"{url}: ") for check, url in zip(found, others, strict=True))
+    assert "verifies with this key" in found[0].found and "is empty, so its key is not proven" in found[1].found
     assert "is its share mounted?" in found[2].found
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def put_seal(directory: Path, key: RegionKey) -> None:
+    slot, pin = "a" * 32, "b" * 32
+    store, name = DirectoryStore(str(directory)), seal_name(slot, pin)
+    store.put(chunk_name(slot, pin, 0), b"c" * 40)
+    store.put(name, pack(key, "seal", name, Seal(8, 8, b"d" * 32, "size", "there", 0.0)))
+
+
+def test_the_key_of_a_tier_is_proven_by_what_is_sealed_there(tmp_path: Path) -> None:
+    """One that is not the region's finds nothing that it may believe, and nobody would see why."""
+    key, other = tmp_path / "key", tmp_path / "other"
+    for path, digits in ((key, "ab"), (other, "cd")):
+        path.write_text(digits * 32)
+        path.chmod(0o600)
+    for name in ("own", "far", "new"):
+        (tmp_path / name).mkdir()
+    for name in ("own", "far"):
+        put_seal(tmp_path / name, RegionKey(bytes.fromhex("ab" * 32)))
+    DirectoryStore(str(tmp_path / "new")).put("v1/probe/x", b"x")
+    urls = {name: f"file://{tmp_path}/{name}" for name in ("own", "far", "new")}
+    upstream = (
+        UpstreamConfig(urls["far"], key_file=str(key)),
+        UpstreamConfig(urls["far"]),
+        UpstreamConfig(urls["new"]),
+    )
+    config = RegionalConfig(urls["own"], str(other), "gpu-1", upstream=upstream)
+    right, wrong, new = doctor.check_upstream(config)
+    assert (right.outcome, new.outcome) == ("ok", "ok") and "its key is not proven" in new.found
+    assert (wrong.outcome, "none of 1 records" in wrong.found, "key_file" in wrong.advice) == ("fail", True, True)
+    own = doctor.check_region(config)
+    assert (own.outcome, "made with this key" in own.found) == ("warn", True)
+    own = doctor.check_region(RegionalConfig(urls["own"], str(key), "gpu-1"))
+    assert own.outcome == "ok", own
+
+
+def test_two_hosts_of_one_name_are_found(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    key.chmod(0o600)
+    (tmp_path / "tier").mkdir()
+    config = RegionalConfig(f"file://{tmp_path}/tier", str(key), "gpu-1")
+    info = DaemonInfo("1", 1, "/models", "/store", 1.0, 0, True, tier=TierStatus("ok", None))
+    DirectoryStore(str(tmp_path / "tier")).put(
+        *object_of(RegionKey(bytes.fromhex("ab" * 32)), HostRecord("gpu-1", b""))
+    )
+    assert doctor.check_region(config, info).outcome == "ok", "that is its daemon's"
+    before = doctor.check_region(config)
+    assert (before.outcome, "a host of this name was heard of" in before.found) == ("warn", True)
+    assert doctor.check_region(msgspec.structs.replace(config, host="gpu-2")).outcome == "ok"
+    warned = msgspec.structs.replace(info, tier=TierStatus("ok", None, warning="another host calls itself gpu-1"))
+    found = doctor.check_region(config, warned)
+    assert (found.outcome, "another host calls itself gpu-1" in found.found) == ("warn", True)
 
 
 def test_an_engine_that_lets_several_writers_win_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

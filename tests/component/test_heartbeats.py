@@ -16,12 +16,14 @@ import pytest
 import trio
 import trio.testing
 
+from instantstart_fs.cli import show
+from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.core import placement
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.placement import Holding
-from instantstart_fs.core.status import PipelineStatus
+from instantstart_fs.core.status import PipelineStatus, UpstreamStatus
 from instantstart_fs.errors import AccessRefused, OriginUnavailable
-from instantstart_fs.filler.events import RegionStatistics
+from instantstart_fs.filler.events import RegionStatistics, UpstreamHealth
 from instantstart_fs.filler.region_follow import RegionSettings
 from instantstart_fs.regional import heartbeats
 from instantstart_fs.regional.directory import DirectoryStore
@@ -84,7 +86,7 @@ def test_who_holds_what(store: Counting) -> None:
     assert (first.current, first.age, first.last_seen) == (True, 10.0, "1970-01-01T00:16:40Z")
     assert reader.holding(SLOT, 1010.0, "ffffffff")[0].current is False
     assert not reader.filling()
-    beat(store, "half", holding("filling", 6))
+    beat(store, "half", holding("filling", 6), at=1001.0)
     reader.look(1010.0)
     assert reader.filling() == {SLOT}
 
@@ -176,6 +178,7 @@ class Site:
     def __init__(self, store: Broken, host: str = "here") -> None:
         self.store = store
         self.broken = ""
+        self.upstream: tuple[UpstreamHealth, ...] = ()
         self.statuses = {"p": pipeline("p", "warm", cached_bytes=10, total_bytes=10)}
         self.spec = PipelineSpec("p", (ModelSpec("hf://org/model"),))
         self.settings = RegionSettings(host, KEY, (store,), (KEY,))
@@ -186,7 +189,7 @@ class Site:
 
     @property
     def statistics(self) -> RegionStatistics:
-        return RegionStatistics(broken=self.broken, broken_since_ns=1)
+        return RegionStatistics(broken=self.broken, broken_since_ns=1, upstream=self.upstream)
 
     def answered(self) -> None:
         self.broken = ""
@@ -250,6 +253,37 @@ async def test_status_says_how_the_tier_fares(site: Site) -> None:
     assert site.heartbeats.tier.state == "ok"
     refused = site.heartbeats.tier_of(cast(Any, SimpleNamespace(id="refused")))
     assert (refused.state, refused.since, refused.why) == ("refused", "1970-01-01T00:00:02Z", "403")
+
+
+async def test_two_hosts_of_one_name_say_so(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """Two hosts of one image, with one name."""
+    twin = Site(site.store)
+    for one in (site, twin):
+        await one.heartbeats.beat()
+    assert not site.heartbeats.tier.warning, "it may be what this host said before it was restarted"
+    assert len(list(site.store.list(heartbeats.DIRECTORY, 10))) == 2, "they hold the same, and say it as two"
+    for one in (site, twin):
+        assert one.heartbeats._began is not None
+        one.heartbeats._began -= placement.BEAT_SECONDS
+        one.heartbeats._counted_at = -math.inf
+    await site.heartbeats.beat()
+    await twin.heartbeats.beat()
+    for one in (site, twin):
+        assert one.heartbeats.tier.state == "ok" and "calls itself 'here', too" in one.heartbeats.tier.warning
+        assert one.heartbeats.tier_of(cast(Any, SimpleNamespace(id="refused"))).warning
+    assert len([record for record in caplog.records if "calls itself" in record.message]) == 2
+    site.store.delete(twin.heartbeats._name)  # it has another name now
+    site.heartbeats._counted_at = -math.inf
+    await site.heartbeats.beat()
+    assert not site.heartbeats.tier.warning
+
+
+async def test_an_upstream_tier_that_is_left_alone_is_told_of(site: Site) -> None:
+    site.upstream = (UpstreamHealth("far", True, "403", 1), UpstreamHealth("new", False, "", 0))
+    found = site.heartbeats.tier.upstream
+    assert found == (UpstreamStatus("far", "down", "1970-01-01T00:00:00Z", "403"), UpstreamStatus("new", "unknown"))
+    info = DaemonInfo("1", 1, "/models", "/store", 1.0, 0, True, tier=site.heartbeats.tier)
+    assert "upstream tier: far: down since" in show.mounted(info) and "new" not in show.mounted(info)
 
 
 async def test_no_answer_about_placement_is_an_error_and_not_an_empty_region(site: Site) -> None:

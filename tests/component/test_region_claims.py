@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import trio
 
 from instantstart_fs.core.chunks import ChunkMap
-from instantstart_fs.core.region import Patience, PullPlan
+from instantstart_fs.core.patience import Patience
+from instantstart_fs.core.region import PullPlan
 from instantstart_fs.errors import AccessRefused, InstantStartError, OriginUnavailable
 from instantstart_fs.filler import region_claims
 from instantstart_fs.filler.region_claims import MOST_ASKED, MOST_FOLLOWED
@@ -30,9 +32,13 @@ class Odd(DirectoryStore):
         super().__init__(directory)
         self.bad: set[str] = set()
         self.asked = 0
+        self.on_get: Callable[[], None] | None = None
         self._error = error
 
     def get(self, name: str, most: int) -> bytes:
+        if self.on_get is not None:
+            then, self.on_get = self.on_get, None
+            trio.from_thread.run_sync(then)
         self._fail(name)
         return super().get(name, most)
 
@@ -118,6 +124,8 @@ class Open:
     def stop(self, fill: object, chunk: int) -> None:
         self.stopped.append(chunk)
 
+    def add(self, *_: object) -> None: ...
+
     def shut(self, *_: object) -> None: ...
 
     failed = arrived = shut
@@ -132,19 +140,18 @@ async def test_an_upstream_tier_that_fails_is_left_alone_and_the_regions_own_is_
         site.slots["p"] = "a" * 32
         regional = Regional(site.settings, lambda *_: "a" * 32, seen, seen, seen, serve_verified=False)
         near, away = follow(site, 0, bytes(9 * CHUNK)), follow(site, 1, bytes(9 * CHUNK), 1)
-        regional._follows = {near.key: near, away.key: away}
+        regional._follows.update({near.key: near, away.key: away})
         regional._tiers.nursery = site.tiers.nursery
-        regional._claims._routes = regional
         own, other = regional._tiers.sources
         for one, source in ((near, 0), (away, 1)):
             assert await regional._claims._take_seal(one, source)
         away.pull.unclaimed(0)
         away.pull.unclaimed(1)
-        regional.apply(away)
+        regional._routes.apply(away)
         assert seen.at == dict.fromkeys(range(9), away.tier_key)
         request: Any = [SimpleNamespace(fill=away.fill, chunk=chunk, piece=object(), digest=b"") for chunk in range(9)]
         away.flights = {chunk: (request[chunk], 0.0, 1) for chunk in range(6)}
-        regional.tier_failed(0, OriginUnavailable("its own"))
+        regional._routes.tier_failed(0, OriginUnavailable("its own"))
         regional.came(away.fill, 5, request[5])  # of the upstream tier, which says nothing of the own one
         for chunk in range(2):
             regional.failed(request[chunk], OriginUnavailable("503"))
@@ -153,7 +160,7 @@ async def test_an_upstream_tier_that_fails_is_left_alone_and_the_regions_own_is_
         assert seen.at == dict.fromkeys([0, 1, 2, 3, 4, 6, 7, 8], away.key) | {5: away.tier_key}
         assert near.state == "sealed" and near.pull.route(0) == 0
         assert dict(regional.statistics.left_alone) == {str(tmp_path / "near"): False, str(tmp_path / "far"): True}
-        regional.tier_failed(0, OriginUnavailable("its own"))
+        regional._routes.tier_failed(0, OriginUnavailable("its own"))
         assert own.is_broken(), "what came from the other tier is no answer of this one"
 
 
@@ -173,3 +180,76 @@ async def test_an_upstream_tier_whose_seals_cannot_be_had_is_not_asked_for_each_
             site.store.delete(f"v1/{one.slot}/{one.pin}/seal")
             await regional._claims._ask(one)
         assert far.asked == 2 and all(one.state in ("parked", "followed") for one in files) and regional.answers
+
+
+@pytest.mark.parametrize("when", ["before", "asked", "sealed", "parked"])
+async def test_while_the_own_tier_is_left_alone_upstream_tiers_give(tmp_path: Path, when: str) -> None:
+    """``when``: how far the file is when the own tier's breaker opens."""
+    for name in ("near", "far"):
+        (tmp_path / name).mkdir()
+    near = Odd(str(tmp_path / "near"), OriginUnavailable("503"))
+    far = DirectoryStore(str(tmp_path / "far"))
+    seen: Any = Open()
+    async with region(tmp_path / "near", near, upstream=(far,), write_back=False) as site:
+        site.slots["p"] = "a" * 32
+        regional = Regional(site.settings, lambda *_: "a" * 32, seen, seen, seen, serve_verified=True)
+        regional._tiers.nursery = site.tiers.nursery
+        made = follow(site, 0, bytes(9 * CHUNK), 1)
+        if when == "sealed":
+            site.seal("p", bytes(9 * CHUNK), "0.bin")
+
+        def end() -> None:
+            near.bad = {"v1/"}
+            for _ in range(2):
+                regional._routes.tier_failed(0, OriginUnavailable("503"))
+            assert regional._tiers.own.is_broken()
+
+        if when == "before":
+            end()
+        regional.enter(made.fill)
+        one = regional._follows[made.key]
+        if when == "asked":
+            near.on_get = end
+        if when == "parked":
+            regional._claims._following = {one} | {follow(site, number, b"x") for number in range(1, MOST_FOLLOWED)}
+        regional._claims.start(one)
+        if when == "sealed":
+            await until(lambda: one.state == "sealed")
+            regional._routes.apply(one)
+            request: Any = SimpleNamespace(fill=one.fill, chunk=0, piece=object(), digest=b"")
+            one.flights[0] = (request, 0.0, 0)
+        if when == "parked":
+            await until(lambda: one.state == "parked")
+        if when in ("sealed", "parked"):
+            end()
+        await until(lambda: one.state == "upstream")
+        assert seen.at == dict.fromkeys(range(9), one.tier_key), "no chunk is opened at the origin"
+        assert [one.pull.route(chunk) for chunk in range(9)] == [1] * 9 and not one.flights
+        regional._routes.tier_failed(1, OriginUnavailable("503"))
+        regional._routes.tier_failed(1, OriginUnavailable("503"))
+        assert seen.at == dict.fromkeys(range(9), one.key), "it fails, too"
+        told = {tier.endpoint: tier.broken for tier in regional.statistics.upstream}
+        assert told == {far.endpoint: "503"}
+
+
+async def test_without_an_upstream_tier_that_answers_nothing_is_asked(tmp_path: Path) -> None:
+    for name in ("near", "far"):
+        (tmp_path / name).mkdir()
+    near = Odd(str(tmp_path / "near"), OriginUnavailable("503"))
+    far = Odd(str(tmp_path / "far"), OriginUnavailable("403"))
+    seen: Any = Open()
+    async with region(tmp_path / "near", near, upstream=(far,), write_back=False) as site:
+        site.slots["p"] = "a" * 32
+        regional = Regional(site.settings, lambda *_: "a" * 32, seen, seen, seen, serve_verified=True)
+        regional._tiers.nursery = site.tiers.nursery
+        made = follow(site, 0, bytes(9 * CHUNK), 1)
+        for source in (0, 0, 1, 1):
+            regional._routes.tier_failed(source, OriginUnavailable("503"))
+        regional.enter(made.fill)
+        assert not regional._follows and not near.asked and not far.asked
+
+
+async def until(holds: Callable[[], object]) -> None:
+    with trio.fail_after(30):
+        while not holds():
+            await trio.sleep(0.005)

@@ -209,3 +209,24 @@ async def test_an_upstream_tier_that_fails_a_read_is_blamed_itself(tmp_path: Pat
         entry = site.seal("p", bytes(CHUNK), source=1)
         assert await read(site, entry, Source(), ByteRange(0, CHUNK)) is None
         assert site.routes.blamed == [1]
+
+
+async def test_while_the_own_tier_is_left_alone_upstream_tiers_are_read(tmp_path: Path) -> None:
+    for name in ("near", "far"):
+        (tmp_path / name).mkdir()
+    data = os.urandom(2 * CHUNK)
+    async with region(tmp_path / "near", upstream=(DirectoryStore(str(tmp_path / "far")),)) as site:
+        site.slots["p"] = "a" * 32
+        for source in (0, 1):
+            entry = site.seal("p", data, source=source)
+        source = Source()
+        assert await read(site, entry, source, ByteRange(0, 10)) == data[:10]
+        for _ in range(2):
+            site.tiers.own.failed(OriginUnavailable("it is not well"))
+        assert site.tiers.own.is_broken()
+        assert await read(site, entry, source, ByteRange(CHUNK, CHUNK + 10)) == data[CHUNK : CHUNK + 10]
+        assert await read(site, entry, Source(), ByteRange(0, 10)) == data[:10], "by who asks for the first time"
+        for _ in range(2):
+            site.tiers.sources[1].failed(OriginUnavailable("nor is this one"))
+        site.reads.forget("p")
+        assert await read(site, entry, source, ByteRange(0, 10)) is None

@@ -17,7 +17,8 @@ import trio.testing
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.claims import ClaimState
 from instantstart_fs.core.manifest import FileEntry, ManifestFile
-from instantstart_fs.core.region import Patience, PullPlan
+from instantstart_fs.core.patience import Patience
+from instantstart_fs.core.region import PullPlan
 from instantstart_fs.errors import InstantStartError, OriginUnavailable, OriginUnsupported
 from instantstart_fs.filler.region_claims import CLAIM_TRIES
 from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, WriteRate

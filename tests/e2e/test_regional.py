@@ -408,6 +408,55 @@ def test_another_regions_tier_is_asked_before_the_origin(site: Site, tmp_path: P
     assert set(seal_proofs(near).values()) <= {"region:far", ""}
 
 
+def test_while_its_own_tier_is_down_a_host_asks_the_upstream_one(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    site.warm(site.host("far"))
+    site.wait_seals(len(FILES))
+    far = {"url": f"s3://{site.bucket}/t", "endpoint_url": site.seaweed.endpoint_url}
+    before = site.sent()
+    near = site.host("near", url=f"file://{tmp_path}/not-mounted", endpoint_url=None, upstream=[far])
+    site.warm(near)
+    right(near, made)
+    assert site.sent() - before < 20_000, site.hub.requests()[-9:]
+    with Client(str(near.socket)) as client:
+        found = client.ping().tier
+    assert found is not None and (found.state, found.upstream[0].state) == ("down", "ok")
+
+
+def test_an_upstream_tier_that_is_left_alone_is_shown(site: Site, tmp_path: Path) -> None:
+    made = model(tmp_path / "model", FILES)
+    site.hub.publish("org/model", made)
+    far = {"url": "s3://far/t", "endpoint_url": f"http://127.0.0.1:{free_ports(1)[0]}"}
+    near = site.host("near", upstream=[far])
+    site.warm(near)
+    right(near, made)
+    assert "\nupstream tier: " in near.cli("status").stdout
+    assert "upstream tier" in near.cli("status", "p").stdout
+    tier = json.loads(near.cli("status", "p", "--json").stdout)["tier"]
+    assert (
+        tier["state"] == "ok" and [one["state"] for one in tier["upstream"]] == ["down"] and tier["upstream"][0]["why"]
+    )
+    assert "upstream tier" in near.log.read_text()
+
+
+def test_two_hosts_of_one_name_pull_it_once_and_right(site: Site, tmp_path: Path) -> None:
+    """Two hosts of one image, which gave them one name. Neither takes the other's claims for its own."""
+    size = 24 * MIB
+    made = model(tmp_path / "model", {"a.safetensors": size, "b.json": 700, "c.json": 800})
+    site.hub.publish("org/model", made)
+    hosts = [site.host("one"), site.host("other", host="one")]
+    threads = [threading.Thread(target=site.warm, args=(host,)) for host in hosts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for host in hosts:
+        right(host, made)
+    assert site.sent() <= 1.5 * size
+    site.wait_seals(3)
+
+
 def test_three_hosts_at_once_pull_it_once(site: Site, tmp_path: Path) -> None:
     size = 48 * MIB
     made = model(tmp_path / "model", {"a.safetensors": size})

@@ -62,3 +62,12 @@ def test_a_large_region_asks_its_tier_no_more_than_a_middling_one() -> None:
         assert hosts / placement.count_period(hosts) * pages <= max(1000 / 30, 10 * pages)
         assert placement.expiry(hosts) > 2 * placement.beat_period(hosts) * (1 + placement.JITTER)
     assert placement.beat_period(1000) == placement.BEAT_SECONDS
+
+
+def test_a_heartbeat_of_ones_own_name_that_is_new_is_another_hosts() -> None:
+    began, living = 1000.0, placement.expiry(1)
+    before = {"of the life before": began, "its last": began + 29.0}
+    assert placement.namesakes(began, before, began + 40.0, 1) == []
+    others = {"one": began + 30.0, "two": began + 90.0}
+    assert placement.namesakes(began, {**before, **others}, began + 100.0, 1) == ["two", "one"]
+    assert placement.namesakes(began, others, began + 31.0 + living, 1) == ["two"], "one has gone"

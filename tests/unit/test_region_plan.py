@@ -26,24 +26,19 @@ from instantstart_fs.core.claims import (
     looking_period,
     starting_delay,
 )
-from instantstart_fs.core.region import (
+from instantstart_fs.core.patience import (
     BACKGROUND_DEADLINE,
     CHUNK_DEADLINE,
     CHUNK_SLOWEST,
     FIRST_PATIENCE,
-    GROUP_CHUNKS,
     LEAST_PATIENCE,
-    MOST_LIVE,
     MOST_PATIENCE,
     TICK_COUNTS,
-    WAIT,
-    WHOLE_PATIENCE,
     FairClock,
     Patience,
-    PullPlan,
     give_up_at,
-    order,
 )
+from instantstart_fs.core.region import GROUP_CHUNKS, MOST_LIVE, WAIT, WHOLE_PATIENCE, PullPlan, order
 
 ROOM = 2 * GROUP_CHUNKS
 
@@ -438,6 +433,28 @@ def test_a_tier_that_is_given_up_sends_everything_to_the_origin() -> None:
     one.give_up()
     assert dict(one.take_moves(0.0)) == dict.fromkeys(range(one.chunks), one.origin)
     assert one.next_claims(ROOM, 0.0) == []
+
+
+def test_chunks_of_a_tier_that_is_left_wait_for_what_upstream_tiers_say() -> None:
+    one = plan(GROUP_CHUNKS, upstream=2)
+    one.sealed(0)
+    assert dict(one.take_moves(0.0)) == dict.fromkeys(range(GROUP_CHUNKS), 0)
+    one.demand([3], 0.0)
+    one.leave_own(asking=True)
+    assert one.take_moves(0.0) == [] and one.next_patience() == FIRST_PATIENCE
+    assert one.take_moves(FIRST_PATIENCE) == [(3, one.origin)], "no reader waits longer for that than for a claim"
+    one.sealed(2)
+    one.sealed(0)  # too late
+    one.asked_upstream()
+    assert dict(one.take_moves(1.0)) == {chunk: 2 for chunk in range(GROUP_CHUNKS) if chunk != 3}
+    assert one.next_claims(ROOM, 1.0) == []
+
+
+def test_what_no_upstream_tier_has_of_a_tier_that_is_left_comes_from_the_origin() -> None:
+    one = plan(GROUP_CHUNKS, upstream=1)
+    one.listed([1], {}, 0.0)
+    one.leave_own(asking=False)
+    assert dict(one.take_moves(0.0)) == dict.fromkeys(range(GROUP_CHUNKS), one.origin)
 
 
 def test_a_tier_without_conditional_writes_makes_everybody_pull() -> None:
