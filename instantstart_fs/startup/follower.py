@@ -90,15 +90,19 @@ class Follower:
         watched = self._watches
         if status == 0 and not watched and "ready" not in self._moments:
             self._mark("ready")
-        if clean and "ready" in self._moments:
-            self._save()
         self._report(ended=True, status=status)
-        if watched and "ready" not in self._moments and not clean:
+        why = ""
+        if "ready" not in self._moments:
             from instantstart_fs.core.humanize import precise_seconds
 
             took = precise_seconds(time.monotonic() - self._start.spawned)
-            self._start.say(f"the command ended with status {status} after {took}, and was not ready before")
-        self._tell()
+            why = f"the command ended with status {status} after {took}"
+            why += ", and was not ready before" if watched else ""
+            if watched and not clean:
+                self._start.say(why)
+        self._tell(status, why)
+        if clean and "ready" in self._moments:
+            self._save()
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
         """Do ``work``, and log its errors: none of ours is the command's."""
@@ -327,10 +331,11 @@ class Follower:
 
     # -- where the time went ---------------------------------------------------------------------------------------
 
-    def _tell(self) -> None:
-        """Print the table and write the report file, once."""
+    def _tell(self, status: int | None = None, why: str = "") -> None:
+        """Print the table, of one that was ready, and write the report file, once. ``status`` of a command that has
+        ended, ``why`` it never was ready."""
         start = self._start
-        if self._told or "ready" not in self._moments or (start.options.quiet and not start.options.report):
+        if self._told or ((start.options.quiet or why) and not start.options.report):
             return
         self._told = True
         from instantstart_fs.startup import report
@@ -338,13 +343,14 @@ class Follower:
         record = None
         try:
             record = report.record_of(start.socket, start.pipeline, start.identity)
-        except InstantStartError as error:
-            start.warn(f"where its time went is not known: {error.message}")
-        for line in report.lines(start, self._moments, self._listening.log.phases, record):
+        except Exception as error:  # an answer of another release's daemon, say: the rest is known
+            start.warn(f"where its time went is not known: {getattr(error, 'message', None) or error}")
+        phases = self._listening.log.phases
+        for line in () if why else report.lines(start, self._moments, phases, record):
             start.say(line)
         if start.options.report:
             try:
-                report.write(start, self._moments, self._listening.log.phases, record, start.options.report)
+                report.write(start, self._moments, phases, record, start.options.report, status=status, why=why)
             except OSError as error:
                 start.warn(f"--report: {start.options.report}: {error.strerror or error}")
 

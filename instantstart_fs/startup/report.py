@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -69,14 +70,24 @@ def _ended(record: ColdStart) -> ColdStart:
 
 
 def write(
-    start: Start, moments: Mapping[str, int], engine: Mapping[str, float], record: ColdStart | None, path: str
+    start: Start,
+    moments: Mapping[str, int],
+    engine: Mapping[str, float],
+    record: ColdStart | None,
+    path: str,
+    *,
+    status: int | None = None,
+    why: str = "",
 ) -> None:
-    """Write the report for scripts. Raises OSError."""
+    """Write the report for scripts. ``status`` of a command that has ended, ``why`` it is no start that succeeded.
+    Raises OSError."""
     found = {
         "pipeline": start.pipeline,
         "start": start.identity,
         "seconds": {name: round((at - start.began_ns) / 1e9, 3) for name, at in moments.items()},
-        "command_after": round(start.spawned - start.began, 6),
+        "command_after": round(start.spawned - start.began, 6) if start.spawned else None,
+        "status": status,
+        "failed": why or None,
         "startup_cache": {
             "outcome": start.outcome,
             "number": start.restored["number"] if start.restored is not None else None,
@@ -87,7 +98,12 @@ def write(
         "record": as_plain(record) if record is not None else None,
     }
     temporary = f"{path}.tmp-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(found, file, indent=2)
-        file.write("\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=2)
+            file.write("\n")
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

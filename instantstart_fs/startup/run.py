@@ -61,6 +61,7 @@ def run(options: Options) -> int:
         command.block()
         _give_up(start)
         if isinstance(error, Interrupted):
+            _report_refused(start, 128 + error.number, "a signal ended the start before its command ran")
             return 128 + error.number
         command.release()  # the advice may wait for the daemon, and ^C ends that
         if isinstance(error, PipelineNotFound):
@@ -68,6 +69,7 @@ def run(options: Options) -> int:
 
             with contextlib.suppress(InstantStartError, OSError), Client(start.socket) as client:
                 error = with_advice(client, error, start.pipeline)
+        _report_refused(start, None, getattr(error, "message", "") or f"{type(error).__name__}: {error}")
         raise error
     inherited = (start.view.descriptor,) if start.view is not None else ()
     status = command.start(options.command, start.environment, listening.streams)
@@ -76,6 +78,7 @@ def run(options: Options) -> int:
         os.set_inheritable(descriptor, False)
     if status:
         _give_up(start)
+        _report_refused(start, status, f"{options.command[0]} cannot be run")
         return status
     beside = follower.Follower(start, command, listening, wire)
     beside.begin()
@@ -86,7 +89,7 @@ def run(options: Options) -> int:
 def _prepare(start: Start) -> Wire:
     """All that is done before the command; the connection that has the lease. Raises PipelineNotFound,
     PermissionRefused, and DaemonUnreachable where no daemon gives the lease."""
-    wire = Wire(start.socket)
+    wire = Wire(start.socket, say=start.warn)
     _prepare_view(start)
     try:
         _restore(start, wire)
@@ -99,14 +102,14 @@ def _prepare(start: Start) -> Wire:
         said = error.message if isinstance(error, InstantStartError) else f"{type(error).__name__}: {error}"
         start.do_without(f"no startup cache: {said}")
         wire.close()
-        wire = Wire(start.socket)
+        wire = Wire(start.socket, say=start.warn)
     if start.outcome == "not-owner":
         start.leave_view()  # nothing of it would be kept
     try:
         wire.ask("lease", pipeline=start.pipeline)
     except DaemonUnreachable:  # it is being restarted
         wire.close()
-        wire = Wire(start.socket)
+        wire = Wire(start.socket, say=start.warn)
         try:
             wire.ask("lease", pipeline=start.pipeline)
         except BaseException:
@@ -179,9 +182,10 @@ def _prepare_view(start: Start) -> None:
         return
     named = [(layout.name, layout.variable, layout.skip) for layout in LAYOUTS]
     named += [(f"{USER_LAYOUT}{at}", name, ()) for at, name in enumerate(options.caches, 1)]
+    theirs = [variable for _, variable, _ in named if start.environment.get(variable)]
     for name, variable, skip in named:
         path = os.path.join(view.path, name)
-        if start.environment.get(variable):
+        if variable in theirs:
             continue  # the user's own choice: it is neither restored nor saved
         try:
             os.makedirs(path, 0o700, exist_ok=True)
@@ -194,6 +198,11 @@ def _prepare_view(start: Start) -> None:
             start.environment[variable] = path
             start.led[name] = variable
         start.layouts[name] = skip
+    if theirs:
+        start.say(
+            f"set already, and left alone: {', '.join(theirs)}; what lies there is neither restored nor kept. "
+            "Without the variable it is"
+        )
 
 
 def _restore(start: Start, wire: Wire) -> None:
@@ -206,6 +215,7 @@ def _restore(start: Start, wire: Wire) -> None:
         start.leave_view()
     restore = bool(start.layouts) and not options.no_restore
     damaged: list[int] = []
+    waits = _Once(start, f"waits for a startup cache that the daemon still looks for, {BEGIN_AT_MOST:g} s at most")
     for _ in range(TRIES):
         answer = wire.ask(
             "startup-begin",
@@ -217,6 +227,7 @@ def _restore(start: Start, wire: Wire) -> None:
             requested_ns=_requested_ns(options),
             seconds=BEGIN_SECONDS,
             at_most=BEGIN_AT_MOST,
+            progress=waits,
         )
         start.identity, start.generation = str(answer["start"]), str(answer["generation"])
         start.mount, start.outcome = str(answer["mount"]), str(answer["outcome"])
@@ -270,6 +281,31 @@ def _requested_ns(options: Options) -> int | None:
     with contextlib.suppress(UsageError):
         return parse_time(given)
     return None
+
+
+class _Once:
+    """Says something the first time that it is called."""
+
+    def __init__(self, start: Start, text: str) -> None:
+        self._start = start
+        self._text = text
+
+    def __call__(self) -> None:
+        if self._text:
+            self._start.say(self._text)
+        self._text = ""
+
+
+def _report_refused(start: Start, status: int | None, why: str) -> None:
+    """Write the report of a start whose command did not run. Never raises."""
+    if not start.options.report:
+        return
+    try:
+        from instantstart_fs.startup import report
+
+        report.write(start, {}, {}, None, start.options.report, status=status, why=why)
+    except Exception as error:
+        start.warn(f"--report: {start.options.report}: {getattr(error, 'strerror', None) or error}")
 
 
 def _give_up(start: Start) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from instantstart_fs.errors import ControlProtocolError, DaemonUnreachable, from_code
 from instantstart_fs.ipc import fd_passing
@@ -19,19 +19,25 @@ if TYPE_CHECKING:
 ANSWER_SECONDS = 50.0
 RESTART_SECONDS = 20.0
 """Seconds to wait for a daemon that is not there: it restarts, or the machine comes up."""
+SAID_AFTER = 1.0
+"""Seconds after which who waits for it says so."""
 MAX_DESCRIPTORS = 64
 """The most descriptors of one message: control.protocol.MAX_HANDED_FILES, two each."""
 MAX_ANSWER = 16 * 1024 * 1024
 
 
 class Wire:
-    """One connection to the daemon. Raises the errors of control.client.Client."""
+    """One connection to the daemon. Raises the errors of control.client.Client. ``say`` is told once that the daemon
+    is waited for."""
 
-    def __init__(self, path: str, *, patience: float = RESTART_SECONDS) -> None:
+    def __init__(
+        self, path: str, *, patience: float = RESTART_SECONDS, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.path = path
         self._pending = b""
         self.descriptors: list[int] = []
-        end = time.monotonic() + patience
+        began, said = time.monotonic(), False
+        end = began + patience
         while True:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             self._socket.settimeout(ANSWER_SECONDS)
@@ -45,11 +51,26 @@ class Wire:
                         f"{path}: {error.strerror or error}; start a daemon (`systemctl start instantstart`, or "
                         "`instantstart start`) or name its socket with --socket"
                     ) from error
+                if not said and time.monotonic() >= began + SAID_AFTER:
+                    said = True
+                    say(
+                        f"waits for the daemon at {path} ({error.strerror or error}), {patience:g} s at most; "
+                        "`systemctl start instantstart` or `instantstart start` starts one, --socket names another"
+                    )
             time.sleep(0.1)
 
-    def ask(self, operation: str, *, seconds: float = ANSWER_SECONDS, at_most: float = 0.0, **fields: object) -> Any:
+    def ask(
+        self,
+        operation: str,
+        *,
+        seconds: float = ANSWER_SECONDS,
+        at_most: float = 0.0,
+        progress: Callable[[], None] = lambda: None,
+        **fields: object,
+    ) -> Any:
         """The result; descriptors that came with it are in ``descriptors``. ``seconds``: for which it may say
-        nothing; ``at_most``: for all of it, 0 = as long as it says something."""
+        nothing; ``at_most``: for all of it, 0 = as long as it says something. ``progress`` is called each time that it
+        says that it is still at it."""
         end = time.monotonic() + at_most if at_most else float("inf")
         self._socket.settimeout(seconds)
         self.send(operation, **fields)
@@ -61,6 +82,8 @@ class Wire:
             message = self.receive()
             if message.get("type") == "done":
                 return message.get("result")
+            if message.get("type") == "progress":
+                progress()
 
     def send(self, operation: str, **fields: object) -> None:
         line = json.dumps({"v": 1, "request": {"op": operation, **fields}}).encode() + b"\n"

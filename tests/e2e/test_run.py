@@ -484,10 +484,17 @@ def test_it_sees_the_engine_become_ready_asks_for_a_token_and_says_where_the_tim
     assert json.loads(report.read_text())["record"]["start"] == record["start"]
 
 
-def test_an_engine_that_ends_before_it_is_ready_has_a_record_that_ends(site: Site) -> None:
-    site.run("sh", "-c", "exit 4", options=("--ready-url", f"http://127.0.0.1:{port()}/"))
+def test_an_engine_that_ends_before_it_is_ready_has_a_record_and_a_report(site: Site, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    site.run("sh", "-c", "exit 4", options=("--ready-url", f"http://127.0.0.1:{port()}/", "--report", str(report)))
     record = site.records()[0]
     assert (record["ready"], record["exit_status"]) == (None, 4) and record["ended_after"] is not None
+    found = json.loads(report.read_text())
+    assert (found["status"], found["seconds"], found["record"]["start"]) == (4, {}, record["start"])
+    assert found["failed"].startswith("the command ended with status 4 after") and "not ready" in found["failed"]
+    site.run("sh", "-c", "exit 0", options=("--report", str(report)))
+    found = json.loads(report.read_text())
+    assert (found["status"], found["failed"]) == (0, None) and "ready" in found["seconds"]
 
 
 def test_a_run_that_is_killed_leaves_a_record_that_ends_and_a_directory_that_is_not_reused_while_in_use(

@@ -597,6 +597,75 @@ def test_a_signal_ends_a_start_that_waits_for_its_daemon_at_once(tmp_path: Path,
         process.communicate()
 
 
+def refused(tmp_path: Path, *words: str, socket_name: str = "none.sock") -> tuple[dict[str, Any], str]:
+    """A start whose command does not run: its report, and what was said."""
+    report = tmp_path / "report.json"
+    command = ["run", "p", "--socket", str(tmp_path / socket_name), "--no-stage", "--report", str(report), "--", *words]
+    program = (
+        "import sys; from instantstart_fs.startup import options, run, wire\n"
+        "wire.Wire.__init__.__kwdefaults__['patience'] = 1.3\n"
+        f"sys.exit(run.run(options.plain({command!r})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "INSTANTSTART_STARTUP_DIR": str(tmp_path / "views")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode, done.stderr
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found, done.stderr
+
+
+def test_a_start_whose_daemon_does_not_come_says_what_it_waits_for_and_has_a_report(tmp_path: Path) -> None:
+    found, said = refused(tmp_path, "true")
+    waits = [line for line in said.splitlines() if "waits for the daemon" in line]
+    assert len(waits) == 1 and "none.sock (No such file or directory), 1.3 s at most" in waits[0]
+    assert "start a daemon" in found["failed"] and found["pipeline"] == "p"
+    assert (found["seconds"], found["status"], found["record"]) == ({}, None, None)
+
+
+def test_a_start_that_is_refused_or_whose_command_is_not_there_has_a_report(tmp_path: Path) -> None:
+    no_such = {"type": "failed", "code": "pipeline-not-found", "message": "there is no pipeline 'p'"}
+    OldDaemon(tmp_path / "refuses", {"startup-begin": no_such}).start()
+    assert "there is no pipeline" in refused(tmp_path, "true", socket_name="refuses")[0]["failed"]
+    OldDaemon(tmp_path / "gives", {}).start()
+    found, said = refused(tmp_path, "/nonexistent/engine", socket_name="gives")
+    assert found["status"] == 127 and "/nonexistent/engine" in found["failed"]
+    assert "waits for the daemon" not in said
+
+
+def test_the_daemon_that_still_looks_is_said_once(tmp_path: Path) -> None:
+    daemon = OldDaemon(tmp_path / "s", {"startup-begin": {"type": "done", "result": None}})
+    daemon.start()
+    found, calls = Wire(str(tmp_path / "s")), []
+    found._pending = b'{"type": "progress"}\n' * 3
+    found.ask("startup-begin", progress=lambda: calls.append(1))
+    assert len(calls) == 3
+    found.close()
+
+
+def test_variables_of_the_users_own_are_said_to_be_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for layout in enginetable.LAYOUTS:
+        monkeypatch.delenv(layout.variable, raising=False)
+    start = a_start(tmp_path)
+    running._prepare_view(start)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    monkeypatch.setenv("MINE", "/too")
+    for quiet in ((), ("--quiet",)):
+        start = a_start(tmp_path, "--cache", "MINE", *quiet)
+        running._prepare_view(start)
+        said = capsys.readouterr().err
+        assert "triton" not in start.layouts and start.environment["TRITON_CACHE_DIR"] == "/mine"
+        told = "set already, and left alone: TRITON_CACHE_DIR, MINE; what lies there is neither restored nor kept."
+        assert said == ("" if quiet else f"instantstart: p: {told} Without the variable it is\n")
+
+
 class OldDaemon(threading.Thread):
     """Answers as a daemon does that knows nothing of startup caches, or that says what ``answers`` has."""
 
