@@ -17,6 +17,7 @@ def spawn_module(
     pass_fds: Collection[int] = (),
     defaults: Mapping[str, str] | None = None,
     without: Collection[str] = (),
+    settings: Mapping[str, str] | None = None,
     **options: Any,
 ) -> subprocess.Popen[bytes]:
     """``python -m module``, from this very copy of the package, with this interpreter.
@@ -24,6 +25,7 @@ def spawn_module(
     Args:
         defaults: environment variables to set where they are not set.
         without: environment variables that the child must not inherit.
+        settings: environment variables to set, whatever they are here.
         options: as of ``subprocess.Popen``; stdin is /dev/null unless told otherwise.
 
     Raises:
@@ -32,6 +34,7 @@ def spawn_module(
     environment = {**(defaults or {}), **os.environ}
     for name in without:
         environment.pop(name, None)
+    environment |= settings or {}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_PACKAGE_ROOT, environment.get("PYTHONPATH"))))
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],

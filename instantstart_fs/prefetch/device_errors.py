@@ -28,18 +28,35 @@ _MEANINGS = (
     ("cuda error: unknown error", "the driver has failed; the kernel's log (`dmesg | grep -i nvrm`) says why"),
     ("mps client failed", "the control daemon of CUDA's MPS does not answer"),
     ("not compiled with cuda", "this build of torch is one for the CPU"),
+    ("no kernel image is available", "this build of torch has no code for this GPU: it is too old, or too new, for it"),
+    (
+        "error 304",
+        "the driver's device files cannot be used here: a container needs them passed in (`--gpus all`), and among them"
+        " /dev/nvidia-uvm",
+    ),
+    ("error 999", "the driver has failed; the kernel's log (`dmesg | grep -i nvrm`) says why"),
 )
 """(what the error holds, in lower case; what it means). The words are those of cudaGetErrorString and of torch."""
 
+_NO_OWNER = (
+    "the process that owns it has ended, or is in another container: CUDA needs one IPC and one PID namespace for both,"
+    " `--ipc=host --pid=host`"
+)
 _OPENING = (
-    ("invalid resource handle", "the process that owns it has ended"),
-    ("invalid device context", "the process that owns it has ended"),
-    ("mapping of buffer object", "the process that owns it has ended, or its memory does not fit this process"),
+    ("invalid resource handle", _NO_OWNER),
+    ("invalid device context", _NO_OWNER),
+    ("mapping of buffer object", f"{_NO_OWNER}, or its memory does not fit this process"),
+    (
+        "pidfd_",
+        "its owner's torch hands memory over by descriptors (expandable segments), which this process may not take",
+    ),
+    ("cudamallocasync does not", "this process uses the allocator cudaMallocAsync, which opens no other one's memory"),
     (
         "operation not supported",
         "this GPU does not let processes share memory: as between instances of MIG, or in some virtual machines",
     ),
     ("peer access is not supported", "it lies on a GPU that this one cannot reach"),
+    ("peer mapping resources exhausted", "this GPU is connected to as many others as it can be"),
 )
 """The same, of errors from opening another process's memory."""
 

@@ -21,8 +21,11 @@ from instantstart_fs.prefetch.plan import DevicePlan
 STOP_DEADLINE = 5.0
 """Seconds for a worker to end by itself before it is killed."""
 
-ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Meant for the engine. Expandable segments would hand memory over in another way, which needs the right to trace."""
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING")
+"""Meant for the engine: memory that another allocator than torch's own has made cannot be handed over."""
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+"""The worker's own, also where a release of torch makes them the default: expandable segments hand memory over by
+descriptors, which needs the right to trace the owner. Older releases know neither this name nor that default."""
 
 
 class WorkerStuck(Exception):
@@ -71,6 +74,7 @@ class DeviceWorker:
                     messages.encode(settings).decode(),
                     pass_fds=[theirs.fileno()],
                     without=ALLOCATOR_SETTINGS,
+                    settings=ALLOCATOR,
                 )
             except OSError as error:
                 ours.close()

@@ -17,12 +17,14 @@ import threading
 import time
 from typing import Any
 
+import msgspec
+
 from instantstart_fs.config.descriptors import NO_MORE
 from instantstart_fs.errors import InstantStartError, OutOfBudget, PrefetchError
 from instantstart_fs.ipc import fd_passing
 from instantstart_fs.prefetch import messages
 from instantstart_fs.prefetch.backends import choose
-from instantstart_fs.prefetch.backends.base import Backend, Item
+from instantstart_fs.prefetch.backends.base import Backend, Item, Refusals
 from instantstart_fs.prefetch.device_errors import first_line, meaning, no_device
 from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.memory import Memfd, mapped
@@ -66,6 +68,7 @@ class Worker:
         self._progress: dict[int, list[float]] = {}
         self._progress_lock = threading.Lock()
         self._backend: Backend | None = None
+        self._ready: Ready
         self._place = ""
         self._device_bytes: dict[int, int] = {}
         self._still_open = False
@@ -110,11 +113,18 @@ class Worker:
         free = None
         if self._cuda:
             self._check_device()
-        self._backend, refusals = choose(settings.backends, settings.device, settings.readers, settings.rate)
+        self._backend, refusals = choose(
+            settings.backends, settings.device, settings.readers, settings.rate, self._changed
+        )
         if self._cuda:
             free = int(self._torch.cuda.mem_get_info(settings.device)[0])
         self._place = place_of(settings.device)
-        self._send(Ready(self._backend.name, refusals, free, self._place, self._backend.streams))
+        self._ready = Ready(self._backend.name, refusals, free, self._place, self._backend.streams)
+        self._send(self._ready)
+
+    def _changed(self, backend: str, refusals: Refusals) -> None:
+        """Tell that another backend goes on. It gets its files from the first one, whole ones where that took such."""
+        self._send(msgspec.structs.replace(self._ready, backend=backend, refusals=refusals))
 
     def _check_device(self) -> None:
         torch, device = load_torch(), self._settings.device

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from instantstart_fs.prefetch import start
+from instantstart_fs.prefetch.device_errors import explained
 from tests.harness import REPOSITORY
 
 WORKERS = """
@@ -176,6 +177,73 @@ def test_a_second_process_that_may_not_have_the_devices_memory_says_why(tmp_path
     assert "another process has this GPU for itself" in exclusive and "nvidia-smi -c DEFAULT" in exclusive, exclusive
     assert "does not let processes share memory" in mig and "MIG" in mig, mig
     assert good == 300_000
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("state", [{}, {"EXPANDABLE": "1"}], ids=["asked for", "by default"])
+def test_memory_is_handed_over_though_the_engines_allocator_has_expandable_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, str]
+) -> None:
+    """They would be handed over by descriptors, which only a process that may trace the worker gets."""
+    pytest.importorskip("torch")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if not state else ():
+        monkeypatch.setenv(name, "expandable_segments:True")
+    weights = tmp_path / "m" / "w.bin"
+    weights.parent.mkdir()
+    weights.write_bytes(b"\1" * 300_000)
+    assert json.loads(python(TWO, tmp_path, str(weights.parent), json.dumps([{}]), **state)) == 300_000
+
+
+GDS = """
+import json, sys
+from instantstart_fs.prefetch import DirectorySource, Stager, plan
+source = DirectorySource(sys.argv[1])
+with Stager(source, backend="gds").start(plan(source.weights, None, ["cuda:0"])) as stage:
+    stage.wait(60)
+    report = stage.progress()[0]
+    equal = all(bytes(stage.bytes_of(path).tolist()) == open(f"{sys.argv[1]}/{path}", "rb").read()
+                for path in stage.paths)
+    print(json.dumps([report.backend, report.refusals, equal, report.bytes]))
+"""
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("state", ["works", "fails"])
+def test_what_cufile_cannot_read_after_all_is_read_by_another_backend_which_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "m").mkdir()
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / "m" / name).write_bytes(os.urandom(300_000))
+    (tmp_path / "cufile.json").write_text('{"properties": {"use_pci_p2pdma": true}}')
+    monkeypatch.setenv("CUFILE_ENV_PATH_JSON", str(tmp_path / "cufile.json"))
+    backend, refusals, equal, count = json.loads(python(GDS, tmp_path, str(tmp_path / "m"), GDS=state))
+    assert equal and count == 600_000
+    if state == "works":
+        assert (backend, refusals) == ("gds", [])
+    else:
+        ((name, why),) = refusals
+        assert (backend, name) == ("direct", "gds") and why.startswith("cuFile failed at "), refusals
+        assert "not supported on current file system" in why
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("CUDA error: invalid device context", "--pid=host"),
+        ("CUDA error: invalid resource handle", "has ended, or is in another container"),
+        ("CUDA error: mapping of buffer object failed", "does not fit this process"),
+        ("pidfd_getfd: Operation not permitted", "expandable segments"),
+        ("CUDA error: peer mapping resources exhausted", "as many others as it can be"),
+        ("CUDA error: no kernel image is available for execution on the device", "has no code for this GPU"),
+        ("Error 304: OS call failed or operation not supported on this OS", "/dev/nvidia-uvm"),
+    ],
+)
+def test_what_keeps_memory_from_being_opened_is_said_with_its_remedy(error: str, says: str) -> None:
+    found = explained(RuntimeError(f"{error}\nCompile with TORCH_USE_CUDA_DSA"), opening=not error.startswith("Error"))
+    assert found.startswith(f"{error} (") and says in found and "DSA" not in found
 
 
 def test_weights_that_go_to_the_cpu_though_there_is_a_gpu_are_not_staged_there_in_silence(

@@ -23,9 +23,11 @@ What can be wrong with a device, each by a variable that begins with INSTANTSTAR
     EXCLUSIVE=1     compute mode Exclusive_Process: the first process has the device for itself
     MIG=1           every process sees one instance of its own of the first GPU, under that GPU's UUID
     PEERS=0         no device can reach another one's memory
+    GDS=works       torch.cuda.gds reads files; GDS=fails: cuFile does not know their filesystem
     DRIVER=text     there is no device, and torch.cuda.init says this
     FORMAT=2        the version of the handles that this torch makes, and the newest that it understands (3)
     TORCH=2.11.0    the release that torch says it is
+    EXPANDABLE=1    a torch whose allocator makes expandable segments unless PYTORCH_ALLOC_CONF says otherwise
 
 INSTANTSTART_FAKE_MISSING names packages that cannot be imported, with or without the device: as on a bare machine.
 """
@@ -271,7 +273,7 @@ class Device:
             raise RuntimeError("CUDA error: invalid argument (no memory of the device)")
         _, (block, size, fd, number) = found
         said = [f"/proc/{os.getpid()}/fd/{fd}", instance(), uuids()[number]]
-        handle = bytes([FORMAT]) + b"c" + json.dumps(said).encode()
+        handle = bytes([FORMAT]) + (b"e" if expandable() else b"c") + json.dumps(said).encode()
         with self._lock:
             self._count += 1
             reference = f"{block}.{self._count}"
@@ -284,6 +286,8 @@ class Device:
             raise RuntimeError(
                 "received sharable handle from a future version of torch that this version does not know"
             )
+        if handle[1:2] == b"e":
+            raise RuntimeError("pidfd_getfd: Operation not permitted")
         path, owner, uuid = json.loads(handle[2:])
         if owner != instance():
             raise RuntimeError("CUDA error: operation not supported")
@@ -303,6 +307,12 @@ class Device:
 def instance() -> str:
     """The instance of MIG that this process has: each process tree begun with a variable of another value another."""
     return setting("MIG")
+
+
+def expandable() -> bool:
+    """Whether memory is made so that it is handed over by descriptors."""
+    said = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+    return "expandable_segments:True" in said or bool(setting("EXPANDABLE") and "expandable_segments" not in said)
 
 
 def perform(copies: list[Any]) -> None:
@@ -406,7 +416,13 @@ def install(torch: Any) -> None:
     def properties(which: Any = 0) -> SimpleNamespace:
         if setting("DRIVER"):
             raise RuntimeError(setting("DRIVER"))
-        return SimpleNamespace(uuid=uuids()[index(which)], total_memory=TOTAL, name="fake device", major=9, minor=0)
+        return SimpleNamespace(
+            uuid=uuids()[index(which)],
+            total_memory=TOTAL,
+            name="fake device (no GPU: its rates say nothing)",
+            major=9,
+            minor=0,
+        )
 
     def init() -> None:
         fail_at("init")
@@ -439,6 +455,14 @@ def install(torch: Any) -> None:
     def set_device(which: Any) -> None:
         device.current = which if isinstance(which, int) else number_of(which) or 0
 
+    def load_storage(fd: int, storage: Any, offset: int) -> None:
+        if setting("GDS") == "fails":
+            raise RuntimeError("cuFileHandleRegister failed: GPUDirect Storage not supported on current file system")
+        buffer = mmap.mmap(-1, -(-storage.nbytes() // mmap.PAGESIZE) * mmap.PAGESIZE)  # O_DIRECT wants whole pages
+        count = os.preadv(fd, [buffer], offset)
+        into = plain_empty(0, dtype=torch.uint8).set_(storage)
+        into.copy_(torch.frombuffer(bytearray(buffer[:count]), dtype=torch.uint8))
+
     def nothing(*_: object) -> None: ...
 
     torch.empty, torch.Tensor.to, torch.empty_like = empty, to, empty_like
@@ -465,6 +489,9 @@ def install(torch: Any) -> None:
     }  # fmt: skip
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
+    if setting("GDS"):
+        torch._C._gds_register_handle, torch._C._gds_deregister_handle = lambda fd: fd, nothing
+        torch._C._gds_load_storage = load_storage
 
 
 class AfterTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):

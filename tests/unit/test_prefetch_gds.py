@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from instantstart_fs.prefetch.backends import gds
-from instantstart_fs.prefetch.backends.base import Item
+from instantstart_fs.prefetch.backends.base import Backend, Item
 from instantstart_fs.prefetch.backends.gds import Gds, GdsProbe, probe
 from tests.harness import random_file
 
@@ -26,9 +26,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def nobody(reason: str) -> Backend:
+    raise AssertionError(reason)
+
+
 def refused(found: GdsProbe) -> str | None:
-    assert Gds("cuda:0").refusal() == (None if found.usable and found.native else found.reason)
-    return Gds("cuda:0").refusal()
+    assert Gds("cuda:0", nobody).refusal() == (None if found.usable and found.native else found.reason)
+    return Gds("cuda:0", nobody).refusal()
 
 
 def test_a_silent_compatibility_mode_is_reported_and_refused(machine: Path) -> None:
@@ -57,7 +61,7 @@ def test_without_driver_and_compatibility_mode_nothing_can_be_called(machine: Pa
 
 
 def test_the_cpu_has_none_of_it() -> None:
-    assert Gds("cpu").refusal() == "only for CUDA devices"
+    assert Gds("cpu", nobody).refusal() == "only for CUDA devices"
 
 
 def test_a_short_read_is_told_even_where_the_bytes_lay_already(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, int]]:
 
 def test_memory_that_cannot_be_opened_is_let_go(counted: list[tuple[bytes, int]]) -> None:
     with pytest.raises(
-        PrefetchError, match=r"CUDA error: invalid device context \(the process that owns it has ended\)$"
+        PrefetchError, match=r"CUDA error: invalid device context \(the process that owns it has ended, or .*\)$"
     ):
         tensors.from_ipc(HANDLE, 4096)
     assert counted == [(b"\xbb", 7)]

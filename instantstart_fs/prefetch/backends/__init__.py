@@ -8,7 +8,7 @@ gds      GPUDirect Storage through torch.cuda.gds; only when it is asked for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from instantstart_fs.errors import UsageError
 from instantstart_fs.prefetch.backends.base import Backend, Refusals
@@ -29,17 +29,27 @@ def order(wanted: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((wanted, "direct", "mmap")))
 
 
-def choose(names: Sequence[str], device: str, readers: int, rate: float) -> tuple[Backend, Refusals]:
+def choose(
+    names: Sequence[str], device: str, readers: int, rate: float, changed: Callable[[str, Refusals], None]
+) -> tuple[Backend, Refusals]:
     """The first that does not refuse, and the refusals of those before it. ``mmap`` refuses nothing that can be served
-    at all. Raises what makes the device itself unusable."""
+    at all. ``changed``: told the name of the backend that goes on where the chosen one fails later, and all refusals.
+    Raises what makes the device itself unusable."""
     refusals: list[tuple[str, str]] = []
+
+    def instead(reason: str) -> Backend:
+        rest = [name for name in names if name != "gds"]
+        other, more = choose(rest, device, readers, rate, changed)
+        changed(other.name, (("gds", reason), *more))
+        return other
+
     for name in names:
         cuda = device.startswith("cuda")
         backend: Backend
         if name == "direct":
             backend = DirectCuda(device, readers, rate) if cuda else DirectCpu(readers, rate)
         elif name == "gds":
-            backend = Gds(device)
+            backend = Gds(device, instead)
         else:
             backend = Mapped(device, rate)
         reason = backend.refusal()

@@ -1,7 +1,8 @@
 """The backend for GPUDirect Storage, by torch.cuda.gds. It is used only when asked for, and after a probe.
 
 cuFile falls back to a compatibility mode (bounce buffers, slower than the built-in backend) without a word when its
-kernel side is missing, so the probe looks for what says which way bytes would go, and such a place is refused.
+kernel side is missing, so the probe looks for what says which way bytes would go, and such a place is refused. What no
+probe sees (a filesystem that cuFile does not know) shows with the first file: then another backend goes on.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import os
 import queue
 import re
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from instantstart_fs.prefetch.backends.base import Item
+from instantstart_fs.prefetch.backends.base import Backend, Item
+from instantstart_fs.prefetch.device_errors import explained
 from instantstart_fs.prefetch.libtorch import load_torch
 from instantstart_fs.prefetch.plan import BLOCK
 
@@ -62,13 +65,15 @@ def _configuration() -> tuple[bool, bool]:
 
 
 class Gds:
-    """Reads whole files, one after another: cuFile splits and overlaps by itself."""
+    """Reads whole files, one after another: cuFile splits and overlaps by itself. ``instead``: gives the backend that
+    goes on once cuFile has failed, for a reason."""
 
     name = "gds"
     streams = False
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, instead: Callable[[str], Backend]) -> None:
         self._device = device
+        self._instead = instead
         self._queue: queue.PriorityQueue[tuple[int, int, Item]] = queue.PriorityQueue()
         self._thread: threading.Thread | None = None
 
@@ -85,22 +90,32 @@ class Gds:
         self._queue.put((item.order, item.number, item))
 
     def _run(self) -> None:
-        torch = load_torch()
+        other: Backend | None = None
         while True:
             item = self._queue.get()[2]
             try:
-                torch.cuda.set_device(self._device)
-                if item.direct is None:
-                    raise RuntimeError("its filesystem knows no O_DIRECT")
-                end = spoil_end(torch, item)
-                torch.cuda.synchronize()
-                load(torch, item.direct, item.target)
-                torch.cuda.synchronize()
-                check_end(torch, item, end)
+                if other is None:
+                    try:
+                        self._read(item)
+                        continue
+                    except RuntimeError as error:
+                        other = self._instead(f"cuFile failed at {item.path}: {explained(error)}")
+                other.submit(item)
             except Exception as error:
                 item.fail(error)
-                continue
-            item.moved(0, item.size)
+
+    def _read(self, item: Item) -> None:
+        """Raises RuntimeError where cuFile cannot."""
+        torch = load_torch()
+        torch.cuda.set_device(self._device)
+        if item.direct is None:
+            raise RuntimeError("its filesystem knows no O_DIRECT")
+        end = spoil_end(torch, item)
+        torch.cuda.synchronize()
+        load(torch, item.direct, item.target)
+        torch.cuda.synchronize()
+        check_end(torch, item, end)
+        item.moved(0, item.size)
 
 
 def spoil_end(torch: Any, item: Item) -> Any:

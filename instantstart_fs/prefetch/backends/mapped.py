@@ -18,6 +18,12 @@ class Mapped(Threaded):
         self._memory: mmap.mmap | None = None
         self._owner = -1
 
+    def _run(self) -> None:
+        if self._device.startswith("cuda"):
+            # A thread begins on device 0, where its first copy could make a context.
+            load_torch().cuda.set_device(self._device)
+        super()._run()
+
     def _read(self, item: Item, start: int, end: int) -> None:
         if item.failed:
             self._memory = None
