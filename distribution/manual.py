@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.completion import get_completion_script
 
 from instantstart_fs import __version__
+from instantstart_fs.cli import completion_scripts
 from instantstart_fs.cli.app import app
 
 NAME = "instantstart"
@@ -122,8 +122,7 @@ def write(directory: Path) -> None:
     """All of it below ``directory``."""
     texts = {f"man/man1/{NAME}.1": page()}
     for shell, path in COMPLETIONS:
-        variable = f"_{NAME.upper()}_COMPLETE"
-        texts[path] = get_completion_script(prog_name=NAME, complete_var=variable, shell=shell) + "\n"
+        texts[path] = completion_scripts.script(shell)
     for path, text in texts.items():
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / path).write_text(text)

@@ -8,9 +8,10 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from typer import Exit
 from typer.core import TyperCommand, TyperGroup
 
-from instantstart_fs.cli import terminal
+from instantstart_fs.cli import completion_scripts, terminal
 from instantstart_fs.config import places
 from instantstart_fs.core.humanize import did_you_mean
 from instantstart_fs.errors import UsageError, printable, without_secrets
@@ -39,6 +40,8 @@ ANSWERS = {
     "gc": "`evict ID` frees its bytes, `remove ID` forgets it; of the region's tier: `regional gc`",
 }
 """Commands that do not exist here, and what to do instead."""
+OFFERED_HELP = 80
+"""Characters of a command's help that a shell shows after TAB."""
 
 
 def _epilog() -> str:
@@ -84,12 +87,23 @@ class Verbs(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["instantstart.line"] = [*args]
+        if not ctx.resilient_parsing and (wanted := completion_scripts.asked(args)) is not None:
+            print(completion_scripts.answer(*wanted), end="" if wanted[0] == completion_scripts.SHOW else "\n")
+            raise Exit
         with _complaints(ctx):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         with _complaints(ctx):
             return super().invoke(ctx)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Offer commands with a help that is hardly ever cut. rich takes what stands in brackets for its markup."""
+        offered = super().shell_complete(ctx, incomplete)
+        for item in offered:
+            if (command := self.commands.get(item.value)) is not None:
+                item.help = command.get_short_help_str(OFFERED_HELP).replace("[", r"\[")
+        return offered
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
-"""What shells are offered after TAB: the real protocol of each shell, real bash where it is, a scripted daemon."""
+"""What shells are offered after TAB: the real protocol of each shell, the real shells where they are, a scripted
+daemon."""
 
 from __future__ import annotations
 
 import os
+import pty
+import select
 import shutil
 import socket
 import subprocess
@@ -14,7 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from instantstart_fs.cli import run
+from instantstart_fs.cli.completion_scripts import script
 from instantstart_fs.control.protocol import Done, Names, decode_request, encode_response
+from tests.harness import REPOSITORY
 
 IDS = ["my-asr", "my-llm", "other"]
 VERBS = ["status", "release"]
@@ -132,24 +138,128 @@ def test_a_daemon_that_says_nothing_keeps_nobody_waiting(tmp_path: Path) -> None
     stuck.close()
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_bash_itself_takes_the_script_and_the_answer(daemon: Daemon, tmp_path: Path) -> None:
+# -- real shells -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(daemon: Daemon, tmp_path: Path) -> dict[str, str]:
+    """The environment of somebody with an empty home directory, whose PATH finds the program."""
     program = tmp_path / "bin" / "instantstart"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m instantstart_fs.cli "$@"\n')
     program.chmod(0o755)
-    script = (
-        'eval "$(instantstart --show-completion bash)"\n'
-        "COMP_WORDS=(instantstart prefetch my-l); COMP_CWORD=2\n"
-        "_instantstart_completion instantstart my-l prefetch\n"
-        'printf "%s\\n" "${COMPREPLY[@]}"'
-    )
-    environment = {
-        **os.environ,
+    (tmp_path / "home").mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ZDOTDIR"))}
+    return {
+        **kept,
         "PATH": f"{program.parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path / "home"),
+        "TERM": "dumb",
+        "PYTHONPATH": str(REPOSITORY),
         "INSTANTSTART_SOCKET": str(daemon.path),
     }
-    found = subprocess.run(
-        ["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True, timeout=30, check=False
+
+
+def shell_or_skip(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+
+
+def run_in(environment: dict[str, str], *command: str) -> str:
+    done = subprocess.run(
+        command, env=environment, cwd=environment["HOME"], capture_output=True, text=True, timeout=60, check=False
     )
-    assert (found.stdout, found.stderr) == ("my-llm\n", "")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def press_tab(environment: dict[str, str], shell: str, line: str, awaited: str) -> str:
+    """Type ``line`` and one TAB in an interactive shell; what it shows, at the latest once ``awaited`` is in it."""
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", shell, "-i"],
+        env=environment,
+        cwd=environment["HOME"],
+        stdin=other_end,
+        stdout=other_end,
+        stderr=other_end,
+    )
+    os.close(other_end)
+    shown = ""
+
+    def show(until: str) -> None:
+        nonlocal shown
+        end = time.monotonic() + 30
+        while until not in shown and (left := end - time.monotonic()) > 0:
+            if select.select([terminal], [], [], left)[0]:
+                try:
+                    shown += os.read(terminal, 65536).decode(errors="replace")
+                except OSError:  # the shell has ended
+                    return
+
+    try:
+        os.write(terminal, b"echo its-'prompt'\n")  # before it is there, a TAB is only a character
+        show("its-prompt")
+        shown = shown.rpartition("its-prompt")[2]
+        os.write(terminal, f"{line}\t".encode())
+        show(awaited)
+        return shown
+    finally:
+        process.kill()
+        process.wait(10)
+        os.close(terminal)
+
+
+@pytest.mark.parametrize(("shell", "line"), [("bash", "rm my-l"), ("zsh", "prefetch my-l")])
+def test_the_first_tab_in_a_shell_completes(shell: str, line: str, home: dict[str, str]) -> None:
+    shell_or_skip(shell)
+    said = run_in(home, "instantstart", "--install-completion", shell)
+    assert said.startswith(f"{shell} completes instantstart")
+    assert "my-llm " in press_tab(home, shell, f"instantstart {line}", "my-llm ")
+
+
+def test_zsh_shows_help_whole_and_takes_the_script_by_source_too(home: dict[str, str]) -> None:
+    shell_or_skip("zsh")
+    start = 'autoload -Uz compinit; compinit\neval "$(instantstart --show-completion zsh)"\n'
+    Path(home["HOME"], ".zshrc").write_text(start)
+    shown = press_tab(home, "zsh", "instantstart re", "its bytes.")
+    assert "The region's tier of weights ([regional])." in shown and "Remove a pipeline and its bytes." in shown
+    assert "--json " in press_tab(home, "zsh", "instantstart evict --js", "--json ")
+    Path(home["HOME"], "a-model").mkdir()
+    assert "./a-model/" in press_tab(home, "zsh", "instantstart add new ./a-", "./a-model/")
+
+
+def test_fish_completes(home: dict[str, str]) -> None:
+    shell_or_skip("fish")
+    run_in(home, "instantstart", "--install-completion", "fish")
+
+    def offered(line: str) -> list[str]:
+        return run_in(home, "fish", "-c", f"complete -C '{line}'").splitlines()
+
+    assert offered("instantstart prefetch my-l") == ["my-llm"]
+    assert offered("instantstart evict --js") == ["--json\tPrint JSON (see docs/CONFIGURATION.md)."]
+    assert "regional\tThe region's tier of weights ([regional])." in offered("instantstart re")
+    Path(home["HOME"], "a-model").mkdir()
+    assert offered("instantstart add new ./a-") == ["./a-model/"]
+
+
+@pytest.mark.parametrize("written", ["{option} {shell}", "{option}={shell}"])
+@pytest.mark.parametrize(("shell", "mark"), [("bash", "complete -o"), ("zsh", "#compdef"), ("fish", "--no-files")])
+def test_the_shell_that_is_named_is_the_one_whose_script_is_shown(
+    shell: str, mark: str, written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever shell this is typed in: a packager's is `sh`."""
+    assert run(written.format(option="--show-completion", shell=shell).split()) == 0
+    assert mark in capsys.readouterr().out
+
+
+def test_a_shell_that_is_none_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--install-completion", "fihs"]) == 2
+    assert "none of bash, zsh, fish (did you mean 'fish'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_without_a_name_it_is_the_shell_that_it_is_typed_in(shell: str, home: dict[str, str]) -> None:
+    shell_or_skip(shell)
+    shown = run_in({**home, "SHELL": "/bin/none"}, shell, "-c", "instantstart --show-completion; true")
+    assert shown == script(shell)
