@@ -26,7 +26,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAX_REQUEST = 1 << 18
 """Bytes of arguments and environment together; /proc/sys/net/core/wmem_default is 212,992 where nobody raised it."""
-PYTHONS = ("PYTHON", "LC_", "LANG")
+PYTHONS = ("PYTHON", "LC_", "LANG", "LD_PRELOAD")
 """Environment that counts when an interpreter starts: a command that differs in it gets a process of its own."""
 
 _lock = threading.Lock()

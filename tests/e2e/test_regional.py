@@ -48,7 +48,12 @@ class Site:
         self.daemons: list[Daemon] = []
 
     def host(
-        self, name: str, origins: dict[str, Any] | None = None, more: dict[str, Any] | None = None, **regional: Any
+        self,
+        name: str,
+        origins: dict[str, Any] | None = None,
+        more: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+        **regional: Any,
     ) -> Daemon:
         config: dict[str, Any] = {
             "fill": {"chunk_size": "1MiB"},
@@ -67,7 +72,11 @@ class Site:
         daemon = Daemon(
             self.directory / name,
             config=config,
-            env={"AWS_ACCESS_KEY_ID": self.seaweed.access_key, "AWS_SECRET_ACCESS_KEY": self.seaweed.secret_key},
+            env={
+                "AWS_ACCESS_KEY_ID": self.seaweed.access_key,
+                "AWS_SECRET_ACCESS_KEY": self.seaweed.secret_key,
+                **(env or {}),
+            },
         )
         self.daemons.append(daemon)
         daemon.start()
