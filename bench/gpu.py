@@ -86,7 +86,9 @@ def consumer() -> None:
     from instantstart_fs.prefetch.tensors import from_ipc, views
 
     torch.cuda.init()
-    torch.empty(1, device=DEVICE)
+    # Kernels load with their first use, and are not what a hand-over takes.
+    sum_of(torch, torch.empty(2 * MIB, dtype=torch.uint8, device=DEVICE))
+    torch.cuda.empty_cache()
     kept: list[Any] = []
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
@@ -109,8 +111,8 @@ def consumer() -> None:
 
 
 def sum_of(torch: Any, data: Any) -> int:
-    """The sum of a uint8 tensor's bytes, 16 MiB at a time: torch makes a copy of eight times what it adds up."""
-    step = 16 * MIB
+    """The sum of a uint8 tensor's bytes, 2 MiB at a time: torch makes a copy of eight times what it adds up."""
+    step = 2 * MIB
     return sum(int(data[at : at + step].sum(dtype=torch.int64).item()) for at in range(0, len(data), step))
 
 
@@ -698,7 +700,13 @@ class Run:
         """A second process that CUDA_VISIBLE_DEVICES names the same GPU to otherwise: a hand-over goes by UUID."""
         uuid = str(self.torch.cuda.get_device_properties(DEVICE).uuid).removeprefix("GPU-")
         last = self.torch.cuda.device_count() - 1
-        visible = f"GPU-{uuid}" if last == 0 else ",".join(str(number) for number in range(last, -1, -1))
+        # An instance of MIG has a name of its own, which this process was given, or is the only one that there is.
+        one = (
+            os.environ.get("CUDA_VISIBLE_DEVICES")
+            if os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG")
+            else ""
+        )
+        visible = one or (f"GPU-{uuid}" if last == 0 else ",".join(str(number) for number in range(last, -1, -1)))
         path = self.files[0]
         with self.consuming(CUDA_VISIBLE_DEVICES=visible) as (ask, _), self.staged() as stage:
             stage.wait(120)
@@ -941,14 +949,16 @@ def rivals(files: list[Path]) -> Iterator[tuple[str, Callable[[], Any]]]:
 
         yield "runai streamer", runai
     if importlib.util.find_spec("instanttensor"):
+        for buffered in (False, True):
 
-        def instant() -> Any:
-            import instanttensor
+            def instant(buffered: bool = buffered) -> Any:
+                import instanttensor
 
-            with instanttensor.safe_open(paths, framework="pt", device=0) as file:
-                return list(file.tensors())  # since 0.2 of memory of its own
+                kind = instanttensor.BackendPolicy.BUFFERED if buffered else None  # None: O_DIRECT
+                with instanttensor.safe_open(list(paths), framework="pt", device=0, backend=kind) as file:
+                    return list(file.tensors())  # since 0.2 of memory of its own
 
-        yield "instanttensor", instant
+            yield f"instanttensor{' buffered' if buffered else ''}", instant
 
 
 SMI = ("driver_version", "pcie.link.gen.max", "pcie.link.width.current", "compute_mode", "mig.mode.current")
@@ -975,6 +985,21 @@ def driver(uuid: str) -> dict[str, str]:
     if mig == "Enabled":
         found["mig"] = mig
     return found
+
+
+def roomy(size: int) -> str:
+    """A directory for a checkpoint, the store's copy of it, and a little more, on a filesystem that reads by O_DIRECT
+    and whose pages can be dropped: one in memory has no cold reads. If there is none, the usual one for temporary
+    files."""
+    usual = tempfile.gettempdir()
+    for place in dict.fromkeys((usual, "/var/tmp", str(ROOT), "/root", "/mnt", "/data", "/scratch")):
+        with contextlib.suppress(OSError):
+            if filesystem(Path(place).resolve()) in ("tmpfs", "ramfs") or shutil.disk_usage(place).free < 2.5 * size:
+                continue
+            with tempfile.NamedTemporaryFile(dir=place) as file:
+                os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
+            return place
+    return usual
 
 
 def filesystem(path: Path) -> str:
@@ -1056,7 +1081,8 @@ def main() -> int:
         names = [part.name for part in PARTS]
         if unknown := [name for name in options.only.split(",") if name.strip() and name.strip() not in names]:
             parser.error(f"no part is named {unknown[0].strip()!r}; there are: {', '.join(names)}")
-        with tempfile.TemporaryDirectory(prefix="isfs-gpu-", dir=options.dir, ignore_cleanup_errors=True) as directory:
+        place = options.dir or roomy(options.size)
+        with tempfile.TemporaryDirectory(prefix="isfs-gpu-", dir=place, ignore_cleanup_errors=True) as directory:
             return gpu_watch.Watch(Path(__file__), sys.argv[1:], Path(options.out), options.limit, directory).run()
     gpu_watch.end_with_parent()
     signal.signal(signal.SIGTERM, cut_off)

@@ -39,7 +39,8 @@ FOUND: dict[str, dict[str, Any]] = {
         "bytes": 8_000_000_000, "transport": "passthrough", "fill_gb_s": 2.0,
         "problems": {"prefetch, mount, cold": "it"},
         "samples": {"load_file, plain, cold": [{"load": 4.0, "whole": 6.0}],
-                    "load_file, mount, cold": [{"load": 5.0, "whole": 7.0}]},
+                    "load_file, mount, cold": [{"load": 5.0, "whole": 7.0}],
+                    gpu_table.HELD: [{"load": 0.2, "whole": 3.0}]},
     },
     "killed while loading": {"said_after": 0.1, "freed_after": 0.2},
     "killed when loaded": {"said_after": 0.1, "freed_after": 0.2},
@@ -77,6 +78,12 @@ def test_what_was_missed_is_listed_again_with_its_part() -> None:
     missed = text.partition("targets missed:\n")[2].partition("not run:")[0]
     assert [line.split(": ")[0].strip() for line in missed.splitlines()] == ["speed", "mount", "rivals"], missed
     assert text.endswith("not run:\n  peers: there is one GPU\nfailed: nothing")
+
+
+@pytest.mark.parametrize(("seconds", "word"), [(0.27, "met"), (0.29, "MISSED")])
+def test_taking_over_what_is_held_is_judged_by_its_bytes(seconds: float, word: str) -> None:
+    part = {**FOUND["mount"], "samples": {gpu_table.HELD: [{"load": seconds, "whole": 3.0}]}}
+    assert dict(gpu_table.rows("mount", part))[f"{gpu_table.HELD}: seconds"].endswith(f"is {word}")
 
 
 def test_a_part_that_was_cut_off_shows_its_figures() -> None:
