@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from instantstart_fs.core.enginetable import host_of, port_of
 from instantstart_fs.errors import DaemonUnreachable, InstantStartError
+from instantstart_fs.startup.views import sweep
 from instantstart_fs.startup.wire import Wire
 
 TYPE_CHECKING = False  # the module itself takes 3 ms of every command
@@ -54,7 +55,8 @@ class Follower:
 
     def begin(self) -> None:
         self._listening.begin(self._command.mask)
-        for name, target in (("lease", self._keep_leased), ("watch", self._follow), ("stage", self._stage)):
+        targets = {"lease": self._keep_leased, "watch": self._follow, "stage": self._stage, "sweep": self._sweep}
+        for name, target in targets.items():
             thread = threading.Thread(target=self._guarded, args=(name, target), name=name, daemon=True)
             try:
                 thread.start()
@@ -80,6 +82,7 @@ class Follower:
             if signal.sigtimedwait({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP}, 0) is not None:
                 break
         self._listening.end()
+        self._start.given_up = True
         if self._start.view is not None:
             self._start.view.remove()
         return status
@@ -353,6 +356,11 @@ class Follower:
                 report.write(start, self._moments, phases, record, start.options.report, status=status, why=why)
             except OSError as error:
                 start.warn(f"--report: {start.options.report}: {error.strerror or error}")
+
+    def _sweep(self) -> None:
+        if self._start.view is not None:
+            with contextlib.suppress(OSError):
+                sweep(self._start.view)
 
     # -- saving ----------------------------------------------------------------------------------------------------
 

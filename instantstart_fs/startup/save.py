@@ -26,6 +26,8 @@ def save(start: Start) -> str | None:
         return None
     with tempfile.TemporaryFile(dir=os.path.dirname(start.view.path), prefix=".pack-") as spool:
         size, digest, files = pack(start.view.path, seen, spool.fileno())
+        if start.given_up:
+            return None
         number = _send(start, spool.fileno(), size, digest, files)
     start.saved = seen
     return f"startup cache {number} saved: {number_of(files, 'file')}, {human_bytes(size)}"

@@ -42,6 +42,8 @@ class Start:
         """The files that were restored."""
         self.saved: Seen = {}
         """The files of this start that the store has."""
+        self.given_up = False
+        """The view is being removed: what is read of it now is not whole."""
         self.socket = ""
 
     @property

@@ -7,6 +7,7 @@ takes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -26,8 +27,9 @@ from instantstart_fs.core.enginetable import (
     storable,
 )
 
-FORMAT = "3"
+FORMAT = "4"
 """Of the key: raised when what is in it means something else."""
+NVML_SECONDS = 10.0
 MAX_CONFIG = 16 * 1024 * 1024
 """Bytes of a file of options that are looked at, beside its size."""
 
@@ -51,6 +53,8 @@ def key_of(
         key[f"config {at}"] = _contents(path)
     program = _on_path(command[0], environment)
     interpreter = interpreter_of(command, program)
+    if not interpreter:  # a script, say, that starts the engine later: by the Python that it will find
+        interpreter = _on_path("python3", environment) or _on_path("python", environment)
     known = packages(interpreter, engine, environment) if interpreter else {}
     for package, version in known.items():
         key[f"package {package}"] = version
@@ -61,6 +65,7 @@ def key_of(
     for variable, value in environment.items():
         if is_key_variable(variable):
             key[f"environment {variable}"] = short_digest(value)  # it may be a secret, whatever its name
+    key.update(toolchain(environment))
     key.update(processor())
     key.update(devices(environment))
     return storable(key)
@@ -132,8 +137,8 @@ def packages(interpreter: str, engine: Engine | None, environment: Mapping[str, 
         except OSError:
             continue
         for entry in names:
-            if entry.endswith(".dist-info"):
-                name, _, version = entry[:-10].partition("-")
+            if entry.endswith((".dist-info", ".egg-info")):  # the latter by apt and conda
+                name, _, version = entry.rpartition(".")[0].partition("-")
                 name = name.lower().replace("_", "-").replace(".", "-")
                 if is_key_package(name, engine):
                     found.setdefault(name, []).append(version)
@@ -182,6 +187,19 @@ def _sites(prefix: str) -> list[str]:
     return found
 
 
+def toolchain(environment: Mapping[str, str]) -> dict[str, str]:
+    """What compiled code is linked to, and the compiler of C++ that torch and Triton call: an engine that lies on a
+    share is the same in images whose libraries are not."""
+    key = {}
+    with contextlib.suppress(OSError, ValueError):  # another C library than glibc
+        key["libc"] = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    for word in (environment.get("CXX", ""), "g++", "c++", "gcc", "cc", "clang"):
+        if word and (found := _on_path(word, environment)):
+            key["compiler"] = _identity(os.path.realpath(found))
+            break
+    return key
+
+
 def processor() -> dict[str, str]:
     """The first core speaks for all: its model, and what it can do, which is what compilers look at."""
     key: dict[str, str] = {}
@@ -210,7 +228,10 @@ def devices(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
-    """Ask NVML. If it does not answer, the driver's own version stands alone: that is in the key whatever happens."""
+    """Ask NVML, which may hang with the driver; if it does not answer, the driver's own files. GPUs that nobody names
+    are no other start's: code of one model is not taken for another's."""
+    from instantstart_fs.ipc.attempts import within  # late: most machines that build and test have no GPU
+
     key = {"driver": "unknown"}
     try:
         with open("/proc/driver/nvidia/version", encoding="ascii", errors="replace") as file:
@@ -221,9 +242,9 @@ def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
         pass
     found: list[tuple[str, str, str]] = []
     try:
-        found = nvml_devices()
-    except (OSError, AttributeError) as error:
-        key["gpus"] = f"unknown ({error})"
+        found = within(NVML_SECONDS, nvml_devices)
+    except (OSError, AttributeError, RuntimeError):
+        key["gpus"] = _models() or f"unknown {time.time_ns()}"
         return key
     seen = environment.get("CUDA_VISIBLE_DEVICES")
     if seen is not None:
@@ -237,6 +258,19 @@ def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
     kinds = sorted({f"{model} {capability}" for model, capability, _ in found})
     key["gpus"] = ", ".join(kinds)
     return key
+
+
+def _models() -> str:
+    """The GPUs' models as NVIDIA's driver names them, "" where it does not."""
+    root = "/proc/driver/nvidia/gpus"
+    kinds = set()
+    try:
+        for device in os.listdir(root):
+            with open(os.path.join(root, device, "information"), encoding="ascii", errors="replace") as file:
+                kinds |= {line.partition(":")[2].strip() for line in file if line.startswith("Model:")}
+    except OSError:
+        return ""
+    return ", ".join(sorted(kinds - {"", "Unknown"}))
 
 
 def nvml_devices() -> list[tuple[str, str, str]]:

@@ -121,6 +121,8 @@ def take_view(pipeline: str, base: str) -> View:
             found = os.lstat(path)
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
                 raise NoView(f"{path} is not this user's alone (chmod go-w, or name another with --cache-dir)")
+        if os.statvfs(directory).f_flag & os.ST_NOEXEC:  # an engine could not load what it compiles there
+            raise NoView(f"{directory} is mounted noexec; name another with --cache-dir")
         for number in range(MAX_VIEWS):
             path = os.path.join(directory, str(number))
             lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -141,6 +143,27 @@ def take_view(pipeline: str, base: str) -> View:
     except OSError as error:
         raise NoView(f"{base}: {error.strerror or error}") from error
     raise NoView(f"{directory}: {MAX_VIEWS} starts use their directories already")
+
+
+def sweep(view: View) -> None:
+    """Remove what starts of the same pipeline that were killed have left: a lone start never takes their numbers.
+    Raises OSError."""
+    directory = os.path.dirname(view.path)
+    for name in os.listdir(directory):
+        path = os.path.join(directory, name.removesuffix(".lock"))
+        if not (name.endswith(".lock") and name[:-5].isdecimal()) or path == view.path or not os.path.isdir(path):
+            continue
+        try:
+            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            View(path, lock).remove()
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
 
 
 def _check_left(base: str, found: str) -> None:

@@ -40,12 +40,13 @@ from instantstart_fs.errors import DaemonUnreachable, UsageError
 from instantstart_fs.startup import options, surroundings, wire
 from instantstart_fs.startup import pack as packs
 from instantstart_fs.startup import run as running
+from instantstart_fs.startup import save as startup_save
 from instantstart_fs.startup.output import Listening
 from instantstart_fs.startup.pack import pack, scan, unpack
 from instantstart_fs.startup.run import check
 from instantstart_fs.startup.start import Start
 from instantstart_fs.startup.supervise import Command, Interrupted
-from instantstart_fs.startup.views import NoView, take_view
+from instantstart_fs.startup.views import NoView, sweep, take_view
 from instantstart_fs.startup.wire import Wire
 
 KEY = {"engine": "vllm", "package torch": "2.13.0", "arguments": "serve /models/x", "driver": "580.1"}
@@ -192,6 +193,56 @@ def test_of_a_program_that_is_no_python_its_own_file_is_in_the_key(tmp_path: Pat
     one = surroundings.key_of([str(program)], None, {})
     program.write_text("#!/bin/sh\n# another build\n")
     assert differences(one, surroundings.key_of([str(program)], None, {})) == ("program",)
+
+
+def test_another_c_library_or_compiler_is_another_key_though_the_engine_lies_on_a_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = environment(tmp_path / "share", vllm="0.32.0")
+    command = [str(program), "serve", "/models/x"]
+    for image in ("a", "b"):
+        (tmp_path / image).mkdir()
+        (tmp_path / image / "g++").write_text(f"#!{image}")
+        (tmp_path / image / "g++").chmod(0o755)
+
+    def key(image: str) -> dict[str, str]:
+        return surroundings.key_of(command, engine_of(command), {"PATH": str(tmp_path / image)})
+
+    first = key("a")
+    assert key("a") == first and differences(first, key("b")) == ("compiler",)
+    monkeypatch.setattr(os, "confstr", lambda _: "glibc 9.99")
+    assert differences(first, key("a")) == ("libc",)
+
+
+def test_a_script_that_starts_the_engine_counts_by_the_python_that_it_will_find(tmp_path: Path) -> None:
+    environment(tmp_path / "venv", vllm="0.32.0", torch="2.13.0")
+    (tmp_path / "venv" / "bin" / "python3").symlink_to("python")
+    site = tmp_path / "venv" / "lib" / "python3.11" / "site-packages"
+    (site / "triton-3.9.0-py3.11.egg-info").mkdir()  # by apt or conda
+    variables = {"PATH": f"{tmp_path}/venv/bin:/usr/bin:/bin"}
+    first = surroundings.key_of(["sh", "start.sh"], None, variables)
+    assert (first["package torch"], first["package triton"]) == ("2.13.0", "3.9.0-py3.11")
+    (site / "torch-2.13.0.dist-info").rename(site / "torch-2.14.0.dist-info")
+    assert differences(first, surroundings.key_of(["sh", "start.sh"], None, variables)) == ("package torch",)
+
+
+def test_gpus_that_cannot_be_told_are_no_other_starts_and_a_driver_that_hangs_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    over = threading.Event()
+
+    def hangs() -> list[tuple[str, str, str]]:
+        over.wait(50)
+        return []
+
+    monkeypatch.setattr(surroundings, "NVML_SECONDS", 0.05)
+    monkeypatch.setattr(surroundings, "nvml_devices", hangs)
+    monkeypatch.setattr(surroundings, "_models", lambda: "")
+    one, two = surroundings._nvidia({}), surroundings._nvidia({})
+    assert not over.is_set() and one["gpus"] != two["gpus"], "each may be another model"
+    monkeypatch.setattr(surroundings, "_models", lambda: "NVIDIA H100")
+    assert surroundings._nvidia({})["gpus"] == "NVIDIA H100"
+    over.set()
 
 
 def test_everything_is_restored_by_its_own_key_alone() -> None:
@@ -359,6 +410,52 @@ def test_a_lone_start_always_has_the_same_directory_and_two_at_once_have_two(tmp
     again = take_view("p", base)
     assert again.path == one.path and os.listdir(again.path) == []
     os.close(again.descriptor)
+
+
+def test_what_a_killed_start_left_goes_though_no_lone_start_takes_its_number(tmp_path: Path) -> None:
+    base = str(tmp_path / "base")
+    views = [take_view("p", base) for _ in range(4)]
+    for view in views:
+        Path(view.path, "compiled").write_text("x")
+    (tmp_path / "base" / "p" / "9").mkdir()  # none of ours: it has no lock
+    os.close(views[1].descriptor)
+    os.close(views[2].descriptor)
+    sweep(views[0])
+    assert sorted(name for name in os.listdir(f"{base}/p") if "." not in name) == ["0", "3", "9"]
+    assert os.listdir(views[3].path) == ["compiled"], "that one still runs"
+    for view in (views[0], views[3]):
+        os.close(view.descriptor)
+
+
+def test_a_directory_from_which_nothing_can_be_loaded_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = os.statvfs(tmp_path)
+    assert not found.f_flag & os.ST_NOEXEC
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=found.f_flag | os.ST_NOEXEC))
+    with pytest.raises(NoView, match="noexec"):
+        take_view("p", str(tmp_path / "base"))
+
+
+def test_what_is_packed_while_its_directory_is_removed_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = a_start(tmp_path)
+    start.view = take_view("p", str(tmp_path / "views"))
+    start.layouts = {"triton": ()}
+    (Path(start.view.path) / "triton").mkdir()
+    (Path(start.view.path) / "triton" / "k").write_text("x")
+    pack_it = startup_save.pack
+
+    def packs_all(*words: Any) -> Any:
+        found = pack_it(*words)
+        start.given_up = True  # `run` has waited long enough
+        return found
+
+    monkeypatch.setattr(startup_save, "pack", packs_all)
+    monkeypatch.setattr(startup_save, "_send", lambda *_: pytest.fail("half of it was saved"))
+    assert startup_save.save(start) is None and start.saved == {}
+    os.close(start.view.descriptor)
 
 
 def test_a_directory_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
