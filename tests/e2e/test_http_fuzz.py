@@ -1,4 +1,5 @@
-"""Whatever is asked of /v1: an answer that /openapi.json foresees, or an error of ours; no defect, and no hang."""
+"""Whatever is asked of /v1, on the control socket and over TCP, with the API's token and without: an answer that
+/openapi.json foresees, or an error of ours; no defect, and no hang, and over TCP nothing without the token."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from instantstart_fs.control.client import Client
 from instantstart_fs.control.http_verbs import VERBS
 from instantstart_fs.web import openapi
 from tests.component.test_http_api import Unix
-from tests.harness import Daemon, model_directory
+from tests.harness import Daemon, model_directory, wait_for
 
 DOCUMENT = openapi.describe()
 DEADLINE = 60.0
+TOKEN = "a-token-of-the-fuzz-0123456789"
 MANY = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 texts = st.one_of(
     st.text(max_size=40),
@@ -41,10 +44,31 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     root = tmp_path_factory.mktemp("fuzz")
     model_directory(root / "model", weights=(65536,))
     origins = {"huggingface": {"endpoint": "http://127.0.0.1:9"}, "s3": {"endpoint_url": "http://127.0.0.1:9"}}
-    with Daemon(root / "d", config={"origins": origins}, allow=["."]) as running:
+    token = root / "token"
+    token.touch(0o600)
+    token.write_text(TOKEN)
+    http = {"listen": "127.0.0.1:0", "api_token_file": str(token)}
+    with Daemon(root / "d", config={"origins": origins, "http": http}, allow=["."]) as running:
         for name in ("p", "q"):
             running.ok("add", name, f"file://{root / 'model'}")
+        wait_for(lambda: tcp_port(running), "the page")  # its libraries are imported after the daemon is ready
         yield running
+
+
+def tcp_port(daemon: Daemon) -> int:
+    with Client(str(daemon.socket)) as client:
+        return urllib.parse.urlsplit(client.ping().http or "").port or 0
+
+
+SOCKET, BEARER, WRONG, NOBODY = "socket", f"Bearer {TOKEN}", "Bearer wrong-wrong-wrong-wrong", ""
+doors = st.sampled_from([SOCKET, BEARER, BEARER, WRONG, f"Basic {TOKEN}", f"bearer  {TOKEN}x", NOBODY])
+"""The control socket, or the Authorization of a request over TCP."""
+
+
+def connected(daemon: Daemon, door: str) -> http.client.HTTPConnection:
+    if door == SOCKET:
+        return Unix(str(daemon.socket))
+    return http.client.HTTPConnection("127.0.0.1", tcp_port(daemon), timeout=DEADLINE)
 
 
 def fields(verb: Any) -> list[str]:
@@ -74,19 +98,27 @@ def asked(draw: st.DrawFn) -> tuple[Any, str, bytes | None]:
 
 
 @MANY
-@given(case=asked(), accept=st.sampled_from(["*/*", "application/x-ndjson", "text/html;q=0", ","]))
-def test_what_the_document_describes(daemon: Daemon, case: tuple[Any, str, bytes | None], accept: str) -> None:
+@given(case=asked(), accept=st.sampled_from(["*/*", "application/x-ndjson", "text/html;q=0", ","]), door=doors)
+def test_what_the_document_describes(
+    daemon: Daemon, case: tuple[Any, str, bytes | None], accept: str, door: str
+) -> None:
     verb, target, body = case
-    connection = Unix(str(daemon.socket))
+    connection = connected(daemon, door)
     try:
         headers = {"Accept": accept, **({"Content-Type": "application/json"} if body is not None else {})}
+        if door not in (SOCKET, NOBODY):
+            headers["Authorization"] = door
         connection.request(verb.method, target, body, headers)
         answer = connection.getresponse()
         said = answer.read()
     finally:
         connection.close()
     assert answer.status not in (500, 501), said
-    check_answer(verb, answer, said)
+    if door in (SOCKET, BEARER):
+        assert answer.status != 401, said
+        check_answer(verb, answer, said)
+    else:
+        assert answer.status == 401 and json.loads(said)["error"]["code"] == "unauthorized", said
 
 
 def check_answer(verb: Any, answer: http.client.HTTPResponse, said: bytes) -> None:
@@ -127,6 +159,8 @@ LINES = st.sampled_from(
         b"Host: [::1\r\n",
         b"Authorization: Bearer \xff\xfe\r\n",
         b"Authorization: Basic Og==\r\n",
+        b"Authorization: " + BEARER.encode() + b"\r\n",
+        b"Authorization: " + BEARER.encode() + b"\r\n",
         b"Content-Length: -1\r\n",
         b"Content-Length: 0x10\r\n",
         b"Content-Length: 99999999999999999999\r\n",
@@ -158,12 +192,19 @@ BODIES = st.sampled_from(
 
 
 @MANY
-@given(head=HEADS, lines=st.lists(LINES, max_size=3), body=st.one_of(BODIES, st.binary(max_size=60)))
-def test_bytes_that_are_hardly_http(daemon: Daemon, head: bytes, lines: list[bytes], body: bytes) -> None:
+@given(
+    head=HEADS,
+    lines=st.lists(LINES, max_size=3),
+    body=st.one_of(BODIES, st.binary(max_size=60)),
+    over_tcp=st.booleans(),
+)
+def test_bytes_that_are_hardly_http(
+    daemon: Daemon, head: bytes, lines: list[bytes], body: bytes, over_tcp: bool
+) -> None:
     received = b""
-    with socket.socket(socket.AF_UNIX) as client:
+    with socket.socket(socket.AF_INET if over_tcp else socket.AF_UNIX) as client:
         client.settimeout(DEADLINE)
-        client.connect(str(daemon.socket))
+        client.connect(("127.0.0.1", tcp_port(daemon)) if over_tcp else str(daemon.socket))
         try:
             client.sendall(head + b"".join(lines) + b"\r\n" + body)
             client.shutdown(socket.SHUT_WR)
@@ -173,15 +214,17 @@ def test_bytes_that_are_hardly_http(daemon: Daemon, head: bytes, lines: list[byt
             pass
     if received:
         assert received.startswith((b"HTTP/1.1 ", b'{"type"')), received[:200]
+        if over_tcp and b"Authorization: Bearer " + TOKEN.encode() not in b"".join(lines) + body:
+            assert not received.startswith(b"HTTP/1.1 2"), received
         assert not received.startswith(b"HTTP/1.1 500"), received  # 501: an unknown Transfer-Encoding (RFC 9112, 6.1)
     # Whatever came before, the next one is served, and what was asked by nobody is not done.
-    assert daemon_is_well(daemon)
+    assert daemon_is_well(daemon, BEARER if over_tcp else SOCKET)
 
 
-def daemon_is_well(daemon: Daemon) -> bool:
-    connection = Unix(str(daemon.socket))
+def daemon_is_well(daemon: Daemon, door: str) -> bool:
+    connection = connected(daemon, door)
     try:
-        connection.request("GET", "/v1/names")
+        connection.request("GET", "/v1/names", headers={"Authorization": BEARER} if door == BEARER else {})
         return {"p", "q"} <= set(json.loads(connection.getresponse().read()))
     finally:
         connection.close()
