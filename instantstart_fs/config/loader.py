@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import stat
 import tomllib
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -52,6 +53,8 @@ from instantstart_fs.system.mountinfo import mounts
 
 PAGE = 4096
 MAX_CHUNK_SIZE = 1 << 30
+MAX_FILE = 16 * 1024**2
+"""The most bytes of a configuration file: a pipeline takes some 300."""
 
 
 class _Mount(Table):
@@ -195,8 +198,14 @@ def load_pipelines(file: str | None) -> tuple[PipelineSpec, ...]:
 
 def _read_toml(path: str) -> dict[str, Any]:
     try:
-        with open(path, "rb") as stream:
-            return tomllib.load(stream)
+        # A pipe is refused, not waited for: SIGHUP reads the file again. /dev/null is one without keys.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+            if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+                raise ConfigError(f"{path}: is a pipe; a configuration is a file, since it is read again")
+            text = stream.read(MAX_FILE + 1)
+        if len(text) > MAX_FILE:
+            raise ConfigError(f"{path}: has more than {MAX_FILE // 1024**2} MiB: is it a configuration?")
+        return tomllib.loads(text.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # also what tomllib does not foresee: numbers of 5,000 digits

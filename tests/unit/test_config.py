@@ -243,6 +243,50 @@ def test_credentials_that_are_not_at_hand_keep_no_daemon_from_starting(write) ->
     assert [spec.token_file for spec in config.pipelines] == ["/no/such"]
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[store]\ncapacity = '80%'\ncapacity = '70%'\n", "not valid TOML: Cannot overwrite a value (at line 3"),
+        ("[store]\r\n[store]\r\n", "not valid TOML: Cannot declare"),
+        ("a = " + "[" * 100_000, "not valid TOML: "),
+        ("[store]\npath = '/\udcff'\n", "not valid TOML: 'utf-8' codec can't decode"),
+        ("# " + "x" * (16 << 20), "has more than 16 MiB: is it a configuration?"),
+    ],
+    ids=["a key twice", "a table twice", "deep", "latin-1", "large"],
+)
+def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(file))
+    assert caught.value.message.startswith(f"{file}: {says}")
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe.toml")
+    for path, says in (
+        (pipe, "is a pipe"),
+        (tmp_path, "Is a directory"),
+        (Path("/dev/zero"), "has more than"),
+        (tmp_path / "new.toml", "No such file or directory"),
+    ):
+        with pytest.raises(ConfigError, match=f"{path}: {says}"):
+            load_config(str(path))
+    (tmp_path / "pipelines.d").mkdir()
+    (tmp_path / "config.toml").touch()
+    os.mkfifo(tmp_path / "pipelines.d" / "p.toml")
+    with pytest.raises(ConfigError, match=r"pipelines\.d/p\.toml: is a pipe"):
+        load_config(str(tmp_path / "config.toml"))
+    assert load_config("/dev/null").pipelines == ()
+
+
+def test_a_file_of_another_systems_editor_is_read(tmp_path: Path) -> None:
+    """With a byte order mark, and lines that end with CR LF."""
+    file = tmp_path / "config.toml"
+    file.write_bytes(b"\xef\xbb\xbf# caf\xc3\xa9\r\n[fill]\r\nconnections = 7\r\n")
+    assert load_config(str(file)).fill.connections == 7
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(str(tmp_path / "none.toml"))
