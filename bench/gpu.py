@@ -76,7 +76,8 @@ SLACK = 64 * MIB
 
 def consumer() -> None:
     """Reads one JSON line for each file: opens its handle, and either keeps the views ("share") or copies each tensor
-    into parameters of its own ("copy"); answers a line with a checksum of the bytes."""
+    into parameters of its own ("copy"); answers a line with a checksum of the bytes. "close": lets go of all it kept,
+    and answers whether its device still computes."""
     import msgspec
     import torch
 
@@ -93,6 +94,12 @@ def consumer() -> None:
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
+        if order["how"] == "close":  # what was kept, late: its owner has ended
+            kept.clear()
+            torch.cuda.synchronize()
+            torch.cuda.ipc_collect()
+            print(json.dumps({"sum": sum_of(torch, torch.zeros(1024, dtype=torch.uint8, device=DEVICE))}), flush=True)
+            continue
         try:
             base = from_ipc(msgspec.convert(order["handle"], IpcHandle), order["size"], order.get("device"))
         except PrefetchError as error:
@@ -768,7 +775,7 @@ class Run:
         def ask(exported: Any, how: str, device: int | None = None) -> Any:
             assert process.stdin is not None
             order = {"how": how, "device": device}
-            for name in ("handle", "layout", "size"):
+            for name in ("handle", "layout", "size") if exported is not None else ():
                 given = exported[name] if isinstance(exported, dict) else getattr(exported, name)
                 order[name] = msgspec.to_builtins(given)
             process.stdin.write(json.dumps(order) + "\n")
@@ -813,14 +820,25 @@ class Run:
             said = time.monotonic() - killed_at
             error = stage.error.message if stage.error is not None else ""
             assert "SIGKILL" in error, f"the stage says {error!r}"
+            late_close = {} if ask is None else {"late_close": self.close_late(ask)}
         freed = self.wait_freed(baseline)
         return {
+            **late_close,
             "error": error,
             "said_after": said,
             "freed_after": freed,
             "taken": taken,
             "took": time.monotonic() - started,
         }
+
+    def close_late(self, ask: Callable[..., Any]) -> str:
+        """What closing another process's memory does once that has ended: torch checks it in a destructor, where an
+        error ends the process. Told, and no failure: the product closes before."""
+        try:
+            answer = ask(None, "close")
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            return f"harmful: {error}"
+        return "harmless" if answer == {"sum": 0} else f"harmful: its device gives {answer}"
 
     def receiver_killed(self) -> dict[str, Any]:
         """SIGKILL the process that took a file; a second one takes the same and is done with it, and it is freed."""

@@ -210,6 +210,8 @@ def _killed(name: str, part: Mapping[str, Any]) -> Iterator[Row]:
     if "freed_after" in part:
         row = f"said after {part['said_after']:.2f} s, memory back after {part['freed_after']:.2f} s more"
         yield f"worker {name}", row
+    if "late_close" in part:
+        yield "closing memory after its owner's end", part["late_close"]
 
 
 def _receiver(_: str, part: Mapping[str, Any]) -> Iterator[Row]:

@@ -195,6 +195,41 @@ def test_memory_is_handed_over_though_the_engines_allocator_has_expandable_segme
     assert json.loads(python(TWO, tmp_path, str(weights.parent), json.dumps([{}]), **state)) == 300_000
 
 
+SMALL = """
+import json, sys
+from instantstart_fs.prefetch import DirectorySource, Stager, load_state_dict, plan
+source = DirectorySource(sys.argv[1])
+with Stager(source).start(plan(source.weights, None, ["cuda:0"])) as stage:
+    stage.wait(60)
+    found = {path: len(stage.bytes_of(path)) for path in stage.paths}
+    found["tensors"] = sorted(stage.tensors("cuda:0"))
+found["loaded"] = sorted(load_state_dict("m", "cuda:0", source=DirectorySource(sys.argv[1])))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.timeout(400)
+def test_files_with_no_bytes_or_no_tensors_are_in_the_way_of_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "m").mkdir()
+    files = {"empty.bin": b"", "bare.safetensors": safetensors({}), "w.safetensors": safetensors({"w": 64})}
+    for name, data in files.items():
+        (tmp_path / "m" / name).write_bytes(data)
+    found = json.loads(python(SMALL, tmp_path, str(tmp_path / "m"), MEMFD="1"))
+    assert found == {**{name: len(data) for name, data in files.items()}, "tensors": ["w"], "loaded": ["w"]}
+
+
+def safetensors(tensors: dict[str, int]) -> bytes:
+    """A file with tensors of so many bytes."""
+    entries, data = {}, b""
+    for name, size in tensors.items():
+        entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [len(data), len(data) + size]}
+        data += os.urandom(size)
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data
+
+
 GDS = """
 import json, sys
 from instantstart_fs.prefetch import DirectorySource, Stager, plan

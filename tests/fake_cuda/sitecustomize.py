@@ -17,6 +17,7 @@ What can be wrong with a device, each by a variable that begins with INSTANTSTAR
 
     GPUS=2          the number of devices
     BYTES, CONTEXT  of one device, and of a process's context on it
+    MEMFD=1         the fewest bytes of an allocation that can be handed over (others are not counted, and quick)
     FAIL=point      this call raises (POINTS)
     ERROR=text      what the error of FAIL says, in the place of its own words
     PINNED=bytes    so much memory can be page-locked by one process, and no more
@@ -48,8 +49,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-MEMFD = 64 * 1024
-
 
 def setting(name: str, otherwise: str = "") -> str:
     return os.environ.get(f"INSTANTSTART_FAKE_CUDA_{name}", otherwise)
@@ -58,6 +57,7 @@ def setting(name: str, otherwise: str = "") -> str:
 TOTAL = int(setting("BYTES", str(1 << 30)))
 CONTEXT = int(setting("CONTEXT", str(4 << 20)))
 FORMAT = int(setting("FORMAT", "3"))
+MEMFD = int(setting("MEMFD", str(64 * 1024)))
 POINTS = (
     "init",
     "empty",

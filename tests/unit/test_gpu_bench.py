@@ -219,6 +219,7 @@ def test_the_whole_bench_runs_on_fake_devices(tmp_path: Path, older_torch: str, 
     assert parts["peers"]["taken_on_the_owner"] == 0, "a context was made there"
     assert len(parts["page-locking"]) == 3 + 1 and len(parts["sweep"]["warm"]) == 9, parts
     assert parts["startup"]["driver"]["context"] >= 0
+    assert parts["killed while another has it open"]["late_close"] == "harmless"
 
 
 @pytest.mark.soak

@@ -14,7 +14,8 @@ import pytest
 from instantstart_fs.errors import OutOfBudget, PrefetchError
 from instantstart_fs.prefetch import DirectorySource, Stage, Stager, messages, plan, tensors
 from instantstart_fs.prefetch.backends.base import Item
-from instantstart_fs.prefetch.budget import CUDA_UNIT, refusals
+from instantstart_fs.prefetch.budget import CUDA_UNIT, DEVICE_RESERVE, device_limits, refusals
+from instantstart_fs.prefetch.device_worker import DeviceWorker
 from instantstart_fs.prefetch.layout import FileLayout, TensorLayout
 from instantstart_fs.prefetch.messages import IpcHandle, Load, Settings
 from instantstart_fs.prefetch.staged import StagedFile, lead_of
@@ -275,6 +276,17 @@ def test_the_budget_counts_whole_pages_of_the_device(tmp_path: Path) -> None:
     with pytest.raises(OutOfBudget):
         refusals(made, {"cuda:0": 3 * CUDA_UNIT - 1}, what_fits=False)
     assert refusals(plan(source.weights, None, ["cpu"]), {"cpu": 3 * 4096}, what_fits=False) == ()
+
+
+def test_of_a_gpu_what_a_context_takes_is_left_alone(tmp_path: Path) -> None:
+    """An engine that starts beside it needs one, too."""
+    (tmp_path / "w.bin").write_bytes(b"x")
+    (worker,) = (DeviceWorker(part) for part in plan(DirectorySource(str(tmp_path)).weights, None, ["cuda:0"]).devices)
+    for free, left in ((3 << 30, (3 << 30) - DEVICE_RESERVE), (100 << 20, 0)):
+        worker.ready = messages.Ready("direct", (), free)
+        assert device_limits([worker], {}) == {"cuda:0": left}
+        assert device_limits([worker], {"cuda:0": 7}) == {"cuda:0": min(7, left)}
+    assert DEVICE_RESERVE >= 500 << 20
 
 
 def test_a_stage_knows_when_what_was_released_has_come_back(tmp_path: Path) -> None:
