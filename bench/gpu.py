@@ -98,7 +98,10 @@ def consumer() -> None:
             kept.clear()
             torch.cuda.synchronize()
             torch.cuda.ipc_collect()
-            print(json.dumps({"sum": sum_of(torch, torch.zeros(1024, dtype=torch.uint8, device=DEVICE))}), flush=True)
+            print(
+                json.dumps({"sum": sum_of(torch, torch.empty(1024, dtype=torch.uint8, device=DEVICE).zero_())}),
+                flush=True,
+            )
             continue
         try:
             base = from_ipc(msgspec.convert(order["handle"], IpcHandle), order["size"], order.get("device"))
@@ -354,7 +357,8 @@ class Run:
         names = [part.name for part in parts]
         if unknown := [name for name in wanted or () if name not in names]:
             raise SystemExit(f"no part is named {unknown[0]!r}; there are: {', '.join(names)}")
-        chosen = [part for part in parts if wanted is None or part.name in (*wanted, "checkpoint")]
+        always = ("environment", "checkpoint")  # which card gave the figures; what the others read
+        chosen = [part for part in parts if wanted is None or part.name in (*wanted, *always)]
         self.result["chosen"] = [part.name for part in chosen]
         ended = self.result.setdefault("ended", [])
         left = [part.name for part in chosen if part.name not in ended]
@@ -1086,7 +1090,7 @@ def main() -> int:
     parser.add_argument("--other-python", default="", help="an interpreter with another release of torch")
     parser.add_argument("--dir", help="where the checkpoint lies for the time of the run")
     parser.add_argument("--out", default=os.environ.get("OUT") or str(Path(__file__).parent / "results"))
-    parser.add_argument("--only", default="", metavar="PART,…", help="run these parts alone (and make the checkpoint)")
+    parser.add_argument("--only", default="", metavar="PART,…", help="run these parts alone (and tell the machine)")
     parser.add_argument("--contenders", default="", metavar="NAME,…", help="measure these alone in the parts of speed")
     for hidden in ("--consumer", "--child"):
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)

@@ -88,7 +88,7 @@ def test_what_has_no_time_left_or_cannot_be_run_here_is_listed(tmp_path: Path) -
 def test_single_parts_can_be_asked_for(tmp_path: Path) -> None:
     made = run(tmp_path, only="equality, rivals")
     made.all_parts(parts_where("", RuntimeError()))
-    assert list(made.result["parts"]) == ["checkpoint", "equality", "rivals"]
+    assert list(made.result["parts"]) == ["environment", "checkpoint", "equality", "rivals"]
     with pytest.raises(SystemExit, match="no part is named 'warp'"):
         run(tmp_path, only="warp").all_parts(PARTS)
 
