@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import Protocol
 
 import trio
@@ -26,7 +27,7 @@ from instantstart_fs.control.protocol import (
 )
 from instantstart_fs.core.startupcache import StartupRecord
 from instantstart_fs.errors import ControlError, InstantStartError
-from instantstart_fs.serving.startupcaches import Offer, StartupCaches
+from instantstart_fs.serving.startupcaches import Offer, Receiving, StartupCaches
 
 PIPE_BYTES = 1024 * 1024
 STALL_SECONDS = 60.0
@@ -55,6 +56,8 @@ async def begin(
 ) -> StartupBegun:
     """Begin a start. ``fill`` is the fill that was begun for it."""
     offer = await _offered(caches, request, uid, send)
+    number = offer.choice.record.number if offer.choice.record is not None else 0
+    caches.suspects.given(start, request.pipeline, number, left_out=offer.left_out)
     warning = offer.problem and f"no startup cache: {offer.problem}"
     try:
         if fill is not None:
@@ -77,42 +80,70 @@ async def begin(
 async def _offered(caches: StartupCaches, request: StartupBegin, uid: int, send: Send) -> Offer:
     """Return the offer, and keep the client informed: a cache from the region may take longer than a client waits in
     silence."""
+    offers: list[Offer] = []
 
-    async def say_that_it_comes() -> None:
+    async def offer() -> None:
+        offers.append(
+            await caches.offer(request.pipeline, request.key, uid, restore=request.restore, without=request.without)
+        )
+
+    try:
+        await _informed(send, offer)
+        return offers.pop()
+    finally:
+        for left in offers:  # the client has left
+            if left.pack >= 0:
+                os.close(left.pack)
+
+
+async def _informed(send: Send, work: Callable[[], Awaitable[None]]) -> None:
+    """Do ``work``, and say that it goes on. Raises what it raises."""
+
+    async def say_that_it_goes_on() -> None:
         with contextlib.suppress(trio.BrokenResourceError, OSError):
             while True:
                 await trio.sleep(PROGRESS_SECONDS)
                 with trio.CancelScope(shield=True):  # a line that is cut would spoil the next one
                     await send(Progress(), ())
 
-    offer: Offer | InstantStartError
+    problem: InstantStartError | None = None
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(say_that_it_comes)
+        nursery.start_soon(say_that_it_goes_on)
         try:
-            offer = await caches.offer(
-                request.pipeline, request.key, uid, restore=request.restore, without=request.without
-            )
+            await work()
         except InstantStartError as error:
-            offer = error
+            problem = error
         nursery.cancel_scope.cancel()
-    if isinstance(offer, InstantStartError):
-        raise offer
-    return offer
+    if problem is not None:
+        raise problem
 
 
 async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send) -> StartupRecord:
-    """Receive a pack until it is whole and kept. Raises StoreError, or DigestMismatch where only a part came."""
-    async with caches.receiving(
-        request.pipeline,
-        request.key,
-        uid,
-        generation=request.generation,
-        size=request.size,
-        digest=request.digest,
-        files=request.files,
-        view=request.view,
-        layouts=request.layouts,
-    ) as receiving:
+    """Receive a pack until it is whole and kept. Raises StoreError, or DigestMismatch where only a part came.
+
+    The client is kept informed while it waits: for its turn, and until all of it is on the disk."""
+    async with AsyncExitStack() as stack:
+        receivings: list[Receiving] = []
+
+        async def take_turn() -> None:
+            receivings.append(
+                await stack.enter_async_context(
+                    caches.receiving(
+                        request.pipeline,
+                        request.key,
+                        uid,
+                        generation=request.generation,
+                        size=request.size,
+                        digest=request.digest,
+                        files=request.files,
+                        view=request.view,
+                        layouts=request.layouts,
+                    )
+                )
+            )
+
+        await _informed(send, take_turn)
+        receiving = receivings.pop()
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         async with trio.lowlevel.FdStream(read) as stream:
             try:
@@ -131,7 +162,13 @@ async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send
                 if not data:
                     break
                 await receiving.write(bytes(data))
-        return await receiving.keep()
+        kept: list[StartupRecord] = []
+
+        async def keep() -> None:
+            kept.append(await receiving.keep())
+
+        await _informed(send, keep)
+        return kept.pop()
 
 
 async def verify(caches: StartupCaches, pipeline: str) -> StartupVerified:

@@ -7,12 +7,20 @@ A cache is executable code. It is restored only to its pipeline's owner, and onl
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
 from instantstart_fs.errors import UsageError
+
+MOST_FAILED = 2
+"""Starts in a row that a version may be restored to, and that end before they are ready."""
+MOST_GIVEN = 4096
+"""Starts that are remembered until they say how they fared."""
+_FINE = frozenset({0, 128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGQUIT, 128 + signal.SIGTERM})
+"""Exit statuses of a command that did what it was asked to, or was asked to end."""
 
 KEPT_PER_KEY = 2
 """The newest, and the one before it, for where the newest proves damaged."""
@@ -115,3 +123,42 @@ def surplus(records: Iterable[StartupRecord]) -> list[StartupRecord]:
             counts[name] = counts.get(name, 0) + 1
             kept += 1
     return expired[::-1]
+
+
+class Suspects:
+    """Which versions are left out for a start because their engines ended before they were ready: what verifies may
+    crash an engine all the same, at each start. One without whom a start fails, too, is none any more. In memory."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, tuple[str, int, int]] = {}
+        self._failed: dict[tuple[str, int], int] = {}
+
+    def given(self, start: str, pipeline: str, number: int, *, left_out: int = 0) -> None:
+        """That start has that version, 0 for none, and without suspicion it had ``left_out``."""
+        self._given.pop(start, None)
+        self._given[start] = pipeline, number, left_out
+        if len(self._given) > MOST_GIVEN:
+            del self._given[next(iter(self._given))]
+
+    def reported(self, start: str, *, ended: bool, status: int | None) -> None:
+        """It is ready, or ``ended``. What it says afterwards does not count."""
+        if (given := self._given.pop(start, None)) is None:
+            return
+        pipeline, number, left_out = given
+        if not ended or status is None or status in _FINE:
+            self._failed.pop((pipeline, number), None)
+        elif number:
+            self._failed[pipeline, number] = self._failed.get((pipeline, number), 0) + 1
+        else:
+            self._failed.pop((pipeline, left_out), None)
+
+    def of(self, pipeline: str) -> tuple[int, ...]:
+        """Return the versions to leave out."""
+        return tuple(
+            number for (name, number), count in self._failed.items() if name == pipeline and count >= MOST_FAILED
+        )
+
+    def forget(self, pipeline: str, number: int = 0) -> None:
+        """Forget that version, 0 for all: it is gone."""
+        for name in [name for name in self._failed if name[0] == pipeline and number in (0, name[1])]:
+            del self._failed[name]

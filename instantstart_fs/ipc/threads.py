@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -31,6 +32,28 @@ async def run_abandonable(
         return await trio.to_thread.run_sync(
             work, *args, abandon_on_cancel=True, limiter=limiter or trio.CapacityLimiter(1)
         )
+
+
+async def open_abandonable(work: Callable[..., int], *args: Any, deadline: float = math.inf) -> int:
+    """Return the descriptor that ``work`` opens, as ``run_abandonable``. One that comes too late is closed."""
+    came: list[int] = []
+    given_up = threading.Event()
+
+    def close() -> None:
+        with contextlib.suppress(IndexError):
+            os.close(came.pop())
+
+    def opens() -> None:
+        came.append(work(*args))
+        if given_up.is_set():
+            close()
+
+    try:
+        await run_abandonable(opens, deadline=deadline)
+        return came.pop()
+    finally:
+        given_up.set()
+        close()
 
 
 class LentDescriptor:

@@ -21,8 +21,10 @@ import trio
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.model import Generation, Pipeline
 from instantstart_fs.core.startupcache import (
+    MOST_FAILED,
     Choice,
     StartupRecord,
+    Suspects,
     check_key,
     choose,
     surplus,
@@ -40,8 +42,9 @@ from instantstart_fs.errors import (
     StoreDamaged,
     StoreFull,
 )
-from instantstart_fs.ipc.threads import run_abandonable
+from instantstart_fs.ipc.threads import open_abandonable, run_abandonable
 from instantstart_fs.serving.admission import Space
+from instantstart_fs.serving.turns import Turns
 from instantstart_fs.store import startupcaches as on_disk
 from instantstart_fs.store.layout import STARTUP
 
@@ -54,7 +57,7 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 SAVING_AT_ONCE, OF_ONE_USER = 8, 2
-"""Saves of all pipelines: each takes the disk's bandwidth."""
+"""Saves of all pipelines: each takes the disk's bandwidth. Who saves slowly holds up nobody else."""
 LOCK_SECONDS = 60.0
 """Seconds that a save waits for a change of its pipeline (an update may list an origin for minutes)."""
 START_LOCK_SECONDS = 3.0
@@ -68,12 +71,13 @@ OFFER_SECONDS = 70.0
 class Offer(msgspec.Struct, frozen=True):
     """What a start gets. ``generation``: what the pipeline holds, to be said again when the start saves. ``pack``: a
     descriptor that is the caller's to close, -1 without one. ``problem``: why it gets none, where that is no matter of
-    its key."""
+    its key. ``left_out``: the version that it gets none of because engines failed with it, 0 = there is none."""
 
     choice: Choice
     generation: str = ""
     pack: int = -1
     problem: str = ""
+    left_out: int = 0
 
 
 class Evictor(Space, Protocol):
@@ -91,7 +95,8 @@ class StartupCaches:
         self._region = region
         self._known: dict[Pipeline, list[StartupRecord]] = {}
         self._saving = trio.Semaphore(SAVING_AT_ONCE)
-        self._savers: dict[int, _Turn] = {}
+        self._turns = Turns(OF_ONE_USER)
+        self.suspects = Suspects()
         self._arrivals: Arrivals | None = None
         if region is not None:
             from instantstart_fs.serving.startup_arrivals import Arrivals  # late: only a region needs it
@@ -199,15 +204,18 @@ class StartupCaches:
         if without:
             with contextlib.suppress(PipelineBusy):  # it is not chosen, and the next start finds it damaged again
                 await self.verify(pipeline.id, only=without, patience=START_LOCK_SECONDS)
-        records = self._newest_first(pipeline)
+        records, left_out = self._newest_first(pipeline), self.suspects.of(pipeline.id)
+        trusted = [record for record in records if record.number not in left_out]
         for _ in range(len(records) + 1):
-            choice = choose(records, key, uid=uid, without=without)
-            if choice.record is None and (brought := await self._from_region(pipeline, key, uid)) is not None:
-                choice = Choice("restored", brought)
+            choice = choose(trusted, key, uid=uid, without=without)
             if choice.record is None:
-                return Offer(choice, generation)
+                brought = await self._from_region(pipeline, key, uid)
+                if brought is not None and brought.number not in left_out:
+                    choice = Choice("restored", brought)
+            if choice.record is None:
+                return _without_suspect(choice, choose(records, key, uid=uid, without=without), generation)
             try:
-                pack = await trio.to_thread.run_sync(on_disk.open_pack, self._catalog.store, pipeline.id, choice.record)
+                pack = await open_abandonable(on_disk.open_pack, self._catalog.store, pipeline.id, choice.record)
                 return Offer(choice, generation, pack)
             except StoreDamaged as error:
                 log.warning("%s", error.message, extra={"pipeline": pipeline.id})
@@ -247,7 +255,7 @@ class StartupCaches:
         if self._region is None or (place := await self._place(pipeline, record)) is None:
             return
         try:
-            pack = await trio.to_thread.run_sync(on_disk.open_pack, self._catalog.store, pipeline.id, record)
+            pack = await open_abandonable(on_disk.open_pack, self._catalog.store, pipeline.id, record)
         except InstantStartError:
             return  # it went meanwhile
         self._region.put(pipeline.id, place, record, pack)
@@ -307,21 +315,8 @@ class StartupCaches:
             layouts=layouts,
             key=self._whole(pipeline, key, uid, generation),
         )
-        async with self._turn_of(uid), self._saving, self._incoming(pipeline, record) as receiving:
+        async with self._turns.of(uid), self._saving, self._incoming(pipeline, record) as receiving:
             yield receiving
-
-    @asynccontextmanager
-    async def _turn_of(self, uid: int) -> AsyncIterator[None]:
-        """Around a save: a user has OF_ONE_USER at a time, so that who saves slowly holds up nobody else."""
-        turn = self._savers.setdefault(uid, _Turn())
-        turn.users += 1
-        try:
-            async with turn.places:
-                yield
-        finally:
-            turn.users -= 1
-            if not turn.users:
-                self._savers.pop(uid, None)
 
     @asynccontextmanager
     async def _incoming(self, pipeline: Pipeline, record: StartupRecord) -> AsyncIterator[Receiving]:
@@ -368,7 +363,11 @@ class StartupCaches:
                 return newest
             record = msgspec.structs.replace(record, number=max([0, *(found.number for found in records)]) + 1)
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(incoming.commit, pipeline.id, record)
+                try:
+                    await trio.to_thread.run_sync(incoming.commit, pipeline.id, record)
+                except InstantStartError:
+                    self._known.pop(pipeline, None)  # it may be in its place all the same: what there is, is read anew
+                    raise
                 records.append(record)
                 for old in surplus(records):
                     await self._delete(pipeline, old)
@@ -387,6 +386,7 @@ class StartupCaches:
         """With the pipeline's lock held. Raises StoreError."""
         await trio.to_thread.run_sync(self._catalog.store.delete_entry, pipeline.id, STARTUP, str(record.number))
         self._known[pipeline].remove(record)
+        self.suspects.forget(pipeline.id, record.number)
 
     async def _drop(self, pipeline: Pipeline, records: list[StartupRecord], patience: float = LOCK_SECONDS) -> None:
         async with self._locked(pipeline, patience):
@@ -445,23 +445,28 @@ class StartupCaches:
         async with self._locked(pipeline):
             await trio.to_thread.run_sync(self._catalog.store.delete_entry, pipeline_id, STARTUP)
             self._known[pipeline] = []
+            self.suspects.forget(pipeline_id)
             await self._count(pipeline)
 
     def forget(self, pipeline: Pipeline) -> None:
         """Forget a pipeline that was removed."""
         self._known.pop(pipeline, None)
+        self.suspects.forget(pipeline.id)
 
 
 def _name_of(generation: Generation | None) -> str:
     return f"{generation.number} {generation.revision}".strip() if generation is not None else ""
 
 
-class _Turn:
-    """``users``: who holds it or waits for it."""
-
-    def __init__(self) -> None:
-        self.places = trio.Semaphore(OF_ONE_USER)
-        self.users = 0
+def _without_suspect(choice: Choice, otherwise: Choice, generation: str) -> Offer:
+    """None is given; ``otherwise`` is what would be, if engines had not failed with it."""
+    if otherwise.record is None:
+        return Offer(choice, generation)
+    problem = (
+        f"version {otherwise.record.number} is left out, since the last {MOST_FAILED} starts that had it ended before "
+        "they were ready; `instantstart startup-cache rm` removes it"
+    )
+    return Offer(Choice("failed"), generation, problem=problem, left_out=otherwise.record.number)
 
 
 async def _reading(read: Callable[..., _T], *arguments: object) -> _T:

@@ -48,7 +48,9 @@ def _send(start: Start, spool: int, size: int, digest: str, files: int) -> int:
             view=start.view.path,
             layouts=sorted(start.layouts),
         )
-        if wire.receive().get("type") != "handed" or not wire.descriptors:
+        while (message := wire.receive()).get("type") == "progress":  # others save before
+            pass
+        if message.get("type") != "handed" or not wire.descriptors:
             raise ControlProtocolError("the daemon took no startup cache; use the same release of both")
         pipe = wire.descriptors.pop()
         try:

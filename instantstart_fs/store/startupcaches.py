@@ -49,9 +49,13 @@ class IncomingPack:
         self._directory = os.path.join(store.layout.trash, f"{time.time_ns()}-{os.getpid()}-startup")
         with translated("begin a startup cache"):
             os.mkdir(self._directory, DIRECTORY_MODE)
-            self._fd = os.open(
-                os.path.join(self._directory, PACK), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE
-            )
+            try:
+                self._fd = os.open(
+                    os.path.join(self._directory, PACK), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE
+                )
+            except OSError:  # no descriptor left, say
+                os.rmdir(self._directory)
+                raise
 
     def write(self, data: bytes) -> None:
         """Append ``data``. Raises StoreFull for more bytes than were announced, StoreError."""

@@ -4,6 +4,7 @@ what is being saved counts."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import pwd
@@ -20,8 +21,8 @@ import trio.testing
 
 from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.control import startup as control
-from instantstart_fs.control.protocol import StartupSave
-from instantstart_fs.core.startupcache import MAX_FIELDS, StartupRecord
+from instantstart_fs.control.protocol import StartupBegin, StartupSave
+from instantstart_fs.core.startupcache import MAX_FIELDS, Choice, StartupRecord
 from instantstart_fs.core.startuppack import Entry, encode_index
 from instantstart_fs.errors import (
     AccessRefused,
@@ -30,6 +31,7 @@ from instantstart_fs.errors import (
     OriginNotFound,
     OriginUnavailable,
     PipelineBusy,
+    StoreError,
     StoreReadOnly,
 )
 from instantstart_fs.filler.region_follow import RegionSettings, WriteRate
@@ -43,6 +45,7 @@ from instantstart_fs.regional.records import Forged
 from instantstart_fs.regional.startup import CHUNK, Place, identity_of
 from instantstart_fs.serving import startup_arrivals, startup_region, startupcaches
 from instantstart_fs.serving.startup_region import RegionalStartups, content_of
+from instantstart_fs.store import startupcaches as on_disk
 from tests.component.test_library import make_source, running, spec
 
 pytestmark = pytest.mark.timeout(60)
@@ -490,7 +493,7 @@ async def test_who_saves_slowly_holds_up_nobody_elses_saves(tmp_path: Path) -> N
             for _ in range(startupcaches.SAVING_AT_ONCE):
                 nursery.start_soon(slow)
             await held.wait()
-            while library.startup._savers[0].users < startupcaches.SAVING_AT_ONCE:
+            while library.startup._turns.count(0) < startupcaches.SAVING_AT_ONCE:
                 await trio.sleep(0.01)
             with trio.fail_after(40):
                 async with library.startup.receiving(
@@ -499,7 +502,7 @@ async def test_who_saves_slowly_holds_up_nobody_elses_saves(tmp_path: Path) -> N
                     await receiving.write(raw)
                     assert (await receiving.keep()).number == 1
             nursery.cancel_scope.cancel()
-        assert library.startup._savers == {}
+        assert library.startup._turns._users == {}
 
 
 # ---------------------------------------------------------------- what travels, for whom, and what if it does not come
@@ -647,6 +650,102 @@ async def test_what_is_removed_here_is_removed_in_the_region(tmp_path: Path, mon
         with pytest.raises(OriginUnavailable, match="removed from this host; in the region"):
             await library.startup.remove("p", ())
         assert await library.startup.records("p") == []
+
+
+async def test_what_engines_failed_with_is_left_out_and_does_not_come_back_from_the_region(tmp_path: Path) -> None:
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
+        await added(library, tmp_path)
+        put(await place_of(library), valid(70_000), "there")
+        assert await restored(library) == ("restored", "there")
+        suspects = library.startup.suspects
+        for start in ("a", "b"):
+            suspects.given(start, "p", 1)
+            suspects.reported(start, ended=True, status=1)
+        offer = await library.startup.offer("p", KEY, 0, restore=True)
+        assert (offer.choice.outcome, offer.pack) == ("failed", -1) and "version 1 is left out" in offer.problem
+        record = await save(library, valid(80_000))
+        assert await restored(library) == ("restored", "") and record.number == 2
+        await library.startup.remove("p", (1,))
+        assert suspects.of("p") == (), "another may have its number"
+
+
+async def test_what_is_kept_though_its_end_failed_does_not_block_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is in its place; the parent's fsync fails."""
+    async with running(tmp_path) as library:
+        await added(library, tmp_path)
+        await save(library, valid(100))
+        sync = on_disk._sync
+
+        def fails(directory: str) -> None:
+            sync(directory)
+            if directory.endswith("/startup"):
+                raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(on_disk, "_sync", fails)
+        with pytest.raises(StoreError):
+            await save(library, valid(200))
+        monkeypatch.undo()
+        assert (await save(library, valid(300))).number == 3
+
+
+async def test_a_save_that_waits_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its turn, and for an update that holds the pipeline."""
+    monkeypatch.setattr(control, "PROGRESS_SECONDS", 0.01)
+    async with running(tmp_path) as library:
+        await added(library, tmp_path)
+        generation = (await library.startup.offer("p", KEY, 0, restore=True)).generation
+        raw, said = valid(100), list[str]()
+        told = {"first": trio.Event(), "second": trio.Event()}
+        pipes: list[int] = []
+
+        async def send(response: object, descriptors: Sequence[int]) -> None:
+            said.append(type(response).__name__)
+            pipes.extend(os.dup(one) for one in descriptors)
+            if said[-1] == "Progress":
+                told["second" if "Handed" in said else "first"].set()
+
+        request = StartupSave(*("p", KEY, generation, len(raw), hashlib.sha256(raw).hexdigest(), 1, "/v", ("triton",)))
+        saving = library.startup._saving
+        for _ in range(startupcaches.SAVING_AT_ONCE):
+            await saving.acquire()
+        lock = library.catalog.pipelines["p"].lock
+        with trio.fail_after(40):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(control.save, library.startup, request, 0, send)
+                await told["first"].wait()
+                assert not pipes
+                for _ in range(startupcaches.SAVING_AT_ONCE):
+                    saving.release()
+                while not pipes:
+                    await trio.sleep(0.01)
+                async with lock:
+                    os.write(pipes[0], raw)
+                    os.close(pipes[0])
+                    await told["second"].wait()
+        assert [found.number for found in await library.startup.records("p")] == [1]
+
+
+async def test_a_client_that_leaves_while_a_cache_is_looked_for_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = os.open(tmp_path, os.O_RDONLY)
+    async with running(tmp_path) as library:
+        with trio.CancelScope() as scope:
+
+            async def offer(*_: object, **__: object) -> startupcaches.Offer:
+                scope.cancel()
+                return startupcaches.Offer(Choice("first"), "", given)
+
+            async def send(*_: object) -> None:
+                pass
+
+            monkeypatch.setattr(library.startup, "offer", offer)
+            await control.begin(library.startup, StartupBegin("p", {}), 0, "s", "/m", None, send)
+        assert scope.cancelled_caught
+        with pytest.raises(OSError):
+            os.fstat(given)
 
 
 async def test_what_this_host_may_not_remove_in_the_region_is_said(tmp_path: Path) -> None:

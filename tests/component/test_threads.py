@@ -1,8 +1,9 @@
-"""What runs in threads, where none can be started."""
+"""What runs in threads, where none can be started; what they open too late."""
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ import trio
 import trio.testing
 
 from instantstart_fs.config.threads import keep_spare_threads
+from instantstart_fs.ipc.threads import open_abandonable
 
 MANY = 30
 """More than trio keeps idle from earlier tests, and less than its limiter allows."""
@@ -43,3 +45,27 @@ async def test_where_no_thread_can_be_started_the_work_is_done_by_those_that_are
             await trio.to_thread.run_sync(lambda: 1 // 0)
     assert sorted(done) == list(range(MANY))
     assert sum("pids.max" in record.message for record in caplog.records) == 1
+
+
+async def test_a_descriptor_that_comes_too_late_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = await open_abandonable(os.open, "/", os.O_RDONLY)
+    os.fstat(opened)
+    begun, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    close = os.close
+
+    def slow() -> int:
+        begun.set()
+        go_on.wait(30)
+        return os.dup(opened)
+
+    def closes(fd: int) -> None:
+        close(fd)
+        closed.set()
+
+    with pytest.raises(trio.TooSlowError):
+        await open_abandonable(slow, deadline=0.01)
+    monkeypatch.setattr(os, "close", closes)
+    go_on.set()
+    assert begun.is_set() and closed.wait(30)
+    monkeypatch.undo()
+    os.close(opened)

@@ -240,6 +240,19 @@ def test_the_second_start_finds_what_the_first_compiled(site: Site) -> None:
     assert len(site.compile("--weights", str(site.daemon.path("m", "model-00001-of-00002.safetensors")))["used"]) == 5
 
 
+def test_a_cache_that_crashes_its_engine_does_so_twice(site: Site) -> None:
+    """It is whole, and its bytes are those that were saved."""
+    script = 'test -e "$TRITON_CACHE_DIR/bad" && exit 3; test -e good || echo x > "$TRITON_CACHE_DIR/bad"; echo cold'
+    where = site.directory / "elsewhere"
+    where.mkdir()
+    command = ("sh", "-c", f"cd {where}; {script}")
+    assert site.run(*command).stdout == "cold\n"
+    assert [site.run(*command).returncode for _ in range(2)] == [3, 3]
+    (where / "good").touch()
+    done = site.run(*command)
+    assert done.stdout == "cold\n" and "version 1 is left out, since the last 2 starts" in done.stderr
+
+
 def test_what_a_failing_engine_leaves_is_not_kept(site: Site) -> None:
     site.compile(status=3)
     found = site.compile(status=3, options=("--ready-file", "/nowhere/ready"))

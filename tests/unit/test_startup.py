@@ -34,7 +34,16 @@ from instantstart_fs.core.enginetable import (
     port_of,
     ranks_of,
 )
-from instantstart_fs.core.startupcache import KEPT, StartupRecord, check_key, choose, surplus, whole_key
+from instantstart_fs.core.startupcache import (
+    KEPT,
+    MOST_GIVEN,
+    StartupRecord,
+    Suspects,
+    check_key,
+    choose,
+    surplus,
+    whole_key,
+)
 from instantstart_fs.core.startuppack import BadPack, decode_index, encode_index, index_length, is_safe
 from instantstart_fs.errors import DaemonUnreachable, UsageError
 from instantstart_fs.startup import options, surroundings, wire
@@ -277,6 +286,38 @@ def test_what_another_user_saved_is_not_restored_even_where_the_pipeline_is_his_
     assert choose([saved], wanted(uid=7), uid=7).differs == ("owner",)
     forged = msgspec.structs.replace(saved, key=wanted(uid=7))
     assert choose([forged], wanted(uid=7), uid=7).differs == ("owner",)
+
+
+def test_a_version_with_which_two_starts_failed_is_left_out_until_a_cold_one_fails_or_is_ready() -> None:
+    suspects, count = Suspects(), iter(range(100))
+
+    def a_start(number: int, *reports: tuple[bool, int | None], left_out: int = 0) -> None:
+        name = str(next(count))
+        suspects.given(name, "p", number, left_out=left_out)
+        for ended, status in reports:
+            suspects.reported(name, ended=ended, status=status)
+
+    a_start(3, (True, 1))
+    assert suspects.of("p") == ()
+    for fine in ((False, None), (True, 0), (True, 128 + signal.SIGTERM)):  # ready; ended well; asked to end
+        a_start(3, fine, (True, 1))
+        a_start(3, (True, 128 + signal.SIGSEGV))
+        assert suspects.of("p") == (), "not in a row"
+    a_start(3, (True, 1))
+    assert suspects.of("p") == (3,) and suspects.of("q") == ()
+    a_start(0, (True, 1))
+    assert suspects.of("p") == (3,), "another command's start, say"
+    a_start(0, (True, 1), left_out=3)
+    assert suspects.of("p") == (), "it was not the cache"
+    for _ in range(2):
+        a_start(3, (True, 1))
+    a_start(0, (False, None), left_out=3)
+    assert suspects.of("p") == (3,), "it was the cache"
+    suspects.forget("p", 3)
+    assert suspects.of("p") == () and suspects._given == {}
+    for number in range(MOST_GIVEN + 5):
+        suspects.given(str(number), "p", 1)
+    assert len(suspects._given) == MOST_GIVEN
 
 
 def test_the_tenants_word_for_what_the_daemon_knows_does_not_count() -> None:
