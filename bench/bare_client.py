@@ -3,16 +3,15 @@
     python -m bench.bare_client JOB.json [--workers N] [--connections C] [--chunk 8MiB] [--no-hash] [--no-fsync]
 
 JOB.json: ``[{"url", "size", "sha256", "path"}, …]``. N processes share C connections; each file belongs to one process,
-whose threads take its chunks in order: a ranged GET by urllib3, read into a reused 1 MiB buffer, pwrite. A hashing
-thread per process follows the contiguous prefix through pread (``--no-hash``: fetch only), then the file is fsynced
-(``--no-fsync``: not). Prints one JSON object; a wrong digest or a short body is exit 1.
+whose threads take its chunks in order: a ranged GET by urllib3, read into a reused 1 MiB buffer as the filler reads it
+(filler/body.py), pwrite. A hashing thread per process follows the contiguous prefix through pread (``--no-hash``: fetch
+only), then the file is fsynced (``--no-fsync``: not). Prints one JSON object; a wrong digest or a short body is exit 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import http.client
 import json
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ from typing import Any
 import urllib3
 
 from bench.common import MIB, size
+from instantstart_fs.filler.body import reading
 
 
 class File:
@@ -97,18 +97,18 @@ class Process:
         )
         if response.status != 206:
             raise RuntimeError(f"{file.url}: {response.status}")
-        source = response._fp  # type: ignore[attr-defined]
-        assert isinstance(source, http.client.HTTPResponse)
-        while offset < stop:
-            filled, limit = 0, min(len(buffer), stop - offset)
-            while filled < limit:
-                count = source.readinto(buffer[filled:limit])
-                if not count:
-                    raise RuntimeError(f"{file.url}: the body was cut short")
-                filled += count
-            os.pwrite(file.fd, buffer[:filled], offset)
-            offset += filled
-        source.read(1)
+        connection = response.connection
+        with reading(response, getattr(connection, "sock", None), 60.0) as read:
+            while offset < stop:
+                filled, limit = 0, min(len(buffer), stop - offset)
+                while filled < limit:
+                    count = read(buffer[filled:limit])
+                    if not count:
+                        raise RuntimeError(f"{file.url}: the body was cut short")
+                    filled += count
+                os.pwrite(file.fd, buffer[:filled], offset)
+                offset += filled
+            read(buffer[:1])
         response.release_conn()
 
     def _finish_all(self) -> None:

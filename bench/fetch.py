@@ -35,6 +35,7 @@ import urllib3
 from bench.common import GIB, MIB, RESULTS, size
 from instantstart_fs.core.chunks import ByteRange, ChunkMap
 from instantstart_fs.core.manifest import Digest, FileEntry, ManifestFile
+from instantstart_fs.filler.body import reading
 from instantstart_fs.filler.scheduler import Filler, FillSettings
 from instantstart_fs.filler.target import COMPLETE, FileKey, FillTarget
 from instantstart_fs.index.environment import Index
@@ -98,6 +99,9 @@ def _by_urllib3(url: str, way: str) -> Callable[[int, int, memoryview, int], Non
             for piece in response.stream(PIECE):
                 os.pwrite(fd, piece, start)
                 start += len(piece)
+        elif way == "socket":
+            with reading(response, getattr(response.connection, "sock", None), 60.0) as read:
+                _drain(read, start, stop, buffer, fd)
         else:
             source = response._fp if way == "inner" else response  # type: ignore[attr-defined]
             _drain(source.readinto, start, stop, buffer, fd)
@@ -391,6 +395,7 @@ def main() -> None:
                 ways = {
                     "http.client readinto": _by_http_client(url + "/model"),
                     "urllib3, inner readinto": _by_urllib3(url + "/model", "inner"),
+                    "urllib3, the socket itself": _by_urllib3(url + "/model", "socket"),
                     "urllib3 readinto": _by_urllib3(url + "/model", "own"),
                     "urllib3 stream": _by_urllib3(url + "/model", "stream"),
                     "urllib3 read()": _by_urllib3(url + "/model", "data"),

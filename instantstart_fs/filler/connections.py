@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import math
 import os
 import socket
 import threading
@@ -43,15 +44,24 @@ class Watchdog:
     """Shuts down connections that exceed their deadline. One thread checks while there are any. Thread-safe."""
 
     class Deadline:
-        """``expired``: the connection was shut down. ``thread``: the thread inside the block."""
+        """``expired``: the connection was shut down. ``interrupted``: it must be. ``thread``: the thread inside the
+        block, which alone sets ``at``."""
 
-        __slots__ = ("at", "connection", "expired", "thread")
+        __slots__ = ("at", "connection", "expired", "interrupted", "thread")
 
         def __init__(self, connection: socket.socket | None, at: float) -> None:
             self.connection = connection
             self.at = at
-            self.expired = False
+            self.expired = self.interrupted = False
             self.thread = threading.get_ident()
+
+        def start(self, seconds: float) -> None:
+            """Let it be ``seconds`` from now: the block goes on with its next part."""
+            self.at = time.monotonic() + seconds
+
+        def rest(self) -> None:
+            """Let there be none until the next ``start``."""
+            self.at = math.inf
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -91,7 +101,7 @@ class Watchdog:
         with self._changed:
             for entry in self._pending:
                 if entry.thread == thread:
-                    entry.at = 0.0
+                    entry.interrupted = True
             self._changed.notify()
 
     def _watch(self) -> None:
@@ -100,7 +110,9 @@ class Watchdog:
                 self._idle = not self._pending
                 self._changed.wait(None if self._idle else WATCHDOG_SECONDS)
                 now = time.monotonic()
-                for entry in [entry for entry in self._pending if entry.at <= now and not entry.expired]:
+                for entry in [each for each in self._pending if each.interrupted or each.at <= now]:
+                    if entry.expired:
+                        continue
                     entry.expired = True
                     if entry.connection is not None:
                         with contextlib.suppress(OSError):

@@ -39,6 +39,7 @@ from instantstart_fs.errors import (
     OriginUnsupported,
 )
 from instantstart_fs.filler.answers import check_answer, unreachable
+from instantstart_fs.filler.body import Read, reading
 from instantstart_fs.filler.connections import Connections, socket_of
 from instantstart_fs.filler.messages import WorkerSettings
 from instantstart_fs.origins.base import Location
@@ -241,48 +242,46 @@ class Fetcher:
         self, response: urllib3.BaseHTTPResponse, wanted: ByteRange, buffer: memoryview, sink: Sink, where: str
     ) -> bool:
         """Take the body; whether the connection may be used again."""
-        # urllib3's own readinto reads into a fresh bytes object and copies; http.client's reads into the buffer.
-        body = getattr(response, "_fp", None)
-        source = body if isinstance(body, http.client.HTTPResponse) else response
-        readinto = getattr(source, "readinto")  # noqa: B009 (typed by neither)
-        connection, watchdog = socket_of(response), self._connections.watchdog
-        window = self._settings.slow_window
+        connection, window = socket_of(response), self._settings.slow_window
         piece = FIRST_PIECE
         offset = wanted.start
         try:
-            while offset < wanted.stop:
-                filled = 0
-                limit = min(len(buffer), wanted.stop - offset)
-                while filled < limit:
-                    sink.before_read()
-                    part = buffer[filled : min(filled + READ_BYTES, limit)]
-                    count = 0
-                    with watchdog.deadline(connection, window) as deadline:
+            with (
+                reading(response, connection, self._settings.stall_timeout) as read,
+                self._connections.watchdog.deadline(connection, window) as deadline,
+            ):
+                while offset < wanted.stop:
+                    filled = 0
+                    limit = min(len(buffer), wanted.stop - offset)
+                    while filled < limit:
+                        sink.before_read()
+                        deadline.start(window)
+                        part = buffer[filled : min(filled + READ_BYTES, limit)]
+                        count = 0
                         while count < len(part):
                             began = time.monotonic()
-                            got = readinto(part[count : count + piece])
+                            got = read(part[count : count + piece])
                             if not got:
                                 break
                             count += got
                             sink.progress(got)
                             piece = next_piece(piece, time.monotonic() - began)
-                    if deadline.expired:
-                        raise OriginUnavailable(f"{where}: less than {len(part)} bytes came in {window:g} s")
-                    filled += count
-                    if count < len(part):
-                        raise OriginMisbehaved(
-                            f"{where}: the body ended after {offset + filled - wanted.start} of {wanted.length} bytes",
-                            fault=Fault.CUT,
-                        )
-                sink.write(buffer[:filled], offset)
-                offset += filled
-            return self._ended(readinto, buffer, connection, wanted, where)
+                        if deadline.expired:
+                            raise OriginUnavailable(f"{where}: less than {len(part)} bytes came in {window:g} s")
+                        deadline.rest()
+                        filled += count
+                        if count < len(part):
+                            came = f"{offset + filled - wanted.start} of {wanted.length}"
+                            raise OriginMisbehaved(f"{where}: the body ended after {came} bytes", fault=Fault.CUT)
+                    sink.write(buffer[:filled], offset)
+                    offset += filled
+                return self._ended(read, buffer, connection, wanted, where)
         except (HTTPError, OSError, http.client.HTTPException) as error:
             raise unreachable(error, where) from error
 
     def _ended(
         self,
-        readinto: Callable[[memoryview], int],
+        read: Read,
         buffer: memoryview,
         connection: socket.socket | None,
         wanted: ByteRange,
@@ -297,7 +296,7 @@ class Fetcher:
         more, deadline = 0, None
         try:
             with self._connections.watchdog.deadline(connection, END_SECONDS) as deadline:
-                more = readinto(buffer[:1])
+                more = read(buffer[:1])
         except (TimeoutError, ReadTimeoutError):  # the connection's own time-out may be shorter
             return False
         except (HTTPError, OSError, http.client.HTTPException):
