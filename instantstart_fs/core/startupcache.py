@@ -140,11 +140,11 @@ class Suspects:
         if len(self._given) > MOST_GIVEN:
             del self._given[next(iter(self._given))]
 
-    def reported(self, start: str, *, ended: bool, status: int | None) -> None:
-        """It is ready, or ``ended``. What it says afterwards does not count."""
-        if (given := self._given.pop(start, None)) is None:
+    def reported(self, start: str, pipeline: str, *, ended: bool, status: int | None) -> None:
+        """It is ready, or ``ended``. What it says afterwards does not count, nor what another pipeline's owner says."""
+        if self._given.get(start, ("",))[0] != pipeline:
             return
-        pipeline, number, left_out = given
+        _, number, left_out = self._given.pop(start)
         if not ended or status is None or status in _FINE:
             self._failed.pop((pipeline, number), None)
         elif number:

@@ -97,6 +97,8 @@ class RegionalStartups:
         self._may_use = may_use
         self._left_alone_until = 0.0
         self._removed: dict[str, float] = {}
+        self._newest: dict[str, _Save] = {}
+        """Of each place, of those that wait."""
         self._wrong: dict[tuple[str, str], None] = {}
         """(place, digest) of packs that were found wrong in the tier, in order."""
         self._threads = trio.CapacityLimiter(8)
@@ -179,11 +181,14 @@ class RegionalStartups:
         if not self._settings.write_back:
             os.close(pack)
             return
+        save = _Save(pipeline, place, record, pack, trio.current_time())
         try:
-            self._queue.send_nowait(_Save(pipeline, place, record, pack, trio.current_time()))
+            self._queue.send_nowait(save)
         except trio.WouldBlock:
             os.close(pack)
             log.warning("a startup cache stays on this host: too many wait", extra={"pipeline": pipeline})
+            return
+        self._newest[place.name] = save
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Save what waits, until cancelled."""
@@ -233,8 +238,9 @@ class RegionalStartups:
                     os.close(self._waiting.receive_nowait().pack)
 
     async def _save(self, save: _Save) -> None:
-        if self._is_withdrawn(save):
+        if self._is_withdrawn(save) or self._newest.get(save.place.name) is not save:  # a newer one waits
             return
+        del self._newest[save.place.name]
         for left in range(TRIES - 1, -1, -1):
             try:
                 if not self._is_withdrawn(save) and await self._put(save):
@@ -270,8 +276,6 @@ class RegionalStartups:
             save.since = wanted
             if spent > limit:
                 raise OriginUnavailable(f"the regional tier does not take {record.size} bytes within {limit:.0f} s")
-            if self._is_withdrawn(save):
-                return False
             await self._settings.rate.wait(wanted.length)
             data = await _read(save.pack, wanted)
         self._wrong.pop(wrong, None)

@@ -34,7 +34,7 @@ FIRST_POLL, LAST_POLL = 0.05, 0.5
 """Seconds between two looks: close at first, since small engines are quick."""
 REQUEST_SECONDS = 2.0
 PROBE_SECONDS = 120.0
-LEASE_RETRY = 0.5
+LEASE_RETRY, LAST_LEASE_RETRY = 0.5, 10.0
 
 
 class Follower:
@@ -123,8 +123,10 @@ class Follower:
         wire = self._lease
         while True:
             wire.wait_disconnected()
+            pause = LEASE_RETRY
             while True:
-                time.sleep(LEASE_RETRY)
+                time.sleep(pause)
+                pause = min(1.5 * pause, LAST_LEASE_RETRY)
                 try:
                     wire = Wire(self._start.socket, patience=0.0)
                     wire.ask("lease", pipeline=self._start.pipeline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -97,11 +98,21 @@ def write(
         "engine": dict(engine),
         "record": as_plain(record) if record is not None else None,
     }
+    _put(path, json.dumps(found, indent=2) + "\n")
+
+
+def _put(path: str, text: str) -> None:
+    """Whole or not at all; what is no file (a FIFO, /dev/stdout) is written to and stays. Raises OSError."""
+    if not path.startswith(("/dev/", "/proc/")):
+        path = os.path.realpath(path)
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC), "w") as file:
+            file.write(text)
+        return
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=2)
-            file.write("\n")
+            file.write(text)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

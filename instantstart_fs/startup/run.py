@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import time
 
 from instantstart_fs.config.places import find_socket
@@ -40,7 +41,7 @@ TRIES = 2
 BEGIN_SECONDS = 15.0
 """For which the daemon may be silent when it is asked for a startup cache; then the start goes on without."""
 BEGIN_AT_MOST = 75.0
-"""For which it may say that it still looks (the region's pack comes: serving.startupcaches.FETCH_SECONDS)."""
+"""For which it may say that it still looks (the region's pack comes: serving.startupcaches.OFFER_SECONDS)."""
 
 
 def run(options: Options) -> int:
@@ -48,6 +49,7 @@ def run(options: Options) -> int:
     start = Start(options, _engine(options))
     start.socket = find_socket(options.socket or None)
     check(options)
+    _remove_old_report(options.report)
     command = Command()
     try:
         wire = _prepare(start)
@@ -294,6 +296,13 @@ class _Once:
         if self._text:
             self._start.say(self._text)
         self._text = ""
+
+
+def _remove_old_report(path: str) -> None:
+    """Of an earlier start: whoever waits for this one's must not take it."""
+    with contextlib.suppress(OSError):
+        if path and stat.S_ISREG(os.lstat(path).st_mode):
+            os.unlink(path)
 
 
 def _report_refused(start: Start, status: int | None, why: str) -> None:

@@ -254,7 +254,7 @@ def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
             for at, device in enumerate(found)
             if str(at) in wanted or any(len(word) > 4 and device[2].startswith(word) for word in wanted)
         ]
-        found = chosen or found
+        found = chosen or (found if wanted and not wanted[0].startswith("-") else [])  # "" and "-1": none of them
     kinds = sorted({f"{model} {capability}" for model, capability, _ in found})
     key["gpus"] = ", ".join(kinds)
     return key

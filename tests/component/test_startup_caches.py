@@ -660,7 +660,7 @@ async def test_what_engines_failed_with_is_left_out_and_does_not_come_back_from_
         suspects = library.startup.suspects
         for start in ("a", "b"):
             suspects.given(start, "p", 1)
-            suspects.reported(start, ended=True, status=1)
+            suspects.reported(start, "p", ended=True, status=1)
         offer = await library.startup.offer("p", KEY, 0, restore=True)
         assert (offer.choice.outcome, offer.pack) == ("failed", -1) and "version 1 is left out" in offer.problem
         record = await save(library, valid(80_000))
@@ -846,6 +846,26 @@ async def test_a_save_waits_for_the_rate_as_long_as_it_takes_and_a_try_goes_on_w
         nursery.cancel_scope.cancel()
     assert [name[-8:] for name in store.puts] == ["00000000", "00000001", "00000002"]
     assert b"".join(place.read(record)) == raw
+
+
+async def test_of_saves_of_one_key_that_wait_only_the_last_is_written_to_the_region(tmp_path: Path) -> None:
+    store = KeepsAll(tmp_path)
+    place, other = (Place(store, REGION, "5" * 32, {**IDENTITY, "arguments": word}) for word in ("a", "b"))
+    region = regional(store)
+    (tmp_path / "packs").mkdir()
+    for at, (where, size) in enumerate([(place, 10), (other, 20), (place, 30)]):
+        pack = tmp_path / "packs" / str(at)
+        pack.write_bytes(valid(size))
+        region.put("p", where, of(valid(size)), os.open(pack, os.O_RDONLY))
+    with trio.fail_after(40):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(region.run)
+            while not place.entries():
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert [found.record.size for found in place.entries()] == [len(valid(30))]
+    assert [found.record.size for found in other.entries()] == [len(valid(20))]
+    assert region._newest == {}
 
 
 def regional(store: DirectoryStore, *users: str) -> RegionalStartups:

@@ -46,7 +46,7 @@ from instantstart_fs.core.startupcache import (
 )
 from instantstart_fs.core.startuppack import BadPack, decode_index, encode_index, index_length, is_safe
 from instantstart_fs.errors import DaemonUnreachable, UsageError
-from instantstart_fs.startup import options, surroundings, wire
+from instantstart_fs.startup import options, report, surroundings, wire
 from instantstart_fs.startup import pack as packs
 from instantstart_fs.startup import run as running
 from instantstart_fs.startup import save as startup_save
@@ -254,6 +254,14 @@ def test_gpus_that_cannot_be_told_are_no_other_starts_and_a_driver_that_hangs_is
     over.set()
 
 
+def test_the_gpus_of_a_key_are_those_that_the_engine_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [("A", "sm_80", "GPU-aaaa"), ("B", "sm_90", "GPU-bbbb")]
+    monkeypatch.setattr(surroundings, "nvml_devices", lambda: devices)
+    seen = {"0": "A sm_80", "1": "B sm_90", "GPU-bbbb": "B sm_90", "": "", "-1": "", "MIG-x": "A sm_80, B sm_90"}
+    assert {name: surroundings._nvidia({"CUDA_VISIBLE_DEVICES": name})["gpus"] for name in seen} == seen
+    assert surroundings._nvidia({})["gpus"] == "A sm_80, B sm_90"
+
+
 def test_everything_is_restored_by_its_own_key_alone() -> None:
     records = [record(1), record(2), record(3, **{"package torch": "2.14.0"})]
     assert choose(records, wanted(), uid=7).record == records[1]
@@ -295,7 +303,8 @@ def test_a_version_with_which_two_starts_failed_is_left_out_until_a_cold_one_fai
         name = str(next(count))
         suspects.given(name, "p", number, left_out=left_out)
         for ended, status in reports:
-            suspects.reported(name, ended=ended, status=status)
+            suspects.reported(name, "q", ended=True, status=1)  # another owner's word
+            suspects.reported(name, "p", ended=ended, status=status)
 
     a_start(3, (True, 1))
     assert suspects.of("p") == ()
@@ -773,6 +782,29 @@ def test_a_start_that_is_refused_or_whose_command_is_not_there_has_a_report(tmp_
     found, said = refused(tmp_path, "/nonexistent/engine", socket_name="gives")
     assert found["status"] == 127 and "/nonexistent/engine" in found["failed"]
     assert "waits for the daemon" not in said
+
+
+def test_a_report_takes_no_devices_place_and_that_of_an_earlier_start_goes_at_once(tmp_path: Path) -> None:
+    start = a_start(tmp_path)
+    fifo, real, link = tmp_path / "fifo", tmp_path / "real.json", tmp_path / "link.json"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    report.write(start, {}, {}, None, str(fifo), status=3)
+    assert fifo.is_fifo() and json.loads(os.read(reader, 65536))["status"] == 3
+    os.close(reader)
+    with pytest.raises(OSError):
+        report.write(start, {}, {}, None, str(fifo))  # nobody reads it: that is not waited for
+    link.symlink_to(real)
+    for status in (4, 5):
+        report.write(start, {}, {}, None, str(link), status=status)
+    assert link.is_symlink() and json.loads(real.read_text())["status"] == 5
+    running._remove_old_report(str(fifo))
+    running._remove_old_report(str(real))
+    assert fifo.is_fifo() and not real.exists()
+    real.mkdir()
+    with pytest.raises(OSError):
+        report.write(start, {}, {}, None, str(real))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "link.json", "real.json"], "no half is left"
 
 
 def test_the_daemon_that_still_looks_is_said_once(tmp_path: Path) -> None:
