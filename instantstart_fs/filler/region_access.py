@@ -22,6 +22,7 @@ import trio
 
 from instantstart_fs.errors import AccessRefused, CredentialsUnusable, InstantStartError, OriginHidden
 from instantstart_fs.filler.target import FillTarget
+from instantstart_fs.ipc.threads import run_abandonable
 from instantstart_fs.origins.base import Origin
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class SourceAccess:
         self._answers: dict[tuple[str, int], dict[Origin, _Answer]] = {}
         """Answers by pipeline and model, the latest one last."""
         self._asking: dict[tuple[str, int, Origin], trio.Event] = {}
+        self._in_threads: set[Origin] = set()
+        """Origins that a thread asks. One that hangs is not asked by a second one."""
         self._forgets = 0
 
     def refusal(self, pipeline: str) -> tuple[int, str] | None:
@@ -130,10 +133,21 @@ class SourceAccess:
 
     async def _ask(self, origin: Origin) -> str | None:
         """Return why the source is refused, "" where it is not; None where the origin does not say."""
+        if origin in self._in_threads:
+            return None
+        self._in_threads.add(origin)
+
+        def check() -> None:
+            try:
+                origin.check()
+            finally:
+                self._in_threads.discard(origin)
+
         try:
-            with trio.move_on_after(CHECK_SECONDS):
-                await trio.to_thread.run_sync(origin.check, abandon_on_cancel=True)
-                return ""
+            await run_abandonable(check, deadline=CHECK_SECONDS)
+            return ""
+        except trio.TooSlowError:
+            log.debug("whether the source may be read is not known: it does not answer")
         except (AccessRefused, CredentialsUnusable, OriginHidden) as error:
             return error.message
         except InstantStartError as error:

@@ -32,7 +32,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.filler.region_access import SourceAccess
 from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, Routes, Tiers
-from instantstart_fs.filler.region_records import FileRecords, mark_used
+from instantstart_fs.filler.region_records import FileRecords, UseMarkers
 
 if TYPE_CHECKING:
     from instantstart_fs.core.manifest import FileEntry
@@ -74,7 +74,7 @@ class Claims:
         self._claiming: set[Follow] = set()
         """Files of which this host has claims."""
         self.access = SourceAccess(settings.recheck, lambda: tiers.nursery)
-        self._used: dict[str, str] = {}
+        self.markers = UseMarkers(tiers)
         self.won = self.lost = 0
         self._unsupported = False
         """Whether the tier has said that it cannot create an object only where there is none."""
@@ -134,7 +134,7 @@ class Claims:
                 self._routes.turn_off(follow)
                 return
             if not follow.own_left:
-                mark_used(self._tiers, follow.slot, self._used)
+                self.markers.mark(follow.slot)
             for source, tier in enumerate(self._tiers.sources):
                 if not (source and tier.is_broken()) and await self._take_seal(follow, source) and source == 0:
                     return

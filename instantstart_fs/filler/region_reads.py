@@ -124,6 +124,8 @@ class TierReads:
             if sealed is None:
                 return None
             source = sealed.source
+            if source == 0:
+                self._claims.markers.mark(sealed.place.slot)
             chunks = ChunkMap(entry.file.size, chunk_size)
             found = bytearray()
             for chunk in chunks.chunks_of(wanted):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import time
+
+import trio
 
 from instantstart_fs.core.claims import ClaimMark, Renewal
 from instantstart_fs.core.region import GROUP_CHUNKS
@@ -11,6 +13,8 @@ from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OriginNo
 from instantstart_fs.filler.region_follow import Follow, RegionSettings, Tiers
 from instantstart_fs.regional import records
 
+MARK_SECONDS = 3600.0
+"""So much earlier than its last use a slot may seem to have been used last."""
 MOST_LISTED = 200_000
 """The most names of one file that are read. A listing may have no end."""
 
@@ -77,17 +81,26 @@ class FileRecords:
         return name, records.pack(self._key, "claim", name, records.ClaimRecord(self._host, self._life, beat, done))
 
 
-def mark_used(tiers: Tiers, slot: str, used: dict[str, str]) -> None:
-    """Mark the slot as used, once a day and host. `instantstart regional gc` removes what is not used. ``used`` gives
-    the last day by slot."""
-    day = time.strftime("%Y-%m-%d", time.gmtime())
-    if used.get(slot) == day or tiers.nursery is None:
-        return
-    used[slot] = day
-    name = f"v1/{slot}/used/{day}"
+class UseMarkers:
+    """Marks slots as used: `instantstart regional gc` removes what is not. One small object for each day, written again
+    MARK_SECONDS later at the soonest. On the trio thread."""
 
-    async def mark() -> None:
-        with contextlib.suppress(InstantStartError):
-            await tiers.ask(lambda: tiers.sources[0].store.put_new(name, b""))
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
+        self._marked: dict[str, float] = {}
+        """By slot, when that was done or begun."""
 
-    tiers.nursery.start_soon(mark)
+    def mark(self, slot: str) -> None:
+        """Mark the slot, where that is due. Nobody waits for it."""
+        now, nursery = trio.current_time(), self._tiers.nursery
+        if nursery is None or self._tiers.own.is_broken() or now - self._marked.get(slot, -math.inf) < MARK_SECONDS:
+            return
+        self._marked[slot] = now
+        nursery.start_soon(self._write, slot)
+
+    async def _write(self, slot: str) -> None:
+        name = f"v1/{slot}/used/{time.strftime('%Y-%m-%d', time.gmtime())}"
+        try:
+            await self._tiers.ask(lambda: self._tiers.own.store.put(name, b""))
+        except InstantStartError:  # the next use tries again
+            self._marked.pop(slot, None)

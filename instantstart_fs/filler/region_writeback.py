@@ -90,6 +90,8 @@ class WriteBack:
         self._queue: deque[tuple[Follow, int]] = deque()
         self._open: set[Follow] = set()
         """Files with a descriptor, and some that have closed theirs."""
+        self._sealing: set[Follow] = set()
+        """Files whose seal is being put: others wait for that, and for the claim's end after it."""
         self._full = False
         self._more = trio.Event()
         self._threads = trio.CapacityLimiter(PUTS)
@@ -185,10 +187,11 @@ class WriteBack:
 
     def check_done(self, follow: Follow) -> None:
         """Seal the file in the tier if it is complete there, and close what is no longer needed."""
-        if not follow.ended or follow.to_put or follow not in self.detached:
+        if not follow.ended or follow.to_put or follow not in self.detached or follow in self._sealing:
             return
         if follow.sealed_here and len(follow.digests) == follow.pull.chunks and self._tiers.nursery is not None:
             proof, follow.sealed_here = follow.sealed_here, ""
+            self._sealing.add(follow)
             self._tiers.nursery.start_soon(self._seal, follow, proof)
             return
         if follow.decided or follow.target.failed:
@@ -214,5 +217,6 @@ class WriteBack:
         except InstantStartError as error:
             log.warning("the regional tier has no seal: %s", error.message, extra={"pipeline": follow.key.pipeline})
         finally:
+            self._sealing.discard(follow)
             self.detached.discard(follow)
             follow.close()

@@ -28,7 +28,7 @@ class Later:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ahead = 0.0
         real = trio.current_time
-        clock = SimpleNamespace(**{name: getattr(trio, name) for name in ("Event", "move_on_after", "to_thread")})
+        clock = SimpleNamespace(**{name: getattr(trio, name) for name in ("Event", "TooSlowError")})
         clock.current_time = lambda: real() + self.ahead
         monkeypatch.setattr("instantstart_fs.filler.region_access.trio", clock)
 
@@ -106,3 +106,27 @@ async def test_who_asks_at_once_asks_once_and_generations_do_not_grow_it() -> No
         for _ in range(10):
             assert await access.may_use("p", 0, Source())
         assert sum(map(len, access._answers.values())) == 2
+
+
+async def test_an_origin_that_hangs_takes_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory on a share that is gone never answers. Each question would take a thread for good, of those that all
+    of the daemon shares."""
+    monkeypatch.setattr("instantstart_fs.filler.region_access.CHECK_SECONDS", 0.02)
+    later, gate = Later(monkeypatch), threading.Event()
+    source, shared = Source(before=lambda: gate.wait(30)), trio.to_thread.current_default_thread_limiter()
+    try:
+        async with trio.open_nursery() as nursery:
+            access = SourceAccess(None, lambda: nursery)
+            for _ in range(5):
+                assert await access.may_use("p", 0, source), "who does not answer refuses nobody"
+                later.ahead += RECHECK_REFUSAL
+                await trio.testing.wait_all_tasks_blocked(0.05)
+            assert source.asked == 1 and not shared.borrowed_tokens
+            gate.set()
+            with trio.fail_after(30):
+                while source.asked < 2:
+                    later.ahead += RECHECK_REFUSAL
+                    await access.may_use("p", 0, source)
+                    await trio.sleep(0.005)
+    finally:
+        gate.set()

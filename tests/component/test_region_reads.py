@@ -230,3 +230,13 @@ async def test_while_the_own_tier_is_left_alone_upstream_tiers_are_read(tmp_path
             site.tiers.sources[1].failed(OriginUnavailable("nor is this one"))
         site.reads.forget("p")
         assert await read(site, entry, source, ByteRange(0, 10)) is None
+
+
+async def test_what_is_read_without_room_is_marked_as_used(tmp_path: Path) -> None:
+    async with region(tmp_path) as site:
+        site.slots["p"] = "a" * 32
+        entry = site.seal("p", bytes(CHUNK))
+        assert await read(site, entry, Source(), ByteRange(0, 10)) == bytes(10)
+        with trio.fail_after(30):
+            while not list((tmp_path / "v1" / ("a" * 32)).glob("used/*")):
+                await trio.sleep(0.005)

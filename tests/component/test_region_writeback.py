@@ -22,6 +22,7 @@ from instantstart_fs.core.region import PullPlan
 from instantstart_fs.errors import InstantStartError, OriginUnavailable, OriginUnsupported
 from instantstart_fs.filler.region_claims import CLAIM_TRIES
 from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, WriteRate
+from instantstart_fs.filler.region_records import MARK_SECONDS
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.filler.target import FileKey, FillTarget
 from instantstart_fs.regional.directory import DirectoryStore
@@ -316,3 +317,47 @@ async def test_files_that_wait_for_a_slow_tier_take_no_more_descriptors_than_the
         late = host.file(OWN, 9)
         host.writeback.add(late, 1)
         await until(lambda: 1 in host.there())
+
+
+async def test_a_file_waits_for_its_seal_while_that_is_being_put(host: Host) -> None:
+    """Its claim stays until then: others look for nothing else, and `regional warm` would end too soon."""
+    async with host.running():
+        follow = host.file(OWN[:CHUNK])
+        host.writeback.add(follow, 0)
+        await until(lambda: follow.digests)
+        host.store.held.clear()
+        host.store.putting.clear()
+        host.regional.leave(follow.key)
+        host.regional.sealed(follow.target, "size")
+        await until(host.store.putting.is_set)
+        for _ in range(3):  # as the ticks do
+            host.writeback.check_done(follow)
+        assert not follow.closed and host.regional.owed("p") == (0, 1)
+        host.store.held.set()
+        await until(lambda: follow.closed)
+        assert host.regional.owed("p") == (0, 0)
+        assert host.store.get(f"v1/{SLOT}/{PIN}/seal", 10_000)
+
+
+async def test_a_slot_is_marked_as_used_each_hour(host: Host) -> None:
+    """`regional gc` goes by the marker: one from this morning would not save what was used a minute ago."""
+
+    def marked() -> list[float]:
+        return [stored.modified for stored in host.store.list(f"v1/{SLOT}/used/", 10)]
+
+    async with host.running():
+        markers = host.regional._claims.markers
+        host.store.fails = OriginUnavailable("500")
+        markers.mark(SLOT)
+        await until(lambda: SLOT not in markers._marked)  # it failed, and the next use tries again
+        host.store.fails = None
+        markers.mark(SLOT)
+        await until(marked)
+        (path,) = (host.directory / "tier").rglob("used/*")
+        os.utime(path, (0, 0))
+        markers.mark(SLOT)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert marked() == [0], "not for each file"
+        markers._marked[SLOT] -= MARK_SECONDS
+        markers.mark(SLOT)
+        await until(lambda: marked() != [0])
