@@ -372,7 +372,8 @@ class Run:
                 if self.child and left and self.spoiled():
                     raise SystemExit(gpu_watch.GO_ON)
         except (KeyboardInterrupt, CutOff) as error:
-            self.not_run += [f"{name}: {type(error).__name__} came first" for name in left]
+            by = "SIGTERM" if isinstance(error, CutOff) else "^C"
+            self.not_run += [f"{name}: {by} came first" for name in left]
         finally:
             self.result.pop("now", None)
             self.write()
@@ -605,7 +606,7 @@ class Run:
                     report = stage.progress()[0]
                     took = time.monotonic() - started
                 if report.backend != backend:
-                    raise Skipped("; ".join(f"{who}: {why}" for who, why in report.refusals))
+                    raise Skipped("; ".join(why if who == backend else f"{who}: {why}" for who, why in report.refusals))
                 share = report.cached / max(1, report.bytes)
                 return report.loading, took, f"{share:.0%} from the page cache, whole {took:.2f} s"
 

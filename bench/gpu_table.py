@@ -1,11 +1,16 @@
 """The table of bench/gpu.py, from what gpu.json holds, however much that is: a part that was cut off shows what it had.
 
-Pure: a dict in, rows of words out. It measures nothing, and decides no exit status.
+Pure: a dict in, rows of words out. It measures nothing, and decides no exit status. Of a run that was killed before it
+printed its table, or of an old one:
+
+    python bench/gpu_table.py FILE       FILE: a gpu.json
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -111,7 +116,8 @@ def _speed(name: str, part: Mapping[str, Any]) -> Iterator[Row]:
             count = f"{len(values)} round{'s' if len(values) > 1 else ''}"
             yield f"{temperature} {who}", f"{rate:.2f} GB/s ({min(values):.2f}–{max(values):.2f}, {count})"
     for who, why in part.get("problems", {}).items():
-        yield f"not measured: {who}", why
+        if not why.startswith("was refused"):  # that is among what was not run
+            yield f"not measured: {who}", why
     if h2d := part.get("h2d_ceiling"):
         yield "ceiling: page-locked memory to the device", f"{h2d:.2f} GB/s"
     for temperature in ("cold", "warm"):
@@ -281,3 +287,8 @@ _OF = {
     "two releases of torch": _releases,
     "rivals": _speed,
 }
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], encoding="utf-8") as file:
+        print("\n".join(lines(json.load(file))))

@@ -103,8 +103,8 @@ class Watch:
             table(result)
         return int(result["exit"])
 
-    def _end(self, *_: object) -> None:
-        self._cut = self._cut or "CutOff"
+    def _end(self, number: int, _: object) -> None:
+        self._cut = self._cut or ("^C" if number == signal.SIGINT else "SIGTERM")
 
     def _one_process(self) -> int:
         """Its exit status, or GO_ON where it ended, or was killed, within a part."""

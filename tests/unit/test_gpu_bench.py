@@ -289,7 +289,7 @@ def test_sigterm_to_the_one_command_leaves_a_table_and_a_file(tmp_path: Path) ->
             said += line
             if line.startswith("--- speed"):
                 process.terminate()
-    assert "speed: CutOff came first" in said and "rivals: CutOff came first" in said, said
+    assert "speed: SIGTERM came first" in said and "rivals: SIGTERM came first" in said, said
     assert "equality" in json.loads((tmp_path / "gpu.json").read_text())["parts"]
 
 

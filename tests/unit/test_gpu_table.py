@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import gpu_table
 from bench.gpu import PARTS
+from tests.harness import REPOSITORY
 
 SPEED: dict[str, Any] = {
     "h2d_ceiling": 50.0,
@@ -15,7 +20,7 @@ SPEED: dict[str, Any] = {
         "cold": {"ceiling disk ×8": [4.0, 5.0, 4.5], "direct": [4.4, 4.5, 4.6], "load_file": [1.0]},
         "warm": {"ceiling copy ×8": [40.0], "direct": [30.0], "mmap": [8.0]},
     },
-    "problems": {"gds": "was refused: gds: no nvidia-fs"},
+    "problems": {"gds": "was refused: no nvidia-fs", "mmap": "RuntimeError: no memory"},
 }
 FOUND: dict[str, dict[str, Any]] = {
     "environment": {
@@ -70,7 +75,7 @@ def test_speed_is_judged_against_what_bounds_it() -> None:
     assert found["cold direct"] == "4.50 GB/s (4.40–4.60, 3 rounds)"
     assert found["cold direct ÷ min(disk, host to device)"] == "1.00, the target of 0.9 is met"
     assert found["warm direct ÷ min(copy in memory, host to device)"] == "0.75, the target of 0.9 is MISSED"
-    assert found["not measured: gds"] == "was refused: gds: no nvidia-fs"
+    assert found["not measured: mmap"] == "RuntimeError: no memory" and "not measured: gds" not in found
 
 
 def test_what_was_missed_is_listed_again_with_its_part() -> None:
@@ -84,6 +89,15 @@ def test_what_was_missed_is_listed_again_with_its_part() -> None:
 def test_taking_over_what_is_held_is_judged_by_its_bytes(seconds: float, word: str) -> None:
     part = {**FOUND["mount"], "samples": {gpu_table.HELD: [{"load": seconds, "whole": 3.0}]}}
     assert dict(gpu_table.rows("mount", part))[f"{gpu_table.HELD}: seconds"].endswith(f"is {word}")
+
+
+def test_the_table_of_a_run_that_was_killed_can_be_had(tmp_path: Path) -> None:
+    (tmp_path / "gpu.json").write_text(json.dumps({"parts": FOUND}))
+    done = subprocess.run(
+        [sys.executable, "bench/gpu_table.py", tmp_path / "gpu.json"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == gpu_table.lines({"parts": FOUND})
 
 
 def test_a_part_that_was_cut_off_shows_its_figures() -> None:

@@ -121,7 +121,7 @@ def test_a_signal_to_the_one_that_watches_ends_all_and_keeps_the_figures(tmp_pat
     found = json.loads((out / "gpu.json").read_text())
     assert found["parts"] == {"one": {"figure": 1}, "two": {"figure": 1}}
     if number == signal.SIGTERM:
-        assert status == 3 and found["not_run"] == ["two: CutOff came first", "three: CutOff came first"]
+        assert status == 3 and found["not_run"] == ["two: SIGTERM came first", "three: SIGTERM came first"]
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
