@@ -510,24 +510,28 @@ class Run:
     def equality(self) -> dict[str, Any]:
         """Every tensor, as seen by this process through CUDA IPC, against load_file of the same file, which is read to
         the CPU: what is compared with has come by no part of the device's side."""
-        from safetensors.torch import load_file
-
-        torch, compared = self.torch, 0
+        compared = 0
         with self.staged() as stage:
             stage.wait(120)
             backend = stage.progress()[0]
             for path in self.files:
-                ours = stage.file_tensors(path.name)
-                theirs = load_file(str(path))
-                assert set(ours) == set(theirs), path.name
-                for name, on_cpu in theirs.items():
-                    tensor, mine = on_cpu.to(DEVICE), ours[name]
-                    assert mine.dtype == tensor.dtype and mine.shape == tensor.shape, name
-                    same = torch.equal(mine.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
-                    assert same, f"{name} differs"
-                    compared += tensor.nbytes
-                del ours, theirs
+                compared += self.equal(stage, path)
         return {"equal_bytes": compared, "backend": backend.backend}
+
+    def equal(self, stage: Any, path: Path) -> int:
+        """The bytes of its tensors. Of the worker's memory nothing is open here when it returns: closed after the
+        worker's end it could end this process. Raises AssertionError."""
+        from safetensors.torch import load_file
+
+        torch = self.torch
+        ours, theirs = stage.file_tensors(path.name), load_file(str(path))
+        assert set(ours) == set(theirs), path.name
+        for name, on_cpu in theirs.items():
+            tensor, mine = on_cpu.to(DEVICE), ours[name]
+            assert mine.dtype == tensor.dtype and mine.shape == tensor.shape, name
+            same = torch.equal(mine.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+            assert same, f"{name} differs"
+        return sum(tensor.nbytes for tensor in theirs.values())
 
     def speed(self, name: str = "speed", *, others: bool = False) -> dict[str, Any]:
         """Rates of our backends beside the ceilings and load_file, or with ``others`` of the rivals beside ours."""
@@ -760,13 +764,11 @@ class Run:
     ) -> Iterator[tuple[Callable[..., Any], subprocess.Popen[str]]]:
         import msgspec
 
+        said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed below, with its process
         process = subprocess.Popen(
             [python, __file__, "--consumer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env={**os.environ, **environment},
+        )  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
         alarm = threading.Timer(150, process.kill)
         alarm.start()
@@ -774,7 +776,10 @@ class Run:
         def answer() -> Any:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert line, f"the second process ended with {process.wait(10)}"
+            if not line:
+                status = process.wait(10)
+                said.seek(0)
+                raise AssertionError(f"the second process ended with {status}: {gpu_watch.last_words(said.read())}")
             return json.loads(line)
 
         def ask(exported: Any, how: str, device: int | None = None) -> Any:
@@ -794,6 +799,7 @@ class Run:
             alarm.cancel()
             process.kill()
             process.communicate()
+            said.close()
 
     def killed(self, when: str) -> dict[str, Any]:
         """SIGKILL the worker; the stage must say so, and the memory must come back."""

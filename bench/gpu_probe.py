@@ -329,6 +329,8 @@ def releases(run: Run) -> dict[str, Any]:
     other = getattr(run.options, "other_python", "") or os.environ.get("INSTANTSTART_OTHER_PYTHON")
     if not other:
         raise Skipped("no second environment was named (--other-python, or INSTANTSTART_OTHER_PYTHON)")
+    if why := unusable(other):
+        raise Skipped(f"{other} is of no use: {why}")
     path = run.files[0]
     wanted = byte_sum(run.torch, path)
     found: dict[str, Any] = {"here": str(run.torch.__version__)}
@@ -354,6 +356,17 @@ def releases(run: Run) -> dict[str, Any]:
         finally:
             owner.kill()
     return found
+
+
+def unusable(python: str) -> str:
+    """Why nothing can be taken over by this interpreter; empty where it can."""
+    try:
+        done = subprocess.run(
+            [python, "-c", "import msgspec, torch"], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return "" if done.returncode == 0 else last_words(done.stderr)
 
 
 def verdict(answer: dict[str, Any], wanted: int, found: dict[str, Any]) -> str:

@@ -215,7 +215,7 @@ def test_files_with_no_bytes_or_no_tensors_are_in_the_way_of_nothing(tmp_path: P
     files = {"empty.bin": b"", "bare.safetensors": safetensors({}), "w.safetensors": safetensors({"w": 64})}
     for name, data in files.items():
         (tmp_path / "m" / name).write_bytes(data)
-    found = json.loads(python(SMALL, tmp_path, str(tmp_path / "m"), MEMFD="1"))
+    found = json.loads(python(SMALL, tmp_path, str(tmp_path / "m"), MEMFD="1", LATE="abort"))
     assert found == {**{name: len(data) for name, data in files.items()}, "tensors": ["w"], "loaded": ["w"]}
 
 

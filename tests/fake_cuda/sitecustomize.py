@@ -28,6 +28,7 @@ What can be wrong with a device, each by a variable that begins with INSTANTSTAR
     DRIVER=text     there is no device, and torch.cuda.init says this
     FORMAT=2        the version of the handles that this torch makes, and the newest that it understands (3)
     TORCH=2.11.0    the release that torch says it is
+    LATE=abort      closing another process's memory after that has ended ends this one
     EXPANDABLE=1    a torch whose allocator makes expandable segments unless PYTORCH_ALLOC_CONF says otherwise
 
 INSTANTSTART_FAKE_MISSING names packages that cannot be imported, with or without the device: as on a bare machine.
@@ -243,6 +244,8 @@ class Device:
         with self._lock:
             block, _, fd, _ = self._blocks.pop(address)
             if fd < 0:
+                if setting("LATE") and not Path("/proc", block.partition("-")[0]).exists():
+                    os.abort()
                 self.ledger.count_down(block)
             elif self.ledger.is_open(block):
                 self._released[block] = fd
@@ -398,8 +401,9 @@ def install(torch: Any) -> None:
         return empty(self.shape, dtype=self.dtype, device=target).copy_(self)
 
     def empty_like(tensor: Any, **options: Any) -> Any:
-        if tensor.is_cuda:
-            return empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        where = options.get("device") or tensor.device
+        if number_of(where) is not None:
+            return empty(tensor.shape, dtype=options.get("dtype") or tensor.dtype, device=where)
         return plain_like(tensor, **options)
 
     def device_of(self: Any) -> Any:

@@ -173,12 +173,27 @@ def test_a_wheel_of_another_python_is_left_out_and_the_rest_goes_on(tmp_path: Pa
 
 
 def test_every_byte_is_equal_on_a_fake_device(tmp_path: Path) -> None:
-    """The stage, its worker's page-locked ring, and CUDA's IPC: from files to tensors of this process."""
-    status, text, found = on_the_fake_device(tmp_path, "--only", "equality,peers,two releases of torch")
+    """The stage, its worker's page-locked ring, and CUDA's IPC: from files to tensors of this process, which lets go of
+    them before the worker ends."""
+    status, text, found = on_the_fake_device(
+        tmp_path, "--only", "equality,peers,two releases of torch", INSTANTSTART_FAKE_CUDA_LATE="abort"
+    )
     assert status == 0, text
     assert [line.partition(":")[0] for line in found["not_run"]] == ["peers", "two releases of torch"], "of one device"
     assert found["parts"]["equality"]["backend"] == "direct"
     assert found["parts"]["equality"]["equal_bytes"] >= 2**26, found
+
+
+def test_a_second_environment_that_is_of_no_use_is_told(tmp_path: Path) -> None:
+    """One of another Python, which finds the wheels of this one, say."""
+    from bench.gpu_probe import unusable
+
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho Traceback >&2\necho \"ImportError: no module named 'msgspec'\" >&2\nexit 1\n")
+    program.chmod(0o755)
+    assert unusable(str(program)) == "ImportError: no module named 'msgspec'"
+    assert "No such file" in unusable(str(tmp_path / "none"))
+    assert unusable(sys.executable) == ""
 
 
 @pytest.fixture
