@@ -28,7 +28,7 @@ class Bounds(msgspec.Struct, frozen=True):
         if body > self.body:
             raise OriginUnsupported(
                 f"{source}: one answer of its listing has more than {self.body // MIB} MiB, which is the limit; ask a "
-                "hub that lists in pages"
+                "server that lists in pages"
             )
 
 

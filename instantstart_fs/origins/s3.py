@@ -52,6 +52,7 @@ from instantstart_fs.origins.common import (
     selected,
 )
 from instantstart_fs.origins.s3access import AT_ONCE, Answered, S3Access
+from instantstart_fs.origins.s3pages import MD5, Listed, PageJudge, objects
 from instantstart_fs.origins.s3refusals import Refusals
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ _CHECKSUMS: tuple[tuple[str, Algorithm], ...] = (
     ("x-amz-checksum-crc32c", "crc32c"),
     ("x-amz-checksum-crc32", "crc32"),
 )
-_MD5 = re.compile(r"[0-9a-f]{32}\Z")
 _COMPOSITE = re.compile(r"([0-9a-f]{32})-([0-9]{1,5})\Z")
 TRIED_WHOLE = 64 * 1024 * 1024
 """Bytes of the largest object by which it is tried whether ETags are MD5s: the smallest there is. Beyond, the first
@@ -75,36 +75,11 @@ REMEMBERED = 4096
 """Addresses that were handed out, the latest: one that is asked for again before its end was refused."""
 EARLY = 60.0
 """Seconds before its end."""
-LISTING_SECONDS = 290.0
-"""Seconds for all pages together: less than callers wait (admin/lifecycle.py), so that they are told the reason."""
 MANY = 64
 """Objects; so many are asked about one by one."""
-SMALL = 1024 * 1024
-"""Size in bytes up to which an object is pinned by the listing: should its ETag be no MD5 after all, it is soon fetched
-again."""
 SAMPLES = 16
-_STRONG = frozenset({"SHA256", "SHA1"})
 CANNOT_TELL = frozenset({400, 404, 405, 416, 501})
 """The statuses of servers that do not know HEAD with a part's number."""
-
-
-class Listed(msgspec.Struct, frozen=True):
-    """An object as a listing describes it. ``strong``: it has a checksum that is better than an MD5."""
-
-    path: str
-    key: str
-    size: int
-    etag: str
-    mtime_ns: int
-    storage: str
-    strong: bool
-
-    @property
-    def tells_enough(self) -> bool:
-        """Whether this may be all that there is to be said of it: small, of one part, neither archived nor proven by
-        more."""
-        plain = self.storage in ("", "STANDARD") and not self.strong
-        return plain and self.size <= SMALL and _MD5.match(self.etag.strip('"')) is not None
 
 
 class S3Origin:
@@ -145,6 +120,7 @@ class S3Origin:
             timeout=timeout,
             anonymous=anonymous,
             requester_pays=requester_pays,
+            judge=PageJudge(source, bounds),
         )
         self._lock = threading.Lock()
         self._given: OrderedDict[str, float] = OrderedDict()
@@ -212,34 +188,8 @@ class S3Origin:
 
     # -- listing -----------------------------------------------------------------------------------------------------
 
-    def _directory(self) -> str:
-        return self._source.prefix + "/" if self._source.prefix else ""
-
     def _objects(self, client: S3Client) -> Iterator[Listed]:
-        """Yield every object below the prefix, which is treated as a directory."""
-        directory = self._directory()
-        pages = client.get_paginator("list_objects_v2").paginate(**self._access.parameters(), Prefix=directory)
-        end = time.monotonic() + LISTING_SECONDS
-        count = 0
-        for page in pages:
-            for entry in page.get("Contents", []):
-                count += 1
-                if entry["Key"].endswith("/") and entry["Size"] == 0:
-                    continue  # consoles make those for directories
-                modified = entry.get("LastModified")
-                yield Listed(
-                    path=entry["Key"][len(directory) :],
-                    key=entry["Key"],
-                    size=entry["Size"],
-                    etag=entry.get("ETag", ""),
-                    mtime_ns=int(modified.timestamp()) * 1_000_000_000 if modified else 0,
-                    storage=entry.get("StorageClass", ""),
-                    strong=not _STRONG.isdisjoint(entry.get("ChecksumAlgorithm", ())),
-                )
-            if time.monotonic() > end:
-                raise OriginUnavailable(
-                    f"{self._source}: after {LISTING_SECONDS:g} s and {count} keys its listing goes on; try again later"
-                )
+        return objects(client, self._source, self._access.parameters())
 
     def _client(self) -> S3Client:
         return self._access.client()
@@ -372,7 +322,7 @@ class S3Origin:
         if self._is_opaque(head):
             return None
         bare = etag.strip('"')
-        if _MD5.match(bare):
+        if MD5.match(bare):
             return Digest("md5", bare)
         composite = _COMPOSITE.match(bare)
         if composite:

@@ -25,17 +25,25 @@ import boto3
 import botocore.exceptions
 import urllib3
 from botocore import UNSIGNED
-from botocore.awsrequest import AWSRequest
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest, AWSResponse
 from botocore.config import Config
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 
+from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.refusals import MOST_ERROR_BODY
 from instantstart_fs.core.urls import s3_url_problem
-from instantstart_fs.errors import CredentialsUnusable, OriginThrottled, OriginUnavailable, printable
+from instantstart_fs.errors import (
+    CredentialsUnusable,
+    OriginMisbehaved,
+    OriginThrottled,
+    OriginUnavailable,
+    printable,
+)
 from instantstart_fs.origins.common import retry_after
 from instantstart_fs.origins.credentials import require_private
 from instantstart_fs.origins.proxies import Proxies
+from instantstart_fs.origins.s3pages import PageJudge
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -49,7 +57,12 @@ FIRST_PAUSE = 0.2
 LAST_PAUSE = 5.0
 """Seconds; tripled after each try. A Retry-After within it is believed."""
 READ_SECONDS = 60.0
+PAGE_SECONDS = 60.0
+ERROR_SECONDS = 10.0
+"""Seconds for the whole of a body: a time-out for each read says nothing of one that drips."""
 BLOCK = 1024 * 1024
+WIRE_STATUS = "x-instantstart-status"
+"""A header of ours, in answers to listings alone."""
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 """The statuses after which a request is repeated."""
 BAD_CREDENTIALS = frozenset(
@@ -86,6 +99,40 @@ class Answered:
         self.body = body
 
 
+class _Read:
+    """A body that has been read, in the place of one that comes over a connection."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    def stream(self) -> Iterator[bytes]:
+        yield self._body
+
+
+def _read(response: AWSResponse, body: bytes) -> AWSResponse:
+    """Return the answer with its body. WIRE_STATUS tells the status that came: botocore makes a 500 of a 200 that it
+    cannot parse."""
+    headers = {**response.headers, WIRE_STATUS: str(response.status_code)}
+    return AWSResponse(response.url, response.status_code, headers, _Read(body))  # type: ignore[arg-type]
+
+
+def _beginning(response: AWSResponse) -> bytes:
+    """Return the first MOST_ERROR_BODY bytes that come within ERROR_SECONDS, and close the answer: it says enough."""
+    body = bytearray()
+    end = time.monotonic() + ERROR_SECONDS
+    try:
+        while len(body) < MOST_ERROR_BODY and time.monotonic() < end:
+            block = response.raw.read1(MOST_ERROR_BODY - len(body), decode_content=False)
+            if not block:
+                break
+            body += block
+    except urllib3.exceptions.HTTPError:
+        pass  # the status says enough
+    finally:
+        response.raw.close()
+    return bytes(body)
+
+
 def _stamp() -> Stamp:
     """Return a value that changes when credential files are replaced."""
     found: list[object] = [os.environ.get(name) for name in _VARIABLES]
@@ -114,12 +161,14 @@ class S3Access:
         timeout: float,
         anonymous: bool,
         requester_pays: bool,
+        judge: PageJudge,
     ) -> None:
         self.bucket = bucket
         self.profile = profile
         self.timeout = timeout
         self.anonymous = anonymous
         self.requester_pays = requester_pays
+        self._judge = judge
         self.unsigned = anonymous
         """Whether requests now go without a signature."""
         self.proved_public = False
@@ -235,7 +284,7 @@ class S3Access:
             if response.status_code != 200:
                 return 0
             while count <= size and time.monotonic() < end:
-                block = response.raw.read(BLOCK, decode_content=False)
+                block = response.raw.read1(BLOCK, decode_content=False)
                 if not block:
                     break
                 take(block)
@@ -283,15 +332,44 @@ class S3Access:
 
     def _send(self, method: str, url: str, headers: dict[str, str]) -> Answered:
         response = self._connections(url).send(self._request(method, url, headers).prepare())
-        body = b""
-        if method == "GET":
-            try:
-                body = response.raw.read(MOST_ERROR_BODY, decode_content=False)
-            except urllib3.exceptions.HTTPError:
-                pass  # the status says enough
-            finally:
+        return Answered(response.status_code, response.headers, _beginning(response) if method == "GET" else b"")
+
+    def _send_listing(self, request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        """Send a request for a page in the place of botocore, which would read a body of any length, in any time, and
+        unfold it."""
+        request.stream_output = True
+        response = self._connections(request.url).send(request)
+        if response.status_code >= 300:
+            return _read(response, _beginning(response))
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        whole = False
+        body = bytearray()
+        end = time.monotonic() + PAGE_SECONDS
+        try:
+            if encoding not in ("", "identity"):
+                raise OriginMisbehaved(
+                    f"s3://{self.bucket}: a listing in {encoding[:20]!r}, which nobody asked for", fault=Fault.ENCODED
+                )
+            while block := response.raw.read1(BLOCK, decode_content=False):
+                body += block
+                self._judge.allow(len(body))
+                if time.monotonic() > end:
+                    raise botocore.exceptions.ReadTimeoutError(
+                        endpoint_url=request.url, error=f"not whole after {PAGE_SECONDS:g} s"
+                    )
+            if response.headers.get("Content-Length", str(len(body))) != str(len(body)):
+                raise botocore.exceptions.ConnectionClosedError(endpoint_url=request.url, request=request, error="cut")
+            whole = True
+        except urllib3.exceptions.HTTPError as error:
+            raise botocore.exceptions.ConnectionClosedError(
+                endpoint_url=request.url, request=request, error=error
+            ) from error
+        finally:
+            if not whole:
                 response.raw.close()
-        return Answered(response.status_code, response.headers, body)
+        found = bytes(body)
+        self._judge.check(found)
+        return _read(response, found)
 
     def _connections(self, url: str) -> URLLib3Session:
         with self._lock:
@@ -396,7 +474,9 @@ class S3Access:
         )
 
         def make(region: str | None) -> S3Client:
-            return session.client("s3", endpoint_url=self._endpoint_url, region_name=region, config=config)
+            made = session.client("s3", endpoint_url=self._endpoint_url, region_name=region, config=config)
+            made.meta.events.register("before-send.s3.ListObjectsV2", self._send_listing)  # type: ignore[arg-type]
+            return made
 
         client = make(session.region_name or "us-east-1")
         if not client.meta.endpoint_url.rstrip("/").endswith(".amazonaws.com"):

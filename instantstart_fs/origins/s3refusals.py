@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import botocore.exceptions
 import botocore.parsers
 
+from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.refusals import Word, s3_advice, s3_word
 from instantstart_fs.core.source import S3Source
 from instantstart_fs.errors import (
@@ -27,7 +28,7 @@ from instantstart_fs.errors import (
     printable,
 )
 from instantstart_fs.origins.common import retry_after
-from instantstart_fs.origins.s3access import BAD_CREDENTIALS, Answered, S3Access
+from instantstart_fs.origins.s3access import BAD_CREDENTIALS, WIRE_STATUS, Answered, S3Access
 
 _THROTTLED = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"})
 
@@ -141,4 +142,8 @@ class Refusals:
         code = str(told.get("Code", ""))
         word = Word("" if code.isdigit() else code, printable(str(told.get("Message", "")))[:300])
         wait = retry_after(metadata.get("HTTPHeaders", {}).get("retry-after"), time.time())
+        if status >= 500 and not word.code and metadata.get("HTTPHeaders", {}).get(WIRE_STATUS) == "200":
+            return OriginMisbehaved(
+                f"{what}: {self._endpoint} answers with XML that cannot be read; is it S3?", fault=Fault.ANSWER
+            )
         return self._error(what, status, word, right, wait)
