@@ -60,7 +60,7 @@ def rows(name: str, part: Mapping[str, Any]) -> list[Row]:
 def medians(samples: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, float]]:
     """Temperature → contender → the middle of its rates."""
     return {
-        temperature: {who: round(statistics.median(values), 2) for who, values in found.items()}
+        temperature: {who: round(statistics.median(values), 4) for who, values in found.items()}
         for temperature, found in samples.items()
     }
 

@@ -57,7 +57,8 @@ FOUND: dict[str, dict[str, Any]] = {
     "several devices": {"loading": {"cuda:0": 1.0, "cuda:1": 2.0}, "bytes": {"cuda:0": 4e9, "cuda:1": 4e9}},
     "peers": {"copies_gb_s": {"0→1": 100.0}, "taken_on_the_owner": 0, "opened_on": 0},
     "two releases of torch": {"here": "2.11.0", "there": "2.13.0", "given": "opened, equal", "taken": "opened, equal"},
-    "rivals": {"samples": {"cold": {"direct": [4.0], "instanttensor": [4.5]}, "warm": {"direct": [9.0]}}},
+    "rivals": {"samples": {"cold": {"direct": [4.0], "instanttensor": [4.5], "runai streamer": [0.002]},
+                           "warm": {"direct": [9.0]}}},
 }  # fmt: skip
 
 
@@ -76,6 +77,10 @@ def test_speed_is_judged_against_what_bounds_it() -> None:
     assert found["cold direct ÷ min(disk, host to device)"] == "1.00, the target of 0.9 is met"
     assert found["warm direct ÷ min(copy in memory, host to device)"] == "0.75, the target of 0.9 is MISSED"
     assert found["not measured: mmap"] == "RuntimeError: no memory" and "not measured: gds" not in found
+
+
+def test_a_rival_that_hardly_moves_is_compared_all_the_same() -> None:
+    assert dict(gpu_table.rows("rivals", FOUND["rivals"]))["cold direct ÷ runai streamer"].startswith("2000.00")
 
 
 def test_what_was_missed_is_listed_again_with_its_part() -> None:
