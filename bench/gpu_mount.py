@@ -219,23 +219,32 @@ class Loaders:
         self.prepare(temperature)
         return self.python(code, str(self.places[place]))
 
-    def python(self, code: str, place: str) -> dict[str, Any]:
-        """What it printed, and the ``whole`` of its time. Raises RuntimeError, NoTime."""
+    def python(self, code: str, place: str, helper: subprocess.Popen[str] | None = None) -> dict[str, Any]:
+        """What it printed, and the ``whole`` of its time. ``helper``: who has to live, or to have ended well, for it to
+        get anything. Raises RuntimeError, NoTime."""
         at = time.perf_counter()
         timeout = max(5.0, min(TIMEOUT, self.run.part_left - 3))
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, place, self.device],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.env,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", code, place, self.device],
-                capture_output=True, text=True, env=self.env, timeout=timeout, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            if timeout < TIMEOUT:
-                raise NoTime from None
-            raise RuntimeError(f"not within {timeout:.0f} s") from None
+            while True:
+                try:
+                    out, err = process.communicate(timeout=0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    if helper is not None and helper.poll():
+                        raise RuntimeError(f"the helper ended with {helper.returncode}") from None
+                    if time.perf_counter() > at + timeout:
+                        raise (NoTime() if timeout < TIMEOUT else RuntimeError(f"not within {timeout:.0f} s")) from None
+        finally:
+            process.kill()
+            process.communicate()
         whole = time.perf_counter() - at
-        if done.returncode or not done.stdout.strip():
-            raise RuntimeError(f"exit {done.returncode}: {last_words(done.stderr)}\n{done.stderr[-700:]}")
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        if process.returncode or not out.strip():
+            raise RuntimeError(f"exit {process.returncode}: {last_words(err)}\n{err[-700:]}")
+        found: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
         return {**found, "whole": round(whole, 3)}
 
     def held(self, temperature: str, *, before: bool = False) -> dict[str, Any]:
@@ -252,7 +261,7 @@ class Loaders:
             if before:
                 self.wait_held(helper)
                 at = time.perf_counter()
-            sample = self.python(TAKEN, str(self.places["mount"]))
+            sample = self.python(TAKEN, str(self.places["mount"]), helper)
             sample["whole"] = round(time.perf_counter() - at, 3)
             said = helper.communicate(timeout=max(2.0, min(30.0, self.run.part_left)))[0]
             return {**sample, "helper": helper.returncode, "helper_said": said[-600:]}
@@ -262,7 +271,7 @@ class Loaders:
             helper.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 said = helper.communicate(timeout=10)[0]
-            raise RuntimeError(f"{error}; the helper said: {said[-600:]}") from error
+            raise RuntimeError(f"{error}; the helper said: {last_words(said)}\n{said[-600:]}") from error
         finally:
             if helper.poll() is None:
                 helper.kill()

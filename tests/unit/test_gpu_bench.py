@@ -9,12 +9,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from bench import gpu
 from bench.gpu import PARTS, CutOff, Part, Run
+from bench.gpu_mount import Loaders, NoTime
 from bench.gpu_table import HELD
 from bench.gpu_watch import Skipped
 from tests.fake_cuda.sitecustomize import POINTS
@@ -194,6 +196,21 @@ def test_a_second_environment_that_is_of_no_use_is_told(tmp_path: Path) -> None:
     assert unusable(str(program)) == "ImportError: no module named 'msgspec'"
     assert "No such file" in unusable(str(tmp_path / "none"))
     assert unusable(sys.executable) == ""
+
+
+@pytest.mark.timeout(40)
+def test_an_engine_does_not_wait_for_a_helper_that_has_ended(tmp_path: Path) -> None:
+    served = SimpleNamespace(env=dict(os.environ), mount=tmp_path)
+    made = SimpleNamespace(part_left=100.0, files_at=tmp_path, directory=tmp_path)
+    loaders = Loaders(cast(Any, made), cast(Any, served), {})
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], text=True) as helper:
+        held = "import time\nwhile True: time.sleep(1)"
+        with pytest.raises(RuntimeError, match="the helper ended with 3"):
+            loaders.python(held, "m", helper)
+    assert loaders.python("print('{}')", "m", helper=None)["whole"] >= 0
+    made.part_left = 0.0
+    with pytest.raises(NoTime):
+        loaders.python(held, "m")
 
 
 @pytest.fixture
