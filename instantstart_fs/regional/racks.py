@@ -58,7 +58,7 @@ def unpack_record(key: RegionKey, name: str, data: bytes) -> RackRecord:
 
 
 class RackReader:
-    """Reads the rack's records, each once. One call at a time."""
+    """Reads the rack's records, each once. Thread-safe: a call that hung may go on beside the next one."""
 
     def __init__(self, store: TierStore, key: RegionKey, rack: str) -> None:
         self._store = store
@@ -84,14 +84,14 @@ class RackReader:
             now = clock if clock is not None else max((one.modified for one in newest.values()), default=0.0)
         most = placement.expiry(len(newest))
         wanted = [one.name for one in newest.values() if now - one.modified <= most][:MOST_HOSTS]
-        self._records = {name: record for name, record in self._records.items() if name in wanted}
+        records = {name: record for name, record in self._records.items() if name in wanted}
         for name in wanted:
-            if name not in self._records:
+            if name not in records:
                 try:
-                    self._records[name] = unpack_record(self._key, name, self._store.get(name, MOST_RECORD))
+                    records[name] = unpack_record(self._key, name, self._store.get(name, MOST_RECORD))
                 except (Forged, OriginMisbehaved):
-                    self._records[name] = None
+                    records[name] = None
                 except OriginNotFound:  # it says something new by now
                     continue
-        records = [record for record in self._records.values() if record is not None]
-        return Rack({record.host: record.address for record in records}, clock)
+        self._records = records
+        return Rack({record.host: record.address for record in records.values() if record is not None}, clock)

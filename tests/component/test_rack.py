@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from instantstart_fs.filler.messages import Piece, WorkerSettings
 from instantstart_fs.filler.pieces import fetch_piece
 from instantstart_fs.filler.region_follow import Line, RegionSettings
 from instantstart_fs.filler.region_rack import RackLevel
+from instantstart_fs.ipc.threads import BACKGROUND_NICE
 from instantstart_fs.regional import racks
 from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
@@ -209,6 +211,22 @@ HOSTILE: dict[str, tuple[bytes, int, str]] = {
     "no http": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", 400, "malformed"),
     "nothing": (request(Asked(PIN, PIN, 1, 0.1, True)), 404, "nothing"),
 }
+
+
+async def test_sends_give_way_and_take_no_thread_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine on this host, and of the daemon's own work in threads."""
+    seen: list[tuple[int, int]] = []
+    limiter, send = trio.to_thread.current_default_thread_limiter(), os.sendfile
+
+    def sendfile(*arguments: int) -> int:
+        mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        seen.append((mine - os.getpriority(os.PRIO_PROCESS, os.getpid()), int(limiter.borrowed_tokens)))
+        return send(*arguments)
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    async with served(tmp_path) as site:
+        assert (await site.say(request())).endswith(CHUNK)
+    assert set(seen) == {(BACKGROUND_NICE, 0)}
 
 
 @pytest.mark.parametrize("what", HOSTILE)
