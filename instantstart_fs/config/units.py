@@ -14,6 +14,8 @@ from instantstart_fs.core.limits import MAX_BYTES, MAX_DIGITS, MAX_ID, MAX_SECON
 from instantstart_fs.errors import ConfigError, UsageError
 
 _T = TypeVar("_T")
+_A = TypeVar("_A")
+LOOKUP_SECONDS = 10.0
 _UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4, "P": 1024**5} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("KMGTP", 1)
@@ -125,10 +127,10 @@ def parse_owner(value: str) -> tuple[int, int]:
             uid = _number(user)
             gid = uid if colon else _group_of(uid)
         else:
-            entry = pwd.getpwnam(user)
+            entry = _looked_up(pwd.getpwnam, user)
             uid, gid = entry.pw_uid, entry.pw_gid
         if group:
-            gid = _number(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+            gid = _number(group) if group.isdecimal() else _looked_up(grp.getgrnam, group).gr_gid
     except KeyError:
         raise ConfigError(f"{value!r} names a user or group that this machine does not know") from None
     if uid > MAX_ID or gid > MAX_ID:
@@ -142,7 +144,7 @@ def parse_group(value: str | int) -> int:
 
     if isinstance(value, str) and not value.isdecimal():
         try:
-            return grp.getgrnam(value).gr_gid
+            return _looked_up(grp.getgrnam, value).gr_gid
         except KeyError:
             raise ConfigError(f"{value!r} names a group that this machine does not know") from None
     gid = value if isinstance(value, int) else _number(value)
@@ -172,11 +174,25 @@ def _brief(value: object) -> str:
     return shown if len(shown) <= 60 else f"{shown[:60]}…"
 
 
+def _looked_up(ask: Callable[[_A], _T], name: _A) -> _T:
+    """Return what the machine's user database says, which may be a server's. Raises KeyError where it knows none,
+    ConfigError where it does not answer."""
+    from instantstart_fs.ipc.attempts import within  # late: numbers need no question
+
+    try:
+        return within(LOOKUP_SECONDS, lambda: ask(name))
+    except TimeoutError:
+        raise ConfigError(
+            f"{name!r}: the machine's user database (LDAP, say) does not answer within {LOOKUP_SECONDS:g} s; "
+            "numbers of users and groups (UID:GID) need none"
+        ) from None
+
+
 def _group_of(uid: int) -> int:
     import pwd
 
     try:
-        return pwd.getpwuid(uid).pw_gid
+        return _looked_up(pwd.getpwuid, uid).pw_gid
     except KeyError:
         raise ConfigError(f"uid {uid} has no entry in the user database: write UID:GID") from None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import math
 import os
+import pwd
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import msgspec
 import pytest
 
 from instantstart_fs.cli import run
-from instantstart_fs.config import Capacity, load_config, places
+from instantstart_fs.config import Capacity, load_config, places, units
 from instantstart_fs.config.loader import schema
 from instantstart_fs.config.template import TEMPLATE, commented
 from instantstart_fs.config.units import (
@@ -319,6 +322,24 @@ def test_bad_sizes(value: str | int) -> None:
 )
 def test_durations(value: str | float, seconds: float) -> None:
     assert parse_duration(value) == seconds
+
+
+def test_a_user_database_that_hangs_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def hangs(_: object) -> None:
+        over.wait(50)
+        raise KeyError
+
+    monkeypatch.setattr(units, "LOOKUP_SECONDS", 0.05)
+    monkeypatch.setattr(pwd, "getpwnam", hangs)
+    monkeypatch.setattr(grp, "getgrnam", hangs)
+    for ask in (lambda: parse_owner("alice"), lambda: parse_owner("1:ml"), lambda: parse_group("ml")):
+        with pytest.raises(ConfigError, match=r"user database .* does not answer within 0\.05 s; numbers"):
+            ask()
+    assert parse_owner("1:2") == (1, 2), "numbers ask nobody"
+    assert not over.is_set()
+    over.set()
 
 
 def test_capacity_modes_and_owners() -> None:
