@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import secrets
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from instantstart_fs.errors import AccessRefused, OriginMisbehaved, OriginNotFound, OriginUnavailable
+from instantstart_fs.errors import AccessRefused, OriginMisbehaved, OriginNotFound, OriginUnavailable, OriginUnsupported
 from instantstart_fs.regional.store import Address, Stored
 
 _TEMPORARY = ".tmp-"
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What link(2) says on a filesystem that has no hard links: SMB, FAT, many of FUSE."""
 
 
 RACES = 8
@@ -62,6 +65,11 @@ class DirectoryStore:
                 os.link(temporary, self._path(name))
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                said = f"conditional writes (hard links) are not for this filesystem: {error.strerror}"
+                raise OriginUnsupported(f"{name}: {said}") from error
             finally:
                 _remove(temporary)
             return True

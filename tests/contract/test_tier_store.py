@@ -6,6 +6,7 @@ The last is named by INSTANTSTART_TEST_S3=http://ACCESS_KEY:SECRET_KEY@HOST:PORT
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import os
 import random
@@ -36,6 +37,7 @@ from instantstart_fs.filler.messages import Piece, WorkerSettings
 from instantstart_fs.filler.pieces import fetch_piece
 from instantstart_fs.origins.base import Location
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
+from instantstart_fs.regional.probe import probe
 from instantstart_fs.regional.s3 import PIECE, S3Store, _listing
 from instantstart_fs.regional.store import TierStore
 from instantstart_fs.regional.stores import open_store
@@ -150,6 +152,25 @@ def test_a_share_that_is_not_mounted_is_neither_made_nor_taken_for_an_empty_tier
         with pytest.raises(OriginUnavailable, match="is not there"):
             call()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_share_without_hard_links_takes_chunks_and_no_claims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """As SMB, FAT and many filesystems of FUSE. A claim that failed for another reason would close the tier for chunks,
+    too."""
+
+    def link(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", link)
+    store = open_store(f"file://{tmp_path}")
+    with pytest.raises(OriginUnsupported, match="hard links"):
+        store.put_new("v1/x/one", b"x")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    store.put("v1/x/one", b"x")
+    assert store.get("v1/x/one", 10) == b"x" and probe(store).winners == 0
 
 
 def test_a_delete_that_takes_the_directory_costs_no_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
