@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Annotated, Any
 
@@ -71,13 +72,15 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Check machine, store and origins; say what to do."""
-    from instantstart_fs.doctor import diagnose, diagnose_configuration
+    from instantstart_fs.doctor import Check, diagnose, diagnose_configuration
+    from instantstart_fs.prefetch.gpus import check_gpus
 
     loaded, checks = diagnose_configuration(config, mount, store)
     if not json:
         _show_checks(checks)
     if loaded is not None:
-        for check in diagnose(loaded, socket, adopt=not (config or mount or store)):
+        gpus = (Check(*finding) for finding in check_gpus())
+        for check in itertools.chain(diagnose(loaded, socket, adopt=not (config or mount or store)), gpus):
             checks.append(check)
             if not json:
                 _show_checks([check])
