@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from huggingface_hub.utils._http import hf_request_event_hook
 
 from instantstart_fs.core.addresses import Permit, permit
 from instantstart_fs.core.faults import Fault
-from instantstart_fs.core.urls import shown_url
+from instantstart_fs.core.urls import shown_url, without_user
 from instantstart_fs.errors import OriginMisbehaved
 from instantstart_fs.origins.guard import MOST_REDIRECTS, check_behind_proxy, connect, same_origin
 from instantstart_fs.origins.proxies import Proxies
@@ -30,6 +31,10 @@ from instantstart_fs.origins.proxies import Proxies
 MAX_BODY = 1 << 30
 """The most bytes of one answer: the list of a repository with a million files has 300 MB."""
 BODY_SECONDS = 240.0
+HEADER_TIMEOUTS = 2.0
+"""Time-outs of a request that connecting, status and headers together may take."""
+HEADER_SECONDS = 30.0
+"""The time-out of a request without one."""
 CONNECTIONS = 100
 KEEP_SECONDS = 5.0
 """httpx2's own limits."""
@@ -80,10 +85,50 @@ def on_behalf_of(endpoint: str, named: tuple[str, ...], authorization: str | Non
         _asking.set(before)
 
 
-class GuardedBackend(httpcore2.SyncBackend):
-    """Connects only to addresses that ``origins/guard.py`` permits."""
+_headers_due: ContextVar[float | None] = ContextVar("_headers_due", default=None)
+"""When the headers of the answer under way are overdue, by time.monotonic(); None where nobody waits for any."""
 
-    def __init__(self, allowed: Permit) -> None:
+
+def _left(timeout: float | None) -> float | None:
+    """Return the seconds for one operation on a socket. Raises httpcore2's ReadTimeout once the headers are overdue."""
+    due = _headers_due.get()
+    if due is None:
+        return timeout
+    left = due - time.monotonic()
+    if left <= 0:
+        raise httpcore2.ReadTimeout("the headers are overdue")
+    return left if timeout is None else min(timeout, left)
+
+
+class TimedStream(httpcore2.NetworkStream):
+    """A connection that keeps the deadline of its answer's headers: a socket's own time-out starts again with each
+    byte, and an answer of a proxy to CONNECT, or interim answers without end, may come before any header."""
+
+    def __init__(self, stream: httpcore2.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, _left(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, _left(timeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        return TimedStream(self._stream.start_tls(ssl_context, server_hostname, _left(timeout)))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+class GuardedBackend(httpcore2.SyncBackend):
+    """Connects only to addresses that ``origins/guard.py`` permits; None: to a proxy, which the administrator chose."""
+
+    def __init__(self, allowed: Permit | None) -> None:
         self._allowed = allowed
 
     def connect_tcp(
@@ -94,29 +139,48 @@ class GuardedBackend(httpcore2.SyncBackend):
         local_address: str | None = None,
         socket_options: Any = None,
     ) -> httpcore2.NetworkStream:
+        timeout = _left(timeout)
+        if self._allowed is None:
+            return TimedStream(super().connect_tcp(host, port, timeout, local_address, socket_options))
         try:
             found = connect(host, port, self._allowed, timeout, options=[*(socket_options or ()), _NODELAY])
         except TimeoutError as error:
             raise httpcore2.ConnectTimeout(str(error)) from error
         except OSError as error:
             raise httpcore2.ConnectError(str(error)) from error
-        return SyncStream(found)
+        return TimedStream(SyncStream(found))
 
 
 class DirectTransport(httpx2.HTTPTransport):
     """The connections to one set of permitted hosts, or through one proxy."""
 
     def __init__(self, named: tuple[str, ...], proxy: str | None) -> None:
-        super().__init__(proxy=proxy)
+        super().__init__()
+        self._pool.close()
+        settings: dict[str, Any] = {
+            "ssl_context": httpx2.create_ssl_context(),
+            "max_connections": CONNECTIONS,
+            "max_keepalive_connections": CONNECTIONS,
+            "keepalive_expiry": KEEP_SECONDS,
+        }
         if proxy is None:
-            self._pool.close()
-            self._pool = httpcore2.ConnectionPool(
-                ssl_context=httpx2.create_ssl_context(),
-                max_connections=CONNECTIONS,
-                max_keepalive_connections=CONNECTIONS,
-                keepalive_expiry=KEEP_SECONDS,
-                network_backend=GuardedBackend(permit(named)),
+            self._pool = httpcore2.ConnectionPool(network_backend=GuardedBackend(permit(named)), **settings)
+        else:
+            address, authorization = without_user(proxy)
+            self._pool = httpcore2.HTTPProxy(
+                address,
+                proxy_headers={"Proxy-Authorization": authorization} if authorization else None,
+                network_backend=GuardedBackend(None),
+                **settings,
             )
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        seconds = request.extensions.get("timeout", {}).get("read")
+        before = _headers_due.set(time.monotonic() + HEADER_TIMEOUTS * (HEADER_SECONDS if seconds is None else seconds))
+        try:
+            return super().handle_request(request)
+        finally:
+            _headers_due.reset(before)
 
 
 class GuardedTransport(httpx2.BaseTransport):

@@ -10,6 +10,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,7 @@ from instantstart_fs.errors import (
     OriginError,
     OriginIncompatible,
     OriginMisbehaved,
+    OriginUnavailable,
 )
 from instantstart_fs.filler.fetch import Fetcher, new_buffer
 from instantstart_fs.filler.messages import WorkerSettings
@@ -43,7 +45,8 @@ COMMIT = "c" * 40
 
 
 class Site(ThreadingHTTPServer):
-    """``answers``: path → (status, headers, body); "" for every other path. ``seen``: (path, Authorization)."""
+    """``answers``: path → (status, headers, body); "" for every other path. ``seen``: (path, Authorization);
+    ``proxied``: Proxy-Authorization."""
 
     daemon_threads = True
 
@@ -51,6 +54,7 @@ class Site(ThreadingHTTPServer):
         super().__init__((address, 0), SiteHandler)
         self.answers: dict[str, tuple[int, dict[str, str], bytes]] = {}
         self.seen: list[tuple[str, str | None]] = []
+        self.proxied: list[str | None] = []
 
     @property
     def port(self) -> int:
@@ -64,6 +68,7 @@ class SiteHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.server.seen.append((path, self.headers.get("Authorization")))
+        self.server.proxied.append(self.headers.get("Proxy-Authorization"))
         status, headers, body = self.server.answers.get(path) or self.server.answers.get("") or (404, {}, b"")
         self.send_response(status)
         for name, value in headers.items():
@@ -316,6 +321,78 @@ def test_behind_a_proxy_the_name_is_judged_too(
             _fetch(f"http://{host}:{canary.port}/x")
     assert hub.seen == []
     assert _fetch("http://a-name-that-only-the-proxy-knows.invalid/x") == SECRET
+
+
+@contextlib.contextmanager
+def dripping(head: bytes, rest: bytes) -> Iterator[str]:
+    """HOST:PORT of a server that answers everybody with ``head``, and then ``rest`` again and again."""
+    done = threading.Event()
+
+    def answer(client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            client.sendall(head)
+            while not done.wait(0.05):
+                client.sendall(rest)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            done.set()
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("head", "rest"),
+    [
+        (b"", b"x"),
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"x"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["status", "headers", "interim answers"],
+)
+@pytest.mark.parametrize("behind", ["a server", "a proxy"])
+def test_a_hub_that_drips_is_given_up(behind: str, head: bytes, rest: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    with dripping(head, rest) as place:
+        endpoint = f"http://{place}"
+        if behind == "a proxy":
+            monkeypatch.setenv("https_proxy", f"http://me:secret@{place}")
+            monkeypatch.setenv("no_proxy", "")
+            endpoint = "https://hub.invalid"
+        set_client_factory(new_client)
+        origin = HuggingFaceOrigin(
+            HubSource("o/r"), ModelSpec("hf://o/r"), endpoint=endpoint, token_file=None, timeout=0.5, anonymous=True
+        )
+        began = time.monotonic()
+        try:
+            with pytest.raises(OriginUnavailable, match=r"did not answer within|cannot be reached"):
+                origin._head("a", COMMIT)
+        finally:
+            set_client_factory(new_client)
+        assert time.monotonic() - began < 10  # the test's end is the only one there would be
+
+
+def test_a_proxy_of_the_environment_gets_its_password(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://me:p%40w@127.0.0.1:{hub.port}")
+    monkeypatch.setenv("no_proxy", "")
+    hub.answers[""] = (200, {"Content-Type": "application/json"}, json.dumps({"sha": COMMIT}).encode())
+    set_client_factory(new_client)
+    origin = HuggingFaceOrigin(
+        HubSource("o/r"), ModelSpec("hf://o/r"), endpoint="http://hub.invalid", token_file=None, timeout=2
+    )
+    try:
+        assert origin._info().sha == COMMIT
+    finally:
+        set_client_factory(new_client)
+    assert hub.proxied == ["Basic bWU6cEB3"] and hub.seen[0][0].startswith("http://hub.invalid/api/")
 
 
 UNUSABLE_PROXIES = [

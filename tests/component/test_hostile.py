@@ -282,7 +282,7 @@ def test_a_listing_that_unfolds_takes_no_memory(
 
 
 async def test_questions_that_nobody_answers_block_no_later_ones() -> None:
-    """A header that drips has no time-out: such threads are never given back."""
+    """A name service that says nothing has no time-out here: such threads are never given back."""
     silent = threading.Event()
 
     class Hub:
