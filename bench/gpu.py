@@ -203,7 +203,14 @@ def fits(directory: Path, wanted: int) -> int:
 
 def forget(files: list[Path]) -> None:
     """Out of the page cache, and proven so. Raises RuntimeError."""
-    common.evict(files)
+    for left in range(10, -1, -1):
+        try:
+            common.evict(files)
+            return
+        except RuntimeError:  # a page that is still on its way in, or in somebody's map that is just being closed
+            if not left:
+                raise
+            time.sleep(0.1)
 
 
 def remember(files: list[Path]) -> None:
@@ -571,7 +578,12 @@ class Run:
                             self.not_run.append(f"{name}: {temperature} {contender}: no time left")
                         continue
                     torch.cuda.empty_cache()
-                    (forget if temperature == "cold" else remember)(self.files)
+                    try:
+                        (forget if temperature == "cold" else remember)(self.files)
+                    except (OSError, RuntimeError) as error:  # a filesystem in memory, say: the other one is measured
+                        if (line := f"{name}: {temperature}: {error}") not in self.not_run:
+                            self.not_run.append(line)
+                        continue
                     try:
                         loading, all_of_it, note = contenders[contender](pinned, temperature)
                     except Skipped as reason:

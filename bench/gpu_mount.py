@@ -134,6 +134,10 @@ class NoTime(Exception):
     """The part's time was up before a loader had ended."""
 
 
+class NoCold(Exception):
+    """The page cache cannot be emptied; the text says of what."""
+
+
 class Loaders:
     def __init__(self, run: Run, served: Daemon, found: dict[str, Any]) -> None:
         self.run, self.served, self.found = run, served, found
@@ -141,6 +145,8 @@ class Loaders:
         self.places = {"plain": run.files_at, "mount": served.mount / NAME}
         self.env = {**served.env, "INSTANTSTART_PREFETCH_DIR": str(run.directory / "holds")}
         self.sum: int | None = None
+        self.cold = True
+        """Whether the page cache can be emptied."""
 
     def all(self) -> None:
         """Cold first, which is the headline; each once, and again while there is time."""
@@ -149,7 +155,7 @@ class Loaders:
                 loaders = list(self.loaders(temperature))
                 for loader, work in loaders[:: -1 if number % 2 else 1]:
                     name = f"{loader}, {temperature}"
-                    if name in self.found["problems"]:
+                    if name in self.found["problems"] or (temperature == "cold" and not self.cold):
                         continue
                     if self.run.part_left < (30 if number else 12):
                         self.run.not_run += [] if number else [f"mount: {name}: no time left"]
@@ -178,6 +184,9 @@ class Loaders:
             self.same_bytes(sample)
         except NoTime:
             self.run.not_run.append(f"mount: {name}: no time left")
+        except NoCold as reason:
+            self.cold = False
+            self.run.not_run.append(f"mount: cold: {reason}")
         except Exception as error:
             self.found["problems"][name] = f"{name}: {type(error).__name__}: {error}"[:1500]
             print(f"    {self.found['problems'][name]}", flush=True)
@@ -195,20 +204,20 @@ class Loaders:
 
     def prepare(self, temperature: str) -> None:
         """Page cache empty or full for the plain files and for those on the mount, whose pages are the store's where
-        reads pass through; of nothing else: the loaders' own libraries stay. Raises RuntimeError."""
+        reads pass through; of nothing else: the loaders' own libraries stay. Raises NoCold."""
         sizes = {path.stat().st_size for path in self.run.files}
         mounted = sorted((self.served.mount / NAME).glob("*.safetensors"))
         stored = [path for path in self.served.store.rglob("*") if path.is_file() and path.stat().st_size in sizes]
         assert len(stored) >= len(sizes), f"{len(stored)} files of the store have the weights' sizes"
         if temperature == "cold":
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 10
             while True:
                 try:
                     common.evict([*self.run.files, *stored, *mounted])
                     return
-                except RuntimeError:  # the daemon still reads ahead what the last loader opened
+                except RuntimeError as error:  # the daemon still reads ahead what the last loader opened
                     if time.monotonic() > deadline:
-                        raise
+                        raise NoCold(str(error)) from None
                     time.sleep(0.2)
         else:
             from bench.gpu import remember

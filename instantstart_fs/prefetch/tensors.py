@@ -34,7 +34,10 @@ def place_of(device: str) -> str:
         raise PrefetchError(
             f"{device}: there are {torch.cuda.device_count()} CUDA devices{f' ({seen})' if seen else ''}"
         )
-    return str(torch.cuda.get_device_properties(number).uuid)
+    uuid = getattr(torch.cuda.get_device_properties(number), "uuid", None)
+    if uuid is None:
+        raise PrefetchError(f"{device}: torch {torch.__version__} does not tell a GPU's UUID; a newer release does")
+    return str(uuid)
 
 
 def _number_of(place: str) -> int:
@@ -69,7 +72,8 @@ def from_ipc(handle: IpcHandle, size: int, device: int | None = None) -> Any:
     try:
         number, storage = _opened(torch, handle, device)
         return torch.empty(0, dtype=torch.uint8, device=f"cuda:{number}").set_(storage)[:size]
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+    except (RuntimeError, AssertionError, TypeError, ValueError, AttributeError) as error:
+        # AssertionError: a torch without CUDA. The last three: one whose private calls are others.
         other = f" (made by torch {handle.torch}, and this is {torch.__version__})"
         raise PrefetchError(
             f"device memory of another process cannot be opened: {explained(error, opening=True)}"

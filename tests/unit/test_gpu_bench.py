@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -129,14 +130,16 @@ LIMIT = 1500
 """Seconds for one run of the whole bench on the fake device: 15 times what it takes on two quiet cores."""
 
 
-def on_the_fake_device(directory: Path, *arguments: str, **env: str) -> tuple[int, str, dict[str, Any]]:
+def on_the_fake_device(
+    directory: Path, *arguments: str, files: Path | None = None, **env: str
+) -> tuple[int, str, dict[str, Any]]:
     """bench/gpu.py as a process, on tests/fake_cuda: its exit status, what it printed, and gpu.json."""
     path = os.pathsep.join(filter(None, (str(REPOSITORY / "tests/fake_cuda"), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "bench/gpu.py", "--size", "0.0625GiB", "--shards", "2", "--rounds", "1"]
     # A part's deadline is one for a machine with a GPU; here others use the processors, too.
     command += ["--patience", "20", "--limit", str(LIMIT)]
     done = subprocess.run(
-        [*command, "--dir", directory, "--out", directory, *arguments],
+        [*command, "--dir", files or directory, "--out", directory, *arguments],
         capture_output=True, text=True, timeout=LIMIT + 60, check=False, cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": path, "INSTANTSTART_FAKE_CUDA": str(directory / "device"), **env},
     )  # fmt: skip
@@ -281,6 +284,19 @@ def test_a_part_on_a_device_with_a_limit(
     if part == "page-locking":
         measured = found["parts"]["page-locking"]["memfd"]
         assert "lock_gb_s" in measured[0] and measured[-1]["refused"] == 2, measured
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(LIMIT + 100)
+def test_where_the_page_cache_cannot_be_emptied_what_is_warm_is_measured(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        arguments = ("--only", "speed", "--contenders", "direct,load_file")
+        status, text, found = on_the_fake_device(tmp_path, *arguments, files=Path(memory))
+    assert status == 0, text
+    samples = found["parts"]["speed"]["samples"]
+    assert set(samples["warm"]) == {"direct", "load_file"} and not samples["cold"]
+    (line,) = found["not_run"]
+    assert line.startswith("speed: cold: ") and "stay in the page cache" in line
 
 
 BARE = "pyfuse3,boto3,botocore,awscrt,blake3,hypercorn,starlette,h2,wsproto"

@@ -140,6 +140,29 @@ def test_where_releases_of_torch_do_not_understand_each_other_both_are_named(mon
         tensors.from_ipc(other, 4096)
 
 
+@pytest.mark.parametrize(
+    "error", [TypeError("expected tuple of 9 items"), AttributeError("type object has no attribute '_new_shared_cuda'")]
+)
+def test_a_torch_whose_private_calls_are_others_is_an_error_that_engines_survive(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def other(*_: Any) -> None:
+        raise error
+
+    torch = one_gpu_each("GPU-1", opens=other)
+    monkeypatch.setattr(tensors, "load_torch", lambda: torch)
+    with pytest.raises(PrefetchError, match=r"cannot be opened: .* this is 2\.11\.0"):
+        tensors.from_ipc(msgspec.structs.replace(HANDLE, torch="2.20.0"), 4096)
+
+
+def test_a_torch_that_does_not_tell_uuids_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(device_count=lambda: 1, get_device_properties=lambda _: SimpleNamespace(), init=lambda: None)
+    torch = SimpleNamespace(cuda=cuda, UntypedStorage=SimpleNamespace(), __version__="2.3.0")
+    monkeypatch.setattr(tensors, "load_torch", lambda: torch)
+    with pytest.raises(PrefetchError, match=r"torch 2\.3\.0 does not tell a GPU's UUID"):
+        tensors.from_ipc(HANDLE, 4096)
+
+
 def one_gpu_each(*uuids: str, opens: Any, peers: bool = True) -> SimpleNamespace:
     """torch, of a machine with these GPUs."""
     cuda = SimpleNamespace(
