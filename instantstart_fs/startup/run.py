@@ -32,7 +32,7 @@ from instantstart_fs.startup.start import Start
 from instantstart_fs.startup.supervise import Command, Interrupted
 from instantstart_fs.startup.surroundings import key_of
 from instantstart_fs.startup.views import NoView, base_directory, take_view
-from instantstart_fs.startup.wire import Wire
+from instantstart_fs.startup.wire import ANSWER_SECONDS, Wire
 
 USER_LAYOUT = "user-"
 """The prefix of the number of a directory that the user named."""
@@ -107,13 +107,14 @@ def _prepare(start: Start) -> Wire:
         wire = Wire(start.socket, say=start.warn)
     if start.outcome == "not-owner":
         start.leave_view()  # nothing of it would be kept
+    waits = _Once(start, f"waits for the daemon, which is asked for a lease, {2 * ANSWER_SECONDS:g} s at most")
     try:
-        wire.ask("lease", pipeline=start.pipeline)
+        wire.ask("lease", pipeline=start.pipeline, waits=waits)
     except DaemonUnreachable:  # it is being restarted
         wire.close()
         wire = Wire(start.socket, say=start.warn)
         try:
-            wire.ask("lease", pipeline=start.pipeline)
+            wire.ask("lease", pipeline=start.pipeline, waits=waits)
         except BaseException:
             wire.close()
             raise
@@ -217,7 +218,7 @@ def _restore(start: Start, wire: Wire) -> None:
         start.leave_view()
     restore = bool(start.layouts) and not options.no_restore
     damaged: list[int] = []
-    waits = _Once(start, f"waits for a startup cache that the daemon still looks for, {BEGIN_AT_MOST:g} s at most")
+    waits = _Once(start, f"waits for the daemon, which looks for a startup cache, {BEGIN_AT_MOST:g} s at most")
     for _ in range(TRIES):
         answer = wire.ask(
             "startup-begin",
@@ -229,7 +230,7 @@ def _restore(start: Start, wire: Wire) -> None:
             requested_ns=_requested_ns(options),
             seconds=BEGIN_SECONDS,
             at_most=BEGIN_AT_MOST,
-            progress=waits,
+            waits=waits,
         )
         start.identity, start.generation = str(answer["start"]), str(answer["generation"])
         start.mount, start.outcome = str(answer["mount"]), str(answer["outcome"])

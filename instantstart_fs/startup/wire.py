@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -65,15 +66,17 @@ class Wire:
         *,
         seconds: float = ANSWER_SECONDS,
         at_most: float = 0.0,
-        progress: Callable[[], None] = lambda: None,
+        waits: Callable[[], None] = lambda: None,
         **fields: object,
     ) -> Any:
         """The result; descriptors that came with it are in ``descriptors``. ``seconds``: for which it may say
-        nothing; ``at_most``: for all of it, 0 = as long as it says something. ``progress`` is called each time that it
-        says that it is still at it."""
+        nothing; ``at_most``: for all of it, 0 = as long as it says something. ``waits`` is called after SAID_AFTER
+        without an answer, and each time that the daemon says that it is still at it."""
         end = time.monotonic() + at_most if at_most else float("inf")
         self._socket.settimeout(seconds)
         self.send(operation, **fields)
+        if not self._pending and not _is_readable(self._socket, SAID_AFTER):
+            waits()
         while True:
             left = end - time.monotonic()
             if left <= 0:
@@ -83,7 +86,7 @@ class Wire:
             if message.get("type") == "done":
                 return message.get("result")
             if message.get("type") == "progress":
-                progress()
+                waits()
 
     def send(self, operation: str, **fields: object) -> None:
         line = json.dumps({"v": 1, "request": {"op": operation, **fields}}).encode() + b"\n"
@@ -136,3 +139,10 @@ class Wire:
         self._socket.close()
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+
+def _is_readable(connection: socket.socket, seconds: float) -> bool:
+    """Whether there is something to read within so many seconds."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))

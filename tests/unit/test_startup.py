@@ -807,13 +807,28 @@ def test_a_report_takes_no_devices_place_and_that_of_an_earlier_start_goes_at_on
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "link.json", "real.json"], "no half is left"
 
 
-def test_the_daemon_that_still_looks_is_said_once(tmp_path: Path) -> None:
-    daemon = OldDaemon(tmp_path / "s", {"startup-begin": {"type": "done", "result": None}})
+def test_a_daemon_that_does_not_answer_at_once_or_still_looks_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = {"startup-begin": {"type": "failed", "code": "usage", "message": "no"}}
+    daemon = OldDaemon(tmp_path / "s", answers)
     daemon.start()
-    found, calls = Wire(str(tmp_path / "s")), []
+    start = a_start(tmp_path)
+    start.socket = str(tmp_path / "s")
+    running._prepare(start).close()
+    assert "waits" not in capsys.readouterr().err, "it answers"
+    monkeypatch.setattr(wire, "_is_readable", lambda *_: False)  # a second later
+    start = a_start(tmp_path)
+    start.socket = str(tmp_path / "s")
+    running._prepare(start).close()
+    said = capsys.readouterr().err
+    assert said.count("which looks for a startup cache, 75 s") == said.count("asked for a lease, 100 s") == 1
+
+    monkeypatch.undo()
+    found = Wire(str(tmp_path / "s"))
     found._pending = b'{"type": "progress"}\n' * 3
-    found.ask("startup-begin", progress=lambda: calls.append(1))
-    assert len(calls) == 3
+    found.ask("lease", waits=running._Once(start, "still looks"))
+    assert capsys.readouterr().err.count("still looks") == 1
     found.close()
 
 
