@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import shlex
+import signal
 import stat
 import sys
 import time
@@ -242,7 +243,7 @@ def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
         pass
     found: list[tuple[str, str, str]] = []
     try:
-        found = within(NVML_SECONDS, nvml_devices)
+        found = within(NVML_SECONDS, _ask_nvml)
     except (OSError, AttributeError, RuntimeError):
         key["gpus"] = _models() or f"unknown {time.time_ns()}"
         return key
@@ -258,6 +259,12 @@ def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
     kinds = sorted({f"{model} {capability}" for model, capability, _ in found})
     key["gpus"] = ", ".join(kinds)
     return key
+
+
+def _ask_nvml() -> list[tuple[str, str, str]]:
+    """In a thread, which may stay: it must not take the signals that are to reach the command."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    return nvml_devices()
 
 
 def _models() -> str:

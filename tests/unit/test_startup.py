@@ -238,9 +238,10 @@ def test_a_script_that_starts_the_engine_counts_by_the_python_that_it_will_find(
 def test_gpus_that_cannot_be_told_are_no_other_starts_and_a_driver_that_hangs_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    over = threading.Event()
+    over, blocked = threading.Event(), set[int]()
 
     def hangs() -> list[tuple[str, str, str]]:
+        blocked.update(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         over.wait(50)
         return []
 
@@ -249,6 +250,7 @@ def test_gpus_that_cannot_be_told_are_no_other_starts_and_a_driver_that_hangs_is
     monkeypatch.setattr(surroundings, "_models", lambda: "")
     one, two = surroundings._nvidia({}), surroundings._nvidia({})
     assert not over.is_set() and one["gpus"] != two["gpus"], "each may be another model"
+    assert {signal.SIGTERM, signal.SIGINT} <= blocked, "they are to reach the command"
     monkeypatch.setattr(surroundings, "_models", lambda: "NVIDIA H100")
     assert surroundings._nvidia({})["gpus"] == "NVIDIA H100"
     over.set()
