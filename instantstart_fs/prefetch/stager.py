@@ -42,7 +42,7 @@ from instantstart_fs.prefetch.staged import (
     ready_seconds,
     remove_counters,
 )
-from instantstart_fs.prefetch.tensors import views
+from instantstart_fs.prefetch.tensors import NotShared, views
 
 START_DEADLINE = 120.0
 """Seconds for a worker to be ready: importing torch and making a CUDA context, on a machine that is busy."""
@@ -388,7 +388,7 @@ class Stage:
             with self._changed:
                 self._exports.pop(token, None)
         if answer is None or answer.handle is None:
-            raise PrefetchError(f"{path} cannot be handed over: {answer.error if answer else 'no answer'}")
+            raise NotShared(f"{path} cannot be handed over: {answer.error if answer else 'no answer'}")
         self._counters.add(answer.handle.reference_handle)
         return Exported(path, file.planned.size, file.layout, None, answer.handle)
 

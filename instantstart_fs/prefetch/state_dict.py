@@ -12,7 +12,7 @@ from instantstart_fs.prefetch.hold_client import HoldClient
 from instantstart_fs.prefetch.plan import check_devices, plan
 from instantstart_fs.prefetch.sources import LeaseSource, Source
 from instantstart_fs.prefetch.stager import Stager
-from instantstart_fs.prefetch.tensors import from_ipc, from_memory, place_of, views
+from instantstart_fs.prefetch.tensors import NotShared, from_ipc, from_memory, place_of, views
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def load_state_dict(
     the device. ``socket``: the daemon's; ``source``: read from there instead of a daemon; ``timeout``: seconds.
 
     A hold of another generation than the daemon has now is left alone, with a line in the log; where no daemon is in
-    reach (in a container, say) a hold counts as current, since it ends with its daemon.
+    reach (in a container, say) a hold counts as current, since it ends with its daemon. Where processes may not share a
+    GPU's memory, weights come by way of the CPU's, with a line in the log (not with a ``source``).
 
     Raises UsageError for a device or model that is not there, PrefetchError, and what staging raises.
     """
@@ -79,7 +80,14 @@ def load_state_dict(
                     return _taken(held, pipeline, device, model, socket)
                 except PrefetchError as error:
                     log.warning("%s: what is held was not taken over: %s", pipeline, error)
-    return _staged(source or LeaseSource(pipeline, socket), device, model, timeout)
+    try:
+        return _staged(source or LeaseSource(pipeline, socket), device, model, timeout)
+    except NotShared as error:
+        if source is not None:  # it is used up
+            raise
+        log.warning("%s: staged to the CPU, and copied from there: %s", pipeline, error)
+    found = _staged(LeaseSource(pipeline, socket), "cpu", model, timeout)
+    return {name: tensor.to(device) for name, tensor in found.items()}
 
 
 def _taken(held: HoldClient, pipeline: str, device: str, model: str | None, socket: str | None) -> dict[str, Any]:

@@ -23,6 +23,10 @@ _OTHER_FORMAT = ("future version", "handle size", "illegal type")
 """Words in the errors of torch about a handle that another release has made."""
 
 
+class NotShared(PrefetchError):
+    """One process's device memory cannot be had by another; bytes can reach the device in other ways."""
+
+
 def place_of(device: str) -> str:
     """The name of a device's memory in every process: "cpu", or the UUID of the GPU that is "cuda:N" here.
     Raises PrefetchError for a GPU that is not there."""
@@ -66,7 +70,8 @@ def from_ipc(handle: IpcHandle, size: int, device: int | None = None) -> Any:
             device, too. None: the one on which the memory lies.
 
     Raises:
-        PrefetchError: CUDA refuses: the owner has ended, or this process sees other devices.
+        NotShared: CUDA refuses: the owner has ended, or processes may not share memory here.
+        PrefetchError: this process sees other devices.
     """
     torch = load_torch()
     try:
@@ -75,7 +80,7 @@ def from_ipc(handle: IpcHandle, size: int, device: int | None = None) -> Any:
     except (RuntimeError, AssertionError, TypeError, ValueError, AttributeError) as error:
         # AssertionError: a torch without CUDA. The last three: one whose private calls are others.
         other = f" (made by torch {handle.torch}, and this is {torch.__version__})"
-        raise PrefetchError(
+        raise NotShared(
             f"device memory of another process cannot be opened: {explained(error, opening=True)}"
             f"{other if handle.torch not in ('', str(torch.__version__)) else ''}"
         ) from error

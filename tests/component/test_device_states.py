@@ -230,6 +230,38 @@ def safetensors(tensors: dict[str, int]) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
+LOADS = """
+import json, logging, sys
+from instantstart_fs.errors import PrefetchError
+from instantstart_fs.prefetch import DirectorySource, load_state_dict, state_dict
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+state_dict.LeaseSource = lambda *_: DirectorySource(sys.argv[1])
+found = load_state_dict("m", "cuda:0")
+print(json.dumps({name: [str(tensor.device), tensor.tolist()] for name, tensor in found.items()}))
+try:
+    load_state_dict("m", "cuda:0", source=DirectorySource(sys.argv[1]))
+except PrefetchError as error:
+    print(json.dumps(error.message))
+"""
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("call", ["share", "open"])
+def test_where_processes_may_not_share_its_memory_weights_reach_a_gpu_by_way_of_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "m").mkdir()
+    data = safetensors({"w": 64})
+    (tmp_path / "m" / "w.safetensors").write_bytes(data)
+    monkeypatch.setenv("INSTANTSTART_PREFETCH_DIR", str(tmp_path / "holds"))
+    lines = python(LOADS, tmp_path, str(tmp_path / "m"), MEMFD="1", FAIL=call, ERROR="operation not supported")
+    said, found, refused = lines.splitlines()
+    assert said.startswith("m: staged to the CPU, and copied from there: ") and "operation not supported" in said
+    assert json.loads(found) == {"w": ["cuda:0", list(data[-64:])]}
+    assert "operation not supported" in json.loads(refused), "a source is used up"
+
+
 GDS = """
 import json, sys
 from instantstart_fs.prefetch import DirectorySource, Stager, plan
