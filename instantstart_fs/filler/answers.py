@@ -9,7 +9,15 @@ import re
 import ssl
 
 import urllib3
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError, SSLError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    InvalidHeader,
+    NewConnectionError,
+    ProtocolError,
+    ReadTimeoutError,
+    SSLError,
+)
 
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.faults import Fault
@@ -85,6 +93,8 @@ def unreachable(error: BaseException, where: str) -> OriginError:
         inner = getattr(cause, "reason", None)
         if not isinstance(inner, BaseException):
             inner = getattr(cause, "__cause__", None)
+        if inner is None and isinstance(cause, ProtocolError) and isinstance(cause.args[-1], BaseException):
+            inner = cause.args[-1]
         if isinstance(cause, ConnectTimeoutError) and not isinstance(cause, NewConnectionError):
             return OriginUnavailable(f"{where}: no connection within the time-out")
         if isinstance(cause, ReadTimeoutError | TimeoutError):
@@ -95,8 +105,14 @@ def unreachable(error: BaseException, where: str) -> OriginError:
             cause = inner
             continue
         break
+    if isinstance(cause, InvalidHeader):
+        return OriginMisbehaved(f"{where}: {cause}", fault=Fault.RANGE)  # Content-Lengths that contradict each other
     if isinstance(cause, http.client.IncompleteRead):
         return OriginMisbehaved(f"{where}: the body was cut short", fault=Fault.CUT)
+    if isinstance(cause, http.client.RemoteDisconnected):
+        return OriginUnavailable(f"{where}: it hung up without an answer")
+    if isinstance(cause, http.client.HTTPException):  # another protocol, or headers without end
+        return OriginMisbehaved(f"{where}: the answer is no HTTP ({type(cause).__name__})", fault=Fault.ANSWER)
     if isinstance(cause, ConnectionRefusedError) or "refused" in str(cause):
         return OriginUnavailable(f"{where}: connection refused")
     if isinstance(cause, OSError) and cause.strerror:

@@ -110,6 +110,15 @@ def _answer(status: int, body: bytes, **headers: str) -> Callable[[Handler, str,
     return answer
 
 
+def _said(words: bytes) -> Callable[[Handler, str, int, int], bool]:
+    def answer(handler: Handler, path: str, start: int, stop: int) -> bool:
+        handler.close_connection = True
+        handler.wfile.write(words)
+        return True
+
+    return answer
+
+
 FAULTS = {
     "encoded on the way": _answer(200, b"x" * 77, Content_Encoding="gzip", Content_Range=""),
     "the wrong range": _answer(206, b"x" * CHUNK, Content_Range=f"bytes 1-{CHUNK}/{3 * CHUNK}"),
@@ -128,6 +137,8 @@ FAULTS = {
         206, b"--x\r\n\r\nabc\r\n--x--", Content_Range="", Content_Type="multipart/byteranges; boundary=x"
     ),
     "a range of another length": _answer(206, b"x" * 9, Content_Range="bytes 0-8/9"),
+    "another protocol": _said(b"SSH-2.0-OpenSSH_9.2\r\n"),
+    "headers without end": _said(b"HTTP/1.1 206 Partial Content\r\n" + b"X: y\r\n" * 200),
     "the same place again": _answer(307, b"", Location=""),
 }
 
@@ -167,6 +178,63 @@ async def test_what_never_mends_is_not_asked_for_ever(
         filler.fill("p", [target])
         await wait_state([target], FileState.SEALED)
     assert stored(target) == data
+
+
+def _raw(head: bytes, more: bytes = b"") -> Callable[[Handler, str, int, int], bool]:
+    """An answer with these lines in its head, the right bytes, and ``more`` behind them. ``%d``: its length."""
+
+    def answer(handler: Handler, path: str, start: int, stop: int) -> bool:
+        body = handler.server.files[path]
+        said = b"Content-Range: bytes %d-%d/%d\r\n" % (start, stop - 1, len(body))
+        handler.wfile.write(b"HTTP/1.1 206 Partial Content\r\n" + said + head.replace(b"%d", b"%d" % (stop - start)))
+        handler.wfile.write(b"\r\n" + body[start:stop] + more)
+        return True
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        _raw(b"Content-Length: %d\r\n", b"HTTP/1.1 206 Partial Content\r\nContent-Length: 3\r\n\r\nbad"),
+        _raw(b"Content-Length: %d\r\n", b"\r\n\0\0\0"),
+        _raw(b'content-length: %d\r\nX: y\r\nETag: W/"a"\r\nETag: b\r\n'),
+    ],
+    ids=["another answer that nobody asked for", "bytes behind its end", "two etags, and none is pinned"],
+)
+async def test_what_comes_behind_an_answer_is_no_part_of_the_next(
+    server: ByteServer, store: BlobStore, index: Index, answer: Callable[[Handler, str, int, int], bool]
+) -> None:
+    data = server.files["a"] = content(6 * CHUNK, 6)
+    server.fault = answer
+    target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
+    async with filling(store, index) as (filler, _):
+        filler.fill("p", [target])
+        await wait_state([target], FileState.SEALED)
+    assert stored(target) == data
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: %d\r\nContent-Length: 7\r\n",
+        b"Content-Length: 7\r\nContent-Length: %d\r\n",
+        b"Content-Length: -%d\r\n",
+        b"Content-Length: 0x%d\r\n",
+        b"Content-Length: %d\r\nContent-Encoding: gzip\r\nContent-Range: bytes 0-6/7\r\n",
+    ],
+)
+async def test_lengths_that_contradict_each_other_are_no_answer(
+    server: ByteServer, store: BlobStore, index: Index, head: bytes
+) -> None:
+    data = server.files["a"] = content(2 * CHUNK, 7)
+    server.fault = _raw(head)
+    target = make_target(store, FakeOrigin(server.url), "a", len(data), digest=sha256(data))
+    async with filling(store, index) as (filler, _):
+        filler.fill("p", [target])
+        with pytest.raises(OriginIncompatible):
+            await target.wait_readable(ByteRange(0, 1), 20)
+        assert not target.readable(ByteRange(0, 1))
 
 
 async def test_a_misbehaviour_that_passes_ends_nothing(server: ByteServer, store: BlobStore, index: Index) -> None:
