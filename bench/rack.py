@@ -35,7 +35,7 @@ SLOT, PIN = "ab" * 16, "cd" * 16
 # -- servers, each a process of its own --------------------------------------------------------------------------------
 
 
-def serve_level(path: str) -> None:
+def serve_level(path: str, rate: str = str(100 << 30)) -> None:
     import trio
 
     from instantstart_fs.core.fillplan import FillPlan
@@ -53,7 +53,7 @@ def serve_level(path: str) -> None:
     async def run() -> None:
         level = RackLevel(RegionSettings(HOST, RegionKey(KEY), (), (), rack="r"), FillPlan(1), cast(FillTable, None))
         level.clock = lambda: NOW
-        server = RackServer(("127.0.0.1", 0), 100 << 30, HOST, KEY, level, cast(RackChunks, Chunks()))
+        server = RackServer(("127.0.0.1", 0), int(rate), HOST, KEY, level, cast(RackChunks, Chunks()))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.run)
             while not server.address:
@@ -85,9 +85,9 @@ def serve_page(path: str) -> None:
 
 
 @contextlib.contextmanager
-def own(kind: str, path: Path) -> Iterator[tuple[int, int]]:
-    """(pid, port) of one of the two above."""
-    command = [sys.executable, "-m", "bench.rack", "--serve", kind, str(path)]
+def own(kind: str, path: Path, *more: str) -> Iterator[tuple[int, int]]:
+    """(pid, port) of one of the two above. ``more``: what it takes beside the path."""
+    command = [sys.executable, "-m", "bench.rack", "--serve", kind, str(path), *more]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -165,10 +165,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--connections", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        {"level": serve_level, "page": serve_page}[given.serve[0]](given.serve[1])
+        servers: dict[str, Callable[..., None]] = {"level": serve_level, "page": serve_page}
+        servers[given.serve[0]](*given.serve[1:])
         return
     ways: dict[str, tuple[Callable[[Path], Any], Callable[[int], bytes]]] = {
         "nginx": (nginx, range_request),
