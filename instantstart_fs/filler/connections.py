@@ -148,7 +148,12 @@ def _watched_pools(
         # The connection lets go of its socket when the body ends it.
         raw: socket.socket | None = getattr(connection, "sock", None)
         with watchdog.deadline(raw, seconds) as deadline:
-            response = receive()
+            try:
+                response = receive()
+            except (OSError, http.client.HTTPException) as error:  # half of a line may look like no HTTP
+                if deadline.expired:
+                    raise TimeoutError("the headers are overdue") from error
+                raise
         if deadline.expired:  # what came may look like complete headers
             response.close()
             raise TimeoutError("the headers are overdue")
