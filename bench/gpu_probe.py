@@ -192,14 +192,19 @@ def told(line: dict[str, Any], size: int, seconds: float, speed: float) -> None:
 def sweep(run: Run) -> dict[str, Any]:
     """Page cache to device memory, and disk to device memory, by the built-in backend's own loop in one process: by
     number of readers, bytes of an extent, and buffers of each reader. Interleaved rounds, as many as there is time."""
-    found: dict[str, Any] = {"warm": {}, "cold": {}}
+    found: dict[str, Any] = {"warm": {}, "cold": {}, "refused": {}}
     run.result["parts"]["sweep"] = found
     for line in lines(run, "ring", "--work", str(run.files_at)):
-        found[line["temperature"]].setdefault(line["settings"], []).append(line["gb_s"])
+        if "refused" in line:
+            found["refused"][line["settings"]] = line["refused"]
+        else:
+            found[line["temperature"]].setdefault(line["settings"], []).append(line["gb_s"])
         run.write()
     for temperature in ("warm", "cold"):
         middle = {name: round(statistics.median(values), 2) for name, values in found[temperature].items()}
         found[f"{temperature} medians"] = middle
+    if found["refused"] and not found["warm"]:
+        raise Skipped(next(iter(found["refused"].values())))
     assert found["warm"], "nothing was measured"
     return found
 
@@ -226,8 +231,11 @@ def one_setting(files: list[Path], temperature: str, readers: int, extent: int, 
     from instantstart_fs.prefetch.backends.direct import DirectCuda
 
     backend = DirectCuda(DEVICE, readers, 0.0, extent=extent * MIB, slots=slots)
-    reason = backend.refusal()
-    assert reason is None, reason
+    settings = f"{readers} readers, {extent} MiB, {slots} buffers each"
+    reason = backend.refusal() or (backend.lacked and backend.lacked[1])  # fewer readers are another setting
+    if reason:
+        tell({"temperature": temperature, "settings": settings, "refused": reason})
+        return
     targets = [torch.empty(path.stat().st_size, dtype=torch.uint8, device=DEVICE) for path in files]
     torch.cuda.synchronize()
     ended, left, errors, lock = threading.Event(), [len(files)], list[Exception](), threading.Lock()
@@ -249,7 +257,6 @@ def one_setting(files: list[Path], temperature: str, readers: int, extent: int, 
     if errors:
         raise errors[0]
     total = sum(len(target) for target in targets)
-    settings = f"{readers} readers, {extent} MiB, {slots} buffers each"
     tell({"temperature": temperature, "settings": settings, "gb_s": rate(total, seconds)})
     del targets
     torch.cuda.empty_cache()

@@ -12,6 +12,9 @@ import pytest
 
 from bench import gpu_table
 from bench.gpu import PARTS
+from bench.gpu_probe import COLD, WARM
+from instantstart_fs.prefetch.backends.direct import CUDA_READERS, SLOTS
+from instantstart_fs.prefetch.plan import EXTENT
 from tests.harness import REPOSITORY
 
 SPEED: dict[str, Any] = {
@@ -32,7 +35,8 @@ FOUND: dict[str, dict[str, Any]] = {
     "gds probe": {"usable": True, "native": False, "reason": "no nvidia-fs"},
     "equality": {"equal_bytes": 8_000_000_000, "backend": "direct"},
     "speed": SPEED,
-    "sweep": {"warm": {"8 readers": [10.0], "16 readers": [12.0]}, "cold": {}},
+    "sweep": {"warm": {gpu_table.BUILT_IN: [10.0], "16 readers": [12.0]}, "cold": {},
+              "refused": {"32 readers": "no memory", "64 readers": "no memory"}},
     "page-locking": {
         "memfd": [{"mib": 2, "lock_gb_s": 3.0, "h2d_gb_s": 50.0}, {"mib": 32, "refused": 2}], "part_seconds": 1.0,
     },
@@ -77,6 +81,20 @@ def test_speed_is_judged_against_what_bounds_it() -> None:
     assert found["cold direct ÷ min(disk, host to device)"] == "1.00, the target of 0.9 is met"
     assert found["warm direct ÷ min(copy in memory, host to device)"] == "0.75, the target of 0.9 is MISSED"
     assert found["not measured: mmap"] == "RuntimeError: no memory" and "not measured: gds" not in found
+
+
+def test_the_fastest_setting_is_beside_the_one_that_is_built_in() -> None:
+    (warm, refused) = gpu_table.rows("sweep", FOUND["sweep"])
+    assert warm == (
+        "fastest of 2 settings, warm",
+        f"12.00 GB/s: 16 readers; built in ({gpu_table.BUILT_IN}): 10.00 GB/s",
+    )
+    assert refused == ("refused: 2 settings", "32 readers, …: no memory")
+    settings = [
+        f"{readers} readers, {extent} MiB, {slots} buffers each" for readers, extent, slots in (WARM[0], COLD[0])
+    ]
+    built_in = f"{CUDA_READERS} readers, {EXTENT >> 20} MiB, {SLOTS} buffers each"
+    assert {gpu_table.BUILT_IN} == {*settings, built_in}
 
 
 def test_a_rival_that_hardly_moves_is_compared_all_the_same() -> None:
