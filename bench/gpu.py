@@ -907,7 +907,7 @@ class Run:
         )
         try:
             assert process.stdout is not None
-            assert process.stdout.readline().strip() == "staged"
+            assert process.stdout.readline().strip() == "staged", f"the owner ended with {process.wait(10)}"
             taken = self.used() - baseline
             assert taken > self.total * 0.9, taken
         finally:

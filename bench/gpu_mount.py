@@ -126,7 +126,9 @@ def measure(run: Run) -> dict[str, Any]:
         run.write()
         Loaders(run, served, found).all()
     found["mount_of_plain"] = gpu_table.mount_of_plain(found)
-    assert not found["problems"], f"{len(found['problems'])} loaders failed: {next(iter(found['problems'].values()))}"
+    assert not found["problems"], (
+        f"{len(found['problems'])} loaders failed: {': '.join(next(iter(found['problems'].items())))}"
+    )
     return found
 
 
@@ -188,8 +190,8 @@ class Loaders:
             self.cold = False
             self.run.not_run.append(f"mount: cold: {reason}")
         except Exception as error:
-            self.found["problems"][name] = f"{name}: {type(error).__name__}: {error}"[:1500]
-            print(f"    {self.found['problems'][name]}", flush=True)
+            self.found["problems"][name] = str(error)[:1500] or type(error).__name__
+            print(f"    {name}: {self.found['problems'][name]}", flush=True)
         else:
             self.found["samples"].setdefault(name, []).append(sample)
             rate = self.run.total / sample["load"] / 1e9

@@ -353,4 +353,6 @@ def test_wherever_the_device_fails_the_others_parts_are_run_and_the_table_is_pri
     assert status == (0 if point in UNHEEDED else 1), text
     assert {*found["parts"], *(line.partition(": ")[0] for line in found["not_run"])} >= {part.name for part in PARTS}
     assert not [line for line in found["not_run"] if "no time left" in line or "came first" in line], found
-    assert f"{point} failed, as it was told to" in text, text
+    # A copy that fails late is told in CUDA's own words, as is all that the process does afterwards.
+    says = "an illegal memory access was encountered" if point == "copy" else f"{point} failed, as it was told to"
+    assert says in text, text
