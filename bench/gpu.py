@@ -1078,7 +1078,7 @@ PARTS = (
     Part("killed while loading", functools.partial(Run.killed, when="while loading")),
     Part("killed when loaded", functools.partial(Run.killed, when="when loaded")),
     Part("killed while another has it open", functools.partial(Run.killed, when="while another has it open")),
-    Part("receiver killed, a second one takes and releases", Run.receiver_killed, 20, 50),
+    Part("receiver killed", Run.receiver_killed, 20, 50),
     Part("owner killed", Run.owner_killed),
     Part("too big", Run.too_big),
     Part("lying header", Run.lying_header, 10, 20),

@@ -284,7 +284,7 @@ _OF = {
     "killed while loading": _killed,
     "killed when loaded": _killed,
     "killed while another has it open": _killed,
-    "receiver killed, a second one takes and releases": _receiver,
+    "receiver killed": _receiver,
     "owner killed": _owner,
     "too big": _too_big,
     "lying header": _lying,

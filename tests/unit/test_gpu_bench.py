@@ -92,6 +92,7 @@ def test_single_parts_can_be_asked_for(tmp_path: Path) -> None:
     made = run(tmp_path, only="equality, rivals")
     made.all_parts(parts_where("", RuntimeError()))
     assert list(made.result["parts"]) == ["environment", "checkpoint", "equality", "rivals"]
+    assert not [part.name for part in PARTS if "," in part.name], "it could not be asked for"
     with pytest.raises(SystemExit, match="no part is named 'warp'"):
         run(tmp_path, only="warp").all_parts(PARTS)
 

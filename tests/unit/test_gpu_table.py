@@ -54,7 +54,7 @@ FOUND: dict[str, dict[str, Any]] = {
     "killed while loading": {"said_after": 0.1, "freed_after": 0.2},
     "killed when loaded": {"said_after": 0.1, "freed_after": 0.2},
     "killed while another has it open": {"said_after": 0.1, "freed_after": 0.2, "late_close": "harmless"},
-    "receiver killed, a second one takes and releases": {"file_freed_after": 0.1, "freed_after": 0.2},
+    "receiver killed": {"file_freed_after": 0.1, "freed_after": 0.2},
     "owner killed": {"freed_after": 0.2},
     "too big": {"said": ["a budget", "a full device"]},
     "lying header": {"said": "cut short"},
