@@ -71,6 +71,8 @@ class _Direct:
         self._connection = connection
         self._stall_timeout = stall_timeout
         self._timeout = connection.gettimeout()
+        self._mine = False
+        """Whether the connection waits as ``_receive`` wants it."""
         self._taken = False
         """Whether http.client holds nothing that it has read ahead."""
 
@@ -80,16 +82,18 @@ class _Direct:
             count = self._receive(buffer[: left - 1])
             body.length = left - count
             return count
+        self._give_back()
         held = len(self._ahead.peek()) if left else 0
         self._taken = 0 < held <= len(buffer)
         return body.readinto(buffer[:held] if self._taken else buffer)
 
     def _receive(self, buffer: memoryview) -> int:
-        if self._connection.gettimeout() is not None:
+        if not self._mine:
             turn = min(_TURN_SECONDS, self._stall_timeout)
             timeval = _TIMEVAL.pack(int(turn), int(turn % 1 * 1e6))
             self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
             self._connection.settimeout(None)
+            self._mine = True
         until = time.monotonic() + self._stall_timeout
         while True:
             try:
@@ -100,4 +104,10 @@ class _Direct:
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # it may be closed
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Let the connection have the time-out again with which http.client reads."""
+        if self._mine:
             self._connection.settimeout(self._timeout)
+            self._mine = False

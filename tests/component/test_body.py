@@ -109,6 +109,17 @@ def test_a_silent_connection_ends_the_read_in_time_and_what_came_before_is_given
         assert 0.25 < time.monotonic() - began < 3.0
 
 
+def test_a_last_byte_that_is_late_is_waited_for() -> None:
+    with answered("Content-Length: 50000", BYTES[:10]) as answer, reading(answer.response, answer.here, STALL) as read:
+        buffer = memoryview(bytearray(60_000))
+        assert read(buffer) == 10
+        answer.there.sendall(BYTES[10:49_999])
+        assert read(buffer) == 49_989
+        threading.Timer(2.5, lambda: answer.there.sendall(b"x")).start()
+        assert read(buffer) == 1
+        assert read(buffer) == 0
+
+
 def test_the_end_of_the_connection_is_the_end_of_the_body() -> None:
     with answered("Content-Length: 50000", BYTES[:10]) as answer, reading(answer.response, answer.here, STALL) as read:
         buffer = memoryview(bytearray(40_000))
