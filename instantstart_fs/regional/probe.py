@@ -119,7 +119,10 @@ def own_finding(store: TierStore, key: RegionKey, host: str, warning: str | None
     none runs. Raises InstantStartError."""
     found = probe(store)
     if found.winners != 1:
-        advice = "hosts pull more than once; nothing else suffers. SeaweedFS from 4.17, Ceph, MinIO, AWS and R2 do it"
+        advice = (
+            "hosts may pull a chunk more than once, and of startup caches saved at the same instant one may be lost; "
+            "nothing else suffers. SeaweedFS from 4.17, Ceph, MinIO, AWS and R2 do it"
+        )
         return Finding("warn", f"of {WRITERS} writers of one new object {found.winners} won", advice)
     proof = prove_key(store, key)
     if proof.read and not proof.proven:

@@ -26,7 +26,7 @@ import msgspec
 
 from instantstart_fs.core.startupcache import KEPT_PER_KEY, StartupRecord
 from instantstart_fs.core.startuppack import MAX_BYTES
-from instantstart_fs.errors import DigestMismatch, OriginError, OriginMisbehaved, OriginNotFound
+from instantstart_fs.errors import DigestMismatch, OriginError, OriginMisbehaved, OriginNotFound, OriginUnsupported
 from instantstart_fs.regional import records
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
 from instantstart_fs.regional.records import Forged
@@ -180,12 +180,23 @@ class Place:
             name = self._record_name(number)
             kept = msgspec.structs.replace(record, number=number, key={}, view="")
             entry = Entry(kept, by, self._pack_name(record.digest))
-            if self._store.put_new(name, records.pack(self._key, KIND, name, entry)):
+            if self._put_new(name, records.pack(self._key, KIND, name, entry)):
                 return True
             there = self._entry(number)
             if isinstance(there, Entry) and there.record.digest == record.digest:
                 return False
         return False
+
+    def _put_new(self, name: str, data: bytes) -> bool:
+        """Whether this call wrote it. Where the storage cannot do that in one step, of two hosts that save at once the
+        second takes the next number; at the same instant one of the two records stays, whole."""
+        try:
+            return self._store.put_new(name, data)
+        except OriginUnsupported:
+            if _read_entry(self._store, self._key, name) is not None:
+                return False
+            self._store.put(name, data)
+            return self._store.get(name, records.MOST_RECORD) == data
 
     def _is_whole(self, record: StartupRecord) -> bool:
         """Whether the seal of its pack is there, and every chunk, by its size."""

@@ -366,6 +366,60 @@ def test_two_hosts_that_save_at_once_do_not_mix(tmp_path: Path, monkeypatch: pyt
     assert b"".join(one.read(of(PACK))) == PACK
 
 
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, "as SMB")
+
+    monkeypatch.setattr(os, "link", link)
+
+
+async def test_a_tier_without_conditional_writes_takes_startup_caches_and_keeps_no_packs_without_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_links(monkeypatch)
+    tier = tmp_path / "tier"
+    tier.mkdir()
+    place, region = Place(DirectoryStore(str(tier)), REGION, "5" * 32, IDENTITY), regional(DirectoryStore(str(tier)))
+    (tmp_path / "pack").write_bytes(PACK)
+    region.put("p", place, of(PACK), os.open(tmp_path / "pack", os.O_RDONLY))
+    with trio.fail_after(40):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(region.run)
+            while not place.entries():
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    for number in range(5):
+        assert put(place, valid(number + 10)), "each has a number of its own"
+    assert [found.record.size for found in place.entries()] == [len(valid(14)), len(valid(13))]
+    assert packs(tier) == {found.pack for found in place.entries()}
+    assert place.remove() == 2 and [path for path in tier.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_two_hosts_that_save_at_once_where_nothing_is_conditional_both_have_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """The other's record comes after this host has listed; ``late``: after it has looked for one, too."""
+    without_links(monkeypatch)
+    other, tier = tmp_path / "other", tmp_path / "tier"
+    other.mkdir()
+    tier.mkdir()
+    assert put(Place(DirectoryStore(str(other)), REGION, "5" * 32, IDENTITY), valid(9), "b")
+
+    class Beside(DirectoryStore):
+        def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
+            super().put(name, data)
+            if ("/startup/" in name if late else name.endswith("/seal")) and not came:
+                came.append(name)
+                shutil.copytree(other, tier, dirs_exist_ok=True)
+
+    came: list[str] = []
+    place = Place(Beside(str(tier)), REGION, "5" * 32, IDENTITY)
+    assert put(place, PACK) and came
+    assert [found.by for found in place.entries()] == ["a", "b"]
+    assert packs(tier) == {found.pack for found in place.entries()}
+
+
 @pytest.mark.parametrize(
     ("what", "how"),
     [
