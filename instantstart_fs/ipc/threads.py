@@ -1,4 +1,4 @@
-"""Runs blocking calls in threads: those that may never return are abandoned at a deadline, some give way to others."""
+"""Runs blocking calls that may never return: each in a thread of its own, abandoned at a deadline."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import trio
 
 _T = TypeVar("_T")
-BACKGROUND_NICE = 10
-"""A tenth of the processor beside a thread of nice 0."""
 
 
 async def run_abandonable(
@@ -57,31 +54,6 @@ async def open_abandonable(work: Callable[..., int], *args: Any, deadline: float
     finally:
         given_up.set()
         close()
-
-
-class BackgroundThreads:
-    """At most ``most`` threads of their own for work that gives way to every other thread of the machine."""
-
-    def __init__(self, most: int, name: str) -> None:
-        self._pool = ThreadPoolExecutor(most, name, _give_way)
-
-    async def run(self, work: Callable[..., _T], *args: Any) -> _T:
-        """Run ``work``, and wait until it has ended, cancelled or not. Raises whatever it raises."""
-        ended, token = trio.Event(), trio.lowlevel.current_trio_token()
-        future = self._pool.submit(work, *args)
-        future.add_done_callback(lambda _: token.run_sync_soon(ended.set))
-        with trio.CancelScope(shield=True):
-            await ended.wait()
-        return future.result()
-
-    def close(self) -> None:
-        """Take no more work. Does not wait."""
-        self._pool.shutdown(wait=False)
-
-
-def _give_way() -> None:
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICE)
 
 
 class LentDescriptor:

@@ -29,7 +29,6 @@ from instantstart_fs.core.ratelimit import Bucket
 from instantstart_fs.errors import StoreError
 from instantstart_fs.filler.region_rack import RackLevel
 from instantstart_fs.ipc.sockets import listen_tcp, turn_away
-from instantstart_fs.ipc.threads import BackgroundThreads
 from instantstart_fs.serving.rack_chunks import NotYet, Part, RackChunks
 
 log = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ class RackServer:
         self.address = ""
         self._connected: Counter[str] = Counter()
         self._sends = trio.CapacityLimiter(SENDS)
-        self._threads = BackgroundThreads(SENDS, "rack-send")
+        self._threads = trio.CapacityLimiter(SENDS)  # apart from those of the daemon's other work
         self._pace = threading.Lock()
         self._bucket = Bucket(rate, rate / 4, time.monotonic())
         self._ending = threading.Event()
@@ -104,7 +103,6 @@ class RackServer:
         finally:
             self.address = ""
             self._ending.set()
-            self._threads.close()
 
     async def _bind(self) -> socket.socket:
         told = ""
@@ -239,7 +237,9 @@ class RackServer:
             # h11 counts the bytes, and does not look at them: that is how it lets sendfile in.
             connection.send_with_data_passthrough(h11.Data(data=_Sized(size)))  # type: ignore[arg-type]
             connection.send(h11.EndOfMessage())
-            sent = await self._threads.run(self._sendfile, stream.socket.fileno(), part)
+            sent = await trio.to_thread.run_sync(
+                self._sendfile, stream.socket.fileno(), part, abandon_on_cancel=False, limiter=self._threads
+            )
             self._level.given_bytes += sent
             return sent == part.length and connection.our_state is h11.DONE
         finally:

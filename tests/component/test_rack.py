@@ -28,7 +28,6 @@ from instantstart_fs.filler.messages import Piece, WorkerSettings
 from instantstart_fs.filler.pieces import fetch_piece
 from instantstart_fs.filler.region_follow import Line, RegionSettings
 from instantstart_fs.filler.region_rack import RackLevel
-from instantstart_fs.ipc.threads import BACKGROUND_NICE
 from instantstart_fs.regional import racks
 from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
@@ -213,20 +212,49 @@ HOSTILE: dict[str, tuple[bytes, int, str]] = {
 }
 
 
-async def test_sends_give_way_and_take_no_thread_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an engine on this host, and of the daemon's own work in threads."""
-    seen: list[tuple[int, int]] = []
+async def test_sends_take_no_thread_of_other_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
     limiter, send = trio.to_thread.current_default_thread_limiter(), os.sendfile
 
     def sendfile(*arguments: int) -> int:
-        mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-        seen.append((mine - os.getpriority(os.PRIO_PROCESS, os.getpid()), int(limiter.borrowed_tokens)))
+        taken.append(int(limiter.borrowed_tokens))
         return send(*arguments)
 
     monkeypatch.setattr(os, "sendfile", sendfile)
     async with served(tmp_path) as site:
         assert (await site.say(request())).endswith(CHUNK)
-    assert set(seen) == {(BACKGROUND_NICE, 0)}
+    assert set(taken) == {0}
+
+
+async def test_a_send_that_finds_no_thread_sends_nothing_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptors are closed then, and their numbers are other connections' and other files'."""
+    first, go, wrong, send = trio.Event(), threading.Event(), [], os.sendfile
+
+    def sendfile(peer: int, fd: int, *place: int) -> int:
+        if not first.is_set():
+            trio.from_thread.run_sync(first.set, trio_token=token)
+            go.wait(30)
+        if fd != site.chunks.open[0]:
+            wrong.append(fd)
+        return send(peer, fd, *place)
+
+    def no_thread(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def take() -> None:
+        answers.append(await site.say(request()))
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    token, answers = trio.lowlevel.current_trio_token(), list[bytes]()
+    async with served(tmp_path) as site, trio.open_nursery() as nursery:
+        nursery.start_soon(take)
+        await first.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", no_thread)
+            patched.setattr("trio._threads.start_thread_soon", no_thread)
+            assert CHUNK not in await site.say(request())
+        go.set()
+    assert answers[0].endswith(CHUNK) and not wrong
 
 
 @pytest.mark.parametrize("what", HOSTILE)
