@@ -214,7 +214,7 @@ class Connections:
         Raises:
             OriginUnsupported: The address is neither http nor https.
             OriginIncompatible: A proxy would connect where ``named`` does not allow it.
-            CredentialsUnusable: The environment names a proxy that can be none.
+            OriginUnavailable: The environment names a proxy that can be none.
         """
         parts = urlsplit(url)
         host = parts.hostname or ""

@@ -389,14 +389,14 @@ class HuggingFaceOrigin:
     def _translated(self, what: str) -> Iterator[None]:
         """The seam: huggingface_hub's and httpx2's exceptions become ours, without tokens and signed queries."""
         if self._problem is not None:
-            raise CredentialsUnusable(f"{what}: the hub's endpoint (HF_ENDPOINT) is {self._problem}")
+            raise OriginUnavailable(f"{what}: the hub's endpoint (HF_ENDPOINT) is {self._problem}")
         try:
             with on_behalf_of(self._endpoint, self._named, self._basic):
                 yield
-        except (OriginMisbehaved, OriginIncompatible, CredentialsUnusable) as error:
+        except (OriginUnavailable, OriginIncompatible) as error:
             if error.message.startswith(str(self._source)):
                 raise
-            raise type(error)(f"{what}: {error.message}", fault=error.fault) from None
+            raise type(error)(f"{what}: {error.message}", retry_after=error.retry_after, fault=error.fault) from None
         except HfHubHTTPError as error:
             raise self._from_response(what, error) from None
         except HFValidationError as error:

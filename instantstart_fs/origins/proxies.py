@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import urllib.request
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from instantstart_fs.core.urls import url_problem
-from instantstart_fs.errors import CredentialsUnusable
+from instantstart_fs.errors import OriginUnavailable
+
+if TYPE_CHECKING:
+    from botocore.awsrequest import AWSPreparedRequest
 
 
 class Proxies:
@@ -19,17 +23,24 @@ class Proxies:
         """Return the address of the proxy that ``url`` is asked through, with its user and password; None for none.
 
         Raises:
-            CredentialsUnusable: What the environment names cannot be one. The reason does not repeat it.
+            OriginUnavailable: What the environment names cannot be one. Nobody was asked, so nobody refused. The reason
+                does not repeat it.
         """
         parts = urlsplit(url)
         kind = parts.scheme if self._named.get(parts.scheme) else "all"
-        proxy = self._named.get(kind)
-        if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        proxy = self._named.get(kind, "").strip()  # files of variables leave blanks and line ends
+        hosts = (parts.hostname or "", parts.netloc.rpartition("@")[2])  # NO_PROXY may name a port
+        if not proxy or any(urllib.request.proxy_bypass(host) for host in hosts):
             return None
         address = proxy if "//" in proxy else f"http://{proxy}"
         problem = url_problem(address)
         if problem is not None:
-            raise CredentialsUnusable(
+            raise OriginUnavailable(
                 f"{parts.hostname} is asked through the proxy of {kind.upper()}_PROXY, which is {problem}"
             )
         return address
+
+
+def judge_proxy(request: AWSPreparedRequest, **_: object) -> None:
+    """Refuse a proxy that can be none, before botocore complains of it with a part of its password."""
+    Proxies().of(request.url)

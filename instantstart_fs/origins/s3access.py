@@ -28,7 +28,6 @@ from botocore import UNSIGNED
 from botocore.awsrequest import AWSPreparedRequest, AWSRequest, AWSResponse
 from botocore.config import Config
 from botocore.httpsession import URLLib3Session
-from botocore.utils import get_environ_proxies
 
 from instantstart_fs.core.faults import Fault
 from instantstart_fs.core.refusals import MOST_ERROR_BODY
@@ -42,7 +41,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.origins.common import retry_after
 from instantstart_fs.origins.credentials import require_private
-from instantstart_fs.origins.proxies import Proxies
+from instantstart_fs.origins.proxies import Proxies, judge_proxy
 from instantstart_fs.origins.s3pages import PageJudge
 
 if TYPE_CHECKING:
@@ -374,10 +373,10 @@ class S3Access:
     def _connections(self, url: str) -> URLLib3Session:
         with self._lock:
             if self._http is None:
-                parts = urlsplit(url)
+                proxy = Proxies().of(url)
                 self._http = URLLib3Session(
                     verify=os.environ.get("AWS_CA_BUNDLE") or True,  # type: ignore[arg-type]
-                    proxies=get_environ_proxies(f"{parts.scheme}://{parts.netloc}"),
+                    proxies={urlsplit(url).scheme: proxy} if proxy else {},
                     timeout=(min(self.timeout, 10.0), self.timeout),  # type: ignore[arg-type]
                     max_pool_connections=AT_ONCE,
                 )
@@ -386,8 +385,7 @@ class S3Access:
     def _make(self) -> None:
         for endpoint in (self._endpoint_url, *map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))):
             if endpoint and (problem := s3_url_problem(endpoint)) is not None:
-                raise CredentialsUnusable(f"the endpoint of s3://{self.bucket}: {problem}")
-        Proxies().of(self._endpoint_url or "https://s3.amazonaws.com")
+                raise OriginUnavailable(f"the endpoint of s3://{self.bucket}: {problem}")
         session = boto3.Session(profile_name=self.profile, region_name=self._region_name)
         # for the services that lend credentials, too: boto3's own patience is many minutes
         session._session.set_default_client_config(self._patience())
@@ -475,6 +473,7 @@ class S3Access:
 
         def make(region: str | None) -> S3Client:
             made = session.client("s3", endpoint_url=self._endpoint_url, region_name=region, config=config)
+            made.meta.events.register("before-send.s3.HeadBucket", judge_proxy)
             made.meta.events.register("before-send.s3.ListObjectsV2", self._send_listing)  # type: ignore[arg-type]
             return made
 

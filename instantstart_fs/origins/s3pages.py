@@ -4,6 +4,7 @@ boto3 parses it: parsing takes ten times its bytes in memory, and holds up the d
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ SMALL = 1024 * 1024
 """Size in bytes up to which an object is pinned by the listing: should its ETag be no MD5 after all, it is soon fetched
 again."""
 _STRONG = frozenset({"SHA256", "SHA1"})
-_PAGE = re.compile(rb"<([A-Za-z0-9]+:)?(ListBucketResult|Error)[\s>]")
+_PAGE = re.compile(rb"<(?:[\w.\-]+:)?(?:ListBucketResult|Error)[\s/>]")
 _BEGINNING = 4096
 """Bytes of a page in which its first element must be."""
 
@@ -81,6 +82,8 @@ def objects(client: S3Client, source: S3Source, parameters: dict[str, Any]) -> I
     while True:
         try:
             page = next(pages, None)
+        except json.JSONDecodeError:  # what a credential_process prints
+            raise
         except ValueError as error:  # a size or a time that is none
             raise _misbehaved(source, f"says what cannot be understood ({str(error)[:100]})") from None
         if page is None:

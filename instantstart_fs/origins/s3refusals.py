@@ -125,7 +125,9 @@ class Refusals:
         except botocore.exceptions.PaginationError:
             raise OriginMisbehaved(f"{what}: the pages of its listing repeat themselves: it has no end") from None
         except ValueError as error:
-            raise AccessRefused(f"{what}: the S3 settings are unusable: {error}") from None
+            # An endpoint that can be none (a profile's) was never asked: nobody refused.
+            kind = OriginUnavailable if str(error).startswith("Invalid endpoint") else CredentialsUnusable
+            raise kind(f"{what}: the S3 settings are unusable: {error}") from None
         except botocore.exceptions.ParamValidationError:
             raise OriginNotFound(f"{what}: not a valid bucket or key name") from None
         except (botocore.parsers.ResponseParserError, KeyError) as error:

@@ -24,7 +24,6 @@ from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import ManifestFile, ModelSpec
 from instantstart_fs.core.source import HubSource, S3Source
 from instantstart_fs.errors import (
-    CredentialsUnusable,
     InstantStartError,
     OriginError,
     OriginIncompatible,
@@ -436,7 +435,7 @@ def test_an_address_in_the_environment_that_can_be_none_is_said_without_its_pass
             anonymous=True,
         )
     try:
-        with pytest.raises(CredentialsUnusable, match="not an http://") as caught:
+        with pytest.raises(OriginUnavailable, match="not an http://") as caught:
             origin.resolve()
     finally:
         set_client_factory(new_client)

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from huggingface_hub import set_client_factory
 
+from instantstart_fs.core.manifest import ModelSpec
+from instantstart_fs.core.source import HubSource, S3Source
 from instantstart_fs.errors import AccessRefused, OriginThrottled
 from instantstart_fs.filler.region_access import RECHECK_REFUSAL, SourceAccess
+from instantstart_fs.origins.base import Origin
+from instantstart_fs.origins.bounds import Bounds
+from instantstart_fs.origins.hubclient import new_client
+from instantstart_fs.origins.huggingface import HuggingFaceOrigin
+from instantstart_fs.origins.s3 import S3Origin
 from tests.component.region_site import Source
 
 pytestmark = pytest.mark.timeout(60)
@@ -60,6 +68,48 @@ async def test_an_origin_that_does_not_answer_is_asked_again_and_nobody_waits_fo
                 await trio.sleep(0.005)
         assert source.asked == 2
         assert not await access.may_use("p", 0, source) and access.refuses(target(source))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variable", "value"),
+    [
+        ("hf", "https_proxy", "socks5://127.0.0.1:1"),
+        ("hf", "all_proxy", "//127.0.0.1:1"),
+        ("hf", "HF_ENDPOINT", "hub.example"),
+        ("s3", "https_proxy", "socks5://127.0.0.1:1"),
+        ("s3", "AWS_ENDPOINT_URL", "s3.example"),
+    ],
+)
+async def test_a_proxy_or_an_endpoint_that_can_be_none_refuses_nobody(
+    scheme: str, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The origin cannot be asked. The region is all that is left, then."""
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("no_proxy", "")
+    set_client_factory(new_client)  # a new one: proxies are read once
+    origin: Origin
+    if scheme == "hf":
+        told = None if variable == "HF_ENDPOINT" else "https://hub.example"
+        origin = HuggingFaceOrigin(
+            HubSource("org/model"), ModelSpec("hf://org/model"), endpoint=told, token_file=None, timeout=2
+        )
+    else:
+        origin = S3Origin(
+            S3Source("bucket"),
+            ModelSpec("s3://bucket"),
+            endpoint_url=None,
+            region_name=None,
+            profile=None,
+            timeout=2,
+            bounds=Bounds(),
+            anonymous=True,
+        )
+    try:
+        async with trio.open_nursery() as nursery:
+            access = SourceAccess(None, lambda: nursery)
+            assert await access.may_use("p", 0, origin) and access.refusal("p") is None
+    finally:
+        set_client_factory(new_client)
 
 
 async def test_a_refusal_stands_until_the_origin_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -58,7 +59,7 @@ def endpoint(answer: Answer) -> Iterator[str]:
             server.shutdown()
 
 
-def origin(url: str, bounds: Bounds = WHOLE) -> S3Origin:
+def origin(url: str | None, bounds: Bounds = WHOLE) -> S3Origin:
     return S3Origin(
         S3Source("bucket", "p"),
         ModelSpec("s3://bucket/p"),
@@ -128,6 +129,70 @@ def test_a_listing_that_is_none_is_refused_with_its_reason(what: str) -> None:
 def test_a_good_page_is_read() -> None:
     with endpoint(lambda handler: send(handler, page(GOOD))) as url:
         assert [file.path for file in origin(url, IN_THE_DAEMON).resolve().files] == ["a"]
+
+
+OTHER_WORDS = (
+    b"<s3-x:ListBucketResult xmlns:s3-x='http://s3.amazonaws.com/doc/2006-03-01/'><s3-x:Contents><s3-x:Key>p/a</s3-x:Key>"
+    b"<s3-x:Size>1</s3-x:Size><s3-x:ETag>e</s3-x:ETag></s3-x:Contents></s3-x:ListBucketResult>"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "path"), [(b"<ListBucketResult/>", "p"), (OTHER_WORDS, "a")], ids=["nothing", "a prefix with a hyphen"]
+)
+def test_a_page_in_other_words_is_read(body: bytes, path: str) -> None:
+    """Where nothing is below the prefix, it is taken for the name of one object."""
+    with endpoint(lambda handler: send(handler, body)) as url:
+        assert [file.path for file in origin(url).resolve().files] == [path]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "without"),
+    [("https_proxy", "socks5://127.0.0.1:9", ""), ("http_proxy", "socks5://127.0.0.1:9", "127.0.0.1:{port}")],
+    ids=["for another scheme", "not for this host"],
+)
+def test_a_proxy_that_is_not_asked_is_in_nobodys_way(
+    variable: str, value: str, without: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with endpoint(lambda handler: send(handler, page(GOOD))) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setenv(variable, value)
+        monkeypatch.setenv("no_proxy", without.format(port=url.rpartition(":")[2]))
+        assert [file.path for file in origin(None).resolve().files] == ["a"]
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_the_proxy_that_would_be_asked_is_named(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.example")
+    monkeypatch.setenv(variable, "socks5://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    reason = f"s3.example is asked through the proxy of {variable.upper()}, which is not an http"
+    with pytest.raises(OriginUnavailable, match=reason):
+        origin(None).resolve()
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_a_proxy_is_asked_though_blanks_surround_it(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of variables leave them. What a proxy is asked for has the whole address."""
+    asked = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(handler.path)
+        send(handler, page(GOOD))
+
+    with endpoint(answer) as url:
+        monkeypatch.setenv(variable, f" {url}\n")
+        monkeypatch.setenv("no_proxy", "")
+        assert [file.path for file in origin("http://s3.example").resolve().files] == ["a"]
+    assert asked[0].startswith("http://s3.example/bucket?")
+
+
+def test_a_profile_whose_endpoint_can_be_none_refuses_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bucket was not asked."""
+    (tmp_path / "config").write_text("[default]\nendpoint_url = s3.example\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(OriginUnavailable, match="the S3 settings are unusable: Invalid endpoint"):
+        origin(None).resolve()
 
 
 def _endless(status: int) -> Answer:

@@ -684,7 +684,7 @@ def test_a_proxy_that_can_be_none_is_said_without_its_password(proxy: str, blob:
     running = RunningWorker(WorkerSettings(), {"http_proxy": proxy, "no_proxy": "127.0.0.1"})
     try:
         report = answer_of(running, "http://origin.invalid/a", b"x" * CHUNK, blob)
-        assert isinstance(report, Failed) and report.code == "credentials-unusable"
+        assert isinstance(report, Failed) and report.code == "origin-unavailable"
         assert "origin.invalid is asked through the proxy of HTTP_PROXY, which is not an http://" in report.message
         assert "sec" not in report.message and "me:" not in report.message
     finally:
