@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from instantstart_fs.config.descriptors import raise_file_limit
+from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.errors import InstantStartError, OriginMisbehaved, OutOfResources
 from instantstart_fs.filler.fetch import Abandoned, Fetcher, new_buffer
 from instantstart_fs.filler.fillfile import CameOtherwise, FetchSink, FillFile, WaitsForStream
@@ -62,6 +63,8 @@ from instantstart_fs.system.threads import start_thread
 IDLE_THREAD_SECONDS = 20.0
 """An idle fetching thread gives its buffer back after this."""
 PAUSE_STEP = 0.002
+LEAST_WRITING = 1024 * 1024
+"""Bytes for which writing to the disk is begun before the group commit asks for it."""
 
 
 class Worker:
@@ -265,7 +268,7 @@ class Worker:
                     raise Abandoned
                 file.present.add(order.chunk)
             self.report(Arrived(order.request, answered))
-            self._hashing.schedule(file)
+            self._go_on(file, wanted)
         except Abandoned:
             pass
         except CameOtherwise:
@@ -296,7 +299,13 @@ class Worker:
                 raise Abandoned
             file.present.add(order.chunk)
         self.report(Arrived(order.request, answered, digest))
+        self._go_on(file, wanted)
+
+    def _go_on(self, file: FillFile, came: ByteRange) -> None:
+        """Hash on, and let the disk begin with what came: the group commit then waits for little."""
         self._hashing.schedule(file)
+        if came.length >= LEAST_WRITING:
+            file.blob.start_writing(came)
 
 
 def main(arguments: list[str]) -> None:

@@ -213,9 +213,11 @@ class BlobFile:
             if not self._entry_durable:
                 self.sync_entry()
 
-    def start_writing(self) -> None:
-        """Start writing dirty pages to the disk without waiting, for the fsync that follows. Never fails."""
-        LIBC.sync_file_range(self.fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
+    def start_writing(self, part: ByteRange | None = None) -> None:
+        """Start writing dirty pages, all or those of ``part``, to the disk, for the fsync that follows. Waits only
+        where the disk's queue is full. Never fails."""
+        start, length = (part.start, part.length) if part is not None else (0, 0)
+        LIBC.sync_file_range(self.fd, start, length, _SYNC_FILE_RANGE_WRITE)
 
     def sync_entry(self) -> None:
         """Make its directory entry durable. Raises OSError."""
