@@ -182,7 +182,7 @@ class Dispatcher:
         return protocol.RegionState(found.owed_bytes, found.unsealed, found.files, heartbeats.tier, found.sealed)
 
     def _report_start(self, report: protocol.StartupReport) -> None:
-        self._library.startup.suspects.reported(report.start, report.pipeline, ended=report.ended, status=report.status)
+        self._library.startup.suspects.reported(report.start, report.pipeline, failed=report.failed)
         self._library.cold_starts.report(
             report.pipeline,
             report.start,

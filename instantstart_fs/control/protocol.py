@@ -216,7 +216,8 @@ class StartupSave(_Request, frozen=True, tag="startup-save"):
 
 
 class StartupReport(_Request, frozen=True, tag="startup-report"):
-    """→ null. What `run` knows of its start. ``phases``: seconds, as the engine's log says."""
+    """→ null. What `run` knows of its start. ``phases``: seconds, as the engine's log says. ``failed``: the command
+    ended by itself before it was ready, as far as that can be told."""
 
     pipeline: str
     start: str
@@ -226,6 +227,7 @@ class StartupReport(_Request, frozen=True, tag="startup-report"):
     phases: dict[str, float]
     ended: bool
     status: int | None = None
+    failed: bool = False
 
 
 class StartupCaches(_Request, frozen=True, tag="startup-caches"):

@@ -7,7 +7,6 @@ A cache is executable code. It is restored only to its pipeline's owner, and onl
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -19,8 +18,6 @@ MOST_FAILED = 2
 """Starts in a row that a version may be restored to, and that end before they are ready."""
 MOST_GIVEN = 4096
 """Starts that are remembered until they say how they fared."""
-_FINE = frozenset({0, 128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGQUIT, 128 + signal.SIGTERM})
-"""Exit statuses of a command that did what it was asked to, or was asked to end."""
 
 KEPT_PER_KEY = 2
 """The newest, and the one before it, for where the newest proves damaged."""
@@ -140,12 +137,12 @@ class Suspects:
         if len(self._given) > MOST_GIVEN:
             del self._given[next(iter(self._given))]
 
-    def reported(self, start: str, pipeline: str, *, ended: bool, status: int | None) -> None:
-        """It is ready, or ``ended``. What it says afterwards does not count, nor what another pipeline's owner says."""
+    def reported(self, start: str, pipeline: str, *, failed: bool) -> None:
+        """It is ready, or has ended. What it says afterwards does not count, nor what another pipeline's owner says."""
         if self._given.get(start, ("",))[0] != pipeline:
             return
         _, number, left_out = self._given.pop(start)
-        if not ended or status is None or status in _FINE:
+        if not failed:
             self._failed.pop((pipeline, number), None)
         elif number:
             self._failed[pipeline, number] = self._failed.get((pipeline, number), 0) + 1

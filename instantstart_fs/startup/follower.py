@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from instantstart_fs.startup.start import Start
     from instantstart_fs.startup.supervise import Command
 
+UNWATCHED_SECONDS = 60.0
+"""A command that nobody watches, and that ends with an error within this, was not ready."""
 SAVE_SECONDS = 60.0
 """Seconds that the end waits for a save; a signal ends the wait."""
 READY_SECONDS = 3600.0
@@ -93,12 +95,15 @@ class Follower:
         watched = self._watches
         if status == 0 and not watched and "ready" not in self._moments:
             self._mark("ready")
-        self._report(ended=True, status=status)
+        lived = time.monotonic() - self._start.spawned
+        failed = not clean and not self._command.asked_by and "ready" not in self._moments
+        # Of a command that nobody watches it is not known whether it was ready; one that ends at once was not.
+        self._report(ended=True, status=status, failed=failed and (watched or lived < UNWATCHED_SECONDS))
         why = ""
         if "ready" not in self._moments:
             from instantstart_fs.core.humanize import precise_seconds
 
-            took = precise_seconds(time.monotonic() - self._start.spawned)
+            took = precise_seconds(lived)
             why = f"the command ended with status {status} after {took}"
             why += ", and was not ready before" if watched else ""
             if watched and not clean:
@@ -320,7 +325,7 @@ class Follower:
         except InstantStartError as error:
             self._start.warn(f"mark {moment}: {error.message}")
 
-    def _report(self, *, ended: bool, status: int | None = None) -> None:
+    def _report(self, *, ended: bool, status: int | None = None, failed: bool = False) -> None:
         start = self._start
         with contextlib.suppress(InstantStartError):
             self._ask(
@@ -332,6 +337,7 @@ class Follower:
                 phases={name: round(seconds, 3) for name, seconds in self._listening.log.phases.items()},
                 ended=ended or ("first-token" in self._moments) or not start.options.probe,
                 status=status,
+                failed=failed,
             )
 
     # -- where the time went ---------------------------------------------------------------------------------------

@@ -214,7 +214,8 @@ def _restore(start: Start, wire: Wire) -> None:
     try:
         start.key = key_of(options.command, start.engine, start.environment, options.caches)
     except Exception as error:
-        start.warn(f"no startup caches: what they depend on cannot be found out: {type(error).__name__}: {error}")
+        why = error.message if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+        start.warn(f"no startup caches: what they depend on cannot be found out: {why}")
         start.leave_view()
     restore = bool(start.layouts) and not options.no_restore
     damaged: list[int] = []

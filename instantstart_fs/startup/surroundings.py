@@ -14,7 +14,6 @@ import shlex
 import signal
 import stat
 import sys
-import time
 from collections.abc import Mapping, Sequence
 
 from instantstart_fs.core.enginetable import (
@@ -27,6 +26,7 @@ from instantstart_fs.core.enginetable import (
     short_digest,
     storable,
 )
+from instantstart_fs.errors import UsageError
 
 FORMAT = "4"
 """Of the key: raised when what is in it means something else."""
@@ -73,15 +73,15 @@ def key_of(
 
 
 def _contents(path: str) -> str:
-    """What the engine reads there, by its digest: secrets may be in it."""
+    """What the engine reads there, by its digest: secrets may be in it. Raises UsageError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO gives nothing, and is not waited for
         with open(fd, "rb") as file:
             if stat.S_ISREG(os.fstat(fd).st_mode):
                 return hashlib.sha256(file.read(MAX_CONFIG)).hexdigest() + f" {os.fstat(fd).st_size}"
-    except OSError:
-        pass
-    return f"unread {time.time_ns()}"  # what it says is not known: no other start has this key
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    raise UsageError(f"{path} is no regular file, and is read by the engine alone")
 
 
 def _identity(path: str) -> str:
@@ -229,8 +229,8 @@ def devices(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
-    """Ask NVML, which may hang with the driver; if it does not answer, the driver's own files. GPUs that nobody names
-    are no other start's: code of one model is not taken for another's."""
+    """Ask NVML, which may hang with the driver; if it does not answer, the driver's own files. Raises UsageError where
+    those name no GPU either: code of one model is not taken for another's."""
     from instantstart_fs.ipc.attempts import within  # late: most machines that build and test have no GPU
 
     key = {"driver": "unknown"}
@@ -245,7 +245,9 @@ def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
     try:
         found = within(NVML_SECONDS, _ask_nvml)
     except (OSError, AttributeError, RuntimeError):
-        key["gpus"] = _models() or f"unknown {time.time_ns()}"
+        key["gpus"] = _models()
+        if not key["gpus"]:
+            raise UsageError("NVIDIA's driver does not say which GPUs there are") from None
         return key
     seen = environment.get("CUDA_VISIBLE_DEVICES")
     if seen is not None:

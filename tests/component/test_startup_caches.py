@@ -714,7 +714,7 @@ async def test_what_engines_failed_with_is_left_out_and_does_not_come_back_from_
         suspects = library.startup.suspects
         for start in ("a", "b"):
             suspects.given(start, "p", 1)
-            suspects.reported(start, "p", ended=True, status=1)
+            suspects.reported(start, "p", failed=True)
         offer = await library.startup.offer("p", KEY, 0, restore=True)
         assert (offer.choice.outcome, offer.pack) == ("failed", -1) and "version 1 is left out" in offer.problem
         record = await save(library, valid(80_000))
