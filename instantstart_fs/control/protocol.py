@@ -161,8 +161,7 @@ class Ls(_Request, frozen=True, tag="ls"):
 
 
 class Names(_Request, frozen=True, tag="names"):
-    """→ list of at most MAX_NAMES ids that begin with ``prefix``, sorted: what a shell completes. Of the pipelines that
-    the caller owns or may read, or of all."""
+    """→ list of at most MAX_NAMES ids that begin with ``prefix``, sorted, of what the caller may see, for a shell."""
 
     prefix: str = ""
 
@@ -216,8 +215,7 @@ class StartupSave(_Request, frozen=True, tag="startup-save"):
 
 
 class StartupReport(_Request, frozen=True, tag="startup-report"):
-    """→ null. What `run` knows of its start. ``phases``: seconds, as the engine's log says. ``failed``: the command
-    ended by itself before it was ready, as far as that can be told."""
+    """→ null. What `run` knows of its start. ``phases``: seconds. ``failed``: ended by itself before it was ready."""
 
     pipeline: str
     start: str

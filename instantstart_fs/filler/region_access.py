@@ -43,9 +43,25 @@ class _Answer(NamedTuple):
     since_ns: int
 
 
+class _Question:
+    """A question that is being asked. ``answer`` is there once it is ``over``, unless it was cancelled."""
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.answer: _Answer | None = None
+
+
+class _Call:
+    """A call to an origin that is under way, and what came of it once it is ``over`` (``SourceAccess._ask``)."""
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.refusal: str | None = None
+
+
 class SourceAccess:
     """The answers of all pipelines. On the trio thread. ``recheck`` is the seconds for which a permission holds, None
-    for the process's life. ``nursery`` runs questions that nobody waits for; None where there is none now."""
+    for the process's life. ``nursery`` runs the questions; None where there is none now."""
 
     def __init__(self, recheck: float | None, nursery: Callable[[], trio.Nursery | None]) -> None:
         self._allowed_for = recheck if recheck is not None else math.inf
@@ -53,7 +69,8 @@ class SourceAccess:
         self._nursery = nursery
         self._answers: dict[tuple[str, int], dict[Origin, _Answer]] = {}
         """Answers by pipeline and model, the latest one last."""
-        self._asking: dict[tuple[str, int, Origin], trio.Event] = {}
+        self._asking: dict[tuple[str, int, Origin], _Question] = {}
+        self._calls: dict[Origin, _Call] = {}
         self._in_threads: set[Origin] = set()
         """Origins that a thread asks. One that hangs is not asked by a second one."""
         self._forgets = 0
@@ -80,28 +97,31 @@ class SourceAccess:
             del self._answers[place]
 
     async def may_use(self, pipeline: str, model: int, origin: Origin) -> bool:
-        """Whether the tier may serve this model's files."""
+        """Whether the tier may serve this model's files. Nothing may be used while the region's tasks do not run."""
+        place = pipeline, model, origin
         while True:
             answer = self._answers.get((pipeline, model), {}).get(origin)
             if answer is not None and not self._is_old(answer):
                 return not answer.refusal
-            asking = self._asking.get((pipeline, model, origin))
             nursery = self._nursery()
-            if answer is not None and not answer.known and not answer.refusal and nursery is not None:
-                if asking is None:
-                    done = self._asking[pipeline, model, origin] = trio.Event()
-                    nursery.start_soon(self._find_out, pipeline, model, origin, answer, done)
+            if nursery is None:
+                return False
+            question = self._asking.get(place)
+            if question is None:
+                # Not in the asker's task: a reader that is killed takes its question with it, and the next one would
+                # find an origin that does not answer.
+                question = self._asking[place] = _Question()
+                nursery.start_soon(self._find_out, pipeline, model, origin, answer, question)
+            if answer is not None and not answer.known and not answer.refusal:
                 return True
-            if asking is None:
-                break
-            await asking.wait()
-        done = self._asking[pipeline, model, origin] = trio.Event()
-        return not (await self._find_out(pipeline, model, origin, answer, done)).refusal
+            await question.over.wait()
+            if question.answer is not None:
+                return not question.answer.refusal
 
     async def _find_out(
-        self, pipeline: str, model: int, origin: Origin, last: _Answer | None, done: trio.Event
-    ) -> _Answer:
-        """Ask the origin. ``last`` is what it said before; ``done`` is set afterwards."""
+        self, pipeline: str, model: int, origin: Origin, last: _Answer | None, question: _Question
+    ) -> None:
+        """Ask the origin. ``last`` is what it said before."""
         forgets = self._forgets
         try:
             refusal = await self._ask(origin)
@@ -112,9 +132,9 @@ class SourceAccess:
                 last = next(reversed(self._answers[pipeline, model].values()))
             same = last is not None and bool(last.refusal) == bool(refusal)
             since = last.since_ns if last is not None and same else time.time_ns()
-            answer = _Answer(refusal, known, trio.current_time(), since)
+            answer = question.answer = _Answer(refusal, known, trio.current_time(), since)
             if forgets != self._forgets:
-                return answer
+                return
             answers = self._answers.setdefault((pipeline, model), {})
             answers.pop(origin, None)
             answers[origin] = answer
@@ -126,15 +146,27 @@ class SourceAccess:
                     refusal,
                     extra={"pipeline": pipeline},
                 )
-            return answer
         finally:
             del self._asking[pipeline, model, origin]
-            done.set()
+            question.over.set()
 
     async def _ask(self, origin: Origin) -> str | None:
         """Return why the source is refused, "" where it is not; None where the origin does not say."""
+        call = self._calls.get(origin)
+        if call is not None:  # another pipeline's, of the same origin
+            await call.over.wait()
+            return call.refusal
         if origin in self._in_threads:
             return None
+        call = self._calls[origin] = _Call()
+        try:
+            call.refusal = await self._call(origin)
+            return call.refusal
+        finally:
+            del self._calls[origin]
+            call.over.set()
+
+    async def _call(self, origin: Origin) -> str | None:
         self._in_threads.add(origin)
 
         def check() -> None:

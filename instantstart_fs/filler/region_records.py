@@ -15,6 +15,8 @@ from instantstart_fs.regional import records
 
 MARK_SECONDS = 3600.0
 """So much earlier than its last use a slot may seem to have been used last."""
+MARK_AGAIN_SECONDS = 60.0
+"""Seconds after which a marker that could not be written is tried again."""
 MOST_LISTED = 200_000
 """The most names of one file that are read. A listing may have no end."""
 
@@ -102,5 +104,5 @@ class UseMarkers:
         name = f"v1/{slot}/used/{time.strftime('%Y-%m-%d', time.gmtime())}"
         try:
             await self._tiers.ask(lambda: self._tiers.own.store.put(name, b""))
-        except InstantStartError:  # the next use tries again
-            self._marked.pop(slot, None)
+        except InstantStartError:  # a tier may take no puts at all, and uses may be thousands a second
+            self._marked[slot] = trio.current_time() - MARK_SECONDS + MARK_AGAIN_SECONDS

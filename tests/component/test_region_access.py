@@ -180,3 +180,29 @@ async def test_an_origin_that_hangs_takes_one_thread(monkeypatch: pytest.MonkeyP
                     await trio.sleep(0.005)
     finally:
         gate.set()
+
+
+async def test_a_reader_that_is_killed_while_the_origin_is_asked_makes_no_permission() -> None:
+    gate = threading.Event()
+    source = Source(REFUSED, before=lambda: gate.wait(30))
+    async with trio.open_nursery() as nursery:
+        access = SourceAccess(None, lambda: nursery)
+        with trio.move_on_after(0.05):
+            await access.may_use("p", 0, source)
+        found: list[bool] = []
+
+        async def reader(pipeline: str) -> None:
+            found.append(await access.may_use(pipeline, 0, source))
+
+        async with trio.open_nursery() as readers:
+            readers.start_soon(reader, "p")
+            readers.start_soon(reader, "another, of the same origin")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            gate.set()
+        assert found == [False, False] and source.asked == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_nothing_may_be_used_while_the_regions_tasks_do_not_run() -> None:
+    source = Source()
+    assert not await SourceAccess(None, lambda: None).may_use("p", 0, source) and source.asked == 0

@@ -22,7 +22,7 @@ from instantstart_fs.core.region import PullPlan
 from instantstart_fs.errors import InstantStartError, OriginUnavailable, OriginUnsupported
 from instantstart_fs.filler.region_claims import CLAIM_TRIES
 from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, WriteRate
-from instantstart_fs.filler.region_records import MARK_SECONDS
+from instantstart_fs.filler.region_records import MARK_AGAIN_SECONDS, MARK_SECONDS
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.filler.target import FileKey, FillTarget
 from instantstart_fs.regional.directory import DirectoryStore
@@ -269,8 +269,9 @@ async def test_an_answer_that_nobody_foresaw_is_a_tier_that_fails(host: Host) ->
 
     with pytest.raises(OriginUnavailable, match="not understood"):
         await host.regional._tiers.ask(odd)
-    access = host.regional._claims.access
-    assert await access.may_use("p", 0, Source(LookupError("unknown encoding: nonsense"))), "it refuses nobody"
+    async with host.running():
+        access = host.regional._claims.access
+        assert await access.may_use("p", 0, Source(LookupError("unknown encoding: nonsense"))), "it refuses nobody"
 
 
 @pytest.mark.parametrize(
@@ -349,8 +350,12 @@ async def test_a_slot_is_marked_as_used_each_hour(host: Host) -> None:
         markers = host.regional._claims.markers
         host.store.fails = OriginUnavailable("500")
         markers.mark(SLOT)
-        await until(lambda: SLOT not in markers._marked)  # it failed, and the next use tries again
+        await until(lambda: trio.current_time() - markers._marked[SLOT] > MARK_SECONDS / 2)  # it failed
         host.store.fails = None
+        markers.mark(SLOT)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not marked(), "a tier that takes no puts is not asked for each use"
+        markers._marked[SLOT] -= MARK_AGAIN_SECONDS
         markers.mark(SLOT)
         await until(marked)
         (path,) = (host.directory / "tier").rglob("used/*")
