@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,7 +116,14 @@ def measure(run: Run) -> dict[str, Any]:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     # min_free: the checkpoint lies on the same disk, and nothing else is to be kept there.
     config = '[http]\nlisten = "off"\n\n[store]\nmin_free = "0"\n'
-    with daemon(work, config=config, env={"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}) as served:
+    with (
+        short_directory() as sockets,
+        daemon(
+            work,
+            config=config,
+            env={"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "INSTANTSTART_SOCKET": f"{sockets}/d.sock"},
+        ) as served,
+    ):
         log = served.log.read_text().splitlines()
         found["transport"] = next((line.rpartition(" ")[2] for line in log if ", transport " in line), "?")
         found["pyfuse3"] = installed("pyfuse3")
@@ -124,7 +132,7 @@ def measure(run: Run) -> dict[str, Any]:
         seconds, _ = served.cli("warm", NAME, "--wait", timeout=max(20.0, run.part_left))
         found["fill_gb_s"] = round(run.total / seconds / 1e9, 2)
         run.write()
-        Loaders(run, served, found).all()
+        Loaders(run, served, found, f"{sockets}/holds").all()
     found["mount_of_plain"] = gpu_table.mount_of_plain(found)
     assert not found["problems"], (
         f"{len(found['problems'])} loaders failed: {': '.join(next(iter(found['problems'].items())))}"
@@ -141,11 +149,11 @@ class NoCold(Exception):
 
 
 class Loaders:
-    def __init__(self, run: Run, served: Daemon, found: dict[str, Any]) -> None:
+    def __init__(self, run: Run, served: Daemon, found: dict[str, Any], holds: str) -> None:
         self.run, self.served, self.found = run, served, found
         self.device = os.environ.get("BENCH_DEVICE", "cuda:0")
         self.places = {"plain": run.files_at, "mount": served.mount / NAME}
-        self.env = {**served.env, "INSTANTSTART_PREFETCH_DIR": str(run.directory / "holds")}
+        self.env = {**served.env, "INSTANTSTART_PREFETCH_DIR": holds}
         self.sum: int | None = None
         self.cold = True
         """Whether the page cache can be emptied."""
@@ -303,6 +311,11 @@ class Loaders:
                 raise NoTime
             time.sleep(0.05)
         raise RuntimeError(f"the helper ended with {helper.returncode}")
+
+
+def short_directory() -> tempfile.TemporaryDirectory[str]:
+    """A place for sockets: the name of one has 107 bytes at most, and the checkpoint may lie deep."""
+    return tempfile.TemporaryDirectory(prefix="isfs-", dir="/tmp")
 
 
 def installed(name: str) -> bool:

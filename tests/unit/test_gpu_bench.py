@@ -206,7 +206,7 @@ def test_a_second_environment_that_is_of_no_use_is_told(tmp_path: Path) -> None:
 def test_an_engine_does_not_wait_for_a_helper_that_has_ended(tmp_path: Path) -> None:
     served = SimpleNamespace(env=dict(os.environ), mount=tmp_path)
     made = SimpleNamespace(part_left=100.0, files_at=tmp_path, directory=tmp_path)
-    loaders = Loaders(cast(Any, made), cast(Any, served), {})
+    loaders = Loaders(cast(Any, made), cast(Any, served), {}, str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], text=True) as helper:
         held = "import time\nwhile True: time.sleep(1)"
         with pytest.raises(RuntimeError, match="the helper ended with 3"):
@@ -306,8 +306,11 @@ BARE = "pyfuse3,boto3,botocore,awscrt,blake3,hypercorn,starlette,h2,wsproto"
 @pytest.mark.soak
 @pytest.mark.timeout(LIMIT + 100)
 def test_weights_on_the_mount_reach_the_device_on_a_machine_without_pyfuse3(tmp_path: Path) -> None:
-    """By each loader, cold and warm, the same bytes as from a plain directory."""
-    status, text, found = on_the_fake_device(tmp_path, "--only", "mount", INSTANTSTART_FAKE_MISSING=BARE)
+    """By each loader, cold and warm, the same bytes as from a plain directory; in one whose name is too long for a
+    socket's."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    status, text, found = on_the_fake_device(tmp_path, "--only", "mount", files=deep, INSTANTSTART_FAKE_MISSING=BARE)
     assert status == 0, text
     mount = found["parts"]["mount"]
     assert (mount["transport"], mount["problems"], mount["pyfuse3"]) == ("passthrough", {}, False)
