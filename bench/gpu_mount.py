@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "weights"
-NEEDED = ("trio", "lmdb", "huggingface_hub", "typer", "rich", "prometheus_client")
+NEEDED = ("trio", "lmdb", "urllib3", "typer", "rich")
 """Packages without which a daemon does not serve a file:// pipeline."""
 TIMEOUT = 120.0
 """Seconds for one loader."""

@@ -7,6 +7,7 @@ A process of its own looks, since a driver may hang or end who asks it. It makes
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
@@ -63,13 +64,19 @@ def check_gpus(deadline: float = DEADLINE) -> Iterator[Finding]:
     if not os.path.exists(start.DRIVER):
         return
     try:
-        with spawn_module(
+        child = spawn_module(
             "instantstart_fs.prefetch.gpus", stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        ) as child:
-            try:
-                out, err = child.communicate(timeout=deadline)
-            finally:
-                child.kill()
+        )
+        try:
+            out, err = child.communicate(timeout=deadline)
+        finally:
+            child.kill()
+            # Not waited for without end, as Popen's context manager does: what the driver holds no signal ends.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1.0)
+            for pipe in (child.stdout, child.stderr):
+                if pipe is not None:
+                    pipe.close()
     except subprocess.TimeoutExpired:
         advice = "the kernel's log (`dmesg | grep -i nvrm`) says why"
         yield Finding("GPU", "warn", f"NVIDIA's driver did not answer within {deadline:g} s", advice)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,25 @@ def test_a_driver_that_is_broken_neither_holds_nor_ends_doctor(
     monkeypatch.setattr(gpus, "spawn_module", spawn)
     (found,) = gpus.check_gpus(deadline)
     assert (found.name, found.outcome) == ("GPU", "warn") and says in found.found
+
+
+def test_a_process_that_no_signal_ends_is_not_waited_for(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one is that waits in the driver."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Held(subprocess.Popen[bytes]):
+        def kill(self) -> None:
+            started.append(self)
+
+    def spawn(_: str, **options: Any) -> subprocess.Popen[bytes]:
+        return Held([sys.executable, "-c", "import time; time.sleep(60)"], **options)
+
+    monkeypatch.setattr(gpus, "spawn_module", spawn)
+    began = time.monotonic()
+    (found,) = gpus.check_gpus(0.2)
+    assert "did not answer" in found.found and time.monotonic() - began < 20
+    os.kill(started[0].pid, signal.SIGKILL)
+    started[0].wait(10)
 
 
 def test_doctor_shows_it(driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
