@@ -199,10 +199,16 @@ def load_pipelines(file: str | None) -> tuple[PipelineSpec, ...]:
 def _read_toml(path: str) -> dict[str, Any]:
     try:
         # A pipe is refused, not waited for: SIGHUP reads the file again. /dev/null is one without keys.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-            if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
-                raise ConfigError(f"{path}: is a pipe; a configuration is a file, since it is read again")
-            text = stream.read(MAX_FILE + 1)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            kind = os.fstat(fd).st_mode
+            if stat.S_ISFIFO(kind) or os.isatty(fd):
+                what = "pipe" if stat.S_ISFIFO(kind) else "terminal"
+                raise ConfigError(f"{path}: is a {what}; a configuration is a file, since it is read again")
+            with open(fd, "rb", closefd=False) as stream:
+                text = stream.read(MAX_FILE + 1)
+        finally:
+            os.close(fd)
         if len(text) > MAX_FILE:
             raise ConfigError(f"{path}: has more than {MAX_FILE // 1024**2} MiB: is it a configuration?")
         return tomllib.loads(text.decode("utf-8-sig"))

@@ -281,6 +281,16 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pipelines\.d/p\.toml: is a pipe"):
         load_config(str(tmp_path / "config.toml"))
     assert load_config("/dev/null").pipelines == ()
+    terminal, other = os.openpty()
+    with pytest.raises(ConfigError, match="is a terminal"):
+        load_config(os.ttyname(other))
+    os.close(terminal)
+    os.close(other)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(ConfigError):
+            load_config(str(tmp_path))
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_of_another_systems_editor_is_read(tmp_path: Path) -> None:
