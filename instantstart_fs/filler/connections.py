@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import math
-import os
 import socket
 import threading
 import time
@@ -23,7 +22,7 @@ from instantstart_fs.core.addresses import Permit, permit
 from instantstart_fs.core.urls import shown_url, without_user
 from instantstart_fs.errors import OriginUnsupported, OutOfResources
 from instantstart_fs.origins.guard import check_behind_proxy, connect
-from instantstart_fs.origins.proxies import Proxies
+from instantstart_fs.origins.proxies import Proxies, ca_bundle
 from instantstart_fs.system.threads import start_thread
 
 HEADER_TIMEOUTS = 2.0
@@ -32,7 +31,6 @@ WATCHDOG_SECONDS = 0.5
 """Seconds between two checks of the deadlines."""
 _SOCKET = "instantstart_socket"
 """The attribute of a response that holds the socket it comes over."""
-_CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 def socket_of(response: urllib3.BaseHTTPResponse) -> socket.socket | None:
@@ -227,7 +225,7 @@ class Connections:
         with self._lock:
             manager = self._managers.get(key)
             if manager is None:
-                bundle = next((os.environ[name] for name in _CA_VARIABLES if os.environ.get(name)), None)
+                bundle = ca_bundle()
                 if proxy:
                     proxy, authorization = without_user(proxy)
                     manager = urllib3.ProxyManager(

@@ -1,7 +1,9 @@
-"""The proxies that the environment names: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, and NO_PROXY for hosts that need none."""
+"""What the environment says of the way to an origin: its proxies (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, and NO_PROXY for
+hosts that need none), and the certificates of authorities that are believed."""
 
 from __future__ import annotations
 
+import os
 import urllib.request
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -11,6 +13,13 @@ from instantstart_fs.errors import OriginUnavailable
 
 if TYPE_CHECKING:
     from botocore.awsrequest import AWSPreparedRequest
+
+_CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+def ca_bundle() -> str | None:
+    """Return the file of authorities that the environment names, None for those that the machine believes."""
+    return next((os.environ[name] for name in _CA_VARIABLES if os.environ.get(name)), None)
 
 
 class Proxies:

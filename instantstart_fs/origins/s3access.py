@@ -41,7 +41,7 @@ from instantstart_fs.errors import (
 )
 from instantstart_fs.origins.common import retry_after
 from instantstart_fs.origins.credentials import require_private
-from instantstart_fs.origins.proxies import Proxies, judge_proxy
+from instantstart_fs.origins.proxies import Proxies, ca_bundle, judge_proxy
 from instantstart_fs.origins.s3pages import PageJudge
 
 if TYPE_CHECKING:
@@ -375,7 +375,7 @@ class S3Access:
             if self._http is None:
                 proxy = Proxies().of(url)
                 self._http = URLLib3Session(
-                    verify=os.environ.get("AWS_CA_BUNDLE") or True,  # type: ignore[arg-type]
+                    verify=ca_bundle() or True,  # type: ignore[arg-type]
                     proxies={urlsplit(url).scheme: proxy} if proxy else {},
                     timeout=(min(self.timeout, 10.0), self.timeout),  # type: ignore[arg-type]
                     max_pool_connections=AT_ONCE,

@@ -195,6 +195,28 @@ def test_a_profile_whose_endpoint_can_be_none_refuses_nobody(tmp_path: Path, mon
         origin(None).resolve()
 
 
+BUNDLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+@pytest.mark.parametrize("variable", BUNDLES)
+def test_a_listing_believes_the_authorities_that_fetches_believe(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def session(*, verify: object, **_: object) -> None:
+        seen.append(verify)
+        raise OriginUnavailable("enough")
+
+    monkeypatch.setattr(s3access, "URLLib3Session", session)
+    for name in BUNDLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "/etc/ours.pem")
+    with pytest.raises(OriginUnavailable, match="enough"):
+        origin("https://s3.example").resolve()
+    assert seen == ["/etc/ours.pem"]
+
+
 def _endless(status: int) -> Answer:
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True
