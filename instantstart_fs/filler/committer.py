@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 SYNC_THREADS = 8
 SEAL_SECONDS = 0.05
 SEAL_GROUP = 256
-"""A seal waits this long for others, or until there are SEAL_GROUP: thousands of small files share their commits."""
+"""A seal waits this long for others, or until there are SEAL_GROUP: thousands of small files share their commits. With
+a large file among them it does not wait."""
 SMALL_FILE = 1024 * 1024
 SEAL_TOGETHER = 64
 """Files of at most SMALL_FILE bytes that one call seals; a larger file has a call of its own."""
@@ -85,6 +86,8 @@ class Committer:
         self._dirty: dict[FillTarget, set[int]] = {}
         self._dirty_bytes = 0
         self._seals: dict[FillTarget, Literal["sealed", "unverified"]] = {}
+        self._large = False
+        """Whether a large file waits to be sealed."""
         self._poisoned: dict[FillTarget, None] = {}
         self._busy: set[FillTarget] = set()
         self._forgotten: set[FillTarget] = set()
@@ -106,6 +109,7 @@ class Committer:
     def seal(self, target: FillTarget, state: Literal["sealed", "unverified"]) -> None:
         """Seal the file: every chunk is present, and proven unless ``state`` is "unverified"."""
         self._seals[target] = state
+        self._large = self._large or target.entry.file.size > SMALL_FILE
         self._wakeup.set()
 
     def poison(self, target: FillTarget) -> None:
@@ -161,6 +165,8 @@ class Committer:
         """Wait until the group is large or old enough, only a moment where a seal is awaited."""
         with trio.move_on_after(self._commit_seconds) as scope:
             while self._dirty_bytes < self._commit_bytes and len(self._seals) < SEAL_GROUP:
+                if self._large:  # its own fsync is what it costs: company saves nothing, and somebody waits for it
+                    return
                 if self._seals or self._poisoned:
                     scope.deadline = min(scope.deadline, trio.current_time() + SEAL_SECONDS)
                 self._wakeup = trio.Event()
@@ -169,6 +175,7 @@ class Committer:
     async def commit(self) -> None:
         """Commit one group: everything that is pending now."""
         seals, self._seals = self._seals, {}
+        self._large = False
         poisoned, self._poisoned = self._poisoned, {}
         dirty, self._dirty = self._dirty, {}
         self._dirty_bytes = 0

@@ -164,6 +164,23 @@ async def test_sealing(store: BlobStore, index: Index) -> None:
         assert record(index, target) == FileRecord("sealed", allocated=target.blob.allocated_bytes())
 
 
+async def test_small_files_wait_to_be_sealed_together_and_a_large_one_does_not(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(committer_module, "SEAL_SECONDS", 3600)
+    monkeypatch.setattr(committer_module, "SMALL_FILE", 2 * CHUNK)
+    small, large = written(store, "small", 1), written(store, "large", 3, number=1)
+    async with running(store, index, seconds=3600) as (committer, told):
+        arrive(committer, small, 0)
+        committer.seal(small, "sealed")
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert told.sealed == []
+        arrive(committer, large, 0, 1, 2)
+        committer.seal(large, "sealed")
+        await until(lambda: len(told.sealed) == 2)
+        assert committer.commits == 1
+
+
 async def test_a_failed_sync_is_told_and_not_recorded(
     store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
