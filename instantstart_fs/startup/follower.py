@@ -96,7 +96,7 @@ class Follower:
         if status == 0 and not watched and "ready" not in self._moments:
             self._mark("ready")
         lived = time.monotonic() - self._start.spawned
-        failed = not clean and not self._command.asked_by and "ready" not in self._moments
+        failed = status != 0 and not self._command.asked_by and "ready" not in self._moments
         # Of a command that nobody watches it is not known whether it was ready; one that ends at once was not.
         self._report(ended=True, status=status, failed=failed and (watched or lived < UNWATCHED_SECONDS))
         why = ""

@@ -38,6 +38,7 @@ from instantstart_fs.origins.bounds import Bounds
 from instantstart_fs.origins.hubclient import new_client
 from instantstart_fs.origins.huggingface import HuggingFaceOrigin
 from instantstart_fs.origins.s3 import S3Origin
+from tests.component.open_origins import open_origin
 
 SECRET = b"what only this machine may know"
 COMMIT = "c" * 40
@@ -416,24 +417,8 @@ def test_an_address_in_the_environment_that_can_be_none_is_said_without_its_pass
     monkeypatch.setenv(variable, value)
     monkeypatch.setenv("no_proxy", "")
     set_client_factory(new_client)  # a new one: proxies are read once
-    origin: HuggingFaceOrigin | S3Origin
-    if scheme == "hf":
-        told = None if variable == "HF_ENDPOINT" else "http://hub.example"
-        origin = HuggingFaceOrigin(
-            HubSource("org/model"), ModelSpec("hf://org/model"), endpoint=told, token_file=None, timeout=2
-        )
-    else:
-        told = None if variable == "AWS_ENDPOINT_URL" else "http://s3.example"
-        origin = S3Origin(
-            S3Source("bucket"),
-            ModelSpec("s3://bucket"),
-            endpoint_url=told,
-            region_name=None,
-            profile=None,
-            timeout=2,
-            bounds=Bounds(),
-            anonymous=True,
-        )
+    told = None if variable in ("HF_ENDPOINT", "AWS_ENDPOINT_URL") else f"http://{scheme}.example"
+    origin = open_origin(scheme, told)
     try:
         with pytest.raises(OriginUnavailable, match="not an http://") as caught:
             origin.resolve()

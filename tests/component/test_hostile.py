@@ -12,7 +12,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -71,6 +71,7 @@ from tests.component.site import FakeLibrary, pipeline
 from tests.component.test_filler import CHUNK, filling, until, wait_state
 from tests.component.test_library import make_source, read_all, running, spec
 from tests.component.test_library import wait_state as wait_library
+from tests.servers.handler import serving
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -235,13 +236,8 @@ def answering(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as started:
-        started.daemon_threads = True
-        threading.Thread(target=started.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{started.server_address[1]}"
-        finally:
-            started.shutdown()
+    with serving(Answering) as url:
+        yield url
 
 
 def _endless(handler: BaseHTTPRequestHandler) -> None:
@@ -356,10 +352,8 @@ def test_doctor_is_not_upset_by_a_hub_that_has_no_idea_of_the_date() -> None:
             self.end_headers()
 
     skew: list[float] = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        assert doctor.check_hub(f"http://127.0.0.1:{server.server_port}", skew).outcome == "ok"
-        server.shutdown()
+    with serving(Hub) as url:
+        assert doctor.check_hub(url, skew).outcome == "ok"
     assert skew == []
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -28,6 +28,7 @@ from instantstart_fs.origins.lister import Lister, Order
 from instantstart_fs.origins.registry import open_origin
 from instantstart_fs.origins.settings import OriginSettings as Settings
 from tests.component.test_update import from_hub
+from tests.servers.handler import serving
 from tests.servers.hub import HubServer
 
 pytestmark = pytest.mark.timeout(120)
@@ -203,13 +204,10 @@ except OriginUnsupported as error:
 
 
 def test_more_files_than_are_allowed_cost_the_daemon_nothing() -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Vast) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    with serving(Vast) as endpoint:
         done = subprocess.run(
             [sys.executable, "-c", DAEMON, SOURCE, endpoint], capture_output=True, text=True, timeout=110
         )
-        server.shutdown()
     grown, _, refusal = done.stdout.partition(" ")
     assert f"more than {MAX_FILES} files, which is the limit" in refusal, done.stderr
     assert int(grown) < 64 << 10  # KiB

@@ -11,15 +11,10 @@ import trio
 import trio.testing
 from huggingface_hub import set_client_factory
 
-from instantstart_fs.core.manifest import ModelSpec
-from instantstart_fs.core.source import HubSource, S3Source
 from instantstart_fs.errors import AccessRefused, OriginThrottled
 from instantstart_fs.filler.region_access import RECHECK_REFUSAL, SourceAccess
-from instantstart_fs.origins.base import Origin
-from instantstart_fs.origins.bounds import Bounds
 from instantstart_fs.origins.hubclient import new_client
-from instantstart_fs.origins.huggingface import HuggingFaceOrigin
-from instantstart_fs.origins.s3 import S3Origin
+from tests.component.open_origins import open_origin
 from tests.component.region_site import Source
 
 pytestmark = pytest.mark.timeout(60)
@@ -87,23 +82,7 @@ async def test_a_proxy_or_an_endpoint_that_can_be_none_refuses_nobody(
     monkeypatch.setenv(variable, value)
     monkeypatch.setenv("no_proxy", "")
     set_client_factory(new_client)  # a new one: proxies are read once
-    origin: Origin
-    if scheme == "hf":
-        told = None if variable == "HF_ENDPOINT" else "https://hub.example"
-        origin = HuggingFaceOrigin(
-            HubSource("org/model"), ModelSpec("hf://org/model"), endpoint=told, token_file=None, timeout=2
-        )
-    else:
-        origin = S3Origin(
-            S3Source("bucket"),
-            ModelSpec("s3://bucket"),
-            endpoint_url=None,
-            region_name=None,
-            profile=None,
-            timeout=2,
-            bounds=Bounds(),
-            anonymous=True,
-        )
+    origin = open_origin(scheme, "https://hub.example" if scheme == "hf" and variable != "HF_ENDPOINT" else None)
     try:
         async with trio.open_nursery() as nursery:
             access = SourceAccess(None, lambda: nursery)

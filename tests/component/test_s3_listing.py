@@ -9,7 +9,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from instantstart_fs.errors import AccessRefused, OriginError, OriginMisbehaved,
 from instantstart_fs.origins import s3access
 from instantstart_fs.origins.bounds import IN_THE_DAEMON, WHOLE, Bounds, TooLarge
 from instantstart_fs.origins.s3 import S3Origin
+from tests.servers.handler import serving
 
 ROOT = b"<ListBucketResult xmlns='http://s3.amazonaws.com/doc/2006-03-01/'>"
 PART = b" " * 65536
@@ -50,13 +51,8 @@ def endpoint(answer: Answer) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
+    with serving(Handler) as url:
+        yield url
 
 
 def origin(url: str | None, bounds: Bounds = WHOLE) -> S3Origin:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from instantstart_fs.errors import AccessRefused, OriginMisbehaved, OriginUnavai
 from instantstart_fs.origins import common, hubtree, huggingface
 from instantstart_fs.origins.bounds import Bounds, TooLarge
 from tests.contract.worlds import HubWorld, fetch, write_files
+from tests.servers.handler import serving
 from tests.servers.hub import HubServer
 
 FILES = {"config.json": b"{}", "README.md": b"# m", "unet/model.safetensors": bytes(range(256)) * 64}
@@ -242,14 +242,10 @@ class Endless(BaseHTTPRequestHandler):
 
 
 def test_an_answer_without_end_is_cut_off(world: HubWorld) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    with serving(Endless) as endpoint:
         for bounds in (Bounds(body=1 << 20), Bounds(body=4 << 20)):
             with pytest.raises(OriginUnsupported, match=f"more than {bounds.body >> 20} MiB, which is the limit"):
                 world.origin(endpoint=endpoint, bounds=bounds).resolve()
-        server.shutdown()
 
 
 def test_what_a_mirrors_etag_says_is_the_digest() -> None:

@@ -88,6 +88,13 @@ class Site:
         with Client(str(daemon.socket)) as client:
             client.wait_warm("p", everything=True)
 
+    def warm_at_once(self, daemons: list[Daemon]) -> None:
+        threads = [threading.Thread(target=self.warm, args=(daemon,)) for daemon in daemons]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
     def sent(self) -> int:
         return sum(request.sent for request in self.hub.requests())
 
@@ -455,11 +462,7 @@ def test_two_hosts_of_one_name_pull_it_once_and_right(site: Site, tmp_path: Path
     made = model(tmp_path / "model", {"a.safetensors": size, "b.json": 700, "c.json": 800})
     site.hub.publish("org/model", made)
     hosts = [site.host("one"), site.host("other", host="one")]
-    threads = [threading.Thread(target=site.warm, args=(host,)) for host in hosts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    site.warm_at_once(hosts)
     for host in hosts:
         right(host, made)
     assert site.sent() <= 1.5 * size
@@ -471,11 +474,7 @@ def test_three_hosts_at_once_pull_it_once(site: Site, tmp_path: Path) -> None:
     made = model(tmp_path / "model", {"a.safetensors": size})
     site.hub.publish("org/model", made)
     hosts = [site.host(name) for name in ("one", "two", "three")]
-    threads = [threading.Thread(target=site.warm, args=(host,)) for host in hosts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    site.warm_at_once(hosts)
     for host in hosts:
         right(host, made)
     # Alone each would pull it once. The bound of 1.05 is kept by tests/e2e/test_region.py --soak: on a machine where
