@@ -11,7 +11,7 @@ import fcntl
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -27,8 +27,9 @@ from instantstart_fs.control.protocol import (
 )
 from instantstart_fs.core.startupcache import StartupRecord
 from instantstart_fs.errors import ControlError, InstantStartError
-from instantstart_fs.serving.startupcaches import Offer, Receiving, StartupCaches
+from instantstart_fs.serving.startupcaches import Offer, StartupCaches
 
+_T = TypeVar("_T")
 PIPE_BYTES = 1024 * 1024
 STALL_SECONDS = 60.0
 """Without a byte of a pack that is being saved, after which it is given up."""
@@ -96,8 +97,8 @@ async def _offered(caches: StartupCaches, request: StartupBegin, uid: int, send:
                 os.close(left.pack)
 
 
-async def _informed(send: Send, work: Callable[[], Awaitable[None]]) -> None:
-    """Do ``work``, and say that it goes on. Raises what it raises."""
+async def _informed(send: Send, work: Callable[[], Awaitable[_T]]) -> _T:
+    """Do ``work``, and say that it goes on; what it returns. Raises what it raises."""
 
     async def say_that_it_goes_on() -> None:
         with contextlib.suppress(trio.BrokenResourceError, OSError):
@@ -110,12 +111,13 @@ async def _informed(send: Send, work: Callable[[], Awaitable[None]]) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(say_that_it_goes_on)
         try:
-            await work()
+            found = await work()
         except InstantStartError as error:
             problem = error
         nursery.cancel_scope.cancel()
     if problem is not None:
         raise problem
+    return found
 
 
 async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send) -> StartupRecord:
@@ -123,27 +125,18 @@ async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send
 
     The client is kept informed while it waits: for its turn, and until all of it is on the disk."""
     async with AsyncExitStack() as stack:
-        receivings: list[Receiving] = []
-
-        async def take_turn() -> None:
-            receivings.append(
-                await stack.enter_async_context(
-                    caches.receiving(
-                        request.pipeline,
-                        request.key,
-                        uid,
-                        generation=request.generation,
-                        size=request.size,
-                        digest=request.digest,
-                        files=request.files,
-                        view=request.view,
-                        layouts=request.layouts,
-                    )
-                )
-            )
-
-        await _informed(send, take_turn)
-        receiving = receivings.pop()
+        turn = caches.receiving(
+            request.pipeline,
+            request.key,
+            uid,
+            generation=request.generation,
+            size=request.size,
+            digest=request.digest,
+            files=request.files,
+            view=request.view,
+            layouts=request.layouts,
+        )
+        receiving = await _informed(send, lambda: stack.enter_async_context(turn))
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         async with trio.lowlevel.FdStream(read) as stream:
             try:
@@ -162,13 +155,7 @@ async def save(caches: StartupCaches, request: StartupSave, uid: int, send: Send
                 if not data:
                     break
                 await receiving.write(bytes(data))
-        kept: list[StartupRecord] = []
-
-        async def keep() -> None:
-            kept.append(await receiving.keep())
-
-        await _informed(send, keep)
-        return kept.pop()
+        return await _informed(send, receiving.keep)
 
 
 async def verify(caches: StartupCaches, pipeline: str) -> StartupVerified:
