@@ -14,7 +14,8 @@ import shlex
 import signal
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from instantstart_fs.core.enginetable import (
     Engine,
@@ -30,9 +31,12 @@ from instantstart_fs.errors import UsageError
 
 FORMAT = "4"
 """Of the key: raised when what is in it means something else."""
-NVML_SECONDS = 10.0
+NVML_SECONDS, PROC_SECONDS = 10.0, 3.0
+"""Seconds for an answer of NVML, and of each of the driver's own files: a driver that hangs holds who asks for ever."""
+NVIDIA = "/proc/driver/nvidia"
 MAX_CONFIG = 16 * 1024 * 1024
 """Bytes of a file of options that are looked at, beside its size."""
+_T = TypeVar("_T")
 
 
 def key_of(
@@ -231,21 +235,16 @@ def devices(environment: Mapping[str, str]) -> dict[str, str]:
 def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
     """Ask NVML, which may hang with the driver; if it does not answer, the driver's own files. Raises UsageError where
     those name no GPU either: code of one model is not taken for another's."""
-    from instantstart_fs.ipc.attempts import within  # late: most machines that build and test have no GPU
-
     key = {"driver": "unknown"}
-    try:
-        with open("/proc/driver/nvidia/version", encoding="ascii", errors="replace") as file:
-            key["driver"] = next(
-                (word for word in file.readline().split() if word[:1].isdigit() and "." in word), "unknown"
-            )
-    except OSError:
-        pass
+    with contextlib.suppress(OSError, RuntimeError):
+        key["driver"] = _ask(PROC_SECONDS, _driver)
     found: list[tuple[str, str, str]] = []
     try:
-        found = within(NVML_SECONDS, _ask_nvml)
+        found = _ask(NVML_SECONDS, nvml_devices)
     except (OSError, AttributeError, RuntimeError):
-        key["gpus"] = _models()
+        key["gpus"] = ""
+        with contextlib.suppress(OSError, RuntimeError):
+            key["gpus"] = _ask(PROC_SECONDS, _models)
         if not key["gpus"]:
             raise UsageError("NVIDIA's driver does not say which GPUs there are") from None
         return key
@@ -263,22 +262,31 @@ def _nvidia(environment: Mapping[str, str]) -> dict[str, str]:
     return key
 
 
-def _ask_nvml() -> list[tuple[str, str, str]]:
-    """In a thread, which may stay: it must not take the signals that are to reach the command."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    return nvml_devices()
+def _ask(seconds: float, work: Callable[[], _T]) -> _T:
+    """Return ``work()``, from a thread that may stay with a driver that hangs: it must not take the signals that are to
+    reach the command. Raises OSError (late: TimeoutError), RuntimeError where no thread can be started."""
+    from instantstart_fs.ipc.attempts import within  # late: most machines that build and test have no GPU
+
+    def in_thread() -> _T:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        return work()
+
+    return within(seconds, in_thread)
+
+
+def _driver() -> str:
+    """The driver's version. Raises OSError."""
+    with open(f"{NVIDIA}/version", encoding="ascii", errors="replace") as file:
+        words = file.readline().split()
+    return next((word for word in words if word[:1].isdigit() and "." in word), "unknown")
 
 
 def _models() -> str:
-    """The GPUs' models as NVIDIA's driver names them, "" where it does not."""
-    root = "/proc/driver/nvidia/gpus"
+    """The GPUs' models as NVIDIA's driver names them. Raises OSError."""
     kinds = set()
-    try:
-        for device in os.listdir(root):
-            with open(os.path.join(root, device, "information"), encoding="ascii", errors="replace") as file:
-                kinds |= {line.partition(":")[2].strip() for line in file if line.startswith("Model:")}
-    except OSError:
-        return ""
+    for device in os.listdir(f"{NVIDIA}/gpus"):
+        with open(f"{NVIDIA}/gpus/{device}/information", encoding="ascii", errors="replace") as file:
+            kinds |= {line.partition(":")[2].strip() for line in file if line.startswith("Model:")}
     return ", ".join(sorted(kinds - {"", "Unknown"}))
 
 

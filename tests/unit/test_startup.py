@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -247,7 +248,7 @@ def test_gpus_that_cannot_be_told_have_no_key_and_a_driver_that_hangs_is_not_wai
 
     monkeypatch.setattr(surroundings, "NVML_SECONDS", 0.05)
     monkeypatch.setattr(surroundings, "nvml_devices", hangs)
-    monkeypatch.setattr(surroundings, "_models", lambda: "")
+    monkeypatch.setattr(surroundings, "_models", str)
     with pytest.raises(UsageError, match="which GPUs"):
         surroundings._nvidia({})
     assert not over.is_set()
@@ -255,6 +256,33 @@ def test_gpus_that_cannot_be_told_have_no_key_and_a_driver_that_hangs_is_not_wai
     monkeypatch.setattr(surroundings, "_models", lambda: "NVIDIA H100")
     assert surroundings._nvidia({})["gpus"] == "NVIDIA H100"
     over.set()
+
+
+def test_the_drivers_own_files_that_hang_are_not_waited_for_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / "version", tmp_path / "gpus/0000:01:00.0/information"]
+    files[1].parent.mkdir(parents=True)
+    for file in files:
+        os.mkfifo(file)  # whoever opens it waits for a writer
+
+    def no_answer() -> list[tuple[str, str, str]]:
+        raise OSError("NVML does not answer")
+
+    monkeypatch.setattr(surroundings, "NVIDIA", str(tmp_path))
+    monkeypatch.setattr(surroundings, "PROC_SECONDS", 0.1)
+    monkeypatch.setattr(surroundings, "nvml_devices", no_answer)
+    began = time.monotonic()
+    with pytest.raises(UsageError, match="which GPUs"):
+        surroundings._nvidia({})
+    assert time.monotonic() - began < 20
+    for file in files:  # lets its thread go
+        os.close(os.open(file, os.O_RDWR))
+        file.unlink()
+    files[0].write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.1.2  Tue\n")
+    files[1].write_text("Model: \t\t NVIDIA H100\nIRQ: 1\n")
+    monkeypatch.setattr(surroundings, "PROC_SECONDS", 20.0)
+    assert surroundings._nvidia({}) == {"driver": "580.1.2", "gpus": "NVIDIA H100"}
 
 
 def test_the_gpus_of_a_key_are_those_that_the_engine_sees(monkeypatch: pytest.MonkeyPatch) -> None:
