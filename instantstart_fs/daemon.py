@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -46,6 +45,7 @@ from instantstart_fs.mount.staging import Staging
 from instantstart_fs.mount.transport import Mounted, MountSettings
 from instantstart_fs.service import (
     Notifier,
+    Stop,
     descriptor_store,
     received_descriptors,
     seconds_since_start,
@@ -64,8 +64,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STOP_DEADLINE = 25.0
-"""Seconds from the signal to the end, whatever hangs; below systemd's TimeoutStopSec (30 s in our unit)."""
 PREDECESSOR_DEADLINE = 5.0
 """Seconds in which the daemon whose mount we inherited has to end."""
 REBUILD_PATIENCE = 60_000_000
@@ -115,68 +113,88 @@ async def serve(
     """Run the whole daemon until a stop signal. It has started (``task_status``) when the mount answers.
 
     Raises InstantStartError, possibly in a group: what kept it from starting or ended it."""
+    with (
+        trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as stops,
+        trio.open_signal_receiver(signal.SIGHUP) as hangups,
+    ):
+        async with trio.open_nursery() as waiting:
+            stop = Stop(config.mount.path)
+            waiting.start_soon(stop.wait, stops)
+            with stop.scope:
+                await _serve(config, socket_path, stop, hangups, task_status)
+            waiting.cancel_scope.cancel()
+    log.info("stopped")
+
+
+async def _serve(
+    config: Config,
+    socket_path: str,
+    stop: Stop,
+    hangups: AsyncIterator[int],
+    task_status: trio.TaskStatus[None],
+) -> None:
     notifier = Notifier()
     inherited = Inherited.receive(received_descriptors())
     handover = Handover(descriptor_store(), inherited)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        store = await _open_store(config, inherited)
-        with contextlib.closing(store):
-            for warning in store.warnings:
-                log.warning("%s", warning)
+    store = await _open_store(config, inherited)
+    with contextlib.closing(store):
+        for warning in store.warnings:
+            log.warning("%s", warning)
 
-            def told(line: str) -> None:
-                notifier.send(f"EXTEND_TIMEOUT_USEC={REBUILD_PATIENCE}\nSTATUS={line}")
+        def told(line: str) -> None:
+            notifier.send(f"EXTEND_TIMEOUT_USEC={REBUILD_PATIENCE}\nSTATUS={line}")
 
-            opener = functools.partial(open_index, store, rest=config.eviction.keep_hot, told=told)
-            index = await trio.to_thread.run_sync(opener)
-            with contextlib.closing(index):
-                async with trio.open_nursery() as watch:
-                    await watch.start(index.run)
-                    library = Library(
-                        config,
-                        store,
-                        index,
-                        held=inherited.held if inherited is not None else (),
-                        taking_over=inherited is not None,
+        opener = functools.partial(open_index, store, rest=config.eviction.keep_hot, told=told)
+        index = await trio.to_thread.run_sync(opener)
+        with contextlib.closing(index):
+            async with trio.open_nursery() as watch:
+                await watch.start(index.run)
+                library = Library(
+                    config,
+                    store,
+                    index,
+                    held=inherited.held if inherited is not None else (),
+                    taking_over=inherited is not None,
+                )
+                async with library.running(), trio.open_nursery() as nursery:
+                    daemon = Daemon(config, library, socket_path)
+                    # From here on a stop takes down the mount first, and the library when that is gone.
+                    stop.scope = nursery.cancel_scope
+                    nursery.start_soon(daemon.read_again, hangups)
+                    mounted = await nursery.start(daemon.keep_mounted, handover)
+                    # At once: from here on a stop has something to unmount.
+                    _write_mountpoint(os.path.dirname(socket_path), mounted.path)
+                    log.info("the mount answers %.2f s after this process began", seconds_since_start())
+                    if config.staging.enabled:
+                        # After the mount: a reader waits for that one.
+                        daemon.staging = Staging(library.shards, config.staging)
+                        await nursery.start(daemon.staging.run)
+                        # Tells it of what engines have open since before this daemon, too.
+                        library.shards.notify_opens(daemon.staging)
+                    daemon.mounted = mounted
+                    daemon.requests = mounted.requests
+                    server = ControlServer(
+                        library,
+                        daemon.info,
+                        socket_path,
+                        group=config.control.group,
+                        group_access=config.control.group_access,
+                        pending=daemon.pending,
+                        http=ControlHttp(config.http, library),
                     )
-                    async with library.running(), trio.open_nursery() as nursery:
-                        daemon = Daemon(config, library, socket_path)
-                        nursery.start_soon(daemon.handle_signals, signals, nursery.cancel_scope)
-                        mounted = await nursery.start(daemon.keep_mounted, handover)
-                        # At once: from here on a stop has something to unmount.
-                        _write_mountpoint(os.path.dirname(socket_path), mounted.path)
-                        log.info("the mount answers %.2f s after this process began", seconds_since_start())
-                        if config.staging.enabled:
-                            # After the mount: a reader waits for that one.
-                            daemon.staging = Staging(library.shards, config.staging)
-                            await nursery.start(daemon.staging.run)
-                            # Tells it of what engines have open since before this daemon, too.
-                            library.shards.notify_opens(daemon.staging)
-                        daemon.mounted = mounted
-                        daemon.requests = mounted.requests
-                        server = ControlServer(
-                            library,
-                            daemon.info,
-                            socket_path,
-                            group=config.control.group,
-                            group_access=config.control.group_access,
-                            pending=daemon.pending,
-                            http=ControlHttp(config.http, library),
-                        )
-                        await nursery.start(server.run)
-                        nursery.start_soon(daemon.keep_pipelines)
-                        if listeners := daemon.bind_page():
-                            nursery.start_soon(daemon.keep_page, listeners, server.dispatcher)
-                        daemon.ready = True
-                        task_status.started()
-                        line = f"ready: {len(library.pipelines)} pipelines at {config.mount.path}, socket {socket_path}"
-                        line += f", transport {daemon.transport}" + (f", page {daemon.http}" if daemon.http else "")
-                        notifier.send(f"READY=1\nSTATUS={line}")
-                        announce(line)
-                        nursery.start_soon(daemon.keep_told, notifier)
-                    # The mount is gone and the library has flushed when this is reached.
-                    watch.cancel_scope.cancel()
-    log.info("stopped")
+                    await nursery.start(server.run)
+                    nursery.start_soon(daemon.keep_pipelines)
+                    if listeners := daemon.bind_page():
+                        nursery.start_soon(daemon.keep_page, listeners, server.dispatcher)
+                    daemon.ready = True
+                    task_status.started()
+                    line = f"ready: {len(library.pipelines)} pipelines at {config.mount.path}, socket {socket_path}"
+                    line += f", transport {daemon.transport}" + (f", page {daemon.http}" if daemon.http else "")
+                    notifier.send(f"READY=1\nSTATUS={line}")
+                    announce(line)
+                    nursery.start_soon(daemon.keep_told, notifier)
+                # The mount is gone and the library has flushed when this is reached.
+                watch.cancel_scope.cancel()
 
 
 def _write_mountpoint(directory: str, path: str) -> None:
@@ -360,26 +378,16 @@ class Daemon:
                 with contextlib.suppress(OSError):
                     os.unlink(self._config.http.socket)
 
-    async def handle_signals(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-        """Act on signals. SIGHUP: read the pipelines again. SIGTERM, SIGINT: stop within STOP_DEADLINE."""
-        async for number in signals:
-            if number == signal.SIGHUP:
-                await self._read_again()
+    async def read_again(self, hangups: AsyncIterator[int]) -> None:
+        """Read the configured pipelines again at each SIGHUP."""
+        async for _ in hangups:
+            try:
+                self._specs = await trio.to_thread.run_sync(load_pipelines, self._config.file)
+            except InstantStartError as error:
+                log.error("SIGHUP: the configuration stays as it was: %s", error.message)
                 continue
-            log.info("stopping (%s)", signal.Signals(number).name)
-            Notifier().send("STOPPING=1")
-            _end_at_deadline(self._config.mount.path)
-            scope.cancel()
-            return
-
-    async def _read_again(self) -> None:
-        try:
-            self._specs = await trio.to_thread.run_sync(load_pipelines, self._config.file)
-        except InstantStartError as error:
-            log.error("SIGHUP: the configuration stays as it was: %s", error.message)
-            return
-        log.info("SIGHUP: %d pipelines configured", len(self._specs))
-        self._reread.set()
+            log.info("SIGHUP: %d pipelines configured", len(self._specs))
+            self._reread.set()
 
     # -- the configuration's pipelines -----------------------------------------------------------------------------
 
@@ -464,18 +472,3 @@ def _import_web() -> tuple[Callable[..., Awaitable[None]], type[Site], type[Visi
     from instantstart_fs.web.visitors import Visitors
 
     return serve, Site, Visitors
-
-
-# ---------------------------------------------------------------- the process
-
-
-def _end_at_deadline(mount: str) -> None:
-    """Start a thread that exits the process when stopping hangs. The kernel detaches the mount at the exit."""
-
-    def end() -> None:
-        time.sleep(STOP_DEADLINE)
-        log.error("stopping took longer than %.0f s: ending at once; %s may have to be unmounted", STOP_DEADLINE, mount)
-        logging.shutdown()
-        os._exit(1)
-
-    threading.Thread(target=end, name="stop-deadline", daemon=True).start()

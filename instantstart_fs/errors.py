@@ -38,6 +38,7 @@
     ├── DigestMismatch             bytes came whole and are not those of the manifest
     ├── ReadDeadline               no progress within the read deadline
     ├── FillCancelled              the pipeline was removed or evicted while somebody waited
+    ├── FetchWorkersFailed         no fetch process can be started
     ├── MountFailed                the mount could not be made, or is held by somebody else
     ├── PrefetchError              weights could not be staged to a device
     │   ├── BadWeights             a file is not what its header says
@@ -264,6 +265,10 @@ class ReadDeadline(InstantStartError):
 
 class FillCancelled(InstantStartError):
     code = "fill-cancelled"
+
+
+class FetchWorkersFailed(InstantStartError):
+    code = "fetch-workers-failed"
 
 
 class MountFailed(InstantStartError):

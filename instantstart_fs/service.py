@@ -1,6 +1,6 @@
-"""Talks to the service manager: notifications (sd_notify), stored file descriptors, the watchdog.
+"""Talks to the service manager: notifications (sd_notify), stored file descriptors, the watchdog, signals to stop.
 
-The protocol is systemd's, over plain sockets and environment variables. Without those every function does nothing.
+The protocol is systemd's, over plain sockets and environment variables. Without those nothing is told to anybody.
 """
 
 from __future__ import annotations
@@ -9,14 +9,21 @@ import array
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import time
+from collections.abc import AsyncIterator
+
+import trio
 
 log = logging.getLogger(__name__)
 
 FIRST_DESCRIPTOR = 3
 """SD_LISTEN_FDS_START: where descriptors are handed over."""
 SEND_DEADLINE = 1.0
+STOP_DEADLINE = 25.0
+"""Seconds from the signal to the end, whatever hangs; below systemd's TimeoutStopSec (30 s in our unit)."""
 
 
 class Notifier:
@@ -92,3 +99,29 @@ def seconds_since_start() -> float:
     with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
         started = int(file.read().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+class Stop:
+    """SIGTERM and SIGINT, from the daemon's first moment on. They cancel ``scope``, which its owner may replace."""
+
+    def __init__(self, mount: str) -> None:
+        self.scope = trio.CancelScope()
+        self._mount = mount
+
+    async def wait(self, signals: AsyncIterator[int]) -> None:
+        """Stop at the first signal, within STOP_DEADLINE."""
+        async for number in signals:
+            log.info("stopping (%s)", signal.Signals(number).name)
+            Notifier().send("STOPPING=1")
+            threading.Thread(target=self._end_at_deadline, name="stop-deadline", daemon=True).start()
+            self.scope.cancel()
+            return
+
+    def _end_at_deadline(self) -> None:
+        """Exit the process when stopping hangs. The kernel detaches the mount at the exit."""
+        time.sleep(STOP_DEADLINE)
+        log.error(
+            "stopping took longer than %.0f s: ending at once; %s may have to be unmounted", STOP_DEADLINE, self._mount
+        )
+        logging.shutdown()
+        os._exit(1)

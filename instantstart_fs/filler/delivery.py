@@ -165,7 +165,7 @@ class Delivery:
                 else:
                     task_status.started()
                     await start_workers.wait()
-                    await self.pool.run()
+                    await self.pool.run(needed=False)  # readers have the mount: what is cached is served
             finally:
                 self._nursery = None
 

@@ -14,13 +14,14 @@ import mmap
 import os
 import socket as stdlib_socket
 import subprocess
+import sys
 from collections.abc import Callable
 
 import msgspec
 import trio
 
 from instantstart_fs.core.retry import Backoff
-from instantstart_fs.errors import InstantStartError
+from instantstart_fs.errors import FetchWorkersFailed, InstantStartError
 from instantstart_fs.filler.messages import (
     FULL_PACKET,
     MOST_DESCRIPTORS,
@@ -42,11 +43,16 @@ from instantstart_fs.store.os_errors import translated
 
 log = logging.getLogger(__name__)
 
+WORKER = "instantstart_fs.filler.worker"
 PING_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
 """A worker that answers no ping for this long is killed. Long, since pwrite may wait for a disk for tens of seconds."""
 READY_SECONDS = 30.0
 GOODBYE_SECONDS = 3.0
+START_SECONDS = 60.0
+"""Seconds for the first worker to be ready. One that hangs is killed after READY_SECONDS, and another one tries."""
+START_DEATHS = 8
+"""In a row of each place, without any worker that was ever ready: after about 10 s it is no want of the moment."""
 MAX_REPORT = 64 * 1024
 
 
@@ -135,18 +141,31 @@ class WorkerPool:
         self._backoff = Backoff(base=0.1, cap=10.0)
         self.workers: list[Worker] = []
         self.deaths = 0
+        self._last_end = "none has ended"
+        self._ever_ready = False
+        self._decided = trio.Event()
+        """A worker is ready, or too many have died before one was."""
         self._arrival = trio.Event()
         self._pause_fd = os.memfd_create("instantstart-pause", os.MFD_CLOEXEC)
         os.ftruncate(self._pause_fd, PAUSE_SIZE)
         self._pause = mmap.mmap(self._pause_fd, PAUSE_SIZE)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the workers running until cancelled; then end them. ``started`` when the first one is ready."""
+    async def run(self, *, needed: bool = True, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the workers running until cancelled; then end them. ``started`` when the first one is ready.
+
+        Raises FetchWorkersFailed when none gets ready. Not ``needed``: that is logged, and tried for ever.
+        """
         try:
             async with trio.open_nursery() as nursery:
                 for _ in range(self._count):
                     nursery.start_soon(self._keep)
-                await self.wait_worker()
+                with trio.move_on_after(START_SECONDS):
+                    await self._decided.wait()
+                if not self._ever_ready:
+                    error = FetchWorkersFailed(self._why_none())
+                    if needed:
+                        raise error
+                    log.error("%s; what is cached is served, the rest waits", error.message)
                 task_status.started()
         finally:
             self._pause.close()
@@ -178,7 +197,10 @@ class WorkerPool:
                 await self._serve_one()
             except (OSError, InstantStartError) as error:
                 log.error("a fetch worker cannot be started: %s", error)
+                self._last_end = f"the last one could not be started: {error}"
             self.deaths += 1
+            if self.deaths >= START_DEATHS * self._count:
+                self._decided.set()
             failures = failures + 1 if trio.current_time() - started < 10.0 else 1
             await trio.sleep(self._backoff.delay(failures, 0.5))
 
@@ -201,8 +223,16 @@ class WorkerPool:
                 await reap(worker.process, "fetch worker", GOODBYE_SECONDS)
             if known:
                 self._on_death(worker)
+        self._last_end = f"the last one with status {worker.process.returncode}"
         log.warning(
             "the fetch worker %d ended (status %s); another one takes over", worker.pid, worker.process.returncode
+        )
+
+    def _why_none(self) -> str:
+        probe = f"{sys.executable} -c 'import {WORKER}'"
+        return (
+            f"no fetch worker starts: {self.deaths} have ended before they were ready, {self._last_end}; the log has "
+            f"what they said. Try `{probe}`: if that fails, install instantstart-fs again"
         )
 
     async def _spawn(self) -> Worker:
@@ -224,7 +254,7 @@ class WorkerPool:
 
     def _popen(self, socket_fd: int, lock_fd: int) -> subprocess.Popen[bytes]:
         return spawn_module(
-            "instantstart_fs.filler.worker",
+            WORKER,
             str(socket_fd),
             str(lock_fd),
             str(self._pause_fd),
@@ -251,7 +281,8 @@ class WorkerPool:
                 return
             for report in reports:
                 if isinstance(report, Ready):
-                    worker.alive = True
+                    worker.alive = self._ever_ready = True
+                    self._decided.set()
                     self.workers.append(worker)
                     arrival, self._arrival = self._arrival, trio.Event()
                     arrival.set()

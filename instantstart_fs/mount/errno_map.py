@@ -52,6 +52,7 @@ ERRNO: Final[Mapping[type[errors.InstantStartError], int]] = {
     errors.DigestMismatch: errno.EIO,
     errors.ReadDeadline: errno.EIO,
     errors.FillCancelled: errno.EIO,
+    errors.FetchWorkersFailed: errno.EIO,
     errors.MountFailed: errno.EIO,
     errors.PrefetchError: errno.EIO,
     errors.BadWeights: errno.EIO,

@@ -32,7 +32,7 @@ from instantstart_fs.errors import (
     StoreDamaged,
     StoreFull,
 )
-from instantstart_fs.filler import committer, delivery
+from instantstart_fs.filler import committer, delivery, pool
 from instantstart_fs.filler.scheduler import Filler, FillSettings
 from instantstart_fs.filler.space import FreeSpace
 from instantstart_fs.filler.target import FileKey, FileState, FillTarget
@@ -115,6 +115,24 @@ def blocks(target: FillTarget) -> int:
 def stored(target: FillTarget) -> bytes:
     assert target.blob is not None
     return target.blob.pread(0, target.entry.file.size)
+
+
+async def test_a_daemon_that_took_over_goes_on_without_fetch_workers(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its readers have the mount, and what is cached. One whose workers start later fetches then."""
+    monkeypatch.setattr(pool, "START_DEATHS", 2)
+    monkeypatch.setattr(pool, "WORKER", "instantstart_fs.none")
+    filler = Filler(store, index, QUICK, Recorder())
+    filler.hold_workers()
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(filler.run)
+            filler.start_workers()
+            await until(lambda: "no fetch worker starts: 2 have ended" in caplog.text)
+            monkeypatch.undo()
+            await until(lambda: filler.statistics().workers == 1)
+            nursery.cancel_scope.cancel()
 
 
 async def test_held_workers_start_when_they_are_told_to(store: BlobStore, index: Index) -> None:

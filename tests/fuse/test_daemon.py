@@ -9,11 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.harness import children
 
 DEADLINE = 60.0
 CONTENT = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 40_000}
@@ -217,6 +220,57 @@ def test_what_keeps_it_from_starting_is_one_line(daemon: Daemon) -> None:
     assert done.returncode == 1
     assert "is not empty" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def broken_workers(directory: Path, end: str) -> dict[str, str]:
+    """The environment of an installation whose fetch workers do nothing but that."""
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(
+        f"import os, sys, time\nif 'instantstart_fs.filler.worker' in sys.orig_argv:\n    {end}\n"
+    )
+    return {"PYTHONPATH": str(directory)}
+
+
+@pytest.mark.parametrize("end", ["os._exit(3)", "time.sleep(600)"])
+def test_a_stop_is_heard_while_no_fetch_worker_starts(daemon: Daemon, tmp_path: Path, end: str) -> None:
+    started = threading.Thread(
+        target=daemon.start, kwargs={"environment": broken_workers(tmp_path / "broken", end)}, daemon=True
+    )
+    started.start()
+    daemon.wait_until(lambda: daemon.process is not None and workers_of(daemon.process.pid))
+    assert daemon.process is not None
+    daemon.process.terminate()
+    began = time.monotonic()
+    assert daemon.process.wait(DEADLINE) == 0
+    assert time.monotonic() - began < 15
+    started.join(DEADLINE)
+    daemon.stop()
+    assert "stopped" in (daemon.root / "log").read_text().splitlines()[-1]
+
+
+def workers_of(pid: int) -> list[int]:
+    return [child for child in children(pid) if b"instantstart_fs.filler.worker" in command_of(child)]
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_daemon_whose_fetch_workers_never_start_ends_and_says_what_to_do(daemon: Daemon, tmp_path: Path) -> None:
+    assert daemon.start(environment=broken_workers(tmp_path / "broken", "os._exit(3)")) == ""
+    assert daemon.process is not None
+    assert daemon.process.wait(DEADLINE) == 1
+    daemon.stop()
+    log = (daemon.root / "log").read_text()
+    assert "Traceback" not in log
+    said = log.splitlines()[-1]
+    assert said.startswith("instantstart: no fetch worker starts: ")
+    assert "the last one with status 3" in said
+    assert f"{sys.executable} -c 'import instantstart_fs.filler.worker'" in said
+    assert not daemon.mounted()
 
 
 def test_a_lease_forwards_signals_to_its_command(daemon: Daemon, source: Path) -> None:
