@@ -33,6 +33,12 @@ GIB = 1024 * MIB
 RESULTS = Path(__file__).parent / "results"
 BIN = Path(sys.executable).parent
 """Where the environment keeps its programs (instantstart, hf, rclone, weed)."""
+DTYPE = """
+import transformers  # before 4.56 it has another word for it, and gives this one to the model, which refuses it
+release = [int(part) for part in transformers.__version__.split('.')[:2]]
+dtype = {'dtype' if release >= [4, 56] else 'torch_dtype': torch.bfloat16}
+"""
+"""For programs of `from_pretrained`, which have imported torch."""
 
 _UNITS = {"": 1, "k": 1024, "m": MIB, "g": GIB, "t": 1024 * GIB}
 

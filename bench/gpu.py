@@ -39,6 +39,7 @@ import math
 import mmap
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -563,44 +564,21 @@ class Run:
         self.result["parts"][name] = found
         self.write()
         rounds = 0
-        budget = self.part_left - 3
-        began = time.monotonic()
-        while rounds < self.options.rounds and (
-            rounds == 0 or time.monotonic() - began < budget * rounds / (rounds + 1)
-        ):
+        of_rounds, pace = (gpu_watch.Pace(lambda: self.part_left - 2) for _ in range(2))
+        while rounds < self.options.rounds and (rounds == 0 or of_rounds.allows("")):
             turn = rounds % len(contenders)
-            for contender in list(contenders)[turn:] + list(contenders)[:turn]:
-                for temperature in ("cold", "warm"):
-                    if contender in problems or temperature not in temperatures(contender):
-                        continue
-                    if self.part_left < 5:
-                        if not rounds:
-                            self.not_run.append(f"{name}: {temperature} {contender}: no time left")
-                        continue
-                    torch.cuda.empty_cache()
-                    try:
-                        (forget if temperature == "cold" else remember)(self.files)
-                    except (OSError, RuntimeError) as error:  # a filesystem in memory, say: the other one is measured
-                        if (line := f"{name}: {temperature}: {error}") not in self.not_run:
-                            self.not_run.append(line)
-                        continue
-                    try:
-                        loading, all_of_it, note = contenders[contender](pinned, temperature)
-                    except Skipped as reason:
-                        self.not_run.append(f"{name}: {contender}: {reason}")
-                        problems[contender] = f"was refused: {reason}"
-                        continue
-                    except Exception as error:
-                        problems[contender] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                        print(f"    {contender}: {problems[contender]}", flush=True)
-                        continue
-                    samples[temperature].setdefault(contender, []).append(total / loading / 1e9)
-                    whole.setdefault(f"{contender}, {temperature}", []).append(all_of_it)
-                    print(
-                        f"    {rounds + 1} {temperature} {contender:<24} {total / loading / 1e9:6.2f} GB/s  {note}",
-                        flush=True,
-                    )
-                    self.write()
+            with of_rounds.timed(""):
+                for contender in list(contenders)[turn:] + list(contenders)[:turn]:
+                    for temperature in temperatures(contender):
+                        called = f"{temperature} {contender}"
+                        if contender in problems:
+                            continue
+                        if not pace.allows(called):
+                            if not rounds:
+                                self.not_run.append(f"{name}: {called}: no time left")
+                            continue
+                        with pace.timed(called):
+                            self.one_load(name, contender, contenders[contender], temperature, pinned, rounds + 1)
             rounds += 1
         middle = gpu_table.medians(samples)
         shares = {}
@@ -609,6 +587,32 @@ class Run:
             if most and "direct" in middle[temperature]:
                 shares[temperature] = round(middle[temperature]["direct"] / most, 3)
         return {**found, "medians": middle, "share_of_ceiling": shares, "share_target": SHARE, "rounds": rounds}
+
+    def one_load(self, name: str, contender: str, load: Contender, temperature: str, pinned: Any, number: int) -> None:
+        """Adds its rate, or why there is none, to what the part has found."""
+        found = self.result["parts"][name]
+        self.torch.cuda.empty_cache()
+        try:
+            (forget if temperature == "cold" else remember)(self.files)
+        except (OSError, RuntimeError) as error:  # a filesystem in memory, say: the other one is measured
+            if (line := f"{name}: {temperature}: {error}") not in self.not_run:
+                self.not_run.append(line)
+            return
+        try:
+            loading, all_of_it, note = load(pinned, temperature)
+        except Skipped as reason:
+            self.not_run.append(f"{name}: {contender}: {reason}")
+            found["problems"][contender] = f"was refused: {reason}"
+        except Exception as error:
+            found["problems"][contender] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            print(f"    {contender}: {found['problems'][contender]}", flush=True)
+        else:
+            rate = found["bytes"] / loading / 1e9
+            found["samples"][temperature].setdefault(contender, []).append(rate)
+            whole = found["whole_seconds_with_process_start"]
+            whole.setdefault(f"{contender}, {temperature}", []).append(all_of_it)
+            print(f"    {number} {temperature} {contender:<24} {rate:6.2f} GB/s  {note}", flush=True)
+            self.write()
 
     def contenders(self, *, others: bool = False) -> dict[str, Contender]:
         """By name."""
@@ -1043,14 +1047,15 @@ def roomy(size: int) -> str:
     return usual
 
 
-def filesystem(path: Path) -> str:
-    best = ("", "?")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+def filesystem(path: Path, mounts: str = "/proc/self/mountinfo") -> str:
+    """What the path lies on. Of two mounts on one place the later one lies on top."""
+    best, kind = Path(), "?"
+    for line in Path(mounts).read_text().splitlines():
         left, _, right = line.partition(" - ")
-        point = left.split()[4]
-        if str(path).startswith(point) and len(point) > len(best[0]):
-            best = (point, right.split()[0])
-    return best[1]
+        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), left.split()[4]))
+        if path.is_relative_to(point) and len(point.parts) >= len(best.parts):
+            best, kind = point, right.split()[0]
+    return kind
 
 
 class Part(NamedTuple):

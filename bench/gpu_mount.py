@@ -20,11 +20,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from bench import common, gpu_table
 from bench.daemon import Daemon, daemon
-from bench.gpu_watch import Skipped, last_words
+from bench.gpu_watch import Pace, Skipped, last_words
 from instantstart_fs.mount.kernel import why_no_passthrough
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ NEEDED = ("trio", "lmdb", "urllib3", "typer", "rich")
 """Packages without which a daemon does not serve a file:// pipeline."""
 TIMEOUT = 120.0
 """Seconds for one loader."""
+END_SECONDS = 4.0
+"""That the daemon's end takes of the part's time."""
 
 _BEGIN = """
 import importlib.util, json, os, sys, time
@@ -71,8 +73,9 @@ TRANSFORMERS = f"""{_BEGIN}
 from transformers import AutoModelForCausalLM
 options = {{'device_map': device}} if importlib.util.find_spec('accelerate') else {{}}
 how = 'device_map' if options else '.to(device): accelerate is not installed'
+{common.DTYPE}
 {_TIMED}
-model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, local_files_only=True, **options)
+model = AutoModelForCausalLM.from_pretrained(place, local_files_only=True, **dtype, **options)
 model = model if options else model.to(device)
 kept = []
 {_END}"""
@@ -129,7 +132,10 @@ def measure(run: Run) -> dict[str, Any]:
         found["pyfuse3"] = installed("pyfuse3")
         found["ready_after"] = round(served.ready_after, 3)
         served.cli("add", NAME, f"file://{run.files_at}")
-        seconds, _ = served.cli("warm", NAME, "--wait", timeout=max(20.0, run.part_left))
+        try:
+            seconds, _ = served.cli("warm", NAME, "--wait", timeout=max(5.0, run.part_left - 5))
+        except subprocess.TimeoutExpired as late:
+            raise Skipped(f"no time left: the fill was not at its end after {late.timeout:.0f} s") from None
         found["fill_gb_s"] = round(run.total / seconds / 1e9, 2)
         run.write()
         Loaders(run, served, found, f"{sockets}/holds").all()
@@ -154,6 +160,7 @@ class Loaders:
         self.device = os.environ.get("BENCH_DEVICE", "cuda:0")
         self.places = {"plain": run.files_at, "mount": served.mount / NAME}
         self.env = {**served.env, "INSTANTSTART_PREFETCH_DIR": holds}
+        self.pace = Pace(lambda: run.part_left - END_SECONDS)
         self.sum: int | None = None
         self.cold = True
         """Whether the page cache can be emptied."""
@@ -167,10 +174,11 @@ class Loaders:
                     name = f"{loader}, {temperature}"
                     if name in self.found["problems"] or (temperature == "cold" and not self.cold):
                         continue
-                    if self.run.part_left < (30 if number else 12):
+                    if not self.pace.allows(name):
                         self.run.not_run += [] if number else [f"mount: {name}: no time left"]
                         continue
-                    self.one(name, work)
+                    with self.pace.timed(name):
+                        self.one(name, work)
 
     def loaders(self, temperature: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         def by(code: str, place: str) -> Callable[[], dict[str, Any]]:
@@ -271,30 +279,38 @@ class Loaders:
         the hold must end by itself once all was taken."""
         self.prepare(temperature)
         command = [sys.executable, "-m", "instantstart_fs.cli", "prefetch", NAME, "--devices", self.device, "--hold"]
+        with tempfile.TemporaryFile("w+") as said:  # no pipe, which the helper could fill while nobody reads it
+            return self.held_by(command, said, before=before)
+
+    def held_by(self, command: list[str], said: IO[str], *, before: bool) -> dict[str, Any]:
         at = time.perf_counter()
-        helper = subprocess.Popen(
-            command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        said = ""
+        helper = subprocess.Popen(command, env=self.env, stdout=said, stderr=said, text=True, start_new_session=True)
+
+        def words() -> str:
+            said.seek(0)
+            return said.read()
+
         try:
             if before:
                 self.wait_held(helper)
                 at = time.perf_counter()
             sample = self.python(TAKEN, str(self.places["mount"]), helper)
             sample["whole"] = round(time.perf_counter() - at, 3)
-            said = helper.communicate(timeout=max(2.0, min(30.0, self.run.part_left)))[0]
-            return {**sample, "helper": helper.returncode, "helper_said": said[-600:]}
+            try:
+                helper.wait(max(2.0, min(30.0, self.run.part_left)))
+            except subprocess.TimeoutExpired:
+                raise (NoTime() if self.run.part_left < 2 else RuntimeError("the hold does not end")) from None
+            return {**sample, "helper": helper.returncode, "helper_said": words()[-600:]}
         except NoTime:
             raise
         except Exception as error:
             helper.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                said = helper.communicate(timeout=10)[0]
-            raise RuntimeError(f"{error}; the helper said: {last_words(said)}\n{said[-600:]}") from error
+                helper.wait(10)
+            raise RuntimeError(f"{error}; the helper said: {last_words(words())}\n{words()[-600:]}") from error
         finally:
-            if helper.poll() is None:
-                helper.kill()
-                helper.communicate()
+            helper.kill()
+            helper.wait()
 
     def wait_held(self, helper: subprocess.Popen[str]) -> None:
         """Wait until the helper has all in place. Raises RuntimeError, NoTime."""

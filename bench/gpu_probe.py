@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -391,23 +392,27 @@ def verdict(answer: dict[str, Any], wanted: int, found: dict[str, Any]) -> str:
 def lines(run: Run, role: str, *arguments: str) -> Iterator[dict[str, Any]]:
     """What a process of its own prints, as it comes. Killed with the part's time. Raises AssertionError."""
     command = [sys.executable, __file__, role, "--rounds", str(run.options.rounds), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
+    with (
+        tempfile.TemporaryFile("w+") as said,  # no pipe: nobody reads it until the end, and what fills one waits
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+    ):
+        assert process.stdout is not None
         late = threading.Timer(max(1.0, run.part_left - 2), process.kill)
         late.start()
         try:
             for line in process.stdout:
                 yield json.loads(line)
-            said = process.stderr.read()
             status = process.wait(10)
         finally:
             in_time = not late.finished.is_set()
             late.cancel()
             process.kill()
-    if not in_time:
-        run.not_run.append(f"{role}: some of it: its time was up")
-    else:
-        assert status == 0, f"{role}: exit {status}: {last_words(said)}\n{said[-500:]}"
+        if not in_time:
+            run.not_run.append(f"{role}: some of it: its time was up")
+            return
+        said.seek(0)
+        words = said.read()
+        assert status == 0, f"{role}: exit {status}: {last_words(words)}\n{words[-500:]}"
 
 
 def tell(line: dict[str, Any]) -> None:

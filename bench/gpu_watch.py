@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ GRACE = 10.0
 """Seconds after a deadline until a process that does not heed it is killed."""
 TOLD = 10.0
 """Seconds from SIGTERM until it is killed."""
+FIRST = 5.0
+"""Seconds that a part must have left for a measurement of which nothing is known."""
+SLOWER = 1.3
+"""Times the longest so far: what the next measurement of a kind may take."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -64,6 +69,29 @@ def last_words(text: str) -> str:
 class Skipped(Exception):
     """A part that cannot be run here; its text says why. It is here and not in bench/gpu.py, which is ``__main__`` and
     would be a second module for whoever imports it."""
+
+
+class Pace:
+    """Whether one more measurement ends within the time of its part: what is begun and does not costs the whole part.
+    ``left``: the seconds that the part still has."""
+
+    def __init__(self, left: Callable[[], float]) -> None:
+        self._left = left
+        self._longest: dict[str, float] = {}
+
+    def allows(self, name: str, least: float = FIRST) -> bool:
+        """``least``: seconds that have to be left in any case."""
+        longest = self._longest.get(name) or max(self._longest.values(), default=0.0)
+        return self._left() >= max(least, longest * SLOWER)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """A measurement, with what it takes to prepare it."""
+        before = self._left()
+        try:
+            yield
+        finally:
+            self._longest[name] = max(self._longest.get(name, 0.0), before - self._left())
 
 
 class Watch:

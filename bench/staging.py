@@ -44,13 +44,14 @@ for path in sys.argv[1:]:
 print(time.monotonic() - started, total)
 """
 
-FROM_PRETRAINED = """
+FROM_PRETRAINED = f"""
 import sys, time
 import torch
 from transformers import LlamaForCausalLM
+{common.DTYPE}
 sys.stdin.readline()
 started = time.monotonic()
-model = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model = LlamaForCausalLM.from_pretrained(sys.argv[1], **dtype)
 total = 0
 for parameter in model.parameters():
     total += parameter.numel() * parameter.element_size()

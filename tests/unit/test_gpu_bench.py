@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import pytest
 
-from bench import gpu
-from bench.gpu import PARTS, CutOff, Part, Run
+from bench import gpu, gpu_mount, gpu_probe, staging
+from bench.gpu import PARTS, CutOff, Late, Part, Run
 from bench.gpu_mount import Loaders, NoTime
 from bench.gpu_table import HELD
 from bench.gpu_watch import Skipped
@@ -125,6 +125,125 @@ def test_the_gpu_tests_start_with_nothing_but_pytest() -> None:
         cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_would_not_end_in_a_parts_time_is_not_begun_and_the_rest_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow machine: what was measured before would be a failed part's."""
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/model.safetensors").write_bytes(bytes(1000))
+    made = run(tmp_path, rounds=3)
+    cuda = SimpleNamespace(mem_get_info=lambda _: (1 << 30, 1 << 30), empty_cache=lambda: None)
+    made.__dict__["torch"] = SimpleNamespace(empty=lambda size, **_: b"", uint8=None, cuda=cuda)
+    for name in ("forget", "remember"):
+        monkeypatch.setattr(gpu, name, lambda _: None)
+    monkeypatch.setattr(gpu, "h2d_ceiling", lambda *_: 1.0)
+
+    def takes(seconds: float) -> gpu.Contender:
+        def load(*_: object) -> tuple[float, float, str]:
+            if made.part_left < seconds:
+                raise Late
+            made.part_ends -= seconds
+            return seconds, seconds, ""
+
+        return load
+
+    contenders = {"direct": takes(10), "load_file": takes(20), "mmap": takes(20)}
+    monkeypatch.setattr(made, "contenders", lambda **_: contenders)
+    made.all_parts([Part("speed", lambda made: made.speed(), 10, 70)])
+    found = made.result["parts"]["speed"]
+    assert not made.failed and made.not_run == ["speed: cold mmap: no time left", "speed: warm mmap: no time left"]
+    assert {name: len(values) for name, values in found["samples"]["cold"].items()} == {"direct": 1, "load_file": 1}
+    assert found["medians"]["warm"].keys() == {"direct", "load_file"}
+    made.not_run.clear()
+    made.all_parts([Part("speed", lambda made: made.speed(), 10, 170)])  # a round takes 100 s
+    found = made.result["parts"]["speed"]
+    assert not made.failed and not made.not_run and found["rounds"] == 1
+    assert {len(values) for values in found["samples"]["cold"].values()} == {1}
+
+
+def test_a_loader_of_the_mount_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
+    made = SimpleNamespace(
+        part_left=65.0, files_at=tmp_path, directory=tmp_path, not_run=[], options=SimpleNamespace(rounds=3)
+    )
+    found: dict[str, Any] = {"problems": {}}
+    loaders = Loaders(cast(Any, made), cast(Any, SimpleNamespace(env={}, mount=tmp_path)), found, str(tmp_path))
+    begun: list[str] = []
+
+    def one(name: str, work: object) -> None:
+        begun.append(name)
+        made.part_left -= 20
+
+    loaders.loaders = lambda temperature: iter([("a", dict), ("b", dict)])  # type: ignore[method-assign]
+    loaders.one = one  # type: ignore[method-assign]
+    loaders.all()
+    assert begun == ["a, cold", "b, cold"] and made.part_left > 0
+    assert made.not_run == ["mount: a, warm: no time left", "mount: b, warm: no time left"]
+
+
+@pytest.mark.timeout(60)
+def test_a_process_that_says_much_on_stderr_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a pipe holds: it waited for a reader until the part's time was up."""
+    program = tmp_path / "program.py"
+    much = "import sys\nsys.stderr.write('a line\\n' * 50_000)\nprint('{\"figure\": 1}', flush=True)\n"
+    monkeypatch.setattr(gpu_probe, "__file__", str(program))
+    made = cast(Any, SimpleNamespace(part_left=22.0, not_run=[], options=SimpleNamespace(rounds=1)))
+    program.write_text(much)
+    assert list(gpu_probe.lines(made, "ring")) == [{"figure": 1}] and not made.not_run
+    program.write_text(much + "sys.exit('its last words')\n")
+    with pytest.raises(AssertionError, match="ring: exit 1: its last words"):
+        list(gpu_probe.lines(made, "ring"))
+
+
+@pytest.mark.timeout(60)
+def test_a_helper_that_says_much_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(part_left=40.0, files_at=tmp_path, directory=tmp_path)
+    loaders = Loaders(cast(Any, made), cast(Any, SimpleNamespace(env=dict(os.environ), mount=tmp_path)), {}, "")
+    there = tmp_path / "there"
+    helper = f"print('a line\\n' * 50_000, flush=True)\nopen({str(there)!r}, 'w').close()"
+    waits = f"import os, time\nwhile not os.path.exists({str(there)!r}): time.sleep(0.01)\nprint('{{}}')"
+    monkeypatch.setattr(gpu_mount, "TAKEN", waits)
+    with tempfile.TemporaryFile("w+") as said:
+        sample = loaders.held_by([sys.executable, "-c", helper], said, before=False)
+    assert sample["helper"] == 0 and sample["helper_said"].endswith("a line\n\n")
+
+
+def test_the_filesystem_of_a_path_is_that_of_the_mount_over_it(tmp_path: Path) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(
+        "1 0 8:1 / / rw - ext4 /dev/a rw\n"
+        "2 1 0:9 / /mnt/a rw shared:1 - tmpfs tmpfs rw\n"
+        "3 1 0:8 / /mnt/with\\040space rw - xfs /dev/b rw\n"
+        "4 1 0:7 / /mnt/with\\040space rw - btrfs /dev/c rw\n"
+    )
+    places = ("/mnt/ab", "/mnt/a", "/mnt/a/b", "/", "/mnt/with space/x")
+    assert [gpu.filesystem(Path(place), str(table)) for place in places] == ["ext4", "tmpfs", "tmpfs", "ext4", "btrfs"]
+    assert gpu.filesystem(tmp_path) != "?"
+
+
+@pytest.mark.parametrize(("release", "word"), [("4.55.4", "torch_dtype"), ("4.56.0", "dtype"), ("5.0.0rc1", "dtype")])
+@pytest.mark.parametrize("program", [gpu_mount.TRANSFORMERS, staging.FROM_PRETRAINED], ids=["mount", "staging"])
+def test_every_release_of_transformers_is_told_the_type_by_its_own_word(
+    tmp_path: Path, program: str, release: str, word: str
+) -> None:
+    """What an older one does not know it hands to the model, which refuses it; it would load float32 without."""
+    (tmp_path / "torch.py").write_text(
+        "bfloat16, int64, uint8 = 'bfloat16', 0, 0\ndef empty(*_, **__): pass\n"
+        "class cuda:\n    synchronize = staticmethod(empty)\n"
+    )
+    (tmp_path / "transformers.py").write_text(
+        f"__version__ = {release!r}\nclass AutoModelForCausalLM:\n    @classmethod\n"
+        f"    def from_pretrained(cls, place, *, {word}, **options):\n        assert {word} == 'bfloat16'\n"
+        "        return cls()\n    def to(self, _): return self\n    def parameters(self): return []\n"
+        "LlamaForCausalLM = AutoModelForCausalLM\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), "cuda:0"][: 5 if "device" in program else 4],
+        input="\n", capture_output=True, text=True, timeout=50, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 LIMIT = 1500
