@@ -31,7 +31,6 @@ from instantstart_fs.errors import (
     PipelineNotFound,
     StoreFull,
     UsageError,
-    VariantNotChosen,
     from_code,
 )
 
@@ -262,8 +261,8 @@ class Dispatcher:
         if warm:
             try:
                 await self._library.warming.warm(spec.id)
-            except VariantNotChosen as error:
-                raise VariantNotChosen(f"{spec.id} was added, and is not filled: {error.message}") from error
+            except InstantStartError as error:
+                raise from_code(error.code, f"{spec.id} was added, and is not filled: {error.message}") from error
             status = self._library.pipelines.status(spec.id)
         return status
 

@@ -25,7 +25,14 @@ from instantstart_fs.control.specification import specification
 from instantstart_fs.core.humanize import did_you_mean, human_seconds, pipeline_meant
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.status import ErrorStatus, FileStatus, FillStatus, ListedStatus, PipelineStatus
-from instantstart_fs.errors import InvalidName, InvalidSource, OriginUnavailable, PipelineNotFound, UsageError
+from instantstart_fs.errors import (
+    DaemonUnreachable,
+    InvalidName,
+    InvalidSource,
+    OriginUnavailable,
+    PipelineNotFound,
+    UsageError,
+)
 from tests.harness import REPOSITORY
 from tests.statuses import pipeline_status
 
@@ -179,6 +186,59 @@ def test_a_change_is_an_object_with_json(
     said = capsys.readouterr()
     assert json.loads(said.out) == shows
     assert said.err == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "pinned"),
+    [("pin x --json", True), ("unpin x --json", False), ("touch x --json", STATUS.pinned)],
+)
+def test_a_change_that_was_made_is_no_failure_though_its_status_cannot_be_had(
+    client: type[FakeClient],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    pinned: bool,
+) -> None:
+    forget_after(client, monkeypatch, "pin", "touch")
+    assert run(line.split()) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads(show.as_json(msgspec.structs.replace(STATUS.brief, pinned=pinned)))
+    assert said.err.startswith("instantstart: x: ") and "its status is from before: the daemon is gone" in said.err
+
+
+@pytest.mark.parametrize("line", ["add x o/r", "update x"])
+def test_a_pipeline_that_was_added_is_no_failure_though_nothing_more_can_be_said_of_it(
+    client: type[FakeClient], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    forget_after(client, monkeypatch, "add", "update")
+    assert run(line.split()) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("x: generation ")
+    assert said.err == "instantstart: x: no more can be said of it: the daemon is gone\n"
+
+
+def forget_after(client: type[FakeClient], monkeypatch: pytest.MonkeyPatch, *verbs: str) -> None:
+    """The daemon answers no question for a status after one of these verbs."""
+    known = client.status
+
+    def status(self: FakeClient, pipeline: str, *, brief: bool = False) -> PipelineStatus:
+        if any(call[0] in verbs for call in client.calls):
+            raise DaemonUnreachable("the daemon is gone")
+        return known(self, pipeline, brief=brief)
+
+    monkeypatch.setattr(client, "status", status)
+
+
+def test_a_pin_of_no_pipeline_is_refused_before_anything_is_done(
+    client: type[FakeClient], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> PipelineStatus:
+        raise PipelineNotFound("there is no pipeline y")
+
+    monkeypatch.setattr(client, "status", unknown)
+    assert run(["pin", "y", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "pipeline-not-found"
+    assert not [call for call in client.calls if call[0] == "pin"]
 
 
 def test_no_daemon_to_stop_is_said_in_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Annotated
 
+import msgspec
 import typer
 
 from instantstart_fs.cli import show
@@ -100,10 +101,14 @@ def _show_pinned(client: control.Client, status: PipelineStatus, json: bool, not
     if json:
         print(show.as_json(status.brief))
         return
-    full = client.status(status.pipeline, brief=True)
-    count, size = (full.listed.count, full.listed.size) if full.listed is not None else (0, 0)
-    mounted = os.path.join(client.ping().mount, status.pipeline)
     print(f"{status.pipeline}: generation {status.generation}{f' ({note})' if note else ''}")
+    try:
+        full = client.status(status.pipeline, brief=True)
+        mounted = os.path.join(client.ping().mount, status.pipeline)
+    except InstantStartError as error:  # what was done stays done
+        print(f"instantstart: {status.pipeline}: no more can be said of it: {error.message}", file=sys.stderr)
+        return
+    count, size = (full.listed.count, full.listed.size) if full.listed is not None else (0, 0)
     print(f"  source    {printable(' '.join(status.source))}")
     print(f"  revision  {printable(status.revision) or '-'}")
     print(f"  files     {count}, {human_bytes(size)} (an engine loads {human_bytes(status.total_bytes)})")
@@ -153,32 +158,46 @@ def _show_freed(pipeline: str, done: str, held: list[str], json: bool) -> None:
 @commands.command()
 def pin(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
     """Never evict a pipeline."""
-    with control.Client(socket) as client:
-        client.set_pinned(pipeline, True)
-        _show_changed(client, pipeline, "pinned", json)
+    _set_pinned(pipeline, True, "pinned", socket, json)
 
 
 @commands.command()
 def unpin(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
     """Let a pipeline be evicted again when space is needed."""
+    _set_pinned(pipeline, False, "no longer pinned", socket, json)
+
+
+def _set_pinned(pipeline: str, pinned: bool, done: str, socket: str | None, json: bool) -> None:
     with control.Client(socket) as client:
-        client.set_pinned(pipeline, False)
-        _show_changed(client, pipeline, "no longer pinned", json)
+        if json:
+            before = client.status(pipeline, brief=True)
+            client.set_pinned(pipeline, pinned)
+            _show_changed(client, msgspec.structs.replace(before, pinned=pinned), done)
+        else:
+            client.set_pinned(pipeline, pinned)
+            print(f"{pipeline}: {done}")
 
 
 @commands.command()
 def touch(pipeline: Pipeline, socket: Socket = None, json: Json = False) -> None:
     """Count a request now, so that the pipeline stays hot."""
     with control.Client(socket) as client:
-        client.touch(pipeline)
-        _show_changed(client, pipeline, "", json)
+        if json:
+            before = client.status(pipeline, brief=True)
+            client.touch(pipeline)
+            _show_changed(client, before, "touched")
+        else:
+            client.touch(pipeline)
 
 
-def _show_changed(client: control.Client, pipeline: str, done: str, json: bool) -> None:
-    if json:
-        print(show.as_json(client.status(pipeline, brief=True).brief))
-    elif done:
-        print(f"{pipeline}: {done}")
+def _show_changed(client: control.Client, known: PipelineStatus, done: str) -> None:
+    """Print the status after a change; ``known``, where it cannot be had any more: what was done stays done."""
+    try:
+        status = client.status(known.pipeline, brief=True)
+    except InstantStartError as error:
+        status = known
+        print(f"instantstart: {known.pipeline}: {done}; its status is from before: {error.message}", file=sys.stderr)
+    print(show.as_json(status.brief))
 
 
 @commands.command()
