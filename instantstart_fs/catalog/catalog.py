@@ -138,7 +138,7 @@ class Catalog:
             if name in self.pipelines:
                 self.records.recall(self.pipelines[name], known.failure)
         for pipeline in self.pipelines.values():
-            pipeline.on_failure = self.records.save_failure_soon
+            pipeline.on_failure = self.records.save_upkeep_soon
         # Now: when a file proves wrong there may be no space, or no index, to reserve any.
         self.nodeids.fill()
         strangers = slots - self.pipelines.keys()
@@ -343,7 +343,7 @@ class Catalog:
     def publish(self, pipeline: Pipeline) -> None:
         """Show a new pipeline in the mount."""
         self.pipelines[pipeline.id] = pipeline
-        pipeline.on_failure = self.records.save_failure_soon
+        pipeline.on_failure = self.records.save_upkeep_soon
         self.nodes.add_pipeline(pipeline)
         self.invalidate(1, pipeline.id)
 

@@ -43,8 +43,8 @@ class Records:
         error = from_code(record.code, record.message)
         pipeline.failure = Failure(error, record.since_ns, final=record.final, index=record.file, recalled=True)
 
-    def save_failure_soon(self, pipeline: Pipeline) -> None:
-        """Have ``keep_failures`` write the pipeline's changed error."""
+    def save_upkeep_soon(self, pipeline: Pipeline) -> None:
+        """Have ``keep_failures`` write the pipeline's upkeep times and its error."""
         self._unsaved[pipeline.id] = pipeline
         self._saving.set()
 
@@ -71,7 +71,7 @@ class Records:
             try:
                 await self.save_upkeep(pipeline)
             except BaseException:
-                self.save_failure_soon(pipeline)
+                self.save_upkeep_soon(pipeline)
                 raise
 
     async def save_upkeep(self, pipeline: Pipeline) -> None:

@@ -1,8 +1,7 @@
 """Startup caches of all pipelines: which one a start may have, keeping what a start has compiled, and letting it go.
 
-On the trio thread; what blocks is in threads. What there is, is read from a pipeline's slot when somebody first asks
-for it; how much disk it takes is known at the start from the index (``Pipeline.startup_bytes``), since it counts for
-the pipeline's quota and goes with its eviction.
+On the trio thread; what blocks is in threads. What this host has is startup_versions.py's matter; it counts for the
+pipeline's quota and goes with its eviction.
 
 Whatever goes wrong here costs a start its head start, never its success.
 """
@@ -11,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import trio
@@ -27,7 +26,6 @@ from instantstart_fs.core.startupcache import (
     Suspects,
     check_key,
     choose,
-    surplus,
     whole_key,
 )
 from instantstart_fs.core.startuppack import MAX_BYTES
@@ -42,11 +40,10 @@ from instantstart_fs.errors import (
     StoreDamaged,
     StoreFull,
 )
-from instantstart_fs.ipc.threads import open_abandonable, run_abandonable
 from instantstart_fs.serving.admission import Space
+from instantstart_fs.serving.startup_versions import LOCK_SECONDS, Versions
 from instantstart_fs.serving.turns import Turns
 from instantstart_fs.store import startupcaches as on_disk
-from instantstart_fs.store.layout import STARTUP
 
 if TYPE_CHECKING:
     from instantstart_fs.regional.startup import Place
@@ -54,14 +51,11 @@ if TYPE_CHECKING:
     from instantstart_fs.serving.startup_region import RegionalStartups
 
 log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 SAVING_AT_ONCE, OF_ONE_USER = 8, 2
 """Saves of all pipelines: each takes the disk's bandwidth. Who saves slowly holds up nobody else."""
-LOCK_SECONDS = 60.0
-"""Seconds that a save waits for a change of its pipeline (an update may list an origin for minutes)."""
 START_LOCK_SECONDS = 3.0
-"""Seconds that a start waits for it: it can begin without a cache."""
+"""Seconds that a start waits for a change of its pipeline: it can begin without a cache."""
 
 OFFER_SECONDS = 70.0
 """Seconds in all, those for a pack from the region among them (startup_arrivals.WAIT_SECONDS): the client waits 75
@@ -93,10 +87,10 @@ class StartupCaches:
         self._catalog = catalog
         self._evictor = evictor
         self._region = region
-        self._known: dict[Pipeline, list[StartupRecord]] = {}
         self._saving = trio.Semaphore(SAVING_AT_ONCE)
         self._turns = Turns(OF_ONE_USER)
         self.suspects = Suspects()
+        self._versions = Versions(catalog, self.suspects)
         self._arrivals: Arrivals | None = None
         if region is not None:
             from instantstart_fs.serving.startup_arrivals import Arrivals  # late: only a region needs it
@@ -114,59 +108,8 @@ class StartupCaches:
     # -- what there is ---------------------------------------------------------------------------------------------
 
     async def records(self, pipeline_id: str) -> list[StartupRecord]:
-        """Newest first. What cannot be read any more is deleted, with a word in the log."""
-        pipeline = self._catalog.pipeline(pipeline_id)
-        await self._ensure_read(pipeline, LOCK_SECONDS)
-        return self._newest_first(pipeline)
-
-    def _newest_first(self, pipeline: Pipeline) -> list[StartupRecord]:
-        return sorted(self._known.get(pipeline, ()), key=lambda record: record.number, reverse=True)
-
-    async def _ensure_read(self, pipeline: Pipeline, patience: float) -> None:
-        """Raises PipelineBusy, StoreError."""
-        if pipeline not in self._known:
-            async with self._locked(pipeline, patience):
-                await self._read(pipeline)
-
-    async def _read(self, pipeline: Pipeline) -> list[StartupRecord]:
-        """With the pipeline's lock held."""
-        if pipeline in self._known:
-            return self._known[pipeline]
-        store, found = self._catalog.store, []
-        for number in await _reading(on_disk.numbers, store, pipeline.id):
-            try:
-                found.append(await _reading(on_disk.load, store, pipeline.id, number))
-            except StoreDamaged as error:
-                log.warning("%s; it is deleted", error.message, extra={"pipeline": pipeline.id})
-                await trio.to_thread.run_sync(store.delete_entry, pipeline.id, STARTUP, str(number))
-        self._known[pipeline] = found
-        await self._count(pipeline)
-        return found
-
-    @asynccontextmanager
-    async def _locked(self, pipeline: Pipeline, patience: float = LOCK_SECONDS) -> AsyncIterator[None]:
-        """Hold the pipeline's lock inside the block: nothing deletes its slot meanwhile. Raises PipelineBusy,
-        PipelineNotFound."""
-        with trio.move_on_after(patience) as scope:
-            await pipeline.lock.acquire()
-        if scope.cancelled_caught:
-            raise PipelineBusy(f"{pipeline.id}: an update, an eviction or a removal is under way; try again")
-        try:
-            self._catalog.pipeline(pipeline.id)
-            yield
-        finally:
-            pipeline.lock.release()
-
-    async def _count(self, pipeline: Pipeline) -> None:
-        """What they take, in memory and in the index. Never raises: the next start counts what the index says."""
-        taken = sum(on_disk.taken(record) for record in self._known.get(pipeline, ()))
-        if pipeline.startup_bytes != taken:
-            pipeline.startup_bytes = taken
-            pipeline.changed()
-            try:
-                await self._catalog.records.save_upkeep(pipeline)
-            except InstantStartError as error:
-                log.warning("startup caches: not noted: %s", error.message, extra={"pipeline": pipeline.id})
+        """Newest first."""
+        return await self._versions.all(self._catalog.pipeline(pipeline_id))
 
     # -- a start ---------------------------------------------------------------------------------------------------
 
@@ -200,11 +143,11 @@ class StartupCaches:
         self, pipeline: Pipeline, key: Mapping[str, str], uid: int, generation: str, without: tuple[int, ...]
     ) -> Offer:
         """Raises PipelineBusy, StoreError."""
-        await self._ensure_read(pipeline, START_LOCK_SECONDS)
+        await self._versions.all(pipeline, START_LOCK_SECONDS)
         if without:
             with contextlib.suppress(PipelineBusy):  # it is not chosen, and the next start finds it damaged again
                 await self.verify(pipeline.id, only=without, patience=START_LOCK_SECONDS)
-        records, left_out = self._newest_first(pipeline), self.suspects.of(pipeline.id)
+        records, left_out = self._versions.known(pipeline), self.suspects.of(pipeline.id)
         trusted = [record for record in records if record.number not in left_out]
         for _ in range(len(records) + 1):
             choice = choose(trusted, key, uid=uid, without=without)
@@ -215,13 +158,12 @@ class StartupCaches:
             if choice.record is None:
                 return _without_suspect(choice, choose(records, key, uid=uid, without=without), generation)
             try:
-                pack = await open_abandonable(on_disk.open_pack, self._catalog.store, pipeline.id, choice.record)
-                return Offer(choice, generation, pack)
+                return Offer(choice, generation, await self._versions.open(pipeline, choice.record))
             except StoreDamaged as error:
                 log.warning("%s", error.message, extra={"pipeline": pipeline.id})
                 without = (*without, choice.record.number)
                 with contextlib.suppress(PipelineBusy):
-                    await self._drop(pipeline, [choice.record], START_LOCK_SECONDS)
+                    await self._versions.drop(pipeline, [choice.record], START_LOCK_SECONDS)
         return Offer(Choice("damaged"), generation)
 
     async def _from_region(self, pipeline: Pipeline, key: Mapping[str, str], uid: int) -> StartupRecord | None:
@@ -239,7 +181,7 @@ class StartupCaches:
         """``overtakes``: a newer one of the region is wrong, so that this one becomes its newest. Raises StoreError,
         OriginError, DigestMismatch, PipelineBusy."""
         async with aclosing(pieces):
-            for known in self._known.get(pipeline, ()):
+            for known in self._versions.known(pipeline):
                 if known.key == record.key and known.digest == record.digest:
                     return known
             async with self._incoming(pipeline, record) as receiving:
@@ -255,9 +197,12 @@ class StartupCaches:
         if self._region is None or (place := await self._place(pipeline, record)) is None:
             return
         try:
-            pack = await open_abandonable(on_disk.open_pack, self._catalog.store, pipeline.id, record)
-        except InstantStartError:
+            pack = await self._versions.open(pipeline, record)
+        except StoreDamaged:
             return  # it went meanwhile
+        except InstantStartError as error:
+            log.warning("a startup cache stays on this host: %s", error.message, extra={"pipeline": pipeline.id})
+            return
         self._region.put(pipeline.id, place, record, pack)
 
     async def _place(self, pipeline: Pipeline, record: StartupRecord) -> Place | None:
@@ -353,47 +298,14 @@ class StartupCaches:
                 f"{pipeline.id}: of a startup cache of {record.size} bytes {incoming.received} came, "
                 "or other ones than were announced: it is not kept"
             )
-        async with self._locked(pipeline):
+        async with self._versions.locked(pipeline):
             if record.key.get("generation", "") != await self._generation(pipeline):
                 raise PipelineBusy(f"{pipeline.id} was updated meanwhile: its startup cache is not kept")
-            records = await self._read(pipeline)
-            same = [found for found in records if found.key == record.key]
-            newest = max(same, key=lambda found: found.number, default=None)
-            if newest is not None and newest.digest == record.digest:
-                return newest
-            record = msgspec.structs.replace(record, number=max([0, *(found.number for found in records)]) + 1)
-            with trio.CancelScope(shield=True):
-                try:
-                    await trio.to_thread.run_sync(incoming.commit, pipeline.id, record)
-                except InstantStartError:
-                    self._known.pop(pipeline, None)  # it may be in its place all the same: what there is, is read anew
-                    raise
-                records.append(record)
-                for old in surplus(records):
-                    await self._delete(pipeline, old)
-                await self._count(pipeline)
-        log.info(
-            "startup cache %d saved: %d files, %d bytes",
-            *(record.number, record.files, record.size),
-            extra={"pipeline": pipeline.id},
-        )
+            record = await self._versions.add(pipeline, record, incoming)
         self._evictor.wake()
         return record
 
     # -- letting go ------------------------------------------------------------------------------------------------
-
-    async def _delete(self, pipeline: Pipeline, record: StartupRecord) -> None:
-        """With the pipeline's lock held. Raises StoreError."""
-        await trio.to_thread.run_sync(self._catalog.store.delete_entry, pipeline.id, STARTUP, str(record.number))
-        self._known[pipeline].remove(record)
-        self.suspects.forget(pipeline.id, record.number)
-
-    async def _drop(self, pipeline: Pipeline, records: list[StartupRecord], patience: float = LOCK_SECONDS) -> None:
-        async with self._locked(pipeline, patience):
-            for record in records:
-                if record in self._known.get(pipeline, ()):
-                    await self._delete(pipeline, record)
-            await self._count(pipeline)
 
     async def remove(self, pipeline_id: str, numbers: tuple[int, ...]) -> int:
         """These versions (none: all), here and, with all others of their keys, in the region; how many there were here.
@@ -403,7 +315,7 @@ class StartupCaches:
         chosen = [record for record in records if record.number in numbers] if numbers else records
         if missing := set(numbers) - {record.number for record in chosen}:
             raise NoSuchEntry(f"{pipeline_id}: there is no startup cache {min(missing)}")
-        await self._drop(pipeline, chosen)
+        await self._versions.drop(pipeline, chosen)
         try:
             await self._withdraw(pipeline, chosen)
         except InstantStartError as error:
@@ -425,33 +337,26 @@ class StartupCaches:
         """Read them again: (how many were read, number → why it was deleted). Raises PipelineBusy after ``patience``
         seconds without the pipeline's lock."""
         pipeline = self._catalog.pipeline(pipeline_id)
-        await self._ensure_read(pipeline, patience)
-        records = [record for record in self._newest_first(pipeline) if not only or record.number in only]
+        known = await self._versions.all(pipeline, patience)
+        records = [record for record in known if not only or record.number in only]
         bad: dict[int, str] = {}
         for record in records:
-            problem = await _reading(on_disk.problem, self._catalog.store, pipeline_id, record)
-            if problem is not None and record in self._known.get(pipeline, ()):
+            problem = await self._versions.problem(pipeline, record)
+            if problem is not None and record in self._versions.known(pipeline):
                 bad[record.number] = problem
                 log.warning("startup cache %d is deleted: %s", record.number, problem, extra={"pipeline": pipeline_id})
         if bad:
-            await self._drop(pipeline, [record for record in records if record.number in bad], patience)
+            await self._versions.drop(pipeline, [record for record in records if record.number in bad], patience)
         return len(records), bad
 
     async def evicted(self, pipeline_id: str) -> None:
         """The pipeline's weights have gone: these go with them."""
-        pipeline = self._catalog.pipelines.get(pipeline_id)
-        if pipeline is None or (not pipeline.startup_bytes and not self._known.get(pipeline)):
-            return
-        async with self._locked(pipeline):
-            await trio.to_thread.run_sync(self._catalog.store.delete_entry, pipeline_id, STARTUP)
-            self._known[pipeline] = []
-            self.suspects.forget(pipeline_id)
-            await self._count(pipeline)
+        if (pipeline := self._catalog.pipelines.get(pipeline_id)) is not None:
+            await self._versions.drop_all(pipeline)
 
     def forget(self, pipeline: Pipeline) -> None:
         """Forget a pipeline that was removed."""
-        self._known.pop(pipeline, None)
-        self.suspects.forget(pipeline.id)
+        self._versions.forget(pipeline)
 
 
 def _name_of(generation: Generation | None) -> str:
@@ -467,12 +372,6 @@ def _without_suspect(choice: Choice, otherwise: Choice, generation: str) -> Offe
         "they were ready; `instantstart startup-cache rm` removes it"
     )
     return Offer(Choice("failed"), generation, problem=problem, left_out=otherwise.record.number)
-
-
-async def _reading(read: Callable[..., _T], *arguments: object) -> _T:
-    """In a thread that is given up with the start that waits for it: a disk that hangs keeps nobody, nor the threads of
-    others. For what only reads, and closes what it opened."""
-    return await run_abandonable(read, *arguments)
 
 
 class Receiving:

@@ -22,12 +22,13 @@ import trio.testing
 from instantstart_fs.config.sections import RegionalConfig
 from instantstart_fs.control import startup as control
 from instantstart_fs.control.protocol import StartupBegin, StartupSave
-from instantstart_fs.core.startupcache import MAX_FIELDS, Choice, StartupRecord
+from instantstart_fs.core.startupcache import KEPT_PER_KEY, MAX_FIELDS, Choice, StartupRecord
 from instantstart_fs.core.startuppack import Entry, encode_index
 from instantstart_fs.errors import (
     AccessRefused,
     ControlError,
     DigestMismatch,
+    IndexFull,
     OriginNotFound,
     OriginUnavailable,
     PipelineBusy,
@@ -43,7 +44,7 @@ from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.keys import RegionKey, read_key
 from instantstart_fs.regional.records import Forged
 from instantstart_fs.regional.startup import CHUNK, Place, identity_of
-from instantstart_fs.serving import startup_arrivals, startup_region, startupcaches
+from instantstart_fs.serving import startup_arrivals, startup_region, startup_versions, startupcaches
 from instantstart_fs.serving.startup_region import RegionalStartups, content_of
 from instantstart_fs.store import startupcaches as on_disk
 from tests.component.test_library import make_source, running, spec
@@ -624,12 +625,12 @@ async def test_what_did_not_come_whole_is_not_waited_for_again_and_an_older_one_
         assert await restored(library) == ("restored", "first")
         chunk.parent.mkdir(exist_ok=True)
         chunk.write_bytes(good)
-        await library.startup._drop(library.catalog.pipelines["p"], await library.startup.records("p"))
+        await library.startup._versions.drop(library.catalog.pipelines["p"], await library.startup.records("p"))
         assert await restored(library) == ("restored", "first"), "it is left alone for minutes"
         arrivals = library.startup._arrivals
         assert arrivals is not None
         arrivals._failed.clear()
-        await library.startup._drop(library.catalog.pipelines["p"], await library.startup.records("p"))
+        await library.startup._versions.drop(library.catalog.pipelines["p"], await library.startup.records("p"))
         assert await restored(library) == ("restored", "second")
 
 
@@ -742,6 +743,113 @@ async def test_what_is_kept_though_its_end_failed_does_not_block_the_next_save(
             await save(library, valid(200))
         monkeypatch.undo()
         assert (await save(library, valid(300))).number == 3
+
+
+def counted(library: Library) -> int:
+    """The bytes of startup caches that the index says, and the next start believes."""
+    found = library.index.read(lambda txn: txn.get_upkeep("p"))
+    return found.startup_bytes if found is not None else 0
+
+
+async def test_what_startup_caches_take_comes_to_the_index_though_its_commit_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as library:
+        await added(library, tmp_path)
+
+        async def fails(_: object) -> None:
+            raise IndexFull("the index has no space left")
+
+        monkeypatch.setattr(library.index, "write", fails)
+        record = await save(library, valid(70_000))
+        monkeypatch.undo()
+        with trio.fail_after(40):
+            while counted(library) != on_disk.taken(record):
+                await trio.sleep(0.02)
+        assert library.catalog.pipelines["p"].startup_bytes == on_disk.taken(record)
+
+
+async def test_what_may_be_on_the_disk_counts_until_it_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save whose end fails, and a deletion that does."""
+    async with running(tmp_path) as library:
+        await added(library, tmp_path)
+        pipeline, raw = library.catalog.pipelines["p"], valid(70_000)
+        sync = on_disk._sync
+
+        def fails(directory: str) -> None:
+            sync(directory)
+            if directory.endswith("/startup"):
+                raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(on_disk, "_sync", fails)
+        with pytest.raises(StoreError):
+            await save(library, raw)
+        monkeypatch.undo()
+        takes = on_disk.taken(of(raw))
+        assert pipeline.startup_bytes == counted(library) == takes, "it is in its place"
+        (record,) = await library.startup.records("p")
+        really = library.store.delete_entry
+
+        def deletes_and_fails(*components: str) -> None:
+            really(*components)
+            raise StoreError("Input/output error")
+
+        monkeypatch.setattr(library.store, "delete_entry", deletes_and_fails)
+        with pytest.raises(StoreError):
+            await library.startup.remove("p", (record.number,))
+        monkeypatch.undo()
+        assert pipeline.startup_bytes == counted(library) == takes
+        assert await library.startup.records("p") == []
+        assert pipeline.startup_bytes == counted(library) == 0
+
+
+async def test_a_save_is_none_that_failed_because_an_old_one_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as library:
+        await added(library, tmp_path)
+        for size in range(KEPT_PER_KEY):
+            await save(library, valid(size + 1))
+
+        def fails(*_: str) -> None:
+            raise StoreError("Input/output error")
+
+        monkeypatch.setattr(library.store, "delete_entry", fails)
+        record = await save(library, valid(100))
+        monkeypatch.undo()
+        assert record.number == KEPT_PER_KEY + 1
+        known = await library.startup.records("p")
+        assert known[0] == record and len(known) == KEPT_PER_KEY + 1
+        assert counted(library) == sum(map(on_disk.taken, known))
+
+
+async def test_a_disk_that_does_not_answer_keeps_no_save_and_no_question_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither where it is to be opened for the region, nor where somebody asks what there is."""
+    over = threading.Event()
+    async with running(tmp_path, regional=region_of(tmp_path, "root")) as library:
+        await added(library, tmp_path)
+        assert await library.startup.records("p") == []
+        monkeypatch.setattr(startup_versions, "DISK_SECONDS", 0.05)
+
+        def hangs(*_: object) -> int:
+            over.wait(50)
+            raise StoreError("it was a test")
+
+        monkeypatch.setattr(on_disk, "open_pack", hangs)
+        with trio.fail_after(20):
+            assert (await save(library, valid(100))).number == 1
+        assert "stays on this host: the store's disk does not answer within" in caplog.text
+        library.startup.forget(library.catalog.pipelines["p"])
+        monkeypatch.setattr(on_disk, "numbers", hangs)
+        with trio.fail_after(20), pytest.raises(StoreError, match="does not answer"):
+            await library.startup.records("p")
+        over.set()
+        monkeypatch.undo()
+        assert len(await library.startup.records("p")) == 1
 
 
 async def test_a_save_that_waits_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
