@@ -55,7 +55,7 @@ LEFT_ALONE = 30.0
 TRIES, AGAIN = 4, 45.0
 """How often a save is tried, and the seconds between two tries."""
 MOST_WAITING = 32
-"""Saves that wait for their turn; beyond, they stay on this host."""
+"""Saves that wait for their turn, or to be tried again; beyond, they stay on this host."""
 MOST_WRONG = 256
 """Packs found wrong in the tier that are remembered."""
 USERS_SECONDS, USERS_AGAIN = 5.0, 60.0
@@ -63,9 +63,9 @@ USERS_SECONDS, USERS_AGAIN = 5.0, 60.0
 for again."""
 
 
-class _Save(msgspec.Struct):
+class _Save(msgspec.Struct, eq=False):
     """A save that waits. ``pack`` is a descriptor of its own, ``at`` when it was asked for. ``since``: where a try
-    stopped."""
+    stopped; ``tries``: how many have begun."""
 
     pipeline: str
     place: Place
@@ -73,6 +73,7 @@ class _Save(msgspec.Struct):
     pack: int
     at: float
     since: Piece | None = None
+    tries: int = 0
 
 
 class RegionalStartups:
@@ -97,8 +98,10 @@ class RegionalStartups:
         self._may_use = may_use
         self._left_alone_until = 0.0
         self._removed: dict[str, float] = {}
+        self._saves: set[_Save] = set()
+        """Those that are not over: they wait, are tried, or are to be tried again."""
         self._newest: dict[str, _Save] = {}
-        """Of each place, of those that wait."""
+        """Of each place, of ``_saves``."""
         self._wrong: dict[tuple[str, str], None] = {}
         """(place, digest) of packs that were found wrong in the tier, in order."""
         self._threads = trio.CapacityLimiter(8)
@@ -181,14 +184,14 @@ class RegionalStartups:
         if not self._settings.write_back:
             os.close(pack)
             return
-        save = _Save(pipeline, place, record, pack, trio.current_time())
-        try:
-            self._queue.send_nowait(save)
-        except trio.WouldBlock:
+        if len(self._saves) >= MOST_WAITING:
             os.close(pack)
             log.warning("a startup cache stays on this host: too many wait", extra={"pipeline": pipeline})
             return
+        save = _Save(pipeline, place, record, pack, trio.current_time())
+        self._saves.add(save)
         self._newest[place.name] = save
+        self._queue.send_nowait(save)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Save what waits, until cancelled."""
@@ -224,37 +227,54 @@ class RegionalStartups:
         asked.set()
 
     async def _save_all(self) -> None:
+        """One at a time, as they come. One that has failed waits for its next try beside the queue, not in its
+        front."""
         try:
-            async for save in self._waiting:
-                try:
-                    await self._save(save)
-                except Exception:  # one cache is not worth the daemon
-                    log.exception("a startup cache stays on this host", extra={"pipeline": save.pipeline})
-                finally:
-                    os.close(save.pack)
+            async with trio.open_nursery() as pausing:
+                async for save in self._waiting:
+                    over = True
+                    try:
+                        over = await self._save(save)
+                    except Exception:  # one cache is not worth the daemon
+                        log.exception("a startup cache stays on this host", extra={"pipeline": save.pipeline})
+                    if over:
+                        self._end(save)
+                    else:
+                        pausing.start_soon(self._queue_again, save)
         finally:
-            with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
-                while True:
-                    os.close(self._waiting.receive_nowait().pack)
+            for save in tuple(self._saves):
+                self._end(save)
 
-    async def _save(self, save: _Save) -> None:
-        if self._is_withdrawn(save) or self._newest.get(save.place.name) is not save:  # a newer one waits
-            return
-        del self._newest[save.place.name]
-        for left in range(TRIES - 1, -1, -1):
-            try:
-                if not self._is_withdrawn(save) and await self._put(save):
-                    log.info(
-                        "startup cache %d is the region's, too", save.record.number, extra={"pipeline": save.pipeline}
-                    )
-                if self._is_withdrawn(save):  # meanwhile, and a try that failed may have put it there
-                    await ask_tier(save.place.remove, REMOVE_SECONDS, self._threads)
-                return
-            except (InstantStartError, OSError) as error:
-                if not left or isinstance(error, DigestMismatch):
-                    self._failed(save.pipeline, "saved", error)
-                    return
-            await trio.sleep(AGAIN)
+    async def _queue_again(self, save: _Save) -> None:
+        await trio.sleep(AGAIN)
+        self._queue.send_nowait(save)
+
+    def _end(self, save: _Save) -> None:
+        os.close(save.pack)
+        self._saves.remove(save)
+        if self._newest.get(save.place.name) is save:
+            del self._newest[save.place.name]
+        if not self._saves:
+            self._removed.clear()
+
+    async def _save(self, save: _Save) -> bool:
+        """Try once; whether no other try is to follow."""
+        newest, withdrawn = self._newest.get(save.place.name), self._is_withdrawn(save)
+        if newest is not save and (newest is None or newest.tries or not withdrawn):
+            return True  # a newer one is there, or will be
+        if withdrawn and not save.tries:
+            return True
+        save.tries += 1
+        try:
+            if not withdrawn and await self._put(save):
+                log.info("startup cache %d is the region's, too", save.record.number, extra={"pipeline": save.pipeline})
+            if self._is_withdrawn(save):  # meanwhile, and a try that failed may have put it there
+                await ask_tier(save.place.remove, REMOVE_SECONDS, self._threads)
+        except (InstantStartError, OSError) as error:
+            if save.tries < TRIES and not isinstance(error, DigestMismatch):
+                return False
+            self._failed(save.pipeline, "saved", error)
+        return True
 
     def _is_withdrawn(self, save: _Save) -> bool:
         return self._removed.get(save.place.name, -1.0) >= save.at

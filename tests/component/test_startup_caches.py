@@ -996,9 +996,10 @@ async def test_a_save_waits_for_the_rate_as_long_as_it_takes_and_a_try_goes_on_w
     region, over = regional(store), trio.Event()
     save_it = region._save
 
-    async def save_and_say(save: Any) -> None:
-        await save_it(save)
-        over.set()
+    async def save_and_say(save: Any) -> bool:
+        if done := await save_it(save):
+            over.set()
+        return done
 
     monkeypatch.setattr(region, "_save", save_and_say)
     async with trio.open_nursery() as nursery:
@@ -1028,6 +1029,71 @@ async def test_of_saves_of_one_key_that_wait_only_the_last_is_written_to_the_reg
     assert [found.record.size for found in place.entries()] == [len(valid(30))]
     assert [found.record.size for found in other.entries()] == [len(valid(20))]
     assert region._newest == {}
+
+
+class Fails(DirectoryStore):
+    """Takes nothing while it fails. ``refused``: how often it was asked to."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root))
+        self.fails = True
+        self.refused = 0
+
+    def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        if self.fails:
+            self.refused += 1
+            raise OriginUnavailable("503")
+        super().put(name, data)
+
+
+async def test_a_save_that_is_to_be_tried_again_holds_up_no_other_and_is_withdrawn_without_a_trace(
+    tmp_path: Path,
+) -> None:
+    assert startup_region.AGAIN > 40
+    store = Fails(tmp_path)
+    failing = Place(store, REGION, "5" * 32, IDENTITY)
+    other = Place(DirectoryStore(str(tmp_path)), REGION, "5" * 32, {**IDENTITY, "arguments": "b"})
+    region = regional(store)
+    (tmp_path / "packs").mkdir()
+    fds = []
+    with trio.fail_after(40):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(region.run)
+            for at, where in enumerate((failing, other)):
+                pack = tmp_path / "packs" / str(at)
+                pack.write_bytes(valid(10))
+                fds.append(os.open(pack, os.O_RDONLY))
+                region.put("p", where, of(valid(10)), fds[-1])
+            while not other.entries():
+                await trio.sleep(0.01)
+            assert store.refused
+            assert set(region._newest) == {failing.name}, "it is to be tried again"
+            store.fails = False
+            await region.remove(failing)
+            region._queue.send_nowait(region._newest[failing.name])  # its pause is over
+            while region._newest:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert failing.entries() == [] and region._saves == set() and region._removed == {}
+    for fd in fds:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+
+
+async def test_a_save_that_was_withdrawn_before_its_turn_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    store = KeepsAll(tmp_path)
+    place = Place(store, REGION, "5" * 32, IDENTITY)
+    region = regional(store)
+    (tmp_path / "pack").write_bytes(valid(10))
+    region.put("p", place, of(valid(10)), os.open(tmp_path / "pack", os.O_RDONLY))
+    await region.remove(place)
+    with trio.fail_after(40):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(region.run)
+            while region._newest:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+    assert store.puts == [] and place.entries() == []
 
 
 def regional(store: DirectoryStore, *users: str) -> RegionalStartups:
