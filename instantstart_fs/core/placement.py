@@ -67,15 +67,10 @@ class Placement(msgspec.Struct, frozen=True):
     as_of: str
 
 
-def namesakes(began: float, heartbeats: Mapping[str, float], now: float, hosts: int) -> list[str]:
-    """Return those of the heartbeats (name → written, all of this host's own name, none of them its present one) that
-    another host may have written: they live, and are too new to be what this host said before it was restarted. Times
-    are the storage's; ``began``: this process's first heartbeat. The newest first."""
-    found = [
-        (written, name)
-        for name, written in heartbeats.items()
-        if written >= began + BEAT_SECONDS and now - written <= expiry(hosts)
-    ]
+def namesakes(heartbeats: Mapping[str, float], now: float, hosts: int) -> list[str]:
+    """Return those of the heartbeats (name → written by the storage's clock, all of this host's own name, none of them
+    its present one) that another host may have written: they live. The newest first."""
+    found = [(written, name) for name, written in heartbeats.items() if now - written <= expiry(hosts)]
     return [name for _, name in sorted(found, reverse=True)]
 
 

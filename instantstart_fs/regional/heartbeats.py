@@ -5,11 +5,13 @@
 Its name ends with a digest of what it says, so a reader reads each state of a host once and learns the rest from a
 listing: a host that only goes on living costs it nothing. Age is the storage's own clock, told by that listing. Who can
 write to the bucket and has no key can put an old record of a host again, and so have it shown for longer than it lives
-(docs/SECURITY.md); of what a host holds nobody believes more than that: fetching does not ask.
+(docs/SECURITY.md); of what a host holds nobody believes more than that: fetching does not ask. What nobody with the key
+has written hides no host: the newest of its objects that can be read counts.
 """
 
 from __future__ import annotations
 
+import heapq
 import re
 import threading
 import time
@@ -32,6 +34,10 @@ MOST_HOSTS = 20_000
 MOST_HELD = 64 << 20
 """The most bytes of heartbeats that a reader keeps. A thousand hosts with a thousand pipelines each take 37 MB."""
 MOST_HEARTBEAT = MAC + placement.MOST_HOLDINGS * placement.ENTRY_BYTES + 4096
+TRIED = 4
+"""Objects of one host that are looked at, the newest first, until one can be read."""
+AHEAD_SECONDS = 3600.0
+"""A time that is further ahead of the storage's clock tells nothing: on a share anybody may set one."""
 READERS = 16
 READ_SECONDS = 8.0
 """Seconds for one look. What it did not read is read by the next one."""
@@ -40,12 +46,15 @@ _NAME = re.compile(r"v1/hosts/([0-9a-f]{32})\.([0-9a-f]{16})\Z")
 
 class HostRecord(msgspec.Struct, frozen=True):
     """What one host holds. ``entries`` come from core.placement.pack; ``left_out`` counts the pipelines beyond
-    those. ``life``: tells the process that wrote it from another that calls itself the same host."""
+    those. ``life``: tells the process that wrote it from another that calls itself the same host; ``met``: the lives of
+    such others that it has heard of. What is put again by somebody without the key is of the past, and so names no life
+    that began since."""
 
     host: str
     entries: bytes
     left_out: int = 0
     life: str = ""
+    met: tuple[str, ...] = ()
 
 
 def object_of(key: RegionKey, record: HostRecord) -> tuple[str, bytes]:
@@ -68,28 +77,34 @@ def listed(store: TierStore) -> list[tuple[str, Stored]]:
     return [(match[1], stored) for match, stored in matched if match is not None]
 
 
-def newest(heartbeats: Iterable[tuple[str, Stored]]) -> dict[str, Stored]:
-    """Return the newest heartbeat of each host, by the digest of its name."""
-    found: dict[str, Stored] = {}
+def by_host(heartbeats: Iterable[tuple[str, Stored]]) -> dict[str, list[Stored]]:
+    """Return the heartbeats of each host, by the digest of its name: the newest TRIED, in that order."""
+    found: dict[str, list[Stored]] = {}
     for host, stored in heartbeats:
-        if host not in found or found[host].modified < stored.modified:
-            found[host] = stored
-    return found
+        found.setdefault(host, []).append(stored)
+    return {host: heapq.nlargest(TRIED, some, key=lambda one: one.modified) for host, some in found.items()}
 
 
-def written_by_another(store: TierStore, key: RegionKey, name: str, life: str) -> bool:
-    """Whether this heartbeat of the host's own name was written in another life than ``life``. Raises
-    InstantStartError."""
+def newest(found: dict[str, list[Stored]]) -> float:
+    """Return when the last heartbeat of all was written: the storage's clock, where nothing tells it better."""
+    return max((some[0].modified for some in found.values()), default=0.0)
+
+
+def read(store: TierStore, key: RegionKey, name: str) -> HostRecord | None:
+    """Return what a heartbeat says, None where it is none or there is none any more. Raises InstantStartError."""
     try:
-        return unpack_heartbeat(key, name, store.get(name, MOST_HEARTBEAT)).life != life
+        return unpack_heartbeat(key, name, store.get(name, MOST_HEARTBEAT))
     except (Forged, OriginMisbehaved, OriginNotFound):
-        return False
+        return None
 
 
-def living(found: dict[str, Stored], now: float) -> dict[str, Stored]:
-    """Return the hosts that were heard of lately. ``now`` is the storage's clock."""
+def living(found: dict[str, list[Stored]], now: float) -> dict[str, list[Stored]]:
+    """Return what was written lately, of the hosts of which there is any. ``now`` is the storage's clock."""
     most = placement.expiry(len(found))
-    return {host: stored for host, stored in found.items() if now - stored.modified <= most}
+    lately = {
+        host: [one for one in some if -AHEAD_SECONDS <= now - one.modified <= most] for host, some in found.items()
+    }
+    return {host: some for host, some in lately.items() if some}
 
 
 class Look(msgspec.Struct, frozen=True):
@@ -125,16 +140,26 @@ class HeartbeatReader:
             self._looking.release()
 
     def _look(self, now: float | None) -> Look:
-        found = newest(listed(self._store))
+        found = by_host(listed(self._store))
         if now is None:
-            now = max((stored.modified for stored in found.values()), default=0.0)
+            now = newest(found)
         alive = living(found, now)
-        wanted = {stored.name for stored in alive.values()}
+        wanted = {stored.name for some in alive.values() for stored in some}
         records = {name: record for name, record in self._records.items() if name in wanted}
-        held = sum(len(record.entries) for record in records.values() if record is not None)
+        failed = self._read(alive, records)
+        if failed is not None and not records:
+            raise failed
+        chosen = {host: _readable(some, records) or some[0] for host, some in alive.items()}
+        with self._lock:
+            self._records, self._alive = records, chosen
+        unread = sum(records.get(stored.name) is None for stored in chosen.values())
+        return Look(len(alive), unread, now)
+
+    def _read(self, alive: dict[str, list[Stored]], records: dict[str, HostRecord | None]) -> InstantStartError | None:
+        """Read of each host the newest that can be read, for READ_SECONDS. Returns an error that came."""
         end = time.monotonic() + READ_SECONDS
 
-        def read(name: str) -> tuple[str, HostRecord | None] | None:
+        def one(name: str) -> tuple[str, HostRecord | None] | None:
             if time.monotonic() > end:
                 return None
             try:
@@ -144,26 +169,30 @@ class HeartbeatReader:
             except OriginNotFound:  # it said something new meanwhile
                 return None
 
-        failed: InstantStartError | None = None
-        with ThreadPoolExecutor(READERS) as pool:
-            for future in [pool.submit(read, name) for name in sorted(wanted - records.keys())]:
-                try:
-                    got = future.result()
-                except InstantStartError as error:
-                    failed, got = error, None
-                if got is None:
-                    continue
-                held += len(got[1].entries) if got[1] is not None else 0
-                if held > MOST_HELD:
-                    break
-                records[got[0]] = got[1]
-            pool.shutdown(cancel_futures=True)
-        if failed is not None and not records:
-            raise failed
-        with self._lock:
-            self._records, self._alive = records, alive
-        unread = sum(records.get(stored.name) is None for stored in alive.values())
-        return Look(len(alive), unread, now)
+        held = sum(len(record.entries) for record in records.values() if record is not None)
+        asked = set[str]()
+        while True:
+            first = (_readable(some, records) for some in alive.values())
+            names = {stored.name for stored in first if stored is not None} - records.keys() - asked
+            if not names or time.monotonic() > end:
+                return None
+            asked |= names
+            failed: InstantStartError | None = None
+            with ThreadPoolExecutor(READERS) as pool:
+                for future in [pool.submit(one, name) for name in sorted(names)]:
+                    try:
+                        got = future.result()
+                    except InstantStartError as error:
+                        failed, got = error, None
+                    if got is None:
+                        continue
+                    held += len(got[1].entries) if got[1] is not None else 0
+                    if held > MOST_HELD:
+                        break
+                    records[got[0]] = got[1]
+                pool.shutdown(cancel_futures=True)
+            if failed is not None or held > MOST_HELD:
+                return failed
 
     def holding(self, slot: str, now: float, revision: str | None = None) -> list[HostHolding]:
         """Return the hosts that hold some of the pipeline, as of the last look: complete ones first, then by name.
@@ -187,6 +216,11 @@ class HeartbeatReader:
             for held in placement.holdings(record.entries)
             if held.state == "filling"
         }
+
+
+def _readable(some: Iterable[Stored], records: dict[str, HostRecord | None]) -> Stored | None:
+    """The first of a host's objects that can be read, as far as is known."""
+    return next((one for one in some if records.get(one.name, one) is not None), None)
 
 
 def _shown(host: str, held: Holding, modified: float, now: float, revision: str | None) -> HostHolding:

@@ -4,7 +4,7 @@ its region's, by a record there; and that no other host has this one's name. For
 from __future__ import annotations
 
 import contextlib
-import itertools
+import random
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -21,8 +21,8 @@ from instantstart_fs.regional.keys import RegionKey
 from instantstart_fs.regional.store import TierStore
 
 WRITERS = 8
-MOST_READ = 8
-"""Records of each kind that are read to prove a key. Somebody without the key may have put some of them there."""
+MOST_BEATS, MOST_READ = 32, 8
+"""Heartbeats and seals that are read to prove a key. Somebody without the key may have put some of them there."""
 MOST_LISTED = 20_000
 """The most names in which a seal is looked for. A file of 140 GB has 17,000 chunks before its seal."""
 
@@ -78,26 +78,36 @@ class KeyProof(NamedTuple):
     proven: bool
 
 
-def prove_key(store: TierStore, key: RegionKey) -> KeyProof:
-    """Read seals and heartbeats until one was made with the key. Raises InstantStartError."""
-    found = heartbeats.listed(store)[:MOST_READ]
-    said = [stored.name for _, stored in found]
-    everything = (stored.name for stored in store.list("v1/", MOST_LISTED))
-    first = next(everything, None)
-    sealed = (name for name in itertools.chain([first] if first else [], everything) if name.endswith("/seal"))
+def prove_key(store: TierStore, key: RegionKey, host: str = "") -> KeyProof:
+    """Read heartbeats and seals until one was made with the key. ``host``: whose own records prove nothing. Raises
+    InstantStartError."""
+    own = key.host(host) if host else ""
+    beats = [stored.name for digest, stored in heartbeats.listed(store) if digest != own]
     read = 0
-    for name in itertools.chain(said, itertools.islice(sealed, MOST_READ)):
+    for name in _some(beats, MOST_BEATS):
         try:
-            data = store.get(name, hygiene.MOST_SEAL)
+            data = store.get(name, heartbeats.MOST_HEARTBEAT)
             read += 1
-            if name.endswith("/seal"):
-                records.unpack_any_seal(key, name, data)
-            else:
-                heartbeats.unpack_heartbeat(key, name, data)
+            heartbeats.unpack_heartbeat(key, name, data)
             return KeyProof(True, read, True)
         except (records.Forged, OriginMisbehaved, OriginNotFound):
             continue
-    return KeyProof(first is not None, read, False)
+    names = [stored.name for stored in store.list("v1/", MOST_LISTED)]
+    for name in _some([name for name in names if name.endswith("/seal")], MOST_READ):
+        try:
+            data = store.get(name, hygiene.MOST_SEAL)
+            read += 1
+            if records.unpack_any_seal(key, name, data).by != (host or None):
+                return KeyProof(True, read, True)
+            read -= 1
+        except (records.Forged, OriginMisbehaved, OriginNotFound):
+            continue
+    return KeyProof(bool(names), read, False)
+
+
+def _some(names: list[str], most: int) -> list[str]:
+    """At random: whoever has no key chooses which names come first, and not which are read."""
+    return random.sample(names, min(most, len(names)))
 
 
 def upstream_finding(store: TierStore, key: RegionKey) -> Finding:
@@ -124,10 +134,13 @@ def own_finding(store: TierStore, key: RegionKey, host: str, warning: str | None
             "nothing else suffers. SeaweedFS from 4.17, Ceph, MinIO, AWS and R2 do it"
         )
         return Finding("warn", f"of {WRITERS} writers of one new object {found.winners} won", advice)
-    proof = prove_key(store, key)
+    proof = prove_key(store, key, host)
     if proof.read and not proof.proven:
-        advice = "copy the region's key_file from another host; until then this one shares nothing with them"
-        return Finding("warn", f"none of {proof.read} records there was made with this key", advice)
+        advice = (
+            "copy the region's key_file from another host; until then this one shares nothing with them. "
+            "If every host says so, somebody without the key writes to the bucket"
+        )
+        return Finding("warn", f"none of {proof.read} records there of other hosts was made with this key", advice)
     if warning:
         return Finding("warn", warning, "rename one of them, and restart its daemon")
     if warning is None and (age := heard_of(store, key, host)) is not None:
@@ -138,10 +151,14 @@ def own_finding(store: TierStore, key: RegionKey, host: str, warning: str | None
 
 
 def heard_of(store: TierStore, key: RegionKey, host: str) -> float | None:
-    """Return the seconds since a living host of this name was heard of. Raises InstantStartError."""
-    found = heartbeats.newest(heartbeats.listed(store))
-    if key.host(host) not in found:
+    """Return the seconds since a living host of this name was heard of, by what was made with the key. Raises
+    InstantStartError."""
+    own = key.host(host)
+    found = heartbeats.by_host(heartbeats.listed(store))
+    if own not in found:
         return None
     now = hygiene.now_of(store)
-    alive = heartbeats.living(found, now).get(key.host(host))
-    return max(0.0, now - alive.modified) if alive is not None else None
+    for stored in heartbeats.living(found, now).get(own, ()):
+        if heartbeats.read(store, key, stored.name) is not None:
+            return max(0.0, now - stored.modified)
+    return None

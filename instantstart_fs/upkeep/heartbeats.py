@@ -49,6 +49,8 @@ KEEP_SHARE = 20
 """An answer is also kept for so many times the seconds that it took."""
 MOST_NAMESAKES = 4
 """Heartbeats of this host's own name that one count reads: who can write to the bucket can put there any number."""
+MOST_MET = 16
+"""Other lives of this host's own name that a heartbeat names."""
 BATCH = 64
 """Pipelines between two pauses."""
 _T = TypeVar("_T")
@@ -92,9 +94,13 @@ class Heartbeats:
         self._reader = HeartbeatReader(self._store, self._settings.key)
         self._name = ""
         """The object that this host has written."""
-        self._began: float | None = None
-        """When this process's first heartbeat was written, by the storage's clock."""
         self._has_namesake = False
+        self._said: dict[str, HostRecord | None] = {}
+        """Heartbeats of this host's own name that others wrote, without what they hold; None for one that is none."""
+        self._met: tuple[str, ...] = ()
+        """Their lives. One that names this process's own is another host's: each answers the other by naming it."""
+        self._told: tuple[str, ...] = ()
+        """Those that this host's last heartbeat names."""
         self._storage_clock: tuple[float, float] | None = None
         """The storage's clock and this process's own, at one moment."""
         self._counted_at = -math.inf
@@ -159,7 +165,8 @@ class Heartbeats:
             end = trio.current_time() + self._pause()
             while trio.current_time() < end:
                 await trio.sleep(TICK_SECONDS)
-                if not self._failures and self._warmed() != warmed and trio.current_time() >= began + SOONEST_BEAT:
+                has_news = self._warmed() != warmed or self._met != self._told
+                if not self._failures and has_news and trio.current_time() >= began + SOONEST_BEAT:
                     break
 
     def _pause(self) -> float:
@@ -184,7 +191,8 @@ class Heartbeats:
         if before and before != name:
             with contextlib.suppress(InstantStartError):  # it expires
                 await self._ask(lambda: self._store.delete(before), self._beats)
-        if trio.current_time() - self._counted_at >= placement.count_period(self.hosts):
+        asked = self._met and not self._has_namesake  # another host may answer
+        if asked or trio.current_time() - self._counted_at >= placement.count_period(self.hosts):
             await self._count()
 
     async def _find_out(self, error: InstantStartError) -> None:
@@ -199,28 +207,33 @@ class Heartbeats:
 
     async def _count(self) -> None:
         listed = await self._ask(lambda: heartbeats.listed(self._store), self._beats)
-        now, found = trio.current_time(), heartbeats.newest(listed)
+        now, found = trio.current_time(), heartbeats.by_host(listed)
         own = {stored.name: stored.modified for host, stored in listed if host == self._own}
         written = own.pop(self._name, None)
         if written is not None:
             self._storage_clock = (written, now)
-            self._began = written if self._began is None else self._began
-        alive = heartbeats.living(
-            found, self._storage_now() or max((one.modified for one in found.values()), default=0)
-        )
+        alive = heartbeats.living(found, self._storage_now() or heartbeats.newest(found))
         self._regional.hosts = max(1, len(alive))
         self._counted_at = now
         await self._look_for_namesakes(own)
 
     async def _look_for_namesakes(self, own: dict[str, float]) -> None:
-        """Find out whether one of these heartbeats, all of this host's name, is another host's."""
-        now, key, life = self._storage_now(), self._settings.key, self._settings.life
-        if self._began is None or now is None:
+        """Find out whether one of these heartbeats, all of this host's name, is another host's: one that names this
+        life. Any other may be what this host said before it was restarted, or be put there again by somebody."""
+        now, life = self._storage_now(), self._settings.life
+        if now is None:
             return
-        found = False
-        for name in placement.namesakes(self._began, own, now, self.hosts)[:MOST_NAMESAKES]:
-            call = partial(heartbeats.written_by_another, self._store, key, name, life)
-            found = found or await self._ask(call, self._beats)
+        names = placement.namesakes(own, now, self.hosts)
+        said = {name: self._said[name] for name in names if name in self._said}
+        # What was read stays what it is. What could not be may have been put over another host's, which comes again.
+        unread = sorted((name for name in names if said.get(name) is None), key=lambda name: name in said)
+        for name in unread[:MOST_NAMESAKES]:
+            record = await self._ask(partial(heartbeats.read, self._store, self._settings.key, name), self._beats)
+            said[name] = None if record is None else msgspec.structs.replace(record, entries=b"")
+        self._said = said
+        others = [one for name in names if (one := said.get(name)) is not None and one.life not in ("", life)]
+        found = any(life in one.met for one in others)
+        self._met = tuple(sorted({one.life for one in others[:MOST_MET]}))
         if found and not self._has_namesake:
             log.error("%s", two_of_one_name(self._settings.host))
         self._has_namesake = found
@@ -248,7 +261,8 @@ class Heartbeats:
         found.sort(key=lambda item: item[0], reverse=True)
         entries = placement.pack(holding for _, holding in found)
         left_out = max(0, len(found) - placement.MOST_HOLDINGS)
-        return HostRecord(self._settings.host, entries, left_out, self._settings.life)
+        self._told = self._met
+        return HostRecord(self._settings.host, entries, left_out, self._settings.life, self._told)
 
     async def _ask(self, call: Callable[[], _T], threads: trio.CapacityLimiter | None = None) -> _T:
         return await ask_tier(call, ASK_SECONDS, threads or self._threads)

@@ -286,11 +286,11 @@ def test_upstream_tiers_are_read_and_not_written(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def put_seal(directory: Path, key: RegionKey) -> None:
+def put_seal(directory: Path, key: RegionKey, by: str = "there") -> None:
     slot, pin = "a" * 32, "b" * 32
     store, name = DirectoryStore(str(directory)), seal_name(slot, pin)
     store.put(chunk_name(slot, pin, 0), b"c" * 40)
-    store.put(name, pack(key, "seal", name, Seal(8, 8, b"d" * 32, "size", "there", 0.0)))
+    store.put(name, pack(key, "seal", name, Seal(8, 8, b"d" * 32, "size", by, 0.0)))
 
 
 def test_the_key_of_a_tier_is_proven_by_what_is_sealed_there(tmp_path: Path) -> None:
@@ -318,6 +318,45 @@ def test_the_key_of_a_tier_is_proven_by_what_is_sealed_there(tmp_path: Path) -> 
     assert (own.outcome, "made with this key" in own.found) == ("warn", True)
     own = doctor.check_region(RegionalConfig(urls["own"], str(key), "gpu-1"))
     assert own.outcome == "ok", own
+
+
+def test_a_hosts_own_records_do_not_prove_its_key(tmp_path: Path) -> None:
+    """Its daemon runs with a wrong one: it has written a heartbeat, and sealed what it pulled, with that."""
+    key, other = tmp_path / "key", tmp_path / "other"
+    for path, digits in ((key, "ab"), (other, "cd")):
+        path.write_text(digits * 32)
+        path.chmod(0o600)
+    tier = tmp_path / "tier"
+    tier.mkdir()
+    config = RegionalConfig(f"file://{tier}", str(other), "gpu-1")
+    info = DaemonInfo("1", 1, "/models", "/store", 1.0, 0, True, tier=TierStatus("ok", None))
+    right, wrong = (RegionKey(bytes.fromhex(digits * 32)) for digits in ("ab", "cd"))
+    DirectoryStore(str(tier)).put(*object_of(wrong, HostRecord("gpu-1", b"")))
+    put_seal(tier, wrong, by="gpu-1")
+    assert doctor.check_region(config, info).outcome == "ok", "it is alone there"
+    DirectoryStore(str(tier)).put(*object_of(right, HostRecord("gpu-2", b"")))
+    found = doctor.check_region(config, info)
+    assert (found.outcome, "none of 1 records" in found.found) == ("warn", True), found
+    DirectoryStore(str(tier)).put(*object_of(wrong, HostRecord("gpu-3", b"")))
+    assert doctor.check_region(config, info).outcome == "ok"
+
+
+def test_forged_heartbeats_that_come_first_do_not_hide_a_key_that_is_right(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("ab" * 32)
+    path.chmod(0o600)
+    (tmp_path / "tier").mkdir()
+    store, key = DirectoryStore(str(tmp_path / "tier")), RegionKey(bytes.fromhex("ab" * 32))
+    for number in range(20):  # names that sort before all others
+        store.put(f"v1/hosts/{number:032x}.{0:016x}", b"x" * 200)
+        store.put(f"v1/{number:032x}/{0:032x}/seal", b"x" * 200)
+    for number in range(4):
+        store.put(*object_of(key, HostRecord(f"gpu-{number + 2}", b"")))
+    own = key.host("gpu-1")
+    store.put(f"v1/hosts/{own}.{0:016x}", b"x" * 200)  # and no host of this one's name
+    config = RegionalConfig(f"file://{tmp_path}/tier", str(path), "gpu-1")
+    found = doctor.check_region(config)
+    assert found.outcome == "ok", found
 
 
 def test_two_hosts_of_one_name_are_found(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from instantstart_fs.regional.directory import DirectoryStore
 from instantstart_fs.regional.heartbeats import HeartbeatReader, HostRecord, object_of
 from instantstart_fs.regional.keys import RegionKey
 from instantstart_fs.regional.store import Stored
-from instantstart_fs.upkeep.heartbeats import ASK_SECONDS, KEEP_SECONDS, Heartbeats
+from instantstart_fs.upkeep.heartbeats import ASK_SECONDS, KEEP_SECONDS, MOST_NAMESAKES, Heartbeats
 from tests.component.site import pipeline
 
 KEY = RegionKey(b"k" * 32)
@@ -131,6 +131,29 @@ def test_what_is_no_heartbeat_is_not_believed_and_read_once(store: Counting) -> 
     asked = store.asked["get"]
     reader.look(1011.0)
     assert store.asked["get"] == asked
+
+
+def test_what_was_put_over_a_host_hides_it_not(store: Counting) -> None:
+    """Somebody who may write to the bucket, and has no key: bytes of nobody under a host's name, newer than its own,
+    and one from the future, as a share lets anybody set."""
+    said = beat(store, "one", holding("filling", 5))
+    beat(store, "two", holding())
+    forged = [f"{said.partition('.')[0]}.{number:016x}" for number in range(2)]
+    for name, at in zip(forged, (1005.0, 99_999.0), strict=True):
+        store.put(name, b"x" * 100)
+        os.utime(Path(store.endpoint) / name, (at, at))
+    reader = HeartbeatReader(store, KEY)
+    look = reader.look(1010.0)
+    assert (look.hosts, look.unread) == (2, 0)
+    assert hosts(reader) == [("two", "warm", 100), ("one", "filling", 50)] and reader.filling() == {SLOT}
+    asked = store.asked["get"]
+    assert asked == 3 and reader.look(1011.0).hosts == 2 and store.asked["get"] == asked, "each is read once"
+    for number in range(9):  # more of them than are tried
+        name = f"{said.partition('.')[0]}.{number + 16:016x}"
+        store.put(name, b"x")
+        os.utime(Path(store.endpoint) / name, (1006.0, 1006.0))
+    assert reader.look(1010.0).unread == 1 and store.asked["get"] <= asked + heartbeats.TRIED
+    assert hosts(reader) == [("two", "warm", 100)]
 
 
 def test_memory_is_bounded(store: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,26 +279,114 @@ async def test_status_says_how_the_tier_fares(site: Site) -> None:
 
 
 async def test_two_hosts_of_one_name_say_so(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """Two hosts of one image, with one name."""
+    """Two hosts of one image, with one name: each names the other, and is named by it."""
     twin = Site(site.store)
     for one in (site, twin):
         await one.heartbeats.beat()
-    assert not site.heartbeats.tier.warning, "it may be what this host said before it was restarted"
+    assert not site.heartbeats.tier.warning and not twin.heartbeats.tier.warning, "it may be of the life before"
     assert len(list(site.store.list(heartbeats.DIRECTORY, 10))) == 2, "they hold the same, and say it as two"
-    for one in (site, twin):
-        assert one.heartbeats._began is not None
-        one.heartbeats._began -= placement.BEAT_SECONDS
-        one.heartbeats._counted_at = -math.inf
-    await site.heartbeats.beat()
-    await twin.heartbeats.beat()
+    for one in (site, twin, site, twin):
+        await later(one)
     for one in (site, twin):
         assert one.heartbeats.tier.state == "ok" and "calls itself 'here', too" in one.heartbeats.tier.warning
         assert one.heartbeats.tier_of(cast(Any, SimpleNamespace(id="refused"))).warning
     assert len([record for record in caplog.records if "calls itself" in record.message]) == 2
     site.store.delete(twin.heartbeats._name)  # it has another name now
-    site.heartbeats._counted_at = -math.inf
-    await site.heartbeats.beat()
+    await later(site)
     assert not site.heartbeats.tier.warning
+
+
+class Timed(Broken):
+    """Its clock is trio's."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(directory)
+        self.written: dict[str, float] = {}
+
+    def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        super().put(name, data)
+        self.written[name] = trio.current_time()
+
+    def list(self, prefix: str, most: int) -> Iterator[Stored]:
+        for stored in super().list(prefix, most):
+            yield stored._replace(modified=float(math.floor(self.written[stored.name])))
+
+
+@pytest.mark.parametrize("apart", [0.0, 3.0, 31.0, 500.0])
+async def test_two_hosts_of_one_name_know_it_within_two_minutes(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, apart: float
+) -> None:
+    async def at_once(call: Any, *_: object) -> Any:
+        return call()
+
+    monkeypatch.setattr("instantstart_fs.upkeep.heartbeats.ask_tier", at_once)
+    store = Timed(str(tmp_path))
+    for _ in range(20):
+        store.written.clear()
+        for path in tmp_path.rglob("*.*"):
+            path.unlink()
+        one, twin = Site(store), Site(store)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.heartbeats.run)
+            await trio.sleep(apart)
+            nursery.start_soon(twin.heartbeats.run)
+            for _ in range(120):
+                await trio.sleep(1)
+                if one.heartbeats.tier.warning and twin.heartbeats.tier.warning:
+                    break
+            nursery.cancel_scope.cancel()
+        assert one.heartbeats.tier.warning and twin.heartbeats.tier.warning
+
+
+async def later(one: Site) -> None:
+    """Its next heartbeats: what it has found out, it says with the second one."""
+    for _ in range(2):
+        one.heartbeats._counted_at = -math.inf
+        await one.heartbeats.beat()
+
+
+async def test_what_a_host_said_in_its_past_is_no_other_host_when_somebody_puts_it_again(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who may write to the bucket and has no key can do that. What he cannot is to answer."""
+    kept: list[tuple[str, bytes]] = []
+    lives: tuple[str, ...] = ()
+    for _ in range(6):  # lives of its daemon, which met one another
+        past = Site(site.store)
+        past.heartbeats._met, lives = lives, (*lives, past.settings.life)
+        await past.heartbeats.beat()
+        kept.append((past.heartbeats._name, site.store.get(past.heartbeats._name, 10_000)))
+        site.store.delete(past.heartbeats._name)
+    await site.heartbeats.beat()
+    for _ in range(5):
+        for name, data in kept:
+            site.store.put(name, data)
+        await later(site)
+        assert not site.heartbeats.tier.warning
+    assert not [record for record in caplog.records if "calls itself" in record.message]
+    twin = Site(site.store)  # and one that is there is found beside all that
+    await twin.heartbeats.beat()
+    for one in (site, twin, site, twin):
+        await later(one)
+    assert site.heartbeats.tier.warning and twin.heartbeats.tier.warning
+
+
+async def test_what_nobody_with_the_key_wrote_is_read_within_bounds_and_hides_no_other_host(site: Site) -> None:
+    await site.heartbeats.beat()
+    own = site.heartbeats._name.partition(".")[0]
+    for number in range(50):
+        site.store.put(f"{own}.{number:016x}", b"x" * 200)
+    twin = Site(site.store)
+    await twin.heartbeats.beat()
+    for number in range(50):
+        site.store.put(f"{own}.{number:016x}", b"x" * 200)
+    for turn in range(20):
+        before = site.store.asked["get"]
+        await later(site)
+        assert site.store.asked["get"] - before <= 2 * MOST_NAMESAKES
+        await later(twin)
+        if turn >= 15:
+            assert site.heartbeats.tier.warning and twin.heartbeats.tier.warning
 
 
 async def test_an_upstream_tier_that_is_left_alone_is_told_of(site: Site) -> None:

@@ -64,10 +64,8 @@ def test_a_large_region_asks_its_tier_no_more_than_a_middling_one() -> None:
     assert placement.beat_period(1000) == placement.BEAT_SECONDS
 
 
-def test_a_heartbeat_of_ones_own_name_that_is_new_is_another_hosts() -> None:
-    began, living = 1000.0, placement.expiry(1)
-    before = {"of the life before": began, "its last": began + 29.0}
-    assert placement.namesakes(began, before, began + 40.0, 1) == []
-    others = {"one": began + 30.0, "two": began + 90.0}
-    assert placement.namesakes(began, {**before, **others}, began + 100.0, 1) == ["two", "one"]
-    assert placement.namesakes(began, others, began + 31.0 + living, 1) == ["two"], "one has gone"
+def test_a_heartbeat_of_ones_own_name_that_lives_may_be_another_hosts() -> None:
+    living = placement.expiry(1)
+    others = {"one": 1000.0, "two": 1090.0}
+    assert placement.namesakes(others, 1100.0, 1) == ["two", "one"]
+    assert placement.namesakes(others, 1001.0 + living, 1) == ["two"], "one has gone"
