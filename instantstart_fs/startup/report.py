@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import select
 import stat
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,8 @@ from instantstart_fs.errors import printable
 if TYPE_CHECKING:
     from instantstart_fs.startup.start import Start
 
+STREAM_SECONDS = 5.0
+"""Seconds in which who reads a FIFO has to take the report: the command may have ended, and `run` ends after it."""
 SHOWN_FIELDS = 4
 """How many of the fields are shown in which the nearest startup cache differs."""
 
@@ -106,8 +111,7 @@ def _put(path: str, text: str) -> None:
     if not path.startswith(("/dev/", "/proc/")):
         path = os.path.realpath(path)
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC), "w") as file:
-            file.write(text)
+        _stream(path, text.encode())
         return
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
@@ -118,3 +122,25 @@ def _put(path: str, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def _stream(path: str, data: bytes) -> None:
+    """Write to what somebody reads, or nobody. Raises OSError, at STREAM_SECONDS, too."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "nobody reads it") from error
+        raise
+    writable = select.poll()
+    writable.register(fd, select.POLLOUT)
+    taken, end = 0, time.monotonic() + STREAM_SECONDS
+    try:
+        while taken < len(data):
+            left = end - time.monotonic()
+            if left <= 0 or not writable.poll(left * 1000):  # a pipe holds 64 KiB
+                raise OSError(errno.ETIMEDOUT, f"its reader took {taken} of {len(data)} bytes in {STREAM_SECONDS:g} s")
+            with contextlib.suppress(BlockingIOError):  # between none and all that is left of it is free
+                taken += os.write(fd, data[taken : taken + select.PIPE_BUF])
+    finally:
+        os.close(fd)

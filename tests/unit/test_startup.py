@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -835,6 +836,36 @@ def test_a_report_takes_no_devices_place_and_that_of_an_earlier_start_goes_at_on
     with pytest.raises(OSError):
         report.write(start, {}, {}, None, str(real))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "link.json", "real.json"], "no half is left"
+
+
+def test_a_report_that_a_pipe_cannot_hold_comes_whole_or_it_is_said_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, fifo = a_start(tmp_path), tmp_path / "fifo"
+    start.differs = tuple(f"field {number} {'x' * 1000}" for number in range(200))
+    os.mkfifo(fifo)
+    with pytest.raises(OSError, match="nobody reads it"):
+        report.write(start, {}, {}, None, str(fifo))
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    came = bytearray()
+
+    def read_slowly() -> None:
+        assert select.select([reader], [], [], 20)[0]
+        while data := os.read(reader, 10_000):
+            came.extend(data)
+            time.sleep(0.005)
+
+    reading = threading.Thread(target=read_slowly)
+    reading.start()
+    report.write(start, {}, {}, None, str(fifo))
+    reading.join(20)
+    assert json.loads(came)["startup_cache"]["differs"] == list(start.differs)
+    assert len(came) > 3 * 65536
+    monkeypatch.setattr(report, "STREAM_SECONDS", 0.1)
+    with pytest.raises(OSError, match=rf"its reader took \d+ of {len(came)} bytes in 0.1 s"):
+        report.write(start, {}, {}, None, str(fifo))
+    os.close(reader)
 
 
 def test_a_daemon_that_does_not_answer_at_once_or_still_looks_is_said_once(
