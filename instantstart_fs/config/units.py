@@ -138,6 +138,17 @@ def parse_owner(value: str) -> tuple[int, int]:
     return uid, gid
 
 
+def primary_group(uid: int) -> int:
+    """Return the group of a user, which is the uid for one that nobody knows. Raises ConfigError where the machine's
+    user database does not answer."""
+    import pwd
+
+    try:
+        return _looked_up(pwd.getpwuid, uid).pw_gid
+    except KeyError:
+        return uid
+
+
 def parse_group(value: str | int) -> int:
     """A gid, from itself or a group's name. Raises ConfigError."""
     import grp

@@ -8,7 +8,6 @@ are bounded in size and time, every wait has an end, and a request ends when its
 from __future__ import annotations
 
 import math
-import pwd
 import select
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import trio
 from starlette.types import Message, Receive, Scope, Send
 
 from instantstart_fs.catalog.model import Lessee
+from instantstart_fs.config.units import primary_group
 from instantstart_fs.config.unixsocket import Peer
 from instantstart_fs.control import http_verbs, protocol
 from instantstart_fs.control.connection import REQUEST_DEADLINE
@@ -38,8 +38,8 @@ DOCUMENT = "/openapi.json"
 LOOK_SECONDS = 1.0
 """Seconds between two checks whether the client is still there. A client may have left with a second request sent
 behind the first, and that one is read only after the first is answered."""
-SPECIFICATION_DEADLINE = 20.0
-"""Seconds for looking up names of users and reading a token's file. Both may lie on a network."""
+SPECIFICATION_DEADLINE = 25.0
+"""Seconds for reading a token's file, which may lie on a network, and for two names of users, 10 s each at most."""
 DRAIN_SECONDS = 1.0
 """Seconds for reading the rest of a refused body. Closing a connection with unread bytes would destroy the answer."""
 RETRY_SECONDS = 10
@@ -137,21 +137,15 @@ class Api:
     @staticmethod
     async def _added(pipeline: str, given: AddPipeline, peer: Peer) -> protocol.Add:
         def make() -> protocol.Add:
-            return http_verbs.added(pipeline, given, owner=f"{peer.uid}:{_primary_group(peer.uid)}")
+            owner = given.owner or f"{peer.uid}:{primary_group(peer.uid)}"
+            return http_verbs.added(pipeline, given, owner=owner)
 
         try:
             return await run_abandonable(make, deadline=SPECIFICATION_DEADLINE)
         except trio.TooSlowError:
             raise UsageError(
-                f"{pipeline}: the owner's name or the token's file was not found within {SPECIFICATION_DEADLINE:g} s"
+                f"{pipeline}: its owner or the token's file was not found within {SPECIFICATION_DEADLINE:g} s"
             ) from None
-
-
-def _primary_group(uid: int) -> int:
-    try:
-        return pwd.getpwuid(uid).pw_gid
-    except KeyError:
-        return uid
 
 
 def _not_allowed(methods: frozenset[str]) -> Refused:

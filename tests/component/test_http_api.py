@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import pwd
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -17,7 +19,7 @@ import pytest
 import trio
 import trio.testing
 
-from instantstart_fs.config import HttpConfig
+from instantstart_fs.config import HttpConfig, units
 from instantstart_fs.config.unixsocket import Peer
 from instantstart_fs.control import connection as connection_module
 from instantstart_fs.control import http_verbs, protocol
@@ -245,6 +247,27 @@ async def test_errors_have_the_fields_of_the_protocol_and_a_status(library: Fake
         failed = await ask(path, "POST", "/v1/pipelines/x/evict")
         assert failed.code == (500, "error") and "ZeroDivisionError in the daemon" in failed.value["error"]["message"]
         assert (await ask(path, "GET", "/v1/daemon")).status == 200
+
+
+async def test_a_user_database_that_hangs_keeps_no_request_that_needs_none_and_the_others_not_for_long(
+    library: FakeLibrary, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+
+    def hangs(_: object) -> None:
+        over.wait(50)
+        raise KeyError
+
+    monkeypatch.setattr(units, "LOOKUP_SECONDS", 0.05)
+    monkeypatch.setattr(pwd, "getpwuid", hangs)
+    async with run(library, path):
+        given = {"source": "org/repo", "owner": "7:8"}
+        assert (await ask(path, "PUT", "/v1/pipelines/y", given)).status == 201
+        assert (library.specs["y"].uid, library.specs["y"].gid) == (7, 8)
+        refused = await ask(path, "PUT", "/v1/pipelines/z", {"source": "org/repo"})
+        assert refused.status == 400 and "user database" in refused.value["error"]["message"]
+    assert not over.is_set()
+    over.set()
 
 
 async def test_progress_comes_as_lines_and_a_wait_has_an_end(library: FakeLibrary, path: str) -> None:
