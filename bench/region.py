@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
         else:
             common.make_model(directory, size, options.shards)
         files = len(list(directory.iterdir()))
-        with Region(work / "plain", 0, tier=False, origin_rate=FAST, host_rate=FAST, config=config) as region:
+        with Region(work / "plain", 0, tier="", origin_rate=FAST, host_rate=FAST, config=config) as region:
             region.publish("org/m", directory)
             for _ in range(options.rounds):
                 host = region.add_host()

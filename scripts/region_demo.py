@@ -64,7 +64,7 @@ def show(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     with Region(
         directory / "region",
         options.hosts,
-        tier=tier,
+        tier="seaweed" if tier else "",
         origin_rate=options.origin_rate,
         host_rate=options.host_rate,
         config={"fill": {"chunk_size": "8MiB"}},

@@ -7,9 +7,9 @@
         region.prove("p", model)                   # every host, byte for byte, through its mount
         assert region.origin_egress() <= 1.05 * size
 
-The origin is the test hub with its CDN, the tier a SeaweedFS with three volume servers, a host a real daemon with its
-own store, index, mount and links of limited rate. ``scripts/region-demo`` and the tests use it. All of it shares this
-machine's processors: bandwidths are ratios at best.
+The origin is the test hub with its CDN, a host a real daemon with its own store, index, mount and rated links.
+The tier is a SeaweedFS with three volume servers, or a shared directory, or the engine that INSTANTSTART_TEST_S3 names.
+``scripts/region-demo`` and the tests use it. All of it shares this machine's processors: bandwidths are ratios at best.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -31,7 +31,9 @@ from instantstart_fs.control.client import Client
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from tests.harness import Daemon, probe
 from tests.servers.hub import HubServer
+from tests.servers.named_engine import NamedEngine
 from tests.servers.netns import Host, Network, why_no_network
+from tests.servers.s3_tier import S3Tier
 from tests.servers.seaweed import weed_program
 from tests.servers.seaweed_cluster import SeaweedCluster
 
@@ -120,16 +122,16 @@ class RegionHost(Daemon):
 
 
 class Region:
-    """``hosts``: how many; more by ``add_host``. Rates as tc writes them, each way. ``tier``: False = none, each host
-    for itself. ``racks``: hosts go to so many racks in turn, each behind an uplink of ``uplink``. ``config``: sections
-    for every daemon."""
+    """``hosts``: how many; more by ``add_host``. Rates as tc writes them, each way. ``tier``: "" = none, each host for
+    itself; "directory" = a shared one; "named" = what INSTANTSTART_TEST_S3 names. ``racks``: hosts go to so many racks
+    in turn, each behind an uplink of ``uplink``. ``config``: sections for every daemon."""
 
     def __init__(
         self,
         directory: Path,
         hosts: int = 3,
         *,
-        tier: bool = True,
+        tier: Literal["", "seaweed", "directory", "named"] = "seaweed",
         origin_rate: str = ORIGIN_RATE,
         host_rate: str = HOST_RATE,
         racks: int = 0,
@@ -139,6 +141,9 @@ class Region:
         self.directory = directory
         self.hosts: list[RegionHost] = []
         self.cluster: SeaweedCluster | None = None
+        self._s3: S3Tier | None = None
+        self._shared = directory / "shared" if tier == "directory" else None
+        self.bucket = f"{BUCKET}-{secrets.token_hex(4)}" if tier == "named" else BUCKET
         self._host_rate = host_rate
         self._config = config or {}
         self._racks = [f"r{number}" for number in range(racks)]
@@ -152,11 +157,17 @@ class Region:
             for rack in self._racks:
                 self.network.rack(rack, uplink)
             self.hub = self._closing.enter_context(HubServer(self.network.host("origin", origin_rate)))
-            if tier:
+            if tier == "seaweed":
                 self.cluster = self._closing.enter_context(
                     SeaweedCluster(self.network, directory / "seaweed", rate=host_rate)
                 )
-                self.cluster.new_bucket(BUCKET)
+                self._s3 = self.cluster
+            elif tier == "named":
+                self._s3 = self._closing.enter_context(NamedEngine(self.network))
+            if self._s3 is not None:
+                self._s3.new_bucket(self.bucket)
+            if self._shared is not None:
+                self._shared.mkdir()
             made = [self._make_host() for _ in range(hosts)]
             at_once({host.name: host.start for host in made}, 60.0)
         except BaseException:
@@ -176,19 +187,19 @@ class Region:
             "http": {"listen": f"127.0.0.1:{PAGE}", "details": True},
             "origins": {"huggingface": {"endpoint": self.hub.endpoint}},
         }
-        if self.cluster is not None:
-            env = {
-                "AWS_ACCESS_KEY_ID": self.cluster.access_key,
-                "AWS_SECRET_ACCESS_KEY": self.cluster.secret_key,
-            }
-            config["regional"] = {
-                "url": f"s3://{BUCKET}/{PREFIX}",
-                "endpoint_url": self.cluster.endpoint_url,
+        regional: dict[str, Any] = {}
+        if self._s3 is not None:
+            env = {"AWS_ACCESS_KEY_ID": self._s3.access_key, "AWS_SECRET_ACCESS_KEY": self._s3.secret_key}
+            regional = {
+                "url": f"s3://{self.bucket}/{PREFIX}",
+                "endpoint_url": self._s3.endpoint_url,
                 "region_name": "us-east-1",
-                "key_file": str(self.key_file),
-                "host": place.name,
-                **self._config.get("regional", {}),
             }
+        elif self._shared is not None:
+            regional = {"url": f"file://{self._shared}"}
+        if regional:
+            own = {"key_file": str(self.key_file), "host": place.name}
+            config["regional"] = {**regional, **own, **self._config.get("regional", {})}
         host = RegionHost(self.directory / place.name, place, config, env)
         self.hosts.append(host)
         return host
@@ -203,6 +214,21 @@ class Region:
         """``work`` on each host that runs, at once; what it returned by the host's name."""
         chosen = [host for host in self.hosts if host.running] if hosts is None else hosts
         return at_once({host.name: lambda host=host: work(host) for host in chosen})  # type: ignore[misc]
+
+    # -- its tier --------------------------------------------------------------------------------------------------
+
+    def delete_in_tier(self, ending: str) -> int:
+        """Delete every object whose name ends so; how many there were."""
+        if self._shared is not None:
+            found = [path for path in self._shared.rglob("*") if path.is_file() and str(path).endswith(ending)]
+            for path in found:
+                path.unlink()
+            return len(found)
+        assert self._s3 is not None
+        names = [name for name in self._s3.objects(self.bucket, f"{PREFIX}/v1/") if name.endswith(ending)]
+        for name in names:
+            self._s3.delete(self.bucket, name)
+        return len(names)
 
     # -- one pipeline on all of them -------------------------------------------------------------------------------
 

