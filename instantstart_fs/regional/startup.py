@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import secrets
 from collections.abc import Collection, Generator, Iterator, Mapping
 
 import msgspec
@@ -43,6 +44,10 @@ MOST_OF_KEY, MOST_OF_SLOT = 256, 8192
 there."""
 TRIES = 16
 """Numbers that are tried where other hosts save at the same time."""
+SPREAD = 4096
+"""Numbers after the newest, of which a save draws one: storage that cannot say who of two was first, or says it of
+both, keeps two that are saved at the same instant but for one time in so many. A slot has numbers for two million
+saves."""
 KIND = "startup"
 NAME = re.compile(r"v1/[0-9a-f]{32}/startup/([0-9a-f]{32})/([0-9a-f]{8})\Z")
 
@@ -173,30 +178,32 @@ class Place:
         if is_newest and not mend and self._is_whole(record):
             return False
         yield from self._put_pack(record, by, at, since)
-        return is_newest or self._put_record(record, by, max(numbers, default=-1) + 1)
+        return is_newest or self._put_record(record, by, max(numbers, default=-1))
 
-    def _put_record(self, record: StartupRecord, by: str, first: int) -> bool:
-        for number in range(first, min(first + TRIES, LAST + 1)):
-            name = self._record_name(number)
-            kept = msgspec.structs.replace(record, number=number, key={}, view="")
-            entry = Entry(kept, by, self._pack_name(record.digest))
-            if self._put_new(name, records.pack(self._key, KIND, name, entry)):
-                return True
-            there = self._entry(number)
-            if isinstance(there, Entry) and there.record.digest == record.digest:
+    def _put_record(self, record: StartupRecord, by: str, last: int) -> bool:
+        """``last``: the number of the newest one before the pack was put."""
+        for _ in range(TRIES):
+            numbers = self._numbers()
+            there = [self._entry(number) for number in numbers[:LOOKED_AT] if number > last]
+            if any(isinstance(entry, Entry) and entry.record.digest == record.digest for entry in there):
                 return False
+            number = max(numbers, default=-1) + 1 + secrets.randbelow(SPREAD)
+            if self._put_new(*self._packed(record, by, min(number, LAST))):
+                return True
         return False
 
     def _put_new(self, name: str, data: bytes) -> bool:
-        """Whether this call wrote it. Where the storage cannot do that in one step, of two hosts that save at once the
-        second takes the next number; at the same instant one of the two records stays, whole."""
+        """Whether this host wrote it."""
         try:
             return self._store.put_new(name, data)
         except OriginUnsupported:
-            if _read_entry(self._store, self._key, name) is not None:
-                return False
             self._store.put(name, data)
             return self._store.get(name, records.MOST_RECORD) == data
+
+    def _packed(self, record: StartupRecord, by: str, number: int) -> tuple[str, bytes]:
+        name = self._record_name(number)
+        kept = msgspec.structs.replace(record, number=number, key={}, view="")
+        return name, records.pack(self._key, KIND, name, Entry(kept, by, self._pack_name(record.digest)))
 
     def _is_whole(self, record: StartupRecord) -> bool:
         """Whether the seal of its pack is there, and every chunk, by its size."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+import time
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from instantstart_fs.core.addresses import Permit, host_of, is_named, is_public, parse_address
 from instantstart_fs.core.urls import s3_url_problem, shown_url, url_problem, without_user
@@ -170,6 +174,19 @@ def test_addresses_are_shown_without_secrets() -> None:
         'a broken {"Version": 1, "SecretAccessKey": "secret+/=", "SessionToken" : "secret"}',
         "AWS_SECRET_ACCESS_KEY=secret aws_session_token = secret",
         "the header X-Amz-Security-Token: secret// is too long",
+        "//secret@host",
+        "s3://secret@bucket/x",
+        "http:////me:secret@host",
+        "https:secret@host",
+        r"{\"proxy\": \"http:\/\/me:secret@host\"}",
+        "a redirect to https://hub/login/http%3A%2F%2Fme%3Asecret%40proxy",
+        "netloc 'me:secret\uff20host:80' contains invalid characters under NFKC normalization",
+        "http://me:secret\ufe6bhost/x",
+        "Unknown scheme for proxy URL URL('me:secret@proxy')",
+        "Invalid endpoint: me:secret@minio",
+        "proxy=me:a/secret@host:1",
+        "no_proxy is x,me:secret@host:1",
+        "['me:secret@host:1']",
     ):
         assert "secret" not in without_secrets(hidden), hidden
     for harmless in (
@@ -189,8 +206,80 @@ def test_addresses_are_shown_without_secrets() -> None:
         "/mnt/a:b@c",
         "at 12:30:00 somebody@host",
         "http://host:port",
+        "'root:users@corp.example' names a user or group that this machine does not know",
+        "--owner=root:users@corp.example",
+        'owner = "root:users@corp.example"',
+        "is step:100@x there",
+        "step:100@x",
+        "registry.io:5000/image@sha256:12",
+        "git@github",
     ):
         assert without_secrets(harmless) == harmless
+
+
+SECRET = "S3cr3t"
+_user = st.text(st.characters(codec="ascii", categories=("L", "N"), include_characters="-._~%+!$*"), max_size=8)
+_inside = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), max_size=6)
+_host = st.sampled_from(["host", "proxy.corp", "10.0.0.1", "[::1]", "h"])
+_port = st.sampled_from(["", ":80", ":3128"])
+_path = st.sampled_from(["", "/", "/a/b", "/a@b", "?x=1", "/v1?Signature=s"])
+_around = st.sampled_from(["", "refused: ", "'", '"', "(", "proxy ", "https_proxy=", "url: <", "\n", "a, "])
+
+
+@given(
+    st.sampled_from(["http://", "HTTPS://", "https:/", "http:", "//", "s3://", "socks5h://", "redis://"]),
+    _user,
+    _inside,
+    _inside,
+    _host,
+    _port,
+    _path,
+    _around,
+)
+def test_no_password_of_an_address_is_shown_however_it_is_spelt(
+    scheme: str, user: str, before: str, after: str, host: str, port: str, path: str, around: str
+) -> None:
+    password = before + SECRET + after
+    if scheme in ("https:/", "http:"):
+        assume(not set("/?#") & set(password))  # then it is a path, for everybody who reads addresses
+    # What ends an authority, behind what may be a port, ends it here, too: http://me:80/b@host is the host me.
+    assume(re.match(r"\d{0,5}[^\w]", password) is None)
+    shown = without_secrets(f"{around}{scheme}{user}:{password}@{host}{port}{path} is gone")
+    assert SECRET not in shown
+    assert "is gone" in shown
+
+
+@given(_user.filter(bool), _inside, _inside, _host, st.sampled_from([":80", ":3128"]), _around)
+def test_no_password_of_a_proxy_without_a_scheme_is_shown(
+    user: str, before: str, after: str, host: str, port: str, around: str
+) -> None:
+    password = before + SECRET + after
+    assume(not password.startswith("/") and re.match(r"\d{1,5}/", password) is None)
+    assert SECRET not in without_secrets(f"{around}{user}:{password}@{host}{port}")
+
+
+_word = st.text(st.characters(codec="ascii", categories=("L", "N"), include_characters="-._"), min_size=1, max_size=9)
+
+
+@given(_word, _word, _word, st.sampled_from(["", "'", "(", "--owner=", "owner "]))
+def test_words_that_are_no_address_stay(user: str, group: str, domain: str, around: str) -> None:
+    """As an owner of a directory service, root:users@corp.example, or a step, step:100@x."""
+    assume(user.lower() not in ("http", "https"))
+    told = f"{around}{user}:{group}@{domain} is not known"
+    assert without_secrets(told) == told
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="@=:%\uff20\ufe6b"), max_size=60))
+def test_text_without_an_address_stays(text: str) -> None:
+    assume(not any(word in text for word in ("Basic", "earer", "hf_")))
+    assert without_secrets(text) == text
+
+
+def test_a_long_line_is_searched_in_moderate_time() -> None:
+    for line in ("a:b" * 4000 + "@", "//" * 5000 + "@", "proxy" * 2000 + "a:" * 2000 + "@", "https:" * 2000 + "@ @"):
+        began = time.process_time()
+        without_secrets(line)
+        assert time.process_time() - began < 2.0, line[:20]
 
 
 def test_no_error_holds_a_secret() -> None:
