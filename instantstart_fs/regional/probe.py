@@ -130,8 +130,8 @@ def own_finding(store: TierStore, key: RegionKey, host: str, warning: str | None
     found = probe(store)
     if found.winners != 1:
         advice = (
-            "hosts may pull a chunk more than once, and of startup caches saved at the same instant one may be lost; "
-            "nothing else suffers. SeaweedFS from 4.17, Ceph, MinIO, AWS and R2 do it"
+            "hosts may pull a chunk more than once; nothing else suffers. SeaweedFS from 4.17, Ceph, MinIO, AWS and R2 "
+            "do it"
         )
         return Finding("warn", f"of {WRITERS} writers of one new object {found.winners} won", advice)
     proof = prove_key(store, key, host)
