@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol, Self, TypeVar, Unpack
 
 from instantstart_fs.config.places import find_socket
-from instantstart_fs.control import calls, protocol
+from instantstart_fs.control import calls, lines, protocol
 from instantstart_fs.control.calls import ANSWER_DEADLINE, CONNECT_DEADLINE, NAMES_DEADLINE, Call, Finished, Refused
 from instantstart_fs.control.specification import Options
 from instantstart_fs.core.coldstart import ColdStart, Moment
@@ -103,7 +103,7 @@ class Connection:
         self._path = path
         self._waits = waits
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._buffer = protocol.LineBuffer(protocol.MAX_MESSAGE)
+        self._buffer = lines.LineBuffer(lines.MAX_MESSAGE)
         self._waiting = 0
         self._over = False
 
@@ -122,7 +122,7 @@ class Connection:
             await self._waits.sleep(BACKLOG_PAUSE)
 
     async def send(self, request: protocol.Request, deadline: float) -> None:
-        line = protocol.encode_request(request)
+        line = lines.encode_request(request)
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError), self._in_use():  # why, is to be read
                 await self._waits.send(self._socket, line, deadline)
@@ -134,7 +134,7 @@ class Connection:
     async def receive(self, deadline: float) -> protocol.Response:
         while True:
             for line in self._buffer.lines():
-                return protocol.decode_response(line)
+                return lines.decode_response(line)
             try:
                 data = await self._bytes(deadline)
             except TimeoutError as error:

@@ -10,7 +10,7 @@ import struct
 import time
 
 from instantstart_fs.config import unixsocket
-from instantstart_fs.control import calls, protocol
+from instantstart_fs.control import calls, lines, protocol
 from instantstart_fs.ipc import fd_passing
 
 
@@ -21,7 +21,7 @@ class Connection:
         self._path = path
         self._process = os.getpid()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._buffer = protocol.LineBuffer(protocol.MAX_MESSAGE)
+        self._buffer = lines.LineBuffer(lines.MAX_MESSAGE)
         self.descriptors: collections.deque[int] = collections.deque()
         try:
             unixsocket.connect(self._socket, path, deadline)
@@ -30,7 +30,7 @@ class Connection:
             raise calls.unreachable(path, error, deadline) from error
 
     def send(self, request: protocol.Request, deadline: float) -> None:
-        line = protocol.encode_request(request)
+        line = lines.encode_request(request)
         try:
             self._socket.settimeout(deadline)
             # A daemon that refuses the connection may have closed it before the request was out: its reason is to be
@@ -46,7 +46,7 @@ class Connection:
         """Return the next message. Raises after ``deadline`` seconds of silence."""
         while True:
             for line in self._buffer.lines():
-                return protocol.decode_response(line)
+                return lines.decode_response(line)
             try:
                 self._socket.settimeout(deadline)
                 # The kernel never joins bytes across descriptors: those that came belong to the lines that follow.
@@ -77,7 +77,7 @@ class Connection:
         try:
             while True:
                 self._socket.settimeout(None if end is None else max(end - time.monotonic(), 0.001))
-                if not self._socket.recv(protocol.MAX_MESSAGE):
+                if not self._socket.recv(lines.MAX_MESSAGE):
                     return True
         except TimeoutError:
             return False

@@ -16,7 +16,7 @@ import trio
 
 from instantstart_fs.catalog.model import Lessee
 from instantstart_fs.config.unixsocket import Peer
-from instantstart_fs.control import protocol
+from instantstart_fs.control import lines, protocol
 from instantstart_fs.control.callers import Place
 from instantstart_fs.control.dispatcher import Caller, Dispatcher
 from instantstart_fs.errors import ControlProtocolError, PipelineBusy
@@ -54,7 +54,7 @@ class Connection:
         self._stream = stream
         self._peer = peer
         self._caller = Caller(peer, Lessee(peer.pid, peer.uid), self._send, [])
-        self._buffer = protocol.LineBuffer(protocol.MAX_REQUEST)
+        self._buffer = lines.LineBuffer(lines.MAX_REQUEST)
 
     async def run(self) -> None:
         """Answer requests until either side ends the connection."""
@@ -76,7 +76,7 @@ class Connection:
                 first = False
                 with self._place.at_work():
                     await self._dispatcher.callers.wait_turn(self._peer)
-                    if not await self._answer(protocol.decode_request(line)):
+                    if not await self._answer(lines.decode_request(line)):
                         return
             except ControlProtocolError as error:
                 await self._send(protocol.failed(error))
@@ -131,7 +131,7 @@ class Connection:
                 # Only an end or a broken line is of interest while a request runs; what else comes is for afterwards.
                 nonlocal disconnected
                 with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                    while len(self._buffer) <= protocol.MAX_REQUEST:
+                    while len(self._buffer) <= lines.MAX_REQUEST:
                         data = await self._stream.receive_some(65536)
                         if not data:
                             break
@@ -151,9 +151,9 @@ class Connection:
         """Send a message; ``descriptors`` go with its first byte. Raises BrokenResourceError when the client does not
         take it in time."""
         try:
-            line = protocol.encode_response(response)
+            line = lines.encode_response(response)
         except ControlProtocolError as error:
-            line = protocol.encode_response(protocol.failed(error))
+            line = lines.encode_response(protocol.failed(error))
         with trio.move_on_after(REQUEST_DEADLINE) as scope:
             if descriptors:
                 rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))

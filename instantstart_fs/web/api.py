@@ -23,7 +23,7 @@ from instantstart_fs.control import http_verbs, protocol
 from instantstart_fs.control.connection import REQUEST_DEADLINE
 from instantstart_fs.control.dispatcher import Caller, Dispatcher
 from instantstart_fs.control.http_verbs import AddPipeline, ErrorAnswer, ErrorBody, Verb
-from instantstart_fs.control.protocol import MAX_REQUEST
+from instantstart_fs.control.lines import MAX_REQUEST, encode_response
 from instantstart_fs.core.sight import Sight
 from instantstart_fs.errors import InstantStartError, PermissionRefused, UsageError, WaitDeadline, printable
 from instantstart_fs.ipc.threads import run_abandonable
@@ -273,7 +273,7 @@ class _Exchange:
                 await self.answer(verb.status, body)
 
     async def _line(self, response: protocol.Response) -> None:
-        line = protocol.encode_response(response)
+        line = encode_response(response)
         if not self._streaming:
             self._streaming = True
             await self._start(200, LINES, {})

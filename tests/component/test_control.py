@@ -24,8 +24,9 @@ from instantstart_fs.control import callers as callers_module
 from instantstart_fs.control import connection as connection_module
 from instantstart_fs.control import dispatcher as dispatcher_module
 from instantstart_fs.control.client import Client
+from instantstart_fs.control.lines import MAX_REQUEST
 from instantstart_fs.control.listener import listen
-from instantstart_fs.control.protocol import MAX_REQUEST, DaemonInfo
+from instantstart_fs.control.protocol import DaemonInfo
 from instantstart_fs.control.server import ControlServer, serving
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.core.sight import Sight

@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-from instantstart_fs.control import protocol
+from instantstart_fs.control import lines, protocol
 from instantstart_fs.control.client_connection import Connection
 from instantstart_fs.ipc import fd_passing
 
@@ -43,7 +43,7 @@ def test_no_child_inherits_what_a_client_of_the_control_socket_is_handed(tmp_pat
         connection = Connection(path, 30.0)
         daemon, _ = listener.accept()
         with daemon:
-            socket.send_fds(daemon, [protocol.encode_response(protocol.Done(None))], [file.fileno()])
+            socket.send_fds(daemon, [lines.encode_response(protocol.Done(None))], [file.fileno()])
             assert connection.receive(30.0) == protocol.Done(None)
         (handed,) = connection.descriptors
         assert os.readlink(f"/proc/self/fd/{handed}") == "/dev/null"

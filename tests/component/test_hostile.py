@@ -24,7 +24,8 @@ import trio
 from instantstart_fs import daemon, doctor
 from instantstart_fs.cli import long_commands, progress
 from instantstart_fs.config import Config, MountConfig, StoreConfig
-from instantstart_fs.control.protocol import Done, encode_response
+from instantstart_fs.control.lines import encode_response
+from instantstart_fs.control.protocol import Done
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.manifest import FileEntry, ManifestFile, ModelSpec, PipelineSpec
 from instantstart_fs.core.sight import EVERYTHING, Sight

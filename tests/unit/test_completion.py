@@ -19,7 +19,8 @@ import pytest
 
 from instantstart_fs.cli import run
 from instantstart_fs.cli.completion_scripts import script
-from instantstart_fs.control.protocol import Done, Names, decode_request, encode_response
+from instantstart_fs.control.lines import decode_request, encode_response
+from instantstart_fs.control.protocol import Done, Names
 from tests.harness import REPOSITORY
 
 IDS = ["my-asr", "my-llm", "other"]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instantstart_fs.control import protocol
+from instantstart_fs.control import lines, protocol
+from instantstart_fs.control.lines import LineBuffer, decode_request, decode_response, encode_request, encode_response
 from instantstart_fs.control.protocol import (
     Add,
     Done,
@@ -17,7 +18,6 @@ from instantstart_fs.control.protocol import (
     Failed,
     Include,
     Lease,
-    LineBuffer,
     Ls,
     Pin,
     Ping,
@@ -29,10 +29,6 @@ from instantstart_fs.control.protocol import (
     Update,
     Verify,
     Warm,
-    decode_request,
-    decode_response,
-    encode_request,
-    encode_response,
 )
 from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
 from instantstart_fs.errors import ControlProtocolError, PipelineNotFound
@@ -138,7 +134,7 @@ def test_a_line_without_end_is_refused_before_it_is_stored() -> None:
 
 def test_messages_too_long_are_not_sent() -> None:
     with pytest.raises(ControlProtocolError, match="longer"):
-        encode_request(Status("x" * protocol.MAX_REQUEST))
+        encode_request(Status("x" * lines.MAX_REQUEST))
 
 
 @pytest.mark.parametrize("at", ["1" + "0" * 400, "-1", str(1 << 63)])

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instantstart_fs.cli.app import app
-from instantstart_fs.control import protocol
+from instantstart_fs.control import lines, protocol
 from instantstart_fs.core import enginetable
 from instantstart_fs.core.enginelog import EngineLog
 from instantstart_fs.core.enginetable import (
@@ -577,7 +577,7 @@ def test_the_quick_parser_takes_what_is_right_and_leaves_the_rest_to_the_other()
 def test_the_requests_of_the_quick_client_are_those_of_the_protocol() -> None:
     begin = {"op": "startup-begin", "pipeline": "p", "key": {}, "restore": True, "without": [1], "start": ""}
     line = msgspec.json.encode({"v": 1, "request": {**begin, "requested_ns": None}})
-    assert protocol.decode_request(line) == protocol.StartupBegin("p", {}, without=(1,))
+    assert lines.decode_request(line) == protocol.StartupBegin("p", {}, without=(1,))
 
 
 def test_what_runs_before_the_engine_imports_nothing_that_takes_time() -> None:
@@ -661,7 +661,7 @@ def test_a_key_of_any_argument_can_be_sent_and_kept(word: str) -> None:
     keys = [surroundings.key_of(["vllm", "serve", word + end], engine, environment) for end in ("", "y")]
     check_key(keys[0])
     request = protocol.StartupBegin("p", keys[0])
-    assert protocol.decode_request(protocol.encode_request(request)[:-1]) == request
+    assert lines.decode_request(lines.encode_request(request)[:-1]) == request
     assert differences(*keys) == ("arguments",)
 
 
