@@ -51,7 +51,8 @@ from instantstart_fs.origins.common import (
     refuse_endless,
     selected,
 )
-from instantstart_fs.origins.s3access import AT_ONCE, Answered, S3Access
+from instantstart_fs.origins.s3access import S3Access
+from instantstart_fs.origins.s3http import AT_ONCE, Answered
 from instantstart_fs.origins.s3pages import MD5, Listed, PageJudge, objects
 from instantstart_fs.origins.s3refusals import Refusals
 

@@ -1,4 +1,4 @@
-"""Sends requests to one S3 bucket: credentials and their renewal, signed addresses, heads and small reads.
+"""Asks one S3 bucket: credentials and their renewal, signed addresses, heads and small reads.
 
 Credentials rotate under a running daemon. Before a client is used, the files that boto3 reads them from are checked by
 stat, and read again if they changed. Other credentials (a credential_process, an assumed role) are read again when the
@@ -6,8 +6,8 @@ service refuses them, at most once in RENEW_SECONDS. Sessions that end are renew
 service that lends them is no answer of the bucket.
 
 HEADs and proofs use an address signed here, as reads do. That takes a quarter of the CPU time of boto3's own call, and
-what it proves holds for the reads. Temporary errors are retried, then raised. What a refusal means is in
-``s3refusals.py``.
+what it proves holds for the reads. Temporary errors are retried, then raised. Requests are sent by ``s3http.py``; what
+a refusal means is in ``s3refusals.py``.
 """
 
 from __future__ import annotations
@@ -17,31 +17,25 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions
-import urllib3
 from botocore import UNSIGNED
-from botocore.awsrequest import AWSPreparedRequest, AWSRequest, AWSResponse
 from botocore.config import Config
-from botocore.httpsession import URLLib3Session
 
-from instantstart_fs.core.faults import Fault
-from instantstart_fs.core.refusals import MOST_ERROR_BODY
 from instantstart_fs.core.urls import s3_url_problem
 from instantstart_fs.errors import (
     CredentialsUnusable,
-    OriginMisbehaved,
     OriginThrottled,
     OriginUnavailable,
     printable,
 )
 from instantstart_fs.origins.common import retry_after
 from instantstart_fs.origins.credentials import require_private
-from instantstart_fs.origins.proxies import Proxies, ca_bundle, judge_proxy
+from instantstart_fs.origins.proxies import judge_proxy
+from instantstart_fs.origins.s3http import AT_ONCE, Answered, S3Http
 from instantstart_fs.origins.s3pages import PageJudge
 
 if TYPE_CHECKING:
@@ -49,19 +43,11 @@ if TYPE_CHECKING:
 
 SIGNATURE_LIFETIME = 3600
 """Seconds that a presigned URL is good for; temporary credentials may end it sooner."""
-AT_ONCE = 32
 RENEW_SECONDS = 5.0
 TRIES = 4
 FIRST_PAUSE = 0.2
 LAST_PAUSE = 5.0
 """Seconds; tripled after each try. A Retry-After within it is believed."""
-READ_SECONDS = 60.0
-PAGE_SECONDS = 60.0
-ERROR_SECONDS = 10.0
-"""Seconds for the whole of a body: a time-out for each read says nothing of one that drips."""
-BLOCK = 1024 * 1024
-WIRE_STATUS = "x-instantstart-status"
-"""A header of ours, in answers to listings alone."""
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 """The statuses after which a request is repeated."""
 BAD_CREDENTIALS = frozenset(
@@ -85,51 +71,6 @@ _VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
 
 _T = TypeVar("_T")
 Stamp = tuple[object, ...]
-
-
-class Answered:
-    """An answer of S3 to one request. ``body``: the first MOST_ERROR_BODY bytes of a GET's."""
-
-    __slots__ = ("body", "headers", "status")
-
-    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        self.status = status
-        self.headers = headers
-        self.body = body
-
-
-class _Read:
-    """A body that has been read, in the place of one that comes over a connection."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-
-    def stream(self) -> Iterator[bytes]:
-        yield self._body
-
-
-def _read(response: AWSResponse, body: bytes) -> AWSResponse:
-    """Return the answer with its body. WIRE_STATUS tells the status that came: botocore makes a 500 of a 200 that it
-    cannot parse."""
-    headers = {**response.headers, WIRE_STATUS: str(response.status_code)}
-    return AWSResponse(response.url, response.status_code, headers, _Read(body))  # type: ignore[arg-type]
-
-
-def _beginning(response: AWSResponse) -> bytes:
-    """Return the first MOST_ERROR_BODY bytes that come within ERROR_SECONDS, and close the answer: it says enough."""
-    body = bytearray()
-    end = time.monotonic() + ERROR_SECONDS
-    try:
-        while len(body) < MOST_ERROR_BODY and time.monotonic() < end:
-            block = response.raw.read1(MOST_ERROR_BODY - len(body), decode_content=False)
-            if not block:
-                break
-            body += block
-    except urllib3.exceptions.HTTPError:
-        pass  # the status says enough
-    finally:
-        response.raw.close()
-    return bytes(body)
 
 
 def _stamp() -> Stamp:
@@ -167,7 +108,7 @@ class S3Access:
         self.timeout = timeout
         self.anonymous = anonymous
         self.requester_pays = requester_pays
-        self._judge = judge
+        self._http = S3Http(bucket, timeout, judge)
         self.unsigned = anonymous
         """Whether requests now go without a signature."""
         self.proved_public = False
@@ -180,7 +121,6 @@ class S3Access:
         self._secrets: tuple[object, ...] = ()
         self._stamp: Stamp = ()
         self._renewed_at = -RENEW_SECONDS
-        self._http: URLLib3Session | None = None
 
     def client(self) -> S3Client:
         """Return a client with current credentials. Raises botocore's exceptions, ValueError, CredentialsUnusable, and
@@ -256,7 +196,7 @@ class S3Access:
             headers = self.signed_headers(etag=etag)
             if checksums:
                 headers["x-amz-checksum-mode"] = "ENABLED"
-            return self._send("HEAD", url, headers)
+            return self._http.send("HEAD", url, headers)
 
         return self._patiently(once)
 
@@ -269,30 +209,14 @@ class S3Access:
             headers = self.signed_headers(etag=etag)
             if last is not None:
                 headers["Range"] = f"bytes=0-{last}"
-            return self._send("GET", url, headers)
+            return self._http.send("GET", url, headers)
 
         return self._patiently(once)
 
     def read(self, key: str, version: str, etag: str, size: int, take: Callable[[bytes], None]) -> int:
         """Give all bytes of an object of ``size`` to ``take``; how many came within READ_SECONDS."""
         url, _ = self.sign(key, version, etag)
-        count, end = 0, time.monotonic() + READ_SECONDS
-        request = self._request("GET", url, self.signed_headers(etag=etag))
-        response = self._connections(url).send(request.prepare())
-        try:
-            if response.status_code != 200:
-                return 0
-            while count <= size and time.monotonic() < end:
-                block = response.raw.read1(BLOCK, decode_content=False)
-                if not block:
-                    break
-                take(block)
-                count += len(block)
-        except urllib3.exceptions.HTTPError:
-            return 0  # cut short, or silent
-        finally:
-            response.raw.close()
-        return count
+        return self._http.read(url, self.signed_headers(etag=etag), size, take)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -319,68 +243,6 @@ class S3Access:
                     return answer
                 pause = max(pause, asked or 0.0)
             time.sleep(min(pause, LAST_PAUSE))
-
-    @staticmethod
-    def _request(method: str, url: str, headers: dict[str, str]) -> AWSRequest:
-        return AWSRequest(
-            method,
-            url,
-            headers={**headers, "Accept-Encoding": "identity", "User-Agent": "instantstart-fs"},
-            stream_output=method == "GET",
-        )
-
-    def _send(self, method: str, url: str, headers: dict[str, str]) -> Answered:
-        response = self._connections(url).send(self._request(method, url, headers).prepare())
-        return Answered(response.status_code, response.headers, _beginning(response) if method == "GET" else b"")
-
-    def _send_listing(self, request: AWSPreparedRequest, **_: object) -> AWSResponse:
-        """Send a request for a page in the place of botocore, which would read a body of any length, in any time, and
-        unfold it."""
-        request.stream_output = True
-        response = self._connections(request.url).send(request)
-        if response.status_code >= 300:
-            return _read(response, _beginning(response))
-        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-        whole = False
-        body = bytearray()
-        end = time.monotonic() + PAGE_SECONDS
-        try:
-            if encoding not in ("", "identity"):
-                raise OriginMisbehaved(
-                    f"s3://{self.bucket}: a listing in {encoding[:20]!r}, which nobody asked for", fault=Fault.ENCODED
-                )
-            while block := response.raw.read1(BLOCK, decode_content=False):
-                body += block
-                self._judge.allow(len(body))
-                if time.monotonic() > end:
-                    raise botocore.exceptions.ReadTimeoutError(
-                        endpoint_url=request.url, error=f"not whole after {PAGE_SECONDS:g} s"
-                    )
-            if response.headers.get("Content-Length", str(len(body))) != str(len(body)):
-                raise botocore.exceptions.ConnectionClosedError(endpoint_url=request.url, request=request, error="cut")
-            whole = True
-        except urllib3.exceptions.HTTPError as error:
-            raise botocore.exceptions.ConnectionClosedError(
-                endpoint_url=request.url, request=request, error=error
-            ) from error
-        finally:
-            if not whole:
-                response.raw.close()
-        found = bytes(body)
-        self._judge.check(found)
-        return _read(response, found)
-
-    def _connections(self, url: str) -> URLLib3Session:
-        with self._lock:
-            if self._http is None:
-                proxy = Proxies().of(url)
-                self._http = URLLib3Session(
-                    verify=ca_bundle() or True,  # type: ignore[arg-type]
-                    proxies={urlsplit(url).scheme: proxy} if proxy else {},
-                    timeout=(min(self.timeout, 10.0), self.timeout),  # type: ignore[arg-type]
-                    max_pool_connections=AT_ONCE,
-                )
-            return self._http
 
     def _make(self) -> None:
         for endpoint in (self._endpoint_url, *map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))):
@@ -474,7 +336,7 @@ class S3Access:
         def make(region: str | None) -> S3Client:
             made = session.client("s3", endpoint_url=self._endpoint_url, region_name=region, config=config)
             made.meta.events.register("before-send.s3.HeadBucket", judge_proxy)
-            made.meta.events.register("before-send.s3.ListObjectsV2", self._send_listing)  # type: ignore[arg-type]
+            made.meta.events.register("before-send.s3.ListObjectsV2", self._http.send_listing)  # type: ignore[arg-type]
             return made
 
         client = make(session.region_name or "us-east-1")

@@ -28,7 +28,8 @@ from instantstart_fs.errors import (
     printable,
 )
 from instantstart_fs.origins.common import retry_after
-from instantstart_fs.origins.s3access import BAD_CREDENTIALS, WIRE_STATUS, Answered, S3Access
+from instantstart_fs.origins.s3access import BAD_CREDENTIALS, S3Access
+from instantstart_fs.origins.s3http import WIRE_STATUS, Answered
 
 _THROTTLED = frozenset({"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "RequestLimitExceeded"})
 

@@ -17,7 +17,7 @@ import pytest
 from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.core.source import S3Source
 from instantstart_fs.errors import AccessRefused, OriginError, OriginMisbehaved, OriginUnavailable, OriginUnsupported
-from instantstart_fs.origins import s3access
+from instantstart_fs.origins import s3http
 from instantstart_fs.origins.bounds import IN_THE_DAEMON, WHOLE, Bounds, TooLarge
 from instantstart_fs.origins.s3 import S3Origin
 from tests.servers.handler import serving
@@ -204,7 +204,7 @@ def test_a_listing_believes_the_authorities_that_fetches_believe(
         seen.append(verify)
         raise OriginUnavailable("enough")
 
-    monkeypatch.setattr(s3access, "URLLib3Session", session)
+    monkeypatch.setattr(s3http, "URLLib3Session", session)
     for name in BUNDLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "/etc/ours.pem")
@@ -257,8 +257,8 @@ def test_a_page_that_unfolds_takes_no_memory(answer: Answer, bounds: Bounds, err
 
 @pytest.mark.parametrize("status", [200, 403])
 def test_a_page_that_drips_is_given_up(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3access, "PAGE_SECONDS", 0.3)
-    monkeypatch.setattr(s3access, "ERROR_SECONDS", 0.3)
+    monkeypatch.setattr(s3http, "PAGE_SECONDS", 0.3)
+    monkeypatch.setattr(s3http, "ERROR_SECONDS", 0.3)
     done = threading.Event()
 
     def drip(handler: BaseHTTPRequestHandler) -> None:
