@@ -171,7 +171,7 @@ class Host:
         self.number = number
         self.plan = PullPlan(name, PIN, [False] * pieces, Patience())
         self.plan.background = True
-        self.budget = ClaimBudget(1, 1, 1)
+        self.budget = ClaimBudget(1, 1)
         self.streams = 0
         self.looking = False
         """Whether a look at the tier is due at some time."""
@@ -238,7 +238,7 @@ class Fleet:
     def run(self) -> dict[str, Any]:
         started = time.monotonic()
         for host in self.hosts:
-            host.budget = ClaimBudget(1, 2 * self.setting.streams, 2 * self.setting.streams)
+            host.budget = ClaimBudget(1, 2 * self.setting.streams)
             if self.setting.tier == "none":
                 host.plan.give_up()
             elif not self.setting.cold:

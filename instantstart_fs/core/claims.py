@@ -25,8 +25,6 @@ RENEW_SECONDS = WATCH_SECONDS = 2.0
 """Seconds between two renewals of a claim, and between two looks at a claim that may be dead."""
 CALM_SECONDS = 10.0
 """Seconds between two looks at a claim that listings show to be renewed."""
-MANY = 4
-"""Claims of others beside which a host has one group at a time."""
 BUDGET_SECONDS = 0.25
 """Seconds for which a host keeps its budget at least: its many files are listed one after the other."""
 MOST_UNREADABLE, MOST_VANISHED = 4, 3
@@ -169,20 +167,20 @@ class ClaimState(enum.Enum):
 
 
 class ClaimBudget:
-    """How much of a pipeline one host may have under its claims: little at first, and as long as others pull, too.
+    """How much of a pipeline one host may have in hand: under its claims and not in the tier yet. Little at first, and
+    as long as others pull, too.
 
     Hosts that start together see no claims of one another. Who takes much at once then takes all of a small pipeline,
     and the others watch. So each starts with one group, looks again, and doubles that while nobody else shows up. Where
-    many pull, one group of each keeps the origin busy, and what a host that dies has in hand is little.
+    others pull, a group of each keeps the origin busy, and little is pulled again when one of them dies.
 
     Args:
-        group: Chunks of a group.
-        shared: Chunks while others pull: what keeps the origin's connections busy for the time of one claim.
-        alone: Chunks while nobody else does.
+        group: Chunks of a group: in hand while others pull.
+        alone: Chunks in hand while nobody else does.
     """
 
-    def __init__(self, group: int, shared: int, alone: int) -> None:
-        self._group, self._shared, self._alone = group, shared, alone
+    def __init__(self, group: int, alone: int) -> None:
+        self._group, self._alone = group, alone
         self._now = group
         self._doubled = -math.inf
 
@@ -190,11 +188,10 @@ class ClaimBudget:
         """A listing has come. ``others``: how many claims other hosts have."""
         if now - self._doubled >= BUDGET_SECONDS:
             self._now, self._doubled = 2 * self._now, now
-        most = self._alone if not others else self._shared if others < MANY else self._group
-        self._now = min(self._now, most)
+        self._now = min(self._now, self._group if others else self._alone)
 
     def left(self, holding: int) -> int:
-        """Chunks that may be claimed beside the ``holding`` that are under claims and not here."""
+        """Chunks that may be claimed beside the ``holding`` that are in hand."""
         return self._now - holding
 
     def due(self, holding: int) -> int:

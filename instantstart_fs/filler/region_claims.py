@@ -45,8 +45,8 @@ RETRY_SECONDS = 0.5
 SEAL_TRIES = 3
 TURNS_SECONDS = 12.0
 """Seconds. A file of which every look at the tier fails for so long is fetched without it."""
-SHARED_BUDGET, LONE_BUDGET = 2 * GROUP_CHUNKS, 4 * GROUP_CHUNKS
-"""The most chunks of a pipeline under this host's claims at once: while others pull, too, and while nobody does."""
+LONE_BUDGET = 4 * GROUP_CHUNKS
+"""The most chunks of a pipeline that this host has in hand while no other host pulls it."""
 MOST_ASKED, MOST_FOLLOWED = 8, 8
 """The most files in the background. As many more may be for readers."""
 CLAIM_TRIES = 3
@@ -228,7 +228,7 @@ class Claims:
         pipeline = follow.key.pipeline
         try:
             if pipeline not in self._budgets:
-                self._budgets[pipeline] = ClaimBudget(GROUP_CHUNKS, SHARED_BUDGET, LONE_BUDGET)
+                self._budgets[pipeline] = ClaimBudget(GROUP_CHUNKS, LONE_BUDGET)
                 await trio.sleep(starting_delay(self._hosts(), random.random()))
             worked_at = trio.current_time()
             while not (follow.over() or follow.pull.complete):
@@ -279,9 +279,15 @@ class Claims:
         return budget.left(holding) if follow.pull.has_readers else budget.due(holding)
 
     def _holding(self, follow: Follow) -> int:
-        """Chunks of the whole pipeline that are under this host's claims and not here."""
-        pipeline = follow.key.pipeline
-        return sum(one.pull.holding for one in self._following if one.key.pipeline == pipeline)
+        """Chunks of the whole pipeline that are pulled again should this host die: under its claims and not here, or
+        here and not in the tier. Where puts wait for ``rate`` or for a tier that takes none, those do not count: the
+        origin is not to wait for that."""
+        pipeline, puts = follow.key.pipeline, self._settings.rate.rate is None and self._tiers.takes_writes()
+        holding = sum(one.pull.holding for one in self._following if one.key.pipeline == pipeline)
+        if puts:
+            claimed = self._following | self._claiming
+            holding += sum(len(one.to_put) for one in claimed if one.key.pipeline == pipeline)
+        return holding
 
     def _saw(self, follow: Follow, group: int, epoch: int, mark: ClaimMark | str) -> None:
         pull, now = follow.pull, trio.current_time()
@@ -330,13 +336,14 @@ class Claims:
             pull.lost(group, trio.current_time())
 
     async def _pause(self, follow: Follow) -> None:
+        """Until the next look; less, once there is room for a claim or a reader waits."""
         waits = looking_period(self._hosts(), LIST_SECONDS) * (0.75 + random.random() / 2)
-        if self._budgets[follow.key.pipeline].left(self._holding(follow)) > 0:
-            with trio.move_on_after(waits):
+        with trio.move_on_after(waits):
+            await follow.changed.wait()
+            while not (follow.over() or follow.pull.complete or self._due(follow) > 0):
+                follow.changed = trio.Event()
                 await follow.changed.wait()
-            await trio.sleep(0.02)
-        else:
-            await trio.sleep(waits)
+        await trio.sleep(0.02)
 
     async def renew_forever(self) -> None:
         """Renew this host's claims, whatever else it waits for, and remove claims of what is in the tier."""

@@ -147,6 +147,7 @@ class WriteBack:
                 self._failed(follow, type(error).__name__)
             finally:
                 follow.to_put.discard(chunk)
+                follow.changed.set()
                 self.check_done(follow)
 
     def _failed(self, follow: Follow, why: str) -> None:

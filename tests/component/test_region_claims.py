@@ -12,15 +12,15 @@ import trio
 
 from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.patience import Patience
-from instantstart_fs.core.region import PullPlan
+from instantstart_fs.core.region import GROUP_CHUNKS, PullPlan
 from instantstart_fs.errors import AccessRefused, InstantStartError, OriginUnavailable
 from instantstart_fs.filler import region_claims
 from instantstart_fs.filler.region_claims import MOST_ASKED, MOST_FOLLOWED
-from instantstart_fs.filler.region_follow import Follow
+from instantstart_fs.filler.region_follow import Follow, WriteRate
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.regional.directory import DirectoryStore
-from tests.component.region_site import CHUNK, RegionSite, Source, region
+from tests.component.region_site import CHUNK, RegionSite, Source, entry_of, region
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -52,8 +52,9 @@ class Odd(DirectoryStore):
             raise self._error
 
 
-def follow(site: RegionSite, number: int, data: bytes, source: int = 0) -> Follow:
-    entry = site.seal("p", data, f"{number}.bin", source)
+def follow(site: RegionSite, number: int, data: bytes, source: int = 0, *, sealed: bool = True) -> Follow:
+    name = f"{number}.bin"
+    entry = site.seal("p", data, name, source) if sealed else entry_of(data, name)
     target = SimpleNamespace(
         key=FileKey("p", 1, number), entry=entry, origin=Source(), present=ChunkMap(len(data), CHUNK)
     )
@@ -87,6 +88,46 @@ async def test_files_whose_records_alone_fail_do_not_stop_the_others(
                 while any(one.state != "off" for one in odd):
                     await trio.sleep(0.005)
         assert good.state == "sealed"
+
+
+@pytest.mark.parametrize("rate", [None, 1])
+async def test_what_is_here_and_not_in_the_tier_is_in_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int | None
+) -> None:
+    """It is pulled again should this host die. What waits for ``rate`` holds no claim up."""
+    monkeypatch.setattr(region_claims, "LIST_SECONDS", 0.02)
+    monkeypatch.setattr(region_claims, "LONE_BUDGET", GROUP_CHUNKS)
+    store = Odd(str(tmp_path), OriginUnavailable("it never is"))
+    async with region(tmp_path, store, rate=WriteRate(rate)) as site:
+        site.slots["p"] = "a" * 32
+        one = follow(site, 0, bytes(4 * GROUP_CHUNKS * CHUNK), sealed=False)
+        site.claims.start(one)
+
+        async def claimed(groups: int) -> None:
+            with trio.fail_after(20):
+                while len(one.pull.held()) < groups:
+                    await trio.sleep(0.005)
+
+        async def looks(count: int) -> None:
+            asked = store.asked
+            with trio.fail_after(20):
+                while store.asked < asked + count:
+                    await trio.sleep(0.005)
+
+        await claimed(1)
+        group = one.pull.held()[0][0]
+        for chunk in range(group * GROUP_CHUNKS, (group + 1) * GROUP_CHUNKS):
+            one.to_put.add(chunk)
+            one.pull.came(chunk)
+        one.changed.set()
+        if rate is None:
+            await looks(6)
+            assert len(one.pull.held()) == 1
+            for chunk in sorted(one.to_put)[: GROUP_CHUNKS // 2]:
+                one.to_put.discard(chunk)
+            one.changed.set()
+        await claimed(2)
+        assert len(one.pull.held()) == 2
 
 
 def test_what_comes_from_elsewhere_ends_the_tiers_request_for_it(tmp_path: Path) -> None:
