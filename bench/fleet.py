@@ -287,7 +287,10 @@ class Fleet:
         return self.setting.cold and host.seen < self.setting.pieces
 
     def _claim(self, host: Host) -> None:
-        for take in host.plan.next_claims(host.budget.left(host.plan.holding), self.fluid.now):
+        takes = host.plan.next_claims(host.budget.left(host.plan.holding), self.fluid.now)
+        if takes:
+            host.budget.claimed(self.fluid.now)
+        for take in takes:
             self.requests += 1
             self.fluid.after(PUT_SECONDS, lambda take=take: self._put(host, take))  # type: ignore[misc]
 

@@ -26,7 +26,7 @@ RENEW_SECONDS = WATCH_SECONDS = 2.0
 CALM_SECONDS = 10.0
 """Seconds between two looks at a claim that listings show to be renewed."""
 BUDGET_SECONDS = 0.25
-"""Seconds for which a host keeps its budget at least: its many files are listed one after the other."""
+"""Seconds for which a host keeps its budget at least: claims of others are to be seen meanwhile."""
 MOST_UNREADABLE, MOST_VANISHED = 4, 3
 """Looks (over CLAIM_TTL) at what cannot be read, or is not there though listed, after which a claim is nobody's."""
 MOST_OWNERS = 3
@@ -171,8 +171,9 @@ class ClaimBudget:
     as long as others pull, too.
 
     Hosts that start together see no claims of one another. Who takes much at once then takes all of a small pipeline,
-    and the others watch. So each starts with one group, looks again, and doubles that while nobody else shows up. Where
-    others pull, a group of each keeps the origin busy, and little is pulled again when one of them dies.
+    and the others watch; of a slow origin it has too much in hand for long. So each starts with one group, and doubles
+    that as long as nobody else shows up and it gets on with what it has. Where others pull, a group of each keeps the
+    origin busy, and little is pulled again when one of them dies.
 
     Args:
         group: Chunks of a group: in hand while others pull.
@@ -182,13 +183,27 @@ class ClaimBudget:
     def __init__(self, group: int, alone: int) -> None:
         self._group, self._alone = group, alone
         self._now = group
-        self._doubled = -math.inf
+        self._since = math.inf
+        """When it was set: the first look, then what changed it."""
+        self._others = 0
+        self._claims = 0
+        """How often more was claimed since then: the first time fills it up, the second shows that half is done."""
 
     def looked(self, now: float, *, others: int) -> None:
         """A listing has come. ``others``: how many claims other hosts have."""
-        if now - self._doubled >= BUDGET_SECONDS:
-            self._now, self._doubled = 2 * self._now, now
-        self._now = min(self._now, self._group if others else self._alone)
+        self._others = others
+        self._since = min(self._since, now)
+        if others:
+            self._set(self._group, now)
+
+    def claimed(self, now: float) -> None:
+        """What was due was claimed."""
+        self._claims += 1
+        if not self._others and self._claims > 1 and now - self._since >= BUDGET_SECONDS:
+            self._set(min(2 * self._now, self._alone), now)
+
+    def _set(self, chunks: int, now: float) -> None:
+        self._now, self._since, self._claims = chunks, now, 0
 
     def left(self, holding: int) -> int:
         """Chunks that may be claimed beside the ``holding`` that are in hand."""

@@ -262,7 +262,10 @@ class Claims:
         for take in pull.watches(WATCHED, trio.current_time()):
             mark = await self._tiers.ask(lambda take=take: records.read(take.group, take.epoch))  # type: ignore[misc]
             self._saw(follow, take.group, take.epoch, mark)
-        for take in pull.next_claims(self._due(follow), trio.current_time()):
+        takes = pull.next_claims(self._due(follow), trio.current_time())
+        if takes:
+            self._budgets[follow.key.pipeline].claimed(trio.current_time())
+        for take in takes:
             if self._settings.write_back and self._tiers.takes_writes():
                 await self._claim(follow, records, take.group, take.epoch)
             else:

@@ -554,13 +554,34 @@ def test_hosts_that_start_together_leave_room_for_one_another() -> None:
     assert budget.left(0) == 8
     for now in range(5):
         budget.looked(now, others=1)
+        budget.claimed(now)
     assert budget.left(8) == 0
+
+
+def test_a_host_alone_has_more_in_hand_as_it_gets_on() -> None:
+    """Who has not done half of what it has gets no more of it: the origin is slow, or others ask it as well."""
     alone = ClaimBudget(8, 32)
     for now in range(5):
         alone.looked(now, others=0)
+    alone.claimed(5)
+    assert alone.left(0) == 8
+    alone.claimed(5)
+    assert alone.left(0) == 16
+    alone.claimed(5.1)
+    alone.claimed(5.1)
+    assert alone.left(0) == 16, "not so soon: others may show up"
+    alone.claimed(5.3)
     assert alone.left(0) == 32
-    alone.looked(5.1, others=1)
+    for now in range(6, 10):
+        alone.claimed(now)
+    assert alone.left(0) == 32
+    alone.looked(10, others=1)
     assert alone.left(8) == 0
+    alone.looked(11, others=0)
+    alone.claimed(11)
+    assert alone.left(0) == 8
+    alone.claimed(11)
+    assert alone.left(0) == 16
 
 
 def test_a_host_among_others_has_at_most_a_group_and_a_half_in_hand() -> None:
@@ -590,6 +611,7 @@ def test_a_small_pipeline_is_shared_by_all_hosts(seed: int) -> None:
         for one in plans:
             rooms[one.host].looked(now, others=one.others(now))
             turn(tier, one, now, pulled, budget=rooms[one.host].due(one.holding))
+            rooms[one.host].claimed(now)
         now += 0.25
         assert now < 600
     shares = [sum(host == one.host for host, _ in pulled) for one in plans]
