@@ -19,6 +19,7 @@ from instantstart_fs.admin.administration import Administration
 from instantstart_fs.admin.cold_starts import ColdStarts
 from instantstart_fs.admin.lifecycle import Lifecycle
 from instantstart_fs.admin.origin_checks import OriginChecks
+from instantstart_fs.admin.verification import Verifier
 from instantstart_fs.catalog.bind_gate import BindGate
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.loadset_learner import LoadSetLearner
@@ -201,6 +202,7 @@ class Library:
 
         # Upkeep and administration.
         self.lifecycle = Lifecycle(self.catalog, self.reads, self.open_files, config.fill.chunk_size, origin_settings)
+        self.verifier = Verifier(self.catalog, self.reads)
         self.scrubber: Scrubber | None = None
         if config.store.scrub is not None:
             self.scrubber = Scrubber(

@@ -1,4 +1,4 @@
-"""Changes pipelines on disk, in the index and in memory: add, update, remove, evict, verify.
+"""Changes pipelines on disk, in the index and in memory: add, update, remove, evict.
 
 Each operation holds the pipeline's lock, so only one runs at a time. A crash may interrupt these orders at any point:
 
@@ -32,7 +32,6 @@ from instantstart_fs.errors import (
     InstantStartError,
     PipelineBusy,
     PipelineExists,
-    StoreDamaged,
     StoreError,
 )
 from instantstart_fs.index.schema import FileRecord, GenerationRecord, PipelineRecord, SummaryRecord
@@ -42,7 +41,6 @@ from instantstart_fs.serving.fill_events import drop_target
 from instantstart_fs.serving.open_by import UsingProcess, listed
 from instantstart_fs.serving.open_files import OpenFiles
 from instantstart_fs.serving.reads import Reads
-from instantstart_fs.upkeep.rehash import Pace, rehash
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +49,6 @@ NO_VISIBLE_PROCESS = (
 )
 FILES_OPEN = "somebody has files of it open"
 """The reason of a refusal when no process can be named."""
-
-
-class VerifyReport(msgspec.Struct, frozen=True):
-    """``files`` and ``bytes`` that were read. ``healed``: paths that were wrong and are fetched again. ``unproven``:
-    paths that have no digest."""
-
-    files: int
-    bytes: int
-    healed: tuple[str, ...]
-    unproven: tuple[str, ...]
 
 
 class Lifecycle:
@@ -94,6 +82,7 @@ class Lifecycle:
             )
         self._adding.add(spec.id)
         try:
+            asked_at = trio.current_time()
             models = await self.sources.resolve(spec)
             manifest = Manifest(
                 pipeline=spec.id,
@@ -110,6 +99,7 @@ class Lifecycle:
                 await trio.to_thread.run_sync(self._write_slot, spec, manifest, True)
                 catalog.without_summary.discard(spec.id)  # an earlier pipeline of that name may have been
                 await self._record(fresh, summary=summary_of(fresh))
+                await self._note_proof(fresh, asked_at)
                 catalog.switch_generation(fresh)
                 catalog.publish(pipeline)
         finally:
@@ -123,6 +113,7 @@ class Lifecycle:
         pipeline = catalog.pipeline(pipeline_id)
         async with pipeline.lock:
             self._still_there(pipeline)
+            asked_at = trio.current_time()
             models = await self.sources.resolve(pipeline.spec)
             old = await catalog.ensure_loaded(pipeline)
             if old is not None and await trio.to_thread.run_sync(old.manifest.models.__eq__, models):
@@ -144,6 +135,7 @@ class Lifecycle:
                     async with catalog.bind_gate.withdrawn(pipeline.id):
                         kept = await self._share(old, new) if old is not None else {}
                         await self._record(new, kept)
+                        await self._note_proof(new, asked_at)
                         catalog.switch_generation(new, kept)
                 except IndexStuck:
                     raise  # the daemon ends: the next one finds out which generation it is to be
@@ -167,6 +159,14 @@ class Lifecycle:
                 if not old.handles:
                     await self.drop_generation(old)
         return True
+
+    async def _note_proof(self, generation: Generation, asked_at: float) -> None:
+        """Tell a regional tier that the sources were just read by the pipeline's own credentials."""
+        regional = self._reads.filler.regional
+        if regional is not None:
+            for model in range(len(generation.manifest.models)):
+                origin = await trio.to_thread.run_sync(generation.origin, model)
+                regional.access.proved(generation.pipeline.id, model, origin, asked_at)
 
     async def _share(self, old: Generation, new: Generation) -> dict[int, SharedFile]:
         """Return the complete files of ``old`` that ``new`` takes over, by their index in ``new``."""
@@ -389,40 +389,6 @@ class Lifecycle:
             pipeline.spec = spec
             pipeline.uncached = None  # what the old one refused is asked anew
             pipeline.changed()
-
-    async def verify(
-        self, pipeline_id: str, progress: Callable[[int, int], None], rate: float | None = None
-    ) -> VerifyReport:
-        """Read every complete file again and compare its digest; fetch again what is wrong.
-
-        Reads go past the page cache, at most ``rate`` bytes per second. ``progress(bytes done, bytes in all)`` is
-        called on the trio thread.
-        """
-        pipeline = self._catalog.pipeline(pipeline_id)
-        generation = await self._catalog.ensure_loaded(pipeline)
-        if generation is None:
-            raise pipeline.failure.error if pipeline.failure else StoreDamaged(f"{pipeline_id} has no manifest")
-        files = [file for file in generation.files if file.complete]
-        total, done, healed, unproven = sum(file.size for file in files), 0, [], []
-        pace = Pace(rate)
-        with self._reads.using(generation):
-            for file in files:
-                if file.entry.file.digest is None:
-                    unproven.append(file.entry.path)
-                began = done
-
-                def read(count: int) -> None:
-                    nonlocal done
-                    done += count
-                    progress(done, total)
-
-                problem = await rehash(self._catalog.store, file, pace.wait, read)
-                done = began + file.size
-                progress(done, total)
-                if problem is not None and self._catalog.file(file.key) is file:
-                    healed.append(file.entry.path)
-                    await self._reads.replace_damaged(file, problem, wanted=True, found_by="verify")
-        return VerifyReport(files=len(files), bytes=total, healed=tuple(healed), unproven=tuple(unproven))
 
     # -- steps -----------------------------------------------------------------------------------------------------
 

@@ -310,7 +310,7 @@ class Dispatcher:
             nonlocal latest
             latest = (done, total)
 
-        change = self._start_change(lambda: self._library.lifecycle.verify(pipeline, progress, rate))
+        change = self._start_change(lambda: self._library.verifier.verify(pipeline, progress, rate))
         while not change.finished.is_set():
             with trio.move_on_after(1.0) as waiting:
                 await change.finished.wait()

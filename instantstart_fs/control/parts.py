@@ -72,6 +72,11 @@ class Lifecycle(Protocol):
     """See admin.lifecycle.Lifecycle."""
 
     async def set_pinned(self, pipeline_id: str, pinned: bool) -> None: ...
+
+
+class Verifier(Protocol):
+    """See admin.verification.Verifier."""
+
     async def verify(
         self, pipeline_id: str, progress: Callable[[int, int], None], rate: float | None = None
     ) -> Report: ...
@@ -130,6 +135,8 @@ class Parts(Protocol):
     def admin(self) -> Administration: ...
     @property
     def lifecycle(self) -> Lifecycle: ...
+    @property
+    def verifier(self) -> Verifier: ...
     @property
     def origin_checks(self) -> OriginChecks: ...
     @property

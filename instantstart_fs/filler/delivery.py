@@ -115,7 +115,7 @@ class DeliveryEvents(Protocol):
 class Delivery:
     """Delivers requests while ``run`` runs, on the trio thread."""
 
-    def __init__(self, store: BlobStore, settings: FillSettings, locator: Locator) -> None:
+    def __init__(self, store: BlobStore, settings: FillSettings, locator: Locator, *, region: bool = False) -> None:
         self._settings = settings
         self._locator = locator
         self._events: DeliveryEvents
@@ -127,6 +127,7 @@ class Delivery:
                 connect_timeout=settings.connect_timeout,
                 stall_timeout=settings.stall_timeout,
                 pause_limit=settings.demand_pause,
+                region=region,
             ),
             self._on_report,
             self._on_death,

@@ -178,6 +178,8 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     hash_threads: int = 2
     slow_window: float = 60.0
     """Seconds in which fetch.READ_BYTES must come, once a body has begun."""
+    region: bool = False
+    """Whether chunks may come from a regional tier."""
 
 
 MOST_DESCRIPTORS = 64

@@ -7,6 +7,8 @@ An origin that does not answer refuses nobody: the pipeline was listed there, an
 outages. The origin is asked again RECHECK_REFUSAL later, and nobody waits for that. A refusal stands until the origin
 takes it back.
 
+Who lists a source to pin it has proved as much, so a pipeline that is used right after it was added asks nobody.
+
 An answer belongs to one Origin: a later pipeline of the same name, or a new generation, opens another one.
 """
 
@@ -29,18 +31,21 @@ log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 10.0
 RECHECK_REFUSAL = 60.0
+PROVED_SECONDS = 60.0
+"""How long the proof of a listing stands in for an answer: use may begin days after a pipeline was added."""
 MOST_ANSWERS = 2
 """The most answers of one model. An old generation may have readers beside the new one."""
 
 
 class _Answer(NamedTuple):
     """One answer. ``refusal`` is the reason, "" for a permission. ``known`` is False where the origin did not answer.
-    ``since_ns`` is the wall clock of the first of these answers."""
+    ``since_ns`` is the wall clock of the first of these answers. It counts for ``lasts`` seconds."""
 
     refusal: str
     known: bool
     asked_at: float
     since_ns: int
+    lasts: float
 
 
 class _Question:
@@ -96,6 +101,11 @@ class SourceAccess:
         for place in [place for place in self._answers if place[0] == pipeline]:
             del self._answers[place]
 
+    def proved(self, pipeline: str, model: int, origin: Origin, asked_at: float) -> None:
+        """Note that the source was listed, by the same credentials. ``asked_at`` is when that began."""
+        lasts = min(PROVED_SECONDS, self._allowed_for)
+        self._keep(pipeline, model, origin, _Answer("", True, asked_at, time.time_ns(), lasts))
+
     async def may_use(self, pipeline: str, model: int, origin: Origin) -> bool:
         """Whether the tier may serve this model's files. Nothing may be used while the region's tasks do not run."""
         place = pipeline, model, origin
@@ -132,14 +142,11 @@ class SourceAccess:
                 last = next(reversed(self._answers[pipeline, model].values()))
             same = last is not None and bool(last.refusal) == bool(refusal)
             since = last.since_ns if last is not None and same else time.time_ns()
-            answer = question.answer = _Answer(refusal, known, trio.current_time(), since)
+            lasts = self._allowed_for if known and not refusal else self._refused_for
+            answer = question.answer = _Answer(refusal, known, trio.current_time(), since, lasts)
             if forgets != self._forgets:
                 return
-            answers = self._answers.setdefault((pipeline, model), {})
-            answers.pop(origin, None)
-            answers[origin] = answer
-            if len(answers) > MOST_ANSWERS:
-                del answers[next(iter(answers))]
+            self._keep(pipeline, model, origin, answer)
             if refusal and not same:
                 log.warning(
                     "nothing is taken from the regional tier: the source refuses this pipeline (%s)",
@@ -149,6 +156,13 @@ class SourceAccess:
         finally:
             del self._asking[pipeline, model, origin]
             question.over.set()
+
+    def _keep(self, pipeline: str, model: int, origin: Origin, answer: _Answer) -> None:
+        answers = self._answers.setdefault((pipeline, model), {})
+        answers.pop(origin, None)
+        answers[origin] = answer
+        if len(answers) > MOST_ANSWERS:
+            del answers[next(iter(answers))]
 
     async def _ask(self, origin: Origin) -> str | None:
         """Return why the source is refused, "" where it is not; None where the origin does not say."""
@@ -189,5 +203,4 @@ class SourceAccess:
         return None
 
     def _is_old(self, answer: _Answer) -> bool:
-        lasts = self._allowed_for if answer.known and not answer.refusal else self._refused_for
-        return trio.current_time() - answer.asked_at >= lasts
+        return trio.current_time() - answer.asked_at >= answer.lasts

@@ -96,7 +96,7 @@ class Filler:
         self._tiers = tuple(tiers)
         self._plan: FillPlan[FileKey] = FillPlan(settings.connections, settings.demand_headroom)
         self._locator = Locator(settings.locate_timeout)
-        self._delivery = Delivery(store, settings, self._locator)
+        self._delivery = Delivery(store, settings, self._locator, region=region is not None)
         self._table = FillTable(self._plan, self._delivery, events)
         self._breakers = Breakers()
         self._origin_backoff = OriginBackoff(self._plan, self._table.fills, self._breakers, settings)

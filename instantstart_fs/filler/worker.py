@@ -11,6 +11,7 @@ under 120 MiB).
 
 from __future__ import annotations
 
+import importlib
 import mmap
 import os
 import queue
@@ -101,6 +102,7 @@ class Worker:
     def run(self) -> None:
         """Carry out orders until the daemon closes the socket."""
         self.report(Ready(os.getpid()))
+        self._prepare()
         while True:
             received, descriptors, flags = fd_passing.receive(self._connection, MAX_MESSAGE, MOST_DESCRIPTORS)
             if not received:
@@ -110,6 +112,13 @@ class Worker:
             numbers = iter(descriptors)
             for order in decode_orders(received):
                 self._obey(order, numbers)
+
+    def _prepare(self) -> None:
+        """Import what the first fetch would. A daemon waits for the first worker to be ready, so not before it is."""
+        importlib.import_module("encodings.idna")  # by each first look at a host's name
+        if self._settings.region:
+            for name in ("instantstart_fs.filler.pieces", "instantstart_fs.regional.keys"):
+                importlib.import_module(name)
 
     def _obey(self, what: Order, descriptors: Iterator[int]) -> None:
         match what:

@@ -65,7 +65,8 @@ class Origin(Protocol):
     def key(self) -> OriginKey: ...
 
     def resolve(self) -> ModelManifest:
-        """List and pin all files (include/exclude applied). Names are validated. Raises OriginError, InvalidName."""
+        """List and pin all files (include/exclude applied), and prove what ``check`` does. Names are validated. Raises
+        OriginError, InvalidName."""
         ...
 
     def locate(self, file: ManifestFile) -> Location:

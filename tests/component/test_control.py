@@ -92,7 +92,7 @@ class FakeLibrary:
         self.done = trio.Event()
         self.lease_count = 0
         self.tokens: set[str] = set()
-        self.admin = self.lifecycle = self.origin_checks = self.cold_starts = self
+        self.admin = self.lifecycle = self.verifier = self.origin_checks = self.cold_starts = self
         self.warming = self.pipelines = self.leases = self
         self.handover = FakeHandover([("a", b"one")])
         self.lease_changed = trio.Event()

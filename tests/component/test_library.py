@@ -233,7 +233,7 @@ async def test_verify_heals_what_rotted(tmp_path: Path) -> None:
         os.unlink(tmp_path / "store/slots/p/1/files/model-2-of-2.safetensors")
         before = find(library, "p", "model-2-of-2.safetensors")
         seen: list[tuple[int, int]] = []
-        report = await library.lifecycle.verify("p", lambda done, total: seen.append((done, total)))
+        report = await library.verifier.verify("p", lambda done, total: seen.append((done, total)))
         assert report.healed == ("model-2-of-2.safetensors",)
         assert seen[-1][0] == seen[-1][1] == report.bytes
         await wait_state(library, "p", "unverified")

@@ -91,7 +91,7 @@ async def test_what_is_being_verified_is_in_use(tmp_path: Path, monkeypatch: pyt
         healed: list[tuple[str, ...]] = []
 
         async def verify() -> None:
-            healed.append((await library.lifecycle.verify("p", lambda done, total: None)).healed)
+            healed.append((await library.verifier.verify("p", lambda done, total: None)).healed)
 
         nursery.start_soon(verify)
         await gate.reached()
@@ -114,7 +114,7 @@ async def test_an_update_during_verify_drops_the_old_generation_in_the_end(
         await library.warming.warm("p")
         await wait_state(library, "p", "unverified")
         gate = Gate(monkeypatch, BlobStore, "existing_blob", once=True)
-        nursery.start_soon(library.lifecycle.verify, "p", lambda done, total: None)
+        nursery.start_soon(library.verifier.verify, "p", lambda done, total: None)
         await gate.reached()
         (source / "config.json").write_bytes(b'{"a": 2}')
         assert (await library.admin.update("p")).generation == 2

@@ -12,7 +12,7 @@ import trio.testing
 from huggingface_hub import set_client_factory
 
 from instantstart_fs.errors import AccessRefused, OriginThrottled
-from instantstart_fs.filler.region_access import RECHECK_REFUSAL, SourceAccess
+from instantstart_fs.filler.region_access import PROVED_SECONDS, RECHECK_REFUSAL, SourceAccess
 from instantstart_fs.origins.hubclient import new_client
 from tests.component.open_origins import open_origin
 from tests.component.region_site import Source
@@ -102,6 +102,19 @@ async def test_a_refusal_stands_until_the_origin_takes_it_back(monkeypatch: pyte
         assert await access.may_use("p", 0, source) and access.refusal("p") is None
         later.ahead += 1e6
         assert await access.may_use("p", 0, source) and source.asked == 3, "a permission lasts"
+
+
+@pytest.mark.parametrize("recheck", [None, 10.0])
+async def test_who_was_listed_a_moment_ago_is_not_asked(monkeypatch: pytest.MonkeyPatch, recheck: float | None) -> None:
+    """A listing proves what a question would, for as long as an answer may last at most, and a minute."""
+    later, source, another = Later(monkeypatch), Source(REFUSED), Source(REFUSED)
+    async with trio.open_nursery() as nursery:
+        access = SourceAccess(recheck, lambda: nursery)
+        access.proved("p", 0, source, trio.current_time())
+        assert await access.may_use("p", 0, source) and source.asked == 0
+        assert not await access.may_use("p", 0, another), "of other credentials it says nothing"
+        later.ahead += 10.0 if recheck else PROVED_SECONDS
+        assert not await access.may_use("p", 0, source) and source.asked == 1
 
 
 async def test_an_answer_is_worth_nothing_to_a_later_pipeline_of_that_name() -> None:

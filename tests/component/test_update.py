@@ -85,7 +85,7 @@ async def test_only_what_has_changed_is_fetched_again(tmp_path: Path, hub: HubSe
         await wait_state(library, "p", "warm")
         library.mounted.release(held)
         await wait_gone(tmp_path / "store/slots/p/1")
-        report = await library.lifecycle.verify("p", lambda done, total: None)
+        report = await library.verifier.verify("p", lambda done, total: None)
         assert (report.healed, report.unproven) == ((), ())
         # (The files that went are gone from the disk: nothing keeps their space.)
         assert library.inventory.candidates()[0].bytes <= allocated + 2 * 4096
@@ -192,7 +192,7 @@ async def test_what_a_crash_in_an_update_leaves(
         await library.admin.update("p")
         await library.warming.warm("p")
         await wait_state(library, "p", "warm")
-        assert (await library.lifecycle.verify("p", lambda done, total: None)).healed == ()
+        assert (await library.verifier.verify("p", lambda done, total: None)).healed == ()
     assert set(bodies(hub)) <= {"config.json", "added.json"}
 
 
@@ -201,7 +201,7 @@ async def found_bad(library: Library, path: Path) -> None:
     data[3 * MIB // 2] ^= 1
     with path.open("r+b") as file:
         file.write(data)
-    assert (await library.lifecycle.verify("p", lambda done, total: None)).healed == (path.name,)
+    assert (await library.verifier.verify("p", lambda done, total: None)).healed == (path.name,)
 
 
 async def test_what_rots_is_dropped_in_every_generation_that_shares_it(tmp_path: Path, hub: HubServer) -> None:
@@ -242,4 +242,4 @@ async def test_what_is_found_bad_while_it_is_taken_over_is_bad_there(
         await library.warming.warm("p")
         await wait_state(library, "p", "warm")
         assert await read_all(library, "p", SHARDS[0]) == (old / SHARDS[0]).read_bytes()
-        assert (await library.lifecycle.verify("p", lambda done, total: None)).healed == ()
+        assert (await library.verifier.verify("p", lambda done, total: None)).healed == ()
