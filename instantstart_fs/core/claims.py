@@ -167,8 +167,8 @@ class ClaimState(enum.Enum):
 
 
 class ClaimBudget:
-    """How much of a pipeline one host may have in hand: under its claims and not in the tier yet. Little at first, and
-    as long as others pull, too.
+    """How much of a pipeline one host may have in hand: under its claims and not here, and where others pull, too, here
+    and not in the tier. They wait for that; a host alone is not to wait for a tier that is slower than the origin.
 
     Hosts that start together see no claims of one another. Who takes much at once then takes all of a small pipeline,
     and the others watch; of a slow origin it has too much in hand for long. So each starts with one group, and doubles
@@ -205,14 +205,15 @@ class ClaimBudget:
     def _set(self, chunks: int, now: float) -> None:
         self._now, self._since, self._claims = chunks, now, 0
 
-    def left(self, holding: int) -> int:
-        """Chunks that may be claimed beside the ``holding`` that are in hand."""
-        return self._now - holding
+    def left(self, pulling: int, putting: int = 0) -> int:
+        """Chunks that may be claimed beside those ``pulling``, under claims and not here, and those ``putting``, here
+        and not in the tier."""
+        return self._now - pulling - (putting if self._others else 0)
 
-    def due(self, holding: int) -> int:
+    def due(self, pulling: int, putting: int = 0) -> int:
         """Chunks to claim now, where nobody waits for them: what is left, once that is half a group. Who claims a whole
         group as soon as one chunk has come has nearly two in hand, and a host that dies costs that much."""
-        left = self.left(holding)
+        left = self.left(pulling, putting)
         return left if 2 * left >= self._group else 0
 
 

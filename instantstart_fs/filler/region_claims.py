@@ -278,19 +278,18 @@ class Claims:
         self._budgets[pipeline].looked(now, others=others)
 
     def _due(self, follow: Follow) -> int:
-        budget, holding = self._budgets[follow.key.pipeline], self._holding(follow)
-        return budget.left(holding) if follow.pull.has_readers else budget.due(holding)
+        budget, in_hand = self._budgets[follow.key.pipeline], self._in_hand(follow.key.pipeline)
+        return budget.left(*in_hand) if follow.pull.has_readers else budget.due(*in_hand)
 
-    def _holding(self, follow: Follow) -> int:
-        """Chunks of the whole pipeline that are pulled again should this host die: under its claims and not here, or
-        here and not in the tier. Where puts wait for ``rate`` or for a tier that takes none, those do not count: the
-        origin is not to wait for that."""
-        pipeline, puts = follow.key.pipeline, self._settings.rate.rate is None and self._tiers.takes_writes()
-        holding = sum(one.pull.holding for one in self._following if one.key.pipeline == pipeline)
-        if puts:
-            claimed = self._following | self._claiming
-            holding += sum(len(one.to_put) for one in claimed if one.key.pipeline == pipeline)
-        return holding
+    def _in_hand(self, pipeline: str) -> tuple[int, int]:
+        """Chunks of the pipeline that are pulled again should this host die: under its claims and not here, and here
+        and not in the tier. Where puts wait for ``rate`` or for a tier that takes none, those are none: the origin is
+        not to wait for that."""
+        pulling = sum(one.pull.holding for one in self._following if one.key.pipeline == pipeline)
+        if self._settings.rate.rate is not None or not self._tiers.takes_writes():
+            return pulling, 0
+        claimed = self._following | self._claiming
+        return pulling, sum(len(one.to_put) for one in claimed if one.key.pipeline == pipeline)
 
     def _saw(self, follow: Follow, group: int, epoch: int, mark: ClaimMark | str) -> None:
         pull, now = follow.pull, trio.current_time()

@@ -574,9 +574,9 @@ def test_a_host_alone_has_more_in_hand_as_it_gets_on() -> None:
     assert alone.left(0) == 32
     for now in range(6, 10):
         alone.claimed(now)
-    assert alone.left(0) == 32
+    assert alone.left(0) == alone.left(0, putting=100) == 32
     alone.looked(10, others=1)
-    assert alone.left(8) == 0
+    assert alone.left(8) == alone.left(0, putting=8) == 0
     alone.looked(11, others=0)
     alone.claimed(11)
     assert alone.left(0) == 8
