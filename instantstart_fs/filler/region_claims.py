@@ -58,14 +58,22 @@ WINDOW = 32
 
 
 class Claims:
-    """Follows files in the tiers. On the trio thread. ``hosts`` is how many hosts the region has now. ``won`` and
-    ``lost`` count claims."""
+    """Follows files in the tiers. On the trio thread. ``hosts`` is how many hosts the region has now, ``putting`` how
+    many chunks of a pipeline are here and in the tier soon. ``won`` and ``lost`` count claims."""
 
-    def __init__(self, settings: RegionSettings, tiers: Tiers, routes: Routes, hosts: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        settings: RegionSettings,
+        tiers: Tiers,
+        routes: Routes,
+        hosts: Callable[[], int],
+        putting: Callable[[str], int],
+    ) -> None:
         self._settings = settings
         self._tiers = tiers
         self._routes = routes
         self._hosts = hosts
+        self._putting = putting
         self._waiting: deque[Follow] = deque()
         self._parked: deque[Follow] = deque()
         self._asking = 0
@@ -278,18 +286,12 @@ class Claims:
         self._budgets[pipeline].looked(now, others=others)
 
     def _due(self, follow: Follow) -> int:
-        budget, in_hand = self._budgets[follow.key.pipeline], self._in_hand(follow.key.pipeline)
-        return budget.left(*in_hand) if follow.pull.has_readers else budget.due(*in_hand)
-
-    def _in_hand(self, pipeline: str) -> tuple[int, int]:
-        """Chunks of the pipeline that are pulled again should this host die: under its claims and not here, and here
-        and not in the tier. Where puts wait for ``rate`` or for a tier that takes none, those are none: the origin is
-        not to wait for that."""
+        pipeline = follow.key.pipeline
+        budget = self._budgets[pipeline]
         pulling = sum(one.pull.holding for one in self._following if one.key.pipeline == pipeline)
-        if self._settings.rate.rate is not None or not self._tiers.takes_writes():
-            return pulling, 0
-        claimed = self._following | self._claiming
-        return pulling, sum(len(one.to_put) for one in claimed if one.key.pipeline == pipeline)
+        if follow.pull.has_readers:  # no reader waits for a put
+            return budget.left(pulling)
+        return budget.due(pulling, self._putting(pipeline))
 
     def _saw(self, follow: Follow, group: int, epoch: int, mark: ClaimMark | str) -> None:
         pull, now = follow.pull, trio.current_time()

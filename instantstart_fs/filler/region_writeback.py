@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 import trio
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 PUTS = 4
 """The most chunks that are put at once."""
+BEHIND_SECONDS = 4.0
+"""When a chunk has waited so long for its put to begin, the tier is slower than what fills it."""
 MOST_OPEN = 1000
 """The most files that are written back at once. Each needs a descriptor. Where the tier, or ``rate``, is slower than
 the origin, many small files would otherwise take all descriptors that the daemon may have."""
@@ -87,7 +89,10 @@ class WriteBack:
         self._settings = settings
         self._tiers = tiers
         self.detached: set[Follow] = set()
-        self._queue: deque[tuple[Follow, int]] = deque()
+        self._queue: deque[tuple[Follow, int, float]] = deque()
+        """What is to be put, since when."""
+        self._putting: Counter[str] = Counter()
+        """By pipeline, chunks of files of several groups that are queued or being put."""
         self._open: set[Follow] = set()
         """Files with a descriptor, and some that have closed theirs."""
         self._sealing: set[Follow] = set()
@@ -100,6 +105,14 @@ class WriteBack:
     @property
     def pending(self) -> int:
         return len(self._queue)
+
+    def putting(self, pipeline: str) -> int:
+        """Chunks of the pipeline that others wait for, and that are in the tier soon. None where puts are behind, wait
+        for ``rate`` or are not taken: then nothing is to wait for them."""
+        behind = self._queue and trio.current_time() - self._queue[0][2] > BEHIND_SECONDS
+        if behind or self._settings.rate.rate is not None or not self._tiers.takes_writes():
+            return 0
+        return self._putting[pipeline]
 
     def add(self, follow: Follow, chunk: int) -> None:
         if not self._settings.write_back or follow.state == "off" or (follow.target.blob is None and follow.fd < 0):
@@ -114,7 +127,9 @@ class WriteBack:
                 return
             self._open.add(follow)
         follow.to_put.add(chunk)
-        self._queue.append((follow, chunk))
+        self._queue.append((follow, chunk, trio.current_time()))
+        if follow.pull.groups > 1:
+            self._putting[follow.key.pipeline] += 1
         more, self._more = self._more, trio.Event()
         more.set()
 
@@ -131,11 +146,9 @@ class WriteBack:
         while True:
             while not self._queue:
                 await self._more.wait()
-            follow, chunk = self._queue.popleft()
-            if chunk not in follow.to_put:
-                continue
+            follow, chunk, _ = self._queue.popleft()
             try:
-                if not self._tiers.own.is_broken() and self._tiers.takes_writes():
+                if chunk in follow.to_put and not self._tiers.own.is_broken() and self._tiers.takes_writes():
                     await self._put_chunk(follow, chunk)
                     self._tiers.writes.succeeded()
             except InstantStartError as error:
@@ -146,9 +159,18 @@ class WriteBack:
                 log.exception("a chunk was not written", extra={"pipeline": follow.key.pipeline})
                 self._failed(follow, type(error).__name__)
             finally:
+                self._ended(follow)
                 follow.to_put.discard(chunk)
-                follow.changed.set()
                 self.check_done(follow)
+
+    def _ended(self, follow: Follow) -> None:
+        """A chunk of this file is no longer queued or being put."""
+        pipeline = follow.key.pipeline
+        if follow.pull.groups > 1:
+            self._putting[pipeline] -= 1
+            if not self._putting[pipeline]:
+                del self._putting[pipeline]
+        follow.changed.set()
 
     def _failed(self, follow: Follow, why: str) -> None:
         log.warning("a chunk was not written to the regional tier: %s", why, extra={"pipeline": follow.key.pipeline})

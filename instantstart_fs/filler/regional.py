@@ -83,10 +83,10 @@ class Regional:
 
             self.rack = RackLevel(settings, plan, table)
         self._routes = FileRoutes(self._tiers, plan, table, delivery, self.rack)
-        self._claims = Claims(settings, self._tiers, self._routes, lambda: self.hosts)
+        self._writeback = WriteBack(settings, self._tiers)
+        self._claims = Claims(settings, self._tiers, self._routes, lambda: self.hosts, self._writeback.putting)
         self._routes.ask_again = self._claims.start
         self.access = self._claims.access
-        self._writeback = WriteBack(settings, self._tiers)
         self.reads = TierReads(self._tiers, self._claims, self._routes, self._places)
         self._patience: dict[OriginKey, Patience] = {}
         self._follows = self._routes.follows

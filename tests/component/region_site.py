@@ -90,7 +90,9 @@ class RegionSite:
         self.slots: dict[str, str] = {}
         self.tiers = Tiers(self.settings)
         self.routes = Routes()
-        self.claims = Claims(self.settings, self.tiers, self.routes, lambda: 1)
+        self.putting = 0
+        """Chunks of any pipeline that are soon in the tier."""
+        self.claims = Claims(self.settings, self.tiers, self.routes, lambda: 1, lambda pipeline: self.putting)
         self.reads = TierReads(self.tiers, self.claims, self.routes, self.places)
 
     def places(self, pipeline: str, entry: FileEntry, chunk_size: int) -> list[Place]:

@@ -16,7 +16,7 @@ from instantstart_fs.core.region import GROUP_CHUNKS, PullPlan
 from instantstart_fs.errors import AccessRefused, InstantStartError, OriginUnavailable
 from instantstart_fs.filler import region_claims
 from instantstart_fs.filler.region_claims import MOST_ASKED, MOST_FOLLOWED
-from instantstart_fs.filler.region_follow import Follow, WriteRate
+from instantstart_fs.filler.region_follow import Follow
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.filler.target import FileKey
 from instantstart_fs.regional.directory import DirectoryStore
@@ -90,17 +90,18 @@ async def test_files_whose_records_alone_fail_do_not_stop_the_others(
         assert good.state == "sealed"
 
 
-@pytest.mark.parametrize(("rate", "others"), [(None, 1), (None, 0), (1, 1)])
+@pytest.mark.parametrize(
+    ("others", "reader", "waits"), [(1, False, True), (0, False, False), (1, True, False)], ids=["", "alone", "reader"]
+)
 async def test_what_is_here_and_not_in_the_tier_is_in_hand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: int | None, others: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int, reader: bool, waits: bool
 ) -> None:
-    """Others wait for it, and pull it again should this host die. What waits for ``rate``, and what nobody waits for,
-    holds no claim up."""
+    """Others wait for it, and pull it again should this host die. A reader waits for no put, nor does a host alone."""
     monkeypatch.setattr(region_claims, "LIST_SECONDS", 0.02)
     monkeypatch.setattr(region_claims, "LONE_BUDGET", GROUP_CHUNKS)
     monkeypatch.setattr(PullPlan, "others", lambda *_: others)
     store = Odd(str(tmp_path), OriginUnavailable("it never is"))
-    async with region(tmp_path, store, rate=WriteRate(rate)) as site:
+    async with region(tmp_path, store) as site:
         site.slots["p"] = "a" * 32
         one = follow(site, 0, bytes(4 * GROUP_CHUNKS * CHUNK), sealed=False)
         site.claims.start(one)
@@ -112,21 +113,25 @@ async def test_what_is_here_and_not_in_the_tier_is_in_hand(
 
         await claimed(1)
         group = one.pull.held()[0][0]
+        site.putting = 100 * GROUP_CHUNKS if reader else GROUP_CHUNKS
+        wanted = (group + 1) % one.pull.groups
+        if reader:
+            one.pull.demand([wanted * GROUP_CHUNKS], trio.current_time())
+        one.to_put.add(group * GROUP_CHUNKS)  # so that the claim stays
         for chunk in range(group * GROUP_CHUNKS, (group + 1) * GROUP_CHUNKS):
-            one.to_put.add(chunk)
             one.pull.came(chunk)
         one.changed.set()
-        if rate is None and others:
+        if waits:
             looks = store.asked
             with trio.fail_after(20):
                 while store.asked < looks + 6:
                     await trio.sleep(0.005)
             assert len(one.pull.held()) == 1
-            for chunk in sorted(one.to_put)[: GROUP_CHUNKS // 2]:
-                one.to_put.discard(chunk)
+            site.putting = GROUP_CHUNKS // 2
             one.changed.set()
         await claimed(2)
         assert len(one.pull.held()) == 2
+        assert not reader or wanted in [held for held, *_ in one.pull.held()]
 
 
 def test_what_comes_from_elsewhere_ends_the_tiers_request_for_it(tmp_path: Path) -> None:

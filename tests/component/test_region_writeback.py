@@ -18,11 +18,13 @@ from instantstart_fs.core.chunks import ChunkMap
 from instantstart_fs.core.claims import ClaimState
 from instantstart_fs.core.manifest import FileEntry, ManifestFile
 from instantstart_fs.core.patience import Patience
-from instantstart_fs.core.region import PullPlan
+from instantstart_fs.core.region import GROUP_CHUNKS, PullPlan
 from instantstart_fs.errors import InstantStartError, OriginUnavailable, OriginUnsupported
+from instantstart_fs.filler import region_writeback
 from instantstart_fs.filler.region_claims import CLAIM_TRIES
 from instantstart_fs.filler.region_follow import Follow, Place, RegionSettings, WriteRate
 from instantstart_fs.filler.region_records import MARK_AGAIN_SECONDS, MARK_SECONDS
+from instantstart_fs.filler.region_writeback import PUTS
 from instantstart_fs.filler.regional import Regional
 from instantstart_fs.filler.target import FileKey, FillTarget
 from instantstart_fs.regional.directory import DirectoryStore
@@ -60,7 +62,7 @@ class Host:
     """A real Regional, and files in it, without what fetches."""
 
     def __init__(self, directory: Path, **more: Any) -> None:
-        (directory / "tier").mkdir()
+        (directory / "tier").mkdir(parents=True)
         self.directory = directory
         self.store = Store(str(directory / "tier"))
         self.settings = RegionSettings("here", KEY, (self.store,), (KEY,), **more)
@@ -148,6 +150,34 @@ async def test_a_file_that_is_let_go_of_meanwhile_puts_no_bytes_of_another(tmp_p
         host.writeback.add(again, 1)
         await until(lambda: 1 in again.put and not again.to_put)
         assert host.there() == {1: OWN[CHUNK:]}
+
+
+async def test_what_waits_for_its_put_is_told_unless_that_takes_long(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claims wait for what is in the tier soon. They wait neither for a tier that is slower than the origin nor for
+    ``rate``, nor are the many files of a single group counted."""
+    content = bytes(range(PUTS + GROUP_CHUNKS + 1)) * CHUNK
+    async with host.running():
+        host.store.held.clear()
+        follow, small = host.file(content), host.file(OWN, 1)
+        for chunk in range(follow.pull.chunks):
+            host.writeback.add(follow, chunk)
+        host.writeback.add(small, 0)
+        await until(lambda: host.writeback.pending == follow.pull.chunks + 1 - PUTS)
+        assert host.writeback.putting("p") == follow.pull.chunks and not host.writeback.putting("q")
+        with monkeypatch.context() as patch:
+            patch.setattr(region_writeback, "BEHIND_SECONDS", 0.0)
+            await trio.sleep(0.001)
+            assert not host.writeback.putting("p")
+        assert host.writeback.putting("p")
+        host.poison(follow)
+        host.store.held.set()
+        await until(lambda: not host.writeback.pending and not host.writeback.putting("p"))
+    slow = Host(tmp_path / "slow", rate=WriteRate(1))
+    async with slow.running():
+        slow.writeback.add(slow.file(content), 0)
+        assert not slow.writeback.putting("p")
 
 
 async def test_while_a_put_runs_its_file_may_be_closed(host: Host, tmp_path: Path) -> None:
