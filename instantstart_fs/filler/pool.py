@@ -49,8 +49,9 @@ SILENCE_SECONDS = 60.0
 """A worker that answers no ping for this long is killed. Long, since pwrite may wait for a disk for tens of seconds."""
 READY_SECONDS = 30.0
 GOODBYE_SECONDS = 3.0
-START_SECONDS = 60.0
-"""Seconds for the first worker to be ready. One that hangs is killed after READY_SECONDS, and another one tries."""
+START_SECONDS = 100.0
+"""Seconds for the first worker to be ready. One that hangs is killed after READY_SECONDS, and another one tries: a
+machine that is merely slow has three tries. Less than the unit's TimeoutStartSec, so that it is said what was wrong."""
 START_DEATHS = 8
 """In a row of each place, without any worker that was ever ready: after about 10 s it is no want of the moment."""
 MAX_REPORT = 64 * 1024
@@ -230,6 +231,8 @@ class WorkerPool:
 
     def _why_none(self) -> str:
         probe = f"{sys.executable} -c 'import {WORKER}'"
+        if not self.deaths:
+            return f"no fetch worker was ready within {START_SECONDS:g} s: is this machine overloaded? Try `{probe}`"
         return (
             f"no fetch worker starts: {self.deaths} have ended before they were ready, {self._last_end}; the log has "
             f"what they said. Try `{probe}`: if that fails, install instantstart-fs again"

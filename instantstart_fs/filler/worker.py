@@ -11,6 +11,7 @@ under 120 MiB).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import mmap
 import os
@@ -114,10 +115,13 @@ class Worker:
                 self._obey(order, numbers)
 
     def _prepare(self) -> None:
-        """Import what the first fetch would. A daemon waits for the first worker to be ready, so not before it is."""
-        importlib.import_module("encodings.idna")  # by each first look at a host's name
+        """Import what the first fetch would. A daemon waits for the first worker to be ready, so not before it is.
+        What cannot be imported is said by the fetches that need it."""
+        names = ["encodings.idna"]  # by each first look at a host's name
         if self._settings.region:
-            for name in ("instantstart_fs.filler.pieces", "instantstart_fs.regional.keys"):
+            names += ["instantstart_fs.filler.pieces", "instantstart_fs.regional.keys"]
+        for name in names:
+            with contextlib.suppress(ImportError):
                 importlib.import_module(name)
 
     def _obey(self, what: Order, descriptors: Iterator[int]) -> None:
