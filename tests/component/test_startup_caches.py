@@ -160,6 +160,7 @@ async def test_who_is_refused_by_the_source_gets_no_startup_cache_from_the_regio
         await added(library, tmp_path)
         startup = library.startup
         put(await place_of(library), valid(70_000), "there")
+        library.filler.regional.forget("p")  # type: ignore[union-attr]  # as if it had been listed a minute ago
         offer = await startup.offer("p", KEY, 0, restore=True)
         assert (offer.choice.outcome, offer.pack) == ("first", -1)
         refused = False
