@@ -754,24 +754,29 @@ async def test_what_engines_failed_with_is_left_out_and_does_not_come_back_from_
         assert suspects.of("p") == (), "another may have its number"
 
 
+@contextlib.contextmanager
+def its_end_failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A save's directory comes to its place; then the parent's fsync fails."""
+    sync = on_disk._sync
+
+    def fails(directory: str) -> None:
+        sync(directory)
+        if directory.endswith("/startup"):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(on_disk, "_sync", fails)
+        yield
+
+
 async def test_what_is_kept_though_its_end_failed_does_not_block_the_next_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The directory is in its place; the parent's fsync fails."""
     async with running(tmp_path) as library:
         await added(library, tmp_path)
         await save(library, valid(100))
-        sync = on_disk._sync
-
-        def fails(directory: str) -> None:
-            sync(directory)
-            if directory.endswith("/startup"):
-                raise OSError(errno.EIO, "Input/output error")
-
-        monkeypatch.setattr(on_disk, "_sync", fails)
-        with pytest.raises(StoreError):
+        with its_end_failing(monkeypatch), pytest.raises(StoreError):
             await save(library, valid(200))
-        monkeypatch.undo()
         assert (await save(library, valid(300))).number == 3
 
 
@@ -806,17 +811,8 @@ async def test_what_may_be_on_the_disk_counts_until_it_is_read_again(
     async with running(tmp_path) as library:
         await added(library, tmp_path)
         pipeline, raw = library.catalog.pipelines["p"], valid(70_000)
-        sync = on_disk._sync
-
-        def fails(directory: str) -> None:
-            sync(directory)
-            if directory.endswith("/startup"):
-                raise OSError(errno.EIO, "Input/output error")
-
-        monkeypatch.setattr(on_disk, "_sync", fails)
-        with pytest.raises(StoreError):
+        with its_end_failing(monkeypatch), pytest.raises(StoreError):
             await save(library, raw)
-        monkeypatch.undo()
         takes = on_disk.taken(of(raw))
         assert pipeline.startup_bytes == counted(library) == takes, "it is in its place"
         (record,) = await library.startup.records("p")
