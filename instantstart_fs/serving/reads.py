@@ -33,7 +33,7 @@ from instantstart_fs.errors import (
     StoreFull,
 )
 from instantstart_fs.filler.scheduler import Filler
-from instantstart_fs.filler.target import FillTarget
+from instantstart_fs.filler.target import FileState, FillTarget
 from instantstart_fs.index.access_times import AccessTimes
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
@@ -475,19 +475,28 @@ class Reads:
                 del file, generation  # the next may be long in coming
 
     async def reset_failures(self, generation: Generation) -> None:
-        """Let files that failed for good be fetched again at once: `warm` or `update` asks on purpose."""
+        """Let files that failed for good be fetched again at once: `warm` or `update` asks on purpose.
+
+        Not one whose wrong bytes are not deleted yet: the next incarnation is fetched as soon as they are.
+        """
         pipeline = generation.pipeline
         self.filler.reset_failures(pipeline.id)
         self._fill_events.reset_incidents(pipeline)
-        failed = [file for file in generation.files if file.target is not None and file.target.failed]
+        failed = [file for file in generation.files if _failed(file.target)]
         if failed:
             await self.filler.wait_quiet(pipeline.id)
         for file in failed:
-            if file.target is not None and file.target.failed:
+            if file.target is not None and _failed(file.target):
                 file.bitmap = file.target.durable.to_bytes()
                 drop_target(file)
                 pipeline.leftovers = True
         pipeline.failure = None
+
+
+def _failed(target: FillTarget | None) -> bool:
+    """Whether a new target may take the place of this one, which has failed. A poisoned one keeps its place until the
+    committer has deleted its bytes: they would be served again, and what came after them would be deleted with them."""
+    return target is not None and target.failed and target.state is not FileState.POISONED
 
 
 def _record_nodeid(file: CachedFile, txn: WriteTxn) -> None:
