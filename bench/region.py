@@ -1,15 +1,18 @@
 """A fresh host of a warm region: how fast is its fill, against a bare client of the same server, and what does it cost?
 
-    scripts/bench region [--sizes 512MiB 2GiB] [--shards 4] [--rounds 3] [--files 3000]
+    scripts/bench region [--sizes 512MiB 2GiB] [--links 2gbit 20gbit] [--shards 4] [--rounds 3] [--files 3000]
 
-Real daemons in network namespaces and a SeaweedFS with three volume servers (tests/region.py), without limits of rate.
+Real daemons in network namespaces and a SeaweedFS with three volume servers (tests/region.py). ``--links``: the rate of
+each host's link and of the hub's. Two processors do not fill one of 20gbit: then the processor time of the server and
+of the host together is the limit, as in no region, where they are different machines. They do fill one of 2gbit: that
+is what a fresh host meets.
+
 `origin` fills from the hub on a host without a region, `empty tier` on the first host of one (once). `tier` is a fresh
 host of a region in which one host has put all of it; no byte comes from the hub. `bare client` fetches the same objects
 from the same server (bench/bare_client.py: two processes, 16 connections, no hashing, no fsync, no store). Processor
-seconds are of the daemon and its fetch processes, from before the fill to its end. All of it shares this machine's
-processors: ratios count. Two sizes tell what a fill costs by itself from what each byte costs. Memory is written to and
-freed before each fill (common.back_memory): in a virtual machine its first touch may cost more than the fill. That is
-good for sizes up to 700 MiB.
+seconds are of the daemon and its fetch processes, from before the fill to its end. Ratios count. Two sizes tell what a
+fill costs by itself from what each byte costs. Memory is written to and freed before each fill (common.back_memory): in
+a virtual machine its first touch may cost more than the fill. That is good for sizes up to 700 MiB.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ from bench.daemon import children, cpu_seconds
 from instantstart_fs.regional.stores import open_store
 from tests.region import BUCKET, PREFIX, Region, RegionHost
 
-FAST = "20gbit"
 CHUNK = 8 * MIB
 
 
@@ -54,7 +56,7 @@ def wait_sealed(region: Region, files: int) -> None:
         time.sleep(0.5)
 
 
-def bare(region: Region, work: Path) -> dict[str, float]:
+def bare(region: Region, work: Path, link: str) -> dict[str, float]:
     """The chunk objects by their signed addresses, on a host of its own."""
     assert region.cluster is not None
     os.environ.update(AWS_ACCESS_KEY_ID=region.cluster.access_key, AWS_SECRET_ACCESS_KEY=region.cluster.secret_key)
@@ -68,7 +70,7 @@ def bare(region: Region, work: Path) -> dict[str, float]:
             jobs.append({"url": url, "size": length, "sha256": "", "path": str(out / str(number))})
     job = work / "job.json"
     job.write_text(json.dumps(jobs))
-    place = region.network.host(f"bare{time.monotonic_ns() % 10_000}", FAST)
+    place = region.network.host(f"bare{time.monotonic_ns() % 10_000}", link)
     common.back_memory(work)
     command = [*place.prefix, sys.executable, "-m", "bench.bare_client", str(job), "--no-hash", "--no-fsync"]
     _, said = common.run([*command, "--chunk", str(2 * CHUNK)])
@@ -77,8 +79,9 @@ def bare(region: Region, work: Path) -> dict[str, float]:
     return {"seconds": float(json.loads(said)["seconds"])}
 
 
-def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
-    """Print the rows of one size, and return its result. ``options.files``: small files instead, of ``size`` in all."""
+def measure(options: argparse.Namespace, size: int, link: str) -> dict[str, Any]:
+    """Print the rows of one size and link, and return their result. ``options.files``: small files instead, of ``size``
+    in all."""
     config = {"fill": {"chunk_size": "8MiB"}}
     samples: dict[str, list[dict[str, float]]] = {"origin": [], "empty tier": [], "tier": [], "bare client": []}
     with tempfile.TemporaryDirectory(prefix="isfs-bench-") as name:
@@ -91,14 +94,14 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
         else:
             common.make_model(directory, size, options.shards)
         files = len(list(directory.iterdir()))
-        with Region(work / "plain", 0, tier="", origin_rate=FAST, host_rate=FAST, config=config) as region:
+        with Region(work / "plain", 0, tier="", origin_rate=link, host_rate=link, config=config) as region:
             region.publish("org/m", directory)
             for _ in range(options.rounds):
                 host = region.add_host()
                 region.add("m", "hf://org/m", [host])
                 samples["origin"].append(fill(region, host, "m"))
                 host.stop()
-        with Region(work / "tiered", 1, origin_rate=FAST, host_rate=FAST, config=config) as region:
+        with Region(work / "tiered", 1, origin_rate=link, host_rate=link, config=config) as region:
             region.publish("org/m", directory)
             region.add("m", "hf://org/m")
             samples["empty tier"] = [fill(region, region.hosts[0], "m")]
@@ -110,7 +113,7 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
                 samples["tier"].append(fill(region, host, "m"))
                 assert region.origin_egress() == 0, region.origin_egress()
                 host.stop()
-                samples["bare client"].append(bare(region, work))
+                samples["bare client"].append(bare(region, work, link))
     rows = []
     median = {way: common.summary([each["seconds"] for each in found])["median"] for way, found in samples.items()}
     cpu = {
@@ -121,7 +124,7 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
     for way, seconds in median.items():
         spent = f"{cpu[way] / size * 1e9:.2f}" if way in cpu else "-"
         rows.append((way, f"{seconds:.2f} s", f"{size / seconds / 1e9:.2f} GB/s", spent))
-    print(f"{size / MIB:,.0f} MiB")
+    print(f"{size / MIB:,.0f} MiB, links of {link}")
     print(common.table(["way", "median", "rate", "daemon's CPU s/GB"], rows))
     best = min(each["seconds"] for each in samples["bare client"])
     print(f"the fresh host's rate is {best / median['tier']:.2f} of the fastest bare client's (wanted: 0.85)")
@@ -131,6 +134,7 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
     )
     return {
         "bytes": size,
+        "link": link,
         "samples": samples,
         "of_fastest_bare": best / median["tier"],
         "cpu_of_origin": cpu["tier"] / cpu["origin"],
@@ -140,12 +144,13 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=common.size, nargs="+", default=[512 * MIB, 2048 * MIB])
+    parser.add_argument("--links", nargs="+", default=["2gbit", "20gbit"], help="tc's words, such as 500mbit")
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--files", type=int, default=0, help="so many files of 2 kB in the place of shards")
     options = parser.parse_args()
     sizes = [2000 * options.files] if options.files else options.sizes
-    common.write_result("region", {"sizes": [measure(options, size) for size in sizes]})
+    common.write_result("region", {"sizes": [measure(options, size, link) for link in options.links for size in sizes]})
 
 
 if __name__ == "__main__":
