@@ -27,7 +27,14 @@ import msgspec
 
 from instantstart_fs.core.startupcache import KEPT_PER_KEY, StartupRecord
 from instantstart_fs.core.startuppack import MAX_BYTES
-from instantstart_fs.errors import DigestMismatch, OriginError, OriginMisbehaved, OriginNotFound, OriginUnsupported
+from instantstart_fs.errors import (
+    DigestMismatch,
+    OriginError,
+    OriginMisbehaved,
+    OriginNotFound,
+    OriginUnavailable,
+    OriginUnsupported,
+)
 from instantstart_fs.regional import records
 from instantstart_fs.regional.keys import RegionKey, keyed_digest
 from instantstart_fs.regional.records import Forged
@@ -181,16 +188,21 @@ class Place:
         return is_newest or self._put_record(record, by, max(numbers, default=-1))
 
     def _put_record(self, record: StartupRecord, by: str, last: int) -> bool:
-        """``last``: the number of the newest one before the pack was put."""
+        """``last``: the number of the newest one before the pack was put. Raises OriginUnavailable where each number
+        that follows is taken."""
+        name = ""
         for _ in range(TRIES):
             numbers = self._numbers()
             there = [self._entry(number) for number in numbers[:LOOKED_AT] if number > last]
             if any(isinstance(entry, Entry) and entry.record.digest == record.digest for entry in there):
                 return False
             number = max(numbers, default=-1) + 1 + secrets.randbelow(SPREAD)
-            if self._put_new(*self._packed(record, by, min(number, LAST))):
+            name, data = self._packed(record, by, min(number, LAST))
+            if self._put_new(name, data):
                 return True
-        return False
+        raise OriginUnavailable(
+            f"{name}: an object is in the way of a newer record, {TRIES} times; if it stays, delete it"
+        )
 
     def _put_new(self, name: str, data: bytes) -> bool:
         """Whether this host wrote it."""

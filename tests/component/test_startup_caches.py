@@ -243,6 +243,22 @@ def test_a_region_gives_the_last_version_of_exactly_that_key(tmp_path: Path) -> 
     assert Place(store, REGION, "6" * 32, IDENTITY).entries() == [], "another pipeline's"
 
 
+def test_a_last_number_that_nobody_may_delete_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryStore(str(tmp_path))
+    place = Place(store, REGION, "5" * 32, IDENTITY)
+    assert put(place, PACK)
+    last = f"startup/{place.name}/00000000"
+    (tmp_path / "v1" / ("5" * 32) / last).write_bytes(b"no key")
+
+    def refuse(name: str) -> None:
+        raise AccessRefused(f"{name}: not yours")
+
+    monkeypatch.setattr(store, "delete", refuse)
+    with pytest.raises(OriginUnavailable, match=f"{last}: an object is in the way"):
+        put(place, valid(6), "c")
+    assert place.entries()[0].by == "a"
+
+
 def test_of_many_versions_the_newest_stay_with_their_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = DirectoryStore(str(tmp_path))
     place = Place(store, REGION, "5" * 32, IDENTITY)
