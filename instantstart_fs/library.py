@@ -43,6 +43,7 @@ from instantstart_fs.serving.leases import Leases
 from instantstart_fs.serving.mounted import MountedPipelines
 from instantstart_fs.serving.open_files import OpenFiles
 from instantstart_fs.serving.reads import Reads
+from instantstart_fs.serving.replacements import run_replacements
 from instantstart_fs.serving.shards import Shards
 from instantstart_fs.serving.shielded import ShieldedOperations
 from instantstart_fs.serving.startupcaches import StartupCaches
@@ -337,7 +338,7 @@ class Library:
             if self._regional_startups is not None:
                 await nursery.start(self.startup.run)
             await nursery.start(self.filler.run)
-            nursery.start_soon(self.reads.run_replacements)
+            nursery.start_soon(run_replacements, self.catalog, self.fill_events, self.reads)
             nursery.start_soon(self.lifecycle.drop_drained)
             nursery.start_soon(self.residency.run)
             nursery.start_soon(self.catalog.records.keep_failures)

@@ -183,7 +183,7 @@ class Committer:
             # What could not be committed was forgotten meanwhile: the next group finds out about the index.
             self._unstick([])
             return
-        for target in seals:
+        for target in (*seals, *poisoned):
             dirty.pop(target, None)
         self._busy = {target for group in (seals, poisoned, dirty) for target in group}
         self._forgotten = set()
@@ -197,7 +197,7 @@ class Committer:
             dropped = self._forgotten | failed.keys()
             synced = {target: chunks for target, chunks in dirty.items() if target not in dropped}
             sealed = {target: state for target, state in seals.items() if target not in dropped}
-            bad = [target for target in poisoned if target not in dropped]
+            bad = [target for target in poisoned if target not in self._forgotten]
             committed = await self._record(synced, sealed, bad)
             if committed:
                 for target in bad:

@@ -348,7 +348,7 @@ class Delivery:
             if isinstance(error, OutOfResources) and not fill.unsent and self._nursery is not None:
                 self._nursery.start_soon(self._prepare_later, fill)  # only for hashing: nothing else would try again
             elif not fill.done:
-                if not fill.unsent:  # opened only for hashing
+                if not fill.unsent and target.present.complete and not fill.sealing:  # opened only for hashing
                     self._events.on_hash_impossible(fill, error)
                 unsent, fill.unsent = fill.unsent, []
                 for position, request in enumerate(unsent):

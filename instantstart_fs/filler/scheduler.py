@@ -237,6 +237,11 @@ class Filler:
         self._completion.check(fill)
         self._table.wakeup.set()
 
+    def judge(self, target: FillTarget) -> None:
+        """Decide whether bytes of it may be served before its digest is proven, by what is known of its origin now."""
+        trusted = endpoint_trusted(target.origin.key.scheme, target.origin.key.endpoint)
+        target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, trusted)
+
     def fill(self, pipeline: str, targets: Sequence[FillTarget]) -> None:
         """Fill these in the background, in this order, in the place of the pipeline's last order. Complete ones are
         skipped."""
@@ -440,9 +445,7 @@ class Filler:
         fill = Fill(target, chain_for(target, () if mismatches else self._tiers))
         fill.regional = not mismatches
         self._table.enter(fill)
-        origin = target.origin.key
-        trusted = endpoint_trusted(origin.scheme, origin.endpoint)
-        target.serve_unsealed = may_serve_unsealed(self._settings.serve_unsealed, trusted)
+        self.judge(target)
         if mismatches:
             self._plan.hold(key, now + self._origin_backoff.backoff(mismatches + 1))
         return fill

@@ -233,7 +233,7 @@ class FillEventHandler(FillEvents):
         pipeline, store = generation.pipeline, self._catalog.store
         there = await trio.to_thread.run_sync(store.survey, pipeline.id, generation.number)
         lost = [file for file in generation.files if file.complete and there.get(file.entry.path) != file.size]
-        lost = [file for file in lost if file not in self._replacing and file.stale_error is None]
+        lost = [file for file in lost if file not in self._replacing and self._shown(file)]
         if not lost:
             return
         self._replacing.update(lost)
@@ -247,7 +247,7 @@ class FillEventHandler(FillEvents):
 
             await self._catalog.index.write(write)
             for file in lost:
-                if file.stale_error is None and not pipeline.removed and self._catalog.file(file.key) is file:
+                if self._shown(file):
                     problem = StoreLost(f"{file.entry.path} is missing from the store")
                     self._poison(file, problem, wanted=generation.in_load_set(file.entry.index), quiet=True)
                     self._telemetry.damaged(found_by)
@@ -268,8 +268,14 @@ class FillEventHandler(FillEvents):
         except StoreError as error:
             # The index does not speak of it any more. The next fill frees space for it, or says why not.
             log.error("%s: cannot be removed: %s", file.entry.path, error.message)
-        if file.stale_error is None and not generation.pipeline.removed:
+        if self._shown(file):
             self._poison(file, problem, wanted=wanted)
+
+    def _shown(self, file: CachedFile) -> bool:
+        """Whether it is still its name's file: an eviction or a removal may have come meanwhile."""
+        return (
+            file.stale_error is None and not file.generation.pipeline.removed and self._catalog.file(file.key) is file
+        )
 
     def _poison(self, file: CachedFile, error: InstantStartError, *, wanted: bool, quiet: bool = False) -> None:
         """Put a fresh incarnation in the place of one whose bytes are wrong, and fetch it again if it is wanted.

@@ -14,7 +14,6 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 
-import msgspec
 import trio
 
 from instantstart_fs.catalog.accounting import Uncached
@@ -25,18 +24,10 @@ from instantstart_fs.catalog.slots import check_present, prepare_filling
 from instantstart_fs.core.chunks import ByteRange
 from instantstart_fs.core.coldstart_tracker import Starts
 from instantstart_fs.core.loadset import READAHEAD_ALLOWANCE, fill_threshold, safetensors_header_length
-from instantstart_fs.errors import (
-    InstantStartError,
-    NoSuchEntry,
-    ReadDeadline,
-    StoreDamaged,
-    StoreFull,
-)
+from instantstart_fs.errors import InstantStartError, NoSuchEntry, ReadDeadline, StoreDamaged, StoreFull
 from instantstart_fs.filler.scheduler import Filler
 from instantstart_fs.filler.target import FileState, FillTarget
 from instantstart_fs.index.access_times import AccessTimes
-from instantstart_fs.index.schema import FileRecord
-from instantstart_fs.index.transactions import WriteTxn
 from instantstart_fs.serving.admission import Admissions
 from instantstart_fs.serving.fill_events import FillEventHandler, drop_target
 from instantstart_fs.serving.open_files import OpenFiles
@@ -295,18 +286,19 @@ class Reads:
         target: FillTarget | None = None
         # Space may have to be freed, and the bytes of others take a while to go.
         with trio.move_on_at(since + self._read_deadline) as asking:
-            target = await self.target(file)
-            if target is None:
-                return "store"
-            if self._starts_fill(file, target, wanted.start):
-                self._learner.begins_to_load(file)
-                refused = await self.start_fill(file.generation, first=file)
-                if refused is not None:
+            while target is None or file.target is not target:  # `warm` may have dropped it meanwhile
+                target = await self.target(file)
+                if target is None:
+                    return "store"
+                if self._starts_fill(file, target, wanted.start):
+                    self._learner.begins_to_load(file)
+                    refused = await self.start_fill(file.generation, first=file)
+                    if refused is not None:
+                        return "store" if target.readable(wanted) else None
+                if target.readable(wanted):
+                    return "store"
+                if not await self._admitted(file, target, wanted):
                     return "store" if target.readable(wanted) else None
-            if target.readable(wanted):
-                return "store"
-            if not await self._admitted(file, target, wanted):
-                return "store" if target.readable(wanted) else None
         if asking.cancelled_caught or target is None:
             raise ReadDeadline(f"{file.entry.path}: no space was freed for it within {self._read_deadline:g} s")
         try:
@@ -385,7 +377,10 @@ class Reads:
             target = await self.target(first)
             if target is not None and not self.filler.in_background(target):
                 if not await self._admissions.admit_chunks(first, target.present, range(target.present.chunks)):
+                    self.end_idle_fill(generation)
                     return generation.pipeline.uncached
+                if first.target is not target:
+                    return await self._start_fill(generation, first, everything=everything)
                 self.filler.fill_also(target)
                 if target.failed:
                     generation.release_reservations(first)
@@ -393,6 +388,7 @@ class Reads:
             return None
         refused = await self._admissions.admit_fill(generation, everything=everything)
         if refused is not None:
+            self.end_idle_fill(generation)
             return refused
         try:
             await self._fill(generation, first, everything=everything)
@@ -415,17 +411,21 @@ class Reads:
                     target = await self.target(generation.files[index])
                     if target is not None:
                         targets.append(target)
-            if generation.pipeline.removed:
+            pipeline = generation.pipeline
+            if pipeline.removed or pipeline.hidden is not None or generation is not pipeline.head:
+                generation.filling_load_set = False  # what is shown now has a fill of its own
                 return
+            targets = [target for target in targets if generation.files[target.key.index].target is target]
             order = self.filler.fill if start == 0 else self.filler.fill_more
-            order(generation.pipeline.id, targets)
-            generation.pipeline.changed()
+            order(pipeline.id, targets)
+            pipeline.changed()
             await trio.lowlevel.checkpoint()
         if generation.load_set_complete or generation.fill_is_over:
             generation.filling_load_set = False
 
     async def target(self, file: CachedFile) -> FillTarget | None:
-        """The fill of this incarnation, made when it is first wanted; None when the file is complete.
+        """The fill of this incarnation, made when it is first wanted; None when the file is complete. It may be dropped
+        at each ``await`` that follows: what is given to the filler is ``file.target`` still.
 
         Raises what keeps it from being filled.
         """
@@ -454,25 +454,15 @@ class Reads:
                 opener,
                 has_reader=lambda: generation.handles > 0,
             )
+            self.filler.judge(file.target)
         return file.target
 
-    # -- background tasks ----------------------------------------------------------------------------------------
+    # -- fills that have ended -------------------------------------------------------------------------------------
 
-    async def run_replacements(self) -> None:
-        """Write the nodeids of new incarnations to the index, then fetch the wanted ones again. Until cancelled."""
-        async with trio.open_nursery() as nursery:
-            async for file, wanted, exposure in self._fill_events.replaced:
-                if exposure is not None:
-                    nursery.start_soon(self._fill_events.log_exposure, exposure)
-                generation = file.generation
-                try:
-                    await self._catalog.index.write(functools.partial(_record_nodeid, file))
-                    if wanted:
-                        await self.start_fill(generation, first=file)
-                    await self._catalog.nodeids.top_up()
-                except InstantStartError as error:
-                    self._fill_events.set_failure(generation.pipeline, error, final=True)
-                del file, generation  # the next may be long in coming
+    def end_idle_fill(self, generation: Generation) -> None:
+        """Note that the load set is not being filled, where nothing is: else no read would begin it again."""
+        if not self.filler.is_filling(generation.pipeline.id):
+            generation.filling_load_set = False
 
     async def reset_failures(self, generation: Generation) -> None:
         """Let files that failed for good be fetched again at once: `warm` or `update` asks on purpose.
@@ -489,6 +479,7 @@ class Reads:
             if file.target is not None and _failed(file.target):
                 file.bitmap = file.target.durable.to_bytes()
                 drop_target(file)
+                generation.invalidate_counts()  # what is not durable is not present any more
                 pipeline.leftovers = True
         pipeline.failure = None
 
@@ -497,12 +488,3 @@ def _failed(target: FillTarget | None) -> bool:
     """Whether a new target may take the place of this one, which has failed. A poisoned one keeps its place until the
     committer has deleted its bytes: they would be served again, and what came after them would be deleted with them."""
     return target is not None and target.failed and target.state is not FileState.POISONED
-
-
-def _record_nodeid(file: CachedFile, txn: WriteTxn) -> None:
-    """Write the nodeid alone into the file's record, which may say more by now: it may be filling."""
-    key = file.key
-    if file.generation.pipeline.removed or file.stale_error is not None:
-        return
-    record = txn.get_file(key.pipeline, key.generation, key.index) or FileRecord("absent", file.incarnation)
-    txn.put_file(key.pipeline, key.generation, key.index, msgspec.structs.replace(record, nodeid=file.nodeid))

@@ -296,6 +296,34 @@ async def test_a_full_index_is_tried_again_with_nothing_lost(
     assert record(index, wrong) == FileRecord("absent", 1, 0, b"")
 
 
+async def test_wrong_bytes_are_dropped_whatever_the_index_and_the_disk_refused_before(
+    store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(committer_module, "RETRY_SECONDS", 0.02)
+    real, writes = index.write, 0
+    target = written(store, "f")
+
+    async def write(op: Callable[[WriteTxn], object], **how: Any) -> object:
+        nonlocal writes
+        writes += 1
+        if writes > 1:
+            return await real(op, **how)
+        committer.poison(target)  # while its chunks are being committed
+        raise IndexFull("the index is full")
+
+    monkeypatch.setattr(index, "write", write)
+    async with running(store, index, seconds=0.01) as (committer, told):
+        arrive(committer, target, 0)
+        await until(lambda: writes == 1)
+
+        def lost(blob: BlobFile) -> None:
+            raise StoreDamaged("the disk lost it")
+
+        monkeypatch.setattr(BlobFile, "datasync", lost)
+        await until(lambda: told.poisoned == [target])
+    assert record(index, target) == FileRecord("absent", 1, 0, b"")
+
+
 async def test_when_what_could_not_be_committed_is_forgotten_filling_goes_on(
     store: BlobStore, index: Index, monkeypatch: pytest.MonkeyPatch, clock: trio.testing.MockClock
 ) -> None:
