@@ -340,10 +340,15 @@ class Regional:
 
     def sealed(self, target: FillTarget, proof: str) -> None:
         """Note that the file is whole. ``proof`` is what this host proved it by, "" where the region's seal did."""
-        follow = next((one for one in self._writeback.detached if one.target is target), None)
-        if follow is None:
+        # A target that failed, and was tried again while its puts went on, was followed twice.
+        follows = [one for one in self._writeback.detached if one.target is target]
+        if not follows:
             return
-        follow.decided = True
+        follow = max(follows, key=lambda one: len(one.digests))
+        for one in follows:
+            one.decided = True
+            if one is not follow:
+                self._writeback.check_done(one)
         if not proof or not self._settings.write_back or follow.fd < 0 or follow.state == "off":
             return
         follow.sealed_here = proof

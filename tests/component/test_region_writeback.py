@@ -225,6 +225,27 @@ async def test_a_put_under_way_when_its_file_proves_wrong_leaves_nothing(host: H
     assert host.there() == {}
 
 
+async def test_a_file_that_failed_and_was_tried_again_while_it_was_put_is_let_go_of_twice(host: Host) -> None:
+    async with host.running():
+        first = host.file()
+        host.store.held.clear()
+        host.writeback.add(first, 0)
+        await until(host.store.putting.is_set)
+        host.regional.leave(first.key)
+        pull = PullPlan("here", PIN, [True] * first.pull.chunks, Patience())
+        second = Follow(cast(Any, SimpleNamespace(target=first.target)), [Place(SLOT, PIN)], pull)
+        second.state = "followed"
+        host.regional._follows[first.key] = second
+        for chunk in (0, 1):
+            host.writeback.add(second, chunk)
+        host.regional.leave(first.key)
+        assert {first, second} <= host.writeback.detached
+        host.regional.sealed(first.target, "size")
+        host.store.held.set()
+        await until(lambda: first.closed and second.closed)
+    assert len(host.there()) == 2
+
+
 async def test_what_came_from_the_tier_without_a_seal_goes_when_the_file_proves_wrong(host: Host) -> None:
     """It may be what was wrong: left there, each host of the region takes it once."""
     async with host.running():
