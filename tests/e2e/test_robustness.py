@@ -513,7 +513,7 @@ def test_where_no_thread_can_be_started_the_work_goes_on(
     make_daemon: Callable[..., Daemon], many_shards: Path, pids: Path
 ) -> None:
     prefix = ["sh", "-c", f'echo $$ > {pids}/cgroup.procs; exec "$@"', "sh"]
-    daemon = make_daemon(prefix=prefix, allow=["staging process cannot be started"])
+    daemon = make_daemon(prefix=prefix, allow=["(staging process|fetch worker) cannot be started"])
     try:
         daemon.ok("add", "many", f"file://{many_shards}")
         (pids / "pids.max").write_text((pids / "pids.current").read_text().strip())

@@ -526,13 +526,18 @@ def test_a_run_that_is_killed_leaves_a_record_that_ends_and_a_directory_that_is_
         process.communicate(timeout=10)
 
 
-def test_a_restart_of_the_daemon_is_not_the_commands_affair(site: Site) -> None:
-    process = site.popen("sh", "-c", "echo up; sleep 3; exit 5", stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"up\n"
-    site.daemon.restart()
-    wait_for(lambda: site.daemon.status("m")["leases"] == 1, "the lease's return", 10)
-    process.communicate(timeout=20)
+def test_a_restart_of_the_daemon_is_not_the_commands_affair(site: Site, tmp_path: Path) -> None:
+    end = tmp_path / "end"
+    wait = 'echo up; while [ ! -e "$0" ]; do sleep 0.1; done; exit 5'
+    process = site.popen("sh", "-c", wait, str(end), stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        site.daemon.restart()
+        wait_for(lambda: site.daemon.status("m")["leases"] == 1, "the lease's return")
+    finally:
+        end.touch()
+        process.communicate(timeout=20)
     assert process.returncode == 5
 
 
