@@ -180,3 +180,28 @@ def test_page_locked_memory_that_is_not_aligned_costs_memory_and_not_the_backend
     assert asked == [2 * EXTENT, 2 * EXTENT + BLOCK]
     assert len(made._ring) == 2
     assert all(slot.tensor.data_ptr() % BLOCK == 0 and len(slot.tensor) == EXTENT for slot in made._ring)
+
+
+def test_the_end_of_a_file_is_told_after_all_that_was_moved(tmp_path: Path) -> None:
+    """The last reader does not overtake one that is about to tell what it has read."""
+    path = tmp_path / "f"
+    path.write_bytes(b"12")
+    told: list[str] = []
+    telling, go = threading.Event(), threading.Event()
+
+    def moved(item: Item, cached: int, disk: int) -> None:
+        if cached:
+            telling.set()
+            assert go.wait(20)
+        told.append("cached" if cached else "disk")
+
+    target = memoryview(bytearray(2))
+    item = Item(1, "f", 2, 0, (os.open(path, os.O_RDONLY), None), target, moved, lambda *_: told.append("end"))
+    slow = threading.Thread(target=item.moved, args=(1, 0))
+    slow.start()
+    assert telling.wait(20)
+    item.moved(0, 1)
+    go.set()
+    slow.join()
+    item.close()
+    assert told == ["disk", "cached", "end"]

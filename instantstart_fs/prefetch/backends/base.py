@@ -53,11 +53,14 @@ class Item:
 
     def moved(self, cached: int, disk: int) -> None:
         with self._lock:
-            if self.failed:
-                return
-            self._left -= cached + disk
-            done = self._left == 0
+            failed = self.failed
+        if failed:
+            return
+        # Before it counts: the end, which another thread may tell, comes after all that was moved.
         self._on_moved(self, cached, disk)
+        with self._lock:
+            self._left -= cached + disk
+            done = self._left == 0 and not self.failed
         if done:
             self._on_end(self, None)
 
