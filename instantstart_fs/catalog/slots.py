@@ -39,6 +39,11 @@ def trim(catalog: Catalog, generation: Generation) -> None:
     generation.invalidate_counts()
 
 
+def is_present(catalog: Catalog, file: CachedFile) -> bool:
+    """Whether the file, its generation and its pipeline are still there: where not, ``check_present`` says why."""
+    return file.stale_error is None and not file.generation.pipeline.removed and catalog.file(file.key) is file
+
+
 def check_present(catalog: Catalog, file: CachedFile) -> None:
     """Raise InstantStartError if the file, its generation or its pipeline is not there any more."""
     pipeline = file.generation.pipeline

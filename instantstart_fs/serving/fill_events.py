@@ -17,6 +17,7 @@ import trio
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.failure import Failure
 from instantstart_fs.catalog.model import CachedFile, Generation, Pipeline
+from instantstart_fs.catalog.slots import is_present
 from instantstart_fs.core.incidents import Incident
 from instantstart_fs.core.manifest import same_bytes
 from instantstart_fs.errors import (
@@ -181,9 +182,7 @@ class FillEventHandler(FillEvents):
             StoreError: the index could not be written, and nothing has changed.
             IndexStuck: writing takes too long. The replacement goes on.
         """
-        if file.stale_error is not None or not file.complete or file.generation.pipeline.removed:
-            return
-        if file in self._replacing or self._catalog.file(file.key) is not file:
+        if not file.complete or file in self._replacing or not is_present(self._catalog, file):
             return
         self._replacing.add(file)
 
@@ -233,7 +232,7 @@ class FillEventHandler(FillEvents):
         pipeline, store = generation.pipeline, self._catalog.store
         there = await trio.to_thread.run_sync(store.survey, pipeline.id, generation.number)
         lost = [file for file in generation.files if file.complete and there.get(file.entry.path) != file.size]
-        lost = [file for file in lost if file not in self._replacing and self._shown(file)]
+        lost = [file for file in lost if file not in self._replacing and is_present(self._catalog, file)]
         if not lost:
             return
         self._replacing.update(lost)
@@ -247,7 +246,7 @@ class FillEventHandler(FillEvents):
 
             await self._catalog.index.write(write)
             for file in lost:
-                if self._shown(file):
+                if is_present(self._catalog, file):
                     problem = StoreLost(f"{file.entry.path} is missing from the store")
                     self._poison(file, problem, wanted=generation.in_load_set(file.entry.index), quiet=True)
                     self._telemetry.damaged(found_by)
@@ -268,14 +267,8 @@ class FillEventHandler(FillEvents):
         except StoreError as error:
             # The index does not speak of it any more. The next fill frees space for it, or says why not.
             log.error("%s: cannot be removed: %s", file.entry.path, error.message)
-        if self._shown(file):
+        if is_present(self._catalog, file):
             self._poison(file, problem, wanted=wanted)
-
-    def _shown(self, file: CachedFile) -> bool:
-        """Whether it is still its name's file: an eviction or a removal may have come meanwhile."""
-        return (
-            file.stale_error is None and not file.generation.pipeline.removed and self._catalog.file(file.key) is file
-        )
 
     def _poison(self, file: CachedFile, error: InstantStartError, *, wanted: bool, quiet: bool = False) -> None:
         """Put a fresh incarnation in the place of one whose bytes are wrong, and fetch it again if it is wanted.

@@ -363,7 +363,10 @@ class Reads:
         one that is to be fetched again while the load set is being filled.
         """
         with generation.retained():
-            return await self._start_fill(generation, first, everything=everything)
+            refused = await self._start_fill(generation, first, everything=everything)
+        if refused is not None:
+            self.end_idle_fill(generation)
+        return refused
 
     async def _start_fill(
         self, generation: Generation, first: CachedFile | None, *, everything: bool
@@ -377,7 +380,6 @@ class Reads:
             target = await self.target(first)
             if target is not None and not self.filler.in_background(target):
                 if not await self._admissions.admit_chunks(first, target.present, range(target.present.chunks)):
-                    self.end_idle_fill(generation)
                     return generation.pipeline.uncached
                 if first.target is not target:
                     return await self._start_fill(generation, first, everything=everything)
@@ -388,7 +390,6 @@ class Reads:
             return None
         refused = await self._admissions.admit_fill(generation, everything=everything)
         if refused is not None:
-            self.end_idle_fill(generation)
             return refused
         try:
             await self._fill(generation, first, everything=everything)

@@ -9,6 +9,7 @@ import trio
 
 from instantstart_fs.catalog.catalog import Catalog
 from instantstart_fs.catalog.model import CachedFile
+from instantstart_fs.catalog.slots import is_present
 from instantstart_fs.errors import InstantStartError
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.index.transactions import WriteTxn
@@ -26,13 +27,13 @@ async def run_replacements(catalog: Catalog, fill_events: FillEventHandler, read
             try:
                 # An eviction may have come first: then the record is another incarnation's. Index operations run in the
                 # order of their calls, so one that comes later has the last word.
-                if catalog.file(file.key) is file:
+                if is_present(catalog, file):
                     await catalog.index.write(functools.partial(_record_nodeid, file))
                     if wanted:
                         await reads.start_fill(generation, first=file)
                     await catalog.nodeids.top_up()
             except InstantStartError as error:
-                if catalog.file(file.key) is file:  # else nobody misses it
+                if is_present(catalog, file):  # else nobody misses it
                     reads.end_idle_fill(generation)
                     fill_events.set_failure(generation.pipeline, error, final=True)
             del file, generation  # the next may be long in coming

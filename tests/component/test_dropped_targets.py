@@ -51,6 +51,12 @@ class Held:
             await self.entered.wait()
 
 
+async def until(holds: Callable[[], object]) -> None:
+    with trio.fail_after(20):
+        while not holds():
+            await trio.sleep(0.01)
+
+
 def with_quota(source: Path) -> PipelineSpec:
     """Where there is one, each chunk that a reader waits for is asked of the evictor."""
     return PipelineSpec(id="p", models=(ModelSpec(source=f"file://{source}"),), quota=1 << 30)
@@ -74,6 +80,28 @@ def head(library: Library) -> Generation:
     return generation
 
 
+async def test_a_warm_while_wrong_bytes_wait_to_be_deleted_loses_nothing(
+    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    hub.publish("org/late", source)
+    hub.fault("corrupt", port="cdn")
+    gate = Held(monkeypatch, Committer, "commit")
+    async with hub_library(tmp_path, hub) as library:
+        await library.admin.add(PipelineSpec(id="p", models=(ModelSpec(source="hf://org/late"),)))
+        await library.warming.warm("p")
+        await until(lambda: library.filler.statistics().poisoned >= 2)
+        hub.clear()
+        await library.warming.warm("p")
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        gate.go.set()
+        await wait_state(library, "p", "warm")
+        assert (tmp_path / "store/slots/p/1/files" / SHARD).read_bytes() == (source / SHARD).read_bytes()
+        assert await read_all(library, "p", SHARD) == (source / SHARD).read_bytes()
+    async with hub_library(tmp_path, hub) as library:
+        assert library.pipelines.status("p").state == "warm"
+
+
 async def test_a_warm_while_a_reader_waits_for_room_leaves_both_what_they_want(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,9 +120,7 @@ async def test_a_warm_while_a_reader_waits_for_room_leaves_both_what_they_want(
         await library.warming.warm("p")
         gate.go.set()
         await wait_state(library, "p", "unverified")
-        with trio.fail_after(10):
-            while not found:
-                await trio.sleep(0.01)
+        await until(lambda: found)
         assert found == [(source / SHARD).read_bytes()[:4096]]
         assert await read_all(library, "p", SHARD) == (source / SHARD).read_bytes()
 
@@ -111,9 +137,7 @@ async def test_a_reader_that_waits_for_room_fills_nothing_of_a_removed_pipeline(
         await gate.reached()
         await library.admin.remove("p")
         gate.go.set()
-        with trio.fail_after(10):
-            while not found:
-                await trio.sleep(0.01)
+        await until(lambda: found)
         assert isinstance(found[0], InstantStartError)
         await trio.sleep(0.2)
         assert not (tmp_path / "store/slots/p").exists()
@@ -130,9 +154,8 @@ async def test_what_waits_to_be_fetched_again_is_forgotten_with_an_eviction(
         await library.admin.add(PipelineSpec(id="p", models=(ModelSpec(source="hf://org/again"),)))
         await library.warming.warm("p")
         await gate.reached()
-        with trio.fail_after(10):  # both are replaced; the second waits behind the first
-            while sum(file.incarnation for file in head(library).files) < 2:
-                await trio.sleep(0.01)
+        # Both are replaced; the second waits behind the first.
+        await until(lambda: sum(file.incarnation for file in head(library).files) >= 2)
         await library.admin.evict("p")
         hub.clear()
         gate.go.set()
@@ -224,13 +247,9 @@ async def test_a_file_that_has_no_room_when_it_is_to_come_again_is_not_called_on
     async with hub_library(tmp_path, hub) as library:
         await library.admin.add(PipelineSpec(id="p", models=(ModelSpec(source="hf://org/no-room"),)))
         await library.warming.warm("p")
-        with trio.fail_after(20):
-            while library.filler.statistics().poisoned < 2:
-                await trio.sleep(0.01)
+        await until(lambda: library.filler.statistics().poisoned >= 2)
         library.catalog.pipelines["p"].uncached = Uncached("store full", retry_at=float("inf"))
         gate.go.set()
-        with trio.fail_after(10):
-            while sum(file.incarnation for file in head(library).files) < 2:
-                await trio.sleep(0.01)
+        await until(lambda: sum(file.incarnation for file in head(library).files) >= 2)
         await trio.testing.wait_all_tasks_blocked(0.1)
         assert not head(library).filling_load_set, "the next read begins it again"

@@ -14,17 +14,14 @@ import trio.testing
 
 from instantstart_fs.catalog.model import Generation
 from instantstart_fs.catalog.residency import is_clean
-from instantstart_fs.core.manifest import ModelSpec, PipelineSpec
+from instantstart_fs.core.manifest import ModelSpec
 from instantstart_fs.errors import FillCancelled, NoSuchEntry, PipelineBusy, StoreError
-from instantstart_fs.filler.committer import Committer
 from instantstart_fs.index.schema import FileRecord
 from instantstart_fs.library import Library
 from instantstart_fs.origins.base import Origin
 from instantstart_fs.store.blobstore import BlobStore
-from tests.component.hub_library import hub_library
 from tests.component.test_full_store import blocks
 from tests.component.test_library import MIB, find, make_source, read_all, running, spec, wait_state
-from tests.servers.hub import HubServer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -82,37 +79,6 @@ async def test_a_warm_that_an_eviction_overtakes_fills_nothing_unseen(
         assert library.pipelines.status("p").fill is None
         await library.warming.warm("p")
         await wait_state(library, "p", "unverified")
-
-
-async def test_a_warm_while_wrong_bytes_wait_to_be_deleted_loses_nothing(
-    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "model-1-of-2.safetensors"
-    source = make_source(tmp_path / "source")
-    hub.publish("org/late", source)
-    go, original = trio.Event(), Committer.commit
-
-    async def commit_later(committer: Committer) -> None:
-        await go.wait()
-        await original(committer)
-
-    monkeypatch.setattr(Committer, "commit", commit_later)
-    hub.fault("corrupt", port="cdn")
-    async with hub_library(tmp_path, hub) as library:
-        await library.admin.add(PipelineSpec(id="p", models=(ModelSpec(source="hf://org/late"),)))
-        await library.warming.warm("p")
-        with trio.fail_after(20):
-            while library.filler.statistics().poisoned < 2:
-                await trio.sleep(0.01)
-        hub.clear()
-        await library.warming.warm("p")
-        await trio.testing.wait_all_tasks_blocked(0.1)
-        go.set()
-        await wait_state(library, "p", "warm")
-        assert (tmp_path / "store/slots/p/1/files" / name).read_bytes() == (source / name).read_bytes()
-        assert await read_all(library, "p", name) == (source / name).read_bytes()
-    async with hub_library(tmp_path, hub) as library:
-        assert library.pipelines.status("p").state == "warm"
 
 
 async def test_what_is_being_verified_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
